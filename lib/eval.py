@@ -1,0 +1,75 @@
+"""Perplexity by the published rule, through the same sweep, with logits in chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lib.errors import UserError
+from lib.sweep import Stream, Sweep
+
+LOGIT_BYTES = 2**28  # of float32 logits that stand at a time
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean over windows of each window's mean negative log-likelihood, in nats."""
+
+    value: float
+    standard_error: float  # of `value`, from the spread over windows
+    nats: float  # negative log-likelihood of all predicted tokens together
+
+    def bits_per_byte(self, size: int) -> float:
+        """Of a text of `size` bytes: comparable between tokenizers, which perplexity is not."""
+        return self.nats / math.log(2) / size
+
+
+def perplexity(
+    sweep: Sweep,
+    windows: Tensor,
+    batch_size: int,
+    whole: bool = True,
+    advanced: Callable[[int], None] = lambda windows: None,
+) -> Perplexity:
+    """Perplexity of windows (n, tokens).
+
+    `whole`: the model stands on the device, so each batch goes through all blocks at once and no
+    hidden states are kept; otherwise each block sees all windows before the next is fetched.
+    `advanced(windows)` is called as windows are done (or their share of blocks).
+    """
+    losses = []
+    for start in range(0, len(windows), batch_size if whole else len(windows)):
+        part = windows[start : start + batch_size] if whole else windows
+        stream = sweep.record(part, batch_size, sweep.device if whole else "cpu")
+        for index in range(len(sweep.blocks)):
+            sweep.advance_(stream, index)
+        losses += [_losses(sweep, stream, batch) for batch in stream.batches]
+        advanced(len(part))
+    losses = torch.cat(losses).double()  # (windows,)
+    mean = losses.mean().item()
+    if not math.isfinite(mean):
+        raise UserError("the loss on the test text is not finite; try --dtype float32")
+    value = math.exp(mean) if mean < 700 else math.inf
+    spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
+    return Perplexity(value, value * spread, mean * len(losses) * (windows.shape[1] - 1))
+
+
+def _losses(sweep: Sweep, stream: Stream, batch: slice) -> Tensor:
+    """Mean negative log-likelihood of each window in the batch, (n,), on the host."""
+    ids = stream.windows[batch].to(sweep.device)  # (n, tokens)
+    predicted = ids.shape[1] - 1
+    vocabulary = sweep.model.config.get_text_config(decoder=True).vocab_size
+    chunk = max(1, LOGIT_BYTES // (4 * vocabulary * len(ids)))
+    total = torch.zeros(len(ids), device=sweep.device)
+    for start in range(0, predicted, chunk):
+        positions = torch.arange(start, min(start + chunk, predicted), device=sweep.device)
+        logits = sweep.logits(stream, batch, positions).float()  # (n, chunk, vocabulary)
+        targets = ids[:, positions + 1]
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        total += loss.view(len(ids), -1).sum(1)
+    return (total / predicted).cpu()

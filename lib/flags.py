@@ -1,0 +1,170 @@
+"""The command line: every flag, and what flags alone can get wrong.
+
+Imports neither torch nor transformers, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lib.command import add_debug_flag
+from lib.methods import METHODS
+from lib.sparsity import TYPES, UNSTRUCTURED, Sparsity
+
+DESCRIPTION = """\
+Prune a Hugging Face causal language model for one language: drop weights by what flows through
+them on text of that language, measure what it cost, save a smaller model."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        spoken = "default:" in (action.help or "") or action.default in (None, False)
+        return action.help if spoken else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of main.py; the only place where a default stands."""
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _model_flags(parser.add_argument_group("model"))
+    _calibration_flags(parser.add_argument_group("calibration"))
+    _pruning_flags(parser.add_argument_group("pruning"))
+    _evaluation_flags(parser.add_argument_group("evaluation"))
+    _output_flags(parser.add_argument_group("output"))
+    return parser
+
+
+def _model_flags(group) -> None:
+    group.add_argument("--model", required=True, help="hub id (owner/name) or local folder")
+    group.add_argument("--cache_dir", default="llm_weights", help="folder for weights from the hub")
+    group.add_argument(
+        "--device", default="cuda:0", help="where blocks are computed: cuda:N, or cpu"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype of the weights while working; auto: the checkpoint's on CUDA, float32 on CPU",
+    )
+    group.add_argument(
+        "--load_bit",
+        choices=("4", "8"),
+        help="quantise on loading, by bitsandbytes: 4 (NF4, double quantisation, bfloat16 "
+        "compute) or 8 (LLM.int8) bits per weight",
+    )
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        help="window in tokens, of calibration and test (default: the model's limit, at most 4096)",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        help="windows per forward pass; changes speed and memory, not results beyond rounding "
+        "(default: about 2048 tokens' worth on a CPU, 8192 on CUDA)",
+    )
+    group.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that comes with the model; only for models you trust",
+    )
+
+
+def _calibration_flags(group) -> None:
+    group.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
+    group.add_argument("--nsamples", type=int, default=128, help="calibration windows")
+    group.add_argument(
+        "--calibration_data",
+        nargs="+",
+        metavar="SOURCE",
+        help="ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]),"
+        " a folder with train*.jsonl[.gz] (rows with `text`), or a file; several as SOURCE=WEIGHT "
+        "make a mixture (default: ubertext)",
+    )
+    group.add_argument(
+        "--prune_on_c4",
+        action="store_true",
+        help="calibrate on English C4, short for --calibration_data c4; the test stays UberText",
+    )
+
+
+def _pruning_flags(group) -> None:
+    group.add_argument(
+        "--prune_method", choices=tuple(METHODS), help="how the weights to drop are chosen"
+    )
+    group.add_argument(
+        "--sparsity_ratio",
+        type=float,
+        default=0.5,
+        help="share of the weights to drop, in [0, 1); N:M types need N/M",
+    )
+    group.add_argument(
+        "--sparsity_type",
+        choices=TYPES,
+        default=UNSTRUCTURED,
+        help="anywhere, or N of every M consecutive weights of a row",
+    )
+    group.add_argument(
+        "--use_variant",
+        action="store_true",
+        help="wanda only: rows get shares of zeros of their own, unstructured",
+    )
+    group.add_argument(
+        "--replace_sparse_layers",
+        action="store_true",
+        help="2:4 only: swap the pruned linears for packed 2:4 ones before evaluation and saving",
+    )
+
+
+def _evaluation_flags(group) -> None:
+    group.add_argument(
+        "--eval_only", action="store_true", help="perplexity of the model as it is; prune nothing"
+    )
+    group.add_argument(
+        "--eval_data",
+        nargs="+",
+        metavar="SOURCE",
+        help="test texts, as for --calibration_data, each measured by itself (default: the "
+        "calibration folder where it has a test*.jsonl, else ubertext)",
+    )
+
+
+def _output_flags(group) -> None:
+    group.add_argument("--save", default="out", help="folder for log_METHOD.txt and results.json")
+    group.add_argument(
+        "--save_model", help="folder for the pruned model, its tokenizer and its card"
+    )
+    add_debug_flag(group)
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave through parser.error (status 2) where flags contradict each other or make no sense."""
+    for flag in ("nsamples", "batch_size", "seqlen"):
+        value, least = getattr(args, flag), 2 if flag == "seqlen" else 1
+        if value is not None and value < least:
+            parser.error(f"--{flag} {value}: must be at least {least}")
+    try:
+        Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+    except ValueError as error:
+        parser.error(str(error))
+    method, kind = args.prune_method, args.sparsity_type
+    if not method and not args.eval_only:
+        parser.error(f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only")
+    if method and args.eval_only:
+        parser.error(f"--eval_only prunes nothing; leave out --prune_method {method}")
+    if args.use_variant and method != "wanda":
+        parser.error(f"--use_variant is a variant of wanda, not of {method or 'the dense model'}")
+    if args.use_variant and kind != UNSTRUCTURED:
+        parser.error(f"--use_variant: in --sparsity_type {kind} every row has the same share")
+    if args.replace_sparse_layers and kind != "2:4" and not args.eval_only:
+        parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
+    if args.prune_on_c4 and args.calibration_data:
+        parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
+    if args.load_bit and method:
+        parser.error(
+            f"--load_bit {args.load_bit}: a quantised model can only be evaluated so far; "
+            "leave out --load_bit, or give --eval_only"
+        )

@@ -1,0 +1,115 @@
+"""The matrices of a decoder block that can be pruned, each seen as a float32 (out, in) matrix.
+
+`nn.Linear` keeps its weight (out, in), GPT-2's `Conv1D` (in, out), a fused mixture-of-experts
+parameter (experts, out, in) or, transposed, (experts, in, out). Solvers see none of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+@dataclass(eq=False)
+class Linear:
+    """One prunable matrix: (a slice of) a parameter of `module`.
+
+    `name` is the full name in the model, `stage` what the linears that are reached at the same
+    point of the block's forward have in common: the name, for all experts that of their parameter.
+    """
+
+    name: str
+    stage: str
+    module: nn.Module
+    parameter: str = "weight"
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def stored(self) -> Tensor:
+        """The weight as the model keeps it, a view."""
+        weight = getattr(self.module, self.parameter).data
+        return weight if self.expert is None else weight[self.expert]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)"""
+        rows, columns = self.stored.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def matrix(self) -> Tensor:
+        """A float32 copy, (out, in), contiguous, on the weight's device."""
+        stored = self.stored.T if self.transposed else self.stored
+        return stored.to(torch.float32, copy=True).contiguous()
+
+    def store_(self, matrix: Tensor, rounding: torch.dtype | None = None) -> None:
+        """Write a float32 (out, in) matrix back, rounded to the dtype it will be saved in."""
+        rounded = matrix.to(rounding) if rounding else matrix
+        self.stored.copy_(rounded.T if self.transposed else rounded)
+
+
+def find_linears(block: nn.Module, prefix: str) -> tuple[list[Linear], dict[str, tuple[int, str]]]:
+    """The prunable matrices of a block, and {name: (weights, why)} of what stays dense."""
+    linears, left = [], {}
+    for path, module in block.named_modules():
+        name = f"{prefix}.{path}" if path else prefix
+        if isinstance(module, nn.Linear | Conv1D):
+            linears.append(Linear(name, name, module, transposed=isinstance(module, Conv1D)))
+            continue
+        for parameter, weight in module.named_parameters(recurse=False):
+            full_name = f"{name}.{parameter}"
+            if weight.dim() == 3 and callable(getattr(module, "_apply_gate", None)):
+                transposed = getattr(module, "is_transposed", False)
+                linears += [
+                    Linear(f"{full_name}.{i}", full_name, module, parameter, i, transposed)
+                    for i in range(len(weight))
+                ]
+            elif weight.dim() > 1:
+                left[full_name] = weight.numel(), f"{type(module).__name__} is no linear layer"
+    return linears, left
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Sees the products with slices of fused expert parameters."""
+
+    def __init__(self, linears: list[Linear], see: Callable[[Linear, Tensor], None]) -> None:
+        super().__init__()
+        self.by_address = {linear.stored.data_ptr(): linear for linear in linears}
+        self.see = see
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS and isinstance(args[1], Tensor):
+            linear = self.by_address.get(args[1].data_ptr())
+            if linear is not None:
+                self.see(linear, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_inputs(linears: list[Linear], see: Callable[[Linear, Tensor], None]) -> Iterator[None]:
+    """Inside, `see(linear, x)` is called with what each linear is about to be multiplied with.
+
+    x is (..., in). `see` may raise to end the forward pass early. Hooks are gone afterwards.
+    """
+    experts = [linear for linear in linears if linear.expert is not None]
+    with ExitStack() as stack:
+        for linear in linears:
+            if linear.expert is None:
+
+                def hook(_, args, kwargs, linear=linear):
+                    see(linear, args[0] if args else kwargs["input"])
+
+                handle = linear.module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        if experts:
+            stack.enter_context(_ExpertInputs(experts, see))
+        yield

@@ -1,0 +1,45 @@
+"""The pruning methods by name: one class, one line here. Importing this file imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
+
+METHODS = {
+    "wanda": "lib.wanda:Wanda",
+    "sparsegpt": "lib.sparsegpt:SparseGPT",
+    "magnitude": "lib.magnitude:Magnitude",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method's class with its options bound: call it with (width, device) for each input.
+
+    `in_order`: a block's inputs are taken one after another, each after the linears before it are
+    pruned. `dense_stream`: `observe` also gets the same input as the untouched model computes it.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cls(self) -> type:
+        module, name = METHODS[self.name].split(":")
+        return getattr(import_module(module), name)
+
+    @property
+    def observes(self) -> bool:
+        return self.cls.observes
+
+    @property
+    def in_order(self) -> bool:
+        return self.options.get("in_order", self.cls.in_order)
+
+    @property
+    def dense_stream(self) -> bool:
+        return self.options.get("dense_stream", self.cls.dense_stream)
+
+    def __call__(self, width: int, device: Any) -> Any:
+        return self.cls(width, device, **self.options)

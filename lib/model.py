@@ -1,0 +1,200 @@
+"""From a name to a model on a device, its tokenizer, its window and its decoder blocks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from lib.errors import UserError
+
+LONGEST_DEFAULT_WINDOW = 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # of one forward pass, about
+
+
+def pick_device(name: str) -> torch.device:
+    """The device behind `--device`; UserError where this machine has none such."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown device; use cuda:0 or cpu") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: only CUDA devices and cpu are supported")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device was found; use --device cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def load_config(name: str, cache_dir: str, trust_remote_code: bool):
+    """The model's config, before any weight is touched. UserError where it can't be had."""
+    folder = Path(name)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(f"--model {name}: the folder holds no config.json, so it is not a model")
+    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        if "/" in name:
+            raise UserError(f"--model {name}: there is no such folder, nor is it an owner/name")
+    try:
+        return AutoConfig.from_pretrained(
+            name, cache_dir=cache_dir, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise _told("--model", name, error) from error
+
+
+def load_tokenizer(name: str, cache_dir: str, trust_remote_code: bool):
+    """The model's tokenizer; UserError where it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, cache_dir=cache_dir, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(
+            f"--model {name}: no tokenizer can be loaded from it ({_first_line(error)}); "
+            "put the tokenizer's files beside the weights"
+        ) from error
+    if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
+        raise UserError(f"--model {name}: its tokenizer turns text into no tokens")
+    return tokenizer
+
+
+def window_length(config, requested: int | None) -> int:
+    """Tokens in a window: as requested, else the model's limit but at most 4,096."""
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limit = next((n for n in (getattr(text, a, None) for a in names) if n), None)
+    if requested is None:
+        return min(limit or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    if limit and requested > limit:
+        raise UserError(f"--seqlen {requested}: the model's window ends at {limit} tokens")
+    return requested
+
+
+def default_batch_size(device: torch.device, seqlen: int) -> int:
+    """Windows per forward pass that keep the device busy without much memory."""
+    return max(1, BATCH_TOKENS[device.type] // seqlen)
+
+
+def checkpoint_dtype(config) -> torch.dtype:
+    """The dtype that the checkpoint's config names; float32 where it names none."""
+    dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
+    """`auto`: the checkpoint's own on CUDA; float32 on a CPU, which is slow at halves."""
+    if name != "auto":
+        return DTYPES[name]
+    return checkpoint_dtype(config) if device.type == "cuda" else torch.float32
+
+
+def saved_dtype(name: str, config) -> torch.dtype:
+    """The dtype in which a pruned model is saved: under `auto` the checkpoint's own."""
+    return checkpoint_dtype(config) if name == "auto" else DTYPES[name]
+
+
+def load_model(
+    name: str,
+    config,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_bit: str | None = None,
+    cache_dir: str = "llm_weights",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model in eval mode on `device`. UserError where its weights are missing or damaged."""
+    options = {}
+    if load_bit:
+        from transformers import BitsAndBytesConfig
+
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=load_bit == "4",
+            load_in_8bit=load_bit == "8",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        raise _told("--model", name, error) from error
+    except Exception as error:  # safetensors raises its own class, a direct child of Exception
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise _told("--model", name, error) from error
+    missing = info["missing_keys"]
+    if missing:
+        first = sorted(missing)[0]
+        raise UserError(f"--model {name}: {len(missing)} tensors are missing, the first is {first}")
+    return model.eval().requires_grad_(False)
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
+
+    Inside a multimodal model only the language part is searched.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    classes = set(model._no_split_modules or ()) | set(
+        getattr(decoder, "_no_split_modules", None) or ()
+    )
+    found = [
+        (name, module)
+        for name, module in (decoder or model).named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(type(child).__name__ in classes for child in module)
+    ]
+    if len(found) != 1:
+        raise UserError(
+            f"--model {type(model).__name__}: {len(found) or 'no'} lists of decoder blocks "
+            f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
+            "one is needed; this architecture can't be pruned"
+        )
+    blocks = found[0][1]
+    name = next(name for name, module in model.named_modules() if module is blocks)
+    return name, blocks
+
+
+def footprint(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones counted once."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+    return sum(t.nbytes for t in tensors.values())
+
+
+def quiet() -> None:
+    """No bars or advice of transformers' own between ours."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")
+
+
+def _told(flag: str, value: str, error: BaseException) -> UserError:
+    return UserError(f"{flag} {value}: can't be loaded: {_first_line(error)}")

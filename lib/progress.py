@@ -1,0 +1,21 @@
+"""Progress with time left: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+LOG_SECONDS = 30  # between two lines where stderr is not a terminal
+
+
+@contextmanager
+def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A call that is told how many more of `total` are done, shown on stderr."""
+    seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    with tqdm(
+        total=total, desc=what, unit=unit, mininterval=seconds, maxinterval=seconds, smoothing=0.1
+    ) as bar:
+        yield bar.update

@@ -1,0 +1,132 @@
+"""Pruning as a visitor of the sweep, block by block: observe, prune, propagate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from lib.errors import UserError
+from lib.linears import Linear, find_linears
+from lib.methods import Recipe
+from lib.observe import DenseTwin, Group, observe, stages
+from lib.sparsity import Sparsity
+from lib.sweep import Sweep
+
+
+@dataclass
+class Pruned:
+    """What was done: sizes in weights of what was pruned and left dense, and why it was left."""
+
+    pruned: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def leave(self, name: str, size: int, why: str) -> None:
+        self.left[name] = size
+        self.why[name] = why
+
+    def summary(self) -> list[str]:
+        """What a user should know, a line each: nothing is left dense silently."""
+        pruned, left = sum(self.pruned.values()), sum(self.left.values())
+        lines = [
+            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
+            f"left {left:,} weights of the blocks dense"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.why.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"left dense, {why}: {', '.join(names[:3])}{more}")
+        return lines + self.notes
+
+
+def prune(
+    sweep: Sweep,
+    windows: Tensor | None,
+    batch_size: int,
+    blocks_name: str,
+    recipe: Recipe,
+    sparsity: Sparsity,
+    *,
+    rounding: torch.dtype | None = None,
+    keep_on: torch.device | str = "cpu",
+    advanced: Callable[[int], None] = lambda blocks: None,
+) -> Pruned:
+    """Prune every linear of every block in place; embeddings and the output head stay dense.
+
+    `windows` (n, tokens): calibration, None for a method that needs none. `rounding`: the dtype in
+    which the model will be saved, to which pruned weights are rounded. `advanced(1)` is called
+    after each block. Raises UserError where a weight or an activation is not finite, or a linear
+    can't carry the N:M pattern.
+    """
+    done = Pruned()
+    stream = dense = None
+    if recipe.observes:
+        stream = sweep.record(windows, batch_size, keep_on)
+    if recipe.dense_stream:
+        dense = replace(stream, hidden=stream.hidden.clone())
+    for index, block in enumerate(sweep.blocks):
+        prefix = f"{blocks_name}.{index}"
+        linears, left = find_linears(block, prefix)
+        for name, (size, why) in left.items():
+            done.leave(name, size, why)
+        for linear in linears:
+            check_linear(linear, sparsity)
+        if stream is None:
+            groups = [Group([linear], recipe(linear.shape[1], sweep.device)) for linear in linears]
+            for group in groups:
+                prune_group_(group, sparsity, rounding, done)
+        else:
+            twin = DenseTwin.of(dense, block, prefix) if dense else None
+            for lot in stages(sweep, stream, index, linears, recipe):
+                groups = observe(sweep, stream, index, lot, recipe, twin)
+                for group in groups:
+                    prune_group_(group, sparsity, rounding, done)
+            if twin:
+                sweep.advance_(dense, index, twin.block)
+            sweep.advance_(stream, index)
+            stream.calls[index] = []  # the block's recorded arguments are not needed again
+        for linear in linears:
+            if linear.name not in done.pruned:
+                done.leave(linear.name, linear.stored.numel(), "no calibration token reached it")
+        advanced(1)
+    return done
+
+
+@torch.no_grad()
+def prune_group_(
+    group: Group, sparsity: Sparsity, rounding: torch.dtype | None, done: Pruned
+) -> None:
+    """Prune the linears of a group by its statistics, in place."""
+    for statistic in group.method.statistics():
+        if not statistic.isfinite().all():
+            raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
+    with record_function("moving"):
+        matrices = [linear.matrix() for linear in group.linears]
+    with record_function("solve"):
+        try:
+            group.method.prune_(matrices, sparsity)
+        except UserError as error:
+            raise UserError(f"{group.names}: {error}") from error
+    for linear, matrix in zip(group.linears, matrices, strict=True):
+        if not matrix.isfinite().all():
+            raise UserError(f"{linear.name}: pruned weights are not finite; try --dtype float32")
+        linear.store_(matrix, rounding)
+        done.pruned[linear.name] = matrix.numel()
+
+
+def check_linear(linear: Linear, sparsity: Sparsity) -> None:
+    """UserError where the linear's weights are not finite or can't carry the N:M pattern."""
+    if sparsity.m and linear.shape[1] % sparsity.m:
+        raise UserError(
+            f"--sparsity_type {sparsity.pattern}: {linear.name} has {linear.shape[1]} inputs, not "
+            f"a multiple of {sparsity.m}; use --sparsity_type unstructured"
+        )
+    if not linear.stored.isfinite().all():
+        raise UserError(f"--model: the weight of {linear.name} holds nan or inf")

@@ -1,0 +1,208 @@
+"""Prune a causal language model for one language: load, prune, check, evaluate, record, save.
+
+    python main.py --model MODEL --prune_method wanda --calibration_data DIR --save_model OUT
+
+Everything that can fail cheaply fails before the weights are loaded, and what is heavy to import
+is imported after the flags are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib.command import run
+from lib.flags import build_parser, check_flags
+from lib.methods import Recipe
+from lib.sparsity import Sparsity
+
+
+def main(argv: list[str]) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_flags(parser, args)
+    job = Job(args)
+    job.check()
+    job.load()
+    if not args.eval_only:
+        job.prune()
+    job.evaluate()
+    job.record()
+    if args.save_model:
+        job.save()
+
+
+class Job:
+    """One run of the command line; its steps are called in the order in which they stand."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.method = args.prune_method or "dense"
+        options = {"variant": True} if args.use_variant else {}
+        self.recipe = Recipe(args.prune_method, options) if args.prune_method else None
+        self.calibrated = bool(self.recipe and self.recipe.observes)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 3)
+
+    def check(self) -> None:
+        """Outputs, texts, device, config, tokenizer and windows: all before any weight."""
+        from lib.documents import check_source
+        from lib.save import check_output_folder
+        from lib.sources import has_test, parse_sources
+
+        args = self.args
+        check_output_folder("--save", args.save)
+        if args.save_model:
+            check_output_folder("--save_model", args.save_model, may_hold="config.json")
+        names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
+        self.sources = parse_sources(names, "--calibration_data", mixture=True)
+        with_test = [source.text for source in self.sources if has_test(source)]
+        self.tests = parse_sources(args.eval_data or with_test or ["ubertext"], "--eval_data")
+        for source in self.sources if self.calibrated else ():
+            check_source(source, "train")
+        for source in self.tests:
+            check_source(source, "test")
+
+        from lib import model
+
+        model.quiet()
+        self.device = model.pick_device(args.device)
+        self.config = model.load_config(args.model, args.cache_dir, args.trust_remote_code)
+        self.tokenizer = model.load_tokenizer(args.model, args.cache_dir, args.trust_remote_code)
+        self.seqlen = model.window_length(self.config, args.seqlen)
+        self.batch_size = args.batch_size or model.default_batch_size(self.device, self.seqlen)
+        self.read_texts()
+
+    def read_texts(self) -> None:
+        from lib.data import calibration_windows, test_set
+
+        args = self.args
+        self.windows, self.calibration = None, None
+        if self.calibrated:
+            self.windows, self.calibration = calibration_windows(
+                self.sources, self.tokenizer, args.nsamples, self.seqlen, args.seed
+            )
+        self.test_sets = [test_set(source, self.tokenizer, self.seqlen) for source in self.tests]
+
+    def load(self) -> None:
+        from lib import model
+        from lib.sweep import Sweep
+
+        args = self.args
+        with self.timed("load"):
+            self.model = model.load_model(
+                args.model,
+                self.config,
+                dtype=model.pick_dtype(args.dtype, self.config, self.device),
+                device=self.device,
+                load_bit=args.load_bit,
+                cache_dir=args.cache_dir,
+                trust_remote_code=args.trust_remote_code,
+            )
+        self.blocks_name, self.blocks = model.decoder_blocks(self.model)
+        self.sweep = Sweep(self.model, self.blocks, self.device)
+        self.footprint = {"before": model.footprint(self.model)}
+
+    def prune(self) -> None:
+        """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
+        from lib.check import measure
+        from lib.model import saved_dtype
+        from lib.progress import progress
+        from lib.prune import prune
+
+        args = self.args
+        sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+        with self.timed("prune"), progress(len(self.blocks), "pruning", "block") as bar:
+            pruned = prune(
+                self.sweep,
+                self.windows,
+                self.batch_size,
+                self.blocks_name,
+                self.recipe,
+                sparsity,
+                rounding=saved_dtype(args.dtype, self.config),
+                advanced=bar,
+            )
+        print(*pruned.summary(), sep="\n")
+        asked = None if args.use_variant else sparsity  # the variant comes near, as published
+        measure(self.blocks, self.blocks_name, asked, frozenset(pruned.why))
+
+    def evaluate(self) -> None:
+        """Perplexity on every test set."""
+        from lib.eval import perplexity
+        from lib.progress import progress
+
+        self.evaluation = []
+        total = sum(len(test.windows) for test in self.test_sets)
+        with self.timed("eval"), progress(total, "perplexity", "window") as bar:
+            for test in self.test_sets:
+                found = perplexity(self.sweep, test.windows, self.batch_size, advanced=bar)
+                figures = {
+                    "perplexity": found.value,
+                    "standard_error": found.standard_error,
+                    "bits_per_byte": found.bits_per_byte(test.bytes),
+                }
+                self.evaluation.append(test.record | figures)
+
+    def record(self) -> None:
+        """log_METHOD.txt, results.json, and the summary on the terminal."""
+        from lib import record
+        from lib.check import measure
+        from lib.model import footprint
+
+        args = self.args
+        self.footprint["after"] = footprint(self.model)
+        self.results = {
+            "model": args.model,
+            "method": self.method,
+            "sparsity_type": args.sparsity_type if self.recipe else None,
+            "sparsity_ratio": args.sparsity_ratio if self.recipe else None,
+            "options": dict(self.recipe.options) if self.recipe else {},
+            "flags": vars(args),
+            "seed": args.seed,
+            "versions": record.versions(),
+            "device": record.device_name(self.device),
+            "calibration": self.calibration,
+            "evaluation": self.evaluation,
+            "perplexity": {test["name"]: test["perplexity"] for test in self.evaluation},
+            "sparsity": measure(self.blocks, self.blocks_name).record(),
+            "seconds": self.seconds,
+            "peak_memory": record.peak_memory(self.device),
+            "footprint": self.footprint,
+        }
+        folder = Path(args.save)
+        folder.mkdir(parents=True, exist_ok=True)
+        sparsity = self.results["sparsity"]["overall"]
+        record.write_log(folder, self.method, sparsity, self.results["perplexity"])
+        record.write_results(folder, self.results)
+        record.print_summary(self.results)
+
+    def save(self) -> None:
+        """Model, tokenizer and card, staged; then results.json once more with the time it took."""
+        from lib.card import languages_of, model_card
+        from lib.model import saved_dtype
+        from lib.record import write_results
+        from lib.save import staged_folder
+
+        args = self.args
+        with self.timed("save"), staged_folder(args.save_model) as stage:
+            self.model.to(saved_dtype(args.dtype, self.config))
+            self.model.save_pretrained(stage)
+            self.tokenizer.save_pretrained(stage)
+            languages = languages_of([source.name for source in self.sources])
+            (stage / "README.md").write_text(model_card(self.results, languages, []), "utf-8")
+        write_results(Path(args.save), self.results)
+        print(f"saved: {args.save_model}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
