@@ -110,6 +110,7 @@ class Job:
             )
         self.blocks_name, self.blocks = model.decoder_blocks(self.model)
         self.sweep = Sweep(self.model, self.blocks, self.device)
+        self.sweep.verify()
         self.footprint = {"before": model.footprint(self.model)}
 
     def prune(self) -> None:
@@ -117,21 +118,14 @@ class Job:
         from lib.check import measure
         from lib.model import saved_dtype
         from lib.progress import progress
-        from lib.prune import prune
+        from lib.prune import Pruner
 
         args = self.args
         sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+        rounding = saved_dtype(args.dtype, self.config)
+        pruner = Pruner(self.sweep, self.blocks_name, self.recipe, sparsity, rounding)
         with self.timed("prune"), progress(len(self.blocks), "pruning", "block") as bar:
-            pruned = prune(
-                self.sweep,
-                self.windows,
-                self.batch_size,
-                self.blocks_name,
-                self.recipe,
-                sparsity,
-                rounding=saved_dtype(args.dtype, self.config),
-                advanced=bar,
-            )
+            pruned = pruner.run(self.windows, self.batch_size, advanced=bar)
         print(*pruned.summary(), sep="\n")
         asked = None if args.use_variant else sparsity  # the variant comes near, as published
         measure(self.blocks, self.blocks_name, asked, frozenset(pruned.why))

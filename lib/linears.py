@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+NARROWEST = 8  # inputs or outputs of a matrix worth pruning
 
 
 @dataclass(eq=False)
@@ -60,22 +62,53 @@ class Linear:
 def find_linears(block: nn.Module, prefix: str) -> tuple[list[Linear], dict[str, tuple[int, str]]]:
     """The prunable matrices of a block, and {name: (weights, why)} of what stays dense."""
     linears, left = [], {}
+    experts_of = _expert_counts(block)
     for path, module in block.named_modules():
         name = f"{prefix}.{path}" if path else prefix
         if isinstance(module, nn.Linear | Conv1D):
-            linears.append(Linear(name, name, module, transposed=isinstance(module, Conv1D)))
+            linear = Linear(name, name, module, transposed=isinstance(module, Conv1D))
+            why = _why_dense(linear.shape, experts_of.get(path.rpartition(".")[0]))
+            if why:
+                left[name] = linear.stored.numel(), why
+            else:
+                linears.append(linear)
             continue
+        transposed = getattr(module, "is_transposed", False)
         for parameter, weight in module.named_parameters(recurse=False):
             full_name = f"{name}.{parameter}"
-            if weight.dim() == 3 and callable(getattr(module, "_apply_gate", None)):
-                transposed = getattr(module, "is_transposed", False)
+            if _holds_experts(module, weight):
                 linears += [
                     Linear(f"{full_name}.{i}", full_name, module, parameter, i, transposed)
                     for i in range(len(weight))
                 ]
-            elif weight.dim() > 1:
+            elif weight.dim() > 1 and not parameter.endswith("bias"):
                 left[full_name] = weight.numel(), f"{type(module).__name__} is no linear layer"
     return linears, left
+
+
+def _holds_experts(module: nn.Module, weight: Tensor) -> bool:
+    """Whether a parameter is a stack of matrices, one for each expert."""
+    stacked = weight.dim() == 3 and len(weight) > 1 and min(weight.shape[1:]) >= NARROWEST
+    return stacked and not isinstance(module, _ConvNd)
+
+
+def _expert_counts(block: nn.Module) -> dict[str, int]:
+    """{path of a module: experts} for the parents of experts and all modules beside these."""
+    counts: dict[str, int] = {}
+    for path, module in block.named_modules():
+        stacks = [len(w) for w in module.parameters(recurse=False) if _holds_experts(module, w)]
+        if stacks:
+            parent = path.rpartition(".")[0]
+            counts[parent] = stacks[0]
+            for child, _ in block.get_submodule(parent).named_children():
+                counts.setdefault(f"{parent}.{child}".strip("."), stacks[0])
+    return counts
+
+
+def _why_dense(shape: tuple[int, int], experts: int | None) -> str | None:
+    if shape[0] == 1 or shape[0] == experts:
+        return "it routes tokens"
+    return "it is too small" if min(shape) < NARROWEST else None
 
 
 class _ExpertInputs(TorchFunctionMode):
@@ -113,3 +146,17 @@ def watch_inputs(linears: list[Linear], see: Callable[[Linear, Tensor], None]) -
         if experts:
             stack.enter_context(_ExpertInputs(experts, see))
         yield
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, experts multiply one by one, so that each one's input can be seen; same results."""
+    if not hasattr(model, "get_experts_implementation"):
+        yield
+        return
+    before = model.get_experts_implementation()
+    try:
+        model.set_experts_implementation("eager")
+        yield
+    finally:
+        model.set_experts_implementation(before)

@@ -155,28 +155,26 @@ def load_model(
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
 
-    Inside a multimodal model only the language part is searched.
+    Where there are several (a multimodal model), the one inside the language part.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    classes = set(model._no_split_modules or ()) | set(
-        getattr(decoder, "_no_split_modules", None) or ()
-    )
+    classes = set(model._no_split_modules or ())
     found = [
         (name, module)
-        for name, module in (decoder or model).named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(type(child).__name__ in classes for child in module)
     ]
+    if len(found) > 1 and isinstance(model.get_decoder(), nn.Module):
+        inside = set(model.get_decoder().modules())
+        found = [(name, module) for name, module in found if module in inside]
     if len(found) != 1:
         raise UserError(
             f"--model {type(model).__name__}: {len(found) or 'no'} lists of decoder blocks "
             f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
             "one is needed; this architecture can't be pruned"
         )
-    blocks = found[0][1]
-    name = next(name for name, module in model.named_modules() if module is blocks)
-    return name, blocks
+    return found[0]
 
 
 def footprint(model: nn.Module) -> int:

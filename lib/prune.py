@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lib.errors import UserError
-from lib.linears import Linear, find_linears
+from lib.linears import Linear, eager_experts, find_linears
 from lib.methods import Recipe
 from lib.observe import DenseTwin, Group, observe, stages
 from lib.sparsity import Sparsity
-from lib.sweep import Sweep
+from lib.sweep import Stream, Sweep
+
+UNREACHED = "no calibration token reached it, or it is used without being called"
 
 
 @dataclass
@@ -46,79 +48,100 @@ class Pruned:
         return lines + self.notes
 
 
-def prune(
-    sweep: Sweep,
-    windows: Tensor | None,
-    batch_size: int,
-    blocks_name: str,
-    recipe: Recipe,
-    sparsity: Sparsity,
-    *,
-    rounding: torch.dtype | None = None,
-    keep_on: torch.device | str = "cpu",
-    advanced: Callable[[int], None] = lambda blocks: None,
-) -> Pruned:
-    """Prune every linear of every block in place; embeddings and the output head stay dense.
+class Pruner:
+    """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `windows` (n, tokens): calibration, None for a method that needs none. `rounding`: the dtype in
-    which the model will be saved, to which pruned weights are rounded. `advanced(1)` is called
-    after each block. Raises UserError where a weight or an activation is not finite, or a linear
-    can't carry the N:M pattern.
+    `rounding`: the dtype in which the model will be saved, to which pruned weights are rounded.
+    What was done is in `done`.
     """
-    done = Pruned()
-    stream = dense = None
-    if recipe.observes:
-        stream = sweep.record(windows, batch_size, keep_on)
-    if recipe.dense_stream:
-        dense = replace(stream, hidden=stream.hidden.clone())
-    for index, block in enumerate(sweep.blocks):
-        prefix = f"{blocks_name}.{index}"
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        blocks_name: str,
+        recipe: Recipe,
+        sparsity: Sparsity,
+        rounding: torch.dtype | None = None,
+    ) -> None:
+        self.sweep = sweep
+        self.blocks_name = blocks_name
+        self.recipe = recipe
+        self.sparsity = sparsity
+        self.rounding = rounding
+        self.done = Pruned()
+        self.addresses: set[int] = set()  # of pruned weights: blocks may share a parameter
+
+    def run(
+        self,
+        windows: Tensor | None,
+        batch_size: int,
+        keep_on: torch.device | str = "cpu",
+        advanced: Callable[[int], None] = lambda blocks: None,
+    ) -> Pruned:
+        """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
+
+        `keep_on`: where hidden states are kept. `advanced(1)` is called after each block. Raises
+        UserError where a weight or an activation is not finite, or a linear can't carry the N:M
+        pattern.
+        """
+        with eager_experts(self.sweep.model):
+            stream = dense = None
+            if self.recipe.observes:
+                stream = self.sweep.record(windows, batch_size, keep_on)
+            if self.recipe.dense_stream:
+                dense = replace(stream, hidden=stream.hidden.clone())
+            for index in range(len(self.sweep.blocks)):
+                self._block_(index, stream, dense)
+                advanced(1)
+        return self.done
+
+    def _block_(self, index: int, stream: Stream | None, dense: Stream | None) -> None:
+        """Prune one block, and take the streams through it."""
+        sweep, prefix = self.sweep, f"{self.blocks_name}.{index}"
+        block = sweep.blocks[index]
         linears, left = find_linears(block, prefix)
-        for name, (size, why) in left.items():
-            done.leave(name, size, why)
+        linears = [li for li in linears if li.stored.data_ptr() not in self.addresses]
         for linear in linears:
-            check_linear(linear, sparsity)
+            check_linear(linear, self.sparsity)
+        for name, (size, why) in left.items():
+            self.done.leave(name, size, why)
         if stream is None:
-            groups = [Group([linear], recipe(linear.shape[1], sweep.device)) for linear in linears]
-            for group in groups:
-                prune_group_(group, sparsity, rounding, done)
+            for linear in linears:
+                self._group_(Group([linear], self.recipe(linear.shape[1], sweep.device)))
         else:
             twin = DenseTwin.of(dense, block, prefix) if dense else None
-            for lot in stages(sweep, stream, index, linears, recipe):
-                groups = observe(sweep, stream, index, lot, recipe, twin)
-                for group in groups:
-                    prune_group_(group, sparsity, rounding, done)
+            for lot in stages(sweep, stream, index, linears, self.recipe):
+                for group in observe(sweep, stream, index, lot, self.recipe, twin):
+                    self._group_(group)
             if twin:
                 sweep.advance_(dense, index, twin.block)
             sweep.advance_(stream, index)
             stream.calls[index] = []  # the block's recorded arguments are not needed again
         for linear in linears:
-            if linear.name not in done.pruned:
-                done.leave(linear.name, linear.stored.numel(), "no calibration token reached it")
-        advanced(1)
-    return done
+            if linear.name not in self.done.pruned:
+                self.done.leave(linear.name, linear.stored.numel(), UNREACHED)
 
-
-@torch.no_grad()
-def prune_group_(
-    group: Group, sparsity: Sparsity, rounding: torch.dtype | None, done: Pruned
-) -> None:
-    """Prune the linears of a group by its statistics, in place."""
-    for statistic in group.method.statistics():
-        if not statistic.isfinite().all():
-            raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
-    with record_function("moving"):
-        matrices = [linear.matrix() for linear in group.linears]
-    with record_function("solve"):
-        try:
-            group.method.prune_(matrices, sparsity)
-        except UserError as error:
-            raise UserError(f"{group.names}: {error}") from error
-    for linear, matrix in zip(group.linears, matrices, strict=True):
-        if not matrix.isfinite().all():
-            raise UserError(f"{linear.name}: pruned weights are not finite; try --dtype float32")
-        linear.store_(matrix, rounding)
-        done.pruned[linear.name] = matrix.numel()
+    @torch.no_grad()
+    def _group_(self, group: Group) -> None:
+        """Prune the linears of a group by its statistics, in place."""
+        for statistic in group.method.statistics():
+            if not statistic.isfinite().all():
+                raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
+        with record_function("moving"):
+            matrices = [linear.matrix() for linear in group.linears]
+        with record_function("solve"):
+            try:
+                group.method.prune_(matrices, self.sparsity)
+            except UserError as error:
+                raise UserError(f"{group.names}: {error}") from error
+        for linear, matrix in zip(group.linears, matrices, strict=True):
+            if not matrix.isfinite().all():
+                raise UserError(
+                    f"{linear.name}: pruned weights are not finite; try --dtype float32"
+                )
+            linear.store_(matrix, self.rounding)
+            self.done.pruned[linear.name] = matrix.numel()
+            self.addresses.add(linear.stored.data_ptr())
 
 
 def check_linear(linear: Linear, sparsity: Sparsity) -> None:

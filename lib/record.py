@@ -82,7 +82,7 @@ def write_results(folder: Path, results: dict[str, Any]) -> Path:
 
 
 def print_summary(results: dict[str, Any]) -> None:
-    """What a user wants to know at the end; the last line with `perplexity` ends with the number."""
+    """What a user wants to know at the end; the last line ends with a perplexity."""
     seconds, memory = results["seconds"], results["peak_memory"]
     spent = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
     print(

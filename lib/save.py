@@ -81,6 +81,8 @@ def staged_folder(target: str | Path) -> Iterator[Path]:
     os.chmod(stage, 0o755)
     try:
         yield stage
+        for file in stage.rglob("*"):  # safetensors writes files that only their owner can read
+            file.chmod(0o755 if file.is_dir() else 0o644)
         _put_in_place(stage, target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # after an exchange: the old folder

@@ -10,7 +10,6 @@ forward runs with the blocks replaced by the buffer's contents, which gives exac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +17,10 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lib.errors import UserError
+from lib.replay import interned, replaced, take_hidden
+
+PROBE_TOKENS = 16
+PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
 
 
 class Stop(Exception):
@@ -59,19 +62,21 @@ class Sweep:
         """
         stream = Stream(windows, batch_size, calls=[[] for _ in self.blocks])
         known: dict[tuple, list[Tensor]] = {}
+        handed_on: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
             def forward(*args, **kwargs):
-                hidden, args, kwargs = _take_hidden(args, kwargs)
+                hidden, args, kwargs = take_hidden(args, kwargs)
+                handed_on.append(hidden)
+                if len(handed_on) != index + 1 or hidden is not handed_on[0]:
+                    raise self._refused("does something between its decoder blocks")
                 if index == 0:
+                    if hidden.dim() != 3 or hidden.shape[:2] != windows[batch].shape:
+                        raise self._refused("has hidden states of another shape than its windows")
                     if stream.hidden is None:
-                        shape = (len(windows), *hidden.shape[1:])
-                        pinned = self.device.type == "cuda" and torch.device(keep_on).type == "cpu"
-                        stream.hidden = torch.empty(
-                            shape, dtype=hidden.dtype, device=keep_on, pin_memory=pinned
-                        )
+                        stream.hidden = self._buffer(len(windows), hidden, torch.device(keep_on))
                     stream.hidden[batch] = hidden
-                stream.calls[index].append((_interned(args, known), _interned(kwargs, known)))
+                stream.calls[index].append((interned(args, known), interned(kwargs, known)))
                 if index == len(self.blocks) - 1:
                     raise Stop
                 return self._handed_on(index, hidden)
@@ -79,6 +84,7 @@ class Sweep:
             return forward
 
         for batch in stream.batches:
+            handed_on.clear()
             with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
                 self._call_model(windows[batch].to(self.device))
         assert all(len(calls) == len(stream.batches) for calls in stream.calls)
@@ -114,7 +120,7 @@ class Sweep:
 
         def player(index: int) -> Callable:
             def forward(*args, **kwargs):
-                hidden, *_ = _take_hidden(args, kwargs)
+                hidden, *_ = take_hidden(args, kwargs)
                 if index == len(self.blocks) - 1:
                     hidden = stream.hidden[batch].to(self.device)
                 return self._handed_on(index, hidden)
@@ -123,7 +129,33 @@ class Sweep:
 
         with replaced(self.blocks, player):
             ids = stream.windows[batch].to(self.device)
-            return self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+            kept = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+        return kept if kept.shape[1] == len(positions) else kept[:, positions]
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """See on a few tokens that the sweep gives the model's own logits; UserError if not."""
+        ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        stream = self.record(ids, 1, self.device)
+        try:
+            for index in range(len(self.blocks)):
+                self.advance_(stream, index)
+            swept = self.logits(stream, slice(0, 1), ids[0]).float()
+        except (TypeError, ValueError) as error:
+            raise self._refused("has blocks that depend on each other") from error
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if (swept - own).norm() > PROBE_TOLERANCE * own.norm():
+            raise self._refused("computes more than its decoder blocks one after another")
+
+    def _buffer(self, count: int, hidden: Tensor, keep_on: torch.device) -> Tensor:
+        pinned = self.device.type == "cuda" and keep_on.type == "cpu"
+        shape = (count, *hidden.shape[1:])
+        return torch.empty(shape, dtype=hidden.dtype, device=keep_on, pin_memory=pinned)
+
+    def _refused(self, what: str) -> UserError:
+        return UserError(
+            f"--model {type(self.model).__name__}: this architecture {what}; it can't be pruned"
+        )
 
     def _handed_on(self, index: int, hidden: Tensor) -> Tensor | tuple:
         length = self.tuples[type(self.blocks[index])]
@@ -156,47 +188,4 @@ class Sweep:
             self.model(input_ids=ids, use_cache=False)
         except Stop:
             return
-        raise UserError(
-            f"--model {type(self.model).__name__}: its forward pass does not go through its last "
-            "decoder block; this architecture can't be pruned"
-        )
-
-
-@contextmanager
-def replaced(blocks: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
-    """Inside, block i's forward is `make(i)`; afterwards it is its own again."""
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = make(index)
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward
-
-
-def _take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    """A block's hidden states, and its other arguments."""
-    if args:
-        return args[0], args[1:], kwargs
-    kwargs = dict(kwargs)
-    return kwargs.pop("hidden_states"), (), kwargs
-
-
-def _interned(value, known: dict[tuple, list[Tensor]]):
-    """`value` with equal tensors replaced by one: most arguments are the same in all batches."""
-    if isinstance(value, dict):
-        return {key: _interned(item, known) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_interned(item, known) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    alike = known.setdefault((value.shape, value.dtype, value.device), [])
-    for other in alike:
-        if value is other or torch.equal(value, other):
-            return other
-    alike.append(value)
-    return value
+        raise self._refused("does not go through its last decoder block")
