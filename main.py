@@ -80,6 +80,8 @@ class Job:
         self.tokenizer = model.load_tokenizer(args.model, args.cache_dir, args.trust_remote_code)
         self.seqlen = model.window_length(self.config, args.seqlen)
         self.batch_size = args.batch_size or model.default_batch_size(self.device, self.seqlen)
+        self.skeleton = model.skeleton(self.config, args.trust_remote_code)
+        self.blocks_name, _ = model.decoder_blocks(self.skeleton)
         self.read_texts()
 
     def read_texts(self) -> None:
@@ -95,21 +97,29 @@ class Job:
 
     def load(self) -> None:
         from lib import model
+        from lib.placement import Placement, device_map
         from lib.sweep import Sweep
 
         args = self.args
+        placement, where = None, {"": self.device}
+        if args.offload:
+            where = device_map(self.skeleton, self.blocks_name, self.device, "disk")
         with self.timed("load"):
             self.model = model.load_model(
                 args.model,
                 self.config,
                 dtype=model.pick_dtype(args.dtype, self.config, self.device),
-                device=self.device,
+                device_map=where,
+                offload=args.offload,
                 load_bit=args.load_bit,
                 cache_dir=args.cache_dir,
                 trust_remote_code=args.trust_remote_code,
             )
         self.blocks_name, self.blocks = model.decoder_blocks(self.model)
-        self.sweep = Sweep(self.model, self.blocks, self.device)
+        if args.offload:
+            rounding = model.saved_dtype(args.dtype, self.config)
+            placement = Placement(self.blocks, self.device, rounding, args.offload)
+        self.sweep = Sweep(self.model, self.blocks, self.device, placement)
         self.sweep.verify()
         self.footprint = {"before": model.footprint(self.model)}
 
@@ -128,7 +138,7 @@ class Job:
             pruned = pruner.run(self.windows, self.batch_size, advanced=bar)
         print(*pruned.summary(), sep="\n")
         asked = None if args.use_variant else sparsity  # the variant comes near, as published
-        measure(self.blocks, self.blocks_name, asked, frozenset(pruned.why))
+        measure(self.sweep, self.blocks_name, asked, frozenset(pruned.why))
 
     def evaluate(self) -> None:
         """Perplexity on every test set."""
@@ -168,7 +178,7 @@ class Job:
             "calibration": self.calibration,
             "evaluation": self.evaluation,
             "perplexity": {test["name"]: test["perplexity"] for test in self.evaluation},
-            "sparsity": measure(self.blocks, self.blocks_name).record(),
+            "sparsity": measure(self.sweep, self.blocks_name).record(),
             "seconds": self.seconds,
             "peak_memory": record.peak_memory(self.device),
             "footprint": self.footprint,
@@ -183,14 +193,15 @@ class Job:
     def save(self) -> None:
         """Model, tokenizer and card, staged; then results.json once more with the time it took."""
         from lib.card import languages_of, model_card
-        from lib.model import saved_dtype
+        from lib.model import save_model, saved_dtype
         from lib.record import write_results
         from lib.save import staged_folder
 
         args = self.args
         with self.timed("save"), staged_folder(args.save_model) as stage:
-            self.model.to(saved_dtype(args.dtype, self.config))
-            self.model.save_pretrained(stage)
+            if self.sweep.placement:
+                self.sweep.placement.settle()
+            save_model(self.model, stage, saved_dtype(args.dtype, self.config))
             self.tokenizer.save_pretrained(stage)
             languages = languages_of([source.name for source in self.sources])
             (stage / "README.md").write_text(model_card(self.results, languages, []), "utf-8")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
 
 from lib.errors import UserError
 from lib.linears import Linear, find_linears
 from lib.sparsity import Sparsity
+from lib.sweep import Sweep
 
 
 @dataclass
@@ -31,10 +31,10 @@ class Measured:
 
 
 def measure(
-    blocks: nn.ModuleList,
+    sweep: Sweep,
     blocks_name: str,
     asked: Sparsity | None = None,
-    left: frozenset = frozenset(),
+    left: frozenset[str] = frozenset(),
 ) -> Measured:
     """Count the zeros of every linear, and where `asked` is given see that it was reached.
 
@@ -42,13 +42,14 @@ def measure(
     linear that fell short, or whose N:M groups hold too few zeros.
     """
     found = Measured()
-    for index, block in enumerate(blocks):
-        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
-            zero = linear.matrix() == 0  # (out, in)
-            found.zeros[linear.name] = int(zero.sum())
-            found.sizes[linear.name] = zero.numel()
-            if asked and linear.name not in left:
-                _see_reached(linear, zero, asked)
+    for index, block in enumerate(sweep.blocks):
+        with sweep.at_hand(index):
+            for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
+                zero = linear.matrix() == 0  # (out, in)
+                found.zeros[linear.name] = int(zero.sum())
+                found.sizes[linear.name] = zero.numel()
+                if asked and linear.name not in left:
+                    _see_reached(linear, zero, asked)
     return found
 
 

@@ -33,21 +33,22 @@ def perplexity(
     sweep: Sweep,
     windows: Tensor,
     batch_size: int,
-    whole: bool = True,
     advanced: Callable[[int], None] = lambda windows: None,
 ) -> Perplexity:
     """Perplexity of windows (n, tokens).
 
-    `whole`: the model stands on the device, so each batch goes through all blocks at once and no
-    hidden states are kept; otherwise each block sees all windows before the next is fetched.
-    `advanced(windows)` is called as windows are done (or their share of blocks).
+    Where the model stands on the device, each batch goes through all blocks and no hidden states
+    are kept; where blocks are fetched, each sees all windows before the next one is. `advanced` is
+    called with the number of windows that are done.
     """
     losses = []
+    whole = sweep.placement is None
     for start in range(0, len(windows), batch_size if whole else len(windows)):
         part = windows[start : start + batch_size] if whole else windows
         stream = sweep.record(part, batch_size, sweep.device if whole else "cpu")
         for index in range(len(sweep.blocks)):
-            sweep.advance_(stream, index)
+            with sweep.at_hand(index):
+                sweep.advance_(stream, index)
         losses += [_losses(sweep, stream, batch) for batch in stream.batches]
         advanced(len(part))
     losses = torch.cat(losses).double()  # (windows,)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lib.errors import UserError
@@ -69,7 +70,7 @@ class Pruner:
         self.sparsity = sparsity
         self.rounding = rounding
         self.done = Pruned()
-        self.addresses: set[int] = set()  # of pruned weights: blocks may share a parameter
+        self.shared = _Shared(sweep.blocks)
 
     def run(
         self,
@@ -91,7 +92,8 @@ class Pruner:
             if self.recipe.dense_stream:
                 dense = replace(stream, hidden=stream.hidden.clone())
             for index in range(len(self.sweep.blocks)):
-                self._block_(index, stream, dense)
+                with self.sweep.at_hand(index, keep=True):
+                    self._block_(index, stream, dense)
                 advanced(1)
         return self.done
 
@@ -100,7 +102,7 @@ class Pruner:
         sweep, prefix = self.sweep, f"{self.blocks_name}.{index}"
         block = sweep.blocks[index]
         linears, left = find_linears(block, prefix)
-        linears = [li for li in linears if li.stored.data_ptr() not in self.addresses]
+        linears = [linear for linear in linears if self.shared.open(linear)]
         for linear in linears:
             check_linear(linear, self.sparsity)
         for name, (size, why) in left.items():
@@ -141,7 +143,27 @@ class Pruner:
                 )
             linear.store_(matrix, self.rounding)
             self.done.pruned[linear.name] = matrix.numel()
-            self.addresses.add(linear.stored.data_ptr())
+            self.shared.close(linear)
+
+
+class _Shared:
+    """Weights that several blocks share: each is pruned once, where tokens reach it first."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        count = Counter(id(p) for block in blocks for p in block.parameters())
+        self.several = {key for key, times in count.items() if times > 1}
+        self.closed: set[tuple[int, int | None]] = set()
+
+    def open(self, linear: Linear) -> bool:
+        """Whether the linear's weight is still to be pruned."""
+        return self._key(linear) not in self.closed
+
+    def close(self, linear: Linear) -> None:
+        if self._key(linear)[0] in self.several:
+            self.closed.add(self._key(linear))
+
+    def _key(self, linear: Linear) -> tuple[int, int | None]:
+        return id(getattr(linear.module, linear.parameter)), linear.expert
 
 
 def check_linear(linear: Linear, sparsity: Sparsity) -> None:

@@ -10,6 +10,7 @@ forward runs with the blocks replaced by the buffer's contents, which gives exac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lib.errors import UserError
+from lib.placement import Placement
 from lib.replay import interned, replaced, take_hidden
 
 PROBE_TOKENS = 16
@@ -48,11 +50,22 @@ class Sweep:
     The model must be in eval mode. Nothing stays patched, whatever is raised.
     """
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        device: torch.device,
+        placement: Placement | None = None,
+    ) -> None:
         self.model = model
         self.blocks = blocks
         self.device = device
+        self.placement = placement
         self.tuples = self._probe()
+
+    def at_hand(self, index: int, keep: bool = False) -> AbstractContextManager:
+        """Inside, block `index` is on the device; `keep` keeps what is done to its weights."""
+        return self.placement.at_hand(index, keep) if self.placement else nullcontext()
 
     @torch.no_grad()
     def record(self, windows: Tensor, batch_size: int, keep_on: torch.device | str) -> Stream:
@@ -139,7 +152,8 @@ class Sweep:
         stream = self.record(ids, 1, self.device)
         try:
             for index in range(len(self.blocks)):
-                self.advance_(stream, index)
+                with self.at_hand(index):
+                    self.advance_(stream, index)
             swept = self.logits(stream, slice(0, 1), ids[0]).float()
         except (TypeError, ValueError) as error:
             raise self._refused("has blocks that depend on each other") from error

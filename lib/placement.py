@@ -1,0 +1,143 @@
+"""Decoder blocks that live on the host or on disk, and come to the device one at a time.
+
+accelerate loads such a model: the blocks' weights are on the meta device, and its hooks know where
+each one really is (host memory, the checkpoint's own files, or a file in the offload folder). Here
+a whole block is fetched once for all windows, instead of linear by linear for every forward, and
+a pruned block is put back where `save_pretrained` will find it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import named_module_tensors, set_module_tensor_to_device
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lib.errors import UserError
+
+
+class Placement:
+    """Brings block `index` to `device` and takes it away again.
+
+    `folder`: where blocks that were changed are written, in `rounding`, if they are not kept in
+    host memory.
+    """
+
+    def __init__(
+        self,
+        blocks: nn.ModuleList,
+        device: torch.device,
+        rounding: torch.dtype,
+        folder: str | None = None,
+    ) -> None:
+        parameters = [p for block in blocks for p in block.parameters()]
+        if len(parameters) > len(set(parameters)):
+            raise UserError("--offload: the model's blocks share weights; it must fit in memory")
+        self.blocks = blocks
+        self.device = device
+        self.rounding = rounding
+        self.folder = folder
+
+    @contextmanager
+    def at_hand(self, index: int, keep: bool = False) -> Iterator[None]:
+        """Inside, the block's weights are on the device; `keep` writes them back afterwards."""
+        away = _hooks(self.blocks[index])
+        for module, hook in away:
+            remove_hook_from_module(module)
+            for name in _names(module, hook):
+                value = _read(hook.weights_map, name)
+                set_module_tensor_to_device(module, name, self.device, value=value)
+        try:
+            yield
+            if keep:
+                self._put_back(index, away)
+        finally:
+            for module, hook in away:
+                add_hook_to_module(module, hook)  # back to the meta device
+
+    def _put_back(self, index: int, away: list[tuple[nn.Module, AlignDevicesHook]]) -> None:
+        """Into host memory, or into one file of the offload folder."""
+        on_disk: dict[str, Tensor] = {}
+        entries = []
+        for module, hook in away:
+            for name in _names(module, hook):
+                tensor = module.get_parameter(name).data
+                full_name = hook.weights_map.prefix + name
+                loader = hook.weights_map.dataset
+                if full_name in loader.state_dict:
+                    loader.state_dict[full_name].copy_(tensor)
+                else:
+                    rounded = tensor.to("cpu", self.rounding).contiguous()
+                    on_disk[full_name] = rounded
+                    entries.append((loader.index, full_name, dtype_name(tensor.dtype)))
+        if on_disk:
+            file = str(Path(self.folder) / f"block-{index}.safetensors")
+            save_file(on_disk, file)
+            for where, name, dtype in entries:
+                where[name] = {"safetensors_file": file, "weight_name": name, "dtype": dtype}
+
+    def settle(self) -> None:
+        """From now on every block's weights are given out in the dtype they are saved in."""
+        for block in self.blocks:
+            for module, hook in _hooks(block):
+                for name in _names(module, hook):
+                    loader, full_name = hook.weights_map.dataset, hook.weights_map.prefix + name
+                    if full_name in loader.state_dict:
+                        rounded = loader.state_dict[full_name].to(self.rounding)
+                        loader.state_dict[full_name] = rounded
+                    else:
+                        loader.index[full_name]["dtype"] = dtype_name(self.rounding)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _hooks(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
+    return [
+        (module, module._hf_hook)
+        for module in block.modules()
+        if getattr(getattr(module, "_hf_hook", None), "offload", False)
+    ]
+
+
+def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:
+    tensors = named_module_tensors(module, include_buffers=False, recurse=hook.place_submodules)
+    return [name for name, _ in tensors]
+
+
+def _read(weights: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        return weights[name]
+    except (OSError, SafetensorError) as error:
+        full_name = weights.prefix + name
+        file = weights.dataset.index.get(full_name, {}).get("safetensors_file", "memory")
+        raise UserError(f"--model: {full_name} can't be read from {file}: {error}") from error
+
+
+def device_map(
+    model: nn.Module, blocks_name: str, device: torch.device, place: str
+) -> dict[str, str | int]:
+    """For from_pretrained: every block at `place` (`cpu` or `disk`), all the rest on `device`."""
+    here = "cpu" if device.type == "cpu" else device.index  # what accelerate and safetensors take
+    where: dict[str, str | int] = {}
+    above = {blocks_name}
+    while (parent := blocks_name.rpartition(".")[0]) not in above:
+        above.add(parent)
+        blocks_name = parent
+    for name in sorted(above):
+        module = model.get_submodule(name)
+        for own, _ in (*module.named_parameters("", False), *module.named_buffers("", False)):
+            where[f"{name}.{own}".strip(".")] = here
+        for child, _ in module.named_children():
+            path = f"{name}.{child}".strip(".")
+            if path not in above:
+                where[path] = place if isinstance(module, nn.ModuleList) else here
+    return where
