@@ -30,9 +30,9 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Call `main(argv)` and return the exit status: 0, 1 (an error) or 130 (Ctrl-C).
 
-    UserError and OSError (a full disk, a folder that can't be read) become one line on stderr.
-    With `--debug` among the arguments they are raised as they are. Any other exception is a defect
-    and keeps its traceback. argparse leaves by itself, with status 2.
+    UserError, OSError (a full disk, a folder that can't be read) and a lack of memory become one
+    line on stderr. With `--debug` among the arguments they are raised as they are. Any other
+    exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
@@ -47,9 +47,22 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     except BrokenPipeError:  # `command | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (UserError, OSError) as error:
-        if debug:
+    except Exception as error:
+        told = _told(error)
+        if debug or told is None:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(told.split())}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _told(error: Exception) -> str | None:
+    """What a user needs to know of an error; None where it is a defect of the program."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    name = type(error).__name__
+    if name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
+        return f"out of memory ({error}); try a smaller --batch_size or --seqlen"
+    if name == "SafetensorError":  # how a full disk shows while weights are written
+        return str(error)
+    return None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lib.errors import UserError
 from lib.sweep import Stream, Sweep
 
-LOGIT_BYTES = 2**28  # of float32 logits that stand at a time
+LOGIT_BYTES = 2**26  # of float32 logits that stand at a time
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Imports neither torch nor transformers, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lib.command import add_debug_flag
 from lib.methods import METHODS
@@ -61,10 +62,23 @@ def _model_flags(group) -> None:
         help="window in tokens, of calibration and test (default: the model's limit, at most 4096)",
     )
     group.add_argument(
+        "--bos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="begin every window with the BOS token; never: as published; auto: where the "
+        "tokenizer adds it by itself and the dense model collapses without it",
+    )
+    group.add_argument(
         "--batch_size",
         type=int,
         help="windows per forward pass; changes speed and memory, not results beyond rounding "
         "(default: about 2048 tokens' worth on a CPU, 8192 on CUDA)",
+    )
+    group.add_argument(
+        "--offload",
+        metavar="FOLDER",
+        help="for a model larger than memory: blocks are read from the checkpoint one at a time, "
+        "pruned ones kept in this folder until they are saved",
     )
     group.add_argument(
         "--trust_remote_code",
@@ -142,6 +156,9 @@ def _output_flags(group) -> None:
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Leave through parser.error (status 2) where flags contradict each other or make no sense."""
+    for flag, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            parser.error(f"--{flag} '': is empty; give a value, or leave the flag out")
     for flag in ("nsamples", "batch_size", "seqlen"):
         value, least = getattr(args, flag), 2 if flag == "seqlen" else 1
         if value is not None and value < least:
@@ -168,3 +185,20 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             f"--load_bit {args.load_bit}: a quantised model can only be evaluated so far; "
             "leave out --load_bit, or give --eval_only"
         )
+    _check_outputs(parser, args)
+
+
+def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What is saved replaces a whole folder, in which nothing else may stand that is needed."""
+    if not args.save_model:
+        return
+    if args.eval_only and not args.replace_sparse_layers:
+        parser.error(f"--save_model {args.save_model}: --eval_only changes no weight; leave it out")
+    target = Path(args.save_model).resolve()
+    for flag in ("save", "model", "offload"):
+        value = getattr(args, flag)
+        if value and target in (Path(value).resolve(), *Path(value).resolve().parents):
+            parser.error(
+                f"--save_model {args.save_model}: would replace --{flag} {value}; "
+                "name another folder"
+            )

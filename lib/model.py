@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from pathlib import Path
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
+from lib.loading import check_complete, check_folder, check_weights, local_only, told
 
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OFFLOADED_SHARD = "500MB"
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # of one forward pass, about
 
 
@@ -26,43 +29,32 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise UserError(f"--device {name}: only CUDA devices and cpu are supported")
+        raise UserError(
+            f"--device {name}: only CUDA devices and cpu are supported; use cuda:0 or cpu"
+        )
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: no CUDA device was found; use --device cpu")
     if (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+            f"--device {name}: CUDA devices here are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
         )
     return torch.device("cuda", device.index or 0)
 
 
 def load_config(name: str, cache_dir: str, trust_remote_code: bool):
-    """The model's config, before any weight is touched. UserError where it can't be had."""
-    folder = Path(name)
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise UserError(f"--model {name}: the folder holds no config.json, so it is not a model")
-    if not folder.exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        if "/" in name:
-            raise UserError(f"--model {name}: there is no such folder, nor is it an owner/name")
-    try:
-        return AutoConfig.from_pretrained(
-            name, cache_dir=cache_dir, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise _told("--model", name, error) from error
+    """The model's config, before any weight is read. UserError where it can't be had."""
+    check_folder(name)
+    check_weights(name)
+    options = _access(name, cache_dir, trust_remote_code)
+    with told(name, "its config.json", "check that file and the installed transformers"):
+        return AutoConfig.from_pretrained(name, **options)
 
 
 def load_tokenizer(name: str, cache_dir: str, trust_remote_code: bool):
     """The model's tokenizer; UserError where it has none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, cache_dir=cache_dir, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise UserError(
-            f"--model {name}: no tokenizer can be loaded from it ({_first_line(error)}); "
-            "put the tokenizer's files beside the weights"
-        ) from error
+    options = _access(name, cache_dir, trust_remote_code)
+    with told(name, "its tokenizer", "put the tokenizer's files beside the weights"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
         raise UserError(f"--model {name}: its tokenizer turns text into no tokens")
     return tokenizer
@@ -103,17 +95,25 @@ def saved_dtype(name: str, config) -> torch.dtype:
     return checkpoint_dtype(config) if name == "auto" else DTYPES[name]
 
 
+def skeleton(config, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights, on the meta device, to be looked at before anything is loaded."""
+    name = getattr(config, "name_or_path", "?")
+    with told(name, "a model of its kind", "name a causal language model"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     name: str,
     config,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    device_map: dict[str, object],
+    offload: str | None = None,
     load_bit: str | None = None,
     cache_dir: str = "llm_weights",
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """The model in eval mode on `device`. UserError where its weights are missing or damaged."""
+    """The model in eval mode, where `device_map` says. UserError where weights are damaged."""
     options = {}
     if load_bit:
         from transformers import BitsAndBytesConfig
@@ -125,31 +125,33 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    try:
+    with told(name, "its weights", "are they complete? download them again"):
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
             dtype=dtype,
-            device_map={"": device},
+            device_map=device_map,
+            offload_folder=offload,
             use_safetensors=True,
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            **_access(name, cache_dir, trust_remote_code),
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        raise _told("--model", name, error) from error
-    except Exception as error:  # safetensors raises its own class, a direct child of Exception
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise _told("--model", name, error) from error
-    missing = info["missing_keys"]
-    if missing:
-        first = sorted(missing)[0]
-        raise UserError(f"--model {name}: {len(missing)} tensors are missing, the first is {first}")
+    check_complete(name, info)
     return model.eval().requires_grad_(False)
+
+
+def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model into `folder` in `dtype`, as safetensors, shard by shard where offloaded."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta:
+            tensor.data = tensor.data.to(dtype)
+    model.config.dtype = dtype
+    offloaded = any(tensor.is_meta for tensor in model.parameters())
+    with warnings.catch_warnings():  # that offloaded shards pass through memory, which is wanted
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if offloaded else "5GB")
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -178,21 +180,20 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def footprint(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared ones counted once."""
-    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
-    return sum(t.nbytes for t in tensors.values())
+    """Bytes of parameters and buffers, shared ones counted once, wherever they are kept."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def quiet() -> None:
-    """No bars or advice of transformers' own between ours."""
+    """No bars or advice of transformers' own between ours; bars of downloads stay."""
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    downloads = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # the hub's too
+    if downloads:
+        enable_progress_bars()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:")
-
-
-def _told(flag: str, value: str, error: BaseException) -> UserError:
-    return UserError(f"{flag} {value}: can't be loaded: {_first_line(error)}")
+def _access(name: str, cache_dir: str, trust_remote_code: bool) -> dict:
+    """How `from_pretrained` may come by the files of `name`."""
+    known = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    return known | {"local_files_only": local_only(name, cache_dir)}

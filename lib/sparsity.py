@@ -53,10 +53,19 @@ class Sparsity:
 
 def lowest_per_row(score: Tensor, count: int) -> Tensor:
     """Mask (rows, columns) of exactly the `count` smallest scores of every row."""
+    import numpy
+    import torch
+
     assert 0 <= count <= score.shape[-1]
+    if score.device.type != "cpu":
+        return _first_when_sorted(score, count)
     if count == 0:
-        return score.new_zeros(score.shape).bool()
-    threshold = score.kthvalue(count, dim=-1, keepdim=True).values  # (rows, 1)
+        return torch.zeros_like(score, dtype=torch.bool)
+    if score.dtype == torch.bfloat16:  # unknown to numpy
+        score = score.float()
+    # numpy's selection is some twenty times as fast as torch's on a CPU
+    ordered = numpy.partition(score.numpy(), count - 1, axis=-1)
+    threshold = torch.from_numpy(ordered[..., count - 1 : count])  # (rows, 1)
     mask = score <= threshold
     surplus = mask.sum(-1, keepdim=True) - count
     if surplus.any():  # scores equal to the threshold: only the first of them go
@@ -72,17 +81,34 @@ def lowest_overall(score: Tensor, count: int) -> Tensor:
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
-    """Mask of the `n` smallest scores in every `m` consecutive columns."""
+    """Mask (rows, columns) of the `n` smallest scores in every `m` consecutive columns."""
     assert score.shape[-1] % m == 0, f"{score.shape[-1]} columns are not a multiple of {m}"
     groups = score.reshape(*score.shape[:-1], -1, m)
-    columns = [groups[..., i] for i in range(m)]
-    ranks = [0] * m  # rank of a column: how many of its group come before it
-    for right in range(m):
-        for left in range(right):
-            left_first = columns[left] <= columns[right]
-            ranks[right] = ranks[right] + left_first
-            ranks[left] = ranks[left] + ~left_first
-    mask = groups.new_empty(groups.shape).bool()
-    for i, rank in enumerate(ranks):
-        mask[..., i] = rank < n
-    return mask.view(score.shape)
+    return n_of_first(groups.movedim(-1, 0), n).movedim(0, -1).reshape(score.shape)
+
+
+def n_of_first(score: Tensor, n: int) -> Tensor:
+    """Mask (m, ...) of the `n` smallest scores along the first dimension, which is short."""
+    import torch
+
+    if score.device.type != "cpu":
+        return _first_when_sorted(score.movedim(0, -1), n).movedim(-1, 0)
+    score = score.contiguous()
+    if score.dtype == torch.bfloat16:  # unknown to numpy
+        score = score.float()
+    rank = torch.zeros_like(score, dtype=torch.uint8)  # how many of its group come before it
+    # numpy's operations cost a fraction of torch's to call, and the arrays are small
+    scores, ranks = score.numpy(), rank.numpy()
+    for right in range(1, len(scores)):
+        left_first = scores[:right] <= scores[right]
+        ranks[right] += left_first.sum(0, dtype=ranks.dtype)
+        ranks[:right] += ~left_first
+    return rank < n
+
+
+def _first_when_sorted(score: Tensor, count: int) -> Tensor:
+    """Mask of the `count` smallest along the last dimension, without the host looking at it."""
+    import torch
+
+    first = score.sort(dim=-1, stable=True).indices[..., :count]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)

@@ -1,0 +1,157 @@
+"""The masks of saved, pruned checkpoints, one tensor at a time: no model stands in memory whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.errors import UserError
+from lib.heatmaps import place
+from lib.runs import RESULTS, load_runs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+POSITIONS = "positions"  # the tensor that stands beside the values of a packed 2:4 linear
+FEWEST_ZEROS = 0.01  # share of a matrix from which on it counts as pruned
+
+
+@dataclass
+class Count:
+    """What two masks share, in weights; of one matrix, or added up over several."""
+
+    weights: int = 0
+    kept_first: int = 0
+    kept_second: int = 0
+    both: int = 0
+    expected: float = 0.0  # of `both`, were the masks independent within each matrix
+
+    def __iadd__(self, other: Count) -> Count:
+        self.weights += other.weights
+        self.kept_first += other.kept_first
+        self.kept_second += other.kept_second
+        self.both += other.both
+        self.expected += other.expected
+        return self
+
+    @property
+    def kept(self) -> float:
+        """Share of the weights that a mask keeps, mean of the two."""
+        return (self.kept_first + self.kept_second) / (2 * self.weights)
+
+    @property
+    def overlap(self) -> float:
+        """Share of the kept weights that both keep."""
+        return 2 * self.both / max(1, self.kept_first + self.kept_second)
+
+    @property
+    def chance(self) -> float:
+        """What `overlap` would be for independent masks of the same sparsity."""
+        return 2 * self.expected / max(1, self.kept_first + self.kept_second)
+
+
+def compare(first: Tensor, second: Tensor) -> Count:
+    """Count what two boolean tensors, True where a weight is kept, have in common."""
+    weights, a, b = first.numel(), int(first.sum()), int(second.sum())
+    return Count(weights, a, b, int((first & second).sum()), a * b / weights)
+
+
+class Checkpoint:
+    """A folder of safetensors, sharded or not, or a run folder that names one."""
+
+    def __init__(self, path: str | Path, files: ExitStack) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = Path(path)
+        self.label = self.path.name
+        self.calibration: str | None = None  # known where the path is a run folder
+        folder = self._folder()
+        self._file_of = {}  # tensor name -> open file
+        for shard in sorted(folder.glob("*.safetensors")):
+            try:
+                file = files.enter_context(safe_open(shard, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"RUN {self.path}: {shard.name} can't be read ({error}); save it again"
+                ) from error
+            self._file_of.update(dict.fromkeys(file.keys(), file))
+        if not self._file_of:
+            raise UserError(f"RUN {self.path}: holds no *.safetensors; name a saved model's folder")
+
+    def _folder(self) -> Path:
+        if not self.path.is_dir():
+            raise UserError(f"RUN {self.path}: no such folder; name a saved model's folder")
+        if any(self.path.glob("*.safetensors")) or not (self.path / RESULTS).is_file():
+            return self.path
+        run = load_runs([self.path])[0]
+        saved = run.record.get("flags", {}).get("save_model")
+        if not saved:
+            raise UserError(f"RUN {self.path}: saved no model; run it again with --save_model")
+        self.calibration = run.calibration
+        self.label = f"{run.calibration} (seed {run.seed})"
+        choices = [Path(saved), self.path / saved, self.path.parent / Path(saved).name]
+        found = next((choice for choice in choices if choice.is_dir()), None)
+        if found is None:
+            raise UserError(f"RUN {self.path}: its model {saved} is gone; run it again")
+        return found
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The matrices, two- or three-dimensional, inside the numbered blocks, by name.
+
+        A packed 2:4 matrix has the shape of the dense one it stands for.
+        """
+        found = {}
+        for name, file in self._file_of.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if place(name) and len(shape) in (2, 3) and not name.endswith(f".{POSITIONS}"):
+                packed = self._positions(name) is not None
+                found[name] = (shape[0], 2 * shape[1]) if packed else shape
+                if f"{name}.absmax" in self._file_of:
+                    raise UserError(
+                        f"RUN {self.path}: {name} is stored in 4 bits, its zeros can't be told; "
+                        "save the pruned model unquantised"
+                    )
+        return found
+
+    def kept(self, name: str) -> Tensor:
+        """True where a weight of this matrix is not zero."""
+        weight, positions = self._file_of[name].get_tensor(name), self._positions(name)
+        if positions is not None:
+            from lib.packing import unpack
+
+            weight = unpack(weight, self._file_of[positions].get_tensor(positions))
+        return weight != 0
+
+    def _positions(self, name: str) -> str | None:
+        """The tensor that says where the values of a packed 2:4 matrix belong, if it is one."""
+        positions = f"{name.rpartition('.')[0]}.{POSITIONS}"
+        return positions if name.endswith(".weight") and positions in self._file_of else None
+
+
+def pruned_matrices(
+    checkpoints: Sequence[Checkpoint],
+) -> Iterator[tuple[str, list[Tensor] | None]]:
+    """(name, what each checkpoint keeps) of each matrix; None for one that is not pruned in all.
+
+    UserError naming the tensor where the checkpoints are not of one shape.
+    """
+    shapes = [checkpoint.shapes() for checkpoint in checkpoints]
+    first = checkpoints[0]
+    for checkpoint, mine in zip(checkpoints[1:], shapes[1:], strict=True):
+        for name in sorted(shapes[0].keys() | mine.keys()):
+            if mine.get(name) != shapes[0].get(name):
+                raise UserError(
+                    f"RUN {checkpoint.path}: tensor {name} is {_shape(mine.get(name))} here but "
+                    f"{_shape(shapes[0].get(name))} in {first.path}; compare prunings of one model"
+                )
+    for name in sorted(shapes[0], key=lambda name: (place(name)[0], name)):
+        masks = [checkpoint.kept(name) for checkpoint in checkpoints]
+        pruned = all((~mask).float().mean() > FEWEST_ZEROS for mask in masks)
+        yield name, masks if pruned else None
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " x ".join(map(str, shape))

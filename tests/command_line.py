@@ -1,0 +1,65 @@
+"""main.py called as a user calls it: in this process (fast) or in one of its own (real)."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import main
+from lib import command
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command ended and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def complaints(self) -> list[str]:
+        """Lines on stderr that are neither progress nor argparse's usage."""
+        lines = [line.rpartition("\r")[2] for line in self.err.splitlines()]
+        usage = next((i for i, line in enumerate(lines) if line.startswith("usage:")), len(lines))
+        said = lines[:usage] + [line for line in lines[usage + 1 :] if not line.startswith(" ")]
+        return [line for line in said if line.strip() and "%|" not in line]
+
+
+def call(*argv: object) -> Done:
+    """Run main.py's main in this process, with its error handling and exit status."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = command.run(main.main, [str(part) for part in argv])
+        except SystemExit as left:  # argparse
+            status = left.code
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def start(code: list[str], folder: Path, **environment: str) -> subprocess.Popen:
+    """Start `python CODE...` from the root, with one thread and caches in `folder`."""
+    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
+    return subprocess.Popen(
+        [sys.executable, *code],
+        cwd=folder,
+        env=os.environ | settings | {"PYTHONPATH": str(ROOT)} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def spawn(argv: list[object], folder: Path) -> Done:
+    """Run `python main.py ARGV...` in a process of its own, from `folder`, to its end."""
+    process = start([str(ROOT / "main.py"), *map(str, argv)], folder)
+    out, err = process.communicate(timeout=120)
+    return Done(process.returncode, out, err)
