@@ -14,26 +14,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib.command import run
 from lib.flags import build_parser, check_flags
 from lib.methods import Recipe
 from lib.sparsity import Sparsity
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    job = Job(args)
-    job.check()
-    job.load()
-    if not args.eval_only:
-        job.prune()
-    job.evaluate()
-    job.record()
-    if args.save_model:
-        job.save()
+    Job(args).run()
 
 
 class Job:
@@ -46,6 +42,17 @@ class Job:
         self.recipe = Recipe(args.prune_method, options) if args.prune_method else None
         self.calibrated = bool(self.recipe and self.recipe.observes)
         self.seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        """All steps of the run."""
+        self.check()
+        self.load()
+        if not self.args.eval_only:
+            self.prune()
+        self.evaluate()
+        self.record()
+        if self.args.save_model:
+            self.save()
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -73,15 +80,19 @@ class Job:
             check_source(source, "test")
 
         from lib import model
+        from lib.bos import forced_bos
+        from lib.quantised import check_format
 
         model.quiet()
         self.device = model.pick_device(args.device)
         self.config = model.load_config(args.model, args.cache_dir, args.trust_remote_code)
+        check_format(args.model, self.config, args.load_bit)
         self.tokenizer = model.load_tokenizer(args.model, args.cache_dir, args.trust_remote_code)
         self.seqlen = model.window_length(self.config, args.seqlen)
         self.batch_size = args.batch_size or model.default_batch_size(self.device, self.seqlen)
         self.skeleton = model.skeleton(self.config, args.trust_remote_code)
         self.blocks_name, _ = model.decoder_blocks(self.skeleton)
+        self.bos = forced_bos(self.tokenizer) if args.bos == "always" else None
         self.read_texts()
 
     def read_texts(self) -> None:
@@ -91,9 +102,11 @@ class Job:
         self.windows, self.calibration = None, None
         if self.calibrated:
             self.windows, self.calibration = calibration_windows(
-                self.sources, self.tokenizer, args.nsamples, self.seqlen, args.seed
+                self.sources, self.tokenizer, args.nsamples, self.seqlen, args.seed, self.bos
             )
-        self.test_sets = [test_set(source, self.tokenizer, self.seqlen) for source in self.tests]
+        self.test_sets = [
+            test_set(source, self.tokenizer, self.seqlen, self.bos) for source in self.tests
+        ]
 
     def load(self) -> None:
         from lib import model
@@ -105,23 +118,41 @@ class Job:
         if args.offload:
             where = device_map(self.skeleton, self.blocks_name, self.device, "disk")
         with self.timed("load"):
-            self.model = model.load_model(
-                args.model,
-                self.config,
-                dtype=model.pick_dtype(args.dtype, self.config, self.device),
-                device_map=where,
-                offload=args.offload,
-                load_bit=args.load_bit,
-                cache_dir=args.cache_dir,
-                trust_remote_code=args.trust_remote_code,
-            )
+            self.model = self.read_model(where)
         self.blocks_name, self.blocks = model.decoder_blocks(self.model)
         if args.offload:
             rounding = model.saved_dtype(args.dtype, self.config)
             placement = Placement(self.blocks, self.device, rounding, args.offload)
         self.sweep = Sweep(self.model, self.blocks, self.device, placement)
         self.sweep.verify()
+        self.settle_bos()
         self.footprint = {"before": model.footprint(self.model)}
+
+    def read_model(self, where: dict) -> nn.Module:
+        """The dense model, each part on the device that `where` says; many runs can share it."""
+        from lib import model
+
+        args = self.args
+        return model.load_model(
+            args.model,
+            self.config,
+            dtype=model.pick_dtype(args.dtype, self.config, self.device),
+            device_map=where,
+            offload=args.offload,
+            load_bit=args.load_bit,
+            cache_dir=args.cache_dir,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    def settle_bos(self) -> None:
+        """Under `--bos auto`, see whether the dense model needs windows that begin with BOS."""
+        from lib.bos import needs_bos, own_bos
+
+        bos = own_bos(self.tokenizer) if self.args.bos == "auto" else None
+        if bos is not None and needs_bos(self.sweep, self.test_sets[0].windows, bos):
+            print("the model collapses without its BOS token: every window begins with it")
+            self.bos = bos
+            self.read_texts()
 
     def prune(self) -> None:
         """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
@@ -175,6 +206,7 @@ class Job:
             "seed": args.seed,
             "versions": record.versions(),
             "device": record.device_name(self.device),
+            "bos": self.bos,
             "calibration": self.calibration,
             "evaluation": self.evaluation,
             "perplexity": {test["name"]: test["perplexity"] for test in self.evaluation},

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from lib.errors import UserError
-from lib.linears import Linear, find_linears
+from lib.linears import find_linears
+from lib.matrix import Linear
 from lib.sparsity import Sparsity
 from lib.sweep import Sweep
 

@@ -180,11 +180,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
     if args.prune_on_c4 and args.calibration_data:
         parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
-    if args.load_bit and method:
-        parser.error(
-            f"--load_bit {args.load_bit}: a quantised model can only be evaluated so far; "
-            "leave out --load_bit, or give --eval_only"
-        )
     _check_outputs(parser, args)
 
 

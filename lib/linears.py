@@ -1,14 +1,10 @@
-"""The matrices of a decoder block that can be pruned, each seen as a float32 (out, in) matrix.
-
-`nn.Linear` keeps its weight (out, in), GPT-2's `Conv1D` (in, out), a fused mixture-of-experts
-parameter (experts, out, in) or, transposed, (experts, in, out). Solvers see none of that.
-"""
+"""Which matrices of a decoder block can be pruned, and what they are multiplied with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -17,46 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from lib.matrix import Linear
+from lib.quantised import quantised_linear
+
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NARROWEST = 8  # inputs or outputs of a matrix worth pruning
-
-
-@dataclass(eq=False)
-class Linear:
-    """One prunable matrix: (a slice of) a parameter of `module`.
-
-    `name` is the full name in the model, `stage` what the linears that are reached at the same
-    point of the block's forward have in common: the name, for all experts that of their parameter.
-    """
-
-    name: str
-    stage: str
-    module: nn.Module
-    parameter: str = "weight"
-    expert: int | None = None
-    transposed: bool = False
-
-    @property
-    def stored(self) -> Tensor:
-        """The weight as the model keeps it, a view."""
-        weight = getattr(self.module, self.parameter).data
-        return weight if self.expert is None else weight[self.expert]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)"""
-        rows, columns = self.stored.shape
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    def matrix(self) -> Tensor:
-        """A float32 copy, (out, in), contiguous, on the weight's device."""
-        stored = self.stored.T if self.transposed else self.stored
-        return stored.to(torch.float32, copy=True).contiguous()
-
-    def store_(self, matrix: Tensor, rounding: torch.dtype | None = None) -> None:
-        """Write a float32 (out, in) matrix back, rounded to the dtype it will be saved in."""
-        rounded = matrix.to(rounding) if rounding else matrix
-        self.stored.copy_(rounded.T if self.transposed else rounded)
 
 
 def find_linears(block: nn.Module, prefix: str) -> tuple[list[Linear], dict[str, tuple[int, str]]]:
@@ -66,10 +27,12 @@ def find_linears(block: nn.Module, prefix: str) -> tuple[list[Linear], dict[str,
     for path, module in block.named_modules():
         name = f"{prefix}.{path}" if path else prefix
         if isinstance(module, nn.Linear | Conv1D):
-            linear = Linear(name, name, module, transposed=isinstance(module, Conv1D))
+            linear = quantised_linear(name, module) or Linear(
+                name, name, module, transposed=isinstance(module, Conv1D)
+            )
             why = _why_dense(linear.shape, experts_of.get(path.rpartition(".")[0]))
             if why:
-                left[name] = linear.stored.numel(), why
+                left[name] = prod(linear.shape), why
             else:
                 linears.append(linear)
             continue

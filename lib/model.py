@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
 from lib.loading import check_complete, check_folder, check_weights, local_only, told
+from lib.quantised import keep_layout
 
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -139,6 +140,11 @@ def load_model(
             **options,
         )
     check_complete(name, info)
+    if getattr(model, "is_quantized", False):
+        keep_layout(model)
+        for parameter in model.parameters():  # stored quantised, its other weights came as stored
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
 
 

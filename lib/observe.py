@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from lib.linears import Linear, find_linears, watch_inputs
+from lib.linears import find_linears, watch_inputs
+from lib.matrix import Linear
 from lib.methods import Recipe
 from lib.sweep import Stop, Stream, Sweep
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lib.errors import UserError
-from lib.linears import Linear, eager_experts, find_linears
+from lib.linears import eager_experts, find_linears
+from lib.matrix import Linear
 from lib.methods import Recipe
 from lib.observe import DenseTwin, Group, observe, stages
 from lib.sparsity import Sparsity
@@ -121,7 +123,7 @@ class Pruner:
             stream.calls[index] = []  # the block's recorded arguments are not needed again
         for linear in linears:
             if linear.name not in self.done.pruned:
-                self.done.leave(linear.name, linear.stored.numel(), UNREACHED)
+                self.done.leave(linear.name, prod(linear.shape), UNREACHED)
 
     @torch.no_grad()
     def _group_(self, group: Group) -> None:
@@ -173,5 +175,5 @@ def check_linear(linear: Linear, sparsity: Sparsity) -> None:
             f"--sparsity_type {sparsity.pattern}: {linear.name} has {linear.shape[1]} inputs, not "
             f"a multiple of {sparsity.m}; use --sparsity_type unstructured"
         )
-    if not linear.stored.isfinite().all():
+    if linear.stored.is_floating_point() and not linear.stored.isfinite().all():
         raise UserError(f"--model: the weight of {linear.name} holds nan or inf")
