@@ -24,6 +24,9 @@ from lib.sparsity import Sparsity
 if TYPE_CHECKING:
     from torch import nn
 
+# flags that change where a result goes and how fast, not what it is
+PLACES = ("save", "save_model", "cache_dir", "device", "offload", "resume", "eval_data", "debug")
+
 
 def main(argv: list[str]) -> None:
     parser = build_parser()
@@ -42,6 +45,7 @@ class Job:
         self.recipe = Recipe(args.prune_method, options) if args.prune_method else None
         self.calibrated = bool(self.recipe and self.recipe.observes)
         self.seconds: dict[str, float] = {}
+        self.journal = None
 
     def run(self) -> None:
         """All steps of the run."""
@@ -50,9 +54,14 @@ class Job:
         if not self.args.eval_only:
             self.prune()
         self.evaluate()
-        self.record()
-        if self.args.save_model:
-            self.save()
+        if self.team.leads:
+            self.record()
+            if self.args.save_model:
+                self.save()
+            if self.journal:
+                self.journal.remove()
+        self.team.wait()
+        self.team.close()
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -81,10 +90,12 @@ class Job:
 
         from lib import model
         from lib.bos import forced_bos
+        from lib.parallel import Team, local_device
         from lib.quantised import check_format
 
         model.quiet()
-        self.device = model.pick_device(args.device)
+        self.device = local_device(model.pick_device(args.device))
+        self.team = Team(self.device)
         self.config = model.load_config(args.model, args.cache_dir, args.trust_remote_code)
         check_format(args.model, self.config, args.load_bit)
         self.tokenizer = model.load_tokenizer(args.model, args.cache_dir, args.trust_remote_code)
@@ -150,26 +161,56 @@ class Job:
 
         bos = own_bos(self.tokenizer) if self.args.bos == "auto" else None
         if bos is not None and needs_bos(self.sweep, self.test_sets[0].windows, bos):
-            print("the model collapses without its BOS token: every window begins with it")
+            if self.team.leads:
+                print("the model collapses without its BOS token: every window begins with it")
             self.bos = bos
             self.read_texts()
 
     def prune(self) -> None:
         """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
         from lib.check import measure
+        from lib.journal import Journal
         from lib.model import saved_dtype
         from lib.progress import progress
         from lib.prune import Pruner
 
         args = self.args
         sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        rounding = saved_dtype(args.dtype, self.config)
-        pruner = Pruner(self.sweep, self.blocks_name, self.recipe, sparsity, rounding)
-        with self.timed("prune"), progress(len(self.blocks), "pruning", "block") as bar:
+        facts = self.facts()
+        self.team.agree(facts)
+        if args.resume and self.team.leads:
+            self.journal = Journal(args.resume, facts)
+        pruner = Pruner(
+            self.sweep,
+            self.blocks_name,
+            self.recipe,
+            sparsity,
+            saved_dtype(args.dtype, self.config),
+            self.team,
+            self.journal,
+        )
+        blocks = len(self.blocks)
+        with self.timed("prune"), progress(blocks, "pruning", "block", self.team.leads) as bar:
             pruned = pruner.run(self.windows, self.batch_size, advanced=bar)
-        print(*pruned.summary(), sep="\n")
-        asked = None if args.use_variant else sparsity  # the variant comes near, as published
-        measure(self.sweep, self.blocks_name, asked, frozenset(pruned.why))
+        if self.team.leads:
+            print(*pruned.summary(), sep="\n")
+            asked = None if args.use_variant else sparsity  # the variant comes near, as published
+            measure(self.sweep, self.blocks_name, asked, frozenset(pruned.why))
+
+    def facts(self) -> dict:
+        """What decides the result: the same in all processes, and when a run goes on."""
+        from lib.loading import weight_files
+        from lib.record import versions
+
+        kept = {flag: value for flag, value in vars(self.args).items() if flag not in PLACES}
+        return {
+            **{f"--{flag}": value for flag, value in kept.items()},
+            "model config": self.config.to_json_string(),
+            "weight files": weight_files(self.args.model),
+            "calibration windows": self.calibration and self.calibration["digest"],
+            "BOS": self.bos,
+            "packages": versions(),
+        }
 
     def evaluate(self) -> None:
         """Perplexity on every test set."""
@@ -178,9 +219,10 @@ class Job:
 
         self.evaluation = []
         total = sum(len(test.windows) for test in self.test_sets)
-        with self.timed("eval"), progress(total, "perplexity", "window") as bar:
+        shown = self.team.leads
+        with self.timed("eval"), progress(total, "perplexity", "window", shown) as bar:
             for test in self.test_sets:
-                found = perplexity(self.sweep, test.windows, self.batch_size, advanced=bar)
+                found = perplexity(self.sweep, test.windows, self.batch_size, self.team, bar)
                 figures = {
                     "perplexity": found.value,
                     "standard_error": found.standard_error,

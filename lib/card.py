@@ -6,6 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from lib.sources import BUILT_IN
+from lib.sparsity import UNSTRUCTURED
+
+ISO_639_1 = frozenset(
+    "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da "
+    "de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy "
+    "hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg "
+    "li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or "
+    "os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta "
+    "te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
+)
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 
 
@@ -13,12 +24,16 @@ def model_card(results: dict[str, Any], languages: list[str], extra: list[str]) 
     """Markdown that tells how the model was pruned, on what, and what it cost."""
     model, method = results["model"], results["method"]
     kind = results["sparsity_type"]
-    what = f"{results['sparsity_ratio']:.0%} of the weights" if kind == "unstructured" else kind
+    share = f"{100 * results['sparsity_ratio']:g}% of the weights"
+    what = share if kind == UNSTRUCTURED else kind
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if is_hub_id(model):
         head += [f"base_model: {model}"]
     if languages:
-        head += ["language:", *[f"- {language}" for language in languages]]
+        head += [
+            "language:",
+            *[f"- '{code}'" if code == "no" else f"- {code}" for code in languages],
+        ]
     head += ["tags:", "- pruned", "- sparse", f"- {method}", "---"]
     base = model if is_hub_id(model) else Path(model).name
     lines = [
@@ -61,10 +76,15 @@ def is_hub_id(model: str) -> bool:
 
 
 def languages_of(names: list[str]) -> list[str]:
-    """Language codes that the names of the calibration sets tell: `uk`, `c4:de`, ubertext."""
+    """Language codes that names of calibration sets tell: ubertext, `c4:de`, a folder `uk`."""
     found = []
     for name in names:
-        code = LANGUAGE_OF_SET.get(name) or re.split(r"[:_]", name.split("/")[-1])[-1]
-        if re.fullmatch(r"[a-z]{2,3}", code) and code not in found:
+        kind, _, language = name.partition(":")
+        code = LANGUAGE_OF_SET.get(name) or name.split("/")[-1]
+        if language and f"{kind}:LANGUAGE" in BUILT_IN:
+            code = re.split("[_-]", language)[0]
+        elif code not in ISO_639_1:
+            continue
+        if code not in found:
             found.append(code)
     return found

@@ -63,6 +63,4 @@ def _told(error: Exception) -> str | None:
     name = type(error).__name__
     if name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
         return f"out of memory ({error}); try a smaller --batch_size or --seqlen"
-    if name == "SafetensorError":  # how a full disk shows while weights are written
-        return str(error)
     return None

@@ -53,14 +53,11 @@ def steps(folder: Path) -> Iterator[Step]:
                 yield Step(name, ("--prune_method", method, *pruned, *text))
 
 
-def command_of(step: Step, folder: Path) -> list[str]:
-    """What a user would type, from the Python that runs this."""
+def flags_of(step: Step, folder: Path) -> list[str]:
+    """What a user would type after `python main.py`."""
     tests = [str(folder / language) for language in LANGUAGES]
     shared = ["--model", str(folder / "model"), "--device", "cpu", "--eval_data", *tests]
-    return [
-        *(sys.executable, str(PROJECT / "main.py"), *shared, *step.flags),
-        *("--save", str(folder / "runs" / step.name)),
-    ]
+    return [*shared, *step.flags, "--save", str(folder / "runs" / step.name)]
 
 
 def run_all(todo: Sequence[Step], folder: Path, at_once: int) -> None:
@@ -70,16 +67,11 @@ def run_all(todo: Sequence[Step], folder: Path, at_once: int) -> None:
     figures the same however many cores there are.
     """
     waiting, running = list(todo), {}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 step = waiting.pop(0)
-                output = (folder / "runs" / f"{step.name}.txt").open("w", encoding="utf-8")
-                with output:
-                    running[step] = subprocess.Popen(
-                        command_of(step, folder), stdout=output, stderr=output, env=environment
-                    )
+                running[step] = _start(step, folder)
             for step in [step for step, process in running.items() if process.poll() is not None]:
                 _report(step, running.pop(step).returncode, folder)
             time.sleep(0.05)
@@ -87,6 +79,13 @@ def run_all(todo: Sequence[Step], folder: Path, at_once: int) -> None:
         for process in running.values():
             process.terminate()
             process.wait()
+
+
+def _start(step: Step, folder: Path) -> subprocess.Popen:
+    line = [sys.executable, str(PROJECT / "main.py"), *flags_of(step, folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "runs" / f"{step.name}.txt").open("w", encoding="utf-8") as output:
+        return subprocess.Popen(line, stdout=output, stderr=output, env=environment)
 
 
 def _report(step: Step, status: int, folder: Path) -> None:
@@ -115,9 +114,8 @@ def prepare(folder: Path, fresh: bool) -> None:
     start = time.perf_counter()
     train = {language: some[:TRAIN_DOCUMENTS] for language, some in texts.items()}
     trained = trained_model(folder / "model", train, Recipe(), fresh)
-    print(
-        f"   trained in {time.perf_counter() - start:.0f} s" if trained else "   kept from before"
-    )
+    seconds = time.perf_counter() - start
+    print(f"   trained in {seconds:.0f} s" if trained else "   kept from before")
 
 
 def conclude(folder: Path, todo: Sequence[Step]) -> None:
@@ -149,9 +147,8 @@ def main(argv: list[str]) -> None:
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     prepare(folder, args.fresh)
     todo = list(steps(folder))
-    print(
-        f"3. Runs of main.py: {len(todo)}, one of them\n   {shlex.join(command_of(todo[-1], folder))}"
-    )
+    print(f"3. Runs of main.py: {len(todo)}, the last of them")
+    print(f"   python main.py {shlex.join(flags_of(todo[-1], folder))}", flush=True)
     run_all(todo, folder, at_once=min(2, os.cpu_count() or 1))
     conclude(folder, todo)
     print(f"done in {time.perf_counter() - start:.0f} s")

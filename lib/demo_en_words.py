@@ -17,10 +17,10 @@ TIMES = (
     "before sunset|the same evening|early on Friday|a week later|at last"
 )
 WEATHER = {
-    "January": "snow lay on the roofs|the pond was frozen|a bitter wind blew|frost covered the panes",
+    "January": "snow lay on the roofs|the pond was frozen|a bitter wind blew|frost hid the panes",
     "April": "showers came and went|the hedges turned green|lambs ran about|a cuckoo called",
-    "July": "the sun burned all day|bees hummed in the clover|thunder rolled far away|dust hung over "
-    "the road",
+    "July": "the sun burned all day|bees hummed in the clover|thunder rolled far away|dust hung "
+    "over the road",
     "October": "leaves whirled along the street|fog rose from the river|the nights grew long|rain "
     "drummed on the slates",
 }
@@ -88,8 +88,10 @@ ACTS = (
     "{time} {hero} {did} the {thing} {place}.",
     "{hero} went with {friend} to look for {thing:a} and {did} it.",
     "{friend} stared at the {thing} before {friend:he/she} {did} the {other}.",
-    "{hero} gave {friend} {thing:a}, because {friend} had always wanted {bare:a} of {friend:his/her} own.",
-    "{hero} could not {do} the {thing}, so {hero:he/she} asked {friend} to {do} it for {hero:him/her}.",
+    "{hero} gave {friend} {thing:a}, because {friend} had always wanted "
+    "{bare:a} of {friend:his/her} own.",
+    "{hero} could not {do} the {thing}, so {hero:he/she} asked {friend} to {do} it "
+    "for {hero:him/her}.",
     "{time} {hero} came home with {thing:a} under {hero:his/her} arm.",
     "{hero:he/she} did not {do} the {thing}, but {hero:he/she} {did} the {other}.",
     "{friend} put the {thing} next to the {other}.",

@@ -30,16 +30,17 @@ BEGIN, END = "<s>", "</s>"  # ids 0 and 1
 class Recipe:
     """Everything but the text that the trained weights depend on."""
 
-    vocabulary: int = 1536  # tokens
+    vocabulary: int = 1024  # tokens
     window: int = 128  # tokens
-    width: int = 128
-    inner: int = 352
+    width: int = 96
+    inner: int = 256
     blocks: int = 4
     heads: int = 4
+    spread: float = 0.02  # standard deviation of new weights
     batch: int = 16  # windows a step, half of them in either language
-    steps: int = 350
+    steps: int = 500
     warm_up: int = 20  # steps
-    rate: float = 4e-3  # peak learning rate; in the second half it falls to a twentieth
+    rate: float = 6e-3  # peak learning rate; in the second half it falls to a twentieth
     decay: float = 0.1  # of matrices
     seed: int = 0
 
@@ -123,6 +124,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCa
         num_attention_heads=recipe.heads,
         num_key_value_heads=recipe.heads,
         max_position_embeddings=recipe.window,
+        initializer_range=recipe.spread,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
@@ -153,7 +155,7 @@ def _stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     """All documents as one row of ids."""
     import torch
 
-    ids = tokenizer(list(texts), truncation=False, verbose=False).input_ids
+    ids = tokenizer(list(texts), verbose=False).input_ids
     return torch.tensor([token for document in ids for token in document])
 
 

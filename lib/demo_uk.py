@@ -33,7 +33,6 @@ DECLENSIONS = {
     "Mj": "й я єві я єм єві ї їв ям ями ях ю",
     "no": "о а у о ом і а - ам ами ах о",
     "ne": "е я ю е ем і я ів ям ями ях е",
-    "nn": "я я ю я ям і я - ям ями ях я",
 }
 ADJECTIVES = {
     "m": "ий ого ому ий им ому",
@@ -100,14 +99,11 @@ class Count:
         if "/" in spec:
             choice = 3 if few else "mfn".index(self.noun.gender) if last == 1 else 2
             return spec.split("/")[choice]
+        agreeing = {1: f"{self.noun:один/одна/одне}", 2: f"{self.noun:два/дві/два}"}
         if spec == "figures":
             number = str(self.number)
-        elif self.number == 1:
-            number = format(self.noun, "один/одна/одне")
-        elif self.number == 2:
-            number = format(self.noun, "два/дві/два")
         else:
-            number = NUMBERS[self.number]
+            number = agreeing.get(self.number) or NUMBERS[self.number]
         form = "nom" if last == 1 else "pnom" if few else "pgen"
         if last == 1 and spec == "acc":
             number, form = number.replace("одна", "одну"), "acc"
@@ -118,9 +114,10 @@ def noun(entry: str, preposition: str = "") -> Noun:
     """From `слово/код`, `називний>основа/код` (ринок>ринк/m), `слово/код/родовий множини`."""
     head, code, *plural = entry.split("/")
     nominative, _, stem = head.partition(">")
-    stem = stem or (nominative if code in "m ma mr mz Ma Mr".split() else nominative[:-1])
+    endings = DECLENSIONS[code].split()
+    stem = stem or (nominative if endings[0] == "-" else nominative[:-1])
     forms = {}
-    for case, ending in zip(CASES, DECLENSIONS[code].split(), strict=True):
+    for case, ending in zip(CASES, endings, strict=True):
         base = stem
         if case in ("dat", "loc") and ending == "і" and stem[-1] in SOFTENED:
             if code[0] == "m":
@@ -143,12 +140,11 @@ def document(rng: random.Random, characters: int) -> str:
     city, river = rng.choice(words.CITIES.split()).split("|")
     hero, friend = rng.sample(words.PEOPLE.split(), 2)
     story = {"hero": noun(hero), "friend": noun(friend), "season": season}
-    story |= {"city": noun(city), "river": noun(river)}
-    story |= {"home": noun(rng.choice(words.HOMES.split()), "у")}
+    home = noun(rng.choice(words.HOMES.split()), "у")
+    story |= {"city": noun(city), "river": noun(river), "home": home}
     story["dear"] = Phrase(rng.choice(topic["adjectives"]), noun(rng.choice(topic["things"])))
-    for who in ("hero", "friend"):
-        job = rng.choice(topic["jobs"]).split("|")
-        story[f"{who}_job"] = noun(job["mf".index(story[who].gender)])
+    for who, job in zip(("hero", "friend"), rng.sample(topic["jobs"], 2), strict=True):
+        story[f"{who}_job"] = noun(job.split("|")["mf".index(story[who].gender)])
 
     def paragraph(templates: tuple[str, ...], sentences: int) -> str:
         chosen = rng.sample(templates, sentences)
@@ -199,7 +195,5 @@ def _euphony(text: str) -> str:
     """Alternate у and в, з and із by the sounds around them."""
     vowels = "аеиіоуєїюя"
     text = re.sub(rf"(?i)(?<=[{vowels}] )у (?=[^вф{vowels}][{vowels}])", "в ", text)
-    text = re.sub(
-        rf"\b(у|У) (?=[{vowels}{vowels.upper()}])", lambda m: "в " if m[1] == "у" else "В ", text
-    )
+    text = re.sub(rf"\bу (?=[{vowels}{vowels.upper()}])", "в ", text)
     return re.sub(r"(?i)\bз (?=[зсшщ])", "із ", text)

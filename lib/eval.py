@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.errors import UserError
+from lib.parallel import Team
 from lib.sweep import Stream, Sweep
 
 LOGIT_BYTES = 2**26  # of float32 logits that stand at a time
@@ -33,25 +34,25 @@ def perplexity(
     sweep: Sweep,
     windows: Tensor,
     batch_size: int,
+    team: Team | None = None,
     advanced: Callable[[int], None] = lambda windows: None,
 ) -> Perplexity:
     """Perplexity of windows (n, tokens).
 
     Where the model stands on the device, each batch goes through all blocks and no hidden states
-    are kept; where blocks are fetched, each sees all windows before the next one is. `advanced` is
-    called with the number of windows that are done.
+    are kept; where blocks are fetched, each sees all windows before the next one is. Processes of
+    a `team` share the windows. `advanced` is called with the number of windows that are done.
     """
-    losses = []
-    whole = sweep.placement is None
-    for start in range(0, len(windows), batch_size if whole else len(windows)):
-        part = windows[start : start + batch_size] if whole else windows
-        stream = sweep.record(part, batch_size, sweep.device if whole else "cpu")
-        for index in range(len(sweep.blocks)):
-            with sweep.at_hand(index):
-                sweep.advance_(stream, index)
-        losses += [_losses(sweep, stream, batch) for batch in stream.batches]
-        advanced(len(part))
-    losses = torch.cat(losses).double()  # (windows,)
+    team = team or Team(sweep.device, alone=True)
+    losses = torch.zeros(len(windows), dtype=torch.float64, device=sweep.device)
+    mine = range(len(windows))[team.share(len(windows))]
+    step = batch_size if sweep.placement is None else max(1, len(mine))
+    for start in mine[::step]:
+        part = slice(start, min(start + step, mine.stop))
+        losses[part] = _losses_of(sweep, windows[part], batch_size)
+        advanced((part.stop - part.start) * len(windows) // len(mine))
+    for handle in team.sum_([losses]):
+        handle.wait()
     mean = losses.mean().item()
     if not math.isfinite(mean):
         raise UserError("the loss on the test text is not finite; try --dtype float32")
@@ -60,8 +61,18 @@ def perplexity(
     return Perplexity(value, value * spread, mean * len(losses) * (windows.shape[1] - 1))
 
 
+def _losses_of(sweep: Sweep, windows: Tensor, batch_size: int) -> Tensor:
+    """Mean negative log-likelihood of each window, (n,)."""
+    whole = sweep.placement is None
+    stream = sweep.record(windows, batch_size, sweep.device if whole else "cpu")
+    for index in range(len(sweep.blocks)):
+        with sweep.at_hand(index):
+            sweep.advance_(stream, index)
+    return torch.cat([_losses(sweep, stream, batch) for batch in stream.batches]).double()
+
+
 def _losses(sweep: Sweep, stream: Stream, batch: slice) -> Tensor:
-    """Mean negative log-likelihood of each window in the batch, (n,), on the host."""
+    """Mean negative log-likelihood of each window in the batch, (n,)."""
     ids = stream.windows[batch].to(sweep.device)  # (n, tokens)
     predicted = ids.shape[1] - 1
     vocabulary = sweep.model.config.get_text_config(decoder=True).vocab_size
@@ -73,4 +84,4 @@ def _losses(sweep: Sweep, stream: Stream, batch: slice) -> Tensor:
         targets = ids[:, positions + 1]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         total += loss.view(len(ids), -1).sum(1)
-    return (total / predicted).cpu()
+    return total / predicted

@@ -55,7 +55,7 @@ def _kernel() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def _one_token(planes: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """Inputs as planes (4, groups), float32 -> (out,), float32."""
     half, groups = positions.shape[1], planes.shape[1]
-    both = groups - half  # bytes that hold two groups; with an odd number of groups the last has one
+    both = groups - half  # bytes that hold two groups; the last may hold one
     bits = positions.int()  # (out, half)
     first, second = values[:, :groups], values[:, groups:]  # (out, groups)
     low = _products(planes, first, second, bits, 0, slice(0, both))

@@ -148,8 +148,12 @@ def _evaluation_flags(group) -> None:
 
 def _output_flags(group) -> None:
     group.add_argument("--save", default="out", help="folder for log_METHOD.txt and results.json")
+    group.add_argument("--save_model", help="folder for the pruned model, tokenizer and card")
     group.add_argument(
-        "--save_model", help="folder for the pruned model, its tokenizer and its card"
+        "--resume",
+        metavar="FOLDER",
+        help="keep each pruned block in this folder, so that the same command goes on after an "
+        "interruption; removed after success",
     )
     add_debug_flag(group)
 
@@ -180,20 +184,16 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
     if args.prune_on_c4 and args.calibration_data:
         parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
-    _check_outputs(parser, args)
+    if args.save_model:
+        _check_outputs(parser, args)
 
 
 def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What is saved replaces a whole folder, in which nothing else may stand that is needed."""
-    if not args.save_model:
-        return
+    saved = args.save_model
     if args.eval_only and not args.replace_sparse_layers:
-        parser.error(f"--save_model {args.save_model}: --eval_only changes no weight; leave it out")
-    target = Path(args.save_model).resolve()
-    for flag in ("save", "model", "offload"):
+        parser.error(f"--save_model {saved}: --eval_only changes no weight; leave it out")
+    for flag in ("save", "model", "offload", "resume"):
         value = getattr(args, flag)
-        if value and target in (Path(value).resolve(), *Path(value).resolve().parents):
-            parser.error(
-                f"--save_model {args.save_model}: would replace --{flag} {value}; "
-                "name another folder"
-            )
+        if value and Path(value).resolve().is_relative_to(Path(saved).resolve()):
+            parser.error(f"--save_model {saved}: would replace --{flag} {value}; move one")

@@ -83,7 +83,7 @@ class _ExpertInputs(TorchFunctionMode):
         self.see = see
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in PRODUCTS and isinstance(args[1], Tensor):
+        if func in PRODUCTS and isinstance(args[1], Tensor) and args[1].dim() == 2:
             linear = self.by_address.get(args[1].data_ptr())
             if linear is not None:
                 self.see(linear, args[0])

@@ -103,6 +103,28 @@ def local_only(name: str, cache_dir: str) -> bool:
     return False
 
 
+def access(name: str, cache_dir: str, trust_remote_code: bool) -> dict:
+    """How `from_pretrained` may come by the files of `name`."""
+    known = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    return known | {"local_files_only": local_only(name, cache_dir)}
+
+
+def quantisation(load_bit: str | None) -> dict:
+    """What `from_pretrained` is told of `--load_bit`: `4`, `8` or None."""
+    if load_bit is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    kind = BitsAndBytesConfig(
+        load_in_4bit=load_bit == "4",
+        load_in_8bit=load_bit == "8",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16",
+    )
+    return {"quantization_config": kind}
+
+
 @contextmanager
 def told(name: str, what: str, way_out: str) -> Iterator[None]:
     """Inside, whatever is raised becomes a UserError: `what` can't be loaded, why, the way out."""
@@ -148,3 +170,9 @@ def first_line(error: BaseException) -> str:
 
 def _cached(name: str, cache_dir: str) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json", cache_dir=cache_dir), str)
+
+
+def weight_files(name: str) -> dict[str, list[int]]:
+    """Size in bytes and time of change (ns) of a local model's weight files."""
+    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

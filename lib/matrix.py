@@ -45,7 +45,16 @@ class Linear:
         stored = self.stored.T if self.transposed else self.stored
         return stored.to(torch.float32, copy=True).contiguous()
 
-    def store_(self, matrix: Tensor, rounding: torch.dtype | None = None) -> None:
-        """Write a float32 (out, in) matrix back, rounded to the dtype it will be saved in."""
-        rounded = matrix.to(rounding) if rounding else matrix
-        self.stored.copy_(rounded.T if self.transposed else rounded)
+    def wire(self, matrix: Tensor | None = None, rounding: torch.dtype | None = None) -> Tensor:
+        """(out, in) as it travels between processes and is kept: in the dtype it is saved in.
+
+        Without a matrix, an empty one to receive into.
+        """
+        dtype = rounding or self.stored.dtype
+        if matrix is None:
+            return torch.empty(self.shape, dtype=dtype, device=self.stored.device)
+        return matrix.to(dtype)
+
+    def store_(self, wire: Tensor) -> None:
+        """Write an (out, in) matrix back."""
+        self.stored.copy_(wire.T if self.transposed else wire)

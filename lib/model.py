@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from lib.errors import UserError
-from lib.loading import check_complete, check_folder, check_weights, local_only, told
+from lib.loading import access, check_complete, check_folder, check_weights, quantisation, told
 from lib.quantised import keep_layout
 
 LONGEST_DEFAULT_WINDOW = 4096
@@ -46,16 +47,16 @@ def load_config(name: str, cache_dir: str, trust_remote_code: bool):
     """The model's config, before any weight is read. UserError where it can't be had."""
     check_folder(name)
     check_weights(name)
-    options = _access(name, cache_dir, trust_remote_code)
     with told(name, "its config.json", "check that file and the installed transformers"):
-        return AutoConfig.from_pretrained(name, **options)
+        return AutoConfig.from_pretrained(name, **access(name, cache_dir, trust_remote_code))
 
 
 def load_tokenizer(name: str, cache_dir: str, trust_remote_code: bool):
     """The model's tokenizer; UserError where it has none."""
-    options = _access(name, cache_dir, trust_remote_code)
     with told(name, "its tokenizer", "put the tokenizer's files beside the weights"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **access(name, cache_dir, trust_remote_code)
+        )
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
         raise UserError(f"--model {name}: its tokenizer turns text into no tokens")
     return tokenizer
@@ -115,17 +116,6 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model in eval mode, where `device_map` says. UserError where weights are damaged."""
-    options = {}
-    if load_bit:
-        from transformers import BitsAndBytesConfig
-
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=load_bit == "4",
-            load_in_8bit=load_bit == "8",
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
     with told(name, "its weights", "are they complete? download them again"):
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -136,8 +126,8 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
-            **_access(name, cache_dir, trust_remote_code),
-            **options,
+            **access(name, cache_dir, trust_remote_code),
+            **quantisation(load_bit),
         )
     check_complete(name, info)
     if getattr(model, "is_quantized", False):
@@ -149,10 +139,16 @@ def load_model(
 
 
 def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Write the model into `folder` in `dtype`, as safetensors, shard by shard where offloaded."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and not tensor.is_meta:
-            tensor.data = tensor.data.to(dtype)
+    """Write the model into `folder` in `dtype`, as safetensors, shard by shard where offloaded.
+
+    What the architecture keeps in float32 whatever the dtype (some routers) stays so.
+    """
+    strict = set(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not (
+            parameter.is_meta or strict.intersection(name.split("."))
+        ):
+            parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
     offloaded = any(tensor.is_meta for tensor in model.parameters())
     with warnings.catch_warnings():  # that offloaded shards pass through memory, which is wanted
@@ -191,15 +187,10 @@ def footprint(model: nn.Module) -> int:
 
 
 def quiet() -> None:
-    """No bars or advice of transformers' own between ours; bars of downloads stay."""
+    """No bars or advice of other packages between ours; bars of downloads stay."""
     transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every cast
     downloads = not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # the hub's too
     if downloads:
         enable_progress_bars()
-
-
-def _access(name: str, cache_dir: str, trust_remote_code: bool) -> dict:
-    """How `from_pretrained` may come by the files of `name`."""
-    known = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    return known | {"local_files_only": local_only(name, cache_dir)}

@@ -13,22 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from lib.groups import Group
 from lib.linears import find_linears, watch_inputs
 from lib.matrix import Linear
 from lib.methods import Recipe
 from lib.sweep import Stop, Stream, Sweep
-
-
-@dataclass
-class Group:
-    """Linears that share an input, and the method's statistics of that input."""
-
-    linears: list[Linear]
-    method: object
-
-    @property
-    def names(self) -> str:
-        return ", ".join(linear.name for linear in self.linears)
 
 
 @dataclass

@@ -12,10 +12,18 @@ LOG_SECONDS = 30  # between two lines where stderr is not a terminal
 
 
 @contextmanager
-def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(
+    total: int, what: str, unit: str, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
     """A call that is told how many more of `total` are done, shown on stderr."""
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(
-        total=total, desc=what, unit=unit, mininterval=seconds, maxinterval=seconds, smoothing=0.1
+        total=total,
+        desc=what,
+        unit=unit,
+        mininterval=seconds,
+        maxinterval=seconds,
+        smoothing=0.1,
+        disable=not shown,
     ) as bar:
         yield bar.update

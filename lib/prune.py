@@ -2,60 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from lib.errors import UserError
+from lib.groups import Group, SharedWeights, check_linear, merge
+from lib.journal import Journal
 from lib.linears import eager_experts, find_linears
 from lib.matrix import Linear
 from lib.methods import Recipe
-from lib.observe import DenseTwin, Group, observe, stages
+from lib.observe import DenseTwin, observe, stages
+from lib.outcome import UNREACHED, Pruned
+from lib.parallel import Team
 from lib.sparsity import Sparsity
 from lib.sweep import Stream, Sweep
-
-UNREACHED = "no calibration token reached it, or it is used without being called"
-
-
-@dataclass
-class Pruned:
-    """What was done: sizes in weights of what was pruned and left dense, and why it was left."""
-
-    pruned: dict[str, int] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def leave(self, name: str, size: int, why: str) -> None:
-        self.left[name] = size
-        self.why[name] = why
-
-    def summary(self) -> list[str]:
-        """What a user should know, a line each: nothing is left dense silently."""
-        pruned, left = sum(self.pruned.values()), sum(self.left.values())
-        lines = [
-            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
-            f"left {left:,} weights of the blocks dense"
-        ]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.why.items():
-            reasons.setdefault(why, []).append(name)
-        for why, names in reasons.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"left dense, {why}: {', '.join(names[:3])}{more}")
-        return lines + self.notes
 
 
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
     `rounding`: the dtype in which the model will be saved, to which pruned weights are rounded.
-    What was done is in `done`.
+    `team`: the processes that share the work. `journal`, of the one that leads: keeps every
+    finished block, and gives back those of an interrupted run. What was done is in `done`.
     """
 
     def __init__(
@@ -65,15 +38,20 @@ class Pruner:
         recipe: Recipe,
         sparsity: Sparsity,
         rounding: torch.dtype | None = None,
+        team: Team | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.sweep = sweep
         self.blocks_name = blocks_name
         self.recipe = recipe
         self.sparsity = sparsity
         self.rounding = rounding
+        self.team = team or Team(sweep.device, alone=True)
+        self.journal = journal
         self.done = Pruned()
-        self.shared = _Shared(sweep.blocks)
+        self.shared = SharedWeights(sweep.blocks)
 
+    @torch.no_grad()
     def run(
         self,
         windows: Tensor | None,
@@ -90,44 +68,89 @@ class Pruner:
         with eager_experts(self.sweep.model):
             stream = dense = None
             if self.recipe.observes:
-                stream = self.sweep.record(windows, batch_size, keep_on)
+                mine = windows[self.team.share(len(windows))]
+                self.idle = not len(mine)  # more processes than windows: watch one, count none
+                stream = self.sweep.record(windows[:1] if self.idle else mine, batch_size, keep_on)
             if self.recipe.dense_stream:
                 dense = replace(stream, hidden=stream.hidden.clone())
             for index in range(len(self.sweep.blocks)):
+                self.team.place = f"block {index}"
                 with self.sweep.at_hand(index, keep=True):
                     self._block_(index, stream, dense)
                 advanced(1)
         return self.done
 
     def _block_(self, index: int, stream: Stream | None, dense: Stream | None) -> None:
-        """Prune one block, and take the streams through it."""
+        """Prune one block, or take it from the journal, and take the streams through it."""
         sweep, prefix = self.sweep, f"{self.blocks_name}.{index}"
-        block = sweep.blocks[index]
-        linears, left = find_linears(block, prefix)
+        linears, left = find_linears(sweep.blocks[index], prefix)
+        for name, (size, why) in left.items():
+            self.done.leave(name, size, why)
         linears = [linear for linear in linears if self.shared.open(linear)]
         for linear in linears:
             check_linear(linear, self.sparsity)
-        for name, (size, why) in left.items():
-            self.done.leave(name, size, why)
-        if stream is None:
-            for linear in linears:
-                self._group_(Group([linear], self.recipe(linear.shape[1], sweep.device)))
+        twin = DenseTwin.of(dense, sweep.blocks[index], prefix) if dense else None
+        kept = self.journal.read(index) if self.journal else None
+        names = self.team.gathered(None if kept is None else sorted(kept))[0]
+        if names is not None:
+            for linear in (linear for linear in linears if linear.name in names):
+                wire = linear.wire(rounding=self.rounding)
+                self._store_(linear, self.team.broadcast_(kept[linear.name] if kept else wire, 0))
         else:
-            twin = DenseTwin.of(dense, block, prefix) if dense else None
-            for lot in stages(sweep, stream, index, linears, self.recipe):
-                for group in observe(sweep, stream, index, lot, self.recipe, twin):
-                    self._group_(group)
-            if twin:
-                sweep.advance_(dense, index, twin.block)
-            sweep.advance_(stream, index)
-            stream.calls[index] = []  # the block's recorded arguments are not needed again
+            written = self._prune_block_(index, linears, stream, twin)
+            if self.journal:
+                self.journal.write(index, written)
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
+        if twin:
+            sweep.advance_(dense, index, twin.block)
+        if stream:
+            sweep.advance_(stream, index)
+            stream.calls[index] = []  # the block's recorded arguments are not needed again
 
-    @torch.no_grad()
-    def _group_(self, group: Group) -> None:
-        """Prune the linears of a group by its statistics, in place."""
+    def _prune_block_(
+        self, index: int, linears: list[Linear], stream: Stream | None, twin: DenseTwin | None
+    ) -> dict[str, Tensor]:
+        """Observe and prune, lot by lot; {linear's name: what was stored in it}."""
+        if stream is None:
+            device = self.sweep.device
+            groups = [Group([one], self.recipe(one.shape[1], device)) for one in linears]
+            return self._solve_(groups)
+        written: dict[str, Tensor] = {}
+        for lot in stages(self.sweep, stream, index, linears, self.recipe):
+            groups = observe(self.sweep, stream, index, lot, self.recipe, twin)
+            if self.idle:
+                for group in groups:
+                    group.forget_()
+            written |= self._solve_(merge(groups, lot, self.recipe, self.sweep.device, self.team))
+        return written
+
+    def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
+        """Solve this process's groups, and store those of all processes."""
+        sums = [self.team.sum_(group.method.statistics()) for group in groups]
+        owners = self.team.owners([group.cost for group in groups])
+        written: dict[str, Tensor] = {}
+        for group, owner, handles in zip(groups, owners, sums, strict=True):
+            for handle in handles:
+                handle.wait()
+            self.done.note(group)
+            if owner == self.team.rank:
+                for linear, wire in zip(group.linears, self._solved(group), strict=True):
+                    self._store_(linear, wire)
+                    written[linear.name] = wire
+        for group, owner in zip(groups, owners, strict=True) if self.team.size > 1 else ():
+            for linear in group.linears:
+                wire = written.get(linear.name)
+                wire = linear.wire(rounding=self.rounding) if wire is None else wire
+                wire = self.team.broadcast_(wire, owner)
+                if owner != self.team.rank:
+                    self._store_(linear, wire)
+                written[linear.name] = wire
+        return written
+
+    def _solved(self, group: Group) -> list[Tensor]:
+        """The group's matrices (out, in), pruned, in the dtype in which they travel."""
         for statistic in group.method.statistics():
             if not statistic.isfinite().all():
                 raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
@@ -135,7 +158,7 @@ class Pruner:
             matrices = [linear.matrix() for linear in group.linears]
         with record_function("solve"):
             try:
-                group.method.prune_(matrices, self.sparsity)
+                group.solver().prune_(matrices, self.sparsity)
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error
         for linear, matrix in zip(group.linears, matrices, strict=True):
@@ -143,37 +166,10 @@ class Pruner:
                 raise UserError(
                     f"{linear.name}: pruned weights are not finite; try --dtype float32"
                 )
-            linear.store_(matrix, self.rounding)
-            self.done.pruned[linear.name] = matrix.numel()
-            self.shared.close(linear)
+        wires = zip(group.linears, matrices, strict=True)
+        return [linear.wire(matrix, self.rounding) for linear, matrix in wires]
 
-
-class _Shared:
-    """Weights that several blocks share: each is pruned once, where tokens reach it first."""
-
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        count = Counter(id(p) for block in blocks for p in block.parameters())
-        self.several = {key for key, times in count.items() if times > 1}
-        self.closed: set[tuple[int, int | None]] = set()
-
-    def open(self, linear: Linear) -> bool:
-        """Whether the linear's weight is still to be pruned."""
-        return self._key(linear) not in self.closed
-
-    def close(self, linear: Linear) -> None:
-        if self._key(linear)[0] in self.several:
-            self.closed.add(self._key(linear))
-
-    def _key(self, linear: Linear) -> tuple[int, int | None]:
-        return id(getattr(linear.module, linear.parameter)), linear.expert
-
-
-def check_linear(linear: Linear, sparsity: Sparsity) -> None:
-    """UserError where the linear's weights are not finite or can't carry the N:M pattern."""
-    if sparsity.m and linear.shape[1] % sparsity.m:
-        raise UserError(
-            f"--sparsity_type {sparsity.pattern}: {linear.name} has {linear.shape[1]} inputs, not "
-            f"a multiple of {sparsity.m}; use --sparsity_type unstructured"
-        )
-    if linear.stored.is_floating_point() and not linear.stored.isfinite().all():
-        raise UserError(f"--model: the weight of {linear.name} holds nan or inf")
+    def _store_(self, linear: Linear, wire: Tensor) -> None:
+        linear.store_(wire)
+        self.done.pruned[linear.name] = wire.numel()
+        self.shared.close(linear)

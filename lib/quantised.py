@@ -18,8 +18,15 @@ from lib.matrix import Linear
 FORMATS = ("bitsandbytes",)
 
 
+class _Quantised(Linear):
+    """Between processes and in a journal it travels in float32: its codes are made on arrival."""
+
+    def wire(self, matrix: Tensor | None = None, rounding: torch.dtype | None = None) -> Tensor:
+        return super().wire(matrix, torch.float32)
+
+
 @dataclass(eq=False)
-class Linear4bit(Linear):
+class Linear4bit(_Quantised):
     """bitsandbytes' Linear4bit: codes of 4 bits, two in a byte, with a scale for each block."""
 
     @property
@@ -32,16 +39,16 @@ class Linear4bit(Linear):
         weight = self.module.weight
         return dequantize_4bit(weight.data, weight.quant_state).to(torch.float32, copy=True)
 
-    def store_(self, matrix: Tensor, rounding: torch.dtype | None = None) -> None:
+    def store_(self, wire: Tensor) -> None:
         from bitsandbytes.nn import Params4bit
 
         weight, before = self.module.weight, self.matrix()
-        if _only_dropped(before, matrix):
-            self._drop_(matrix == 0)
+        if _only_dropped(before, wire):
+            self._drop_(wire == 0)
             return
         state = weight.quant_state
         weight = Params4bit(
-            matrix.to("cpu", state.dtype),  # quantised when it is moved to its device
+            wire.to("cpu", state.dtype),  # quantised when it is moved to its device
             requires_grad=False,
             blocksize=weight.blocksize,
             compress_statistics=weight.compress_statistics,
@@ -62,20 +69,20 @@ class Linear4bit(Linear):
 
 
 @dataclass(eq=False)
-class Linear8bit(Linear):
+class Linear8bit(_Quantised):
     """bitsandbytes' Linear8bitLt: int8 with a scale for each row, the row's largest weight."""
 
     def matrix(self) -> Tensor:
         codes, scale = self._codes()
         return codes.float() * (scale.float() / 127).unsqueeze(1)
 
-    def store_(self, matrix: Tensor, rounding: torch.dtype | None = None) -> None:
+    def store_(self, wire: Tensor) -> None:
         codes, scale = self._codes()
-        if not _only_dropped(self.matrix(), matrix):
-            largest = matrix.abs().amax(1)
+        if not _only_dropped(self.matrix(), wire):
+            largest = wire.abs().amax(1)
             scale.copy_(torch.where(largest > 0, largest, 1))
-            codes.copy_((matrix * (127 / scale).unsqueeze(1)).round())
-        codes.masked_fill_(matrix == 0, 0)
+            codes.copy_((wire * (127 / scale).unsqueeze(1)).round())
+        codes.masked_fill_(wire == 0, 0)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
         """Codes (out, in) and scales (out,), wherever bitsandbytes keeps them by now."""

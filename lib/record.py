@@ -75,10 +75,19 @@ def write_log(folder: Path, method: str, sparsity: float, perplexities: dict[str
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
-    """results.json, whole or not at all."""
+    """results.json, whole or not at all; nan and inf, which JSON does not know, as null."""
     path = folder / "results.json"
-    write_text(path, json.dumps(results, indent=2, ensure_ascii=False, default=str) + "\n")
+    text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    write_text(path, text + "\n")
     return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_summary(results: dict[str, Any]) -> None:
@@ -91,8 +100,10 @@ def print_summary(results: dict[str, Any]) -> None:
     print(f"time: {spent}; peak memory: host {gib(memory['host'])}", end="")
     print(f", device {gib(memory['device'])}" if memory["device"] else "")
     for test in results["evaluation"]:
-        spread = f"+- {test['standard_error']:.2f}, {test['bits_per_byte']:.4f} bits per byte"
-        print(f"{test['name']}: {test['windows']} windows, {test['tokens']} tokens, {spread}")
+        size = f"{test['windows']} windows, {test['tokens']} tokens"
+        print(f"{test['name']}: {size}, {test['bits_per_byte']:.4f} bits per byte", end="")
+        error = test["standard_error"]  # nan for a single window
+        print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
     for name, value in results["perplexity"].items():
         print(f"perplexity {name}: {value:.4f}")
 

@@ -1,12 +1,14 @@
-"""Tests run from the repository root, offline, on two threads and without progress bars."""
+"""Tests run from the repository root, offline, on one thread and without progress bars."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of transformers or datasets
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# before the first import of torch, transformers or datasets; commands run by tests inherit it
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # on tensors this small a second thread only waits
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
@@ -15,5 +17,5 @@ for folder in (ROOT, ROOT / "tests"):
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 logging.disable_progress_bar()

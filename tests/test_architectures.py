@@ -66,7 +66,8 @@ def matrices(model: PreTrainedModel) -> dict[str, Tensor]:
             found[f"{path}.weight"] = module.weight
         elif kind.endswith("Experts"):
             found |= {f"{path}.{n}": p for n, p in module.named_parameters() if p.dim() == 3}
-    return {name: weight for name, weight in found.items() if "expert_gate" not in name}
+    routers = ("router", "expert_gate")
+    return {name: w for name, w in found.items() if not any(word in name for word in routers)}
 
 
 def told_of(parameter: str, names: Iterable[str]) -> bool:
@@ -131,6 +132,28 @@ def check_pruned_and_reloaded(
         if name not in touched:
             assert torch.equal(tensor, original[name]), name
     return again, done
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE", "GPT-OSS"])
+def test_each_expert_is_pruned_by_the_tokens_routed_to_it(name: str) -> None:
+    dense, model = ALL[name](), ALL[name]()
+    pruned(model, "wanda")
+    path, experts = next(
+        (path, module) for path, module in dense.named_modules() if path.endswith("experts")
+    )
+    calls = []
+    experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    with torch.no_grad():
+        dense(input_ids=windows(5), use_cache=False)
+    hidden, chosen, *_ = calls[0]  # (tokens, hidden), (tokens, experts per token)
+    for expert in range(4):
+        x = hidden[(chosen == expert).any(-1)]
+        before = experts.gate_up_proj[expert]
+        after = model.get_submodule(path).gate_up_proj[expert]
+        if name == "GPT-OSS":  # keeps (in, out)
+            before, after = before.T, after.T
+        lowest = (before.abs() * x.norm(dim=0)).argsort()[:, : x.shape[1] // 2]
+        assert torch.equal(after, before.scatter(1, lowest, 0))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -104,10 +104,10 @@ FLAGS = {
     "empty data": (["--eval_data", ""], ["--eval_data", "empty"]),
     "unknown flag": (["--nosuch"], ["--nosuch"]),
     "abbreviated flag": (["--nsample", "8"], ["--nsample"]),
-    "saving over the model": (["--save_model", "M"], ["--save_model M", "--model M", "another"]),
+    "saving over the model": (["--save_model", "M"], ["--save_model M", "--model M"]),
     "saving over the results": (
         ["--save_model", "out", "--save", "out/log"],
-        ["--save_model out", "--save out/log", "another folder"],
+        ["--save_model out", "--save out/log"],
     ),
 }
 
@@ -447,7 +447,10 @@ def test_a_target_that_holds_something_else(
     thesis.write_text("kept")
     given = ["--model", model, "--calibration_data", texts, *WANDA]
     done = call(*given, "--save_model", thesis.parent)
-    complaint(done, 1, f"--save_model {thesis.parent}: ", "not a model", "name another folder")
+    complaint(done, 1, f"--save_model {thesis.parent}: ", "thesis.tex", "name another folder")
+    (thesis.parent / "config.json").write_text("{}")  # a model, but not only
+    done = call(*given, "--save_model", thesis.parent)
+    complaint(done, 1, f"--save_model {thesis.parent}: ", "thesis.tex", "would be lost")
     assert thesis.read_text() == "kept"
 
 
@@ -472,6 +475,16 @@ def test_weights_that_are_not_finite(
     done = call("--model", folder, "--prune_method", method, *given)
     complaint(done, 1, "model.layers.1.mlp.up_proj", "nan or inf")
     assert not Path("new").exists()
+
+
+def test_an_unpruned_model_that_is_not_finite(texts: Path, tmp_path: Path) -> None:
+    given = ["--eval_only", "--eval_data", texts, *QUICK]
+    for name, value in (("nan", float("nan")), ("huge", 1e38)):
+        damaged = tiny.tiny_llama()
+        damaged.model.layers[1].mlp.gate_proj.weight.data *= value
+        folder = tiny.write_model(tmp_path / name, damaged)
+        named = "gate_proj holds nan or inf" if name == "nan" else "down_proj: activations are not"
+        complaint(call("--model", folder, *given), 1, f"model.layers.1.mlp.{named}")
 
 
 @pytest.mark.parametrize("method", CALIBRATED)

@@ -90,6 +90,8 @@ ZAMBA |= dict(num_key_value_heads=4, n_mamba_heads=8, mamba_d_state=8, chunk_siz
 HYBRID_SPECS: dict[str, tuple[str, dict]] = {
     "GPT-OSS": ("gpt_oss", EXPERTS | MIXED | dict(head_dim=8, rope_parameters=ROPE)),
     "GraniteMoE": ("granitemoe", EXPERTS),
+    "JetMoE": ("jetmoe", EXPERTS | dict(kv_channels=8)),
+    "PhiMoE": ("phimoe", EXPERTS),
     "DeepSeek-V3": ("deepseek_v3", LATENT | GROUPED),
     "Gemma 3n": ("gemma3n_text", PER_LAYER | dict(sliding_window=WINDOW)),
     "Mamba": ("mamba", dict(state_size=8, time_step_rank=8)),

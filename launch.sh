@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Everything that can be run, by name; without a name, the list of it. Works from any folder.
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python3}
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+
+list() {
+    cat <<'LIST'
+bash launch.sh NAME ...          further flags go to the command behind it; --help shows them
+
+  demo                           the whole job in small, on a text and a model that it makes
+
+  unstructured MODEL             SparseGPT, half of the weights
+  semistructured MODEL           SparseGPT, 2:4, with packed linears
+  c4 MODEL                       SparseGPT, half of the weights, calibrated on English C4
+  dense MODEL                    perplexity of the model as it is
+
+  sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
+  languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
+  report RUN ...                 table and pictures of finished runs
+  unpack IN OUT                  a packed 2:4 model as a plain dense one
+  bench                          speed and memory, beside llm-compressor
+
+MODEL: hub id or local folder. PYTHON=... chooses the interpreter (default: python3).
+LIST
+}
+
+fail() {
+    echo "launch.sh: $1" >&2
+    exit 2
+}
+
+# -P: a folder from which this is called must not hide this package's modules
+module() { exec "$python" -P -m "lib.$name" "$@"; }
+
+recipe() { # main.py's flags in one string, then MODEL and what the user adds
+    local flags
+    read -ra flags <<<"$1"
+    shift
+    [[ $# -gt 0 && $1 != -* ]] || fail "$name: needs a model: bash launch.sh $name MODEL [flags]"
+    exec "$python" "$here/main.py" --model "$1" "${flags[@]}" --save "out/$name" "${@:2}"
+}
+
+name=${1:-}
+[[ $# -eq 0 ]] || shift
+case $name in
+    "" | help | -h | --help) list ;;
+    demo | languages | report | unpack) module "$@" ;;
+    sweep) name=grid && module "$@" ;;
+    bench) exec "$python" "$here/tests/bench.py" "$@" ;;
+    unstructured) recipe "--prune_method sparsegpt" "$@" ;;
+    semistructured)
+        recipe "--prune_method sparsegpt --sparsity_type 2:4 --replace_sparse_layers" "$@"
+        ;;
+    c4) recipe "--prune_method sparsegpt --prune_on_c4" "$@" ;;
+    dense) recipe "--eval_only" "$@" ;;
+    *) fail "unknown name '$name'; bash launch.sh alone lists them" ;;
+esac

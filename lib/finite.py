@@ -1,0 +1,52 @@
+"""Where numbers stop being finite: in a linear's weight, or in what flows into it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib.errors import UserError
+from lib.linears import find_linears, watch_inputs
+from lib.sweep import Stop, Sweep
+
+
+def check_weights(sweep: Sweep) -> None:
+    """UserError naming the first linear of the decoder blocks whose weight holds nan or inf."""
+    for index, block in enumerate(sweep.blocks):
+        with sweep.at_hand(index):
+            for linear in find_linears(block, f"{blocks_name(sweep)}.{index}")[0]:
+                weight = linear.stored
+                if weight.is_floating_point() and not weight.isfinite().all():
+                    raise UserError(
+                        f"--model {sweep.model.name_or_path}: the weight of {linear.name} holds "
+                        "nan or inf; download the model again"
+                    )
+
+
+def blocks_name(sweep: Sweep) -> str:
+    """Full name of the list of decoder blocks, as `model.layers`."""
+    return next(name for name, module in sweep.model.named_modules() if module is sweep.blocks)
+
+
+@torch.no_grad()
+def first_overflow(sweep: Sweep, windows: Tensor) -> str:
+    """Name of the first linear that receives nan or inf from windows (n, tokens).
+
+    Run only after a loss was found not to be finite, since it looks at every activation.
+    """
+    found = []
+
+    def see(linear, x: Tensor) -> None:
+        if not x.isfinite().all():
+            found.append(linear.name)
+            raise Stop
+
+    stream = sweep.record(windows, len(windows), sweep.device)
+    for index, block in enumerate(sweep.blocks):
+        linears, _ = find_linears(block, f"{blocks_name(sweep)}.{index}")
+        with sweep.at_hand(index), watch_inputs(linears, see):
+            try:
+                sweep.advance_(stream, index)
+            except Stop:
+                return found[0]
+    return "the output head"

@@ -1,0 +1,169 @@
+"""2:4 that stays packed: swap the 2:4 linears of a model, and load what was saved packed.
+
+    import lib.sparse                                    # registers the format with transformers
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    report = swap_linears_(model, blocks)                # after 2:4 pruning
+    model.save_pretrained(folder)                        # writes the packed checkpoint
+
+The packed form is described in lib/packing.py, the module in lib/sparse_linear.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lib import few_tokens, semi_structured
+from lib.errors import UserError
+from lib.packed import card_lines, mark_packed_
+from lib.packing import is_packable
+from lib.sparse_linear import SparseLinear
+
+__all__ = [
+    "SparseLinear",
+    "SwapReport",
+    "card_lines",
+    "check_same_outputs",
+    "compile_decoding_",
+    "fast_bytes",
+    "packed_report",
+    "swap_linears_",
+]
+
+
+@dataclass
+class SwapReport:
+    """Which linears of the blocks run how; names are module paths in the model."""
+
+    fast: dict[str, str] = field(default_factory=dict)  # by torch's 2:4 kernels: name -> library
+    unpacked: dict[str, str] = field(default_factory=dict)  # name -> why not the fast path
+    dense: dict[str, str] = field(default_factory=dict)  # not packed: name -> why
+
+    def __str__(self) -> str:
+        """One line: how many on which path, and why."""
+        parts = [
+            _counted(self.fast, "on torch's 2:4 kernels"),
+            _counted(self.unpacked, "unpacked at each forward"),
+            _counted(self.dense, "left dense"),
+        ]
+        return "2:4 linears: " + ", ".join(part for part in parts if part)
+
+
+def swap_linears_(
+    model: PreTrainedModel, blocks: Iterable[nn.Module], device: torch.device | None = None
+) -> SwapReport:
+    """Replace every 2:4 linear of `blocks` by a `SparseLinear`, in place, one at a time.
+
+    The model then saves itself packed. Linears that are not 2:4 stay and are reported. `device`
+    is where the blocks will run, if not where they are. UserError where nothing is 2:4 or the
+    weights are quantised.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    dense = {}
+    for block in blocks:
+        for path, module in list(block.named_modules()):
+            if isinstance(module, SparseLinear) or not _is_linear(module):
+                continue
+            name = f"{names[block]}.{path}"
+            dense[name] = _why_not_packed(module)
+            if not dense[name]:
+                model.set_submodule(name, SparseLinear.from_linear(module))
+    report = packed_report(model, device)
+    report.dense = {name: why for name, why in dense.items() if why}
+    if not report.fast and not report.unpacked:
+        reasons = _counted(report.dense, "stay dense") or "the blocks have no linear layers"
+        raise UserError(
+            f"--replace_sparse_layers: no linear is 2:4 ({reasons}); "
+            "prune with --sparsity_type 2:4 first"
+        )
+    mark_packed_(model)
+    return report
+
+
+def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapReport:
+    """The path of every packed linear, on `device` or where its weight is."""
+    report = SwapReport()
+    for name, module in model.named_modules():
+        if not isinstance(module, SparseLinear):
+            continue
+        shape, dtype = (module.out_features, module.in_features), module.weight.dtype
+        where = device or module.weight.device
+        why = semi_structured.why_not(shape, dtype, where)
+        if why is None and where == module.weight.device:
+            why = None if module.use_fast_path_() else module.reason
+        if why is None:
+            report.fast[name] = module.reason or ""
+        else:
+            report.unpacked[name] = why
+    return report
+
+
+def check_same_outputs(before: Tensor, after: Tensor) -> float:
+    """Relative difference |after - before| / |before| of the same outputs (logits or hidden
+    states) of the dense and of the swapped model. UserError where it is beyond rounding: over
+    eight roundings of the dtype, or over 1e-4."""
+    assert before.shape == after.shape
+    reference, difference = before.double(), (after.double() - before.double())
+    ratio = float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    limit = max(8 * torch.finfo(before.dtype).eps, 1e-4)
+    if not ratio <= limit:
+        raise UserError(
+            f"--replace_sparse_layers: packed and dense outputs differ by {ratio:.2g} "
+            f"(rounding explains {limit:.2g}); nothing was saved, run without the flag"
+        )
+    return ratio
+
+
+def compile_decoding_(model: nn.Module) -> int:
+    """Let torch.compile generate the kernel of lib/few_tokens.py; how many linears may use it.
+
+    Pays for decoding at batch 1 on CPU. The first token waits for the compiler. UserError where
+    there is no C++ compiler.
+    """
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if linears and not few_tokens.can_compile():
+        raise UserError("torch.compile found no C++ compiler; install g++")
+    for linear in linears:
+        linear.compiled_decoding = True
+    return len(linears)
+
+
+def fast_bytes(model: nn.Module) -> int:
+    """Bytes that torch's 2:4 tensors hold: neither parameters nor buffers of the model."""
+    tensors = [module.fast for module in model.modules() if isinstance(module, SparseLinear)]
+    parts = [
+        part for tensor in tensors if tensor is not None for part in (tensor.packed, tensor.meta)
+    ]
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _why_not_packed(linear: nn.Module) -> str:
+    """Empty where the linear can be packed."""
+    weight = linear.weight
+    if type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
+        return f"{type(linear).__name__} has a forward of its own"
+    if weight.is_meta:
+        return "not in memory"
+    if not weight.is_floating_point():
+        return f"quantised to {weight.dtype}"
+    matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
+    return "" if is_packable(matrix) else "not 2:4"
+
+
+def _counted(reasons: dict[str, str], what: str) -> str:
+    if not reasons:
+        return ""
+    counts = Counter(reasons.values()).most_common()
+    why = "; ".join(reason if len(counts) == 1 else f"{n}: {reason}" for reason, n in counts)
+    return f"{len(reasons)} {what} ({why})"

@@ -1,0 +1,43 @@
+"""Weights and activations that are not finite are found, and the linear is named."""
+
+import pytest
+import tiny
+import torch
+
+from lib.errors import UserError
+from lib.finite import check_weights, first_overflow
+from lib.model import decoder_blocks
+from lib.sweep import Sweep
+
+CPU = torch.device("cpu")
+WINDOWS = torch.arange(3, 51).view(2, 24)
+
+
+def swept(model) -> Sweep:
+    return Sweep(model, decoder_blocks(model)[1], CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights(value: float) -> None:
+    model = tiny.tiny_llama()
+    check_weights(swept(model))
+    model.model.layers[1].self_attn.o_proj.weight.data[5, 3] = value
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.o_proj holds nan or inf"):
+        check_weights(swept(model))
+
+
+@pytest.mark.parametrize(
+    ("block", "linear", "named"),
+    [
+        (0, "mlp.down_proj", "model.layers.1.self_attn.q_proj"),
+        (1, "mlp.gate_proj", "model.layers.1.mlp.down_proj"),
+        (1, "mlp.down_proj", "the output head"),
+    ],
+)
+def test_activations(block: int, linear: str, named: str) -> None:
+    model = tiny.tiny_llama()
+    weight = model.model.layers[block].get_submodule(linear).weight
+    weight.data = weight.data.sign() * 3e38  # finite, but no sum of its products is
+    assert first_overflow(swept(model), WINDOWS) == named
+    for module in model.modules():
+        assert not module._forward_pre_hooks
