@@ -34,11 +34,11 @@ class Recipe:
     window: int = 128  # tokens
     width: int = 96
     inner: int = 256
-    blocks: int = 4
+    blocks: int = 3
     heads: int = 4
-    spread: float = 0.02  # standard deviation of new weights
+    spread: float = 0.05  # standard deviation of new weights
     batch: int = 16  # windows a step, half of them in either language
-    steps: int = 500
+    steps: int = 600
     warm_up: int = 20  # steps
     rate: float = 6e-3  # peak learning rate; in the second half it falls to a twentieth
     decay: float = 0.1  # of matrices

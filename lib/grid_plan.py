@@ -47,6 +47,9 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
     for flag in FITS.keys() & set(passed_on):
         if not any(FITS[flag](*pair) for pair in product(args.methods, args.types)):
             parser.error(f"{flag} after '--': fits none of these --methods and --types")
+    if UNSTRUCTURED not in args.types and set(args.ratios) - {_share(kind) for kind in args.types}:
+        given = " ".join(map(str, args.ratios))
+        parser.error(f"--ratios {given}: N:M types have their own; add --types {UNSTRUCTURED}")
     mixtures = [_split(text) for text in args.calibration]
     sources = [parse_sources(parts, "--calibration", mixture=True) for parts in mixtures]
     names = _names(args.calibration, map(mixture_name, sources))

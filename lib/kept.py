@@ -22,13 +22,12 @@ _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory star
 
 
 class Kept:
-    """What runs on one model share; `reads` counts how often its weights were read."""
+    """What runs on one model share."""
 
     def __init__(self) -> None:
         self.model: nn.Module | None = None  # on the host
         self.loaded_by: tuple | None = None  # the settings that it was loaded with
         self.texts: dict[tuple, tuple] = {}
-        self.reads = 0
 
 
 class KeptJob(Job):
@@ -59,7 +58,6 @@ class KeptJob(Job):
         args, kept = self.args, self.kept
         quantised = args.load_bit or getattr(self.config, "quantization_config", None)
         if args.offload or quantised:
-            kept.reads += 1
             return super().read_model(where)
         settings = _key(args.model, args.dtype, args.cache_dir, self.device)
         if kept.loaded_by != settings:
@@ -67,13 +65,13 @@ class KeptJob(Job):
             # read where main.py reads it, so that tables computed on loading are the same
             kept.model = super().read_model(where).to("cpu")
             kept.loaded_by = settings
-            kept.reads += 1
         return fresh_copy(kept.model).to(self.device)
 
     def record(self) -> None:
         super().record()
         whose = "this run" if self.peak_is_own else "the sweep up to this run"
-        self.results["peak_memory"]["of"] = f"{whose}, with the dense model kept beside it"
+        beside = ", with the dense model kept beside it" if self.kept.model is not None else ""
+        self.results["peak_memory"]["of"] = whose + beside
         record.write_results(Path(self.args.save), self.results)
 
 

@@ -17,6 +17,7 @@ class Pruned:
     left: dict[str, int] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
+    warnings: list[str] = field(default_factory=list)
 
     def leave(self, name: str, size: int, why: str) -> None:
         self.left[name] = size
@@ -41,4 +42,4 @@ class Pruned:
         for why, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"{why}: {', '.join(names[:3])}{more}")
-        return lines
+        return lines + self.warnings

@@ -23,13 +23,6 @@ from torch import Tensor
 from lib.errors import UserError
 
 TILE_GROUPS = 2**16  # per thread: the scratch tensors of a tile then stay in the second-level cache
-# by bytes of a weight: its bit pattern as an integer, and the words that make up a group
-WORDS = {
-    1: (torch.uint8, torch.int32),
-    2: (torch.uint16, torch.int64),
-    4: (torch.uint32, torch.int64),
-    8: (torch.int64, torch.int64),
-}
 PADDING = 0b0100  # positions 0 and 1
 PAIRS = [(first, second) for first in range(3) for second in range(first + 1, 4)]
 # four bits of positions by pattern of non-zeros (bit k: weight k is kept); 0: more than two are
@@ -87,7 +80,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
                 "--sparsity_type 2:4"
             )
         for slot in (0, 1):
-            columns = first_column + (nibble >> 2 * slot & 3)
+            columns = (nibble >> 2 * slot & 3).long().add_(first_column)  # (rows, groups)
             torch.gather(
                 weight[rows], 1, columns, out=values[rows, slot * groups : (slot + 1) * groups]
             )
@@ -105,14 +98,16 @@ def unpack(values: Tensor, positions: Tensor, dense: Tensor | None = None) -> Te
     if dense is None:
         dense = values.new_empty(out_features, 4 * groups)
     assert dense.shape == (out_features, 4 * groups) and dense.dtype == values.dtype
+    place, wide = _place_by_scatter, torch.int64
+    if values.element_size() <= 2:
+        place = _place_by_shift
+        wide = torch.int32 if values.element_size() == 1 else torch.int64
     scratch = None
     for rows in _tiles(out_features, groups, values.device):
         if scratch is None:  # of the first tile, the largest
-            size = (6, rows.stop - rows.start, positions.shape[1])
-            word = WORDS[values.element_size()][1]
-            scratch = torch.empty(size, dtype=word, device=values.device)
-        tile = scratch[:, : rows.stop - rows.start]
-        _place(values[rows], positions[rows], dense[rows], tile)
+            size = (3, rows.stop - rows.start, positions.shape[1])
+            scratch = torch.empty(size, dtype=wide, device=values.device)
+        place(values[rows], positions[rows], dense[rows], scratch[:, : rows.stop - rows.start])
     return dense
 
 
@@ -137,7 +132,7 @@ def check_packed(values: Tensor, positions: Tensor, out_features: int, in_featur
 
 def _kept(weight: Tensor) -> Tensor:
     """Non-zeros by group: bool (rows, groups, 4)."""
-    return (weight != 0).contiguous().view(weight.shape[0], -1, 4)
+    return weight.bool().contiguous().view(weight.shape[0], -1, 4)
 
 
 def _tiles(rows: int, groups: int, device: torch.device) -> Iterator[slice]:
@@ -156,23 +151,32 @@ def _halves(positions: Tensor, groups: int) -> Iterator[tuple[slice, Tensor, int
         yield slice(half, groups), positions[:, : groups - half], 4
 
 
-def _place(values: Tensor, positions: Tensor, dense: Tensor, scratch: Tensor) -> None:
-    """Any dtype, by its bits: a group is one integer four times as wide as a weight (or several
-    words of 64 bits), and both kept bit patterns are shifted to their place in it. Shifting by
-    less than nothing or by more than a word gives zero."""
-    pattern, word = WORDS[values.element_size()]
-    bits, groups = 8 * values.element_size(), values.shape[1] // 2
-    patterns = values.view(pattern)  # (rows, 2 groups)
-    target = dense.view(word).unflatten(1, (groups, -1))  # (rows, groups, words)
+def _place_by_shift(values: Tensor, positions: Tensor, dense: Tensor, scratch: Tensor) -> None:
+    """One group is one integer, four times as wide as a weight; both kept bit patterns are
+    shifted to their place in it. For weights of one or two bytes."""
+    bits = 8 * values.element_size()
+    narrow = torch.uint8 if bits == 8 else torch.uint16
+    groups = values.shape[1] // 2
+    patterns, target = values.view(narrow), dense.view(scratch.dtype)  # (rows, groups)
     for columns, byte, bit in _halves(positions, groups):
-        first, second, *shifts, placed, other = scratch[:, :, : byte.shape[1]]
+        first, second, shift = scratch[:, :, : byte.shape[1]]
         for slot, part in enumerate((first, second)):
-            shifts[slot].copy_((byte >> bit + 2 * slot & 3).mul_(bits))
+            shift.copy_((byte >> bit + 2 * slot & 3).mul_(bits))
             start = slot * groups
             part.copy_(patterns[:, start + columns.start : start + columns.stop])
-        for index in range(target.shape[2]):
-            torch.bitwise_left_shift(first, shifts[0], out=placed)
-            torch.bitwise_left_shift(second, shifts[1], out=other)
-            torch.bitwise_or(placed, other, out=target[:, columns, index])
-            for shift in shifts if index + 1 < target.shape[2] else ():
-                shift -= 64
+            part <<= shift
+        torch.bitwise_or(first, second, out=target[:, columns])
+
+
+def _place_by_scatter(values: Tensor, positions: Tensor, dense: Tensor, scratch: Tensor) -> None:
+    """Any dtype: zeros, and every kept weight written to its column."""
+    groups = values.shape[1] // 2
+    first_column = torch.arange(0, 4 * groups, 4, device=values.device)
+    dense.zero_()
+    for columns, byte, bit in _halves(positions, groups):
+        index = scratch[0, :, : byte.shape[1]]
+        for slot in (0, 1):
+            index.copy_(byte >> bit + 2 * slot & 3).add_(first_column[columns])
+            start = slot * groups
+            part = values[:, start + columns.start : start + columns.stop]
+            dense.scatter_(1, index, part)

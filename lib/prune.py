@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from math import prod
@@ -156,11 +157,13 @@ class Pruner:
                 raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
         with record_function("moving"):
             matrices = [linear.matrix() for linear in group.linears]
-        with record_function("solve"):
+        with record_function("solve"), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             try:
                 group.solver().prune_(matrices, self.sparsity)
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error
+        self.done.warnings += [f"{group.names}: {warning.message}" for warning in warned]
         for linear, matrix in zip(group.linears, matrices, strict=True):
             if not matrix.isfinite().all():
                 raise UserError(

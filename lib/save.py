@@ -18,7 +18,8 @@ from lib.errors import UserError
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux, renameat2(2)
 STAGE_MARK = ".partial-"
 MODEL_MARK = "config.json"
-MODEL_FILES = (".json", ".safetensors", ".model", ".txt", ".jinja", ".md", ".py")
+MODEL_FILES = (".json", ".safetensors", ".model", ".tiktoken", ".txt", ".jinja", ".md", ".py")
+TEMPLATES = "additional_chat_templates"  # a folder of the tokenizer's
 
 
 def check_output_folder(flag: str, path: str, may_hold: str | None = None) -> None:
@@ -49,7 +50,7 @@ def _check_replaceable(flag: str, path: str) -> None:
     if os.path.ismount(folder):
         raise UserError(f"{flag} {path}: a mount point can't be replaced; name a folder in it")
     for item in folder.iterdir() if folder.is_dir() else ():
-        if item.suffix not in MODEL_FILES or item.name.startswith("."):
+        if item.suffix not in MODEL_FILES and item.name != TEMPLATES:
             raise UserError(
                 f"{flag} {path}: holds {item.name}, which is no part of a model and would be lost; "
                 "name another folder"

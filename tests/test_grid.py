@@ -165,6 +165,7 @@ def test_a_sweep_is_one_process(model, monkeypatch, runs):
     [
         (["--methods", "nosuch"], 2, ["--methods", "nosuch"]),
         (["--ratios", "1.5"], 2, ["--sparsity_ratio 1.5"]),
+        (["--types", "2:4", "--ratios", "0.7"], 2, ["--ratios 0.7", "--types unstructured"]),
         (["--", "--seed", "1"], 2, ["--seed after '--'"]),
         (["--", "--prune_method=wanda"], 2, ["--prune_method after '--'"]),
         (["--", "--nosuch"], 2, ["--nosuch"]),

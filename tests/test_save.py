@@ -199,7 +199,8 @@ def test_sizes(size: int, text: str) -> None:
 def test_output_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output_folder("--save", str(tmp_path / "new" / "deep"))
     check_output_folder("--save", str(fill(tmp_path / "logs", log="kept")))
-    model = str(fill(tmp_path / "model", **{"config.json": "{}"}))
+    fill(tmp_path / "model" / "additional_chat_templates", **{"a.jinja": ""})
+    model = str(fill(tmp_path / "model", **{"config.json": "{}", "model.safetensors": ""}))
     check_output_folder("--save_model", model, may_hold="config.json")
     fill(tmp_path / "model", **{".git": "history"})
     with pytest.raises(UserError, match=r"holds \.git, which is no part of a model"):
