@@ -32,7 +32,13 @@ def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    Job(args).run()
+    job = Job(args)
+    try:
+        job.run()
+    except BaseException as error:
+        if job.team:
+            job.team.fail(error, args.debug)
+        raise
 
 
 class Job:
@@ -44,8 +50,10 @@ class Job:
         options = {"variant": True} if args.use_variant else {}
         self.recipe = Recipe(args.prune_method, options) if args.prune_method else None
         self.calibrated = bool(self.recipe and self.recipe.observes)
+        self.sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
         self.seconds: dict[str, float] = {}
         self.journal = None
+        self.team = None
 
     def run(self) -> None:
         """All steps of the run."""
@@ -54,14 +62,13 @@ class Job:
         if not self.args.eval_only:
             self.prune()
         self.evaluate()
+        self.team.close()
         if self.team.leads:
             self.record()
             if self.args.save_model:
                 self.save()
             if self.journal:
                 self.journal.remove()
-        self.team.wait()
-        self.team.close()
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -90,6 +97,7 @@ class Job:
 
         from lib import model
         from lib.bos import forced_bos
+        from lib.groups import check_widths
         from lib.parallel import Team, local_device
         from lib.quantised import check_format
 
@@ -102,9 +110,18 @@ class Job:
         self.seqlen = model.window_length(self.config, args.seqlen)
         self.batch_size = args.batch_size or model.default_batch_size(self.device, self.seqlen)
         self.skeleton = model.skeleton(self.config, args.trust_remote_code)
-        self.blocks_name, _ = model.decoder_blocks(self.skeleton)
+        self.blocks_name, blocks = model.decoder_blocks(self.skeleton)
+        if args.prune_method:
+            check_widths(blocks, self.blocks_name, self.sparsity)
         self.bos = forced_bos(self.tokenizer) if args.bos == "always" else None
         self.read_texts()
+        self.agree()
+
+    def agree(self) -> None:
+        """UserError where the processes of the job would not do the same."""
+        files = {name: size for name, (size, _) in self.facts()["weight files"].items()}
+        tests = {test.name: test.record["digest"] for test in self.test_sets}
+        self.team.agree(self.facts() | {"weight files": files, "test windows": tests})
 
     def read_texts(self) -> None:
         from lib.data import calibration_windows, test_set
@@ -121,10 +138,12 @@ class Job:
 
     def load(self) -> None:
         from lib import model
+        from lib.finite import check_weights
         from lib.placement import Placement, device_map
         from lib.sweep import Sweep
 
         args = self.args
+        self.team.place = "loading the model"
         placement, where = None, {"": self.device}
         if args.offload:
             where = device_map(self.skeleton, self.blocks_name, self.device, "disk")
@@ -135,6 +154,8 @@ class Job:
             rounding = model.saved_dtype(args.dtype, self.config)
             placement = Placement(self.blocks, self.device, rounding, args.offload)
         self.sweep = Sweep(self.model, self.blocks, self.device, placement)
+        if not args.offload:  # then every block is checked when it is fetched
+            check_weights(self.sweep)
         self.sweep.verify()
         self.settle_bos()
         self.footprint = {"before": model.footprint(self.model)}
@@ -165,6 +186,7 @@ class Job:
                 print("the model collapses without its BOS token: every window begins with it")
             self.bos = bos
             self.read_texts()
+        self.agree()  # each has decided for itself
 
     def prune(self) -> None:
         """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
@@ -175,16 +197,13 @@ class Job:
         from lib.prune import Pruner
 
         args = self.args
-        sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        facts = self.facts()
-        self.team.agree(facts)
         if args.resume and self.team.leads:
-            self.journal = Journal(args.resume, facts)
+            self.journal = Journal(args.resume, self.facts())
         pruner = Pruner(
             self.sweep,
             self.blocks_name,
             self.recipe,
-            sparsity,
+            self.sparsity,
             saved_dtype(args.dtype, self.config),
             self.team,
             self.journal,
@@ -194,7 +213,7 @@ class Job:
             pruned = pruner.run(self.windows, self.batch_size, advanced=bar)
         if self.team.leads:
             print(*pruned.summary(), sep="\n")
-            asked = None if args.use_variant else sparsity  # the variant comes near, as published
+            asked = None if args.use_variant else self.sparsity  # the variant only comes near
             measure(self.sweep, self.blocks_name, asked, frozenset(pruned.why))
 
     def facts(self) -> dict:
@@ -218,6 +237,7 @@ class Job:
         from lib.progress import progress
 
         self.evaluation = []
+        self.team.place = "the evaluation"
         total = sum(len(test.windows) for test in self.test_sets)
         shown = self.team.leads
         with self.timed("eval"), progress(total, "perplexity", "window", shown) as bar:
@@ -272,12 +292,13 @@ class Job:
         from lib.save import staged_folder
 
         args = self.args
-        with self.timed("save"), staged_folder(args.save_model) as stage:
+        with self.timed("save"), staged_folder(args.save_model, "--save_model") as stage:
             if self.sweep.placement:
                 self.sweep.placement.settle()
             save_model(self.model, stage, saved_dtype(args.dtype, self.config))
             self.tokenizer.save_pretrained(stage)
-            languages = languages_of([source.name for source in self.sources])
+            read = self.sources if self.calibrated else ()  # magnitude reads no text
+            languages = languages_of([source.name for source in read])
             (stage / "README.md").write_text(model_card(self.results, languages, []), "utf-8")
         write_results(Path(args.save), self.results)
         print(f"saved: {args.save_model}")

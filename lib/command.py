@@ -12,11 +12,13 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 
 from lib.errors import UserError
 
 FAILED = 1
+TURN_SECONDS = 3
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
 
 
@@ -35,28 +37,50 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in argv
     try:
         main(argv)
         sys.stdout.flush()  # a reader that has gone shows here, not while the interpreter ends
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:  # `command | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except Exception as error:
-        told = _told(error)
-        if debug or told is None:
+    except (KeyboardInterrupt, Exception) as error:
+        wait_turn()
+        status = None if "--debug" in argv else tell(error)
+        if status is None:
             raise
-        print(f"error: {' '.join(told.split())}", file=sys.stderr)
-        return FAILED
+        return status
     return 0
 
 
-def _told(error: Exception) -> str | None:
+def tell(error: BaseException) -> int | None:
+    """Print one line for what a user can mend, and give the exit status; None for a defect."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    told = _told(error)
+    if told is None:
+        return None
+    print(f"error: {' '.join(told.split())}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def wait_turn() -> None:
+    """Before a process that is not the first tells an error that has not been shared with others.
+
+    Most are the same in all processes; the launcher ends this one when the first has told it.
+    """
+    if environment_number("RANK", 0) > 0:
+        time.sleep(TURN_SECONDS)
+
+
+def environment_number(name: str, default: int) -> int:
+    """RANK, LOCAL_RANK or WORLD_SIZE, as torchrun and accelerate set them, or mpirun."""
+    mpi = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "WORLD_SIZE": "SIZE"}[name]
+    value = os.environ.get(name) or os.environ.get(f"OMPI_COMM_WORLD_{mpi}")
+    return int(value) if value else default
+
+
+def _told(error: BaseException) -> str | None:
     """What a user needs to know of an error; None where it is a defect of the program."""
     if isinstance(error, UserError | OSError):
         return str(error)

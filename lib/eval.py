@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.errors import UserError
+from lib.finite import first_overflow
 from lib.parallel import Team
 from lib.sweep import Stream, Sweep
 
@@ -55,7 +56,8 @@ def perplexity(
         handle.wait()
     mean = losses.mean().item()
     if not math.isfinite(mean):
-        raise UserError("the loss on the test text is not finite; try --dtype float32")
+        where = first_overflow(sweep, windows[~losses.isfinite().cpu()][:1])
+        raise UserError(f"{where}: activations are not finite; try --dtype float32")
     value = math.exp(mean) if mean < 700 else math.inf
     spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
     return Perplexity(value, value * spread, mean * len(losses) * (windows.shape[1] - 1))

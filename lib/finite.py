@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lib.errors import UserError
 from lib.linears import find_linears, watch_inputs
+from lib.matrix import Linear
 from lib.sweep import Stop, Sweep
 
 
@@ -15,12 +16,17 @@ def check_weights(sweep: Sweep) -> None:
     for index, block in enumerate(sweep.blocks):
         with sweep.at_hand(index):
             for linear in find_linears(block, f"{blocks_name(sweep)}.{index}")[0]:
-                weight = linear.stored
-                if weight.is_floating_point() and not weight.isfinite().all():
-                    raise UserError(
-                        f"--model {sweep.model.name_or_path}: the weight of {linear.name} holds "
-                        "nan or inf; download the model again"
-                    )
+                check_weight(linear, sweep.model.name_or_path)
+
+
+def check_weight(linear: Linear, model: str) -> None:
+    """UserError naming the linear if its weight holds nan or inf."""
+    weight = linear.stored
+    if weight.is_floating_point() and not weight.isfinite().all():
+        raise UserError(
+            f"--model {model}: the weight of {linear.name} holds nan or inf; "
+            "download the model again"
+        )
 
 
 def blocks_name(sweep: Sweep) -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NoReturn
 
-from lib.command import add_debug_flag
+from lib.command import add_debug_flag, wait_turn
 from lib.methods import METHODS
 from lib.sparsity import TYPES, UNSTRUCTURED, Sparsity
 
@@ -23,9 +24,15 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if spoken else super()._get_help_string(action)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        wait_turn()
+        super().error(message)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of main.py; the only place where a default stands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=DESCRIPTION,
         formatter_class=_Formatter,
         allow_abbrev=False,

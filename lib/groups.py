@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lib.errors import UserError
+from lib.linears import find_linears
 from lib.magnitude import Magnitude
 from lib.matrix import Linear
 from lib.methods import Recipe
@@ -124,12 +125,12 @@ class SharedWeights:
         return id(getattr(linear.module, linear.parameter)), linear.expert
 
 
-def check_linear(linear: Linear, sparsity: Sparsity) -> None:
-    """UserError where the linear's weights are not finite or can't carry the N:M pattern."""
-    if sparsity.m and linear.shape[1] % sparsity.m:
-        raise UserError(
-            f"--sparsity_type {sparsity.pattern}: {linear.name} has {linear.shape[1]} inputs, not "
-            f"a multiple of {sparsity.m}; use --sparsity_type unstructured"
-        )
-    if linear.stored.is_floating_point() and not linear.stored.isfinite().all():
-        raise UserError(f"--model: the weight of {linear.name} holds nan or inf")
+def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) -> None:
+    """UserError naming the first linear that can't carry the N:M pattern; needs no weights."""
+    for index, block in enumerate(blocks) if sparsity.m else ():
+        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
+            if linear.shape[1] % sparsity.m:
+                raise UserError(
+                    f"--sparsity_type {sparsity.pattern}: {linear.name} has {linear.shape[1]} "
+                    f"inputs, not a multiple of {sparsity.m}; use --sparsity_type unstructured"
+                )

@@ -174,7 +174,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
         found = [(name, module) for name, module in found if module in inside]
     if len(found) != 1:
         raise UserError(
-            f"--model {type(model).__name__}: {len(found) or 'no'} lists of decoder blocks "
+            f"--model {model.name_or_path} ({type(model).__name__}): "
+            f"{len(found) or 'no'} lists of decoder blocks "
             f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
             "one is needed; this architecture can't be pruned"
         )

@@ -3,45 +3,57 @@
 Each process takes its share of the windows. Statistics are sums, so one all-reduce of each makes
 them those of a single process; then the linears are shared out by cost, each is solved by one
 process, and the pruned weights are broadcast. One process prints, logs and saves.
-
-A process that dies or hangs must not leave the others waiting: every process tells the store a few
-times a minute that it lives and at which block it is, and one that falls silent ends them all.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
-import sys
-import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lib.command import FAILED, environment_number, tell
 from lib.errors import UserError
+from lib.watch import Watch
 
-BEAT_SECONDS = 5
-SILENCE_SECONDS = 40  # after which a process counts as dead
-COLLECTIVE_LIMIT = datetime.timedelta(hours=6)  # the slowest block; the heartbeat is faster
+JOIN_SECONDS = 60  # for the store to be there; launchers start all processes at the same time
+COLLECTIVE_LIMIT = datetime.timedelta(hours=6)  # the slowest block; the watch is faster
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A collective that was started."""
+
+    work: Any
+    team: Team
+
+    def wait(self) -> None:
+        """Until it is done."""
+        with self.team.collective():
+            self.work.wait()
 
 
 class Team:
     """The processes of a job; with one process, or `alone`, every call does nothing."""
 
     def __init__(self, device: torch.device, alone: bool = False) -> None:
-        self.rank = 0 if alone else int(os.environ.get("RANK", 0))
-        self.size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = 0 if alone else environment_number("RANK", 0)
+        self.size = 1 if alone else environment_number("WORLD_SIZE", 1)
         self.device = device
-        self.place = "start"
+        self.place = "the start"  # what this process is doing, should it be missed
+        self.watch: Watch | None = None
         if self.size > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
-            self.closing = threading.Event()
-            threading.Thread(target=self._watch, daemon=True).start()
+            self._join()
+        elif not alone:
+            _see_launched()
 
     @property
     def leads(self) -> bool:
@@ -52,38 +64,37 @@ class Team:
         """This process's part of `count` windows; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def sum_(self, tensors: Sequence[Tensor]) -> list[Any]:
+    def sum_(self, tensors: Sequence[Tensor]) -> list[Handle]:
         """Start adding each tensor up over all processes, in place; wait() on what is returned."""
         if self.size == 1:
             return []
-        return [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        with self.collective():
+            return [Handle(dist.all_reduce(one, async_op=True), self) for one in tensors]
 
     def gathered(self, value: Any) -> list[Any]:
         """`value` of every process, in the order of ranks; small picklable things only."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.collective():
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
         """Process `source`'s tensor on every process, in `tensor` where it stands on the device."""
         tensor = tensor.to(self.device).contiguous()
         if self.size > 1:
-            dist.broadcast(tensor, source)
+            with self.collective():
+                dist.broadcast(tensor, source)
         return tensor
-
-    def wait(self) -> None:
-        """Until every process is here."""
-        self.gathered(None)
 
     def agree(self, facts: dict[str, Any]) -> None:
         """UserError naming the first fact in which the processes differ."""
         for rank, other in enumerate(self.gathered(facts)):
-            for name, value in facts.items():
-                if other.get(name) != value:
+            for name in {**facts, **other}:
+                if other.get(name) != facts.get(name):
                     raise UserError(
-                        f"{name}: process {self.rank} has {value!r}, process {rank} has "
+                        f"{name}: process {self.rank} has {facts.get(name)!r}, process {rank} has "
                         f"{other.get(name)!r}; start all with the same flags, data and packages"
                     )
 
@@ -96,41 +107,94 @@ class Team:
             load[owners[task]] += costs[task]
         return owners
 
+    @contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around every collective: where one fails, another process has died, and all end."""
+        try:
+            yield
+        except RuntimeError:
+            if self.watch:
+                self.watch.broken()
+            raise
+
+    def fail(self, error: BaseException, debug: bool = False) -> None:
+        """End all processes because of this one's error, told here; returns where it is alone."""
+        if self.watch is None:
+            return
+
+        def told() -> int:
+            status = None if debug else tell(error)
+            if status is None:
+                traceback.print_exception(error)
+            return status or FAILED
+
+        self.watch.fail(told)
+
     def close(self) -> None:
-        """End the process group, after the last collective."""
-        if self.size > 1 and dist.is_initialized():
-            self.closing.set()
+        """Leave each other, after the last collective of all."""
+        if self.watch:
+            self.gathered(None)
+            self.store.add("done", 1)
+            deadline = time.monotonic() + JOIN_SECONDS
+            while self.store.add("done", 0) < self.size and time.monotonic() < deadline:
+                time.sleep(0.02)  # a connection that ends too early breaks another's collective
+            self.watch.close()
+            self.watch = None
             dist.destroy_process_group()
 
-    def _watch(self) -> None:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.PrefixStore("alive", dist.TCPStore(host, port, is_master=False))
-        seen = {rank: ("", time.monotonic()) for rank in range(self.size)}
-        while not self.closing.wait(BEAT_SECONDS):
-            try:
-                store.set(str(self.rank), f"{time.monotonic()} {self.place}")
-                beats = {rank: _beat(store, rank) for rank in seen}
-            except (RuntimeError, OSError) as error:
-                self._end(f"the first process is gone ({str(error).splitlines()[0]})")
-            for rank, beat in beats.items():
-                if beat != seen[rank][0]:
-                    seen[rank] = beat, time.monotonic()
-                elif time.monotonic() - seen[rank][1] > SILENCE_SECONDS:
-                    place = beat.partition(" ")[2] or "start"
-                    self._end(f"process {rank} of {self.size} fell silent at {place}")
+    def _join(self) -> None:
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        hosting = self.rank == 0 and not agents
+        self.store = self._store(hosting)
+        place = lambda: self.place  # noqa: E731
+        self.watch = Watch(self._store(False), self.rank, self.size, place, hosting)
+        cuda = self.device if self.device.type == "cuda" else None
+        if cuda:
+            torch.cuda.set_device(cuda)  # where NCCL puts what is not yet on a device
+        with self.collective():
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                store=dist.PrefixStore("group", self.store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=COLLECTIVE_LIMIT,
+                device_id=cuda,
+            )
 
-    def _end(self, why: str) -> None:
-        if not self.closing.is_set():
-            print(f"error: {why}; process {self.rank} ends", file=sys.stderr, flush=True)
-            os._exit(1)  # the main thread may be inside a collective that never returns
-
-
-def _beat(store: dist.Store, rank: int) -> str:
-    return store.get(str(rank)).decode() if store.check([str(rank)]) else ""
+    def _store(self, hosting: bool) -> dist.Store:
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        limit = datetime.timedelta(seconds=JOIN_SECONDS)
+        try:
+            store = dist.TCPStore(
+                host, int(port), is_master=hosting, timeout=limit, wait_for_workers=False
+            )
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"WORLD_SIZE {self.size}: process {self.rank} can't reach the others at "
+                f"MASTER_ADDR {host}, MASTER_PORT {port}; start all with torchrun"
+            ) from error
+        return dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def local_device(device: torch.device) -> torch.device:
     """This process's own GPU, counted from `device`, where several run on one machine."""
-    if device.type == "cpu":
+    local = environment_number("LOCAL_RANK", 0)
+    if device.type == "cpu" or local == 0:
         return device
-    return torch.device("cuda", (device.index or 0) + int(os.environ.get("LOCAL_RANK", 0)))
+    index = device.index + local
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {device}: process {local} of this machine needs cuda:{index}, which it "
+            "lacks; start as many processes as it has GPUs"
+        )
+    return torch.device("cuda", index)
+
+
+def _see_launched() -> None:
+    """UserError where accelerate was asked for several processes but has started this one alone."""
+    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if asked and environment_number("WORLD_SIZE", 0) == 0:
+        raise UserError(
+            "accelerate launch --num_processes: without --multi_gpu it starts one process only; "
+            "give --multi_gpu (on CPUs too, with --device cpu), or use torchrun --nproc_per_node"
+        )

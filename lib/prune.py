@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lib.errors import UserError
-from lib.groups import Group, SharedWeights, check_linear, merge
+from lib.finite import check_weight
+from lib.groups import Group, SharedWeights, merge
 from lib.journal import Journal
 from lib.linears import eager_experts, find_linears
 from lib.matrix import Linear
@@ -88,8 +89,8 @@ class Pruner:
         for name, (size, why) in left.items():
             self.done.leave(name, size, why)
         linears = [linear for linear in linears if self.shared.open(linear)]
-        for linear in linears:
-            check_linear(linear, self.sparsity)
+        for linear in linears if sweep.placement else ():  # else checked when it was loaded
+            check_weight(linear, sweep.model.name_or_path)
         twin = DenseTwin.of(dense, sweep.blocks[index], prefix) if dense else None
         kept = self.journal.read(index) if self.journal else None
         names = self.team.gathered(None if kept is None else sorted(kept))[0]

@@ -167,9 +167,8 @@ class Sweep:
         return torch.empty(shape, dtype=hidden.dtype, device=keep_on, pin_memory=pinned)
 
     def _refused(self, what: str) -> UserError:
-        return UserError(
-            f"--model {type(self.model).__name__}: this architecture {what}; it can't be pruned"
-        )
+        name = f"{self.model.name_or_path} ({type(self.model).__name__})"
+        return UserError(f"--model {name}: this architecture {what}; it can't be pruned")
 
     def _handed_on(self, index: int, hidden: Tensor) -> Tensor | tuple:
         length = self.tuples[type(self.blocks[index])]
