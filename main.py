@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,13 +54,21 @@ class Job:
         self.seconds: dict[str, float] = {}
         self.journal = None
         self.team = None
+        self.folder = None  # for blocks that are kept on disk
+        self.finally_ = ExitStack()  # what goes at the end of the run, whatever happens
 
     def run(self) -> None:
         """All steps of the run."""
+        with self.finally_:
+            self.steps()
+
+    def steps(self) -> None:
         self.check()
         self.load()
         if not self.args.eval_only:
             self.prune()
+        if self.args.replace_sparse_layers:
+            self.swap()
         self.evaluate()
         self.team.close()
         if self.team.leads:
@@ -105,7 +113,7 @@ class Job:
         self.device = local_device(model.pick_device(args.device))
         self.team = Team(self.device)
         self.config = model.load_config(args.model, args.cache_dir, args.trust_remote_code)
-        check_format(args.model, self.config, args.load_bit)
+        check_format(args.model, self.config, args.load_bit, bool(args.prune_method))
         self.tokenizer = model.load_tokenizer(args.model, args.cache_dir, args.trust_remote_code)
         self.seqlen = model.window_length(self.config, args.seqlen)
         self.batch_size = args.batch_size or model.default_batch_size(self.device, self.seqlen)
@@ -143,22 +151,35 @@ class Job:
         from lib.sweep import Sweep
 
         args = self.args
-        self.team.place = "loading the model"
+        self.team.at("loading the model")
         placement, where = None, {"": self.device}
         if args.offload:
             where = device_map(self.skeleton, self.blocks_name, self.device, "disk")
+            self.folder = self.finally_.enter_context(self.offload_folder())
         with self.timed("load"):
             self.model = self.read_model(where)
         self.blocks_name, self.blocks = model.decoder_blocks(self.model)
-        if args.offload:
+        if len(where) > 1:
             rounding = model.saved_dtype(args.dtype, self.config)
-            placement = Placement(self.blocks, self.device, rounding, args.offload)
+            placement = Placement(self.blocks, self.device, rounding, self.folder)
         self.sweep = Sweep(self.model, self.blocks, self.device, placement)
-        if not args.offload:  # then every block is checked when it is fetched
+        if placement is None:  # otherwise every block is checked when it is fetched
             check_weights(self.sweep)
         self.sweep.verify()
         self.settle_bos()
         self.footprint = {"before": model.footprint(self.model)}
+
+    def offload_folder(self) -> AbstractContextManager[str]:
+        """This process's part of `--offload`, which has room."""
+        from lib.model import pick_dtype, saved_dtype
+        from lib.offload import check_offload_room, own_folder
+
+        args = self.args
+        loaded = pick_dtype(args.dtype, self.config, self.device)
+        saved = saved_dtype(args.dtype, self.config)
+        whole = self.skeleton, self.blocks_name
+        check_offload_room(args.offload, args.model, *whole, loaded, saved)
+        return own_folder(args.offload, self.team)
 
     def read_model(self, where: dict) -> nn.Module:
         """The dense model, each part on the device that `where` says; many runs can share it."""
@@ -170,7 +191,7 @@ class Job:
             self.config,
             dtype=model.pick_dtype(args.dtype, self.config, self.device),
             device_map=where,
-            offload=args.offload,
+            offload=self.folder,
             load_bit=args.load_bit,
             cache_dir=args.cache_dir,
             trust_remote_code=args.trust_remote_code,
@@ -231,13 +252,27 @@ class Job:
             "packages": versions(),
         }
 
+    def swap(self) -> None:
+        """Pack every 2:4 linear, and see on one window that the outputs are the same."""
+        from lib.model import footprint, some_logits
+        from lib.record import gib
+        from lib.sparse import check_same_outputs, swap_linears_
+
+        window = self.test_sets[0].windows[:1].to(self.device)
+        before, size = some_logits(self.model, window), footprint(self.model)
+        report = swap_linears_(self.model, self.blocks, self.device)
+        check_same_outputs(before, some_logits(self.model, window))
+        if self.team.leads:
+            print(report)
+            print(f"footprint: {gib(size)} dense, {gib(footprint(self.model))} packed")
+
     def evaluate(self) -> None:
         """Perplexity on every test set."""
         from lib.eval import perplexity
         from lib.progress import progress
 
         self.evaluation = []
-        self.team.place = "the evaluation"
+        self.team.at("the evaluation")
         total = sum(len(test.windows) for test in self.test_sets)
         shown = self.team.leads
         with self.timed("eval"), progress(total, "perplexity", "window", shown) as bar:
@@ -286,7 +321,7 @@ class Job:
 
     def save(self) -> None:
         """Model, tokenizer and card, staged; then results.json once more with the time it took."""
-        from lib.card import languages_of, model_card
+        from lib.card import languages_of, model_card, packed_card
         from lib.model import save_model, saved_dtype
         from lib.record import write_results
         from lib.save import staged_folder
@@ -299,7 +334,8 @@ class Job:
             self.tokenizer.save_pretrained(stage)
             read = self.sources if self.calibrated else ()  # magnitude reads no text
             languages = languages_of([source.name for source in read])
-            (stage / "README.md").write_text(model_card(self.results, languages, []), "utf-8")
+            extra = packed_card(args.save_model) if args.replace_sparse_layers else []
+            (stage / "README.md").write_text(model_card(self.results, languages, extra), "utf-8")
         write_results(Path(args.save), self.results)
         print(f"saved: {args.save_model}")
 

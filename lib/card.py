@@ -24,8 +24,12 @@ def model_card(results: dict[str, Any], languages: list[str], extra: list[str]) 
     """Markdown that tells how the model was pruned, on what, and what it cost."""
     model, method = results["model"], results["method"]
     kind = results["sparsity_type"]
-    share = f"{100 * results['sparsity_ratio']:g}% of the weights"
-    what = share if kind == UNSTRUCTURED else kind
+    if kind is None:
+        how = "its 2:4 linears packed"
+    elif kind == UNSTRUCTURED:
+        how = f"pruned by {method} to {100 * results['sparsity_ratio']:g}% zeros"
+    else:
+        how = f"pruned by {method} to {kind}"
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if is_hub_id(model):
         head += [f"base_model: {model}"]
@@ -34,14 +38,14 @@ def model_card(results: dict[str, Any], languages: list[str], extra: list[str]) 
             "language:",
             *[f"- '{code}'" if code == "no" else f"- {code}" for code in languages],
         ]
-    head += ["tags:", "- pruned", "- sparse", f"- {method}", "---"]
+    tags = ["pruned", "sparse", *([method] if kind else [])]
+    head += ["tags:", *[f"- {tag}" for tag in tags], "---"]
     base = model if is_hub_id(model) else Path(model).name
     lines = [
-        f"# {base}, pruned by {method} to {what}",
+        f"# {base}, {how}",
         "",
-        f"Every linear layer of the decoder blocks was pruned by {method}; embeddings and the "
-        f"output head are dense. Zeros among the pruned weights: "
-        f"{results['sparsity']['overall']:.4f}.",
+        "Linear layers of the decoder blocks are sparse; embeddings and the output head are dense. "
+        f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}.",
         "",
         "| | |",
         "|---|---|",
@@ -68,6 +72,19 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("digest of the windows", f"`{calibration['digest']}`"))
     facts += [(f"{name} option", value) for name, value in results.get("options", {}).items()]
     return [(name, str(value)) for name, value in facts]
+
+
+def packed_card(folder: str) -> list[str]:
+    """How to load a checkpoint whose 2:4 linears are packed, in three lines of Python."""
+    from lib.sparse import card_lines
+
+    return [
+        "The 2:4 linears are stored packed. With this project's `lib` on the path:",
+        "",
+        "```python",
+        *card_lines(folder),
+        "```",
+    ]
 
 
 def is_hub_id(model: str) -> bool:

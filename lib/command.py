@@ -14,12 +14,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from lib.errors import UserError
 
 FAILED = 1
 TURN_SECONDS = 3
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
+
+
+class Parser(argparse.ArgumentParser):
+    """Of several processes with the same mistake in their flags, the first tells it."""
+
+    def error(self, message: str) -> NoReturn:
+        wait_turn()
+        super().error(message)
 
 
 def add_debug_flag(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +46,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if environment_number("WORLD_SIZE", 1) > 1:  # what broke is told in one line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(argv)
         sys.stdout.flush()  # a reader that has gone shows here, not while the interpreter ends

@@ -48,7 +48,7 @@ def steps(folder: Path) -> Iterator[Step]:
         yield Step(f"magnitude-{label}", ("--prune_method", "magnitude", *pruned))
         for method in CALIBRATED:
             for language in LANGUAGES:
-                text = ("--calibration_data", str(folder / language), "--nsamples", str(WINDOWS))
+                text = ("--calibration_data", str(folder / language))
                 name = f"{method}-{label}-{language}"
                 yield Step(name, ("--prune_method", method, *pruned, *text))
 
@@ -56,8 +56,9 @@ def steps(folder: Path) -> Iterator[Step]:
 def flags_of(step: Step, folder: Path) -> list[str]:
     """What a user would type after `python main.py`."""
     tests = [str(folder / language) for language in LANGUAGES]
-    shared = ["--model", str(folder / "model"), "--device", "cpu", "--eval_data", *tests]
-    return [*shared, *step.flags, "--save", str(folder / "runs" / step.name)]
+    shared = ["--model", str(folder / "model"), "--device", "cpu", "--nsamples", str(WINDOWS)]
+    out = str(folder / "runs" / step.name)
+    return [*shared, "--eval_data", *tests, *step.flags, "--save", out]
 
 
 def run_all(todo: Sequence[Step], folder: Path, at_once: int) -> None:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from lib.command import add_debug_flag, wait_turn
+from lib.command import Parser, add_debug_flag
 from lib.methods import METHODS
 from lib.sparsity import TYPES, UNSTRUCTURED, Sparsity
 
@@ -24,15 +23,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if spoken else super()._get_help_string(action)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        wait_turn()
-        super().error(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of main.py; the only place where a default stands."""
-    parser = _Parser(
+    parser = Parser(
         description=DESCRIPTION,
         formatter_class=_Formatter,
         allow_abbrev=False,
@@ -189,6 +182,9 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--use_variant: in --sparsity_type {kind} every row has the same share")
     if args.replace_sparse_layers and kind != "2:4" and not args.eval_only:
         parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
+    for flag in ("load_bit", "offload"):
+        if args.replace_sparse_layers and getattr(args, flag):
+            parser.error(f"--replace_sparse_layers can't be combined with --{flag}; leave out one")
     if args.prune_on_c4 and args.calibration_data:
         parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
     if args.save_model:

@@ -57,7 +57,7 @@ class KeptJob(Job):
     def read_model(self, where: dict) -> nn.Module:
         args, kept = self.args, self.kept
         quantised = args.load_bit or getattr(self.config, "quantization_config", None)
-        if args.offload or quantised:
+        if len(where) > 1 or quantised:
             return super().read_model(where)
         settings = _key(args.model, args.dtype, args.cache_dir, self.device)
         if kept.loaded_by != settings:

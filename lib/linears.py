@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.matrix import Linear
 from lib.quantised import quantised_linear
+from lib.sparse_linear import SparseLinear
 
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NARROWEST = 8  # inputs or outputs of a matrix worth pruning
@@ -36,6 +37,9 @@ def find_linears(block: nn.Module, prefix: str) -> tuple[list[Linear], dict[str,
             else:
                 linears.append(linear)
             continue
+        if isinstance(module, SparseLinear):
+            linears.append(PackedLinear(name, name, module))
+            continue
         transposed = getattr(module, "is_transposed", False)
         for parameter, weight in module.named_parameters(recurse=False):
             full_name = f"{name}.{parameter}"
@@ -47,6 +51,17 @@ def find_linears(block: nn.Module, prefix: str) -> tuple[list[Linear], dict[str,
             elif weight.dim() > 1 and not parameter.endswith("bias"):
                 left[full_name] = weight.numel(), f"{type(module).__name__} is no linear layer"
     return linears, left
+
+
+class PackedLinear(Linear):
+    """A packed 2:4 linear: to be measured, not to be pruned again."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    def matrix(self) -> Tensor:
+        return self.module.dense().float()
 
 
 def _holds_experts(module: nn.Module, weight: Tensor) -> bool:

@@ -48,7 +48,6 @@ class Team:
         self.rank = 0 if alone else environment_number("RANK", 0)
         self.size = 1 if alone else environment_number("WORLD_SIZE", 1)
         self.device = device
-        self.place = "the start"  # what this process is doing, should it be missed
         self.watch: Watch | None = None
         if self.size > 1:
             self._join()
@@ -59,6 +58,13 @@ class Team:
     def leads(self) -> bool:
         """Whether this is the process that prints, logs and saves."""
         return self.rank == 0
+
+    def at(self, place: str) -> None:
+        """Note what this process is doing, to be told should it be missed."""
+        if self.watch:
+            self.watch.place = place
+            with self.collective():
+                self.store.set(f"place {self.rank}", place)
 
     def share(self, count: int) -> slice:
         """This process's part of `count` windows; parts differ by one at most."""
@@ -146,8 +152,7 @@ class Team:
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         hosting = self.rank == 0 and not agents
         self.store = self._store(hosting)
-        place = lambda: self.place  # noqa: E731
-        self.watch = Watch(self._store(False), self.rank, self.size, place, hosting)
+        self.watch = Watch(self._store(False), self.rank, self.size, hosting)
         cuda = self.device if self.device.type == "cuda" else None
         if cuda:
             torch.cuda.set_device(cuda)  # where NCCL puts what is not yet on a device

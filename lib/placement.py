@@ -36,6 +36,9 @@ class Placement:
         rounding: torch.dtype,
         folder: str | None = None,
     ) -> None:
+        hooks = [hook for block in blocks for _, hook in _hooks(block)]
+        for hook in hooks:
+            hook.original_devices = {}  # else a hook brings its weights before it is removed
         parameters = [p for block in blocks for p in block.parameters()]
         if len(parameters) > len(set(parameters)):
             raise UserError("--offload: the model's blocks share weights; it must fit in memory")
@@ -43,16 +46,25 @@ class Placement:
         self.device = device
         self.rounding = rounding
         self.folder = folder
+        self.side: torch.cuda.Stream | None = None
+        self.ahead: tuple[int, dict[str, Tensor]] = (-1, {})  # a block that is already on its way
+        if device.type == "cuda":
+            self.side = torch.cuda.Stream(device)
+            _pin_(hooks)
 
     @contextmanager
     def at_hand(self, index: int, keep: bool = False) -> Iterator[None]:
         """Inside, the block's weights are on the device; `keep` writes them back afterwards."""
         away = _hooks(self.blocks[index])
+        arrived = self._arrived(index)
         for module, hook in away:
             remove_hook_from_module(module)
             for name in _names(module, hook):
-                value = _read(hook.weights_map, name)
+                value = arrived.get(hook.weights_map.prefix + name)
+                value = _read(hook.weights_map, name) if value is None else value
                 set_module_tensor_to_device(module, name, self.device, value=value)
+        arrived.clear()
+        self._send_for(index + 1)
         try:
             yield
             if keep:
@@ -60,6 +72,33 @@ class Placement:
         finally:
             for module, hook in away:
                 add_hook_to_module(module, hook)  # back to the meta device
+                hook.original_devices = {}
+
+    def _send_for(self, index: int) -> None:
+        """Start copying what host memory holds of block `index` while another block computes."""
+        if self.side is None or index >= len(self.blocks):
+            return
+        with torch.cuda.stream(self.side):
+            coming = {
+                hook.weights_map.prefix + name: hook.weights_map[name].to(
+                    self.device, non_blocking=True
+                )
+                for module, hook in _hooks(self.blocks[index])
+                for name in _names(module, hook)
+                if hook.weights_map.prefix + name in hook.weights_map.dataset.state_dict
+            }
+        self.ahead = index, coming
+
+    def _arrived(self, index: int) -> dict[str, Tensor]:
+        """Weights of block `index` that were sent for, on the device."""
+        (known, arrived), self.ahead = self.ahead, (-1, {})
+        if known != index:
+            return {}
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self.side)
+        for tensor in arrived.values():
+            tensor.record_stream(now)  # or its memory is taken for the next block too early
+        return arrived
 
     def _put_back(self, index: int, away: list[tuple[nn.Module, AlignDevicesHook]]) -> None:
         """Into host memory, or into one file of the offload folder."""
@@ -78,7 +117,13 @@ class Placement:
                     entries.append((loader.index, full_name, dtype_name(tensor.dtype)))
         if on_disk:
             file = str(Path(self.folder) / f"block-{index}.safetensors")
-            save_file(on_disk, file)
+            try:
+                save_file(on_disk, file)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"--offload {self.folder}: block {index} can't be written ({error}); "
+                    "name a folder on a disk with room"
+                ) from error
             for where, name, dtype in entries:
                 where[name] = {"safetensors_file": file, "weight_name": name, "dtype": dtype}
 
@@ -106,6 +151,14 @@ def _hooks(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
         for module in block.modules()
         if getattr(getattr(module, "_hf_hook", None), "offload", False)
     ]
+
+
+def _pin_(hooks: list[AlignDevicesHook]) -> None:
+    """Lock what host memory holds in place, so that it is copied beside other work."""
+    for hook in hooks:
+        kept = hook.weights_map.dataset.state_dict
+        for name, tensor in kept.items():
+            kept[name] = tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:

@@ -76,7 +76,7 @@ class Pruner:
             if self.recipe.dense_stream:
                 dense = replace(stream, hidden=stream.hidden.clone())
             for index in range(len(self.sweep.blocks)):
-                self.team.place = f"block {index}"
+                self.team.at(f"block {index}")
                 with self.sweep.at_hand(index, keep=True):
                     self._block_(index, stream, dense)
                 advanced(1)

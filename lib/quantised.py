@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lib import packed
 from lib.errors import UserError
 from lib.matrix import Linear
 
@@ -98,13 +99,21 @@ def quantised_linear(name: str, module: nn.Linear) -> Linear | None:
     return Linear8bit(name, name, module) if hasattr(weight, "SCB") else None
 
 
-def check_format(name: str, config, load_bit: str | None) -> None:
-    """UserError where the checkpoint is quantised in a way that can't be pruned or loaded."""
+def check_format(name: str, config, load_bit: str | None, pruning: bool) -> None:
+    """UserError where the checkpoint is stored in a way that can't be pruned or loaded."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
+    if method == packed.METHOD:
+        if pruning or load_bit:
+            flag = "--prune_method" if pruning else "--load_bit"
+            raise UserError(
+                f"--model {name}: its linears are packed 2:4, which {flag} can't work on; "
+                "make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
+            )
+        return
     if method not in FORMATS:
         raise UserError(
             f"--model {name}: its weights are quantised by {method}, which can't be pruned; "

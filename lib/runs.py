@@ -19,9 +19,10 @@ NONE = "none"  # calibrated on nothing: the dense model, magnitude
 
 # Flags that a table shows by other means, or that change nothing but speed and place.
 _NOT_SETTINGS = frozenset(
-    "model seed save save_model cache_dir device batch_size debug resume offload eval_only prune_method"
-    " use_variant sparsity_type sparsity_ratio calibration_data prune_on_c4 eval_data tasks"
-    " offload trust_remote_code".split()
+    "model seed save save_model cache_dir device batch_size debug resume offload eval_only"
+    " prune_method use_variant sparsity_type sparsity_ratio calibration_data prune_on_c4 eval_data"
+    " tasks trust_remote_code".split()
+)
 )
 _DENSE_SETTINGS = frozenset({"load_bit", "dtype"})
 PATTERNS = ("unstructured", "4:8", "2:4")  # from the loosest to the strictest

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib import few_tokens, semi_structured
 from lib.errors import UserError
-from lib.packed import card_lines, mark_packed_
+from lib.packed import METHOD, card_lines, mark_packed_
 from lib.packing import is_packable
 from lib.sparse_linear import SparseLinear
 
@@ -65,6 +65,11 @@ def swap_linears_(
     is where the blocks will run, if not where they are. UserError where nothing is 2:4 or the
     weights are quantised.
     """
+    if getattr(model, "quantization_method", METHOD) != METHOD:
+        raise UserError(
+            f"--replace_sparse_layers: the weights are quantised ({model.quantization_method}), "
+            "only 32- and 16-bit ones are packed; run without --load_bit"
+        )
     names = {module: name for name, module in model.named_modules()}
     dense = {}
     for block in blocks:

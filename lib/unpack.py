@@ -10,6 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from lib.command import add_debug_flag, run
 from lib.errors import UserError
 from lib.save import staged_folder
 
@@ -29,8 +30,10 @@ def unpack_folder(source: str, target: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import lib.sparse  # noqa: F401  registers the format
+    from lib.model import quiet
     from lib.packed import METHOD
 
+    quiet()
     config = AutoConfig.from_pretrained(folder)
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") != METHOD:
         raise UserError(f"IN {source}: not a packed 2:4 checkpoint, nothing to unpack")
@@ -44,18 +47,15 @@ def unpack_folder(source: str, target: str) -> None:
                     shutil.copy2(path, stage / path.name)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="unpack", description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="IN", help="folder of a packed 2:4 checkpoint")
     parser.add_argument("target", metavar="OUT", help="new folder for the dense checkpoint")
+    add_debug_flag(parser)
     args = parser.parse_args(arguments)
-    try:
-        unpack_folder(args.source, args.target)
-    except UserError as error:
-        print(f"unpack: {error}", file=sys.stderr)
-        return 1
-    return 0
+    unpack_folder(args.source, args.target)
+    print(f"unpacked: {args.target}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -1,9 +1,9 @@
 """Whether all processes of a job live: when one dies, hangs or fails, all end, and one tells why.
 
-Every process beats: a thread of it writes a number and where it is into the launcher's key-value
-store, and reads the beat of the next process in a ring. One that falls silent is told of by the
-process before it. A process that fails by itself tells so itself. Whichever it is, a flag in the
-store ends the others without a word, even where they wait in a collective that never returns.
+Every process beats: a thread of it counts in the launcher's key-value store, and reads the count of
+the next process in a ring. One that falls silent is told of by the process before it. A process
+that fails by itself tells so itself. Whichever it is, a flag in the store ends the others without a
+word, even where they wait in a collective that never returns.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from lib.command import FAILED
 
@@ -30,16 +31,14 @@ PATIENCE_BEATS = 5  # after a signal to end or a broken collective: the dead one
 
 
 class Watch:
-    """`store`: this thread's own connection. `place()`: where the process is, for the message."""
+    """`store`: this thread's own connection, in which every process also notes its place."""
 
-    def __init__(
-        self, store: dist.Store, rank: int, size: int, place: Callable[[], str], hosting: bool
-    ) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int, hosting: bool) -> None:
         self.store = store
         self.rank = rank
         self.size = size
-        self.place = place
         self.hosting = hosting  # whether the store ends with this process
+        self.place = ""  # this process's own
         self.leftovers: list[Path] = []  # folders to remove if the process is ended
         self.doubted: float | None = None  # since when another process may be gone
         self.terminated = False
@@ -76,20 +75,20 @@ class Watch:
         self._end(status, linger=self.hosting)
 
     def _run(self) -> None:
-        beats, heard, since = 0, "", time.monotonic()
+        beats, heard, since = 0, b"", time.monotonic()
         following = str((self.rank + 1) % self.size)
         while not self._pause():
             beats += 1
             try:
-                self.store.set(str(self.rank), f"{beats} {self.place()}")
+                self.store.set(str(self.rank), str(beats))
                 if self.store.check(["failed"]):
                     self._end()
-                beat = self.store.get(following).decode() if self.store.check([following]) else ""
+                beat = self.store.get(following) if self.store.check([following]) else b""
+                if beat != heard:
+                    heard, since = beat, time.monotonic()
+                self._judge(since)
             except RuntimeError:
-                self._lost(heard if following == "0" else f"0 {self.place()}")
-            if beat != heard:
-                heard, since = beat, time.monotonic()
-            self._judge(heard, since)
+                self._lost()
 
     def _pause(self) -> bool:
         """Until the next beat, or until the process is told to end; whether nothing is to do."""
@@ -99,32 +98,31 @@ class Watch:
                 self.doubted = self.doubted or time.monotonic()
         return self.closing.is_set()
 
-    def _judge(self, heard: str, since: float) -> None:
+    def _judge(self, since: float) -> None:
         now = time.monotonic()
         silent = now - max(since, self.doubted or since)
         limit = SILENCE_SECONDS if self.doubted is None else DOUBT_BEATS * BEAT_SECONDS
         if silent > limit:
-            self._tell(f"process {(self.rank + 1) % self.size}", f"is gone or hangs{_at(heard)}")
+            self._tell((self.rank + 1) % self.size, "is gone or hangs")
         if self.terminated and now - self.doubted > PATIENCE_BEATS * BEAT_SECONDS:
-            self._tell(
-                f"process {self.rank}", f"was told to end (SIGTERM){_at(f'0 {self.place()}')}"
-            )
+            self._tell(self.rank, "was told to end (SIGTERM)")
 
-    def _tell(self, who: str, what: str) -> None:
-        if self.closing.is_set():
-            return
+    def _tell(self, who: int, what: str) -> None:
+        key = f"place {who}"
+        place = f" at {self.store.get(key).decode()}" if self.store.check([key]) else ""
 
         def tell() -> int:
-            print(f"error: {who} of {self.size} {what}; all end", file=sys.stderr, flush=True)
+            _print(f"error: process {who} of {self.size} {what}{place}; all end")
             return FAILED
 
-        self.fail(tell)
+        if not self.closing.is_set():
+            self.fail(tell)
 
-    def _lost(self, heard: str) -> None:
+    def _lost(self) -> None:
         """The store is gone, and with it the process or the launcher that held it."""
         if not self.closing.is_set():
-            what = f"process 0 of {self.size} is gone{_at(heard)}; process {self.rank} ends"
-            print(f"error: {what}", file=sys.stderr, flush=True)
+            place = f" at {self.place}" if self.place else ""
+            _print(f"error: process 0 of {self.size} is gone; process {self.rank} ends{place}")
             self._end()
 
     def _end(self, status: int = FAILED, linger: bool = False) -> None:
@@ -138,6 +136,6 @@ class Watch:
         os._exit(status)
 
 
-def _at(beat: str) -> str:
-    place = beat.partition(" ")[2]
-    return f" at {place}" if place else ", it never came"
+def _print(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # not into a progress bar
+    sys.stderr.flush()

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lib.model
 import lib.sparse
+from lib.command import run
 from lib.errors import UserError
 from lib.packed import METHOD, PackedConfig
 from lib.sparse_linear import SparseLinear
@@ -142,7 +143,7 @@ def test_unpacked_gives_the_dense_checkpoint(folders, tmp_path):
     dense, packed = folders
     (packed / "tokenizer.json").write_text("{}")
     out = tmp_path / "new" / "out"
-    assert unpack_main([str(packed), str(out)]) == 0
+    assert run(unpack_main, [str(packed), str(out)]) == 0
     assert (out / "tokenizer.json").read_text() == "{}"
     (out / "tokenizer.json").unlink()
     (packed / "tokenizer.json").unlink()
@@ -156,7 +157,7 @@ def test_unpack_refuses_in_one_line(folders, tmp_path, capsys):
         (dense, tmp_path / "x", "not a packed 2:4 checkpoint"),
         (packed, tmp_path, "exists"),
     ):
-        assert unpack_main([str(source), str(target)]) == 1
+        assert run(unpack_main, [str(source), str(target)]) == 1
         error = capsys.readouterr().err
         assert word in error and error.count("\n") == 1
     assert not (tmp_path / "x").exists()

@@ -234,7 +234,7 @@ def test_a_card() -> None:
         "language": ["uk", "no"],  # not the number or truth value that YAML makes of it
         "tags": ["pruned", "sparse", "wanda"],
     }
-    assert text.startswith("# owner/name, pruned by wanda to 62.5% of the weights\n")
+    assert text.startswith("# owner/name, pruned by wanda to 62.5% zeros\n")
     for part in ("| calibrated on | uk, 8 windows of 32 tokens |", "`abc123`", "| seed | 3 |"):
         assert part in text
     assert "| uk | 12.3457 | 640 |" in text and "0.6250" in text and text.endswith("More.\n")

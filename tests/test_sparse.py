@@ -293,6 +293,13 @@ def test_swap_of_an_unpruned_model():
         sparse.swap_linears_(model, model.model.layers)
 
 
+def test_swap_of_a_quantised_model():
+    model = tiny.ARCHITECTURES["Llama"]()
+    model.quantization_method = "bitsandbytes"
+    with pytest.raises(UserError, match="run without --load_bit"):
+        sparse.swap_linears_(model, model.model.layers)
+
+
 def test_outputs_that_differ_stop_the_run():
     logits = torch.randn(1, 5, 7)
     assert 0 < sparse.check_same_outputs(logits, logits * (1 + 1e-6)) < 1e-5
