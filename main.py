@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.command import run
-from lib.flags import build_parser, check_flags
+from lib.flag_checks import check_flags
+from lib.flags import build_parser
 from lib.methods import Recipe
 from lib.sparsity import Sparsity
 
@@ -103,6 +104,10 @@ class Job:
         for source in self.tests:
             check_source(source, "test")
 
+        if args.tasks:
+            from lib.tasks import check_tasks
+
+            check_tasks(args.tasks)
         from lib import model
         from lib.bos import forced_bos
         from lib.groups import check_widths
@@ -285,6 +290,13 @@ class Job:
                 }
                 self.evaluation.append(test.record | figures)
 
+        self.tasks = None
+        if self.args.tasks and self.team.leads:
+            from lib.tasks import run_tasks
+
+            with self.timed("tasks"):
+                self.tasks = run_tasks(self.model, self.tokenizer, self.args.tasks, self.batch_size)
+
     def record(self) -> None:
         """log_METHOD.txt, results.json, and the summary on the terminal."""
         from lib import record
@@ -306,6 +318,7 @@ class Job:
             "bos": self.bos,
             "calibration": self.calibration,
             "evaluation": self.evaluation,
+            **({"tasks": self.tasks} if self.tasks else {}),
             "perplexity": {test["name"]: test["perplexity"] for test in self.evaluation},
             "sparsity": measure(self.sweep, self.blocks_name).record(),
             "seconds": self.seconds,

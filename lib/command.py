@@ -12,14 +12,13 @@ import argparse
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from lib.errors import UserError
+from lib.launcher import environment_number, wait_turn
 
 FAILED = 1
-TURN_SECONDS = 3
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
 
 
@@ -73,22 +72,6 @@ def tell(error: BaseException) -> int | None:
         return None
     print(f"error: {' '.join(told.split())}", file=sys.stderr, flush=True)
     return FAILED
-
-
-def wait_turn() -> None:
-    """Before a process that is not the first tells an error that has not been shared with others.
-
-    Most are the same in all processes; the launcher ends this one when the first has told it.
-    """
-    if environment_number("RANK", 0) > 0:
-        time.sleep(TURN_SECONDS)
-
-
-def environment_number(name: str, default: int) -> int:
-    """RANK, LOCAL_RANK or WORLD_SIZE, as torchrun and accelerate set them, or mpirun."""
-    mpi = {"RANK": "RANK", "LOCAL_RANK": "LOCAL_RANK", "WORLD_SIZE": "SIZE"}[name]
-    value = os.environ.get(name) or os.environ.get(f"OMPI_COMM_WORLD_{mpi}")
-    return int(value) if value else default
 
 
 def _told(error: BaseException) -> str | None:

@@ -141,7 +141,7 @@ def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> Optimizer:
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": recipe.decay}]
     groups.append({"params": vectors, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def _rate(step: int, recipe: Recipe) -> float:

@@ -10,7 +10,8 @@ from itertools import product
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.flags import build_parser, check_flags
+from lib.flag_checks import check_flags
+from lib.flags import build_parser
 from lib.methods import Recipe
 from lib.sources import has_test, mixture_name, parse_sources
 from lib.sparsity import UNSTRUCTURED

@@ -31,7 +31,7 @@ class Journal:
         job = json.loads(json.dumps(job, default=str))
         known = self.folder / "job.json"
         if known.is_file():
-            self._see_same(json.loads(known.read_text("utf-8")), job, folder)
+            self._see_same(_read_job(known, folder), job, folder)
         else:
             write_text(known, json.dumps(job, indent=2, ensure_ascii=False))
 
@@ -84,6 +84,15 @@ class Journal:
                     f"--resume {folder}: was begun with {name} {before.get(name)!r}, now it is "
                     f"{now.get(name)!r}; give the same again, or another folder"
                 )
+
+
+def _read_job(file: Path, folder: str) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"--resume {folder}: {file.name} can't be read ({error}); name another folder"
+        ) from error
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -21,9 +21,8 @@ from lib.save import check_room
 def own_folder(path: str, team: Team) -> Iterator[str]:
     """A folder in `path` for this process alone, empty, that goes when the block ends.
 
-    What a killed run left in it is removed. UserError where another run uses it.
+    So does `path` if nothing else is in it. What a killed run left in it is removed. UserError where another run uses it.
     """
-    existed = Path(path).is_dir()
     folder = Path(path) / f"process-{team.rank}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "in-use").open("w") as lock:
@@ -39,7 +38,7 @@ def own_folder(path: str, team: Team) -> Iterator[str]:
             yield str(folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            if not existed and not any(Path(path).iterdir()):
+            with suppress(OSError):  # not empty: it holds more than this
                 Path(path).rmdir()
 
 

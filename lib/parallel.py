@@ -20,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib.command import FAILED, environment_number, tell
+from lib.command import FAILED, tell
 from lib.errors import UserError
+from lib.launcher import environment_number, see_launched
 from lib.watch import Watch
 
 JOIN_SECONDS = 60  # for the store to be there; launchers start all processes at the same time
@@ -52,7 +53,7 @@ class Team:
         if self.size > 1:
             self._join()
         elif not alone:
-            _see_launched()
+            see_launched()
 
     @property
     def leads(self) -> bool:
@@ -193,13 +194,3 @@ def local_device(device: torch.device) -> torch.device:
             "lacks; start as many processes as it has GPUs"
         )
     return torch.device("cuda", index)
-
-
-def _see_launched() -> None:
-    """UserError where accelerate was asked for several processes but has started this one alone."""
-    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
-    if asked and environment_number("WORLD_SIZE", 0) == 0:
-        raise UserError(
-            "accelerate launch --num_processes: without --multi_gpu it starts one process only; "
-            "give --multi_gpu (on CPUs too, with --device cpu), or use torchrun --nproc_per_node"
-        )

@@ -23,7 +23,6 @@ _NOT_SETTINGS = frozenset(
     " prune_method use_variant sparsity_type sparsity_ratio calibration_data prune_on_c4 eval_data"
     " tasks trust_remote_code".split()
 )
-)
 _DENSE_SETTINGS = frozenset({"load_bit", "dtype"})
 PATTERNS = ("unstructured", "4:8", "2:4")  # from the loosest to the strictest
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib import demo, demo_en, demo_model, demo_text, demo_uk
 from lib.errors import UserError
-from lib.flags import build_parser, check_flags
+from lib.flag_checks import check_flags
+from lib.flags import build_parser
 
 TINY = demo_model.Recipe(
     vocabulary=300, window=16, width=16, inner=32, blocks=2, heads=2, batch=4, steps=2, warm_up=1

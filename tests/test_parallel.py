@@ -16,7 +16,7 @@ from command_line import QUICK, ROOT, Done, call, start
 from processes import LIMIT, ended, free_port, together
 from safetensors.torch import load_file
 
-from lib import command, parallel
+from lib import command, launcher, parallel
 from lib.errors import UserError
 from lib.parallel import Team, local_device
 
@@ -199,7 +199,7 @@ def launched(launcher: list, argv: list, folder: Path) -> Done:
 def test_torchrun_and_a_killed_worker(place: Path, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import os, sys, worker\n"
+        f"import os, sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\nimport worker\n"
         "fault = '1:SIGKILL' if os.environ['RANK'] == '1' else ''\n"
         "worker.work([sys.argv[1:]], [{}], fault, '.', '/dev/stdout', '/dev/stderr')\n"
     )
@@ -235,7 +235,7 @@ def test_mistakes_in_flags_are_told_by_the_first(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("RANK", rank)
         assert call("--model", "llama", *BASE).status == 2
         assert call("--model", "none/such/model", *BASE, "--eval_only").status == command.FAILED
-    assert waited == [command.TURN_SECONDS] * 2
+    assert waited == [launcher.TURN_SECONDS] * 2
 
 
 def test_accelerate_that_starts_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
