@@ -90,7 +90,7 @@ def _finish(panel, table: Table, test: str, lanes: Sequence[tuple[str, str]]) ->
     panel.set_ylim(len(lanes) - 0.4, -0.6)
     low, high = panel.get_xlim()
     room = high / low
-    panel.set_xlim(low / room**0.12, high * room**0.25)  # for the figures beside the marks
+    panel.set_xlim(low / room**0.14, high * room**0.38)  # for the figures beside the marks
     plot_style.open_axes(panel)
     plot_style.log_ticks(panel.xaxis)
 
