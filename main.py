@@ -158,8 +158,11 @@ class Job:
         args = self.args
         self.team.at("loading the model")
         placement, where = None, {"": self.device}
+        fetched = self.see_memory()
+        if args.offload or fetched:
+            place = "disk" if args.offload else "cpu"
+            where = device_map(self.skeleton, self.blocks_name, self.device, place)
         if args.offload:
-            where = device_map(self.skeleton, self.blocks_name, self.device, "disk")
             self.folder = self.finally_.enter_context(self.offload_folder())
         with self.timed("load"):
             self.model = self.read_model(where)
@@ -173,6 +176,34 @@ class Job:
         self.sweep.verify()
         self.settle_bos()
         self.footprint = {"before": model.footprint(self.model)}
+
+    def see_memory(self) -> bool:
+        """Tell how much memory the run will take; whether blocks must be fetched from the host."""
+        from lib.estimate import Plan, check_memory
+        from lib.model import checkpoint_dtype, pick_dtype, saved_dtype
+        from lib.shapes import shapes
+
+        args, team = self.args, self.team
+        working = pick_dtype(args.dtype, self.config, self.device)
+        stored = checkpoint_dtype(self.config)
+        windows = [0 if self.windows is None else len(self.windows)]
+        windows += [max(len(test.windows) for test in self.test_sets)]
+        plan = Plan(
+            shapes(self.skeleton, self.blocks_name),
+            self.recipe,
+            *(len(range(count)[team.share(count)]) for count in windows),
+            self.seqlen,
+            self.batch_size,
+            working,
+            saved_dtype(args.dtype, self.config),
+            args.load_bit,
+            None if stored == working else stored,
+            fetched=bool(args.offload),
+        )
+        fetched, line = check_memory(plan, self.device, bool(args.offload))
+        if team.leads:
+            print(line, flush=True)
+        return fetched
 
     def offload_folder(self) -> AbstractContextManager[str]:
         """This process's part of `--offload`, which has room."""

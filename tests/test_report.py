@@ -135,7 +135,8 @@ def test_findings_are_computed(sweep):
     expected = 28 / 31 - 1  # the means over seeds
     assert f"{-expected:.1%} lower at 50%" in sentence and "10% lower at 2:4" in sentence
     # each test set with the calibration that suits it: sqrt(28/20 * 28/40), sqrt(45/20 * 45/40)
-    assert "with wanda, the best here, is -1% at 50% and +59% at 2:4" in findings.cost_finding(found)
+    cost = findings.cost_finding(found)
+    assert "with wanda, the best here, is -1% at 50% and +59% at 2:4" in cost
 
 
 def test_a_reverse_or_absent_effect_is_called_so():

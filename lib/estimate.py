@@ -1,0 +1,189 @@
+"""How much memory a run takes, told before it begins: from shapes and flags, within a quarter.
+
+Refuses what can't fit, instead of dying after hours.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from lib.errors import UserError
+from lib.eval import LOGIT_BYTES
+from lib.methods import Recipe
+from lib.record import gib
+from lib.shapes import Block, Shapes
+
+LATER = 24 * 2**20  # bytes of code that is imported after the estimate
+SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lost in gaps
+BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
+FLOAT = 4
+CGROUP = Path("/sys/fs/cgroup")  # a container's limits, Linux
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, as far as memory is concerned."""
+
+    shapes: Shapes
+    recipe: Recipe | None
+    windows: int  # of calibration, in this process
+    tests: int  # windows of the largest test set, in this process
+    seqlen: int
+    batch_size: int
+    working: torch.dtype
+    saved: torch.dtype
+    load_bit: str | None = None
+    stored: torch.dtype | None = None  # of the weight files, if these are cast on reading
+    fetched: bool = False  # blocks come to the device one at a time
+    ahead: bool = False  # and the next one while the current one computes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes at the worst moment: of what is there all the time, and of what comes and goes."""
+
+    weights: int
+    hidden: int
+    work: int
+    loading: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + max(self.hidden + self.work, self.loading)
+
+
+def parts(plan: Plan) -> Parts:
+    """Where everything stands in the same memory; `check_memory` splits it over a host and a device."""
+    shapes, size = plan.shapes, plan.working.itemsize
+    largest = max(block.weights for block in shapes.blocks)
+    inside = shapes.in_blocks * size
+    if plan.load_bit:
+        inside = int(shapes.in_blocks * BITS[plan.load_bit] / 8)
+    if plan.fetched:
+        inside = largest * size * (2 if plan.ahead else 1)
+    weights = shapes.outside * size + inside
+    calibration = _calibration(plan), max(map(lambda b: _pruning(plan, b), shapes.blocks))
+    hidden, work = max(calibration, _evaluation(plan), key=sum)
+    reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
+    mapped = (shapes.in_blocks + shapes.outside) * plan.stored.itemsize if reading else 0
+    return Parts(weights, hidden, work, mapped)
+
+
+def _calibration(plan: Plan) -> int:
+    """Hidden states of all calibration windows, twice for a method that follows the dense model."""
+    if plan.recipe is None or not plan.recipe.observes:
+        return 0
+    copies = 2 if plan.recipe.dense_stream else 1
+    return copies * plan.windows * _window(plan)
+
+
+def _window(plan: Plan) -> int:
+    return plan.seqlen * plan.shapes.hidden * plan.working.itemsize
+
+
+def _pruning(plan: Plan, block: Block) -> int:
+    """Statistics of a block, with the larger of a batch on its way and the solver's needs."""
+    if plan.recipe is None:
+        return 0
+    statistics, solving, written = 0, 0, block.pruned * plan.saved.itemsize
+    for each in block.inputs:
+        method = plan.recipe(each.width, torch.device("meta"))
+        own = sum(statistic.nbytes for statistic in method.statistics())
+        square = own if any(one.dim() == 2 for one in method.statistics()) else 0
+        matrices = FLOAT * each.width * sum(each.outputs)
+        score = (2 * FLOAT + 2) * each.width * max(each.outputs)
+        statistics += own
+        # a factorisation and its copy, then the matrices side by side; or scores and masks
+        solving = max(solving, matrices + (max(2 * square, square + matrices) if square else score))
+    if plan.recipe.dense_stream:
+        statistics += block.weights * plan.working.itemsize  # the untouched block
+    passing = _activations(plan, block) * (2 if plan.recipe.dense_stream else 1)
+    return statistics + max(passing if plan.recipe.observes else 0, solving + written)
+
+
+def _activations(plan: Plan, block: Block) -> int:
+    """One batch in a block: every linear's input and output, and the stream before and after."""
+    channels = 4 * plan.shapes.hidden
+    for each in block.inputs:
+        share = min(1.0, plan.shapes.routed / each.experts) if each.experts else 1.0
+        channels += int(share * (each.width + sum(each.outputs)))
+    tokens = plan.seqlen * min(plan.batch_size, max(plan.windows, plan.tests))
+    return tokens * channels * plan.working.itemsize
+
+
+def _evaluation(plan: Plan) -> tuple[int, int]:
+    """Hidden states, and logits as they come and as probabilities or one batch in a block."""
+    batch = min(plan.batch_size, plan.tests)
+    kept = plan.tests if plan.fetched else batch
+    position = FLOAT * plan.shapes.vocabulary * batch
+    logits = 2 * min(max(position, LOGIT_BYTES), position * plan.seqlen)
+    if plan.working.itemsize < FLOAT:
+        logits += logits // 4
+    passing = max(_activations(plan, block) for block in plan.shapes.blocks)
+    return kept * _window(plan), max(logits, passing)
+
+
+def told(need: Parts, base: int = 0) -> str:
+    """As a line for the user."""
+    named = {"weights": need.weights, "hidden states": need.hidden, "work": need.work}
+    if need.loading > need.hidden + need.work:
+        named = {"weights": need.weights, "reading them": need.loading}
+    listed = ", ".join(f"{name} {gib(size)}" for name, size in named.items() if size)
+    start = f"libraries {gib(base)}, " if base else ""
+    return f"about {gib(base + need.total)} ({start}{listed})"
+
+
+def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> tuple[bool, str]:
+    """Whether blocks have to be fetched from host memory, and a line on the memory of the run.
+
+    UserError where there is not enough of it.
+    """
+    need = parts(plan)
+    if device.type == "cpu":
+        return False, f"memory: {_checked(need, offloaded)}"
+    free = int(SPARE * torch.cuda.mem_get_info(device)[0])
+    fetched = not (plan.fetched or plan.load_bit) and need.weights + need.work > free
+    if fetched:
+        plan = replace(plan, fetched=True, ahead=True)
+        need = parts(plan)
+    here = Parts(need.weights, 0, need.work)
+    if here.total > free:
+        raise UserError(
+            f"--device {device}: the run needs {told(here)}, but only {gib(free)} are free; "
+            "try a smaller --batch_size or --seqlen, or --device cpu"
+        )
+    away = plan.shapes.in_blocks * plan.working.itemsize if fetched else 0
+    host = Parts(away, need.hidden, 0)
+    return fetched, f"memory: device {told(here)}; host {_checked(host, offloaded)}"
+
+
+def _checked(need: Parts, offloaded: bool) -> str:
+    """The line on host memory."""
+    base = psutil.Process().memory_info().rss + LATER
+    line, free = told(need, base), available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if need.total > free:
+        way = "" if offloaded else ", or --offload FOLDER"
+        raise UserError(
+            f"--model: the run needs {line} of host memory, of which {gib(free)} are still free; "
+            f"try a smaller --nsamples, --seqlen or --batch_size{way}"
+        )
+    return line
+
+
+def available() -> int:
+    """Bytes of host memory that this process can still get: of the machine, or of its container."""
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+        except (OSError, ValueError):  # none such, or "max"
+            continue
+    return max(0, free)
