@@ -9,6 +9,7 @@ from typing import Any
 METHODS = {
     "wanda": "lib.wanda:Wanda",
     "sparsegpt": "lib.sparsegpt:SparseGPT",
+    "admm": "lib.admm:Admm",
     "magnitude": "lib.magnitude:Magnitude",
 }
 
