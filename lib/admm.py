@@ -36,18 +36,15 @@ Run: `python main.py --model MODEL --prune_method admm`.
 
 from __future__ import annotations
 
-import warnings
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lib.errors import UserError
-from lib.gram import add_upper_gram_, mirror_
+from lib.gram import add_upper_gram_
+from lib.least_squares import alternate, conjugate_gradients_, scaled
 from lib.sparsity import Sparsity, lowest_overall
-
-STIFFENING = 2.5  # of rho in the second half of the iterations: first explore masks, then agree
-DAMPING_TRIES = 4
 
 
 class Admm:
@@ -71,7 +68,7 @@ class Admm:
         refinements: int = 5,
         rho: float = 1.5,
         damping: float = 0.03,
-        blend: float = 1.0,
+        blend: float = 0.5,
         in_order: bool = True,
         dense_stream: bool = True,
     ) -> None:
@@ -108,7 +105,8 @@ class Admm:
         start[:, dead] = 0  # an input that was always 0 says nothing of its weights: they go
         target[:, dead] = 0
         rho = self.rho * unexplained
-        solution, mask = alternate(start, target, hessian, rho, self.iterations, rows, sparsity)
+        choose = partial(lowest, rows=rows, sparsity=sparsity)
+        solution, mask = alternate(start, target, hessian, rho, self.iterations, choose)
         with record_function("refinement"):
             conjugate_gradients_(solution, target, hessian, mask, self.refinements)
         solution /= scale
@@ -116,69 +114,7 @@ class Admm:
             weight.copy_(part)
 
 
-def scaled(sums: Tensor, damping: float) -> tuple[Tensor, float, Tensor, Tensor]:
-    """S^-1 A S^-1 + damping (in, in), its inputs' mean unexplained share, S (in,), and dead inputs.
-
-    Reads the upper triangle of A. Where rounding has cost it its positive definiteness the damping
-    is raised tenfold, with a warning; UserError after a few tries.
-    """
-    hessian = sums.clone()
-    mirror_(hessian)
-    dead = hessian.diagonal() == 0
-    scale = hessian.diagonal().sqrt().masked_fill_(dead, 1)
-    hessian /= scale
-    hessian /= scale[:, None]
-    hessian.diagonal().add_(damping)
-    for attempt in range(DAMPING_TRIES):
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not (failed.any() | ~factor.isfinite().all()):
-            explained_by_none = 1 / torch.cholesky_inverse(factor).diagonal()
-            return hessian, explained_by_none.mean().item(), scale, dead
-        if attempt < DAMPING_TRIES - 1:
-            warnings.warn(
-                f"X^T X is not positive definite with damping {damping:g}; trying {10 * damping:g}",
-                stacklevel=3,
-            )
-            hessian.diagonal().add_(9 * damping)
-            damping *= 10
-    raise UserError(
-        f"X^T X is not positive definite, even with damping {damping:g}; "
-        "use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
-    )
-
-
-def alternate(
-    start: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    rho: float,
-    iterations: int,
-    rows: list[int],
-    sparsity: Sparsity,
-) -> tuple[Tensor, Tensor]:
-    """Z and its mask (out, in) after `iterations` from V = `start`, which is overwritten."""
-    free, total, signed = start, start.clone(), torch.empty_like(start)
-    dual = torch.zeros_like(start)
-    for iteration in range(iterations):
-        if iteration == iterations // 2 and iteration:
-            rho *= STIFFENING
-            dual /= STIFFENING  # U is in units of rho
-        if iteration in (0, iterations // 2):
-            with record_function("factorisation"):
-                stiff = hessian.clone()
-                stiff.diagonal().add_(rho)
-                inverse = torch.cholesky_inverse(torch.linalg.cholesky(stiff))
-        torch.add(free, dual, out=total)
-        mask = choose(total, rows, sparsity)
-        torch.mul(total, mask, out=dual)
-        torch.add(total, dual, alpha=-2, out=signed)  # Z - U
-        torch.mm(signed.mul_(rho).add_(target), inverse, out=free)
-    total = free.add_(dual)
-    mask = choose(total, rows, sparsity)
-    return total.masked_fill_(mask, 0), mask
-
-
-def choose(total: Tensor, rows: list[int], sparsity: Sparsity) -> Tensor:
+def lowest(total: Tensor, rows: list[int], sparsity: Sparsity) -> Tensor:
     """Mask of the lowest |T| (out, in): in every N:M group, or in each linear of `rows` outputs."""
     with record_function("masks"):
         score = total.abs()
@@ -187,22 +123,3 @@ def choose(total: Tensor, rows: list[int], sparsity: Sparsity) -> Tensor:
         parts = score.split(rows)
         counts = [int(part.numel() * sparsity.ratio) for part in parts]
         return torch.cat([lowest_overall(*both) for both in zip(parts, counts, strict=True)])
-
-
-def conjugate_gradients_(
-    solution: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int
-) -> None:
-    """Lower tr(Q A Q^T) - 2 tr(B Q^T) from Q = `solution` (out, in), each row on its own mask."""
-    tiny = torch.finfo(solution.dtype).tiny
-    keep = (~mask).float()  # cheaper to multiply with than a mask is to fill
-    residual = torch.addmm(target, solution, hessian, alpha=-1).mul_(keep)
-    direction = residual.clone()
-    norm = residual.square().sum(1, keepdim=True)  # (out, 1)
-    for _ in range(steps):
-        image = direction @ hessian
-        curvature = (direction * image).sum(1, keepdim=True)
-        step = norm / curvature.clamp_min(tiny)  # 0 where a row is solved or wholly pruned
-        solution.addcmul_(direction, step)
-        residual.addcmul_(image, step, value=-1).mul_(keep)
-        before, norm = norm, residual.square().sum(1, keepdim=True)
-        direction.mul_(norm / before.clamp_min(tiny)).add_(residual)

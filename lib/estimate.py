@@ -58,7 +58,7 @@ class Parts:
 
 
 def parts(plan: Plan) -> Parts:
-    """Where everything stands in the same memory; `check_memory` splits it over a host and a device."""
+    """Where everything stands in the same memory; `check_memory` splits it over two."""
     shapes, size = plan.shapes, plan.working.itemsize
     largest = max(block.weights for block in shapes.blocks)
     inside = shapes.in_blocks * size

@@ -33,6 +33,11 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--use_variant: in --sparsity_type {kind} every row has the same share")
     if args.replace_sparse_layers and kind != "2:4" and not args.eval_only:
         parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
+    if args.load_bit and args.offload:
+        parser.error(
+            f"--offload {args.offload}: blocks can't be quantised on their way from disk; "
+            f"leave out --load_bit {args.load_bit}"
+        )
     for flag in ("load_bit", "offload"):
         if args.replace_sparse_layers and getattr(args, flag):
             parser.error(f"--replace_sparse_layers can't be combined with --{flag}; leave out one")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import modeling_utils
 
 from lib.errors import UserError
 from lib.parallel import Team
@@ -21,7 +22,8 @@ from lib.save import check_room
 def own_folder(path: str, team: Team) -> Iterator[str]:
     """A folder in `path` for this process alone, empty, that goes when the block ends.
 
-    So does `path` if nothing else is in it. What a killed run left in it is removed. UserError where another run uses it.
+    So does `path` if nothing else is in it. What a killed run left in it is removed. UserError
+    where another run uses it.
     """
     folder = Path(path) / f"process-{team.rank}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,6 +42,25 @@ def own_folder(path: str, team: Team) -> Iterator[str]:
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # not empty: it holds more than this
                 Path(path).rmdir()
+
+
+@contextmanager
+def unmapped() -> Iterator[None]:
+    """Inside, transformers reads checkpoints instead of mapping them into memory.
+
+    It goes through all weights once, also those that stay on disk; pages that are mapped would all
+    stay resident until it is done.
+    """
+    mapped = modeling_utils.safe_open
+
+    def read(*args, **kwargs):
+        return mapped(*args, **kwargs | {"backend": "pread"})
+
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
 
 
 def check_offload_room(

@@ -99,7 +99,9 @@ def quantised_linear(name: str, module: nn.Linear) -> Linear | None:
     return Linear8bit(name, name, module) if hasattr(weight, "SCB") else None
 
 
-def check_format(name: str, config, load_bit: str | None, pruning: bool) -> None:
+def check_format(
+    name: str, config, load_bit: str | None, pruning: bool, offload: str | None = None
+) -> None:
     """UserError where the checkpoint is stored in a way that can't be pruned or loaded."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
@@ -121,6 +123,17 @@ def check_format(name: str, config, load_bit: str | None, pruning: bool) -> None
         )
     if load_bit:
         raise UserError(f"--load_bit {load_bit}: {name} is quantised already; leave out the flag")
+    if offload:
+        raise UserError(f"--offload {offload}: {name} is quantised; leave out the flag")
+
+
+def stored_bits(config) -> str | None:
+    """`4` or `8` where the checkpoint is quantised by bitsandbytes."""
+    stored = getattr(config, "quantization_config", None)
+    stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
+    if stored is None or not any(name in str(stored.get("quant_method")) for name in FORMATS):
+        return None
+    return "4" if stored.get("load_in_4bit") else "8"
 
 
 def keep_layout(model: nn.Module) -> None:
