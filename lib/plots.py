@@ -58,7 +58,7 @@ def perplexity_against_sparsity(table: Table, path: Path) -> Path | None:
                 _series(panel, table, rows, test, pick(MARKERS, methods.index(method)), labels)
         _finish_panel(panel, table, test, labels)
     panels[0].set_ylabel("perplexity per token (log scale, lower is better)")
-    picture.legend(handles=_legend(table, methods, labels), loc="outside lower center", ncols=5)
+    picture.legend(handles=_legend(table, methods, labels), loc="outside lower center", ncols=4)
     finding = findings.language_finding(table) or findings.best_finding(table)
     plot_style.title(picture, finding)
     return plot_style.save(picture, path)

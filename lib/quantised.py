@@ -103,11 +103,9 @@ def check_format(
     name: str, config, load_bit: str | None, pruning: bool, offload: str | None = None
 ) -> None:
     """UserError where the checkpoint is stored in a way that can't be pruned or loaded."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
+    _, method = _stored(config)
+    if method is None:
         return
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
     if method == packed.METHOD:
         if pruning or load_bit:
             flag = "--prune_method" if pruning else "--load_bit"
@@ -129,11 +127,20 @@ def check_format(
 
 def stored_bits(config) -> str | None:
     """`4` or `8` where the checkpoint is quantised by bitsandbytes."""
-    stored = getattr(config, "quantization_config", None)
-    stored = stored if stored is None or isinstance(stored, dict) else stored.to_dict()
-    if stored is None or not any(name in str(stored.get("quant_method")) for name in FORMATS):
+    stored, method = _stored(config)
+    if method not in FORMATS:
         return None
     return "4" if stored.get("load_in_4bit") else "8"
+
+
+def _stored(config) -> tuple[dict, str | None]:
+    """How the checkpoint is quantised, and by which method."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return {}, None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method")
+    return stored, str(getattr(method, "value", method))
 
 
 def keep_layout(model: nn.Module) -> None:
