@@ -97,9 +97,13 @@ def _pruning(plan: Plan, block: Block) -> int:
         square = own if any(one.dim() == 2 for one in method.statistics()) else 0
         matrices = FLOAT * each.width * sum(each.outputs)
         score = (2 * FLOAT + 2) * each.width * max(each.outputs)
-        statistics += own
-        # a factorisation and its copy, then the matrices side by side; or scores and masks
-        solving = max(solving, matrices + (max(2 * square, square + matrices) if square else score))
+        # inputs that are taken in order are forgotten one by one
+        statistics = max(statistics, own) if plan.recipe.in_order else statistics + own
+        # a factorisation and its copy, then the matrices as a whole, those of ADMM in five states;
+        # or scores and masks
+        states = 5 if plan.recipe.in_order else 1
+        second_order = max(2 * square, square + states * matrices)
+        solving = max(solving, matrices + (second_order if square else score))
     if plan.recipe.dense_stream:
         statistics += block.weights * plan.working.itemsize  # the untouched block
     passing = _activations(plan, block) * (2 if plan.recipe.dense_stream else 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,46 +16,6 @@ if TYPE_CHECKING:
 
 POSITIONS = "positions"  # the tensor that stands beside the values of a packed 2:4 linear
 FEWEST_ZEROS = 0.01  # share of a matrix from which on it counts as pruned
-
-
-@dataclass
-class Count:
-    """What two masks share, in weights; of one matrix, or added up over several."""
-
-    weights: int = 0
-    kept_first: int = 0
-    kept_second: int = 0
-    both: int = 0
-    expected: float = 0.0  # of `both`, were the masks independent within each matrix
-
-    def __iadd__(self, other: Count) -> Count:
-        self.weights += other.weights
-        self.kept_first += other.kept_first
-        self.kept_second += other.kept_second
-        self.both += other.both
-        self.expected += other.expected
-        return self
-
-    @property
-    def kept(self) -> float:
-        """Share of the weights that a mask keeps, mean of the two."""
-        return (self.kept_first + self.kept_second) / (2 * self.weights)
-
-    @property
-    def overlap(self) -> float:
-        """Share of the kept weights that both keep."""
-        return 2 * self.both / max(1, self.kept_first + self.kept_second)
-
-    @property
-    def chance(self) -> float:
-        """What `overlap` would be for independent masks of the same sparsity."""
-        return 2 * self.expected / max(1, self.kept_first + self.kept_second)
-
-
-def compare(first: Tensor, second: Tensor) -> Count:
-    """Count what two boolean tensors, True where a weight is kept, have in common."""
-    weights, a, b = first.numel(), int(first.sum()), int(second.sum())
-    return Count(weights, a, b, int((first & second).sum()), a * b / weights)
 
 
 class Checkpoint:
