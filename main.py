@@ -84,7 +84,8 @@ class Job(Loaded):
 
     def swap(self) -> None:
         """Pack every 2:4 linear, and see on one window that the outputs are the same."""
-        from lib.model import footprint, some_logits
+        from lib.eval import some_logits
+        from lib.model import footprint
         from lib.record import gib
         from lib.sparse import check_same_outputs, swap_linears_
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.errors import UserError
@@ -15,6 +15,7 @@ from lib.finite import first_overflow
 from lib.parallel import Team
 from lib.sweep import Stream, Sweep
 
+COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
 LOGIT_BYTES = 2**26  # of float32 logits that stand at a time
 
 
@@ -87,3 +88,10 @@ def _losses(sweep: Sweep, stream: Stream, batch: slice) -> Tensor:
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         total += loss.view(len(ids), -1).sum(1)
     return total / predicted
+
+
+@torch.no_grad()
+def some_logits(model: nn.Module, window: Tensor) -> Tensor:
+    """Logits (1, positions, vocabulary) at the last positions of a window (1, tokens)."""
+    kept = min(COMPARED_POSITIONS, window.shape[1])
+    return model(input_ids=window, use_cache=False, logits_to_keep=kept).logits[:, -kept:]

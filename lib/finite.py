@@ -8,7 +8,8 @@ from torch import Tensor
 from lib.errors import UserError
 from lib.linears import find_linears, watch_inputs
 from lib.matrix import Linear
-from lib.sweep import Stop, Sweep
+from lib.replay import Stop
+from lib.sweep import Sweep
 
 
 def check_weights(sweep: Sweep) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +19,6 @@ from lib.sparse import fast_bytes
 
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
 OFFLOADED_SHARD = "500MB"
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # of one forward pass, about
 
@@ -187,13 +186,6 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def footprint(model: nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones counted once, wherever they are kept."""
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + fast_bytes(model)
-
-
-@torch.no_grad()
-def some_logits(model: nn.Module, window: Tensor) -> Tensor:
-    """Logits (1, positions, vocabulary) at the last positions of a window (1, tokens)."""
-    kept = min(COMPARED_POSITIONS, window.shape[1])
-    return model(input_ids=window, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
 
 
 def quiet() -> None:

@@ -17,7 +17,8 @@ from lib.groups import Group
 from lib.linears import find_linears, watch_inputs
 from lib.matrix import Linear
 from lib.methods import Recipe
-from lib.sweep import Stop, Stream, Sweep
+from lib.replay import Stop
+from lib.sweep import Stream, Sweep
 
 
 @dataclass

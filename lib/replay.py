@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
+class Stop(Exception):
+    """Ends a forward pass whose rest is not wanted."""
+
+
 @contextmanager
 def replaced(blocks: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
     """Inside, block i's forward is `make(i)`; afterwards it is its own again."""

@@ -19,14 +19,10 @@ from torch.profiler import record_function
 
 from lib.errors import UserError
 from lib.placement import Placement
-from lib.replay import interned, replaced, take_hidden
+from lib.replay import Stop, interned, replaced, take_hidden
 
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
-
-
-class Stop(Exception):
-    """Ends a forward pass whose rest is not wanted."""
 
 
 @dataclass
