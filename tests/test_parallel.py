@@ -29,6 +29,7 @@ CASES = {
     "wanda 2:4": ["llama", *WANDA, "--sparsity_type", "2:4"],
     "sparsegpt": ["llama", *SPARSEGPT],
     "sparsegpt 4:8": ["llama", *SPARSEGPT, "--sparsity_type", "4:8"],
+    "admm": ["llama", "--prune_method", "admm", "--calibration_data", "uk"],
     "magnitude": ["llama", *MAGNITUDE],
     "experts": ["mixtral", *WANDA],
     "experts by sparsegpt": ["mixtral", *SPARSEGPT, "--sparsity_type", "2:4"],

@@ -24,6 +24,7 @@ WANDA = ["--prune_method", "wanda", "--calibration_data", "uk"]
 SPARSEGPT = ["--prune_method", "sparsegpt", "--calibration_data", "uk"]
 CASES = {
     "sparsegpt": [*SPARSEGPT, "--sparsity_type", "2:4"],
+    "admm": ["--prune_method", "admm", "--calibration_data", "uk"],
     "no calibration": ["--prune_method", "magnitude"],
     "offloaded": [*WANDA, "--offload", "away"],
     "4 bits": [*SPARSEGPT, "--load_bit", "4"],
