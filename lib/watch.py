@@ -69,6 +69,8 @@ class Watch:
         first = True
         with contextlib.suppress(RuntimeError):  # the store may be gone
             first = self.store.add("failures", 1) == 1
+        if first and self.rank > 0:
+            print(file=sys.stderr)  # the first process's progress bar may stand there
         status = tell() if first else FAILED
         with contextlib.suppress(RuntimeError):
             self.store.set("failed", "")
