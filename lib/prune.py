@@ -80,6 +80,7 @@ class Pruner:
                 with self.sweep.at_hand(index, keep=True):
                     self._block_(index, stream, dense)
                 advanced(1)
+        self.done.warnings = sum(self.team.gathered(self.done.warnings), [])
         return self.done
 
     def _block_(self, index: int, stream: Stream | None, dense: Stream | None) -> None:
