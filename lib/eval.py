@@ -16,7 +16,7 @@ from lib.parallel import Team
 from lib.sweep import Stream, Sweep
 
 COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
-LOGIT_BYTES = 2**26  # of float32 logits that stand at a time
+LOGIT_BYTES = 2**24  # of float32 logits that stand at a time
 
 
 @dataclass(frozen=True)

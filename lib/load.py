@@ -17,11 +17,13 @@ class Loaded(Prepared):
     def load(self) -> None:
         from lib import model
         from lib.finite import check_weights
+        from lib.heap import keep_freed_memory
         from lib.placement import Placement, device_map
         from lib.sweep import Sweep
 
         args = self.args
         self.team.at("loading the model")
+        keep_freed_memory()
         placement, where = None, {"": self.device}
         fetched = self.see_memory()
         if args.offload or fetched:

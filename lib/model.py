@@ -20,7 +20,7 @@ from lib.sparse import fast_bytes
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADED_SHARD = "500MB"
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # of one forward pass, about
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # of one forward pass, about
 
 
 def pick_device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lib.errors import UserError
-from lib.finite import check_weight
+from lib.finite import all_finite, check_weight
 from lib.groups import Group, SharedWeights, merge
 from lib.journal import Journal
 from lib.linears import eager_experts, find_linears
@@ -106,9 +106,9 @@ class Pruner:
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
-        if twin:
-            sweep.advance_(dense, index, twin.block)
-        if stream:
+        if stream and index + 1 < len(sweep.blocks):
+            if twin:
+                sweep.advance_(dense, index, twin.block)
             sweep.advance_(stream, index)
             stream.calls[index] = []  # the block's recorded arguments are not needed again
 
@@ -155,7 +155,7 @@ class Pruner:
     def _solved(self, group: Group) -> list[Tensor]:
         """The group's matrices (out, in), pruned, in the dtype in which they travel."""
         for statistic in group.method.statistics():
-            if not statistic.isfinite().all():
+            if not all_finite(statistic):
                 raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
         with record_function("moving"):
             matrices = [linear.matrix() for linear in group.linears]
@@ -167,7 +167,7 @@ class Pruner:
                 raise UserError(f"{group.names}: {error}") from error
         self.done.warnings += [f"{group.names}: {warning.message}" for warning in warned]
         for linear, matrix in zip(group.linears, matrices, strict=True):
-            if not matrix.isfinite().all():
+            if not all_finite(matrix):
                 raise UserError(
                     f"{linear.name}: pruned weights are not finite; try --dtype float32"
                 )

@@ -67,10 +67,10 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     ordered = numpy.partition(score.numpy(), count - 1, axis=-1)
     threshold = torch.from_numpy(ordered[..., count - 1 : count])  # (rows, 1)
     mask = score <= threshold
-    surplus = mask.sum(-1, keepdim=True) - count
-    if surplus.any():  # scores equal to the threshold: only the first of them go
+    if numpy.count_nonzero(mask.numpy()) > count * mask[..., 0].numel():
+        # scores equal to the threshold: only the first of them go
         equal = score == threshold
-        allowed = equal.sum(-1, keepdim=True) - surplus
+        allowed = equal.sum(-1, keepdim=True) - mask.sum(-1, keepdim=True) + count
         mask &= ~equal | (equal.cumsum(-1) <= allowed)
     return mask
 

@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from lib.errors import UserError
-from lib.finite import check_weights, first_overflow
+from lib.finite import all_finite, check_weights, first_overflow
 from lib.model import decoder_blocks
 from lib.sweep import Sweep
 
@@ -41,3 +41,12 @@ def test_activations(block: int, linear: str, named: str) -> None:
     assert first_overflow(swept(model), WINDOWS) == named
     for module in model.modules():
         assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite_sees_every_kind(dtype) -> None:
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.tensor([[-largest, 0.0, largest]], dtype=dtype))
+    assert all_finite(torch.empty(0, dtype=dtype))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        assert not all_finite(torch.tensor([[1.0, bad], [2.0, 3.0]], dtype=dtype))
