@@ -136,7 +136,7 @@ class Job(Loaded):
             "method": self.method,
             "sparsity_type": args.sparsity_type if self.recipe else None,
             "sparsity_ratio": args.sparsity_ratio if self.recipe else None,
-            "options": dict(self.recipe.options) if self.recipe else {},
+            "options": self.recipe.settings if self.recipe else {},
             "flags": vars(args),
             "seed": args.seed,
             "versions": record.versions(),

@@ -94,6 +94,8 @@ def _pruning(plan: Plan, block: Block) -> int:
     for each in block.inputs:
         method = plan.recipe(each.width, torch.device("meta"))
         own = sum(statistic.nbytes for statistic in method.statistics())
+        if plan.recipe.dense_stream and len(each.outputs) == 1:  # it may add to the stream
+            own += FLOAT * each.width * each.outputs[0]
         square = own if any(one.dim() == 2 for one in method.statistics()) else 0
         matrices = FLOAT * each.width * sum(each.outputs)
         score = (2 * FLOAT + 2) * each.width * max(each.outputs)

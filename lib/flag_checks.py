@@ -31,6 +31,10 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--use_variant is a variant of wanda, not of {method or 'the dense model'}")
     if args.use_variant and kind != UNSTRUCTURED:
         parser.error(f"--use_variant: in --sparsity_type {kind} every row has the same share")
+    if args.blend is not None and method != "admm":
+        parser.error(f"--blend {args.blend:g} is for admm, not for {method or 'the dense model'}")
+    if args.blend is not None and not 0 <= args.blend <= 1:  # also refuses nan
+        parser.error(f"--blend {args.blend:g}: must be from 0 to 1")
     if args.replace_sparse_layers and kind != "2:4" and not args.eval_only:
         parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
     if args.load_bit and args.offload:

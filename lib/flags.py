@@ -71,7 +71,7 @@ def _model_flags(group) -> None:
         "--batch_size",
         type=int,
         help="windows per forward pass; changes speed and memory, not results beyond rounding "
-        "(default: about 2048 tokens' worth on a CPU, 8192 on CUDA)",
+        "(default: about 1024 tokens' worth on a CPU, 8192 on CUDA)",
     )
     group.add_argument(
         "--offload",
@@ -124,6 +124,12 @@ def _pruning_flags(group) -> None:
         "--use_variant",
         action="store_true",
         help="wanda only: rows get shares of zeros of their own, unstructured",
+    )
+    group.add_argument(
+        "--blend",
+        type=float,
+        metavar="A",
+        help="admm only: how much of what earlier linears broke each one repairs (default: 1, all)",
     )
     group.add_argument(
         "--replace_sparse_layers",

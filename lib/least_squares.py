@@ -17,14 +17,16 @@ from lib.errors import UserError
 from lib.gram import mirror_
 
 STIFFENING = 2.5  # of rho in the second half of the iterations: first explore masks, then agree
+FLOOR = 0.01  # of an input's variance: the least damping
 DAMPING_TRIES = 4
 
 
-def scaled(sums: Tensor, damping: float) -> tuple[Tensor, float, Tensor, Tensor]:
-    """S^-1 A S^-1 + damping (in, in), its inputs' mean unexplained share, S (in,), and dead inputs.
+def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
+    """A = S^-1 (sums) S^-1 + damping (in, in), the unexplained share, S (in,), and dead inputs.
 
-    Reads the upper triangle of A. Where rounding has cost it its positive definiteness the damping
-    is raised tenfold, with a warning; UserError after a few tries.
+    The damping is FLOOR and `share` of the unexplained share, which is that of the damped matrix.
+    Reads the upper triangle of `sums`. Where rounding has cost it its positive definiteness the
+    floor is raised tenfold, with a warning; UserError after a few tries.
     """
     hessian = sums.clone()
     mirror_(hessian)
@@ -32,21 +34,23 @@ def scaled(sums: Tensor, damping: float) -> tuple[Tensor, float, Tensor, Tensor]
     scale = hessian.diagonal().sqrt().masked_fill_(dead, 1)
     hessian /= scale
     hessian /= scale[:, None]
-    hessian.diagonal().add_(damping)
+    hessian.diagonal().add_(FLOOR)
+    floor = FLOOR
     for attempt in range(DAMPING_TRIES):
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if not (failed.any() | ~factor.isfinite().all()):
             unexplained = (1 / torch.cholesky_inverse(factor).diagonal()).mean().item()
-            return hessian, unexplained, scale, dead
+            hessian.diagonal().add_(share * unexplained)
+            return hessian, (1 + share) * unexplained, scale, dead
         if attempt < DAMPING_TRIES - 1:
             warnings.warn(
-                f"X^T X is not positive definite with damping {damping:g}; trying {10 * damping:g}",
+                f"X^T X is not positive definite with damping {floor:g}; trying {10 * floor:g}",
                 stacklevel=3,
             )
-            hessian.diagonal().add_(9 * damping)
-            damping *= 10
+            hessian.diagonal().add_(9 * floor)
+            floor *= 10
     raise UserError(
-        f"X^T X is not positive definite, even with damping {damping:g}; "
+        f"X^T X is not positive definite, even with damping {floor:g}; "
         "use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import import_module
+from inspect import Parameter, signature
 from typing import Any
 
 METHODS = {
@@ -41,6 +42,13 @@ class Recipe:
     @property
     def dense_stream(self) -> bool:
         return self.options.get("dense_stream", self.cls.dense_stream)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every option of the method with the value that it has, given or by default."""
+        declared = signature(self.cls).parameters.values()
+        defaults = {p.name: p.default for p in declared if p.default is not Parameter.empty}
+        return defaults | self.options
 
     def __call__(self, width: int, device: Any) -> Any:
         return self.cls(width, device, **self.options)

@@ -24,6 +24,7 @@ class Prepared:
         self.args = args
         self.method = args.prune_method or "dense"
         options = {"variant": True} if args.use_variant else {}
+        options |= {} if args.blend is None else {"blend": args.blend}
         self.recipe = Recipe(args.prune_method, options) if args.prune_method else None
         self.calibrated = bool(self.recipe and self.recipe.observes)
         self.sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)

@@ -21,6 +21,7 @@ from lib.methods import Recipe
 from lib.observe import DenseTwin, observe, stages
 from lib.outcome import UNREACHED, Pruned
 from lib.parallel import Team
+from lib.residual import Writers, observe_writer
 from lib.sparsity import Sparsity
 from lib.sweep import Stream, Sweep
 
@@ -52,6 +53,7 @@ class Pruner:
         self.journal = journal
         self.done = Pruned()
         self.shared = SharedWeights(sweep.blocks)
+        self.writers = Writers(sweep, self.team)
 
     @torch.no_grad()
     def run(
@@ -121,8 +123,14 @@ class Pruner:
             groups = [Group([one], self.recipe(one.shape[1], device)) for one in linears]
             return self._solve_(groups)
         written: dict[str, Tensor] = {}
-        for lot in stages(self.sweep, stream, index, linears, self.recipe):
-            groups = observe(self.sweep, stream, index, lot, self.recipe, twin)
+        lots = stages(self.sweep, stream, index, linears, self.recipe)
+        for place, lot in enumerate(lots):
+            later = [linear for after in lots[place + 1 :] for linear in after]
+            whole = self.sweep, stream, index
+            if twin and self.writers.adds(stream, index, lot, later):
+                groups = [observe_writer(*whole, lot[0], later, self.recipe, twin)]
+            else:
+                groups = observe(*whole, lot, self.recipe, twin)
             if self.idle:
                 for group in groups:
                     group.forget_()

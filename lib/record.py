@@ -94,9 +94,9 @@ def print_summary(results: dict[str, Any]) -> None:
     """What a user wants to know at the end; the last line ends with a perplexity."""
     seconds, memory = results["seconds"], results["peak_memory"]
     spent = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
-    print(
-        f"{results['method']}: {results['sparsity']['overall']:.4f} of the blocks' weights are zero"
-    )
+    settings = ", ".join(f"{name} {value}" for name, value in results.get("options", {}).items())
+    method = results["method"] + (f" ({settings})" if settings else "")
+    print(f"{method}: {results['sparsity']['overall']:.4f} of the blocks' weights are zero")
     print(f"time: {spent}; peak memory: host {gib(memory['host'])}", end="")
     print(f", device {gib(memory['device'])}" if memory["device"] else "")
     for test in results["evaluation"]:

@@ -8,6 +8,7 @@ import torch
 
 from lib.admm import Admm
 from lib.errors import UserError
+from lib.least_squares import FLOOR
 from lib.sparsegpt import SparseGPT
 from lib.sparsity import Sparsity
 
@@ -38,9 +39,9 @@ def drifted(x, seed: int = 1):
     return x @ mix + 0.1 * torch.randn(x.shape, generator=generator)
 
 
-def solve(x, weights, sparsity: Sparsity, dense=None, method=Admm, **options):
+def solve(x, weights, sparsity: Sparsity, dense=None, lag=None, method=Admm, **options):
     solver = method(x.shape[1], CPU, **options)
-    solver.observe(x, dense)
+    solver.observe(x, dense, **({} if lag is None else {"lag": lag}))
     pruned = [weight.clone() for weight in weights]
     solver.prune_(pruned, sparsity)
     return pruned
@@ -52,17 +53,21 @@ def output_error(x, pruned, target, weight) -> float:
     return (x @ pruned.double().T - target @ weight.double().T).square().sum().item()
 
 
-def objective(pruned, weight, x, dense, damping: float, blend: float):
+def objective(pruned, weight, x, dense, blend: float, damping: float, lag=None):
     """Equation (1) of lib/admm.py for each row (out,), in float64, and its exact minimum."""
-    q, w, x, d = (tensor.double().numpy() for tensor in (pruned, weight, x, dense))
+    lag = torch.zeros(len(x), len(weight)) if lag is None else lag
+    q, w, x, d, lag = (tensor.double().numpy() for tensor in (pruned, weight, x, dense, lag))
     scale = numpy.sqrt((x**2).sum(0))
-    aim = (1 - blend) * x + blend * d
+    correlation = (x.T @ x) / numpy.where(scale, scale, 1) / numpy.where(scale, scale, 1)[:, None]
+    inverse = numpy.linalg.inv(correlation + FLOOR * numpy.eye(len(scale)))
+    damping = FLOOR + damping * (1 / numpy.diag(inverse)).mean() * len(scale) / len(x)
+    aims = x @ w.T + blend * ((d - x) @ w.T + lag)
     values, minima = [], []
-    for row, wanted in zip(q, w, strict=True):
+    for row, wanted, aim in zip(q, w, aims.T, strict=True):
         kept = row != 0
         # the damping is a few more rows of the least squares, which pull towards the old weight
         tall = numpy.vstack([x, numpy.diag(damping**0.5 * scale)])
-        right = numpy.concatenate([aim @ wanted, damping**0.5 * scale * wanted])
+        right = numpy.concatenate([aim, damping**0.5 * scale * wanted])
         best = numpy.linalg.lstsq(tall[:, kept], right, rcond=None)[0]
         values.append(((tall @ row - right) ** 2).sum())
         minima.append(((tall[:, kept] @ best - right) ** 2).sum())
@@ -74,22 +79,36 @@ def objective(pruned, weight, x, dense, damping: float, blend: float):
 @pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: s.pattern or str(s.ratio))
 def test_error_is_not_above_sparsegpts(sparsity, spread, seed):
     x, weights = problem(128, 48, 16, seed=seed, spread=spread)
-    ours = solve(x, weights, sparsity)
+    ours = solve(x, weights, sparsity, damping=0)
     theirs = solve(x, weights, sparsity, method=SparseGPT)
     for mine, other, weight in zip(ours, theirs, weights, strict=True):
         assert output_error(x, mine, x, weight) <= output_error(x, other, x, weight) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [60, 200, 600, 3000])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+def test_damping_suits_few_and_many_tokens(tokens, spread):
+    both, [weight] = problem(128, 48, tokens=tokens + 3000, spread=spread)
+    x, unseen = both[:tokens], both[tokens:]
+    for sparsity in SPARSITIES:
+        [ours] = solve(x, [weight], sparsity)
+        [theirs] = solve(x, [weight], sparsity, method=SparseGPT)
+        bound = output_error(unseen, theirs, unseen, weight)
+        # inputs that have nothing to do with one another leave nothing to gain
+        bound *= 0.95 if spread else 1.01
+        assert output_error(unseen, ours, unseen, weight) < bound
 
 
 @pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: s.pattern or str(s.ratio))
 def test_weights_approach_least_squares_on_their_mask(sparsity, blend):
     x, [weight] = problem(64, 12)
-    dense = drifted(x)
+    dense, lag = drifted(x), drifted(x, seed=2)[:, :12] - x[:, :12]
     excess = {}
     for refinements in (0, 5, 100):
-        options = {"blend": blend, "damping": 0.03}
-        [pruned] = solve(x, [weight], sparsity, dense, refinements=refinements, **options)
-        values, minima = objective(pruned, weight, x, dense, **options)
+        options = {"blend": blend, "damping": 0.5}
+        [pruned] = solve(x, [weight], sparsity, dense, lag, refinements=refinements, **options)
+        values, minima = objective(pruned, weight, x, dense, lag=lag, **options)
         excess[refinements] = (values.sum() - minima.sum()) / minima.sum()
     assert excess[100] < 1e-4
     assert excess[5] < 0.01
@@ -101,9 +120,24 @@ def test_error_to_the_dense_outputs_falls_with_the_blend():
     dense = drifted(x)
     for sparsity in SPARSITIES:
         errors = [
-            output_error(x, *solve(x, [weight], sparsity, dense, blend=blend), dense, weight)
+            output_error(
+                x, *solve(x, [weight], sparsity, dense, blend=blend, damping=0), dense, weight
+            )
             for blend in (0.0, 0.25, 0.5, 0.75, 1.0)
         ]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 0.95 * errors[0]
+
+
+def test_the_lag_of_the_stream_is_repaired():
+    x, [weight] = problem(96, 32)
+    lag = x @ torch.randn(96, 32, generator=torch.Generator().manual_seed(3))
+    for sparsity in SPARSITIES:
+        errors = []
+        for blend in (0.0, 0.5, 1.0):
+            [pruned] = solve(x, [weight], sparsity, x, lag, blend=blend, damping=0)
+            ahead = x.double() @ weight.double().T + lag - x.double() @ pruned.double().T
+            errors.append(ahead.square().sum().item())
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < 0.95 * errors[0]
 
@@ -166,6 +200,7 @@ def test_sums_add_up_over_batches_and_processes():
     for total, other in zip(parts[0].statistics(), parts[1].statistics(), strict=True):
         total += other
     assert parts[0].tokens + parts[1].tokens == whole.tokens == 600
+    parts[0].tokens = 600
     results = [weight.clone(), weight.clone()]
     whole.prune_([results[0]], Sparsity(0.5))
     parts[0].prune_([results[1]], Sparsity(0.5))
@@ -187,7 +222,7 @@ def test_dead_inputs_lose_their_weights(sparsity):
     dense = drifted(x)
     dead = [3, 4, 40]
     x[:, dead] = 0
-    options = {"blend": 0.7, "damping": 0.05}
+    options = {"blend": 0.7, "damping": 0.5}
     [pruned] = solve(x, [weight], sparsity, dense, **options)
     assert (pruned[:, dead] == 0).all() and pruned.isfinite().all()
     values, minima = objective(pruned, weight, x, dense, **options)
@@ -218,6 +253,7 @@ def test_damping_rises_where_the_factorisation_fails():
 def test_damping_does_not_rise_for_ever():
     _, [weight] = problem(64, 12)
     solver = Admm(64, CPU)
+    solver.tokens = 100
     solver.hessian.copy_(torch.eye(64)).fill_diagonal_(1)[0, 1] = 1e6
     with pytest.warns(UserWarning), pytest.raises(UserError, match="not positive definite"):
         solver.prune_([weight], Sparsity(0.5))

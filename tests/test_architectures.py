@@ -114,6 +114,19 @@ def test_hybrids_are_pruned_or_say_what_was_left(name: str, method: str, tmp_pat
         assert (found[parameter] == 0).sum() * 2 == found[parameter].numel(), parameter
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_inputs_in_order_beside_the_untouched_model(name: str) -> None:
+    """ADMM takes a block's inputs one by one and silences linears: the others do neither."""
+    model = ALL[name]()
+    done = pruned(model, "admm")
+    assert perplexity_of(model) < float("inf")
+    for parameter, weight in matrices(model).items():
+        if not told_of(parameter, done.left):
+            assert (weight == 0).sum() * 2 == weight.numel(), parameter
+    for part in model.modules():
+        assert "forward" not in vars(part), part
+
+
 def check_pruned_and_reloaded(
     model: PreTrainedModel, method: str, folder: Path
 ) -> tuple[PreTrainedModel, Pruned]:

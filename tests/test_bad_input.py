@@ -80,6 +80,9 @@ FLAGS = {
     "unknown type": (["--sparsity_type", "nosuch"], ["--sparsity_type", "nosuch", "2:4"]),
     "unknown method": (["--prune_method", "nosuch"], ["--prune_method", "nosuch", "wanda"]),
     "variant with N:M": (["--use_variant", "--sparsity_type", "2:4"], ["--use_variant", "2:4"]),
+    "blend for another method": (["--blend", "0.5"], ["--blend 0.5", "admm", "wanda"]),
+    "blend above 1": (["--prune_method", "admm", "--blend", "2"], ["--blend 2", "from 0 to 1"]),
+    "blend nan": (["--prune_method", "admm", "--blend", "nan"], ["--blend nan", "from 0 to 1"]),
     "replaced layers without 2:4": (
         ["--replace_sparse_layers"],
         ["--replace_sparse_layers", "--sparsity_type 2:4", "unstructured"],
