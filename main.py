@@ -65,6 +65,8 @@ class Job(Loaded):
         args = self.args
         if args.resume and self.team.leads:
             self.journal = Journal(args.resume, self.facts())
+        if args.allocation == "owl":
+            self.allocate()
         pruner = Pruner(
             self.sweep,
             self.blocks_name,
@@ -81,6 +83,20 @@ class Job(Loaded):
             print(*pruned.summary(), sep="\n")
             asked = None if args.use_variant else self.sparsity  # the variant only comes near
             measure(self.sweep, self.blocks_name, asked, frozenset(pruned.why))
+
+    def allocate(self) -> None:
+        """Give every block a sparsity of its own."""
+        from lib.allocation import owl
+        from lib.progress import progress
+
+        ratio, blocks, leads = self.args.sparsity_ratio, len(self.blocks), self.team.leads
+        with self.timed("allocate"), progress(blocks, "outliers", "block", leads) as bar:
+            self.sparsity = owl(
+                self.sweep, self.windows, self.batch_size, ratio, self.team, advanced=bar
+            )
+        self.allocation = [round(sparsity.ratio, 6) for sparsity in self.sparsity]
+        if leads:
+            print(f"sparsity of the blocks: {min(self.allocation)} to {max(self.allocation)}")
 
     def swap(self) -> None:
         """Pack every 2:4 linear, and see on one window that the outputs are the same."""
@@ -137,6 +153,7 @@ class Job(Loaded):
             "sparsity_type": args.sparsity_type if self.recipe else None,
             "sparsity_ratio": args.sparsity_ratio if self.recipe else None,
             "options": self.recipe.settings if self.recipe else {},
+            **({"allocation": self.allocation} if self.allocation else {}),
             "flags": vars(args),
             "seed": args.seed,
             "versions": record.versions(),

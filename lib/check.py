@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from lib.errors import UserError
 from lib.linears import find_linears
 from lib.matrix import Linear
-from lib.sparsity import Sparsity
+from lib.sparsity import Sparsity, per_block
 from lib.sweep import Sweep
 
 
@@ -34,7 +35,7 @@ class Measured:
 def measure(
     sweep: Sweep,
     blocks_name: str,
-    asked: Sparsity | None = None,
+    asked: Sparsity | Sequence[Sparsity] | None = None,
     left: frozenset[str] = frozenset(),
 ) -> Measured:
     """Count the zeros of every linear, and where `asked` is given see that it was reached.
@@ -43,6 +44,7 @@ def measure(
     linear that fell short, or whose N:M groups hold too few zeros.
     """
     found = Measured()
+    wanted = per_block(asked, len(sweep.blocks)) if asked else []
     for index, block in enumerate(sweep.blocks):
         with sweep.at_hand(index):
             for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
@@ -50,7 +52,7 @@ def measure(
                 found.zeros[linear.name] = int(zero.count_nonzero())
                 found.sizes[linear.name] = zero.numel()
                 if asked and linear.name not in left:
-                    _see_reached(linear, zero, asked)
+                    _see_reached(linear, zero, wanted[index])
     return found
 
 
@@ -68,5 +70,5 @@ def _see_reached(linear: Linear, zero: torch.Tensor, asked: Sparsity) -> None:
     if missing > max(linear.shape):  # counts are rounded down, once per row or block of columns
         raise UserError(
             f"{linear.name}: only {zero.float().mean():.4f} of its weights are zero, "
-            f"--sparsity_ratio {asked.ratio} was asked"
+            f"{asked.ratio:g} was asked"
         )

@@ -25,7 +25,7 @@ from lib.errors import UserError
 LANGUAGES = ("uk", "en")
 TRAIN_DOCUMENTS, TEST_DOCUMENTS = 500, 25  # of either language
 TYPES = {"50%": "unstructured", "2:4": "2:4"}
-CALIBRATED = ("wanda", "sparsegpt")
+CALIBRATED = ("wanda", "sparsegpt", "admm")
 WINDOWS = 64  # of calibration
 PROJECT = Path(__file__).parents[1]
 TABLE, PICTURE = "report.md", "pruning_cost.png"

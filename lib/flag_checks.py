@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lib.methods import METHODS
-from lib.sparsity import UNSTRUCTURED, Sparsity
+from lib.methods import METHODS, Recipe
+from lib.sparsity import ALLOCATION_SPAN, UNSTRUCTURED, Sparsity
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -31,6 +31,7 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--use_variant is a variant of wanda, not of {method or 'the dense model'}")
     if args.use_variant and kind != UNSTRUCTURED:
         parser.error(f"--use_variant: in --sparsity_type {kind} every row has the same share")
+    _check_allocation(parser, args)
     if args.blend is not None and method != "admm":
         parser.error(f"--blend {args.blend:g} is for admm, not for {method or 'the dense model'}")
     if args.blend is not None and not 0 <= args.blend <= 1:  # also refuses nan
@@ -49,6 +50,20 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
     if args.save_model:
         _check_outputs(parser, args)
+
+
+def _check_allocation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What differs between blocks follows activations, and needs room on both sides."""
+    method, given = args.prune_method, f"--allocation {args.allocation}"
+    if args.allocation == "uniform":
+        return
+    if args.sparsity_type != UNSTRUCTURED:
+        parser.error(f"{given}: in --sparsity_type {args.sparsity_type} all blocks are as sparse")
+    if not method or not Recipe(method).observes:
+        parser.error(f"{given} looks at activations, which {method or 'the dense model'} does not")
+    if not ALLOCATION_SPAN <= args.sparsity_ratio <= 1 - ALLOCATION_SPAN:
+        bounds = f"from {ALLOCATION_SPAN:g} to {1 - ALLOCATION_SPAN:g}"
+        parser.error(f"{given}: needs a --sparsity_ratio {bounds}, not {args.sparsity_ratio:g}")
 
 
 def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import argparse
 
 from lib.command import Parser, add_debug_flag
 from lib.methods import METHODS
-from lib.sparsity import TYPES, UNSTRUCTURED
+from lib.sparsity import ALLOCATIONS, TYPES, UNSTRUCTURED
 
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
@@ -119,6 +119,13 @@ def _pruning_flags(group) -> None:
         choices=TYPES,
         default=UNSTRUCTURED,
         help="anywhere, or N of every M consecutive weights of a row",
+    )
+    group.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        default="uniform",
+        help="of the zeros among blocks, unstructured only; owl: fewer where activations have more "
+        "outliers, at an equal total",
     )
     group.add_argument(
         "--use_variant",

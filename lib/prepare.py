@@ -28,6 +28,7 @@ class Prepared:
         self.recipe = Recipe(args.prune_method, options) if args.prune_method else None
         self.calibrated = bool(self.recipe and self.recipe.observes)
         self.sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+        self.allocation: list[float] | None = None  # sparsities of the blocks, where they differ
         self.seconds: dict[str, float] = {}
         self.journal = None
         self.team = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -22,16 +22,17 @@ from lib.observe import DenseTwin, observe, stages
 from lib.outcome import UNREACHED, Pruned
 from lib.parallel import Team
 from lib.residual import Writers, observe_writer
-from lib.sparsity import Sparsity
+from lib.sparsity import Sparsity, per_block
 from lib.sweep import Stream, Sweep
 
 
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `rounding`: the dtype in which the model will be saved, to which pruned weights are rounded.
-    `team`: the processes that share the work. `journal`, of the one that leads: keeps every
-    finished block, and gives back those of an interrupted run. What was done is in `done`.
+    `sparsity`: of all blocks, or of each. `rounding`: the dtype in which the model will be saved,
+    to which pruned weights are rounded. `team`: the processes that share the work. `journal`, of
+    the one that leads: keeps every finished block, and gives back those of an interrupted run.
+    What was done is in `done`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Pruner:
         sweep: Sweep,
         blocks_name: str,
         recipe: Recipe,
-        sparsity: Sparsity,
+        sparsity: Sparsity | Sequence[Sparsity],
         rounding: torch.dtype | None = None,
         team: Team | None = None,
         journal: Journal | None = None,
@@ -47,7 +48,7 @@ class Pruner:
         self.sweep = sweep
         self.blocks_name = blocks_name
         self.recipe = recipe
-        self.sparsity = sparsity
+        self.sparsities = per_block(sparsity, len(sweep.blocks))
         self.rounding = rounding
         self.team = team or Team(sweep.device, alone=True)
         self.journal = journal
@@ -88,6 +89,7 @@ class Pruner:
     def _block_(self, index: int, stream: Stream | None, dense: Stream | None) -> None:
         """Prune one block, or take it from the journal, and take the streams through it."""
         sweep, prefix = self.sweep, f"{self.blocks_name}.{index}"
+        self.sparsity = self.sparsities[index]  # of the block at hand
         linears, left = find_linears(sweep.blocks[index], prefix)
         for name, (size, why) in left.items():
             self.done.leave(name, size, why)

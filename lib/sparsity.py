@@ -6,6 +6,7 @@ the scores alone. Importing this file does not import torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 UNSTRUCTURED = "unstructured"
 TYPES = (UNSTRUCTURED, "2:4", "4:8")
+ALLOCATIONS = ("uniform", "owl")
+ALLOCATION_SPAN = 0.16  # between the sparsest and the densest block, 2 lambda of OWL
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,13 @@ class Sparsity:
         if self.m:
             return n_of_m(score, self.n, self.m)
         return lowest_per_row(score, int(score.shape[-1] * self.ratio))
+
+
+def per_block(sparsity: Sparsity | Sequence[Sparsity], blocks: int) -> list[Sparsity]:
+    """One for each block, from one for all or as many as there are."""
+    several = [sparsity] * blocks if isinstance(sparsity, Sparsity) else list(sparsity)
+    assert len(several) == blocks
+    return several
 
 
 def lowest_per_row(score: Tensor, count: int) -> Tensor:

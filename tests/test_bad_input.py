@@ -83,6 +83,18 @@ FLAGS = {
     "blend for another method": (["--blend", "0.5"], ["--blend 0.5", "admm", "wanda"]),
     "blend above 1": (["--prune_method", "admm", "--blend", "2"], ["--blend 2", "from 0 to 1"]),
     "blend nan": (["--prune_method", "admm", "--blend", "nan"], ["--blend nan", "from 0 to 1"]),
+    "allocation of N:M": (
+        ["--allocation", "owl", "--sparsity_type", "2:4"],
+        ["--allocation owl", "--sparsity_type 2:4"],
+    ),
+    "allocation by nothing": (
+        ["--allocation", "owl", "--prune_method", "magnitude"],
+        ["--allocation owl", "activations", "magnitude"],
+    ),
+    "allocation without room": (
+        ["--allocation", "owl", "--sparsity_ratio", "0.9"],
+        ["--allocation owl", "--sparsity_ratio from 0.16 to 0.84", "0.9"],
+    ),
     "replaced layers without 2:4": (
         ["--replace_sparse_layers"],
         ["--replace_sparse_layers", "--sparsity_type 2:4", "unstructured"],

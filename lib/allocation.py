@@ -1,0 +1,87 @@
+"""How sparse each block becomes, at an equal total: more is kept where outliers are.
+
+OWL (Yin et al. 2023, arXiv 2310.05175): D_l is the share of block l's Wanda scores that exceed
+M times their mean, in the dense model. The blocks' sparsities follow D, the more outliers the
+lower, within an interval of 2 lambda, and average, weighted by size, to what was asked. The
+paper's lambda = 0.08 and M = 5. Run: `python main.py ... --sparsity_ratio 0.7 --allocation owl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lib.groups import Group, merge
+from lib.linears import eager_experts, find_linears
+from lib.methods import Recipe
+from lib.observe import observe
+from lib.parallel import Team
+from lib.sparsity import ALLOCATION_SPAN, Sparsity
+from lib.sweep import Sweep
+
+OUTLIER = 5  # M: times the mean score
+
+
+@torch.no_grad()
+def owl(
+    sweep: Sweep,
+    windows: Tensor,
+    batch_size: int,
+    ratio: float,
+    team: Team,
+    advanced: Callable[[int], None] = lambda blocks: None,
+) -> list[Sparsity]:
+    """The sparsity of each block, from the dense model's scores on windows (n, tokens).
+
+    `advanced(1)` is called after each block.
+    """
+    recipe, shares, sizes = Recipe("wanda"), [], []
+    mine = windows[team.share(len(windows))]
+    idle = not len(mine)  # more processes than windows: watch one, count none
+    with eager_experts(sweep.model):
+        stream = sweep.record(windows[:1] if idle else mine, batch_size, "cpu")
+        for index, block in enumerate(sweep.blocks):
+            team.at(f"the outliers of block {index}")
+            with sweep.at_hand(index):
+                linears, _ = find_linears(block, str(index))
+                groups = observe(sweep, stream, index, linears, recipe)
+                for group in groups if idle else ():
+                    group.forget_()
+                groups = merge(groups, linears, recipe, sweep.device, team)
+                for group in groups:
+                    for handle in team.sum_(group.method.statistics()):
+                        handle.wait()
+                shares.append(outlier_share(groups))
+                sizes.append(sum(prod(linear.shape) for linear in linears))
+                if index + 1 < len(sweep.blocks):
+                    sweep.advance_(stream, index)
+            stream.calls[index] = []
+            advanced(1)
+    return [Sparsity(one) for one in allocate(shares, sizes, ratio)]
+
+
+def outlier_share(groups: Sequence[Group]) -> float:
+    """Share of all Wanda scores of the groups' linears that exceed OUTLIER times their mean."""
+    total, count, above = 0.0, 0, 0
+    for group in groups:
+        for linear in group.linears:
+            total += group.method.score(linear.matrix()).sum(dtype=torch.float64).item()
+            count += prod(linear.shape)
+    for group in groups:
+        for linear in group.linears:
+            score = group.method.score(linear.matrix())
+            above += int((score > OUTLIER * total / count).count_nonzero())
+    return above / count
+
+
+def allocate(shares: Sequence[float], sizes: Sequence[int], ratio: float) -> list[float]:
+    """Sparsities with mean `ratio`, weighted by `sizes`, falling linearly with `shares`."""
+    low, high = min(shares), max(shares)
+    if high == low:
+        return [ratio] * len(shares)
+    kept = [ALLOCATION_SPAN * (share - low) / (high - low) for share in shares]
+    mean = sum(k * size for k, size in zip(kept, sizes, strict=True)) / sum(sizes)
+    return [ratio + mean - k for k in kept]
