@@ -23,7 +23,10 @@ from torch import Tensor
 from lib.errors import UserError
 
 TILE_GROUPS = 2**16  # per thread: the scratch tensors of a tile then stay in the second-level cache
+# four bytes of 0 or 1, as one int32, times this: the four bits side by side at the top
+TO_TOP_BITS = 1 << 28 | 1 << 21 | 1 << 14 | 1 << 7
 PADDING = 0b0100  # positions 0 and 1
+WIDE = {1: torch.int32, 2: torch.int64}  # a group of weights of so many bytes, as one integer
 PAIRS = [(first, second) for first in range(3) for second in range(first + 1, 4)]
 # four bits of positions by pattern of non-zeros (bit k: weight k is kept); 0: more than two are
 NIBBLES = [
@@ -67,10 +70,10 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     values = weight.new_empty(values_shape)
     positions = torch.empty(positions_shape, dtype=torch.uint8, device=weight.device)
     table = torch.tensor(NIBBLES, dtype=torch.uint8, device=weight.device)
-    first_column = torch.arange(0, in_features, 4, device=weight.device)  # (groups,)
+    take = _take_by_shift if weight.element_size() <= 2 else _take_by_gather
     for rows in _tiles(out_features, groups, weight.device):
         kept = _kept(weight[rows]).view(torch.int32).squeeze(-1)  # (rows, groups), a byte a weight
-        pattern = (kept | kept >> 7 | kept >> 14 | kept >> 21) & 15
+        pattern = (kept * TO_TOP_BITS >> 28) & 15
         nibble = table.index_select(0, pattern.flatten()).view(pattern.shape)
         if not bool(nibble.all()):
             wrong = int((nibble == 0).sum())
@@ -79,11 +82,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
                 f"rows {rows.start} to {rows.stop - 1} keep more than two); prune with "
                 "--sparsity_type 2:4"
             )
-        for slot in (0, 1):
-            columns = (nibble >> 2 * slot & 3).long().add_(first_column)  # (rows, groups)
-            torch.gather(
-                weight[rows], 1, columns, out=values[rows, slot * groups : (slot + 1) * groups]
-            )
+        take(weight[rows], nibble, values[rows])
         positions[rows] = nibble[:, :half]
         positions[rows, : groups - half] |= nibble[:, half:] << 4
     if 2 * half > groups:
@@ -98,16 +97,19 @@ def unpack(values: Tensor, positions: Tensor, dense: Tensor | None = None) -> Te
     if dense is None:
         dense = values.new_empty(out_features, 4 * groups)
     assert dense.shape == (out_features, 4 * groups) and dense.dtype == values.dtype
-    place, wide = _place_by_scatter, torch.int64
-    if values.element_size() <= 2:
-        place = _place_by_shift
-        wide = torch.int32 if values.element_size() == 1 else torch.int64
-    scratch = None
+    by_shift = values.element_size() <= 2
+    place = _place_by_shift if by_shift else _place_by_scatter
+    wide = WIDE[values.element_size()] if by_shift else torch.int64
+    nibble = scratch = None
     for rows in _tiles(out_features, groups, values.device):
-        if scratch is None:  # of the first tile, the largest
-            size = (3, rows.stop - rows.start, positions.shape[1])
-            scratch = torch.empty(size, dtype=wide, device=values.device)
-        place(values[rows], positions[rows], dense[rows], scratch[:, : rows.stop - rows.start])
+        count = rows.stop - rows.start
+        if nibble is None:  # of the first tile, the largest
+            nibble = positions.new_empty(count, 2 * positions.shape[1])
+            scratch = torch.empty((2, count, groups), dtype=wide, device=values.device)
+        low, high = nibble[:count].chunk(2, 1)
+        torch.bitwise_and(positions[rows], 15, out=low)
+        torch.bitwise_right_shift(positions[rows], 4, out=high)
+        place(values[rows], nibble[:count, :groups], dense[rows], scratch[:, :count])
     return dense
 
 
@@ -132,6 +134,8 @@ def check_packed(values: Tensor, positions: Tensor, out_features: int, in_featur
 
 def _kept(weight: Tensor) -> Tensor:
     """Non-zeros by group: bool (rows, groups, 4)."""
+    if weight.dtype == torch.float16:
+        weight = weight.view(torch.int16) & 0x7FFF  # not the sign; .bool() is slow on float16
     return weight.bool().contiguous().view(weight.shape[0], -1, 4)
 
 
@@ -143,40 +147,49 @@ def _tiles(rows: int, groups: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def _halves(positions: Tensor, groups: int) -> Iterator[tuple[slice, Tensor, int]]:
-    """For the low and the high half bytes: their groups, their bytes, the first bit."""
-    half = positions.shape[1]
-    yield slice(0, half), positions, 0
-    if groups > half:
-        yield slice(half, groups), positions[:, : groups - half], 4
+def _places(nibble: Tensor, unit: int) -> tuple[Tensor, Tensor]:
+    """Positions of the first and of the second kept weights, uint8, times `unit` (at most 85)."""
+    return (nibble & 3).mul_(unit), (nibble >> 2).mul_(unit)
 
 
-def _place_by_shift(values: Tensor, positions: Tensor, dense: Tensor, scratch: Tensor) -> None:
+def _take_by_shift(weight: Tensor, nibble: Tensor, values: Tensor) -> None:
     """One group is one integer, four times as wide as a weight; both kept bit patterns are
-    shifted to their place in it. For weights of one or two bytes."""
+    shifted to its low end. For weights of one or two bytes."""
+    size = weight.element_size()
+    group = weight.contiguous().flatten()
+    if group.storage_offset() % 4:  # torch views no wider integers from there
+        group = group.clone()
+    group = group.view(WIDE[size]).view(nibble.shape)  # (rows, groups)
+    parts = values.view(torch.int8 if size == 1 else torch.int16).chunk(2, 1)
+    shift = torch.empty_like(group)
+    for part, place in zip(parts, _places(nibble, 8 * size), strict=True):
+        shift.copy_(place)
+        part.copy_(torch.bitwise_right_shift(group, shift, out=shift))
+
+
+def _take_by_gather(weight: Tensor, nibble: Tensor, values: Tensor) -> None:
+    """Any dtype: every kept weight is read from its column."""
+    first_column = torch.arange(0, weight.shape[1], 4, device=weight.device)
+    index = torch.empty(nibble.shape, dtype=torch.int64, device=weight.device)
+    for part, place in zip(values.chunk(2, 1), _places(nibble, 1), strict=True):
+        torch.gather(weight, 1, index.copy_(place).add_(first_column), out=part)
+
+
+def _place_by_shift(values: Tensor, nibble: Tensor, dense: Tensor, scratch: Tensor) -> None:
+    """The inverse of `_take_by_shift`: a group is put together in its place in `dense`."""
     bits = 8 * values.element_size()
-    narrow = torch.uint8 if bits == 8 else torch.uint16
-    groups = values.shape[1] // 2
-    patterns, target = values.view(narrow), dense.view(scratch.dtype)  # (rows, groups)
-    for columns, byte, bit in _halves(positions, groups):
-        first, second, shift = scratch[:, :, : byte.shape[1]]
-        for slot, part in enumerate((first, second)):
-            shift.copy_((byte >> bit + 2 * slot & 3).mul_(bits))
-            start = slot * groups
-            part.copy_(patterns[:, start + columns.start : start + columns.stop])
-            part <<= shift
-        torch.bitwise_or(first, second, out=target[:, columns])
+    parts = values.view(torch.uint8 if bits == 8 else torch.uint16).chunk(2, 1)
+    target, (second, shift) = dense.view(scratch.dtype), scratch
+    for wide, part, place in zip((target, second), parts, _places(nibble, bits), strict=True):
+        shift.copy_(place)
+        wide.copy_(part)
+        wide <<= shift
+    target |= second
 
 
-def _place_by_scatter(values: Tensor, positions: Tensor, dense: Tensor, scratch: Tensor) -> None:
+def _place_by_scatter(values: Tensor, nibble: Tensor, dense: Tensor, scratch: Tensor) -> None:
     """Any dtype: zeros, and every kept weight written to its column."""
-    groups = values.shape[1] // 2
-    first_column = torch.arange(0, 4 * groups, 4, device=values.device)
+    first_column = torch.arange(0, dense.shape[1], 4, device=values.device)
     dense.zero_()
-    for columns, byte, bit in _halves(positions, groups):
-        index = scratch[0, :, : byte.shape[1]]
-        for slot in (0, 1):
-            index.copy_(byte >> bit + 2 * slot & 3).add_(first_column[columns])
-            start = slot * groups
-            part = values[:, start + columns.start : start + columns.stop]
-            dense.scatter_(1, index, part)
+    for part, place in zip(values.chunk(2, 1), _places(nibble, 1), strict=True):
+        dense.scatter_(1, scratch[0].copy_(place).add_(first_column), part)

@@ -83,13 +83,19 @@ def test_extreme_values_and_ties():
     signed = torch.tensor([[-0.0, 0.0, 2.0, -0.0]])  # equal matrices, equal bytes
     for a, b in zip(pack(signed), pack(signed.abs()), strict=True):
         assert a.numpy().tobytes() == b.numpy().tobytes()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):  # a subnormal is no zero
+        small = torch.finfo(dtype).smallest_normal
+        weight = torch.tensor([[0, small / 4, -0.0, -small / 2]], dtype=torch.float64).to(dtype)
+        assert weight.count_nonzero() == 2 and torch.equal(unpack(*pack(weight)), weight)
 
 
 def test_tiles_and_strides_change_nothing(monkeypatch):
     weight = two_of_four(50, 44, torch.bfloat16)
     whole = pack(weight)
     monkeypatch.setattr("lib.packing.TILE_GROUPS", 11)
-    for tensor in (weight, weight.T.contiguous().T):
+    shifted = torch.cat([weight.new_ones(3), weight.flatten()])[3:].view(weight.shape)
+    wider = torch.cat([weight, weight[:, :2]], 1)[:, :44]
+    for tensor in (weight, weight.T.contiguous().T, shifted, wider):
         values, positions = pack(tensor)
         assert torch.equal(values, whole[0]) and torch.equal(positions, whole[1])
     assert torch.equal(unpack(*whole), weight) and is_packable(weight)
