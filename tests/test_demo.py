@@ -147,7 +147,7 @@ def test_training_learns(texts):
 
 def test_runs_have_flags_that_main_accepts(tmp_path):
     found = list(demo.steps(tmp_path))
-    assert len({step.name for step in found}) == len(found) == 11
+    assert len({step.name for step in found}) == len(found) == 15
     for step in found:
         parser = build_parser()
         args = parser.parse_args(demo.flags_of(step, tmp_path))
