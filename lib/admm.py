@@ -130,8 +130,7 @@ class Admm:
         choose = partial(lowest, rows=rows, sparsity=sparsity)
         rho = self.rho * unexplained
         solution, mask = alternate(start, target, hessian, rho, self.iterations, choose)
-        with record_function("refinement"):
-            conjugate_gradients_(solution, target, hessian, mask, self.refinements)
+        conjugate_gradients_(solution, target, hessian, mask, self.refinements)
         solution /= scale
         for weight, part in zip(weights, solution.split(rows), strict=True):
             weight.copy_(part)
