@@ -78,7 +78,7 @@ class Job(Loaded):
         )
         blocks = len(self.blocks)
         with self.timed("prune"), progress(blocks, "pruning", "block", self.team.leads) as bar:
-            pruned = pruner.run(self.windows, self.batch_size, advanced=bar)
+            pruned = pruner.run(self.windows, self.batch_size, self.keep_on, bar)
         if self.team.leads:
             print(*pruned.summary(), sep="\n")
             asked = None if args.use_variant else self.sparsity  # the variant only comes near
@@ -92,7 +92,7 @@ class Job(Loaded):
         ratio, blocks, leads = self.args.sparsity_ratio, len(self.blocks), self.team.leads
         with self.timed("allocate"), progress(blocks, "outliers", "block", leads) as bar:
             self.sparsity = owl(
-                self.sweep, self.windows, self.batch_size, ratio, self.team, advanced=bar
+                self.sweep, self.windows, self.batch_size, ratio, self.team, self.keep_on, bar
             )
         self.allocation = [round(sparsity.ratio, 6) for sparsity in self.sparsity]
         if leads:

@@ -32,17 +32,18 @@ def owl(
     batch_size: int,
     ratio: float,
     team: Team,
+    keep_on: torch.device | str = "cpu",
     advanced: Callable[[int], None] = lambda blocks: None,
 ) -> list[Sparsity]:
     """The sparsity of each block, from the dense model's scores on windows (n, tokens).
 
-    `advanced(1)` is called after each block.
+    `keep_on`: where hidden states are kept. `advanced(1)` is called after each block.
     """
     recipe, shares, sizes = Recipe("wanda"), [], []
     mine = windows[team.share(len(windows))]
     idle = not len(mine)  # more processes than windows: watch one, count none
     with eager_experts(sweep.model):
-        stream = sweep.record(windows[:1] if idle else mine, batch_size, "cpu")
+        stream = sweep.record(windows[:1] if idle else mine, batch_size, keep_on)
         for index, block in enumerate(sweep.blocks):
             team.at(f"the outliers of block {index}")
             with sweep.at_hand(index):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import psutil
 import torch
 
 from lib.errors import UserError
 from lib.eval import LOGIT_BYTES
+from lib.memory import available
 from lib.methods import Recipe
 from lib.record import gib
 from lib.shapes import Block, Shapes
@@ -22,7 +22,6 @@ LATER = 24 * 2**20  # bytes of code that is imported after the estimate
 SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lost in gaps
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 FLOAT = 4
-CGROUP = Path("/sys/fs/cgroup")  # a container's limits, Linux
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,15 @@ class Parts:
     @property
     def total(self) -> int:
         return self.weights + max(self.hidden + self.work, self.loading)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Whether blocks are fetched from the host, where hidden states are kept; a line for users."""
+
+    fetched: bool
+    keep_on: torch.device
+    line: str
 
 
 def parts(plan: Plan) -> Parts:
@@ -144,28 +152,27 @@ def told(need: Parts, base: int = 0) -> str:
     return f"about {gib(base + need.total)} ({start}{listed})"
 
 
-def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> tuple[bool, str]:
-    """Whether blocks have to be fetched from host memory, and a line on the memory of the run.
-
-    UserError where there is not enough of it.
-    """
+def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
+    """Where blocks and hidden states will stand. UserError where there is not enough memory."""
     need = parts(plan)
     if device.type == "cpu":
-        return False, f"memory: {_checked(need, offloaded)}"
+        return Room(False, device, f"memory: {_checked(need, offloaded)}")
     free = int(SPARE * torch.cuda.mem_get_info(device)[0])
     fetched = not (plan.fetched or plan.load_bit) and need.weights + need.work > free
     if fetched:
         plan = replace(plan, fetched=True, ahead=True)
         need = parts(plan)
-    here = Parts(need.weights, 0, need.work)
+    kept = need.weights + need.hidden + need.work <= free
+    here = Parts(need.weights, need.hidden if kept else 0, need.work)
     if here.total > free:
         raise UserError(
             f"--device {device}: the run needs {told(here)}, but only {gib(free)} are free; "
             "try a smaller --batch_size or --seqlen, or --device cpu"
         )
     away = plan.shapes.in_blocks * plan.working.itemsize if fetched else 0
-    host = Parts(away, need.hidden, 0)
-    return fetched, f"memory: device {told(here)}; host {_checked(host, offloaded)}"
+    host = Parts(away, 0 if kept else need.hidden, 0)
+    line = f"memory: device {told(here)}; host {_checked(host, offloaded)}"
+    return Room(fetched, device if kept else torch.device("cpu"), line)
 
 
 def _checked(need: Parts, offloaded: bool) -> str:
@@ -179,17 +186,3 @@ def _checked(need: Parts, offloaded: bool) -> str:
             f"try a smaller --nsamples, --seqlen or --batch_size{way}"
         )
     return line
-
-
-def available() -> int:
-    """Bytes of host memory that this process can still get: of the machine, or of its container."""
-    free = psutil.virtual_memory().available
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
-        except (OSError, ValueError):  # none such, or "max"
-            continue
-    return max(0, free)

@@ -10,6 +10,8 @@ from lib.prepare import Prepared
 if TYPE_CHECKING:
     from torch import nn
 
+    from lib.estimate import Room
+
 
 class Loaded(Prepared):
     """The model and the sweep over its blocks."""
@@ -17,7 +19,7 @@ class Loaded(Prepared):
     def load(self) -> None:
         from lib import model
         from lib.finite import check_weights
-        from lib.heap import keep_freed_memory
+        from lib.memory import keep_freed_memory
         from lib.placement import Placement, device_map
         from lib.sweep import Sweep
 
@@ -25,8 +27,9 @@ class Loaded(Prepared):
         self.team.at("loading the model")
         keep_freed_memory()
         placement, where = None, {"": self.device}
-        fetched = self.see_memory()
-        if args.offload or fetched:
+        room = self.see_memory()
+        self.keep_on = room.keep_on
+        if args.offload or room.fetched:
             place = "disk" if args.offload else "cpu"
             where = device_map(self.skeleton, self.blocks_name, self.device, place)
         if args.offload:
@@ -44,8 +47,8 @@ class Loaded(Prepared):
         self.settle_bos()
         self.footprint = {"before": model.footprint(self.model)}
 
-    def see_memory(self) -> bool:
-        """Tell how much memory the run will take; whether blocks must be fetched from the host."""
+    def see_memory(self) -> Room:
+        """Tell how much memory the run will take, and where."""
         from lib.estimate import Plan, check_memory
         from lib.model import checkpoint_dtype, pick_dtype, saved_dtype
         from lib.quantised import stored_bits
@@ -68,10 +71,10 @@ class Loaded(Prepared):
             None if stored == working else stored,
             fetched=bool(args.offload),
         )
-        fetched, line = check_memory(plan, self.device, bool(args.offload))
+        room = check_memory(plan, self.device, bool(args.offload))
         if team.leads:
-            print(line, flush=True)
-        return fetched
+            print(room.line, flush=True)
+        return room
 
     def offload_folder(self) -> AbstractContextManager[str]:
         """This process's part of `--offload`, which has room."""

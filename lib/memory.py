@@ -1,4 +1,4 @@
-"""Memory that a forward pass frees stays with the process, for the next one.
+"""The host's memory: how much a process can still get, and what it keeps of what it frees.
 
 glibc hands a large block back to the system as soon as it is freed, and the next tensor of that
 size starts with a page fault for every 4 KiB: a fifth of a forward pass of a small model.
@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")  # a container's limits, Linux
 M_TRIM_THRESHOLD = -1  # of mallopt(3)
 M_MMAP_THRESHOLD = -3
 KEPT = 2**28  # bytes that may lie unused at the end of the heap
@@ -24,3 +28,17 @@ def keep_freed_memory() -> None:
         libc.malloc_trim(0)  # what reading and tokenising texts left behind
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def available() -> int:
+    """Bytes of host memory that this process can still get: of the machine, or of its container."""
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+        except (OSError, ValueError):  # none such, or "max"
+            continue
+    return max(0, free)
