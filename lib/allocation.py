@@ -17,7 +17,7 @@ from torch import Tensor
 from lib.groups import Group, merge
 from lib.linears import eager_experts, find_linears
 from lib.methods import Recipe
-from lib.observe import observe
+from lib.observe import observe, own_windows
 from lib.parallel import Team
 from lib.sparsity import ALLOCATION_SPAN, Sparsity
 from lib.sweep import Sweep
@@ -40,10 +40,9 @@ def owl(
     `keep_on`: where hidden states are kept. `advanced(1)` is called after each block.
     """
     recipe, shares, sizes = Recipe("wanda"), [], []
-    mine = windows[team.share(len(windows))]
-    idle = not len(mine)  # more processes than windows: watch one, count none
+    mine, idle = own_windows(windows, team)
     with eager_experts(sweep.model):
-        stream = sweep.record(windows[:1] if idle else mine, batch_size, keep_on)
+        stream = sweep.record(mine, batch_size, keep_on)
         for index, block in enumerate(sweep.blocks):
             team.at(f"the outliers of block {index}")
             with sweep.at_hand(index):

@@ -51,7 +51,7 @@ def first_overflow(sweep: Sweep, windows: Tensor) -> str:
     found = []
 
     def see(linear, x: Tensor) -> None:
-        if not x.isfinite().all():
+        if not all_finite(x):
             found.append(linear.name)
             raise Stop
 

@@ -17,6 +17,7 @@ from lib.groups import Group
 from lib.linears import find_linears, watch_inputs
 from lib.matrix import Linear
 from lib.methods import Recipe
+from lib.parallel import Team
 from lib.replay import Stop
 from lib.sweep import Stream, Sweep
 
@@ -34,6 +35,13 @@ class DenseTwin:
         twin = copy.deepcopy(block)
         linears, _ = find_linears(twin, prefix)
         return cls(stream, twin, {linear.name: linear for linear in linears})
+
+
+def own_windows(windows: Tensor, team: Team) -> tuple[Tensor, bool]:
+    """This process's part of windows (n, tokens); where it has none, one to watch, and True."""
+    mine = windows[team.share(len(windows))]
+    idle = not len(mine)
+    return windows[:1] if idle else mine, idle
 
 
 class Observation:

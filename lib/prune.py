@@ -18,7 +18,7 @@ from lib.journal import Journal
 from lib.linears import eager_experts, find_linears
 from lib.matrix import Linear
 from lib.methods import Recipe
-from lib.observe import DenseTwin, observe, stages
+from lib.observe import DenseTwin, observe, own_windows, stages
 from lib.outcome import UNREACHED, Pruned
 from lib.parallel import Team
 from lib.residual import Writers, observe_writer
@@ -73,9 +73,8 @@ class Pruner:
         with eager_experts(self.sweep.model):
             stream = dense = None
             if self.recipe.observes:
-                mine = windows[self.team.share(len(windows))]
-                self.idle = not len(mine)  # more processes than windows: watch one, count none
-                stream = self.sweep.record(windows[:1] if self.idle else mine, batch_size, keep_on)
+                mine, self.idle = own_windows(windows, self.team)
+                stream = self.sweep.record(mine, batch_size, keep_on)
             if self.recipe.dense_stream:
                 dense = replace(stream, hidden=stream.hidden.clone())
             for index in range(len(self.sweep.blocks)):

@@ -14,8 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+@pytest.fixture
+def at_place(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder that a module's own fixture `place` fills, with a cache of the test's own."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -28,6 +28,7 @@ from lib.sweep import Sweep
 CPU = torch.device("cpu")
 Disk = namedtuple("Disk", "total used free")
 MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
+pytestmark = pytest.mark.usefixtures("at_place")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "gpt2", tiny.ARCHITECTURES["GPT-2"]())
     tiny.write_texts(folder / "uk", test=3)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def prune(model: str | Path, folder: Path, *more: object, method: str = "wanda") -> Done:

@@ -25,6 +25,7 @@ from lib.sweep import Sweep
 CPU = torch.device("cpu")
 KINDS = {"unstructured": Sparsity(0.5), "2:4": Sparsity(0.5, 2, 4)}
 ONLY_DROPS = ("wanda", "magnitude")
+pytestmark = pytest.mark.usefixtures("at_place")
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "model", wide)
     tiny.write_texts(folder / "uk", test=3)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module", params=["4", "8"])

@@ -31,6 +31,7 @@ CASES = {
     "8 bits": [*WANDA, "--load_bit", "8"],
     "shared weights": [*WANDA, "--model", "tied"],
 }
+pytestmark = pytest.mark.usefixtures("at_place")
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "tied", tied)
     tiny.write_texts(folder / "uk", test=3)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def flags(case: str, folder: Path, *more: object) -> list:
