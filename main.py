@@ -114,23 +114,23 @@ class Job(Loaded):
             print(f"footprint: {gib(size)} dense, {gib(footprint(self.model))} packed")
 
     def evaluate(self) -> None:
-        """Perplexity on every test set."""
-        from lib.eval import perplexity
+        """Perplexity on every test set, in one sweep."""
+        from lib.eval import perplexities
         from lib.progress import progress
 
         self.evaluation = []
         self.team.at("the evaluation")
-        total = sum(len(test.windows) for test in self.test_sets)
-        shown = self.team.leads
+        sets = [test.windows for test in self.test_sets]
+        total, shown = sum(map(len, sets)), self.team.leads
         with self.timed("eval"), progress(total, "perplexity", "window", shown) as bar:
-            for test in self.test_sets:
-                found = perplexity(self.sweep, test.windows, self.batch_size, self.team, bar)
-                figures = {
-                    "perplexity": found.value,
-                    "standard_error": found.standard_error,
-                    "bits_per_byte": found.bits_per_byte(test.bytes),
-                }
-                self.evaluation.append(test.record | figures)
+            measured = perplexities(self.sweep, sets, self.batch_size, self.team, bar)
+        for test, found in zip(self.test_sets, measured, strict=True):
+            figures = {
+                "perplexity": found.value,
+                "standard_error": found.standard_error,
+                "bits_per_byte": found.bits_per_byte(test.bytes),
+            }
+            self.evaluation.append(test.record | figures)
 
         self.tasks = None
         if self.args.tasks and self.team.leads:

@@ -31,7 +31,7 @@ class Plan:
     shapes: Shapes
     recipe: Recipe | None
     windows: int  # of calibration, in this process
-    tests: int  # windows of the largest test set, in this process
+    tests: int  # windows of all test sets, in this process
     seqlen: int
     batch_size: int
     working: torch.dtype

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,29 +32,46 @@ class Perplexity:
         return self.nats / math.log(2) / size
 
 
-def perplexity(
+def perplexity(sweep: Sweep, windows: Tensor, batch_size: int) -> Perplexity:
+    """Perplexity of windows (n, tokens)."""
+    return perplexities(sweep, [windows], batch_size)[0]
+
+
+def perplexities(
     sweep: Sweep,
-    windows: Tensor,
+    tests: Sequence[Tensor],
     batch_size: int,
     team: Team | None = None,
     advanced: Callable[[int], None] = lambda windows: None,
-) -> Perplexity:
-    """Perplexity of windows (n, tokens).
+) -> list[Perplexity]:
+    """Perplexity of each test set, windows (n, tokens).
 
     Where the model stands on the device, each batch goes through all blocks and no hidden states
-    are kept; where blocks are fetched, each sees all windows before the next one is. Processes of
+    are kept; where blocks are fetched, each sees all sets before the next one is. Processes of
     a `team` share the windows. `advanced` is called with the number of windows that are done.
     """
     team = team or Team(sweep.device, alone=True)
-    losses = torch.zeros(len(windows), dtype=torch.float64, device=sweep.device)
-    mine = range(len(windows))[team.share(len(windows))]
-    step = batch_size if sweep.placement is None else max(1, len(mine))
-    for start in mine[::step]:
-        part = slice(start, min(start + step, mine.stop))
-        losses[part] = _losses_of(sweep, windows[part], batch_size)
-        advanced((part.stop - part.start) * len(windows) // len(mine))
-    for handle in team.sum_([losses]):
+    losses = [torch.zeros(len(test), dtype=torch.float64, device=sweep.device) for test in tests]
+    shares = [range(len(test))[team.share(len(test))] for test in tests]
+    step = batch_size if sweep.placement is None else max(map(len, tests))
+    parts = [
+        (number, slice(start, min(start + step, mine.stop)))
+        for number, mine in enumerate(shares)
+        for start in mine[::step]
+    ]
+    for lot in [[part] for part in parts] if sweep.placement is None else [parts]:
+        done = [(cut.stop - cut.start) * len(tests[i]) // len(shares[i]) for i, cut in lot]
+        streams = [tests[number][cut] for number, cut in lot]
+        found = _losses_of(sweep, streams, batch_size, sum(done), advanced)
+        for (number, cut), its in zip(lot, found, strict=True):
+            losses[number][cut] = its
+    for handle in team.sum_(losses):
         handle.wait()
+    return [_mean(sweep, *both) for both in zip(tests, losses, strict=True)]
+
+
+def _mean(sweep: Sweep, windows: Tensor, losses: Tensor) -> Perplexity:
+    """Of windows (n, tokens) with these losses (n,); UserError where they are not finite."""
     mean = losses.mean().item()
     if not math.isfinite(mean):
         where = first_overflow(sweep, windows[~losses.isfinite().cpu()][:1])
@@ -64,14 +81,26 @@ def perplexity(
     return Perplexity(value, value * spread, mean * len(losses) * (windows.shape[1] - 1))
 
 
-def _losses_of(sweep: Sweep, windows: Tensor, batch_size: int) -> Tensor:
-    """Mean negative log-likelihood of each window, (n,)."""
-    whole = sweep.placement is None
-    stream = sweep.record(windows, batch_size, sweep.device if whole else "cpu")
-    for index in range(len(sweep.blocks)):
+def _losses_of(
+    sweep: Sweep,
+    sets: list[Tensor],
+    batch_size: int,
+    shown: int,
+    advanced: Callable[[int], None],
+) -> list[Tensor]:
+    """Mean negative log-likelihood of each window (n,), of each set; progress by blocks."""
+    keep_on = sweep.device if sweep.placement is None else "cpu"
+    streams = [sweep.record(windows, batch_size, keep_on) for windows in sets]
+    blocks = len(sweep.blocks)
+    for index in range(blocks):
         with sweep.at_hand(index):
-            sweep.advance_(stream, index)
-    return torch.cat([_losses(sweep, stream, batch) for batch in stream.batches]).double()
+            for stream in streams:
+                sweep.advance_(stream, index)
+        advanced(shown * (index + 1) // blocks - shown * index // blocks)
+    return [
+        torch.cat([_losses(sweep, stream, batch) for batch in stream.batches]).double()
+        for stream in streams
+    ]
 
 
 def _losses(sweep: Sweep, stream: Stream, batch: slice) -> Tensor:

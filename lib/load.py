@@ -58,7 +58,7 @@ class Loaded(Prepared):
         working = pick_dtype(args.dtype, self.config, self.device)
         stored = checkpoint_dtype(self.config)
         windows = [0 if self.windows is None else len(self.windows)]
-        windows += [max(len(test.windows) for test in self.test_sets)]
+        windows += [sum(len(test.windows) for test in self.test_sets)]
         plan = Plan(
             shapes(self.skeleton, self.blocks_name),
             self.recipe,

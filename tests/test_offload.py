@@ -15,7 +15,7 @@ from command_line import QUICK, Done, call
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lib.eval import perplexity
+from lib.eval import perplexities, perplexity
 from lib.methods import Recipe
 from lib.model import decoder_blocks
 from lib.offload import check_offload_room, own_folder
@@ -200,3 +200,25 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
     assert again == pytest.approx(value, rel=1e-6)
     assert plain.keys() == fetched.keys()
     assert all(torch.equal(plain[name], fetched[name]) for name in plain)
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_several_sets_are_measured_in_one_sweep(
+    fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as if alone; where blocks are fetched, each of them once."""
+    model = tiny.ARCHITECTURES["Llama"]()
+    name, blocks = decoder_blocks(model)
+    sweep = Sweep(model, blocks, CPU)
+    if fetched:
+        sweep, name = on_host(model)
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randint(3, tiny.VOCAB, (n, 24), generator=generator) for n in (5, 2, 3)]
+    alone = [perplexity(sweep, windows, 2) for windows in sets]
+    at_hand, told, original = [], [], sweep.at_hand
+    monkeypatch.setattr(
+        sweep, "at_hand", lambda index: at_hand.append(index) or original(index), raising=True
+    )
+    assert perplexities(sweep, sets, 2, advanced=told.append) == alone
+    assert at_hand == list(range(len(blocks))) * (1 if fetched else 3 + 1 + 2)
+    assert sum(told) == 10 and min(told) >= 0
