@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from lib.sparsity import Sparsity, lowest_overall, lowest_per_row, n_of_first, n_of_m
+from lib.sparsity import (
+    Sparsity,
+    _add_ranks_,
+    _lowest_by_bisection,
+    _lowest_when_sorted,
+    lowest_overall,
+    lowest_per_row,
+    n_of_first,
+    n_of_m,
+)
 
 
 def by_sorting(row: list[float], count: int) -> list[bool]:
@@ -25,6 +34,29 @@ def test_lowest_per_row(count, ties, dtype):
     score = scores(9, 24, ties, dtype)
     expected = [by_sorting(row, count) for row in score.tolist()]
     assert lowest_per_row(score, count).tolist() == expected
+
+
+@pytest.mark.parametrize("choose", [_lowest_when_sorted, _lowest_by_bisection])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 7, 12, 23, 24])
+def test_how_an_accelerator_chooses(count, ties, choose):
+    score = scores(9, 24, ties)
+    score[0, 3:5] = torch.tensor([float("inf"), 1e-42])  # more and less than any normal number
+    expected = [by_sorting(row, count) for row in score.tolist()]
+    assert choose(score, count).tolist() == expected
+    whole = torch.tensor(by_sorting(score.flatten().tolist(), 9 * count)).view(1, -1)
+    assert torch.equal(choose(score.view(1, -1), 9 * count), whole)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("m", [1, 4, 8])
+def test_ranks_of_tensors_are_those_of_arrays(m, ties):
+    score = scores(m, 24, ties)
+    array, tensor = (torch.zeros(m, 24, dtype=torch.uint8) for _ in range(2))
+    _add_ranks_(array.numpy(), score.numpy())
+    _add_ranks_(tensor, score)
+    assert torch.equal(array, tensor)
+    assert (tensor.sort(0).values == torch.arange(m)[:, None]).all()
 
 
 @pytest.mark.parametrize("ties", [False, True])
