@@ -121,7 +121,7 @@ class Sweep:
         """Write block `index`'s outputs over its inputs, in the stream's buffer."""
         with record_function("forward"):
             for batch, run in self.runs(stream, index, block):
-                stream.hidden[batch] = run()
+                stream.hidden[batch].copy_(run(), non_blocking=True)  # read in stream order only
 
     @torch.no_grad()
     def logits(self, stream: Stream, batch: slice, positions: Tensor) -> Tensor:
