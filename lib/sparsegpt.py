@@ -41,6 +41,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lib.errors import UserError
+from lib.fused import column_loop
 from lib.gram import add_upper_gram_
 from lib.sparsity import Sparsity, lowest_overall, n_of_first
 
@@ -156,8 +157,10 @@ class ColumnBlock:
         self.mask = torch.empty_like(self.values)  # 1.0 where a weight is pruned
         self.inverse = torch.empty(size, size, device=device)  # B
         self.scale = torch.empty(size, 1, device=device)  # diag(R)
+        self.fused = column_loop(device)
         width = sparsity.m or math.gcd(size, STEP)
-        self.steps = [self._step(start, start + width) for start in range(0, size, width)]
+        starts = () if self.fused else range(0, size, width)
+        self.steps = [self._step(start, start + width) for start in starts]
 
     def _step(self, start: int, end: int) -> tuple:
         values, errors, mask = self.values, self.errors, self.mask
@@ -173,6 +176,9 @@ class ColumnBlock:
         """Take the columns of V one after another to their last values; note their errors."""
         if not self.sparsity.m:
             self._choose()
+        if self.fused:
+            where = self.values, self.errors, self.mask, self.inverse, self.scale
+            self.fused(*where, self.sparsity)
         for values, before, push, scale, mask, columns in self.steps:
             if len(before):
                 values.addmm_(push, before, alpha=-1)
