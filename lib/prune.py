@@ -76,7 +76,7 @@ class Pruner:
                 mine, self.idle = own_windows(windows, self.team)
                 stream = self.sweep.record(mine, batch_size, keep_on)
             if self.recipe.dense_stream:
-                dense = replace(stream, hidden=stream.hidden.clone())
+                dense = replace(stream, hidden=self.sweep.transfer.copy(stream.hidden))
             for index in range(len(self.sweep.blocks)):
                 self.team.at(f"block {index}")
                 with self.sweep.at_hand(index, keep=True):

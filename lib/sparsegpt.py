@@ -19,15 +19,15 @@ columns, when its turn has come, what the paper's algorithm 1 pushes into all la
 *Within a block.* By (*) again, column j takes the value w_j = V_j + D_P C_Pj, where P are now the
 block's columns before it. In terms of the errors e_j = w_j - q_j, which are e_j = D_j + D_P C_Pj
 or E = D C, this reads w_j = V_j - E_P B_Pj with B = C_NN^-1: the paper's update. It is done in
-steps of 16 columns, a product with the columns before the step and one column at a time within.
+steps of 16 columns, after a product with those before the step; on CUDA by lib/column_kernel.py.
 
 *The masks.* The error of pruning w_j is w_j^2 / [H_FF^-1]_jj (equation 2), and [H_FF^-1]_jj is
 1 / R_jj^2: the score is (w_j R_jj)^2. Unstructured, the lowest scores of a linear's block of 128
 columns go, chosen from V when the block is reached (section 3.2). N:M, a step is one group, and
 its mask is chosen when it is reached.
 
-Linears that share the input share R, and are solved side by side. Everything is kept transposed,
-(in, out), so that a column of weights lies in one piece.
+Linears that share the input share R, and are solved side by side, transposed to (in, out), so that
+a column of weights lies in one piece.
 Run: `python main.py --model MODEL --prune_method sparsegpt`.
 """
 
@@ -159,7 +159,7 @@ class ColumnBlock:
         self.scale = torch.empty(size, 1, device=device)  # diag(R)
         self.fused = column_loop(device)
         width = sparsity.m or math.gcd(size, STEP)
-        starts = () if self.fused else range(0, size, width)
+        starts = range(0, 0 if self.fused else size, width)
         self.steps = [self._step(start, start + width) for start in starts]
 
     def _step(self, start: int, end: int) -> tuple:
@@ -177,8 +177,8 @@ class ColumnBlock:
         if not self.sparsity.m:
             self._choose()
         if self.fused:
-            where = self.values, self.errors, self.mask, self.inverse, self.scale
-            self.fused(*where, self.sparsity)
+            buffers = self.values, self.errors, self.mask, self.inverse, self.scale
+            self.fused(*buffers, self.sparsity)
         for values, before, push, scale, mask, columns in self.steps:
             if len(before):
                 values.addmm_(push, before, alpha=-1)

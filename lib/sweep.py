@@ -20,6 +20,7 @@ from torch.profiler import record_function
 from lib.errors import UserError
 from lib.placement import Placement
 from lib.replay import Stop, interned, replaced, take_hidden
+from lib.transfer import Transfer
 
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
@@ -57,6 +58,7 @@ class Sweep:
         self.blocks = blocks
         self.device = device
         self.placement = placement
+        self.transfer = Transfer(device)
         self.tuples = self._probe()
 
     def at_hand(self, index: int, keep: bool = False) -> AbstractContextManager:
@@ -83,8 +85,8 @@ class Sweep:
                     if hidden.dim() != 3 or hidden.shape[:2] != windows[batch].shape:
                         raise self._refused("has hidden states of another shape than its windows")
                     if stream.hidden is None:
-                        stream.hidden = self._buffer(len(windows), hidden, torch.device(keep_on))
-                    stream.hidden[batch] = hidden
+                        stream.hidden = self.transfer.buffer(len(windows), hidden, keep_on)
+                    stream.hidden[batch] = hidden  # the host waits, and may then read it
                 stream.calls[index].append((interned(args, known), interned(kwargs, known)))
                 if index == len(self.blocks) - 1:
                     raise Stop
@@ -107,8 +109,9 @@ class Sweep:
         `block` stands in for block `index` where given.
         """
         block = block or self.blocks[index]
-        for batch, (args, kwargs) in zip(stream.batches, stream.calls[index], strict=True):
-            hidden = stream.hidden[batch].to(self.device, non_blocking=True)
+        arriving = self.transfer.batches(stream.hidden, stream.batches)
+        calls = stream.calls[index]
+        for batch, hidden, (args, kwargs) in zip(stream.batches, arriving, calls, strict=True):
 
             def run(hidden=hidden, args=args, kwargs=kwargs) -> Tensor:
                 out = block(hidden, *args, **kwargs)
@@ -121,7 +124,7 @@ class Sweep:
         """Write block `index`'s outputs over its inputs, in the stream's buffer."""
         with record_function("forward"):
             for batch, run in self.runs(stream, index, block):
-                stream.hidden[batch].copy_(run(), non_blocking=True)  # read in stream order only
+                self.transfer.store_(stream.hidden, batch, run())
 
     @torch.no_grad()
     def logits(self, stream: Stream, batch: slice, positions: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ class Sweep:
             def forward(*args, **kwargs):
                 hidden, *_ = take_hidden(args, kwargs)
                 if index == len(self.blocks) - 1:
-                    hidden = stream.hidden[batch].to(self.device)
+                    hidden = self.transfer.fetch(stream.hidden, batch)
                 return self._handed_on(index, hidden)
 
             return forward
@@ -156,11 +159,6 @@ class Sweep:
         own = self.model(input_ids=ids, use_cache=False).logits.float()
         if (swept - own).norm() > PROBE_TOLERANCE * own.norm():
             raise self._refused("computes more than its decoder blocks one after another")
-
-    def _buffer(self, count: int, hidden: Tensor, keep_on: torch.device) -> Tensor:
-        pinned = self.device.type == "cuda" and keep_on.type == "cpu"
-        shape = (count, *hidden.shape[1:])
-        return torch.empty(shape, dtype=hidden.dtype, device=keep_on, pin_memory=pinned)
 
     def _refused(self, what: str) -> UserError:
         name = f"{self.model.name_or_path} ({type(self.model).__name__})"
