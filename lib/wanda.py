@@ -13,25 +13,34 @@ from torch import Tensor
 
 from lib.sparsity import Sparsity
 
+TOKENS = 64  # whose squares are added up in float32
 VARIANT_TOLERANCE = 1e-3  # of the sparsity reached, and the width of alpha at which bisection stops
 
 
 class Wanda:
-    """Sum of squares per input channel, in float32, for one input of a block."""
+    """Sum of squares per input channel, for one input of a block.
+
+    In float32 over a few tokens and in float64 over those sums: the same, and so the same mask,
+    whatever the batch size and the number of processes, if windows are a multiple of `TOKENS`.
+    """
 
     observes = True
     in_order = False
     dense_stream = False
 
     def __init__(self, width: int, device: torch.device, variant: bool = False) -> None:
-        self.square_sum = torch.zeros(width, device=device)  # (in,)
+        self.square_sum = torch.zeros(width, device=device, dtype=torch.float64)  # (in,)
         self.variant = variant
         self.tokens = 0
 
     def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add the squares of x (tokens, in)."""
         # float32 first: squares of float16 activations overflow beyond 256
-        self.square_sum += x.float().square().sum(0)
+        squares = x.float().square()
+        whole = len(x) // TOKENS * TOKENS
+        few = squares[:whole].unflatten(0, (whole // TOKENS, TOKENS)).sum(1)
+        self.square_sum += few.sum(0, dtype=torch.float64)
+        self.square_sum += squares[whole:].sum(0)
         self.tokens += len(x)
 
     def statistics(self) -> list[Tensor]:
@@ -39,7 +48,7 @@ class Wanda:
 
     def score(self, weight: Tensor) -> Tensor:
         """Saliency (out, in) of weight (out, in)."""
-        return weight.abs() * self.square_sum.sqrt()
+        return weight.abs() * self.square_sum.sqrt().float()
 
     def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
         """Zero the lowest-scored entries of every (out, in) matrix in place."""

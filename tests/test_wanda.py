@@ -135,7 +135,27 @@ def test_batches_add_up() -> None:
     for part in x.split(7):
         many.observe(part)
     assert one.tokens == many.tokens == 50
-    torch.testing.assert_close(one.statistics(), many.statistics())
+    torch.testing.assert_close(one.statistics(), many.statistics(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_the_sums_are_the_same_whatever_the_batch(windows: int) -> None:
+    """Bit by bit, for windows of a multiple of 64 tokens, and exact to a few roundings."""
+    x = torch.randn(6 * 128, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        0, 3, 40
+    )
+    one, many = Wanda(40, CPU), Wanda(40, CPU)
+    one.observe(x)
+    for batch in x.split(windows * 128):
+        many.observe(batch)
+    assert torch.equal(one.square_sum, many.square_sum)
+    torch.testing.assert_close(one.square_sum, x.double().square().sum(0), rtol=2e-7, atol=0)
+
+
+def test_no_tokens_add_nothing() -> None:
+    method = Wanda(40, CPU)
+    method.observe(torch.ones(0, 40))
+    assert method.tokens == 0 and not method.square_sum.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
