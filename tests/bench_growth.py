@@ -100,6 +100,7 @@ def profile(args: argparse.Namespace, folder: Path) -> None:
 def scaling(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw how pruning grows with windows, tokens of a window, and width."""
     import numpy
+    from matplotlib.ticker import LogLocator, ScalarFormatter
 
     series = {
         "windows": [{"nsamples": max(1, args.nsamples // (4 // step))} for step in GROWTH],
@@ -122,6 +123,8 @@ def scaling(args: argparse.Namespace, folder: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         plot_style.open_axes(axes)
     panels[0].set_ylabel("seconds of pruning")
+    panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panels[0].yaxis.set_major_formatter(ScalarFormatter())
     plot_style.title(picture, f"Time of pruning against size, {args.types[0]}")
     picture.savefig(folder / "scaling.png", dpi=plot_style.DOTS_PER_INCH)
     print(f"chart: {folder / 'scaling.png'}")
