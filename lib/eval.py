@@ -53,16 +53,19 @@ def perplexities(
     team = team or Team(sweep.device, alone=True)
     losses = [torch.zeros(len(test), dtype=torch.float64, device=sweep.device) for test in tests]
     shares = [range(len(test))[team.share(len(test))] for test in tests]
-    step = batch_size if sweep.placement is None else max(map(len, tests))
+    resident = sweep.placement is None
+    step = batch_size if resident else max(map(len, tests))
     parts = [
         (number, slice(start, min(start + step, mine.stop)))
         for number, mine in enumerate(shares)
         for start in mine[::step]
     ]
-    for lot in [[part] for part in parts] if sweep.placement is None else [parts]:
+    for lot in [[part] for part in parts] if resident else [parts]:
+        if not lot:  # more processes than windows: no block need be fetched
+            continue
         done = [(cut.stop - cut.start) * len(tests[i]) // len(shares[i]) for i, cut in lot]
-        streams = [tests[number][cut] for number, cut in lot]
-        found = _losses_of(sweep, streams, batch_size, sum(done), advanced)
+        sets = [tests[number][cut] for number, cut in lot]
+        found = _losses_of(sweep, sets, batch_size, sum(done), advanced)
         for (number, cut), its in zip(lot, found, strict=True):
             losses[number][cut] = its
     for handle in team.sum_(losses):
@@ -88,19 +91,24 @@ def _losses_of(
     shown: int,
     advanced: Callable[[int], None],
 ) -> list[Tensor]:
-    """Mean negative log-likelihood of each window (n,), of each set; progress by blocks."""
+    """Mean negative log-likelihood of each window (n,), of each set.
+
+    `advanced` is told `shown` in all: a part after each block, and the last when all is done.
+    """
     keep_on = sweep.device if sweep.placement is None else "cpu"
     streams = [sweep.record(windows, batch_size, keep_on) for windows in sets]
-    blocks = len(sweep.blocks)
-    for index in range(blocks):
+    steps = len(sweep.blocks) + 1  # the head is one
+    for index in range(steps - 1):
         with sweep.at_hand(index):
             for stream in streams:
                 sweep.advance_(stream, index)
-        advanced(shown * (index + 1) // blocks - shown * index // blocks)
-    return [
+        advanced(shown * (index + 1) // steps - shown * index // steps)
+    losses = [
         torch.cat([_losses(sweep, stream, batch) for batch in stream.batches]).double()
         for stream in streams
     ]
+    advanced(shown - shown * (steps - 1) // steps)
+    return losses
 
 
 def _losses(sweep: Sweep, stream: Stream, batch: slice) -> Tensor:

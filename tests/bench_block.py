@@ -63,6 +63,8 @@ def main(argv: list[str]) -> None:
             if method == "sparsegpt" and column_loop(device):
                 loops["kernel"] = column_loop
             times: dict[str, list[float]] = {name: [] for name in loops}
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)  # or it is that of the rows before
             for _ in range(args.rounds):
                 for name, loop in loops.items():
                     sparsegpt.column_loop = loop
