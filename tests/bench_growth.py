@@ -100,7 +100,7 @@ def profile(args: argparse.Namespace, folder: Path) -> None:
 def scaling(args: argparse.Namespace, folder: Path) -> None:
     """Print and draw how pruning grows with windows, tokens of a window, and width."""
     import numpy
-    from matplotlib.ticker import LogLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator
 
     series = {
         "windows": [{"nsamples": max(1, args.nsamples // (4 // step))} for step in GROWTH],
@@ -124,7 +124,7 @@ def scaling(args: argparse.Namespace, folder: Path) -> None:
         plot_style.open_axes(axes)
     panels[0].set_ylabel("seconds of pruning")
     panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panels[0].yaxis.set_major_formatter(ScalarFormatter())
+    panels[0].yaxis.set_major_formatter("{x:g}")
     plot_style.title(picture, f"Time of pruning against size, {args.types[0]}")
     picture.savefig(folder / "scaling.png", dpi=plot_style.DOTS_PER_INCH)
     print(f"chart: {folder / 'scaling.png'}")
