@@ -20,7 +20,9 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
   report RUN ...                 table and pictures of finished runs
+  overlap RUN_A RUN_B ...        what the masks of pruned models share
   unpack IN OUT                  a packed 2:4 model as a plain dense one
+  ubertext DUMPS OUT             the published data set from raw dumps
   bench                          speed and memory, beside llm-compressor
 
 MODEL: hub id or local folder. PYTHON=... chooses the interpreter (default: python3).
@@ -33,7 +35,7 @@ fail() {
 }
 
 # -P: a folder from which this is called must not hide this package's modules
-module() { exec "$python" -P -m "lib.$name" "$@"; }
+module() { exec "$python" -P -m "$@"; }
 
 recipe() { # main.py's flags in one string, then MODEL and what the user adds
     local flags
@@ -47,9 +49,12 @@ name=${1:-}
 [[ $# -eq 0 ]] || shift
 case $name in
     "" | help | -h | --help) list ;;
-    demo | languages | report | unpack) module "$@" ;;
-    sweep) name=grid && module "$@" ;;
-    bench) exec "$python" "$here/tests/bench.py" "$@" ;;
+    demo | sweep | report) module "lib.$name" "$@" ;;
+    languages) module lib.sweep.languages "$@" ;;
+    overlap) module lib.report.overlap "$@" ;;
+    unpack) module lib.packed.unpack "$@" ;;
+    ubertext) module lib.data.ubertext "$@" ;;
+    bench) exec "$python" "$here/tests/bench/bench.py" "$@" ;;
     unstructured) recipe "--prune_method sparsegpt" "$@" ;;
     semistructured)
         recipe "--prune_method sparsegpt --sparsity_type 2:4 --replace_sparse_layers" "$@"

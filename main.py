@@ -11,10 +11,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lib.command import run
-from lib.flag_checks import check_flags
-from lib.flags import build_parser
-from lib.load import Loaded
+from lib.run.flags import build_parser, check_flags
+from lib.run.setup import Loaded
+from lib.util.command import run
 
 
 def main(argv: list[str]) -> None:
@@ -56,11 +55,11 @@ class Job(Loaded):
 
     def prune(self) -> None:
         """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
-        from lib.check import measure
-        from lib.journal import Journal
-        from lib.model import saved_dtype
-        from lib.progress import progress
+        from lib.model.pretrained import saved_dtype
         from lib.prune import Pruner
+        from lib.pruning.check import measure
+        from lib.pruning.journal import Journal
+        from lib.util.progress import progress
 
         args = self.args
         if args.resume and self.team.leads:
@@ -68,7 +67,7 @@ class Job(Loaded):
         if args.allocation == "owl":
             self.allocate()
         pruner = Pruner(
-            self.sweep,
+            self.runner,
             self.blocks_name,
             self.recipe,
             self.sparsity,
@@ -82,17 +81,17 @@ class Job(Loaded):
         if self.team.leads:
             print(*pruned.summary(), sep="\n")
             asked = None if args.use_variant else self.sparsity  # the variant only comes near
-            measure(self.sweep, self.blocks_name, asked, frozenset(pruned.why))
+            measure(self.runner, self.blocks_name, asked, frozenset(pruned.why))
 
     def allocate(self) -> None:
         """Give every block a sparsity of its own."""
-        from lib.allocation import owl
-        from lib.progress import progress
+        from lib.pruning.owl import owl
+        from lib.util.progress import progress
 
         ratio, blocks, leads = self.args.sparsity_ratio, len(self.blocks), self.team.leads
         with self.timed("allocate"), progress(blocks, "outliers", "block", leads) as bar:
             self.sparsity = owl(
-                self.sweep, self.windows, self.batch_size, ratio, self.team, self.keep_on, bar
+                self.runner, self.windows, self.batch_size, ratio, self.team, self.keep_on, bar
             )
         self.allocation = [round(sparsity.ratio, 6) for sparsity in self.sparsity]
         if leads:
@@ -101,9 +100,9 @@ class Job(Loaded):
     def swap(self) -> None:
         """Pack every 2:4 linear, and see on one window that the outputs are the same."""
         from lib.eval import some_logits
-        from lib.model import footprint
-        from lib.record import gib
+        from lib.model.pretrained import footprint
         from lib.sparse import check_same_outputs, swap_linears_
+        from lib.util.host import gib
 
         window = self.test_sets[0].windows[:1].to(self.device)
         before, size = some_logits(self.model, window), footprint(self.model)
@@ -114,16 +113,16 @@ class Job(Loaded):
             print(f"footprint: {gib(size)} dense, {gib(footprint(self.model))} packed")
 
     def evaluate(self) -> None:
-        """Perplexity on every test set, in one sweep."""
+        """Perplexity on every test set, in one runner."""
         from lib.eval import perplexities
-        from lib.progress import progress
+        from lib.util.progress import progress
 
         self.evaluation = []
         self.team.at("the evaluation")
         sets = [test.windows for test in self.test_sets]
         total, shown = sum(map(len, sets)), self.team.leads
         with self.timed("eval"), progress(total, "perplexity", "window", shown) as bar:
-            measured = perplexities(self.sweep, sets, self.batch_size, self.team, bar)
+            measured = perplexities(self.runner, sets, self.batch_size, self.team, bar)
         for test, found in zip(self.test_sets, measured, strict=True):
             figures = {
                 "perplexity": found.value,
@@ -134,16 +133,18 @@ class Job(Loaded):
 
         self.tasks = None
         if self.args.tasks and self.team.leads:
-            from lib.tasks import run_tasks
+            from lib.eval import run_tasks
 
             with self.timed("tasks"):
                 self.tasks = run_tasks(self.model, self.tokenizer, self.args.tasks, self.batch_size)
 
     def record(self) -> None:
         """log_METHOD.txt, results.json, and the summary on the terminal."""
-        from lib import record
-        from lib.check import measure
-        from lib.model import footprint
+        from lib.model.pretrained import footprint
+        from lib.pruning.check import measure
+        from lib.report.results import write_results
+        from lib.run import record
+        from lib.util.host import peak_memory
 
         args = self.args
         self.footprint["after"] = footprint(self.model)
@@ -163,29 +164,29 @@ class Job(Loaded):
             "evaluation": self.evaluation,
             **({"tasks": self.tasks} if self.tasks else {}),
             "perplexity": {test["name"]: test["perplexity"] for test in self.evaluation},
-            "sparsity": measure(self.sweep, self.blocks_name).record(),
+            "sparsity": measure(self.runner, self.blocks_name).record(),
             "seconds": self.seconds,
-            "peak_memory": record.peak_memory(self.device),
+            "peak_memory": peak_memory(self.device),
             "footprint": self.footprint,
         }
         folder = Path(args.save)
         folder.mkdir(parents=True, exist_ok=True)
         sparsity = self.results["sparsity"]["overall"]
         record.write_log(folder, self.method, sparsity, self.results["perplexity"])
-        record.write_results(folder, self.results)
+        write_results(folder, self.results)
         record.print_summary(self.results)
 
     def save(self) -> None:
         """Model, tokenizer and card, staged; then results.json once more with the time it took."""
-        from lib.card import languages_of, model_card, packed_card
-        from lib.model import save_model, saved_dtype
-        from lib.record import write_results
-        from lib.save import staged_folder
+        from lib.model.pretrained import save_model, saved_dtype
+        from lib.report.results import write_results
+        from lib.run.card import languages_of, model_card, packed_card
+        from lib.util.files import staged_folder
 
         args = self.args
         with self.timed("save"), staged_folder(args.save_model, "--save_model") as stage:
-            if self.sweep.placement:
-                self.sweep.placement.settle()
+            if self.runner.placement:
+                self.runner.placement.settle()
             save_model(self.model, stage, saved_dtype(args.dtype, self.config))
             self.tokenizer.save_pretrained(stage)
             read = self.sources if self.calibrated else ()  # magnitude reads no text

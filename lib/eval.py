@@ -1,21 +1,25 @@
-"""Perplexity by the published rule, through the same sweep, with logits in chunks."""
+"""Perplexity by the published rule, through the same runner, with logits in chunks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.errors import UserError
-from lib.finite import first_overflow
-from lib.parallel import Team
-from lib.sweep import Stream, Sweep
+from lib.dist.team import Team
+from lib.model.blocks import BlockRunner, HiddenStates
+from lib.model.finite import first_overflow
+from lib.util.errors import UserError
 
 COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
+TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS token
 LOGIT_BYTES = 2**24  # of float32 logits that stand at a time
 
 
@@ -32,13 +36,13 @@ class Perplexity:
         return self.nats / math.log(2) / size
 
 
-def perplexity(sweep: Sweep, windows: Tensor, batch_size: int) -> Perplexity:
+def perplexity(runner: BlockRunner, windows: Tensor, batch_size: int) -> Perplexity:
     """Perplexity of windows (n, tokens)."""
-    return perplexities(sweep, [windows], batch_size)[0]
+    return perplexities(runner, [windows], batch_size)[0]
 
 
 def perplexities(
-    sweep: Sweep,
+    runner: BlockRunner,
     tests: Sequence[Tensor],
     batch_size: int,
     team: Team | None = None,
@@ -50,10 +54,10 @@ def perplexities(
     are kept; where blocks are fetched, each sees all sets before the next one is. Processes of
     a `team` share the windows. `advanced` is called with the number of windows that are done.
     """
-    team = team or Team(sweep.device, alone=True)
-    losses = [torch.zeros(len(test), dtype=torch.float64, device=sweep.device) for test in tests]
+    team = team or Team(runner.device, alone=True)
+    losses = [torch.zeros(len(test), dtype=torch.float64, device=runner.device) for test in tests]
     shares = [range(len(test))[team.share(len(test))] for test in tests]
-    resident = sweep.placement is None
+    resident = runner.placement is None
     step = batch_size if resident else max(map(len, tests))
     parts = [
         (number, slice(start, min(start + step, mine.stop)))
@@ -65,19 +69,19 @@ def perplexities(
             continue
         done = [(cut.stop - cut.start) * len(tests[i]) // len(shares[i]) for i, cut in lot]
         sets = [tests[number][cut] for number, cut in lot]
-        found = _losses_of(sweep, sets, batch_size, sum(done), advanced)
+        found = _losses_of(runner, sets, batch_size, sum(done), advanced)
         for (number, cut), its in zip(lot, found, strict=True):
             losses[number][cut] = its
     for handle in team.sum_(losses):
         handle.wait()
-    return [_mean(sweep, *both) for both in zip(tests, losses, strict=True)]
+    return [_mean(runner, *both) for both in zip(tests, losses, strict=True)]
 
 
-def _mean(sweep: Sweep, windows: Tensor, losses: Tensor) -> Perplexity:
+def _mean(runner: BlockRunner, windows: Tensor, losses: Tensor) -> Perplexity:
     """Of windows (n, tokens) with these losses (n,); UserError where they are not finite."""
     mean = losses.mean().item()
     if not math.isfinite(mean):
-        where = first_overflow(sweep, windows[~losses.isfinite().cpu()][:1])
+        where = first_overflow(runner, windows[~losses.isfinite().cpu()][:1])
         raise UserError(f"{where}: activations are not finite; try --dtype float32")
     value = math.exp(mean) if mean < 700 else math.inf
     spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
@@ -85,7 +89,7 @@ def _mean(sweep: Sweep, windows: Tensor, losses: Tensor) -> Perplexity:
 
 
 def _losses_of(
-    sweep: Sweep,
+    runner: BlockRunner,
     sets: list[Tensor],
     batch_size: int,
     shown: int,
@@ -95,32 +99,32 @@ def _losses_of(
 
     `advanced` is told `shown` in all: a part after each block, and the last when all is done.
     """
-    keep_on = sweep.device if sweep.placement is None else "cpu"
-    streams = [sweep.record(windows, batch_size, keep_on) for windows in sets]
-    steps = len(sweep.blocks) + 1  # the head is one
+    keep_on = runner.device if runner.placement is None else "cpu"
+    several = [runner.capture(windows, batch_size, keep_on) for windows in sets]
+    steps = len(runner.blocks) + 1  # the head is one
     for index in range(steps - 1):
-        with sweep.at_hand(index):
-            for stream in streams:
-                sweep.advance_(stream, index)
+        with runner.at_hand(index):
+            for states in several:
+                runner.advance_(states, index)
         advanced(shown * (index + 1) // steps - shown * index // steps)
     losses = [
-        torch.cat([_losses(sweep, stream, batch) for batch in stream.batches]).double()
-        for stream in streams
+        torch.cat([_losses(runner, states, batch) for batch in states.batches]).double()
+        for states in several
     ]
     advanced(shown - shown * (steps - 1) // steps)
     return losses
 
 
-def _losses(sweep: Sweep, stream: Stream, batch: slice) -> Tensor:
+def _losses(runner: BlockRunner, states: HiddenStates, batch: slice) -> Tensor:
     """Mean negative log-likelihood of each window in the batch, (n,)."""
-    ids = stream.windows[batch].to(sweep.device)  # (n, tokens)
+    ids = states.windows[batch].to(runner.device)  # (n, tokens)
     predicted = ids.shape[1] - 1
-    vocabulary = sweep.model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
     chunk = max(1, LOGIT_BYTES // (4 * vocabulary * len(ids)))
-    total = torch.zeros(len(ids), device=sweep.device)
+    total = torch.zeros(len(ids), device=runner.device)
     for start in range(0, predicted, chunk):
-        positions = torch.arange(start, min(start + chunk, predicted), device=sweep.device)
-        logits = sweep.logits(stream, batch, positions).float()  # (n, chunk, vocabulary)
+        positions = torch.arange(start, min(start + chunk, predicted), device=runner.device)
+        logits = runner.logits(states, batch, positions).float()  # (n, chunk, vocabulary)
         targets = ids[:, positions + 1]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         total += loss.view(len(ids), -1).sum(1)
@@ -132,3 +136,48 @@ def some_logits(model: nn.Module, window: Tensor) -> Tensor:
     """Logits (1, positions, vocabulary) at the last positions of a window (1, tokens)."""
     kept = min(COMPARED_POSITIONS, window.shape[1])
     return model(input_ids=window, use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+
+
+COLLAPSE = 1.5  # perplexity without BOS over that with it, from which on a model needs it
+
+
+def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:
+    """Whether perplexity on the first of windows (n, tokens) collapses without BOS."""
+    bare = windows[:TRIED_WINDOWS, :TRIED_TOKENS].clone()
+    begun = torch.cat([bare.new_full((len(bare), 1), bos), bare[:, :-1]], dim=1)
+    without, begun = (perplexity(runner, ids, 1).value for ids in (bare, begun))
+    return without > COLLAPSE * begun
+
+
+def check_tasks(names: Sequence[str]) -> None:
+    """UserError where lm-eval is not installed or lacks a task; before anything slow."""
+    given = ",".join(names)
+    if find_spec("lm_eval") is None:
+        raise UserError(f"--tasks {given}: lm-eval is not installed; pip install lm-eval")
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager()
+    for name in names:
+        if not known.match_tasks([name]) and not Path(name).is_file():
+            raise UserError(
+                f"--tasks {name}: lm-eval has no such task; `lm-eval ls tasks` lists all"
+            )
+
+
+def run_tasks(
+    model: Any, tokenizer: Any, names: Sequence[str], batch_size: int
+) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}} of the model in memory, zero-shot as the tasks define it."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = simple_evaluate(model=wrapped, tasks=list(names))["results"]
+    return {
+        task: {
+            metric: value
+            for metric, value in metrics.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for task, metrics in found.items()
+    }

@@ -1,29 +1,28 @@
-"""Pruning as a visitor of the sweep, block by block: observe, prune, propagate."""
+"""Pruning as a visitor of the runner, block by block: observe, prune, propagate."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lib.errors import UserError
-from lib.finite import all_finite, check_weight
-from lib.groups import Group, SharedWeights, merge
-from lib.journal import Journal
-from lib.linears import eager_experts, find_linears
-from lib.matrix import Linear
-from lib.methods import Recipe
-from lib.observe import DenseTwin, observe, own_windows, stages
-from lib.outcome import UNREACHED, Pruned
-from lib.parallel import Team
-from lib.residual import Writers, observe_writer
-from lib.sparsity import Sparsity, per_block
-from lib.sweep import Stream, Sweep
+from lib.dist.team import Team
+from lib.methods.registry import Recipe
+from lib.methods.sparsity import Sparsity, per_block
+from lib.model.blocks import BlockRunner, HiddenStates
+from lib.model.finite import all_finite, check_weight
+from lib.model.linears import eager_experts, find_linears
+from lib.model.matrix import PrunableLinear
+from lib.pruning.inputs import Group, SharedWeights, merge
+from lib.pruning.journal import Journal
+from lib.pruning.observe import DenseTwin, observe, own_windows, stages
+from lib.pruning.residual import Writers, observe_writer
+from lib.util.errors import UserError
 
 
 class Pruner:
@@ -37,7 +36,7 @@ class Pruner:
 
     def __init__(
         self,
-        sweep: Sweep,
+        runner: BlockRunner,
         blocks_name: str,
         recipe: Recipe,
         sparsity: Sparsity | Sequence[Sparsity],
@@ -45,16 +44,16 @@ class Pruner:
         team: Team | None = None,
         journal: Journal | None = None,
     ) -> None:
-        self.sweep = sweep
+        self.runner = runner
         self.blocks_name = blocks_name
         self.recipe = recipe
-        self.sparsities = per_block(sparsity, len(sweep.blocks))
+        self.sparsities = per_block(sparsity, len(runner.blocks))
         self.rounding = rounding
-        self.team = team or Team(sweep.device, alone=True)
+        self.team = team or Team(runner.device, alone=True)
         self.journal = journal
         self.done = Pruned()
-        self.shared = SharedWeights(sweep.blocks)
-        self.writers = Writers(sweep, self.team)
+        self.shared = SharedWeights(runner.blocks)
+        self.writers = Writers(runner, self.team)
 
     @torch.no_grad()
     def run(
@@ -70,32 +69,32 @@ class Pruner:
         UserError where a weight or an activation is not finite, or a linear can't carry the N:M
         pattern.
         """
-        with eager_experts(self.sweep.model):
-            stream = dense = None
+        with eager_experts(self.runner.model):
+            states = dense = None
             if self.recipe.observes:
                 mine, self.idle = own_windows(windows, self.team)
-                stream = self.sweep.record(mine, batch_size, keep_on)
+                states = self.runner.capture(mine, batch_size, keep_on)
             if self.recipe.dense_stream:
-                dense = replace(stream, hidden=self.sweep.transfer.copy(stream.hidden))
-            for index in range(len(self.sweep.blocks)):
+                dense = replace(states, hidden=self.runner.transfer.copy(states.hidden))
+            for index in range(len(self.runner.blocks)):
                 self.team.at(f"block {index}")
-                with self.sweep.at_hand(index, keep=True):
-                    self._block_(index, stream, dense)
+                with self.runner.at_hand(index, keep=True):
+                    self._block_(index, states, dense)
                 advanced(1)
         self.done.warnings = sum(self.team.gathered(self.done.warnings), [])
         return self.done
 
-    def _block_(self, index: int, stream: Stream | None, dense: Stream | None) -> None:
+    def _block_(self, index: int, states: HiddenStates | None, dense: HiddenStates | None) -> None:
         """Prune one block, or take it from the journal, and take the streams through it."""
-        sweep, prefix = self.sweep, f"{self.blocks_name}.{index}"
+        runner, prefix = self.runner, f"{self.blocks_name}.{index}"
         self.sparsity = self.sparsities[index]  # of the block at hand
-        linears, left = find_linears(sweep.blocks[index], prefix)
+        linears, left = find_linears(runner.blocks[index], prefix)
         for name, (size, why) in left.items():
             self.done.leave(name, size, why)
         linears = [linear for linear in linears if self.shared.open(linear)]
-        for linear in linears if sweep.placement else ():  # else checked when it was loaded
-            check_weight(linear, sweep.model.name_or_path)
-        twin = DenseTwin.of(dense, sweep.blocks[index], prefix) if dense else None
+        for linear in linears if runner.placement else ():  # else checked when it was loaded
+            check_weight(linear, runner.model.name_or_path)
+        twin = DenseTwin.of(dense, runner.blocks[index], prefix) if dense else None
         kept = self.journal.read(index) if self.journal else None
         names = self.team.gathered(None if kept is None else sorted(kept))[0]
         if names is not None:
@@ -103,39 +102,43 @@ class Pruner:
                 wire = linear.wire(rounding=self.rounding)
                 self._store_(linear, self.team.broadcast_(kept[linear.name] if kept else wire, 0))
         else:
-            written = self._prune_block_(index, linears, stream, twin)
+            written = self._prune_block_(index, linears, states, twin)
             if self.journal:
                 self.journal.write(index, written)
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
-        if stream and index + 1 < len(sweep.blocks):
+        if states and index + 1 < len(runner.blocks):
             if twin:
-                sweep.advance_(dense, index, twin.block)
-            sweep.advance_(stream, index)
-            stream.calls[index] = []  # the block's recorded arguments are not needed again
+                runner.advance_(dense, index, twin.block)
+            runner.advance_(states, index)
+            states.calls[index] = []  # the block's recorded arguments are not needed again
 
     def _prune_block_(
-        self, index: int, linears: list[Linear], stream: Stream | None, twin: DenseTwin | None
+        self,
+        index: int,
+        linears: list[PrunableLinear],
+        states: HiddenStates | None,
+        twin: DenseTwin | None,
     ) -> dict[str, Tensor]:
         """Observe and prune, lot by lot; {linear's name: what was stored in it}."""
-        if stream is None:
-            device = self.sweep.device
+        if states is None:
+            device = self.runner.device
             groups = [Group([one], self.recipe(one.shape[1], device)) for one in linears]
             return self._solve_(groups)
         written: dict[str, Tensor] = {}
-        lots = stages(self.sweep, stream, index, linears, self.recipe)
+        lots = stages(self.runner, states, index, linears, self.recipe)
         for place, lot in enumerate(lots):
             later = [linear for after in lots[place + 1 :] for linear in after]
-            whole = self.sweep, stream, index
-            if twin and self.writers.adds(stream, index, lot, later):
+            whole = self.runner, states, index
+            if twin and self.writers.adds(states, index, lot, later):
                 groups = [observe_writer(*whole, lot[0], later, self.recipe, twin)]
             else:
                 groups = observe(*whole, lot, self.recipe, twin)
             if self.idle:
                 for group in groups:
                     group.forget_()
-            written |= self._solve_(merge(groups, lot, self.recipe, self.sweep.device, self.team))
+            written |= self._solve_(merge(groups, lot, self.recipe, self.runner.device, self.team))
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
@@ -183,7 +186,46 @@ class Pruner:
         wires = zip(group.linears, matrices, strict=True)
         return [linear.wire(matrix, self.rounding) for linear, matrix in wires]
 
-    def _store_(self, linear: Linear, wire: Tensor) -> None:
+    def _store_(self, linear: PrunableLinear, wire: Tensor) -> None:
         linear.store_(wire)
         self.done.pruned[linear.name] = wire.numel()
         self.shared.close(linear)
+
+
+UNREACHED = "no calibration token reached it, or it is used without being called"
+
+
+@dataclass
+class Pruned:
+    """What was done: sizes in weights of what was pruned and left dense, and why it was left."""
+
+    pruned: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
+    warnings: list[str] = field(default_factory=list)
+
+    def leave(self, name: str, size: int, why: str) -> None:
+        self.left[name] = size
+        self.why[name] = why
+
+    def note(self, group: Group) -> None:
+        if group.fallback:
+            self.fallbacks.setdefault(group.fallback, []).append(group.names)
+
+    def summary(self) -> list[str]:
+        """What a user should know, a line each: nothing is left dense silently."""
+        pruned, left = sum(self.pruned.values()), sum(self.left.values())
+        lines = [
+            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
+            f"left {left:,} weights of the blocks dense"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.why.items():
+            reasons.setdefault(f"left dense, {why}", []).append(name)
+        for method, names in self.fallbacks.items():
+            reasons[f"pruned by {method}, too few tokens were routed to them"] = names
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{why}: {', '.join(names[:3])}{more}")
+        return lines + self.warnings

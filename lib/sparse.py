@@ -6,7 +6,7 @@
     report = swap_linears_(model, blocks)                # after 2:4 pruning
     model.save_pretrained(folder)                        # writes the packed checkpoint
 
-The packed form is described in lib/packing.py, the module in lib/sparse_linear.py.
+The packed form is described in lib/packed/layout.py, the module in lib/packed/linear.py.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lib import few_tokens, semi_structured
-from lib.errors import UserError
-from lib.packed import METHOD, card_lines, mark_packed_
-from lib.packing import is_packable
-from lib.sparse_linear import SparseLinear
+from lib.packed import cuda as semi_structured
+from lib.packed import few_tokens
+from lib.packed.checkpoint import METHOD, card_lines, mark_packed_
+from lib.packed.layout import is_packable
+from lib.packed.linear import SparseLinear
+from lib.util.errors import UserError
 
 __all__ = [
     "SparseLinear",
@@ -32,7 +33,6 @@ __all__ = [
     "card_lines",
     "check_same_outputs",
     "compile_decoding_",
-    "fast_bytes",
     "packed_report",
     "swap_linears_",
 ]
@@ -127,7 +127,7 @@ def check_same_outputs(before: Tensor, after: Tensor) -> float:
 
 
 def compile_decoding_(model: nn.Module) -> int:
-    """Let torch.compile generate the kernel of lib/few_tokens.py; how many linears may use it.
+    """Let torch.compile generate the kernel for few tokens; how many linears may use it.
 
     Pays for decoding at batch 1 on CPU. The first token waits for the compiler. UserError where
     there is no C++ compiler.
@@ -138,15 +138,6 @@ def compile_decoding_(model: nn.Module) -> int:
     for linear in linears:
         linear.compiled_decoding = True
     return len(linears)
-
-
-def fast_bytes(model: nn.Module) -> int:
-    """Bytes that torch's 2:4 tensors hold: neither parameters nor buffers of the model."""
-    tensors = [module.fast for module in model.modules() if isinstance(module, SparseLinear)]
-    parts = [
-        part for tensor in tensors if tensor is not None for part in (tensor.packed, tensor.meta)
-    ]
-    return sum(part.nbytes for part in parts if part is not None)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import main
-from lib import command
+from lib.util import command
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8"]

@@ -11,9 +11,10 @@ import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
 import main
-from lib import command, watch
-from lib.errors import UserError
+from lib.dist import watch
 from lib.prune import Pruner
+from lib.util import command
+from lib.util.errors import UserError
 
 FAST = {"BEAT_SECONDS": 0.2, "SILENCE_SECONDS": 3}
 

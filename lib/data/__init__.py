@@ -1,0 +1,1 @@
+"""From the name of a text to windows of token ids."""

@@ -1,0 +1,196 @@
+"""Data sets of the Hugging Face hub, whole or streamed, and one line for all that can go wrong.
+
+Small sets are downloaded once by `datasets` and kept in its cache; large ones are streamed, so that
+a few windows cost a few megabytes. The commit that was read is looked up first and pinned.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib.data.sources import Source
+from lib.util.errors import UserError
+
+TEST_DOCUMENTS = 1_100  # the first documents that stand for the test text of a large set
+TIMEOUT = 10.0  # seconds for the hub's first answer
+TESTS = ("test", "validation")
+
+
+class Column(Sequence):
+    """One column of a downloaded set."""
+
+    def __init__(self, source: Source, rows: Sequence) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> str:
+        return _text(self.source, self.rows[row], row)
+
+
+class StreamedRows:
+    """(row number, text) of a streamed set, in its own order, from row `first` on."""
+
+    def __init__(self, source: Source, rows: object, first: int) -> None:
+        self.source, self.rows, self.first = source, rows, first
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        count = 0
+        with errors(self.source):
+            for number, row in enumerate(self.rows):
+                text = _text(self.source, row, number)
+                count += 1
+                if number >= self.first:
+                    yield number, text
+        if count <= self.first:
+            place = f"{self.source.hub}:{self.source.config or ''}:SPLIT"
+            raise self.source.error(
+                f"holds {count} rows, of which the first {self.first} are the test; name another "
+                f"set, or the split to draw from: {place}"
+            )
+
+    def check(self) -> None:
+        """Read one row; UserError if it can't be reached or is no text."""
+        next(iter(StreamedRows(self.source, self.rows, first=0)))
+
+
+def load(
+    source: Source, split: str, cache_dir: str | None
+) -> tuple[Column | StreamedRows, str | None]:
+    """The texts of a split (`train` or `test`) and the commit they are of, None if unknown.
+
+    A set that has neither test nor validation split is parted: its first `TEST_DOCUMENTS` rows are
+    the test, and calibration starts after them, unless the user names the split.
+    """
+    from datasets import load_dataset
+
+    with errors(source):
+        commit = revision(source, cache_dir)
+        options = {"revision": commit, "cache_dir": cache_dir, "streaming": source.stream or None}
+        if source.train_file:
+            name, file = _single_file(source, split)
+            options["data_files"] = {name: file}
+        options = {key: value for key, value in options.items() if value is not None}
+        sets = load_dataset(source.hub, *filter(None, [source.config]), **options)
+        name = _split(source, split, list(sets))
+        rows = sets[name]
+        columns = rows.column_names  # None for a stream of files without a schema
+        if columns and source.column not in columns:
+            raise source.error(f"no column {source.column!r}; there are: {', '.join(columns)}")
+        if source.stream:
+            parted = split == "train" and not (source.split or any(t in sets for t in TESTS))
+            return StreamedRows(source, rows, TEST_DOCUMENTS if parted else 0), commit
+        if not len(rows):
+            raise source.error(f"the split {name!r} is empty; name another")
+        return Column(source, rows), commit
+
+
+def revision(source: Source, cache_dir: str | None) -> str | None:
+    """The commit that the hub's set is at now.
+
+    None where the hub is out of reach but offline mode is on or a copy may be in the cache; then
+    `datasets` decides. Asked first because its own attempts take half a minute to fail.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(source.hub, timeout=TIMEOUT).sha
+    except OfflineModeIsEnabled:
+        return None
+    except HfHubHTTPError:
+        raise
+    except (HTTPError, OSError):
+        if _cached(source, cache_dir):
+            return None
+        raise
+
+
+@contextmanager
+def errors(source: Source) -> Iterator[None]:
+    """Turn what `datasets` and the hub's client raise into one UserError."""
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (RepositoryNotFoundError, DatasetNotFoundError) as error:
+        raise source.error(
+            f"no data set {source.hub} on the hub, or it needs a login (`hf auth login`), and no "
+            f"local folder or file of that name"
+        ) from error
+    except HfHubHTTPError as error:
+        raise source.error(f"the hub refused: {_line(error)}; try again later") from error
+    except (HTTPError, ConnectionError, TimeoutError) as error:
+        raise source.error(
+            f"the hub can't be reached ({_line(error)}); check the network, or the path if a local "
+            f"folder or file is meant"
+        ) from error
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+        raise source.error(_unloadable(source, error)) from error
+
+
+def _single_file(source: Source, split: str) -> tuple[str, str]:
+    if split == "train":
+        return "train", source.train_file
+    return "validation", source.test_file
+
+
+def _split(source: Source, split: str, names: list[str]) -> str:
+    wanted = [source.split] if source.split else {"train": ["train"]}.get(split, [*TESTS, "train"])
+    found = next((name for name in wanted if name in names), None)
+    if found is None:
+        raise source.error(
+            f"no split {wanted[0]!r}; there are: {closest(wanted[0], names)}; name one as "
+            f"{source.hub}:{source.config or ''}:SPLIT"
+        )
+    return found
+
+
+def _text(source: Source, row: dict, number: int) -> str:
+    if source.column not in row:
+        raise source.error(f"no column {source.column!r}; there are: {', '.join(row)}")
+    text = row[source.column]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise source.error(f"row {number}: column {source.column!r} holds {kind}, not text")
+    return text
+
+
+def _cached(source: Source, cache_dir: str | None) -> bool:
+    from datasets import config
+
+    folder = Path(cache_dir or config.HF_DATASETS_CACHE)
+    return (folder / source.hub.replace("/", "___")).exists()
+
+
+def _unloadable(source: Source, error: Exception) -> str:
+    """What `datasets` could not do; for an unknown config, the ones that exist."""
+    listed = re.search(r"\[.*\]", str(error), re.DOTALL)
+    if isinstance(error, ValueError) and listed and "onfig" in str(error):
+        names = ast.literal_eval(listed[0])
+        if not source.config:
+            return f"needs a config: {closest('', names)}; name one as {source.hub}:CONFIG"
+        return f"no config {source.config!r}; there are: {closest(source.config, names)}"
+    return f"can't be loaded: {_line(error)}"
+
+
+def closest(wanted: str, names: list[str]) -> str:
+    """All names if they are few, else those most like the wanted one and how many there are."""
+    if len(names) <= 12:
+        return ", ".join(names)
+    near = difflib.get_close_matches(wanted, names, n=8, cutoff=0.3) or names[:8]
+    return f"{', '.join(near)}, ... ({len(names)} in all)"
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

@@ -1,0 +1,196 @@
+"""Where texts come from: what the user names becomes a `Source`. Imports nothing heavy.
+
+A source is a built-in name (the table below), a hub data set `owner/name[:config][:split][:column]`
+(an empty part means the default), a local folder with `train*.jsonl[.gz]` and `test*.jsonl[.gz]`,
+or one file. A built-in name goes before a local folder (`./c4`), a local name before the hub.
+`NAME=WEIGHT` gives a source its weight in a mixture. A new built-in is one entry of the table.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lib.util.errors import UserError
+
+ONCE = "once"  # a document gives at most one window (UberText's rule)
+AGAIN = "again"  # a document may be drawn more than once (C4's rule)
+JOINED = "joined"  # all documents are one text, windows start anywhere in it (WikiText-2's rule)
+
+ROWS = (".jsonl", ".jsonl.gz")
+FILES = (*ROWS, ".parquet", ".txt")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A set of texts and the rules by which it is drawn from. Exactly one of `path`, `hub` is set.
+
+    `sampled`: too large to measure whole; its test is the first documents and windows only.
+    """
+
+    text: str  # as the user wrote it, without the weight
+    flag: str  # the flag that named it, for messages
+    name: str  # short, for tables and pictures
+    weight: float | None = None
+    path: Path | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str | None = None  # None: train to calibrate, test or validation to measure
+    column: str = "text"
+    train_file: str | None = None  # a single file of the hub set, in place of a whole split
+    test_file: str | None = None
+    stream: bool = False
+    draw: str = ONCE
+    sampled: bool = False
+    separator: str = "\n\n"  # between the documents of the test text
+
+    def error(self, problem: str) -> UserError:
+        """The exception that says what is wrong with this source, after its flag and value."""
+        return UserError(f"{self.flag} {self.text}: {problem}")
+
+
+STREAMED = dict(stream=True, sampled=True)
+BUILT_IN: dict[str, dict] = {
+    "ubertext": dict(hub="mshamrai/lang-pruning-uk-uber-text-2"),
+    "c4": dict(
+        hub="allenai/c4",
+        train_file="en/c4-train.00000-of-01024.json.gz",
+        test_file="en/c4-validation.00000-of-00008.json.gz",
+        draw=AGAIN,
+        sampled=True,
+        separator=" ",
+    ),
+    "c4:LANGUAGE": dict(hub="allenai/c4", config="{}", **STREAMED),
+    "fineweb2:LANGUAGE": dict(hub="HuggingFaceFW/fineweb-2", config="{}", **STREAMED),
+    "wikipedia:LANGUAGE": dict(hub="wikimedia/wikipedia", config="20231101.{}", **STREAMED),
+    "wikitext2": dict(hub="Salesforce/wikitext", config="wikitext-2-raw-v1", draw=JOINED),
+}
+
+
+def parse_source(text: str, flag: str) -> Source:
+    """The source that `text` names; `flag` is the flag it was given to.
+
+    Looks at the file system to tell local names from hub ids, never at the network. Raises
+    UserError for a name that is nothing of the kind and for a bad weight.
+    """
+    if "=" in text and not Path(text).expanduser().exists():
+        text, _, weight = text.rpartition("=")
+        return replace(parse_source(text, flag), weight=_weight(text, weight, flag))
+    source = _built_in(text, flag) or _local(text, flag) or _on_hub(text, flag)
+    if source:
+        return source
+    raise UserError(
+        f"{flag} {text}: no such name, folder or file; names are {', '.join(BUILT_IN)}; or give a "
+        f"hub data set owner/name[:config][:split][:column], a folder with train*.jsonl, or a file "
+        f"({', '.join(FILES)})"
+    )
+
+
+def parse_sources(texts: Sequence[str], flag: str, mixture: bool = False) -> list[Source]:
+    """All sources of one flag, with names told apart; `mixture` allows weights.
+
+    Without any weight the sources of a mixture count the same. Raises UserError also for a source
+    named twice and where only some have a weight.
+    """
+    sources = [parse_source(text, flag) for text in texts]
+    given = " ".join(texts)
+    for source in sources:
+        if source.weight is not None and not mixture:
+            raise source.error(f"takes no weight ({source.weight:g}); leave out what follows '='")
+    if any(s.weight is None for s in sources) and any(s.weight is not None for s in sources):
+        raise UserError(f"{flag} {given}: give every source a weight, NAME=WEIGHT, or none of them")
+    identity = [s.path.resolve() if s.path else s.text for s in sources]
+    for source, same in zip(sources, identity, strict=True):
+        if identity.count(same) > 1:
+            raise source.error("is named twice; name it once")
+    return _told_apart(sources)
+
+
+def mixture_name(sources: Sequence[Source]) -> str:
+    """`uk` for one source, `uk=0.75+en=0.25` for a mixture."""
+    if len(sources) == 1:
+        return sources[0].name
+    total = sum(s.weight or 1 for s in sources)
+    return "+".join(f"{s.name}={(s.weight or 1) / total:.3g}" for s in sources)
+
+
+def folder_files(source: Source, split: str) -> list[Path]:
+    """The files of one split (`train` or `test`) in a local folder, by name; may be empty."""
+    return sorted(p for ending in ROWS for p in source.path.glob(f"{split}*{ending}"))
+
+
+def has_test(source: Source) -> bool:
+    """Whether the source is a local folder that holds a test text of its own."""
+    return bool(source.path and source.path.is_dir() and folder_files(source, "test"))
+
+
+def _weight(text: str, weight: str, flag: str) -> float:
+    try:
+        value = float(weight)
+    except ValueError:
+        raise UserError(
+            f"{flag} {text}={weight}: the weight {weight!r} is not a number; write {text}=0.5"
+        ) from None
+    if not (value > 0 and math.isfinite(value)):
+        raise UserError(
+            f"{flag} {text}={weight}: a weight must be a finite number above 0; "
+            f"leave out a source that is not wanted"
+        )
+    return value
+
+
+def _local(text: str, flag: str) -> Source | None:
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return Source(text, flag, path.resolve().name, path=path)
+    ending = next((e for e in FILES if text.endswith(e)), None)
+    if path.exists():
+        if not path.is_file() or not ending:
+            raise UserError(f"{flag} {text}: not a folder, nor a file in {', '.join(FILES)}")
+        draw = JOINED if ending == ".txt" else ONCE
+        return Source(text, flag, path.name.removesuffix(ending), path=path, draw=draw)
+    if ending or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        raise UserError(f"{flag} {text}: no such file or folder; check the path")
+    return None
+
+
+def _built_in(text: str, flag: str) -> Source | None:
+    if text in BUILT_IN:
+        return Source(text, flag, text, **BUILT_IN[text])
+    name, _, language = text.partition(":")
+    entry = BUILT_IN.get(f"{name}:LANGUAGE")
+    if not (entry and language):
+        return None
+    return Source(text, flag, text, **entry | {"config": entry["config"].format(language)})
+
+
+def _on_hub(text: str, flag: str) -> Source | None:
+    if not HUB_ID.fullmatch(text):
+        return None
+    hub, *parts = text.split(":")
+    config, split, column = [part or None for part in (*parts, "", "", "")[:3]]
+    same = {"hub": hub, "config": config} if config else {"hub": hub}
+    rules = next((e for e in BUILT_IN.values() if same.items() == _place(e).items()), STREAMED)
+    rules = rules | same | dict(split=split, column=column or "text")
+    return Source(text, flag, text.partition("/")[2], **rules)
+
+
+def _place(entry: dict) -> dict:
+    """Hub id and config of a table entry that is a whole set, not one file of it."""
+    keys = () if "train_file" in entry else ("hub", "config")
+    return {key: entry[key] for key in keys if key in entry}
+
+
+def _told_apart(sources: list[Source]) -> list[Source]:
+    """Equal names get their parent folder in front; where that is equal too, the whole text."""
+    for longer in (lambda s: f"{s.path.resolve().parent.name}/{s.name}", lambda s: s.text):
+        count = Counter(s.name for s in sources)
+        sources = [
+            replace(s, name=longer(s)) if count[s.name] > 1 and s.path else s for s in sources
+        ]
+    return sources

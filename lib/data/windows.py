@@ -1,0 +1,283 @@
+"""Texts to windows of token ids: calibration windows and test windows.
+
+What a source is stands in lib/data/sources.py, how it is read in lib/data/documents.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lib.data import hub
+from lib.data.documents import open_documents
+from lib.data.sources import AGAIN, JOINED, Source, mixture_name
+from lib.data.tokens import tokenise, tokenise_cached
+
+TEST_CHARACTERS = 4_000_000  # of a large set's test text, enough for 256 windows of 4,096 tokens
+TEST_WINDOWS = 256  # of a large set
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TestSet:
+    """Test windows and what they cover.
+
+    `tokens`: those in the windows. `bytes`: UTF-8 bytes of the text behind the tokens that are
+    predicted, all but the first of each window. It is the text's length times the share of its
+    tokens that are predicted, so that bits per byte = summed loss / ln 2 / bytes whatever the
+    tokenizer does inside a word, and is the exact figure where the rest of the text is like it.
+    """
+
+    __test__ = False  # not a class of tests, whatever pytest makes of its name
+    name: str
+    windows: Tensor  # (windows, seqlen), int64
+    tokens: int
+    bytes: int
+    record: dict
+
+
+def calibration_windows(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None = None,
+    cache_dir: str | None = None,
+) -> tuple[Tensor, dict]:
+    """Windows (nsamples, seqlen), int64, and a record of where each was found.
+
+    Several sources are mixed by weight: apportioned by largest remainder and interleaved; every
+    source gives the first windows that it would give alone. With `bos` every window begins with
+    that token, in place of its last one, unless it does so already. Raises UserError where the
+    texts can't give so many windows.
+    """
+    assert nsamples > 0 and seqlen > 1
+    counts = apportion([s.weight or 1.0 for s in sources], nsamples)
+    windows = torch.empty(nsamples, seqlen, dtype=torch.long)
+    order = torch.tensor(_interleaved(counts))
+    records = []
+    for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
+        if count == 0:
+            log.warning("%s %s: its weight gives it no window", source.flag, source.text)
+        found, revision = draw_windows(source, tokenizer, count, seqlen, seed, cache_dir)
+        windows[order == index] = found.windows
+        records.append(
+            {"name": source.name, "source": source.text, "revision": revision}
+            | {"windows": count, "share": count / nsamples}
+            | {"rows": found.rows, "starts": found.starts}
+        )
+    if bos is not None:
+        begun = windows[:, :1] == bos
+        windows = torch.where(begun, windows, _begin(windows[:, :-1], bos))
+    record = {"name": mixture_name(sources), "sources": records, "windows": nsamples}
+    record |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
+    return windows, record
+
+
+def test_set(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    bos: int | None = None,
+    cache_dir: str | None = None,
+) -> TestSet:
+    """The test text as windows: documents joined, tokenised as one text, cut, the rest dropped.
+
+    Of a large set only the first documents (`hub.TEST_DOCUMENTS`) and `TEST_WINDOWS` windows.
+    With `bos` each window is that token and seqlen - 1 tokens of the text. The tokens are kept in
+    a cache on disk. Raises UserError where the text is shorter than one window.
+    """
+    with open_documents(source, "test", cache_dir) as (documents, revision):
+        text = source.separator.join(_test_documents(source, documents))
+    stream = tokenise_cached(tokenizer, text)
+    if bos is not None and len(stream) and stream[0] == bos:
+        stream = stream[1:]
+    step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
+    count = len(stream) // step
+    if not count:
+        problem = f"the test text has {len(stream)} tokens, less than one window of {step}"
+        way_out = f"use --seqlen {len(stream)} or less" if len(stream) > 1 else "give a longer text"
+        raise source.error(f"{problem}; {way_out}")
+    count = min(count, TEST_WINDOWS) if source.sampled else count
+    windows = stream[: count * step].view(count, step)
+    if bos is not None:
+        windows = _begin(windows, bos)
+    covered = round(len(text.encode()) * count * (seqlen - 1) / len(stream))
+    record = {"name": source.name, "source": source.text, "revision": revision, "windows": count}
+    record |= {"seqlen": seqlen, "tokens": windows.numel(), "bytes": covered, "bos": bos}
+    record["digest"] = digest(windows)
+    return TestSet(source.name, windows, windows.numel(), covered, record)
+
+
+def apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to `total`, in proportion to the weights, by largest remainder."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    quotas = [total * weight / sum(exact) for weight in exact]
+    counts = [int(quota) for quota in quotas]
+    by_remainder = sorted(range(len(counts)), key=lambda i: counts[i] - quotas[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of the windows' bytes (int64, row by row)."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _interleaved(counts: Sequence[int]) -> list[int]:
+    """Source of each window, every source spread evenly over the whole."""
+    places = [((2 * j + 1) / n, i) for i, n in enumerate(counts) for j in range(n)]
+    return [i for _, i in sorted(places)]
+
+
+def _begin(windows: Tensor, bos: int) -> Tensor:
+    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def _test_documents(source: Source, documents: Iterable) -> Iterator[str]:
+    texts = (item[1] if source.stream else item for item in documents)
+    if not source.sampled:
+        yield from texts
+        return
+    length = 0
+    for text in islice(texts, hub.TEST_DOCUMENTS):
+        yield text
+        length += len(text)
+        if length > TEST_CHARACTERS:
+            return
+
+
+BUFFER = 1_000  # documents among which a stream is shuffled
+STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
+Tokens = Callable[[str], Tensor]
+
+
+@dataclass
+class Draw:
+    """What was drawn from one source."""
+
+    windows: Tensor  # (windows, seqlen)
+    rows: list[int]
+    starts: list[int]  # the window's first token, counted in its document
+    longest: int = 0  # tokens of the longest document that was too short
+
+    def add(self, ids: Tensor, row: int, rng: random.Random) -> None:
+        seqlen = self.windows.shape[1]
+        start = rng.randint(0, len(ids) - seqlen - 1)
+        self.windows[len(self.rows)] = ids[start : start + seqlen]
+        self.rows.append(row)
+        self.starts.append(start)
+
+    @property
+    def full(self) -> bool:
+        return len(self.rows) == len(self.windows)
+
+
+def draw_windows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seqlen: int,
+    seed: int,
+    cache_dir: str | None = None,
+) -> tuple[Draw, str | None]:
+    """`count` windows of `seqlen` tokens and the revision of what they were drawn from.
+
+    Raises UserError, in place of the published loops' endless search, once every text was tried:
+    with the number of windows that there are, or the length of the longest text.
+    """
+    draw = Draw(torch.empty(count, seqlen, dtype=torch.long), [], [])
+    rng = random.Random(seed)
+
+    def tokens(text: str) -> Tensor:
+        return tokenise(tokenizer, text)
+
+    with open_documents(source, "train", cache_dir) as (documents, revision):
+        if source.stream:
+            tried = _draw_from_stream(draw, documents, tokens, rng)
+        elif source.draw == JOINED:
+            tried = _draw_from_joined(draw, documents, tokens, rng)
+        else:
+            tried = _draw_from_rows(draw, documents, tokens, rng, source.draw == AGAIN)
+    if draw.full:
+        return draw, revision
+    if not draw.rows:
+        raise source.error(
+            f"all {tried} texts are too short for a window of {seqlen} tokens, the longest has "
+            f"{draw.longest}; use --seqlen {max(draw.longest - 1, 1)} or less"
+        )
+    raise source.error(
+        f"its {tried} texts can give only {len(draw.rows)} windows of {seqlen} tokens, {count} "
+        f"are wanted; use a smaller --nsamples or --seqlen"
+    )
+
+
+def _draw_from_rows(
+    draw: Draw, texts: Sequence[str], tokens: Tokens, rng: random.Random, again: bool
+) -> int:
+    """UberText's loop, or C4's where a document may be used `again`. Returns the texts tried."""
+    seqlen = draw.windows.shape[1]
+    short, used = set(), set()
+    while not draw.full and len(short) + len(used) < len(texts):
+        row = rng.randint(0, len(texts) - 1)
+        if row in short or row in used:
+            continue
+        ids = tokens(texts[row])
+        if len(ids) <= seqlen:
+            short.add(row)
+            draw.longest = max(draw.longest, len(ids))
+            continue
+        draw.add(ids, row, rng)
+        if not again:
+            used.add(row)
+    return len(texts)
+
+
+def _draw_from_joined(draw: Draw, texts: Sequence[str], tokens: Tokens, rng: random.Random) -> int:
+    """WikiText-2's loop: windows start anywhere in the one long text. Returns the texts tried."""
+    ids = tokens(" ".join(texts))
+    draw.longest = len(ids)
+    while len(ids) > draw.windows.shape[1] and not draw.full:
+        draw.add(ids, 0, rng)
+    return 1
+
+
+def _draw_from_stream(
+    draw: Draw, texts: Iterable[tuple[int, str]], tokens: Tokens, rng: random.Random
+) -> int:
+    """One window from each document that is long enough, as they come. Returns the texts tried."""
+    tried = 0
+    for row, text in _shuffled(islice(texts, STREAM_LIMIT), rng):
+        if draw.full:
+            break
+        ids = tokens(text)
+        tried += 1
+        if len(ids) > draw.windows.shape[1]:
+            draw.add(ids, row, rng)
+        else:
+            draw.longest = max(draw.longest, len(ids))
+    return tried
+
+
+def _shuffled(items: Iterable, rng: random.Random) -> Iterator:
+    buffer = []
+    for item in items:
+        if len(buffer) < BUFFER:
+            buffer.append(item)
+            continue
+        place = rng.randrange(BUFFER)
+        item, buffer[place] = buffer[place], item
+        yield item
+    rng.shuffle(buffer)
+    yield from buffer

@@ -1,0 +1,175 @@
+"""The demo's model: a tiny bilingual LLaMA with a tokenizer of its own, trained in about a minute.
+
+Small on purpose: a model without spare capacity feels every weight that goes, and which weights
+can go differs between its two languages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.util.progress import progress
+from lib.util.files import staged_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+RECIPE_FILE = "recipe.json"
+BEGIN, END = "<s>", "</s>"  # ids 0 and 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything but the text that the trained weights depend on."""
+
+    vocabulary: int = 1024  # tokens
+    window: int = 128  # tokens
+    width: int = 96
+    inner: int = 256
+    blocks: int = 3
+    heads: int = 4
+    spread: float = 0.05  # standard deviation of new weights
+    batch: int = 16  # windows a step, half of them in either language
+    steps: int = 600
+    warm_up: int = 20  # steps
+    rate: float = 6e-3  # peak learning rate; in the second half it falls to a twentieth
+    decay: float = 0.1  # of matrices
+    seed: int = 0
+
+
+def trained_model(
+    folder: Path, texts: Mapping[str, Sequence[str]], recipe: Recipe, fresh: bool = False
+) -> bool:
+    """Have in `folder` the model and tokenizer that `recipe` makes of `texts`; True if it trained.
+
+    `texts`: documents by language. Unless `fresh`, what an earlier call left there is kept where
+    it was made of the same. An interrupted training leaves the folder as it was.
+    """
+    made_of = json.dumps(asdict(recipe) | {"text": _digest(texts)}, indent=1)
+    kept = folder / RECIPE_FILE
+    if not fresh and kept.is_file() and kept.read_text(encoding="utf-8") == made_of:
+        return False
+    tokenizer = train_tokenizer(texts, recipe)
+    model = train(tokenizer, texts, recipe)
+    with staged_folder(folder) as stage:
+        tokenizer.save_pretrained(stage)
+        model.save_pretrained(stage)
+        (stage / RECIPE_FILE).write_text(made_of, encoding="utf-8")
+    return True
+
+
+def train_tokenizer(texts: Mapping[str, Sequence[str]], recipe: Recipe) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over all texts that puts `<s>` before a text, as LLaMA's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocabulary,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((text for some in texts.values() for text in some), trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, model_max_length=recipe.window
+    )
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, Sequence[str]], recipe: Recipe
+) -> LlamaForCausalLM:
+    """Train from scratch on windows drawn in turn from every language; float32, on the CPU."""
+    import torch
+
+    rng = random.Random(recipe.seed)
+    streams = [_stream(tokenizer, some) for some in texts.values()]
+    model = _new_model(tokenizer, recipe).train()
+    optimizer = _optimizer(model, recipe)
+    with progress(recipe.steps, "training", "step") as advanced:
+        for step in range(recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = _rate(step, recipe)
+            windows = _draw(rng, streams, recipe)  # (batch, window)
+            model(input_ids=windows, labels=windows).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            advanced(1)
+    return model.eval()
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.inner,
+        num_hidden_layers=recipe.blocks,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=recipe.window,
+        initializer_range=recipe.spread,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.seed)
+        return LlamaForCausalLM(config)
+
+
+def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> Optimizer:
+    import torch
+
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": recipe.decay}]
+    groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """A short warm-up, a level first half, a straight fall."""
+    done = step / recipe.steps
+    warm = min(1.0, (step + 1) / recipe.warm_up)
+    return recipe.rate * warm * (1.0 if done < 0.5 else 0.05 + 1.9 * (1 - done))
+
+
+def _stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
+    """All documents as one row of ids."""
+    import torch
+
+    ids = tokenizer(list(texts), verbose=False).input_ids
+    return torch.tensor([token for document in ids for token in document])
+
+
+def _draw(rng: random.Random, streams: Sequence[Tensor], recipe: Recipe) -> Tensor:
+    import torch
+
+    drawn = []
+    for i in range(recipe.batch):
+        stream = streams[i % len(streams)]
+        start = rng.randint(0, len(stream) - recipe.window)
+        drawn.append(stream[start : start + recipe.window])
+    return torch.stack(drawn)  # (batch, window)
+
+
+def _digest(texts: Mapping[str, Sequence[str]]) -> str:
+    content = json.dumps(list(texts.items()), ensure_ascii=False, default=list)
+    return hashlib.sha256(content.encode()).hexdigest()

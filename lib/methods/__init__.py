@@ -1,0 +1,1 @@
+"""What to drop, and how: a score or a solver for the linears that share an input."""

@@ -1,0 +1,69 @@
+"""Whether SparseGPT's column loop can be one kernel on a device, found by trying it there."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lib.methods.sparsity import Sparsity, n_of_first
+
+TOLERANCE = 1e-4  # of values around 1; the order of sums differs
+PATTERNS = (Sparsity(0.5), Sparsity(0.5, 2, 4))
+
+
+@cache
+def column_loop(device: torch.device) -> Callable | None:
+    """`settle_` of lib/methods/column_kernel.py, or None where the loop is better run step by step.
+
+    On a GPU where the kernel can't be built or is wrong, that is also told in a warning.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from lib.methods.column_kernel import settle_
+
+        wrong = any(deviation(settle_, device, sparsity) > TOLERANCE for sparsity in PATTERNS)
+        reason = "its results are wrong on this GPU" if wrong else None
+    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: all sorts
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if reason is None:
+        return settle_
+    warnings.warn(f"SparseGPT takes longer, without its Triton kernel: {reason}", stacklevel=2)
+    return None
+
+
+def deviation(settle_: Callable, device: torch.device, sparsity: Sparsity) -> float:
+    """Of a column loop from the plain one, over a small random block: its largest."""
+    block = random_block(64, 50, sparsity)
+    values, errors = block[0].clone(), block[1].clone()
+    settle_plainly_(values, errors, *block[2:], sparsity)
+    there = [tensor.to(device) for tensor in block]
+    settle_(*there, sparsity)
+    pairs = zip((values, errors), there[:2], strict=True)
+    return max((own - its.cpu()).abs().max().item() for own, its in pairs)
+
+
+def random_block(size: int, rows: int, sparsity: Sparsity) -> list[Tensor]:
+    """Arguments of `settle_` but the last, on the CPU: values, errors, mask, inverse, scale."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(size, rows, generator=generator)
+    mask = (torch.rand(size, rows, generator=generator) < sparsity.ratio).float()
+    inverse = torch.randn(size, size, generator=generator).triu(1) / size**0.5 + torch.eye(size)
+    scale = torch.rand(size, 1, generator=generator) + 0.5
+    return [values, torch.zeros_like(values), mask, inverse, scale]
+
+
+def settle_plainly_(
+    values: Tensor, errors: Tensor, mask: Tensor, inverse: Tensor, scale: Tensor, sparsity: Sparsity
+) -> None:
+    """The column loop as the paper has it; arguments as those of `settle_`, on the CPU."""
+    for j in range(len(values)):
+        if sparsity.m and j % sparsity.m == 0:
+            group = slice(j, j + sparsity.m)
+            mask[group] = n_of_first((values[group] * scale[group]).square(), sparsity.n)
+        errors[j] = values[j] * mask[j]
+        values[j + 1 :] -= inverse[j, j + 1 :, None] * errors[j]

@@ -1,0 +1,38 @@
+"""Magnitude pruning: the smallest weights go, whatever flows through them. The baseline.
+
+Run: `python main.py --model MODEL --prune_method magnitude`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib.methods.sparsity import Sparsity, lowest_overall
+
+
+class Magnitude:
+    """Score |W|, compared over the whole matrix as in wanda's baseline, or within N:M groups."""
+
+    observes = False  # needs no calibration windows
+    in_order = False
+    dense_stream = False
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.tokens = 0
+
+    def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Nothing: the weights alone decide."""
+
+    def statistics(self) -> list[Tensor]:
+        return []
+
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+        """Zero the lowest-scored entries of every (out, in) matrix in place."""
+        for weight in weights:
+            score = weight.abs()
+            if sparsity.pattern:
+                mask = sparsity.mask(score)
+            else:
+                mask = lowest_overall(score, int(score.numel() * sparsity.ratio))
+            weight.masked_fill_(mask, 0)

@@ -1,0 +1,199 @@
+"""SparseGPT: prune one column after another and let the later ones make up for it.
+
+Frantar & Alistarh 2023, arXiv 2301.00774. With inputs X (tokens, in) and H = X^T X, pruning asks
+for the masked matrix Q nearest to the weights W (out, in) in the sense of |X (W - Q)^T|^2, and
+takes the columns from left to right. With those left of column j settled, the others are free to
+take their best values (equation 3), and of these column j alone is settled next, by its mask.
+
+*Between blocks.* Let D = W - Q be the settled change of the columns P. The best values of the free
+columns F are W_F + D_P H_PF H_FF^-1. Factor H = R R^T with R upper triangular, which is one
+Cholesky factorisation of H with rows and columns reversed. Then H_FF = R_FF R_FF^T and
+H_PF = R_PF R_FF^T, hence the best values are W_F + D_P R_PF R_FF^-1. R_FF^-1 is upper triangular
+too, so the first few free columns N need no more than their own corner of it. With C = R / diag(R)
+
+    V_N = W_N + D_P C_PN C_NN^-1                                                            (*)
+
+This takes no inverse of H but of its factor's diagonal blocks, and gathers for a block of 128
+columns, when its turn has come, what the paper's algorithm 1 pushes into all later columns.
+
+*Within a block.* By (*) again, column j takes the value w_j = V_j + D_P C_Pj, where P are now the
+block's columns before it. In terms of the errors e_j = w_j - q_j, which are e_j = D_j + D_P C_Pj
+or E = D C, this reads w_j = V_j - E_P B_Pj with B = C_NN^-1: the paper's update. It is done in
+steps of 16 columns, after a product with those before the step; on CUDA by one kernel.
+
+*The masks.* The error of pruning w_j is w_j^2 / [H_FF^-1]_jj (equation 2), and [H_FF^-1]_jj is
+1 / R_jj^2: the score is (w_j R_jj)^2. Unstructured, the lowest scores of a linear's block of 128
+columns go, chosen from V when the block is reached (section 3.2). N:M, a step is one group, and
+its mask is chosen when it is reached.
+
+Linears that share the input share R, and are solved side by side, transposed to (in, out), so that
+a column of weights lies in one piece.
+Run: `python main.py --model MODEL --prune_method sparsegpt`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from lib.methods.column_loop import column_loop
+from lib.methods.gram import add_upper_gram_
+from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
+from lib.util.errors import UserError
+
+STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
+DAMPING_TRIES = 4
+
+
+class SparseGPT:
+    """X^T X of one input of a block, in float32, and the solver for the linears that receive it.
+
+    `damping`: share of the mean of H's diagonal that is added to the diagonal.
+    `block_size`: columns among which an unstructured mask is chosen.
+    """
+
+    observes = True
+    in_order = False
+    dense_stream = False
+
+    def __init__(
+        self, width: int, device: torch.device, damping: float = 0.01, block_size: int = 128
+    ) -> None:
+        self.hessian = torch.zeros(width, width, device=device)  # (in, in), upper triangle
+        self.damping = damping
+        self.block_size = block_size
+        self.tokens = 0
+
+    def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add X^T X of x (tokens, in)."""
+        add_upper_gram_(self.hessian, x)
+        self.tokens += len(x)
+
+    def statistics(self) -> list[Tensor]:
+        return [self.hessian]
+
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+        """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
+        with record_function("factorisation"):
+            factor, scale, dead = factorise(self.hessian, self.damping)
+        rows = [len(weight) for weight in weights]
+        change = torch.cat(weights).T.contiguous()  # (in, out): W, and left of the block D
+        change.masked_fill_(dead[:, None], 0)
+        block = None
+        for start in range(0, len(change), self.block_size):
+            here = slice(start, start + self.block_size)
+            size = len(change[here])
+            if block is None or len(block.values) != size:
+                block = ColumnBlock(size, rows, sparsity, change.device)
+            block.inverse.copy_(unit_inverse(factor[here, here]))
+            block.scale.copy_(scale[here, None])
+            block.values.copy_(change[here])
+            if start:
+                push = factor[:start, here] @ block.inverse
+                block.values.addmm_(push.T, change[:start])
+            block.settle_()
+            settled = block.values.sub_(block.errors)  # exactly 0 where pruned
+            change[here] -= settled
+            with record_function("moving"):
+                for weight, part in zip(weights, settled.split(rows, 1), strict=True):
+                    weight[:, here] = part.T
+
+
+def factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Unit upper triangular C (in, in), scale (in,): H + damping = C diag(scale^2) C^T; dead (in,).
+
+    Reads the upper triangle of H only. An input that was always 0 is dead: it tells nothing of its
+    weights, which go, and has no say in the others. Where rounding has cost H its positive
+    definiteness the damping is raised tenfold, with a warning; UserError after a few tries.
+    """
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.mean()
+    for attempt in range(DAMPING_TRIES):
+        reverse = hessian.flip(0, 1)  # the factorisation below reads its lower triangle
+        reverse.diagonal().add_(dead.flip(0).float() + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(reverse)
+        del reverse
+        factor = lower.flip(0, 1)
+        del lower
+        scale = factor.diagonal().clone()
+        if not (failed.any() | ~scale.isfinite().all()):
+            return factor.div_(scale), scale, dead
+        if attempt < DAMPING_TRIES - 1:
+            warnings.warn(
+                f"X^T X is not positive definite with damping {damping:g}; trying {10 * damping:g}",
+                stacklevel=3,
+            )
+            damping *= 10
+    raise UserError(
+        f"X^T X is not positive definite, even with damping {damping:g}; "
+        "use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
+    )
+
+
+def unit_inverse(upper: Tensor) -> Tensor:
+    """Inverse of a unit upper triangular matrix (n, n)."""
+    identity = torch.eye(len(upper), device=upper.device)
+    return torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True)
+
+
+class ColumnBlock:
+    """Buffers for a block of columns, and views into them: made once, used for many blocks.
+
+    Making the views takes longer than the small operations on them.
+    """
+
+    def __init__(
+        self, size: int, rows: list[int], sparsity: Sparsity, device: torch.device
+    ) -> None:
+        self.rows = rows  # outputs of each linear
+        self.sparsity = sparsity
+        self.values = torch.empty(size, sum(rows), device=device)  # V
+        self.errors = torch.empty_like(self.values)  # E: a weight where it is pruned, else 0
+        self.mask = torch.empty_like(self.values)  # 1.0 where a weight is pruned
+        self.inverse = torch.empty(size, size, device=device)  # B
+        self.scale = torch.empty(size, 1, device=device)  # diag(R)
+        self.fused = column_loop(device)
+        width = sparsity.m or math.gcd(size, STEP)
+        starts = range(0, 0 if self.fused else size, width)
+        self.steps = [self._step(start, start + width) for start in starts]
+
+    def _step(self, start: int, end: int) -> tuple:
+        values, errors, mask = self.values, self.errors, self.mask
+        here = slice(start, end)
+        columns = [
+            (values[j], errors[start:j].T, self.inverse[start:j, j], mask[j], errors[j])
+            for j in range(start, end)
+        ]
+        push = self.inverse[:start, here].T
+        return values[here], errors[:start], push, self.scale[here], mask[here], columns
+
+    def settle_(self) -> None:
+        """Take the columns of V one after another to their last values; note their errors."""
+        if not self.sparsity.m:
+            self._choose()
+        if self.fused:
+            buffers = self.values, self.errors, self.mask, self.inverse, self.scale
+            self.fused(*buffers, self.sparsity)
+        for values, before, push, scale, mask, columns in self.steps:
+            if len(before):
+                values.addmm_(push, before, alpha=-1)
+            if self.sparsity.m:
+                with record_function("masks"):
+                    mask.copy_(n_of_first((values * scale).square_(), self.sparsity.n))
+            for value, earlier, weight, pruned, error in columns:
+                if len(weight):
+                    value.addmv_(earlier, weight, alpha=-1)
+                torch.mul(value, pruned, out=error)
+
+    def _choose(self) -> None:
+        """The lowest scores of each linear's part of the block."""
+        with record_function("masks"):
+            score = (self.values * self.scale).square_()
+            parts = zip(score.split(self.rows, 1), self.mask.split(self.rows, 1), strict=True)
+            for part, mask in parts:
+                mask.copy_(lowest_overall(part, int(part.numel() * self.sparsity.ratio)))

@@ -1,0 +1,82 @@
+"""Wanda: prune by weight and activation (Sun et al. 2023, arXiv 2306.11695, equation 1).
+
+The score of weight W[i, j] is |W[i, j]| * ||X[:, j]||, the norm of input channel j over all
+calibration tokens. Scores are compared within one output row (section 3), or within N:M groups;
+`variant` instead gives every row its own share of zeros (section 4.2 of the authors' code).
+Run: `python main.py --model MODEL --prune_method wanda [--use_variant]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib.methods.sparsity import Sparsity
+
+TOKENS = 64  # whose squares are added up in float32
+VARIANT_TOLERANCE = 1e-3  # of the sparsity reached, and the width of alpha at which bisection stops
+
+
+class Wanda:
+    """Sum of squares per input channel, for one input of a block.
+
+    In float32 over a few tokens and in float64 over those sums: the same, and so the same mask,
+    whatever the batch size and the number of processes, if windows are a multiple of `TOKENS`.
+    """
+
+    observes = True
+    in_order = False
+    dense_stream = False
+
+    def __init__(self, width: int, device: torch.device, variant: bool = False) -> None:
+        self.square_sum = torch.zeros(width, device=device, dtype=torch.float64)  # (in,)
+        self.variant = variant
+        self.tokens = 0
+
+    def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add the squares of x (tokens, in)."""
+        # float32 first: squares of float16 activations overflow beyond 256
+        squares = x.float().square()
+        whole = len(x) // TOKENS * TOKENS
+        few = squares[:whole].unflatten(0, (whole // TOKENS, TOKENS)).sum(1)
+        self.square_sum += few.sum(0, dtype=torch.float64)
+        self.square_sum += squares[whole:].sum(0)
+        self.tokens += len(x)
+
+    def statistics(self) -> list[Tensor]:
+        return [self.square_sum]
+
+    def score(self, weight: Tensor) -> Tensor:
+        """Saliency (out, in) of weight (out, in)."""
+        return weight.abs() * self.square_sum.sqrt().float()
+
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+        """Zero the lowest-scored entries of every (out, in) matrix in place."""
+        for weight in weights:
+            score = self.score(weight)
+            mask = variant_mask(score, sparsity.ratio) if self.variant else sparsity.mask(score)
+            weight.masked_fill_(mask, 0)
+
+
+def variant_mask(score: Tensor, ratio: float) -> Tensor:
+    """Mask whose rows drop their smallest scores while these sum to at most alpha of the row.
+
+    Bisection on alpha from 0.4 in [0, 0.8] until the sparsity of the whole matrix is within
+    0.001 of `ratio` or the interval is below 0.001, as in the authors' code.
+    """
+    values, order = score.sort(dim=-1, stable=True)
+    share = values.cumsum(-1)  # (out, in), up to the row's sum
+    total = share[:, -1:].clone()
+
+    def drop(alpha: float) -> Tensor:
+        return share <= alpha * total  # (out, in), in sorted order
+
+    low, high, alpha = 0.0, 0.8, 0.4
+    mask = drop(alpha)
+    reached = mask.float().mean().item()
+    while abs(reached - ratio) > VARIANT_TOLERANCE and high - low >= VARIANT_TOLERANCE:
+        low, high = (low, alpha) if reached > ratio else (alpha, high)
+        alpha = (low + high) / 2
+        mask = drop(alpha)
+        reached = mask.float().mean().item()
+    return torch.zeros_like(mask).scatter_(1, order, mask)

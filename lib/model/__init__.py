@@ -1,0 +1,1 @@
+"""A model, its decoder blocks and their matrices, wherever these are kept."""

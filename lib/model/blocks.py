@@ -1,0 +1,243 @@
+"""The one runner: windows through a model's decoder blocks, one block after another.
+
+Used for pruning and for evaluation. First every block records the arguments that the model calls
+*it* with (sliding-window and full-attention blocks get different masks and rotary tables) and
+hands its input on unchanged, so a pass costs an embedding look-up. Then the blocks run one by one
+over all windows, their outputs written over their inputs in one buffer. Last, the model's own
+forward runs with the blocks replaced by the buffer's contents, which gives exact logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from lib.model.placement import BlockPlacement
+from lib.model.transfer import Transfer
+from lib.util.errors import UserError
+
+PROBE_TOKENS = 16
+PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
+
+
+@dataclass
+class HiddenStates:
+    """Windows on their way through the blocks: hidden states before the next block."""
+
+    windows: Tensor  # (windows, tokens) of ids
+    batch_size: int
+    hidden: Tensor | None = None  # (windows, tokens, hidden)
+    calls: list[list[tuple[tuple, dict]]] = field(default_factory=list)  # [block][batch]
+
+    @property
+    def batches(self) -> list[slice]:
+        starts = range(0, len(self.windows), self.batch_size)
+        return [slice(start, min(start + self.batch_size, len(self.windows))) for start in starts]
+
+
+class BlockRunner:
+    """A model's decoder blocks, run one at a time on `device`.
+
+    The model must be in eval mode. Nothing stays patched, whatever is raised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        device: torch.device,
+        placement: BlockPlacement | None = None,
+    ) -> None:
+        self.model = model
+        self.blocks = blocks
+        self.device = device
+        self.placement = placement
+        self.transfer = Transfer(device)
+        self.tuples = self._probe()
+
+    def at_hand(self, index: int, keep: bool = False) -> AbstractContextManager:
+        """Inside, block `index` is on the device; `keep` keeps what is done to its weights."""
+        return self.placement.at_hand(index, keep) if self.placement else nullcontext()
+
+    @torch.no_grad()
+    def capture(
+        self, windows: Tensor, batch_size: int, keep_on: torch.device | str
+    ) -> HiddenStates:
+        """Embed the windows (n, tokens) and note every block's own arguments for each batch.
+
+        `keep_on`: where the hidden states between two blocks are kept.
+        """
+        states = HiddenStates(windows, batch_size, calls=[[] for _ in self.blocks])
+        known: dict[tuple, list[Tensor]] = {}
+        handed_on: list[Tensor] = []  # hidden states that the blocks of this batch received
+
+        def recorder(index: int, batch: slice) -> Callable:
+            def forward(*args, **kwargs):
+                hidden, args, kwargs = take_hidden(args, kwargs)
+                handed_on.append(hidden)
+                if len(handed_on) != index + 1 or hidden is not handed_on[0]:
+                    raise self._refused("does something between its decoder blocks")
+                if index == 0:
+                    if hidden.dim() != 3 or hidden.shape[:2] != windows[batch].shape:
+                        raise self._refused("has hidden states of another shape than its windows")
+                    if states.hidden is None:
+                        states.hidden = self.transfer.buffer(len(windows), hidden, keep_on)
+                    states.hidden[batch] = hidden  # the host waits, and may then read it
+                states.calls[index].append((interned(args, known), interned(kwargs, known)))
+                if index == len(self.blocks) - 1:
+                    raise Stop
+                return self._handed_on(index, hidden)
+
+            return forward
+
+        for batch in states.batches:
+            handed_on.clear()
+            with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
+                self._call_model(windows[batch].to(self.device))
+        assert all(len(calls) == len(states.batches) for calls in states.calls)
+        return states
+
+    def runs(
+        self, states: HiddenStates, index: int, block: nn.Module | None = None
+    ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
+        """For each batch, its slice and a call that runs the block on it: (n, tokens, hidden).
+
+        `block` stands in for block `index` where given.
+        """
+        block = block or self.blocks[index]
+        arriving = self.transfer.batches(states.hidden, states.batches)
+        calls = states.calls[index]
+        for batch, hidden, (args, kwargs) in zip(states.batches, arriving, calls, strict=True):
+
+            def run(hidden=hidden, args=args, kwargs=kwargs) -> Tensor:
+                out = block(hidden, *args, **kwargs)
+                return out[0] if isinstance(out, tuple) else out
+
+            yield batch, run
+
+    @torch.no_grad()
+    def advance_(self, states: HiddenStates, index: int, block: nn.Module | None = None) -> None:
+        """Write block `index`'s outputs over its inputs, in its buffer."""
+        with record_function("forward"):
+            for batch, run in self.runs(states, index, block):
+                self.transfer.store_(states.hidden, batch, run())
+
+    @torch.no_grad()
+    def logits(self, states: HiddenStates, batch: slice, positions: Tensor) -> Tensor:
+        """Logits (n, len(positions), vocabulary) after the last block, by the model's own tail."""
+
+        def player(index: int) -> Callable:
+            def forward(*args, **kwargs):
+                hidden, *_ = take_hidden(args, kwargs)
+                if index == len(self.blocks) - 1:
+                    hidden = self.transfer.fetch(states.hidden, batch)
+                return self._handed_on(index, hidden)
+
+            return forward
+
+        with replaced(self.blocks, player):
+            ids = states.windows[batch].to(self.device)
+            kept = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+        return kept if kept.shape[1] == len(positions) else kept[:, positions]
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """See on a few tokens that the blocks give the model's own logits; UserError if not."""
+        ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
+        states = self.capture(ids, 1, self.device)
+        try:
+            for index in range(len(self.blocks)):
+                with self.at_hand(index):
+                    self.advance_(states, index)
+            swept = self.logits(states, slice(0, 1), ids[0]).float()
+        except (TypeError, ValueError) as error:
+            raise self._refused("has blocks that depend on each other") from error
+        own = self.model(input_ids=ids, use_cache=False).logits.float()
+        if (swept - own).norm() > PROBE_TOLERANCE * own.norm():
+            raise self._refused("computes more than its decoder blocks one after another")
+
+    def _refused(self, what: str) -> UserError:
+        name = f"{self.model.name_or_path} ({type(self.model).__name__})"
+        return UserError(f"--model {name}: this architecture {what}; it can't be pruned")
+
+    def _handed_on(self, index: int, hidden: Tensor) -> Tensor | tuple:
+        length = self.tuples[type(self.blocks[index])]
+        return (hidden, *[None] * (length - 1)) if length else hidden
+
+    @torch.no_grad()
+    def _probe(self) -> dict[type, int]:
+        """Length of the tuple that each class of block returns; 0 for a tensor."""
+        lengths: dict[type, int] = {}
+
+        def prober(index: int) -> Callable:
+            block = self.blocks[index]
+            original = block.forward
+
+            def forward(*args, **kwargs):
+                out = original(*args, **kwargs)
+                lengths[type(block)] = len(out) if isinstance(out, tuple) else 0
+                if len(lengths) == len({type(b) for b in self.blocks}):
+                    raise Stop
+                return out
+
+            return forward
+
+        with replaced(self.blocks, prober):
+            self._call_model(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+        return lengths
+
+    def _call_model(self, ids: Tensor) -> None:
+        try:
+            self.model(input_ids=ids, use_cache=False)
+        except Stop:
+            return
+        raise self._refused("does not go through its last decoder block")
+
+
+class Stop(Exception):
+    """Ends a forward pass whose rest is not wanted."""
+
+
+@contextmanager
+def replaced(blocks: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
+    """Inside, block i's forward is `make(i)`; afterwards it is its own again."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = make(index)
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
+
+
+def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
+    """A block's hidden states, and its other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    kwargs = dict(kwargs)
+    return kwargs.pop("hidden_states"), (), kwargs
+
+
+def interned(value, known: dict[tuple, list[Tensor]]):
+    """`value` with equal tensors replaced by one: most arguments are the same in all batches."""
+    if isinstance(value, dict):
+        return {key: interned(item, known) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(interned(item, known) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    alike = known.setdefault((value.shape, value.dtype, value.device), [])
+    for other in alike:
+        if value is other or torch.equal(value, other):
+            return other
+    alike.append(value)
+    return value

@@ -1,0 +1,146 @@
+"""Which matrices of a decoder block can be pruned, and what they are multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
+
+from lib.model.matrix import PrunableLinear
+from lib.model.quantised import quantised_linear
+from lib.packed.linear import SparseLinear
+
+PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+NARROWEST = 8  # inputs or outputs of a matrix worth pruning
+
+
+def find_linears(
+    block: nn.Module, prefix: str
+) -> tuple[list[PrunableLinear], dict[str, tuple[int, str]]]:
+    """The prunable matrices of a block, and {name: (weights, why)} of what stays dense."""
+    linears, left = [], {}
+    experts_of = _expert_counts(block)
+    for path, module in block.named_modules():
+        name = f"{prefix}.{path}" if path else prefix
+        if isinstance(module, nn.Linear | Conv1D):
+            linear = quantised_linear(name, module) or PrunableLinear(
+                name, name, module, transposed=isinstance(module, Conv1D)
+            )
+            why = _why_dense(linear.shape, experts_of.get(path.rpartition(".")[0]))
+            if why:
+                left[name] = prod(linear.shape), why
+            else:
+                linears.append(linear)
+            continue
+        if isinstance(module, SparseLinear):
+            linears.append(PackedView(name, name, module))
+            continue
+        transposed = getattr(module, "is_transposed", False)
+        for parameter, weight in module.named_parameters(recurse=False):
+            full_name = f"{name}.{parameter}"
+            if _holds_experts(module, weight):
+                linears += [
+                    PrunableLinear(f"{full_name}.{i}", full_name, module, parameter, i, transposed)
+                    for i in range(len(weight))
+                ]
+            elif weight.dim() > 1 and not parameter.endswith("bias"):
+                left[full_name] = weight.numel(), f"{type(module).__name__} is no linear layer"
+    return linears, left
+
+
+class PackedView(PrunableLinear):
+    """A packed 2:4 linear: to be measured, not to be pruned again."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.module.out_features, self.module.in_features
+
+    def matrix(self) -> Tensor:
+        return self.module.dense().float()
+
+
+def _holds_experts(module: nn.Module, weight: Tensor) -> bool:
+    """Whether a parameter is a stack of matrices, one for each expert."""
+    stacked = weight.dim() == 3 and len(weight) > 1 and min(weight.shape[1:]) >= NARROWEST
+    return stacked and not isinstance(module, _ConvNd)
+
+
+def _expert_counts(block: nn.Module) -> dict[str, int]:
+    """{path of a module: experts} for the parents of experts and all modules beside these."""
+    counts: dict[str, int] = {}
+    for path, module in block.named_modules():
+        stacks = [len(w) for w in module.parameters(recurse=False) if _holds_experts(module, w)]
+        if stacks:
+            parent = path.rpartition(".")[0]
+            counts[parent] = stacks[0]
+            for child, _ in block.get_submodule(parent).named_children():
+                counts.setdefault(f"{parent}.{child}".strip("."), stacks[0])
+    return counts
+
+
+def _why_dense(shape: tuple[int, int], experts: int | None) -> str | None:
+    if shape[0] == 1 or shape[0] == experts:
+        return "it routes tokens"
+    return "it is too small" if min(shape) < NARROWEST else None
+
+
+class _ExpertInputs(TorchFunctionMode):
+    """Sees the products with slices of fused expert parameters."""
+
+    def __init__(
+        self, linears: list[PrunableLinear], see: Callable[[PrunableLinear, Tensor], None]
+    ) -> None:
+        super().__init__()
+        self.by_address = {linear.stored.data_ptr(): linear for linear in linears}
+        self.see = see
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in PRODUCTS and isinstance(args[1], Tensor) and args[1].dim() == 2:
+            linear = self.by_address.get(args[1].data_ptr())
+            if linear is not None:
+                self.see(linear, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def watch_inputs(
+    linears: list[PrunableLinear], see: Callable[[PrunableLinear, Tensor], None]
+) -> Iterator[None]:
+    """Inside, `see(linear, x)` is called with what each linear is about to be multiplied with.
+
+    x is (..., in). `see` may raise to end the forward pass early. Hooks are gone afterwards.
+    """
+    experts = [linear for linear in linears if linear.expert is not None]
+    with ExitStack() as stack:
+        for linear in linears:
+            if linear.expert is None:
+
+                def hook(_, args, kwargs, linear=linear):
+                    see(linear, args[0] if args else kwargs["input"])
+
+                handle = linear.module.register_forward_pre_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+        if experts:
+            stack.enter_context(_ExpertInputs(experts, see))
+        yield
+
+
+@contextmanager
+def eager_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, experts multiply one by one, so that each one's input can be seen; same results."""
+    if not hasattr(model, "get_experts_implementation"):
+        yield
+        return
+    before = model.get_experts_implementation()
+    try:
+        model.set_experts_implementation("eager")
+        yield
+    finally:
+        model.set_experts_implementation(before)

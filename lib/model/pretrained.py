@@ -1,0 +1,209 @@
+"""From a name to a model on a device, its tokenizer, its window and its decoder blocks."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from lib.model.access import (
+    access,
+    check_complete,
+    check_folder,
+    check_weight_files,
+    in_one_line,
+    quantisation,
+)
+from lib.model.quantised import keep_layout
+from lib.packed.linear import fast_bytes
+from lib.util.errors import UserError
+
+LONGEST_DEFAULT_WINDOW = 4096
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OFFLOADED_SHARD = "500MB"
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # of one forward pass, about
+
+
+def pick_device(name: str) -> torch.device:
+    """The device behind `--device`; UserError where this machine has none such."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown device; use cuda:0 or cpu") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise UserError(
+            f"--device {name}: only CUDA devices and cpu are supported; use cuda:0 or cpu"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: no CUDA device was found; use --device cpu")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: CUDA devices here are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
+        )
+    return torch.device("cuda", device.index or 0)
+
+
+def load_config(name: str, cache_dir: str, trust_remote_code: bool):
+    """The model's config, before any weight is read. UserError where it can't be had."""
+    check_folder(name)
+    check_weight_files(name)
+    with in_one_line(name, "its config.json", "check that file and the installed transformers"):
+        return AutoConfig.from_pretrained(name, **access(name, cache_dir, trust_remote_code))
+
+
+def load_tokenizer(name: str, cache_dir: str, trust_remote_code: bool):
+    """The model's tokenizer; UserError where it has none."""
+    with in_one_line(name, "its tokenizer", "put the tokenizer's files beside the weights"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **access(name, cache_dir, trust_remote_code)
+        )
+    if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
+        raise UserError(f"--model {name}: its tokenizer turns text into no tokens")
+    return tokenizer
+
+
+def window_length(config, requested: int | None) -> int:
+    """Tokens in a window: as requested, else the model's limit but at most 4,096."""
+    text = config.get_text_config(decoder=True)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    limit = next((n for n in (getattr(text, a, None) for a in names) if n), None)
+    if requested is None:
+        return min(limit or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+    if limit and requested > limit:
+        raise UserError(f"--seqlen {requested}: the model's window ends at {limit} tokens")
+    return requested
+
+
+def default_batch_size(device: torch.device, seqlen: int) -> int:
+    """Windows per forward pass that keep the device busy without much memory."""
+    return max(1, BATCH_TOKENS[device.type] // seqlen)
+
+
+def checkpoint_dtype(config) -> torch.dtype:
+    """The dtype that the checkpoint's config names; float32 where it names none."""
+    dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
+    """`auto`: the checkpoint's own on CUDA; float32 on a CPU, which is slow at halves."""
+    if name != "auto":
+        return DTYPES[name]
+    return checkpoint_dtype(config) if device.type == "cuda" else torch.float32
+
+
+def saved_dtype(name: str, config) -> torch.dtype:
+    """The dtype in which a pruned model is saved: under `auto` the checkpoint's own."""
+    return checkpoint_dtype(config) if name == "auto" else DTYPES[name]
+
+
+def skeleton(config, trust_remote_code: bool = False) -> nn.Module:
+    """The model without weights, on the meta device, to be looked at before anything is loaded."""
+    name = getattr(config, "name_or_path", "?")
+    with (
+        in_one_line(name, "a model of its kind", "name a causal language model"),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    name: str,
+    config,
+    *,
+    dtype: torch.dtype,
+    device_map: dict[str, object],
+    offload: str | None = None,
+    load_bit: str | None = None,
+    cache_dir: str = "llm_weights",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model in eval mode, where `device_map` says. UserError where weights are damaged."""
+    with in_one_line(name, "its weights", "are they complete? download them again"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            device_map=device_map,
+            offload_folder=offload,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            **access(name, cache_dir, trust_remote_code),
+            **quantisation(load_bit),
+        )
+    check_complete(name, info)
+    if getattr(model, "is_quantized", False):
+        keep_layout(model)
+        for parameter in model.parameters():  # stored quantised, its other weights came as stored
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Write the model into `folder` in `dtype`, as safetensors, shard by shard where offloaded.
+
+    What the architecture keeps in float32 whatever the dtype (some routers) stays so.
+    """
+    strict = set(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not (
+            parameter.is_meta or strict.intersection(name.split("."))
+        ):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    offloaded = any(tensor.is_meta for tensor in model.parameters())
+    with warnings.catch_warnings():  # that offloaded shards pass through memory, which is wanted
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if offloaded else "5GB")
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
+
+    Where there are several (a multimodal model), the one inside the language part.
+    """
+    classes = set(model._no_split_modules or ())
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module)
+        and all(type(child).__name__ in classes for child in module)
+    ]
+    if len(found) > 1 and isinstance(model.get_decoder(), nn.Module):
+        inside = set(model.get_decoder().modules())
+        found = [(name, module) for name, module in found if module in inside]
+    if len(found) != 1:
+        raise UserError(
+            f"--model {model.name_or_path} ({type(model).__name__}): "
+            f"{len(found) or 'no'} lists of decoder blocks "
+            f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
+            "one is needed; this architecture can't be pruned"
+        )
+    return found[0]
+
+
+def footprint(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones counted once, wherever they are kept."""
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + fast_bytes(model)
+
+
+def own_bos(tokenizer) -> int | None:
+    """The BOS id if the tokenizer puts it before every text by itself, else None."""
+    bos = tokenizer.bos_token_id
+    first = tokenizer("a").input_ids[:1]
+    return bos if bos is not None and first == [bos] else None
+
+
+def forced_bos(tokenizer) -> int:
+    """The BOS id for `--bos always`; UserError where the tokenizer has none."""
+    if tokenizer.bos_token_id is None:
+        raise UserError("--bos always: the model's tokenizer has no BOS token; use --bos never")
+    return tokenizer.bos_token_id

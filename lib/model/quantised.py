@@ -1,0 +1,158 @@
+"""Linears whose weights bitsandbytes keeps in 4 or 8 bits: dequantised, pruned, requantised.
+
+Zero is one of NF4's sixteen values and one of int8's, so a mask survives. Where a method only
+drops weights, the kept ones keep their very codes and scales; where it also changes them, the
+matrix is quantised anew in its own format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lib.model.matrix import PrunableLinear
+from lib.packed import checkpoint as packed
+from lib.util.errors import UserError
+
+FORMATS = ("bitsandbytes",)
+
+
+class _Quantised(PrunableLinear):
+    """Between processes and in a journal it travels in float32: its codes are made on arrival."""
+
+    def wire(self, matrix: Tensor | None = None, rounding: torch.dtype | None = None) -> Tensor:
+        return super().wire(matrix, torch.float32)
+
+
+@dataclass(eq=False)
+class Quantised4bit(_Quantised):
+    """bitsandbytes' Linear4bit: codes of 4 bits, two in a byte, with a scale for each block."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return tuple(self.module.weight.quant_state.shape)
+
+    def matrix(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = self.module.weight
+        return dequantize_4bit(weight.data, weight.quant_state).to(torch.float32, copy=True)
+
+    def store_(self, wire: Tensor) -> None:
+        from bitsandbytes.nn import Params4bit
+
+        weight, before = self.module.weight, self.matrix()
+        if _only_dropped(before, wire):
+            self._drop_(wire == 0)
+            return
+        state = weight.quant_state
+        weight = Params4bit(
+            wire.to("cpu", state.dtype),  # quantised when it is moved to its device
+            requires_grad=False,
+            blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics,
+            quant_type=weight.quant_type,
+            quant_storage=weight.quant_storage,
+            module=self.module,
+        ).to(weight.device)
+        self.module.weight, self.module.quant_state = weight, weight.quant_state
+
+    def _drop_(self, mask: Tensor) -> None:
+        weight = self.module.weight
+        packed = weight.data.view(torch.uint8).flatten()
+        zero = int((weight.quant_state.code == 0).nonzero()[0])
+        high, low = mask.view(-1, 2).unbind(1)  # the first of two weights is in the high bits
+        packed = torch.where(high, packed & 0x0F | zero << 4, packed)
+        packed = torch.where(low, packed & 0xF0 | zero, packed)
+        weight.data.view(torch.uint8).copy_(packed.view_as(weight.data.view(torch.uint8)))
+
+
+@dataclass(eq=False)
+class Quantised8bit(_Quantised):
+    """bitsandbytes' Linear8bitLt: int8 with a scale for each row, the row's largest weight."""
+
+    def matrix(self) -> Tensor:
+        codes, scale = self._codes()
+        return codes.float() * (scale.float() / 127).unsqueeze(1)
+
+    def store_(self, wire: Tensor) -> None:
+        codes, scale = self._codes()
+        if not _only_dropped(self.matrix(), wire):
+            largest = wire.abs().amax(1)
+            scale.copy_(torch.where(largest > 0, largest, 1))
+            codes.copy_((wire * (127 / scale).unsqueeze(1)).round())
+        codes.masked_fill_(wire == 0, 0)
+
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        """Codes (out, in) and scales (out,), wherever bitsandbytes keeps them by now."""
+        weight, state = self.module.weight, self.module.state
+        return weight.data, weight.SCB if weight.SCB is not None else state.SCB
+
+
+def quantised_linear(name: str, module: nn.Linear) -> PrunableLinear | None:
+    """The module as a prunable matrix if bitsandbytes quantised it, else None."""
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return Quantised4bit(name, name, module)
+    return Quantised8bit(name, name, module) if hasattr(weight, "SCB") else None
+
+
+def check_format(
+    name: str, config, load_bit: str | None, pruning: bool, offload: str | None = None
+) -> None:
+    """UserError where the checkpoint is stored in a way that can't be pruned or loaded."""
+    _, method = _stored(config)
+    if method is None:
+        return
+    if method == packed.METHOD:
+        if pruning or load_bit:
+            flag = "--prune_method" if pruning else "--load_bit"
+            raise UserError(
+                f"--model {name}: its linears are packed 2:4, which {flag} can't work on; "
+                "make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
+            )
+        return
+    if method not in FORMATS:
+        raise UserError(
+            f"--model {name}: its weights are quantised by {method}, which can't be pruned; "
+            "start from the unquantised model, and give --load_bit 4 or 8 if it should be small"
+        )
+    if load_bit:
+        raise UserError(f"--load_bit {load_bit}: {name} is quantised already; leave out the flag")
+    if offload:
+        raise UserError(f"--offload {offload}: {name} is quantised; leave out the flag")
+
+
+def stored_bits(config) -> str | None:
+    """`4` or `8` where the checkpoint is quantised by bitsandbytes."""
+    stored, method = _stored(config)
+    if method not in FORMATS:
+        return None
+    return "4" if stored.get("load_in_4bit") else "8"
+
+
+def _stored(config) -> tuple[dict, str | None]:
+    """How the checkpoint is quantised, and by which method."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return {}, None
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method")
+    return stored, str(getattr(method, "value", method))
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stop 4-bit layers from repacking their weights on their first call on a CPU.
+
+    The way back from that layout rounds the scales, so that a saved model would not be the one
+    that was measured.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _only_dropped(before: Tensor, after: Tensor) -> bool:
+    return bool(((after == before) | (after == 0)).all())

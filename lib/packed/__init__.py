@@ -1,0 +1,1 @@
+"""The packed form of a sparse weight: layout, linear, kernels, checkpoint."""

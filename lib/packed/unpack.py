@@ -1,0 +1,61 @@
+"""From a packed 2:4 checkpoint back to the plain dense one that any engine reads.
+
+python -m lib.packed.unpack IN OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from lib.util.command import add_debug_flag, run
+from lib.util.errors import UserError
+from lib.util.files import staged_folder
+
+
+def unpack_folder(source: str, target: str) -> None:
+    """Write the dense checkpoint of folder `source` to folder `target`, whole or not at all.
+
+    Needs host memory for the dense model. UserError where `source` is not packed or damaged, or
+    where `target` exists.
+    """
+    folder, out = Path(source), Path(target)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"IN {source}: no model folder (it has no config.json)")
+    if out.exists():
+        raise UserError(f"OUT {target}: exists; name a new folder")
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import lib.sparse  # noqa: F401  registers the format
+    from lib.packed.checkpoint import METHOD
+    from lib.util.progress import quiet
+
+    quiet()
+    config = AutoConfig.from_pretrained(folder)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") != METHOD:
+        raise UserError(f"IN {source}: not a packed 2:4 checkpoint, nothing to unpack")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.dequantize()
+    with staged_folder(out, "OUT") as stage:
+        model.save_pretrained(stage)
+        for path in folder.iterdir():  # tokenizer, model card, ...
+            if path.is_file() and ".safetensors" not in path.name:
+                if not (stage / path.name).exists():
+                    shutil.copy2(path, stage / path.name)
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="unpack", description=__doc__.splitlines()[0])
+    parser.add_argument("source", metavar="IN", help="folder of a packed 2:4 checkpoint")
+    parser.add_argument("target", metavar="OUT", help="new folder for the dense checkpoint")
+    add_debug_flag(parser)
+    args = parser.parse_args(arguments)
+    unpack_folder(args.source, args.target)
+    print(f"unpacked: {args.target}")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,1 @@
+"""One decoder block at a time: what its linears receive, and what becomes of them."""

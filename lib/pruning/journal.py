@@ -1,0 +1,104 @@
+"""Pruned blocks kept as they are done, so that an interrupted run goes on where it stood.
+
+The folder holds job.json (what the run is: flags, model, data, versions) and a safetensors file
+for each finished block, written beside and renamed, with a checksum of its tensors. The same
+command takes them up again; hidden states are computed anew through the finished blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib.util.errors import UserError
+from lib.util.files import check_output_folder, write_text
+
+
+class Journal:
+    """Finished blocks of one job. UserError where `folder` is another job's."""
+
+    def __init__(self, folder: str, job: dict[str, Any]) -> None:
+        check_output_folder("--resume", folder, may_hold="job.json")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        job = json.loads(json.dumps(job, default=str))
+        known = self.folder / "job.json"
+        if known.is_file():
+            self._see_same(_read_job(known, folder), job, folder)
+        else:
+            write_text(known, json.dumps(job, indent=2, ensure_ascii=False))
+
+    def read(self, index: int) -> dict[str, Tensor] | None:
+        """What block `index` was pruned to; None where it is not there, or damaged."""
+        file = self._file(index)
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as stored:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+                checksum = (stored.metadata() or {}).get("checksum")
+        except (SafetensorError, OSError):
+            checksum, tensors = None, {}
+        if checksum == _checksum(tensors):
+            return tensors
+        print(f"--resume {self.folder}: {file.name} is damaged; its block is pruned again")
+        return None
+
+    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Keep block `index`, whole or not at all."""
+        file = self._file(index)
+        stage = file.with_suffix(".partial")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(tensors, stage, {"checksum": _checksum(tensors)})
+            stage.replace(file)
+        except (SafetensorError, OSError) as error:
+            stage.unlink(missing_ok=True)
+            raise UserError(
+                f"--resume {self.folder}: block {index} can't be kept ({error}); "
+                "the blocks before it are; make room and run the same command again"
+            ) from error
+
+    def remove(self) -> None:
+        """After success nothing of it is needed."""
+        for file in (*self.folder.glob("block-*"), self.folder / "job.json"):
+            file.unlink(missing_ok=True)
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    @staticmethod
+    def _see_same(before: dict[str, Any], now: dict[str, Any], folder: str) -> None:
+        for name in {**before, **now}:
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"--resume {folder}: was begun with {name} {before.get(name)!r}, now it is "
+                    f"{now.get(name)!r}; give the same again, or another folder"
+                )
+
+
+def _read_job(file: Path, folder: str) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"--resume {folder}: {file.name} can't be read ({error}); name another folder"
+        ) from error
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,177 @@
+"""What a block's linears receive: grouped by shared input, stage by stage, taken into statistics.
+
+Statistics belong to an input, not to a linear: q, k and v share one, gate and up another. A pass
+over a block goes no further than the last input wanted.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import record_function
+
+from lib.dist.team import Team
+from lib.methods.registry import Recipe
+from lib.model.blocks import BlockRunner, HiddenStates, Stop
+from lib.model.linears import find_linears, watch_inputs
+from lib.model.matrix import PrunableLinear
+from lib.pruning.inputs import Group
+
+
+@dataclass
+class DenseTwin:
+    """The untouched model's way through one block: its hidden states and a copy of the block."""
+
+    states: HiddenStates
+    block: nn.Module
+    linears: dict[str, PrunableLinear]
+
+    @classmethod
+    def of(cls, states: HiddenStates, block: nn.Module, prefix: str) -> DenseTwin:
+        twin = copy.deepcopy(block)
+        linears, _ = find_linears(twin, prefix)
+        return cls(states, twin, {linear.name: linear for linear in linears})
+
+
+def own_windows(windows: Tensor, team: Team) -> tuple[Tensor, bool]:
+    """This process's part of windows (n, tokens); where it has none, one to watch, and True."""
+    mine = windows[team.share(len(windows))]
+    idle = not len(mine)
+    return windows[:1] if idle else mine, idle
+
+
+class Observation:
+    """Statistics of the inputs of `linears`, of one block, over all batches."""
+
+    def __init__(self, linears: list[PrunableLinear], recipe: Recipe, device: torch.device) -> None:
+        self.linears = linears
+        self.recipe = recipe
+        self.device = device
+        self.groups: list[Group] = []
+        self.group_of: dict[PrunableLinear, Group] = {}
+        self.start_pass({})
+
+    def start_pass(self, dense: dict[str, Tensor]) -> None:
+        """Forget the tensors of the pass before, whose memory may be in use again."""
+        self.dense = dense
+        self.seen: set[PrunableLinear] = set()
+        self.inputs: list[tuple[Tensor, Group]] = []
+
+    def see(self, linear: PrunableLinear, x: Tensor) -> None:
+        """Take x (..., in) into the statistics, once for all linears that receive it."""
+        group = self.group_of.get(linear)
+        shared = next((g for tensor, g in self.inputs if same(tensor, x)), None)
+        if group is None:
+            group = shared or Group([], self.recipe(linear.shape[1], self.device))
+            if shared is None:
+                self.groups.append(group)
+            self.group_of[linear] = group
+            group.linears.append(linear)
+        if shared is not group:
+            self.inputs.append((x, group))
+            if linear is group.linears[0]:
+                with record_function("statistics"):
+                    group.method.observe(rows(x), self._dense_like(linear, x))
+        self.seen.add(linear)
+        if len(self.seen) == len(self.linears):
+            raise Stop
+
+    def _dense_like(self, linear: PrunableLinear, x: Tensor) -> Tensor | None:
+        # an expert's tokens are chosen by a router, which may choose others in the dense model
+        dense = self.dense.get(linear.name) if linear.expert is None else None
+        return None if dense is None else rows(dense)
+
+
+@torch.no_grad()
+def observe(
+    runner: BlockRunner,
+    states: HiddenStates,
+    index: int,
+    linears: list[PrunableLinear],
+    recipe: Recipe,
+    twin: DenseTwin | None = None,
+) -> list[Group]:
+    """Run block `index` over all batches, no further than the last input of `linears`.
+
+    The linears that were reached, by shared input, with the statistics of it.
+    """
+    observation = Observation(linears, recipe, runner.device)
+    dense = dense_inputs(runner, twin, index, linears) if twin else None
+    with watch_inputs(linears, observation.see), record_function("forward"):
+        for _, run in runner.runs(states, index):
+            observation.start_pass(next(dense) if dense else {})
+            run_until_stop(run)
+    return observation.groups
+
+
+def dense_inputs(runner: BlockRunner, twin: DenseTwin, index: int, linears: list[PrunableLinear]):
+    """For each batch, {linear's name: its input} as the untouched block computes them."""
+    watched = [twin.linears[linear.name] for linear in linears]
+    for _, run in runner.runs(twin.states, index, twin.block):
+        found: dict[str, Tensor] = {}
+
+        def see(linear: PrunableLinear, x: Tensor, found: dict[str, Tensor] = found) -> None:
+            found[linear.name] = x
+            if len(found) == len(watched):
+                raise Stop
+
+        with watch_inputs(watched, see):
+            run_until_stop(run)
+        yield found
+
+
+@torch.no_grad()
+def stages(
+    runner: BlockRunner,
+    states: HiddenStates,
+    index: int,
+    linears: list[PrunableLinear],
+    recipe: Recipe,
+) -> list[list[PrunableLinear]]:
+    """The linears in lots to be observed and pruned together, in the order of the forward pass.
+
+    One lot, unless the method takes inputs in order: then one for each distinct input.
+    """
+    if not recipe.in_order:
+        return [linears]
+    reached: list[tuple[Tensor, list[str]]] = []  # an input, and the stages that receive it
+
+    def see(linear: PrunableLinear, x: Tensor) -> None:
+        if any(linear.stage in names for _, names in reached):
+            return
+        names = next((names for tensor, names in reached if same(tensor, x)), None)
+        if names is None:
+            reached.append((x, [linear.stage]))
+        else:
+            names.append(linear.stage)
+
+    _, run = next(runner.runs(states, index))
+    with watch_inputs(linears, see):
+        run()
+    lots = [[linear for linear in linears if linear.stage in names] for _, names in reached]
+    known = {name for _, names in reached for name in names}
+    rest = [linear for linear in linears if linear.stage not in known]
+    return lots + [rest] if rest else lots
+
+
+def run_until_stop(run) -> None:
+    """Call `run`, which may end early by raising Stop."""
+    try:
+        run()
+    except Stop:
+        return
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., in) as (tokens, in)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are the same memory seen the same way."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )

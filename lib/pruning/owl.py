@@ -1,0 +1,87 @@
+"""How sparse each block becomes, at an equal total: more is kept where outliers are.
+
+OWL (Yin et al. 2023, arXiv 2310.05175): D_l is the share of block l's Wanda scores that exceed
+M times their mean, in the dense model. The blocks' sparsities follow D, the more outliers the
+lower, within an interval of 2 lambda, and average, weighted by size, to what was asked. The
+paper's lambda = 0.08 and M = 5. Run: `python main.py ... --sparsity_ratio 0.7 --allocation owl`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lib.dist.team import Team
+from lib.methods.registry import Recipe
+from lib.methods.sparsity import ALLOCATION_SPAN, Sparsity
+from lib.model.blocks import BlockRunner
+from lib.model.linears import eager_experts, find_linears
+from lib.pruning.inputs import Group, merge
+from lib.pruning.observe import observe, own_windows
+
+OUTLIER = 5  # M: times the mean score
+
+
+@torch.no_grad()
+def owl(
+    runner: BlockRunner,
+    windows: Tensor,
+    batch_size: int,
+    ratio: float,
+    team: Team,
+    keep_on: torch.device | str = "cpu",
+    advanced: Callable[[int], None] = lambda blocks: None,
+) -> list[Sparsity]:
+    """The sparsity of each block, from the dense model's scores on windows (n, tokens).
+
+    `keep_on`: where hidden states are kept. `advanced(1)` is called after each block.
+    """
+    recipe, shares, sizes = Recipe("wanda"), [], []
+    mine, idle = own_windows(windows, team)
+    with eager_experts(runner.model):
+        states = runner.capture(mine, batch_size, keep_on)
+        for index, block in enumerate(runner.blocks):
+            team.at(f"the outliers of block {index}")
+            with runner.at_hand(index):
+                linears, _ = find_linears(block, str(index))
+                groups = observe(runner, states, index, linears, recipe)
+                for group in groups if idle else ():
+                    group.forget_()
+                groups = merge(groups, linears, recipe, runner.device, team)
+                for group in groups:
+                    for handle in team.sum_(group.method.statistics()):
+                        handle.wait()
+                shares.append(outlier_share(groups))
+                sizes.append(sum(prod(linear.shape) for linear in linears))
+                if index + 1 < len(runner.blocks):
+                    runner.advance_(states, index)
+            states.calls[index] = []
+            advanced(1)
+    return [Sparsity(one) for one in allocate(shares, sizes, ratio)]
+
+
+def outlier_share(groups: Sequence[Group]) -> float:
+    """Share of all Wanda scores of the groups' linears that exceed OUTLIER times their mean."""
+    total, count, above = 0.0, 0, 0
+    for group in groups:
+        for linear in group.linears:
+            total += group.method.score(linear.matrix()).sum(dtype=torch.float64).item()
+            count += prod(linear.shape)
+    for group in groups:
+        for linear in group.linears:
+            score = group.method.score(linear.matrix())
+            above += int((score > OUTLIER * total / count).count_nonzero())
+    return above / count
+
+
+def allocate(shares: Sequence[float], sizes: Sequence[int], ratio: float) -> list[float]:
+    """Sparsities with mean `ratio`, weighted by `sizes`, falling linearly with `shares`."""
+    low, high = min(shares), max(shares)
+    if high == low:
+        return [ratio] * len(shares)
+    kept = [ALLOCATION_SPAN * (share - low) / (high - low) for share in shares]
+    mean = sum(k * size for k, size in zip(kept, sizes, strict=True)) / sum(sizes)
+    return [ratio + mean - k for k in kept]

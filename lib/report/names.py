@@ -1,0 +1,16 @@
+"""What a linear is called in tables and pictures: its block, and its path inside it."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def place(name: str) -> tuple[int, str] | None:
+    """`model.layers.3.mlp.experts.7.w1.weight` -> (3, `mlp.experts.*.w1`); None outside blocks."""
+    found = _NUMBERED.search(name)
+    if found is None:
+        return None
+    rest = name[found.end() :].removesuffix(".weight")
+    return int(found[1]), re.sub(r"(?<![^.])\d+(?![^.])", "*", rest).removesuffix(".*")

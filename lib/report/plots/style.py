@@ -1,0 +1,78 @@
+"""What all pictures share: colours that the colour-blind can tell apart, titles that fit, files."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.report.results import NONE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito, Color Universal Design (2008); yellow is left out, it is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+BLACK = "#000000"
+GREY = "#555555"
+DOTS_PER_INCH = 150
+CHARACTERS_PER_INCH = 10.0  # of a title at its size
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that belongs to no window and no global state."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def title(picture: Figure, finding: str) -> None:
+    """Put the finding over the picture, broken to its width into lines of like length."""
+    columns = int(picture.get_figwidth() * CHARACTERS_PER_INCH)
+    lines = textwrap.wrap(finding, columns)
+    while len(tighter := textwrap.wrap(finding, columns - 1)) == len(lines) and columns > 20:
+        lines, columns = tighter, columns - 1
+    picture.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
+
+
+def pick(options: tuple, index: int):
+    """The option for the index-th of however many series."""
+    return options[index % len(options)]
+
+
+def calibration_style(labels: Sequence[str], label: str) -> tuple[str, object, str]:
+    """Colour, line and marker of one of the calibration sets; none at all is always black."""
+    if label == NONE:
+        return BLACK, ":", "X"
+    index = labels.index(label)
+    return pick(COLOURS, index), pick(LINES, index), pick(MARKERS, index)
+
+
+def open_axes(axes: Axes) -> None:
+    """No box around the data, a light grid behind them."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+
+
+def log_ticks(axis) -> None:
+    """Plain numbers on a logarithmic axis, about five of them however wide it is."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = sorted(axis.get_view_interval())
+    if high / low < 4:
+        axis.set_major_locator(MaxNLocator(5))
+    else:
+        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def save(picture: Figure, path: Path) -> Path:
+    """Write the PNG; the same figures give the same bytes."""
+    picture.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return path

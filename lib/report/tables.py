@@ -1,0 +1,133 @@
+"""Runs put side by side where that is fair.
+
+Perplexities compare only between runs of one model on one test set, and only runs that differ in
+nothing but the seed are averaged: `tables` sorts runs by these two rules. Importing this file
+imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lib.report.results import PATTERNS, Run
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Runs that are alike but for the seed; a table's row."""
+
+    runs: tuple[Run, ...]
+    label: str  # what they were calibrated on; unique within its table for different sources
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].method
+
+    @property
+    def setting(self) -> str:
+        return self.runs[0].setting
+
+    @property
+    def ratio(self) -> float:
+        return self.runs[0].ratio
+
+    @property
+    def order(self) -> tuple[float, int]:
+        """Sorts settings from the loosest to the strictest."""
+        kind = self.runs[0].record.get("sparsity_type")
+        return self.ratio, PATTERNS.index(kind) if kind in PATTERNS else len(PATTERNS)
+
+    def values(self, test: str, key: str = "perplexity") -> list[float]:
+        """The runs' values of `perplexity`, `standard_error` or `bits_per_byte` on a test set."""
+        found = (run.tests.get(test, {}).get(key) for run in self.runs)
+        return [value for value in found if value is not None and not math.isnan(value)]
+
+    def mean(self, test: str, key: str = "perplexity") -> float | None:
+        """Mean over the runs, or None where none has it."""
+        values = self.values(test, key)
+        return statistics.fmean(values) if values else None
+
+    def deviation(self, test: str, key: str = "perplexity") -> float | None:
+        """Sample standard deviation over the runs, or None for fewer than two."""
+        return deviation(self.values(test, key))
+
+    @property
+    def sparsity(self) -> float | None:
+        """Measured share of zeros in the pruned linears, mean over the runs."""
+        found = [run.record["sparsity"]["overall"] for run in self.runs if "sparsity" in run.record]
+        return statistics.fmean(found) if found else None
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows that may be compared: one model, the same test sets."""
+
+    model: str
+    tests: dict[str, Any]  # name -> what identifies its windows
+    rows: list[Row]
+
+    @property
+    def dense(self) -> Row | None:
+        return next((row for row in self.rows if row.setting == "dense"), None)
+
+    @property
+    def pruned(self) -> list[Row]:
+        return [row for row in self.rows if row.setting != "dense"]
+
+    def rise(self, row: Row, test: str) -> float | None:
+        """Perplexity over the dense model's, less one; None where either is missing."""
+        dense = self.dense.mean(test) if self.dense else None
+        mean = row.mean(test)
+        return mean / dense - 1 if mean is not None and dense else None
+
+
+def deviation(values: list[float]) -> float | None:
+    """Sample standard deviation, or None for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _identity(test: dict[str, Any]) -> Any:
+    return test.get("digest") or (test.get("source"), test.get("revision"), test.get("tokens"))
+
+
+def tables(runs: Iterable[Run]) -> list[Table]:
+    """Sort runs into tables that may be compared; failed runs are left out.
+
+    A run joins the first table of its model that shares a test set with it and has no other test
+    set under one of its names.
+    """
+    groups: list[tuple[str, dict[str, Any], list[Run]]] = []
+    for run in (run for run in runs if run.error is None):
+        tests = {name: _identity(test) for name, test in run.tests.items()}
+        for model, known, members in groups:
+            shared = known.keys() & tests.keys()
+            alike = all(known[name] == tests[name] for name in shared)
+            if model == run.model and alike and (shared or not tests):
+                known.update(tests)
+                members.append(run)
+                break
+        else:
+            groups.append((run.model, tests, [run]))
+    return [Table(model, tests, _rows(members)) for model, tests, members in groups]
+
+
+def _rows(runs: list[Run]) -> list[Row]:
+    groups: dict[tuple, list[Run]] = {}
+    sources: dict[str, set] = {}
+    for run in runs:
+        key = (run.method, run.setting, run.calibration, run.sources, repr(run.settings))
+        groups.setdefault(key, []).append(run)
+        sources.setdefault(run.calibration, set()).add(run.sources)
+    rows = []
+    for members in groups.values():
+        first = members[0]
+        label = first.calibration
+        if len(sources[label]) > 1:  # one name for several texts: say which
+            label += f" ({', '.join(source for source, _ in first.sources)})"
+        by_seed = {run.seed: run for run in reversed(members)}  # of one seed twice, the first
+        rows.append(Row(tuple(by_seed[seed] for seed in sorted(by_seed)), label))
+    return sorted(rows, key=lambda row: (row.setting != "dense", row.method, row.order, row.label))

@@ -1,0 +1,245 @@
+"""The command line: every flag, and what flags alone can get wrong.
+
+Imports neither torch nor transformers, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lib.methods.registry import METHODS, Recipe
+from lib.methods.sparsity import ALLOCATION_SPAN, ALLOCATIONS, TYPES, UNSTRUCTURED, Sparsity
+from lib.util.command import Parser, add_debug_flag
+
+DESCRIPTION = """\
+Prune a Hugging Face causal language model for one language: drop weights by what flows through
+them on text of that language, measure what it cost, save a smaller model."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        spoken = "default:" in (action.help or "") or action.default in (None, False)
+        return action.help if spoken else super()._get_help_string(action)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of main.py; the only place where a default stands."""
+    parser = Parser(
+        description=DESCRIPTION,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+    _model_flags(parser.add_argument_group("model"))
+    _calibration_flags(parser.add_argument_group("calibration"))
+    _pruning_flags(parser.add_argument_group("pruning"))
+    _evaluation_flags(parser.add_argument_group("evaluation"))
+    _output_flags(parser.add_argument_group("output"))
+    return parser
+
+
+def _model_flags(group) -> None:
+    group.add_argument("--model", required=True, help="hub id (owner/name) or local folder")
+    group.add_argument("--cache_dir", default="llm_weights", help="folder for weights from the hub")
+    group.add_argument(
+        "--device", default="cuda:0", help="where blocks are computed: cuda:N, or cpu"
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="dtype of the weights while working; auto: the checkpoint's on CUDA, float32 on CPU",
+    )
+    group.add_argument(
+        "--load_bit",
+        choices=("4", "8"),
+        help="quantise on loading, by bitsandbytes: 4 (NF4, double quantisation, bfloat16 "
+        "compute) or 8 (LLM.int8) bits per weight",
+    )
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        help="window in tokens, of calibration and test (default: the model's limit, at most 4096)",
+    )
+    group.add_argument(
+        "--bos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="begin every window with the BOS token; never: as published; auto: where the "
+        "tokenizer adds it by itself and the dense model collapses without it",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=int,
+        help="windows per forward pass; changes speed and memory, not results beyond rounding "
+        "(default: about 1024 tokens' worth on a CPU, 8192 on CUDA)",
+    )
+    group.add_argument(
+        "--offload",
+        metavar="FOLDER",
+        help="for a model larger than memory: blocks are read from the checkpoint one at a time, "
+        "pruned ones kept in this folder until they are saved",
+    )
+    group.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python code that comes with the model; only for models you trust",
+    )
+
+
+def _calibration_flags(group) -> None:
+    group.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
+    group.add_argument("--nsamples", type=int, default=128, help="calibration windows")
+    group.add_argument(
+        "--calibration_data",
+        nargs="+",
+        metavar="SOURCE",
+        help="ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]),"
+        " a folder with train*.jsonl[.gz] (rows with `text`), or a file; several as SOURCE=WEIGHT "
+        "make a mixture (default: ubertext)",
+    )
+    group.add_argument(
+        "--prune_on_c4",
+        action="store_true",
+        help="calibrate on English C4, short for --calibration_data c4; the test stays UberText",
+    )
+
+
+def _pruning_flags(group) -> None:
+    group.add_argument(
+        "--prune_method", choices=tuple(METHODS), help="how the weights to drop are chosen"
+    )
+    group.add_argument(
+        "--sparsity_ratio",
+        type=float,
+        default=0.5,
+        help="share of the weights to drop, in [0, 1); N:M types need N/M",
+    )
+    group.add_argument(
+        "--sparsity_type",
+        choices=TYPES,
+        default=UNSTRUCTURED,
+        help="anywhere, or N of every M consecutive weights of a row",
+    )
+    group.add_argument(
+        "--allocation",
+        choices=ALLOCATIONS,
+        default="uniform",
+        help="of the zeros among blocks, unstructured only; owl: fewer where activations have more "
+        "outliers, at an equal total",
+    )
+    group.add_argument(
+        "--use_variant",
+        action="store_true",
+        help="wanda only: rows get shares of zeros of their own, unstructured",
+    )
+    group.add_argument(
+        "--blend",
+        type=float,
+        metavar="A",
+        help="admm only: how much of what earlier linears broke each one repairs (default: 1, all)",
+    )
+    group.add_argument(
+        "--replace_sparse_layers",
+        action="store_true",
+        help="2:4 only: swap the pruned linears for packed 2:4 ones before evaluation and saving",
+    )
+
+
+def _evaluation_flags(group) -> None:
+    group.add_argument(
+        "--eval_only", action="store_true", help="perplexity of the model as it is; prune nothing"
+    )
+    group.add_argument(
+        "--eval_data",
+        nargs="+",
+        metavar="SOURCE",
+        help="test texts, as for --calibration_data, each measured by itself (default: the "
+        "calibration folder where it has a test*.jsonl, else ubertext)",
+    )
+    group.add_argument(
+        "--tasks",
+        metavar="NAME,...",
+        type=lambda text: [name for name in text.split(",") if name],
+        help="tasks of lm-eval (if installed) to run on the model after perplexity",
+    )
+
+
+def _output_flags(group) -> None:
+    group.add_argument("--save", default="out", help="folder for log_METHOD.txt and results.json")
+    group.add_argument("--save_model", help="folder for the pruned model, tokenizer and card")
+    group.add_argument(
+        "--resume",
+        metavar="FOLDER",
+        help="keep each pruned block in this folder, so that the same command goes on after an "
+        "interruption; removed after success",
+    )
+    add_debug_flag(group)
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave through parser.error (status 2) where flags contradict each other or make no sense."""
+    for flag, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            parser.error(f"--{flag} '': is empty; give a value, or leave the flag out")
+    for flag in ("nsamples", "batch_size", "seqlen"):
+        value, least = getattr(args, flag), 2 if flag == "seqlen" else 1
+        if value is not None and value < least:
+            parser.error(f"--{flag} {value}: must be at least {least}")
+    try:
+        Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+    except ValueError as error:
+        parser.error(str(error))
+    method, kind = args.prune_method, args.sparsity_type
+    if not method and not args.eval_only:
+        parser.error(f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only")
+    if method and args.eval_only:
+        parser.error(f"--eval_only prunes nothing; leave out --prune_method {method}")
+    if args.use_variant and method != "wanda":
+        parser.error(f"--use_variant is a variant of wanda, not of {method or 'the dense model'}")
+    if args.use_variant and kind != UNSTRUCTURED:
+        parser.error(f"--use_variant: in --sparsity_type {kind} every row has the same share")
+    _check_allocation(parser, args)
+    if args.blend is not None and method != "admm":
+        parser.error(f"--blend {args.blend:g} is for admm, not for {method or 'the dense model'}")
+    if args.blend is not None and not 0 <= args.blend <= 1:  # also refuses nan
+        parser.error(f"--blend {args.blend:g}: must be from 0 to 1")
+    if args.replace_sparse_layers and kind != "2:4" and not args.eval_only:
+        parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
+    if args.load_bit and args.offload:
+        parser.error(
+            f"--offload {args.offload}: blocks can't be quantised on their way from disk; "
+            f"leave out --load_bit {args.load_bit}"
+        )
+    for flag in ("load_bit", "offload"):
+        if args.replace_sparse_layers and getattr(args, flag):
+            parser.error(f"--replace_sparse_layers can't be combined with --{flag}; leave out one")
+    if args.prune_on_c4 and args.calibration_data:
+        parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
+    if args.save_model:
+        _check_outputs(parser, args)
+
+
+def _check_allocation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What differs between blocks follows activations, and needs room on both sides."""
+    method, given = args.prune_method, f"--allocation {args.allocation}"
+    if args.allocation == "uniform":
+        return
+    if args.sparsity_type != UNSTRUCTURED:
+        parser.error(f"{given}: in --sparsity_type {args.sparsity_type} all blocks are as sparse")
+    if not method or not Recipe(method).observes:
+        parser.error(f"{given} looks at activations, which {method or 'the dense model'} does not")
+    if not ALLOCATION_SPAN <= args.sparsity_ratio <= 1 - ALLOCATION_SPAN:
+        bounds = f"from {ALLOCATION_SPAN:g} to {1 - ALLOCATION_SPAN:g}"
+        parser.error(f"{given}: needs a --sparsity_ratio {bounds}, not {args.sparsity_ratio:g}")
+
+
+def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What is saved replaces a whole folder, in which nothing else may stand that is needed."""
+    saved = args.save_model
+    if args.eval_only and not args.replace_sparse_layers:
+        parser.error(f"--save_model {saved}: --eval_only changes no weight; leave it out")
+    for flag in ("save", "model", "offload", "resume"):
+        value = getattr(args, flag)
+        if value and Path(value).resolve().is_relative_to(Path(saved).resolve()):
+            parser.error(f"--save_model {saved}: would replace --{flag} {value}; move one")

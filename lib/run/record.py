@@ -1,0 +1,67 @@
+"""What a run leaves in `--save`: log_METHOD.txt in wanda's form, results.json, and a summary."""
+
+from __future__ import annotations
+
+import math
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lib.util.files import write_text
+from lib.util.host import gib
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "bitsandbytes")
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that decide the result; None where not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def device_name(device: Any) -> str:
+    """Such as `cuda:0 (NVIDIA H100)` or `cpu (2 threads)`."""
+    import torch
+
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def write_log(folder: Path, method: str, sparsity: float, perplexities: dict[str, float]) -> Path:
+    """log_METHOD.txt: names, then one line of values, tab-separated.
+
+    `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`.
+    """
+    names = ["method", "actual_sparsity", "ppl_test"]
+    values = [method, f"{sparsity:.4f}", f"{next(iter(perplexities.values())):.4f}"]
+    if len(perplexities) > 1:
+        names += [f"ppl_{name}" for name in perplexities]
+        values += [f"{value:.4f}" for value in perplexities.values()]
+    path = folder / f"log_{method}.txt"
+    write_text(path, "\t".join(names) + "\n" + "\t".join(values) + "\n")
+    return path
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    """What a user wants to know at the end; the last line ends with a perplexity."""
+    seconds, memory = results["seconds"], results["peak_memory"]
+    spent = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
+    settings = ", ".join(f"{name} {value}" for name, value in results.get("options", {}).items())
+    method = results["method"] + (f" ({settings})" if settings else "")
+    print(f"{method}: {results['sparsity']['overall']:.4f} of the blocks' weights are zero")
+    print(f"time: {spent}; peak memory: host {gib(memory['host'])}", end="")
+    print(f", device {gib(memory['device'])}" if memory["device"] else "")
+    for test in results["evaluation"]:
+        size = f"{test['windows']} windows, {test['tokens']} tokens"
+        print(f"{test['name']}: {size}, {test['bits_per_byte']:.4f} bits per byte", end="")
+        error = test["standard_error"]  # nan for a single window
+        print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
+    for name, value in results["perplexity"].items():
+        print(f"perplexity {name}: {value:.4f}")

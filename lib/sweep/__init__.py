@@ -1,0 +1,1 @@
+"""Many runs of main.py by one command."""

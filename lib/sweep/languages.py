@@ -1,0 +1,61 @@
+"""What a model's weights do for one language and not for another: prunings by language, compared.
+
+    bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
+
+Prunes MODEL once for each calibration set, and once more with another seed, which shows how much
+of a difference is chance. Then measures what the masks have in common (lib/report/overlap.py). What
+follows `--` goes to every run of main.py; finished runs are kept, as in lib/sweep/sweep.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib.methods.registry import METHODS, Recipe
+from lib.methods.sparsity import TYPES, UNSTRUCTURED
+from lib.report import overlap
+from lib.sweep import sweep as grid
+from lib.util import command
+
+
+def main(argv: list[str]) -> None:
+    own, passed_on = grid.split_argv(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.sweep.languages",
+        description=__doc__.split("\n")[0],
+        epilog=grid.EPILOG,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id or local folder")
+    parser.add_argument(
+        "calibration", nargs="+", metavar="SOURCE", help="calibration sets, two or more"
+    )
+    parser.add_argument("--method", choices=tuple(METHODS), default="wanda", help="how to prune")
+    parser.add_argument("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
+    parser.add_argument("--ratio", type=float, default=0.5, help=f"share, if {UNSTRUCTURED}")
+    parser.add_argument(
+        "--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="of the windows drawn"
+    )
+    parser.add_argument("--out", default="languages", help="folder for the runs and the files")
+    command.add_debug_flag(parser)
+    args = parser.parse_args(own)
+    if len(args.calibration) < 2:
+        parser.error(f"SOURCE {args.calibration[0]}: name two or more, to be compared")
+    if not Recipe(args.method).observes:
+        parser.error(f"--method {args.method}: looks at no text; use another one")
+    spanned = ["--models", args.model, "--methods", args.method, "--types", args.type]
+    spanned += ["--ratios", str(args.ratio), "--calibration", *args.calibration]
+    spanned += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
+    planned = grid.sweep([*spanned, *["--debug"] * args.debug], passed_on)
+    first, second = (
+        [str(run.folder) for run in planned if run.args.prune_method and run.args.seed == seed]
+        for seed in args.seeds
+    )
+    overlap.main([*first, "--noise", *second, "--out", str(Path(args.out) / "overlap")])
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

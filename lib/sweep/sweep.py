@@ -1,0 +1,112 @@
+"""Many prunings by one command: models x methods x types x ratios x calibration sets x seeds.
+
+    python -m lib.sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
+        --out runs -- --nsamples 64 --device cpu
+
+What follows `--` goes to every run of main.py. Each run has a folder of its own in `--out`; those
+that are finished are kept, so that the same command goes on after an interruption and tries again
+what failed. Each model is read once. Ends with lib/report/report.py's table and pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from lib.methods.registry import METHODS
+from lib.methods.sparsity import TYPES, UNSTRUCTURED
+from lib.sweep.plan import Planned, plan
+from lib.util import command
+from lib.util.errors import UserError
+
+EPILOG = "What follows -- goes to every run of main.py, such as: -- --nsamples 64 --device cpu"
+
+
+def build_grid_parser() -> argparse.ArgumentParser:
+    """The parser of the flags that span the grid."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.sweep",
+        description=__doc__.split("\n")[0],
+        epilog=EPILOG,
+        allow_abbrev=False,
+    )
+    several = dict(nargs="+", metavar="X")
+    parser.add_argument("--models", required=True, **several, help="hub ids or local folders")
+    parser.add_argument(
+        "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all"
+    )
+    parser.add_argument(
+        "--types", nargs="+", choices=TYPES, default=list(TYPES), help="default: all"
+    )
+    parser.add_argument(
+        "--ratios",
+        type=float,
+        default=[0.5],
+        **several,
+        help=f"shares to drop where the type is {UNSTRUCTURED}; N:M has its own (default: 0.5)",
+    )
+    parser.add_argument(
+        "--calibration",
+        default=["ubertext"],
+        **several,
+        help="calibration sets, as --calibration_data of main.py; a mixture is one argument, "
+        "uk=0.5,en=0.5 (default: ubertext)",
+    )
+    parser.add_argument(
+        "--eval_data",
+        **several,
+        help="test sets, every run is measured on all of them (default: those that stand in the "
+        "calibration folders, else ubertext)",
+    )
+    parser.add_argument("--seeds", type=int, default=[0], **several, help="default: 0")
+    parser.add_argument("--save_models", action="store_true", help="keep every pruned model")
+    parser.add_argument("--out", default="runs", help="folder of the run folders (default: runs)")
+    command.add_debug_flag(parser)
+    return parser
+
+
+def sweep(argv: list[str], passed_on: list[str]) -> list[Planned]:
+    """Do all runs of the grid that `argv` spans, and report on them; the runs.
+
+    UserError at the end where some failed.
+    """
+    parser = build_grid_parser()
+    args = parser.parse_args(argv)
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        parser.error(f"--out {args.out}: is a file; name a folder")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("a sweep is one process; start main.py itself with several, run by run")
+    planned = plan(args, passed_on)
+
+    from lib.sweep.runs import run_all
+
+    failed = run_all(planned, args.debug)
+    report(args.out)
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(planned)} runs failed: {', '.join(failed)}; the same command "
+            "tries them again"
+        )
+    return planned
+
+
+def report(out: str) -> None:
+    """Table and pictures of all runs that are in `out`, of this grid or of an earlier one."""
+    from lib.report.report import load_runs, table, write_report
+
+    runs = load_runs([out])
+    print(f"\n{table(runs)}")
+    for path in write_report(runs, out):
+        print(f"wrote {path}", file=sys.stderr)
+
+
+def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and what after it."""
+    middle = argv.index("--") if "--" in argv else len(argv)
+    return argv[:middle], argv[middle + 1 :]
+
+
+def main(argv: list[str]) -> None:
+    sweep(*split_argv(argv))

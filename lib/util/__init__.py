@@ -1,0 +1,1 @@
+"""What every folder leans on: errors, progress, commands, files, memory of the host."""

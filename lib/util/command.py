@@ -1,0 +1,84 @@
+"""What every command of this package does around its work: one line instead of a traceback.
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+Importing this file imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from lib.util.errors import UserError
+from lib.util.launch import environment_number, wait_turn
+
+FAILED = 1
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
+
+
+class Parser(argparse.ArgumentParser):
+    """Of several processes with the same mistake in their flags, the first tells it."""
+
+    def error(self, message: str) -> NoReturn:
+        wait_turn()
+        super().error(message)
+
+
+def add_debug_flag(parser: argparse.ArgumentParser) -> None:
+    """Declare `--debug`, which `run` reads, so that it is parsed and shown by `--help`."""
+    parser.add_argument(
+        "--debug", action="store_true", help="show the whole traceback of an error (default: off)"
+    )
+
+
+def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
+    """Call `main(argv)` and return the exit status: 0, 1 (an error) or 130 (Ctrl-C).
+
+    UserError, OSError (a full disk, a folder that can't be read) and a lack of memory become one
+    line on stderr. With `--debug` among the arguments they are raised as they are. Any other
+    exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if environment_number("WORLD_SIZE", 1) > 1:  # what broke is told in one line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        main(argv)
+        sys.stdout.flush()  # a reader that has gone shows here, not while the interpreter ends
+    except BrokenPipeError:  # `command | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (KeyboardInterrupt, Exception) as error:
+        wait_turn()
+        status = None if "--debug" in argv else tell(error)
+        if status is None:
+            raise
+        return status
+    return 0
+
+
+def tell(error: BaseException) -> int | None:
+    """Print one line for what a user can mend, and give the exit status; None for a defect."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    told = _told(error)
+    if told is None:
+        return None
+    print(f"error: {' '.join(told.split())}", file=sys.stderr, flush=True)
+    return FAILED
+
+
+def _told(error: BaseException) -> str | None:
+    """What a user needs to know of an error; None where it is a defect of the program."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    name = type(error).__name__
+    if name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
+        return f"out of memory ({error}); try a smaller --batch_size or --seqlen"
+    return None

@@ -1,0 +1,371 @@
+"""Windows: the published draws written again plainly, mixtures, test streams, the token cache."""
+
+import random
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from tiny import sentences, tiny_tokenizer, write_texts
+
+from lib.data import tokens
+from lib.data import windows as data
+from lib.data.sources import parse_source, parse_sources
+from lib.util.errors import UserError
+
+FLAG = "--calibration_data"
+SEQLEN = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def mixed(count: int, seed: int = 0) -> list[str]:
+    """Texts of very different length, some shorter than a window."""
+    draw = random.Random(seed)
+    return [sentences(1, draw.random(), draw.choice([1, 4, 10, 15, 25]))[0] for _ in range(count)]
+
+
+def ids(tokenizer, text: str) -> torch.Tensor:
+    return tokenizer(text, return_tensors="pt").input_ids
+
+
+def published(texts, tokenizer, nsamples, seqlen, seed, again=False):
+    """The published loops for UberText and (`again`) C4."""
+    random.seed(seed)
+    used, windows, rows = [], [], []
+    for _ in range(nsamples):
+        while True:
+            i = random.randint(0, len(texts) - 1)
+            if i in used:
+                continue
+            encoded = ids(tokenizer, texts[i])
+            if encoded.shape[1] > seqlen:
+                break
+        if not again:
+            used.append(i)
+        rows.append(i)
+        start = random.randint(0, encoded.shape[1] - seqlen - 1)
+        windows.append(encoded[:, start : start + seqlen])
+    return torch.cat(windows), rows
+
+
+def message(function, *args, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args, **options)
+    return str(caught.value)
+
+
+def folder(path, train=30, test=6):
+    return parse_source(str(write_texts(path, train, test)), FLAG)
+
+
+# --- calibration
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folder_is_drawn_like_ubertext(tmp_path, tokenizer, seed):
+    texts = mixed(40)
+    state = random.getstate()
+    source = folder(tmp_path / "uk", texts)
+    windows, record = data.calibration_windows([source], tokenizer, 12, SEQLEN, seed)
+    assert random.getstate() == state  # the global generator is left alone
+    expected, rows = published(texts, tokenizer, 12, SEQLEN, seed)
+    assert windows.dtype == torch.int64 and torch.equal(windows, expected)
+    assert record["sources"][0]["rows"] == rows and len(set(rows)) == 12
+    for window, row, start in zip(windows, rows, record["sources"][0]["starts"], strict=True):
+        assert torch.equal(window, ids(tokenizer, texts[row])[0, start : start + SEQLEN])
+
+
+@pytest.fixture
+def load_dataset(monkeypatch):
+    """Local sets under the hub's names: load_dataset[id, config] = {split: texts}."""
+    sets = {}
+
+    def load(*args, streaming=False, **options):
+        splits = {k: Dataset.from_dict({"text": v}) for k, v in sets[args].items()}
+        if streaming:
+            return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()})
+        return DatasetDict(splits)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("lib.hub.revision", lambda source, cache_dir: "c0ffee")
+    return sets
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["ubertext", "c4"])
+def test_hub_sets_are_drawn_as_published(load_dataset, tokenizer, name, seed):
+    texts, again = mixed(25), name == "c4"
+    hub = "allenai/c4" if again else "mshamrai/lang-pruning-uk-uber-text-2"
+    load_dataset[(hub,)] = {"train": texts, "test": texts}
+    count = 60 if again else 10
+    found = data.calibration_windows([parse_source(name, FLAG)], tokenizer, count, SEQLEN, seed)
+    expected, rows = published(texts, tokenizer, count, SEQLEN, seed, again)
+    assert torch.equal(found[0], expected) and found[1]["sources"][0]["rows"] == rows
+    assert found[1]["sources"][0]["revision"] == "c0ffee"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_wikitext_is_drawn_as_published(load_dataset, tokenizer, seed):
+    texts = ["", " = Title = \n", *mixed(10)]
+    load_dataset[("Salesforce/wikitext", "wikitext-2-raw-v1")] = {"train": texts, "test": texts}
+    source = parse_source("wikitext2", FLAG)
+    windows, _ = data.calibration_windows([source], tokenizer, 8, SEQLEN, seed)
+    encoded = ids(tokenizer, " ".join(texts))
+    random.seed(seed)
+    starts = [random.randint(0, encoded.shape[1] - SEQLEN - 1) for _ in range(8)]
+    assert torch.equal(windows, torch.stack([encoded[0, i : i + SEQLEN] for i in starts]))
+    test = data.test_set(source, tokenizer, SEQLEN)
+    assert torch.equal(test.windows, stream_windows(texts, tokenizer, SEQLEN))
+
+
+def test_text_file_gives_many_windows(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("\n".join(sentences(5)), encoding="utf-8")
+    source = parse_source(str(tmp_path / "book.txt"), FLAG)
+    windows, record = data.calibration_windows([source], tokenizer, 9, SEQLEN, 0)
+    assert windows.shape == (9, SEQLEN) and len(set(record["sources"][0]["starts"])) > 1
+
+
+def test_same_seed_same_bytes(tmp_path, tokenizer):
+    source = folder(tmp_path / "uk")
+    first, again, other = (
+        data.calibration_windows([source], tokenizer, 8, SEQLEN, seed) for seed in (3, 3, 4)
+    )
+    assert torch.equal(first[0], again[0]) and first[1] == again[1]
+    assert first[1]["digest"] != other[1]["digest"]
+    assert first[1]["tokens"] == 8 * SEQLEN and first[1]["name"] == "uk"
+
+
+def test_only_drawn_documents_are_tokenised(tmp_path, tokenizer):
+    source = folder(tmp_path / "uk", mixed(40))
+    seen = []
+
+    def counted(text, **options):
+        seen.append(text)
+        return tokenizer(text, **options)
+
+    _, record = data.calibration_windows([source], counted, 5, SEQLEN, 0)
+    assert len(seen) == len(set(seen)) < 40
+
+
+def test_no_warning_about_length(tmp_path, caplog):
+    short = tiny_tokenizer()
+    short.model_max_length = 4
+    source = folder(tmp_path / "uk")
+    data.calibration_windows([source], short, 4, SEQLEN, 0)
+    data.test_set(source, short, SEQLEN)
+    assert not caplog.records
+
+
+def test_too_few_windows_end_the_search(tmp_path, tokenizer, load_dataset):
+    texts = ["a", *sentences(3), "b"]
+    source = folder(tmp_path / "uk", texts)
+    assert len(data.calibration_windows([source], tokenizer, 3, SEQLEN, 0)[0]) == 3
+    line = message(data.calibration_windows, [source], tokenizer, 4, SEQLEN, 0)
+    assert line.startswith(f"{FLAG} {source.text}: ") and "only 3 windows" in line
+    line = message(data.calibration_windows, [source], tokenizer, 1, 10_000, 0)
+    longest = max(ids(tokenizer, text).shape[1] for text in texts)
+    assert f"the longest has {longest}; use --seqlen {longest - 1} or less" in line
+    assert len(data.calibration_windows([source], tokenizer, 1, longest - 1, 0)[0]) == 1
+    load_dataset[("allenai/c4",)] = {"train": ["a", "b"]}
+    c4 = parse_source("c4", "--prune_on_c4")
+    assert "too short" in message(data.calibration_windows, [c4], tokenizer, 1, SEQLEN, 0)
+
+
+def test_bos_begins_every_window_once(tmp_path):
+    source = folder(tmp_path / "uk", mixed(40))
+    plain, with_bos = tiny_tokenizer(add_bos=False), tiny_tokenizer(add_bos=True)
+    for tokenizer in (plain, with_bos):
+        windows, record = data.calibration_windows([source], tokenizer, 20, SEQLEN, 0, bos=0)
+        bare, bare_record = data.calibration_windows([source], tokenizer, 20, SEQLEN, 0)
+        assert record["sources"] == bare_record["sources"]  # the draws are the same
+        assert (windows[:, 0] == 0).all() and not (windows[:, 1:] == 0).any()
+        begun = bare[:, 0] == 0
+        assert torch.equal(windows[begun], bare[begun])
+        assert torch.equal(windows[~begun][:, 1:], bare[~begun][:, :-1])
+    assert begun.any() and not begun.all()
+
+
+# --- mixtures
+
+
+def test_apportioned_by_largest_remainder():
+    assert data.apportion([0.75, 0.25], 128) == [96, 32]
+    assert data.apportion([1, 1, 1], 10) == [4, 3, 3]
+    assert data.apportion([0.1, 0.2, 0.7], 10) == [1, 2, 7]
+    assert data.apportion([5, 3, 1], 7) == [4, 2, 1]  # 3.89, 2.33, 0.78
+    assert data.apportion([1], 7) == [7]
+
+
+def test_mixture_interleaves_what_each_would_give_alone(tmp_path, tokenizer):
+    names = [str(write_texts(tmp_path / name, mixed(40, s))) for s, name in enumerate(["uk", "en"])]
+    sources = parse_sources([f"{names[0]}=3", f"{names[1]}=1"], FLAG, mixture=True)
+    windows, record = data.calibration_windows(sources, tokenizer, 8, SEQLEN, 1)
+    uk, _ = data.calibration_windows(sources[:1], tokenizer, 6, SEQLEN, 1)
+    en, _ = data.calibration_windows(sources[1:], tokenizer, 2, SEQLEN, 1)
+    parts = ["u" if (uk == window).all(1).any() else "e" for window in windows]
+    assert "".join(parts) == "uueuuueu"  # six and two, each spread over the whole
+    assert torch.equal(windows[[p == "u" for p in parts]], uk)
+    assert torch.equal(windows[[p == "e" for p in parts]], en)
+    assert record["name"] == "uk=0.75+en=0.25"
+    assert [s["windows"] for s in record["sources"]] == [6, 2]
+    assert [s["share"] for s in record["sources"]] == [0.75, 0.25]
+
+
+def test_one_source_with_a_weight_is_itself(tmp_path, tokenizer):
+    source = folder(tmp_path / "uk")
+    weighted = parse_sources([f"{source.text}=0.3"], FLAG, mixture=True)
+    bare = data.calibration_windows([source], tokenizer, 8, SEQLEN, 0)
+    same = data.calibration_windows(weighted, tokenizer, 8, SEQLEN, 0)
+    assert torch.equal(bare[0], same[0]) and bare[1] == same[1]
+
+
+# --- streams
+
+
+def test_stream_is_shuffled_with_the_seed(load_dataset, tokenizer, monkeypatch):
+    monkeypatch.setattr("lib.draws.BUFFER", 8)
+    texts = mixed(60)
+    load_dataset[("allenai/c4", "uk")] = {"train": texts, "validation": texts}
+    sources = [parse_source("c4:uk", FLAG)]
+    windows, record = data.calibration_windows(sources, tokenizer, 6, SEQLEN, 0)
+    rows, starts = record["sources"][0]["rows"], record["sources"][0]["starts"]
+    assert len(set(rows)) == 6 and rows != sorted(rows)
+    for window, row, start in zip(windows, rows, starts, strict=True):
+        assert torch.equal(window, ids(tokenizer, texts[row])[0, start : start + SEQLEN])
+    assert record == data.calibration_windows(sources, tokenizer, 6, SEQLEN, 0)[1]
+    assert (
+        rows != data.calibration_windows(sources, tokenizer, 6, SEQLEN, 1)[1]["sources"][0]["rows"]
+    )
+
+
+def test_stream_reads_no_more_than_it_needs(tokenizer, monkeypatch):
+    monkeypatch.setattr("lib.draws.BUFFER", 8)
+    read = []
+
+    class Endless:
+        column_names = ["text"]
+
+        def __iter__(self):
+            while True:
+                read.append(1)
+                yield {"text": sentences(1)[0]}
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: {"train": Endless(), "test": []})
+    monkeypatch.setattr("lib.hub.revision", lambda source, cache_dir: None)
+    sources = [parse_source("owner/name", FLAG)]
+    data.calibration_windows(sources, tokenizer, 5, SEQLEN, 0)
+    assert len(read) == 8 + 6
+    monkeypatch.setattr("lib.draws.STREAM_LIMIT", 20)
+    line = message(data.calibration_windows, sources, tokenizer, 30, SEQLEN, 0)
+    assert "its 20 texts can give only 20 windows" in line
+    assert "all 20 texts" in message(data.calibration_windows, sources, tokenizer, 1, 10_000, 0)
+
+
+# --- test windows
+
+
+def stream_windows(texts, tokenizer, seqlen, separator="\n\n"):
+    encoded = ids(tokenizer, separator.join(texts))
+    count = encoded.numel() // seqlen
+    return encoded[0, : count * seqlen].view(count, seqlen)
+
+
+def test_test_text_is_tokenised_as_one(tmp_path, tokenizer):
+    texts = mixed(20)
+    source = folder(tmp_path / "uk", test=texts)
+    found = data.test_set(source, tokenizer, SEQLEN)
+    assert torch.equal(found.windows, stream_windows(texts, tokenizer, SEQLEN))
+    assert found.name == "uk" and found.tokens == found.windows.numel()
+    assert found.record["windows"] == len(found.windows)
+    assert found.record["digest"] == data.digest(found.windows)
+    total = ids(tokenizer, "\n\n".join(texts)).numel()
+    share = len(found.windows) * (SEQLEN - 1) / total
+    assert found.bytes == round(len("\n\n".join(texts).encode()) * share)
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_test_windows_with_bos(tmp_path, add_bos):
+    texts = mixed(20)
+    tokenizer = tiny_tokenizer(add_bos=add_bos)
+    source = folder(tmp_path / "uk", test=texts)
+    windows = data.test_set(source, tokenizer, SEQLEN, bos=0).windows
+    assert windows.shape[1] == SEQLEN and (windows[:, 0] == 0).all()
+    bare = stream_windows(texts, tiny_tokenizer(add_bos=False), SEQLEN - 1)
+    assert torch.equal(windows[:, 1:], bare)
+
+
+def test_test_text_shorter_than_a_window(tmp_path, tokenizer):
+    source = folder(tmp_path / "uk", test=["сонце"])
+    count = ids(tokenizer, "сонце").numel()
+    line = message(data.test_set, source, tokenizer, SEQLEN)
+    assert f"has {count} tokens" in line and f"--seqlen {count}" in line
+    assert len(data.test_set(source, tokenizer, count).windows) == 1
+
+
+def test_large_sets_are_measured_in_part(load_dataset, tokenizer, monkeypatch):
+    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 10)
+    texts = sentences(30)
+    load_dataset[("allenai/c4",)] = {"validation": texts}
+    found = data.test_set(parse_source("c4", FLAG), tokenizer, SEQLEN)
+    assert torch.equal(found.windows, stream_windows(texts[:10], tokenizer, SEQLEN, " "))
+    monkeypatch.setattr(data, "TEST_WINDOWS", 3)
+    assert len(data.test_set(parse_source("c4", FLAG), tokenizer, SEQLEN).windows) == 3
+    monkeypatch.setattr(data, "TEST_CHARACTERS", len(texts[0]) + 1)
+    load_dataset[("owner/name",)] = {"train": texts}
+    monkeypatch.setattr(data, "TEST_WINDOWS", 1000)
+    found = data.test_set(parse_source("owner/name", FLAG), tokenizer, SEQLEN)
+    assert torch.equal(found.windows, stream_windows(texts[:2], tokenizer, SEQLEN))
+
+
+# --- the cache
+
+
+def test_cache_is_used_and_told_apart(tmp_path, cache, tokenizer, monkeypatch):
+    texts = mixed(20)
+    source = folder(tmp_path / "uk", test=texts)
+    first = data.test_set(source, tokenizer, SEQLEN)
+    files = list(cache.rglob("*.*"))
+    assert [file.suffix for file in files] == [".safetensors"]  # and nothing else is left
+
+    other = data.test_set(source, tiny_tokenizer(add_bos=False), SEQLEN)
+    assert not torch.equal(first.windows[0], other.windows[0])
+    assert len(list(cache.rglob("*.safetensors"))) == 2
+
+    monkeypatch.setattr(tokens, "tokenise", None)  # from now on only the cache can answer
+    assert torch.equal(data.test_set(source, tokenizer, SEQLEN).windows, first.windows)
+
+
+def test_damaged_or_unwritable_cache_is_no_matter(tmp_path, cache, tokenizer, monkeypatch):
+    source = folder(tmp_path / "uk")
+    first = data.test_set(source, tokenizer, SEQLEN)
+    (file,) = cache.rglob("*.safetensors")
+    file.write_bytes(b"damaged")
+    assert torch.equal(data.test_set(source, tokenizer, SEQLEN).windows, first.windows)
+    assert len(file.read_bytes()) > 100  # and mended
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert torch.equal(data.test_set(source, tokenizer, SEQLEN).windows, first.windows)
+
+
+def test_tokenizer_without_a_backend_is_not_cached(tmp_path, cache, tokenizer):
+    source = folder(tmp_path / "uk")
+    found = data.test_set(source, lambda text, **options: tokenizer(text, **options), SEQLEN)
+    assert torch.equal(found.windows, data.test_set(source, tokenizer, SEQLEN).windows)
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+
+
+def test_empty_text_gives_integers():
+    plain = SimpleNamespace(input_ids=torch.zeros(1, 0))
+    assert tokens.tokenise(lambda *a, **k: plain, "").dtype == torch.int64

@@ -1,0 +1,386 @@
+"""What a user names becomes a source, or one line that says why not."""
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import httpx2
+import huggingface_hub
+import pyarrow
+import pytest
+from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
+from pyarrow import parquet
+from tiny import write_texts
+
+from lib.data.documents import check_source, open_documents
+from lib.data.sources import AGAIN, BUILT_IN, JOINED, has_test, parse_source, parse_sources
+from lib.util.errors import UserError
+
+FLAG = "--calibration_data"
+
+
+def message(function, *args, **options) -> str:
+    """The one line that a mistake gives; it must name the flag."""
+    with pytest.raises(UserError) as caught:
+        function(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text and text.startswith("--")
+    return text
+
+
+def read(source, split="train"):
+    with open_documents(source, split) as (documents, _):
+        return list(documents)
+
+
+# --- names
+
+
+def test_built_in_names():
+    uber = parse_source("ubertext", FLAG)
+    assert (uber.hub, uber.column, uber.stream) == (
+        "mshamrai/lang-pruning-uk-uber-text-2",
+        "text",
+        False,
+    )
+    c4 = parse_source("c4", FLAG)
+    assert (c4.hub, c4.train_file, c4.draw) == (
+        "allenai/c4",
+        "en/c4-train.00000-of-01024.json.gz",
+        AGAIN,
+    )
+    assert parse_source("wikitext2", FLAG).draw == JOINED
+    for text, hub, config in [
+        ("c4:uk", "allenai/c4", "uk"),
+        ("fineweb2:ukr_Cyrl", "HuggingFaceFW/fineweb-2", "ukr_Cyrl"),
+        ("wikipedia:uk", "wikimedia/wikipedia", "20231101.uk"),
+    ]:
+        source = parse_source(text, FLAG)
+        assert (source.hub, source.config, source.stream) == (hub, config, True)
+        assert source.name == text and source.draw != AGAIN and source.train_file is None
+
+
+def test_hub_ids():
+    source = parse_source("owner/name", FLAG)
+    assert (source.hub, source.config, source.split, source.column) == (
+        "owner/name",
+        None,
+        None,
+        "text",
+    )
+    source = parse_source("owner/name:uk::body", FLAG)
+    assert (source.config, source.split, source.column) == ("uk", None, "body")
+    assert source.stream and source.name == "name:uk::body"
+    assert not parse_source("mshamrai/lang-pruning-uk-uber-text-2", FLAG).stream
+    assert parse_source("Salesforce/wikitext:wikitext-2-raw-v1", FLAG).draw == JOINED
+    assert parse_source("allenai/c4:en", FLAG).draw != AGAIN
+
+
+def test_local_names(tmp_path, monkeypatch):
+    folder = write_texts(tmp_path / "uk")
+    assert parse_source(f"{folder}/", FLAG).name == "uk"
+    monkeypatch.chdir(folder)
+    assert parse_source(".", FLAG).name == "uk"
+    assert parse_source("train.jsonl", FLAG).name == "train"
+    (folder / "book.txt").write_text("рядок")
+    assert parse_source("book.txt", FLAG).draw == JOINED
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert parse_source("owner/name", FLAG).hub is None  # what is there goes before the hub
+    (tmp_path / "c4").mkdir()
+    assert parse_source("c4", FLAG).hub and parse_source("./c4", FLAG).path
+
+
+def test_has_test(tmp_path):
+    assert has_test(parse_source(str(write_texts(tmp_path / "uk")), FLAG))
+    (tmp_path / "uk" / "test.jsonl").unlink()
+    assert not has_test(parse_source(str(tmp_path / "uk"), FLAG))
+    assert not has_test(parse_source("ubertext", FLAG))
+
+
+@pytest.mark.parametrize("text", ["nothing", "ubertexts", "wikipedia", "wikipedia:", "a b"])
+def test_unknown_names_list_those_that_exist(text):
+    assert all(name in message(parse_source, text, FLAG) for name in BUILT_IN)
+
+
+@pytest.mark.parametrize("text", ["/no/such", "./no", "../no", "a/b/c", "no.jsonl", "a/b.txt"])
+def test_missing_local_path(text):
+    assert f"{FLAG} {text}: no such file" in message(parse_source, text, FLAG)
+
+
+def test_unknown_file_type(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n")
+    assert ".parquet" in message(parse_source, str(tmp_path / "a.csv"), FLAG)
+
+
+# --- mixtures and names told apart
+
+
+def test_weights(tmp_path):
+    uk, en = (str(write_texts(tmp_path / name)) for name in ("uk", "en"))
+    sources = parse_sources([f"{uk}=3", f"{en}=.5"], FLAG, mixture=True)
+    assert [(s.text, s.weight) for s in sources] == [(uk, 3.0), (en, 0.5)]
+    equal = write_texts(tmp_path / "a=b")
+    assert parse_source(str(equal), FLAG).name == "a=b"
+    assert parse_source(f"{equal}=2", FLAG).weight == 2
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "much", "", "0.0", "1,5"])
+def test_bad_weights(weight):
+    line = message(parse_sources, [f"c4={weight}", "ubertext=1"], FLAG, mixture=True)
+    assert f"c4={weight}" in line and "weight" in line
+
+
+def test_bad_mixtures():
+    assert "every source" in message(parse_sources, ["c4=1", "ubertext"], FLAG, mixture=True)
+    assert "twice" in message(parse_sources, ["c4", "c4"], FLAG)
+    assert "takes no weight" in message(parse_sources, ["c4=1"], "--eval_data")
+
+
+def test_equal_names_are_told_apart(tmp_path):
+    folders = [write_texts(tmp_path / a / "uk") for a in ("old", "new")]
+    sources = parse_sources([*map(str, folders), "c4"], FLAG)
+    assert [s.name for s in sources] == ["old/uk", "new/uk", "c4"]
+    names = [str(write_texts(tmp_path / a / "x" / "uk")) for a in ("one", "two")]
+    assert [s.name for s in parse_sources(names, FLAG)] == names
+    assert "twice" in message(parse_sources, [names[0], f"{names[0]}/"], FLAG)
+
+
+# --- local files
+
+
+def rows(*texts: str) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_folder_rows_in_order(tmp_path):
+    (tmp_path / "train_b.jsonl").write_text(rows("3", "4"))
+    (tmp_path / "train_a.jsonl").write_text("\n" + rows("1") + "\n" + rows("ґ2").rstrip("\n"))
+    (tmp_path / "train_c.jsonl.gz").write_bytes(gzip.compress((rows("5") + "\n").encode()))
+    (tmp_path / "train_0.jsonl").write_text("")
+    (tmp_path / "test.jsonl").write_text(rows("t"))
+    source = parse_source(str(tmp_path), FLAG)
+    assert read(source) == ["1", "ґ2", "3", "4", "5"] and read(source, "test") == ["t"]
+    with open_documents(source, "train") as (documents, _):
+        assert [documents[i] for i in (4, 0, 3, 1, 2)] == ["5", "1", "4", "ґ2", "3"]
+
+
+def test_single_files(tmp_path):
+    texts = ["один", "два\n\n", "three"]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
+    (tmp_path / "a.jsonl").write_text(rows(*texts), encoding="utf-8")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows(*texts).encode()))
+    for name in ("a.parquet", "a.jsonl", "a.jsonl.gz"):
+        source = parse_source(str(tmp_path / name), FLAG)
+        assert read(source) == read(source, "test") == texts and source.name == "a"
+    (tmp_path / "a.txt").write_text("\ufeffодин\n\nдва", encoding="utf-8")
+    assert read(parse_source(str(tmp_path / "a.txt"), FLAG)) == ["один\n\nдва"]
+
+
+BAD_LINES = {
+    b"{text}": "not JSON",
+    b'["text"]': "not an object",
+    b'{"title": "a", "id": 1}': "no column 'text'; the row has: title, id",
+    b'{"text": null}': "NoneType",
+    b'{"text": "\\ud800"}': "surrogate",
+    b'{"text": "\xff"}': "not JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_malformed_lines_name_file_and_line(tmp_path, line):
+    (tmp_path / "train.jsonl").write_bytes(rows("fine", "fine").encode() + b"\n" + line + b"\n")
+    source = parse_source(str(tmp_path), FLAG)
+    for problem in (message(check_source, source, "train"), message(read, source)):
+        assert f"{tmp_path}/train.jsonl, line 4: " in problem and BAD_LINES[line] in problem
+
+
+def test_check_stops_early_and_reading_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.documents.CHECKED_ROWS", 2)
+    (tmp_path / "train.jsonl").write_text(rows("1", "2") + "{")
+    source = parse_source(str(tmp_path), FLAG)
+    (tmp_path / "train_2.jsonl").write_text(rows("1", "2") + "{")  # so many of each file
+    check_source(source, "train")
+    assert "line 3" in message(read, source)
+
+
+def test_folders_without_rows(tmp_path):
+    (tmp_path / "valid.jsonl").write_text("")
+    source = parse_source(str(tmp_path), FLAG)
+    line = message(check_source, source, "train")
+    assert "no train*.jsonl" in line and "valid.jsonl" in line
+    assert "no test*.jsonl" in message(check_source, source, "test")
+    (tmp_path / "train.jsonl").write_text("\n\n")
+    assert "holds no text" in message(check_source, source, "train")
+
+
+def test_damaged_files_are_named(tmp_path):
+    packed = gzip.compress(rows(*"abc" * 100).encode())
+    for name, content in {
+        "short.jsonl.gz": packed[:-20],
+        "none.jsonl.gz": b"not gzip",
+        "bad.jsonl.gz": packed[:20] + b"\xff\xff\xff" + packed[23:],
+        "bad.parquet": b"PAR1 no PAR1",
+        "empty.parquet": b"",
+        "bad.txt": b"\xff\xfe\x00",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        assert name in message(check_source, parse_source(str(tmp_path / name), FLAG), "train")
+
+
+def test_damaged_inside_of_a_parquet(tmp_path):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["текст"] * 50 + list("abcdef")}), file)
+    content = bytearray(file.read_bytes())
+    content[4:40] = b"\xff" * 36
+    file.write_bytes(content)
+    assert "a.parquet" in message(check_source, parse_source(str(file), FLAG), "train")
+
+
+def test_parquet_columns(tmp_path):
+    file = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), file)
+    assert "id, body" in message(check_source, parse_source(str(file), FLAG), "train")
+    parquet.write_table(pyarrow.table({"text": [None, "a"]}), file)
+    assert "row 0" in message(check_source, parse_source(str(file), FLAG), "train")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), file)
+    assert "holds no text" in message(check_source, parse_source(str(file), FLAG), "train")
+    (tmp_path / "a.txt").write_text(" \n")
+    text = parse_source(str(tmp_path / "a.txt"), FLAG)
+    assert "holds no text" in message(check_source, text, "train")
+
+
+# --- the hub
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub with one commit; `hub.sets` are what load_dataset gives, `hub.calls` what it got."""
+    hub = SimpleNamespace(sets={}, calls=[], error=None)
+
+    def load_dataset(*args, **options):
+        hub.calls.append((args, options))
+        if hub.error:
+            raise hub.error
+        sets = hub.sets[args]
+        if not options.get("streaming"):
+            return DatasetDict({k: Dataset.from_dict(v) for k, v in sets.items()})
+        streams = {k: Dataset.from_dict(v).to_iterable_dataset() for k, v in sets.items()}
+        return IterableDatasetDict(streams)
+
+    def dataset_info(self, name, timeout):
+        return SimpleNamespace(sha="c0ffee")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    return hub
+
+
+def test_ubertext_is_loaded_whole_and_pinned(hub):
+    name = "mshamrai/lang-pruning-uk-uber-text-2"
+    hub.sets[(name,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
+    with open_documents(parse_source("ubertext", FLAG), "train") as (documents, revision):
+        assert list(documents) == ["a", "b"] and revision == "c0ffee"
+    assert read(parse_source("ubertext", FLAG), "test") == ["c"]
+    assert hub.calls[0] == ((name,), {"revision": "c0ffee"})
+
+
+def test_c4_reads_one_file_of_each_split(hub):
+    hub.sets[("allenai/c4",)] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
+    c4 = parse_source("c4", FLAG)
+    assert read(c4) == ["a"] and read(c4, "test") == ["v"]
+    files = [options["data_files"] for _, options in hub.calls]
+    assert files == [
+        {"train": "en/c4-train.00000-of-01024.json.gz"},
+        {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+    ]
+
+
+def test_streams(hub, monkeypatch):
+    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 2)
+    hub.sets[("allenai/c4", "uk")] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
+    source = parse_source("c4:uk", FLAG)
+    assert read(source) == [(0, "a")] and read(source, "test") == [(0, "v")]
+    assert hub.calls[0][1]["streaming"] is True
+    check_source(source, "train")
+
+
+def test_a_set_without_test_is_parted(hub, monkeypatch):
+    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 2)
+    hub.sets[("owner/name", "x")] = {"train": {"text": list("abcd")}}
+    source = parse_source("owner/name:x", FLAG)
+    assert read(source) == [(2, "c"), (3, "d")]
+    assert read(source, "test")[:2] == [(0, "a"), (1, "b")]
+    assert len(read(parse_source("owner/name:x:train", FLAG))) == 4
+    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 4)
+    check_source(source, "train")
+    assert "holds 4 rows, of which the first 4 are the test" in message(read, source)
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", lambda self: iter([]))
+    assert "holds 0 rows" in message(check_source, source, "train")
+
+
+def test_what_the_hub_set_lacks(hub):
+    hub.sets[("owner/name",)] = {"dev": {"body": ["a"]}, "train": {"body": ["a"], "id": [1]}}
+    assert "dev, train" in message(check_source, parse_source("owner/name::tset", FLAG), "test")
+    assert "body, id" in message(check_source, parse_source("owner/name", FLAG), "train")
+    assert "int, not text" in message(read, parse_source("owner/name:::id", FLAG))
+    check_source(parse_source("owner/name:::body", FLAG), "train")
+    names = [f"2023.{a}{b}" for a in "abcu" for b in "abck"]
+    hub.error = ValueError(f"BuilderConfig '20231101.xx' not found. Available: {names}")
+    line = message(check_source, parse_source("wikipedia:uk", FLAG), "train")
+    assert "no config '20231101.uk'" in line and "2023.uk" in line and "16 in all" in line
+    hub.error = ValueError(f"Config name is missing.\nPlease pick one among: {names[:2]}\nUsage: x")
+    assert "2023.aa, 2023.ab" in message(check_source, parse_source("owner/name", FLAG), "train")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [DatasetNotFoundError("x\ny"), RuntimeError("scripts\nx"), FileNotFoundError("no file")],
+)
+def test_what_datasets_raises_is_one_line(hub, error):
+    hub.error = error
+    assert message(check_source, parse_source("owner/name", FLAG), "train")
+
+
+def test_a_stream_that_breaks_is_one_line(hub, monkeypatch):
+    def broken(self):
+        yield {"text": "a"}
+        raise httpx2.ReadTimeout("slow")
+
+    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": {"text": ["a"]}}
+    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
+
+
+def test_a_hub_out_of_reach_is_said_at_once(hub, monkeypatch, tmp_path):
+    def dataset_info(self, name, timeout):
+        raise httpx2.ConnectError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    source = parse_source("owner/name", FLAG)
+    assert "can't be reached (no route)" in message(check_source, source, "train", str(tmp_path))
+    assert not hub.calls
+    (tmp_path / "owner___name").mkdir()  # a copy: `datasets` may find what it needs there
+    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": {"text": ["a"]}}
+    check_source(source, "train", str(tmp_path))
+    assert hub.calls == [(("owner/name",), {"cache_dir": str(tmp_path), "streaming": True})]
+
+
+def test_unknown_set_is_neither_local_nor_on_the_hub(hub, monkeypatch):
+    def dataset_info(self, name, timeout):
+        request = httpx2.Request("GET", "https://example.org")
+        raise RepositoryNotFoundError("401", response=httpx2.Response(401, request=request))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    line = message(check_source, parse_source("owner/name", FLAG), "train")
+    assert "no data set owner/name on the hub" in line and "no local folder" in line
+
+
+def test_offline_without_a_copy(tmp_path):
+    source = parse_source("ubertext", FLAG)
+    assert "can't be reached" in message(check_source, source, "train", str(tmp_path))
+    assert not list(Path(tmp_path).iterdir())

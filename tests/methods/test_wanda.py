@@ -1,0 +1,209 @@
+"""Wanda against the published rule, written out slowly; alone and on a whole model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from lib.methods.registry import Recipe
+from lib.methods.sparsity import Sparsity
+from lib.methods.wanda import Wanda
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import decoder_blocks
+from lib.prune import Pruner
+
+CPU = torch.device("cpu")
+KINDS = [("unstructured", ratio) for ratio in (0.0, 0.3, 0.5, 0.99)] + [("2:4", 0.5), ("4:8", 0.5)]
+
+
+def lowest(scores: list[float], count: int) -> set[int]:
+    """Positions of the `count` smallest; of equal ones the first."""
+    return set(sorted(range(len(scores)), key=scores.__getitem__)[:count])
+
+
+def published_mask(weight: Tensor, norms: Tensor, sparsity: Sparsity) -> Tensor:
+    """|W| * ||X|| compared within rows or within groups of m: one row, one group at a time."""
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    score = (weight.double().abs() * norms.double()).tolist()
+    for i, row in enumerate(score):
+        step, count = (sparsity.m, sparsity.n) if sparsity.m else (len(row), None)
+        for start in range(0, len(row), step):
+            part = row[start : start + step]
+            n_pruned = int(len(row) * sparsity.ratio) if count is None else count
+            for j in lowest(part, n_pruned):
+                mask[i, start + j] = True
+    return mask
+
+
+def published_variant(weight: Tensor, norms: Tensor, ratio: float) -> Tensor:
+    """The authors' bisection: rows drop their smallest scores up to a share alpha of their sum."""
+    score = (weight.double().abs() * norms.double()).tolist()
+
+    def masked(alpha: float) -> Tensor:
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        for i, row in enumerate(score):
+            spent = 0.0
+            for j in sorted(range(len(row)), key=row.__getitem__):
+                spent += row[j]
+                if spent > alpha * sum(row):
+                    break
+                mask[i, j] = True
+        return mask
+
+    alpha, low, high = 0.4, 0.0, 0.8
+    mask = masked(alpha)
+    while abs(mask.double().mean().item() - ratio) > 0.001 and high - low >= 0.001:
+        if mask.double().mean().item() > ratio:
+            alpha, high = (alpha + low) / 2, alpha
+        else:
+            alpha, low = (alpha + high) / 2, alpha
+        mask = masked(alpha)
+    return mask
+
+
+def layer(rows: int = 24, width: int = 40, tokens: int = 50) -> tuple[Tensor, Tensor]:
+    """A weight (out, in) and inputs (tokens, in) whose channels differ much in size."""
+    generator = torch.Generator().manual_seed(rows)
+    scales = torch.logspace(-2, 2, width)[torch.randperm(width, generator=generator)]
+    weight = torch.randn(rows, width, generator=generator)
+    return weight, torch.randn(tokens, width, generator=generator) * scales
+
+
+def pruned(weight: Tensor, x: Tensor, sparsity: Sparsity, **options) -> Tensor:
+    method = Wanda(weight.shape[1], CPU, **options)
+    method.observe(x)
+    weight = weight.clone()
+    method.prune_([weight], sparsity)
+    return weight
+
+
+@pytest.mark.parametrize(("kind", "ratio"), KINDS)
+def test_published_masks(kind: str, ratio: float) -> None:
+    weight, x = layer()
+    sparsity = Sparsity.parse(kind, ratio)
+    mask = published_mask(weight, x.double().norm(dim=0), sparsity)
+    assert torch.equal(pruned(weight, x, sparsity), weight.masked_fill(mask, 0))
+    assert mask.sum() == 24 * int(40 * ratio)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.7, 0.99])
+def test_published_variant(ratio: float) -> None:
+    weight, x = layer()
+    mask = published_variant(weight, x.double().norm(dim=0), ratio)
+    found = pruned(weight, x, Sparsity(ratio), variant=True)
+    assert torch.equal(found, weight.masked_fill(mask, 0))
+    if ratio in (0.3, 0.5):
+        assert abs(mask.double().mean() - ratio) < 0.02
+        assert len(set(mask.sum(1).tolist())) > 1  # rows have shares of their own
+
+
+def test_by_hand() -> None:
+    """Norms 2 and 3, not their squares 4 and 9; each row by itself, not the layer."""
+    x = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # (tokens, in)
+    weight = torch.tensor([[-5.0, 3.0], [1.0, 0.5]])
+    # scores are [[10, 9], [2, 1.5]]: each row loses its second weight; by squares
+    # [[20, 27], [4, 4.5]] each would lose its first, and the whole layer its second row
+    assert pruned(weight, x, Sparsity(0.5)).tolist() == [[-5, 0], [1, 0]]
+
+
+def test_norms_are_not_squared_in_groups_either() -> None:
+    x = torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0]))
+    weight = torch.tensor([[5.0, 3.0, 9.5, 0.0]])  # scores 10, 9, 9.5, 0; by squares 20, 27, 9.5, 0
+    assert pruned(weight, x, Sparsity(0.5, 2, 4)).tolist() == [[5, 0, 9.5, 0]]
+
+
+def test_ties_go_from_the_left() -> None:
+    weight, x = torch.ones(2, 8), torch.ones(3, 8)
+    assert pruned(weight, x, Sparsity(0.25)).tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]] * 2
+    assert pruned(weight, x, Sparsity(0.5, 2, 4)).tolist() == [[0, 0, 1, 1, 0, 0, 1, 1]] * 2
+
+
+def test_a_dead_input_goes_first() -> None:
+    weight, x = layer()
+    x[:, 7] = 0
+    assert (pruned(weight, x, Sparsity(0.05))[:, 7] == 0).all()
+
+
+def test_batches_add_up() -> None:
+    _, x = layer()
+    one, many = Wanda(40, CPU), Wanda(40, CPU)
+    one.observe(x)
+    for part in x.split(7):
+        many.observe(part)
+    assert one.tokens == many.tokens == 50
+    torch.testing.assert_close(one.statistics(), many.statistics(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_the_sums_are_the_same_whatever_the_batch(windows: int) -> None:
+    """Bit by bit, for windows of a multiple of 64 tokens, and exact to a few roundings."""
+    x = torch.randn(6 * 128, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(
+        0, 3, 40
+    )
+    one, many = Wanda(40, CPU), Wanda(40, CPU)
+    one.observe(x)
+    for batch in x.split(windows * 128):
+        many.observe(batch)
+    assert torch.equal(one.square_sum, many.square_sum)
+    torch.testing.assert_close(one.square_sum, x.double().square().sum(0), rtol=2e-7, atol=0)
+
+
+def test_no_tokens_add_nothing() -> None:
+    method = Wanda(40, CPU)
+    method.observe(torch.ones(0, 40))
+    assert method.tokens == 0 and not method.square_sum.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_of_halves_do_not_overflow(dtype: torch.dtype) -> None:
+    method = Wanda(2, CPU)
+    for _ in range(100):
+        method.observe(torch.full((100, 2), 3e4, dtype=dtype))
+    value = torch.tensor(3e4, dtype=dtype).item() ** 2 * 1e4
+    assert method.statistics()[0].tolist() == pytest.approx([value] * 2, rel=1e-5)
+
+
+def by_hooks(model, ids: Tensor, mask_of) -> None:
+    """Prune a LLaMA in place: for each block a whole forward pass with a hook on every linear."""
+    for block in model.model.layers:
+        square_sums: dict[nn.Linear, Tensor] = {}
+
+        def hook(linear: nn.Linear, args: tuple, sums: dict = square_sums) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).double()
+            sums[linear] = sums.get(linear, 0) + x.square().sum(0)
+
+        linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        handles = [linear.register_forward_pre_hook(hook) for linear in linears]
+        for window in ids:
+            with torch.no_grad():
+                model(window[None])
+        for handle in handles:
+            handle.remove()
+        for linear in linears:
+            linear.weight.data[mask_of(linear.weight.data, square_sums[linear].sqrt())] = 0
+
+
+@pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8", "variant"])
+def test_a_whole_model(kind: str) -> None:
+    variant = kind == "variant"
+    sparsity = Sparsity.parse("unstructured" if variant else kind, 0.5)
+    model = tiny.tiny_llama()
+    reference = copy.deepcopy(model)
+    ids = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(0))
+
+    def mask_of(weight: Tensor, norms: Tensor) -> Tensor:
+        if variant:
+            return published_variant(weight, norms, 0.5)
+        return published_mask(weight, norms, sparsity)
+
+    by_hooks(reference, ids, mask_of)
+    name, blocks = decoder_blocks(model)
+    recipe = Recipe("wanda", {"variant": True} if variant else {})
+    Pruner(BlockRunner(model, blocks, CPU), name, recipe, sparsity).run(ids, 2)
+    expected = dict(reference.named_parameters())
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, expected[name]), name

@@ -1,0 +1,52 @@
+"""Weights and activations that are not finite are found, and the linear is named."""
+
+import pytest
+import tiny
+import torch
+
+from lib.model.blocks import BlockRunner
+from lib.model.finite import all_finite, check_finite, first_overflow
+from lib.model.pretrained import decoder_blocks
+from lib.util.errors import UserError
+
+CPU = torch.device("cpu")
+WINDOWS = torch.arange(3, 51).view(2, 24)
+
+
+def swept(model) -> BlockRunner:
+    return BlockRunner(model, decoder_blocks(model)[1], CPU)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights(value: float) -> None:
+    model = tiny.tiny_llama()
+    check_finite(swept(model))
+    model.model.layers[1].self_attn.o_proj.weight.data[5, 3] = value
+    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.o_proj holds nan or inf"):
+        check_finite(swept(model))
+
+
+@pytest.mark.parametrize(
+    ("block", "linear", "named"),
+    [
+        (0, "mlp.down_proj", "model.layers.1.self_attn.q_proj"),
+        (1, "mlp.gate_proj", "model.layers.1.mlp.down_proj"),
+        (1, "mlp.down_proj", "the output head"),
+    ],
+)
+def test_activations(block: int, linear: str, named: str) -> None:
+    model = tiny.tiny_llama()
+    weight = model.model.layers[block].get_submodule(linear).weight
+    weight.data = weight.data.sign() * 3e38  # finite, but no sum of its products is
+    assert first_overflow(swept(model), WINDOWS) == named
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_all_finite_sees_every_kind(dtype) -> None:
+    largest = torch.finfo(dtype).max
+    assert all_finite(torch.tensor([[-largest, 0.0, largest]], dtype=dtype))
+    assert all_finite(torch.empty(0, dtype=dtype))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        assert not all_finite(torch.tensor([[1.0, bad], [2.0, 3.0]], dtype=dtype))

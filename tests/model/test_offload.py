@@ -1,0 +1,223 @@
+"""Blocks that come from disk or host memory one at a time: the same bytes, and no traces left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from accelerate import dispatch_model
+from command_line import QUICK, Done, call
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lib.dist.team import Team
+from lib.eval import perplexities, perplexity
+from lib.methods.registry import Recipe
+from lib.methods.sparsity import Sparsity
+from lib.model.blocks import BlockRunner
+from lib.model.placement import BlockPlacement, check_offload_room, device_map, own_folder
+from lib.model.pretrained import decoder_blocks
+from lib.prune import Pruner
+
+CPU = torch.device("cpu")
+Disk = namedtuple("Disk", "total used free")
+MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
+pytestmark = pytest.mark.usefixtures("at_place")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    sharded = tiny.write_model(folder / "sharded", tiny.tiny_llama(num_hidden_layers=3))
+    tiny.tiny_llama(num_hidden_layers=3).save_pretrained(sharded, max_shard_size="60KB")
+    (sharded / "model.safetensors").unlink()
+    tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
+    tiny.write_model(folder / "mixtral", tiny.ARCHITECTURES["Mixtral"]())
+    tiny.write_model(folder / "bfloat16", tiny.tiny_llama().bfloat16())
+    tiny.write_model(folder / "gpt2", tiny.ARCHITECTURES["GPT-2"]())
+    tiny.write_texts(folder / "uk", test=3)
+    return folder
+
+
+def prune(model: str | Path, folder: Path, *more: object, method: str = "wanda") -> Done:
+    data = ["--calibration_data", "uk", "--eval_data", "uk", "--save", folder / "run"]
+    flags = [*QUICK, *data, "--prune_method", method, "--save_model", folder / "model"]
+    return call("--model", model, *flags, *more)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def perplexity_of(folder: Path) -> float:
+    return json.loads((folder / "run" / "results.json").read_text())["perplexity"]["uk"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_weights_as_without(model: str, tmp_path: Path) -> None:
+    method = "sparsegpt" if model == "sharded" else "wanda"
+    for where, flags in (("plain", []), ("offloaded", ["--offload", tmp_path / "away"])):
+        done = prune(model, tmp_path / where, *flags, method=method)
+        assert done.status == 0, done.err
+        assert done.complaints == []
+    plain, offloaded = (weights(tmp_path / where / "model") for where in ("plain", "offloaded"))
+    assert plain.keys() == offloaded.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, offloaded[name]) and tensor.dtype == offloaded[name].dtype, name
+    same = pytest.approx(perplexity_of(tmp_path / "plain"), rel=1e-5)
+    assert perplexity_of(tmp_path / "offloaded") == same
+    assert not (tmp_path / "away").exists()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "offloaded" / "model")
+    tied = reloaded.lm_head.weight is reloaded.get_input_embeddings().weight
+    assert tied == (model in ("tied", "gpt2"))
+
+
+def test_the_folder_keeps_what_is_not_its_own(tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    (away / "process-0").mkdir(parents=True)
+    (away / "process-0" / "block-7.safetensors").write_bytes(b"of a killed run")
+    (away / "letter.txt").write_text("dear")
+    assert prune("tied", tmp_path, "--offload", away).status == 0
+    assert [path.name for path in away.iterdir()] == ["letter.txt"]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    away = str(tmp_path / "away")
+    with own_folder(away, Team(CPU, alone=True)) as own:
+        (Path(own) / "block-0.safetensors").write_bytes(b"in use")
+        done = prune("tied", tmp_path, "--offload", away)
+        assert done.complaints == [
+            f"error: --offload {away}: another run uses it; name another folder"
+        ]
+        assert (Path(own) / "block-0.safetensors").read_bytes() == b"in use"
+    assert not Path(away).exists()
+
+
+def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr("lib.model.load_model", lambda *_, **__: pytest.fail("loaded"))
+    done = prune("tied", tmp_path, "--offload", tmp_path / "away")
+    (line,) = done.complaints
+    assert line.startswith(f"error: --offload {tmp_path / 'away'}: needs about ")
+    assert not (tmp_path / "away").exists()
+
+
+def test_experts_that_are_fused_need_more_room(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("lib.offload.check_room", lambda _, __, needed: asked.append(needed))
+    for name in ("tied", "mixtral"):
+        model = AutoModelForCausalLM.from_pretrained(name)
+        blocks = sum(p.numel() for p in decoder_blocks(model)[1].parameters())
+        check_offload_room(
+            "away", name, model, decoder_blocks(model)[0], torch.float32, torch.bfloat16
+        )
+        asked.append(blocks * 2)
+    tied, plain, mixtral, blocks = asked
+    assert tied == plain
+    assert blocks < mixtral <= 3 * blocks
+
+
+def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_, file: str) -> None:
+        raise OSError(28, "No space left on device", file)
+
+    monkeypatch.setattr("lib.placement.save_file", full)
+    done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+    (line,) = done.complaints
+    assert "error: --offload" in line and "block 0 can't be written" in line
+    assert not (tmp_path / "away").exists() and not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
+    damage: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(place / "sharded", tmp_path / "sharded")
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    name = index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
+    file, own = tmp_path / "sharded" / name, Pruner._block_
+
+    def damaging(self: Pruner, index: int, *streams) -> None:
+        own(self, index, *streams)
+        if index == 0 and damage == "cut":
+            file.write_bytes(file.read_bytes()[:2000])
+        elif index == 0:
+            file.unlink()
+
+    monkeypatch.setattr(Pruner, "_block_", damaging)
+    done = prune(tmp_path / "sharded", tmp_path, "--offload", tmp_path / "away")
+    assert done.status == 1
+    (line,) = done.complaints
+    assert name in line and "can't be read from" in line
+    assert not (tmp_path / "model").exists() and not (tmp_path / "away").exists()
+
+
+def test_quantising_is_not_offloaded(tmp_path: Path) -> None:
+    done = prune("tied", tmp_path, "--offload", tmp_path / "away", "--load_bit", "4")
+    (line,) = done.complaints
+    assert done.status == 2 and f"--offload {tmp_path / 'away'}" in line and "--load_bit 4" in line
+
+
+def on_host(model: PreTrainedModel) -> tuple[BlockRunner, str]:
+    """The model with its blocks in host memory and everything else on `a device`: the CPU again."""
+    name, blocks = decoder_blocks(model)
+    where = device_map(model, name, CPU, "away")
+    where = {part: "cpu" if place == "away" else CPU for part, place in where.items()}
+    dispatch_model(model, where, main_device=CPU, force_hooks=True)
+    assert all(parameter.is_meta for parameter in blocks.parameters())
+    return BlockRunner(model, blocks, CPU, BlockPlacement(blocks, CPU, torch.float32)), name
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma 2", "Mixtral"])
+def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
+    windows = torch.randint(3, tiny.VOCAB, (5, 24), generator=torch.Generator().manual_seed(0))
+    found = []
+    for fetched in (False, True):
+        model = tiny.ARCHITECTURES[architecture]()
+        name, blocks = decoder_blocks(model)
+        runner = BlockRunner(model, blocks, CPU)
+        if fetched:
+            runner, name = on_host(model)
+        runner.verify()
+        Pruner(runner, name, Recipe("sparsegpt"), Sparsity(0.5)).run(windows, 2)
+        value = perplexity(runner, windows, 2).value
+        folder = tmp_path / str(fetched)
+        model.save_pretrained(folder)
+        assert not fetched or all(parameter.is_meta for parameter in blocks.parameters())
+        found.append((value, weights(folder)))
+    (value, plain), (again, fetched) = found
+    assert again == pytest.approx(value, rel=1e-6)
+    assert plain.keys() == fetched.keys()
+    assert all(torch.equal(plain[name], fetched[name]) for name in plain)
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+def test_several_sets_are_measured_in_one_sweep(
+    fetched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as if alone; where blocks are fetched, each of them once."""
+    model = tiny.ARCHITECTURES["Llama"]()
+    name, blocks = decoder_blocks(model)
+    runner = BlockRunner(model, blocks, CPU)
+    if fetched:
+        runner, name = on_host(model)
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randint(3, tiny.VOCAB, (n, 24), generator=generator) for n in (5, 2, 3)]
+    alone = [perplexity(runner, windows, 2) for windows in sets]
+    at_hand, told, original = [], [], runner.at_hand
+    monkeypatch.setattr(
+        runner, "at_hand", lambda index: at_hand.append(index) or original(index), raising=True
+    )
+    assert perplexities(runner, sets, 2, advanced=told.append) == alone
+    assert at_hand == list(range(len(blocks))) * (1 if fetched else 3 + 1 + 2)
+    assert sum(told) == 10 and min(told) >= 0

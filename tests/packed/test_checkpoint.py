@@ -1,0 +1,278 @@
+"""Packed checkpoints: saved, sharded, loaded in fresh processes, damaged, and unpacked again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import lib.model.pretrained
+import lib.sparse
+from lib.methods.sparsity import n_of_m
+from lib.packed.checkpoint import METHOD, PackedConfig
+from lib.packed.linear import SparseLinear
+from lib.packed.unpack import main as unpack_main
+from lib.packed.unpack import unpack_folder
+from lib.util.command import run
+from lib.util.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+IDS = torch.arange(3, 15)[None]
+
+
+def prune_(model):
+    for linear in (m for m in lib.model.decoder_blocks(model)[1].modules()):
+        if isinstance(linear, nn.Linear | Conv1D) and min(linear.weight.shape) >= 8:
+            matrix = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+            matrix[n_of_m(matrix.abs(), 2, 4)] = 0
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense 2:4 Llama in bfloat16, and the same one packed, in many shards."""
+    dense, packed = tmp_path_factory.mktemp("dense"), tmp_path_factory.mktemp("packed")
+    prune_(tiny.ARCHITECTURES["Llama"]()).to(torch.bfloat16).save_pretrained(dense)
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    lib.sparse.swap_linears_(model, model.model.layers)
+    model.save_pretrained(packed, max_shard_size="8KB")
+    return dense, packed
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """The packed checkpoint in one file, to be damaged."""
+    model = AutoModelForCausalLM.from_pretrained(folders[1])
+    model.save_pretrained(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def load(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def same_files(a, b):
+    names = sorted(p.name for p in a.iterdir())
+    assert names == sorted(p.name for p in b.iterdir())
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def in_fresh_process(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("options", [{}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}])
+def test_loads_sharded_with_the_same_outputs(folders, options):
+    dense, packed = folders
+    assert len(list(packed.glob("*.safetensors"))) > 3
+    model = load(packed, **options)
+    assert sum(isinstance(m, SparseLinear) for m in model.modules()) == 14
+    assert torch.equal(logits(model), logits(load(dense)))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_saved_again_gives_the_same_bytes(folders, tmp_path):
+    load(folders[1]).save_pretrained(tmp_path / "again", max_shard_size="8KB")
+    assert same_files(folders[1], tmp_path / "again")
+
+
+def test_packed_linears_take_nine_sixteenths(folders):
+    dense, model = load(folders[0]), load(folders[1])
+    linears = {n: m for n, m in dense.model.layers.named_modules() if isinstance(m, nn.Linear)}
+    before = sum(m.weight.nbytes for m in linears.values())
+    packed = [model.model.layers.get_submodule(name) for name in linears]
+    assert sum(m.weight.nbytes + m.positions.nbytes for m in packed) * 16 == 9 * before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_loads_in_another_dtype(folders, dtype):
+    dense, model = load(folders[0], dtype=dtype), load(folders[1], dtype=dtype)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == dtype
+    assert torch.equal(logits(model), logits(dense))
+
+
+def test_offloaded_to_disk(folders, tmp_path):
+    device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb")}
+    device_map |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(folders[1], device_map=device_map, offload_folder=tmp_path)
+    assert torch.equal(logits(model), logits(load(folders[0])))
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "Gemma 2", "Qwen3"])
+def test_other_architectures(name, tmp_path):
+    model = prune_(tiny.ARCHITECTURES[name]())
+    model.save_pretrained(tmp_path / "dense")
+    before = logits(model)
+    lib.sparse.swap_linears_(model, lib.model.decoder_blocks(model)[1])
+    model.save_pretrained(tmp_path / "packed")
+    torch.testing.assert_close(logits(load(tmp_path / "packed")), before)
+    unpack_folder(str(tmp_path / "packed"), str(tmp_path / "unpacked"))
+    one, two = (load_file(tmp_path / f / "model.safetensors") for f in ("dense", "unpacked"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_unpacked_gives_the_dense_checkpoint(folders, tmp_path):
+    dense, packed = folders
+    (packed / "tokenizer.json").write_text("{}")
+    out = tmp_path / "new" / "out"
+    assert run(unpack_main, [str(packed), str(out)]) == 0
+    assert (out / "tokenizer.json").read_text() == "{}"
+    (out / "tokenizer.json").unlink()
+    (packed / "tokenizer.json").unlink()
+    assert same_files(dense, out)
+
+
+def test_unpack_refuses_in_one_line(folders, tmp_path, capsys):
+    dense, packed = folders
+    for source, target, word in (
+        (tmp_path, tmp_path / "x", "no config.json"),
+        (dense, tmp_path / "x", "not a packed 2:4 checkpoint"),
+        (packed, tmp_path, "exists"),
+    ):
+        assert run(unpack_main, [str(source), str(target)]) == 1
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_loads_and_generates_in_a_fresh_process(folders):
+    code = (
+        "import sys, torch, lib.sparse\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "ids = torch.arange(3, 15)[None]\n"
+        "print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())\n"
+    )
+    run = in_fresh_process(code, folders[1])
+    assert run.returncode == 0, run.stderr
+    expected = load(folders[0]).generate(IDS, max_new_tokens=6, do_sample=False)
+    assert run.stdout.strip() == str(expected.tolist())
+
+
+def test_without_the_import_loading_fails_and_names_it(folders):
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+    )
+    run = in_fresh_process(code, folders[1])
+    assert run.returncode != 0 and "import lib.sparse" in run.stderr
+
+
+def test_card_says_how_to_load(folders):
+    lines = lib.sparse.card_lines(str(folders[1]))
+    assert len(lines) == 3
+    run = in_fresh_process("\n".join(lines))
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"version": 2}, "version 2"),
+        ({"format": "packed-1:4"}, "packed-1:4"),
+        ({"blocks": 3}, "blocks"),
+        ({"linears": ["a"]}, "damaged"),
+        ({"linears": {"model.layers.0.mlp.up_proj": [64, 30]}}, "multiple of 4"),
+        ({"linears": {"model.layers.0.mlp.up_proj": [64, 64]}}, "another checkpoint"),
+        ({"linears": {"model.layers.7.mlp.up_proj": [64, 32]}}, "another model"),
+        ({"linears": {"model.layers.0.mlp": [64, 32]}}, "another model"),
+    ],
+)
+def test_config_that_does_not_fit(copy, changes, word):
+    edit_config(copy, **changes)
+    with pytest.raises(UserError, match=word):
+        load(copy)
+
+
+def test_files_cut_short_or_incomplete(copy):
+    file = copy / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2, 100, 0):
+        file.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="cut short or damaged"):
+            load(copy)
+    file.write_bytes(whole)
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.positions"]
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 packed tensors"):
+        load(copy)
+
+
+@pytest.mark.parametrize("kind", ["shape", "positions", "dtype"])
+def test_tensors_that_are_wrong(copy, kind):
+    file, name = copy / "model.safetensors", "model.layers.1.mlp.up_proj"
+    tensors = load_file(file)
+    if kind == "shape":
+        tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, :8].contiguous()
+    elif kind == "positions":
+        tensors[f"{name}.positions"][3, 1] = 0
+    else:
+        tensors[f"{name}.positions"] = tensors[f"{name}.positions"].to(torch.int32)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=name if kind != "shape" else "not \\(64, 16\\)"):
+        load(copy)
+
+
+def test_only_safetensors_are_read(copy):
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="only safetensors"):
+        load(copy, use_safetensors=False)
+
+
+def test_config_survives_its_own_round_trip():
+    config = PackedConfig({"b": (8, 4), "a": [4, 8]})
+    assert PackedConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert config.to_dict()["quant_method"] == METHOD and list(config.linears) == ["a", "b"]
+
+
+def test_killed_unpack_leaves_nothing_behind(folders, tmp_path):
+    out, ready = tmp_path / "out", tmp_path / "ready"
+    code = (
+        "import sys, time, pathlib, transformers.modeling_utils as m\n"
+        "from lib.unpack import unpack_folder\n"
+        "def hang(*_, **__):\n"
+        "    pathlib.Path(sys.argv[3]).touch()\n"
+        "    time.sleep(600)\n"
+        "m.safe_save_file = hang\n"
+        "unpack_folder(sys.argv[1], sys.argv[2])\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, folders[1], out, ready], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not ready.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert ready.exists() and not out.exists()
+    unpack_folder(str(folders[1]), str(out))
+    assert torch.equal(logits(load(out)), logits(load(folders[0])))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "ready"]

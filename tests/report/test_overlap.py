@@ -1,0 +1,207 @@
+"""Overlap of masks: against counting by hand, streaming, the noise floor, and refusals."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lib.methods.sparsity import n_of_m
+from lib.packed.layout import pack
+from lib.report.masks import overlap
+from lib.report.names import place
+from lib.report.overlap import text, write_overlap
+from lib.util.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+Q, UP = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.up_proj.weight"
+
+
+def save(folder, tensors, shards=1):
+    folder.mkdir(parents=True)
+    names = sorted(tensors)
+    for shard in range(shards):
+        part = {name: tensors[name] for name in names[shard::shards]}
+        save_file(part, folder / f"model-{shard + 1:05}-of-{shards:05}.safetensors")
+    return folder
+
+
+def random_model(seed, blocks=3, width=16):
+    """Half the weights of every linear are zero, at random; norms and embeddings are dense."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"model.embed_tokens.weight": torch.ones(9, width)}
+    for block in range(blocks):
+        tensors[f"model.layers.{block}.norm.weight"] = torch.zeros(width)
+        for name in (Q, UP):
+            keep = torch.rand(24, width, generator=generator) < 0.5
+            tensors[name.format(block)] = keep.to(torch.bfloat16)
+    return tensors
+
+
+def test_a_case_by_hand(tmp_path):
+    a = torch.tensor([[1.0, 0, 2, 0], [3, 4, 0, 0]])  # keeps 4 of 8
+    b = torch.tensor([[5.0, 6, 7, 0], [8, 9, 1, 0]])  # keeps 6 of 8, among them all 4
+    runs = [
+        save(tmp_path / "a", {Q.format(0): a}),
+        save(tmp_path / "b", {Q.format(0): b}),
+    ]
+    cell = overlap(runs).matrices[Q.format(0)]
+    assert cell.between.kept == pytest.approx(5 / 8)
+    assert cell.between.overlap == pytest.approx(4 / 5)
+    assert cell.between.chance == pytest.approx((4 * 6 / 8) / 5)
+    assert cell.noise is None and cell.excess is None
+
+
+def test_sums_by_block_and_linear_equal_counting_everything(tmp_path):
+    first, second = random_model(1), random_model(2)
+    runs = [save(tmp_path / "a", first, shards=3), save(tmp_path / "b", second)]
+    found = overlap(runs)
+    assert list(found.matrices) == [name.format(b) for b in range(3) for name in (UP, Q)]
+    by_block = found.by(lambda where: where[0])
+    for block in range(3):
+        names = [name.format(block) for name in (Q, UP)]
+        a = torch.cat([first[name] for name in names]) != 0
+        b = torch.cat([second[name] for name in names]) != 0
+        shared = (a & b).sum() / ((a.sum() + b.sum()) / 2)
+        assert by_block[block].between.overlap == pytest.approx(shared.item())
+    assert found.whole.between.overlap == pytest.approx(found.whole.between.chance, abs=0.05)
+    assert set(found.by(lambda where: where[1])) == {"self_attn.q_proj", "mlp.up_proj"}
+
+
+@pytest.fixture
+def languages(tmp_path):
+    """Two languages whose masks differ in block 1 only, and a second seed of each."""
+    folders = {}
+    base, other = random_model(1), random_model(2)
+    special = {name for name in base if ".1." in name}
+    for language in ("uk", "en"):
+        for seed in (0, 1):
+            source = {n: other[n] if language == "en" and n in special else base[n] for n in base}
+            tensors = {name: tensor.clone() for name, tensor in source.items()}
+            if seed:  # a little noise everywhere: one row of each matrix keeps something else
+                for name in tensors:
+                    if "proj" in name:
+                        tensors[name][0] = 1 - tensors[name][0]
+            folders[language, seed] = save(tmp_path / f"{language}{seed}", tensors, shards=2)
+    return folders
+
+
+def test_the_noise_floor_singles_out_the_specific_block(languages):
+    runs = [languages["uk", 0], languages["en", 0]]
+    found = overlap(runs, [languages["uk", 1], languages["en", 1]])
+    assert found.most_specific()[0][0] == 1
+    blocks = found.by(lambda where: where[0])
+    assert blocks[1].excess > 0.3
+    assert blocks[0].between.overlap == 1.0 and blocks[0].excess < 0
+    assert "block 1 is most language-specific" in text(found)
+    assert len(found.pairs) == 3
+
+
+def test_several_runs_are_compared_pair_by_pair(languages):
+    found = overlap([languages["uk", 0], languages["en", 0], languages["en", 0]])
+    whole = found.whole.between
+    assert whole.weights == 3 * 6 * 24 * 16
+    assert [round(count.overlap, 3) for count in found.pairs.values()][-1] == 1.0
+
+
+def test_files(languages, tmp_path):
+    found = overlap([languages["uk", 0], languages["en", 0]], [languages["uk", 1]])
+    paths = write_overlap(found, tmp_path / "out")
+    assert [path.suffix for path in paths] == [".md", ".json", ".csv", ".png"]
+    record = json.loads(paths[1].read_text(encoding="utf-8"))
+    assert record["most_specific_blocks"][0] == 1
+    assert record["blocks"]["1"]["overlap"] < record["blocks"]["0"]["overlap"] == 1.0
+    rows = list(csv.DictReader(paths[2].open(encoding="utf-8")))
+    assert len(rows) == 6 and rows[0]["linear"] == "mlp.up_proj"
+    assert paths[3].read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_folders_lead_to_their_saved_models(languages, tmp_path):
+    for language in ("uk", "en"):
+        run = tmp_path / f"run-{language}"
+        run.mkdir()
+        record = {
+            "model": "m",
+            "method": "wanda",
+            "evaluation": [],
+            "calibration": {"name": language},
+            "flags": {"save_model": str(languages[language, 0])},
+        }
+        (run / "results.json").write_text(json.dumps(record))
+    uk, en = tmp_path / "run-uk", tmp_path / "run-en"
+    assert overlap([uk, en]).runs == ["uk (seed 0)", "en (seed 0)"]
+    with pytest.raises(UserError, match="calibrated on en, but"):
+        overlap([uk, en], [en])
+    (uk / "results.json").write_text(json.dumps(record | {"flags": {}}))
+    with pytest.raises(UserError, match="--save_model"):
+        overlap([uk, en])
+
+
+def test_places():
+    assert place("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
+    assert place("transformer.h.11.attn.c_attn") == (11, "attn.c_attn")
+    assert place("model.layers.0.mlp.experts.7.w1.weight") == (0, "mlp.experts.*.w1")
+    assert place("model.layers.0.mlp.experts.gate_up_proj.5") == (0, "mlp.experts.gate_up_proj")
+    assert place("model.layers.0.mlp.fc1.weight") == (0, "mlp.fc1")
+    assert place("lm_head.weight") is None
+
+
+def test_fused_experts_count(tmp_path):
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    keep = (torch.arange(4 * 6 * 8).view(4, 6, 8) % 2).float()
+    found = overlap([save(tmp_path / "a", {name: keep}), save(tmp_path / "b", {name: 1 - keep})])
+    assert found.matrices[name].between.overlap == 0.0
+
+
+def test_packed_checkpoints_count_like_dense_ones(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.rand(6, 8, generator=generator) for _ in range(2)]
+    dense = [score.masked_fill(n_of_m(score, 2, 4), 0) for score in scores]
+    plain, packed = [], []
+    for index, weight in enumerate(dense):
+        plain.append(save(tmp_path / f"plain{index}", {Q.format(0): weight}))
+        values, positions = pack(weight)
+        name = Q.format(0).removesuffix("weight")
+        tensors = {f"{name}weight": values, f"{name}positions": positions}
+        packed.append(save(tmp_path / f"packed{index}", tensors))
+    expected = overlap(plain).matrices
+    assert overlap(packed).matrices == expected
+    assert overlap([plain[0], packed[1]]).matrices == expected
+
+
+def refused(match, *runs, noise=()):
+    with pytest.raises(UserError, match=match):
+        overlap(runs, noise)
+
+
+def test_refusals(languages, tmp_path):
+    a = languages["uk", 0]
+    wide = save(tmp_path / "wide", random_model(3, width=32))
+    refused(r"tensor model\.layers\.0\.mlp\.up_proj\.weight is 24 x 32 here but 24 x 16", a, wide)
+    deep = save(tmp_path / "deep", random_model(3, blocks=4))
+    refused(r"model\.layers\.3\.\S+ is 24 x 16 here but missing", a, deep)
+    dense = save(tmp_path / "dense", {k: v + 1 for k, v in random_model(1).items()})
+    refused("no matrix has zeros in all", a, dense)
+    refused("name two or more", a)
+    refused("3 folders for 2 RUNs", a, a, noise=(a, a, a))
+    refused("no such folder", a, tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused("holds no", a, tmp_path / "empty")
+    broken = save(tmp_path / "broken", random_model(1))
+    (shard,) = broken.iterdir()
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused("can't be read", a, broken)
+
+
+def test_the_command(languages, tmp_path):
+    arguments = [languages["uk", 0], languages["en", 0], "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "lib.report.overlap", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| self_attn.q_proj" in done.stdout
+    bad = subprocess.run(command[:-3], cwd=ROOT, capture_output=True, text=True)
+    assert bad.returncode == 1 and bad.stderr.count("\n") == 1

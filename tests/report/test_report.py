@@ -1,0 +1,241 @@
+"""The report over runs: what is averaged, kept apart, claimed in titles and refused."""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.report import findings
+from lib.report.report import load_runs, table, write_report
+from lib.report.tables import tables
+from lib.util.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE = {"uk": 20.0, "en": 40.0}
+LINEARS = [f"model.layers.{b}.{k}" for b in (0, 1) for k in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+def evaluation(perplexity, digest="d0"):
+    return [
+        {
+            "name": name,
+            "source": name,
+            "revision": None,
+            "windows": 9,
+            "seqlen": 64,
+            "tokens": 576,
+            "bytes": 2000,
+            "digest": f"{name}-{digest}",
+            "perplexity": value,
+            "standard_error": value / 10,
+            "bits_per_byte": value / 100,
+        }
+        for name, value in perplexity.items()
+    ]
+
+
+def write_run(folder, method, perplexity, *, kind="unstructured", ratio=0.5, on=None, **more):
+    dense = method == "dense"
+    flags = {"nsamples": 8, "use_variant": False, "load_bit": None} | more.pop("flags", {})
+    digest = more.pop("digest", "d0")
+    sources = [{"source": on, "share": 1.0}]
+    record = {
+        "model": "models/tiny",
+        "method": method,
+        "sparsity_type": None if dense else kind,
+        "sparsity_ratio": None if dense else ratio,
+        "flags": flags,
+        "seed": 0,
+        "calibration": {"name": on, "sources": sources} if on else None,
+        "evaluation": evaluation(perplexity, digest),
+        "sparsity": {"overall": 0.0 if dense else ratio, "linears": dict.fromkeys(LINEARS, ratio)},
+        "perplexity": perplexity,
+    } | more
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Calibrated on the language: always 10% lower. Wanda twice over seeds, N:M and a variant."""
+    root = tmp_path / "sweep"
+    write_run(root / "dense", "dense", DENSE)
+    for seed, wobble in enumerate((0.0, 1.0, 2.0)):
+        for on in DENSE:
+            values = {name: (27.0 if name == on else 30.0) + wobble for name in DENSE}
+            write_run(root / f"wanda-{on}-{seed}", "wanda", values, on=on, seed=seed)
+    for on in DENSE:
+        values = {name: 45.0 if name == on else 50.0 for name in DENSE}
+        write_run(root / f"two-of-four-{on}", "wanda", values, kind="2:4", on=on)
+    write_run(root / "magnitude", "magnitude", {"uk": 60.0, "en": 80.0})
+    sparsity = {"overall": 0.5, "linears": dict(zip(LINEARS, (0.4, 0.5, 0.5, 0.6), strict=True))}
+    values = {"uk": 26.0, "en": 33.0}
+    flags = {"use_variant": True}
+    write_run(root / "variant", "wanda", values, on="uk", flags=flags, sparsity=sparsity)
+    return root
+
+
+def cells(text, *start):
+    """The cells of the one Markdown line whose first cells are `start`."""
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.split("\n")]
+    (found,) = [line for line in lines if line[: len(start)] == list(start)]
+    return found
+
+
+def test_seeds_are_averaged_and_the_rise_is_over_dense(runner):
+    text = table(load_runs([runner]))
+    row = cells(text, "wanda", "50%", "uk")
+    assert row[4] == "3"  # seeds
+    assert row[5:9] == ["28.00 ± 1.00", "2.80", "+40%", "0.280 ± 0.010"]
+    assert row[9:11] == ["31.00 ± 1.00", "3.10"]
+    assert cells(text, "dense", "–", "none")[5] == "20.00"
+    assert cells(text, "magnitude", "50%", "none")[7] == "+200%"
+    assert cells(text, "wanda variant", "50%", "uk")[5] == "26.00"
+    assert "not to be compared" not in text
+
+
+def test_csv_holds_the_same_figures_unrounded(runner, tmp_path):
+    paths = write_report(load_runs([runner]), tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "report.csv").open(encoding="utf-8")))
+    (row,) = [
+        r
+        for r in rows
+        if (r["method"], r["type"], r["calibrated_on"], r["measured_on"])
+        == ("wanda", "50%", "en", "uk")
+    ]
+    assert float(row["perplexity"]) == pytest.approx(31.0)
+    assert float(row["perplexity_deviation"]) == pytest.approx(statistics.stdev([30, 31, 32]))
+    assert float(row["rise"]) == pytest.approx(31 / 20 - 1)
+    assert row["digest"] == "uk-d0"
+    assert len(row["folders"].split()) == 3
+    drawn = {path.name for path in paths if path.suffix == ".png"}
+    assert drawn == {"perplexity.png", "pruning_cost.png", "languages.png", "sparsity.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths if path.suffix == ".png")
+    assert "pruning_cost.png" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_same_runs_give_the_same_bytes(runner, tmp_path):
+    first = write_report(load_runs([runner]), tmp_path / "a")
+    second = write_report(load_runs([runner]), tmp_path / "b")
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_findings_are_computed(runner):
+    (found,) = tables(load_runs([runner]))
+    effects = [e for e in findings.effects(found) if e.setting == "2:4"]
+    assert {(e.test, e.other) for e in effects} == {("uk", "en"), ("en", "uk")}
+    assert all(e.change == pytest.approx(-0.1) for e in effects)
+    sentence = findings.language_finding(found)
+    expected = 28 / 31 - 1  # the means over seeds
+    assert f"{-expected:.1%} lower at 50%" in sentence and "10% lower at 2:4" in sentence
+    # each test set with the calibration that suits it: sqrt(28/20 * 28/40), sqrt(45/20 * 45/40)
+    cost = findings.cost_finding(found)
+    assert "with wanda, the best here, is -1% at 50% and +59% at 2:4" in cost
+
+
+def test_a_reverse_or_absent_effect_is_called_so():
+    assert findings.compared(0.03) == "3.0% higher"
+    assert findings.compared(-0.25) == "25% lower"
+    assert findings.compared(-0.004) == "about equal"
+
+
+@pytest.mark.parametrize("other", [{"digest": "d1"}, {"model": "models/other"}])
+def test_what_cant_be_compared_stands_in_tables_of_its_own(runner, tmp_path, other):
+    values = {"uk": 1.0, "en": 2.0}
+    foreign = write_run(tmp_path / "foreign", "wanda", values, on="uk", **other)
+    runs = load_runs([runner, foreign])
+    text = table(runs)
+    assert "2 tables, not to be compared" in text
+    first, second = tables(runs)
+    assert second.rows[0].runs[0].folder == foreign
+    assert second.rise(second.rows[0], "uk") is None  # never against the other table's dense run
+    names = {path.name for path in write_report(runs, tmp_path / "out")}
+    assert "perplexity-1.png" in names and "perplexity-2.png" in names
+
+
+def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path):
+    for samples in (8, 16):
+        folder = tmp_path / str(samples)
+        write_run(folder, "wanda", {"uk": samples}, on="uk", flags={"nsamples": samples})
+    text = table(load_runs([tmp_path]))
+    assert "nsamples" in text
+    assert cells(text, "wanda", "50%", "uk", "50.00%", "1", "16")[6] == "16.00"
+
+
+def test_one_name_for_two_texts_is_told_apart(tmp_path):
+    for place in ("a", "b"):
+        calibration = {"name": "uk", "sources": [{"source": f"{place}/uk", "share": 1.0}]}
+        write_run(tmp_path / place, "wanda", {"uk": 9.0}, on="uk", calibration=calibration)
+    text = table(load_runs([tmp_path]))
+    assert "uk (a/uk)" in text and "uk (b/uk)" in text
+
+
+def test_tasks_become_columns(tmp_path):
+    write_run(tmp_path / "a", "wanda", {"uk": 9.0}, on="uk", tasks={"belebele": {"acc": 0.25}})
+    text = table(load_runs([tmp_path]))
+    assert "belebele acc" in text and "0.2500" in text
+
+
+def test_a_failed_run_is_listed_with_its_reason(runner):
+    failed = sweep / "failed"
+    failed.mkdir()
+    (failed / "results.json").write_text(json.dumps({"error": "out of\nmemory"}))
+    assert "failed: out of memory" in table(load_runs([runner]))
+
+
+def test_infinite_perplexity_is_shown_and_not_drawn(runner, tmp_path):
+    write_run(sweep / "burst", "wanda", {"uk": float("inf"), "en": 99.0}, ratio=0.9, on="uk")
+    runs = load_runs([runner])
+    assert cells(table(runs), "wanda", "90%", "uk")[5] == "inf"
+    assert len(write_report(runs, tmp_path / "out")) == 6
+
+
+def test_runs_of_one_set_without_dense_still_make_a_report(tmp_path):
+    write_run(tmp_path / "a", "sparsegpt", {"ubertext": 9.0}, on="c4")
+    paths = write_report(load_runs([tmp_path / "a"]), tmp_path / "out")
+    assert {path.name for path in paths if path.suffix == ".png"} == {
+        "perplexity.png",
+        "pruning_cost.png",
+    }
+
+
+def run_report(*arguments):
+    command = [sys.executable, "-m", "lib.report", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command(runner, tmp_path):
+    done = run_report(runner, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "| wanda" in done.stdout
+    assert (
+        (tmp_path / "out" / "report.md").read_text(encoding="utf-8").startswith("### models/tiny")
+    )
+
+
+def test_bad_input_is_one_line(tmp_path):
+    for content, said in (("{", "not valid JSON"), ("[]", "not a run's record"), ("{}", "lacks")):
+        folder = tmp_path / said.replace(" ", "_")
+        folder.mkdir()
+        (folder / "results.json").write_text(content)
+        with pytest.raises(UserError, match=said):
+            load_runs([folder])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no results.json"):
+        load_runs([tmp_path / "empty"])
+    done = run_report(tmp_path / "nowhere")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "no such folder" in done.stderr
+    assert run_report().returncode == 2
+
+
+def test_an_output_that_is_a_file_is_refused(runner, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        write_report(load_runs([runner]), tmp_path / "file")

@@ -1,0 +1,270 @@
+"""Interrupted runs go on: killed at any block and started again, they end with the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+from pathlib import Path
+
+import processes
+import pytest
+import tiny
+import torch
+from command_line import QUICK, Done, call
+from safetensors.torch import load_file, save_file
+
+from lib.pruning import journal
+from lib.pruning.journal import Journal
+from lib.util.errors import UserError
+
+BLOCKS = 4
+BASE = ["--model", "model", *QUICK, "--eval_data", "uk", "--save", "out"]
+WANDA = ["--prune_method", "wanda", "--calibration_data", "uk"]
+SPARSEGPT = ["--prune_method", "sparsegpt", "--calibration_data", "uk"]
+CASES = {
+    "sparsegpt": [*SPARSEGPT, "--sparsity_type", "2:4"],
+    "admm": ["--prune_method", "admm", "--calibration_data", "uk"],
+    "no calibration": ["--prune_method", "magnitude"],
+    "offloaded": [*WANDA, "--offload", "away"],
+    "4 bits": [*SPARSEGPT, "--load_bit", "4"],
+    "8 bits": [*WANDA, "--load_bit", "8"],
+    "shared weights": [*WANDA, "--model", "tied"],
+}
+pytestmark = pytest.mark.usefixtures("at_place")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny.write_model(folder / "model", tiny.tiny_llama(num_hidden_layers=BLOCKS))
+    tied = tiny.tiny_llama(num_hidden_layers=BLOCKS, tie_word_embeddings=True)
+    tiny.write_model(folder / "tied", tied)
+    tiny.write_texts(folder / "uk", test=3)
+    return folder
+
+
+def flags(case: str, folder: Path, *more: object) -> list:
+    saved = ["--save_model", folder / "model", "--resume", folder / "kept"]
+    return [*BASE, *CASES[case], *saved, *more]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The weights that were saved, by file."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What uninterrupted runs save, without --resume."""
+    found = {}
+    for case in CASES:
+        folder = tmp_path_factory.mktemp("whole")
+        argv = [*BASE, *CASES[case], "--save_model", folder / "model"]
+        done = processes.run(argv, place)
+        assert done.status == 0, done.err
+        found[case] = content(folder / "model")
+    return found
+
+
+def shards(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "kept").glob("*.safetensors"))
+
+
+def killed(argv: list, place: Path, block: int) -> None:
+    assert processes.run(argv, place, f"{block}:SIGKILL").status == -signal.SIGKILL
+
+
+def finished(done: Done) -> Done:
+    assert done.status == 0, done.err
+    return done
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_twice_and_the_same_bytes(
+    case: str, whole: dict, place: Path, tmp_path: Path
+) -> None:
+    argv = flags(case, tmp_path)
+    for block in (1, BLOCKS - 1):
+        killed(argv, place, block)
+        assert len(shards(tmp_path)) == block
+        assert not (tmp_path / "model").exists()
+    finished(call(*argv))
+    assert content(tmp_path / "model") == whole[case]
+    assert not (tmp_path / "kept").exists()
+    assert not Path("away").exists()
+
+
+@pytest.mark.parametrize("block", [0, BLOCKS - 1])
+def test_killed_at_the_ends(block: int, whole: dict, place: Path, tmp_path: Path) -> None:
+    argv = flags("sparsegpt", tmp_path)
+    killed(argv, place, block)
+    done = finished(call(*argv))
+    assert content(tmp_path / "model") == whole["sparsegpt"]
+    assert "of the blocks' weights are zero" in done.out
+
+
+def test_finished_blocks_are_not_pruned_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lib.prune import Pruner
+
+    argv = flags("sparsegpt", tmp_path)
+    killed(argv, place, 3)
+    pruned, own = [], Pruner._prune_block_
+    monkeypatch.setattr(
+        Pruner,
+        "_prune_block_",
+        lambda self, index, *rest: pruned.append(index) or own(self, index, *rest),
+    )
+    finished(call(*argv))
+    assert pruned == [3]
+
+
+def test_another_number_of_processes(whole: dict, place: Path, tmp_path: Path) -> None:
+    argv = flags("sparsegpt", tmp_path)
+    done = processes.ended(processes.together(3, [argv], place, {0: "2:SIGKILL"}))
+    assert done[0].status == -signal.SIGKILL and len(shards(tmp_path)) == 2
+    done = processes.ended(processes.together(2, [argv], place, {1: "3:SIGKILL"}))
+    assert done[1].status == -signal.SIGKILL and len(shards(tmp_path)) == 3
+    finished(call(*argv))
+    (saved,) = content(tmp_path / "model").values()
+    (tmp_path / "whole").write_bytes(next(iter(whole["sparsegpt"].values())))
+    (tmp_path / "resumed").write_bytes(saved)
+    before, after = load_file(tmp_path / "whole"), load_file(tmp_path / "resumed")
+    differ = sum(int(((before[k] == 0) != (after[k] == 0)).sum()) for k in before)
+    assert before.keys() == after.keys()
+    assert differ <= 0.02 * sum(tensor.numel() for tensor in before.values())
+
+
+CHANGES = {
+    "--sparsity_ratio": ["--sparsity_type", "unstructured", "--sparsity_ratio", "0.6"],
+    "--seed": ["--seed", "1"],
+    "--calibration_data": ["--calibration_data", "en"],
+    "--nsamples": ["--nsamples", "5"],
+    "--model": ["--model", "tied"],
+}
+
+
+@pytest.fixture
+def begun(place: Path, tmp_path: Path) -> list:
+    """Flags of a run that was killed after its first block."""
+    argv = flags("sparsegpt", tmp_path)
+    killed(argv, place, 1)
+    return argv
+
+
+def test_changed_flags_are_refused(begun: list, place: Path, tmp_path: Path) -> None:
+    tiny.write_texts(place / "en", train=tiny.sentences(20, seed=9), test=3)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    for flag, change in CHANGES.items():
+        done = call(*begun, *change)
+        assert done.status == 1
+        (line,) = done.complaints
+        assert line.startswith(f"error: --resume {tmp_path / 'kept'}: was begun with ")
+        assert flag in line or flag == "--sparsity_ratio" and "--sparsity_type" in line
+    assert {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()} == kept
+
+
+def test_changed_data_are_refused(begun: list, place: Path) -> None:
+    train = place / "uk" / "train.jsonl"
+    before = train.read_bytes()
+    try:
+        train.write_bytes(b"\n".join(reversed(before.splitlines())) + b"\n")
+        (line,) = call(*begun).complaints
+    finally:
+        train.write_bytes(before)
+    assert "was begun with calibration windows" in line
+
+
+def test_changed_weights_are_refused(begun: list, place: Path) -> None:
+    weights = place / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    try:
+        weights.write_bytes(before)
+        (line,) = call(*begun).complaints
+    finally:
+        weights.write_bytes(before)
+    assert "was begun with weight files" in line
+
+
+def test_places_may_change(begun: list, whole: dict, tmp_path: Path) -> None:
+    elsewhere = [
+        "--save_model",
+        tmp_path / "moved",
+        "--save",
+        tmp_path / "out",
+        "--offload",
+        "away",
+    ]
+    finished(call(*begun, *elsewhere))
+    assert content(tmp_path / "moved") == whole["sparsegpt"]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "wrong"])
+def test_a_damaged_shard_is_done_again(
+    damage: str, whole: dict, place: Path, tmp_path: Path
+) -> None:
+    argv = flags("sparsegpt", tmp_path)
+    killed(argv, place, 2)
+    file = tmp_path / "kept" / shards(tmp_path)[0]
+    data = bytearray(file.read_bytes())
+    if damage == "flipped":
+        data[-7] ^= 1
+    file.write_bytes({"cut": data[: len(data) // 2], "empty": b""}.get(damage, data))
+    if damage == "wrong":  # whole, but not what was written
+        save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    done = finished(call(*argv))
+    assert f"{file.name} is damaged; its block is pruned again" in done.out
+    assert content(tmp_path / "model") == whole["sparsegpt"]
+
+
+def test_a_full_disk_keeps_what_was_finished(
+    whole: dict, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = flags("sparsegpt", tmp_path)
+    own = journal.save_file
+
+    def full(tensors: dict, path: Path, metadata: dict) -> None:
+        if "00002" in Path(path).name:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(tensors, path, metadata)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, "save_file", full)
+        done = call(*argv)
+    assert done.status == 1
+    (line,) = done.complaints
+    assert line.startswith(f"error: --resume {tmp_path / 'kept'}: block 2 can't be kept")
+    assert "No space left" in line and "make room" in line
+    assert len(shards(tmp_path)) == len(list((tmp_path / "kept").glob("block-*"))) == 2
+    assert not (tmp_path / "model").exists()
+    finished(call(*argv))
+    assert content(tmp_path / "model") == whole["sparsegpt"]
+
+
+def test_a_folder_with_something_else(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "letter.txt").write_text("dear")
+    (line,) = call(*flags("sparsegpt", tmp_path)).complaints
+    assert "--resume" in line and "letter.txt" in line
+    assert (tmp_path / "kept" / "letter.txt").read_text() == "dear"
+
+
+def test_a_journal_that_can_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text("{")
+    with pytest.raises(UserError, match="job.json"):
+        Journal(str(tmp_path), {"--seed": 0})
+
+
+def test_blocks_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
+    kept = Journal(str(tmp_path / "kept"), {"--seed": 0})
+    tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}
+    kept.write(1, tensors)
+    assert kept.read(0) is None
+    for name, tensor in kept.read(1).items():
+        assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
+    assert json.loads((tmp_path / "kept" / "job.json").read_text()) == {"--seed": 0}
+    kept.remove()
+    assert not (tmp_path / "kept").exists()
