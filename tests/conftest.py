@@ -25,6 +25,13 @@ logging.disable_progress_bar()
 
 
 @pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder of the test's own: defaults such as `--save out`, and caches, end there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def at_place(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the folder that a module's own fixture `place` fills, with a cache of the test's own."""
     monkeypatch.chdir(place)

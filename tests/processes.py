@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import worker
-from command_line import ROOT, Done
+from support import ROOT, Done
 
 LIMIT = 100  # seconds for a process to end
 

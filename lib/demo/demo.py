@@ -103,9 +103,9 @@ def _report(step: Step, status: int, folder: Path) -> None:
 
 def prepare(folder: Path, fresh: bool) -> None:
     """Texts and model; an earlier model is kept where it would come out the same."""
-    from lib.util.progress import quiet
     from lib.demo.model import Recipe, trained_model
     from lib.demo.text import compose, write_texts
+    from lib.util.progress import quiet
 
     print(f"1. Text: {TRAIN_DOCUMENTS + TEST_DOCUMENTS} stories each in {', '.join(LANGUAGES)}")
     texts = compose(TRAIN_DOCUMENTS + TEST_DOCUMENTS)
@@ -124,8 +124,8 @@ def conclude(folder: Path, todo: Sequence[Step]) -> None:
     from lib.report.plots.cost import pruning_cost
     from lib.report.report import table
     from lib.report.results import load_runs
-    from lib.util.files import write_text
     from lib.report.tables import tables
+    from lib.util.files import write_text
 
     runs = load_runs(folder / "runs" / step.name for step in todo)
     text = table(runs)
@@ -153,4 +153,3 @@ def main(argv: list[str]) -> None:
     run_all(todo, folder, at_once=min(2, os.cpu_count() or 1))
     conclude(folder, todo)
     print(f"done in {time.perf_counter() - start:.0f} s")
-

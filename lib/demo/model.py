@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.util.progress import progress
 from lib.util.files import staged_folder
+from lib.util.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -103,7 +103,9 @@ def block_seconds(
             torch.cuda.synchronize(device)
         ends.append(time.perf_counter())
 
-    pruner = Pruner(BlockRunner(model, blocks, device), name, Recipe(method), Sparsity.parse(kind, 0.5))
+    pruner = Pruner(
+        BlockRunner(model, blocks, device), name, Recipe(method), Sparsity.parse(kind, 0.5)
+    )
     pruner.run(windows, batch_size, keep_on=device, advanced=ended)
     return [after - before for before, after in zip(ends, ends[1:-1], strict=False)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from command_line import QUICK, ROOT, Done, call, start
+from support import QUICK, ROOT, Done, call, start
 from processes import LIMIT, ended, free_port, together
 from safetensors.torch import load_file
 

@@ -11,8 +11,8 @@ import pytest
 import tiny
 import torch
 from accelerate import dispatch_model
-from command_line import QUICK, Done, call
 from safetensors.torch import load_file
+from support import QUICK, Done, call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lib.dist.team import Team

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from command_line import QUICK, Done, call
+from support import QUICK, Done, call
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

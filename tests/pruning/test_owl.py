@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from command_line import call
 from safetensors.torch import load_file
+from support import call
 
 from lib.dist.team import Team
 from lib.methods.sparsity import ALLOCATION_SPAN

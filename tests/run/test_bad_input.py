@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from command_line import QUICK, Done, call
+from support import QUICK, Done, call
 from transformers import LlamaPreTrainedModel, T5Config, T5ForConditionalGeneration
 
 import lib.model.pretrained

@@ -15,9 +15,9 @@ import datasets
 import pytest
 import tiny
 import torch
-from command_line import QUICK, Done, call, spawn, start
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import QUICK, Done, call, spawn, start
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from command_line import QUICK, call, spawn
+from support import QUICK, call, spawn
 
 from lib.methods.registry import Recipe
 from lib.model.pretrained import decoder_blocks, skeleton

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from command_line import QUICK, call
 from safetensors.torch import load_file
+from support import QUICK, call
 
 import lib.eval
 from lib.model import pretrained

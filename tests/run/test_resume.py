@@ -11,8 +11,8 @@ import processes
 import pytest
 import tiny
 import torch
-from command_line import QUICK, Done, call
 from safetensors.torch import load_file, save_file
+from support import QUICK, Done, call
 
 from lib.pruning import journal
 from lib.pruning.journal import Journal

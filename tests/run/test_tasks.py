@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from command_line import QUICK, call
+from support import QUICK, call
 
 from lib import tasks
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from command_line import QUICK, ROOT, Done, call
+from support import QUICK, ROOT, Done, call
 
 import lib.model.pretrained
 from lib.report.results import load_runs

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command_line import ROOT
 from safetensors import SafetensorError
+from support import ROOT
 
 from lib.report.results import write_results
 from lib.run.card import languages_of, model_card

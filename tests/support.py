@@ -1,8 +1,13 @@
-"""main.py called as a user calls it: in this process (fast) or in one of its own (real)."""
+"""What many tests need: main.py as a user calls it, models with a runner, windows, folders read.
+
+`call` runs main.py in this process (fast), `spawn` in one of its own (real).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +15,18 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 import main
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import decoder_blocks
 from lib.util import command
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8"]
 
 
@@ -70,3 +82,27 @@ def spawn(argv: list[object], folder: Path) -> Done:
     process = start([str(ROOT / "main.py"), *map(str, argv)], folder)
     out, err = process.communicate(timeout=120)
     return Done(process.returncode, out, err)
+
+
+def windows(count: int, tokens: int = 24, seed: int = 0) -> Tensor:
+    """Random token ids (count, tokens), longer than the sliding windows of the tiny models."""
+    return torch.randint(3, 300, (count, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def runner_of(model: nn.Module) -> BlockRunner:
+    """The model's decoder blocks, run on the CPU."""
+    return BlockRunner(model, decoder_blocks(model)[1], CPU)
+
+
+def results(folder: Path | str = "out") -> dict[str, Any]:
+    """What a run has left in its `--save` folder."""
+    return json.loads((Path(folder) / "results.json").read_text("utf-8"))
+
+
+def content(folder: Path | str) -> dict[str, str]:
+    """{path in the folder: digest of the file}."""
+    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
