@@ -1,1 +1,1 @@
-"""Runs that are done: from results.json to tables, pictures and what masks share."""
+"""Finished runs: their results.json, tables and pictures of many, and what masks share."""

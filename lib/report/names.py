@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+Place = tuple[int, str]  # block, path of the linear inside it
+
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def place(name: str) -> tuple[int, str] | None:
+def place(name: str) -> Place | None:
     """`model.layers.3.mlp.experts.7.w1.weight` -> (3, `mlp.experts.*.w1`); None outside blocks."""
     found = _NUMBERED.search(name)
     if found is None:

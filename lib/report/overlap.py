@@ -14,33 +14,30 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.report.masks import FIELDS, Cell, Count, Overlap, finding, overlap
+from lib.report.comparison import FIELDS, Cell, Comparison, Count, compare_masks
 from lib.report.names import place
 from lib.report.plots.overlap import draw
 from lib.report.report import markdown
 from lib.util import command
-from lib.util.errors import UserError
-from lib.util.files import write_text
+from lib.util.files import check_output_folder, write_text
 
 
-def text(found: Overlap) -> str:
-    """The comparison as Markdown: by pair, block and linear, and a sentence on what it says."""
+def text(found: Comparison) -> str:
+    """The comparison as Markdown: by pair, by block and by linear."""
     pairs = [
-        [f"{a} and {b}" + (" (seeds)" if b in found.noise else ""), *_shares(count)]
+        [f"{a} and {b}" + (" (seeds)" if b in found.noise else ""), *_percents(count)]
         for (a, b), count in found.pairs.items()
     ]
-    blocks = found.by(lambda where: where[0])
-    linears = found.by(lambda where: where[1])
     return "\n\n".join(
         [
-            finding(found) + ".",
+            f"### {found.title}",
             markdown(["pair", "kept", "both keep", "chance"], pairs),
-            _cells("block", blocks),
-            _cells("linear", linears),
+            _cells("block", found.blocks),
+            _cells("linear", found.linears),
             "- kept: share of the weights; both keep: share of those kept by either run's mask, on "
             "average, that both keep; chance: the same for independent masks.\n"
             "- seeds: what two seeds of one language both keep; excess: seeds less both keep, the "
@@ -49,8 +46,8 @@ def text(found: Overlap) -> str:
     )
 
 
-def _shares(count: Count) -> list[str]:
-    return [f"{share:.1%}" for share in (count.kept, count.overlap, count.chance)]
+def _percents(count: Count) -> list[str]:
+    return [f"{share:.1%}" for share in (count.kept, count.shared, count.chance)]
 
 
 def _cells(name: str, cells: Mapping[Any, Cell]) -> str:
@@ -59,46 +56,43 @@ def _cells(name: str, cells: Mapping[Any, Cell]) -> str:
     body = []
     for key, cell in cells.items():
         more = [f"{cell.noise:.1%}", f"{100 * cell.excess:+.1f}"] if noisy else []
-        body.append([str(key), *_shares(cell.between), *more])
+        body.append([str(key), *_percents(cell.between), *more])
     return markdown(head + (["seeds", "excess"] if noisy else []), body)
 
 
-def write_overlap(found: Overlap, out: str | Path) -> list[Path]:
+def write_overlap(found: Comparison, out: str | Path) -> list[Path]:
     """Write overlap.md, .json, .csv and .png into folder `out`; return their paths."""
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"overlap.{suffix}" for suffix in ("md", "json", "csv", "png")]
     write_text(paths[0], f"{text(found)}\n![overlap]({paths[3].name})\n")
-    write_text(paths[1], json.dumps(_record(found), indent=2, ensure_ascii=False) + "\n")
+    write_text(paths[1], json.dumps(_as_json(found), indent=2, ensure_ascii=False) + "\n")
     with paths[2].open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["matrix", "block", "linear", *FIELDS])
         for name, cell in found.matrices.items():
-            writer.writerow([name, *place(name), *cell.record().values()])
+            writer.writerow([name, *place(name), *cell.shares().values()])
     return [*paths[:3], draw(found, paths[3])]
 
 
-def _record(found: Overlap) -> dict[str, Any]:
-    def records(cells: Iterable[tuple[Any, Cell]]) -> dict[str, Any]:
-        return {str(key): cell.record() for key, cell in cells}
+def _as_json(found: Comparison) -> dict[str, Any]:
+    def shares(cells: Mapping[Any, Cell]) -> dict[str, Any]:
+        return {str(key): cell.shares() for key, cell in cells.items()}
 
     return {
         "runs": found.runs,
         "noise": found.noise,
-        "overall": found.whole.record(),
-        "blocks": records(found.by(lambda where: where[0]).items()),
-        "linears": records(found.by(lambda where: where[1]).items()),
-        "matrices": records(found.matrices.items()),
+        "overall": found.whole.shares(),
+        "blocks": shares(found.blocks),
+        "linears": shares(found.linears),
+        "matrices": shares(found.matrices),
         "most_specific_blocks": [block for block, _ in found.most_specific()],
     }
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lib.report.overlap",
-        description=__doc__.split("\n")[0],
+        prog="python -m lib.report.overlap", description=__doc__.split("\n")[0]
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or the run that did")
     parser.add_argument(
@@ -107,7 +101,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    found = overlap(args.runs, args.noise)
+    check_output_folder("--out", args.out)
+    found = compare_masks(args.runs, args.noise)
     for path in write_overlap(found, args.out):
         print(f"wrote {path}", file=sys.stderr)
     print(text(found))

@@ -16,12 +16,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.report.plots.cost import pruning_cost
+from lib.report.plots.languages import cross_language
+from lib.report.plots.perplexity import perplexity_against_sparsity
+from lib.report.plots.sparsity import sparsity_by_linear
 from lib.report.results import Run, load_runs
 from lib.report.tables import Row, Table, deviation, tables
 from lib.util import command
-from lib.util.errors import UserError
-
-__all__ = ["load_runs", "table", "write_report"]
+from lib.util.files import check_output_folder
 
 NOTES = (
     "Perplexity: lower is better; ± is the standard deviation over seeds.",
@@ -57,9 +59,9 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) 
 
 def _varying(table: Table) -> list[str]:
     """The further flags in which the pruned runs of a table differ."""
-    names = sorted({name for row in table.rows for name in row.runs[0].settings})
+    names = sorted({name for row in table.rows for name in row.settings})
     rows = table.pruned or table.rows
-    return [n for n in names if len({repr(row.runs[0].settings.get(n)) for row in rows}) > 1]
+    return [n for n in names if len({repr(row.settings.get(n)) for row in rows}) > 1]
 
 
 def _tasks(table: Table) -> list[str]:
@@ -77,10 +79,10 @@ def _spread(values: list[float], places: int = 2) -> str:
 
 def _line(table: Table, row: Row) -> list[str]:
     sparsity = "–" if row.sparsity is None else f"{row.sparsity:.2%}"
-    seeds = "–" if row.setting == "dense" else str(len(row.runs))
-    kind = "–" if row.setting == "dense" else row.setting
+    seeds = "–" if row.target == "dense" else str(len(row.runs))
+    kind = "–" if row.target == "dense" else row.target
     cells = [row.method, kind, row.label, sparsity, seeds]
-    settings = row.runs[0].settings
+    settings = row.settings
     cells += [str(settings.get(name, "–")) for name in _varying(table)]
     for test in table.tests:
         cells += [_spread(row.values(test)), number(row.mean(test, "standard_error"))]
@@ -146,9 +148,9 @@ def comma_separated(runs: Sequence[Run]) -> str:
     writer.writerow([*head, *settings, *tasks, "folders"])
     for index, each in enumerate(found, 1):
         for row in each.rows:
-            shared = [index, each.model, row.method, row.setting, row.ratio, row.label]
+            shared = [index, each.model, row.method, row.target, row.ratio, row.label]
             shared += [row.sparsity, len(row.runs)]
-            last = [row.runs[0].settings.get(name) for name in settings]
+            last = [row.settings.get(name) for name in settings]
             for name in tasks:
                 values = [run.tasks[name] for run in row.runs if name in run.tasks]
                 last.append(sum(values) / len(values) if values else None)
@@ -161,13 +163,24 @@ def comma_separated(runs: Sequence[Run]) -> str:
     return text.getvalue()
 
 
+def draw_all(tables: Sequence[Table], out: Path) -> list[Path]:
+    """Every picture that the tables have figures for, as PNGs in `out`; returns their paths."""
+    pictures = {
+        "perplexity": perplexity_against_sparsity,
+        "pruning_cost": pruning_cost,
+        "languages": cross_language,
+        "sparsity": sparsity_by_linear,
+    }
+    drawn = []
+    for index, each in enumerate(tables, 1):
+        suffix = f"-{index}" if len(tables) > 1 else ""
+        drawn += [draw(each, out / f"{name}{suffix}.png") for name, draw in pictures.items()]
+    return [path for path in drawn if path]
+
+
 def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
     """Write report.md, report.csv and the pictures into folder `out`; return their paths."""
-    from lib.report.plots.perplexity import draw_all  # matplotlib: only where pictures are drawn
-
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(tables(runs), out)
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
@@ -186,6 +199,7 @@ def main(argv: list[str]) -> None:
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     runs = load_runs(args.runs)
+    check_output_folder("--out", args.out)
     for path in write_report(runs, args.out):
         print(f"wrote {path}", file=sys.stderr)
     print(table(runs))

@@ -1,6 +1,7 @@
-"""Finished runs, read back from their `results.json`.
+"""What a run leaves behind, `results.json`: written and read here, so that both agree.
 
-Importing this file imports nothing heavy.
+`write_results` writes the file of one run, `load_runs` finds those of many, and a `Run` answers
+what tables and pictures ask. Importing this file imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -18,84 +19,90 @@ from lib.util.files import write_text
 
 RESULTS = "results.json"
 NONE = "none"  # calibrated on nothing: the dense model, magnitude
+STRICTNESS = ("unstructured", "4:8", "2:4")  # sparsity types, from the loosest to the strictest
 
-# Flags that a table shows by other means, or that change nothing but speed and place.
-_NOT_SETTINGS = frozenset(
-    "model seed save save_model cache_dir device batch_size debug resume offload eval_only"
-    " prune_method use_variant sparsity_type sparsity_ratio calibration_data prune_on_c4 eval_data"
-    " tasks trust_remote_code".split()
-)
-_DENSE_SETTINGS = frozenset({"load_bit", "dtype"})
-PATTERNS = ("unstructured", "4:8", "2:4")  # from the loosest to the strictest
+
+def write_results(folder: Path, results: dict[str, Any]) -> Path:
+    """results.json, whole or not at all; nan and inf, which JSON does not know, as null."""
+    path = folder / RESULTS
+    text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    write_text(path, text + "\n")
+    return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run folder; `record` is its results.json."""
+    """One run: its folder, and what its results.json holds."""
 
     folder: Path
-    record: dict[str, Any] = field(repr=False)
+    results: dict[str, Any] = field(repr=False)
 
     @property
     def error(self) -> str | None:
         """Why the run failed, or None."""
-        return self.record.get("error")
+        return self.results.get("error")
 
     @property
     def model(self) -> str:
-        return self.record["model"].rstrip("/")
+        return self.results["model"].rstrip("/")
 
     @property
     def method(self) -> str:
-        variant = self.record.get("flags", {}).get("use_variant")
-        return self.record["method"] + (" variant" if variant else "")
+        variant = self.results.get("flags", {}).get("use_variant")
+        return self.results["method"] + (" variant" if variant else "")
 
     @property
-    def setting(self) -> str:
-        """`50%`, `2:4`, or `dense`."""
-        if self.record["method"] == "dense":
+    def target(self) -> str:
+        """The sparsity asked for: `50%`, `2:4`, or `dense`."""
+        if self.results["method"] == "dense":
             return "dense"
-        kind = self.record["sparsity_type"]
-        return f"{self.ratio * 100:g}%" if kind == PATTERNS[0] else kind
+        kind = self.results["sparsity_type"]
+        return f"{self.ratio * 100:g}%" if kind == STRICTNESS[0] else kind
 
     @property
     def ratio(self) -> float:
-        return self.record.get("sparsity_ratio") or 0.0
+        return self.results.get("sparsity_ratio") or 0.0
 
     @property
     def seed(self) -> int:
-        return self.record.get("seed") or 0
+        return self.results.get("seed") or 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The flags that change a result and show in nothing else that a table says of a run."""
+        return self.results.get("settings", {})
 
     @property
     def calibration(self) -> str:
-        return (self.record.get("calibration") or {}).get("name") or NONE
+        return (self.results.get("calibration") or {}).get("name") or NONE
+
+    @property
+    def sources(self) -> tuple[tuple[str, Any], ...]:
+        """What was calibrated on, and how large a share each source had."""
+        calibration = self.results.get("calibration") or {}
+        return tuple((s["source"], s.get("share")) for s in calibration.get("sources", []))
 
     @cached_property
     def tests(self) -> dict[str, dict[str, Any]]:
         """The evaluations by the name of their test set."""
-        return {entry["name"]: entry for entry in self.record["evaluation"]}
+        return {entry["name"]: entry for entry in self.results["evaluation"]}
 
     @property
     def tasks(self) -> dict[str, float]:
         """`task metric` -> value, of the metrics that are numbers."""
         found = {}
-        for task, metrics in (self.record.get("tasks") or {}).items():
+        for task, metrics in (self.results.get("tasks") or {}).items():
             numbers = {m: v for m, v in metrics.items() if isinstance(v, int | float)}
             found.update({f"{task} {metric}": value for metric, value in numbers.items()})
         return found
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The remaining flags that could change a result."""
-        flags = self.record.get("flags", {})
-        kept = _DENSE_SETTINGS if self.setting == "dense" else flags.keys() - _NOT_SETTINGS
-        return {name: flags[name] for name in sorted(kept & flags.keys())}
-
-    @property
-    def sources(self) -> tuple[tuple[str, Any], ...]:
-        """What was calibrated on, and how large a share each source had."""
-        calibration = self.record.get("calibration") or {}
-        return tuple((s["source"], s.get("share")) for s in calibration.get("sources", []))
 
 
 def load_runs(paths: Iterable[str | Path]) -> list[Run]:
@@ -116,29 +123,13 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
 
 def _load(file: Path) -> Run:
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"RUN {file}: not valid JSON ({error}); remove it or run again") from error
     needed = ("model", "method", "evaluation")
-    if not isinstance(record, dict):
-        raise UserError(f"RUN {file}: not a run's record; remove it or run again")
-    missing = [key for key in needed if key not in record and "error" not in record]
+    if not isinstance(results, dict):
+        raise UserError(f"RUN {file}: not a run's results; remove it or run again")
+    missing = [key for key in needed if key not in results and "error" not in results]
     if missing:
         raise UserError(f"RUN {file}: lacks {', '.join(missing)}; remove it or run again")
-    return Run(file.parent, record)
-
-
-def write_results(folder: Path, results: dict[str, Any]) -> Path:
-    """results.json, whole or not at all; nan and inf, which JSON does not know, as null."""
-    path = folder / "results.json"
-    text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
-    write_text(path, text + "\n")
-    return path
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return Run(file.parent, results)

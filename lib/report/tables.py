@@ -11,9 +11,10 @@ import math
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from lib.report.results import PATTERNS, Run
+from lib.report.results import NONE, STRICTNESS, Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,18 +29,22 @@ class Row:
         return self.runs[0].method
 
     @property
-    def setting(self) -> str:
-        return self.runs[0].setting
+    def target(self) -> str:
+        return self.runs[0].target
 
     @property
     def ratio(self) -> float:
         return self.runs[0].ratio
 
     @property
+    def settings(self) -> dict[str, Any]:
+        return self.runs[0].settings
+
+    @property
     def order(self) -> tuple[float, int]:
-        """Sorts settings from the loosest to the strictest."""
-        kind = self.runs[0].record.get("sparsity_type")
-        return self.ratio, PATTERNS.index(kind) if kind in PATTERNS else len(PATTERNS)
+        """Sorts targets from the loosest to the strictest."""
+        kind = self.runs[0].results.get("sparsity_type")
+        return self.ratio, STRICTNESS.index(kind) if kind in STRICTNESS else len(STRICTNESS)
 
     def values(self, test: str, key: str = "perplexity") -> list[float]:
         """The runs' values of `perplexity`, `standard_error` or `bits_per_byte` on a test set."""
@@ -58,7 +63,8 @@ class Row:
     @property
     def sparsity(self) -> float | None:
         """Measured share of zeros in the pruned linears, mean over the runs."""
-        found = [run.record["sparsity"]["overall"] for run in self.runs if "sparsity" in run.record]
+        measured = (run.results.get("sparsity") for run in self.runs)
+        found = [sparsity["overall"] for sparsity in measured if sparsity]
         return statistics.fmean(found) if found else None
 
 
@@ -71,12 +77,30 @@ class Table:
     rows: list[Row]
 
     @property
+    def short_model(self) -> str:
+        """The model without its owner or the folders it lies in, for titles."""
+        return Path(self.model).name
+
+    @property
     def dense(self) -> Row | None:
-        return next((row for row in self.rows if row.setting == "dense"), None)
+        return next((row for row in self.rows if row.target == "dense"), None)
 
     @property
     def pruned(self) -> list[Row]:
-        return [row for row in self.rows if row.setting != "dense"]
+        return [row for row in self.rows if row.target != "dense"]
+
+    @property
+    def targets(self) -> list[str]:
+        """What occurs of `50%`, `4:8`, `2:4`, ..., from the loosest to the strictest."""
+        rows = sorted(self.pruned, key=lambda row: row.order)
+        return list(dict.fromkeys(row.target for row in rows))
+
+    @property
+    def calibrations(self) -> list[str]:
+        """What was calibrated on: in the order of the test sets, then the others, `none` last."""
+        found = {row.label for row in self.pruned}
+        first = [name for name in self.tests if name in found]
+        return first + sorted(found - set(first), key=lambda label: (label == NONE, label))
 
     def rise(self, row: Row, test: str) -> float | None:
         """Perplexity over the dense model's, less one; None where either is missing."""
@@ -119,7 +143,8 @@ def _rows(runs: list[Run]) -> list[Row]:
     groups: dict[tuple, list[Run]] = {}
     sources: dict[str, set] = {}
     for run in runs:
-        key = (run.method, run.setting, run.calibration, run.sources, repr(run.settings))
+        settings = sorted(run.settings.items())
+        key = (run.method, run.target, run.calibration, run.sources, repr(settings))
         groups.setdefault(key, []).append(run)
         sources.setdefault(run.calibration, set()).add(run.sources)
     rows = []
@@ -130,4 +155,4 @@ def _rows(runs: list[Run]) -> list[Row]:
             label += f" ({', '.join(source for source, _ in first.sources)})"
         by_seed = {run.seed: run for run in reversed(members)}  # of one seed twice, the first
         rows.append(Row(tuple(by_seed[seed] for seed in sorted(by_seed)), label))
-    return sorted(rows, key=lambda row: (row.setting != "dense", row.method, row.order, row.label))
+    return sorted(rows, key=lambda row: (row.target != "dense", row.method, row.order, row.label))

@@ -2,22 +2,22 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import start
 
 from lib.methods.sparsity import n_of_m
 from lib.packed.layout import pack
-from lib.report.masks import overlap
+from lib.report.comparison import compare_masks
 from lib.report.names import place
-from lib.report.overlap import text, write_overlap
+from lib.report.overlap import main, write_overlap
 from lib.util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 Q, UP = "model.layers.{}.self_attn.q_proj.weight", "model.layers.{}.mlp.up_proj.weight"
 
 
@@ -49,9 +49,9 @@ def test_a_case_by_hand(tmp_path):
         save(tmp_path / "a", {Q.format(0): a}),
         save(tmp_path / "b", {Q.format(0): b}),
     ]
-    cell = overlap(runs).matrices[Q.format(0)]
+    cell = compare_masks(runs).matrices[Q.format(0)]
     assert cell.between.kept == pytest.approx(5 / 8)
-    assert cell.between.overlap == pytest.approx(4 / 5)
+    assert cell.between.shared == pytest.approx(4 / 5)
     assert cell.between.chance == pytest.approx((4 * 6 / 8) / 5)
     assert cell.noise is None and cell.excess is None
 
@@ -59,17 +59,17 @@ def test_a_case_by_hand(tmp_path):
 def test_sums_by_block_and_linear_equal_counting_everything(tmp_path):
     first, second = random_model(1), random_model(2)
     runs = [save(tmp_path / "a", first, shards=3), save(tmp_path / "b", second)]
-    found = overlap(runs)
+    found = compare_masks(runs)
     assert list(found.matrices) == [name.format(b) for b in range(3) for name in (UP, Q)]
-    by_block = found.by(lambda where: where[0])
+    by_block = found.blocks
     for block in range(3):
         names = [name.format(block) for name in (Q, UP)]
         a = torch.cat([first[name] for name in names]) != 0
         b = torch.cat([second[name] for name in names]) != 0
         shared = (a & b).sum() / ((a.sum() + b.sum()) / 2)
-        assert by_block[block].between.overlap == pytest.approx(shared.item())
-    assert found.whole.between.overlap == pytest.approx(found.whole.between.chance, abs=0.05)
-    assert set(found.by(lambda where: where[1])) == {"self_attn.q_proj", "mlp.up_proj"}
+        assert by_block[block].between.shared == pytest.approx(shared.item())
+    assert found.whole.between.shared == pytest.approx(found.whole.between.chance, abs=0.05)
+    assert set(found.linears) == {"self_attn.q_proj", "mlp.up_proj"}
 
 
 @pytest.fixture
@@ -92,29 +92,29 @@ def languages(tmp_path):
 
 def test_the_noise_floor_singles_out_the_specific_block(languages):
     runs = [languages["uk", 0], languages["en", 0]]
-    found = overlap(runs, [languages["uk", 1], languages["en", 1]])
+    found = compare_masks(runs, [languages["uk", 1], languages["en", 1]])
     assert found.most_specific()[0][0] == 1
-    blocks = found.by(lambda where: where[0])
+    blocks = found.blocks
     assert blocks[1].excess > 0.3
-    assert blocks[0].between.overlap == 1.0 and blocks[0].excess < 0
-    assert "block 1 is most language-specific" in text(found)
+    assert blocks[0].between.shared == 1.0 and blocks[0].excess < 0
     assert len(found.pairs) == 3
 
 
 def test_several_runs_are_compared_pair_by_pair(languages):
-    found = overlap([languages["uk", 0], languages["en", 0], languages["en", 0]])
+    found = compare_masks([languages["uk", 0], languages["en", 0], languages["en", 0]])
     whole = found.whole.between
     assert whole.weights == 3 * 6 * 24 * 16
-    assert [round(count.overlap, 3) for count in found.pairs.values()][-1] == 1.0
+    assert [round(count.shared, 3) for count in found.pairs.values()][-1] == 1.0
 
 
 def test_files(languages, tmp_path):
-    found = overlap([languages["uk", 0], languages["en", 0]], [languages["uk", 1]])
+    found = compare_masks([languages["uk", 0], languages["en", 0]], [languages["uk", 1]])
     paths = write_overlap(found, tmp_path / "out")
     assert [path.suffix for path in paths] == [".md", ".json", ".csv", ".png"]
-    record = json.loads(paths[1].read_text(encoding="utf-8"))
-    assert record["most_specific_blocks"][0] == 1
-    assert record["blocks"]["1"]["overlap"] < record["blocks"]["0"]["overlap"] == 1.0
+    written = json.loads(paths[1].read_text(encoding="utf-8"))
+    assert written["most_specific_blocks"][0] == 1
+    assert written["blocks"]["1"]["overlap"] < written["blocks"]["0"]["overlap"] == 1.0
+    assert list(written["overall"]) == "weights kept overlap chance noise excess".split()
     rows = list(csv.DictReader(paths[2].open(encoding="utf-8")))
     assert len(rows) == 6 and rows[0]["linear"] == "mlp.up_proj"
     assert paths[3].read_bytes().startswith(b"\x89PNG")
@@ -124,21 +124,21 @@ def test_run_folders_lead_to_their_saved_models(languages, tmp_path):
     for language in ("uk", "en"):
         run = tmp_path / f"run-{language}"
         run.mkdir()
-        record = {
+        made = {
             "model": "m",
             "method": "wanda",
             "evaluation": [],
             "calibration": {"name": language},
             "flags": {"save_model": str(languages[language, 0])},
         }
-        (run / "results.json").write_text(json.dumps(record))
+        (run / "results.json").write_text(json.dumps(made))
     uk, en = tmp_path / "run-uk", tmp_path / "run-en"
-    assert overlap([uk, en]).runs == ["uk (seed 0)", "en (seed 0)"]
+    assert compare_masks([uk, en]).runs == ["uk (seed 0)", "en (seed 0)"]
     with pytest.raises(UserError, match="calibrated on en, but"):
-        overlap([uk, en], [en])
-    (uk / "results.json").write_text(json.dumps(record | {"flags": {}}))
+        compare_masks([uk, en], [en])
+    (uk / "results.json").write_text(json.dumps(made | {"flags": {}}))
     with pytest.raises(UserError, match="--save_model"):
-        overlap([uk, en])
+        compare_masks([uk, en])
 
 
 def test_places():
@@ -153,8 +153,10 @@ def test_places():
 def test_fused_experts_count(tmp_path):
     name = "model.layers.0.mlp.experts.gate_up_proj"
     keep = (torch.arange(4 * 6 * 8).view(4, 6, 8) % 2).float()
-    found = overlap([save(tmp_path / "a", {name: keep}), save(tmp_path / "b", {name: 1 - keep})])
-    assert found.matrices[name].between.overlap == 0.0
+    found = compare_masks(
+        [save(tmp_path / "a", {name: keep}), save(tmp_path / "b", {name: 1 - keep})]
+    )
+    assert found.matrices[name].between.shared == 0.0
 
 
 def test_packed_checkpoints_count_like_dense_ones(tmp_path):
@@ -168,14 +170,14 @@ def test_packed_checkpoints_count_like_dense_ones(tmp_path):
         name = Q.format(0).removesuffix("weight")
         tensors = {f"{name}weight": values, f"{name}positions": positions}
         packed.append(save(tmp_path / f"packed{index}", tensors))
-    expected = overlap(plain).matrices
-    assert overlap(packed).matrices == expected
-    assert overlap([plain[0], packed[1]]).matrices == expected
+    expected = compare_masks(plain).matrices
+    assert compare_masks(packed).matrices == expected
+    assert compare_masks([plain[0], packed[1]]).matrices == expected
 
 
 def refused(match, *runs, noise=()):
     with pytest.raises(UserError, match=match):
-        overlap(runs, noise)
+        compare_masks(runs, noise)
 
 
 def test_refusals(languages, tmp_path):
@@ -197,11 +199,19 @@ def test_refusals(languages, tmp_path):
     refused("can't be read", a, broken)
 
 
-def test_the_command(languages, tmp_path):
-    arguments = [languages["uk", 0], languages["en", 0], "--out", tmp_path / "out"]
-    command = [sys.executable, "-m", "lib.report.overlap", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "| self_attn.q_proj" in done.stdout
-    bad = subprocess.run(command[:-3], cwd=ROOT, capture_output=True, text=True)
-    assert bad.returncode == 1 and bad.stderr.count("\n") == 1
+def test_the_command(languages, capsys):
+    uk, en = str(languages["uk", 0]), str(languages["en", 0])
+    main([uk, en, "--noise", str(languages["uk", 1])])
+    said = capsys.readouterr().out
+    assert said.startswith("### What the masks of uk0 and en0 share\n")
+    assert "| uk0 and uk1 (seeds)" in said and "| self_attn.q_proj" in said
+    assert said.strip() in Path("overlap/overlap.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="--out .*uk0/model.*: is a file"):
+        main([uk, en, "--out", str(next(languages["uk", 0].iterdir()))])
+
+
+def test_the_command_in_a_process_of_its_own(languages):
+    process = start(["-m", "lib.report.overlap", str(languages["uk", 0])], Path.cwd())
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.count("\n") == 1 and "name two or more" in err

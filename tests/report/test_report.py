@@ -1,20 +1,21 @@
-"""The report over runs: what is averaged, kept apart, claimed in titles and refused."""
+"""The report over runs: what is averaged, kept apart, drawn and refused."""
 
 import csv
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import content, results, start
 
-from lib.report import findings
-from lib.report.report import load_runs, table, write_report
+from lib.report.plots.cost import saving
+from lib.report.report import main, table, write_report
+from lib.report.results import load_runs, write_results
 from lib.report.tables import tables
 from lib.util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
 DENSE = {"uk": 20.0, "en": 40.0}
 LINEARS = [f"model.layers.{b}.{k}" for b in (0, 1) for k in ("self_attn.q_proj", "mlp.up_proj")]
 
@@ -40,15 +41,15 @@ def evaluation(perplexity, digest="d0"):
 
 def write_run(folder, method, perplexity, *, kind="unstructured", ratio=0.5, on=None, **more):
     dense = method == "dense"
-    flags = {"nsamples": 8, "use_variant": False, "load_bit": None} | more.pop("flags", {})
     digest = more.pop("digest", "d0")
     sources = [{"source": on, "share": 1.0}]
-    record = {
+    made = {
         "model": "models/tiny",
         "method": method,
         "sparsity_type": None if dense else kind,
         "sparsity_ratio": None if dense else ratio,
-        "flags": flags,
+        "flags": {"use_variant": False},
+        "settings": {"nsamples": 8},
         "seed": 0,
         "calibration": {"name": on, "sources": sources} if on else None,
         "evaluation": evaluation(perplexity, digest),
@@ -56,7 +57,7 @@ def write_run(folder, method, perplexity, *, kind="unstructured", ratio=0.5, on=
         "perplexity": perplexity,
     } | more
     folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(made), encoding="utf-8")
     return folder
 
 
@@ -87,8 +88,8 @@ def cells(text, *start):
     return found
 
 
-def test_seeds_are_averaged_and_the_rise_is_over_dense(runner):
-    text = table(load_runs([runner]))
+def test_seeds_are_averaged_and_the_rise_is_over_dense(sweep):
+    text = table(load_runs([sweep]))
     row = cells(text, "wanda", "50%", "uk")
     assert row[4] == "3"  # seeds
     assert row[5:9] == ["28.00 ± 1.00", "2.80", "+40%", "0.280 ± 0.010"]
@@ -99,8 +100,8 @@ def test_seeds_are_averaged_and_the_rise_is_over_dense(runner):
     assert "not to be compared" not in text
 
 
-def test_csv_holds_the_same_figures_unrounded(runner, tmp_path):
-    paths = write_report(load_runs([runner]), tmp_path / "out")
+def test_csv_holds_the_same_figures_unrounded(sweep, tmp_path):
+    paths = write_report(load_runs([sweep]), tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out" / "report.csv").open(encoding="utf-8")))
     (row,) = [
         r
@@ -119,50 +120,67 @@ def test_csv_holds_the_same_figures_unrounded(runner, tmp_path):
     assert "pruning_cost.png" in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
-def test_the_same_runs_give_the_same_bytes(runner, tmp_path):
-    first = write_report(load_runs([runner]), tmp_path / "a")
-    second = write_report(load_runs([runner]), tmp_path / "b")
-    for a, b in zip(first, second, strict=True):
-        assert a.read_bytes() == b.read_bytes(), a.name
+def test_the_same_runs_give_the_same_bytes(sweep, tmp_path):
+    for out in ("a", "b"):
+        write_report(load_runs([sweep]), tmp_path / out)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
-def test_findings_are_computed(runner):
-    (found,) = tables(load_runs([runner]))
-    effects = [e for e in findings.effects(found) if e.setting == "2:4"]
-    assert {(e.test, e.other) for e in effects} == {("uk", "en"), ("en", "uk")}
-    assert all(e.change == pytest.approx(-0.1) for e in effects)
-    sentence = findings.language_finding(found)
-    expected = 28 / 31 - 1  # the means over seeds
-    assert f"{-expected:.1%} lower at 50%" in sentence and "10% lower at 2:4" in sentence
-    # each test set with the calibration that suits it: sqrt(28/20 * 28/40), sqrt(45/20 * 45/40)
-    cost = findings.cost_finding(found)
-    assert "with wanda, the best here, is -1% at 50% and +59% at 2:4" in cost
+def savings(table, target, test):
+    """Of the wanda rows of one target."""
+    rows = [row for row in table.pruned if (row.method, row.target) == ("wanda", target)]
+    return saving(table, test, {row: row.mean(test) for row in rows})
 
 
-def test_a_reverse_or_absent_effect_is_called_so():
-    assert findings.compared(0.03) == "3.0% higher"
-    assert findings.compared(-0.25) == "25% lower"
-    assert findings.compared(-0.004) == "about equal"
+def test_what_the_own_language_saves(sweep):
+    (found,) = tables(load_runs([sweep]))
+    for language in DENSE:
+        assert savings(found, "2:4", language) == pytest.approx(1 - 45 / 50)
+        assert savings(found, "50%", language) == pytest.approx(1 - 28 / 31)  # means over seeds
+    write_run(sweep / "half", "wanda", {"uk": 1.0, "en": 1.0}, kind="2:4", on="uk+en")
+    (found,) = tables(load_runs([sweep]))
+    assert savings(found, "2:4", "uk") == pytest.approx(1 - 45 / 50)  # a mixture is no other test
+    assert savings(found, "2:4", "de") is None
+    more = {"kind": "2:4", "settings": {"nsamples": 16}}
+    write_run(sweep / "more", "wanda", {"uk": 1.0, "en": 1.0}, on="en", **more)
+    (found,) = tables(load_runs([sweep]))
+    assert savings(found, "2:4", "uk") is None  # they differ in more than the calibration
+
+
+def test_the_order_of_targets_and_of_calibration_sets(sweep):
+    write_run(sweep / "loose", "wanda", DENSE, ratio=0.1, on="de")
+    write_run(sweep / "four-of-eight", "wanda", DENSE, kind="4:8", on="ar")
+    write_run(sweep / "strict", "wanda", DENSE, ratio=0.6, on="uk")
+    (found,) = tables(load_runs([sweep]))
+    assert found.targets == ["10%", "50%", "4:8", "2:4", "60%"]
+    assert set(found.calibrations[:2]) == {"uk", "en"}
+    assert found.calibrations[2:] == ["ar", "de", "none"]
+    assert found.short_model == "tiny"
 
 
 @pytest.mark.parametrize("other", [{"digest": "d1"}, {"model": "models/other"}])
-def test_what_cant_be_compared_stands_in_tables_of_its_own(runner, tmp_path, other):
+def test_what_cant_be_compared_stands_in_tables_of_its_own(sweep, tmp_path, other):
     values = {"uk": 1.0, "en": 2.0}
     foreign = write_run(tmp_path / "foreign", "wanda", values, on="uk", **other)
-    runs = load_runs([runner, foreign])
+    runs = load_runs([sweep, foreign])
     text = table(runs)
     assert "2 tables, not to be compared" in text
     first, second = tables(runs)
     assert second.rows[0].runs[0].folder == foreign
     assert second.rise(second.rows[0], "uk") is None  # never against the other table's dense run
-    names = {path.name for path in write_report(runs, tmp_path / "out")}
-    assert "perplexity-1.png" in names and "perplexity-2.png" in names
+
+
+def test_every_table_has_pictures_of_its_own(tmp_path):
+    for model in ("a/tiny", "b/tiny"):
+        write_run(tmp_path / model, "wanda", {"uk": 9.0}, on="uk", model=model)
+    names = {path.name for path in write_report(load_runs([tmp_path]), tmp_path / "out")}
+    assert {"perplexity-1.png", "perplexity-2.png"} <= names
 
 
 def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path):
     for samples in (8, 16):
         folder = tmp_path / str(samples)
-        write_run(folder, "wanda", {"uk": samples}, on="uk", flags={"nsamples": samples})
+        write_run(folder, "wanda", {"uk": samples}, on="uk", settings={"nsamples": samples})
     text = table(load_runs([tmp_path]))
     assert "nsamples" in text
     assert cells(text, "wanda", "50%", "uk", "50.00%", "1", "16")[6] == "16.00"
@@ -182,16 +200,16 @@ def test_tasks_become_columns(tmp_path):
     assert "belebele acc" in text and "0.2500" in text
 
 
-def test_a_failed_run_is_listed_with_its_reason(runner):
+def test_a_failed_run_is_listed_with_its_reason(sweep):
     failed = sweep / "failed"
     failed.mkdir()
     (failed / "results.json").write_text(json.dumps({"error": "out of\nmemory"}))
-    assert "failed: out of memory" in table(load_runs([runner]))
+    assert "failed: out of memory" in table(load_runs([sweep]))
 
 
-def test_infinite_perplexity_is_shown_and_not_drawn(runner, tmp_path):
+def test_infinite_perplexity_is_shown_and_not_drawn(sweep, tmp_path):
     write_run(sweep / "burst", "wanda", {"uk": float("inf"), "en": 99.0}, ratio=0.9, on="uk")
-    runs = load_runs([runner])
+    runs = load_runs([sweep])
     assert cells(table(runs), "wanda", "90%", "uk")[5] == "inf"
     assert len(write_report(runs, tmp_path / "out")) == 6
 
@@ -205,37 +223,43 @@ def test_runs_of_one_set_without_dense_still_make_a_report(tmp_path):
     }
 
 
-def run_report(*arguments):
-    command = [sys.executable, "-m", "lib.report", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def test_the_command(sweep, capsys):
+    main([str(sweep)])
+    assert "| wanda" in capsys.readouterr().out
+    assert Path("report/report.md").read_text(encoding="utf-8").startswith("### models/tiny")
 
 
-def test_the_command(runner, tmp_path):
-    done = run_report(runner, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "| wanda" in done.stdout
-    assert (
-        (tmp_path / "out" / "report.md").read_text(encoding="utf-8").startswith("### models/tiny")
-    )
+def test_the_command_in_a_process_of_its_own():
+    process = start(["-m", "lib.report", "nowhere"], Path.cwd())
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.count("\n") == 1 and "no such folder" in err
 
 
 def test_bad_input_is_one_line(tmp_path):
-    for content, said in (("{", "not valid JSON"), ("[]", "not a run's record"), ("{}", "lacks")):
+    for text, said in (("{", "not valid JSON"), ("[]", "not a run's results"), ("{}", "lacks")):
         folder = tmp_path / said.replace(" ", "_")
         folder.mkdir()
-        (folder / "results.json").write_text(content)
+        (folder / "results.json").write_text(text)
         with pytest.raises(UserError, match=said):
             load_runs([folder])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no results.json"):
         load_runs([tmp_path / "empty"])
-    done = run_report(tmp_path / "nowhere")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and "no such folder" in done.stderr
-    assert run_report().returncode == 2
+    with pytest.raises(UserError, match="no such folder"):
+        load_runs([tmp_path / "nowhere"])
+    with pytest.raises(SystemExit):
+        main([])
 
 
-def test_an_output_that_is_a_file_is_refused(runner, tmp_path):
+def test_an_output_that_is_a_file_is_refused(sweep, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        write_report(load_runs([runner]), tmp_path / "file")
+        main([str(sweep), "--out", str(tmp_path / "file")])
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    path = write_results(tmp_path, {"error": "kaputt", "perplexity": {"uk": float("inf")}})
+    assert results(path.parent) == {"error": "kaputt", "perplexity": {"uk": None}}
+    (run,) = load_runs([tmp_path])
+    assert run.error == "kaputt" and run.settings == {}

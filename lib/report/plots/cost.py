@@ -1,57 +1,48 @@
-"""The picture of the demo: what pruning costs, and what the right calibration text saves."""
+"""What pruning costs at two targets, and what the right calibration text saves."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lib.report import findings
 from lib.report.plots import style as plot_style
 from lib.report.plots.style import GREY, calibration_style
 from lib.report.results import NONE
-from lib.report.tables import Table
+from lib.report.tables import Row, Table
 
-SETTINGS = ("50%", "2:4")  # enough to see it at a glance
-
-
-def calibrations(table: Table) -> list[str]:
-    """Calibration sets in the order of the test sets, then the others, `none` last."""
-    found = {row.label for row in table.pruned}
-    first = [name for name in table.tests if name in found]
-    return first + sorted(found - set(first), key=lambda label: (label == NONE, label))
+TARGETS = ("50%", "2:4")  # enough to see it at a glance
 
 
 def pruning_cost(table: Table, path: Path) -> Path | None:
-    """A lane per setting and method, a mark per calibration set, the dense model as a line.
+    """A lane per target and method, a mark per calibration set, the dense model as a line.
 
     The gap between the marks of a lane is what calibrating on the right language saves. Shows 50%
-    and 2:4 where the table has them, else every setting.
+    and 2:4 where the table has them, else every target.
     """
     if not table.pruned or not table.tests:
         return None
-    present = findings.settings(table)
-    shown = [setting for setting in present if setting in SETTINGS] or present
-    lanes = list(
-        dict.fromkeys((r.setting, r.method) for s in shown for r in table.pruned if r.setting == s)
-    )
+    shown = [target for target in table.targets if target in TARGETS] or table.targets
+    rows = sorted((r for r in table.pruned if r.target in shown), key=lambda r: r.order)
+    lanes = list(dict.fromkeys((row.target, row.method) for row in rows))
     columns = len(table.tests)
-    picture = plot_style.figure(max(8.0, 5.2 * columns), 2.4 + 0.45 * len(lanes))
+    picture = plot_style.figure(max(8.0, 5.2 * columns), 2.6 + 0.45 * len(lanes))
     panels = picture.subplots(1, columns, squeeze=False, sharey=True)[0]
-    labels = calibrations(table)
+    labels = table.calibrations
     for panel, test in zip(panels, table.tests, strict=True):
         for height, lane in enumerate(lanes):
             _lane(panel, table, test, lane, height, labels)
         _finish(panel, table, test, lanes)
     handles = _legend(table, labels)
     picture.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
-    said = [findings.cost_finding(table, shown), findings.language_finding(table, shown)]
-    plot_style.title(picture, ". ".join(part for part in said if part))
+    title = f"{table.short_model}: perplexity after pruning, by method and calibration text"
+    plot_style.title(picture, title)
     return plot_style.save(picture, path)
 
 
 def _lane(panel, table: Table, test: str, lane: tuple[str, str], height: int, labels) -> None:
-    rows = [r for r in table.pruned if (r.setting, r.method) == lane]
+    rows = [row for row in table.pruned if (row.target, row.method) == lane]
     means = {row: row.mean(test) for row in rows}
     points = {row: x for row, x in means.items() if x is not None and math.isfinite(x)}
     if not points:
@@ -62,14 +53,32 @@ def _lane(panel, table: Table, test: str, lane: tuple[str, str], height: int, la
         colour, _, marker = calibration_style(labels, row.label)
         style = {"color": colour, "marker": marker, "markersize": 11, "capsize": 2, "mec": "white"}
         panel.errorbar(x, height, xerr=row.deviation(test) or None, **style)
+    spread = {row: row.deviation(test) or 0.0 for row in points}
     rise = table.rise(best, test)
     if rise is not None:
-        _write(panel, f"{rise:+,.0%}", points[best], height, -9, "right")
-    saved = [e for e in findings.effects(table) if (e.setting, e.method) == lane and e.test == test]
-    if saved:
-        change = findings.mean_change(effect.change for effect in saved)
-        verb = "saves" if change < 0 else "costs"
-        _write(panel, f"{test} {verb} {abs(change):.1%}", points[worst], height, 9, "left")
+        left = min(x - spread[row] if spread[row] < x else x for row, x in points.items())
+        _write(panel, f"{rise:+,.0%}", left, height, -9, "right")
+    saved = saving(table, test, points)
+    if saved is not None:
+        verb = "saves" if saved > 0 else "costs"
+        right = max(x + spread[row] for row, x in points.items())
+        _write(panel, f"own text {verb} {abs(saved):.1%}", right, height, 9, "left")
+
+
+def saving(table: Table, test: str, perplexities: Mapping[Row, float]) -> float | None:
+    """What calibrating on the test set's own text saves, as a share of the perplexity.
+
+    Of rows that differ in their calibration only, against the geometric mean of those calibrated on
+    the other test sets, or, where there are none, on anything else. None where that can't be said.
+    """
+    settings = [row.settings for row in perplexities]
+    if any(other != settings[0] for other in settings):
+        return None
+    by_text = {row.label: value for row, value in perplexities.items() if row.label != NONE}
+    own = by_text.pop(test, None)
+    others = [value for text, value in by_text.items() if text in table.tests]
+    others = others or list(by_text.values())
+    return 1 - own / statistics.geometric_mean(others) if own and others else None
 
 
 def _write(panel, text: str, x: float, height: int, offset: int, side: str) -> None:
@@ -79,19 +88,17 @@ def _write(panel, text: str, x: float, height: int, offset: int, side: str) -> N
 
 
 def _finish(panel, table: Table, test: str, lanes: Sequence[tuple[str, str]]) -> None:
-    dense = table.dense.mean(test) if table.dense else None
-    named = test
-    if dense is not None and math.isfinite(dense):
-        panel.axvline(dense, color=GREY, linestyle="--", linewidth=1.2)
-        named = f"{test} (dense {dense:.4g})"
-    panel.set_title(f"measured on {named}", fontsize=11)
+    plot_style.name_panel(panel, table, test, panel.axvline)
     panel.set_xscale("log")
-    panel.set_xlabel("perplexity per token (log scale; +%: over dense)")
-    panel.set_yticks(range(len(lanes)), [f"{method} {setting}" for setting, method in lanes])
+    several = test in table.calibrations and len(set(table.calibrations) - {NONE}) > 1
+    note = "+%: over dense" + "; own text: against calibrating on another" * several
+    panel.set_xlabel(f"perplexity per token (log scale)\n{note}")
+    panel.set_yticks(range(len(lanes)), [f"{method} {target}" for target, method in lanes])
     panel.set_ylim(len(lanes) - 0.4, -0.6)
     low, high = panel.get_xlim()
     room = high / low
-    panel.set_xlim(low / room**0.14, high * room**0.38)  # for the figures beside the marks
+    beside = 0.5 if several else 0.05  # for the figures beside the marks
+    panel.set_xlim(low / room**0.18, high * room**beside)
     plot_style.open_axes(panel)
     plot_style.log_ticks(panel.xaxis)
 

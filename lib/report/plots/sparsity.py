@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
 from pathlib import Path
 
-from lib.report.names import place
-from lib.report.plots import heatmaps
+from lib.report.names import Place, place
 from lib.report.plots import style as plot_style
+from lib.report.plots.heatmaps import blocks_by_linear
 from lib.report.tables import Row, Table
 
-Place = tuple[int, str]  # block, linear
 CONSTANT = 0.002  # sparsity that varies less over the linears is not worth a picture
 
 
@@ -21,19 +19,16 @@ def sparsity_by_linear(table: Table, path: Path) -> Path | None:
 
     The colour tells how far a cell is from the sparsity asked for. None where all are constant.
     """
-    shown = {}
-    for row in table.pruned:
-        cells = _cells(row)
-        if cells and max(cells.values()) - min(cells.values()) > CONSTANT:
-            shown[row] = cells
+    measured = {row: _cells(row) for row in table.pruned}
+    shown = {row: cells for row, cells in measured.items() if _varies(cells)}
     if not shown:
         return None
     blocks = sorted({block for cells in shown.values() for block, _ in cells})
-    kinds = list(dict.fromkeys(kind for cells in shown.values() for _, kind in cells))
+    linears = list(dict.fromkeys(linear for cells in shown.values() for _, linear in cells))
     columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
-    width, height = 1.8 + columns * 0.62 * len(kinds), 1.4 + lines * (1.3 + 0.26 * len(blocks))
-    picture = plot_style.figure(max(7.0, width), height)
+    width = 1.8 + columns * max(3.4, 0.62 * len(linears))
+    picture = plot_style.figure(width, 1.4 + lines * (1.45 + 0.26 * len(blocks)))
     panels = picture.subplots(lines, columns, squeeze=False)
     reach = max(abs(v - row.ratio) for row, cells in shown.items() for v in cells.values())
     limits = {"vmin": -100 * reach, "vmax": 100 * reach, "cmap": "PuOr_r"}
@@ -41,13 +36,13 @@ def sparsity_by_linear(table: Table, path: Path) -> Path | None:
         panel.set_axis_off()
     for panel, (row, cells) in zip(panels.flat, shown.items(), strict=False):
         away = {where: value - row.ratio for where, value in cells.items()}
-        aim = 100 * row.ratio
-        image = heatmaps.blocks_by_kind(
-            panel, away, blocks, kinds, text=lambda v, aim=aim: f"{v + aim:.0f}", **limits
+        asked = 100 * row.ratio
+        image = blocks_by_linear(
+            panel, away, blocks, linears, text=lambda v, asked=asked: f"{v + asked:.0f}", **limits
         )
-        panel.set_title(f"{row.method} {row.setting}, calibrated on {row.label}", fontsize=10)
-    picture.colorbar(image, ax=panels, label="points of sparsity over the aim")
-    plot_style.title(picture, f"{_finding(shown)}. Cells: weights pruned, %")
+        panel.set_title(f"{row.method} {row.target}\ncalibrated on {row.label}", fontsize=10)
+    picture.colorbar(image, ax=panels, label="points over the sparsity asked for")
+    plot_style.title(picture, f"{table.short_model}: weights pruned in each linear, %")
     return plot_style.save(picture, path)
 
 
@@ -55,21 +50,12 @@ def _cells(row: Row) -> dict[Place, float]:
     """Mean over the runs and over the matrices that share a place, such as experts."""
     found: dict[Place, list[float]] = {}
     for run in row.runs:
-        for name, value in run.record.get("sparsity", {}).get("linears", {}).items():
+        for name, value in run.results.get("sparsity", {}).get("linears", {}).items():
             where = place(name)
             if where:
                 found.setdefault(where, []).append(value)
     return {where: statistics.fmean(values) for where, values in found.items()}
 
 
-def _finding(shown: Mapping[Row, Mapping[Place, float]]) -> str:
-    distances: dict[Place, list[float]] = {}
-    for row, cells in shown.items():
-        for where, value in cells.items():
-            distances.setdefault(where, []).append(100 * (value - row.ratio))
-    mean = {where: statistics.fmean(values) for where, values in distances.items()}
-    spared, hit = min(mean, key=mean.get), max(mean, key=mean.get)
-    return (
-        f"Most spared is {spared[1]} of block {spared[0]} ({mean[spared]:+.1f} points against the "
-        f"aim), hardest pruned {hit[1]} of block {hit[0]} ({mean[hit]:+.1f})"
-    )
+def _varies(cells: dict[Place, float]) -> bool:
+    return bool(cells) and max(cells.values()) - min(cells.values()) > CONSTANT

@@ -1,13 +1,18 @@
-"""What all pictures share: colours that the colour-blind can tell apart, titles that fit, files."""
+"""What pictures share: colours that the colour-blind can tell apart, titles that fit, axes, files.
+
+matplotlib is imported only when something is drawn.
+"""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.report.results import NONE
+from lib.report.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +26,7 @@ BLACK = "#000000"
 GREY = "#555555"
 DOTS_PER_INCH = 150
 CHARACTERS_PER_INCH = 10.0  # of a title at its size
+PANEL_CHARACTERS = 44  # in the title of a panel about 4.5 inches wide
 
 
 def figure(width: float, height: float) -> Figure:
@@ -30,11 +36,11 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def title(picture: Figure, finding: str) -> None:
-    """Put the finding over the picture, broken to its width into lines of like length."""
+def title(picture: Figure, text: str) -> None:
+    """Put a text over the picture, broken to its width into lines of like length."""
     columns = int(picture.get_figwidth() * CHARACTERS_PER_INCH)
-    lines = textwrap.wrap(finding, columns)
-    while len(tighter := textwrap.wrap(finding, columns - 1)) == len(lines) and columns > 20:
+    lines = textwrap.wrap(text, columns)
+    while len(tighter := textwrap.wrap(text, columns - 1)) == len(lines) and columns > 20:
         lines, columns = tighter, columns - 1
     picture.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
 
@@ -50,6 +56,18 @@ def calibration_style(labels: Sequence[str], label: str) -> tuple[str, object, s
         return BLACK, ":", "X"
     index = labels.index(label)
     return pick(COLOURS, index), pick(LINES, index), pick(MARKERS, index)
+
+
+def name_panel(panel: Axes, table: Table, test: str, draw_line: Callable) -> None:
+    """Say over a panel what was measured, and mark the dense model by axhline or axvline."""
+    dense = table.dense.mean(test) if table.dense else None
+    text = f"measured on {test}"
+    if dense is not None and math.isfinite(dense):
+        draw_line(dense, color=GREY, linestyle="--", linewidth=1.2)
+        value = f"dense {dense:,.0f}" if dense >= 1000 else f"dense {dense:.4g}"
+        fits = len(text) + len(value) < PANEL_CHARACTERS
+        text += f" ({value})" if fits else f"\n({value})"
+    panel.set_title(text, fontsize=11)
 
 
 def open_axes(axes: Axes) -> None:
@@ -68,7 +86,7 @@ def log_ticks(axis) -> None:
         axis.set_major_locator(MaxNLocator(5))
     else:
         axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 200 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axis.set_minor_locator(NullLocator())
 
 
