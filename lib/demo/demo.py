@@ -1,10 +1,11 @@
-"""The whole job in small, on text and a model that it makes itself; no network, no GPU.
+"""The whole job in small, on texts and a model that it makes itself; no network, no GPU.
 
     python -m lib.demo [--folder demo] [--fresh]
 
-Composes Ukrainian and English stories, trains a tiny model on both (kept for the next time), and
-runs main.py on it as a user would: every method, at 50% and 2:4, calibrated on either language,
-measured on both. Ends with a table of perplexities and a picture of what pruning cost.
+Composes Ukrainian and English stories, trains a tiny model on both, and prunes it in one sweep: by
+every method, at 50% and 2:4, calibrated on either language, measured on both. Ends with a table of
+perplexities and a picture of what pruning cost. The model and finished runs are kept, so that the
+same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -12,127 +13,115 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lib.demo.model import MADE_OF, Training, trained_model
+from lib.demo.text import LANGUAGES, compose, write_texts
+from lib.sweep.sweep import sweep
 from lib.util import command
 from lib.util.errors import UserError
+from lib.util.files import check_output_folder, write_text
 
-LANGUAGES = ("uk", "en")
-TRAIN_DOCUMENTS, TEST_DOCUMENTS = 500, 25  # of either language
-TYPES = {"50%": "unstructured", "2:4": "2:4"}
-CALIBRATED = ("wanda", "sparsegpt", "admm")
-WINDOWS = 64  # of calibration
-PROJECT = Path(__file__).parents[1]
-TABLE, PICTURE = "report.md", "pruning_cost.png"
+if TYPE_CHECKING:
+    from lib.sweep.plan import Planned
+
+MODEL, RUNS, TABLE, PICTURE = "model", "runs", "report.md", "pruning_cost.png"
+METHODS, TYPES, RATIO = ("magnitude", "wanda", "sparsegpt", "admm"), ("unstructured", "2:4"), "0.5"
 
 
 @dataclass(frozen=True)
-class Step:
-    """One run of main.py: its folder under `runs`, and its own flags."""
+class Scale:
+    """How large a demo is."""
 
-    name: str
-    flags: tuple[str, ...]
-
-
-def steps(folder: Path) -> Iterator[Step]:
-    """The dense model; magnitude, which needs no calibration; the others by language."""
-    yield Step("dense", ("--eval_only",))
-    for kind, sparsity_type in TYPES.items():
-        pruned = ("--sparsity_ratio", "0.5", "--sparsity_type", sparsity_type)
-        label = kind.replace("%", "").replace(":", "of")
-        yield Step(f"magnitude-{label}", ("--prune_method", "magnitude", *pruned))
-        for method in CALIBRATED:
-            for language in LANGUAGES:
-                text = ("--calibration_data", str(folder / language))
-                name = f"{method}-{label}-{language}"
-                yield Step(name, ("--prune_method", method, *pruned, *text))
+    training: Training = Training()
+    train: int = 500  # stories of either language
+    test: int = 25  # stories of either language
+    windows: int = 64  # of calibration
 
 
-def flags_of(step: Step, folder: Path) -> list[str]:
-    """What a user would type after `python main.py`."""
-    tests = [str(folder / language) for language in LANGUAGES]
-    shared = ["--model", str(folder / "model"), "--device", "cpu", "--nsamples", str(WINDOWS)]
-    out = str(folder / "runs" / step.name)
-    return [*shared, "--eval_data", *tests, *step.flags, "--save", out]
+def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -> None:
+    """Texts, model, runs, table and picture, all in `folder`.
 
-
-def run_all(todo: Sequence[Step], folder: Path, at_once: int) -> None:
-    """Run the steps, `at_once` side by side, each on one thread; UserError where one fails.
-
-    A run of this size is mostly start-up, which uses one core. One thread each also makes the
-    figures the same however many cores there are.
+    `fresh`: train the model anew; `debug`: show the traceback of a run that fails. UserError where
+    `folder` holds something else, and at the end where a run failed.
     """
-    waiting, running = list(todo), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                step = waiting.pop(0)
-                running[step] = _start(step, folder)
-            for step in [step for step, process in running.items() if process.poll() is not None]:
-                _report(step, running.pop(step).returncode, folder)
-            time.sleep(0.05)
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.wait()
+    check_folder(folder)
+    prepare(folder, scale, fresh)
+    own, passed_on = grid(folder, scale.windows)
+    print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*own, '--', *passed_on])}", flush=True)
+    with one_thread():
+        planned = sweep([*own, *["--debug"] * debug], passed_on)
+    conclude(folder, planned)
 
 
-def _start(step: Step, folder: Path) -> subprocess.Popen:
-    line = [sys.executable, str(PROJECT / "main.py"), *flags_of(step, folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (folder / "runs" / f"{step.name}.txt").open("w", encoding="utf-8") as output:
-        return subprocess.Popen(line, stdout=output, stderr=output, env=environment)
+def check_folder(folder: Path) -> None:
+    """UserError where `folder` can't be written or holds what is not a demo's."""
+    check_output_folder("--folder", str(folder))
+    held = sorted(item.name for item in folder.glob("[!.]*"))
+    if held and MODEL not in held:
+        raise UserError(f"--folder {folder}: holds {held[0]}, but no demo; name another folder")
+    check_output_folder("--folder", str(folder / MODEL), may_hold=MADE_OF)
 
 
-def _report(step: Step, status: int, folder: Path) -> None:
-    written = folder / "runs" / f"{step.name}.txt"
-    if status:
-        lines = written.read_text(encoding="utf-8").strip().splitlines() or ["no output"]
-        raise UserError(f"{step.name}: main.py failed: {lines[-1]}; all it said is in {written}")
-    from lib.report.results import load_runs
+def prepare(folder: Path, scale: Scale, fresh: bool) -> None:
+    """Texts and model; an earlier model is kept where it would come out the same.
 
-    (run,) = load_runs([folder / "runs" / step.name])
-    figures = (f"{name} {test['perplexity']:.2f}" for name, test in run.tests.items())
-    print(f"  {step.name:<20} perplexity: {', '.join(figures)}", flush=True)
-
-
-def prepare(folder: Path, fresh: bool) -> None:
-    """Texts and model; an earlier model is kept where it would come out the same."""
-    from lib.demo.model import Recipe, trained_model
-    from lib.demo.text import compose, write_texts
+    The model comes first: where it stands, the folder is a demo's, and its texts may be replaced.
+    """
     from lib.util.progress import quiet
 
-    print(f"1. Text: {TRAIN_DOCUMENTS + TEST_DOCUMENTS} stories each in {', '.join(LANGUAGES)}")
-    texts = compose(TRAIN_DOCUMENTS + TEST_DOCUMENTS)
-    write_texts(folder, texts, TEST_DOCUMENTS)
-    print(f"2. Model: a tiny LLaMA for both, in {folder / 'model'}", flush=True)
+    print(f"1. Text: {scale.train + scale.test} stories each in {', '.join(LANGUAGES)}")
+    texts = compose(scale.train + scale.test)
+    print(f"2. Model: a tiny LLaMA for both, in {folder / MODEL}", flush=True)
     quiet()
     start = time.perf_counter()
-    train = {language: some[:TRAIN_DOCUMENTS] for language, some in texts.items()}
-    trained = trained_model(folder / "model", train, Recipe(), fresh)
+    seen = {language: stories[: scale.train] for language, stories in texts.items()}
+    trained = trained_model(folder / MODEL, seen, scale.training, fresh)
     seconds = time.perf_counter() - start
     print(f"   trained in {seconds:.0f} s" if trained else "   kept from before")
+    write_texts(folder, texts, scale.test)
 
 
-def conclude(folder: Path, todo: Sequence[Step]) -> None:
-    """The table, on the terminal and in a file, and the picture."""
+def grid(folder: Path, windows: int) -> tuple[list[str], list[str]]:
+    """The sweep's own flags, and those that go on to every run of main.py."""
+    texts = [str(folder / language) for language in LANGUAGES]
+    own = ["--models", str(folder / MODEL), "--methods", *METHODS, "--types", *TYPES]
+    own += ["--ratios", RATIO, "--calibration", *texts, "--eval_data", *texts]
+    own += ["--out", str(folder / RUNS)]
+    return own, ["--device", "cpu", "--nsamples", str(windows)]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads split sums, whose last digits then depend on how many cores there are; matrices as
+    small as the demo's gain nothing from them."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def conclude(folder: Path, planned: Sequence[Planned]) -> None:
+    """Beside the report on all runs, which the sweep has shown: table and one picture, in files."""
     from lib.report.plots.cost import pruning_cost
     from lib.report.report import table
     from lib.report.results import load_runs
     from lib.report.tables import tables
-    from lib.util.files import write_text
 
-    runs = load_runs(folder / "runs" / step.name for step in todo)
-    text = table(runs)
+    runs = load_runs(run.folder for run in planned)
     (all_runs,) = tables(runs)
     pruning_cost(all_runs, folder / PICTURE)
-    write_text(folder / TABLE, text + f"\n![pruning cost]({PICTURE})\n")
-    print(f"\n{text}\ntable: {folder / TABLE}\npicture: {folder / PICTURE}")
+    write_text(folder / TABLE, f"{table(runs)}\n![pruning cost]({PICTURE})\n")
+    print(f"table: {folder / TABLE}\npicture: {folder / PICTURE}")
 
 
 def main(argv: list[str]) -> None:
@@ -141,15 +130,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--fresh", action="store_true", help="train the model anew")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    folder = Path(args.folder)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     start = time.perf_counter()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--folder {folder}: is a file; name a folder")
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    prepare(folder, args.fresh)
-    todo = list(steps(folder))
-    print(f"3. Runs of main.py: {len(todo)}, the last of them")
-    print(f"   python main.py {shlex.join(flags_of(todo[-1], folder))}", flush=True)
-    run_all(todo, folder, at_once=min(2, os.cpu_count() or 1))
-    conclude(folder, todo)
+    demo(Path(args.folder), Scale(), args.fresh, args.debug)
     print(f"done in {time.perf_counter() - start:.0f} s")

@@ -1,20 +1,20 @@
-"""English documents from a small grammar: articles, plurals, pronouns, numerals, templates.
+"""English stories from a small grammar: articles, plurals, pronouns, numerals.
 
-Templates name a slot and the form they need: `{thing:a}` is `an old lantern`, `{thing:s}` is
-`old lanterns`, `{hero:he/she}` agrees with the hero. Words: lib/demo/en_words.py.
+Sentences name a slot and the form they need: `{thing:a}` is `an old lantern`, `{thing:s}` is `old
+lanterns`, `{hero:he/she}` agrees with the hero. All words and sentences stand in en.toml.
 """
 
 from __future__ import annotations
 
 import random
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from lib.demo import en_words as words
+from lib.demo.story import tell
 
-NUMBERS = (
-    "no one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
-    "sixteen seventeen eighteen nineteen twenty"
-).split()
+WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ class Count:
     def __format__(self, spec: str) -> str:
         if "/" in spec:
             return spec.split("/")[self.number != 1]
-        return f"{NUMBERS[self.number]} {self.noun if self.number == 1 else plural(self.noun)}"
+        number = WORDS["numbers"][self.number]
+        return f"{number} {self.noun if self.number == 1 else plural(self.noun)}"
 
 
 def plural(noun: str) -> str:
     """boats, boxes, berries, loaves."""
-    if noun in words.PLURALS:
-        return words.PLURALS[noun]
+    if noun in WORDS["plurals"]:
+        return WORDS["plurals"][noun]
     if noun.endswith(("s", "x", "ch", "sh")):
         return f"{noun}es"
     if noun.endswith("y") and noun[-2] not in "aeiou":
@@ -73,41 +74,36 @@ def plural(noun: str) -> str:
 
 def document(rng: random.Random, characters: int) -> str:
     """A story of one topic and at least `characters` characters, one paragraph a line."""
-    topic = {key: value.split() for key, value in rng.choice(words.TOPICS).items()}
-    weather = rng.choice(list(words.WEATHER))
-    town, county = rng.choice(words.TOWNS).split("/")
-    hero, friend = (Person(*name.split("/")) for name in rng.sample(words.PEOPLE.split(), 2))
-    hero_job, friend_job = rng.sample(topic["jobs"], 2)
-    story = {"hero": hero, "friend": friend, "town": town, "county": county, "month": weather}
-    story |= {"hero_job": Thing(hero_job), "friend_job": Thing(friend_job)}
+    topic = rng.choice(list(WORDS["topics"].values()))
+    month = rng.choice(list(WORDS["weather"]))
+    town, county = rng.choice(WORDS["towns"])
+    people = [Person(name, gender) for gender, names in WORDS["people"].items() for name in names]
+    hero, friend = rng.sample(people, 2)
+    story = {"hero": hero, "friend": friend, "town": town, "county": county, "month": month}
+    story["hero_job"], story["friend_job"] = map(Thing, rng.sample(topic["jobs"], 2))
     story["dear"] = Thing(rng.choice(topic["things"]), rng.choice(topic["adjectives"]))
 
-    def paragraph(templates: tuple[str, ...], sentences: int) -> str:
-        chosen = rng.sample(templates, sentences)
-        return " ".join(text.format_map(story | _slots(rng, topic, story)) for text in chosen)
+    def fill(template: str) -> str:
+        return template.format_map(story | _slots(rng, topic, month))
 
-    paragraphs = [paragraph(words.OPENINGS, 1)]
-    while sum(map(len, paragraphs)) < characters:
-        kind = rng.choice(words.KINDS)
-        paragraphs.append(paragraph(kind, 1 if kind is words.TALKS else rng.randint(2, 4)))
-    return "\n".join([*paragraphs, paragraph(words.ENDINGS, 1)])
+    return tell(rng, characters, WORDS["templates"], fill)
 
 
-def _slots(rng: random.Random, topic: dict[str, list[str]], story: dict) -> dict:
-    """What one template draws anew."""
+def _slots(rng: random.Random, topic: dict[str, list], month: str) -> dict[str, Any]:
+    """What one sentence draws anew."""
     bare, other = rng.sample(topic["things"], 2)
     adjectives = rng.sample(topic["adjectives"], 2)
-    base, past = rng.choice(topic["verbs"]).split("/")
+    base, past = rng.choice(topic["verbs"])
     had, taken = rng.randint(6, 15), rng.randint(1, 5)
     return {
         "thing": Thing(bare, adjectives[0]),
         "other": Thing(other, adjectives[1]),
         "bare": Thing(bare),
-        "place": rng.choice(topic["places"]).replace("_", " "),
+        "place": rng.choice(topic["places"]),
         "do": base,
         "did": past,
-        "time": rng.choice(words.TIMES.split("|")),
-        "weather": rng.choice(words.WEATHER[story["month"]].split("|")),
+        "time": rng.choice(WORDS["times"]),
+        "weather": rng.choice(WORDS["weather"][month]),
         "had": Count(had, bare),
         "taken": Count(taken, bare),
         "left": Count(had - taken, bare),

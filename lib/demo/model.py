@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-RECIPE_FILE = "recipe.json"
+MADE_OF = "training.json"  # beside the weights: what they were made of
 BEGIN, END = "<s>", "</s>"  # ids 0 and 1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """Everything but the text that the trained weights depend on."""
 
     vocabulary: int = 1024  # tokens
@@ -46,27 +46,30 @@ class Recipe:
 
 
 def trained_model(
-    folder: Path, texts: Mapping[str, Sequence[str]], recipe: Recipe, fresh: bool = False
+    folder: Path, texts: Mapping[str, Sequence[str]], training: Training, fresh: bool = False
 ) -> bool:
-    """Have in `folder` the model and tokenizer that `recipe` makes of `texts`; True if it trained.
+    """Have in `folder` the model and tokenizer that `training` makes of `texts`.
 
     `texts`: documents by language. Unless `fresh`, what an earlier call left there is kept where
-    it was made of the same. An interrupted training leaves the folder as it was.
+    it was made of the same. An interrupted training leaves the folder as it was. Returns whether
+    it trained.
     """
-    made_of = json.dumps(asdict(recipe) | {"text": _digest(texts)}, indent=1)
-    kept = folder / RECIPE_FILE
+    made_of = json.dumps(asdict(training) | {"text": _digest(texts)}, indent=1)
+    kept = folder / MADE_OF
     if not fresh and kept.is_file() and kept.read_text(encoding="utf-8") == made_of:
         return False
-    tokenizer = train_tokenizer(texts, recipe)
-    model = train(tokenizer, texts, recipe)
+    tokenizer = train_tokenizer(texts, training)
+    model = train(tokenizer, texts, training)
     with staged_folder(folder) as stage:
         tokenizer.save_pretrained(stage)
         model.save_pretrained(stage)
-        (stage / RECIPE_FILE).write_text(made_of, encoding="utf-8")
+        (stage / MADE_OF).write_text(made_of, encoding="utf-8")
     return True
 
 
-def train_tokenizer(texts: Mapping[str, Sequence[str]], recipe: Recipe) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Mapping[str, Sequence[str]], training: Training
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE over all texts that puts `<s>` before a text, as LLaMA's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -75,7 +78,7 @@ def train_tokenizer(texts: Mapping[str, Sequence[str]], recipe: Recipe) -> PreTr
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary,
+        vocab_size=training.vocabulary,
         special_tokens=[BEGIN, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -85,25 +88,25 @@ def train_tokenizer(texts: Mapping[str, Sequence[str]], recipe: Recipe) -> PreTr
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 0)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, model_max_length=recipe.window
+        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, model_max_length=training.window
     )
 
 
 def train(
-    tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, Sequence[str]], recipe: Recipe
+    tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, Sequence[str]], training: Training
 ) -> LlamaForCausalLM:
     """Train from scratch on windows drawn in turn from every language; float32, on the CPU."""
     import torch
 
-    rng = random.Random(recipe.seed)
+    rng = random.Random(training.seed)
     streams = [_stream(tokenizer, some) for some in texts.values()]
-    model = _new_model(tokenizer, recipe).train()
-    optimizer = _optimizer(model, recipe)
-    with progress(recipe.steps, "training", "step") as advanced:
-        for step in range(recipe.steps):
+    model = _new_model(tokenizer, training).train()
+    optimizer = _optimizer(model, training)
+    with progress(training.steps, "training", "step") as advanced:
+        for step in range(training.steps):
             for group in optimizer.param_groups:
-                group["lr"] = _rate(step, recipe)
-            windows = _draw(rng, streams, recipe)  # (batch, window)
+                group["lr"] = _rate(step, training)
+            windows = _draw(rng, streams, training)  # (batch, window)
             model(input_ids=windows, labels=windows).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -112,43 +115,43 @@ def train(
     return model.eval()
 
 
-def _new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
+def _new_model(tokenizer: PreTrainedTokenizerFast, training: Training) -> LlamaForCausalLM:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        intermediate_size=recipe.inner,
-        num_hidden_layers=recipe.blocks,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=recipe.window,
-        initializer_range=recipe.spread,
+        hidden_size=training.width,
+        intermediate_size=training.inner,
+        num_hidden_layers=training.blocks,
+        num_attention_heads=training.heads,
+        num_key_value_heads=training.heads,
+        max_position_embeddings=training.window,
+        initializer_range=training.spread,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(training.seed)
         return LlamaForCausalLM(config)
 
 
-def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> Optimizer:
+def _optimizer(model: LlamaForCausalLM, training: Training) -> Optimizer:
     import torch
 
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": recipe.decay}]
+    groups = [{"params": matrices, "weight_decay": training.decay}]
     groups.append({"params": vectors, "weight_decay": 0.0})
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def _rate(step: int, recipe: Recipe) -> float:
+def _rate(step: int, training: Training) -> float:
     """A short warm-up, a level first half, a straight fall."""
-    done = step / recipe.steps
-    warm = min(1.0, (step + 1) / recipe.warm_up)
-    return recipe.rate * warm * (1.0 if done < 0.5 else 0.05 + 1.9 * (1 - done))
+    done = step / training.steps
+    warm = min(1.0, (step + 1) / training.warm_up)
+    return training.rate * warm * (1.0 if done < 0.5 else 0.05 + 1.9 * (1 - done))
 
 
 def _stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
@@ -159,14 +162,14 @@ def _stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
     return torch.tensor([token for document in ids for token in document])
 
 
-def _draw(rng: random.Random, streams: Sequence[Tensor], recipe: Recipe) -> Tensor:
+def _draw(rng: random.Random, streams: Sequence[Tensor], training: Training) -> Tensor:
     import torch
 
     drawn = []
-    for i in range(recipe.batch):
+    for i in range(training.batch):
         stream = streams[i % len(streams)]
-        start = rng.randint(0, len(stream) - recipe.window)
-        drawn.append(stream[start : start + recipe.window])
+        start = rng.randint(0, len(stream) - training.window)
+        drawn.append(stream[start : start + training.window])
     return torch.stack(drawn)  # (batch, window)
 
 

@@ -1,7 +1,5 @@
 """The demo's texts: Ukrainian and English stories composed from two small grammars.
 
-    python -m lib.demo.text FOLDER
-
 The same seed gives the same stories. The two languages share no letter, no word list and no
 template, so that a model has to learn them apart.
 """
@@ -11,15 +9,13 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lib.demo import en as demo_en
-from lib.demo import uk as demo_uk
+from lib.demo import en, uk
 from lib.util.files import write_text
 
-LANGUAGES = {"uk": demo_uk.document, "en": demo_en.document}
+LANGUAGES = {"uk": uk.document, "en": en.document}
 CHARACTERS = 1600  # of the shortest story: some 400 tokens of the demo's tokenizer
 STARTS = r"^(?:— |“)?|[.!?] |\. — |[.!?,]” “"  # of a line, a sentence, a speaker's next sentence
 
@@ -47,7 +43,3 @@ def write_texts(folder: Path, texts: Mapping[str, Sequence[str]], test: int) -> 
         for name, part in (("train", some[:-test]), ("test", some[-test:])):
             rows = (json.dumps({"text": text}, ensure_ascii=False) for text in part)
             write_text(target / f"{name}.jsonl", "".join(f"{row}\n" for row in rows))
-
-
-if __name__ == "__main__":
-    write_texts(Path(sys.argv[1]), compose(documents=525), test=25)

@@ -1,55 +1,23 @@
-"""Ukrainian documents from a small grammar: declension, agreement, numerals, templates.
+"""Ukrainian stories from a small grammar: declension, agreement, numerals, euphony.
 
-Words stand in their dictionary form with a declension code; every other form is derived. Templates
-name a slot and the form they need: `{thing:acc}` is an adjective and a noun in the accusative,
-`{hero:купив/купила}` agrees with the hero. Words: lib/demo/uk_words.py.
+Sentences name a slot and the form they need: `{thing:acc}` is an adjective and a noun in the
+accusative, `{hero:купив/купила}` agrees with the hero. All words, endings and sentences stand in
+uk.toml: words in their dictionary form with the code of a declension; other forms are derived.
 """
 
 from __future__ import annotations
 
 import random
 import re
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from lib.demo import uk_words as words
+from lib.demo.story import tell
 
-CASES = "nom gen dat acc ins loc pnom pgen pdat pins ploc voc".split()
-# The endings in the order of CASES. An upper-case code is a living being: accusative = genitive.
-DECLENSIONS = {
-    "fa": "а и і у ою і и - ам ами ах о",
-    "fj": "а і і у ею і і - ам ами ах о",
-    "fy": "я і і ю ею і і ь ям ями ях е",
-    "fi": "я ї ї ю єю ї ї й ям ями ях є",
-    "m": "- у у - ом і и ів ам ами ах е",
-    "ma": "- а у - ом і и ів ам ами ах е",
-    "ms": "ь я ю ь ем і і ів ям ями ях ю",
-    "mj": "й ю ю й єм ї ї їв ям ями ях ю",
-    "mr": "- я ю - ем і і ів ям ями ях ю",
-    "mz": "- а у - ем і і ів ам ами ах у",
-    "Ma": "- а ові а ом ові и ів ам ами ах е",
-    "Mo": "о а ові а ом ові и ів ам ами ах е",
-    "Ms": "ь я еві я ем еві і ів ям ями ях ю",
-    "Mr": "- я еві я ем еві і ів ям ями ях ю",
-    "Mj": "й я єві я єм єві ї їв ям ями ях ю",
-    "no": "о а у о ом і а - ам ами ах о",
-    "ne": "е я ю е ем і я ів ям ями ях е",
-}
-ADJECTIVES = {
-    "m": "ий ого ому ий им ому",
-    "f": "а ої ій у ою ій",
-    "n": "е ого ому е им ому",
-    "p": "і их им і ими их",
-}
-SOFT_ADJECTIVES = {
-    "m": "ій ього ьому ій ім ьому",
-    "f": "я ьої ій ю ьою ій",
-    "n": "є ього ьому є ім ьому",
-    "p": "і іх ім і іми іх",
-}
-NUMBERS = (
-    "нуль один два три чотири п’ять шість сім вісім дев’ять десять одинадцять дванадцять "
-    "тринадцять чотирнадцять п’ятнадцять шістнадцять сімнадцять вісімнадцять дев’ятнадцять двадцять"
-).split()
+WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+CASES = "nom gen dat acc ins loc pnom pgen pdat pins ploc voc".split()  # of [declensions]
 SOFTENED = {"к": "ц", "г": "з", "х": "с"}  # книга, у книзі
 
 
@@ -81,8 +49,8 @@ class Phrase:
             return format(self.noun, spec)
         case = spec or "nom"
         gender = "p" if case.startswith("p") else self.noun.gender
-        table = SOFT_ADJECTIVES if self.adjective.endswith("ій") else ADJECTIVES
-        ending = table[gender].split()[CASES.index(case.removeprefix("p"))]
+        endings = WORDS["adjectives"]["soft" if self.adjective.endswith("ій") else "hard"]
+        ending = endings[gender].split()[CASES.index(case.removeprefix("p"))]
         return f"{self.adjective[:-2]}{ending} {self.noun:{case}}"
 
 
@@ -103,7 +71,7 @@ class Count:
         if spec == "figures":
             number = str(self.number)
         else:
-            number = agreeing.get(self.number) or NUMBERS[self.number]
+            number = agreeing.get(self.number) or WORDS["numbers"][self.number]
         form = "nom" if last == 1 else "pnom" if few else "pgen"
         if last == 1 and spec == "acc":
             number, form = number.replace("одна", "одну"), "acc"
@@ -114,7 +82,7 @@ def noun(entry: str, preposition: str = "") -> Noun:
     """From `слово/код`, `називний>основа/код` (ринок>ринк/m), `слово/код/родовий множини`."""
     head, code, *plural = entry.split("/")
     nominative, _, stem = head.partition(">")
-    endings = DECLENSIONS[code].split()
+    endings = WORDS["declensions"][code].split()
     stem = stem or (nominative if endings[0] == "-" else nominative[:-1])
     forms = {}
     for case, ending in zip(CASES, endings, strict=True):
@@ -135,36 +103,31 @@ def noun(entry: str, preposition: str = "") -> Noun:
 
 def document(rng: random.Random, characters: int) -> str:
     """A story of one topic and at least `characters` characters, one paragraph a line."""
-    topic = {key: value.split() for key, value in rng.choice(words.TOPICS).items()}
-    season = rng.choice(list(words.SEASONS))
-    city, river = rng.choice(words.CITIES.split()).split("|")
-    hero, friend = rng.sample(words.PEOPLE.split(), 2)
-    story = {"hero": noun(hero), "friend": noun(friend), "season": season}
-    home = noun(rng.choice(words.HOMES.split()), "у")
-    story |= {"city": noun(city), "river": noun(river), "home": home}
+    topic = rng.choice(list(WORDS["topics"].values()))
+    season = rng.choice(list(WORDS["seasons"]))
+    city, river = map(noun, rng.choice(WORDS["cities"]))
+    hero, friend = map(noun, rng.sample(WORDS["people"], 2))
+    home = noun(rng.choice(WORDS["homes"]), "у")
+    story = {"hero": hero, "friend": friend, "season": season}
+    story |= {"city": city, "river": river, "home": home}
     story["dear"] = Phrase(rng.choice(topic["adjectives"]), noun(rng.choice(topic["things"])))
     for who, job in zip(("hero", "friend"), rng.sample(topic["jobs"], 2), strict=True):
-        story[f"{who}_job"] = noun(job.split("|")["mf".index(story[who].gender)])
+        story[f"{who}_job"] = noun(job["mf".index(story[who].gender)])
 
-    def paragraph(templates: tuple[str, ...], sentences: int) -> str:
-        chosen = rng.sample(templates, sentences)
-        return " ".join(text.format_map(story | _slots(rng, topic, story)) for text in chosen)
+    def fill(template: str) -> str:
+        return template.format_map(story | _slots(rng, topic, story))
 
-    paragraphs = [paragraph(words.OPENINGS, 1)]
-    while sum(map(len, paragraphs)) < characters:
-        kind = rng.choice(words.KINDS)
-        paragraphs.append(paragraph(kind, 1 if kind is words.TALKS else rng.randint(2, 4)))
-    return _euphony("\n".join([*paragraphs, paragraph(words.ENDINGS, 1)]))
+    return _euphony(tell(rng, characters, WORDS["templates"], fill))
 
 
-def _slots(rng: random.Random, topic: dict[str, list[str]], story: dict) -> dict:
-    """What one template draws anew."""
+def _slots(rng: random.Random, topic: dict[str, list], story: dict[str, Any]) -> dict[str, Any]:
+    """What one sentence draws anew."""
     bare, other = map(noun, rng.sample(topic["things"], 2))
     adjectives = rng.sample(topic["adjectives"], 2)
-    preposition, place = rng.choice(topic["places"]).split(":")
-    infinitive, future, imperative = rng.choice(topic["verbs"]).split("|")
+    preposition, _, place = rng.choice(topic["places"]).partition(" ")
+    infinitive, future, imperative = rng.choice(topic["verbs"])
     had, taken = rng.randint(6, 15), rng.randint(1, 5)
-    slots = {
+    return {
         "thing": Phrase(adjectives[0], bare),
         "other": Phrase(adjectives[1], other),
         "bare": bare,
@@ -172,23 +135,22 @@ def _slots(rng: random.Random, topic: dict[str, list[str]], story: dict) -> dict
         "do": infinitive,
         "will": future,
         "now": imperative,
-        "time": rng.choice(words.TIMES.split("|")),
-        "weather": rng.choice(words.SEASONS[story["season"]].split("|")),
+        "hero_did": past(infinitive, story["hero"]),
+        "friend_did": past(infinitive, story["friend"]),
+        "time": rng.choice(WORDS["times"]),
+        "weather": rng.choice(WORDS["seasons"][story["season"]]),
         "had": Count(had, bare),
         "taken": Count(taken, bare),
         "left": Count(had - taken, bare),
         "sum": Count(had + taken, bare),
-        "price": Count(5 * rng.randint(2, 20), noun("гривня/fy/гривень")),
+        "price": Count(5 * rng.randint(2, 20), noun(WORDS["currency"])),
     }
-    for who in ("hero", "friend"):
-        slots[f"{who}_did"] = past(infinitive, story[who])
-    return slots
 
 
 def past(infinitive: str, who: Noun) -> str:
     """купити: купив, купила; принести: приніс, принесла; знайти: знайшов, знайшла."""
-    irregular = {"принести": "приніс/принесла", "знайти": "знайшов/знайшла"}
-    return format(who, irregular.get(infinitive, f"{infinitive[:-2]}в/{infinitive[:-2]}ла"))
+    stem = infinitive.removesuffix("ти")
+    return format(who, WORDS["past"].get(infinitive, f"{stem}в/{stem}ла"))
 
 
 def _euphony(text: str) -> str:
