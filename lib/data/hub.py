@@ -6,12 +6,9 @@ a few windows cost a few megabytes. The commit that was read is looked up first 
 
 from __future__ import annotations
 
-import ast
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from lib.data.sources import Source
 from lib.util.errors import UserError
@@ -42,7 +39,7 @@ class StreamedRows:
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         count = 0
-        with errors(self.source):
+        with user_errors(self.source):
             for number, row in enumerate(self.rows):
                 text = _text(self.source, row, number)
                 count += 1
@@ -60,9 +57,7 @@ class StreamedRows:
         next(iter(StreamedRows(self.source, self.rows, first=0)))
 
 
-def load(
-    source: Source, split: str, cache_dir: str | None
-) -> tuple[Column | StreamedRows, str | None]:
+def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]:
     """The texts of a split (`train` or `test`) and the commit they are of, None if unknown.
 
     A set that has neither test nor validation split is parted: its first `TEST_DOCUMENTS` rows are
@@ -70,14 +65,19 @@ def load(
     """
     from datasets import load_dataset
 
-    with errors(source):
-        commit = revision(source, cache_dir)
-        options = {"revision": commit, "cache_dir": cache_dir, "streaming": source.stream or None}
+    with user_errors(source):
+        commit = revision(source)
+        options = {"revision": commit, "streaming": source.stream or None}
         if source.train_file:
             name, file = _single_file(source, split)
             options["data_files"] = {name: file}
         options = {key: value for key, value in options.items() if value is not None}
-        sets = load_dataset(source.hub, *filter(None, [source.config]), **options)
+        try:
+            sets = load_dataset(source.hub, *filter(None, [source.config]), **options)
+        except ValueError:
+            if commit:  # the hub answers
+                _check_config(source, commit)
+            raise
         name = _split(source, split, list(sets))
         rows = sets[name]
         columns = rows.column_names  # None for a stream of files without a schema
@@ -91,11 +91,12 @@ def load(
         return Column(source, rows), commit
 
 
-def revision(source: Source, cache_dir: str | None) -> str | None:
+def revision(source: Source) -> str | None:
     """The commit that the hub's set is at now.
 
-    None where the hub is out of reach but offline mode is on or a copy may be in the cache; then
-    `datasets` decides. Asked first because its own attempts take half a minute to fail.
+    None in offline mode, and where the hub is out of reach but has given of this set before; then
+    `datasets` looks into its cache. Asked first because its own attempts take half a minute to
+    fail.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
@@ -107,13 +108,13 @@ def revision(source: Source, cache_dir: str | None) -> str | None:
     except HfHubHTTPError:
         raise
     except (HTTPError, OSError):
-        if _cached(source, cache_dir):
-            return None
-        raise
+        if source.stream or not _downloaded(source):
+            raise
+        return None
 
 
 @contextmanager
-def errors(source: Source) -> Iterator[None]:
+def user_errors(source: Source) -> Iterator[None]:
     """Turn what `datasets` and the hub's client raise into one UserError."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
@@ -135,7 +136,7 @@ def errors(source: Source) -> Iterator[None]:
             f"folder or file is meant"
         ) from error
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
-        raise source.error(_unloadable(source, error)) from error
+        raise source.error(f"can't be loaded: {_line(error)}") from error
 
 
 def _single_file(source: Source, split: str) -> tuple[str, str]:
@@ -149,7 +150,7 @@ def _split(source: Source, split: str, names: list[str]) -> str:
     found = next((name for name in wanted if name in names), None)
     if found is None:
         raise source.error(
-            f"no split {wanted[0]!r}; there are: {closest(wanted[0], names)}; name one as "
+            f"no split {wanted[0]!r}; there are: {_closest(wanted[0], names)}; name one as "
             f"{source.hub}:{source.config or ''}:SPLIT"
         )
     return found
@@ -165,25 +166,31 @@ def _text(source: Source, row: dict, number: int) -> str:
     return text
 
 
-def _cached(source: Source, cache_dir: str | None) -> bool:
-    from datasets import config
+def _check_config(source: Source, commit: str) -> None:
+    """UserError where the set needs a config, or has none of the name given."""
+    from datasets import get_dataset_config_names, get_dataset_default_config_name
 
-    folder = Path(cache_dir or config.HF_DATASETS_CACHE)
-    return (folder / source.hub.replace("/", "___")).exists()
-
-
-def _unloadable(source: Source, error: Exception) -> str:
-    """What `datasets` could not do; for an unknown config, the ones that exist."""
-    listed = re.search(r"\[.*\]", str(error), re.DOTALL)
-    if isinstance(error, ValueError) and listed and "onfig" in str(error):
-        names = ast.literal_eval(listed[0])
-        if not source.config:
-            return f"needs a config: {closest('', names)}; name one as {source.hub}:CONFIG"
-        return f"no config {source.config!r}; there are: {closest(source.config, names)}"
-    return f"can't be loaded: {_line(error)}"
+    names = get_dataset_config_names(source.hub, revision=commit)
+    if source.config and source.config not in names:
+        listed = _closest(source.config, names)
+        raise source.error(f"no config {source.config!r}; there are: {listed}")
+    if not source.config and not get_dataset_default_config_name(source.hub, revision=commit):
+        listed = _closest("", names)
+        raise source.error(f"needs a config: {listed}; name one as {source.hub}:CONFIG")
 
 
-def closest(wanted: str, names: list[str]) -> str:
+def _downloaded(source: Source) -> bool:
+    """Whether anything of the set is in the hub's cache on this machine."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return False
+    return any(r.repo_type == "dataset" and r.repo_id == source.hub for r in repositories)
+
+
+def _closest(wanted: str, names: list[str]) -> str:
     """All names if they are few, else those most like the wanted one and how many there are."""
     if len(names) <= 12:
         return ", ".join(names)

@@ -1,12 +1,13 @@
 """Build the published calibration and test texts from the five raw dumps of UberText 2.0.
 
-    python -m lib.data.ubertext FOLDER_OF_DUMPS OUT [--push REPO]
+    python -m lib.data.ubertext FOLDER_OF_DUMPS OUT
 
 Of each genre, the first 1,000 documents longer than 8,192 characters become OUT/train.jsonl, the
 next 50 OUT/test.jsonl; OUT then serves as --calibration_data. Dumps are read as streams, bz2 or
 plain. Genres that are finished are kept in OUT.partial, where an interrupted build goes on. The
 flags make the same of any other corpus. As in the published builder a length is counted before
 white space is folded. Dumps: https://lang.org.ua/en/ubertext/ (Chaplynskyi, UNLP 2023).
+`hf upload OWNER/NAME OUT --repo-type dataset --private` puts the result on the hub.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import argparse
 import bz2
 import hashlib
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,99 +24,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from lib.data.push import check_login, push
 from lib.util import command
 from lib.util.errors import UserError
 from lib.util.files import staged_folder, write_text
 from lib.util.progress import progress
 
 GENRES = ("court", "fiction", "news", "social", "wiki")
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command's flags; the only place where their defaults stand."""
-    found = argparse.ArgumentParser(
-        prog="python -m lib.data.ubertext",
-        description=__doc__.split("\n")[0],
-        allow_abbrev=False,
-    )
-    found.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file for each genre")
-    found.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
-    found.add_argument(
-        "--genres",
-        nargs="+",
-        default=GENRES,
-        metavar="GENRE",
-        help="words, each found in the name of one dump; '*' makes every file a genre of its own "
-        f"(default: {' '.join(GENRES)})",
-    )
-    found.add_argument(
-        "--divider",
-        default="3",
-        help="what stands between two documents: so many blank lines in a row, or a line's text "
-        "(default: %(default)s)",
-    )
-    found.add_argument(
-        "--published_divider",
-        action="store_true",
-        help="count blank lines as the published builder did: they add up within a document, "
-        "also where they are not in a row",
-    )
-    found.add_argument(
-        "--min_length",
-        type=int,
-        default=8192,
-        help="documents must be longer than so many characters (default: %(default)s)",
-    )
-    counts = (("train", 1000, "training"), ("test", 50, "test"))
-    for name, count, what in counts:
-        text = f"{what} documents of a genre (default: {count})"
-        found.add_argument(f"--{name}", type=int, default=count, help=text)
-    found.add_argument(
-        "--push", metavar="REPO", help="then upload to this hub data set; asks first"
-    )
-    command.add_debug_flag(found)
-    return found
-
-
-def recipe(flags: argparse.ArgumentParser, args: argparse.Namespace) -> Recipe:
-    """What the flags ask for; leaves through parser.error where they make no sense."""
-    if args.min_length < 0:
-        flags.error(f"--min_length {args.min_length}: must be at least 0")
-    for name in ("train", "test"):
-        if getattr(args, name) < 1:
-            flags.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    divider: int | str = int(args.divider) if args.divider.isdecimal() else args.divider.strip()
-    if not divider:
-        flags.error(f"--divider {args.divider!r}: give 1 or more blank lines, or a line's text")
-    if args.published_divider and isinstance(divider, str):
-        flags.error(f"--published_divider counts blank lines, but --divider is {divider!r}")
-    if args.push and not REPOSITORY.fullmatch(args.push):
-        flags.error(f"--push {args.push}: not a repository; give OWNER/NAME")
-    return Recipe(divider, args.published_divider, args.min_length, args.train, args.test)
-
-
-def main(argv: list[str]) -> None:
-    flags = parser()
-    args = flags.parse_args(argv)
-    rules = recipe(flags, args)
-    if args.push:
-        check_login(args.push)
-    dumps = find_dumps(Path(args.dumps), args.genres)
-    build(dumps, Path(args.out), rules)
-    if args.push:
-        push(Path(args.out), args.push)
-
-
-SPLITS = ("train", "test")
-RECORD = "build.json"
 EVERY_FILE = "*"
+SPLITS = ("train", "test")
+BUILD = "build.json"  # beside the splits: what they were built from
 BZ2_MAGIC = b"BZh"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Rules:
     """How documents are told apart and which are taken."""
 
     divider: int | str  # blank lines, or the text of a line
@@ -191,49 +112,49 @@ def open_dump(path: Path) -> Iterator[TextIO]:
         raise UserError(f"{path}: damaged bz2 ({error}); fetch it again") from error
 
 
-def build(dumps: dict[str, Path], out: Path, recipe: Recipe) -> None:
+def build(dumps: dict[str, Path], out: Path, rules: Rules) -> None:
     """Write folder `out`, whole or not at all; does nothing where it holds this very build."""
-    plan = {genre: _plan(path, recipe) for genre, path in dumps.items()}
+    plan = {genre: _plan(path, rules) for genre, path in dumps.items()}
     if out.exists() and not out.is_dir():
         raise UserError(f"OUT {out}: is a file; name a new folder")
     if out.is_dir() and any(out.iterdir()):
-        if not _is_record(out / RECORD, plan):
+        if not _is_built(out / BUILD, plan):
             raise UserError(f"OUT {out}: holds something else; name a new folder or remove it")
         print(f"{out} holds this build already")
         return
     partial = out.absolute().with_name(f"{out.absolute().name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    left = [g for g in dumps if not _is_record(partial / f"{g}.json", plan[g])]
+    left = [g for g in dumps if not _is_built(partial / f"{g}.json", plan[g])]
     print(f"genres to build: {', '.join(left) or 'none'}; finished ones stay in {partial}")
-    with progress(len(left) * (recipe.train + recipe.test), "documents", "document") as advance:
+    with progress(len(left) * (rules.train + rules.test), "documents", "document") as advance:
         for genre in left:
-            counts = _build_genre(genre, dumps[genre], partial, recipe, advance)
-            _write_record(partial / f"{genre}.json", plan[genre], counts)
+            counts = _build_genre(genre, dumps[genre], partial, rules, advance)
+            _write_build(partial / f"{genre}.json", plan[genre], counts)
     _join(list(dumps), partial, out, plan)
     shutil.rmtree(partial)
 
 
-def _plan(path: Path, recipe: Recipe) -> dict[str, Any]:
+def _plan(path: Path, rules: Rules) -> dict[str, Any]:
     """What decides the outcome for a genre: a build with the same plan need not be repeated."""
-    return {**asdict(recipe), "file": path.name, "bytes": path.stat().st_size}
+    return {**asdict(rules), "file": path.name, "bytes": path.stat().st_size}
 
 
-def _is_record(path: Path, plan: dict[str, Any]) -> bool:
+def _is_built(path: Path, plan: dict[str, Any]) -> bool:
     try:
         return json.loads(path.read_text(encoding="utf-8"))["plan"] == plan
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
 
-def _write_record(path: Path, plan: dict[str, Any], counts: dict[str, Any]) -> None:
+def _write_build(path: Path, plan: dict[str, Any], counts: dict[str, Any]) -> None:
     write_text(path, json.dumps({"plan": plan, **counts}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _build_genre(
-    genre: str, dump: Path, folder: Path, recipe: Recipe, advance: Callable[[int], None]
+    genre: str, dump: Path, folder: Path, rules: Rules, advance: Callable[[int], None]
 ) -> dict[str, int]:
     """Write GENRE.train.jsonl and GENRE.test.jsonl; returns how many documents each has."""
-    wanted = {"train": recipe.train, "test": recipe.test}
+    wanted = {"train": rules.train, "test": rules.test}
     counts = dict.fromkeys(SPLITS, 0)
     longest = 0
     with (
@@ -241,9 +162,9 @@ def _build_genre(
         (folder / f"{genre}.train.jsonl").open("w", encoding="utf-8") as train,
         (folder / f"{genre}.test.jsonl").open("w", encoding="utf-8") as test,
     ):
-        for document in documents(text, recipe.divider, recipe.add_up):
+        for document in documents(text, rules.divider, rules.add_up):
             longest = max(longest, len(document))
-            if len(document) <= recipe.min_length:
+            if len(document) <= rules.min_length:
                 continue
             split = "train" if counts["train"] < wanted["train"] else "test"
             row = {"text": " ".join(document.split()), "genre": genre}
@@ -255,12 +176,12 @@ def _build_genre(
                 return counts
     if not counts["train"]:
         raise UserError(
-            f"{dump}: no document is longer than {recipe.min_length} characters, the longest has "
+            f"{dump}: no document is longer than {rules.min_length} characters, the longest has "
             f"{longest}; give a lower --min_length or the right --divider"
         )
     print(
         f"{dump.name}: only {counts['train']} training and {counts['test']} test documents are "
-        f"longer than {recipe.min_length} characters",
+        f"longer than {rules.min_length} characters",
         file=sys.stderr,
     )
     return counts
@@ -280,9 +201,74 @@ def _join(genres: Sequence[str], partial: Path, out: Path, plan: dict[str, Any])
                             rows += 1
                             whole.write(line)
             facts[split] = {"rows": rows, "sha256": digest.hexdigest()}
-        _write_record(stage / RECORD, plan, facts)
+        _write_build(stage / BUILD, plan, facts)
     sizes = ", ".join(f"{facts[split]['rows']} {split}" for split in SPLITS)
     print(f"wrote {out}: {sizes} documents of {len(genres)} genres")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags; the only place where their defaults stand."""
+    found = argparse.ArgumentParser(
+        prog="python -m lib.data.ubertext",
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+    )
+    found.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file for each genre")
+    found.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
+    found.add_argument(
+        "--genres",
+        nargs="+",
+        default=GENRES,
+        metavar="GENRE",
+        help="words, each found in the name of one dump; '*' makes every file a genre of its own "
+        f"(default: {' '.join(GENRES)})",
+    )
+    found.add_argument(
+        "--divider",
+        default="3",
+        help="what stands between two documents: so many blank lines in a row, or a line's text "
+        "(default: %(default)s)",
+    )
+    found.add_argument(
+        "--published_divider",
+        action="store_true",
+        help="count blank lines as the published builder did: they add up within a document, "
+        "also where they are not in a row",
+    )
+    found.add_argument(
+        "--min_length",
+        type=int,
+        default=8192,
+        help="documents must be longer than so many characters (default: %(default)s)",
+    )
+    counts = (("train", 1000, "training"), ("test", 50, "test"))
+    for name, count, what in counts:
+        text = f"{what} documents of a genre (default: {count})"
+        found.add_argument(f"--{name}", type=int, default=count, help=text)
+    command.add_debug_flag(found)
+    return found
+
+
+def rules_of(args: argparse.Namespace, flags: argparse.ArgumentParser) -> Rules:
+    """What the flags ask for; leaves through parser.error where they make no sense."""
+    if args.min_length < 0:
+        flags.error(f"--min_length {args.min_length}: must be at least 0")
+    for name in ("train", "test"):
+        if getattr(args, name) < 1:
+            flags.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    divider: int | str = int(args.divider) if args.divider.isdecimal() else args.divider.strip()
+    if not divider:
+        flags.error(f"--divider {args.divider!r}: give 1 or more blank lines, or a line's text")
+    if args.published_divider and isinstance(divider, str):
+        flags.error(f"--published_divider counts blank lines, but --divider is {divider!r}")
+    return Rules(divider, args.published_divider, args.min_length, args.train, args.test)
+
+
+def main(argv: list[str]) -> None:
+    flags = parser()
+    args = flags.parse_args(argv)
+    rules = rules_of(args, flags)
+    build(find_dumps(Path(args.dumps), args.genres), Path(args.out), rules)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Texts to windows of token ids: calibration windows and test windows.
+"""Texts to windows of token ids: what a model is calibrated on, and what it is measured on.
 
-What a source is stands in lib/data/sources.py, how it is read in lib/data/documents.py.
+`calibration_windows`: random windows of one source or of a mixture, each drawn by its source's
+rule; the rules are the published loops. `test_set`: a whole text, cut. What a source is stands in
+lib/data/sources.py, how its texts are read in lib/data/documents.py.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -20,29 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from lib.data import hub
 from lib.data.documents import open_documents
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
-from lib.data.tokens import tokenise, tokenise_cached
 
+BUFFER = 1_000  # documents among which a stream is shuffled
+STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
 TEST_CHARACTERS = 4_000_000  # of a large set's test text, enough for 256 windows of 4,096 tokens
 TEST_WINDOWS = 256  # of a large set
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class TestSet:
-    """Test windows and what they cover.
-
-    `tokens`: those in the windows. `bytes`: UTF-8 bytes of the text behind the tokens that are
-    predicted, all but the first of each window. It is the text's length times the share of its
-    tokens that are predicted, so that bits per byte = summed loss / ln 2 / bytes whatever the
-    tokenizer does inside a word, and is the exact figure where the rest of the text is like it.
-    """
-
-    __test__ = False  # not a class of tests, whatever pytest makes of its name
-    name: str
-    windows: Tensor  # (windows, seqlen), int64
-    tokens: int
-    bytes: int
-    record: dict
 
 
 def calibration_windows(
@@ -52,9 +37,8 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     bos: int | None = None,
-    cache_dir: str | None = None,
 ) -> tuple[Tensor, dict]:
-    """Windows (nsamples, seqlen), int64, and a record of where each was found.
+    """Windows (nsamples, seqlen), int64, and the facts of them: sources, and where each was found.
 
     Several sources are mixed by weight: apportioned by largest remainder and interleaved; every
     source gives the first windows that it would give alone. With `bos` every window begins with
@@ -65,58 +49,23 @@ def calibration_windows(
     counts = apportion([s.weight or 1.0 for s in sources], nsamples)
     windows = torch.empty(nsamples, seqlen, dtype=torch.long)
     order = torch.tensor(_interleaved(counts))
-    records = []
+    drawn = []
     for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
         if count == 0:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
-        found, revision = draw_windows(source, tokenizer, count, seqlen, seed, cache_dir)
-        windows[order == index] = found.windows
-        records.append(
+        draw, revision = draw_windows(source, tokenizer, count, seqlen, seed)
+        windows[order == index] = draw.windows
+        drawn.append(
             {"name": source.name, "source": source.text, "revision": revision}
             | {"windows": count, "share": count / nsamples}
-            | {"rows": found.rows, "starts": found.starts}
+            | {"rows": draw.rows, "starts": draw.starts}
         )
     if bos is not None:
         begun = windows[:, :1] == bos
         windows = torch.where(begun, windows, _begin(windows[:, :-1], bos))
-    record = {"name": mixture_name(sources), "sources": records, "windows": nsamples}
-    record |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
-    return windows, record
-
-
-def test_set(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int,
-    bos: int | None = None,
-    cache_dir: str | None = None,
-) -> TestSet:
-    """The test text as windows: documents joined, tokenised as one text, cut, the rest dropped.
-
-    Of a large set only the first documents (`hub.TEST_DOCUMENTS`) and `TEST_WINDOWS` windows.
-    With `bos` each window is that token and seqlen - 1 tokens of the text. The tokens are kept in
-    a cache on disk. Raises UserError where the text is shorter than one window.
-    """
-    with open_documents(source, "test", cache_dir) as (documents, revision):
-        text = source.separator.join(_test_documents(source, documents))
-    stream = tokenise_cached(tokenizer, text)
-    if bos is not None and len(stream) and stream[0] == bos:
-        stream = stream[1:]
-    step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
-    count = len(stream) // step
-    if not count:
-        problem = f"the test text has {len(stream)} tokens, less than one window of {step}"
-        way_out = f"use --seqlen {len(stream)} or less" if len(stream) > 1 else "give a longer text"
-        raise source.error(f"{problem}; {way_out}")
-    count = min(count, TEST_WINDOWS) if source.sampled else count
-    windows = stream[: count * step].view(count, step)
-    if bos is not None:
-        windows = _begin(windows, bos)
-    covered = round(len(text.encode()) * count * (seqlen - 1) / len(stream))
-    record = {"name": source.name, "source": source.text, "revision": revision, "windows": count}
-    record |= {"seqlen": seqlen, "tokens": windows.numel(), "bytes": covered, "bos": bos}
-    record["digest"] = digest(windows)
-    return TestSet(source.name, windows, windows.numel(), covered, record)
+    facts = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
+    facts |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
+    return windows, facts
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -130,37 +79,10 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def digest(windows: Tensor) -> str:
-    """SHA-256 of the windows' bytes (int64, row by row)."""
-    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
-
-
 def _interleaved(counts: Sequence[int]) -> list[int]:
     """Source of each window, every source spread evenly over the whole."""
     places = [((2 * j + 1) / n, i) for i, n in enumerate(counts) for j in range(n)]
     return [i for _, i in sorted(places)]
-
-
-def _begin(windows: Tensor, bos: int) -> Tensor:
-    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
-
-
-def _test_documents(source: Source, documents: Iterable) -> Iterator[str]:
-    texts = (item[1] if source.stream else item for item in documents)
-    if not source.sampled:
-        yield from texts
-        return
-    length = 0
-    for text in islice(texts, hub.TEST_DOCUMENTS):
-        yield text
-        length += len(text)
-        if length > TEST_CHARACTERS:
-            return
-
-
-BUFFER = 1_000  # documents among which a stream is shuffled
-STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
-Tokens = Callable[[str], Tensor]
 
 
 @dataclass
@@ -185,12 +107,7 @@ class Draw:
 
 
 def draw_windows(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    seqlen: int,
-    seed: int,
-    cache_dir: str | None = None,
+    source: Source, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
 ) -> tuple[Draw, str | None]:
     """`count` windows of `seqlen` tokens and the revision of what they were drawn from.
 
@@ -199,17 +116,13 @@ def draw_windows(
     """
     draw = Draw(torch.empty(count, seqlen, dtype=torch.long), [], [])
     rng = random.Random(seed)
-
-    def tokens(text: str) -> Tensor:
-        return tokenise(tokenizer, text)
-
-    with open_documents(source, "train", cache_dir) as (documents, revision):
+    with open_documents(source, "train") as (documents, revision):
         if source.stream:
-            tried = _draw_from_stream(draw, documents, tokens, rng)
+            tried = _draw_from_stream(draw, documents, tokenizer, rng)
         elif source.draw == JOINED:
-            tried = _draw_from_joined(draw, documents, tokens, rng)
+            tried = _draw_from_joined(draw, documents, tokenizer, rng)
         else:
-            tried = _draw_from_rows(draw, documents, tokens, rng, source.draw == AGAIN)
+            tried = _draw_from_rows(draw, documents, tokenizer, rng, source.draw == AGAIN)
     if draw.full:
         return draw, revision
     if not draw.rows:
@@ -224,7 +137,11 @@ def draw_windows(
 
 
 def _draw_from_rows(
-    draw: Draw, texts: Sequence[str], tokens: Tokens, rng: random.Random, again: bool
+    draw: Draw,
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    rng: random.Random,
+    again: bool,
 ) -> int:
     """UberText's loop, or C4's where a document may be used `again`. Returns the texts tried."""
     seqlen = draw.windows.shape[1]
@@ -233,7 +150,7 @@ def _draw_from_rows(
         row = rng.randint(0, len(texts) - 1)
         if row in short or row in used:
             continue
-        ids = tokens(texts[row])
+        ids = tokenise(tokenizer, texts[row])
         if len(ids) <= seqlen:
             short.add(row)
             draw.longest = max(draw.longest, len(ids))
@@ -244,9 +161,11 @@ def _draw_from_rows(
     return len(texts)
 
 
-def _draw_from_joined(draw: Draw, texts: Sequence[str], tokens: Tokens, rng: random.Random) -> int:
+def _draw_from_joined(
+    draw: Draw, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, rng: random.Random
+) -> int:
     """WikiText-2's loop: windows start anywhere in the one long text. Returns the texts tried."""
-    ids = tokens(" ".join(texts))
+    ids = tokenise(tokenizer, " ".join(texts))
     draw.longest = len(ids)
     while len(ids) > draw.windows.shape[1] and not draw.full:
         draw.add(ids, 0, rng)
@@ -254,14 +173,17 @@ def _draw_from_joined(draw: Draw, texts: Sequence[str], tokens: Tokens, rng: ran
 
 
 def _draw_from_stream(
-    draw: Draw, texts: Iterable[tuple[int, str]], tokens: Tokens, rng: random.Random
+    draw: Draw,
+    texts: Iterable[tuple[int, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    rng: random.Random,
 ) -> int:
     """One window from each document that is long enough, as they come. Returns the texts tried."""
     tried = 0
     for row, text in _shuffled(islice(texts, STREAM_LIMIT), rng):
         if draw.full:
             break
-        ids = tokens(text)
+        ids = tokenise(tokenizer, text)
         tried += 1
         if len(ids) > draw.windows.shape[1]:
             draw.add(ids, row, rng)
@@ -281,3 +203,85 @@ def _shuffled(items: Iterable, rng: random.Random) -> Iterator:
         yield item
     rng.shuffle(buffer)
     yield from buffer
+
+
+@dataclass(frozen=True, eq=False)
+class TestSet:
+    """Test windows and what they cover.
+
+    `tokens`: those in the windows. `bytes`: UTF-8 bytes of the text behind the tokens that are
+    predicted, all but the first of each window. It is the text's length times the share of its
+    tokens that are predicted, so that bits per byte = summed loss / ln 2 / bytes whatever the
+    tokenizer does inside a word, and is the exact figure where the rest of the text is like it.
+    `facts`: what a result says of its test text.
+    """
+
+    __test__ = False  # not a class of tests, whatever pytest makes of its name
+    name: str
+    windows: Tensor  # (windows, seqlen), int64
+    tokens: int
+    bytes: int
+    facts: dict
+
+
+def test_set(
+    source: Source, tokenizer: PreTrainedTokenizerBase, seqlen: int, bos: int | None = None
+) -> TestSet:
+    """The test text as windows: documents joined, tokenised as one text, cut, the rest dropped.
+
+    Of a large set only the first documents (`hub.TEST_DOCUMENTS`) and `TEST_WINDOWS` windows.
+    With `bos` each window is that token and seqlen - 1 tokens of the text. Raises UserError where
+    the text is shorter than one window.
+    """
+    with open_documents(source, "test") as (documents, revision):
+        text = source.separator.join(_test_documents(source, documents))
+    ids = tokenise(tokenizer, text)
+    if bos is not None and len(ids) and ids[0] == bos:
+        ids = ids[1:]
+    step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
+    count = len(ids) // step
+    if not count:
+        problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
+        way_out = f"use --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
+        raise source.error(f"{problem}; {way_out}")
+    count = min(count, TEST_WINDOWS) if source.sampled else count
+    windows = ids[: count * step].view(count, step)
+    if bos is not None:
+        windows = _begin(windows, bos)
+    covered = round(len(text.encode()) * count * (seqlen - 1) / len(ids))
+    facts = {"name": source.name, "source": source.text, "revision": revision, "windows": count}
+    facts |= {"seqlen": seqlen, "tokens": windows.numel(), "bytes": covered, "bos": bos}
+    facts["digest"] = digest(windows)
+    return TestSet(source.name, windows, windows.numel(), covered, facts)
+
+
+def _test_documents(source: Source, documents: Iterable) -> Iterator[str]:
+    texts = (item[1] if source.stream else item for item in documents)
+    if not source.sampled:
+        yield from texts
+        return
+    length = 0
+    for text in islice(texts, hub.TEST_DOCUMENTS):
+        yield text
+        length += len(text)
+        if length > TEST_CHARACTERS:
+            return
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Token ids (tokens,) of one text, int64, with the tokenizer's own special tokens.
+
+    The same as `tokenizer(text, return_tensors="pt").input_ids[0]`, without its warning about
+    texts longer than the model's window, which here are cut into windows afterwards.
+    """
+    encoding = tokenizer(text, return_tensors="pt", return_attention_mask=False, verbose=False)
+    return encoding.input_ids[0].long()  # an empty text comes as float
+
+
+def _begin(windows: Tensor, bos: int) -> Tensor:
+    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of the windows' bytes (int64, row by row)."""
+    return hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()

@@ -1,19 +1,17 @@
-"""What a user names becomes a source, or one line that says why not."""
+"""What a user names becomes a source and its texts, or one line that says why not."""
 
 import gzip
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
-import httpx2
 import huggingface_hub
 import pyarrow
 import pytest
-from datasets import Dataset, DatasetDict, IterableDatasetDict
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
 from pyarrow import parquet
+from support import start
 from tiny import write_texts
 
 from lib.data.documents import check_source, open_documents
@@ -191,21 +189,40 @@ BAD_LINES = {
 }
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_malformed_lines_name_file_and_line(tmp_path, line):
-    (tmp_path / "train.jsonl").write_bytes(rows("fine", "fine").encode() + b"\n" + line + b"\n")
-    source = parse_source(str(tmp_path), FLAG)
-    for problem in (message(check_source, source, "train"), message(read, source)):
-        assert f"{tmp_path}/train.jsonl, line 4: " in problem and BAD_LINES[line] in problem
+def test_malformed_lines_name_file_and_line(tmp_path, line, packed):
+    (tmp_path / "train_0.jsonl").write_text(rows("fine"))
+    bad = rows("fine", "fine").encode() + b"\n" + line + b"\n"
+    file = tmp_path / f"train_1.jsonl{'.gz' * packed}"
+    file.write_bytes(gzip.compress(bad) if packed else bad)
+    problem = message(read, parse_source(str(tmp_path), FLAG))
+    assert f"{file}, line 4: " in problem and BAD_LINES[line] in problem
 
 
-def test_check_stops_early_and_reading_does_not(tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.documents.CHECKED_ROWS", 2)
-    (tmp_path / "train.jsonl").write_text(rows("1", "2") + "{")
+def test_check_reads_the_first_row_of_each_file(tmp_path):
+    (tmp_path / "train_0.jsonl").write_text("\n" + rows("1") + "{")
+    (tmp_path / "train_1.jsonl.gz").write_bytes(gzip.compress(rows("1").encode() * 9)[:-1])
     source = parse_source(str(tmp_path), FLAG)
-    (tmp_path / "train_2.jsonl").write_text(rows("1", "2") + "{")  # so many of each file
     check_source(source, "train")
-    assert "line 3" in message(read, source)
+    assert "train_0.jsonl, line 3" in message(read, source)
+    (tmp_path / "train_2.jsonl").write_text("\n{")
+    assert "train_2.jsonl, line 2" in message(check_source, source, "train")
+
+
+def test_local_rows_need_no_library(tmp_path):
+    folder = write_texts(tmp_path / "uk", ["один", "два"])
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['datasets', 'pyarrow', 'torch', 'numpy'])\n"
+        "from lib.data.documents import check_source, open_documents\n"
+        "from lib.data.sources import parse_source\n"
+        "source = parse_source(sys.argv[1], '--eval_data')\n"
+        "check_source(source, 'train')\n"
+        "with open_documents(source, 'train') as (texts, _): print(*texts)\n"
+        "print('transformers' in sys.modules)"
+    )
+    out, err = start(["-c", code, str(folder)], tmp_path).communicate(timeout=60)
+    assert out == "один два\nFalse\n", err
 
 
 def test_folders_without_rows(tmp_path):
@@ -229,7 +246,10 @@ def test_damaged_files_are_named(tmp_path):
         "bad.txt": b"\xff\xfe\x00",
     }.items():
         (tmp_path / name).write_bytes(content)
-        assert name in message(check_source, parse_source(str(tmp_path / name), FLAG), "train")
+        source = parse_source(str(tmp_path / name), FLAG)
+        assert name in message(read, source)
+        if name != "short.jsonl.gz":  # its first row is whole
+            assert name in message(check_source, source, "train")
 
 
 def test_damaged_inside_of_a_parquet(tmp_path):
@@ -257,29 +277,6 @@ def test_parquet_columns(tmp_path):
 # --- the hub
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """A hub with one commit; `hub.sets` are what load_dataset gives, `hub.calls` what it got."""
-    hub = SimpleNamespace(sets={}, calls=[], error=None)
-
-    def load_dataset(*args, **options):
-        hub.calls.append((args, options))
-        if hub.error:
-            raise hub.error
-        sets = hub.sets[args]
-        if not options.get("streaming"):
-            return DatasetDict({k: Dataset.from_dict(v) for k, v in sets.items()})
-        streams = {k: Dataset.from_dict(v).to_iterable_dataset() for k, v in sets.items()}
-        return IterableDatasetDict(streams)
-
-    def dataset_info(self, name, timeout):
-        return SimpleNamespace(sha="c0ffee")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    return hub
-
-
 def test_ubertext_is_loaded_whole_and_pinned(hub):
     name = "mshamrai/lang-pruning-uk-uber-text-2"
     hub.sets[(name,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
@@ -301,7 +298,7 @@ def test_c4_reads_one_file_of_each_split(hub):
 
 
 def test_streams(hub, monkeypatch):
-    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 2)
+    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 2)
     hub.sets[("allenai/c4", "uk")] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
     source = parse_source("c4:uk", FLAG)
     assert read(source) == [(0, "a")] and read(source, "test") == [(0, "v")]
@@ -310,13 +307,13 @@ def test_streams(hub, monkeypatch):
 
 
 def test_a_set_without_test_is_parted(hub, monkeypatch):
-    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 2)
+    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 2)
     hub.sets[("owner/name", "x")] = {"train": {"text": list("abcd")}}
     source = parse_source("owner/name:x", FLAG)
     assert read(source) == [(2, "c"), (3, "d")]
     assert read(source, "test")[:2] == [(0, "a"), (1, "b")]
     assert len(read(parse_source("owner/name:x:train", FLAG))) == 4
-    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 4)
+    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 4)
     check_source(source, "train")
     assert "holds 4 rows, of which the first 4 are the test" in message(read, source)
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", lambda self: iter([]))
@@ -329,12 +326,22 @@ def test_what_the_hub_set_lacks(hub):
     assert "body, id" in message(check_source, parse_source("owner/name", FLAG), "train")
     assert "int, not text" in message(read, parse_source("owner/name:::id", FLAG))
     check_source(parse_source("owner/name:::body", FLAG), "train")
-    names = [f"2023.{a}{b}" for a in "abcu" for b in "abck"]
-    hub.error = ValueError(f"BuilderConfig '20231101.xx' not found. Available: {names}")
+
+
+def test_configs_are_named(hub, monkeypatch):
+    names, default = [f"2023.{a}{b}" for a in "abcu" for b in "abck"], None
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda hub, revision: names)
+    monkeypatch.setattr(datasets, "get_dataset_default_config_name", lambda hub, revision: default)
+    hub.error = ValueError("what it says\nis of no matter")
     line = message(check_source, parse_source("wikipedia:uk", FLAG), "train")
     assert "no config '20231101.uk'" in line and "2023.uk" in line and "16 in all" in line
-    hub.error = ValueError(f"Config name is missing.\nPlease pick one among: {names[:2]}\nUsage: x")
-    assert "2023.aa, 2023.ab" in message(check_source, parse_source("owner/name", FLAG), "train")
+    names = names[:2]
+    line = message(check_source, parse_source("owner/name", FLAG), "train")
+    assert "needs a config: 2023.aa, 2023.ab; name one as owner/name:CONFIG" in line
+    default = names[0]  # then the error is of another kind
+    for name in ("owner/name", f"owner/name:{names[1]}"):
+        line = message(check_source, parse_source(name, FLAG), "train")
+        assert line.endswith("can't be loaded: what it says")
 
 
 @pytest.mark.parametrize(
@@ -349,38 +356,58 @@ def test_what_datasets_raises_is_one_line(hub, error):
 def test_a_stream_that_breaks_is_one_line(hub, monkeypatch):
     def broken(self):
         yield {"text": "a"}
-        raise httpx2.ReadTimeout("slow")
+        raise HTTPError("slow")
 
     hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": {"text": ["a"]}}
     monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
     assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
 
 
-def test_a_hub_out_of_reach_is_said_at_once(hub, monkeypatch, tmp_path):
+@pytest.fixture
+def unreachable(hub, monkeypatch, tmp_path):
+    """A hub that does not answer; load_dataset finds what was downloaded before."""
+
     def dataset_info(self, name, timeout):
-        raise httpx2.ConnectError("no route")
+        raise HTTPError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
-    source = parse_source("owner/name", FLAG)
-    assert "can't be reached (no route)" in message(check_source, source, "train", str(tmp_path))
-    assert not hub.calls
-    (tmp_path / "owner___name").mkdir()  # a copy: `datasets` may find what it needs there
-    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": {"text": ["a"]}}
-    check_source(source, "train", str(tmp_path))
-    assert hub.calls == [(("owner/name",), {"cache_dir": str(tmp_path), "streaming": True})]
+    scan = huggingface_hub.scan_cache_dir
+    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: scan(tmp_path / "hub"))
+    return hub
+
+
+def test_a_hub_out_of_reach_is_said_at_once(unreachable, tmp_path):
+    source = parse_source("ubertext", FLAG)
+    assert "can't be reached (no route)" in message(check_source, source, "train")
+    (tmp_path / "hub").mkdir()
+    assert "can't be reached (no route)" in message(check_source, source, "train")
+    assert not unreachable.calls
+
+
+def test_what_was_downloaded_serves_without_the_hub(unreachable, tmp_path):
+    for name in ("mshamrai/lang-pruning-uk-uber-text-2", "owner/name"):
+        place = tmp_path / "hub" / f"datasets--{name.replace('/', '--')}" / "snapshots" / "c0ffee"
+        place.mkdir(parents=True)
+        unreachable.sets[(name,)] = {"train": {"text": ["a"]}}
+    with open_documents(parse_source("ubertext", FLAG), "train") as (documents, revision):
+        assert list(documents) == ["a"] and revision is None
+    assert unreachable.calls == [(("mshamrai/lang-pruning-uk-uber-text-2",), {})]
+    stream = parse_source("owner/name", FLAG)  # can't come from a cache
+    assert "can't be reached (no route)" in message(check_source, stream, "train")
 
 
 def test_unknown_set_is_neither_local_nor_on_the_hub(hub, monkeypatch):
     def dataset_info(self, name, timeout):
-        request = httpx2.Request("GET", "https://example.org")
-        raise RepositoryNotFoundError("401", response=httpx2.Response(401, request=request))
+        answer = SimpleNamespace(status_code=401, headers={}, request=None)
+        raise RepositoryNotFoundError("401", response=answer)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     line = message(check_source, parse_source("owner/name", FLAG), "train")
     assert "no data set owner/name on the hub" in line and "no local folder" in line
 
 
-def test_offline_without_a_copy(tmp_path):
+def test_offline_without_a_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     source = parse_source("ubertext", FLAG)
-    assert "can't be reached" in message(check_source, source, "train", str(tmp_path))
-    assert not list(Path(tmp_path).iterdir())
+    assert "can't be reached" in message(check_source, source, "train")
+    assert not list(tmp_path.iterdir())

@@ -1,22 +1,18 @@
-"""The data set builder: dividers, lengths, splits and genres; resuming; damage; asking first."""
+"""The data set builder: dividers, lengths, splits and genres; resuming; damage."""
 
 import bz2
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from support import start
 
-from lib.data import push, ubertext
-from lib.data import ubertext as corpus
+from lib.data import ubertext
 from lib.data.sources import parse_source
-from lib.data.ubertext import Recipe, build, documents, find_dumps
+from lib.data.ubertext import GENRES, Rules, build, documents, find_dumps
+from lib.util import command
 from lib.util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-GENRES = ubertext.GENRES
-RECIPE = Recipe(3, False, min_length=100, train=4, test=2)
+RULES = Rules(3, False, min_length=100, train=4, test=2)
 
 
 def long_document(genre, number):
@@ -48,7 +44,7 @@ def rows(path):
 
 def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     out = tmp_path / "out"
-    build(find_dumps(dumps, GENRES), out, RECIPE)
+    build(find_dumps(dumps, GENRES), out, RULES)
     expected = [
         {"text": " ".join(long_document(genre, number).split()), "genre": genre}
         for genre in GENRES
@@ -64,8 +60,7 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
 
 def test_published_defaults():
     args = ubertext.parser().parse_args(["dumps", "out"])
-    rules = ubertext.recipe(ubertext.parser(), args)
-    assert rules == Recipe(3, False, 8192, 1000, 50)
+    assert ubertext.rules_of(args, ubertext.parser()) == Rules(3, False, 8192, 1000, 50)
     assert tuple(args.genres) == ("court", "fiction", "news", "social", "wiki")
 
 
@@ -94,7 +89,7 @@ def test_the_published_count_adds_blank_lines_up():
 def test_longer_means_longer(tmp_path):
     dump = tmp_path / "court.txt"
     dump.write_text("x" * 99 + "\n\n\n\n" + "y" * 100 + "\n\n\n\n" + "z" * 101)
-    build({"court": dump}, tmp_path / "out", RECIPE)
+    build({"court": dump}, tmp_path / "out", RULES)
     # counted with line ends, before folding: 100, 101, 101
     assert [row["text"][0] for row in rows(tmp_path / "out" / "train.jsonl")] == ["y", "z"]
     assert (tmp_path / "out" / "test.jsonl").read_text() == ""
@@ -102,7 +97,7 @@ def test_longer_means_longer(tmp_path):
 
 def test_an_interrupted_build_goes_on_and_ends_the_same(dumps, tmp_path, monkeypatch):
     found = find_dumps(dumps, GENRES)
-    build(found, tmp_path / "whole", RECIPE)
+    build(found, tmp_path / "whole", RULES)
     opened = []
 
     def counted(path):
@@ -115,32 +110,32 @@ def test_an_interrupted_build_goes_on_and_ends_the_same(dumps, tmp_path, monkeyp
                 raise KeyboardInterrupt
             yield document
 
-    genuine = corpus.open_dump
-    monkeypatch.setattr(corpus, "open_dump", counted)
+    genuine = ubertext.open_dump
+    monkeypatch.setattr(ubertext, "open_dump", counted)
     with monkeypatch.context() as patched:
-        patched.setattr(corpus, "documents", interrupted)
+        patched.setattr(ubertext, "documents", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build(found, tmp_path / "out", RECIPE)
+            build(found, tmp_path / "out", RULES)
     assert not (tmp_path / "out").exists()
     opened.clear()
-    build(found, tmp_path / "out", RECIPE)
+    build(found, tmp_path / "out", RULES)
     assert opened == ["news", "social", "wikipedia"]
     for name in ("train.jsonl", "test.jsonl", "build.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     opened.clear()
-    build(found, tmp_path / "out", RECIPE)  # there already
+    build(found, tmp_path / "out", RULES)  # there already
     assert opened == []
     with pytest.raises(UserError, match="holds something else"):
-        build(found, tmp_path / "out", Recipe(3, False, 100, 3, 2))
+        build(found, tmp_path / "out", Rules(3, False, 100, 3, 2))
 
 
 def test_other_flags_redo_finished_genres(dumps, tmp_path, monkeypatch):
     found = find_dumps(dumps, GENRES)
-    monkeypatch.setattr(corpus, "_join", lambda *_: 1 / 0)
+    monkeypatch.setattr(ubertext, "_join", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        build(found, tmp_path / "out", RECIPE)
+        build(found, tmp_path / "out", RULES)
     monkeypatch.undo()
-    build(found, tmp_path / "out", Recipe(3, False, 100, 2, 1))
+    build(found, tmp_path / "out", Rules(3, False, 100, 2, 1))
     assert len(rows(tmp_path / "out" / "train.jsonl")) == 2 * len(GENRES)
 
 
@@ -162,59 +157,45 @@ def test_bad_dumps(dumps, tmp_path):
         find_dumps(tmp_path / "nowhere", GENRES)
     court = find_dumps(dumps, ["court"])
     with pytest.raises(UserError, match="longest has"):
-        build(court, tmp_path / "out", Recipe(3, False, 10**6, 4, 2))
+        build(court, tmp_path / "out", Rules(3, False, 10**6, 4, 2))
     whole = court["court"].read_bytes()
     for damaged in (whole[:-20], whole[:60] + b"????" + whole[64:]):
         court["court"].write_bytes(damaged)
         with pytest.raises(UserError, match=r"court\S+: damaged bz2"):
-            build(court, tmp_path / "out", RECIPE)
+            build(court, tmp_path / "out", RULES)
     court["court"].write_bytes("слово".encode("cp1251") * 99)
     with pytest.raises(UserError, match="not UTF-8"):
-        build(court, tmp_path / "out", RECIPE)
+        build(court, tmp_path / "out", RULES)
     assert not (tmp_path / "out").exists()
 
 
 def test_too_few_documents_are_told(dumps, tmp_path, capsys):
-    build(find_dumps(dumps, ["court"]), tmp_path / "out", Recipe(3, False, 100, 7, 5))
+    build(find_dumps(dumps, ["court"]), tmp_path / "out", Rules(3, False, 100, 7, 5))
     assert "only 7 training and 1 test documents" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("answer", "uploads"), [("y", 1), ("", 0), ("n", 0), (None, 0)])
-def test_nothing_is_uploaded_without_a_yes(dumps, tmp_path, monkeypatch, answer, uploads):
-    uploaded, asked = [], []
-
-    def reply(question):
-        asked.append(question)
-        if answer is None:
-            raise EOFError
-        return answer
-
-    monkeypatch.setattr("builtins.input", reply)
-    monkeypatch.setattr(push, "_upload", lambda *arguments: uploaded.append(arguments))
-    build(find_dumps(dumps, GENRES), tmp_path / "out", RECIPE)
-    assert push.push(tmp_path / "out", "someone/texts") is bool(uploads)
-    assert len(uploaded) == uploads and len(asked) == 1
-    assert "20 train rows, 10 test rows" in asked[0] and "someone/texts" in asked[0]
-
-
-def test_push_needs_a_login_before_the_work(dumps, tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(UserError, match="not logged in"):
-        ubertext.main([str(dumps), str(tmp_path / "out"), "--push", "someone/texts"])
-    assert not (tmp_path / "out").exists()
-
-
-def run_command(*arguments):
-    command = [sys.executable, "-m", "lib.ubertext", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
 def test_the_command(dumps, tmp_path):
-    numbers = ("--min_length", 100, "--train", 4, "--test", 2)
-    done = run_command(dumps, tmp_path / "out", *numbers)
-    assert done.returncode == 0, done.stderr
-    assert "20 train, 10 test documents of 5 genres" in done.stdout
-    done = run_command(tmp_path / "nowhere", tmp_path / "other")
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    for flags in (("--train", 0), ("--divider", 0), ("--push", "x"), ("--min_length", -1)):
-        assert run_command(dumps, tmp_path / "other", *flags).returncode == 2
+    given = [str(dumps), str(tmp_path / "out"), "--min_length=100", "--train=4", "--test=2"]
+    process = start(["-m", "lib.data.ubertext", *given], tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "20 train, 10 test documents of 5 genres" in out
+
+
+def test_mistakes_are_one_line(dumps, tmp_path, capsys):
+    nowhere, out = str(tmp_path / "nowhere"), str(tmp_path / "out")
+    assert command.run(ubertext.main, [nowhere, out]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: FOLDER_OF_DUMPS {nowhere}: ") and err.count("\n") == 1
+    no_blank_lines = ("--divider=---", "--published_divider")
+    for flags in (
+        ["--train=0"],
+        ["--test=0"],
+        ["--divider=0"],
+        ["--min_length=-1"],
+        no_blank_lines,
+    ):
+        with pytest.raises(SystemExit) as left:
+            ubertext.main([str(dumps), out, *flags])
+        assert left.value.code == 2
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Windows: the published draws written again plainly, mixtures, test streams, the token cache."""
+"""Windows: the published draws written again plainly, mixtures, streams, test texts."""
 
 import random
 from types import SimpleNamespace
@@ -6,10 +6,8 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, IterableDatasetDict
 from tiny import sentences, tiny_tokenizer, write_texts
 
-from lib.data import tokens
 from lib.data import windows as data
 from lib.data.sources import parse_source, parse_sources
 from lib.util.errors import UserError
@@ -21,12 +19,6 @@ SEQLEN = 24
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def mixed(count: int, seed: int = 0) -> list[str]:
@@ -86,28 +78,12 @@ def test_folder_is_drawn_like_ubertext(tmp_path, tokenizer, seed):
         assert torch.equal(window, ids(tokenizer, texts[row])[0, start : start + SEQLEN])
 
 
-@pytest.fixture
-def load_dataset(monkeypatch):
-    """Local sets under the hub's names: load_dataset[id, config] = {split: texts}."""
-    sets = {}
-
-    def load(*args, streaming=False, **options):
-        splits = {k: Dataset.from_dict({"text": v}) for k, v in sets[args].items()}
-        if streaming:
-            return IterableDatasetDict({k: v.to_iterable_dataset() for k, v in splits.items()})
-        return DatasetDict(splits)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("lib.hub.revision", lambda source, cache_dir: "c0ffee")
-    return sets
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["ubertext", "c4"])
-def test_hub_sets_are_drawn_as_published(load_dataset, tokenizer, name, seed):
+def test_hub_sets_are_drawn_as_published(hub, tokenizer, name, seed):
     texts, again = mixed(25), name == "c4"
-    hub = "allenai/c4" if again else "mshamrai/lang-pruning-uk-uber-text-2"
-    load_dataset[(hub,)] = {"train": texts, "test": texts}
+    place = "allenai/c4" if again else "mshamrai/lang-pruning-uk-uber-text-2"
+    hub.sets[(place,)] = {"train": {"text": texts}, "test": {"text": texts}}
     count = 60 if again else 10
     found = data.calibration_windows([parse_source(name, FLAG)], tokenizer, count, SEQLEN, seed)
     expected, rows = published(texts, tokenizer, count, SEQLEN, seed, again)
@@ -116,9 +92,10 @@ def test_hub_sets_are_drawn_as_published(load_dataset, tokenizer, name, seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_wikitext_is_drawn_as_published(load_dataset, tokenizer, seed):
+def test_wikitext_is_drawn_as_published(hub, tokenizer, seed):
     texts = ["", " = Title = \n", *mixed(10)]
-    load_dataset[("Salesforce/wikitext", "wikitext-2-raw-v1")] = {"train": texts, "test": texts}
+    column = {"text": texts}
+    hub.sets[("Salesforce/wikitext", "wikitext-2-raw-v1")] = {"train": column, "test": column}
     source = parse_source("wikitext2", FLAG)
     windows, _ = data.calibration_windows([source], tokenizer, 8, SEQLEN, seed)
     encoded = ids(tokenizer, " ".join(texts))
@@ -167,7 +144,7 @@ def test_no_warning_about_length(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_too_few_windows_end_the_search(tmp_path, tokenizer, load_dataset):
+def test_too_few_windows_end_the_search(tmp_path, tokenizer, hub):
     texts = ["a", *sentences(3), "b"]
     source = folder(tmp_path / "uk", texts)
     assert len(data.calibration_windows([source], tokenizer, 3, SEQLEN, 0)[0]) == 3
@@ -177,7 +154,7 @@ def test_too_few_windows_end_the_search(tmp_path, tokenizer, load_dataset):
     longest = max(ids(tokenizer, text).shape[1] for text in texts)
     assert f"the longest has {longest}; use --seqlen {longest - 1} or less" in line
     assert len(data.calibration_windows([source], tokenizer, 1, longest - 1, 0)[0]) == 1
-    load_dataset[("allenai/c4",)] = {"train": ["a", "b"]}
+    hub.sets[("allenai/c4",)] = {"train": {"text": ["a", "b"]}}
     c4 = parse_source("c4", "--prune_on_c4")
     assert "too short" in message(data.calibration_windows, [c4], tokenizer, 1, SEQLEN, 0)
 
@@ -233,10 +210,10 @@ def test_one_source_with_a_weight_is_itself(tmp_path, tokenizer):
 # --- streams
 
 
-def test_stream_is_shuffled_with_the_seed(load_dataset, tokenizer, monkeypatch):
-    monkeypatch.setattr("lib.draws.BUFFER", 8)
+def test_stream_is_shuffled_with_the_seed(hub, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "BUFFER", 8)
     texts = mixed(60)
-    load_dataset[("allenai/c4", "uk")] = {"train": texts, "validation": texts}
+    hub.sets[("allenai/c4", "uk")] = {"train": {"text": texts}, "validation": {"text": texts}}
     sources = [parse_source("c4:uk", FLAG)]
     windows, record = data.calibration_windows(sources, tokenizer, 6, SEQLEN, 0)
     rows, starts = record["sources"][0]["rows"], record["sources"][0]["starts"]
@@ -250,7 +227,7 @@ def test_stream_is_shuffled_with_the_seed(load_dataset, tokenizer, monkeypatch):
 
 
 def test_stream_reads_no_more_than_it_needs(tokenizer, monkeypatch):
-    monkeypatch.setattr("lib.draws.BUFFER", 8)
+    monkeypatch.setattr(data, "BUFFER", 8)
     read = []
 
     class Endless:
@@ -262,11 +239,11 @@ def test_stream_reads_no_more_than_it_needs(tokenizer, monkeypatch):
                 yield {"text": sentences(1)[0]}
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: {"train": Endless(), "test": []})
-    monkeypatch.setattr("lib.hub.revision", lambda source, cache_dir: None)
+    monkeypatch.setattr("lib.data.hub.revision", lambda source: None)
     sources = [parse_source("owner/name", FLAG)]
     data.calibration_windows(sources, tokenizer, 5, SEQLEN, 0)
     assert len(read) == 8 + 6
-    monkeypatch.setattr("lib.draws.STREAM_LIMIT", 20)
+    monkeypatch.setattr(data, "STREAM_LIMIT", 20)
     line = message(data.calibration_windows, sources, tokenizer, 30, SEQLEN, 0)
     assert "its 20 texts can give only 20 windows" in line
     assert "all 20 texts" in message(data.calibration_windows, sources, tokenizer, 1, 10_000, 0)
@@ -287,8 +264,8 @@ def test_test_text_is_tokenised_as_one(tmp_path, tokenizer):
     found = data.test_set(source, tokenizer, SEQLEN)
     assert torch.equal(found.windows, stream_windows(texts, tokenizer, SEQLEN))
     assert found.name == "uk" and found.tokens == found.windows.numel()
-    assert found.record["windows"] == len(found.windows)
-    assert found.record["digest"] == data.digest(found.windows)
+    assert found.facts["windows"] == len(found.windows)
+    assert found.facts["digest"] == data.digest(found.windows)
     total = ids(tokenizer, "\n\n".join(texts)).numel()
     share = len(found.windows) * (SEQLEN - 1) / total
     assert found.bytes == round(len("\n\n".join(texts).encode()) * share)
@@ -313,59 +290,21 @@ def test_test_text_shorter_than_a_window(tmp_path, tokenizer):
     assert len(data.test_set(source, tokenizer, count).windows) == 1
 
 
-def test_large_sets_are_measured_in_part(load_dataset, tokenizer, monkeypatch):
-    monkeypatch.setattr("lib.hub.TEST_DOCUMENTS", 10)
+def test_large_sets_are_measured_in_part(hub, tokenizer, monkeypatch):
+    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 10)
     texts = sentences(30)
-    load_dataset[("allenai/c4",)] = {"validation": texts}
+    hub.sets[("allenai/c4",)] = {"validation": {"text": texts}}
     found = data.test_set(parse_source("c4", FLAG), tokenizer, SEQLEN)
     assert torch.equal(found.windows, stream_windows(texts[:10], tokenizer, SEQLEN, " "))
     monkeypatch.setattr(data, "TEST_WINDOWS", 3)
     assert len(data.test_set(parse_source("c4", FLAG), tokenizer, SEQLEN).windows) == 3
     monkeypatch.setattr(data, "TEST_CHARACTERS", len(texts[0]) + 1)
-    load_dataset[("owner/name",)] = {"train": texts}
+    hub.sets[("owner/name",)] = {"train": {"text": texts}}
     monkeypatch.setattr(data, "TEST_WINDOWS", 1000)
     found = data.test_set(parse_source("owner/name", FLAG), tokenizer, SEQLEN)
     assert torch.equal(found.windows, stream_windows(texts[:2], tokenizer, SEQLEN))
 
 
-# --- the cache
-
-
-def test_cache_is_used_and_told_apart(tmp_path, cache, tokenizer, monkeypatch):
-    texts = mixed(20)
-    source = folder(tmp_path / "uk", test=texts)
-    first = data.test_set(source, tokenizer, SEQLEN)
-    files = list(cache.rglob("*.*"))
-    assert [file.suffix for file in files] == [".safetensors"]  # and nothing else is left
-
-    other = data.test_set(source, tiny_tokenizer(add_bos=False), SEQLEN)
-    assert not torch.equal(first.windows[0], other.windows[0])
-    assert len(list(cache.rglob("*.safetensors"))) == 2
-
-    monkeypatch.setattr(tokens, "tokenise", None)  # from now on only the cache can answer
-    assert torch.equal(data.test_set(source, tokenizer, SEQLEN).windows, first.windows)
-
-
-def test_damaged_or_unwritable_cache_is_no_matter(tmp_path, cache, tokenizer, monkeypatch):
-    source = folder(tmp_path / "uk")
-    first = data.test_set(source, tokenizer, SEQLEN)
-    (file,) = cache.rglob("*.safetensors")
-    file.write_bytes(b"damaged")
-    assert torch.equal(data.test_set(source, tokenizer, SEQLEN).windows, first.windows)
-    assert len(file.read_bytes()) > 100  # and mended
-
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert torch.equal(data.test_set(source, tokenizer, SEQLEN).windows, first.windows)
-
-
-def test_tokenizer_without_a_backend_is_not_cached(tmp_path, cache, tokenizer):
-    source = folder(tmp_path / "uk")
-    found = data.test_set(source, lambda text, **options: tokenizer(text, **options), SEQLEN)
-    assert torch.equal(found.windows, data.test_set(source, tokenizer, SEQLEN).windows)
-    assert len(list(cache.rglob("*.safetensors"))) == 1
-
-
 def test_empty_text_gives_integers():
     plain = SimpleNamespace(input_ids=torch.zeros(1, 0))
-    assert tokens.tokenise(lambda *a, **k: plain, "").dtype == torch.int64
+    assert data.tokenise(lambda *a, **k: plain, "").dtype == torch.int64
