@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lib.packed import cuda as semi_structured
-from lib.packed import few_tokens
+from lib.packed import cuda, few_tokens
 from lib.packed.checkpoint import METHOD, card_lines, mark_packed_
 from lib.packed.layout import is_packable
 from lib.packed.linear import SparseLinear
@@ -100,7 +99,7 @@ def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapR
             continue
         shape, dtype = (module.out_features, module.in_features), module.weight.dtype
         where = device or module.weight.device
-        why = semi_structured.why_not(shape, dtype, where)
+        why = cuda.why_not(shape, dtype, where)
         if why is None and where == module.weight.device:
             why = None if module.use_fast_path_() else module.reason
         if why is None:

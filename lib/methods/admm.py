@@ -44,7 +44,6 @@ Run: `python main.py --model MODEL --prune_method admm`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -52,9 +51,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from lib.methods.damping import cholesky, rising
 from lib.methods.gram import add_upper_gram_, mirror_
 from lib.methods.sparsity import Sparsity, lowest_overall
-from lib.util.errors import UserError
+
+FLOOR = 0.01  # of an input's variance: the least damping
+STIFFENING = 2.5  # of rho in the second half of the iterations: first explore masks, then agree
 
 
 class Admm:
@@ -62,8 +64,7 @@ class Admm:
 
     `iterations` choose the mask, `refinements` steps of conjugate gradients end on it. `rho` is a
     share of an input's unexplained variance, `damping` that share's multiple per token and input,
-    `blend` is a in (1), from 0 to 1. `in_order` and `dense_stream` are for the caller: whether it
-    observes each input of a block after the linears before it are pruned, and the untouched model.
+    `blend` is a in (1), from 0 to 1.
     """
 
     observes = True
@@ -79,13 +80,11 @@ class Admm:
         rho: float = 1.5,
         damping: float = 6.0,
         blend: float = 1.0,
-        in_order: bool = True,
-        dense_stream: bool = True,
     ) -> None:
         assert iterations > 0 and rho > 0 and damping >= 0 and 0 <= blend <= 1
-        self.hessian = torch.zeros(width, width, device=device)  # (in, in), upper triangle
-        self.drift = torch.zeros(width, width, device=device) if dense_stream and blend else None
-        self.lag: Tensor | None = None  # (out, in)
+        self.hessian = torch.zeros(width, width, device=device)  # A (in, in), upper triangle
+        self.drift = torch.zeros(width, width, device=device) if blend else None  # F (in, in)
+        self.lag: Tensor | None = None  # G (out, in)
         self.iterations = iterations
         self.refinements = refinements
         self.rho = rho
@@ -114,6 +113,14 @@ class Admm:
     def statistics(self) -> list[Tensor]:
         return [sums for sums in (self.hessian, self.drift, self.lag) if sums is not None]
 
+    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
+        """Of the statistics, and beside them for solving linears with `rows` outputs."""
+        row = self.hessian.element_size() * len(self.hessian)
+        lag = row * rows[0] if len(rows) == 1 else 0  # where the linear adds to the stream
+        sums = self.hessian.nbytes + (0 if self.drift is None else self.drift.nbytes) + lag
+        # A, A + rho, its factor and its inverse; or A, its inverse, B, V, U, T and Z - U
+        return sums, max(2 * sums, sums + 5 * row * sum(rows))
+
     def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         assert self.tokens > 0 and (self.lag is None or len(weights) == 1)
@@ -121,8 +128,8 @@ class Admm:
         with record_function("factorisation"):
             share = self.damping * len(self.hessian) / self.tokens
             hessian, unexplained, scale, dead = scaled(self.hessian, share)
-        start = torch.cat(weights).mul_(scale)  # (out, in)
-        target = start @ hessian
+        start = torch.cat(weights).mul_(scale)  # W S (out, in)
+        target = start @ hessian  # B (out, in)
         if self.drift is not None:
             target.addmm_(start, self.drift / scale / scale[:, None], alpha=self.blend)
         if self.lag is not None:
@@ -138,6 +145,30 @@ class Admm:
             weight.copy_(part)
 
 
+def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
+    """A = S^-1 (sums) S^-1 + damping (in, in), the unexplained share, S (in,), and dead inputs.
+
+    The damping is FLOOR and `share` of the unexplained share, which is that of the damped matrix.
+    Reads the upper triangle of `sums`. The floor rises where it must; UserError where that does not
+    help.
+    """
+    hessian = sums.clone()
+    mirror_(hessian)
+    dead = hessian.diagonal() == 0
+    scale = hessian.diagonal().sqrt().masked_fill_(dead, 1)
+    hessian /= scale
+    hessian /= scale[:, None]
+    added = 0.0
+    for floor in rising(FLOOR):
+        hessian.diagonal().add_(floor - added)
+        added, factor = floor, cholesky(hessian)
+        if factor is not None:
+            break
+    unexplained = (1 / torch.cholesky_inverse(factor).diagonal()).mean().item()
+    hessian.diagonal().add_(share * unexplained)
+    return hessian, (1 + share) * unexplained, scale, dead
+
+
 def lowest(total: Tensor, rows: list[int], sparsity: Sparsity) -> Tensor:
     """Mask of the lowest |T| (out, in): in every N:M group, or in each linear of `rows` outputs."""
     with record_function("masks"):
@@ -147,45 +178,6 @@ def lowest(total: Tensor, rows: list[int], sparsity: Sparsity) -> Tensor:
         parts = score.split(rows)
         counts = [int(part.numel() * sparsity.ratio) for part in parts]
         return torch.cat([lowest_overall(*both) for both in zip(parts, counts, strict=True)])
-
-
-STIFFENING = 2.5  # of rho in the second half of the iterations: first explore masks, then agree
-FLOOR = 0.01  # of an input's variance: the least damping
-DAMPING_TRIES = 4
-
-
-def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
-    """A = S^-1 (sums) S^-1 + damping (in, in), the unexplained share, S (in,), and dead inputs.
-
-    The damping is FLOOR and `share` of the unexplained share, which is that of the damped matrix.
-    Reads the upper triangle of `sums`. Where rounding has cost it its positive definiteness the
-    floor is raised tenfold, with a warning; UserError after a few tries.
-    """
-    hessian = sums.clone()
-    mirror_(hessian)
-    dead = hessian.diagonal() == 0
-    scale = hessian.diagonal().sqrt().masked_fill_(dead, 1)
-    hessian /= scale
-    hessian /= scale[:, None]
-    hessian.diagonal().add_(FLOOR)
-    floor = FLOOR
-    for attempt in range(DAMPING_TRIES):
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        if not (failed.any() | ~factor.isfinite().all()):
-            unexplained = (1 / torch.cholesky_inverse(factor).diagonal()).mean().item()
-            hessian.diagonal().add_(share * unexplained)
-            return hessian, (1 + share) * unexplained, scale, dead
-        if attempt < DAMPING_TRIES - 1:
-            warnings.warn(
-                f"X^T X is not positive definite with damping {floor:g}; trying {10 * floor:g}",
-                stacklevel=3,
-            )
-            hessian.diagonal().add_(9 * floor)
-            floor *= 10
-    raise UserError(
-        f"X^T X is not positive definite, even with damping {floor:g}; "
-        "use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
-    )
 
 
 def alternate(
@@ -205,9 +197,8 @@ def alternate(
             dual /= STIFFENING  # U is in units of rho
         if iteration in (0, iterations // 2):
             with record_function("factorisation"):
-                stiff = hessian.clone()
-                stiff.diagonal().add_(rho)
-                inverse = torch.cholesky_inverse(torch.linalg.cholesky(stiff))
+                inverse = None  # the one before goes first
+                inverse = stiff_inverse(hessian, rho)
         torch.add(free, dual, out=total)
         mask = choose(total)
         torch.mul(total, mask, out=dual)
@@ -216,6 +207,15 @@ def alternate(
     total = free.add_(dual)
     mask = choose(total)
     return total.masked_fill_(mask, 0), mask
+
+
+def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
+    """(A + rho I)^-1 (in, in), of an A that could be factored without rho."""
+    stiff = hessian.clone()
+    stiff.diagonal().add_(rho)
+    factor = torch.linalg.cholesky(stiff)
+    del stiff
+    return torch.cholesky_inverse(factor)
 
 
 def conjugate_gradients_(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lib.methods.sparsity import Sparsity, n_of_first
 
 TOLERANCE = 1e-4  # of values around 1; the order of sums differs
-PATTERNS = (Sparsity(0.5), Sparsity(0.5, 2, 4))
+TRIALS = (Sparsity(0.5), Sparsity(0.5, 2, 4))
 
 
 @cache
@@ -26,7 +26,7 @@ def column_loop(device: torch.device) -> Callable | None:
     try:
         from lib.methods.column_kernel import settle_
 
-        wrong = any(deviation(settle_, device, sparsity) > TOLERANCE for sparsity in PATTERNS)
+        wrong = any(deviation(settle_, device, sparsity) > TOLERANCE for sparsity in TRIALS)
         reason = "its results are wrong on this GPU" if wrong else None
     except Exception as error:  # no Triton, no C compiler, a GPU it does not know: all sorts
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -14,14 +14,11 @@ PANEL = 128  # rows of a panel on a CPU; narrower products are slower than what 
 HALVES = (torch.float16, torch.bfloat16)
 
 
-def add_gram_(hessian: Tensor, x: Tensor) -> None:
-    """Add X^T X of x (tokens, in), in any float dtype, to the float32 sum `hessian` (in, in)."""
-    add_upper_gram_(hessian, x)
-    mirror_(hessian)
-
-
 def add_upper_gram_(hessian: Tensor, x: Tensor) -> None:
-    """As `add_gram_`, but only the diagonal and what lies above it is meaningful afterwards."""
+    """Add X^T X of x (tokens, in), in any float dtype, to the float32 sum `hessian` (in, in).
+
+    Only the diagonal and what lies above it is meaningful afterwards, until `mirror_`.
+    """
     assert hessian.dtype == torch.float32 and hessian.shape == (x.shape[1], x.shape[1])
     if x.device.type != "cpu":
         _add_product_(hessian, x)

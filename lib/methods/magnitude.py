@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity, lowest_overall
+from lib.methods.sparsity import Sparsity, choosing_bytes, lowest_overall
 
 
 class Magnitude:
@@ -19,6 +19,7 @@ class Magnitude:
     dense_stream = False
 
     def __init__(self, width: int, device: torch.device) -> None:
+        self.width = width
         self.tokens = 0
 
     def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
@@ -26,6 +27,10 @@ class Magnitude:
 
     def statistics(self) -> list[Tensor]:
         return []
+
+    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
+        """Of the statistics, and beside them for solving linears with `rows` outputs."""
+        return 0, choosing_bytes(self.width * max(rows))
 
     def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
         """Zero the lowest-scored entries of every (out, in) matrix in place."""

@@ -1,4 +1,15 @@
-"""The pruning methods by name: one class, one line here. Importing this file imports no torch."""
+"""The pruning methods by name: one class, one line here. Importing this file imports no torch.
+
+A class is called with the width and the device of one input of a block. Its object takes in what
+flows there (`observe`), keeps sums that add up over processes (`statistics`, `tokens`), says
+beforehand how much memory it takes (`bytes_needed`), and prunes the linears that receive the input
+(`prune_`). What it asks of its caller is told by three constants of the class:
+
+  - `observes`: it needs calibration windows at all.
+  - `in_order`: a block's inputs are taken one after another, each after the linears before it are
+    pruned.
+  - `dense_stream`: `observe` also gets the same input as the untouched model computes it.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +28,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A method's class with its options bound: call it with (width, device) for each input.
-
-    `in_order`: a block's inputs are taken one after another, each after the linears before it are
-    pruned. `dense_stream`: `observe` also gets the same input as the untouched model computes it.
-    """
+    """A method's class with its options bound: call it with (width, device) for each input."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -37,11 +44,11 @@ class Recipe:
 
     @property
     def in_order(self) -> bool:
-        return self.options.get("in_order", self.cls.in_order)
+        return self.cls.in_order
 
     @property
     def dense_stream(self) -> bool:
-        return self.options.get("dense_stream", self.cls.dense_stream)
+        return self.cls.dense_stream
 
     @property
     def settings(self) -> dict[str, Any]:

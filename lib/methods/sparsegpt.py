@@ -34,19 +34,17 @@ Run: `python main.py --model MODEL --prune_method sparsegpt`.
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from lib.methods.column_loop import column_loop
+from lib.methods.damping import cholesky, rising
 from lib.methods.gram import add_upper_gram_
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
-from lib.util.errors import UserError
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
-DAMPING_TRIES = 4
 
 
 class SparseGPT:
@@ -75,6 +73,12 @@ class SparseGPT:
 
     def statistics(self) -> list[Tensor]:
         return [self.hessian]
+
+    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
+        """Of the statistics, and beside them for solving linears with `rows` outputs."""
+        sums = self.hessian.nbytes
+        matrices = self.hessian.element_size() * len(self.hessian) * sum(rows)
+        return sums, max(2 * sums, sums + matrices)  # R and what it is made of, or R and D
 
     def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
@@ -107,32 +111,23 @@ def factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Unit upper triangular C (in, in), scale (in,): H + damping = C diag(scale^2) C^T; dead (in,).
 
     Reads the upper triangle of H only. An input that was always 0 is dead: it tells nothing of its
-    weights, which go, and has no say in the others. Where rounding has cost H its positive
-    definiteness the damping is raised tenfold, with a warning; UserError after a few tries.
+    weights, which go, and has no say in the others. The damping rises where it must; UserError
+    where that does not help.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal.mean()
-    for attempt in range(DAMPING_TRIES):
-        reverse = hessian.flip(0, 1)  # the factorisation below reads its lower triangle
-        reverse.diagonal().add_(dead.flip(0).float() + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(reverse)
+    for share in rising(damping):
+        reverse = hessian.flip(0, 1)  # its lower triangle is what H holds
+        reverse.diagonal().add_(dead.flip(0).float() + share * mean)
+        lower = cholesky(reverse)
         del reverse
-        factor = lower.flip(0, 1)
-        del lower
-        scale = factor.diagonal().clone()
-        if not (failed.any() | ~scale.isfinite().all()):
-            return factor.div_(scale), scale, dead
-        if attempt < DAMPING_TRIES - 1:
-            warnings.warn(
-                f"X^T X is not positive definite with damping {damping:g}; trying {10 * damping:g}",
-                stacklevel=3,
-            )
-            damping *= 10
-    raise UserError(
-        f"X^T X is not positive definite, even with damping {damping:g}; "
-        "use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
-    )
+        if lower is not None:
+            break
+    factor = lower.flip(0, 1)
+    del lower
+    scale = factor.diagonal().clone()
+    return factor.div_(scale), scale, dead
 
 
 def unit_inverse(upper: Tensor) -> Tensor:

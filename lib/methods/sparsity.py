@@ -62,6 +62,11 @@ def per_block(sparsity: Sparsity | Sequence[Sparsity], blocks: int) -> list[Spar
     return several
 
 
+def choosing_bytes(scores: int) -> int:
+    """What choosing a mask takes: so many float32 scores, as many in order, and two masks."""
+    return (4 + 4 + 2) * scores
+
+
 def lowest_per_row(score: Tensor, count: int) -> Tensor:
     """Mask (rows, columns) of exactly the `count` smallest scores, none negative, of every row."""
     import numpy

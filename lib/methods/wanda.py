@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity
+from lib.methods.sparsity import Sparsity, choosing_bytes
 
 TOKENS = 64  # whose squares are added up in float32
 VARIANT_TOLERANCE = 1e-3  # of the sparsity reached, and the width of alpha at which bisection stops
@@ -45,6 +45,10 @@ class Wanda:
 
     def statistics(self) -> list[Tensor]:
         return [self.square_sum]
+
+    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
+        """Of the statistics, and beside them for solving linears with `rows` outputs."""
+        return self.square_sum.nbytes, choosing_bytes(len(self.square_sum) * max(rows))
 
     def score(self, weight: Tensor) -> Tensor:
         """Saliency (out, in) of weight (out, in)."""

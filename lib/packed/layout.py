@@ -44,12 +44,6 @@ def packed_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int],
     return (out_features, in_features // 2), (out_features, (in_features + 7) // 8)
 
 
-def packed_bytes(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """Bytes of values and positions together."""
-    values, positions = packed_shapes(out_features, in_features)
-    return values[0] * values[1] * dtype.itemsize + positions[0] * positions[1]
-
-
 def is_packable(weight: Tensor) -> bool:
     """Whether no group of four along the rows of `weight` (out, in) has over two non-zeros."""
     if weight.dim() != 2 or weight.shape[1] % 4:

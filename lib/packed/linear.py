@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lib.packed import cuda as semi_structured
-from lib.packed import few_tokens
+from lib.packed import cuda, few_tokens
 from lib.packed.layout import check_packed, pack, packed_shapes, unpack
 
 TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache is multiplied fast
@@ -131,9 +130,9 @@ class SparseLinear(nn.Module):
             shape = (self.out_features, self.in_features)
             device, self.reason = self.weight.device, "the weights are offloaded"
             if not self._offloaded:
-                self.reason = semi_structured.why_not(shape, self.weight.dtype, device)
+                self.reason = cuda.why_not(shape, self.weight.dtype, device)
             if self.reason is None:
-                self.fast, self.reason = semi_structured.build(self.dense())
+                self.fast, self.reason = cuda.build(self.dense())
             if self.fast is not None:
                 self._hold(self.weight.new_empty(0), self.positions.new_empty(0))
         return self.fast is not None
@@ -147,7 +146,9 @@ class SparseLinear(nn.Module):
             )
         compiling = torch.compiler.is_compiling()
         if self.fast is not None or (not compiling and self.use_fast_path_()):
-            return F.linear(x, self.fast, self.bias)
+            # torch's tensor takes only what can be viewed as rows
+            y = F.linear(x.reshape(-1, self.in_features), self.fast, self.bias)
+            return y.view(*x.shape[:-1], self.out_features)
         linear = _opaque_linear if compiling else packed_linear
         return linear(x, self.weight, self.positions, self.bias, self.compiled_decoding)
 

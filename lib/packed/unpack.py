@@ -29,8 +29,7 @@ def unpack_folder(source: str, target: str) -> None:
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import lib.sparse  # noqa: F401  registers the format
-    from lib.packed.checkpoint import METHOD
+    from lib.packed.checkpoint import METHOD  # and so the format is known to transformers
     from lib.util.progress import quiet
 
     quiet()

@@ -1,11 +1,14 @@
 """How much memory a run takes, told before it begins: from shapes and flags, within a quarter.
 
-Refuses what can't fit, instead of dying after hours.
+The model on the meta device gives the shapes of its blocks, the flags give the plan; together they
+give the bytes of the worst moment, of calibration or of evaluation. Refuses what can't fit,
+instead of dying after hours.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -23,173 +26,8 @@ from lib.util.host import available, gib
 LATER = 24 * 2**20  # bytes of code that is imported after the estimate
 SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lost in gaps
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
-FLOAT = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is going to do, as far as memory is concerned."""
-
-    shapes: Shapes
-    recipe: Recipe | None
-    windows: int  # of calibration, in this process
-    tests: int  # windows of all test sets, in this process
-    seqlen: int
-    batch_size: int
-    working: torch.dtype
-    saved: torch.dtype
-    load_bit: str | None = None
-    stored: torch.dtype | None = None  # of the weight files, if these are cast on reading
-    fetched: bool = False  # blocks come to the device one at a time
-    ahead: bool = False  # and the next one while the current one computes
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Bytes at the worst moment: of what is there all the time, and of what comes and goes."""
-
-    weights: int
-    hidden: int
-    work: int
-    loading: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + max(self.hidden + self.work, self.loading)
-
-
-@dataclass(frozen=True)
-class Room:
-    """Whether blocks are fetched from the host, where hidden states are kept; a line for users."""
-
-    fetched: bool
-    keep_on: torch.device
-    line: str
-
-
-def parts(plan: Plan) -> Parts:
-    """Where everything stands in the same memory; `check_memory` splits it over two."""
-    shapes, size = plan.shapes, plan.working.itemsize
-    largest = max(block.weights for block in shapes.blocks)
-    inside = shapes.in_blocks * size
-    if plan.load_bit:
-        inside = int(shapes.in_blocks * BITS[plan.load_bit] / 8)
-    if plan.fetched:
-        inside = largest * size * (2 if plan.ahead else 1)
-    weights = shapes.outside * size + inside
-    calibration = _calibration(plan), max(map(lambda b: _pruning(plan, b), shapes.blocks))
-    hidden, work = max(calibration, _evaluation(plan), key=sum)
-    reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
-    mapped = (shapes.in_blocks + shapes.outside) * plan.stored.itemsize if reading else 0
-    return Parts(weights, hidden, work, mapped)
-
-
-def _calibration(plan: Plan) -> int:
-    """Hidden states of all calibration windows, twice for a method that follows the dense model."""
-    if plan.recipe is None or not plan.recipe.observes:
-        return 0
-    copies = 2 if plan.recipe.dense_stream else 1
-    return copies * plan.windows * _window(plan)
-
-
-def _window(plan: Plan) -> int:
-    return plan.seqlen * plan.shapes.hidden * plan.working.itemsize
-
-
-def _pruning(plan: Plan, block: Block) -> int:
-    """Statistics of a block, with the larger of a batch on its way and the solver's needs."""
-    if plan.recipe is None:
-        return 0
-    statistics, solving, written = 0, 0, block.pruned * plan.saved.itemsize
-    for each in block.inputs:
-        method = plan.recipe(each.width, torch.device("meta"))
-        own = sum(statistic.nbytes for statistic in method.statistics())
-        if plan.recipe.dense_stream and len(each.outputs) == 1:  # it may add to the stream
-            own += FLOAT * each.width * each.outputs[0]
-        square = own if any(one.dim() == 2 for one in method.statistics()) else 0
-        matrices = FLOAT * each.width * sum(each.outputs)
-        score = (2 * FLOAT + 2) * each.width * max(each.outputs)
-        # inputs that are taken in order are forgotten one by one
-        statistics = max(statistics, own) if plan.recipe.in_order else statistics + own
-        # a factorisation and its copy, then the matrices as a whole, those of ADMM in five states;
-        # or scores and masks
-        states = 5 if plan.recipe.in_order else 1
-        second_order = max(2 * square, square + states * matrices)
-        solving = max(solving, matrices + (second_order if square else score))
-    if plan.recipe.dense_stream:
-        statistics += block.weights * plan.working.itemsize  # the untouched block
-    passing = _activations(plan, block) * (2 if plan.recipe.dense_stream else 1)
-    return statistics + max(passing if plan.recipe.observes else 0, solving + written)
-
-
-def _activations(plan: Plan, block: Block) -> int:
-    """One batch in a block: every linear's input and output, and the stream before and after."""
-    channels = 4 * plan.shapes.hidden
-    for each in block.inputs:
-        share = min(1.0, plan.shapes.routed / each.experts) if each.experts else 1.0
-        channels += int(share * (each.width + sum(each.outputs)))
-    tokens = plan.seqlen * min(plan.batch_size, max(plan.windows, plan.tests))
-    return tokens * channels * plan.working.itemsize
-
-
-def _evaluation(plan: Plan) -> tuple[int, int]:
-    """Hidden states, and logits as they come and as probabilities or one batch in a block."""
-    batch = min(plan.batch_size, plan.tests)
-    kept = plan.tests if plan.fetched else batch
-    position = FLOAT * plan.shapes.vocabulary * batch
-    logits = 2 * min(max(position, LOGIT_BYTES), position * plan.seqlen)
-    if plan.working.itemsize < FLOAT:
-        logits += logits // 4
-    passing = max(_activations(plan, block) for block in plan.shapes.blocks)
-    return kept * _window(plan), max(logits, passing)
-
-
-def described(need: Parts, base: int = 0) -> str:
-    """As a line for the user."""
-    named = {"weights": need.weights, "hidden states": need.hidden, "work": need.work}
-    if need.loading > need.hidden + need.work:
-        named = {"weights": need.weights, "reading them": need.loading}
-    listed = ", ".join(f"{name} {gib(size)}" for name, size in named.items() if size)
-    start = f"libraries {gib(base)}, " if base else ""
-    return f"about {gib(base + need.total)} ({start}{listed})"
-
-
-def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
-    """Where blocks and hidden states will stand. UserError where there is not enough memory."""
-    need = parts(plan)
-    if device.type == "cpu":
-        return Room(False, device, f"memory: {_checked(need, offloaded)}")
-    free = int(SPARE * torch.cuda.mem_get_info(device)[0])
-    fetched = not (plan.fetched or plan.load_bit) and need.weights + need.work > free
-    if fetched:
-        plan = replace(plan, fetched=True, ahead=True)
-        need = parts(plan)
-    kept = need.weights + need.hidden + need.work <= free
-    here = Parts(need.weights, need.hidden if kept else 0, need.work)
-    if here.total > free:
-        raise UserError(
-            f"--device {device}: the run needs {described(here)}, but only {gib(free)} are free; "
-            "try a smaller --batch_size or --seqlen, or --device cpu"
-        )
-    away = plan.shapes.in_blocks * plan.working.itemsize if fetched else 0
-    host = Parts(away, 0 if kept else need.hidden, 0)
-    line = f"memory: device {described(here)}; host {_checked(host, offloaded)}"
-    return Room(fetched, device if kept else torch.device("cpu"), line)
-
-
-def _checked(need: Parts, offloaded: bool) -> str:
-    """The line on host memory."""
-    base = psutil.Process().memory_info().rss + LATER
-    line, free = described(need, base), available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if need.total > free:
-        way = "" if offloaded else ", or --offload FOLDER"
-        raise UserError(
-            f"--model: the run needs {line} of host memory, of which {gib(free)} are still free; "
-            f"try a smaller --nsamples, --seqlen or --batch_size{way}"
-        )
-    return line
-
-
+FLOAT = 4  # bytes
+META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
 
 
@@ -203,7 +41,7 @@ class Inputs:
 
 
 @dataclass
-class Block:
+class BlockShape:
     """A decoder block: its weights, and the inputs of its linears."""
 
     weights: int
@@ -219,7 +57,7 @@ class Block:
 class Shapes:
     """The blocks that differ in shape, and how many weights there are, shared ones once."""
 
-    blocks: list[Block]
+    blocks: list[BlockShape]
     in_blocks: int
     outside: int
     hidden: int
@@ -230,18 +68,19 @@ class Shapes:
 def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
     """Of a model on the meta device."""
     blocks = skeleton.get_submodule(blocks_name)
-    inside = {parameter: parameter.numel() for parameter in blocks.parameters()}
-    whole = sum(parameter.numel() for parameter in set(skeleton.parameters()))
+    inside = sum(parameter.numel() for parameter in blocks.parameters())
+    whole = sum(parameter.numel() for parameter in skeleton.parameters())
     sharing = _sharing(skeleton, blocks)
     config = skeleton.config.get_text_config(decoder=True)
-    kinds: dict[tuple, Block] = {}
+    kinds: dict[tuple, BlockShape] = {}
     for block in blocks:
         key = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-        kinds.setdefault(key, Block(sum(map(prod, (k[1] for k in key))), _inputs(block, sharing)))
+        if key not in kinds:
+            kinds[key] = BlockShape(sum(prod(shape) for _, shape in key), _inputs(block, sharing))
     return Shapes(
         list(kinds.values()),
-        sum(inside.values()),
-        whole - sum(inside.values()),
+        inside,
+        whole - inside,
         config.hidden_size,
         config.vocab_size,
         getattr(config, "num_experts_per_tok", None) or 1,
@@ -263,21 +102,181 @@ def _sharing(skeleton: nn.Module, blocks: nn.ModuleList) -> dict[nn.Module, int]
 
     with watch_inputs(linears, see):
         try:
-            skeleton.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"))
+            skeleton.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=META))
         except FAILURES:  # routing needs values: what was not reached counts by itself
             return received
     return received
 
 
 def _inputs(block: nn.Module, sharing: dict[nn.Module, int]) -> list[Inputs]:
+    """Of a block's linears; every expert's has statistics of its own."""
     linears, _ = find_linears(block, "")
-    experts = {one.stage: 0 for one in linears if one.expert is not None}
+    experts = Counter(one.stage for one in linears if one.expert is not None)
     found: dict[object, Inputs] = {}
-    for linear in linears:
-        if linear.expert is not None:
-            experts[linear.stage] += 1
     for linear in linears:
         rows, width = linear.shape
         key = sharing.get(linear.module, linear) if linear.expert is None else linear
-        found.setdefault(key, Inputs(width, [], experts.get(linear.stage, 0))).outputs.append(rows)
+        found.setdefault(key, Inputs(width, [], experts[linear.stage])).outputs.append(rows)
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do, as far as memory is concerned."""
+
+    shapes: Shapes
+    recipe: Recipe | None
+    windows: int  # of calibration, in this process
+    tests: int  # windows of all test sets, in this process
+    seqlen: int
+    batch_size: int
+    working: torch.dtype
+    saved: torch.dtype
+    load_bit: str | None = None
+    stored: torch.dtype | None = None  # of the weight files, if these are cast on reading
+    fetched: bool = False  # blocks come to the device one at a time
+    ahead: bool = False  # and the next one while the current one computes
+
+    @property
+    def follows(self) -> bool:
+        """Whether the untouched model is taken along beside the pruned one."""
+        return self.recipe is not None and self.recipe.dense_stream
+
+    @property
+    def window(self) -> int:
+        """Bytes of a window's hidden states."""
+        return self.seqlen * self.shapes.hidden * self.working.itemsize
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes at the worst moment: of what is there all the time, and of what comes and goes."""
+
+    weights: int
+    hidden: int
+    work: int
+    loading: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + max(self.hidden + self.work, self.loading)
+
+    def told(self, base: int = 0) -> str:
+        """As a line for the user; `base` are the libraries' bytes."""
+        named = {"weights": self.weights, "hidden states": self.hidden, "work": self.work}
+        if self.loading > self.hidden + self.work:
+            named = {"weights": self.weights, "reading them": self.loading}
+        listed = ", ".join(f"{name} {gib(size)}" for name, size in named.items() if size)
+        start = f"libraries {gib(base)}, " if base else ""
+        return f"about {gib(base + self.total)} ({start}{listed})"
+
+
+def needed(plan: Plan) -> Need:
+    """Where everything stands in the same memory; `check_memory` splits it over two."""
+    hidden, work = max(_calibration(plan), _evaluation(plan), key=sum)
+    reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
+    mapped = (plan.shapes.in_blocks + plan.shapes.outside) * plan.stored.itemsize if reading else 0
+    return Need(_weights(plan), hidden, work, mapped)
+
+
+def _weights(plan: Plan) -> int:
+    """The model, or what of it stands on the device at a time."""
+    shapes, size = plan.shapes, plan.working.itemsize
+    inside = shapes.in_blocks * size
+    if plan.load_bit:
+        inside = int(shapes.in_blocks * BITS[plan.load_bit] / 8)
+    if plan.fetched:
+        largest = max(block.weights for block in shapes.blocks)
+        inside = largest * size * (2 if plan.ahead else 1)
+    return shapes.outside * size + inside
+
+
+def _calibration(plan: Plan) -> tuple[int, int]:
+    """Hidden states of all calibration windows, and the work on the block that takes most."""
+    if plan.recipe is None:
+        return 0, 0
+    windows = plan.windows if plan.recipe.observes else 0
+    hidden = (2 if plan.follows else 1) * windows * plan.window
+    return hidden, max(_pruning(plan, block) for block in plan.shapes.blocks)
+
+
+def _pruning(plan: Plan, block: BlockShape) -> int:
+    """Statistics of a block, with the larger of a batch on its way and the solver's needs."""
+    statistics = solving = passing = 0
+    for each in block.inputs:
+        sums, work = plan.recipe(each.width, META).bytes_needed(each.outputs)
+        # inputs that are taken in order are forgotten one by one
+        statistics = max(statistics, sums) if plan.recipe.in_order else statistics + sums
+        solving = max(solving, FLOAT * each.width * sum(each.outputs) + work)
+    if plan.follows:
+        statistics += block.weights * plan.working.itemsize  # the untouched block
+    if plan.recipe.observes:
+        passing = (2 if plan.follows else 1) * _activations(plan, block)
+    return statistics + max(passing, solving + block.pruned * plan.saved.itemsize)
+
+
+def _activations(plan: Plan, block: BlockShape) -> int:
+    """One batch in a block: every linear's input and output, and the stream before and after."""
+    channels = 4 * plan.shapes.hidden
+    for each in block.inputs:
+        share = min(1.0, plan.shapes.routed / each.experts) if each.experts else 1.0
+        channels += int(share * (each.width + sum(each.outputs)))
+    tokens = plan.seqlen * min(plan.batch_size, max(plan.windows, plan.tests))
+    return tokens * channels * plan.working.itemsize
+
+
+def _evaluation(plan: Plan) -> tuple[int, int]:
+    """Hidden states, and logits as they come and as probabilities or one batch in a block."""
+    batch = min(plan.batch_size, plan.tests)
+    kept = plan.tests if plan.fetched else batch
+    position = FLOAT * plan.shapes.vocabulary * batch
+    logits = 2 * min(max(position, LOGIT_BYTES), position * plan.seqlen)
+    if plan.working.itemsize < FLOAT:
+        logits += logits // 4
+    passing = max(_activations(plan, block) for block in plan.shapes.blocks)
+    return kept * plan.window, max(logits, passing)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Whether blocks are fetched from the host, where hidden states are kept; a line for users."""
+
+    fetched: bool
+    keep_on: torch.device
+    line: str
+
+
+def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
+    """Where blocks and hidden states will stand. UserError where there is not enough memory."""
+    need = needed(plan)
+    if device.type == "cpu":
+        return Room(False, device, f"memory: {_host_line(need, offloaded)}")
+    free = int(SPARE * torch.cuda.mem_get_info(device)[0])
+    fetched = not (plan.fetched or plan.load_bit) and need.weights + need.work > free
+    if fetched:
+        plan = replace(plan, fetched=True, ahead=True)
+        need = needed(plan)
+    kept = need.weights + need.hidden + need.work <= free
+    here = Need(need.weights, need.hidden if kept else 0, need.work)
+    if here.total > free:
+        raise UserError(
+            f"--device {device}: the run needs {here.told()}, but only {gib(free)} are free; "
+            "try a smaller --batch_size or --seqlen, or --device cpu"
+        )
+    away = plan.shapes.in_blocks * plan.working.itemsize if fetched else 0
+    host = Need(away, 0 if kept else need.hidden, 0)
+    line = f"memory: device {here.told()}; host {_host_line(host, offloaded)}"
+    return Room(fetched, device if kept else torch.device("cpu"), line)
+
+
+def _host_line(need: Need, offloaded: bool) -> str:
+    """What is told of host memory. UserError where it is too little."""
+    base = psutil.Process().memory_info().rss + LATER
+    line, free = need.told(base), available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if need.total > free:
+        way = "" if offloaded else ", or --offload FOLDER"
+        raise UserError(
+            f"--model: the run needs {line} of host memory, of which {gib(free)} are still free; "
+            f"try a smaller --nsamples, --seqlen or --batch_size{way}"
+        )
+    return line

@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from support import CPU
 from test_sparsegpt import assert_as_reference, problem, solve
 
-from lib.methods import column_loop as fused
 from lib.methods import sparsegpt
 from lib.methods.column_loop import (
-    PATTERNS,
     TOLERANCE,
+    TRIALS,
     column_loop,
     deviation,
     random_block,
@@ -46,7 +46,7 @@ def test_as_the_plain_loop(settle_, size, rows, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_the_loop_in_steps(kind):
     sparsity = Sparsity.parse(kind, 0.5)
-    block = sparsegpt.ColumnBlock(104, [19], sparsity, torch.device("cpu"))
+    block = sparsegpt.ColumnBlock(104, [19], sparsity, CPU)
     buffers = block.values, block.errors, block.mask, block.inverse, block.scale
     expected = random_block(104, 19, sparsity)
     for buffer, tensor in zip(buffers, expected, strict=True):
@@ -77,12 +77,10 @@ def on_device(settle_, *arguments):
 
 
 def test_the_check_finds_a_wrong_kernel():
-    for sparsity in PATTERNS:
-        assert deviation(settle_plainly_, torch.device("cpu"), sparsity) == 0
-        assert deviation(lambda *_: None, torch.device("cpu"), sparsity) > TOLERANCE
-        assert deviation(forgets_the_scale_, torch.device("cpu"), sparsity) > TOLERANCE or not (
-            sparsity.m
-        )
+    for sparsity in TRIALS:
+        assert deviation(settle_plainly_, CPU, sparsity) == 0
+        assert deviation(lambda *_: None, CPU, sparsity) > TOLERANCE
+        assert deviation(forgets_the_scale_, CPU, sparsity) > TOLERANCE or not (sparsity.m)
 
 
 def forgets_the_scale_(values, errors, mask, inverse, scale, sparsity):
@@ -90,12 +88,12 @@ def forgets_the_scale_(values, errors, mask, inverse, scale, sparsity):
 
 
 def test_no_kernel_on_a_cpu():
-    assert column_loop(torch.device("cpu")) is None
+    assert column_loop(CPU) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel is found")
 def test_a_gpu_without_the_kernel_is_told_once():
-    fused.column_loop.cache_clear()
+    column_loop.cache_clear()
     with pytest.warns(UserWarning, match="without its Triton kernel: ") as warned:
         assert column_loop(torch.device("cuda:7")) is None
         assert column_loop(torch.device("cuda:7")) is None

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from lib.methods.gram import PANEL, add_gram_, add_upper_gram_, mirror_
+from lib.methods.gram import PANEL, add_upper_gram_, mirror_
+
+
+def add_gram_(hessian: torch.Tensor, x: torch.Tensor) -> None:
+    add_upper_gram_(hessian, x)
+    mirror_(hessian)
 
 
 def inputs(tokens: int, width: int, dtype=torch.float32) -> torch.Tensor:

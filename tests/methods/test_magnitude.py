@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from support import CPU, runner_of
 from torch import Tensor
 
 from lib.methods.magnitude import Magnitude
 from lib.methods.registry import Recipe
 from lib.methods.sparsity import Sparsity
-from lib.model.blocks import BlockRunner
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
-
-CPU = torch.device("cpu")
 
 
 def pruned(weight: Tensor, sparsity: Sparsity) -> Tensor:
@@ -64,7 +62,7 @@ def test_a_whole_model_without_calibration(kind: str) -> None:
     name, blocks = decoder_blocks(model)
     before = {name: weight.clone() for name, weight in blocks.named_parameters()}
     sparsity = Sparsity.parse(kind, 0.5)
-    Pruner(BlockRunner(model, blocks, CPU), name, Recipe("magnitude"), sparsity).run(None, 2)
+    Pruner(runner_of(model), name, Recipe("magnitude"), sparsity).run(None, 2)
     for name, weight in blocks.named_parameters():
         expected = reference(before[name], sparsity) if weight.dim() == 2 else before[name]
         assert torch.equal(weight, expected), name

@@ -5,12 +5,11 @@ import warnings
 import numpy
 import pytest
 import torch
+from support import CPU
 
 from lib.methods.sparsegpt import SparseGPT
 from lib.methods.sparsity import Sparsity
 from lib.util.errors import UserError
-
-CPU = torch.device("cpu")
 
 
 def reference(weight, hessian, sparsity: Sparsity, damping=0.01, block_size=128):

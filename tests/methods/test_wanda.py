@@ -7,16 +7,15 @@ import copy
 import pytest
 import tiny
 import torch
+from support import CPU, runner_of, windows
 from torch import Tensor, nn
 
 from lib.methods.registry import Recipe
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
-from lib.model.blocks import BlockRunner
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
 
-CPU = torch.device("cpu")
 KINDS = [("unstructured", ratio) for ratio in (0.0, 0.3, 0.5, 0.99)] + [("2:4", 0.5), ("4:8", 0.5)]
 
 
@@ -138,15 +137,15 @@ def test_batches_add_up() -> None:
     torch.testing.assert_close(one.statistics(), many.statistics(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("windows", [1, 2, 3])
-def test_the_sums_are_the_same_whatever_the_batch(windows: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_the_sums_are_the_same_whatever_the_batch(count: int) -> None:
     """Bit by bit, for windows of a multiple of 64 tokens, and exact to a few roundings."""
     x = torch.randn(6 * 128, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(
         0, 3, 40
     )
     one, many = Wanda(40, CPU), Wanda(40, CPU)
     one.observe(x)
-    for batch in x.split(windows * 128):
+    for batch in x.split(count * 128):
         many.observe(batch)
     assert torch.equal(one.square_sum, many.square_sum)
     torch.testing.assert_close(one.square_sum, x.double().square().sum(0), rtol=2e-7, atol=0)
@@ -193,7 +192,7 @@ def test_a_whole_model(kind: str) -> None:
     sparsity = Sparsity.parse("unstructured" if variant else kind, 0.5)
     model = tiny.tiny_llama()
     reference = copy.deepcopy(model)
-    ids = torch.randint(3, 300, (5, 24), generator=torch.Generator().manual_seed(0))
+    ids = windows(5)
 
     def mask_of(weight: Tensor, norms: Tensor) -> Tensor:
         if variant:
@@ -201,9 +200,9 @@ def test_a_whole_model(kind: str) -> None:
         return published_mask(weight, norms, sparsity)
 
     by_hooks(reference, ids, mask_of)
-    name, blocks = decoder_blocks(model)
+    name, _ = decoder_blocks(model)
     recipe = Recipe("wanda", {"variant": True} if variant else {})
-    Pruner(BlockRunner(model, blocks, CPU), name, recipe, sparsity).run(ids, 2)
+    Pruner(runner_of(model), name, recipe, sparsity).run(ids, 2)
     expected = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, expected[name]), name

@@ -1,24 +1,20 @@
 """Packed checkpoints: saved, sharded, loaded in fresh processes, damaged, and unpacked again."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from support import Done, start
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-import lib.model.pretrained
 import lib.sparse
 from lib.methods.sparsity import n_of_m
+from lib.model.pretrained import decoder_blocks
 from lib.packed.checkpoint import METHOD, PackedConfig
 from lib.packed.linear import SparseLinear
 from lib.packed.unpack import main as unpack_main
@@ -26,12 +22,11 @@ from lib.packed.unpack import unpack_folder
 from lib.util.command import run
 from lib.util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 IDS = torch.arange(3, 15)[None]
 
 
 def prune_(model):
-    for linear in (m for m in lib.model.decoder_blocks(model)[1].modules()):
+    for linear in (m for m in decoder_blocks(model)[1].modules()):
         if isinstance(linear, nn.Linear | Conv1D) and min(linear.weight.shape) >= 8:
             matrix = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
             matrix[n_of_m(matrix.abs(), 2, 4)] = 0
@@ -72,14 +67,10 @@ def same_files(a, b):
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
 
 
-def in_fresh_process(code, *arguments):
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def in_fresh_process(folder, code, *arguments):
+    process = start(["-c", code, *map(str, arguments)], folder)
+    out, err = process.communicate(timeout=120)
+    return Done(process.returncode, out, err)
 
 
 def edit_config(folder, **changes):
@@ -131,7 +122,7 @@ def test_other_architectures(name, tmp_path):
     model = prune_(tiny.ARCHITECTURES[name]())
     model.save_pretrained(tmp_path / "dense")
     before = logits(model)
-    lib.sparse.swap_linears_(model, lib.model.decoder_blocks(model)[1])
+    lib.sparse.swap_linears_(model, decoder_blocks(model)[1])
     model.save_pretrained(tmp_path / "packed")
     torch.testing.assert_close(logits(load(tmp_path / "packed")), before)
     unpack_folder(str(tmp_path / "packed"), str(tmp_path / "unpacked"))
@@ -163,34 +154,24 @@ def test_unpack_refuses_in_one_line(folders, tmp_path, capsys):
     assert not (tmp_path / "x").exists()
 
 
-def test_loads_and_generates_in_a_fresh_process(folders):
-    code = (
-        "import sys, torch, lib.sparse\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "ids = torch.arange(3, 15)[None]\n"
-        "print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())\n"
-    )
-    run = in_fresh_process(code, folders[1])
-    assert run.returncode == 0, run.stderr
+def test_loads_and_generates_in_a_fresh_process_as_the_card_says(folders, tmp_path):
+    lines = lib.sparse.card_lines(str(folders[1]))
+    assert len(lines) == 3
+    generate = "model.generate(ids, max_new_tokens=6, do_sample=False).tolist()"
+    lines += ["import torch", "ids = torch.arange(3, 15)[None]", f"print({generate})"]
+    done = in_fresh_process(tmp_path, "\n".join(lines))
+    assert done.status == 0, done.err
     expected = load(folders[0]).generate(IDS, max_new_tokens=6, do_sample=False)
-    assert run.stdout.strip() == str(expected.tolist())
+    assert done.out.strip() == str(expected.tolist())
 
 
-def test_without_the_import_loading_fails_and_names_it(folders):
+def test_without_the_import_loading_fails_and_names_it(folders, tmp_path):
     code = (
         "import sys\nfrom transformers import AutoModelForCausalLM\n"
         "AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
     )
-    run = in_fresh_process(code, folders[1])
-    assert run.returncode != 0 and "import lib.sparse" in run.stderr
-
-
-def test_card_says_how_to_load(folders):
-    lines = lib.sparse.card_lines(str(folders[1]))
-    assert len(lines) == 3
-    run = in_fresh_process("\n".join(lines))
-    assert run.returncode == 0, run.stderr
+    done = in_fresh_process(tmp_path, code, folders[1])
+    assert done.status != 0 and "import lib.sparse" in done.err
 
 
 @pytest.mark.parametrize(
@@ -259,19 +240,19 @@ def test_killed_unpack_leaves_nothing_behind(folders, tmp_path):
     out, ready = tmp_path / "out", tmp_path / "ready"
     code = (
         "import sys, time, pathlib, transformers.modeling_utils as m\n"
-        "from lib.unpack import unpack_folder\n"
+        "from lib.packed.unpack import unpack_folder\n"
         "def hang(*_, **__):\n"
         "    pathlib.Path(sys.argv[3]).touch()\n"
         "    time.sleep(600)\n"
         "m.safe_save_file = hang\n"
         "unpack_folder(sys.argv[1], sys.argv[2])\n"
     )
-    run = subprocess.Popen([sys.executable, "-c", code, folders[1], out, ready], cwd=ROOT)
+    process = start(["-c", code, str(folders[1]), str(out), str(ready)], tmp_path)
     deadline = time.monotonic() + 120
-    while not ready.exists() and run.poll() is None and time.monotonic() < deadline:
+    while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    process.kill()
+    process.communicate()
     assert ready.exists() and not out.exists()
     unpack_folder(str(folders[1]), str(out))
     assert torch.equal(logits(load(out)), logits(load(folders[0])))

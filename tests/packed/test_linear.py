@@ -5,21 +5,21 @@ import itertools
 import pytest
 import tiny
 import torch
+from support import CPU
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lib import sparse
 from lib.methods.sparsity import n_of_m
-from lib.packed import cuda as semi_structured
-from lib.packed import few_tokens
+from lib.packed import cuda, few_tokens, layout
 from lib.packed import linear as sparse_linear
-from lib.packed.layout import check_packed, is_packable, pack, packed_bytes, packed_shapes, unpack
-from lib.packed.linear import SparseLinear
+from lib.packed.layout import check_packed, is_packable, pack, packed_shapes, unpack
+from lib.packed.linear import SparseLinear, fast_bytes
 from lib.util.errors import UserError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8]
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def two_of_four(rows, columns, dtype=torch.float32, seed=0):
@@ -62,7 +62,6 @@ def test_packing_is_what_it_says_and_comes_back(dtype, shape):
     assert torch.equal(values, slow_values) and torch.equal(positions, slow_positions)
     assert torch.equal(unpack(values, positions), weight) and values.dtype == dtype
     assert (tuple(values.shape), tuple(positions.shape)) == packed_shapes(*shape)
-    assert values.nbytes + positions.nbytes == packed_bytes(*shape, dtype)
     check_packed(values, positions, *shape)
 
 
@@ -95,7 +94,7 @@ def test_extreme_values_and_ties():
 def test_tiles_and_strides_change_nothing(monkeypatch):
     weight = two_of_four(50, 44, torch.bfloat16)
     whole = pack(weight)
-    monkeypatch.setattr("lib.packing.TILE_GROUPS", 11)
+    monkeypatch.setattr(layout, "TILE_GROUPS", 11)
     shifted = torch.cat([weight.new_ones(3), weight.flatten()])[3:].view(weight.shape)
     wider = torch.cat([weight, weight[:, :2]], 1)[:, :44]
     for tensor in (weight, weight.T.contiguous().T, shifted, wider):
@@ -211,13 +210,17 @@ class Fast(torch.Tensor):
     def to_dense(self):
         return self.as_subclass(torch.Tensor)
 
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            args[0].view(-1, args[0].shape[-1])  # torch's fails where this does
+        return super().__torch_function__(func, types, args, kwargs)
+
 
 @pytest.fixture
 def pretend_cuda(monkeypatch):
-    monkeypatch.setattr(semi_structured, "why_not", lambda *_: None)
-    monkeypatch.setattr(
-        semi_structured, "build", lambda dense: (dense.clone().as_subclass(Fast), "pretended")
-    )
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
+    monkeypatch.setattr(cuda, "build", lambda dense: (dense.clone().as_subclass(Fast), "pretended"))
 
 
 def test_fast_path_drops_the_packed_tensors_and_gives_them_back(pretend_cuda):
@@ -226,6 +229,8 @@ def test_fast_path_drops_the_packed_tensors_and_gives_them_back(pretend_cuda):
     before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     assert torch.equal(packed(x), dense(x))
     assert packed.fast is not None and packed.weight.numel() == packed.positions.numel() == 0
+    for x in (torch.randn(40), torch.randn(5, 2, 40).transpose(0, 1), torch.randn(0, 40)):
+        torch.testing.assert_close(packed(x), dense(x))
     saved = packed.state_dict()
     assert saved.keys() == before.keys() and all(torch.equal(saved[k], before[k]) for k in before)
     assert packed.fast is not None  # saving leaves it
@@ -236,10 +241,8 @@ def test_fast_path_drops_the_packed_tensors_and_gives_them_back(pretend_cuda):
 
 def test_refused_fast_path_is_tried_once(monkeypatch):
     calls = []
-    monkeypatch.setattr(semi_structured, "why_not", lambda *_: None)
-    monkeypatch.setattr(
-        semi_structured, "build", lambda dense: (calls.append(1), (None, "too small"))[1]
-    )
+    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
+    monkeypatch.setattr(cuda, "build", lambda dense: (calls.append(1), (None, "too small"))[1])
     dense = dense_linear()
     packed, x = SparseLinear.from_linear(dense), torch.randn(3, 40)
     for _ in range(3):
@@ -248,11 +251,32 @@ def test_refused_fast_path_is_tried_once(monkeypatch):
 
 
 def test_why_not_the_fast_path():
-    cpu = torch.device("cpu")
-    assert "not on cpu" in semi_structured.why_not((64, 64), torch.bfloat16, cpu)
+    assert "not on cpu" in cuda.why_not((64, 64), torch.bfloat16, CPU)
 
 
-@cuda
+@pytest.mark.parametrize(
+    "capability, cusparselt, shape, said",
+    [
+        ((8, 0), True, (64, 64), "cusparselt"),
+        ((9, 0), True, (64, 64), "cusparselt"),
+        ((8, 6), False, (64, 64), "cutlass"),
+        ((9, 0), False, (64, 64), "no 2:4 kernels for"),  # torch's CUTLASS is for 8.x alone
+        ((8, 0), True, (16, 16), "cusparselt"),
+        ((8, 0), False, (16, 16), "16 x 16: not the multiples"),
+        ((7, 5), True, (64, 64), "no 2:4 tensor cores"),
+    ],
+)
+def test_which_library_multiplies(capability, cusparselt, shape, said, monkeypatch):
+    there = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: cusparselt)
+    reason = cuda.why_not(shape, torch.bfloat16, there)
+    assert said in (reason or cuda.pick(shape, torch.bfloat16, there).BACKEND)
+    assert cuda.why_not(shape, torch.float32, there)
+
+
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_fast_path_on_cuda(dtype):
     dense = dense_linear(128, 256, dtype=dtype).cuda()
@@ -267,7 +291,7 @@ def test_fast_path_on_cuda(dtype):
     assert torch.equal(packed.dense(), dense.weight.cpu())
 
 
-@cuda
+@needs_cuda
 def test_unpacking_on_cuda():
     dense = dense_linear(24, 44).cuda()
     packed, x = SparseLinear.from_linear(dense), torch.randn(3, 44, device="cuda")
@@ -293,7 +317,7 @@ def test_swap_reports_and_keeps_outputs():
         "CUDA, not on cpu), 1 left dense (not 2:4)"
     )
     assert len(sparse.swap_linears_(model, blocks).unpacked) == len(pruned) - 1  # again: the same
-    assert sparse.fast_bytes(model) == 0
+    assert fast_bytes(model) == 0
 
 
 def test_swap_of_an_unpruned_model():
