@@ -1,201 +1,170 @@
-"""Prune a causal language model for one language: load, prune, check, evaluate, record, save.
+"""Prune a causal language model for one language: check, load, prune, pack, evaluate, save.
 
     python main.py --model MODEL --prune_method wanda --calibration_data DIR --save_model OUT
 
-Everything that can fail cheaply fails before the weights are loaded, and what is heavy to import
-is imported after the flags are known to be good.
+`run` is the whole of it, step by step. Everything that can fail cheaply fails in `check`, before a
+weight is read, and what is heavy to import is imported after the flags are known to be good.
 """
 
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from lib.run.flags import build_parser, check_flags
-from lib.run.setup import Loaded
-from lib.util.command import run
+from lib.run.job import Job, Subject
+from lib.run.setup import check, load, settle_bos
+from lib.util import command
 
 
 def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    job = Job(args)
-    try:
-        job.run()
-    except BaseException as error:
-        if job.team:
-            job.team.fail(error, args.debug)
-        raise
+    run(check(args))
 
 
-class Job(Loaded):
-    """One run of the command line; its steps are called in the order in which they stand."""
+def run(job: Job) -> dict[str, Any]:
+    """Do what was checked; what stands in results.json, on the process that leads."""
+    with ExitStack() as at_end:
+        subject = load(job, at_end)
+        settle_bos(job, subject)
+        found = prune(job, subject) if job.recipe else {}
+        if job.args.replace_sparse_layers:
+            pack(job, subject)
+        found |= evaluate(job, subject)
+        job.team.close()
+        if not job.team.leads:
+            return {}
+        results = record(job, subject, found)
+        if job.args.save_model:
+            save(job, subject, results)
+        if job.journal:
+            job.journal.remove()
+    return results
 
-    def run(self) -> None:
-        """All steps of the run."""
-        with self.finally_:
-            self.steps()
 
-    def steps(self) -> None:
-        self.check()
-        self.load()
-        if not self.args.eval_only:
-            self.prune()
-        if self.args.replace_sparse_layers:
-            self.swap()
-        self.evaluate()
-        self.team.close()
-        if self.team.leads:
-            self.record()
-            if self.args.save_model:
-                self.save()
-            if self.journal:
-                self.journal.remove()
+def prune(job: Job, subject: Subject) -> dict[str, Any]:
+    """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
+    from lib.model.pretrained import saved_dtype
+    from lib.prune import Pruner
+    from lib.pruning.check import measure
+    from lib.util.progress import progress
 
-    def prune(self) -> None:
-        """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
-        from lib.model.pretrained import saved_dtype
-        from lib.prune import Pruner
-        from lib.pruning.check import measure
-        from lib.pruning.journal import Journal
-        from lib.util.progress import progress
+    args, team, runner = job.args, job.team, subject.runner
+    if job.journal:
+        job.journal.begin(job.fingerprint["pruning"])
+    sparsity = allocate(job, subject) if args.allocation == "owl" else job.sparsity
+    rounding = saved_dtype(args.dtype, job.config)
+    pruner = Pruner(runner, job.blocks_name, job.recipe, sparsity, rounding, team, job.journal)
+    blocks = len(subject.blocks)
+    with job.timed("prune"), progress(blocks, "pruning", "block", team.leads) as bar:
+        pruned = pruner.run(job.texts.windows, job.batch_size, subject.keep_on, bar)
+    if not team.leads:
+        return {}
+    print(*pruned.summary(), sep="\n")
+    asked = None if args.use_variant else sparsity  # the variant only comes near
+    found: dict[str, Any] = {}
+    if args.allocation == "owl":
+        found["allocation"] = [round(one.ratio, 6) for one in sparsity]
+    measured = measure(runner, job.blocks_name, asked, frozenset(pruned.why))
+    return found | {"sparsity": measured.shares()}
 
-        args = self.args
-        if args.resume and self.team.leads:
-            self.journal = Journal(args.resume, self.facts())
-        if args.allocation == "owl":
-            self.allocate()
-        pruner = Pruner(
-            self.runner,
-            self.blocks_name,
-            self.recipe,
-            self.sparsity,
-            saved_dtype(args.dtype, self.config),
-            self.team,
-            self.journal,
-        )
-        blocks = len(self.blocks)
-        with self.timed("prune"), progress(blocks, "pruning", "block", self.team.leads) as bar:
-            pruned = pruner.run(self.windows, self.batch_size, self.keep_on, bar)
-        if self.team.leads:
-            print(*pruned.summary(), sep="\n")
-            asked = None if args.use_variant else self.sparsity  # the variant only comes near
-            measure(self.runner, self.blocks_name, asked, frozenset(pruned.why))
 
-    def allocate(self) -> None:
-        """Give every block a sparsity of its own."""
-        from lib.pruning.owl import owl
-        from lib.util.progress import progress
+def allocate(job: Job, subject: Subject) -> list:
+    """A sparsity of its own for every block."""
+    from lib.pruning.owl import owl
+    from lib.util.progress import progress
 
-        ratio, blocks, leads = self.args.sparsity_ratio, len(self.blocks), self.team.leads
-        with self.timed("allocate"), progress(blocks, "outliers", "block", leads) as bar:
-            self.sparsity = owl(
-                self.runner, self.windows, self.batch_size, ratio, self.team, self.keep_on, bar
-            )
-        self.allocation = [round(sparsity.ratio, 6) for sparsity in self.sparsity]
-        if leads:
-            print(f"sparsity of the blocks: {min(self.allocation)} to {max(self.allocation)}")
+    ratio, leads = job.args.sparsity_ratio, job.team.leads
+    reads = subject.runner, job.texts.windows, job.batch_size
+    blocks = len(subject.blocks)
+    with job.timed("allocate"), progress(blocks, "outliers", "block", leads) as bar:
+        sparsities = owl(*reads, ratio, job.team, subject.keep_on, bar)
+    if leads:
+        shares = [round(one.ratio, 6) for one in sparsities]
+        print(f"sparsity of the blocks: {min(shares)} to {max(shares)}")
+    return sparsities
 
-    def swap(self) -> None:
-        """Pack every 2:4 linear, and see on one window that the outputs are the same."""
-        from lib.eval import some_logits
-        from lib.model.pretrained import footprint
-        from lib.sparse import check_same_outputs, swap_linears_
-        from lib.util.host import gib
 
-        window = self.test_sets[0].windows[:1].to(self.device)
-        before, size = some_logits(self.model, window), footprint(self.model)
-        report = swap_linears_(self.model, self.blocks, self.device)
-        check_same_outputs(before, some_logits(self.model, window))
-        if self.team.leads:
-            print(report)
-            print(f"footprint: {gib(size)} dense, {gib(footprint(self.model))} packed")
+def pack(job: Job, subject: Subject) -> None:
+    """Pack every 2:4 linear, and see on one window that the outputs are the same."""
+    from lib.eval import some_logits
+    from lib.model.pretrained import footprint
+    from lib.sparse import check_same_outputs, swap_linears_
+    from lib.util.host import gib
 
-    def evaluate(self) -> None:
-        """Perplexity on every test set, in one runner."""
-        from lib.eval import perplexities
-        from lib.util.progress import progress
+    model = subject.model
+    window = job.texts.tests[0].windows[:1].to(job.device)
+    before, size = some_logits(model, window), footprint(model)
+    report = swap_linears_(model, subject.blocks, job.device)
+    check_same_outputs(before, some_logits(model, window))
+    if job.team.leads:
+        print(report)
+        print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
 
-        self.evaluation = []
-        self.team.at("the evaluation")
-        sets = [test.windows for test in self.test_sets]
-        total, shown = sum(map(len, sets)), self.team.leads
-        with self.timed("eval"), progress(total, "perplexity", "window", shown) as bar:
-            measured = perplexities(self.runner, sets, self.batch_size, self.team, bar)
-        for test, found in zip(self.test_sets, measured, strict=True):
-            figures = {
-                "perplexity": found.value,
-                "standard_error": found.standard_error,
-                "bits_per_byte": found.bits_per_byte(test.bytes),
-            }
-            self.evaluation.append(test.record | figures)
 
-        self.tasks = None
-        if self.args.tasks and self.team.leads:
-            from lib.eval import run_tasks
+def evaluate(job: Job, subject: Subject) -> dict[str, Any]:
+    """Perplexity on every test set, in one pass over the blocks; tasks, if any are wanted."""
+    from lib.eval import perplexities, run_tasks
+    from lib.util.progress import progress
 
-            with self.timed("tasks"):
-                self.tasks = run_tasks(self.model, self.tokenizer, self.args.tasks, self.batch_size)
-
-    def record(self) -> None:
-        """log_METHOD.txt, results.json, and the summary on the terminal."""
-        from lib.model.pretrained import footprint
-        from lib.pruning.check import measure
-        from lib.report.results import write_results
-        from lib.run import record
-        from lib.util.host import peak_memory
-
-        args = self.args
-        self.footprint["after"] = footprint(self.model)
-        self.results = {
-            "model": args.model,
-            "method": self.method,
-            "sparsity_type": args.sparsity_type if self.recipe else None,
-            "sparsity_ratio": args.sparsity_ratio if self.recipe else None,
-            "options": self.recipe.settings if self.recipe else {},
-            **({"allocation": self.allocation} if self.allocation else {}),
-            "flags": vars(args),
-            "seed": args.seed,
-            "versions": record.versions(),
-            "device": record.device_name(self.device),
-            "bos": self.bos,
-            "calibration": self.calibration,
-            "evaluation": self.evaluation,
-            **({"tasks": self.tasks} if self.tasks else {}),
-            "perplexity": {test["name"]: test["perplexity"] for test in self.evaluation},
-            "sparsity": measure(self.runner, self.blocks_name).record(),
-            "seconds": self.seconds,
-            "peak_memory": peak_memory(self.device),
-            "footprint": self.footprint,
+    tests, leads, found = job.texts.tests, job.team.leads, []
+    sets = [test.windows for test in tests]
+    windows = sum(map(len, sets))
+    with job.timed("eval"), progress(windows, "perplexity", "window", leads) as bar:
+        measured = perplexities(subject.runner, sets, job.batch_size, job.team, bar)
+    for test, its in zip(tests, measured, strict=True):
+        figures = {
+            "perplexity": its.value,
+            "standard_error": its.standard_error,
+            "bits_per_byte": its.bits_per_byte(test.bytes),
         }
-        folder = Path(args.save)
-        folder.mkdir(parents=True, exist_ok=True)
-        sparsity = self.results["sparsity"]["overall"]
-        record.write_log(folder, self.method, sparsity, self.results["perplexity"])
-        write_results(folder, self.results)
-        record.print_summary(self.results)
+        found.append(test.facts | figures)
+    if not (job.args.tasks and leads):
+        return {"evaluation": found}
+    with job.timed("tasks"):
+        tasks = run_tasks(subject.model, job.tokenizer, job.args.tasks, job.batch_size)
+    return {"evaluation": found, "tasks": tasks}
 
-    def save(self) -> None:
-        """Model, tokenizer and card, staged; then results.json once more with the time it took."""
-        from lib.model.pretrained import save_model, saved_dtype
-        from lib.report.results import write_results
-        from lib.run.card import languages_of, model_card, packed_card
-        from lib.util.files import staged_folder
 
-        args = self.args
-        with self.timed("save"), staged_folder(args.save_model, "--save_model") as stage:
-            if self.runner.placement:
-                self.runner.placement.settle()
-            save_model(self.model, stage, saved_dtype(args.dtype, self.config))
-            self.tokenizer.save_pretrained(stage)
-            read = self.sources if self.calibrated else ()  # magnitude reads no text
-            languages = languages_of([source.name for source in read])
-            extra = packed_card(args.save_model) if args.replace_sparse_layers else []
-            (stage / "README.md").write_text(model_card(self.results, languages, extra), "utf-8")
-        write_results(Path(args.save), self.results)
-        print(f"saved: {args.save_model}")
+def record(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
+    """log_METHOD.txt, results.json, and the summary on the terminal."""
+    from lib.pruning.check import measure
+    from lib.report.results import write_results
+    from lib.run.record import print_summary, results_of, write_log
+
+    if "sparsity" not in found:
+        found["sparsity"] = measure(subject.runner, job.blocks_name).shares()
+    results = results_of(job, subject, found)
+    folder = Path(job.args.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_log(folder, results)
+    write_results(folder, results)
+    print_summary(results)
+    return results
+
+
+def save(job: Job, subject: Subject, results: dict[str, Any]) -> None:
+    """Model, tokenizer and card, staged; then results.json once more with the time it took."""
+    from lib.model.pretrained import save_model, saved_dtype
+    from lib.report.results import write_results
+    from lib.run.card import model_card
+    from lib.util.files import staged_folder
+
+    args = job.args
+    with job.timed("save"), staged_folder(args.save_model, "--save_model") as stage:
+        if subject.runner.placement:
+            subject.runner.placement.settle()
+        save_model(subject.model, stage, saved_dtype(args.dtype, job.config))
+        job.tokenizer.save_pretrained(stage)
+        read = [source.text for source in job.sources if job.calibrated]
+        (stage / "README.md").write_text(model_card(results, read), "utf-8")
+    write_results(Path(args.save), results)
+    print(f"saved: {args.save_model}")
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(command.run(main))

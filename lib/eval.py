@@ -72,6 +72,7 @@ def perplexities(
         found = _losses_of(runner, sets, batch_size, sum(done), advanced)
         for (number, cut), its in zip(lot, found, strict=True):
             losses[number][cut] = its
+    team.meet()
     for handle in team.sum_(losses):
         handle.wait()
     return [_mean(runner, *both) for both in zip(tests, losses, strict=True)]

@@ -102,11 +102,14 @@ class _ExpertInputs(TorchFunctionMode):
         self.see = see
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in PRODUCTS and isinstance(args[1], Tensor) and args[1].dim() == 2:
-            linear = self.by_address.get(args[1].data_ptr())
+        kwargs = kwargs or {}
+        if func in PRODUCTS:
+            x = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
+            linear = self.by_address.get(weight.data_ptr()) if weight.dim() == 2 else None
             if linear is not None:
-                self.see(linear, args[0])
-        return func(*args, **(kwargs or {}))
+                self.see(linear, x)
+        return func(*args, **kwargs)
 
 
 @contextmanager

@@ -215,8 +215,6 @@ def own_folder(path: str, team: Team) -> Iterator[str]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"--offload {path}: another run uses it; name another folder") from None
-        if team.watch:
-            team.watch.leftovers.append(folder)
         for left in folder.glob("*.safetensors"):
             left.unlink()
         try:

@@ -26,7 +26,7 @@ class Measured:
         """Share of zeros among the weights of all linears."""
         return sum(self.zeros.values()) / max(1, sum(self.sizes.values()))
 
-    def record(self) -> dict:
+    def shares(self) -> dict:
         """As it stands in results.json."""
         shares = {name: round(self.zeros[name] / self.sizes[name], 6) for name in self.sizes}
         return {"overall": self.overall, "linears": shares}

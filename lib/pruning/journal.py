@@ -1,6 +1,6 @@
 """Pruned blocks kept as they are done, so that an interrupted run goes on where it stood.
 
-The folder holds job.json (what the run is: flags, model, data, versions) and a safetensors file
+The folder holds job.json (what decides the run's result) and a safetensors file
 for each finished block, written beside and renamed, with a checksum of its tensors. The same
 command takes them up again; hidden states are computed anew through the finished blocks.
 """
@@ -20,20 +20,26 @@ from torch import Tensor
 from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
 
+JOB = "job.json"
+
 
 class Journal:
-    """Finished blocks of one job. UserError where `folder` is another job's."""
+    """Finished blocks of one job, in a folder of their own.
 
-    def __init__(self, folder: str, job: dict[str, Any]) -> None:
-        check_output_folder("--resume", folder, may_hold="job.json")
+    `begun`: what the job in it was begun as (see lib/run/fingerprint.py); None for a new folder.
+    UserError where the folder holds something else, or can't be read.
+    """
+
+    def __init__(self, folder: str) -> None:
+        check_output_folder("--resume", folder, may_hold=JOB)
         self.folder = Path(folder)
+        known = self.folder / JOB
+        self.begun: dict[str, Any] | None = _read_job(known, folder) if known.is_file() else None
+
+    def begin(self, job: dict[str, Any]) -> None:
+        """Note what the job is, before its first block."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        job = json.loads(json.dumps(job, default=str))
-        known = self.folder / "job.json"
-        if known.is_file():
-            self._see_same(_read_job(known, folder), job, folder)
-        else:
-            write_text(known, json.dumps(job, indent=2, ensure_ascii=False))
+        write_text(self.folder / JOB, json.dumps(job, indent=2, ensure_ascii=False))
 
     def read(self, index: int) -> dict[str, Tensor] | None:
         """What block `index` was pruned to; None where it is not there, or damaged."""
@@ -68,22 +74,13 @@ class Journal:
 
     def remove(self) -> None:
         """After success nothing of it is needed."""
-        for file in (*self.folder.glob("block-*"), self.folder / "job.json"):
+        for file in (*self.folder.glob("block-*"), self.folder / JOB):
             file.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()
 
     def _file(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
-
-    @staticmethod
-    def _see_same(before: dict[str, Any], now: dict[str, Any], folder: str) -> None:
-        for name in {**before, **now}:
-            if before.get(name) != now.get(name):
-                raise UserError(
-                    f"--resume {folder}: was begun with {name} {before.get(name)!r}, now it is "
-                    f"{now.get(name)!r}; give the same again, or another folder"
-                )
 
 
 def _read_job(file: Path, folder: str) -> dict[str, Any]:

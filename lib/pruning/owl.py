@@ -44,7 +44,6 @@ def owl(
     with eager_experts(runner.model):
         states = runner.capture(mine, batch_size, keep_on)
         for index, block in enumerate(runner.blocks):
-            team.at(f"the outliers of block {index}")
             with runner.at_hand(index):
                 linears, _ = find_linears(block, str(index))
                 groups = observe(runner, states, index, linears, recipe)

@@ -1,4 +1,4 @@
-"""The model card of a pruned model: README.md with the hub's YAML head."""
+"""The model card of a pruned model: README.md with the hub's head of metadata."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from lib.data.sources import BUILT_IN
 from lib.methods.sparsity import UNSTRUCTURED
 
-ISO_639_1 = frozenset(
-    "aa ab ae af ak am an ar as av ay az ba be bg bi bm bn bo br bs ca ce ch co cr cs cu cv cy da "
-    "de dv dz ee el en eo es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy "
-    "hz ia id ie ig ii ik io is it iu ja jv ka kg ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg "
-    "li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn no nr nv ny oc oj om or "
-    "os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg si sk sl sm sn so sq sr ss st su sv sw ta "
-    "te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu".split()
-)
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 
 
-def model_card(results: dict[str, Any], languages: list[str], extra: list[str]) -> str:
-    """Markdown that tells how the model was pruned, on what, and what it cost."""
+def model_card(results: dict[str, Any], sources: list[str]) -> str:
+    """Markdown that tells how the model was pruned, on what, and what it cost.
+
+    `sources`: the names of the texts that it was calibrated on, none where no text was looked at.
+    """
     model, method = results["model"], results["method"]
     kind = results["sparsity_type"]
     if kind is None:
@@ -30,19 +27,19 @@ def model_card(results: dict[str, Any], languages: list[str], extra: list[str]) 
         how = f"pruned by {method} to {100 * results['sparsity_ratio']:g}% zeros"
     else:
         how = f"pruned by {method} to {kind}"
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if is_hub_id(model):
-        head += [f"base_model: {model}"]
-    if languages:
-        head += [
-            "language:",
-            *[f"- '{code}'" if code == "no" else f"- {code}" for code in languages],
-        ]
-    tags = ["pruned", "sparse", *([method] if kind else [])]
-    head += ["tags:", *[f"- {tag}" for tag in tags], "---"]
-    base = model if is_hub_id(model) else Path(model).name
+    on_hub = is_hub_id(model)
+    head = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=model if on_hub else None,
+        language=languages_of(sources) or None,
+        tags=["pruned", "sparse", *([method] if kind else [])],
+    )
     lines = [
-        f"# {base}, {how}",
+        "---",
+        head.to_yaml(),
+        "---",
+        f"# {model if on_hub else Path(model).name}, {how}",
         "",
         "Linear layers of the decoder blocks are sparse; embeddings and the output head are dense. "
         f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}.",
@@ -58,9 +55,9 @@ def model_card(results: dict[str, Any], languages: list[str], extra: list[str]) 
             for test in results["evaluation"]
         ],
         "",
-        *extra,
+        *(_packed(results) if results["flags"]["replace_sparse_layers"] else []),
     ]
-    return "\n".join(head + lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -70,11 +67,11 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         size = f"{calibration['windows']} windows of {calibration['seqlen']} tokens"
         facts.append(("calibrated on", f"{calibration['name']}, {size}"))
         facts.append(("digest of the windows", f"`{calibration['digest']}`"))
-    facts += [(f"{name} option", value) for name, value in results.get("options", {}).items()]
+    facts += [(f"{name} option", value) for name, value in results["options"].items()]
     return [(name, str(value)) for name, value in facts]
 
 
-def packed_card(folder: str) -> list[str]:
+def _packed(results: dict[str, Any]) -> list[str]:
     """How to load a checkpoint whose 2:4 linears are packed, in three lines of Python."""
     from lib.sparse import card_lines
 
@@ -82,7 +79,7 @@ def packed_card(folder: str) -> list[str]:
         "The 2:4 linears are stored packed. With this project's `lib` on the path:",
         "",
         "```python",
-        *card_lines(folder),
+        *card_lines(results["flags"]["save_model"]),
         "```",
     ]
 
@@ -92,16 +89,14 @@ def is_hub_id(model: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
 
 
-def languages_of(names: list[str]) -> list[str]:
-    """Language codes that names of calibration sets tell: ubertext, `c4:de`, a folder `uk`."""
+def languages_of(sources: list[str]) -> list[str]:
+    """Codes of the languages that built-in sets name: `ubertext`, `c4:de`; a folder names none."""
     found = []
-    for name in names:
-        kind, _, language = name.partition(":")
-        code = LANGUAGE_OF_SET.get(name) or name.split("/")[-1]
+    for source in sources:
+        kind, _, language = source.partition(":")
+        code = LANGUAGE_OF_SET.get(source)
         if language and f"{kind}:LANGUAGE" in BUILT_IN:
             code = re.split("[_-]", language)[0]
-        elif code not in ISO_639_1:
-            continue
-        if code not in found:
+        if code and code not in found:
             found.append(code)
     return found

@@ -1,12 +1,15 @@
-"""The command line: every flag, and what flags alone can get wrong.
+"""The command line: every flag, what it is for the run, and what flags alone can get wrong.
 
-Imports neither torch nor transformers, so that `--help` answers at once.
+A flag's role is the one place that says whether another value makes another result. An interrupted
+run that goes on, the processes of one job and a sweep that skips what is finished all ask it, by
+way of lib/run/fingerprint.py. Imports neither torch nor transformers: `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from lib.methods.registry import METHODS, Recipe
 from lib.methods.sparsity import ALLOCATION_SPAN, ALLOCATIONS, TYPES, UNSTRUCTURED, Sparsity
@@ -15,6 +18,15 @@ from lib.util.command import Parser, add_debug_flag
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
 them on text of that language, measure what it cost, save a smaller model."""
+
+
+RESULT = "result"  # another value is another result
+INPUT = "input"  # names a model or texts: what is found there decides, not where it is
+SPEED = "speed"  # nothing but time and memory, up to rounding
+PLACE = "place"  # where something is computed or kept
+
+# flags whose values a run's results hold in fields of their own
+TOLD = "seed prune_method sparsity_type sparsity_ratio use_variant eval_only tasks".split()
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -38,49 +50,100 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def flag(group: argparse._ArgumentGroup, role: str, name: str, **options: Any) -> None:
+    """Declare a flag with its role for the run."""
+    _mark(group.add_argument(name, **options), role, group)
+
+
+def _mark(action: argparse.Action, role: str, group: argparse._ArgumentGroup) -> None:
+    action.role, action.group = role, group.title
+
+
+def roles() -> dict[str, tuple[str, str]]:
+    """{flag: (role, group)} of every flag, in the order of `--help`, without dashes."""
+    actions = (a for a in build_parser()._actions if a.dest != "help")
+    return {action.dest: (action.role, action.group) for action in actions}
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that change the result, as far as no other field of the results tells them.
+
+    Of the dense model only those count that it is read with.
+    """
+    dense = args.prune_method is None
+    return {
+        name: getattr(args, name)
+        for name, (role, group) in roles().items()
+        if role == RESULT and name not in TOLD and (group == "model" or not dense)
+    }
+
+
 def _model_flags(group) -> None:
-    group.add_argument("--model", required=True, help="hub id (owner/name) or local folder")
-    group.add_argument("--cache_dir", default="llm_weights", help="folder for weights from the hub")
-    group.add_argument(
-        "--device", default="cuda:0", help="where blocks are computed: cuda:N, or cpu"
+    flag(group, INPUT, "--model", required=True, help="hub id (owner/name) or local folder")
+    flag(group, PLACE, "--cache_dir", default="llm_weights", help="folder for weights from the hub")
+    flag(
+        group, PLACE, "--device", default="cuda:0", help="where blocks are computed: cuda:N, or cpu"
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
         help="dtype of the weights while working; auto: the checkpoint's on CUDA, float32 on CPU",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--load_bit",
         choices=("4", "8"),
         help="quantise on loading, by bitsandbytes: 4 (NF4, double quantisation, bfloat16 "
         "compute) or 8 (LLM.int8) bits per weight",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--seqlen",
         type=int,
         help="window in tokens, of calibration and test (default: the model's limit, at most 4096)",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--bos",
         choices=("auto", "always", "never"),
         default="auto",
         help="begin every window with the BOS token; never: as published; auto: where the "
         "tokenizer adds it by itself and the dense model collapses without it",
     )
-    group.add_argument(
+    flag(
+        group,
+        SPEED,
         "--batch_size",
         type=int,
         help="windows per forward pass; changes speed and memory, not results beyond rounding "
         "(default: about 1024 tokens' worth on a CPU, 8192 on CUDA)",
     )
-    group.add_argument(
+    flag(
+        group,
+        SPEED,
+        "--timeout",
+        type=float,
+        default=10.0,
+        metavar="MINUTES",
+        help="of several processes: how long one waits for another without a sign of it",
+    )
+    flag(
+        group,
+        PLACE,
         "--offload",
         metavar="FOLDER",
         help="for a model larger than memory: blocks are read from the checkpoint one at a time, "
         "pruned ones kept in this folder until they are saved",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--trust_remote_code",
         action="store_true",
         help="run Python code that comes with the model; only for models you trust",
@@ -88,9 +151,11 @@ def _model_flags(group) -> None:
 
 
 def _calibration_flags(group) -> None:
-    group.add_argument("--seed", type=int, default=0, help="draws the calibration windows")
-    group.add_argument("--nsamples", type=int, default=128, help="calibration windows")
-    group.add_argument(
+    flag(group, RESULT, "--seed", type=int, default=0, help="draws the calibration windows")
+    flag(group, RESULT, "--nsamples", type=int, default=128, help="calibration windows")
+    flag(
+        group,
+        INPUT,
         "--calibration_data",
         nargs="+",
         metavar="SOURCE",
@@ -98,7 +163,9 @@ def _calibration_flags(group) -> None:
         " a folder with train*.jsonl[.gz] (rows with `text`), or a file; several as SOURCE=WEIGHT "
         "make a mixture (default: ubertext)",
     )
-    group.add_argument(
+    flag(
+        group,
+        INPUT,
         "--prune_on_c4",
         action="store_true",
         help="calibrate on English C4, short for --calibration_data c4; the test stays UberText",
@@ -106,40 +173,56 @@ def _calibration_flags(group) -> None:
 
 
 def _pruning_flags(group) -> None:
-    group.add_argument(
-        "--prune_method", choices=tuple(METHODS), help="how the weights to drop are chosen"
+    flag(
+        group,
+        RESULT,
+        "--prune_method",
+        choices=tuple(METHODS),
+        help="how the weights to drop are chosen",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--sparsity_ratio",
         type=float,
         default=0.5,
         help="share of the weights to drop, in [0, 1); N:M types need N/M",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--sparsity_type",
         choices=TYPES,
         default=UNSTRUCTURED,
         help="anywhere, or N of every M consecutive weights of a row",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--allocation",
         choices=ALLOCATIONS,
         default="uniform",
         help="of the zeros among blocks, unstructured only; owl: fewer where activations have more "
         "outliers, at an equal total",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--use_variant",
         action="store_true",
         help="wanda only: rows get shares of zeros of their own, unstructured",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--blend",
         type=float,
         metavar="A",
         help="admm only: how much of what earlier linears broke each one repairs (default: 1, all)",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--replace_sparse_layers",
         action="store_true",
         help="2:4 only: swap the pruned linears for packed 2:4 ones before evaluation and saving",
@@ -147,17 +230,25 @@ def _pruning_flags(group) -> None:
 
 
 def _evaluation_flags(group) -> None:
-    group.add_argument(
-        "--eval_only", action="store_true", help="perplexity of the model as it is; prune nothing"
+    flag(
+        group,
+        RESULT,
+        "--eval_only",
+        action="store_true",
+        help="perplexity of the model as it is; prune nothing",
     )
-    group.add_argument(
+    flag(
+        group,
+        INPUT,
         "--eval_data",
         nargs="+",
         metavar="SOURCE",
         help="test texts, as for --calibration_data, each measured by itself (default: the "
         "calibration folder where it has a test*.jsonl, else ubertext)",
     )
-    group.add_argument(
+    flag(
+        group,
+        RESULT,
         "--tasks",
         metavar="NAME,...",
         type=lambda text: [name for name in text.split(",") if name],
@@ -166,15 +257,17 @@ def _evaluation_flags(group) -> None:
 
 
 def _output_flags(group) -> None:
-    group.add_argument("--save", default="out", help="folder for log_METHOD.txt and results.json")
-    group.add_argument("--save_model", help="folder for the pruned model, tokenizer and card")
-    group.add_argument(
+    flag(group, PLACE, "--save", default="out", help="folder for log_METHOD.txt and results.json")
+    flag(group, PLACE, "--save_model", help="folder for the pruned model, tokenizer and card")
+    flag(
+        group,
+        PLACE,
         "--resume",
         metavar="FOLDER",
         help="keep each pruned block in this folder, so that the same command goes on after an "
         "interruption; removed after success",
     )
-    add_debug_flag(group)
+    _mark(add_debug_flag(group), PLACE, group)
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -186,6 +279,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         value, least = getattr(args, flag), 2 if flag == "seqlen" else 1
         if value is not None and value < least:
             parser.error(f"--{flag} {value}: must be at least {least}")
+    if not args.timeout > 0:  # also refuses nan
+        parser.error(f"--timeout {args.timeout:g}: must be above 0")
     try:
         Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
     except ValueError as error:

@@ -6,12 +6,16 @@ import math
 import platform
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lib.run.flags import settings
 from lib.util.files import write_text
-from lib.util.host import gib
+from lib.util.host import gib, peak_memory
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "numpy", "bitsandbytes")
+if TYPE_CHECKING:
+    from lib.run.job import Job, Subject
+
+PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 
 
 def versions() -> dict[str, str | None]:
@@ -34,13 +38,50 @@ def device_name(device: Any) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-def write_log(folder: Path, method: str, sparsity: float, perplexities: dict[str, float]) -> Path:
+def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
+    """What stands in results.json.
+
+    `found`: what pruning and evaluation gave, as `sparsity`, `evaluation` and, where there are
+    any, `allocation` and `tasks`.
+    """
+    from lib.model.pretrained import footprint
+
+    args, recipe = job.args, job.recipe
+    allocation, tasks = ({k: found[k]} if found.get(k) else {} for k in ("allocation", "tasks"))
+    return {
+        "model": args.model,
+        "method": args.prune_method or "dense",
+        "sparsity_type": args.sparsity_type if recipe else None,
+        "sparsity_ratio": args.sparsity_ratio if recipe else None,
+        "options": recipe.settings if recipe else {},
+        **allocation,
+        "flags": vars(args),
+        "settings": settings(args),
+        "seed": args.seed,
+        "versions": versions(),
+        "device": device_name(job.device),
+        "bos": job.texts.bos,
+        "calibration": job.texts.calibration,
+        "evaluation": found["evaluation"],
+        **tasks,
+        "perplexity": {test["name"]: test["perplexity"] for test in found["evaluation"]},
+        "sparsity": found["sparsity"],
+        "seconds": job.seconds,
+        "peak_memory": peak_memory(job.device),
+        "footprint": {"before": subject.footprint, "after": footprint(subject.model)},
+        "fingerprint": job.fingerprint,
+    }
+
+
+def write_log(folder: Path, results: dict[str, Any]) -> Path:
     """log_METHOD.txt: names, then one line of values, tab-separated.
 
     `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`.
     """
+    method, perplexities = results["method"], results["perplexity"]
     names = ["method", "actual_sparsity", "ppl_test"]
-    values = [method, f"{sparsity:.4f}", f"{next(iter(perplexities.values())):.4f}"]
+    values = [method, f"{results['sparsity']['overall']:.4f}"]
+    values.append(f"{next(iter(perplexities.values())):.4f}")
     if len(perplexities) > 1:
         names += [f"ppl_{name}" for name in perplexities]
         values += [f"{value:.4f}" for value in perplexities.values()]
@@ -53,8 +94,8 @@ def print_summary(results: dict[str, Any]) -> None:
     """What a user wants to know at the end; the last line ends with a perplexity."""
     seconds, memory = results["seconds"], results["peak_memory"]
     spent = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
-    settings = ", ".join(f"{name} {value}" for name, value in results.get("options", {}).items())
-    method = results["method"] + (f" ({settings})" if settings else "")
+    options = ", ".join(f"{name} {value}" for name, value in results["options"].items())
+    method = results["method"] + (f" ({options})" if options else "")
     print(f"{method}: {results['sparsity']['overall']:.4f} of the blocks' weights are zero")
     print(f"time: {spent}; peak memory: host {gib(memory['host'])}", end="")
     print(f", device {gib(memory['device'])}" if memory["device"] else "")

@@ -1,4 +1,8 @@
-"""The first steps of a run: what can be known, and what can fail, before any weight is read.
+"""What a run is set up with: first all that can be known without a weight, then the model.
+
+    job = check(args)              # whatever can fail cheaply fails here
+    subject = load(job, at_end)    # the dense model, and what runs its blocks
+    settle_bos(job, subject)
 
 Nothing heavy is imported before it is needed.
 """
@@ -6,230 +10,256 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any
 
 from lib.methods.registry import Recipe
 from lib.methods.sparsity import Sparsity
+from lib.run.job import Anew, Job, Subject, Texts
+from lib.util.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from lib.data.sources import Source
     from lib.run.memory import Room
 
 
-# flags that change where a result goes and how fast, not what it is
-PLACES = ("save", "save_model", "cache_dir", "device", "offload", "resume", "eval_data", "debug")
+def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
+    """Outputs, texts, device, config, tokenizer, windows: in the order of what they cost.
+
+    UserError, in one line, for what can't be done.
+    """
+    recipe = method_of(args)
+    _check_outputs(args)
+    sources, tests = _named_sources(args)
+    read = [(one, "train") for one in sources if recipe and recipe.observes]
+    read += [(one, "test") for one in tests]
+    _check_readable([one for one in read if not one[0].hub])
+    from lib.dist.team import Team, local_device
+    from lib.model import pretrained
+    from lib.model.quantised import check_format
+    from lib.pruning.inputs import check_widths
+    from lib.util.progress import quiet
+
+    quiet()
+    device = local_device(pretrained.pick_device(args.device))
+    team = Team(device, minutes=args.timeout)
+    known = args.model, args.cache_dir, args.trust_remote_code
+    config = pretrained.load_config(*known)
+    check_format(args.model, config, args.load_bit, bool(recipe), args.offload)
+    tokenizer = pretrained.load_tokenizer(*known)
+    seqlen = pretrained.window_length(config, args.seqlen)
+    skeleton = pretrained.skeleton(config, args.trust_remote_code)
+    blocks_name, blocks = pretrained.decoder_blocks(skeleton)
+    sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+    if recipe:
+        check_widths(blocks, blocks_name, sparsity)
+    bos = pretrained.forced_bos(tokenizer) if args.bos == "always" else None
+    _check_readable([one for one in read if one[0].hub])
+    job = Job(
+        args=args,
+        keep=keep or Anew(),
+        sources=sources,
+        tests=tests,
+        device=device,
+        team=team,
+        config=config,
+        tokenizer=tokenizer,
+        seqlen=seqlen,
+        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen),
+        skeleton=skeleton,
+        blocks_name=blocks_name,
+        recipe=recipe,
+        sparsity=sparsity,
+    )
+    job.texts = read_texts(job, bos)
+    _compare(job)
+    return job
 
 
-class Prepared:
-    """Flags, outputs, texts, device, config, tokenizer, windows; the blocks of the bare model."""
+def method_of(args: argparse.Namespace) -> Recipe | None:
+    """The pruning method that the flags name, with its options; None where nothing is pruned."""
+    options: dict[str, Any] = {"variant": True} if args.use_variant else {}
+    options |= {} if args.blend is None else {"blend": args.blend}
+    return Recipe(args.prune_method, options) if args.prune_method else None
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.method = args.prune_method or "dense"
-        options = {"variant": True} if args.use_variant else {}
-        options |= {} if args.blend is None else {"blend": args.blend}
-        self.recipe = Recipe(args.prune_method, options) if args.prune_method else None
-        self.calibrated = bool(self.recipe and self.recipe.observes)
-        self.sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-        self.allocation: list[float] | None = None  # sparsities of the blocks, where they differ
-        self.seconds: dict[str, float] = {}
-        self.journal = None
-        self.team = None
-        self.folder = None  # for blocks that are kept on disk
-        self.finally_ = ExitStack()  # what goes at the end of the run, whatever happens
 
-    @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
+def _check_outputs(args: argparse.Namespace) -> None:
+    from lib.util.files import check_output_folder
 
-    def check(self) -> None:
-        """Outputs, texts, device, config, tokenizer and windows: all before any weight."""
-        from lib.data.documents import check_source
-        from lib.data.sources import has_test, parse_sources
-        from lib.util.files import check_output_folder
+    check_output_folder("--save", args.save)
+    if args.save_model:
+        check_output_folder("--save_model", args.save_model, may_hold="config.json")
+    if args.tasks:
+        from lib.eval import check_tasks
 
-        args = self.args
-        check_output_folder("--save", args.save)
-        if args.save_model:
-            check_output_folder("--save_model", args.save_model, may_hold="config.json")
-        names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
-        self.sources = parse_sources(names, "--calibration_data", mixture=True)
-        with_test = [source.text for source in self.sources if has_test(source)]
-        self.tests = parse_sources(args.eval_data or with_test or ["ubertext"], "--eval_data")
-        for source in self.sources if self.calibrated else ():
-            check_source(source, "train")
-        for source in self.tests:
-            check_source(source, "test")
+        check_tasks(args.tasks)
 
-        if args.tasks:
-            from lib.eval import check_tasks
 
-            check_tasks(args.tasks)
-        from lib.dist.team import Team, local_device
-        from lib.model import pretrained as model
-        from lib.model.pretrained import forced_bos
-        from lib.model.quantised import check_format
-        from lib.pruning.inputs import check_widths
-        from lib.util.progress import quiet
+def _named_sources(args: argparse.Namespace) -> tuple[list[Source], list[Source]]:
+    """To calibrate on, and to measure on."""
+    from lib.data.sources import has_test, parse_sources
 
-        quiet()
-        self.device = local_device(model.pick_device(args.device))
-        self.team = Team(self.device)
-        self.config = model.load_config(args.model, args.cache_dir, args.trust_remote_code)
-        check_format(args.model, self.config, args.load_bit, bool(args.prune_method), args.offload)
-        self.tokenizer = model.load_tokenizer(args.model, args.cache_dir, args.trust_remote_code)
-        self.seqlen = model.window_length(self.config, args.seqlen)
-        self.batch_size = args.batch_size or model.default_batch_size(self.device, self.seqlen)
-        self.skeleton = model.skeleton(self.config, args.trust_remote_code)
-        self.blocks_name, blocks = model.decoder_blocks(self.skeleton)
-        if args.prune_method:
-            check_widths(blocks, self.blocks_name, self.sparsity)
-        self.bos = forced_bos(self.tokenizer) if args.bos == "always" else None
-        self.read_texts()
-        self.agree()
+    names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
+    sources = parse_sources(names, "--calibration_data", mixture=True)
+    with_test = [source.text for source in sources if has_test(source)]
+    return sources, parse_sources(args.eval_data or with_test or ["ubertext"], "--eval_data")
 
-    def agree(self) -> None:
-        """UserError where the processes of the job would not do the same."""
-        files = {name: size for name, (size, _) in self.facts()["weight files"].items()}
-        tests = {test.name: test.record["digest"] for test in self.test_sets}
-        self.team.agree(self.facts() | {"weight files": files, "test windows": tests})
 
-    def read_texts(self) -> None:
-        from lib.data.windows import calibration_windows, test_set
+def _check_readable(sources: list[tuple[Source, str]]) -> None:
+    from lib.data.documents import check_source
 
-        args = self.args
-        self.windows, self.calibration = None, None
-        if self.calibrated:
-            self.windows, self.calibration = calibration_windows(
-                self.sources, self.tokenizer, args.nsamples, self.seqlen, args.seed, self.bos
+    for source, split in sources:
+        check_source(source, split)
+
+
+def read_texts(job: Job, bos: int | None) -> Texts:
+    """The windows to calibrate on and to measure on, each begun with `bos` where given."""
+    from lib.data.windows import calibration_windows, test_set
+
+    args = job.args
+
+    def read() -> Texts:
+        texts = Texts(bos, None, None, [])
+        if job.calibrated:
+            texts.windows, texts.calibration = calibration_windows(
+                job.sources, job.tokenizer, args.nsamples, job.seqlen, args.seed, bos
             )
-        self.test_sets = [
-            test_set(source, self.tokenizer, self.seqlen, self.bos) for source in self.tests
-        ]
+        texts.tests = [test_set(one, job.tokenizer, job.seqlen, bos) for one in job.tests]
+        return texts
 
-    def facts(self) -> dict:
-        """What decides the result: the same in all processes, and when a run goes on."""
-        from lib.model.access import weight_files
-        from lib.run.record import versions
-
-        kept = {flag: value for flag, value in vars(self.args).items() if flag not in PLACES}
-        return {
-            **{f"--{flag}": value for flag, value in kept.items()},
-            "model config": self.config.to_json_string(),
-            "weight files": weight_files(self.args.model),
-            "calibration windows": self.calibration and self.calibration["digest"],
-            "BOS": self.bos,
-            "packages": versions(),
-        }
+    drawn = (args.calibration_data, args.prune_on_c4, args.nsamples, args.seed)
+    key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
+    return job.keep.texts(key, read)
 
 
-class Loaded(Prepared):
-    """The model and what runs its blocks."""
+def _compare(job: Job) -> None:
+    """UserError where an interrupted run, or another process, does something else."""
+    from lib.pruning.journal import Journal
+    from lib.run.fingerprint import TIMES, difference, fingerprint
 
-    def load(self) -> None:
-        from lib.model import pretrained as model
-        from lib.model.blocks import BlockRunner
-        from lib.model.finite import check_finite
-        from lib.model.placement import BlockPlacement, device_map
-        from lib.util.host import keep_freed_memory
-
-        args = self.args
-        self.team.at("loading the model")
-        keep_freed_memory()
-        placement, where = None, {"": self.device}
-        room = self.see_memory()
-        self.keep_on = room.keep_on
-        if args.offload or room.fetched:
-            place = "disk" if args.offload else "cpu"
-            where = device_map(self.skeleton, self.blocks_name, self.device, place)
-        if args.offload:
-            self.folder = self.finally_.enter_context(self.offload_folder())
-        with self.timed("load"):
-            self.model = self.read_model(where)
-        self.blocks_name, self.blocks = model.decoder_blocks(self.model)
-        if len(where) > 1:
-            rounding = model.saved_dtype(args.dtype, self.config)
-            placement = BlockPlacement(self.blocks, self.device, rounding, self.folder)
-        self.runner = BlockRunner(self.model, self.blocks, self.device, placement)
-        if placement is None:  # otherwise every block is checked when it is fetched
-            check_finite(self.runner)
-        self.runner.verify()
-        self.settle_bos()
-        self.footprint = {"before": model.footprint(self.model)}
-
-    def see_memory(self) -> Room:
-        """Tell how much memory the run will take, and where."""
-        from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
-        from lib.model.quantised import stored_bits
-        from lib.run.memory import Plan, check_memory, shapes
-
-        args, team = self.args, self.team
-        working = pick_dtype(args.dtype, self.config, self.device)
-        stored = checkpoint_dtype(self.config)
-        windows = [0 if self.windows is None else len(self.windows)]
-        windows += [sum(len(test.windows) for test in self.test_sets)]
-        plan = Plan(
-            shapes(self.skeleton, self.blocks_name),
-            self.recipe,
-            *(len(range(count)[team.share(count)]) for count in windows),
-            self.seqlen,
-            self.batch_size,
-            working,
-            saved_dtype(args.dtype, self.config),
-            args.load_bit or stored_bits(self.config),
-            None if stored == working else stored,
-            fetched=bool(args.offload),
+    job.fingerprint = fingerprint(job)
+    pruning = job.fingerprint["pruning"]
+    everywhere = {name: value for name, value in pruning.items() if name != TIMES}
+    job.team.agree(everywhere | job.fingerprint["measuring"])
+    if not (job.recipe and job.args.resume and job.team.leads):
+        return
+    job.journal = Journal(job.args.resume)
+    found = difference(job.journal.begun, pruning) if job.journal.begun else None
+    if found:
+        name, before, now = found
+        raise UserError(
+            f"--resume {job.args.resume}: was begun with {name} {before!r}, now it is {now!r}; "
+            "give the same again, or another folder"
         )
-        room = check_memory(plan, self.device, bool(args.offload))
-        if team.leads:
-            print(room.line, flush=True)
-        return room
 
-    def offload_folder(self) -> AbstractContextManager[str]:
-        """This process's part of `--offload`, which has room."""
-        from lib.model.placement import check_offload_room, own_folder
-        from lib.model.pretrained import pick_dtype, saved_dtype
 
-        args = self.args
-        loaded = pick_dtype(args.dtype, self.config, self.device)
-        saved = saved_dtype(args.dtype, self.config)
-        whole = self.skeleton, self.blocks_name
-        check_offload_room(args.offload, args.model, *whole, loaded, saved)
-        return own_folder(args.offload, self.team)
+def load(job: Job, at_end: ExitStack) -> Subject:
+    """The dense model, where it has room; `at_end` gets what is to be cleared away then."""
+    from lib.model import pretrained
+    from lib.model.blocks import BlockRunner
+    from lib.model.finite import check_finite
+    from lib.model.placement import BlockPlacement, device_map
+    from lib.util.host import keep_freed_memory
 
-    def read_model(self, where: dict) -> nn.Module:
-        """The dense model, each part on the device that `where` says; many runs can share it."""
-        from lib.model import pretrained as model
-        from lib.model.placement import unmapped
+    args = job.args
+    keep_freed_memory()
+    room = _see_memory(job)
+    placement, folder, where = None, None, {"": job.device}
+    if args.offload or room.fetched:
+        place = "disk" if args.offload else "cpu"
+        where = device_map(job.skeleton, job.blocks_name, job.device, place)
+    if args.offload:
+        folder = at_end.enter_context(_offload_folder(job))
+    with job.timed("load"):
+        model = _read_model(job, where, folder)
+    _, blocks = pretrained.decoder_blocks(model)
+    if len(where) > 1:
+        rounding = pretrained.saved_dtype(args.dtype, job.config)
+        placement = BlockPlacement(blocks, job.device, rounding, folder)
+    runner = BlockRunner(model, blocks, job.device, placement)
+    if placement is None:  # otherwise every block is checked when it is fetched
+        check_finite(runner)
+    runner.verify()
+    return Subject(model, blocks, runner, room.keep_on, pretrained.footprint(model))
 
-        args = self.args
-        with unmapped() if self.folder else nullcontext():
-            return model.load_model(
+
+def _see_memory(job: Job) -> Room:
+    """Tell how much memory the run will take, and where."""
+    from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
+    from lib.model.quantised import stored_bits
+    from lib.run.memory import Plan, check_memory, shapes
+
+    args, team, texts = job.args, job.team, job.texts
+    working = pick_dtype(args.dtype, job.config, job.device)
+    stored = checkpoint_dtype(job.config)
+    windows = [0 if texts.windows is None else len(texts.windows)]
+    windows += [sum(len(test.windows) for test in texts.tests)]
+    plan = Plan(
+        shapes(job.skeleton, job.blocks_name),
+        job.recipe,
+        *(len(range(count)[team.share(count)]) for count in windows),
+        job.seqlen,
+        job.batch_size,
+        working,
+        saved_dtype(args.dtype, job.config),
+        args.load_bit or stored_bits(job.config),
+        None if stored == working else stored,
+        fetched=bool(args.offload),
+    )
+    room = check_memory(plan, job.device, bool(args.offload))
+    if team.leads:
+        print(room.line, flush=True)
+    return room
+
+
+def _offload_folder(job: Job) -> AbstractContextManager[str]:
+    """This process's part of `--offload`, which has room."""
+    from lib.model.placement import check_offload_room, own_folder
+    from lib.model.pretrained import pick_dtype, saved_dtype
+
+    args = job.args
+    loaded = pick_dtype(args.dtype, job.config, job.device)
+    saved = saved_dtype(args.dtype, job.config)
+    check_offload_room(args.offload, args.model, job.skeleton, job.blocks_name, loaded, saved)
+    return own_folder(args.offload, job.team)
+
+
+def _read_model(job: Job, where: dict[str, Any], folder: str | None) -> nn.Module:
+    """The dense model, each part on the device that `where` says."""
+    from lib.model.placement import unmapped
+    from lib.model.pretrained import load_model, pick_dtype
+
+    args = job.args
+
+    def read() -> nn.Module:
+        with unmapped() if folder else nullcontext():
+            return load_model(
                 args.model,
-                self.config,
-                dtype=model.pick_dtype(args.dtype, self.config, self.device),
+                job.config,
+                dtype=pick_dtype(args.dtype, job.config, job.device),
                 device_map=where,
-                offload=self.folder,
+                offload=folder,
                 load_bit=args.load_bit,
                 cache_dir=args.cache_dir,
                 trust_remote_code=args.trust_remote_code,
             )
 
-    def settle_bos(self) -> None:
-        """Under `--bos auto`, see whether the dense model needs windows that begin with BOS."""
-        from lib.eval import needs_bos
-        from lib.model.pretrained import own_bos
+    quantised = args.load_bit or getattr(job.config, "quantization_config", None)
+    if len(where) > 1 or quantised:
+        return read()
+    return job.keep.model((args.model, args.dtype, args.cache_dir), job.device, read)
 
-        bos = own_bos(self.tokenizer) if self.args.bos == "auto" else None
-        if bos is not None and needs_bos(self.runner, self.test_sets[0].windows, bos):
-            if self.team.leads:
-                print("the model collapses without its BOS token: every window begins with it")
-            self.bos = bos
-            self.read_texts()
-        self.agree()  # each has decided for itself
+
+def settle_bos(job: Job, subject: Subject) -> None:
+    """Under `--bos auto`, see whether the dense model needs windows that begin with BOS."""
+    from lib.eval import needs_bos
+    from lib.model.pretrained import own_bos
+
+    bos = own_bos(job.tokenizer) if job.args.bos == "auto" else None
+    if bos is not None and needs_bos(subject.runner, job.texts.tests[0].windows, bos):
+        if job.team.leads:
+            print("the model collapses without its BOS token: every window begins with it")
+        job.texts = read_texts(job, bos)
+    job.team.agree({"BOS": job.texts.bos})  # each has decided for itself

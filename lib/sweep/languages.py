@@ -16,16 +16,16 @@ from pathlib import Path
 from lib.methods.registry import METHODS, Recipe
 from lib.methods.sparsity import TYPES, UNSTRUCTURED
 from lib.report import overlap
-from lib.sweep import sweep as grid
+from lib.sweep import sweep
 from lib.util import command
 
 
 def main(argv: list[str]) -> None:
-    own, passed_on = grid.split_argv(argv)
+    own, passed_on = sweep.split_argv(argv)
     parser = argparse.ArgumentParser(
         prog="python -m lib.sweep.languages",
         description=__doc__.split("\n")[0],
-        epilog=grid.EPILOG,
+        epilog=sweep.EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
     spanned = ["--models", args.model, "--methods", args.method, "--types", args.type]
     spanned += ["--ratios", str(args.ratio), "--calibration", *args.calibration]
     spanned += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
-    planned = grid.sweep([*spanned, *["--debug"] * args.debug], passed_on)
+    planned = sweep.sweep([*spanned, *["--debug"] * args.debug], passed_on)
     first, second = (
         [str(run.folder) for run in planned if run.args.prune_method and run.args.seed == seed]
         for seed in args.seeds

@@ -1,4 +1,4 @@
-"""What runs a grid has: the product of its flags, without combinations that make no sense."""
+"""What runs a sweep has: the product of its flags, without combinations that make no sense."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lib.methods.sparsity import UNSTRUCTURED
 from lib.run.flags import build_parser, check_flags
 from lib.util.errors import UserError
 
-SET_HERE = (  # flags of main.py that tell the runs of a grid apart
+SET_HERE = (  # flags of main.py that tell the runs of a sweep apart
     "model seed prune_method sparsity_type sparsity_ratio calibration_data prune_on_c4 eval_data"
     " eval_only save save_model"
 ).split()
@@ -27,7 +27,7 @@ FITS = {  # flags that only some runs can have, as (method, type)
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of the grid: its name and folder, and the flags that main.py would parse."""
+    """One run of the sweep: its name and folder, and the flags that main.py would parse."""
 
     name: str
     folder: Path
@@ -35,7 +35,7 @@ class Planned:
 
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
-    """The runs of a grid in the order in which they are done, model by model.
+    """The runs of a sweep in the order in which they are done, model by model.
 
     Leaves with status 2 where main.py would, for flags; UserError for sources that make no sense.
     """

@@ -24,8 +24,8 @@ from lib.util.errors import UserError
 EPILOG = "What follows -- goes to every run of main.py, such as: -- --nsamples 64 --device cpu"
 
 
-def build_grid_parser() -> argparse.ArgumentParser:
-    """The parser of the flags that span the grid."""
+def build_sweep_parser() -> argparse.ArgumentParser:
+    """The parser of the flags that span the sweep."""
     parser = argparse.ArgumentParser(
         prog="python -m lib.sweep",
         description=__doc__.split("\n")[0],
@@ -68,11 +68,11 @@ def build_grid_parser() -> argparse.ArgumentParser:
 
 
 def sweep(argv: list[str], passed_on: list[str]) -> list[Planned]:
-    """Do all runs of the grid that `argv` spans, and report on them; the runs.
+    """Do all runs of the sweep that `argv` spans, and report on them; the runs.
 
     UserError at the end where some failed.
     """
-    parser = build_grid_parser()
+    parser = build_sweep_parser()
     args = parser.parse_args(argv)
     if Path(args.out).exists() and not Path(args.out).is_dir():
         parser.error(f"--out {args.out}: is a file; name a folder")
@@ -93,7 +93,7 @@ def sweep(argv: list[str], passed_on: list[str]) -> list[Planned]:
 
 
 def report(out: str) -> None:
-    """Table and pictures of all runs that are in `out`, of this grid or of an earlier one."""
+    """Table and pictures of all runs that are in `out`, of this sweep or of an earlier one."""
     from lib.report.report import load_runs, table, write_report
 
     runs = load_runs([out])

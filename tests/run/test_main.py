@@ -17,11 +17,13 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support import QUICK, Done, call, spawn, start
+from support import QUICK, Done, call, results, spawn, start
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.methods.registry import METHODS
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 SEQLEN, WINDOWS = 32, 8  # of QUICK
 KEYS = {"model", "method", "sparsity_type", "sparsity_ratio", "flags", "seed", "versions"}
@@ -45,22 +47,9 @@ def en(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_texts(tmp_path_factory.mktemp("texts") / "en", test=texts)
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def succeeded(done: Done) -> Done:
     assert done.status == 0, done.err
     return done
-
-
-def results(folder: Path | str = "out") -> dict:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    return json.loads(Path(folder, "results.json").read_text("utf-8"), parse_constant=refuse)
 
 
 def log(method: str, folder: Path | str = "out") -> dict[str, str]:
@@ -425,7 +414,7 @@ def stopped(sent: signal.Signals, code: str, argv: list, folder: Path) -> Done:
 def test_ctrl_c_while_pruning(model: Path, uk: Path, tmp_path: Path) -> None:
     target = old_folder(tmp_path / "new")
     given = ["--prune_method", "wanda", "--calibration_data", uk, "--save_model", target, *QUICK]
-    code = SLOW.format(module="lib.wanda", cls="Wanda", method="prune_")
+    code = SLOW.format(module="lib.methods.wanda", cls="Wanda", method="prune_")
     done = stopped(signal.SIGINT, code, ["--model", model, *given], tmp_path)
     assert (done.status, done.complaints) == (130, ["interrupted"])
     assert content(target) == OLD

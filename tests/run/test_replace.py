@@ -8,16 +8,12 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.torch import load_file
-from support import QUICK, call
+from support import QUICK, call, results
 
 import lib.eval
 from lib.model import pretrained
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture
@@ -115,7 +111,7 @@ def test_bos_auto_asks_the_model(
 
     monkeypatch.setattr(lib.eval, "perplexity", perplexity)
     done = prune(model, uk)
-    record = json.loads(Path("out/results.json").read_text())
+    record = results()
     assert record["bos"] == (0 if collapses else None)
     assert ("BOS" in done.out) == collapses
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import signal
 from pathlib import Path
 
@@ -174,7 +173,7 @@ def test_changed_data_are_refused(begun: list, place: Path) -> None:
         (line,) = call(*begun).complaints
     finally:
         train.write_bytes(before)
-    assert "was begun with calibration windows" in line
+    assert "was begun with windows of --calibration_data" in line
 
 
 def test_changed_weights_are_refused(begun: list, place: Path) -> None:
@@ -185,7 +184,20 @@ def test_changed_weights_are_refused(begun: list, place: Path) -> None:
         (line,) = call(*begun).complaints
     finally:
         weights.write_bytes(before)
-    assert "was begun with weight files" in line
+    assert "was begun with times of the weight files" in line
+
+
+def test_the_way_out_of_too_little_memory_is_open(place: Path, tmp_path: Path) -> None:
+    """A smaller batch, as the message of a run out of memory advises."""
+    argv = [*BASE, *WANDA, "--save_model", tmp_path / "model", "--resume", tmp_path / "kept"]
+    killed(argv, place, 2)
+    finished(call(*argv, "--batch_size", 1, "--timeout", 3))
+    assert not (tmp_path / "kept").exists()
+
+
+def test_another_dtype_is_another_result(begun: list) -> None:
+    (line,) = call(*begun, "--dtype", "bfloat16").complaints
+    assert "--dtype 'float32, saved as float32', now it is 'bfloat16, saved as bfloat16'" in line
 
 
 def test_places_may_change(begun: list, whole: dict, tmp_path: Path) -> None:
@@ -255,16 +267,18 @@ def test_a_folder_with_something_else(tmp_path: Path) -> None:
 def test_a_journal_that_can_not_be_read(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{")
     with pytest.raises(UserError, match="job.json"):
-        Journal(str(tmp_path), {"--seed": 0})
+        Journal(str(tmp_path))
 
 
 def test_blocks_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
-    kept = Journal(str(tmp_path / "kept"), {"--seed": 0})
+    kept = Journal(str(tmp_path / "kept"))
+    assert kept.begun is None and not kept.folder.exists()
+    kept.begin({"--seed": 0})
     tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}
     kept.write(1, tensors)
     assert kept.read(0) is None
     for name, tensor in kept.read(1).items():
         assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
-    assert json.loads((tmp_path / "kept" / "job.json").read_text()) == {"--seed": 0}
+    assert Journal(str(tmp_path / "kept")).begun == {"--seed": 0}
     kept.remove()
     assert not (tmp_path / "kept").exists()

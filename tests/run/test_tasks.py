@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import importlib.machinery
-import json
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import tiny
-from support import QUICK, call
+from support import QUICK, call, results
 
-from lib import tasks
+import lib.eval
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def evaluate(tmp_path: Path, names: str):
@@ -28,7 +23,7 @@ def evaluate(tmp_path: Path, names: str):
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    monkeypatch.setattr(lib.eval, "find_spec", lambda name: None)
     done = evaluate(tmp_path, "arc_easy")
     assert done.status == 1 and len(done.complaints) == 1
     assert "--tasks arc_easy" in done.complaints[0] and "pip install lm-eval" in done.complaints[0]
@@ -57,13 +52,15 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_numbers_are_recorded(tmp_path: Path, harness: None) -> None:
     assert evaluate(tmp_path, "arc_easy").status == 0
-    record = json.loads(Path("out/results.json").read_text())
+    record = results()
     assert record["tasks"] == {"arc_easy": {"acc,none": 0.25, "acc_stderr,none": 0.1}}
 
 
 def test_an_unknown_task_fails_before_the_model_loads(
     tmp_path: Path, harness: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib.model.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(
+        "lib.model.pretrained.load_model", lambda *_, **__: pytest.fail("weights were loaded")
+    )
     done = evaluate(tmp_path, "nosuch")
     assert done.status == 1 and "--tasks nosuch" in done.complaints[0]

@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, ROOT, Done, call
+from support import QUICK, ROOT, Done, call, results
 
-import lib.model.pretrained
+import lib.sweep.runs
+import main
+from lib.model import pretrained
 from lib.report.results import load_runs
+from lib.run import fingerprint
 from lib.sweep import kept, languages
-from lib.sweep import sweep as grid
+from lib.sweep import sweep as command_of_sweep
 from lib.sweep.plan import plan
 from lib.util import command
-from main import Job
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 WANDA = ["--methods", "wanda", "--types", "unstructured"]
 PASSED = ["--", *QUICK]
 
@@ -45,23 +48,17 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny.write_texts(folder / "uk"), tiny.write_texts(folder / "en", english, english[:8])
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models whose weights were read, in order."""
     seen: list[str] = []
-    original = lib.model.load_model
+    original = pretrained.load_model
 
     def load_model(name, *args, **kwargs):
         seen.append(name)
         return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(lib.model, "load_model", load_model)
+    monkeypatch.setattr(pretrained, "load_model", load_model)
     return seen
 
 
@@ -69,17 +66,17 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The run folders that were worked on, in order, by their last part."""
     seen: list[str] = []
-    original = kept.KeptJob.run
+    original = lib.sweep.runs.do
 
-    def run(job):
-        seen.append(Path(job.args.save).name)
-        original(job)
+    def do(run, *more):
+        seen.append(run.folder.name)
+        return original(run, *more)
 
-    monkeypatch.setattr(kept.KeptJob, "run", run)
+    monkeypatch.setattr(lib.sweep.runs, "do", do)
     return seen
 
 
-def sweep(*argv: object, main=grid.main) -> Done:
+def sweep(*argv: object, main=command_of_sweep.main) -> Done:
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -90,12 +87,8 @@ def sweep(*argv: object, main=grid.main) -> Done:
 
 
 def planned(*argv: object, passed_on: tuple[str, ...] = ()) -> list:
-    parser = grid.build_grid_parser()
+    parser = command_of_sweep.build_sweep_parser()
     return plan(parser.parse_args([str(part) for part in argv]), passed_on)
-
-
-def results(folder: Path | str) -> dict:
-    return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
 
 
 # --- which runs there are
@@ -201,7 +194,7 @@ def test_every_run_gives_what_main_gives(checkpoint, sets, request, texts, loads
     found = load_runs(["runs"])
     assert len(found) == 3 + 4 * sets
     for index, run in enumerate(found):
-        flags = run.record["flags"]
+        flags = run.results["flags"]
         argv = ["--model", name, *QUICK, "--eval_data", *texts, "--save", tmp_path / f"s{index}"]
         if flags["eval_only"]:
             argv += ["--eval_only"]
@@ -213,16 +206,16 @@ def test_every_run_gives_what_main_gives(checkpoint, sets, request, texts, loads
         assert call(*argv).status == 0
         alone = results(tmp_path / f"s{index}")
         for key in ("perplexity", "evaluation", "sparsity", "calibration", "footprint"):
-            assert run.record[key] == alone[key], run.folder
+            assert run.results[key] == alone[key], run.folder
         for file in ("model.safetensors", "config.json") if flags["save_model"] else ():
             mine, other = run.folder / "model" / file, tmp_path / "alone" / file
             assert mine.read_bytes() == other.read_bytes(), run.folder
 
 
 def test_a_run_leaves_the_dense_model_untouched(model):
-    dense = lib.model.load_model(
+    dense = pretrained.load_model(
         str(model),
-        lib.model.load_config(str(model), "cache", False),
+        pretrained.load_config(str(model), "cache", False),
         dtype=torch.float32,
         device_map={"": "cpu"},
     )
@@ -282,21 +275,63 @@ def test_finished_runs_are_kept_and_changed_ones_done_again(model, texts, runs, 
     assert runs == [wanda] and "its model was not kept" in lost.out
 
 
+def test_what_stands_behind_a_flag_counts_not_its_name(texts, runs, tmp_path):
+    """One word of a text, one shard of the weights: no number of before is shown as today's."""
+    uk = tiny.write_texts(tmp_path / "texts" / "uk")
+    llama = tiny.write_model(tmp_path / "llama", tiny.tiny_llama(seed=1))
+    argv = ["--models", llama, *WANDA, "--calibration", uk, *PASSED]
+    wanda = "wanda-50-uk-seed0"
+    assert sweep(*argv).status == 0
+
+    def again(told: str, *done: str) -> None:
+        runs.clear()
+        said = sweep(*argv)
+        assert said.status == 0 and runs == list(done), said
+        assert told in said.out
+
+    again("2 of them finished before")
+    train = uk / "train.jsonl"
+    train.write_text(train.read_text("utf-8").replace("сонце", "місяць", 40), "utf-8")
+    again("windows of --calibration_data was", wanda)
+    test = uk / "test.jsonl"
+    test.write_text(test.read_text("utf-8").replace("ріка", "гора", 1), "utf-8")
+    again("windows of --eval_data uk was", "dense", wanda)
+    other = tiny.write_model(tmp_path / "other", tiny.tiny_llama(seed=2))
+    shutil.copy(other / "model.safetensors", llama)  # of the same size
+    again("times of the weight files was", "dense", wanda)
+    argv += ["--batch_size", 3, "--cache_dir", "other"]  # speed and places change nothing
+    again("2 of them finished before")
+
+
+def test_results_of_other_code_or_packages_are_made_again(model, texts, runs, monkeypatch):
+    argv = ["--models", model, *WANDA, "--calibration", texts[0], *PASSED]
+    assert sweep(*argv).status == 0
+    runs.clear()
+    monkeypatch.setattr(fingerprint, "code_digest", lambda: "of tomorrow")
+    done = sweep(*argv)
+    assert len(runs) == 2 and "code of lib/ was" in done.out
+    runs.clear()
+    known = fingerprint.versions()
+    monkeypatch.setattr(fingerprint, "versions", lambda: known | {"torch": "99.0"})
+    done = sweep(*argv)
+    assert len(runs) == 2 and "version of torch was" in done.out
+
+
 @pytest.mark.parametrize("step", ["prune", "evaluate", "save"])
 def test_goes_on_after_an_interruption(model, texts, runs, monkeypatch, step):
     argv = ["--models", model, "--methods", "wanda", "--types", "unstructured", "2:4"]
     argv += ["--calibration", texts[0], "--save_models", *PASSED]
-    original = getattr(Job, step)
+    original = getattr(main, step)
 
-    def stopped(job):
+    def stopped(job, *more):
         if job.args.sparsity_type == "2:4":
             raise KeyboardInterrupt
-        original(job)
+        return original(job, *more)
 
-    monkeypatch.setattr(Job, step, stopped)
+    monkeypatch.setattr(main, step, stopped)
     done = sweep(*argv)
     assert (done.status, done.complaints) == (130, ["interrupted"])
-    monkeypatch.setattr(Job, step, original)
+    monkeypatch.setattr(main, step, original)
     runs.clear()
     done = sweep(*argv)
     assert done.status == 0 and runs == ["wanda-2of4-uk-seed0"]
@@ -329,14 +364,14 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(model, texts, runs, tm
 def test_a_defect_in_one_run_shows_its_traceback_and_does_not_stop_the_rest(
     model, texts, monkeypatch
 ):
-    original = Job.prune
+    original = main.prune
 
-    def prune(job):
+    def prune(job, subject):
         if job.args.seed == 0:
             raise RuntimeError("a defect")
-        original(job)
+        return original(job, subject)
 
-    monkeypatch.setattr(Job, "prune", prune)
+    monkeypatch.setattr(main, "prune", prune)
     argv = ["--models", model, *WANDA, "--calibration", texts[0], "--seeds", 0, 1]
     done = sweep(*argv, *PASSED)
     assert done.status == 1 and "Traceback" in done.err
@@ -353,7 +388,7 @@ def test_seeds_are_averaged_in_the_report_and_time_left_is_told(model, texts):
     assert done.out.count("left") == 3  # not after the last one
     assert "±" in Path("runs/report.md").read_text(encoding="utf-8")
     for run in load_runs(["runs"]):
-        assert "kept beside it" in run.record["peak_memory"]["of"]
+        assert "kept beside it" in run.results["peak_memory"]["of"]
         assert "perplexity uk" in (run.folder / "output.txt").read_text(encoding="utf-8")
 
 

@@ -1,0 +1,93 @@
+"""What decides a result, in one place: two runs with the same fingerprint give the same bytes.
+
+An interrupted run goes on only under the same fingerprint (lib/pruning/journal.py), the processes
+of one job must have the same, and a sweep does a run again where it differs from the one that is
+kept. What a flag counts for stands beside it, in lib/run/flags.py: values of flags that change the
+result, and what stands behind those that name an input; never where something is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.model.access import weight_files
+from lib.model.placement import dtype_name
+from lib.model.pretrained import pick_dtype, saved_dtype
+from lib.model.quantised import stored_bits
+from lib.run.flags import RESULT, roles
+from lib.run.record import versions
+
+if TYPE_CHECKING:
+    from lib.run.job import Job
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
+LIBRARY = Path(__file__).parents[1]
+CODE = ("dist", "methods", "data", "model", "packed", "pruning", "prune.py", "eval.py", "sparse.py")
+TIMES = "times of the weight files"  # differ between machines that hold the same files
+
+
+def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
+    """What decides the weights (`pruning`) and what more decides the figures (`measuring`).
+
+    Each is {what it is called in a message: its value}, plain enough for JSON.
+    """
+    args = job.args
+    pruning, measuring = {}, {}
+    for name, (role, group) in roles().items():
+        if role == RESULT and (job.calibrated or group != "calibration"):
+            section = measuring if group == "evaluation" else pruning
+            section[f"--{name}"] = getattr(args, name)
+    working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
+    saved = dtype_name(saved_dtype(args.dtype, job.config))
+    pruning["--dtype"] = f"{working}, saved as {saved}"
+    pruning["--seqlen"] = job.seqlen
+    files = weight_files(args.model)
+    pruning["config of --model"] = _digest(_config(job.config))
+    pruning["weights of --model"] = getattr(job.config, "_commit_hash", None) or _digest(
+        {name: size for name, (size, _) in files.items()}
+    )
+    pruning[TIMES] = _digest({name: time for name, (_, time) in files.items()})
+    texts = job.texts
+    pruning["windows of --calibration_data"] = texts.calibration and texts.calibration["digest"]
+    measuring |= {f"windows of --eval_data {one.name}": one.facts["digest"] for one in texts.tests}
+    quantised = args.load_bit or stored_bits(job.config)
+    packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
+    pruning |= {f"version of {name}": versions()[name] for name in packages}
+    pruning["code of lib/"] = code_digest()
+    plain = {"pruning": pruning, "measuring": measuring}
+    return json.loads(json.dumps(plain, default=str))
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first thing in which two sections differ, with both values; None where in nothing."""
+    for name in {**now, **before}:
+        if before.get(name) != now.get(name):
+            return name, before.get(name), now.get(name)
+    return None
+
+
+@cache
+def code_digest() -> str:
+    """Of the source files that take part in a result."""
+    whole = hashlib.sha256()
+    for part in CODE:
+        place = LIBRARY / part
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            whole.update(f"{file.relative_to(LIBRARY).as_posix()}\n".encode())
+            whole.update(file.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """The model's config without where it was found and by what it was written."""
+    known = config.to_dict()
+    return {k: v for k, v in known.items() if k not in ("_name_or_path", "transformers_version")}
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,91 @@
+"""A run as a plain object: what is known of it before any weight is read, then the model."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lib.methods.registry import Recipe
+from lib.methods.sparsity import Sparsity
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from lib.data.sources import Source
+    from lib.data.windows import TestSet
+    from lib.dist.team import Team
+    from lib.model.blocks import BlockRunner
+    from lib.pruning.journal import Journal
+
+
+class Anew:
+    """Reads whatever a run needs. A sweep hands in one that keeps it for the next run."""
+
+    def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
+        """Windows that depend on `key` alone."""
+        return read()
+
+    def model(self, key: tuple, device: torch.device, read: Callable[[], nn.Module]) -> nn.Module:
+        """The dense model, which depends on `key` alone, on `device`; it may be changed."""
+        return read()
+
+
+@dataclass
+class Texts:
+    """All windows of a run; `bos`: the token that was put before each, if any."""
+
+    bos: int | None
+    windows: Tensor | None  # (windows, tokens) to calibrate on; None where no text is observed
+    calibration: dict[str, Any] | None  # where they were found
+    tests: list[TestSet]
+
+
+@dataclass
+class Job:
+    """What is known of a run before any weight is read."""
+
+    args: argparse.Namespace
+    keep: Anew
+    sources: list[Source]  # to calibrate on
+    tests: list[Source]
+    device: torch.device
+    team: Team
+    config: Any
+    tokenizer: Any
+    seqlen: int
+    batch_size: int
+    skeleton: nn.Module  # the model without weights
+    blocks_name: str
+    recipe: Recipe | None
+    sparsity: Sparsity
+    texts: Texts | None = None
+    fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
+    journal: Journal | None = None  # of the process that leads, under --resume
+    seconds: dict[str, float] = field(default_factory=dict)  # by step
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at text."""
+        return bool(self.recipe and self.recipe.observes)
+
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 3)
+
+
+@dataclass
+class Subject:
+    """The model that is worked on."""
+
+    model: nn.Module
+    blocks: nn.ModuleList
+    runner: BlockRunner
+    keep_on: torch.device  # where hidden states stand between two blocks
+    footprint: int  # bytes of the dense model

@@ -1,0 +1,121 @@
+"""What decides a result: every flag has a role, and the fingerprint follows it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from support import QUICK
+
+from lib.run import fingerprint
+from lib.run.fingerprint import TIMES, difference
+from lib.run.flags import INPUT, PLACE, RESULT, SPEED, build_parser, roles, settings
+from lib.run.setup import check
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+BASE = ["--prune_method", "wanda", *QUICK]
+# another value for every flag that changes the result, beside flags that it needs
+OTHER = {
+    "dtype": ["bfloat16"],
+    "load_bit": ["8"],
+    "seqlen": ["16"],
+    "bos": ["always"],
+    "trust_remote_code": [],
+    "seed": ["1"],
+    "nsamples": ["7"],
+    "prune_method": ["sparsegpt"],
+    "sparsity_ratio": ["0.6"],
+    "sparsity_type": ["2:4"],
+    "allocation": ["owl"],
+    "use_variant": [],
+    "blend": ["0.5"],
+    "replace_sparse_layers": [],
+    "eval_only": [],
+    "tasks": ["arc"],
+}
+SAME = {
+    "cache_dir": ["other"],
+    "batch_size": ["3"],
+    "timeout": ["5"],
+    "offload": ["away"],
+    "save": ["there"],
+    "save_model": ["model-out"],
+    "resume": ["kept"],
+    "debug": [],
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> list[str]:
+    model, texts = tiny.write_model(tmp_path / "model"), tiny.write_texts(tmp_path / "uk")
+    return ["--model", str(model), *BASE, "--calibration_data", str(texts)]
+
+
+def made_of(argv: list[str]) -> dict:
+    found = check(build_parser().parse_args(argv)).fingerprint
+    return found["pruning"] | found["measuring"]
+
+
+def test_every_flag_has_a_role_and_these_tests_know_it() -> None:
+    known = roles()
+    assert {role for role, _ in known.values()} == {RESULT, INPUT, SPEED, PLACE}
+    assert {name for name, (role, _) in known.items() if role == RESULT} == OTHER.keys()
+    others = {name for name, (role, _) in known.items() if role in (SPEED, PLACE)}
+    assert others - {"device"} == SAME.keys()
+
+
+def test_flags_that_change_the_result_and_only_these_change_the_fingerprint(
+    base: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib.eval.check_tasks", lambda names: None)
+    before = made_of(base)
+    assert made_of(base) == before
+    for name, value in OTHER.items():
+        now = made_of([*base, f"--{name}", *value])
+        assert difference(before, now)[0] == f"--{name}", name
+    for name, value in SAME.items():
+        assert made_of([*base, f"--{name}", *value]) == before, name
+
+
+def test_a_method_that_reads_no_text_depends_on_none(base: list[str]) -> None:
+    base[base.index("wanda")] = "magnitude"
+    assert made_of([*base, "--seed", "1", "--nsamples", "3"]) == made_of(base)
+
+
+def test_inputs_count_by_what_they_hold(base: list[str], tmp_path: Path) -> None:
+    before = made_of(base)
+    shutil.copytree(tmp_path / "model", tmp_path / "moved")  # with the times of its files
+    shutil.copytree(tmp_path / "uk", tmp_path / "there" / "uk")
+    moved = [*base, "--model", str(tmp_path / "moved")]
+    assert made_of([*moved, "--calibration_data", str(tmp_path / "there" / "uk")]) == before
+    os.utime(tmp_path / "moved" / "model.safetensors")
+    assert difference(before, made_of(moved))[0] == TIMES
+    tiny.write_model(tmp_path / "moved", tiny.tiny_llama(rms_norm_eps=1e-5))
+    assert difference(before, made_of(moved))[0] == "config of --model"
+    rows = (tmp_path / "uk" / "test.jsonl").read_text("utf-8")
+    (tmp_path / "uk" / "test.jsonl").write_text(rows.replace("ліс", "гай", 1), "utf-8")
+    assert difference(before, made_of(base))[0] == "windows of --eval_data uk"
+
+
+def test_the_code_counts_where_it_takes_part(tmp_path: Path, monkeypatch) -> None:
+    library = tmp_path / "lib"
+    shutil.copytree(fingerprint.LIBRARY, library)
+    monkeypatch.setattr(fingerprint, "LIBRARY", library)
+    digest = fingerprint.code_digest.__wrapped__
+    before = digest()
+    (library / "report" / "report.py").write_text("")
+    assert digest() == before
+    (library / "methods" / "wanda.py").write_text("")
+    assert digest() != before
+
+
+def test_settings_are_what_no_other_field_tells() -> None:
+    parse = build_parser().parse_args
+    pruned = settings(parse(["--model", "m", *BASE, "--nsamples", "5"]))
+    assert pruned["nsamples"] == 5 and pruned["seqlen"] == 32
+    assert not pruned.keys() & {"seed", "model", "save", "device", "batch_size", "prune_method"}
+    dense = settings(parse(["--model", "m", "--eval_only"]))
+    assert "nsamples" not in dense and dense["dtype"] == "auto"
