@@ -1,4 +1,4 @@
-"""What many tests need: main.py as a user calls it, models with a runner, windows, folders read.
+"""What many tests need: main.py as a user calls it, models pruned, windows, folders read.
 
 `call` runs main.py in this process (fast), `spawn` in one of its own (real).
 """
@@ -18,15 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import main
+from lib.methods.registry import Recipe
+from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
+from lib.model.linears import find_linears
+from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import decoder_blocks
+from lib.prune import Pruned, Pruner
 from lib.util import command
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+HALF = Sparsity(0.5)
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8"]
 
 
@@ -92,6 +99,31 @@ def windows(count: int, tokens: int = 24, seed: int = 0) -> Tensor:
 def runner_of(model: nn.Module) -> BlockRunner:
     """The model's decoder blocks, run on the CPU."""
     return BlockRunner(model, decoder_blocks(model)[1], CPU)
+
+
+def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
+    """What can be pruned in one block; names begin with the block's number."""
+    return find_linears(runner.blocks[index], str(index))[0]
+
+
+def prune_(
+    model: nn.Module | BlockRunner,
+    method: str = "wanda",
+    sparsity: Sparsity = HALF,
+    ids: Tensor | None = None,
+    batch_size: int = 3,
+    keep_on: torch.device = CPU,
+) -> Pruned:
+    """Prune a model, or the one of a runner, in place; by default on five windows."""
+    runner = model if isinstance(model, BlockRunner) else runner_of(model)
+    pruner = Pruner(runner, decoder_blocks(runner.model)[0], Recipe(method), sparsity)
+    return pruner.run(windows(5) if ids is None else ids, batch_size, keep_on)
+
+
+def weights(folder: Path | str) -> dict[str, Tensor]:
+    """All tensors that a saved model's files hold."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def results(folder: Path | str = "out") -> dict[str, Any]:

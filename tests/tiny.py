@@ -7,6 +7,7 @@ positions or a lost bias shows in the logits.
 
     tiny.ARCHITECTURES["Gemma 2"]()  x
     tiny.HYBRIDS["Mamba"]()              # mixers other than attention, and rarer layouts
+    tiny.REFUSED["Gemma 3n"]()           # what can't be pruned; `tiny.ALL` is what can
 """
 
 from __future__ import annotations
@@ -93,7 +94,6 @@ HYBRID_SPECS: dict[str, tuple[str, dict]] = {
     "JetMoE": ("jetmoe", EXPERTS | dict(kv_channels=8)),
     "PhiMoE": ("phimoe", EXPERTS),
     "DeepSeek-V3": ("deepseek_v3", LATENT | GROUPED),
-    "Gemma 3n": ("gemma3n_text", PER_LAYER | dict(sliding_window=WINDOW)),
     "Mamba": ("mamba", dict(state_size=8, time_step_rank=8)),
     "Mamba 2": ("mamba2", dict(num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=8)),
     "RWKV": ("rwkv", dict(attention_hidden_size=32)),
@@ -145,6 +145,14 @@ def _makers(specs: dict[str, tuple[str, dict]]) -> dict[str, Callable[[], PreTra
 
 ARCHITECTURES = _makers(SPECS)
 HYBRIDS = _makers(HYBRID_SPECS) | {"Gemma 3 multimodal": gemma3_multimodal}
+ALL = ARCHITECTURES | HYBRIDS
+# hidden states that are not (windows, tokens, hidden), or are changed between the blocks
+REFUSED = {
+    "Gemma 3n": partial(build, "gemma3n_text", **PER_LAYER, sliding_window=WINDOW),
+    "RWKV, rescaled every 2 blocks": partial(
+        build, "rwkv", attention_hidden_size=32, num_hidden_layers=4, rescale_every=2
+    ),
+}
 
 
 def sentences(count: int, seed: int = 0, words: int = 40) -> list[str]:

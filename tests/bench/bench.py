@@ -1,11 +1,11 @@
 """Benchmark: this project and llm-compressor prune one model on the same windows, turn by turn.
 
-    python tests/bench.py --model MODEL --calibration_data DIR      (or: bash launch.sh bench)
+    bash launch.sh bench --model MODEL --calibration_data DIR
 
 Prints medians over rounds of the seconds of pruning alone, their ratio, the peak resident memory
-and the perplexity of both, and the measured limit (tests/bench_limit.py). llm-compressor is
-installed into an environment of its own on first use. `--profile` shows where the seconds go,
-`--scaling` how they grow (tests/bench_growth.py).
+and the perplexity of both, and the measured limit (bench_limit.py). llm-compressor is installed
+into an environment of its own on first use. `--profile` shows where the seconds go, `--scaling`
+how they grow (bench_growth.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from lib.util.command import add_debug_flag, run
 from lib.util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 PEER = "llmcompressor==0.14.0.1"
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> None:
         if Path(getattr(args, name)).exists():
             setattr(args, name, str(Path(getattr(args, name)).absolute()))
     if args.profile or args.scaling:
-        from tests import bench_growth
+        import bench_growth
 
         if args.profile:
             bench_growth.profile(args, folder)
@@ -128,13 +129,13 @@ class Bench:
     def run_peer(self, method: str, kind: str, *save: Path) -> dict:
         report = self.folder / "peer.json"
         given = [self.args.model, self.windows, method, kind, "0.5", report, *save]
-        call([self.peer, ROOT / "tests" / "bench_peer.py", *given])
+        call([self.peer, HERE / "bench_peer.py", *given])
         return json.loads(report.read_text("utf-8"))
 
     def print_limit(self) -> None:
         report = self.folder / "limit.json"
         flags = self.flags("sparsegpt", "unstructured")
-        call([sys.executable, "-m", "tests.bench_limit", report, *flags])
+        call([sys.executable, HERE / "bench_limit.py", report, *flags])
         limit = json.loads(report.read_text("utf-8"))
         print(
             f"limit: two forward passes {limit['forward']:.1f} s, and for sparsegpt "
@@ -166,13 +167,12 @@ def dump_windows(flags: list[str], folder: Path) -> Path:
     """The calibration windows that main.py draws, in a file."""
     from safetensors.torch import save_file
 
-    from lib.run.flags import build_parser as main_parser
-    from main import Job
+    from lib.run import flags as main_flags
+    from lib.run.setup import check
 
-    job = Job(main_parser().parse_args(flags))
-    job.check()
+    job = check(main_flags.build_parser().parse_args(flags))
     path = folder / "windows.safetensors"
-    save_file({"windows": job.windows.contiguous()}, path)
+    save_file({"windows": job.texts.windows.contiguous()}, path)
     return path
 
 

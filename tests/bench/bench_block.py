@@ -1,7 +1,8 @@
 """Seconds that pruning takes for each block of a LLaMA of any shape, with random weights.
 
-    python tests/bench_block.py                                    # 7B on a GPU, bfloat16
-    python tests/bench_block.py --device cpu --dtype float32 --hidden 256 --inner 688 --seqlen 256
+    python tests/bench/bench_block.py                              # 7B on a GPU, bfloat16
+    python tests/bench/bench_block.py --device cpu --dtype float32 --hidden 256 --inner 688 \
+        --seqlen 256
 
 Needs neither a model nor a text: time depends on neither. Of a few blocks that are pruned, the
 first, which warms up, and the last, whose outputs nobody needs, don't count; `--blocks` of a whole
@@ -17,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -55,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.init()  # before its statistics are reset
     print("| method | type | column loop | s per block | s for all | peak device memory |")
     print("|---|---|---|---|---|---|")
     for method in args.methods:

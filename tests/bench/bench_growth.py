@@ -1,4 +1,4 @@
-"""Where a run's seconds go, and how they grow: `--profile` and `--scaling` of tests/bench.py."""
+"""Where a run's seconds go, and how they grow: `--profile` and `--scaling` of bench.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import gc
 import io
 import time
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 from lib.report.plots import style as plot_style
@@ -49,22 +49,21 @@ class Range:
 def pruned_in(args: argparse.Namespace, method: str, kind: str, **changed) -> float:
     """Seconds of pruning in this process, with flags of main.py changed."""
     from lib.run.flags import build_parser
-    from main import Job
+    from lib.run.setup import check, load
+    from main import prune
 
     flags = {"nsamples": args.nsamples, "seqlen": args.seqlen, "model": args.model} | changed
     argv = [f"--{name}={value}" for name, value in flags.items()]
     argv += ["--device", args.device, "--dtype", args.dtype, "--prune_method", method]
     argv += ["--sparsity_type", kind, "--calibration_data", args.calibration_data]
-    job = Job(build_parser().parse_args(argv))
-    job.check()
-    job.load()
-    Range.seconds.clear()
-    with redirect_stdout(io.StringIO()):
-        job.prune()
-    seconds = job.seconds["prune"]
-    del job
+    job = check(build_parser().parse_args(argv))
+    with ExitStack() as at_end, redirect_stdout(io.StringIO()):
+        subject = load(job, at_end)
+        Range.seconds.clear()
+        prune(job, subject)
+    del subject
     gc.collect()
-    return seconds
+    return job.seconds["prune"]
 
 
 def profile(args: argparse.Namespace, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """What no pruning of this kind can be faster than: two bare forward passes, and the X^T X products.
 
-Measured in a process of its own: `python -m tests.bench_limit REPORT.json FLAGS-OF-main.py`.
+Measured in a process of its own: `python tests/bench/bench_limit.py REPORT.json FLAGS-OF-main.py`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 from torch import Tensor, nn
 
-from lib.model.pretrained import decoder_blocks
 from lib.run.flags import build_parser
-from main import Job
+from lib.run.setup import check, load
 
 
 def best_of(times: int, work: Callable[[], object]) -> float:
@@ -58,16 +60,15 @@ def distinct_inputs(model: nn.Module, blocks: nn.ModuleList, windows: Tensor) ->
 @torch.no_grad()
 def measure(argv: list[str]) -> dict[str, float]:
     """Seconds: of two passes over the calibration windows, and of X^T X of all inputs."""
-    job = Job(build_parser().parse_args(argv))
-    job.check()
-    job.load()
-    blocks = decoder_blocks(job.model)[1]
-    batches = job.windows.split(job.batch_size)
-    body = job.model.base_model
-    forward = best_of(2, lambda: [body(batch, use_cache=False) for batch in batches])
-    widths = distinct_inputs(job.model, blocks, job.windows)
+    job = check(build_parser().parse_args(argv))
+    with ExitStack() as at_end:
+        subject = load(job, at_end)
+    windows, model = job.texts.windows, subject.model
+    batches = windows.split(job.batch_size)
+    forward = best_of(2, lambda: [model.base_model(ids, use_cache=False) for ids in batches])
+    widths = distinct_inputs(model, subject.blocks, windows)
     rates = {width: product_rate(width) for width in set(widths)}
-    gram = sum(2 * job.windows.numel() * width**2 / rates[width] for width in widths)
+    gram = sum(2 * windows.numel() * width**2 / rates[width] for width in widths)
     rate = rates[max(rates)] / 1e9
     return {"forward": 2 * forward, "gram": gram, "gflops": rate}
 

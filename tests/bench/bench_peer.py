@@ -1,4 +1,4 @@
-"""The other side of tests/bench.py: llm-compressor prunes the same windows, in its environment.
+"""The other side of bench.py: llm-compressor prunes the same windows, in its environment.
 
     python bench_peer.py MODEL WINDOWS.safetensors METHOD TYPE RATIO REPORT.json [SAVE_FOLDER]
 

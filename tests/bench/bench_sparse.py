@@ -1,7 +1,7 @@
 """Speed of the packed form, as Markdown tables: not a test, run it by hand on a quiet machine.
 
-    python tests/bench_sparse.py                         # a random 2:4 LLaMA
-    python tests/bench_sparse.py --model FOLDER          # a model; its linears are made 2:4
+    python tests/bench/bench_sparse.py                   # a random 2:4 LLaMA
+    python tests/bench/bench_sparse.py --model FOLDER    # a model; its linears are made 2:4
 
 Dense and packed take turns in the same run, figures are medians. `packed, compiled` is the kernel
 that torch.compile generates for a few tokens on CPU.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 from torch import nn

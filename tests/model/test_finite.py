@@ -3,27 +3,19 @@
 import pytest
 import tiny
 import torch
+from support import runner_of, windows
 
-from lib.model.blocks import BlockRunner
 from lib.model.finite import all_finite, check_finite, first_overflow
-from lib.model.pretrained import decoder_blocks
 from lib.util.errors import UserError
-
-CPU = torch.device("cpu")
-WINDOWS = torch.arange(3, 51).view(2, 24)
-
-
-def swept(model) -> BlockRunner:
-    return BlockRunner(model, decoder_blocks(model)[1], CPU)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_weights(value: float) -> None:
     model = tiny.tiny_llama()
-    check_finite(swept(model))
+    check_finite(runner_of(model))
     model.model.layers[1].self_attn.o_proj.weight.data[5, 3] = value
     with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.o_proj holds nan or inf"):
-        check_finite(swept(model))
+        check_finite(runner_of(model))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +30,7 @@ def test_activations(block: int, linear: str, named: str) -> None:
     model = tiny.tiny_llama()
     weight = model.model.layers[block].get_submodule(linear).weight
     weight.data = weight.data.sign() * 3e38  # finite, but no sum of its products is
-    assert first_overflow(swept(model), WINDOWS) == named
+    assert first_overflow(runner_of(model), windows(2)) == named
     for module in model.modules():
         assert not module._forward_pre_hooks
 

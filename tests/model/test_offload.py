@@ -5,26 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from accelerate import dispatch_model
-from safetensors.torch import load_file
-from support import QUICK, Done, call
+from late import Gpu
+from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lib.dist.team import Team
 from lib.eval import perplexities, perplexity
-from lib.methods.registry import Recipe
-from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.placement import BlockPlacement, check_offload_room, device_map, own_folder
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
 
-CPU = torch.device("cpu")
 Disk = namedtuple("Disk", "total used free")
 MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -50,15 +48,8 @@ def prune(model: str | Path, folder: Path, *more: object, method: str = "wanda")
     return call("--model", model, *flags, *more)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
-
-
 def perplexity_of(folder: Path) -> float:
-    return json.loads((folder / "run" / "results.json").read_text())["perplexity"]["uk"]
+    return results(folder / "run")["perplexity"]["uk"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -103,25 +94,23 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(10**6, 10**6 - 1000, 1000))
-    monkeypatch.setattr("lib.model.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lib.model.pretrained.load_model", lambda *_, **__: pytest.fail("loaded"))
     done = prune("tied", tmp_path, "--offload", tmp_path / "away")
     (line,) = done.complaints
     assert line.startswith(f"error: --offload {tmp_path / 'away'}: needs about ")
     assert not (tmp_path / "away").exists()
 
 
-def test_experts_that_are_fused_need_more_room(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_that_are_fused_need_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr("lib.offload.check_room", lambda _, __, needed: asked.append(needed))
+    monkeypatch.setattr(
+        "lib.model.placement.check_room", lambda _, __, needed: asked.append(needed)
+    )
     for name in ("tied", "mixtral"):
         model = AutoModelForCausalLM.from_pretrained(name)
-        blocks = sum(p.numel() for p in decoder_blocks(model)[1].parameters())
-        check_offload_room(
-            "away", name, model, decoder_blocks(model)[0], torch.float32, torch.bfloat16
-        )
-        asked.append(blocks * 2)
+        path, blocks = decoder_blocks(model)
+        check_offload_room("away", name, model, path, torch.float32, torch.bfloat16)
+        asked.append(2 * sum(weight.numel() for weight in blocks.parameters()))
     tied, plain, mixtral, blocks = asked
     assert tied == plain
     assert blocks < mixtral <= 3 * blocks
@@ -131,7 +120,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(_, file: str) -> None:
         raise OSError(28, "No space left on device", file)
 
-    monkeypatch.setattr("lib.placement.save_file", full)
+    monkeypatch.setattr("lib.model.placement.save_file", full)
     done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
     (line,) = done.complaints
     assert "error: --offload" in line and "block 0 can't be written" in line
@@ -168,32 +157,29 @@ def test_quantising_is_not_offloaded(tmp_path: Path) -> None:
     assert done.status == 2 and f"--offload {tmp_path / 'away'}" in line and "--load_bit 4" in line
 
 
-def on_host(model: PreTrainedModel) -> tuple[BlockRunner, str]:
+def on_host(model: PreTrainedModel) -> BlockRunner:
     """The model with its blocks in host memory and everything else on `a device`: the CPU again."""
     name, blocks = decoder_blocks(model)
     where = device_map(model, name, CPU, "away")
     where = {part: "cpu" if place == "away" else CPU for part, place in where.items()}
     dispatch_model(model, where, main_device=CPU, force_hooks=True)
     assert all(parameter.is_meta for parameter in blocks.parameters())
-    return BlockRunner(model, blocks, CPU, BlockPlacement(blocks, CPU, torch.float32)), name
+    return BlockRunner(model, blocks, CPU, BlockPlacement(blocks, CPU, torch.float32))
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma 2", "Mixtral"])
 def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
-    windows = torch.randint(3, tiny.VOCAB, (5, 24), generator=torch.Generator().manual_seed(0))
     found = []
-    for fetched in (False, True):
+    for make in (runner_of, on_host):
         model = tiny.ARCHITECTURES[architecture]()
-        name, blocks = decoder_blocks(model)
-        runner = BlockRunner(model, blocks, CPU)
-        if fetched:
-            runner, name = on_host(model)
+        runner = make(model)
         runner.verify()
-        Pruner(runner, name, Recipe("sparsegpt"), Sparsity(0.5)).run(windows, 2)
-        value = perplexity(runner, windows, 2).value
-        folder = tmp_path / str(fetched)
+        prune_(runner, "sparsegpt")
+        value = perplexity(runner, windows(5), 2).value
+        folder = tmp_path / make.__name__
         model.save_pretrained(folder)
-        assert not fetched or all(parameter.is_meta for parameter in blocks.parameters())
+        fetched = all(parameter.is_meta for parameter in runner.blocks.parameters())
+        assert fetched == (make is on_host)
         found.append((value, weights(folder)))
     (value, plain), (again, fetched) = found
     assert again == pytest.approx(value, rel=1e-6)
@@ -201,23 +187,26 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], fetched[name]) for name in plain)
 
 
-@pytest.mark.parametrize("fetched", [False, True])
-def test_several_sets_are_measured_in_one_sweep(
-    fetched: bool, monkeypatch: pytest.MonkeyPatch
+def test_the_next_block_comes_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is waited for: by a stream that copies no sooner than it must."""
+    expected = perplexity(runner_of(tiny.tiny_llama(num_hidden_layers=3)), windows(5), 2)
+    runner = on_host(tiny.tiny_llama(num_hidden_layers=3))
+    Gpu(monkeypatch, eager=True, eager_side=False)
+    runner.placement.side = torch.cuda.Stream()
+    assert perplexity(runner, windows(5), 2) == expected
+    assert runner.placement.side.done == len(runner.placement.side.work) > 0
+
+
+@pytest.mark.parametrize("make", [runner_of, on_host])
+def test_several_sets_are_measured_at_once(
+    make: Callable[[PreTrainedModel], BlockRunner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each as if alone; where blocks are fetched, each of them once."""
-    model = tiny.ARCHITECTURES["Llama"]()
-    name, blocks = decoder_blocks(model)
-    runner = BlockRunner(model, blocks, CPU)
-    if fetched:
-        runner, name = on_host(model)
-    generator = torch.Generator().manual_seed(0)
-    sets = [torch.randint(3, tiny.VOCAB, (n, 24), generator=generator) for n in (5, 2, 3)]
-    alone = [perplexity(runner, windows, 2) for windows in sets]
+    runner = make(tiny.tiny_llama())
+    sets = [windows(count, seed=count) for count in (5, 2, 3)]
+    alone = [perplexity(runner, one, 2) for one in sets]
     at_hand, told, original = [], [], runner.at_hand
-    monkeypatch.setattr(
-        runner, "at_hand", lambda index: at_hand.append(index) or original(index), raising=True
-    )
+    monkeypatch.setattr(runner, "at_hand", lambda index: at_hand.append(index) or original(index))
     assert perplexities(runner, sets, 2, advanced=told.append) == alone
-    assert at_hand == list(range(len(blocks))) * (1 if fetched else 3 + 1 + 2)
+    assert at_hand == [0, 1] * (1 if make is on_host else 3 + 1 + 2)
     assert sum(told) == 10 and min(told) >= 0

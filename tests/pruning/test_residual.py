@@ -5,15 +5,13 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from support import CPU, linears_of, runner_of, windows
 
 from lib.dist.team import Team
 from lib.methods.registry import Recipe
-from lib.model.blocks import BlockRunner
-from lib.model.linears import find_linears
 from lib.pruning.observe import DenseTwin, stages
 from lib.pruning.residual import Writers, adds_to_stream, observe_writer, silenced, stream_at
 
-CPU = torch.device("cpu")
 WRITERS = {
     "Llama": {"self_attn.o_proj", "mlp.down_proj"},
     "Qwen2": {"self_attn.o_proj", "mlp.down_proj"},
@@ -23,16 +21,11 @@ WRITERS = {
 }
 
 
-def swept(name: str, windows: int = 6):
-    """A sweep over a tiny model, its windows recorded, and its first block's linears in lots."""
-    model = tiny.ARCHITECTURES[name]().eval()
-    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    runner = BlockRunner(model, blocks, CPU)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, tiny.VOCAB, (windows, 24), generator=generator)
-    states = runner.capture(ids, 2, "cpu")
-    linears, _ = find_linears(blocks[0], "block")
-    return runner, states, stages(runner, states, 0, linears, Recipe("admm"))
+def in_lots(name: str):
+    """A tiny model's runner, windows before its first block, and that block's linears in lots."""
+    runner = runner_of(tiny.ARCHITECTURES[name]())
+    states = runner.capture(windows(6), 2, CPU)
+    return runner, states, stages(runner, states, 0, linears_of(runner), Recipe("admm"))
 
 
 def merged(states):
@@ -46,23 +39,23 @@ def after(lots, place: int):
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_writers_are_found(name):
-    runner, states, lots = swept(name)
+    runner, states, lots = in_lots(name)
     _, run = next(runner.runs(states, 0))
     found = set()
     with torch.no_grad():
         for place, lot in enumerate(lots):
             for linear in lot:
                 if adds_to_stream(run, linear, after(lots, place)):
-                    found.add(linear.name.removeprefix("block."))
+                    found.add(linear.name.removeprefix("0."))
     assert found == WRITERS[name]
 
 
 @torch.no_grad()
 def test_stream_of_a_llama_block():
-    runner, states, lots = swept("Llama")
+    runner, states, lots = in_lots("Llama")
     _, run = next(runner.runs(states, 0))
     names = [lot[0].name for lot in lots]
-    attention, mlp = names.index("block.self_attn.o_proj"), names.index("block.mlp.down_proj")
+    attention, mlp = names.index("0.self_attn.o_proj"), names.index("0.mlp.down_proj")
     [o_proj], [down_proj] = lots[attention], lots[mlp]
     hidden = states.hidden[:2]
     x, before = stream_at(run, o_proj, after(lots, attention))
@@ -74,7 +67,7 @@ def test_stream_of_a_llama_block():
 
 @torch.no_grad()
 def test_nothing_stays_silent():
-    runner, states, lots = swept("Llama")
+    runner, states, lots = in_lots("Llama")
     linears = [linear for lot in lots for linear in lot]
     _, run = next(runner.runs(states, 0))
     before = run()
@@ -86,9 +79,9 @@ def test_nothing_stays_silent():
 
 @torch.no_grad()
 def test_lag_is_what_the_stream_lacks_of_the_dense_one():
-    runner, states, lots = swept("Llama")
+    runner, states, lots = in_lots("Llama")
     dense = replace(states, hidden=states.hidden.clone())
-    twin = DenseTwin.of(dense, runner.blocks[0], "block")
+    twin = DenseTwin.of(dense, runner.blocks[0], "0")
     states.hidden += torch.randn(states.hidden.shape, generator=torch.Generator().manual_seed(1))
     writers = Writers(runner, Team(CPU, alone=True))
     inputs = {}
@@ -115,7 +108,7 @@ def test_lag_is_what_the_stream_lacks_of_the_dense_one():
 
 @torch.no_grad()
 def test_experts_and_their_router_can_be_silenced():
-    runner, states, lots = swept("Mixtral")
+    runner, states, lots = in_lots("Mixtral")
     _, run = next(runner.runs(states, 0))
     linears = [linear for lot in lots for linear in lot]
     assert any(linear.expert is not None for linear in linears)

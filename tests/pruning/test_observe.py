@@ -1,0 +1,70 @@
+"""Each input of a block is taken into statistics once, in the order of the forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from support import CPU, linears_of, runner_of, windows
+from torch import nn
+
+from lib.methods.registry import Recipe
+from lib.model.matrix import PrunableLinear
+from lib.pruning.observe import observe, stages
+
+
+def last_names(linears: list[PrunableLinear]) -> list[str]:
+    return [linear.name.rpartition(".")[2] for linear in linears]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_statistics_of_one_batch_are_those_of_many(name: str, method: str) -> None:
+    runner, ids = runner_of(tiny.ARCHITECTURES[name]()), windows(5)
+    found = []
+    for size in (1, 2, 5):
+        states = runner.capture(ids, size, CPU)
+        groups = observe(runner, states, 0, linears_of(runner), Recipe(method))
+        found.append([statistic for g in groups for statistic in g.method.statistics()])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_linears_with_a_shared_input_share_its_statistics() -> None:
+    runner = runner_of(tiny.tiny_llama())
+    states = runner.capture(windows(3), 2, CPU)
+    groups = observe(runner, states, 0, linears_of(runner), Recipe("wanda"))
+    names = [last_names(group.linears) for group in groups]
+    attention = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
+    assert names == [*attention, ["gate_proj", "up_proj"], ["down_proj"]]
+    assert [group.method.tokens for group in groups] == [3 * 24] * 4
+
+
+def test_the_last_linear_is_not_computed() -> None:
+    runner = runner_of(tiny.tiny_llama())
+    states = runner.capture(windows(3), 2, CPU)
+    computed = []
+    for name, module in runner.blocks[0].named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *_, name=name: computed.append(name))
+    observe(runner, states, 0, linears_of(runner), Recipe("wanda"))
+    assert computed.count("mlp.up_proj") == 2 and "mlp.down_proj" not in computed
+    computed.clear()
+    attention = [linear for linear in linears_of(runner) if "v_proj" in linear.name]
+    observe(runner, states, 0, attention, Recipe("wanda"))
+    assert computed.count("self_attn.k_proj") == 2 and "self_attn.v_proj" not in computed
+
+
+def test_stages_follow_the_forward_pass() -> None:
+    runner = runner_of(tiny.tiny_llama())
+    states = runner.capture(windows(2), 2, CPU)
+    linears = linears_of(runner)
+    together = stages(runner, states, 0, linears, Recipe("wanda"))
+    assert [len(lot) for lot in together] == [7]
+    lots = stages(runner, states, 0, linears[::-1], Recipe("admm"))
+    attention = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}]
+    assert [set(last_names(lot)) for lot in lots] == [
+        *attention,
+        {"gate_proj", "up_proj"},
+        {"down_proj"},
+    ]
