@@ -17,6 +17,7 @@ from lib.run.flags import build_parser, check_flags
 from lib.run.job import Job, Subject
 from lib.run.setup import check, load, settle_bos
 from lib.util import command
+from lib.util.folders import Target, claimed
 
 
 def main(argv: list[str]) -> None:
@@ -28,19 +29,22 @@ def main(argv: list[str]) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Do what was checked; what stands in results.json, on the process that leads."""
+    args, target = job.args, None
     with ExitStack() as at_end:
+        if args.save_model and job.team.leads:
+            target = at_end.enter_context(claimed(args.save_model, "--save_model"))
         subject = load(job, at_end)
         settle_bos(job, subject)
         found = prune(job, subject) if job.recipe else {}
-        if job.args.replace_sparse_layers:
+        if args.replace_sparse_layers:
             pack(job, subject)
         found |= evaluate(job, subject)
         job.team.close()
         if not job.team.leads:
             return {}
         results = record(job, subject, found)
-        if job.args.save_model:
-            save(job, subject, results)
+        if target:
+            save(job, subject, results, target)
         if job.journal:
             job.journal.remove()
     return results
@@ -147,15 +151,14 @@ def record(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def save(job: Job, subject: Subject, results: dict[str, Any]) -> None:
+def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) -> None:
     """Model, tokenizer and card, staged; then results.json once more with the time it took."""
     from lib.model.pretrained import save_model, saved_dtype
     from lib.report.results import write_results
     from lib.run.card import model_card
-    from lib.util.files import staged_folder
 
     args = job.args
-    with job.timed("save"), staged_folder(args.save_model, "--save_model") as stage:
+    with job.timed("save"), target.staged() as stage:
         if subject.runner.placement:
             subject.runner.placement.settle()
         save_model(subject.model, stage, saved_dtype(args.dtype, job.config))

@@ -26,7 +26,8 @@ from typing import Any, TextIO
 
 from lib.util import command
 from lib.util.errors import UserError
-from lib.util.files import staged_folder, write_text
+from lib.util.files import write_text
+from lib.util.folders import staged_folder
 from lib.util.progress import progress
 
 GENRES = ("court", "fiction", "news", "social", "wiki")

@@ -20,12 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.demo.model import MADE_OF, Training, trained_model
+from lib.demo.model import Training, trained_model
 from lib.demo.text import LANGUAGES, compose, write_texts
 from lib.sweep.sweep import sweep
 from lib.util import command
 from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
+from lib.util.folders import check_replaceable
 
 if TYPE_CHECKING:
     from lib.sweep.plan import Planned
@@ -65,7 +66,7 @@ def check_folder(folder: Path) -> None:
     held = sorted(item.name for item in folder.glob("[!.]*"))
     if held and MODEL not in held:
         raise UserError(f"--folder {folder}: holds {held[0]}, but no demo; name another folder")
-    check_output_folder("--folder", str(folder / MODEL), may_hold=MADE_OF)
+    check_replaceable("--folder", str(folder / MODEL))
 
 
 def prepare(folder: Path, scale: Scale, fresh: bool) -> None:

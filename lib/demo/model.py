@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.util.files import staged_folder
+from lib.util.folders import staged_folder
 from lib.util.progress import progress
 
 if TYPE_CHECKING:

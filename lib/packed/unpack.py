@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib.util.command import add_debug_flag, run
 from lib.util.errors import UserError
-from lib.util.files import staged_folder
+from lib.util.folders import staged_folder
 
 
 def unpack_folder(source: str, target: str) -> None:

@@ -2,7 +2,8 @@
 
 The folder holds job.json (what decides the run's result) and a safetensors file
 for each finished block, written beside and renamed, with a checksum of its tensors. The same
-command takes them up again; hidden states are computed anew through the finished blocks.
+command takes them up again; hidden states are computed anew through the finished blocks. Where the
+recovery that follows pruning stands is kept in a file of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
 
 JOB = "job.json"
+TRAINING = "recovery.safetensors"
 
 
 class Journal:
@@ -31,7 +33,7 @@ class Journal:
     """
 
     def __init__(self, folder: str) -> None:
-        check_output_folder("--resume", folder, may_hold=JOB)
+        check_output_folder("--resume", folder, mark=JOB)
         self.folder = Path(folder)
         known = self.folder / JOB
         self.begun: dict[str, Any] | None = _read_job(known, folder) if known.is_file() else None
@@ -43,38 +45,61 @@ class Journal:
 
     def read(self, index: int) -> dict[str, Tensor] | None:
         """What block `index` was pruned to; None where it is not there, or damaged."""
-        file = self._file(index)
+        kept = self._read(self._file(index), "its block is pruned again")
+        return kept and kept[0]
+
+    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Keep block `index`, whole or not at all."""
+        self._write(self._file(index), tensors, f"block {index}", "the blocks before it are")
+
+    def read_training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Where the recovery stood: tensors and facts; None where it is not there, or damaged."""
+        kept = self._read(self.folder / TRAINING, "the recovery begins again")
+        return kept and (kept[0], json.loads(kept[1]["facts"]))
+
+    def write_training(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Keep where the recovery stands, in place of where it stood before."""
+        what = "the recovery's state", "what was kept before is"
+        self._write(self.folder / TRAINING, tensors, *what, {"facts": json.dumps(facts)})
+
+    def _read(self, file: Path, then: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         if not file.is_file():
             return None
         try:
             with safe_open(file, "pt") as stored:
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-                checksum = (stored.metadata() or {}).get("checksum")
+                known = stored.metadata() or {}
         except (SafetensorError, OSError):
-            checksum, tensors = None, {}
-        if checksum == _checksum(tensors):
-            return tensors
-        print(f"--resume {self.folder}: {file.name} is damaged; its block is pruned again")
+            tensors, known = {}, {}
+        if known.get("checksum") == _checksum(tensors):
+            return tensors, known
+        print(f"--resume {self.folder}: {file.name} is damaged; {then}")
         return None
 
-    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Keep block `index`, whole or not at all."""
-        file = self._file(index)
+    def _write(
+        self,
+        file: Path,
+        tensors: dict[str, Tensor],
+        what: str,
+        rest: str,
+        known: dict[str, str] | None = None,
+    ) -> None:
         stage = file.with_suffix(".partial")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         try:
-            save_file(tensors, stage, {"checksum": _checksum(tensors)})
+            save_file(tensors, stage, {"checksum": _checksum(tensors)} | (known or {}))
             stage.replace(file)
         except (SafetensorError, OSError) as error:
             stage.unlink(missing_ok=True)
             raise UserError(
-                f"--resume {self.folder}: block {index} can't be kept ({error}); "
-                "the blocks before it are; make room and run the same command again"
+                f"--resume {self.folder}: {what} can't be kept ({error}); "
+                f"{rest}; make room and run the same command again"
             ) from error
 
     def remove(self) -> None:
         """After success nothing of it is needed."""
-        for file in (*self.folder.glob("block-*"), self.folder / JOB):
+        held = [*self.folder.glob("block-*"), *self.folder.glob("recovery.*")]
+        for file in (*held, self.folder / JOB):
             file.unlink(missing_ok=True)
         if not any(self.folder.iterdir()):
             self.folder.rmdir()

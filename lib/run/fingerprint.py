@@ -52,8 +52,8 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     )
     pruning[TIMES] = _digest({name: time for name, (_, time) in files.items()})
     texts = job.texts
-    pruning["windows of --calibration_data"] = texts.calibration and texts.calibration["digest"]
-    measuring |= {f"windows of --eval_data {one.name}": one.facts["digest"] for one in texts.tests}
+    pruning["windows of --calibration_data"] = texts.calibration and texts.calibration["digest"][:16]
+    measuring |= {f"windows of --eval_data {one.name}": one.facts["digest"][:16] for one in texts.tests}
     quantised = args.load_bit or stored_bits(job.config)
     packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
     pruning |= {f"version of {name}": versions()[name] for name in packages}

@@ -87,10 +87,11 @@ def method_of(args: argparse.Namespace) -> Recipe | None:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     from lib.util.files import check_output_folder
+    from lib.util.folders import check_replaceable
 
     check_output_folder("--save", args.save)
     if args.save_model:
-        check_output_folder("--save_model", args.save_model, may_hold="config.json")
+        check_replaceable("--save_model", args.save_model)
     if args.tasks:
         from lib.eval import check_tasks
 

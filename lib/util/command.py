@@ -12,7 +12,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from lib.util.errors import UserError
@@ -20,6 +21,7 @@ from lib.util.launch import environment_number, wait_turn
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
+TERMINATED = 128 + signal.SIGTERM  # as launchers and batch systems end what they started
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,9 +32,9 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def add_debug_flag(parser: argparse.ArgumentParser) -> None:
+def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
     """Declare `--debug`, which `run` reads, so that it is parsed and shown by `--help`."""
-    parser.add_argument(
+    return parser.add_argument(
         "--debug", action="store_true", help="show the whole traceback of an error (default: off)"
     )
 
@@ -40,41 +42,58 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> None:
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Call `main(argv)` and return the exit status: 0, 1 (an error) or 130 (Ctrl-C).
 
+    SIGTERM leaves with status 143, after what `main` does in `finally`, and without a word.
     UserError, OSError (a full disk, a folder that can't be read) and a lack of memory become one
     line on stderr. With `--debug` among the arguments they are raised as they are. Any other
     exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if environment_number("WORLD_SIZE", 1) > 1:  # what broke is told in one line
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    try:
-        main(argv)
-        sys.stdout.flush()  # a reader that has gone shows here, not while the interpreter ends
-    except BrokenPipeError:  # `command | head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except (KeyboardInterrupt, Exception) as error:
-        wait_turn()
-        status = None if "--debug" in argv else tell(error)
-        if status is None:
-            raise
-        return status
+    if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what broke is told in one line
+    with _terminable():
+        try:
+            main(argv)
+            sys.stdout.flush()  # a reader that has gone shows here, not while the interpreter ends
+        except BrokenPipeError:  # `command | head`: the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        except (KeyboardInterrupt, Exception) as error:
+            wait_turn()
+            status = None if "--debug" in argv else _tell(error)
+            if status is None:
+                raise
+            return status
     return 0
 
 
-def tell(error: BaseException) -> int | None:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises SystemExit in the main thread."""
+
+    def leave(*_) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break off `finally`
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _tell(error: BaseException) -> int | None:
     """Print one line for what a user can mend, and give the exit status; None for a defect."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
-    told = _told(error)
-    if told is None:
+    line = _line(error)
+    if line is None:
         return None
-    print(f"error: {' '.join(told.split())}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
     return FAILED
 
 
-def _told(error: BaseException) -> str | None:
+def _line(error: BaseException) -> str | None:
     """What a user needs to know of an error; None where it is a defect of the program."""
     if isinstance(error, UserError | OSError):
         return str(error)

@@ -1,4 +1,4 @@
-"""The one exception that a user sees as a single line."""
+"""The one exception that a user sees as a single line, and the warning that is nobody's."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the flag, the value and the way out; `main.py` prints it without a traceback
     (unless `--debug`) and exits with status 1.
     """
+
+
+class RunWarning(UserWarning):
+    """Of the run as a whole, not of the linears that are worked on when it comes up."""

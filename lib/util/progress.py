@@ -15,8 +15,11 @@ LOG_SECONDS = 30  # between two lines where stderr is not a terminal
 @contextmanager
 def progress(
     total: int, what: str, unit: str, shown: bool = True
-) -> Iterator[Callable[[int], None]]:
-    """A call that is told how many more of `total` are done, shown on stderr."""
+) -> Iterator[Callable[..., None]]:
+    """A call that is told how many more of `total` are done, shown on stderr.
+
+    It may also be given a short text to stand at the bar's end.
+    """
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(
         total=total,
@@ -27,7 +30,13 @@ def progress(
         smoothing=0.1,
         disable=not shown,
     ) as bar:
-        yield bar.update
+
+        def advanced(done: int, note: str = "") -> None:
+            if note:
+                bar.set_postfix_str(note, refresh=False)
+            bar.update(done)
+
+        yield advanced
 
 
 def quiet() -> None:

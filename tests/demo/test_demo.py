@@ -137,7 +137,10 @@ def test_interrupted_training_and_runs(monkeypatch):
         ("demo/thesis.txt", "--folder demo: holds thesis.txt, but no demo"),
         ("demo/uk/train.jsonl", "--folder demo: holds uk, but no demo"),
         ("demo/model", "--folder demo/model: is a file"),
-        ("demo/model/config.json", "--folder demo/model: holds config.json, but no training.json"),
+        (
+            "demo/model/config.json",
+            "--folder demo/model: holds config.json, which no earlier run wrote",
+        ),
     ],
 )
 def test_what_is_not_a_demo_is_left_alone(file, complaint):

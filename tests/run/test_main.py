@@ -17,11 +17,12 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support import QUICK, Done, call, results, spawn, start
+from support import QUICK, Done, call, content, results, spawn, start
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.methods.registry import METHODS
+from lib.util.folders import staged_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -314,19 +315,13 @@ def test_help_tells_groups_units_and_defaults() -> None:
 # --- stopped runs
 
 
-OLD = {"config.json": b"{}", "model.safetensors": b"old", "notes.txt": b"mine"}
-
-
-def old_folder(path: Path) -> Path:
-    """What an earlier run saved, as far as a later one can tell."""
-    path.mkdir()
-    for name, data in OLD.items():
-        (path / name).write_bytes(data)
-    return path
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """What an earlier run saved."""
+    with staged_folder(tmp_path / "new") as stage:
+        for name in ("config.json", "model.safetensors", "README.md"):
+            (stage / name).write_text("old")
+    return tmp_path / "new"
 
 
 def nothing_half_written(folder: Path) -> None:
@@ -344,14 +339,16 @@ def no_file_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_leaves_the_old_folder(model: Path, uk: Path, tmp_path: Path) -> None:
-    target = old_folder(tmp_path / "new")
+def test_a_full_disk_leaves_the_old_folder(
+    model: Path, uk: Path, tmp_path: Path, target: Path
+) -> None:
+    old = content(target)
     given = ["--prune_method", "wanda", "--calibration_data", uk, "--save_model", target, *QUICK]
     with no_file_larger_than(100_000):  # the weights have 158,000
         done = call("--model", model, *given)
     assert done.status == 1 and len(done.complaints) == 1, done.err
     assert str(target) in done.complaints[0] and "can't be saved" in done.complaints[0]
-    assert content(target) == OLD
+    assert content(target) == old
     nothing_half_written(tmp_path)
     assert results()["perplexity"]  # measured before saving, and kept
 
@@ -369,17 +366,17 @@ def test_results_that_can_not_be_written(model: Path, uk: Path) -> None:
 
 
 def test_an_interrupt_while_saving(
-    model: Path, uk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, uk: Path, tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def save_pretrained(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
-    target = old_folder(tmp_path / "new")
+    old = content(target)
     given = ["--prune_method", "wanda", "--calibration_data", uk, "--save_model", target, *QUICK]
     done = call("--model", model, *given)
     assert (done.status, done.complaints) == (130, ["interrupted"])
-    assert content(target) == OLD
+    assert content(target) == old
     nothing_half_written(tmp_path)
 
 
@@ -411,25 +408,54 @@ def stopped(sent: signal.Signals, code: str, argv: list, folder: Path) -> Done:
     return Done(process.returncode, out, err)
 
 
-def test_ctrl_c_while_pruning(model: Path, uk: Path, tmp_path: Path) -> None:
-    target = old_folder(tmp_path / "new")
+def test_ctrl_c_while_pruning(model: Path, uk: Path, target: Path, tmp_path: Path) -> None:
+    old = content(target)
     given = ["--prune_method", "wanda", "--calibration_data", uk, "--save_model", target, *QUICK]
     code = SLOW.format(module="lib.methods.wanda", cls="Wanda", method="prune_")
     done = stopped(signal.SIGINT, code, ["--model", model, *given], tmp_path)
     assert (done.status, done.complaints) == (130, ["interrupted"])
-    assert content(target) == OLD
+    assert content(target) == old
     nothing_half_written(tmp_path)
 
 
-def test_killed_while_saving(model: Path, uk: Path, tmp_path: Path) -> None:
-    target = old_folder(tmp_path / "new")
+def test_killed_while_saving(model: Path, uk: Path, target: Path, tmp_path: Path) -> None:
+    old = content(target)
     given = ["--prune_method", "wanda", "--calibration_data", uk, "--save_model", target, *QUICK]
     tokenizer = dict(module="transformers", cls="PreTrainedTokenizerBase")
     code = SLOW.format(**tokenizer, method="save_pretrained")
     done = stopped(signal.SIGKILL, code, ["--model", model, *given], tmp_path)
     assert done.status == -signal.SIGKILL
-    assert content(target) == OLD
+    assert content(target) == old
     assert [path for path in tmp_path.iterdir() if ".partial-" in path.name]  # the stage is left
     succeeded(call("--model", model, *given))  # and goes when the next run saves
     nothing_half_written(tmp_path)
-    assert zeros(target) and "notes.txt" not in content(target)
+    assert zeros(target)
+
+
+def test_a_users_files_stay(model: Path, uk: Path, target: Path) -> None:
+    """A note beside the model, a card edited by hand: refused before anything slow."""
+    given = ["--prune_method", "wanda", "--calibration_data", uk, "--save_model", target, *QUICK]
+    (target / "README.md").write_text("new")
+    before = content(target)
+    done = call("--model", "no/such/model", *given)
+    assert done.status == 1 and done.complaints == [
+        f"error: --save_model {target}: holds README.md, which was changed since a run wrote it "
+        "and would be lost; name another folder"
+    ]
+    (target / "README.md").write_text("old")
+    succeeded(call("--model", model, *given))
+    (target / "notes.txt").write_text("mine")
+    done = call("--model", model, *given)
+    assert done.status == 1 and "holds notes.txt" in done.complaints[0]
+    (target / "notes.txt").unlink()
+    succeeded(call("--model", model, *given))  # over what the last one wrote
+    assert content(target) != before
+
+
+def test_two_runs_at_once_with_one_target(model: Path, uk: Path, target: Path) -> None:
+    given = ["--prune_method", "wanda", "--calibration_data", uk, "--save_model", target, *QUICK]
+    with staged_folder(target, "--save_model") as stage:
+        done = call("--model", model, *given)
+        assert done.status == 1 and "another run is going to write it" in done.complaints[0]
+        (stage / "a").write_text("of the first")
+    assert content(target).keys() == {"a", "manifest.json"}

@@ -1,4 +1,4 @@
-"""What a run writes is the old or the new as a whole, wherever it is interrupted."""
+"""A folder is the old or the new as a whole, wherever a run is killed; nothing of a user's goes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lib.util import files
+from lib.util import folders
 from lib.util.errors import UserError
-from lib.util.files import check_output_folder, staged_folder, write_text
+from lib.util.files import check_output_folder, write_text
+from lib.util.folders import MANIFEST, check_replaceable, claimed, staged_folder
 from lib.util.host import gib
 
 
@@ -25,8 +26,15 @@ def fill(folder: Path, **texts: str) -> Path:
     return folder
 
 
+def written(folder: Path, **texts: str) -> Path:
+    """A folder as an earlier run left it."""
+    with staged_folder(folder) as stage:
+        fill(stage, **texts)
+    return folder
+
+
 def texts(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name != MANIFEST}
 
 
 def killed_at(step: int, work: Callable[[], object]) -> bool:
@@ -60,7 +68,7 @@ EXCHANGE = pytest.mark.parametrize("exchange", [True, False])
 
 def set_exchange(exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not exchange:
-        monkeypatch.setattr(files, "_exchanged", lambda a, b: False)
+        monkeypatch.setattr(folders, "_exchanged", lambda a, b: False)
 
 
 # --- a folder, old or new
@@ -87,7 +95,7 @@ def test_a_folder_is_replaced_as_a_whole(
     "error", [KeyboardInterrupt(), ZeroDivisionError(), OSError(28, "full"), SafetensorError("x")]
 )
 def test_an_error_leaves_the_old_folder(error: BaseException, tmp_path: Path) -> None:
-    target = fill(tmp_path / "model", a="old")
+    target = written(tmp_path / "model", a="old")
     raised = UserError if isinstance(error, OSError | SafetensorError) else type(error)
     with pytest.raises(raised) as caught, staged_folder(target, "--save_model") as stage:
         fill(stage, a="new")
@@ -127,15 +135,21 @@ def test_killed_at_any_step_leaves_the_old_or_the_new(
 
 def test_stages_of_killed_runs_go_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    left = fill(tmp_path / f".model{files.STAGE_MARK}x1", a="half")
-    other = fill(tmp_path / f".model2{files.STAGE_MARK}x1", a="not ours")
-    with staged_folder(target) as stage:
-        fill(stage, a="new")
-    assert not left.exists() and other.exists() and texts(target) == {"a": "new"}
+    left = fill(tmp_path / f".model{folders.STAGE_MARK}x1yz_789", a="half")
+    others = [
+        fill(tmp_path / name, a="not of this target")
+        for name in (
+            f".model2{folders.STAGE_MARK}x1yz_789",
+            f".model{folders.STAGE_MARK}too{folders.STAGE_MARK}x1yz_789",
+            f".model{folders.STAGE_MARK}mine",
+        )
+    ]
+    written(target, a="new")
+    assert not left.exists() and all(map(Path.exists, others)) and texts(target) == {"a": "new"}
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    real = fill(tmp_path / "disk" / "real", a="old")
+    real = written(tmp_path / "disk" / "real", a="old")
     link = tmp_path / "model"
     link.symlink_to(real)
     with staged_folder(link) as stage:
@@ -149,7 +163,7 @@ def test_others_may_read_what_was_saved(tmp_path: Path) -> None:
         fill(stage / "sub", a="1")
         (stage / "sub" / "a").chmod(0o600)
     modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*")]
-    assert sorted(modes) == [0o644, 0o755]
+    assert sorted(modes) == [0o644, 0o644, 0o755]
 
 
 # --- small files
@@ -187,23 +201,91 @@ def test_sizes(size: int, text: str) -> None:
     assert gib(size) == text
 
 
+# --- what is a user's
+
+
+def edited(folder: Path) -> None:
+    (folder / "README.md").write_text("I wrote thiS")  # as long as before
+
+
+FOREIGN = {
+    "notes.txt, which no earlier run wrote": lambda folder: fill(folder, **{"notes.txt": "mine"}),
+    "sub/deep.py, which no earlier run wrote": lambda folder: fill(
+        folder / "sub", **{"deep.py": ""}
+    ),
+    "empty, which no earlier run wrote": lambda folder: fill(folder / "empty"),
+    "README.md, which was changed": edited,
+    "config.json, which was changed": lambda folder: fill(folder, **{"config.json": "{ }"}),
+    r"\(there is no manifest.json\)": lambda folder: (folder / MANIFEST).unlink(),
+}
+
+
+@pytest.mark.parametrize("problem", FOREIGN)
+def test_a_folder_that_holds_something_of_a_users_is_refused(problem: str, tmp_path: Path) -> None:
+    files = {"config.json": "{}", "README.md": "I wrote this", "model.safetensors": "0"}
+    model = written(tmp_path / "model", **files)
+    fill(model / "sub", a="b") if "sub/" in problem else None
+    check_replaceable("--save_model", str(tmp_path / "new" / "deep"))
+    if "sub/" not in problem:
+        check_replaceable("--save_model", str(model))
+    FOREIGN[problem](model)
+    before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
+    told = "sub|a, which" if "sub/" in problem else problem
+    with pytest.raises(UserError, match=rf"--save_model {model}: holds .*{told}"):
+        check_replaceable("--save_model", str(model))
+    with pytest.raises(UserError, match="what was to be saved is in .*model-1"):
+        written(model, a="new")
+    assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+    assert texts(tmp_path / "model-1") == {"a": "new"}
+    written(tmp_path / "model-1", a="newer")  # whole, with a manifest of its own
+
+
+def test_what_comes_while_a_run_works_is_not_lost(tmp_path: Path) -> None:
+    model = written(tmp_path / "model", a="old")
+    with pytest.raises(UserError, match="notes.txt"), staged_folder(model, "--save_model") as stage:
+        fill(stage, a="new")
+        fill(model, **{"notes.txt": "mine"})
+    assert texts(model) == {"a": "old", "notes.txt": "mine"}
+    assert texts(tmp_path / "model-1") == {"a": "new"}
+
+
+def test_of_two_runs_with_one_target_the_second_is_refused(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    with claimed(model, "--save_model") as first, first.staged() as stage:
+        fill(stage, a="of the first")
+        with pytest.raises(UserError, match=f"--save_model {model}: another run"):
+            with staged_folder(model, "--save_model"):
+                pytest.fail("was begun")
+        assert texts(stage) == {"a": "of the first"}  # its stage is no leftover
+    assert texts(model) == {"a": "of the first"}
+    assert list(tmp_path.iterdir()) == [model]
+    written(model, a="of the second")
+
+
+def test_what_is_in_the_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_exchange(False, monkeypatch)
+    model = written(tmp_path / "model", a="old")
+    mine = fill(tmp_path / "model.being-replaced", a="mine")
+    with pytest.raises(UserError, match="model.being-replaced is in the way"):
+        written(model, a="new")
+    assert texts(mine) == {"a": "mine"} and texts(model) == {"a": "old"}
+
+
 # --- what can be checked before
 
 
 def test_output_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_output_folder("--save", str(tmp_path / "new" / "deep"))
     check_output_folder("--save", str(fill(tmp_path / "logs", log="kept")))
-    fill(tmp_path / "model" / "additional_chat_templates", **{"a.jinja": ""})
-    model = str(fill(tmp_path / "model", **{"config.json": "{}", "model.safetensors": ""}))
-    check_output_folder("--save_model", model, may_hold="config.json")
-    fill(tmp_path / "model", **{".git": "history"})
-    with pytest.raises(UserError, match=r"holds \.git, which is no part of a model"):
-        check_output_folder("--save_model", model, may_hold="config.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]  # nothing is made
     with pytest.raises(UserError, match=r"--resume .*: holds log, but no job\.json"):
-        check_output_folder("--resume", str(tmp_path / "logs"), may_hold="job.json")
+        check_output_folder("--resume", str(tmp_path / "logs"), mark="job.json")
     empty = str(fill(tmp_path / "empty"))
-    check_output_folder("--save_model", empty, may_hold="config.json")
+    check_replaceable("--save_model", empty)
     assert texts(tmp_path / "logs") == {"log": "kept"}
+    for check in (check_output_folder, check_replaceable):
+        with pytest.raises(UserError, match="is a file"):
+            check("--save", str(tmp_path / "logs" / "log"))
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == empty)
     with pytest.raises(UserError, match=f"--save_model {empty}: a mount point"):
-        check_output_folder("--save_model", empty, may_hold="config.json")
+        check_replaceable("--save_model", empty)
