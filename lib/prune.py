@@ -1,4 +1,4 @@
-"""Pruning as a visitor of the runner, block by block: observe, prune, propagate."""
+"""Prune a model block by block: observe what its linears receive, solve, propagate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,48 @@ from lib.pruning.inputs import Group, SharedWeights, merge
 from lib.pruning.journal import Journal
 from lib.pruning.observe import DenseTwin, observe, own_windows, stages
 from lib.pruning.residual import Writers, observe_writer
-from lib.util.errors import UserError
+from lib.util.errors import RunWarning, UserError
+
+# of Group.cost a second, by ADMM, the slowest method: a fifth of one busy core, and a thirtieth
+# of a large GPU
+SLOWEST = {"cpu": 1e8, "cuda": 1e10}
+UNREACHED = "no calibration token reached it, or it is used without being called"
+
+
+@dataclass
+class Pruned:
+    """What was done: sizes in weights of what was pruned and left dense, and why it was left."""
+
+    pruned: dict[str, int] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
+    warnings: list[str] = field(default_factory=list)
+
+    def leave(self, name: str, size: int, why: str) -> None:
+        self.left[name] = size
+        self.why[name] = why
+
+    def note(self, group: Group) -> None:
+        if group.fallback:
+            self.fallbacks.setdefault(group.fallback, []).append(group.names)
+
+    def summary(self) -> list[str]:
+        """What a user should know, a line each: nothing is left dense silently."""
+        pruned, left = sum(self.pruned.values()), sum(self.left.values())
+        lines = [
+            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
+            f"left {left:,} weights of the blocks dense"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.why.items():
+            reasons.setdefault(f"left dense, {why}", []).append(name)
+        for method, names in self.fallbacks.items():
+            reasons[f"pruned by {method}, too few tokens were routed to them"] = names
+        for why, names in reasons.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{why}: {', '.join(names[:3])}{more}")
+        return lines + self.warnings
 
 
 class Pruner:
@@ -77,7 +118,6 @@ class Pruner:
             if self.recipe.dense_stream:
                 dense = replace(states, hidden=self.runner.transfer.copy(states.hidden))
             for index in range(len(self.runner.blocks)):
-                self.team.at(f"block {index}")
                 with self.runner.at_hand(index, keep=True):
                     self._block_(index, states, dense)
                 advanced(1)
@@ -144,7 +184,8 @@ class Pruner:
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
         """Solve this process's groups, and store those of all processes."""
         sums = [self.team.sum_(group.method.statistics()) for group in groups]
-        owners = self.team.owners([group.cost for group in groups])
+        costs = [group.cost for group in groups]
+        owners = self.team.owners(costs)
         written: dict[str, Tensor] = {}
         for group, owner, handles in zip(groups, owners, sums, strict=True):
             for handle in handles:
@@ -154,6 +195,7 @@ class Pruner:
                 for linear, wire in zip(group.linears, self._solved(group), strict=True):
                     self._store_(linear, wire)
                     written[linear.name] = wire
+        self.team.meet(self._longest(costs, owners))
         for group, owner in zip(groups, owners, strict=True) if self.team.size > 1 else ():
             for linear in group.linears:
                 wire = written.get(linear.name)
@@ -163,6 +205,13 @@ class Pruner:
                     self._store_(linear, wire)
                 written[linear.name] = wire
         return written
+
+    def _longest(self, costs: list[float], owners: list[int]) -> float:
+        """Seconds in which every process has solved what it owns, however slow it is."""
+        load = [0.0] * self.team.size
+        for cost, owner in zip(costs, owners, strict=True):
+            load[owner] += cost
+        return max(load) / SLOWEST[self.runner.device.type]
 
     def _solved(self, group: Group) -> list[Tensor]:
         """The group's matrices (out, in), pruned, in the dtype in which they travel."""
@@ -177,7 +226,9 @@ class Pruner:
                 group.solver().prune_(matrices, self.sparsity)
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error
-        self.done.warnings += [f"{group.names}: {warning.message}" for warning in warned]
+        for one in warned:
+            whose = "" if issubclass(one.category, RunWarning) else f"{group.names}: "
+            self.done.warnings.append(f"{whose}{one.message}")
         for linear, matrix in zip(group.linears, matrices, strict=True):
             if not all_finite(matrix):
                 raise UserError(
@@ -190,42 +241,3 @@ class Pruner:
         linear.store_(wire)
         self.done.pruned[linear.name] = wire.numel()
         self.shared.close(linear)
-
-
-UNREACHED = "no calibration token reached it, or it is used without being called"
-
-
-@dataclass
-class Pruned:
-    """What was done: sizes in weights of what was pruned and left dense, and why it was left."""
-
-    pruned: dict[str, int] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)
-    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
-    warnings: list[str] = field(default_factory=list)
-
-    def leave(self, name: str, size: int, why: str) -> None:
-        self.left[name] = size
-        self.why[name] = why
-
-    def note(self, group: Group) -> None:
-        if group.fallback:
-            self.fallbacks.setdefault(group.fallback, []).append(group.names)
-
-    def summary(self) -> list[str]:
-        """What a user should know, a line each: nothing is left dense silently."""
-        pruned, left = sum(self.pruned.values()), sum(self.left.values())
-        lines = [
-            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
-            f"left {left:,} weights of the blocks dense"
-        ]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.why.items():
-            reasons.setdefault(f"left dense, {why}", []).append(name)
-        for method, names in self.fallbacks.items():
-            reasons[f"pruned by {method}, too few tokens were routed to them"] = names
-        for why, names in reasons.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"{why}: {', '.join(names[:3])}{more}")
-        return lines + self.warnings

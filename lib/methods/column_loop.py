@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.methods.sparsity import Sparsity, n_of_first
+from lib.util.errors import RunWarning
 
 TOLERANCE = 1e-4  # of values around 1; the order of sums differs
 TRIALS = (Sparsity(0.5), Sparsity(0.5, 2, 4))
@@ -32,7 +33,8 @@ def column_loop(device: torch.device) -> Callable | None:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if reason is None:
         return settle_
-    warnings.warn(f"SparseGPT takes longer, without its Triton kernel: {reason}", stacklevel=2)
+    told = f"SparseGPT takes longer, without its Triton kernel: {reason}"
+    warnings.warn(told, RunWarning, stacklevel=2)
     return None
 
 
