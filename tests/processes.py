@@ -6,12 +6,16 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch.distributed as dist
 import worker
-from support import ROOT, Done
+from support import ROOT, Done, start
 
 LIMIT = 100  # seconds for a process to end
+NOTICE_SECONDS = 2  # of the first process, to tell that another is gone; torchrun gives it 0.1
 
 
 class Worker:
@@ -23,7 +27,9 @@ class Worker:
         folder: Path,
         fault: str = "",
         settings: list[dict[str, str]] | None = None,
+        held: object = None,
     ) -> None:
+        self.held = held  # as long as the worker
         self.said = tempfile.TemporaryDirectory()
         lines = [[str(flag) for flag in argv] for argv in commands]
         out, err = (str(Path(self.said.name, name)) for name in ("out", "err"))
@@ -53,37 +59,63 @@ def together(
     folder: Path,
     faults: dict[int, str] | None = None,
     own: dict[int, list] | None = None,
+    agent: bool = True,
 ) -> list[Worker]:
-    """`size` processes on the same jobs, as a launcher would start them.
+    """`size` processes on the same jobs, started as torchrun does, which holds their store.
 
-    `faults`: {rank: fault}. `own`: {rank: more flags}.
+    `faults`: {rank: fault}. `own`: {rank: more flags}. Without an `agent` the first process holds
+    the store, as where they are started by hand.
     """
-    ports = [free_port() for _ in commands]
+    if agent:
+        held = [dist.TCPStore("127.0.0.1", 0, is_master=True) for _ in commands]
+        ports = [store.port for store in held]
+    else:
+        held = [kept_port() for _ in commands]
+        ports = [one.getsockname()[1] for one in held]
     workers = []
     for rank in range(size):
         place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-        settings = [place | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(p)) for p in ports]
+        place |= dict(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE=str(agent))
+        settings = [place | dict(MASTER_PORT=str(port)) for port in ports]
         lines = [[*argv, *(own or {}).get(rank, [])] for argv in commands]
-        workers.append(Worker(lines, folder, (faults or {}).get(rank, ""), settings))
+        workers.append(Worker(lines, folder, (faults or {}).get(rank, ""), settings, held))
     return workers
 
 
 def ended(workers: list[Worker]) -> list[Done]:
-    """How each ended, in the order of ranks."""
+    """How each ended, in the order of ranks; the first to fail ends the others, as by torchrun."""
+    left, deadline = [one.process for one in workers], time.monotonic() + LIMIT
+    while left and time.monotonic() < deadline:
+        wait([process.sentinel for process in left], LIMIT)
+        failed = any(process.exitcode for process in left)
+        left = [process for process in left if process.exitcode is None]
+        if failed:
+            wait([workers[0].process.sentinel], NOTICE_SECONDS)  # where it tells that one is gone
+            for process in left:
+                process.terminate()
+            break
     return [one.end() for one in workers]
 
 
-def free_port() -> int:
-    """A port that nobody listens to."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+def launched(arguments: list, folder: Path) -> Done:
+    """`python -m ARGUMENTS...`, a launcher with its program, to its end."""
+    process = start(["-m", *map(str, arguments)], folder)
+    out, err = process.communicate(timeout=LIMIT)
+    return Done(process.returncode, out, err)
+
+
+def kept_port() -> socket.socket:
+    """Bound to a port that nobody listens to, and that only who is told of it will listen to."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    one.bind(("127.0.0.1", 0))
+    return one
 
 
 def _server() -> multiprocessing.context.BaseContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["worker"])
+    context.set_forkserver_preload(["worker", "bitsandbytes"])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     os.environ["PYTHONPATH"] = path  # the server is started with it, at the first process
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as main.py sets it before it imports torch
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # as main.py sets it before it imports torch
     return context

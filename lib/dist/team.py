@@ -1,39 +1,42 @@
-"""Several processes on one job: torch.distributed, started by accelerate launch or torchrun.
+"""Several processes on one job: torch.distributed, started by torchrun or accelerate launch.
+
+    torchrun --nproc_per_node 2 main.py ...
 
 Each process takes its share of the windows. Statistics are sums, so one all-reduce of each makes
 them those of a single process; then the linears are shared out by cost, each is solved by one
 process, and the pruned weights are broadcast. One process prints, logs and saves.
+
+Where a process ends, the launcher ends the others; where one hangs, those that wait for it end
+after `--timeout`. Processes wait for each other in `meet`, on the CPU, and nowhere else for long:
+what goes between GPUs follows at once.
 """
 
 from __future__ import annotations
 
-import datetime
+import math
 import os
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib.util.command import FAILED, tell
 from lib.util.errors import UserError
 from lib.util.launch import environment_number, see_launched
-from lib.dist.watch import Watch
 
-JOIN_SECONDS = 60  # for the store to be there; launchers start all processes at the same time
-COLLECTIVE_LIMIT = datetime.timedelta(hours=6)  # the slowest block; the watch is faster
+JOIN_SECONDS = 60  # launchers start all processes at the same time
 
 
 @dataclass(frozen=True)
 class Handle:
-    """A collective that was started."""
+    """A sum that was started."""
 
-    work: Any
+    work: dist.Work
     team: Team
 
     def wait(self) -> None:
@@ -43,13 +46,19 @@ class Handle:
 
 
 class Team:
-    """The processes of a job; with one process, or `alone`, every call does nothing."""
+    """The processes of a job; with one process, or `alone`, every call does nothing.
 
-    def __init__(self, device: torch.device, alone: bool = False) -> None:
+    `minutes`: how long one waits for another, besides the time that work takes; see `meet`. Every
+    call that needs the others raises UserError where one is gone or does not answer.
+    """
+
+    def __init__(self, device: torch.device, minutes: float = 10, alone: bool = False) -> None:
         self.rank = 0 if alone else environment_number("RANK", 0)
         self.size = 1 if alone else environment_number("WORLD_SIZE", 1)
         self.device = device
-        self.watch: Watch | None = None
+        self.minutes = minutes
+        self.limit = timedelta(minutes=minutes)  # of calls for which the processes have met
+        self.met = time.monotonic()
         if self.size > 1:
             self._join()
         elif not alone:
@@ -60,19 +69,35 @@ class Team:
         """Whether this is the process that prints, logs and saves."""
         return self.rank == 0
 
-    def at(self, place: str) -> None:
-        """Note what this process is doing, to be told should it be missed."""
-        if self.watch:
-            self.watch.place = place
-            with self.collective():
-                self.store.set(f"place {self.rank}", place)
-
     def share(self, count: int) -> slice:
         """This process's part of `count` windows; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
+    def meet(self, seconds: float = 0) -> None:
+        """Wait until all processes are here.
+
+        One that is missing has the time-out, and as long as this one took since they last met: of
+        equal work. `seconds`: more, where the work was unequal; as long as any may take for it.
+        """
+        if self.size == 1:
+            return
+        spent = time.monotonic() - self.met
+        limit = timedelta(seconds=math.ceil(60 * self.minutes + spent + seconds))
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        with self.collective():  # dist.monitored_barrier heeds a limit in the first process only
+            heard = [dist.irecv(torch.empty(1), rank, self.group) for rank in others]
+            told = [dist.isend(torch.zeros(1), rank, self.group) for rank in others]
+        for works in heard, told:
+            for rank, work in zip(others, works, strict=True):
+                with self.collective(f"process {rank}"):
+                    work.wait(limit)
+        self.met = time.monotonic()
+
     def sum_(self, tensors: Sequence[Tensor]) -> list[Handle]:
-        """Start adding each tensor up over all processes, in place; wait() on what is returned."""
+        """Start adding each tensor up over all processes, which have just met, in place.
+
+        Call wait() on all that is returned.
+        """
         if self.size == 1:
             return []
         with self.collective():
@@ -82,13 +107,17 @@ class Team:
         """`value` of every process, in the order of ranks; small picklable things only."""
         if self.size == 1:
             return [value]
+        self.meet()
         values: list[Any] = [None] * self.size
         with self.collective():
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.group)
         return values
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
-        """Process `source`'s tensor on every process, in `tensor` where it stands on the device."""
+        """Process `source`'s tensor on every process, in `tensor` where it stands on the device.
+
+        They have just met.
+        """
         tensor = tensor.to(self.device).contiguous()
         if self.size > 1:
             with self.collective():
@@ -114,72 +143,54 @@ class Team:
             load[owners[task]] += costs[task]
         return owners
 
-    @contextmanager
-    def collective(self) -> Iterator[None]:
-        """Around every collective: where one fails, another process has died, and all end."""
-        try:
-            yield
-        except RuntimeError:
-            if self.watch:
-                self.watch.broken()
-            raise
-
-    def fail(self, error: BaseException, debug: bool = False) -> None:
-        """End all processes because of this one's error, told here; returns where it is alone."""
-        if self.watch is None:
-            return
-
-        def told() -> int:
-            status = None if debug else tell(error)
-            if status is None:
-                traceback.print_exception(error)
-            return status or FAILED
-
-        self.watch.fail(told)
-
     def close(self) -> None:
         """Leave each other, after the last collective of all."""
-        if self.watch:
-            self.gathered(None)
-            self.store.add("done", 1)
-            deadline = time.monotonic() + JOIN_SECONDS
-            while self.store.add("done", 0) < self.size and time.monotonic() < deadline:
-                time.sleep(0.02)  # a connection that ends too early breaks another's collective
-            self.watch.close()
-            self.watch = None
+        if self.size > 1:
+            self.meet()  # a connection that ends too early breaks another's collective
             dist.destroy_process_group()
 
+    @contextmanager
+    def collective(self, who: str = "another process") -> Iterator[None]:
+        """Around every call that needs `who`: UserError where it fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = _reason(error)
+            if "timed out" in reason.lower():
+                what = f"did not answer; it hangs, or --timeout {self.minutes:g} is too short"
+            else:
+                what = f"is gone ({reason}); all end, and the first to fail says why"
+            raise UserError(f"process {self.rank} of {self.size}: {who} {what}") from error
+
     def _join(self) -> None:
-        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        hosting = self.rank == 0 and not agents
-        self.store = self._store(hosting)
-        self.watch = Watch(self._store(False), self.rank, self.size, hosting)
         cuda = self.device if self.device.type == "cuda" else None
         if cuda:
             torch.cuda.set_device(cuda)  # where NCCL puts what is not yet on a device
-        with self.collective():
+        try:
+            joining = timedelta(seconds=JOIN_SECONDS)
+            store, _, _ = next(dist.rendezvous("env://", timeout=joining))
+            store.set_timeout(self.limit)
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
-                store=dist.PrefixStore("group", self.store),
+                store=store,
                 rank=self.rank,
                 world_size=self.size,
-                timeout=COLLECTIVE_LIMIT,
+                timeout=self.limit,
                 device_id=cuda,
             )
-
-    def _store(self, hosting: bool) -> dist.Store:
-        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        limit = datetime.timedelta(seconds=JOIN_SECONDS)
-        try:
-            store = dist.TCPStore(
-                host, int(port), is_master=hosting, timeout=limit, wait_for_workers=False
-            )
-        except (RuntimeError, TypeError, ValueError) as error:
+            self.group = dist.new_group(timeout=self.limit, backend="gloo") if cuda else None
+        except (RuntimeError, ValueError) as error:
+            host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
             raise UserError(
                 f"WORLD_SIZE {self.size}: process {self.rank} can't reach the others at "
-                f"MASTER_ADDR {host}, MASTER_PORT {port}; start all with torchrun"
+                f"MASTER_ADDR {host}, MASTER_PORT {port} ({_reason(error)}); start all with "
+                "torchrun"
             ) from error
-        return dist.PrefixStore(f"try-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _reason(error: Exception) -> str:
+    """What the library says, without the place in its code and advice."""
+    return str(error).splitlines()[-1].split("] ", 1)[-1].split(". ")[0]
 
 
 def local_device(device: torch.device) -> torch.device:

@@ -1,0 +1,74 @@
+"""Several processes do what one would have done."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import CASES, flags
+from processes import ended, launched, together
+from safetensors.torch import load_file
+from support import ROOT, Done, call, results
+
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--main_process_port", "0"]
+EXACT = ("wanda", "wanda 2:4", "magnitude", "experts", "one window", "offloaded")
+pytestmark = pytest.mark.usefixtures("at_place")
+
+
+def weights(case: str, where: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(where, case, "model", "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> str:
+    """Where one process has left all cases."""
+    before = os.getcwd()
+    os.chdir(place)
+    try:
+        for case in CASES:
+            done = call(*flags(case, "alone"))
+            assert done.status == 0, done.err
+    finally:
+        os.chdir(before)
+    return "alone"
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def shared(request: pytest.FixtureRequest, place: Path, alone: str) -> tuple[str, list[Done]]:
+    """Where several processes have left them, and what these said."""
+    where = f"by {request.param}"
+    return where, ended(together(request.param, [flags(case, where) for case in CASES], place))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_as_one_process(case: str, alone: str, shared: tuple[str, list[Done]]) -> None:
+    where, done = shared
+    assert [one.status for one in done] == [0] * len(done), [one.err for one in done]
+    one, many = (results(f"{place}/{case}/run") for place in (alone, where))
+    assert many["perplexity"]["uk"] == pytest.approx(one["perplexity"]["uk"], rel=5e-3)
+    assert many["sparsity"]["overall"] == pytest.approx(one["sparsity"]["overall"], abs=1e-4)
+    assert many["calibration"] == one["calibration"]
+    if case in EXACT:
+        before, after = weights(case, alone), weights(case, where)
+        assert before.keys() == after.keys()
+        differ = sum(int(((before[k] == 0) != (after[k] == 0)).sum()) for k in before)
+        assert differ <= 1e-4 * sum(tensor.numel() for tensor in before.values())
+
+
+def test_one_process_prints_and_the_others_are_silent(shared: tuple[str, list[Done]]) -> None:
+    _, (first, *others) = shared
+    assert first.out.count("saved: ") == len(CASES)
+    assert first.out.count("perplexity uk: ") == len(CASES)
+    assert [(one.out, one.err) for one in others] == [("", "")] * len(others)
+    assert not Path("away").exists()
+
+
+def test_accelerate_launch(place: Path, alone: str) -> None:
+    done = launched([*ACCELERATE, ROOT / "main.py", *flags("wanda", "accelerate")], place)
+    assert done.status == 0, done.err
+    assert done.out.count("saved: ") == 1
+    one, two = results("alone/wanda/run"), results("accelerate/wanda/run")
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
