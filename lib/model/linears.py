@@ -138,10 +138,13 @@ def watch_inputs(
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Inside, experts multiply one by one, so that each one's input can be seen; same results."""
-    if not hasattr(model, "get_experts_implementation"):
+    if not hasattr(model, "set_experts_implementation"):
         yield
         return
-    before = model.get_experts_implementation()
+    if hasattr(model, "get_experts_implementation"):
+        before = model.get_experts_implementation()
+    else:  # transformers before 5.13
+        before = model.config._experts_implementation
     try:
         model.set_experts_implementation("eager")
         yield
