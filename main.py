@@ -42,6 +42,8 @@ def run(job: Job) -> dict[str, Any]:
         job.team.close()
         if not job.team.leads:
             return {}
+        if args.tasks:
+            found |= do_tasks(job, subject)
         results = record(job, subject, found)
         if target:
             save(job, subject, results, target)
@@ -111,8 +113,8 @@ def pack(job: Job, subject: Subject) -> None:
 
 
 def evaluate(job: Job, subject: Subject) -> dict[str, Any]:
-    """Perplexity on every test set, in one pass over the blocks; tasks, if any are wanted."""
-    from lib.eval import perplexities, run_tasks
+    """Perplexity on every test set, in one pass over the blocks."""
+    from lib.eval import perplexities
     from lib.util.progress import progress
 
     tests, leads, found = job.texts.tests, job.team.leads, []
@@ -127,11 +129,16 @@ def evaluate(job: Job, subject: Subject) -> dict[str, Any]:
             "bits_per_byte": its.bits_per_byte(test.bytes),
         }
         found.append(test.facts | figures)
-    if not (job.args.tasks and leads):
-        return {"evaluation": found}
+    return {"evaluation": found}
+
+
+def do_tasks(job: Job, subject: Subject) -> dict[str, Any]:
+    """Tasks of lm-eval, on the process that leads alone: the others have gone."""
+    from lib.eval import run_tasks
+
     with job.timed("tasks"):
         tasks = run_tasks(subject.model, job.tokenizer, job.args.tasks, job.batch_size)
-    return {"evaluation": found, "tasks": tasks}
+    return {"tasks": tasks}
 
 
 def record(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
