@@ -230,7 +230,7 @@ def unmapped() -> Iterator[None]:
     """Inside, transformers reads checkpoints instead of mapping them into memory.
 
     It goes through all weights once, also those that stay on disk; pages that are mapped would all
-    stay resident until it is done.
+    stay resident until it is done. It has no setting for this: `disable_mmap` reads whole files.
     """
     mapped = modeling_utils.safe_open
 

@@ -137,7 +137,7 @@ def kills_of_a_sweep(kills: int, rng: random.Random) -> Iterator[Row]:
     yield (
         f"SIGKILL at {kills} random moments of a sweep of 5 runs",
         told(left),
-        f"status {status}: {said}; the table of one that was not: {table('runs') == table('whole')}",
+        f"status {status}: {said}; the table of one not killed: {table('runs') == table('whole')}",
     )
 
 

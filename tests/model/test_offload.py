@@ -14,14 +14,21 @@ import torch
 from accelerate import dispatch_model
 from late import Gpu
 from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from lib.dist.team import Team
 from lib.eval import perplexities, perplexity
 from lib.model.blocks import BlockRunner
-from lib.model.placement import BlockPlacement, check_offload_room, device_map, own_folder
+from lib.model.placement import (
+    BlockPlacement,
+    check_offload_room,
+    device_map,
+    own_folder,
+    unmapped,
+)
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
+from lib.pruning import check
 
 Disk = namedtuple("Disk", "total used free")
 MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
@@ -210,3 +217,21 @@ def test_several_sets_are_measured_at_once(
     assert perplexities(runner, sets, 2, advanced=told.append) == alone
     assert at_hand == [0, 1] * (1 if make is on_host else 3 + 1 + 2)
     assert sum(told) == 10 and min(told) >= 0
+
+
+def test_sparsity_is_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting zeros reads every block again, here from the disk."""
+    calls, own = [], check.measure
+    monkeypatch.setattr(check, "measure", lambda *given: calls.append(1) or own(*given))
+    wanda = ["--prune_method", "wanda", "--calibration_data", "uk", "--offload", "away"]
+    done = call("--model", "tied", *QUICK, *wanda)
+    assert done.status == 0, done.err
+    assert len(calls) == 1 and results()["sparsity"]["overall"] == 0.5
+
+
+def test_how_transformers_reads_is_as_before_afterwards() -> None:
+    before = modeling_utils.safe_open
+    with pytest.raises(KeyboardInterrupt), unmapped():
+        assert modeling_utils.safe_open is not before
+        raise KeyboardInterrupt
+    assert modeling_utils.safe_open is before

@@ -215,6 +215,18 @@ def test_a_hub_that_answers_with_an_error(texts: Path, monkeypatch: pytest.Monke
         complaint(done, 1, f"--model owner/name{number}: ", word)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the device is found")
+def test_the_device_is_checked_before_the_network_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    for name in ("model_info", "dataset_info"):
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *_, **__: asked.append("hub"))
+    done = call("--model", "owner/name", "--prune_method", "wanda", "--calibration_data", "c4:de")
+    complaint(done, 1, "--device cuda:0: no CUDA device was found", "--device cpu")
+    assert not asked and not list(tmp_path.iterdir())
+
+
 BROKEN: dict[str, tuple[Callable[[Path], dict], list[str]]] = {
     "config missing": (lambda m: {"config_json": None}, ["no config.json"]),
     "config cut short": (lambda m: {"config_json": "{"}, ["config.json", "not a valid JSON"]),
