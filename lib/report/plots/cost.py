@@ -97,7 +97,7 @@ def _finish(panel, table: Table, test: str, lanes: Sequence[tuple[str, str]]) ->
     panel.set_ylim(len(lanes) - 0.4, -0.6)
     low, high = panel.get_xlim()
     room = high / low
-    beside = 0.5 if several else 0.05  # for the figures beside the marks
+    beside = 0.65 if several else 0.05  # for the figures beside the marks
     panel.set_xlim(low / room**0.18, high * room**beside)
     plot_style.open_axes(panel)
     plot_style.log_ticks(panel.xaxis)
