@@ -1,4 +1,4 @@
-"""Prune a causal language model for one language: check, load, prune, pack, evaluate, save.
+"""Prune a causal language model for one language: check, load, prune, recover, evaluate, save.
 
     python main.py --model MODEL --prune_method wanda --calibration_data DIR --save_model OUT
 
@@ -11,13 +11,18 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.run.flags import build_parser, check_flags
 from lib.run.job import Job, Subject
-from lib.run.setup import check, load, settle_bos
+from lib.run.setup import check, load, load_teacher, settle_bos
 from lib.util import command
 from lib.util.folders import Target, claimed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lib.model.blocks import BlockRunner
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +40,11 @@ def run(job: Job) -> dict[str, Any]:
             target = at_end.enter_context(claimed(args.save_model, "--save_model"))
         subject = load(job, at_end)
         settle_bos(job, subject)
+        teacher = load_teacher(job, subject) if job.course else None
         found = prune(job, subject) if job.recipe else {}
+        if teacher:
+            found |= recover(job, subject, teacher)
+            del teacher
         if args.replace_sparse_layers:
             pack(job, subject)
         found |= evaluate(job, subject)
@@ -71,11 +80,12 @@ def prune(job: Job, subject: Subject) -> dict[str, Any]:
     if not team.leads:
         return {}
     print(*pruned.summary(), sep="\n")
-    asked = None if args.use_variant else sparsity  # the variant only comes near
+    subject.asked = None if args.use_variant else sparsity  # the variant only comes near
+    subject.left = frozenset(pruned.why)
     found: dict[str, Any] = {}
     if args.allocation == "owl":
         found["allocation"] = [round(one.ratio, 6) for one in sparsity]
-    measured = measure(runner, job.blocks_name, asked, frozenset(pruned.why))
+    measured = measure(runner, job.blocks_name, subject.asked, subject.left)
     return found | {"sparsity": measured.shares()}
 
 
@@ -93,6 +103,46 @@ def allocate(job: Job, subject: Subject) -> list:
         shares = [round(one.ratio, 6) for one in sparsities]
         print(f"sparsity of the blocks: {min(shares)} to {max(shares)}")
     return sparsities
+
+
+def recover(job: Job, subject: Subject, teacher: BlockRunner) -> dict[str, Any]:
+    """Train what pruning kept, and see that every zero is still there."""
+    from lib.eval import perplexities
+    from lib.model.pretrained import saved_dtype
+    from lib.pruning.check import measure
+    from lib.recover import Recoverer
+    from lib.run.record import told_recovery
+    from lib.util.progress import progress
+
+    args, team, course, text = job.args, job.team, job.course, job.texts.training
+    if job.journal and not job.recipe:
+        job.journal.begin(job.fingerprint["pruning"])
+    before = measure(subject.runner, job.blocks_name)
+    sets = [text.held_out, *(test.windows for test in job.texts.tests)]
+    with job.timed("measure before"), progress(2, "perplexity", "model", team.leads) as bar:
+        dense, pruned = [], []
+        for runner, values in ((teacher, dense), (subject.runner, pruned)):
+            values += [one.value for one in perplexities(runner, sets, job.batch_size, team)]
+            bar(1)
+
+    def perplexity(runner: BlockRunner, windows: Tensor) -> float:
+        return perplexities(runner, [windows], job.batch_size, team)[0].value
+
+    rounding = saved_dtype(args.dtype, job.config)
+    which = subject.runner, teacher, job.blocks_name, course, text, job.batch_size
+    recoverer = Recoverer(*which, perplexity, rounding, team, job.journal, subject.checkpointed)
+    tokens = course.steps * course.windows * course.seqlen
+    if team.leads:
+        print(*recoverer.summary(), sep="\n", flush=True)
+    with job.timed("recover"), progress(tokens, "recovering", "token", team.leads) as bar:
+        done = recoverer.run(bar)
+    after = measure(subject.runner, job.blocks_name, subject.asked, subject.left)
+    assert all(after.zeros[name] >= zeros for name, zeros in before.zeros.items())
+    if not team.leads:
+        return {}
+    print(done.line())
+    told = told_recovery(job, recoverer.course, done, dense, pruned)
+    return {"sparsity": after.shares(), "recovery": told}
 
 
 def pack(job: Job, subject: Subject) -> None:
@@ -154,6 +204,10 @@ def record(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     write_log(folder, results)
     write_results(folder, results)
+    if "recovery" in results:
+        from lib.report.plots.recovery import recovery_curve
+
+        recovery_curve(results, folder / "recovery.png")
     print_summary(results)
     return results
 
@@ -170,7 +224,7 @@ def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) ->
             subject.runner.placement.settle()
         save_model(subject.model, stage, saved_dtype(args.dtype, job.config))
         job.tokenizer.save_pretrained(stage)
-        read = [source.text for source in job.sources if job.calibrated]
+        read = [source.text for source in job.sources if job.calibrated or job.course]
         (stage / "README.md").write_text(model_card(results, read), "utf-8")
     write_results(Path(args.save), results)
     print(f"saved: {args.save_model}")

@@ -1,8 +1,9 @@
 """Texts to windows of token ids: what a model is calibrated on, and what it is measured on.
 
 `calibration_windows`: random windows of one source or of a mixture, each drawn by its source's
-rule; the rules are the published loops. `test_set`: a whole text, cut. What a source is stands in
-lib/data/sources.py, how its texts are read in lib/data/documents.py.
+rule; the rules are the published loops. `training_windows`: documents cut into windows, to recover
+on. `test_set`: a whole text, cut. What a source is stands in lib/data/sources.py, how its texts are
+read in lib/data/documents.py.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ BUFFER = 1_000  # documents among which a stream is shuffled
 STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
 TEST_CHARACTERS = 4_000_000  # of a large set's test text, enough for 256 windows of 4,096 tokens
 TEST_WINDOWS = 256  # of a large set
+HELD_OUT = (4, 16)  # at least and at most so many windows of the training text
+HELD_OUT_SHARE = 0.05  # of the training text, in between
+SPAN = 32  # tokens in a row by which a window is seen to stand in a test text
 log = logging.getLogger(__name__)
 
 
@@ -203,6 +207,138 @@ def _shuffled(items: Iterable, rng: random.Random) -> Iterator:
         yield item
     rng.shuffle(buffer)
     yield from buffer
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingText:
+    """What a model is recovered on. `facts`: what a result says of it."""
+
+    windows: Tensor  # (windows, seqlen), int64; each once
+    order: Tensor  # (windows trained on,): which one; more passes where the text is short
+    held_out: Tensor  # (windows, seqlen): to measure on
+    facts: dict
+
+
+def training_windows(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None = None,
+    tests: Sequence[Tensor] = (),
+) -> TrainingText:
+    """`count` windows of `seqlen` tokens, and some held out, from the train text of all sources.
+
+    Documents are taken in an order drawn by `seed` and cut into windows one after another; what is
+    left of a document is dropped, and so is every window in which a passage of `tests`, windows
+    (n, seqlen), stands. A source that has too few windows gives them again, in another order. The
+    sources are mixed by weight, and `bos` is put in place, as for `calibration_windows`. UserError
+    where a source has less than two windows.
+    """
+    weights = [source.weight or 1.0 for source in sources]
+    held = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
+    shares, kept = apportion(weights, count), apportion(weights, held)
+    tested = _Passages(tests, seqlen, bos)
+    windows, orders, held_out, told = [], [], [], []
+    before = 0
+    for source, share, aside in zip(sources, shares, kept, strict=True):
+        if not share:
+            log.warning("%s %s: its weight gives it no window", source.flag, source.text)
+            continue
+        found, dropped, revision = _cut_windows(
+            source, tokenizer, share + aside, seqlen, seed, tested
+        )
+        if len(found) < share + aside:
+            aside = min(aside, max(1, int(HELD_OUT_SHARE * len(found))))
+        held_out.append(found[:aside])
+        windows.append(found[aside:])
+        size = len(found) - aside
+        passes = -(-share // size)
+        draw = torch.Generator().manual_seed(seed)
+        again = [torch.randperm(size, generator=draw) for _ in range(passes)]
+        orders.append(torch.cat(again)[:share] + before)
+        before += size
+        told.append(
+            {"name": source.name, "source": source.text, "revision": revision, "windows": size}
+            | {"held_out": aside, "passes": passes, "dropped": dropped, "share": share / count}
+        )
+    place = torch.tensor(_interleaved([len(order) for order in orders]))
+    order = torch.empty(len(place), dtype=torch.long)
+    for index, its in enumerate(orders):
+        order[place == index] = its
+    both = [torch.cat(windows), torch.cat(held_out)]
+    if bos is not None:
+        both = [torch.where(w[:, :1] == bos, w, _begin(w[:, :-1], bos)) for w in both]
+    facts = {"name": mixture_name(sources), "sources": told, "windows": len(order)}
+    facts |= {"held_out": len(both[1]), "seqlen": seqlen, "bos": bos}
+    facts["digest"] = digest(torch.cat([both[0][order], both[1]]))
+    return TrainingText(both[0], order, both[1], facts)
+
+
+def _cut_windows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    wanted: int,
+    seqlen: int,
+    seed: int,
+    tested: _Passages,
+) -> tuple[Tensor, int, str | None]:
+    """At most `wanted` windows (n, seqlen) in a drawn order, how many were dropped, revision."""
+    rng = random.Random(seed)
+    found: list[Tensor] = []
+    tried = dropped = longest = 0
+    with open_documents(source, "train") as (documents, revision):
+        for text in _drawn_documents(source, documents, rng):
+            ids = tokenise(tokenizer, text)
+            tried, longest = tried + 1, max(longest, len(ids))
+            cut = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+            clean = cut[~tested.within(cut)]
+            dropped += len(cut) - len(clean)
+            found += clean
+            if len(found) >= wanted:
+                break
+    if len(found) < 2:
+        if dropped:
+            raise source.error("its train text stands in the test text; recover on other texts")
+        raise source.error(
+            f"its {tried} texts give {len(found)} windows of {seqlen} tokens to recover on, two "
+            f"are needed; the longest text has {longest}; use a smaller --seqlen or longer texts"
+        )
+    del found[wanted:]
+    rng.shuffle(found)
+    return torch.stack(found), dropped, revision
+
+
+def _drawn_documents(source: Source, documents: Iterable, rng: random.Random) -> Iterator[str]:
+    """The texts of a source in an order drawn by `rng`."""
+    if source.stream:
+        yield from (text for _, text in _shuffled(islice(documents, STREAM_LIMIT), rng))
+    elif source.draw == JOINED:
+        yield " ".join(documents)
+    else:
+        rows = rng.sample(range(len(documents)), len(documents))
+        yield from (documents[row] for row in rows[:STREAM_LIMIT])
+
+
+class _Passages:
+    """Passages of test windows, to be found again wherever they stand in other windows."""
+
+    def __init__(self, tests: Sequence[Tensor], seqlen: int, bos: int | None) -> None:
+        self.length = min(SPAN, seqlen // 2)
+        draw = torch.Generator().manual_seed(0)
+        self.factors = torch.randint(1, 2**62, (self.length,), generator=draw)
+        known = [self._sums(test[:, 0 if bos is None else 1 :], self.length) for test in tests]
+        self.known = torch.cat([sums.flatten() for sums in known]) if known else torch.empty(0)
+
+    def _sums(self, windows: Tensor, step: int) -> Tensor:
+        """(n, passages): a number for each passage, the same for the same tokens."""
+        passages = windows.unfold(1, self.length, step)  # (n, passages, length)
+        return (passages * self.factors).sum(2)  # overflow wraps around
+
+    def within(self, windows: Tensor) -> Tensor:
+        """(n,): whether a known passage stands anywhere in each of windows (n, seqlen)."""
+        return torch.isin(self._sums(windows, 1), self.known).any(1)
 
 
 @dataclass(frozen=True, eq=False)

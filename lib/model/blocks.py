@@ -130,18 +130,26 @@ class BlockRunner:
     @torch.no_grad()
     def logits(self, states: HiddenStates, batch: slice, positions: Tensor) -> Tensor:
         """Logits (n, len(positions), vocabulary) after the last block, by the model's own tail."""
+        ids = states.windows[batch].to(self.device)
+        return self.tail(ids, lambda: self.transfer.fetch(states.hidden, batch), positions)
+
+    def tail(self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor) -> Tensor:
+        """Logits (n, len(positions), vocabulary) of windows `ids` (n, tokens).
+
+        `last` gives their hidden states (n, tokens, hidden) after the last block; gradients reach
+        these.
+        """
 
         def player(index: int) -> Callable:
             def forward(*args, **kwargs):
                 hidden, *_ = take_hidden(args, kwargs)
                 if index == len(self.blocks) - 1:
-                    hidden = self.transfer.fetch(states.hidden, batch)
+                    hidden = last()
                 return self._handed_on(index, hidden)
 
             return forward
 
         with replaced(self.blocks, player):
-            ids = states.windows[batch].to(self.device)
             kept = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return kept if kept.shape[1] == len(positions) else kept[:, positions]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -144,6 +146,19 @@ def load_model(
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
+
+
+def fresh_copy(dense: nn.Module) -> nn.Module:
+    """A copy that may be changed in every way; the weights outside its blocks share memory with
+    `dense` as long as they are not moved or cast, because no run writes into those."""
+    _, blocks = decoder_blocks(dense)
+    written = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.data, requires_grad=False)
+        for p in dense.parameters()
+        if id(p) not in written
+    }
+    return copy.deepcopy(dense, memo)
 
 
 def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:

@@ -83,7 +83,8 @@ def _line(table: Table, row: Row) -> list[str]:
     kind = "–" if row.target == "dense" else row.target
     cells = [row.method, kind, row.label, sparsity, seeds]
     settings = row.settings
-    cells += [str(settings.get(name, "–")) for name in _varying(table)]
+    varying = (settings.get(name) for name in _varying(table))
+    cells += ["–" if value is None else str(value) for value in varying]
     for test in table.tests:
         cells += [_spread(row.values(test)), number(row.mean(test, "standard_error"))]
         cells.append("–" if row is table.dense else percent(table.rise(row, test)))

@@ -57,18 +57,23 @@ class Run:
     @property
     def method(self) -> str:
         variant = self.results.get("flags", {}).get("use_variant")
-        return self.results["method"] + (" variant" if variant else "")
+        name = self.results["method"] + (" variant" if variant else "")
+        return name + (" + recovery" if "recovery" in self.results else "")
 
     @property
     def target(self) -> str:
-        """The sparsity asked for: `50%`, `2:4`, or `dense`."""
+        """The sparsity asked for: `50%`, `2:4`, or `dense`; what it has if it was pruned before."""
         if self.results["method"] == "dense":
             return "dense"
         kind = self.results["sparsity_type"]
+        if kind is None:  # pruned before
+            return f"{self.results['sparsity']['overall']:.0%}"
         return f"{self.ratio * 100:g}%" if kind == STRICTNESS[0] else kind
 
     @property
     def ratio(self) -> float:
+        if self.results["method"] != "dense" and self.results.get("sparsity_type") is None:
+            return self.results.get("sparsity", {}).get("overall", 0.0)
         return self.results.get("sparsity_ratio") or 0.0
 
     @property
@@ -82,12 +87,16 @@ class Run:
 
     @property
     def calibration(self) -> str:
-        return (self.results.get("calibration") or {}).get("name") or NONE
+        return (self.results.get("calibration") or self._recovered_on).get("name") or NONE
+
+    @property
+    def _recovered_on(self) -> dict[str, Any]:
+        return self.results.get("recovery", {}).get("text", {})
 
     @property
     def sources(self) -> tuple[tuple[str, Any], ...]:
         """What was calibrated on, and how large a share each source had."""
-        calibration = self.results.get("calibration") or {}
+        calibration = self.results.get("calibration") or self._recovered_on
         return tuple((s["source"], s.get("share")) for s in calibration.get("sources", []))
 
     @cached_property

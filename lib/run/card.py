@@ -27,6 +27,9 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
         how = f"pruned by {method} to {100 * results['sparsity_ratio']:g}% zeros"
     else:
         how = f"pruned by {method} to {kind}"
+    recovery = results.get("recovery")
+    if recovery:
+        how = "a pruned model recovered" if kind is None else f"{how} and recovered"
     on_hub = is_hub_id(model)
     head = ModelCardData(
         library_name="transformers",
@@ -55,6 +58,7 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
             for test in results["evaluation"]
         ],
         "",
+        *(_recovery(results) if recovery else []),
         *(_packed(results) if results["flags"]["replace_sparse_layers"] else []),
     ]
     return "\n".join(lines).rstrip() + "\n"
@@ -68,7 +72,32 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("calibrated on", f"{calibration['name']}, {size}"))
         facts.append(("digest of the windows", f"`{calibration['digest']}`"))
     facts += [(f"{name} option", value) for name, value in results["options"].items()]
+    if recovery := results.get("recovery"):
+        facts.append(("recovered on", f"{recovery['text']['name']}, {recovery['tokens']} tokens"))
+        facts.append(("teacher", recovery["teacher"]))
+        facts.append(("time of the recovery", f"{recovery['seconds']:.0f} s"))
     return [(name, str(value)) for name, value in facts]
+
+
+def _recovery(results: dict[str, Any]) -> list[str]:
+    """What the training of the kept weights gave back."""
+    recovery = results["recovery"]
+    return [
+        "The weights that pruning kept were trained on, with the dense model as teacher:",
+        "",
+        "| test text | dense | pruned | recovered |",
+        "|---|---|---|---|",
+        *[
+            f"| {name} | {recovery['dense'][name]:.4f} | {recovery['before'][name]:.4f} "
+            f"| {value:.4f} |"
+            for name, value in results["perplexity"].items()
+        ],
+        "",
+        "| tokens | perplexity of training text held out |",
+        "|---|---|",
+        *[f"| {one['tokens']} | {one['perplexity']:.4f} |" for one in recovery["curve"]],
+        "",
+    ]
 
 
 def _packed(results: dict[str, Any]) -> list[str]:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 LIBRARY = Path(__file__).parents[1]
-CODE = ("dist", "methods", "data", "model", "packed", "pruning", "prune.py", "eval.py", "sparse.py")
+CODE = ("dist", "methods", "data", "model", "packed", "pruning")
+CODE += ("prune.py", "recover.py", "eval.py", "sparse.py")
 TIMES = "times of the weight files"  # differ between machines that hold the same files
 
 
@@ -45,21 +46,37 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     saved = dtype_name(saved_dtype(args.dtype, job.config))
     pruning["--dtype"] = f"{working}, saved as {saved}"
     pruning["--seqlen"] = job.seqlen
-    files = weight_files(args.model)
-    pruning["config of --model"] = _digest(_config(job.config))
-    pruning["weights of --model"] = getattr(job.config, "_commit_hash", None) or _digest(
-        {name: size for name, (size, _) in files.items()}
-    )
-    pruning[TIMES] = _digest({name: time for name, (_, time) in files.items()})
+    pruning |= _of_model("--model", args.model, job.config)
+    if job.teacher_config:
+        pruning |= _of_model("--teacher", args.teacher, job.teacher_config)
     texts = job.texts
-    pruning["windows of --calibration_data"] = texts.calibration and texts.calibration["digest"][:16]
-    measuring |= {f"windows of --eval_data {one.name}": one.facts["digest"][:16] for one in texts.tests}
+    pruning["windows of --calibration_data"] = (
+        texts.calibration and texts.calibration["digest"][:16]
+    )
+    if texts.training:
+        pruning["--seed"] = args.seed
+        pruning["windows of --recover"] = texts.training.facts["digest"][:16]
+    measuring |= {
+        f"windows of --eval_data {one.name}": one.facts["digest"][:16] for one in texts.tests
+    }
     quantised = args.load_bit or stored_bits(job.config)
     packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
     pruning |= {f"version of {name}": versions()[name] for name in packages}
     pruning["code of lib/"] = code_digest()
     plain = {"pruning": pruning, "measuring": measuring}
     return json.loads(json.dumps(plain, default=str))
+
+
+def _of_model(flag: str, name: str, config: Any) -> dict[str, str]:
+    """What stands behind a flag that names a model."""
+    files = weight_files(name)
+    sizes = {file: size for file, (size, _) in files.items()}
+    times = {file: time for file, (_, time) in files.items()}
+    return {
+        f"config of {flag}": _digest(_config(config)),
+        f"weights of {flag}": getattr(config, "_commit_hash", None) or _digest(sizes),
+        TIMES if flag == "--model" else f"{TIMES} of {flag}": _digest(times),
+    }
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:

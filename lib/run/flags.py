@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     _model_flags(parser.add_argument_group("model"))
     _calibration_flags(parser.add_argument_group("calibration"))
     _pruning_flags(parser.add_argument_group("pruning"))
+    _recovery_flags(parser.add_argument_group("recovery"))
     _evaluation_flags(parser.add_argument_group("evaluation"))
     _output_flags(parser.add_argument_group("output"))
     return parser
@@ -70,7 +71,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
     Of the dense model only those count that it is read with.
     """
-    dense = args.prune_method is None
+    dense = args.prune_method is None and args.recover is None
     return {
         name: getattr(args, name)
         for name, (role, group) in roles().items()
@@ -229,6 +230,53 @@ def _pruning_flags(group) -> None:
     )
 
 
+def _recovery_flags(group) -> None:
+    flag(
+        group,
+        RESULT,
+        "--recover",
+        type=int,
+        metavar="TOKENS",
+        help="after pruning, train the kept weights on so many tokens of the calibration sources' "
+        "train text, the dense model as teacher; zeros stay zeros (default: no recovery)",
+    )
+    flag(
+        group,
+        INPUT,
+        "--teacher",
+        metavar="MODEL",
+        help="to recover a model that was pruned before, without --prune_method: the dense model "
+        "that it was made of",
+    )
+    flag(
+        group,
+        RESULT,
+        "--recover_rank",
+        type=int,
+        metavar="R",
+        help="train updates of this rank of every pruned matrix, merged into it at the end, in "
+        "place of all its kept weights: for a fraction of the memory (default: all weights)",
+    )
+    flag(
+        group,
+        RESULT,
+        "--recover_rate",
+        type=float,
+        metavar="RATE",
+        help="peak learning rate of the recovery (default: 0.6 times the root mean square of the "
+        "pruned weights, over the square root of the model's width, over its blocks)",
+    )
+    flag(
+        group,
+        RESULT,
+        "--recover_ce",
+        type=float,
+        metavar="SHARE",
+        help="share of cross-entropy with the text itself in the loss, in [0, 1): teaches the "
+        "model more of this text, and less of what the teacher knows of others (default: 0)",
+    )
+
+
 def _evaluation_flags(group) -> None:
     flag(
         group,
@@ -264,8 +312,8 @@ def _output_flags(group) -> None:
         PLACE,
         "--resume",
         metavar="FOLDER",
-        help="keep each pruned block in this folder, so that the same command goes on after an "
-        "interruption; removed after success",
+        help="keep each pruned block, and where the recovery stands, in this folder, so that the "
+        "same command goes on after an interruption; removed after success",
     )
     _mark(add_debug_flag(group), PLACE, group)
 
@@ -286,7 +334,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     except ValueError as error:
         parser.error(str(error))
     method, kind = args.prune_method, args.sparsity_type
-    if not method and not args.eval_only:
+    _check_recovery(parser, args)
+    if not method and not args.eval_only and not args.recover:
         parser.error(f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only")
     if method and args.eval_only:
         parser.error(f"--eval_only prunes nothing; leave out --prune_method {method}")
@@ -329,12 +378,55 @@ def _check_allocation(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error(f"{given}: needs a --sparsity_ratio {bounds}, not {args.sparsity_ratio:g}")
 
 
+def _check_recovery(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What can be trained, and on what terms."""
+    tokens, method = args.recover, args.prune_method
+    if tokens is None:
+        for flag in ("teacher", "recover_rank", "recover_rate", "recover_ce"):
+            if (value := getattr(args, flag)) is not None:
+                parser.error(f"--{flag} {value}: is for --recover TOKENS, which is not given")
+        return
+    given = f"--recover {tokens}"
+    if tokens < 1:
+        parser.error(f"{given}: must be a number of tokens above 0; leave it out to train nothing")
+    if args.eval_only:
+        parser.error(f"{given}: --eval_only changes no weight; leave out one of them")
+    if not method and not args.teacher:
+        parser.error(
+            f"{given}: give --prune_method, or for a model that was pruned before --teacher MODEL, "
+            "the dense model that it was made of"
+        )
+    if method and args.teacher:
+        parser.error(
+            f"--teacher {args.teacher}: with --prune_method {method} the model itself, before it "
+            "is pruned, is the teacher; leave out one of them"
+        )
+    if method and args.sparsity_type == UNSTRUCTURED and args.sparsity_ratio == 0:
+        parser.error(f"{given}: with --sparsity_ratio 0 there is nothing to recover")
+    for flag in ("load_bit", "offload"):
+        if value := getattr(args, flag):
+            what = "quantised weights" if flag == "load_bit" else "blocks on disk"
+            parser.error(f"{given}: {what} can't be trained; leave out --{flag} {value}")
+    if args.recover_rank is not None and args.recover_rank < 1:
+        parser.error(f"--recover_rank {args.recover_rank}: must be at least 1")
+    if args.recover_ce is not None and not 0 <= args.recover_ce < 1:  # also refuses nan
+        parser.error(f"--recover_ce {args.recover_ce:g}: must be from 0 to below 1")
+    rate = args.recover_rate
+    if rate is not None and not 0 < rate < 1:  # also refuses nan
+        parser.error(f"--recover_rate {rate:g}: must be above 0 and below 1")
+    if args.replace_sparse_layers and not method:
+        parser.error(
+            f"{given}: what was pruned before is packed by a second run, with --eval_only and "
+            "--replace_sparse_layers"
+        )
+
+
 def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What is saved replaces a whole folder, in which nothing else may stand that is needed."""
     saved = args.save_model
     if args.eval_only and not args.replace_sparse_layers:
         parser.error(f"--save_model {saved}: --eval_only changes no weight; leave it out")
-    for flag in ("save", "model", "offload", "resume"):
+    for flag in ("save", "model", "offload", "resume", "teacher"):
         value = getattr(args, flag)
         if value and Path(value).resolve().is_relative_to(Path(saved).resolve()):
             parser.error(f"--save_model {saved}: would replace --{flag} {value}; move one")

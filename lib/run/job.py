@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lib.data.sources import Source
-    from lib.data.windows import TestSet
+    from lib.data.windows import TestSet, TrainingText
     from lib.dist.team import Team
     from lib.model.blocks import BlockRunner
     from lib.pruning.journal import Journal
+    from lib.recover import Course
 
 
 class Anew:
@@ -43,6 +44,7 @@ class Texts:
     windows: Tensor | None  # (windows, tokens) to calibrate on; None where no text is observed
     calibration: dict[str, Any] | None  # where they were found
     tests: list[TestSet]
+    training: TrainingText | None = None  # what is recovered on
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Job:
     blocks_name: str
     recipe: Recipe | None
     sparsity: Sparsity
+    course: Course | None = None  # of the recovery
+    teacher_config: Any = None  # of --teacher
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
     journal: Journal | None = None  # of the process that leads, under --resume
@@ -89,3 +93,6 @@ class Subject:
     runner: BlockRunner
     keep_on: torch.device  # where hidden states stand between two blocks
     footprint: int  # bytes of the dense model
+    checkpointed: bool = False  # activations are computed again in training
+    asked: Sparsity | list[Sparsity] | None = None  # of the blocks, where it must be reached
+    left: frozenset[str] = frozenset()  # linears that were left dense

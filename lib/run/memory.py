@@ -27,6 +27,7 @@ LATER = 24 * 2**20  # bytes of code that is imported after the estimate
 SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lost in gaps
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 FLOAT = 4  # bytes
+GRAPH = 1.2  # what a block's activations take for the way back, of what they are on the way
 META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
 
@@ -63,6 +64,8 @@ class Shapes:
     hidden: int
     vocabulary: int
     routed: int  # experts that each token goes to
+    count: int  # of blocks
+    edges: int  # rows and columns of all linears
 
 
 def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
@@ -73,7 +76,10 @@ def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
     sharing = _sharing(skeleton, blocks)
     config = skeleton.config.get_text_config(decoder=True)
     kinds: dict[tuple, BlockShape] = {}
+    linears = {}
     for block in blocks:
+        for one in find_linears(block, "")[0]:
+            linears[one.module, one.parameter, one.expert] = sum(one.shape)
         key = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
         if key not in kinds:
             kinds[key] = BlockShape(sum(prod(shape) for _, shape in key), _inputs(block, sharing))
@@ -84,6 +90,8 @@ def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
         config.hidden_size,
         config.vocab_size,
         getattr(config, "num_experts_per_tok", None) or 1,
+        len(blocks),
+        sum(linears.values()),
     )
 
 
@@ -121,6 +129,16 @@ def _inputs(block: nn.Module, sharing: dict[nn.Module, int]) -> list[Inputs]:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What of the recovery counts for memory."""
+
+    rank: int | None
+    batch_size: int
+    beside: bool  # the teacher is a whole model of its own
+    checkpointed: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run is going to do, as far as memory is concerned."""
 
@@ -136,6 +154,7 @@ class Plan:
     stored: torch.dtype | None = None  # of the weight files, if these are cast on reading
     fetched: bool = False  # blocks come to the device one at a time
     ahead: bool = False  # and the next one while the current one computes
+    training: Training | None = None
 
     @property
     def follows(self) -> bool:
@@ -173,7 +192,7 @@ class Need:
 
 def needed(plan: Plan) -> Need:
     """Where everything stands in the same memory; `check_memory` splits it over two."""
-    hidden, work = max(_calibration(plan), _evaluation(plan), key=sum)
+    hidden, work = max(_calibration(plan), _evaluation(plan), _recovery(plan), key=sum)
     reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
     mapped = (plan.shapes.in_blocks + plan.shapes.outside) * plan.stored.itemsize if reading else 0
     return Need(_weights(plan), hidden, work, mapped)
@@ -188,7 +207,33 @@ def _weights(plan: Plan) -> int:
     if plan.fetched:
         largest = max(block.weights for block in shapes.blocks)
         inside = largest * size * (2 if plan.ahead else 1)
+    if plan.training:  # the teacher
+        inside += shapes.in_blocks * size
+        inside += shapes.outside * size if plan.training.beside else 0
     return shapes.outside * size + inside
+
+
+def _recovery(plan: Plan) -> tuple[int, int]:
+    """What is trained, its gradient and AdamW's two averages, with a batch on its way and back."""
+    training, shapes = plan.training, plan.shapes
+    if training is None:
+        return 0, 0
+    inside = shapes.in_blocks
+    largest = max(each.width * sum(each.outputs) for b in shapes.blocks for each in b.inputs)
+    if training.rank:
+        kept = inside * plan.saved.itemsize + 4 * FLOAT * training.rank * shapes.edges
+    else:
+        masters = not plan.working == plan.saved == torch.float32
+        kept = inside * FLOAT * (4 if masters else 3)
+    kept += inside * plan.saved.itemsize  # the best so far
+    small = replace(plan, batch_size=training.batch_size, windows=training.batch_size)
+    passing = max(_activations(small, block) for block in shapes.blocks)
+    tokens = training.batch_size * plan.seqlen
+    through = GRAPH * passing * (1 if training.checkpointed else shapes.count)
+    if training.checkpointed:
+        through += shapes.count * tokens * shapes.hidden * plan.working.itemsize
+    logits = 5 * min(LOGIT_BYTES, FLOAT * shapes.vocabulary * tokens)
+    return 0, int(kept + largest * FLOAT + through + logits)
 
 
 def _calibration(plan: Plan) -> tuple[int, int]:
@@ -244,37 +289,63 @@ class Room:
     fetched: bool
     keep_on: torch.device
     line: str
+    checkpointed: bool = False  # activations are computed again in training
 
 
 def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
     """Where blocks and hidden states will stand. UserError where there is not enough memory."""
+    if plan.training:
+        plan = _trained(plan, device)
+    checkpointed = bool(plan.training and plan.training.checkpointed)
     need = needed(plan)
     if device.type == "cpu":
-        return Room(False, device, f"memory: {_host_line(need, offloaded)}")
+        line = _host_line(need, offloaded, plan.training)
+        return Room(False, device, f"memory: {line}", checkpointed)
     free = int(SPARE * torch.cuda.mem_get_info(device)[0])
-    fetched = not (plan.fetched or plan.load_bit) and need.weights + need.work > free
+    fetched = (
+        not (plan.fetched or plan.load_bit or plan.training) and need.weights + need.work > free
+    )
     if fetched:
         plan = replace(plan, fetched=True, ahead=True)
         need = needed(plan)
     kept = need.weights + need.hidden + need.work <= free
     here = Need(need.weights, need.hidden if kept else 0, need.work)
     if here.total > free:
+        way = f", {_less(plan.training)}" if plan.training else ""
         raise UserError(
             f"--device {device}: the run needs {here.told()}, but only {gib(free)} are free; "
-            "try a smaller --batch_size or --seqlen, or --device cpu"
+            f"try a smaller --batch_size or --seqlen{way}, or --device cpu"
         )
     away = plan.shapes.in_blocks * plan.working.itemsize if fetched else 0
     host = Need(away, 0 if kept else need.hidden, 0)
     line = f"memory: device {here.told()}; host {_host_line(host, offloaded)}"
-    return Room(fetched, device if kept else torch.device("cpu"), line)
+    return Room(fetched, device if kept else torch.device("cpu"), line, checkpointed)
 
 
-def _host_line(need: Need, offloaded: bool) -> str:
+def _trained(plan: Plan, device: torch.device) -> Plan:
+    """With activations computed again where they would not fit otherwise."""
+    on_host = available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpu = device.type == "cuda"
+    free = SPARE * torch.cuda.mem_get_info(device)[0] if gpu else on_host
+    if needed(plan).total <= free:
+        return plan
+    return replace(plan, training=replace(plan.training, checkpointed=True))
+
+
+def _less(training: Training) -> str:
+    """How the recovery takes less memory."""
+    if training.rank:
+        return "a smaller --recover_rank"
+    return "--recover_rank 16, which trains fewer numbers"
+
+
+def _host_line(need: Need, offloaded: bool, training: Training | None = None) -> str:
     """What is told of host memory. UserError where it is too little."""
     base = psutil.Process().memory_info().rss + LATER
     line, free = need.told(base), available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if need.total > free:
         way = "" if offloaded else ", or --offload FOLDER"
+        way = f", or {_less(training)}" if training else way
         raise UserError(
             f"--model: the run needs {line} of host memory, of which {gib(free)} are still free; "
             f"try a smaller --nsamples, --seqlen or --batch_size{way}"

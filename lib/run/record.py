@@ -13,6 +13,7 @@ from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
 
 if TYPE_CHECKING:
+    from lib.recover import Course, Recovered
     from lib.run.job import Job, Subject
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
@@ -47,10 +48,12 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
     from lib.model.pretrained import footprint
 
     args, recipe = job.args, job.recipe
-    allocation, tasks = ({k: found[k]} if found.get(k) else {} for k in ("allocation", "tasks"))
+    allocation, tasks, recovery = (
+        {k: found[k]} if found.get(k) else {} for k in ("allocation", "tasks", "recovery")
+    )
     return {
         "model": args.model,
-        "method": args.prune_method or "dense",
+        "method": args.prune_method or ("pruned before" if job.course else "dense"),
         "sparsity_type": args.sparsity_type if recipe else None,
         "sparsity_ratio": args.sparsity_ratio if recipe else None,
         "options": recipe.settings if recipe else {},
@@ -64,12 +67,41 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
         "calibration": job.texts.calibration,
         "evaluation": found["evaluation"],
         **tasks,
+        **recovery,
         "perplexity": {test["name"]: test["perplexity"] for test in found["evaluation"]},
         "sparsity": found["sparsity"],
         "seconds": job.seconds,
         "peak_memory": peak_memory(job.device),
         "footprint": {"before": subject.footprint, "after": footprint(subject.model)},
         "fingerprint": job.fingerprint,
+    }
+
+
+def told_recovery(
+    job: Job, course: Course, done: Recovered, dense: list[float], pruned: list[float]
+) -> dict[str, Any]:
+    """What stands in results.json of a recovery.
+
+    `dense`, `pruned`: perplexities of the teacher, and before, on what was held out and on every
+    test set.
+    """
+    names = [test.name for test in job.texts.tests]
+    return {
+        "tokens": done.tokens,
+        "seconds": done.seconds,
+        "steps": course.steps,
+        "windows": course.windows,
+        "rate": course.rate,
+        "rank": course.rank,
+        "cross_entropy": course.share,
+        "weights": done.trained,
+        "teacher": job.args.teacher or job.args.model,
+        "text": job.texts.training.facts,
+        "curve": done.curve,
+        "kept": done.curve[done.best],
+        "held_out": {"dense": dense[0], "before": pruned[0]},
+        "dense": dict(zip(names, dense[1:], strict=True)),
+        "before": dict(zip(names, pruned[1:], strict=True)),
     }
 
 
@@ -85,7 +117,7 @@ def write_log(folder: Path, results: dict[str, Any]) -> Path:
     if len(perplexities) > 1:
         names += [f"ppl_{name}" for name in perplexities]
         values += [f"{value:.4f}" for value in perplexities.values()]
-    path = folder / f"log_{method}.txt"
+    path = folder / f"log_{method.replace(' ', '_')}.txt"
     write_text(path, "\t".join(names) + "\n" + "\t".join(values) + "\n")
     return path
 
@@ -104,5 +136,9 @@ def print_summary(results: dict[str, Any]) -> None:
         print(f"{test['name']}: {size}, {test['bits_per_byte']:.4f} bits per byte", end="")
         error = test["standard_error"]  # nan for a single window
         print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
+    recovery = results.get("recovery")
     for name, value in results["perplexity"].items():
+        if recovery:
+            dense, before = recovery["dense"][name], recovery["before"][name]
+            print(f"{name}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}")
         print(f"perplexity {name}: {value:.4f}")

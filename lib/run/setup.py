@@ -10,7 +10,8 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import argparse
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lib.methods.registry import Recipe
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lib.data.sources import Source
-    from lib.run.memory import Room
+    from lib.model.blocks import BlockRunner
+    from lib.run.memory import Room, Training
+
+
+LEAST_ZEROS = 0.01  # share of the blocks' weights, of a model that was pruned before
 
 
 def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
@@ -33,7 +38,7 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
     recipe = method_of(args)
     _check_outputs(args)
     sources, tests = _named_sources(args)
-    read = [(one, "train") for one in sources if recipe and recipe.observes]
+    read = [(one, "train") for one in sources if args.recover or (recipe and recipe.observes)]
     read += [(one, "test") for one in tests]
     _check_readable([one for one in read if not one[0].hub])
     from lib.dist.team import Team, local_device
@@ -47,7 +52,7 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
     team = Team(device, minutes=args.timeout)
     known = args.model, args.cache_dir, args.trust_remote_code
     config = pretrained.load_config(*known)
-    check_format(args.model, config, args.load_bit, bool(recipe), args.offload)
+    check_format(args.model, config, args.load_bit, bool(recipe or args.recover), args.offload)
     tokenizer = pretrained.load_tokenizer(*known)
     seqlen = pretrained.window_length(config, args.seqlen)
     skeleton = pretrained.skeleton(config, args.trust_remote_code)
@@ -73,9 +78,77 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
         recipe=recipe,
         sparsity=sparsity,
     )
+    if args.recover:
+        _set_course(job)
     job.texts = read_texts(job, bos)
     _compare(job)
     return job
+
+
+def _set_course(job: Job) -> None:
+    """How the recovery goes, and its teacher's config. UserError where it can't be."""
+    from lib.model.quantised import stored_bits
+    from lib.recover import Course
+
+    args, given = job.args, f"--recover {job.args.recover}"
+    if args.recover < job.seqlen:
+        raise UserError(
+            f"{given}: less than one step, a window of {job.seqlen} tokens; give at least so many, "
+            "or a smaller --seqlen"
+        )
+    if stored_bits(job.config):
+        raise UserError(f"{given}: {args.model} is quantised, and its weights can't be trained")
+    job.course = Course(
+        args.recover,
+        job.seqlen,
+        args.recover_rate,
+        args.recover_rank,
+        args.recover_ce or 0.0,
+        args.seed,
+    )
+    if args.teacher:
+        with _told_of_teacher():
+            job.teacher_config = _matching_config(job)
+
+
+@contextmanager
+def _told_of_teacher() -> Iterator[None]:
+    """Inside, what is wrong with `--model` is wrong with `--teacher`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--model ", "--teacher ", 1)) from error
+
+
+def _matching_config(job: Job) -> Any:
+    """The teacher's; UserError where it has another vocabulary or shape than the model."""
+    from lib.model import pretrained
+    from lib.model.quantised import check_format, stored_bits
+
+    args = job.args
+    known = args.teacher, args.cache_dir, args.trust_remote_code
+    config = pretrained.load_config(*known)
+    check_format(args.teacher, config, None, True)
+    if stored_bits(config):
+        raise UserError(f"--teacher {args.teacher}: is quantised; name the unquantised model")
+    if pretrained.load_tokenizer(*known).get_vocab() != job.tokenizer.get_vocab():
+        raise UserError(
+            f"--teacher {args.teacher}: has another vocabulary than --model {args.model}; name the "
+            "dense model that it was made of"
+        )
+    skeleton = pretrained.skeleton(config, args.trust_remote_code)
+    theirs, ours = (
+        {name: list(one.shape) for name, one in model.named_parameters()}
+        for model in (skeleton, job.skeleton)
+    )
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"--teacher {args.teacher}: its {name} is {theirs.get(name, 'missing')}, that of "
+                f"--model {args.model} {ours.get(name, 'missing')}; name the dense model that it "
+                "was made of"
+            )
+    return config
 
 
 def method_of(args: argparse.Namespace) -> Recipe | None:
@@ -117,9 +190,9 @@ def _check_readable(sources: list[tuple[Source, str]]) -> None:
 
 def read_texts(job: Job, bos: int | None) -> Texts:
     """The windows to calibrate on and to measure on, each begun with `bos` where given."""
-    from lib.data.windows import calibration_windows, test_set
+    from lib.data.windows import calibration_windows, test_set, training_windows
 
-    args = job.args
+    args, course = job.args, job.course
 
     def read() -> Texts:
         texts = Texts(bos, None, None, [])
@@ -128,10 +201,15 @@ def read_texts(job: Job, bos: int | None) -> Texts:
                 job.sources, job.tokenizer, args.nsamples, job.seqlen, args.seed, bos
             )
         texts.tests = [test_set(one, job.tokenizer, job.seqlen, bos) for one in job.tests]
+        if course:
+            rest = course.steps * course.windows, job.seqlen, args.seed, bos
+            tests = [test.windows for test in texts.tests]
+            texts.training = training_windows(job.sources, job.tokenizer, *rest, tests)
         return texts
 
     drawn = (args.calibration_data, args.prune_on_c4, args.nsamples, args.seed)
     key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
+    key += (drawn, args.recover) if course else ()
     return job.keep.texts(key, read)
 
 
@@ -144,7 +222,8 @@ def _compare(job: Job) -> None:
     pruning = job.fingerprint["pruning"]
     everywhere = {name: value for name, value in pruning.items() if name != TIMES}
     job.team.agree(everywhere | job.fingerprint["measuring"])
-    if not (job.recipe and job.args.resume and job.team.leads):
+    changes = job.recipe or job.course
+    if not (changes and job.args.resume and job.team.leads):
         return
     job.journal = Journal(job.args.resume)
     found = difference(job.journal.begun, pruning) if job.journal.begun else None
@@ -183,7 +262,42 @@ def load(job: Job, at_end: ExitStack) -> Subject:
     if placement is None:  # otherwise every block is checked when it is fetched
         check_finite(runner)
     runner.verify()
-    return Subject(model, blocks, runner, room.keep_on, pretrained.footprint(model))
+    size = pretrained.footprint(model)
+    return Subject(model, blocks, runner, room.keep_on, size, room.checkpointed)
+
+
+def load_teacher(job: Job, subject: Subject) -> BlockRunner:
+    """Whom the recovery follows: `--teacher`, or the model as it is before it is pruned.
+
+    UserError where the model is to be recovered as it is, but has no zeros.
+    """
+    from lib.model import pretrained
+    from lib.model.blocks import BlockRunner
+    from lib.model.finite import check_finite
+    from lib.pruning.check import measure
+
+    args = job.args
+    if not args.teacher:
+        model = pretrained.fresh_copy(subject.model)
+        return BlockRunner(model, pretrained.decoder_blocks(model)[1], job.device)
+    zeros = measure(subject.runner, job.blocks_name).overall
+    if zeros < LEAST_ZEROS:
+        raise UserError(
+            f"--model {args.model}: {zeros:.1%} of its blocks' weights are zero, so there is "
+            "nothing to recover; prune it by --prune_method, without --teacher"
+        )
+    with job.timed("load teacher"), _told_of_teacher():
+        model = pretrained.load_model(
+            args.teacher,
+            job.teacher_config,
+            dtype=pretrained.pick_dtype(args.dtype, job.config, job.device),
+            device_map={"": job.device},
+            cache_dir=args.cache_dir,
+            trust_remote_code=args.trust_remote_code,
+        )
+        runner = BlockRunner(model, pretrained.decoder_blocks(model)[1], job.device)
+        check_finite(runner)
+    return runner
 
 
 def _see_memory(job: Job) -> Room:
@@ -208,11 +322,22 @@ def _see_memory(job: Job) -> Room:
         args.load_bit or stored_bits(job.config),
         None if stored == working else stored,
         fetched=bool(args.offload),
+        training=_training(job),
     )
     room = check_memory(plan, job.device, bool(args.offload))
     if team.leads:
         print(room.line, flush=True)
     return room
+
+
+def _training(job: Job) -> Training | None:
+    """What the recovery means for memory."""
+    from lib.run.memory import Training
+
+    if not job.course:
+        return None
+    share = -(-job.course.windows // job.team.size)  # of a step's windows
+    return Training(job.course.rank, min(job.batch_size, share), bool(job.args.teacher))
 
 
 def _offload_folder(job: Job) -> AbstractContextManager[str]:

@@ -13,9 +13,7 @@ LOG_SECONDS = 30  # between two lines where stderr is not a terminal
 
 
 @contextmanager
-def progress(
-    total: int, what: str, unit: str, shown: bool = True
-) -> Iterator[Callable[..., None]]:
+def progress(total: int, what: str, unit: str, shown: bool = True) -> Iterator[Callable[..., None]]:
     """A call that is told how many more of `total` are done, shown on stderr.
 
     It may also be given a short text to stand at the bar's end.

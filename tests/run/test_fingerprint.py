@@ -33,6 +33,10 @@ OTHER = {
     "use_variant": [],
     "blend": ["0.5"],
     "replace_sparse_layers": [],
+    "recover": ["99"],
+    "recover_rank": ["4"],
+    "recover_rate": ["0.1"],
+    "recover_ce": ["0.2"],
     "eval_only": [],
     "tasks": ["arc"],
 }
@@ -98,6 +102,17 @@ def test_inputs_count_by_what_they_hold(base: list[str], tmp_path: Path) -> None
     rows = (tmp_path / "uk" / "test.jsonl").read_text("utf-8")
     (tmp_path / "uk" / "test.jsonl").write_text(rows.replace("ліс", "гай", 1), "utf-8")
     assert difference(before, made_of(base))[0] == "windows of --eval_data uk"
+
+
+def test_a_teacher_counts_by_what_it_holds(base: list[str], tmp_path: Path) -> None:
+    base = [*base[:2], *base[4:], "--recover", "99", "--teacher"]  # no method
+    tiny.write_model(tmp_path / "one", tiny.tiny_llama())
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    before = made_of([*base, str(tmp_path / "one")])
+    assert made_of([*base, str(tmp_path / "two")]) == before
+    os.utime(tmp_path / "two" / "model.safetensors")
+    assert difference(before, made_of([*base, str(tmp_path / "two")]))[0].endswith("--teacher")
+    assert "--seed" in before and "windows of --recover" in before
 
 
 def test_the_code_counts_where_it_takes_part(tmp_path: Path, monkeypatch) -> None:

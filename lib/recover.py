@@ -1,0 +1,475 @@
+"""Give back what pruning took: a short training of the kept weights, the dense model their teacher.
+
+    python main.py --model MODEL --prune_method admm --sparsity_type 2:4 --recover 500000 ...
+
+Trained are the weights that pruning kept, and the norms and biases of the decoder blocks; zeros
+stay zeros. The loss is the Kullback-Leibler divergence from the teacher's next-token distribution
+to the model's, taken a few positions at a time, so that the logits of a whole batch never stand in
+memory. While it trains, the model holds its weights as they would be saved, rounded; float32
+masters beside it keep what rounding would lose, so that what is measured on the way is what is
+saved. Where masters do not fit, `rank` trains updates B A of every matrix instead, masked and
+merged into it (as PERP does, arXiv 2312.15230).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lib.data.windows import TrainingText
+from lib.dist.team import Team
+from lib.model.blocks import BlockRunner
+from lib.model.linears import find_linears
+from lib.pruning.journal import Journal
+from lib.util.errors import UserError
+
+STEPS = 256  # about so many, as long as a step then has a size between these:
+LEAST, MOST = 2**8, 2**16  # tokens
+RATE = 0.6  # see `default_rate`
+WARM_UP = 0.1  # of the steps
+LAST = 0.05  # of the rate is left at the end
+BETAS = (0.9, 0.95)
+LONGEST = 1.0  # norm of a step's gradient, else it is shortened
+MEASURED = 10  # times on the windows held out
+KEEP_SECONDS = 600  # between two states that are kept, at most
+LOGIT_BYTES = 2**24  # of float32 logits of the model, and of the teacher, that stand at a time
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long, in what steps and how fast: all that the training depends on besides its text."""
+
+    tokens: int  # at most; whole steps are made
+    seqlen: int
+    rate: float | None = None  # None: by default_rate
+    rank: int | None = None
+    share: float = 0.0  # of the text's own next tokens in the target
+    seed: int = 0
+
+    @property
+    def windows(self) -> int:
+        """In a step."""
+        wanted = min(max(self.tokens // STEPS, LEAST), MOST, self.tokens)
+        return max(1, wanted // self.seqlen)
+
+    @property
+    def steps(self) -> int:
+        return self.tokens // (self.windows * self.seqlen)
+
+    def rate_at(self, step: int) -> float:
+        """A short rise, then half a cosine down."""
+        rise = min(1.0, (step + 1) / math.ceil(WARM_UP * self.steps))
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.rate * rise * (LAST + (1 - LAST) * fall)
+
+    @property
+    def measured(self) -> set[int]:
+        """After how many steps the held-out windows are measured."""
+        return {math.ceil(self.steps * part / MEASURED) for part in range(1, MEASURED + 1)}
+
+
+def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
+    """The peak learning rate that suits a model with these matrices, of any size.
+
+    AdamW moves every weight by about the rate, all in step with their inputs: what a matrix gives
+    changes by rate * sqrt(width) / (root mean square of its weights), relatively, and the changes
+    of all blocks add up. RATE is what that may come to.
+    """
+    squares, count = 0.0, 0
+    for one in matrices:
+        squares += one.float().square().sum(dtype=torch.float64).item()
+        count += one.numel()
+    return RATE * (squares / max(count, 1)) ** 0.5 / (width**0.5 * blocks)
+
+
+class Whole:
+    """A parameter of which every weight that is not zero is trained."""
+
+    def __init__(self, parameter: nn.Parameter, sparse: bool, rounding: torch.dtype) -> None:
+        self.parameter, self.sparse, self.rounding = parameter, sparse, rounding
+        exact = parameter.dtype == rounding == torch.float32
+        self.master = parameter.data if exact else parameter.data.to(torch.float32, copy=True)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """What is trained, float32."""
+        return {"master": self.master}
+
+    def take_gradient_(self) -> None:
+        """Add the parameter's gradient to that of what is trained. A zero gets none, and AdamW
+        without decay leaves what never had a gradient as it is, bit for bit."""
+        gradient = self.parameter.grad
+        if self.sparse:
+            gradient = gradient.masked_fill_(self.master == 0, 0)
+        self.master.grad += gradient
+        self.parameter.grad = None
+
+    def write_(self) -> None:
+        """Put what was trained into the parameter, rounded."""
+        if self.master.data_ptr() != self.parameter.data_ptr():
+            self.parameter.data.copy_(self.master.to(self.rounding))
+
+
+class LowRank:
+    """A sparse parameter (..., rows, columns) to which B A is added where it is not zero.
+
+    A is drawn and scaled such that a step moves a weight about as far as if it were trained whole.
+    """
+
+    def __init__(
+        self, parameter: nn.Parameter, rank: int, rounding: torch.dtype, draw: torch.Generator
+    ) -> None:
+        self.parameter, self.rounding = parameter, rounding
+        self.base = parameter.data.to(rounding, copy=True)
+        *several, rows, columns = parameter.shape
+        down = torch.randn(*several, rank, columns, generator=draw) / rank**0.5
+        self.down = down.to(parameter.device)  # A
+        self.up = torch.zeros(*several, rows, rank, device=parameter.device)  # B
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {"up": self.up, "down": self.down}
+
+    def take_gradient_(self) -> None:
+        gradient = self.parameter.grad.masked_fill_(self.base == 0, 0).float()
+        self.up.grad += gradient @ self.down.mT
+        self.down.grad += self.up.mT @ gradient
+        self.parameter.grad = None
+
+    def write_(self) -> None:
+        change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # which changes no zero
+        self.parameter.data.copy_((self.base.float() + change).to(self.rounding))
+
+
+def trained_parameters(model: nn.Module, blocks_name: str) -> dict[str, tuple[nn.Parameter, bool]]:
+    """{name: (parameter, whether it is a pruned linear's)}: what recovery trains, shared ones once.
+
+    Pruned linears, and the norms and biases of the blocks; what the blocks share with embeddings
+    or head is left alone.
+    """
+    blocks = model.get_submodule(blocks_name)
+    inside, linears = f"{blocks_name}.", set()
+    for block in blocks:
+        for linear in find_linears(block, "")[0]:
+            if bool((linear.stored == 0).any()):
+                linears.add(id(getattr(linear.module, linear.parameter)))
+    every = list(model.named_parameters(remove_duplicate=False))
+    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    found = {}
+    for name, parameter in blocks.named_parameters():
+        vector = parameter.dim() == 1 or name.endswith("bias")
+        if id(parameter) in outside or not parameter.is_floating_point():
+            continue
+        if id(parameter) in linears or vector:
+            found[inside + name] = parameter, id(parameter) in linears
+    return found
+
+
+@dataclass
+class Recovered:
+    """How it went: (tokens seen, perplexity of what was held out) and losses; what was kept."""
+
+    curve: list[dict[str, float]] = field(default_factory=list)
+    best: int = 0  # of the curve
+    trained: int = 0  # weights
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        """What a user should know at the end."""
+        first, best = self.curve[0]["perplexity"], self.curve[self.best]
+        if not self.best:
+            return "recovery: nothing was better than the pruned weights, which stay as they were"
+        return (
+            f"recovery: perplexity {first:.4f} to {best['perplexity']:.4f} on what was held out, "
+            f"after {best['tokens']} of {self.tokens} tokens"
+        )
+
+
+class Recoverer:
+    """Trains the model of `runner` in place to do as `teacher` does.
+
+    `rounding`: the dtype in which the model will be saved. `measure(runner, windows)` gives
+    perplexity, the same in every process of `team`. `journal`, of the process that leads: keeps
+    where the training stands, and gives it back after an interruption. `checkpointed`: a block's
+    activations are computed again when they are needed, for less memory.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        teacher: BlockRunner,
+        blocks_name: str,
+        course: Course,
+        text: TrainingText,
+        batch_size: int,
+        measure: Callable[[BlockRunner, Tensor], float],
+        rounding: torch.dtype,
+        team: Team | None = None,
+        journal: Journal | None = None,
+        checkpointed: bool = False,
+    ) -> None:
+        self.runner, self.teacher = runner, teacher
+        self.text, self.batch_size = text, batch_size
+        self.measure = measure
+        self.team = team or Team(runner.device, alone=True)
+        self.journal = journal
+        self.checkpointed = checkpointed
+        self.parts: dict[str, Whole | LowRank] = {}
+        strict = set(runner.model._keep_in_fp32_modules_strict or ())
+        draw = torch.Generator().manual_seed(course.seed)
+        trained = trained_parameters(runner.model, blocks_name)
+        if course.rate is None:
+            width = runner.model.config.get_text_config(decoder=True).hidden_size
+            matrices = (parameter for parameter, sparse in trained.values() if sparse)
+            course = replace(course, rate=default_rate(matrices, width, len(runner.blocks)))
+        self.course = course
+        for name, (parameter, sparse) in trained.items():
+            kept = torch.float32 if strict.intersection(name.split(".")) else rounding
+            if sparse and course.rank:
+                self.parts[name] = LowRank(parameter, course.rank, kept, draw)
+            else:
+                self.parts[name] = Whole(parameter, sparse, kept)
+        self.done = Recovered(trained=sum(p.parameter.numel() for p in self.parts.values()))
+
+    def summary(self) -> list[str]:
+        """What is going to be done, a line each."""
+        course, weights = self.course, self.done.trained
+        how = f"updates of rank {course.rank} to" if course.rank else "training"
+        lines = [
+            f"recovery: {how} {weights:,} weights in {course.steps} steps of "
+            f"{course.windows * course.seqlen:,} tokens, learning rate {course.rate:.3g}"
+        ]
+        if self.team.size > course.windows:
+            lines.append(
+                f"recovery: a step of {course.windows} windows keeps no more processes at work; "
+                "fewer would be as fast"
+            )
+        for one in self.text.facts["sources"]:
+            if one["passes"] > 1:
+                lines.append(
+                    f"recovery: {one['name']} has {one['windows']} windows of train text, which "
+                    f"are read {one['passes']} times"
+                )
+        return lines
+
+    def run(self, advanced: Callable[..., None] = lambda tokens, note="": None) -> Recovered:
+        """Train, and leave the model with its best weights, rounded.
+
+        `advanced(tokens, note)` is called after each step. UserError where the loss is not finite.
+        """
+        self.began = time.perf_counter()
+        self._set_up()
+        steps, tokens = self.course.steps, self.course.windows * self.course.seqlen
+        if not self._taken_up():
+            self._write_()
+            self._note(0, None)
+        advanced(self.step * tokens)
+        kept = time.monotonic()
+        with self._gradients():
+            for step in range(self.step, steps):
+                loss = self._step(step)
+                self.losses.append(loss)
+                self.step = step + 1
+                measured = self.step in self.course.measured
+                if measured:
+                    self._note(self.step * tokens, sum(self.losses) / len(self.losses))
+                    self.losses = []
+                if self.journal and (measured or time.monotonic() - kept > KEEP_SECONDS):
+                    self._keep()
+                    kept = time.monotonic()
+                advanced(tokens, f"loss {loss:.4f}")
+        for part, best in zip(self.parts.values(), self.best, strict=True):
+            part.parameter.data.copy_(best)
+        self.done.tokens = steps * tokens
+        self.done.seconds = round(self.before + time.perf_counter() - self.began, 3)
+        return self.done
+
+    def _set_up(self) -> None:
+        leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
+        device = self.runner.device
+        # all gradients stand in one row, for one sum over processes
+        self.gradient = torch.zeros(sum(leaf.numel() for leaf in leaves), device=device)
+        start = 0
+        for leaf in leaves:
+            leaf.grad = self.gradient[start : start + leaf.numel()].view_as(leaf)
+            start += leaf.numel()
+        self.leaves = leaves
+        self.optimizer = torch.optim.AdamW(leaves, betas=BETAS, weight_decay=0.0, fused=True)
+        self.step, self.losses, self.before = 0, [], 0.0
+        self.best: list[Tensor] = []
+
+    @contextmanager
+    def _gradients(self) -> Iterator[None]:
+        """Inside, gradients of the model's parameters go to what is trained, one after another."""
+        handles = []
+        try:
+            for part in self.parts.values():
+                parameter = part.parameter.requires_grad_(True)
+                hook = parameter.register_post_accumulate_grad_hook(
+                    lambda _, part=part: part.take_gradient_()
+                )
+                handles.append(hook)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for part in self.parts.values():
+                part.parameter.requires_grad_(False)
+                part.parameter.grad = None
+            for leaf in self.leaves:
+                leaf.grad = None
+
+    def _step(self, step: int) -> float:
+        """One step of the optimizer; its loss, in nats a token."""
+        course, windows = self.course, self.course.windows
+        lot = self.text.order[step * windows : (step + 1) * windows]
+        mine = self.text.windows[lot[self.team.share(len(lot))]]
+        self.gradient.zero_()
+        loss = torch.zeros(1, dtype=torch.float64, device=self.runner.device)
+        for ids in mine.split(self.batch_size) if len(mine) else ():
+            loss += self._backward(ids.to(self.runner.device), len(lot) * course.seqlen)
+        self.team.meet()
+        for handle in self.team.sum_([self.gradient, loss]):
+            handle.wait()
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"--recover_rate {course.rate:.2g}: in step {step + 1} of {course.steps} the loss "
+                "is not finite; try a smaller one, or --dtype float32"
+            )
+        norm = self.gradient.norm()
+        self.gradient *= (LONGEST / (norm + 1e-6)).clamp(max=1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = course.rate_at(step)
+        self.optimizer.step()
+        self._write_()
+        return loss.item()
+
+    def _write_(self) -> None:
+        for part in self.parts.values():
+            part.write_()
+
+    def _backward(self, ids: Tensor, tokens: int) -> Tensor:
+        """Gradients of windows (n, seqlen), one of a step's batches, and their part of its loss."""
+        runner, teacher = self.runner, self.teacher
+        taught = teacher.capture(ids, len(ids), runner.device)
+        for index in range(len(teacher.blocks)):
+            teacher.advance_(taught, index)
+        states = runner.capture(ids, len(ids), runner.device)
+        hidden = states.hidden  # (n, tokens, hidden)
+        for block, ((args, kwargs),) in zip(runner.blocks, states.calls, strict=True):
+            if self.checkpointed:
+                hidden = checkpoint(_forward, block, hidden, args, kwargs, use_reentrant=False)
+            else:
+                hidden = _forward(block, hidden, args, kwargs)
+        last = hidden.detach().requires_grad_()
+        loss = divergence_(
+            lambda positions: runner.tail(ids, lambda: last, positions),
+            lambda positions: teacher.logits(taught, slice(0, len(ids)), positions),
+            ids,
+            tokens,
+            self.course.share,
+        )
+        hidden.backward(last.grad)
+        return loss
+
+    def _note(self, tokens: int, loss: float | None) -> None:
+        """Measure the windows held out, and keep the weights if they are the best so far."""
+        perplexity = self.measure(self.runner, self.text.held_out)
+        curve = self.done.curve
+        curve.append({"tokens": tokens, "perplexity": perplexity, "loss": loss})
+        if len(curve) == 1 or perplexity < curve[self.done.best]["perplexity"]:
+            self.done.best = len(curve) - 1
+            self.best = self._rounded()
+
+    def _rounded(self) -> list[Tensor]:
+        """The trained parameters as they would be saved, on the host."""
+        parts = self.parts.values()
+        return [part.parameter.detach().to("cpu", part.rounding, copy=True) for part in parts]
+
+    def _state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, besides facts, and the best weights so far."""
+        found = {}
+        for (name, part), best in zip(self.parts.items(), self.best, strict=True):
+            for kind, leaf in part.leaves.items():
+                found[f"{kind} of {name}"] = leaf
+                for key, value in self.optimizer.state[leaf].items():
+                    found[f"{key} of {kind} of {name}"] = value
+            found[f"best of {name}"] = best
+        return found
+
+    def _keep(self) -> None:
+        seconds = self.before + time.perf_counter() - self.began
+        facts = {"step": self.step, "losses": self.losses, "curve": self.done.curve}
+        facts |= {"best": self.done.best, "seconds": seconds}
+        self.journal.write_training(self._state(), facts)
+
+    def _taken_up(self) -> bool:
+        """Go on where an interrupted run stood; whether there was one."""
+        kept = self.journal.read_training() if self.journal else None
+        facts = self.team.gathered(kept and kept[1])[0]
+        if facts is None:
+            return False
+        for leaf in self.leaves:  # as the optimizer would have it after a step
+            zeros = {"exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
+            self.optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device)} | zeros
+        self.best = self._rounded()
+        for name, tensor in self._state().items():
+            stored = kept[0][name] if kept else torch.empty_like(tensor)
+            tensor.copy_(self.team.broadcast_(stored, 0))
+        self._write_()
+        self.step, self.losses, self.before = facts["step"], facts["losses"], facts["seconds"]
+        self.done.curve, self.done.best = facts["curve"], facts["best"]
+        return True
+
+
+def _forward(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    out = block(hidden, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def divergence_(
+    logits: Callable[[Tensor], Tensor],
+    taught: Callable[[Tensor], Tensor],
+    ids: Tensor,
+    tokens: int,
+    share: float = 0.0,
+) -> Tensor:
+    """KL(teacher || model) summed over all positions of windows `ids` (n, seqlen), over `tokens`.
+
+    `logits(some)` and `taught(some)` give (n, some positions, vocabulary). Of cross-entropy with
+    the text's own next tokens there is a `share`, and less of the divergence. What `logits` is
+    computed from gets its gradient here, a chunk of positions at a time: of either loss,
+    d / d logits is the difference of the model's distribution and what it should be.
+    """
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    total, start, chunk = 0, 0, 1
+    while start < len(positions):
+        some = positions[start : start + chunk]
+        own = logits(some)
+        with torch.no_grad():
+            log_p = own.float().log_softmax(-1)
+            log_q = taught(some).float().log_softmax(-1)
+            q = log_q.exp()
+            loss = (q * log_q.sub_(log_p)).sum(-1, dtype=torch.float64)  # (n, some)
+            known = (some + 1 < len(positions)).sum() if share else 0  # the last has no next token
+            if known:
+                following = ids[:, some[:known] + 1].unsqueeze(-1)
+                text = -log_p[:, :known].gather(-1, following).squeeze(-1)
+                loss[:, :known] += share * (text - loss[:, :known])
+                q[:, :known] *= 1 - share
+                q[:, :known].scatter_add_(-1, following, torch.full_like(text, share)[..., None])
+            total += loss.sum() / tokens
+            slope = log_p.exp_().sub_(q).div_(tokens).to(own.dtype)
+        own.backward(slope)
+        start += chunk
+        chunk = max(1, LOGIT_BYTES // (4 * own.shape[-1] * len(own)))
+    return total

@@ -1,0 +1,121 @@
+"""The windows that a model is recovered on."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from lib.data import windows as data
+from lib.data.sources import parse_sources
+from lib.data.windows import TrainingText, tokenise, training_windows
+from lib.util.errors import UserError
+
+SEQLEN = 16
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def drawn(texts: list[str], count: int, seed: int = 0, bos: int | None = None, tests=()):
+    sources = parse_sources(texts, "--calibration_data", mixture=True)
+    return training_windows(sources, tiny.tiny_tokenizer(), count, SEQLEN, seed, bos, tests)
+
+
+def rows(windows: Tensor) -> set[tuple[int, ...]]:
+    return {tuple(row.tolist()) for row in windows}
+
+
+def seen(text: TrainingText) -> Tensor:
+    return text.windows[text.order]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    tiny.write_texts("uk", train=tiny.sentences(60, seed=1))
+    tiny.write_texts("en", train=tiny.sentences(60, seed=2))
+    return ["uk", "en"]
+
+
+def cut(sentences: list[str]) -> set[tuple[int, ...]]:
+    """Every window that documents can give."""
+    found = set()
+    for text in sentences:
+        ids = tokenise(tiny.tiny_tokenizer(), text)
+        found |= rows(ids[: len(ids) // SEQLEN * SEQLEN].view(-1, SEQLEN))
+    return found
+
+
+def test_windows_are_cut_from_documents_by_seed(two: list[str]) -> None:
+    text = drawn(["uk"], 20)
+    assert seen(text).shape == (20, SEQLEN) and len(text.held_out) == 4
+    assert rows(seen(text)) | rows(text.held_out) <= cut(tiny.sentences(60, seed=1))
+    assert len(rows(seen(text))) == 20 and not rows(seen(text)) & rows(text.held_out)
+    again, other = drawn(["uk"], 20), drawn(["uk"], 20, seed=1)
+    assert torch.equal(seen(again), seen(text)) and again.facts == text.facts
+    assert text.facts["digest"] != other.facts["digest"]
+    assert text.facts["windows"] == 20 and text.facts["sources"][0]["passes"] == 1
+
+
+def test_a_mixture_by_weight_spread_evenly(two: list[str]) -> None:
+    text = drawn(["uk=0.75", "en=0.25"], 40)
+    english = cut(tiny.sentences(60, seed=2))
+    which = [tuple(row.tolist()) in english for row in seen(text)]
+    assert sum(which) == 10
+    assert all(sum(which[start : start + 8]) == 2 for start in range(0, 40, 8))
+    assert sum(tuple(row.tolist()) in english for row in text.held_out) == 1
+    assert [one["share"] for one in text.facts["sources"]] == [0.75, 0.25]
+
+
+def test_a_short_text_is_read_again_in_another_order() -> None:
+    tiny.write_texts("few", train=tiny.sentences(4))
+    text = drawn(["few"], 200)
+    (source,) = text.facts["sources"]
+    size = len(text.windows)
+    assert source["passes"] == -(-200 // size) > 2 and source["windows"] == size
+    first, second = text.order[:size].tolist(), text.order[size : 2 * size].tolist()
+    assert sorted(first) == sorted(second) == list(range(size)) and first != second
+    assert len(text.held_out) == 1 and not rows(text.held_out) & rows(text.windows)
+
+
+def test_nothing_of_the_test_text_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever in a document it stands, and however windows fall."""
+    monkeypatch.setattr(f"{__name__}.SEQLEN", 64)  # chance makes shorter passages alike
+    train, test = tiny.sentences(30, 1, words=120), tiny.sentences(3, 5, words=120)
+    draw = random.Random(0)
+    stolen = [f"{' '.join(draw.choices(tiny.WORDS, k=5))} {text}" for text in test]
+    tiny.write_texts("mixed", train=train + stolen, test=test)
+    (source,) = parse_sources(["mixed"], "--eval_data")
+    known = data.test_set(source, tiny.tiny_tokenizer(), SEQLEN).windows
+    plain, text = drawn(["mixed"], 9999), drawn(["mixed"], 9999, tests=[known])
+    every, left = (rows(one.windows) | rows(one.held_out) for one in (plain, text))
+    dropped = every - left
+    assert dropped <= cut(stolen) and text.facts["sources"][0]["dropped"] == len(dropped)
+    # a document's first window may hold too little of the passage to be recognised
+    assert len(left - cut(train)) <= len(stolen)
+
+
+def test_with_bos(two: list[str]) -> None:
+    text, plain = drawn(["uk"], 20, bos=0), drawn(["uk"], 20)
+    for one, other in ((seen(text), seen(plain)), (text.held_out, plain.held_out)):
+        assert (one[:, 0] == 0).all()
+        begun = other[:, 0] == 0
+        assert torch.equal(one[begun], other[begun])
+        assert torch.equal(one[~begun, 1:], other[~begun, :-1])
+
+
+def test_one_long_text() -> None:
+    Path("book.txt").write_text(" ".join(tiny.sentences(40)), "utf-8")
+    text = drawn(["book.txt"], 30)
+    assert rows(seen(text)) <= cut([" ".join(tiny.sentences(40))]) and len(rows(seen(text))) == 30
+
+
+@pytest.mark.parametrize("texts", [["a b"] * 5, [tiny.sentences(1, words=5)[0]]])
+def test_too_short(texts: list[str]) -> None:
+    tiny.write_texts("short", train=texts)
+    with pytest.raises(
+        UserError, match=r"--calibration_data short: its \d texts give [01] windows"
+    ):
+        drawn(["short"], 5)
