@@ -3,9 +3,9 @@
     python -m lib.demo [--folder demo] [--fresh]
 
 Composes Ukrainian and English stories, trains a tiny model on both, and prunes it in one sweep: by
-every method, at 50% and 2:4, calibrated on either language, measured on both. Ends with a table of
-perplexities and a picture of what pruning cost. The model and finished runs are kept, so that the
-same command goes on after an interruption.
+every method, at 50% and 2:4, calibrated on either language, measured on both; the best of the 2:4
+models are also recovered. Ends with a table of perplexities and a picture of what pruning cost. The
+model and finished runs are kept, so that the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lib.demo.model import Training, trained_model
 from lib.demo.text import LANGUAGES, compose, write_texts
-from lib.sweep.sweep import sweep
+from lib.sweep.plan import Planned, plan
+from lib.sweep.sweep import build_sweep_parser, report
 from lib.util import command
 from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
 from lib.util.folders import check_replaceable
 
-if TYPE_CHECKING:
-    from lib.sweep.plan import Planned
-
 MODEL, RUNS, TABLE, PICTURE = "model", "runs", "report.md", "pruning_cost.png"
 METHODS, TYPES, RATIO = ("magnitude", "wanda", "sparsegpt", "admm"), ("unstructured", "2:4"), "0.5"
+RECOVERED = ("sparsegpt", "admm"), "2:4"
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Scale:
     train: int = 500  # stories of either language
     test: int = 25  # stories of either language
     windows: int = 64  # of calibration
+    recovery: int = 50_000  # tokens
 
 
 def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -> None:
@@ -54,9 +53,11 @@ def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -
     check_folder(folder)
     prepare(folder, scale, fresh)
     own, passed_on = grid(folder, scale.windows)
-    print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*own, '--', *passed_on])}", flush=True)
+    print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*own, '--', *passed_on])}")
+    methods, kind = RECOVERED
+    print(f"   and once more with --recover {scale.recovery}: {kind} by {', '.join(methods)}")
     with one_thread():
-        planned = sweep([*own, *["--debug"] * debug], passed_on)
+        planned = sweep(own, passed_on, scale.recovery, debug)
     conclude(folder, planned)
 
 
@@ -95,6 +96,32 @@ def grid(folder: Path, windows: int) -> tuple[list[str], list[str]]:
     own += ["--ratios", RATIO, "--calibration", *texts, "--eval_data", *texts]
     own += ["--out", str(folder / RUNS)]
     return own, ["--device", "cpu", "--nsamples", str(windows)]
+
+
+def sweep(own: list[str], passed_on: list[str], tokens: int, debug: bool) -> list[Planned]:
+    """Do all runs and report on them; UserError at the end where some failed."""
+    from lib.sweep.runs import run_all
+
+    args = build_sweep_parser().parse_args(own)
+    planned = plan(args, passed_on)
+    methods, kind = RECOVERED
+    planned += [
+        recovered(run, tokens)
+        for run in planned
+        if run.args.prune_method in methods and run.args.sparsity_type == kind
+    ]
+    failed = run_all(planned, debug)
+    report(args.out)
+    if failed:
+        raise UserError(f"failed: {', '.join(failed)}; the same command tries again")
+    return planned
+
+
+def recovered(run: Planned, tokens: int) -> Planned:
+    """The same run, with recovery after pruning."""
+    name, folder = f"{run.name}-recovered", run.folder.with_name(f"{run.folder.name}-recovered")
+    changed = vars(run.args) | {"recover": tokens, "save": str(folder)}
+    return Planned(name, folder, argparse.Namespace(**changed))
 
 
 @contextmanager

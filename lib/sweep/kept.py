@@ -10,12 +10,11 @@ import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from lib.model.pretrained import decoder_blocks
+from lib.model.pretrained import fresh_copy
 from lib.run.job import Anew, Texts
 
 _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory starts again from now
@@ -50,19 +49,6 @@ class Kept(Anew):
         """What a peak of memory is of; `own_peak`: it was begun anew for the run."""
         whose = "this run" if own_peak else "the sweep up to this run"
         return whose + (", with the dense model kept beside it" if self.dense is not None else "")
-
-
-def fresh_copy(dense: nn.Module) -> nn.Module:
-    """A copy that may be changed in every way; the weights outside its blocks share memory with
-    `dense` as long as they are not moved or cast, because no run writes into those."""
-    _, blocks = decoder_blocks(dense)
-    written = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.data, requires_grad=False)
-        for p in dense.parameters()
-        if id(p) not in written
-    }
-    return copy.deepcopy(dense, memo)
 
 
 def start_peak(device: str) -> bool:

@@ -20,8 +20,11 @@ SET_HERE = (  # flags of main.py that tell the runs of a sweep apart
     " eval_only save save_model"
 ).split()
 FITS = {  # flags that only some runs can have, as (method, type)
-    "--use_variant": lambda method, kind: method == "wanda" and kind == UNSTRUCTURED,
-    "--replace_sparse_layers": lambda method, kind: kind == "2:4",
+    "use_variant": lambda method, kind: method == "wanda" and kind == UNSTRUCTURED,
+    "replace_sparse_layers": lambda method, kind: kind == "2:4",
+    **dict.fromkeys(
+        ("recover", "recover_rank", "recover_rate", "recover_ce"), lambda method, _: bool(method)
+    ),
 }
 
 
@@ -41,12 +44,13 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
     """
     parser = build_parser()
     parser.prog = "main.py"
+    named = {word.split("=")[0].removeprefix("--") for word in passed_on}
     for flag in SET_HERE:
-        if any(word.split("=")[0] == f"--{flag}" for word in passed_on):
+        if flag in named:
             parser.error(f"--{flag} after '--': the sweep sets it; use the sweep's own flags")
-    for flag in FITS.keys() & set(passed_on):
+    for flag in FITS.keys() & named:
         if not any(FITS[flag](*pair) for pair in product(args.methods, args.types)):
-            parser.error(f"{flag} after '--': fits none of these --methods and --types")
+            parser.error(f"--{flag} after '--': fits none of these --methods and --types")
     if UNSTRUCTURED not in args.types and set(args.ratios) - {_share(kind) for kind in args.types}:
         given = " ".join(map(str, args.ratios))
         parser.error(f"--ratios {given}: N:M types have their own; add --types {UNSTRUCTURED}")
@@ -60,7 +64,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
     calibrations = dict(zip(names, mixtures, strict=True))
     planned: dict[str, Planned] = {}
     for model, parent in zip(args.models, folders, strict=True):
-        for point in _points(args, calibrations):
+        for point in _points(args, calibrations, reads="recover" in named):
             name = f"{parent}/{point.name}"
             if name in planned:
                 raise UserError(f"--out {args.out}: two runs would be {name}; give no value twice")
@@ -68,8 +72,10 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
             argv = ["--model", model, *point.flags, "--eval_data", *tests, "--save", str(folder)]
             if point.method and args.save_models:
                 argv += ["--save_model", str(folder / "model")]
-            argv += [w for w in passed_on if w not in FITS or FITS[w](point.method, point.kind)]
-            run_args = parser.parse_args(argv)
+            run_args = parser.parse_args([*argv, *passed_on])
+            for flag, fits in FITS.items():
+                if not fits(point.method, point.kind):
+                    setattr(run_args, flag, parser.get_default(flag))
             if run_args.resume:  # finished blocks of different runs must not meet
                 run_args.resume = str(Path(run_args.resume) / name)
             check_flags(parser, run_args)
@@ -87,10 +93,13 @@ class _Point:
     kind: str | None = None
 
 
-def _points(args: argparse.Namespace, calibrations: dict[str, list[str]]) -> Iterator[_Point]:
+def _points(
+    args: argparse.Namespace, calibrations: dict[str, list[str]], reads: bool
+) -> Iterator[_Point]:
     """The dense run, then every pruning.
 
-    A method that observes nothing depends on no calibration text and no seed: it is run once.
+    A method that observes nothing depends on no calibration text and no seed, unless a run `reads`
+    it all the same, to recover on it: it is run once.
     """
     yield _Point("dense", ["--eval_only"])
     for method, kind in product(args.methods, args.types):
@@ -99,7 +108,7 @@ def _points(args: argparse.Namespace, calibrations: dict[str, list[str]]) -> Ite
             name = f"{method}-{share}"
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio)]
-            if not Recipe(method).observes:
+            if not (reads or Recipe(method).observes):
                 yield _Point(name, flags, method, kind)
                 continue
             for (text, parts), seed in product(calibrations.items(), args.seeds):

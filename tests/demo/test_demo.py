@@ -24,6 +24,7 @@ SMALL = Scale(
     train=10,
     test=1,
     windows=8,
+    recovery=64,
 )
 FOLDER = Path("demo")
 ROWS = {("dense", "–", "none")}
@@ -32,6 +33,11 @@ ROWS |= {
     (method, kind, language)
     for method in ("wanda", "sparsegpt", "admm")
     for kind in ("50%", "2:4")
+    for language in ("uk", "en")
+}
+ROWS |= {
+    (f"{method} + recovery", "2:4", language)
+    for method in ("sparsegpt", "admm")
     for language in ("uk", "en")
 }
 

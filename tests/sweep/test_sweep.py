@@ -19,7 +19,7 @@ import main
 from lib.model import pretrained
 from lib.report.results import load_runs
 from lib.run import fingerprint
-from lib.sweep import kept, languages
+from lib.sweep import languages
 from lib.sweep import sweep as command_of_sweep
 from lib.sweep.plan import plan
 from lib.util import command
@@ -135,6 +135,17 @@ def test_flags_that_fit_only_some_runs_go_to_those(texts):
     assert [run.name for run in found if run.args.replace_sparse_layers] == replaced
 
 
+def test_recovery_goes_to_prunings_and_gives_each_its_text(texts):
+    argv = ["--models", "m", "--methods", "magnitude", "wanda", "--types", "2:4"]
+    found = planned(*argv, "--calibration", texts[0], passed_on=("--recover", "999"))
+    assert {run.name: run.args.recover for run in found} == {
+        "m/dense": None,
+        "m/magnitude-2of4-uk-seed0": 999,
+        "m/wanda-2of4-uk-seed0": 999,
+    }
+    assert found[1].args.calibration_data == [str(texts[0])]
+
+
 def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path):
     for parent in "ab":
         tiny.write_texts(tmp_path / parent / "uk", 1, 1)
@@ -220,7 +231,7 @@ def test_a_run_leaves_the_dense_model_untouched(model):
         device_map={"": "cpu"},
     )
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    used = kept.fresh_copy(dense)
+    used = pretrained.fresh_copy(dense)
     for block in used.model.layers:
         for parameter in block.parameters():
             parameter.data.zero_()
@@ -231,7 +242,7 @@ def test_a_run_leaves_the_dense_model_untouched(model):
     assert before.keys() == after.keys() and dense.config.dtype == torch.float32
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
-    unused = kept.fresh_copy(dense)
+    unused = pretrained.fresh_copy(dense)
     shared = unused.model.embed_tokens.weight, dense.model.embed_tokens.weight
     assert shared[0].data_ptr() == shared[1].data_ptr()  # one copy of what no run writes into
 
