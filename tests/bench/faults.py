@@ -58,11 +58,15 @@ def at_work(process: subprocess.Popen, word: str) -> float:
     return time.perf_counter()
 
 
-def time_at_work(word: str, *argv: str) -> float:
-    process = started(*argv)
-    begin = at_work(process, word)
-    process.communicate()
-    return time.perf_counter() - begin
+def time_at_work(word: str, argv: Callable[[str], list[str]]) -> float:
+    """The shortest of three, each with its own output: most kills are to come before the end."""
+    times = []
+    for number in range(3):
+        process = started(*argv(f"timed-{number}"))
+        begin = at_work(process, word)
+        process.communicate()
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def killed(seconds: float, word: str, *argv: str) -> bool:
@@ -93,7 +97,7 @@ def kills_while_saving(kills: int, rng: random.Random) -> Iterator[Row]:
     ran(*argv, "--save_model", "whole")
     ran(*old)
     known = {"the old model": content("saved"), "the new model": content("whole")}
-    whole = time_at_work("memory:", *argv, "--save_model", "timed", "--resume", "timed-kept")
+    whole = time_at_work("memory:", lambda out: [*argv, "--save_model", out, "--resume", "k"])
     left: Counter = Counter()
     for _ in range(kills):
         killed(rng.uniform(0, whole), "memory:", *again)
@@ -125,7 +129,7 @@ def kills_of_a_sweep(kills: int, rng: random.Random) -> Iterator[Row]:
         return [*own, "--out", out, "--", *QUICK[:6]]
 
     ran(*command("whole"))
-    whole = time_at_work("runs,", *command("timed"))
+    whole = time_at_work("runs,", command)
     left: Counter = Counter()
     for _ in range(kills):
         if len(list(Path("runs").rglob("results.json"))) == 5:

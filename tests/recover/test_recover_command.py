@@ -211,7 +211,8 @@ def test_two_processes_as_one(done: tuple[Done, Path], place: Path, tmp_path: Pa
     argv = [*BASE, *PRUNE, *RECOVER, "--save", tmp_path / "out", "--save_model", tmp_path / "model"]
     first, second = processes.ended(processes.together(2, [argv], place))
     assert (first.status, second.status) == (0, 0), first.err + second.err
-    assert (second.out, second.err) == ("", "")
+    said = [line for line in second.out.splitlines() if not line.startswith("[Gloo]")]
+    assert (said, second.err) == ([], "")  # older releases of torch tell who is connected
     one, two = results(folder / "out"), results(tmp_path / "out")
     for before, after in zip(one["recovery"]["curve"], two["recovery"]["curve"], strict=True):
         assert after["perplexity"] == pytest.approx(before["perplexity"], rel=1e-3)
