@@ -100,7 +100,7 @@ def kills_while_saving(kills: int, rng: random.Random) -> Iterator[Row]:
     whole = time_at_work("memory:", lambda out: [*argv, "--save_model", out, "--resume", "k"])
     left: Counter = Counter()
     for _ in range(kills):
-        killed(rng.uniform(0, whole), "memory:", *again)
+        killed(rng.uniform(0, 0.5 * whole), "memory:", *again)  # the rest is taking leave
         found = state_of(Path("saved"), known)
         left[
             f"{found}, blocks kept: {'some' if list(Path('kept').glob('block-*')) else 'none'}"
