@@ -22,7 +22,7 @@ from pathlib import Path
 from lib.demo.model import Training, trained_model
 from lib.demo.text import LANGUAGES, compose, write_texts
 from lib.sweep.plan import Planned, plan
-from lib.sweep.sweep import build_sweep_parser, report
+from lib.sweep.sweep import build_sweep_parser, do_all
 from lib.util import command
 from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
@@ -52,7 +52,7 @@ def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -
     """
     check_folder(folder)
     prepare(folder, scale, fresh)
-    own, passed_on = grid(folder, scale.windows)
+    own, passed_on = flags_of_sweep(folder, scale.windows)
     print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*own, '--', *passed_on])}")
     methods, kind = RECOVERED
     print(f"   and once more with --recover {scale.recovery}: {kind} by {', '.join(methods)}")
@@ -89,7 +89,7 @@ def prepare(folder: Path, scale: Scale, fresh: bool) -> None:
     write_texts(folder, texts, scale.test)
 
 
-def grid(folder: Path, windows: int) -> tuple[list[str], list[str]]:
+def flags_of_sweep(folder: Path, windows: int) -> tuple[list[str], list[str]]:
     """The sweep's own flags, and those that go on to every run of main.py."""
     texts = [str(folder / language) for language in LANGUAGES]
     own = ["--models", str(folder / MODEL), "--methods", *METHODS, "--types", *TYPES]
@@ -100,8 +100,6 @@ def grid(folder: Path, windows: int) -> tuple[list[str], list[str]]:
 
 def sweep(own: list[str], passed_on: list[str], tokens: int, debug: bool) -> list[Planned]:
     """Do all runs and report on them; UserError at the end where some failed."""
-    from lib.sweep.runs import run_all
-
     args = build_sweep_parser().parse_args(own)
     planned = plan(args, passed_on)
     methods, kind = RECOVERED
@@ -110,10 +108,7 @@ def sweep(own: list[str], passed_on: list[str], tokens: int, debug: bool) -> lis
         for run in planned
         if run.args.prune_method in methods and run.args.sparsity_type == kind
     ]
-    failed = run_all(planned, debug)
-    report(args.out)
-    if failed:
-        raise UserError(f"failed: {', '.join(failed)}; the same command tries again")
+    do_all(planned, args.out, debug)
     return planned
 
 

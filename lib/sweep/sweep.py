@@ -79,22 +79,30 @@ def sweep(argv: list[str], passed_on: list[str]) -> list[Planned]:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("a sweep is one process; start main.py itself with several, run by run")
     planned = plan(args, passed_on)
+    do_all(planned, args.out, args.debug)
+    return planned
 
+
+def do_all(planned: list[Planned], out: str, debug: bool) -> None:
+    """Do the runs that are not finished, and report on all in `out`.
+
+    UserError at the end where some failed.
+    """
     from lib.sweep.runs import run_all
 
-    failed = run_all(planned, args.debug)
-    report(args.out)
+    failed = run_all(planned, debug)
+    report(out)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(planned)} runs failed: {', '.join(failed)}; the same command "
             "tries them again"
         )
-    return planned
 
 
 def report(out: str) -> None:
     """Table and pictures of all runs that are in `out`, of this sweep or of an earlier one."""
-    from lib.report.report import load_runs, table, write_report
+    from lib.report.report import table, write_report
+    from lib.report.results import load_runs
 
     runs = load_runs([out])
     print(f"\n{table(runs)}")
