@@ -171,7 +171,8 @@ def evaluate(job: Job, subject: Subject) -> dict[str, Any]:
     sets = [test.windows for test in tests]
     windows = sum(map(len, sets))
     with job.timed("eval"), progress(windows, "perplexity", "window", leads) as bar:
-        measured = perplexities(subject.runner, sets, job.batch_size, job.team, bar)
+        reads = subject.runner, sets, job.batch_size, job.team
+        measured = perplexities(*reads, bar, subject.keep_on)
     for test, its in zip(tests, measured, strict=True):
         figures = {
             "perplexity": its.value,

@@ -123,7 +123,7 @@ def _model_flags(group) -> None:
         "--batch_size",
         type=int,
         help="windows per forward pass; changes speed and memory, not results beyond rounding "
-        "(default: about 1024 tokens' worth on a CPU, 8192 on CUDA)",
+        "(default: about 1024 tokens' worth on a CPU, 8192 on CUDA and more of a narrow model)",
     )
     flag(
         group,

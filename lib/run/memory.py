@@ -16,8 +16,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lib.eval import LOGIT_BYTES
 from lib.methods.registry import Recipe
+from lib.model.blocks import LOGIT_BYTES
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
 from lib.util.errors import UserError
@@ -155,6 +155,7 @@ class Plan:
     fetched: bool = False  # blocks come to the device one at a time
     ahead: bool = False  # and the next one while the current one computes
     training: Training | None = None
+    device: str = "cpu"  # kind of it
 
     @property
     def follows(self) -> bool:
@@ -232,7 +233,7 @@ def _recovery(plan: Plan) -> tuple[int, int]:
     through = GRAPH * passing * (1 if training.checkpointed else shapes.count)
     if training.checkpointed:
         through += shapes.count * tokens * shapes.hidden * plan.working.itemsize
-    logits = 5 * min(LOGIT_BYTES, FLOAT * shapes.vocabulary * tokens)
+    logits = 5 * min(LOGIT_BYTES[plan.device], FLOAT * shapes.vocabulary * tokens)
     return 0, int(kept + largest * FLOAT + through + logits)
 
 
@@ -275,7 +276,7 @@ def _evaluation(plan: Plan) -> tuple[int, int]:
     batch = min(plan.batch_size, plan.tests)
     kept = plan.tests if plan.fetched else batch
     position = FLOAT * plan.shapes.vocabulary * batch
-    logits = 2 * min(max(position, LOGIT_BYTES), position * plan.seqlen)
+    logits = 2 * min(max(position, LOGIT_BYTES[plan.device]), position * plan.seqlen)
     if plan.working.itemsize < FLOAT:
         logits += logits // 4
     passing = max(_activations(plan, block) for block in plan.shapes.blocks)
@@ -301,7 +302,7 @@ def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
     if device.type == "cpu":
         line = _host_line(need, offloaded, plan.training)
         return Room(False, device, f"memory: {line}", checkpointed)
-    free = int(SPARE * torch.cuda.mem_get_info(device)[0])
+    free = int(SPARE * free_on(device))
     fetched = (
         not (plan.fetched or plan.load_bit or plan.training) and need.weights + need.work > free
     )
@@ -322,11 +323,17 @@ def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
     return Room(fetched, device if kept else torch.device("cpu"), line, checkpointed)
 
 
+def free_on(device: torch.device) -> int:
+    """Bytes that this process can still get on a GPU; what torch keeps of what was freed is one."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def _trained(plan: Plan, device: torch.device) -> Plan:
     """With activations computed again where they would not fit otherwise."""
     on_host = available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpu = device.type == "cuda"
-    free = SPARE * torch.cuda.mem_get_info(device)[0] if gpu else on_host
+    free = SPARE * free_on(device) if gpu else on_host
     if needed(plan).total <= free:
         return plan
     return replace(plan, training=replace(plan.training, checkpointed=True))

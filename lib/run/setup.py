@@ -49,12 +49,14 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
 
     quiet()
     device = local_device(pretrained.pick_device(args.device))
+    pretrained.make_current(device)
     team = Team(device, minutes=args.timeout)
     known = args.model, args.cache_dir, args.trust_remote_code
     config = pretrained.load_config(*known)
     check_format(args.model, config, args.load_bit, bool(recipe or args.recover), args.offload)
     tokenizer = pretrained.load_tokenizer(*known)
     seqlen = pretrained.window_length(config, args.seqlen)
+    width = config.get_text_config(decoder=True).hidden_size
     skeleton = pretrained.skeleton(config, args.trust_remote_code)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
@@ -72,7 +74,7 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
         config=config,
         tokenizer=tokenizer,
         seqlen=seqlen,
-        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen),
+        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen, width),
         skeleton=skeleton,
         blocks_name=blocks_name,
         recipe=recipe,
@@ -323,6 +325,7 @@ def _see_memory(job: Job) -> Room:
         None if stored == working else stored,
         fetched=bool(args.offload),
         training=_training(job),
+        device=job.device.type,
     )
     room = check_memory(plan, job.device, bool(args.offload))
     if team.leads:

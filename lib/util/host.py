@@ -35,15 +35,26 @@ def keep_freed_memory() -> None:
 def available() -> int:
     """Bytes of host memory that this process can still get: of the machine, or of its container."""
     free = psutil.virtual_memory().available
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, kinds in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         try:
-            free = min(free, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+            left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
         except (OSError, ValueError):  # none such, or "max"
             continue
+        free = min(free, left + _page_cache(CGROUP / kinds))
     return max(0, free)
+
+
+def _page_cache(kinds: Path) -> int:
+    """Bytes of files that a container keeps in memory as long as nobody needs it."""
+    try:
+        lines = dict(line.split() for line in kinds.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    below = "total_" if "total_active_file" in lines else ""  # version 1: with the groups inside
+    return sum(int(lines.get(f"{below}{name}_file", 0)) for name in ("active", "inactive"))
 
 
 def gib(size: float) -> str:

@@ -73,12 +73,14 @@ class Gpu:
         self.current = Stream()
         self.current.eager = eager
         self.used_by: dict[int, set[Stream]] = {}  # streams that an address was recorded for
-        self.to, self.copy_, self.empty = Tensor.to, Tensor.copy_, torch.empty
+        self.locked: dict[int, int] = {}  # bytes of host memory by address
+        self.to, self.copy_ = Tensor.to, Tensor.copy_
         patch.setattr(torch.cuda, "Stream", type("Side", (Stream,), {"eager": eager_side}))
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", self._inside)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
-        patch.setattr(torch, "empty", lambda *size, **how: self._empty(*size, **how))
+        patch.setattr("lib.model.pinned.register", self._register)
+        patch.setattr("lib.model.pinned.unregister", self.locked.pop)
         patch.setattr(Tensor, "to", lambda x, *where, **how: self._to(x, *where, **how))
         patch.setattr(Tensor, "copy_", lambda x, *source, **how: self._copy_(x, *source, **how))
         patch.setattr(Tensor, "record_stream", lambda x, user: self.used_by[x.data_ptr()].add(user))
@@ -98,8 +100,9 @@ class Gpu:
         if not self.used_by[memory.data_ptr()] - {owner}:
             owner.add(lambda: memory.fill_(NAN))
 
-    def _empty(self, *size, pin_memory: bool = False, **how) -> Tensor:
-        return self.empty(*size, **how)
+    def _register(self, address: int, size: int) -> bool:
+        self.locked[address] = size
+        return True
 
     def _to(self, tensor: Tensor, *where, non_blocking: bool = False, **how) -> Tensor:
         if non_blocking:

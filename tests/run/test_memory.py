@@ -22,7 +22,7 @@ from lib.data.windows import TrainingText
 from lib.eval import perplexity
 from lib.methods.registry import METHODS, Recipe
 from lib.methods.sparsity import Sparsity
-from lib.model.pretrained import decoder_blocks, fresh_copy, skeleton
+from lib.model.pretrained import decoder_blocks, default_batch_size, fresh_copy, skeleton
 from lib.prune import Pruner
 from lib.recover import Course, Recoverer
 from lib.run import memory
@@ -224,12 +224,46 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert host.available() == 4900
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_a_container_has_read_do_not_count(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pages go when memory is needed; those of shared memory do not."""
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    kinds = "anon 100\nfile 900\nshmem 200\ninactive_file 500\nactive_file 200\n"
+    if version == 1:
+        (tmp_path / "memory").mkdir()
+        names = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"
+        kinds += "total_inactive_file 510\ntotal_active_file 200\n"
+    else:
+        names = "memory.max", "memory.current", "memory.stat"
+    for name, text in zip(names, ("5000\n", "1000\n", kinds), strict=True):
+        (tmp_path / name).write_text(text)
+    assert host.available() == 4700 + 10 * (version == 1)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A device with `free` bytes."""
     found = SimpleNamespace(free=0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (found.free, 2**40))
     return found
+
+
+def test_what_torch_keeps_unused_is_free(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run before, in a sweep."""
+    gpu.free = 100
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
+    assert memory.free_on(CUDA) == 800
+
+
+def test_a_narrow_model_takes_more_tokens_on_a_gpu() -> None:
+    sizes = [default_batch_size(CUDA, 512, width) for width in (1024, 2048, 4096, 8192)]
+    assert sizes == [64, 32, 16, 16]
+    assert default_batch_size(CPU, 512, 1024) == 2
 
 
 def test_a_recovery_computes_activations_again_before_it_gives_up(gpu: SimpleNamespace) -> None:
