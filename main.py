@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,9 @@ def pack(job: Job, subject: Subject) -> None:
     model = subject.model
     window = job.texts.tests[0].windows[:1].to(job.device)
     before, size = some_logits(model, window), footprint(model)
-    report = swap_linears_(model, subject.blocks, job.device)
+    at_hand = partial(subject.runner.at_hand, keep=True)
+    report = swap_linears_(model, subject.blocks, job.device, at_hand)
+    job.team.meet()  # all are packed
     check_same_outputs(before, some_logits(model, window))
     if job.team.leads:
         print(report)
@@ -221,9 +224,9 @@ def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) ->
 
     args = job.args
     with job.timed("save"), target.staged() as stage:
-        if subject.runner.placement:
-            subject.runner.placement.settle()
-        save_model(subject.model, stage, saved_dtype(args.dtype, job.config))
+        dtype = saved_dtype(args.dtype, job.config)
+        with subject.runner.given_out(job.blocks_name, dtype):
+            save_model(subject.model, stage, dtype)
         job.tokenizer.save_pretrained(stage)
         read = [source.text for source in job.sources if job.calibrated or job.course]
         (stage / "README.md").write_text(model_card(results, read), "utf-8")

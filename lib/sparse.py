@@ -12,7 +12,8 @@ The packed form is described in lib/packed/layout.py, the module in lib/packed/l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -56,13 +57,17 @@ class SwapReport:
 
 
 def swap_linears_(
-    model: PreTrainedModel, blocks: Iterable[nn.Module], device: torch.device | None = None
+    model: PreTrainedModel,
+    blocks: Iterable[nn.Module],
+    device: torch.device | None = None,
+    at_hand: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
 ) -> SwapReport:
-    """Replace every 2:4 linear of `blocks` by a `SparseLinear`, in place, one at a time.
+    """Replace every 2:4 linear of `blocks` by a `SparseLinear`, in place, block by block.
 
     The model then saves itself packed. Linears that are not 2:4 stay and are reported. `device`
-    is where the blocks will run, if not where they are. UserError where nothing is 2:4 or the
-    weights are quantised.
+    is where the blocks will run, if not where they are. Inside `at_hand(i)` the weights of block i
+    are there, and what becomes of them is kept. UserError where nothing is 2:4 or the weights are
+    quantised.
     """
     if getattr(model, "quantization_method", METHOD) != METHOD:
         raise UserError(
@@ -70,17 +75,10 @@ def swap_linears_(
             "only 32- and 16-bit ones are packed; run without --load_bit"
         )
     names = {module: name for name, module in model.named_modules()}
-    dense = {}
-    for block in blocks:
-        for path, module in list(block.named_modules()):
-            if isinstance(module, SparseLinear) or not _is_linear(module):
-                continue
-            name = f"{names[block]}.{path}"
-            dense[name] = _why_not_packed(module)
-            if not dense[name]:
-                model.set_submodule(name, SparseLinear.from_linear(module))
-    report = packed_report(model, device)
-    report.dense = {name: why for name, why in dense.items() if why}
+    report = SwapReport()
+    for index, block in enumerate(blocks):
+        with at_hand(index):
+            _swap_block_(block, names[block], device, report)
     if not report.fast and not report.unpacked:
         reasons = _counted(report.dense, "stay dense") or "the blocks have no linear layers"
         raise UserError(
@@ -91,12 +89,35 @@ def swap_linears_(
     return report
 
 
+def _swap_block_(
+    block: nn.Module, name: str, device: torch.device | None, report: SwapReport
+) -> None:
+    """Of one block that is called `name`; into `report`."""
+    for path, module in list(block.named_modules()):
+        if isinstance(module, SparseLinear) or not _is_linear(module):
+            continue
+        why = _why_not_packed(module)
+        if why:
+            report.dense[f"{name}.{path}"] = why
+        else:
+            block.set_submodule(path, SparseLinear.from_linear(module))
+    _note_paths(block, f"{name}.", device, report)
+
+
 def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapReport:
     """The path of every packed linear, on `device` or where its weight is."""
     report = SwapReport()
-    for name, module in model.named_modules():
+    _note_paths(model, "", device, report)
+    return report
+
+
+def _note_paths(
+    part: nn.Module, prefix: str, device: torch.device | None, report: SwapReport
+) -> None:
+    for path, module in part.named_modules():
         if not isinstance(module, SparseLinear):
             continue
+        name = prefix + path
         shape, dtype = (module.out_features, module.in_features), module.weight.dtype
         where = device or module.weight.device
         why = cuda.why_not(shape, dtype, where)
@@ -106,7 +127,6 @@ def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapR
             report.fast[name] = module.reason or ""
         else:
             report.unpacked[name] = why
-    return report
 
 
 def check_same_outputs(before: Tensor, after: Tensor) -> float:

@@ -74,7 +74,8 @@ def together(
         ports = [one.getsockname()[1] for one in held]
     workers = []
     for rank in range(size):
-        place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        place = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        place |= dict(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
         place |= dict(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE=str(agent))
         settings = [place | dict(MASTER_PORT=str(port)) for port in ports]
         lines = [[*argv, *(own or {}).get(rank, [])] for argv in commands]

@@ -66,6 +66,11 @@ class BlockRunner:
         """Inside, block `index` is on the device; `keep` keeps what is done to its weights."""
         return self.placement.at_hand(index, keep) if self.placement else nullcontext()
 
+    def given_out(self, blocks_name: str, dtype: torch.dtype) -> AbstractContextManager:
+        """Inside, the whole model can be saved, in `dtype`, wherever its blocks are."""
+        known = self.model, blocks_name, dtype
+        return self.placement.given_out(*known) if self.placement else nullcontext()
+
     @torch.no_grad()
     def capture(
         self, windows: Tensor, batch_size: int, keep_on: torch.device | str

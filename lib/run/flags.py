@@ -355,9 +355,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             f"--offload {args.offload}: blocks can't be quantised on their way from disk; "
             f"leave out --load_bit {args.load_bit}"
         )
-    for flag in ("load_bit", "offload"):
-        if args.replace_sparse_layers and getattr(args, flag):
-            parser.error(f"--replace_sparse_layers can't be combined with --{flag}; leave out one")
+    if args.replace_sparse_layers and args.load_bit:
+        parser.error("--replace_sparse_layers can't be combined with --load_bit; leave out one")
     if args.prune_on_c4 and args.calibration_data:
         parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
     if args.save_model:

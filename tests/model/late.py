@@ -19,6 +19,11 @@ DEVICE = torch.device("cuda", 0)  # by name; all tensors are on the host
 NAN = float("nan")
 
 
+def poisoned_(memory: Tensor) -> Tensor:
+    """nan in any floating-point dtype, also where it is seen as bytes."""
+    return memory.fill_(NAN if memory.is_floating_point() else 255)
+
+
 class Stream:
     """Work in order: done at once, or only when somebody waits for it."""
 
@@ -88,7 +93,7 @@ class Gpu:
     def compute(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """What `function` makes of tensors, as the current stream's work."""
         kept = [one.detach() for one in inputs]  # not what the caller holds: that may be dropped
-        memory = torch.full_like(inputs[0], NAN)
+        memory = poisoned_(torch.empty_like(inputs[0]))
         owner = self.current
         owner.add(lambda: self.copy_(memory, function(*kept)))
         out = memory.detach()
@@ -98,7 +103,7 @@ class Gpu:
 
     def _drop(self, memory: Tensor, owner: Stream) -> None:
         if not self.used_by[memory.data_ptr()] - {owner}:
-            owner.add(lambda: memory.fill_(NAN))
+            owner.add(lambda: poisoned_(memory))
 
     def _register(self, address: int, size: int) -> bool:
         self.locked[address] = size

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from accelerate import dispatch_model
 from late import Gpu
 from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
@@ -19,13 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 from lib.dist.team import Team
 from lib.eval import perplexities, perplexity
 from lib.model.blocks import BlockRunner
-from lib.model.placement import (
-    BlockPlacement,
-    check_offload_room,
-    device_map,
-    own_folder,
-    unmapped,
-)
+from lib.model.fetched import check_offload_room, fetched_model, own_folder, unmapped
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
 from lib.pruning import check
@@ -110,9 +103,7 @@ def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_experts_that_are_fused_need_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        "lib.model.placement.check_room", lambda _, __, needed: asked.append(needed)
-    )
+    monkeypatch.setattr("lib.model.fetched.check_room", lambda _, __, needed: asked.append(needed))
     for name in ("tied", "mixtral"):
         model = AutoModelForCausalLM.from_pretrained(name)
         path, blocks = decoder_blocks(model)
@@ -127,7 +118,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(_, file: str) -> None:
         raise OSError(28, "No space left on device", file)
 
-    monkeypatch.setattr("lib.model.placement.save_file", full)
+    monkeypatch.setattr("lib.model.store.save_file", full)
     done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
     (line,) = done.complaints
     assert "error: --offload" in line and "block 0 can't be written" in line
@@ -166,12 +157,10 @@ def test_quantising_is_not_offloaded(tmp_path: Path) -> None:
 
 def on_host(model: PreTrainedModel) -> BlockRunner:
     """The model with its blocks in host memory and everything else on `a device`: the CPU again."""
-    name, blocks = decoder_blocks(model)
-    where = device_map(model, name, CPU, "away")
-    where = {part: "cpu" if place == "away" else CPU for part, place in where.items()}
-    dispatch_model(model, where, main_device=CPU, force_hooks=True)
+    model, placement = fetched_model(lambda: model, lambda: None, CPU)
+    blocks = decoder_blocks(model)[1]
     assert all(parameter.is_meta for parameter in blocks.parameters())
-    return BlockRunner(model, blocks, CPU, BlockPlacement(blocks, CPU, torch.float32))
+    return BlockRunner(model, blocks, CPU, placement)
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma 2", "Mixtral"])
@@ -184,7 +173,8 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
         prune_(runner, "sparsegpt")
         value = perplexity(runner, windows(5), 2).value
         folder = tmp_path / make.__name__
-        model.save_pretrained(folder)
+        with runner.given_out(decoder_blocks(model)[0], torch.float32):
+            model.save_pretrained(folder)
         fetched = all(parameter.is_meta for parameter in runner.blocks.parameters())
         assert fetched == (make is on_host)
         found.append((value, weights(folder)))

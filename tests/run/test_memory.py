@@ -6,6 +6,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,40 +268,40 @@ def test_a_narrow_model_takes_more_tokens_on_a_gpu() -> None:
 
 
 def test_a_recovery_computes_activations_again_before_it_gives_up(gpu: SimpleNamespace) -> None:
-    model = tiny.tiny_llama(num_hidden_layers=8)
-    plan = of(model, training=Training(None, 4, False))
+    model, cuda = tiny.tiny_llama(num_hidden_layers=8), dict(device="cuda")
+    plan = of(model, training=Training(None, 4, False), **cuda)
     need = needed(plan)
-    less = needed(of(model, training=Training(None, 4, False, checkpointed=True)))
+    less = needed(of(model, training=Training(None, 4, False, checkpointed=True), **cuda))
     gpu.free = 2 * need.total
-    assert not check_memory(plan, CUDA, False).checkpointed
+    assert not check_memory(plan, CUDA).checkpointed
     gpu.free = int(1.13 * less.total)
     assert gpu.free < need.total
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert room.checkpointed and not room.fetched
     gpu.free = less.total // 2
     with pytest.raises(UserError, match="--device cuda:0: .* --recover_rank 16, which trains"):
-        check_memory(plan, CUDA, False)
-    low = of(model, training=Training(4, 4, False))
+        check_memory(plan, CUDA)
+    low = of(model, training=Training(4, 4, False), **cuda)
     assert needed(low).work < need.work
 
 
 def test_blocks_stay_on_the_host_where_the_device_is_small(gpu: SimpleNamespace) -> None:
-    plan = of(tiny.tiny_llama(num_hidden_layers=8))
-    need, fetched = needed(plan), needed(of(tiny.tiny_llama(num_hidden_layers=8), fetched=True))
+    plan = of(tiny.tiny_llama(num_hidden_layers=8), device="cuda")
+    need, fetched = needed(plan), needed(replace(plan, fetched=True))
     gpu.free = 2 * (need.weights + need.hidden + need.work)
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert not room.fetched and room.keep_on == CUDA
     gpu.free = int(1.12 * (need.weights + need.work))
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert not room.fetched and room.keep_on == CPU
     gpu.free = need.weights + need.work
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert room.fetched and room.line.startswith("memory: device about ")
     assert "host about" in room.line
     gpu.free = fetched.work // 2
     with pytest.raises(UserError, match="--device cuda:0: the run needs .* --batch_size"):
-        check_memory(plan, CUDA, False)
-    room = check_memory(plan, CPU, False)
+        check_memory(plan, CUDA)
+    room = check_memory(replace(plan, device="cpu"), CPU)
     assert not room.fetched and room.keep_on == CPU
 
 
