@@ -165,7 +165,6 @@ def fetched_model(
         store: Store = DiskStore(folder, rounding, layout, exact, writes)
     else:
         store = HostStore(memory, *layout, writes)
-    hand_back()
     return model, BlockPlacement(blocks, device, store, sharing and sharing.team)
 
 
@@ -212,6 +211,7 @@ def _fill(store: HostStore, held: list[dict[str, Tensor]]) -> None:
     for index, tensors in enumerate(held):
         store.replace_(index, tensors)
         tensors.clear()
+        hand_back()
 
 
 def _rest_of(model: nn.Module, blocks_name: str, sharing: Sharing) -> tuple[Slots, dict[str, str]]:

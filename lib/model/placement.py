@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lib.dist.team import Team
 from lib.model.store import Slots, Store, rounded_to
+from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
 
 META = torch.device("meta")
@@ -74,6 +75,8 @@ class BlockPlacement:
             yield
             if keep:
                 held = dict(self._held(block))
+                if self.side:
+                    self.side.synchronize()
                 self.team.meet()  # nobody still reads what is now replaced
                 self.store.replace_(index, held)
         finally:
@@ -118,6 +121,8 @@ class BlockPlacement:
     def _send_away(self, block: nn.Module) -> None:
         for module in list(block.modules()):
             if module in self.first:
+                if isinstance(module, SparseLinear) and not module.weight.is_meta:
+                    module.to(self.device)  # packs again what torch's own tensor holds
                 for name, one in module.named_parameters(recurse=False):
                     put(module, name, one.to(META))
             elif not list(module.children()):

@@ -24,6 +24,7 @@ from torch import Tensor
 from lib.util.errors import UserError
 
 ALIGNED = 512  # bytes; where a tensor begins, as torch's own on a GPU
+PARTS = 4  # tensors, at most, that one becomes
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class HostStore:
         starts, total = [], 0
         for each in slots:
             starts.append(total)
-            total += aligned(end_of(each))
+            # a packed weight is several tensors, each of which may have to be aligned
+            total += aligned(end_of(each)) + PARTS * ALIGNED * len(each)
         return total, starts, slots
 
     def piece(self, index: int) -> tuple[Tensor, Slots] | None:

@@ -11,17 +11,22 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from accelerate import dispatch_model
 from late import Gpu
 from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from lib.dist.team import Team
-from lib.eval import perplexities, perplexity
+from lib.eval import perplexities, perplexity, some_logits
+from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.fetched import check_offload_room, fetched_model, own_folder, unmapped
-from lib.model.pretrained import decoder_blocks
+from lib.model.placement import device_map
+from lib.model.pretrained import decoder_blocks, footprint
+from lib.model.store import end_of
 from lib.prune import Pruner
 from lib.pruning import check
+from lib.sparse import check_same_outputs, swap_linears_
 
 Disk = namedtuple("Disk", "total used free")
 MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
@@ -155,9 +160,17 @@ def test_quantising_is_not_offloaded(tmp_path: Path) -> None:
     assert done.status == 2 and f"--offload {tmp_path / 'away'}" in line and "--load_bit 4" in line
 
 
+def dispatched(model: PreTrainedModel) -> PreTrainedModel:
+    """As transformers leaves it where blocks are on the host and all else is on `a device`."""
+    where = device_map(model, decoder_blocks(model)[0], CPU, "away")
+    where = {part: "cpu" if place == "away" else CPU for part, place in where.items()}
+    return dispatch_model(model, where, main_device=CPU, force_hooks=True)
+
+
 def on_host(model: PreTrainedModel) -> BlockRunner:
     """The model with its blocks in host memory and everything else on `a device`: the CPU again."""
-    model, placement = fetched_model(lambda: model, lambda: None, CPU)
+    model, placement = fetched_model(lambda: dispatched(model), lambda: None, CPU)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
     blocks = decoder_blocks(model)[1]
     assert all(parameter.is_meta for parameter in blocks.parameters())
     return BlockRunner(model, blocks, CPU, placement)
@@ -182,6 +195,58 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
     assert again == pytest.approx(value, rel=1e-6)
     assert plain.keys() == fetched.keys()
     assert all(torch.equal(plain[name], fetched[name]) for name in plain)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-2"])
+def test_blocks_in_host_memory_are_packed(architecture: str, tmp_path: Path) -> None:
+    """Block by block, in the room they had; measured, evaluated and saved like that."""
+    found = []
+    for make in (runner_of, on_host):
+        runner = make(tiny.ARCHITECTURES[architecture]())
+        prune_(runner, "wanda", Sparsity(0.5, 2, 4))
+        model, name = runner.model, decoder_blocks(runner.model)[0]
+        before = some_logits(model, windows(1))
+        report = swap_linears_(
+            model, runner.blocks, CPU, lambda index, runner=runner: runner.at_hand(index, keep=True)
+        )
+        check_same_outputs(before, some_logits(model, windows(1)))
+        value = perplexity(runner, windows(5), 2).value
+        zeros = check.measure(runner, name).shares()
+        folder = tmp_path / make.__name__
+        with runner.given_out(name, torch.float32):
+            model.save_pretrained(folder)
+        found.append((str(report), value, zeros, weights(folder), footprint(model)))
+        if make is on_host:
+            assert all(parameter.is_meta for parameter in runner.blocks.parameters())
+            ends = [end_of(slots) for slots in runner.placement.store.slots]
+            size = len(runner.placement.store.memory) / len(ends)
+            assert max(ends) < 0.75 * size
+    (line, value, zeros, plain, size), (line_, value_, zeros_, fetched, size_) = found
+    assert (line, zeros, size) == (line_, zeros_, size_) and "unpacked at each forward" in line
+    assert value_ == pytest.approx(value, rel=1e-6)
+    assert plain.keys() == fetched.keys() and any(name.endswith("positions") for name in plain)
+    assert all(torch.equal(plain[name], fetched[name]) for name in plain)
+
+
+def test_states_are_kept_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = on_host(tiny.tiny_llama())
+    asked, own = [], runner.capture
+    monkeypatch.setattr(
+        runner, "capture", lambda ids, size, where: asked.append(where) or own(ids, size, CPU)
+    )
+    perplexities(runner, [windows(3), windows(2)], 2, keep_on="somewhere")
+    assert asked == ["somewhere"] * 2
+
+
+@pytest.mark.parametrize("writers", [1, 4])
+def test_room_for_all_that_write(writers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("lib.model.fetched.check_room", lambda _, __, needed: asked.append(needed))
+    model = AutoModelForCausalLM.from_pretrained("tied")
+    path, blocks = decoder_blocks(model)
+    known = "away", "tied", model, path, torch.float32, torch.bfloat16
+    check_offload_room(*known, writers)
+    assert asked == [writers * 2 * sum(weight.numel() for weight in blocks.parameters())]
 
 
 def test_the_next_block_comes_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:

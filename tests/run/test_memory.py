@@ -24,10 +24,11 @@ from lib.eval import perplexity
 from lib.methods.registry import METHODS, Recipe
 from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import decoder_blocks, default_batch_size, fresh_copy, skeleton
+from lib.model.store import HostStore
 from lib.prune import Pruner
 from lib.recover import Course, Recoverer
 from lib.run import memory
-from lib.run.memory import Plan, Training, check_memory, needed, shapes
+from lib.run.memory import Plan, Training, check_memory, needed, shapes, stand
 from lib.util import host
 from lib.util.errors import UserError
 
@@ -303,6 +304,43 @@ def test_blocks_stay_on_the_host_where_the_device_is_small(gpu: SimpleNamespace)
         check_memory(plan, CUDA)
     room = check_memory(replace(plan, device="cpu"), CPU)
     assert not room.fetched and room.keep_on == CPU
+
+
+def test_processes_that_share_take_the_blocks_once() -> None:
+    """On the host of GPUs that are too small, and of CPUs."""
+    model = tiny.tiny_llama(num_hidden_layers=8)
+    inside = 8 * sum(weight.nbytes for weight in model.model.layers[0].parameters())
+    whole = sum(weight.nbytes for weight in model.parameters())
+    eight = dict(processes=8, windows=1, tests=1, batch_size=1)
+    least = needed(of(model, fetched=True, device="cuda", **eight))
+    for shared in (True, False):
+        found = stand(of(model, device="cuda", shared=shared, **eight), least.total)
+        assert found.plan.fetched and found.kept
+        assert found.machine == inside * (1 if shared else 8)
+        assert ("once for all" in found.told_of_host(0)) == shared
+        found = stand(of(model, shared=shared, **eight))
+        assert found.plan.fetched == shared
+        each = found.host.total
+        assert found.machine == (whole + 8 * each if shared else 8 * each)
+        on_disk = stand(of(model, shared=shared, on_disk=True, **eight))
+        assert on_disk.once == (whole - inside if shared else 0)
+
+
+def test_what_a_gpu_copies_is_counted_to_the_byte() -> None:
+    """torch's own locked memory would take a power of two for every weight."""
+    model = tiny.tiny_llama(num_hidden_layers=3, hidden_size=48, intermediate_size=176)
+    plan = of(model, device="cuda", working=torch.float32, windows=1, tests=1, batch_size=1)
+    found = stand(plan, needed(replace(plan, fetched=True)).total)
+    blocks = [dict(block.named_parameters()) for block in model.model.layers]
+    size, *_ = HostStore.layout(blocks)
+    assert found.once <= size <= found.once + 5 * 512 * sum(map(len, blocks))
+
+
+def test_one_process_that_must_fetch_makes_all_fetch(gpu: SimpleNamespace) -> None:
+    plan = of(tiny.tiny_llama(num_hidden_layers=8), device="cuda")
+    gpu.free = 2**40
+    assert not check_memory(plan, CUDA).fetched
+    assert check_memory(plan, CUDA, lambda _: True).fetched
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")
