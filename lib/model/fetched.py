@@ -27,7 +27,16 @@ from lib.dist.team import Team
 from lib.model.pinned import HostMemory
 from lib.model.placement import META, BlockPlacement, are_apart, check_apart, put
 from lib.model.pretrained import decoder_blocks
-from lib.model.store import DiskStore, HostStore, Place, Slots, Store, aligned, end_of, side_by_side
+from lib.model.store import (
+    BlockStore,
+    DiskStore,
+    HostStore,
+    Place,
+    Slots,
+    aligned,
+    end_of,
+    side_by_side,
+)
 from lib.util.errors import UserError
 from lib.util.files import check_room
 from lib.util.host import hand_back
@@ -162,7 +171,7 @@ def fetched_model(
     writes = first
     if folder:
         exact = frozenset(model._keep_in_fp32_modules_strict or ())
-        store: Store = DiskStore(folder, rounding, layout, exact, writes)
+        store: BlockStore = DiskStore(folder, rounding, layout, exact, writes)
     else:
         store = HostStore(memory, *layout, writes)
     return model, BlockPlacement(blocks, device, store, sharing and sharing.team)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.dist.team import Team
-from lib.model.store import Slots, Store, rounded_to
+from lib.model.store import BlockStore, Slots, rounded_to
 from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
 
@@ -34,7 +34,7 @@ class BlockPlacement:
         self,
         blocks: nn.ModuleList,
         device: torch.device,
-        store: Store,
+        store: BlockStore,
         team: Team | None = None,
     ) -> None:
         self.blocks = blocks
@@ -154,7 +154,7 @@ class _Saved(Mapping):
     """The blocks' weights by their names in the model, as they are saved."""
 
     def __init__(
-        self, store: Store, blocks_name: str, rounding: torch.dtype, model: nn.Module
+        self, store: BlockStore, blocks_name: str, rounding: torch.dtype, model: nn.Module
     ) -> None:
         self.store, self.prefix, self.rounding = store, f"{blocks_name}.", rounding
         self.exact = frozenset(model._keep_in_fp32_modules_strict or ())

@@ -69,7 +69,7 @@ def end_of(slots: Slots) -> int:
     return max((slot.end for slot in slots.values()), default=0)
 
 
-class Store(Protocol):
+class BlockStore(Protocol):
     """What BlockPlacement asks of either kind."""
 
     def piece(self, index: int) -> tuple[Tensor, Slots] | None:

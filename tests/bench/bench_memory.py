@@ -20,9 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import psutil
 import torch
@@ -34,6 +33,7 @@ from lib.run.memory import SPARE, Plan, Stand, shapes, stand
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 # width, inner width, blocks, heads of keys and values, vocabulary
 SIZES = {
     "7B": (4096, 11008, 32, 32, 32000),

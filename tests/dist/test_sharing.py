@@ -25,17 +25,21 @@ CASES = ("sparsegpt", "admm", "experts", "packed", "packed from disk")
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
+def by(size: int, each: int, cases: tuple[str, ...], place: Path) -> list[str]:
+    """Digests of the models that so many processes save, `each` of them on a machine."""
+    where = f"{size} by {each}"
+    done = ended(together(size, [flags(case, where) for case in cases], place, each=each))
+    assert [one.status for one in done] == [0] * size, [one.err for one in done]
+    assert ("and once for all weights" in done[0].out) == (each > 1)
+    assert not Path("away").exists()
+    return [content(f"{where}/{case}/model")["model.safetensors"] for case in cases]
+
+
 def test_the_same_bytes_as_with_a_copy_each(place: Path) -> None:
-    saved = []
-    for shares in (True, False):
-        where = f"shares {shares}"
-        argv = [flags(case, where) for case in CASES]
-        done = ended(together(2, argv, place, shares=shares))
-        assert [one.status for one in done] == [0, 0], [one.err for one in done]
-        assert (done[0].out.count("and once for all weights") > 0) == shares
-        saved.append([content(f"{where}/{case}/model") for case in CASES])
-    for case, one, other in zip(CASES, *saved, strict=True):
-        assert one["model.safetensors"] == other["model.safetensors"], case
+    """On one machine, and on two: there Wanda's, where no sum's order matters."""
+    shared, apart = (by(2, each, CASES, place) for each in (2, 1))
+    assert dict(zip(CASES, shared, strict=True)) == dict(zip(CASES, apart, strict=True))
+    assert by(4, 2, CASES[-2:], place) == shared[-2:]
 
 
 class Machine(Team):

@@ -14,7 +14,7 @@ import torch
 from accelerate import dispatch_model
 from late import Gpu
 from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from lib.dist.team import Team
 from lib.eval import perplexities, perplexity, some_logits
@@ -22,7 +22,7 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.fetched import check_offload_room, fetched_model, own_folder, unmapped
 from lib.model.placement import device_map
-from lib.model.pretrained import decoder_blocks, footprint
+from lib.model.pretrained import decoder_blocks, footprint, load_model, skeleton
 from lib.model.store import end_of
 from lib.prune import Pruner
 from lib.pruning import check
@@ -226,6 +226,38 @@ def test_blocks_in_host_memory_are_packed(architecture: str, tmp_path: Path) -> 
     assert value_ == pytest.approx(value, rel=1e-6)
     assert plain.keys() == fetched.keys() and any(name.endswith("positions") for name in plain)
     assert all(torch.equal(plain[name], fetched[name]) for name in plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_fetched_to_a_gpu(method: str) -> None:
+    """The same weights and perplexity as where all of the model is on it, and packed too."""
+    gpu, found = torch.device("cuda", 0), []
+    config = AutoConfig.from_pretrained("bfloat16")
+    model = skeleton(config)
+    name, _ = decoder_blocks(model)
+    for where in ({"": gpu}, device_map(model, name, gpu, "cpu")):
+        known = dict(dtype=torch.bfloat16, device_map=where)
+
+        def read(known: dict = known) -> PreTrainedModel:
+            return load_model("bfloat16", config, **known)
+
+        one, placement = (read(), None) if len(where) == 1 else fetched_model(read, read, gpu)
+        runner = BlockRunner(one, decoder_blocks(one)[1], gpu, placement)
+        runner.verify()
+        prune_(runner, method, Sparsity(0.5, 2, 4))
+        values = [perplexity(runner, windows(5), 2).value]
+        swap_linears_(
+            one, runner.blocks, gpu, lambda index, runner=runner: runner.at_hand(index, keep=True)
+        )
+        values.append(perplexity(runner, windows(5), 2).value)
+        kept = [one.state_dict()] if placement is None else []
+        kept = kept or [{f"{name}.{i}.{path}": tensor for i in range(len(runner.blocks))
+                         for path, tensor in placement.store.tensors(i).items()}]  # fmt: skip
+        found.append((values, kept[0]))
+    (values, plain), (values_, fetched) = found
+    assert values_ == pytest.approx(values, rel=1e-3)
+    assert all(torch.equal(tensor, plain[key].cpu()) for key, tensor in fetched.items())
 
 
 def test_states_are_kept_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,13 @@ from lib.data.windows import TrainingText
 from lib.eval import perplexity
 from lib.methods.registry import METHODS, Recipe
 from lib.methods.sparsity import Sparsity
-from lib.model.pretrained import decoder_blocks, default_batch_size, fresh_copy, skeleton
+from lib.model.pretrained import (
+    decoder_blocks,
+    default_batch_size,
+    fresh_copy,
+    make_current,
+    skeleton,
+)
 from lib.model.store import HostStore
 from lib.prune import Pruner
 from lib.recover import Course, Recoverer
@@ -260,6 +266,15 @@ def test_what_torch_keeps_unused_is_free(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
     assert memory.free_on(CUDA) == 800
+
+
+def test_what_names_no_device_is_on_the_runs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --device cuda:1, the current one would stay the first."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    for device in (CPU, torch.device("cuda", 1)):
+        make_current(device)
+    assert made == [torch.device("cuda", 1)]
 
 
 def test_a_narrow_model_takes_more_tokens_on_a_gpu() -> None:
