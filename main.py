@@ -225,7 +225,7 @@ def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) ->
     args = job.args
     with job.timed("save"), target.staged() as stage:
         dtype = saved_dtype(args.dtype, job.config)
-        with subject.runner.given_out(job.blocks_name, dtype):
+        with subject.runner.given_out(job.blocks_name):
             save_model(subject.model, stage, dtype)
         job.tokenizer.save_pretrained(stage)
         read = [source.text for source in job.sources if job.calibrated or job.course]

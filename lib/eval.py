@@ -50,7 +50,7 @@ def perplexities(
 ) -> list[Perplexity]:
     """Perplexity of each test set, windows (n, tokens).
 
-    Where the model stands on the device, each batch goes through all blocks and no hidden states
+    Where bringing a block costs nothing, each batch goes through all blocks and no hidden states
     are kept; where blocks are fetched, each sees all sets before the next one is, and `keep_on` is
     where hidden states are. Processes of a `team` share the windows. `advanced` is called with the
     number of windows that are done.
@@ -58,7 +58,7 @@ def perplexities(
     team = team or Team(runner.device, alone=True)
     losses = [torch.zeros(len(test), dtype=torch.float64, device=runner.device) for test in tests]
     shares = [range(len(test))[team.share(len(test))] for test in tests]
-    resident = runner.placement is None
+    resident = runner.placement is None or runner.placement.at_no_cost
     step = batch_size if resident else max(map(len, tests))
     parts = [
         (number, slice(start, min(start + step, mine.stop)))

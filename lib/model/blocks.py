@@ -66,10 +66,10 @@ class BlockRunner:
         """Inside, block `index` is on the device; `keep` keeps what is done to its weights."""
         return self.placement.at_hand(index, keep) if self.placement else nullcontext()
 
-    def given_out(self, blocks_name: str, dtype: torch.dtype) -> AbstractContextManager:
-        """Inside, the whole model can be saved, in `dtype`, wherever its blocks are."""
-        known = self.model, blocks_name, dtype
-        return self.placement.given_out(*known) if self.placement else nullcontext()
+    def given_out(self, blocks_name: str) -> AbstractContextManager:
+        """Inside, the whole model can be saved, wherever its blocks are."""
+        given = self.placement and self.placement.given_out(self.model, blocks_name)
+        return given or nullcontext()
 
     @torch.no_grad()
     def capture(

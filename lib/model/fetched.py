@@ -145,7 +145,8 @@ def fetched_model(
     """The model with its blocks away, and what brings them.
 
     `read` gives it with its blocks on the host, or on disk if there is a `folder` for those that
-    change, in `rounding`; `empty` gives it without weights, to a process that is handed them.
+    change; `empty` gives it without weights, to a process that is handed them. `rounding`: the
+    dtype in which the model will be saved.
     """
     first = sharing is None or sharing.team.leads_here
     with unmapped():
@@ -168,13 +169,13 @@ def fetched_model(
         _hand_on(model, name, told, sharing.mapped(1), device)
         memory = None if folder else sharing.mapped(0, lock)
         sharing.close()
-    writes = first
     if folder:
-        exact = frozenset(model._keep_in_fp32_modules_strict or ())
-        store: BlockStore = DiskStore(folder, rounding, layout, exact, writes)
+        store: BlockStore = DiskStore(folder, layout, writes=first)
     else:
-        store = HostStore(memory, *layout, writes)
-    return model, BlockPlacement(blocks, device, store, sharing and sharing.team)
+        store = HostStore(memory, *layout, writes=first)
+    exact = frozenset(model._keep_in_fp32_modules_strict or ())
+    team = sharing.team if sharing else None
+    return model, BlockPlacement(blocks, device, store, rounding, exact, team)
 
 
 def _taken_away(model: nn.Module, blocks: nn.ModuleList) -> list[dict[str, Tensor | Place]]:
@@ -187,11 +188,12 @@ def _taken_away(model: nn.Module, blocks: nn.ModuleList) -> list[dict[str, Tenso
             for name, parameter in module.named_parameters(recurse=False):
                 held[-1][f"{path}.{name}".strip(".")] = _taken(known, name, parameter)
                 put(module, name, parameter.to(META))
-    for module in model.modules():
+    hooked = [module for module in model.modules() if _hooks(module)]
+    for module in hooked:
         for hook in _hooks(module):
             hook.original_devices = {}  # else a hook brings its weights before it is removed
     remove_hook_from_submodules(model)
-    for module in model.modules():  # which it leaves as each module's own attribute
+    for module in hooked:  # a forward of its own is left in each
         module.__dict__.pop("forward", None)
     return held
 
@@ -218,7 +220,7 @@ def _dtype(one: Tensor | Place) -> torch.dtype:
 def _fill(store: HostStore, held: list[dict[str, Tensor]]) -> None:
     """Move blocks into the store's memory; each is freed there before the next comes."""
     for index, tensors in enumerate(held):
-        store.replace_(index, tensors)
+        store.replace_(index, tensors, {})
         tensors.clear()
         hand_back()
 

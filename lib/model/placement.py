@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.dist.team import Team
-from lib.model.store import BlockStore, Slots, rounded_to
+from lib.model.store import BlockStore, Slots
 from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
 
@@ -27,7 +27,8 @@ Fetched = tuple[dict[str, Tensor], Tensor | None]  # {path: tensor}, and the pie
 class BlockPlacement:
     """Brings block `index` to `device` and takes it away again.
 
-    `team`: the processes that share the store.
+    `rounding`: the dtype in which the model is saved, but for what its class keeps in another
+    (`exact`, parts of names). `team`: the processes that share the store.
     """
 
     def __init__(
@@ -35,11 +36,14 @@ class BlockPlacement:
         blocks: nn.ModuleList,
         device: torch.device,
         store: BlockStore,
+        rounding: torch.dtype,
+        exact: frozenset[str] = frozenset(),
         team: Team | None = None,
     ) -> None:
         self.blocks = blocks
         self.device = device
         self.store = store
+        self.rounding, self.exact = rounding, exact
         self.team = team or Team(device, alone=True)
         # of the blocks' modules those that the model came with: their buffers stay on the device
         self.first = weakref.WeakSet(module for block in blocks for module in block.modules())
@@ -48,6 +52,11 @@ class BlockPlacement:
         for index, block in enumerate(blocks):
             self._send_away(block)
             block.forward = self._fetching(index, block)
+
+    @property
+    def at_no_cost(self) -> bool:
+        """Whether a block that is not changed is used where it stands."""
+        return self.device.type == "cpu" and self.store.piece(0) is not None
 
     def _fetching(self, index: int, block: nn.Module):
         own = block.forward
@@ -66,19 +75,18 @@ class BlockPlacement:
         """
         block = self.blocks[index]
         forward = block.__dict__.pop("forward")  # its own is the class's, also for copies of it
-        tensors, _piece = self._arrived(index, keep)
-        for path, tensor in tensors.items():
-            put(block, path, tensor)
-        del tensors
-        self._send_for(index + 1)
         try:
+            tensors, _piece = self._arrived(index, keep)
+            for path, tensor in tensors.items():
+                put(block, path, tensor)
+            del tensors
+            self._send_for(index + 1)
             yield
             if keep:
                 held = dict(self._held(block))
-                if self.side:
-                    self.side.synchronize()
                 self.team.meet()  # nobody still reads what is now replaced
-                self.store.replace_(index, held)
+                saved = {path: self.saved_in(index, path, one.dtype) for path, one in held.items()}
+                self.store.replace_(index, held, saved)
         finally:
             self._send_away(block)
             block.forward = forward
@@ -128,18 +136,23 @@ class BlockPlacement:
             elif not list(module.children()):
                 module.to(META)
 
+    def saved_in(self, index: int, path: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a tensor of block `index`, of `dtype`, is saved."""
+        parent, _, name = path.rpartition(".")
+        parameter = name in self.blocks[index].get_submodule(parent)._parameters
+        keeps = not (parameter and dtype.is_floating_point) or self.exact.intersection(
+            path.split(".")
+        )
+        return dtype if keeps else self.rounding
+
     @contextmanager
-    def given_out(
-        self, model: nn.Module, blocks_name: str, rounding: torch.dtype
-    ) -> Iterator[None]:
+    def given_out(self, model: nn.Module, blocks_name: str) -> Iterator[None]:
         """Inside, `save_pretrained` finds the blocks' weights, in the dtype they are saved in.
 
         It asks accelerate's hooks for what is on the meta device.
         """
         before = model.__dict__.get("hf_device_map")
-        model._hf_hook = SimpleNamespace(
-            weights_map=_Saved(self.store, blocks_name, rounding, model)
-        )
+        model._hf_hook = SimpleNamespace(weights_map=_Saved(self, f"{blocks_name}."))
         model.hf_device_map = {"": "cpu"}
         try:
             yield
@@ -153,18 +166,16 @@ class BlockPlacement:
 class _Saved(Mapping):
     """The blocks' weights by their names in the model, as they are saved."""
 
-    def __init__(
-        self, store: BlockStore, blocks_name: str, rounding: torch.dtype, model: nn.Module
-    ) -> None:
-        self.store, self.prefix, self.rounding = store, f"{blocks_name}.", rounding
-        self.exact = frozenset(model._keep_in_fp32_modules_strict or ())
+    def __init__(self, placement: BlockPlacement, prefix: str) -> None:
+        self.placement, self.prefix = placement, prefix
 
     def __getitem__(self, name: str) -> Tensor:
         if not name.startswith(self.prefix):
             raise KeyError(name)
-        index, _, path = name.removeprefix(self.prefix).partition(".")
-        tensor = self.store.tensor(int(index), path)
-        return rounded_to(self.rounding, path, tensor, self.exact)
+        number, _, path = name.removeprefix(self.prefix).partition(".")
+        index, placement = int(number), self.placement
+        tensor = placement.store.tensor(index, path)
+        return tensor.to(placement.saved_in(index, path, tensor.dtype))
 
     def __iter__(self) -> Iterator[str]:
         raise NotImplementedError

@@ -81,8 +81,10 @@ class BlockStore(Protocol):
     def tensor(self, index: int, path: str) -> Tensor:
         """One of them."""
 
-    def replace_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Block `index` consists of these tensors from now on."""
+    def replace_(
+        self, index: int, tensors: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]
+    ) -> None:
+        """Block `index` consists of these tensors from now on; `saved`: as what each is saved."""
 
 
 @dataclass
@@ -116,7 +118,9 @@ class HostStore:
     def tensor(self, index: int, path: str) -> Tensor:
         return self.slots[index][path].of(self._region(index))
 
-    def replace_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def replace_(
+        self, index: int, tensors: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]
+    ) -> None:
         slots, region = side_by_side(tensors), self._region(index)
         assert end_of(slots) <= len(region), "a block has grown"
         self.slots[index] = slots
@@ -133,15 +137,13 @@ Place = dict[str, str]  # safetensors_file, weight_name and dtype, as accelerate
 
 @dataclass
 class DiskStore:
-    """In files: of the checkpoint, and in `folder` what was changed, in `rounding`.
+    """In files: of the checkpoint, and in `folder` what was changed, in the dtype it is saved in.
 
-    `exact`: parts of names of what keeps its dtype. `writes`: as in HostStore.
+    `writes`: as in HostStore.
     """
 
     folder: str
-    rounding: torch.dtype
     index: list[dict[str, Place]]  # [block][path]
-    exact: frozenset[str] = frozenset()
     writes: bool = True
     changes: dict[int, int] = field(default_factory=dict)  # how often each block was written
 
@@ -162,12 +164,15 @@ class DiskStore:
             raise UserError(f"--model: {name} can't be read from {file}: {error}") from error
         return tensor.to(getattr(torch, place["dtype"]))
 
-    def replace_(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def replace_(
+        self, index: int, tensors: Mapping[str, Tensor], saved: Mapping[str, torch.dtype]
+    ) -> None:
         times = self.changes.get(index, 0)
         file = self._file(index, times)
         self.changes[index] = times + 1
         if self.writes:
-            self._write(index, file, tensors)
+            rounded = {path: tensor.to(saved[path]) for path, tensor in tensors.items()}
+            self._write(index, file, rounded)
             if times:
                 self._file(index, times - 1).unlink(missing_ok=True)
         self.index[index] = {
@@ -180,12 +185,9 @@ class DiskStore:
         }
 
     def _write(self, index: int, file: Path, tensors: Mapping[str, Tensor]) -> None:
-        rounded = {
-            path: rounded_to(self.rounding, path, tensor, self.exact).to("cpu").contiguous()
-            for path, tensor in tensors.items()
-        }
+        here = {path: tensor.to("cpu").contiguous() for path, tensor in tensors.items()}
         try:
-            save_file(rounded, str(file))
+            save_file(here, str(file))
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"--offload {self.folder}: block {index} can't be written ({error}); "
@@ -194,12 +196,6 @@ class DiskStore:
 
     def _file(self, index: int, times: int) -> Path:
         return Path(self.folder) / f"block-{index}-{times}.safetensors"
-
-
-def rounded_to(dtype: torch.dtype, path: str, tensor: Tensor, exact: frozenset[str]) -> Tensor:
-    """A tensor as it is saved; one whose path names a part in `exact` stays as it is."""
-    keeps = not tensor.is_floating_point() or exact.intersection(path.split("."))
-    return tensor if keeps else tensor.to(dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

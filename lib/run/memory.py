@@ -288,7 +288,8 @@ def _activations(plan: Plan, block: BlockShape) -> int:
 def _evaluation(plan: Plan) -> tuple[int, int]:
     """Hidden states, and logits as they come and as probabilities or one batch in a block."""
     batch = min(plan.batch_size, plan.tests)
-    kept = plan.tests if plan.fetched else batch
+    once = plan.fetched and (plan.on_disk or plan.device == "cuda")  # each block comes once
+    kept = plan.tests if once else batch
     position = FLOAT * plan.shapes.vocabulary * batch
     logits = 2 * min(max(position, LOGIT_BYTES[plan.device]), position * plan.seqlen)
     if plan.working.itemsize < FLOAT:

@@ -27,7 +27,7 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
-from lib.methods.registry import METHODS, Recipe
+from lib.methods.registry import Recipe
 from lib.model.pretrained import decoder_blocks, default_batch_size, skeleton
 from lib.run.memory import SPARE, Plan, Stand, shapes, stand
 from lib.util.command import add_debug_flag, run
@@ -48,7 +48,7 @@ MEASURED = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--methods", nargs="+", default=["sparsegpt"], choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["wanda", "sparsegpt", "admm"])
     parser.add_argument("--nsamples", type=int, default=128, help="windows (default: 128)")
     parser.add_argument("--tests", type=int, default=64, help="test windows (default: 64)")
     parser.add_argument("--seqlen", type=int, default=4096, help="window in tokens (default: 4096)")
@@ -61,22 +61,22 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     if args.measure:
-        measure(args.measure, args.methods[0])
+        measure(args.measure)
     else:
         estimate(args)
 
 
 def estimate(args: argparse.Namespace) -> None:
-    """A row for each size, method and number of GPUs."""
-    print("| model, 16 bits | method | GPUs | blocks | each GPU | host memory of each machine |")
-    print("|---|---|---|---|---|---|")
+    """A row for each size and number of GPUs: what each GPU takes, and the host of a machine."""
+    print(f"| model | GPUs | blocks | {' | '.join(args.methods)} |")
+    print("|---|---|---|" + "---|" * len(args.methods))
     for size in SIZES:
-        for method in args.methods:
-            for gpus in GPUS:
-                found = standing(args, size, method, gpus)
-                blocks = "fetched from the host" if found.plan.fetched else "on the GPU"
-                cells = size, method, gpus, blocks, _told(found, args.gib), gib(found.machine)
-                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+        for gpus in GPUS:
+            found = [standing(args, size, method, gpus) for method in args.methods]
+            fetched = any(one.plan.fetched for one in found)
+            cells = [size, gpus, "from the host" if fetched else "on the GPU"]
+            cells += [_told(one, args.gib) for one in found]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def standing(args: argparse.Namespace, size: str, method: str, gpus: int) -> Stand:
@@ -109,11 +109,12 @@ def standing(args: argparse.Namespace, size: str, method: str, gpus: int) -> Sta
 
 
 def _told(found: Stand, free: float) -> str:
-    enough = found.device.total <= SPARE * free * 2**30
-    return gib(found.device.total) + ("" if enough else ", too much")
+    """GiB on the device and on the host."""
+    more = "" if found.device.total <= SPARE * free * 2**30 else " (too much)"
+    return f"{found.device.total / 2**30:.1f}{more}, {found.machine / 2**30:.1f}"
 
 
-def measure(counts: list[int], method: str) -> None:
+def measure(counts: list[int]) -> None:
     """A row for each number of processes, on one random model."""
     import tiny
 
@@ -128,17 +129,17 @@ def measure(counts: list[int], method: str) -> None:
         print("| processes | all together, peak | of it shared weights | the rest, for each |")
         print("|---|---|---|---|")
         for count in counts:
-            everything, shared, said = peak_of(place, count, method)
+            everything, shared, said = peak_of(place, count)
             rest = (everything - shared) / count
             print(f"| {count} | {gib(everything)} | {gib(shared)} | {gib(rest)} |", flush=True)
             print(f"<!-- {said} -->")
 
 
-def peak_of(place: str, count: int, method: str) -> tuple[int, int, str]:
+def peak_of(place: str, count: int) -> tuple[int, int, str]:
     """Of `count` processes that prune: all bytes at their peak, those of them in shared memory, and
     what was said beforehand."""
     flags = ["--model", "model", "--calibration_data", "text", "--device", "cpu", "--seqlen", "64"]
-    flags += ["--prune_method", method, "--nsamples", "16", "--save_model", f"by-{count}"]
+    flags += ["--prune_method", "sparsegpt", "--nsamples", "16", "--save_model", f"by-{count}"]
     launcher = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
     process = subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / "main.py"), *flags],

@@ -106,23 +106,23 @@ def test_only_one_writes(tmp_path: Path) -> None:
     writer, reader = (
         HostStore(memory, layout[0], list(layout[1]), writes) for writes in (True, False)
     )
-    reader.replace_(1, before)
+    reader.replace_(1, before, {})
     assert not memory.any()
-    writer.replace_(1, after)
+    writer.replace_(1, after, {})
     assert not reader.tensor(1, "a").all()
-    reader.replace_(1, after)
+    reader.replace_(1, after, {})
     assert reader.tensors(1).keys() == after.keys()
     assert torch.equal(reader.tensor(1, "c"), after["c"]) and not writer.tensors(0)["a"].any()
 
     disk = [
-        DiskStore(str(tmp_path), torch.bfloat16, [{}, {}], frozenset(), writes)
+        DiskStore(str(tmp_path), [{}, {}], writes)
         for writes in (True, False)
     ]
     for store in disk:
-        store.replace_(1, before)
+        store.replace_(1, before, {"a": torch.float32})
     assert [path.name for path in tmp_path.iterdir()] == ["block-1-0.safetensors"]
     for store in disk:
-        store.replace_(1, after)
+        store.replace_(1, after, {"b": torch.bfloat16, "c": torch.bfloat16})
     assert [path.name for path in tmp_path.iterdir()] == ["block-1-1.safetensors"]
     for store in disk:
         assert torch.equal(store.tensor(1, "c"), after["c"])

@@ -21,7 +21,7 @@ from lib.eval import perplexities, perplexity, some_logits
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.fetched import check_offload_room, fetched_model, own_folder, unmapped
-from lib.model.placement import device_map
+from lib.model.placement import BlockPlacement, device_map
 from lib.model.pretrained import decoder_blocks, footprint, load_model, skeleton
 from lib.model.store import end_of
 from lib.prune import Pruner
@@ -186,7 +186,7 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
         prune_(runner, "sparsegpt")
         value = perplexity(runner, windows(5), 2).value
         folder = tmp_path / make.__name__
-        with runner.given_out(decoder_blocks(model)[0], torch.float32):
+        with runner.given_out(decoder_blocks(model)[0]):
             model.save_pretrained(folder)
         fetched = all(parameter.is_meta for parameter in runner.blocks.parameters())
         assert fetched == (make is on_host)
@@ -213,7 +213,7 @@ def test_blocks_in_host_memory_are_packed(architecture: str, tmp_path: Path) -> 
         value = perplexity(runner, windows(5), 2).value
         zeros = check.measure(runner, name).shares()
         folder = tmp_path / make.__name__
-        with runner.given_out(name, torch.float32):
+        with runner.given_out(name):
             model.save_pretrained(folder)
         found.append((str(report), value, zeros, weights(folder), footprint(model)))
         if make is on_host:
@@ -260,6 +260,7 @@ def test_fetched_to_a_gpu(method: str) -> None:
     assert all(torch.equal(tensor, plain[key].cpu()) for key, tensor in fetched.items())
 
 
+@pytest.mark.usefixtures("dear")
 def test_states_are_kept_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = on_host(tiny.tiny_llama())
     asked, own = [], runner.capture
@@ -281,6 +282,13 @@ def test_room_for_all_that_write(writers: int, monkeypatch: pytest.MonkeyPatch) 
     assert asked == [writers * 2 * sum(weight.numel() for weight in blocks.parameters())]
 
 
+@pytest.fixture
+def dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that cost something to bring, as to a GPU."""
+    monkeypatch.setattr(BlockPlacement, "at_no_cost", False)
+
+
+@pytest.mark.usefixtures("dear")
 def test_the_next_block_comes_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is waited for: by a stream that copies no sooner than it must."""
     expected = perplexity(runner_of(tiny.tiny_llama(num_hidden_layers=3)), windows(5), 2)
@@ -291,6 +299,7 @@ def test_the_next_block_comes_while_one_computes(monkeypatch: pytest.MonkeyPatch
     assert runner.placement.side.done == len(runner.placement.side.work) > 0
 
 
+@pytest.mark.usefixtures("dear")
 @pytest.mark.parametrize("make", [runner_of, on_host])
 def test_several_sets_are_measured_at_once(
     make: Callable[[PreTrainedModel], BlockRunner], monkeypatch: pytest.MonkeyPatch
@@ -304,6 +313,18 @@ def test_several_sets_are_measured_at_once(
     assert perplexities(runner, sets, 2, advanced=told.append) == alone
     assert at_hand == [0, 1] * (1 if make is on_host else 3 + 1 + 2)
     assert sum(told) == 10 and min(told) >= 0
+
+
+def test_blocks_that_stand_in_the_hosts_memory_are_used_there() -> None:
+    """Each batch goes through all of them, so that no hidden states pile up."""
+    runner = on_host(tiny.tiny_llama())
+    memory = runner.placement.store.memory
+    start, end = memory.data_ptr(), memory.data_ptr() + len(memory)
+    with runner.at_hand(0):
+        assert all(start <= one.data_ptr() < end for one in runner.blocks[0].parameters())
+    with runner.at_hand(0, keep=True):
+        assert not any(start <= one.data_ptr() < end for one in runner.blocks[0].parameters())
+    assert runner.placement.at_no_cost
 
 
 def test_sparsity_is_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -337,6 +337,8 @@ def test_processes_that_share_take_the_blocks_once() -> None:
         assert found.plan.fetched == shared
         each = found.host.total
         assert found.machine == (whole + 8 * each if shared else 8 * each)
+        long = stand(of(model, shared=shared, **eight | dict(tests=10**6, recipe=None)))
+        assert long.host.hidden == long.plan.window  # of a batch, from where no block need move
         on_disk = stand(of(model, shared=shared, on_disk=True, **eight))
         assert on_disk.once == (whole - inside if shared else 0)
 
