@@ -28,7 +28,7 @@ from lib.methods.column_loop import column_loop
 from lib.methods.registry import Recipe
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import decoder_blocks, default_batch_size, pick_device
+from lib.model.pretrained import BATCH_TOKENS, decoder_blocks, pick_device
 from lib.prune import Pruner
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib, peak_memory
@@ -57,7 +57,6 @@ def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.cuda.init()  # before its statistics are reset
     print("| method | type | column loop | s per block | s for all | peak device memory |")
     print("|---|---|---|---|---|---|")
@@ -99,7 +98,7 @@ def block_seconds(
         model = LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
     name, blocks = decoder_blocks(model)
     windows = torch.randint(VOCABULARY, (args.nsamples, args.seqlen))
-    batch_size = default_batch_size(device, args.seqlen, args.hidden)
+    batch_size = max(1, BATCH_TOKENS[device.type] // args.seqlen)
     ends: list[float] = []
 
     def ended(_: int) -> None:
