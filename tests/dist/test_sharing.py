@@ -21,7 +21,7 @@ from lib.model.fetched import Sharing, can_be_shared, fetched_model
 from lib.model.pretrained import decoder_blocks, skeleton
 from lib.model.store import DiskStore, HostStore
 
-CASES = ("sparsegpt", "admm", "experts", "packed", "packed from disk")
+CASES = ("admm", "experts", "packed", "packed from disk")
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
