@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Do what was checked; what stands in results.json, on the process that leads."""
+    from lib.run.samples import Samples
+
     args, target = job.args, None
     with ExitStack() as at_end:
         if args.save_model and job.team.leads:
@@ -41,6 +43,9 @@ def run(job: Job) -> dict[str, Any]:
         subject = load(job, at_end)
         settle_bos(job, subject)
         teacher = load_teacher(job, subject) if job.course else None
+        samples = Samples(job, subject)
+        if job.recipe or job.course:
+            samples.take("dense", teacher.model if args.teacher else subject.model)
         found = prune(job, subject) if job.recipe else {}
         if teacher:
             found |= recover(job, subject, teacher)
@@ -48,6 +53,8 @@ def run(job: Job) -> dict[str, Any]:
         if args.replace_sparse_layers:
             pack(job, subject)
         found |= evaluate(job, subject)
+        samples.take("model", subject.model)
+        found |= {"samples": samples.told()}
         job.team.close()
         if not job.team.leads:
             return {}

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from lib.data.sources import BUILT_IN
 from lib.methods.sparsity import UNSTRUCTURED
+from lib.report.samples import side_by_side
 
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 
@@ -58,6 +59,7 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
             for test in results["evaluation"]
         ],
         "",
+        *(_samples(results) if results.get("samples") else []),
         *(_recovery(results) if recovery else []),
         *(_packed(results) if results["flags"]["replace_sparse_layers"] else []),
     ]
@@ -77,6 +79,16 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("teacher", recovery["teacher"]))
         facts.append(("time of the recovery", f"{recovery['seconds']:.0f} s"))
     return [(name, str(value)) for name, value in facts]
+
+
+def _samples(results: dict[str, Any]) -> list[str]:
+    """What the model says, beside the dense one."""
+    return [
+        "Beginnings of test documents, gone on with by the most likely tokens:",
+        "",
+        side_by_side(results["samples"]),
+        "",
+    ]
 
 
 def _recovery(results: dict[str, Any]) -> list[str]:

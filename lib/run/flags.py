@@ -22,6 +22,7 @@ them on text of that language, measure what it cost, save a smaller model."""
 
 RESULT = "result"  # another value is another result
 INPUT = "input"  # names a model or texts: what is found there decides, not where it is
+SHOWN = "shown"  # what more is told of a result; no weight and no figure depends on it
 SPEED = "speed"  # nothing but time and memory, up to rounding
 PLACE = "place"  # where something is computed or kept
 
@@ -296,6 +297,16 @@ def _evaluation_flags(group) -> None:
     )
     flag(
         group,
+        SHOWN,
+        "--samples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="beginnings of documents of each test set that the dense and the pruned model go on "
+        "with, for results.json, card and report; 0 for none, and none where blocks are fetched",
+    )
+    flag(
+        group,
         RESULT,
         "--tasks",
         metavar="NAME,...",
@@ -327,6 +338,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         value, least = getattr(args, flag), 2 if flag == "seqlen" else 1
         if value is not None and value < least:
             parser.error(f"--{flag} {value}: must be at least {least}")
+    if args.samples < 0:
+        parser.error(f"--samples {args.samples}: must be a number of documents, or 0 for none")
     if not args.timeout > 0:  # also refuses nan
         parser.error(f"--timeout {args.timeout:g}: must be above 0")
     try:

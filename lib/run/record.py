@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.report.samples import first_lines
 from lib.run.flags import settings
 from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
@@ -43,13 +45,14 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
     """What stands in results.json.
 
     `found`: what pruning and evaluation gave, as `sparsity`, `evaluation` and, where there are
-    any, `allocation` and `tasks`.
+    any, `allocation`, `tasks`, `recovery` and `samples`.
     """
     from lib.model.pretrained import footprint
 
     args, recipe = job.args, job.recipe
-    allocation, tasks, recovery = (
-        {k: found[k]} if found.get(k) else {} for k in ("allocation", "tasks", "recovery")
+    allocation, tasks, recovery, samples = (
+        {k: found[k]} if found.get(k) else {}
+        for k in ("allocation", "tasks", "recovery", "samples")
     )
     return {
         "model": args.model,
@@ -68,6 +71,7 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
         "evaluation": found["evaluation"],
         **tasks,
         **recovery,
+        **samples,
         "perplexity": {test["name"]: test["perplexity"] for test in found["evaluation"]},
         "sparsity": found["sparsity"],
         "seconds": job.seconds,
@@ -136,6 +140,9 @@ def print_summary(results: dict[str, Any]) -> None:
         print(f"{test['name']}: {size}, {test['bits_per_byte']:.4f} bits per byte", end="")
         error = test["standard_error"]  # nan for a single window
         print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
+    for line in first_lines(results.get("samples", [])):
+        letters = getattr(sys.stdout, "encoding", None) or "utf-8"  # a model may say anything
+        print(line.encode(letters, "replace").decode(letters))
     recovery = results.get("recovery")
     for name, value in results["perplexity"].items():
         if recovery:

@@ -200,7 +200,8 @@ def read_texts(job: Job, bos: int | None) -> Texts:
             texts.windows, texts.calibration = calibration_windows(
                 job.sources, job.tokenizer, args.nsamples, job.seqlen, args.seed, bos
             )
-        texts.tests = [test_set(one, job.tokenizer, job.seqlen, bos) for one in job.tests]
+        known = job.tokenizer, job.seqlen, bos, args.samples
+        texts.tests = [test_set(one, *known) for one in job.tests]
         if course:
             rest = course.steps * course.windows, job.seqlen, args.seed, bos
             tests = [test.windows for test in texts.tests]
@@ -209,6 +210,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
 
     drawn = (args.calibration_data, args.prune_on_c4, args.nsamples, args.seed)
     key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
+    key += (args.samples,)
     key += (drawn, args.recover) if course else ()
     return job.keep.texts(key, read)
 
