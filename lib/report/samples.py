@@ -100,7 +100,8 @@ def _lines(table: Table, test: str, begun: list[str]) -> Iterable[list[str]]:
         yield ["dense", NOTHING, NOTHING, *(_cell(dense, one) for one in begun)]
     for row in table.pruned:
         if said := _said(row, test, "model"):
-            settings = [f"{name} {row.settings.get(name)}" for name in table.varying]
+            varying = ((name, row.settings.get(name)) for name in table.varying)
+            settings = [f"{name} {value}" for name, value in varying if value is not None]
             named = [row.method, row.target, ", ".join([row.label, *settings])]
             yield [*map(escaped, named), *(_cell(said, one) for one in begun)]
 
