@@ -51,7 +51,7 @@ def run(job: Job) -> dict[str, Any]:
             found |= recover(job, subject, teacher)
             del teacher
         if args.replace_sparse_layers:
-            pack(job, subject)
+            found |= pack(job, subject)
         found |= evaluate(job, subject)
         samples.take("model", subject.model)
         found |= {"samples": samples.told()}
@@ -152,21 +152,30 @@ def recover(job: Job, subject: Subject, teacher: BlockRunner) -> dict[str, Any]:
     return {"sparsity": after.shares(), "recovery": told}
 
 
-def pack(job: Job, subject: Subject) -> None:
-    """Pack every 2:4 linear, and see on one window that the outputs are the same."""
+def pack(job: Job, subject: Subject) -> dict[str, Any]:
+    """Pack every sparse linear, and see on one window that the outputs are the same."""
     from lib.eval import some_logits
-    from lib.model.pretrained import footprint
-    from lib.sparse import check_same_outputs, swap_linears_
+    from lib.model.pretrained import footprint, saved_dtype
+    from lib.run.record import packed_line, told_packing
+    from lib.sparse import check_same_outputs, packed_size, swap_linears_, unpacking
     from lib.util.host import gib
 
-    model = subject.model
+    args, model = job.args, subject.model
     window = job.texts.tests[0].windows[:1].to(job.device)
     before, size = some_logits(model, window), footprint(model)
-    report = swap_linears_(model, subject.blocks, job.device)
-    check_same_outputs(before, some_logits(model, window))
+    report = swap_linears_(model, subject.blocks, job.device, args.pack_bits)
+    after = some_logits(model, window)
+    reference = before
+    if report.bits == 8:  # rounded to 8 bits it is another model, whose dense outputs count
+        with unpacking(model):
+            reference = some_logits(model, window)
+    check_same_outputs(reference, after)
+    saved = packed_size(model, saved_dtype(args.dtype, job.config))
+    told = told_packing(saved, len(report.dense), before, after)
     if job.team.leads:
-        print(report)
+        print(report, packed_line(told), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
+    return {"packed": told}
 
 
 def evaluate(job: Job, subject: Subject) -> dict[str, Any]:

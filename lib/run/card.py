@@ -23,7 +23,7 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
     model, method = results["model"], results["method"]
     kind = results["sparsity_type"]
     if kind is None:
-        how = "its 2:4 linears packed"
+        how = "its sparse linears packed"
     elif kind == UNSTRUCTURED:
         how = f"pruned by {method} to {100 * results['sparsity_ratio']:g}% zeros"
     else:
@@ -113,11 +113,17 @@ def _recovery(results: dict[str, Any]) -> list[str]:
 
 
 def _packed(results: dict[str, Any]) -> list[str]:
-    """How to load a checkpoint whose 2:4 linears are packed, in three lines of Python."""
+    """How to load a checkpoint whose linears are packed, in three lines of Python."""
     from lib.sparse import card_lines
 
+    packed = results.get("packed")
+    size = ""
+    if packed:
+        values = "8-bit integers" if packed["bits"] == 8 else "they were"
+        share = packed["bytes"] / packed["dense_bytes"]
+        size = f", kept weights as {values}, in {share:.3f} of their dense size"
     return [
-        "The 2:4 linears are stored packed. With this project's `lib` on the path:",
+        f"The sparse linears are stored packed{size}. With this project's `lib` on the path:",
         "",
         "```python",
         *card_lines(results["flags"]["save_model"]),

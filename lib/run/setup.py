@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lib.data.sources import Source
     from lib.model.blocks import BlockRunner
-    from lib.run.memory import Room, Training
+    from lib.run.memory import PackedLinears, Room, Training
 
 
 LEAST_ZEROS = 0.01  # share of the blocks' weights, of a model that was pruned before
@@ -325,11 +325,29 @@ def _see_memory(job: Job) -> Room:
         None if stored == working else stored,
         fetched=bool(args.offload),
         training=_training(job),
+        packed=_packed_linears(job),
+        pack_bits=args.pack_bits if args.replace_sparse_layers else None,
     )
     room = check_memory(plan, job.device, bool(args.offload))
     if team.leads:
         print(room.line, flush=True)
     return room
+
+
+def _packed_linears(job: Job) -> PackedLinears | None:
+    """What the checkpoint's config tells of packed linears, if it is packed."""
+    from lib.model.quantised import packed_linears
+    from lib.run.memory import PackedLinears
+
+    linears, bits = packed_linears(job.config)
+    if not linears:
+        return None
+    rows = sum(size[0] for size in linears)
+    rest = sum(out * ((width + 7) // 8) for out, width, _ in linears)
+    rest += 8 * (rows + len(linears)) + (4 * rows if bits == 8 else 0)
+    return PackedLinears(
+        sum(out * width for out, width, _ in linears), sum(one[2] for one in linears), bits, rest
+    )
 
 
 def _training(job: Job) -> Training | None:

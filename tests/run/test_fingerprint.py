@@ -33,6 +33,7 @@ OTHER = {
     "use_variant": [],
     "blend": ["0.5"],
     "replace_sparse_layers": [],
+    "pack_bits": ["8"],
     "recover": ["99"],
     "recover_rank": ["4"],
     "recover_rate": ["0.1"],

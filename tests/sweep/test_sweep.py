@@ -126,14 +126,15 @@ def test_flags_of_a_run(texts):
 
 
 def test_flags_that_fit_only_some_runs_go_to_those(texts):
-    flags = ("--use_variant", "--replace_sparse_layers")
+    flags = ("--use_variant", "--replace_sparse_layers", "--pack_bits", "8")
     found = planned(
         *["--models", "m", "--methods", "wanda", "sparsegpt", "--calibration", texts[0]],
         passed_on=flags,
     )
     assert [run.name for run in found if run.args.use_variant] == ["m/wanda-50-uk-seed0"]
-    replaced = ["m/wanda-2of4-uk-seed0", "m/sparsegpt-2of4-uk-seed0"]
-    assert [run.name for run in found if run.args.replace_sparse_layers] == replaced
+    for run in found:  # whatever is pruned, and the dense model not
+        packs = run.args.replace_sparse_layers, run.args.pack_bits
+        assert packs == ((True, 8) if run.args.prune_method else (False, 16))
 
 
 def test_recovery_goes_to_prunings_and_gives_each_its_text(texts):
