@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -20,7 +21,7 @@ from lib.eval import LOGIT_BYTES
 from lib.methods.registry import Recipe
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
-from lib.packed.layout import LARGE_TILE
+from lib.packed.layout import LARGE_TILE, packed_bytes
 from lib.util.errors import UserError
 from lib.util.host import available, gib
 
@@ -28,7 +29,7 @@ LATER = 24 * 2**20  # bytes of code that is imported after the estimate
 SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lost in gaps
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 FLOAT = 4  # bytes
-SCRATCH = 16  # bytes for each weight of a tile that is packed or unpacked
+PACKING, UNPACKING = 4, 16  # bytes for each weight of a tile
 GRAPH = 1.2  # what a block's activations take for the way back, of what they are on the way
 META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
@@ -138,6 +139,17 @@ class PackedLinears:
     kept: int
     bits: int  # of a kept value; 16: in the dtype of the model
     rest: int  # bytes of masks, scales and offsets
+
+    @classmethod
+    def of(cls, linears: Sequence[Sequence[int]], bits: int) -> PackedLinears | None:
+        """Of (out, in, kept) of each linear; None where there are none."""
+        if not linears:
+            return None
+        outs, widths, kept = zip(*linears, strict=True)
+        masks = sum(packed_bytes(*size, 0, 2) for size in zip(outs, widths, strict=True))
+        offsets, scales = 8 * sum(out + 1 for out in outs), 4 * sum(outs) if bits == 8 else 0
+        weights = sum(map(prod, zip(outs, widths, strict=True)))
+        return cls(weights, sum(kept), bits, masks + offsets + scales)
 
     def nbytes(self, size: int) -> int:
         """With values of `size` bytes, where they are not int8."""
@@ -276,8 +288,9 @@ def _packing(plan: Plan) -> int:
     if plan.pack_bits is None:
         return 0
     largest = _largest(plan)
-    looked_at = 3 * FLOAT * largest if plan.pack_bits == 8 else 0
-    return largest * plan.working.itemsize + looked_at + SCRATCH * min(largest, LARGE_TILE)
+    tile, packed = min(largest, LARGE_TILE), largest * plan.working.itemsize
+    looked_at = 3 * FLOAT * largest + UNPACKING * tile if plan.pack_bits == 8 else 0
+    return packed + PACKING * tile + looked_at
 
 
 def _calibration(plan: Plan) -> tuple[int, int]:
@@ -325,7 +338,7 @@ def _evaluation(plan: Plan) -> tuple[int, int]:
     passing = max(_activations(plan, block) for block in plan.shapes.blocks)
     if plan.packed or plan.pack_bits:  # one weight at a time is dense, where no kernel takes it
         largest = _largest(plan)
-        passing += largest * plan.working.itemsize + SCRATCH * min(largest, LARGE_TILE)
+        passing += largest * plan.working.itemsize + UNPACKING * min(largest, LARGE_TILE)
     return kept * plan.window, max(logits, passing)
 
 

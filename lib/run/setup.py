@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from lib.data.sources import Source
     from lib.model.blocks import BlockRunner
-    from lib.run.memory import PackedLinears, Room, Training
+    from lib.run.memory import Room, Training
 
 
 LEAST_ZEROS = 0.01  # share of the blocks' weights, of a model that was pruned before
@@ -305,8 +305,8 @@ def load_teacher(job: Job, subject: Subject) -> BlockRunner:
 def _see_memory(job: Job) -> Room:
     """Tell how much memory the run will take, and where."""
     from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
-    from lib.model.quantised import stored_bits
-    from lib.run.memory import Plan, check_memory, shapes
+    from lib.model.quantised import packed_linears, stored_bits
+    from lib.run.memory import PackedLinears, Plan, check_memory, shapes
 
     args, team, texts = job.args, job.team, job.texts
     working = pick_dtype(args.dtype, job.config, job.device)
@@ -325,29 +325,13 @@ def _see_memory(job: Job) -> Room:
         None if stored == working else stored,
         fetched=bool(args.offload),
         training=_training(job),
-        packed=_packed_linears(job),
+        packed=PackedLinears.of(*packed_linears(job.config)),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
     )
     room = check_memory(plan, job.device, bool(args.offload))
     if team.leads:
         print(room.line, flush=True)
     return room
-
-
-def _packed_linears(job: Job) -> PackedLinears | None:
-    """What the checkpoint's config tells of packed linears, if it is packed."""
-    from lib.model.quantised import packed_linears
-    from lib.run.memory import PackedLinears
-
-    linears, bits = packed_linears(job.config)
-    if not linears:
-        return None
-    rows = sum(size[0] for size in linears)
-    rest = sum(out * ((width + 7) // 8) for out, width, _ in linears)
-    rest += 8 * (rows + len(linears)) + (4 * rows if bits == 8 else 0)
-    return PackedLinears(
-        sum(out * width for out, width, _ in linears), sum(one[2] for one in linears), bits, rest
-    )
 
 
 def _training(job: Job) -> Training | None:
