@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,7 +164,8 @@ def pack(job: Job, subject: Subject) -> dict[str, Any]:
     args, model = job.args, subject.model
     window = job.texts.tests[0].windows[:1].to(job.device)
     before, size = some_logits(model, window), footprint(model)
-    report = swap_linears_(model, subject.blocks, job.device, args.pack_bits)
+    at_hand = partial(subject.runner.at_hand, keep=True)
+    report = swap_linears_(model, subject.blocks, job.device, at_hand, args.pack_bits)
     after = some_logits(model, window)
     reference = before
     if report.bits == 8:  # rounded to 8 bits it is another model, whose dense outputs count

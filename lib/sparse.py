@@ -73,15 +73,15 @@ def swap_linears_(
     model: PreTrainedModel,
     blocks: Iterable[nn.Module],
     device: torch.device | None = None,
-    bits: int = 16,
     at_hand: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
+    bits: int = 16,
 ) -> SwapReport:
-    """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, one at a time.
+    """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, block by block.
 
     The model then saves itself packed: kept values in its dtype, or at `bits` 8 as int8. Linears
     with too few zeros to be smaller stay and are reported. `device` is where the blocks will run,
-    if not where they are; inside `at_hand(index)` block `index` has its weights in memory.
-    UserError where nothing is worth packing or the weights are quantised.
+    if not where they are. Inside `at_hand(i)` the weights of block i are there, and what becomes
+    of them is kept. UserError where nothing is worth packing or the weights are quantised.
     """
     if getattr(model, "quantization_method", METHOD) != METHOD:
         raise UserError(
@@ -91,12 +91,11 @@ def swap_linears_(
     before = [module.bits for module in model.modules() if isinstance(module, SparseLinear)]
     bits = min([bits, *before])  # what 8 bits have lost doesn't come back
     names = {module: name for name, module in model.named_modules()}
-    dense: dict[str, str] = {}
+    report = SwapReport(bits)
     for index, block in enumerate(blocks):
         with at_hand(index):
-            dense |= swap_block_(model, names[block], block, bits)
-    report = packed_report(model, device)
-    report.dense = dense
+            report.dense |= swap_block_(block, names[block], bits)
+            _note_paths(block, f"{names[block]}.", device, report)
     if not report.packed:
         reasons = _counted(report.dense, "stay dense") or "the blocks have no linear layers"
         raise UserError(
@@ -107,21 +106,21 @@ def swap_linears_(
     return report
 
 
-def swap_block_(model: nn.Module, name: str, block: nn.Module, bits: int = 16) -> dict[str, str]:
-    """Pack what is sparse in one block of the model, whose weights are in memory; {name: why} of
+def swap_block_(block: nn.Module, name: str, bits: int = 16) -> dict[str, str]:
+    """Pack what is sparse in one block, called `name`, whose weights are in memory; {name: why} of
     the linears that stay dense. Packed ones are packed anew where they have more `bits`."""
     dense = {}
     for path, module in list(block.named_modules()):
         full_name = f"{name}.{path}"
         if isinstance(module, SparseLinear):
             if module.bits > bits:
-                model.set_submodule(full_name, _packed(full_name, module.to_linear(), bits))
+                block.set_submodule(path, _packed(full_name, module.to_linear(), bits))
         elif isinstance(module, nn.Linear | Conv1D):
             why = _why_not_packed(module)
             if why:
                 dense[full_name] = why
             else:
-                model.set_submodule(full_name, _packed(full_name, module, bits))
+                block.set_submodule(path, _packed(full_name, module, bits))
     experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
     return dense | {one.name: "experts in one tensor" for one in experts}
 
@@ -129,9 +128,18 @@ def swap_block_(model: nn.Module, name: str, block: nn.Module, bits: int = 16) -
 def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapReport:
     """The path of every packed linear, on `device` or where its weight is."""
     report = SwapReport()
-    for name, module in model.named_modules():
+    _note_paths(model, "", device, report)
+    return report
+
+
+def _note_paths(
+    part: nn.Module, prefix: str, device: torch.device | None, report: SwapReport
+) -> None:
+    """Into `report`, of the packed linears of a part whose names begin with `prefix`."""
+    for path, module in part.named_modules():
         if not isinstance(module, SparseLinear):
             continue
+        name = prefix + path
         report.bits = module.bits
         here = module.weight.device
         where = device or here
@@ -150,7 +158,6 @@ def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapR
             report.fast[name] = module.reason or ""
         else:
             report.unpacked[name] = why
-    return report
 
 
 @dataclass(frozen=True)

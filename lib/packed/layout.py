@@ -14,6 +14,7 @@ is not zero, nan too; a zero loses its sign, so equal matrices pack to equal byt
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -181,8 +182,14 @@ def check_packed(packed: Packed, out_features: int, in_features: int, bits: int)
 
 def _look_up(table: Tensor, mask: Tensor) -> Tensor:
     """`table` at every byte of a mask, in the mask's shape."""
-    found = table.to(mask.device).index_select(0, mask.flatten().int())
-    return found.view(mask.shape)
+    here = _on_device(table, mask.device) if mask.is_cuda else table.to(mask.device)
+    return here.index_select(0, mask.flatten().int()).view(mask.shape)
+
+
+@cache
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copied once: a copy from the host waits for the device."""
+    return table.to(device)
 
 
 def _tiles(rows: int, in_features: int, device: torch.device) -> Iterator[slice]:

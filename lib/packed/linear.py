@@ -200,6 +200,8 @@ class SparseLinear(nn.Module):
         if fast:
             y = F.linear(tokens, self.fast, self.bias)
         else:
+            if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
+                self.count_rows_()
             multiply = unpacked_linear if self.unpacks else packed_linear
             packed = Packed(self.mask, self.weight, self.scale)
             y = multiply(tokens, packed, self.offsets, self.bias)

@@ -119,6 +119,17 @@ def test_casts_copies_and_state(bits):
     assert torch.equal(empty.dense(), packed.dense())
 
 
+def test_a_mask_that_is_fetched_is_counted_again():
+    dense, x = dense_linear(), torch.randn(3, 40)
+    packed = SparseLinear.from_linear(dense)
+    state = packed.state_dict()
+    packed.to("meta")
+    packed.weight = nn.Parameter(state["weight"], requires_grad=False)
+    packed.bias = nn.Parameter(state["bias"], requires_grad=False)
+    packed.mask = state["mask"]
+    assert packed.offsets.is_meta and torch.equal(packed(x), dense(x))
+
+
 def test_the_kernels_are_given_what_they_need(monkeypatch):
     calls = []
 
