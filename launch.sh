@@ -21,7 +21,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
   report RUN ...                 table and pictures of finished runs
   overlap RUN_A RUN_B ...        what the masks of pruned models share
-  unpack IN OUT                  a packed 2:4 model as a plain dense one
+  unpack IN OUT                  a packed model as a plain dense one
   ubertext DUMPS OUT             the published data set from raw dumps
   bench                          speed and memory, beside llm-compressor
 

@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Do what was checked; what stands in results.json, on the process that leads."""
+    from lib.run.samples import Samples
+
     args, target = job.args, None
     with ExitStack() as at_end:
         if args.save_model and job.team.leads:
@@ -42,13 +44,18 @@ def run(job: Job) -> dict[str, Any]:
         subject = load(job, at_end)
         settle_bos(job, subject)
         teacher = load_teacher(job, subject) if job.course else None
+        samples = Samples(job, subject)
+        if job.recipe or job.course:
+            samples.take("dense", teacher.model if args.teacher else subject.model)
         found = prune(job, subject) if job.recipe else {}
         if teacher:
             found |= recover(job, subject, teacher)
             del teacher
         if args.replace_sparse_layers:
-            pack(job, subject)
+            found |= pack(job, subject)
         found |= evaluate(job, subject)
+        samples.take("model", subject.model)
+        found |= {"samples": samples.told()}
         job.team.close()
         if not job.team.leads:
             return {}
@@ -146,23 +153,32 @@ def recover(job: Job, subject: Subject, teacher: BlockRunner) -> dict[str, Any]:
     return {"sparsity": after.shares(), "recovery": told}
 
 
-def pack(job: Job, subject: Subject) -> None:
-    """Pack every 2:4 linear, and see on one window that the outputs are the same."""
+def pack(job: Job, subject: Subject) -> dict[str, Any]:
+    """Pack every sparse linear, and see on one window that the outputs are the same."""
     from lib.eval import some_logits
-    from lib.model.pretrained import footprint
-    from lib.sparse import check_same_outputs, swap_linears_
+    from lib.model.pretrained import footprint, saved_dtype
+    from lib.run.record import packed_line, told_packing
+    from lib.sparse import check_same_outputs, packed_size, swap_linears_, unpacking
     from lib.util.host import gib
 
-    model = subject.model
+    args, model = job.args, subject.model
     window = job.texts.tests[0].windows[:1].to(job.device)
     before, size = some_logits(model, window), footprint(model)
     at_hand = partial(subject.runner.at_hand, keep=True)
-    report = swap_linears_(model, subject.blocks, job.device, at_hand)
+    report = swap_linears_(model, subject.blocks, job.device, at_hand, args.pack_bits)
     job.team.meet()  # all are packed
-    check_same_outputs(before, some_logits(model, window))
+    after = some_logits(model, window)
+    reference = before
+    if report.bits == 8:  # rounded to 8 bits it is another model, whose dense outputs count
+        with unpacking(model):
+            reference = some_logits(model, window)
+    check_same_outputs(reference, after)
+    saved = packed_size(model, saved_dtype(args.dtype, job.config))
+    told = told_packing(saved, len(report.dense), before, after)
     if job.team.leads:
-        print(report)
+        print(report, packed_line(told), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
+    return {"packed": told}
 
 
 def evaluate(job: Job, subject: Subject) -> dict[str, Any]:

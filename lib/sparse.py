@@ -1,9 +1,9 @@
-"""2:4 that stays packed: swap the 2:4 linears of a model, and load what was saved packed.
+"""Sparse weights that stay packed: swap the linears of a pruned model, and load what was saved so.
 
     import lib.sparse                                    # registers the format with transformers
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-    report = swap_linears_(model, blocks)                # after 2:4 pruning
+    report = swap_linears_(model, blocks)                # after pruning, of any pattern
     model.save_pretrained(folder)                        # writes the packed checkpoint
 
 The packed form is described in lib/packed/layout.py, the module in lib/packed/linear.py.
@@ -12,8 +12,8 @@ The packed form is described in lib/packed/layout.py, the module in lib/packed/l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,20 +21,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lib.packed import cuda, few_tokens
+from lib.model.linears import find_linears
 from lib.packed.checkpoint import METHOD, card_lines, mark_packed_
-from lib.packed.layout import is_packable
-from lib.packed.linear import SparseLinear
+from lib.packed.layout import is_smaller_packed, packed_bytes
+from lib.packed.linear import BY_KERNELS, SparseLinear, kernels_ready
 from lib.util.errors import UserError
 
 __all__ = [
+    "PackedSize",
     "SparseLinear",
     "SwapReport",
     "card_lines",
     "check_same_outputs",
-    "compile_decoding_",
     "packed_report",
+    "packed_size",
+    "relative_difference",
+    "swap_block_",
     "swap_linears_",
+    "unpacking",
 ]
 
 
@@ -42,18 +46,27 @@ __all__ = [
 class SwapReport:
     """Which linears of the blocks run how; names are module paths in the model."""
 
+    bits: int = 16  # of a kept value; 16: in the model's dtype
     fast: dict[str, str] = field(default_factory=dict)  # by torch's 2:4 kernels: name -> library
-    unpacked: dict[str, str] = field(default_factory=dict)  # name -> why not the fast path
+    kernels: dict[str, str] = field(default_factory=dict)  # by this project's: name -> where
+    unpacked: dict[str, str] = field(default_factory=dict)  # name -> why not faster
     dense: dict[str, str] = field(default_factory=dict)  # not packed: name -> why
+
+    @property
+    def packed(self) -> int:
+        """How many linears are packed."""
+        return len(self.fast) + len(self.kernels) + len(self.unpacked)
 
     def __str__(self) -> str:
         """One line: how many on which path, and why."""
         parts = [
             _counted(self.fast, "on torch's 2:4 kernels"),
+            _counted(self.kernels, "by the kernels for packed weights"),
             _counted(self.unpacked, "unpacked at each forward"),
             _counted(self.dense, "left dense"),
         ]
-        return "2:4 linears: " + ", ".join(part for part in parts if part)
+        bits = "" if self.bits == 16 else f" at {self.bits} bits"
+        return f"packed linears{bits}: " + ", ".join(part for part in parts if part)
 
 
 def swap_linears_(
@@ -61,47 +74,55 @@ def swap_linears_(
     blocks: Iterable[nn.Module],
     device: torch.device | None = None,
     at_hand: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
+    bits: int = 16,
 ) -> SwapReport:
-    """Replace every 2:4 linear of `blocks` by a `SparseLinear`, in place, block by block.
+    """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, block by block.
 
-    The model then saves itself packed. Linears that are not 2:4 stay and are reported. `device`
-    is where the blocks will run, if not where they are. Inside `at_hand(i)` the weights of block i
-    are there, and what becomes of them is kept. UserError where nothing is 2:4 or the weights are
-    quantised.
+    The model then saves itself packed: kept values in its dtype, or at `bits` 8 as int8. Linears
+    with too few zeros to be smaller stay and are reported. `device` is where the blocks will run,
+    if not where they are. Inside `at_hand(i)` the weights of block i are there, and what becomes
+    of them is kept. UserError where nothing is worth packing or the weights are quantised.
     """
     if getattr(model, "quantization_method", METHOD) != METHOD:
         raise UserError(
             f"--replace_sparse_layers: the weights are quantised ({model.quantization_method}), "
             "only 32- and 16-bit ones are packed; run without --load_bit"
         )
+    before = [module.bits for module in model.modules() if isinstance(module, SparseLinear)]
+    bits = min([bits, *before])  # what 8 bits have lost doesn't come back
     names = {module: name for name, module in model.named_modules()}
-    report = SwapReport()
+    report = SwapReport(bits)
     for index, block in enumerate(blocks):
         with at_hand(index):
-            _swap_block_(block, names[block], device, report)
-    if not report.fast and not report.unpacked:
+            report.dense |= swap_block_(block, names[block], bits)
+            _note_paths(block, f"{names[block]}.", device, report)
+    if not report.packed:
         reasons = _counted(report.dense, "stay dense") or "the blocks have no linear layers"
         raise UserError(
-            f"--replace_sparse_layers: no linear is 2:4 ({reasons}); "
-            "prune with --sparsity_type 2:4 first"
+            f"--replace_sparse_layers: no linear is smaller packed ({reasons}); "
+            "prune with --prune_method first"
         )
     mark_packed_(model)
     return report
 
 
-def _swap_block_(
-    block: nn.Module, name: str, device: torch.device | None, report: SwapReport
-) -> None:
-    """Of one block that is called `name`; into `report`."""
+def swap_block_(block: nn.Module, name: str, bits: int = 16) -> dict[str, str]:
+    """Pack what is sparse in one block, called `name`, whose weights are in memory; {name: why} of
+    the linears that stay dense. Packed ones are packed anew where they have more `bits`."""
+    dense = {}
     for path, module in list(block.named_modules()):
-        if isinstance(module, SparseLinear) or not _is_linear(module):
-            continue
-        why = _why_not_packed(module)
-        if why:
-            report.dense[f"{name}.{path}"] = why
-        else:
-            block.set_submodule(path, SparseLinear.from_linear(module))
-    _note_paths(block, f"{name}.", device, report)
+        full_name = f"{name}.{path}"
+        if isinstance(module, SparseLinear):
+            if module.bits > bits:
+                block.set_submodule(path, _packed(full_name, module.to_linear(), bits))
+        elif isinstance(module, nn.Linear | Conv1D):
+            why = _why_not_packed(module)
+            if why:
+                dense[full_name] = why
+            else:
+                block.set_submodule(path, _packed(full_name, module, bits))
+    experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
+    return dense | {one.name: "experts in one tensor" for one in experts}
 
 
 def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapReport:
@@ -114,14 +135,24 @@ def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapR
 def _note_paths(
     part: nn.Module, prefix: str, device: torch.device | None, report: SwapReport
 ) -> None:
+    """Into `report`, of the packed linears of a part whose names begin with `prefix`."""
     for path, module in part.named_modules():
         if not isinstance(module, SparseLinear):
             continue
         name = prefix + path
-        shape, dtype = (module.out_features, module.in_features), module.weight.dtype
-        where = device or module.weight.device
-        why = cuda.why_not(shape, dtype, where)
-        if why is None and where == module.weight.device:
+        report.bits = module.bits
+        here = module.weight.device
+        where = device or here
+        if where.type == "cpu":
+            if module.dtype not in BY_KERNELS:
+                report.unpacked[name] = f"{module.dtype}: the kernels are for 32 and 16 bits"
+            elif kernels_ready():
+                report.kernels[name] = "on cpu"
+            else:
+                report.unpacked[name] = "the kernels could not be built"
+            continue
+        why = module.why_not_fast(where)
+        if why is None and where == here:
             why = None if module.use_fast_path_() else module.reason
         if why is None:
             report.fast[name] = module.reason or ""
@@ -129,13 +160,51 @@ def _note_paths(
             report.unpacked[name] = why
 
 
-def check_same_outputs(before: Tensor, after: Tensor) -> float:
-    """Relative difference |after - before| / |before| of the same outputs (logits or hidden
-    states) of the dense and of the swapped model. UserError where it is beyond rounding: over
-    eight roundings of the dtype, or over 1e-4."""
+@dataclass(frozen=True)
+class PackedSize:
+    """What the packed linears of a model take as they are saved, and what they would dense."""
+
+    linears: int
+    bits: int
+    packed: int  # bytes
+    dense: int
+
+
+def packed_size(model: nn.Module, dtype: torch.dtype) -> PackedSize:
+    """Of a model that is saved in `dtype`."""
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    bits = min((module.bits for module in linears), default=16)
+    size = 1 if bits == 8 else dtype.itemsize
+    packed = [packed_bytes(m.out_features, m.in_features, m.kept, size) for m in linears]
+    dense = [m.out_features * m.in_features * dtype.itemsize for m in linears]
+    return PackedSize(len(linears), bits, sum(packed), sum(dense))
+
+
+@contextmanager
+def unpacking(model: nn.Module) -> Iterator[None]:
+    """Inside, every packed linear multiplies by its dense weight, in plain torch: the reference for
+    the kernels, and at 8 bits the model that was rounded."""
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    try:
+        for linear in linears:
+            linear.unpacks = True
+        yield
+    finally:
+        for linear in linears:
+            linear.unpacks = False
+
+
+def relative_difference(before: Tensor, after: Tensor) -> float:
+    """|after - before| / |before| of the same outputs (logits or hidden states) of two models."""
     assert before.shape == after.shape
     reference, difference = before.double(), (after.double() - before.double())
-    ratio = float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    return float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def check_same_outputs(before: Tensor, after: Tensor) -> float:
+    """Relative difference of the outputs of a dense model and of the same one packed. UserError
+    where it is beyond rounding: over eight roundings of the dtype, or over 1e-4."""
+    ratio = relative_difference(before, after)
     limit = max(8 * torch.finfo(before.dtype).eps, 1e-4)
     if not ratio <= limit:
         raise UserError(
@@ -145,26 +214,23 @@ def check_same_outputs(before: Tensor, after: Tensor) -> float:
     return ratio
 
 
-def compile_decoding_(model: nn.Module) -> int:
-    """Let torch.compile generate the kernel for few tokens; how many linears may use it.
-
-    Pays for decoding at batch 1 on CPU. The first token waits for the compiler. UserError where
-    there is no C++ compiler.
-    """
-    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if linears and not few_tokens.can_compile():
-        raise UserError("torch.compile found no C++ compiler; install g++")
-    for linear in linears:
-        linear.compiled_decoding = True
-    return len(linears)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+def _packed(name: str, linear: nn.Module, bits: int) -> SparseLinear:
+    """The linear packed; UserError where a weight is off by more than half a step of 8 bits."""
+    try:
+        sparse = SparseLinear.from_linear(linear, bits)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    if bits == 8:
+        weight = linear.weight.detach()
+        weight = (weight.T if isinstance(linear, Conv1D) else weight).float()
+        off = (sparse.dense(torch.float32) - weight).abs_()
+        if not bool((off <= 0.501 * sparse.scale[:, None]).all()):
+            raise UserError(f"--pack_bits 8: {name} is not what was packed; run without the flag")
+    return sparse
 
 
 def _why_not_packed(linear: nn.Module) -> str:
-    """Empty where the linear can be packed."""
+    """Empty where the linear can be packed and is worth it."""
     weight = linear.weight
     if type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
         return f"{type(linear).__name__} has a forward of its own"
@@ -173,7 +239,7 @@ def _why_not_packed(linear: nn.Module) -> str:
     if not weight.is_floating_point():
         return f"quantised to {weight.dtype}"
     matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
-    return "" if is_packable(matrix) else "not 2:4"
+    return "" if is_smaller_packed(matrix) else "too few zeros to be smaller packed"
 
 
 def _counted(reasons: dict[str, str], what: str) -> str:

@@ -30,6 +30,8 @@ TEST_CHARACTERS = 4_000_000  # of a large set's test text, enough for 256 window
 TEST_WINDOWS = 256  # of a large set
 HELD_OUT = (4, 16)  # at least and at most so many windows of the training text
 HELD_OUT_SHARE = 0.05  # of the training text, in between
+OPENING = 16  # tokens of a document that a model is to go on with
+OPENING_CHARACTERS = 50 * OPENING  # of a document among which these are
 SPAN = 32  # tokens in a row by which a window is seen to stand in a test text
 log = logging.getLogger(__name__)
 
@@ -349,7 +351,7 @@ class TestSet:
     predicted, all but the first of each window. It is the text's length times the share of its
     tokens that are predicted, so that bits per byte = summed loss / ln 2 / bytes whatever the
     tokenizer does inside a word, and is the exact figure where the rest of the text is like it.
-    `facts`: what a result says of its test text.
+    `facts`: what a result says of its test text. `openings`: beginnings of some of its documents.
     """
 
     __test__ = False  # not a class of tests, whatever pytest makes of its name
@@ -358,19 +360,27 @@ class TestSet:
     tokens: int
     bytes: int
     facts: dict
+    openings: Tensor  # (openings, tokens), int64
 
 
 def test_set(
-    source: Source, tokenizer: PreTrainedTokenizerBase, seqlen: int, bos: int | None = None
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    bos: int | None = None,
+    openings: int = 0,
 ) -> TestSet:
     """The test text as windows: documents joined, tokenised as one text, cut, the rest dropped.
 
     Of a large set only the first documents (`hub.TEST_DOCUMENTS`) and `TEST_WINDOWS` windows.
-    With `bos` each window is that token and seqlen - 1 tokens of the text. Raises UserError where
-    the text is shorter than one window.
+    With `bos` each window is that token and seqlen - 1 tokens of the text. So many `openings`
+    are kept beside them. Raises UserError where the text is shorter than one window.
     """
+    length = min(OPENING, seqlen // 2)
     with open_documents(source, "test") as (documents, revision):
-        text = source.separator.join(_test_documents(source, documents))
+        texts = _test_documents(source, documents)
+        text = source.separator.join(texts)
+        begun = _openings(texts, tokenizer, openings, length, bos)
     ids = tokenise(tokenizer, text)
     if bos is not None and len(ids) and ids[0] == bos:
         ids = ids[1:]
@@ -388,20 +398,48 @@ def test_set(
     facts = {"name": source.name, "source": source.text, "revision": revision, "windows": count}
     facts |= {"seqlen": seqlen, "tokens": windows.numel(), "bytes": covered, "bos": bos}
     facts["digest"] = digest(windows)
-    return TestSet(source.name, windows, windows.numel(), covered, facts)
+    if openings and len(begun) < openings:  # few documents, such as one long one
+        more = windows[:: max(1, count // openings), :length]
+        begun += [ids for ids in more if not any(ids.equal(one) for one in begun)]
+    opened = torch.stack(begun[:openings]) if openings else windows[:0, :length]
+    return TestSet(source.name, windows, windows.numel(), covered, facts, opened)
 
 
-def _test_documents(source: Source, documents: Iterable) -> Iterator[str]:
-    texts = (item[1] if source.stream else item for item in documents)
+def _test_documents(source: Source, documents: Iterable) -> Sequence[str]:
     if not source.sampled:
-        yield from texts
-        return
-    length = 0
+        return documents
+    found, length = [], 0
+    texts = (item[1] if source.stream else item for item in documents)
     for text in islice(texts, hub.TEST_DOCUMENTS):
-        yield text
+        found.append(text)
         length += len(text)
         if length > TEST_CHARACTERS:
-            return
+            break
+    return found
+
+
+def _openings(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    tokens: int,
+    bos: int | None,
+) -> list[Tensor]:
+    """The first `tokens` ids (tokens,) of at most `count` documents that have more.
+
+    Documents are taken in an order that is the same whatever `count` is. They begin as the
+    tokenizer begins a text, and with `bos` where given.
+    """
+    found: list[Tensor] = []
+    for row in random.Random(0).sample(range(len(texts)), len(texts)):
+        if len(found) >= count:
+            break
+        ids = tokenise(tokenizer, texts[row][:OPENING_CHARACTERS])
+        if bos is not None and len(ids) and ids[0] != bos:
+            ids = _begin(ids[None], bos)[0]
+        if len(ids) > tokens:
+            found.append(ids[:tokens])
+    return found
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:

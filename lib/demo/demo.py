@@ -138,12 +138,14 @@ def conclude(folder: Path, planned: Sequence[Planned]) -> None:
     from lib.report.plots.cost import pruning_cost
     from lib.report.report import table
     from lib.report.results import load_runs
+    from lib.report.samples import what_they_say
     from lib.report.tables import tables
 
     runs = load_runs(run.folder for run in planned)
     (all_runs,) = tables(runs)
     pruning_cost(all_runs, folder / PICTURE)
-    write_text(folder / TABLE, f"{table(runs)}\n![pruning cost]({PICTURE})\n")
+    said = what_they_say(runs)
+    write_text(folder / TABLE, f"{table(runs)}\n![pruning cost]({PICTURE})\n\n{said}\n")
     print(f"table: {folder / TABLE}\npicture: {folder / PICTURE}")
 
 

@@ -56,14 +56,14 @@ def find_linears(
 
 
 class PackedView(PrunableLinear):
-    """A packed 2:4 linear: to be measured, not to be pruned again."""
+    """A packed linear: to be measured, not to be pruned again."""
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.module.out_features, self.module.in_features
 
     def matrix(self) -> Tensor:
-        return self.module.dense().float()
+        return self.module.dense(torch.float32)
 
 
 def _holds_experts(module: nn.Module, weight: Tensor) -> bool:

@@ -110,7 +110,7 @@ def check_format(
         if pruning or load_bit:
             flag = "--prune_method" if pruning else "--load_bit"
             raise UserError(
-                f"--model {name}: its linears are packed 2:4, which {flag} can't work on; "
+                f"--model {name}: its linears are packed, which {flag} can't work on; "
                 "make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
             )
         return
@@ -131,6 +131,15 @@ def stored_bits(config) -> str | None:
     if method not in FORMATS:
         return None
     return "4" if stored.get("load_in_4bit") else "8"
+
+
+def packed_linears(config) -> tuple[list[list[int]], int]:
+    """[out, in, kept] of every linear of a packed checkpoint, and the bits of a kept value."""
+    stored, method = _stored(config)
+    if method != packed.METHOD:
+        return [], 16
+    known = packed.PackedConfig.from_dict(stored)
+    return list(known.linears.values()), known.bits
 
 
 def _stored(config) -> tuple[dict, str | None]:

@@ -1,189 +1,203 @@
-"""The packed form of a 2:4 matrix: two plain tensors, 9/16 of the dense size at 16 bits.
+"""The packed form of a sparse matrix of any pattern: a bit for each weight, and what is kept.
 
-A row of `in` weights is `in / 4` groups of four, with at most two non-zeros in each.
+- mask (out, ceil(in / 8)), uint8: bit j % 8 of byte j // 8, the least significant first, says that
+  weight j of the row is kept. Where rows are no multiple of 8 weights the last bits are 0.
+- weight (kept,): the kept values, row after row, in the matrix's dtype; or int8.
+- scale (out,), float32, beside int8 values alone: what a row's values are multiplied by
+  (see lib/packed/eight_bits.py).
 
-- values (out, in / 2), the weight's dtype: the left half holds the first kept weight of every
-  group, the right half the second.
-- positions (out, ceil(in / 8)), uint8: four bits for a group, `first | second << 2` with
-  first < second in 0..3. With H = ceil(in / 8), the low half of byte j belongs to group j and the
-  high half to group H + j; where the number of groups is odd, the last high half is padding.
-
-Halves side by side, not interleaved, because packing, unpacking and multiplying then read and
-write contiguous runs. A group with fewer than two non-zeros keeps the lowest free positions, so
-equal matrices pack to equal bytes; a zero loses its sign.
+Where rows begin in `weight` is not stored: it is counted from the mask (`row_offsets`). At 16 bits
+the mask takes 1/16 of the matrix's dense bytes, so that half of its weights take 9/16. Kept is what
+is not zero, nan too; a zero loses its sign, so equal matrices pack to equal bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lib.packed.eight_bits import to_codes
 from lib.util.errors import UserError
 
-TILE_GROUPS = 2**16  # per thread: the scratch tensors of a tile then stay in the second-level cache
-# four bytes of 0 or 1, as one int32, times this: the four bits side by side at the top
-TO_TOP_BITS = 1 << 28 | 1 << 21 | 1 << 14 | 1 << 7
-PADDING = 0b0100  # positions 0 and 1
-WIDE = {1: torch.int32, 2: torch.int64}  # a group of weights of so many bytes, as one integer
-PAIRS = [(first, second) for first in range(3) for second in range(first + 1, 4)]
-# four bits of positions by pattern of non-zeros (bit k: weight k is kept); 0: more than two are
-NIBBLES = [
-    next((i | k << 2 for i, k in PAIRS if not pattern & ~(1 << i | 1 << k)), 0)
-    for pattern in range(16)
-]
+TILE_WEIGHTS = 2**18  # per thread: the scratch tensors of a tile then stay in a CPU's cache
+LARGE_TILE = 2**24  # where launches cost more
+TO_TOP_BYTE = 0x0102040810204080  # times eight bytes of 0 or 1: these bits, side by side at the top
+BY_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of a weight, in bytes
+
+_bits = torch.arange(256)[:, None] >> torch.arange(8) & 1  # (256, 8), of every byte
+KEPT = _bits.byte().view(torch.int64).squeeze(1)  # byte -> eight bytes of 0 or 1, as one integer
+RANK = (_bits.cumsum(1) - _bits).byte().view(torch.int64).squeeze(1)  # -> kept ones before each
+COUNT = _bits.sum(1, dtype=torch.int32)  # -> how many are kept
+CROWDED = _bits.view(256, 2, 4).sum(2).amax(1) > 2  # -> whether one of its halves keeps over two
 
 
-def packed_shapes(out_features: int, in_features: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Shapes of values and positions. UserError where rows are no multiple of four weights."""
-    if in_features % 4:
-        raise UserError(
-            f"a matrix of {out_features} x {in_features}: 2:4 needs rows of a multiple of 4 weights"
-        )
-    return (out_features, in_features // 2), (out_features, (in_features + 7) // 8)
+class Packed(NamedTuple):
+    """A packed matrix; `scale` stands beside int8 values alone."""
+
+    mask: Tensor
+    weight: Tensor
+    scale: Tensor | None = None
 
 
-def is_packable(weight: Tensor) -> bool:
-    """Whether no group of four along the rows of `weight` (out, in) has over two non-zeros."""
-    if weight.dim() != 2 or weight.shape[1] % 4:
-        return False
-    return all(
-        bool((_kept(weight[rows]).sum(-1, dtype=torch.uint8) <= 2).all())
-        for rows in _tiles(weight.shape[0], weight.shape[1] // 4, weight.device)
-    )
+def packed_shapes(
+    out_features: int, in_features: int, kept: int, bits: int
+) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of a packed matrix, by name."""
+    shapes: dict[str, tuple[int, ...]] = {"mask": (out_features, (in_features + 7) // 8)}
+    shapes["weight"] = (kept,)
+    return shapes | ({"scale": (out_features,)} if bits == 8 else {})
 
 
-def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and positions of a 2:4 `weight` (out, in). UserError where it is not 2:4."""
+def packed_bytes(out_features: int, in_features: int, kept: int, size: int) -> int:
+    """Of a packed matrix as it is saved; `size`: bytes of a value, 1 for int8 with scales."""
+    mask, scale = out_features * ((in_features + 7) // 8), 4 * out_features if size == 1 else 0
+    return mask + kept * size + scale
+
+
+def is_smaller_packed(weight: Tensor) -> bool:
+    """Whether a matrix (out, in) has enough zeros to be smaller packed, at 16 bits a value.
+
+    The offsets that are counted on loading are part of the size.
+    """
+    out_features, in_features = weight.shape
+    kept = int(torch.count_nonzero(weight))
+    offsets = 8 * (out_features + 1)
+    return packed_bytes(out_features, in_features, kept, 2) + offsets < 2 * weight.numel()
+
+
+def pack(weight: Tensor, bits: int = 16) -> Packed:
+    """The packed form of `weight` (out, in): values in its own dtype, or `bits` 8 as int8.
+
+    UserError where it is no matrix or, at 8 bits, not finite.
+    """
     if weight.dim() != 2:
         raise UserError(f"a tensor of shape {tuple(weight.shape)}: only a matrix can be packed")
     out_features, in_features = weight.shape
-    values_shape, positions_shape = packed_shapes(out_features, in_features)
-    groups, half = in_features // 4, positions_shape[1]
-    values = weight.new_empty(values_shape)
-    positions = torch.empty(positions_shape, dtype=torch.uint8, device=weight.device)
-    table = torch.tensor(NIBBLES, dtype=torch.uint8, device=weight.device)
-    take = _take_by_shift if weight.element_size() <= 2 else _take_by_gather
-    for rows in _tiles(out_features, groups, weight.device):
-        kept = _kept(weight[rows]).view(torch.int32).squeeze(-1)  # (rows, groups), a byte a weight
-        pattern = (kept * TO_TOP_BITS >> 28) & 15
-        nibble = table.index_select(0, pattern.flatten()).view(pattern.shape)
-        if not bool(nibble.all()):
-            wrong = int((nibble == 0).sum())
-            raise UserError(
-                f"a matrix of {out_features} x {in_features} is not 2:4 ({wrong} groups of four in "
-                f"rows {rows.start} to {rows.stop - 1} keep more than two); prune with "
-                "--sparsity_type 2:4"
-            )
-        take(weight[rows], nibble, values[rows])
-        positions[rows] = nibble[:, :half]
-        positions[rows, : groups - half] |= nibble[:, half:] << 4
-    if 2 * half > groups:
-        positions[:, -1] |= PADDING << 4
-    return values.add_(0), positions  # a kept -0.0 becomes 0.0
+    kept = int(torch.count_nonzero(weight))
+    shapes, new = packed_shapes(out_features, in_features, kept, bits), weight.new_empty
+    mask = new(shapes["mask"], dtype=torch.uint8)
+    values = new(kept, dtype=torch.int8 if bits == 8 else weight.dtype)
+    scale = new(out_features, dtype=torch.float32) if bits == 8 else None
+    begin = 0
+    for rows in _tiles(out_features, in_features, weight.device):
+        tile = weight[rows]
+        kept_here = torch.zeros(
+            len(tile), 8 * mask.shape[1], dtype=torch.bool, device=weight.device
+        )
+        kept_here[:, :in_features] = tile != 0
+        mask[rows] = kept_here.view(torch.int64).mul(TO_TOP_BYTE).bitwise_right_shift_(56)
+        if scale is not None:
+            tile, scale[rows] = to_codes(tile)
+        chosen = tile.masked_select(kept_here[:, :in_features])
+        values[begin : begin + len(chosen)] = chosen
+        begin += len(chosen)
+    return Packed(mask, values, scale)
 
 
-def unpack(values: Tensor, positions: Tensor, dense: Tensor | None = None) -> Tensor:
-    """The dense matrix (out, in), on the device of `values`, into `dense` if given; the inverse
-    of `pack`."""
-    out_features, groups = values.shape[0], values.shape[1] // 2
-    if dense is None:
-        dense = values.new_empty(out_features, 4 * groups)
-    assert dense.shape == (out_features, 4 * groups) and dense.dtype == values.dtype
-    by_shift = values.element_size() <= 2
-    place = _place_by_shift if by_shift else _place_by_scatter
-    wide = WIDE[values.element_size()] if by_shift else torch.int64
-    nibble = scratch = None
-    for rows in _tiles(out_features, groups, values.device):
-        count = rows.stop - rows.start
-        if nibble is None:  # of the first tile, the largest
-            nibble = positions.new_empty(count, 2 * positions.shape[1])
-            scratch = torch.empty((2, count, groups), dtype=wide, device=values.device)
-        low, high = nibble[:count].chunk(2, 1)
-        torch.bitwise_and(positions[rows], 15, out=low)
-        torch.bitwise_right_shift(positions[rows], 4, out=high)
-        place(values[rows], nibble[:count, :groups], dense[rows], scratch[:, :count])
+def row_offsets(mask: Tensor) -> Tensor:
+    """Where each row begins in `weight`, and where the last one ends: int64 (out + 1,)."""
+    offsets = torch.zeros(len(mask) + 1, dtype=torch.int64, device=mask.device)
+    torch.cumsum(_look_up(COUNT, mask).sum(1, dtype=torch.int64), 0, out=offsets[1:])
+    return offsets
+
+
+def unpack(
+    packed: Packed,
+    in_features: int,
+    offsets: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    rows: slice = slice(None),
+) -> Tensor:
+    """The dense matrix (out, in), or some of its rows: the inverse of `pack`.
+
+    `offsets`: of `row_offsets`, counted here where they are not given. `dtype`: of the result
+    where the values are int8 (default: float32). Every weight looks its value up by how many are
+    kept before it; nothing waits for a device.
+    """
+    mask, weight, scale = packed
+    offsets = row_offsets(mask) if offsets is None else offsets
+    mask, offsets = mask[rows], offsets[:-1][rows]
+    dtype = weight.dtype if scale is None else dtype or torch.float32
+    dense = weight.new_empty(len(mask), in_features, dtype=dtype)
+    if not weight.numel():
+        return dense.zero_()
+    scale = None if scale is None else scale[rows, None]
+    index_dtype = torch.int32 if weight.numel() + 8 * in_features < 2**31 else torch.int64
+    keep = BY_SIZE[weight.element_size()]
+    for part in _tiles(len(mask), in_features, weight.device):
+        counts = _look_up(COUNT, mask[part]).to(index_dtype)  # (rows, bytes)
+        begin = counts.cumsum(1, dtype=index_dtype).sub_(counts)
+        begin += offsets[part, None].to(index_dtype)
+        rank = _look_up(RANK, mask[part]).view(torch.uint8).view(*begin.shape, 8)
+        index = (begin.unsqueeze(-1) + rank).clamp_(max=weight.numel() - 1)
+        values = weight.index_select(0, index.flatten()).view(keep)
+        # all ones where kept: nan and inf of a neighbour must not come through
+        kept = _look_up(KEPT, mask[part]).view(torch.uint8).to(keep).neg_()
+        values = values.bitwise_and_(kept.flatten()).view(weight.dtype)
+        tile = values.view(len(begin), -1)[:, :in_features]
+        dense[part] = tile if scale is None else tile.float().mul_(scale[part])
     return dense
 
 
-def check_packed(values: Tensor, positions: Tensor, out_features: int, in_features: int) -> None:
-    """UserError where the two tensors are no packed form of an (out, in) matrix."""
-    expected = packed_shapes(out_features, in_features)
-    if (tuple(values.shape), tuple(positions.shape)) != expected:
-        raise UserError(
-            f"packed values {tuple(values.shape)} and positions {tuple(positions.shape)}: "
-            f"a matrix of {out_features} x {in_features} has {expected[0]} and {expected[1]}"
-        )
-    if positions.dtype != torch.uint8:
-        raise UserError(f"packed positions are {positions.dtype}, not uint8")
-    low, high = positions & 15, positions >> 4
-    for nibble in (low, high):
-        if not bool(((nibble & 3) < (nibble >> 2)).all()):
+def kept_of(mask: Tensor, in_features: int) -> Tensor:
+    """What a mask says is kept: bool (out, in)."""
+    kept = _look_up(KEPT, mask).view(torch.bool)
+    return kept.view(len(mask), 8 * mask.shape[1])[:, :in_features]
+
+
+def is_two_of_four(mask: Tensor) -> bool:
+    """Whether no four weights side by side, from a multiple of four on, keep more than two."""
+    return not bool(_look_up(CROWDED, mask).any())
+
+
+def check_packed(packed: Packed, out_features: int, in_features: int, bits: int) -> None:
+    """UserError where the tensors are no packed form of an (out, in) matrix."""
+    mask, weight, scale = packed
+    expected = packed_shapes(out_features, in_features, weight.numel(), bits)
+    for name, shape in expected.items():
+        tensor = getattr(packed, name)
+        if tensor is None or tuple(tensor.shape) != shape:
+            found = "missing" if tensor is None else tuple(tensor.shape)
             raise UserError(
-                "packed positions are out of order (a group's first must lie before its second): "
-                "the file is damaged or was not written by this package; save it again"
+                f"packed {name} is {found}: a matrix of {out_features} x {in_features} at {bits} "
+                f"bits has {shape}"
             )
+    if mask.dtype != torch.uint8:
+        raise UserError(f"packed mask is {mask.dtype}, not uint8")
+    if (weight.dtype == torch.int8) != (bits == 8):
+        raise UserError(f"packed weight is {weight.dtype}, which are not {bits} bits")
+    damaged = "the file is damaged or was not written by this package; save it again"
+    if in_features % 8 and bool((mask[:, -1] >> in_features % 8).any()):
+        raise UserError(f"packed mask has bits beyond the row's {in_features} weights: {damaged}")
+    kept = int(_look_up(COUNT, mask).sum(dtype=torch.int64))
+    if kept != weight.numel():
+        raise UserError(f"packed mask keeps {kept} weights, of {weight.numel()}: {damaged}")
+    if scale is not None and not bool((scale.isfinite() & (scale > 0)).all()):
+        raise UserError(f"packed scale is not finite and above 0: {damaged}")
 
 
-def _kept(weight: Tensor) -> Tensor:
-    """Non-zeros by group: bool (rows, groups, 4)."""
-    if weight.dtype == torch.float16:
-        weight = weight.view(torch.int16) & 0x7FFF  # not the sign; .bool() is slow on float16
-    return weight.bool().contiguous().view(weight.shape[0], -1, 4)
+def _look_up(table: Tensor, mask: Tensor) -> Tensor:
+    """`table` at every byte of a mask, in the mask's shape."""
+    here = _on_device(table, mask.device) if mask.is_cuda else table.to(mask.device)
+    return here.index_select(0, mask.flatten().int()).view(mask.shape)
 
 
-def _tiles(rows: int, groups: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose scratch tensors fit a CPU's cache; larger where launches cost more."""
-    budget = TILE_GROUPS * torch.get_num_threads() if device.type == "cpu" else 2**24
-    step = max(1, budget // max(1, groups))
+@cache
+def _on_device(table: Tensor, device: torch.device) -> Tensor:
+    """Copied once: a copy from the host waits for the device."""
+    return table.to(device)
+
+
+def _tiles(rows: int, in_features: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows, of about as many weights as are packed or unpacked at a time."""
+    if torch.compiler.is_compiling():  # a graph would hold each of them
+        yield slice(0, rows)
+        return
+    budget = TILE_WEIGHTS * torch.get_num_threads() if device.type == "cpu" else LARGE_TILE
+    step = max(1, budget // max(1, in_features))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
-
-
-def _places(nibble: Tensor, unit: int) -> tuple[Tensor, Tensor]:
-    """Positions of the first and of the second kept weights, uint8, times `unit` (at most 85)."""
-    return (nibble & 3).mul_(unit), (nibble >> 2).mul_(unit)
-
-
-def _take_by_shift(weight: Tensor, nibble: Tensor, values: Tensor) -> None:
-    """One group is one integer, four times as wide as a weight; both kept bit patterns are
-    shifted to its low end. For weights of one or two bytes."""
-    size = weight.element_size()
-    group = weight.contiguous().flatten()
-    if group.storage_offset() % 4:  # torch views no wider integers from there
-        group = group.clone()
-    group = group.view(WIDE[size]).view(nibble.shape)  # (rows, groups)
-    parts = values.view(torch.int8 if size == 1 else torch.int16).chunk(2, 1)
-    shift = torch.empty_like(group)
-    for part, place in zip(parts, _places(nibble, 8 * size), strict=True):
-        shift.copy_(place)
-        part.copy_(torch.bitwise_right_shift(group, shift, out=shift))
-
-
-def _take_by_gather(weight: Tensor, nibble: Tensor, values: Tensor) -> None:
-    """Any dtype: every kept weight is read from its column."""
-    first_column = torch.arange(0, weight.shape[1], 4, device=weight.device)
-    index = torch.empty(nibble.shape, dtype=torch.int64, device=weight.device)
-    for part, place in zip(values.chunk(2, 1), _places(nibble, 1), strict=True):
-        torch.gather(weight, 1, index.copy_(place).add_(first_column), out=part)
-
-
-def _place_by_shift(values: Tensor, nibble: Tensor, dense: Tensor, scratch: Tensor) -> None:
-    """The inverse of `_take_by_shift`: a group is put together in its place in `dense`."""
-    bits = 8 * values.element_size()
-    parts = values.view(torch.uint8 if bits == 8 else torch.uint16).chunk(2, 1)
-    target, (second, shift) = dense.view(scratch.dtype), scratch
-    for wide, part, place in zip((target, second), parts, _places(nibble, bits), strict=True):
-        shift.copy_(place)
-        wide.copy_(part)
-        wide <<= shift
-    target |= second
-
-
-def _place_by_scatter(values: Tensor, nibble: Tensor, dense: Tensor, scratch: Tensor) -> None:
-    """Any dtype: zeros, and every kept weight written to its column."""
-    first_column = torch.arange(0, dense.shape[1], 4, device=values.device)
-    dense.zero_()
-    for part, place in zip(values.chunk(2, 1), _places(nibble, 1), strict=True):
-        dense.scatter_(1, scratch[0].copy_(place).add_(first_column), part)

@@ -1,4 +1,4 @@
-"""From a packed 2:4 checkpoint back to the plain dense one that any engine reads.
+"""From a packed checkpoint back to the plain dense one that any engine reads.
 
 python -m lib.packed.unpack IN OUT
 """
@@ -35,7 +35,7 @@ def unpack_folder(source: str, target: str) -> None:
     quiet()
     config = AutoConfig.from_pretrained(folder)
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") != METHOD:
-        raise UserError(f"IN {source}: not a packed 2:4 checkpoint, nothing to unpack")
+        raise UserError(f"IN {source}: not a packed checkpoint, nothing to unpack")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model.dequantize()
     with staged_folder(out, "OUT") as stage:
@@ -48,7 +48,7 @@ def unpack_folder(source: str, target: str) -> None:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="unpack", description=__doc__.splitlines()[0])
-    parser.add_argument("source", metavar="IN", help="folder of a packed 2:4 checkpoint")
+    parser.add_argument("source", metavar="IN", help="folder of a packed checkpoint")
     parser.add_argument("target", metavar="OUT", help="new folder for the dense checkpoint")
     add_debug_flag(parser)
     args = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from lib.util.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-POSITIONS = "positions"  # the tensor that stands beside the values of a packed 2:4 linear
+MASK = "mask"  # the tensor that stands beside the kept values of a packed linear
 FEWEST_ZEROS = 0.01  # share of a matrix from which on it counts as pruned
 
 
@@ -28,6 +29,7 @@ class Checkpoint:
         self.label = self.path.name
         self.calibration: str | None = None  # known where the path is a run folder
         folder = self._folder()
+        self._packed = _packed_sizes(folder)
         self._file_of = {}  # tensor name -> open file
         for shard in sorted(folder.glob("*.safetensors")):
             try:
@@ -60,14 +62,13 @@ class Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The matrices, two- or three-dimensional, inside the numbered blocks, by name.
 
-        A packed 2:4 matrix has the shape of the dense one it stands for.
+        A packed matrix has the shape of the dense one it stands for.
         """
         found = {}
         for name, file in self._file_of.items():
-            shape = tuple(file.get_slice(name).get_shape())
-            if place(name) and len(shape) in (2, 3) and not name.endswith(f".{POSITIONS}"):
-                packed = self._positions(name) is not None
-                found[name] = (shape[0], 2 * shape[1]) if packed else shape
+            shape = self._packed.get(name) or tuple(file.get_slice(name).get_shape())
+            if place(name) and len(shape) in (2, 3) and not name.endswith(f".{MASK}"):
+                found[name] = shape
                 if f"{name}.absmax" in self._file_of:
                     raise UserError(
                         f"RUN {self.path}: {name} is stored in 4 bits, its zeros can't be told; "
@@ -76,18 +77,32 @@ class Checkpoint:
         return found
 
     def kept(self, name: str) -> Tensor:
-        """True where a weight of this matrix is not zero."""
-        weight, positions = self._file_of[name].get_tensor(name), self._positions(name)
-        if positions is not None:
-            from lib.packed.layout import unpack
+        """True where a weight of this matrix is not zero; of a packed one, what its mask says."""
+        if name not in self._packed:
+            return self._file_of[name].get_tensor(name) != 0
+        from lib.packed.layout import kept_of
 
-            weight = unpack(weight, self._file_of[positions].get_tensor(positions))
-        return weight != 0
+        mask = f"{name.rpartition('.')[0]}.{MASK}"
+        if mask not in self._file_of:
+            raise UserError(f"RUN {self.path}: there is no {mask}; save the packed model again")
+        return kept_of(self._file_of[mask].get_tensor(mask), self._packed[name][1])
 
-    def _positions(self, name: str) -> str | None:
-        """The tensor that says where the values of a packed 2:4 matrix belong, if it is one."""
-        positions = f"{name.rpartition('.')[0]}.{POSITIONS}"
-        return positions if name.endswith(".weight") and positions in self._file_of else None
+
+def _packed_sizes(folder: Path) -> dict[str, tuple[int, int]]:
+    """{weight: (out, in)} of the linears that a checkpoint's config says are packed."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return {}
+    try:
+        stored = json.loads(config.read_text("utf-8")).get("quantization_config") or {}
+        linears = stored.get("linears")
+        if not isinstance(linears, dict):  # another way of storing weights
+            return {}
+        return {f"{name}.weight": (size[0], size[1]) for name, size in linears.items()}
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(
+            f"RUN {folder}: config.json can't be read ({error}); save it again"
+        ) from error
 
 
 def pruned_matrices(

@@ -3,7 +3,8 @@
     python -m lib.report RUN [RUN ...] [--out FOLDER]
 
 A RUN is a run's `--save` folder, or a folder that holds such folders. The table goes to the
-terminal and to report.md, in machine form to report.csv; the pictures stand beside them.
+terminal and to report.md, in machine form to report.csv; the pictures stand beside them. What
+the models say stands in report.md alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lib.report.plots.languages import cross_language
 from lib.report.plots.perplexity import perplexity_against_sparsity
 from lib.report.plots.sparsity import sparsity_by_linear
 from lib.report.results import Run, load_runs
+from lib.report.samples import what_they_say
 from lib.report.tables import Row, Table, deviation, tables
 from lib.util import command
 from lib.util.files import check_output_folder
@@ -57,13 +59,6 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) 
     return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
 
 
-def _varying(table: Table) -> list[str]:
-    """The further flags in which the pruned runs of a table differ."""
-    names = sorted({name for row in table.rows for name in row.settings})
-    rows = table.pruned or table.rows
-    return [n for n in names if len({repr(row.settings.get(n)) for row in rows}) > 1]
-
-
 def _tasks(table: Table) -> list[str]:
     return sorted({name for row in table.rows for run in row.runs for name in run.tasks})
 
@@ -83,7 +78,7 @@ def _line(table: Table, row: Row) -> list[str]:
     kind = "–" if row.target == "dense" else row.target
     cells = [row.method, kind, row.label, sparsity, seeds]
     settings = row.settings
-    varying = (settings.get(name) for name in _varying(table))
+    varying = (settings.get(name) for name in table.varying)
     cells += ["–" if value is None else str(value) for value in varying]
     for test in table.tests:
         cells += [_spread(row.values(test)), number(row.mean(test, "standard_error"))]
@@ -95,7 +90,7 @@ def _line(table: Table, row: Row) -> list[str]:
 
 
 def _markdown_table(table: Table) -> str:
-    head = ["method", "type", "calibrated on", "zeros", "seeds", *_varying(table)]
+    head = ["method", "type", "calibrated on", "zeros", "seeds", *table.varying]
     for test in table.tests:
         head += [f"{test} perplexity", "s.e.", "rise", f"{test} bits/byte"]
     head += _tasks(table)
@@ -142,7 +137,7 @@ def comma_separated(runs: Sequence[Run]) -> str:
     measures = ("perplexity", "standard_error", "bits_per_byte")
     head += ["rise", *(f"{m}{end}" for m in measures for end in ("", "_deviation"))]
     found = tables(runs)
-    settings = sorted({name for each in found for name in _varying(each)})
+    settings = sorted({name for each in found for name in each.varying})
     tasks = sorted({name for each in found for name in _tasks(each)})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -185,7 +180,9 @@ def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(tables(runs), out)
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
-    texts = {"report.md": table(runs) + shown, "report.csv": comma_separated(runs)}
+    said = what_they_say(runs)
+    whole = table(runs) + (f"\n{said}\n" if said else "") + shown
+    texts = {"report.md": whole, "report.csv": comma_separated(runs)}
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")
     return [*(out / name for name in texts), *pictures]

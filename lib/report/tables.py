@@ -102,6 +102,13 @@ class Table:
         first = [name for name in self.tests if name in found]
         return first + sorted(found - set(first), key=lambda label: (label == NONE, label))
 
+    @property
+    def varying(self) -> list[str]:
+        """The further flags in which the pruned runs differ."""
+        names = sorted({name for row in self.rows for name in row.settings})
+        rows = self.pruned or self.rows
+        return [n for n in names if len({repr(row.settings.get(n)) for row in rows}) > 1]
+
     def rise(self, row: Row, test: str) -> float | None:
         """Perplexity over the dense model's, less one; None where either is missing."""
         dense = self.dense.mean(test) if self.dense else None

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from lib.data.sources import BUILT_IN
 from lib.methods.sparsity import UNSTRUCTURED
+from lib.report.samples import side_by_side
 
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 
@@ -22,7 +23,7 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
     model, method = results["model"], results["method"]
     kind = results["sparsity_type"]
     if kind is None:
-        how = "its 2:4 linears packed"
+        how = "its sparse linears packed"
     elif kind == UNSTRUCTURED:
         how = f"pruned by {method} to {100 * results['sparsity_ratio']:g}% zeros"
     else:
@@ -58,6 +59,7 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
             for test in results["evaluation"]
         ],
         "",
+        *(_samples(results) if results.get("samples") else []),
         *(_recovery(results) if recovery else []),
         *(_packed(results) if results["flags"]["replace_sparse_layers"] else []),
     ]
@@ -77,6 +79,16 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("teacher", recovery["teacher"]))
         facts.append(("time of the recovery", f"{recovery['seconds']:.0f} s"))
     return [(name, str(value)) for name, value in facts]
+
+
+def _samples(results: dict[str, Any]) -> list[str]:
+    """What the model says, beside the dense one."""
+    return [
+        "Beginnings of test documents, gone on with by the most likely tokens:",
+        "",
+        side_by_side(results["samples"]),
+        "",
+    ]
 
 
 def _recovery(results: dict[str, Any]) -> list[str]:
@@ -101,11 +113,17 @@ def _recovery(results: dict[str, Any]) -> list[str]:
 
 
 def _packed(results: dict[str, Any]) -> list[str]:
-    """How to load a checkpoint whose 2:4 linears are packed, in three lines of Python."""
+    """How to load a checkpoint whose linears are packed, in three lines of Python."""
     from lib.sparse import card_lines
 
+    packed = results.get("packed")
+    size = ""
+    if packed:
+        values = "8-bit integers" if packed["bits"] == 8 else "they were"
+        share = packed["bytes"] / packed["dense_bytes"]
+        size = f", kept weights as {values}, in {share:.3f} of their dense size"
     return [
-        "The 2:4 linears are stored packed. With this project's `lib` on the path:",
+        f"The sparse linears are stored packed{size}. With this project's `lib` on the path:",
         "",
         "```python",
         *card_lines(results["flags"]["save_model"]),

@@ -22,8 +22,11 @@ them on text of that language, measure what it cost, save a smaller model."""
 
 RESULT = "result"  # another value is another result
 INPUT = "input"  # names a model or texts: what is found there decides, not where it is
+SHOWN = "shown"  # what more is told of a result; no weight and no figure depends on it
 SPEED = "speed"  # nothing but time and memory, up to rounding
 PLACE = "place"  # where something is computed or kept
+
+FEWEST_ZEROS = 1 / 16  # of 16-bit weights: as much as the packed form's bit for each weight takes
 
 # flags whose values a run's results hold in fields of their own
 TOLD = "seed prune_method sparsity_type sparsity_ratio use_variant eval_only tasks".split()
@@ -226,7 +229,20 @@ def _pruning_flags(group) -> None:
         RESULT,
         "--replace_sparse_layers",
         action="store_true",
-        help="2:4 only: swap the pruned linears for packed 2:4 ones before evaluation and saving",
+        help="swap the pruned linears, of any type, for packed ones before evaluation and saving: "
+        "a bit for each weight, and the kept values; where zeros are too few for that to be "
+        "smaller they stay dense",
+    )
+    flag(
+        group,
+        RESULT,
+        "--pack_bits",
+        type=int,
+        choices=(8, 16),
+        default=16,
+        help="with --replace_sparse_layers: 16 keeps the kept values as they are saved anyway, in "
+        "the dtype of the checkpoint (float32 ones stay float32, at 32 bits) or --dtype; 8 rounds "
+        "them to int8, with a float32 scale for each row",
     )
 
 
@@ -296,6 +312,16 @@ def _evaluation_flags(group) -> None:
     )
     flag(
         group,
+        SHOWN,
+        "--samples",
+        type=int,
+        default=3,
+        metavar="N",
+        help="beginnings of documents of each test set that the dense and the pruned model go on "
+        "with, for results.json, card and report; 0 for none, and none where blocks are fetched",
+    )
+    flag(
+        group,
         RESULT,
         "--tasks",
         metavar="NAME,...",
@@ -327,6 +353,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         value, least = getattr(args, flag), 2 if flag == "seqlen" else 1
         if value is not None and value < least:
             parser.error(f"--{flag} {value}: must be at least {least}")
+    if args.samples < 0:
+        parser.error(f"--samples {args.samples}: must be a number of documents, or 0 for none")
     if not args.timeout > 0:  # also refuses nan
         parser.error(f"--timeout {args.timeout:g}: must be above 0")
     try:
@@ -348,19 +376,32 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(f"--blend {args.blend:g} is for admm, not for {method or 'the dense model'}")
     if args.blend is not None and not 0 <= args.blend <= 1:  # also refuses nan
         parser.error(f"--blend {args.blend:g}: must be from 0 to 1")
-    if args.replace_sparse_layers and kind != "2:4" and not args.eval_only:
-        parser.error(f"--replace_sparse_layers needs --sparsity_type 2:4, not {kind}")
+    _check_packing(parser, args)
     if args.load_bit and args.offload:
         parser.error(
             f"--offload {args.offload}: blocks can't be quantised on their way from disk; "
             f"leave out --load_bit {args.load_bit}"
         )
-    if args.replace_sparse_layers and args.load_bit:
-        parser.error("--replace_sparse_layers can't be combined with --load_bit; leave out one")
     if args.prune_on_c4 and args.calibration_data:
         parser.error("--prune_on_c4 is short for --calibration_data c4; give only one of them")
     if args.save_model:
         _check_outputs(parser, args)
+
+
+def _check_packing(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What can be packed, and whether it will be smaller."""
+    if not args.replace_sparse_layers:
+        if args.pack_bits != 16:
+            parser.error(f"--pack_bits {args.pack_bits}: is for --replace_sparse_layers; give both")
+        return
+    if args.load_bit:
+        parser.error("--replace_sparse_layers can't be combined with --load_bit; leave out one")
+    ratio, pruned = args.sparsity_ratio, args.prune_method
+    if pruned and args.sparsity_type == UNSTRUCTURED and ratio <= FEWEST_ZEROS:
+        parser.error(
+            f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller packed; "
+            f"give more than {FEWEST_ZEROS:g}, or leave it out"
+        )
 
 
 def _check_allocation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -35,6 +35,10 @@ class Anew:
         """The dense model, which depends on `key` alone, on `device`; it may be changed."""
         return read()
 
+    def samples(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
+        """What the dense model says, which depends on `key` alone."""
+        return generate()
+
 
 @dataclass
 class Texts:
@@ -81,7 +85,8 @@ class Job:
     def timed(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
+        spent = self.seconds.get(step, 0) + time.perf_counter() - start
+        self.seconds[step] = round(spent, 3)
 
 
 @dataclass

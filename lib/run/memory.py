@@ -8,7 +8,7 @@ instead of dying after hours.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -20,6 +20,7 @@ from lib.methods.registry import Recipe
 from lib.model.blocks import LOGIT_BYTES
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
+from lib.packed.layout import LARGE_TILE, packed_bytes
 from lib.util.errors import UserError
 from lib.util.host import available, gib
 
@@ -27,6 +28,7 @@ LATER = 24 * 2**20  # bytes of code that is imported after the estimate
 SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lost in gaps
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 FLOAT = 4  # bytes
+PACKING, UNPACKING = 4, 16  # bytes for each weight of a tile
 GRAPH = 1.2  # what a block's activations take for the way back, of what they are on the way
 META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
@@ -129,6 +131,31 @@ def _inputs(block: nn.Module, sharing: dict[nn.Module, int]) -> list[Inputs]:
 
 
 @dataclass(frozen=True)
+class PackedLinears:
+    """Of a checkpoint that is packed: what its packed linears hold."""
+
+    weights: int  # that they stand for
+    kept: int
+    bits: int  # of a kept value; 16: in the dtype of the model
+    rest: int  # bytes of masks, scales and offsets
+
+    @classmethod
+    def of(cls, linears: Sequence[Sequence[int]], bits: int) -> PackedLinears | None:
+        """Of (out, in, kept) of each linear; None where there are none."""
+        if not linears:
+            return None
+        outs, widths, kept = zip(*linears, strict=True)
+        masks = sum(packed_bytes(*size, 0, 2) for size in zip(outs, widths, strict=True))
+        offsets, scales = 8 * sum(out + 1 for out in outs), 4 * sum(outs) if bits == 8 else 0
+        weights = sum(map(prod, zip(outs, widths, strict=True)))
+        return cls(weights, sum(kept), bits, masks + offsets + scales)
+
+    def nbytes(self, size: int) -> int:
+        """With values of `size` bytes, where they are not int8."""
+        return self.rest + self.kept * (1 if self.bits == 8 else size)
+
+
+@dataclass(frozen=True)
 class Training:
     """What of the recovery counts for memory."""
 
@@ -158,6 +185,8 @@ class Plan:
     device: str = "cpu"  # kind of it
     processes: int = 1  # on this machine
     shared: bool = False  # they have one copy of blocks that are fetched
+    packed: PackedLinears | None = None  # as the weight files are
+    pack_bits: int | None = None  # packs what it has pruned, at so many bits
 
     @property
     def once(self) -> int:
@@ -165,9 +194,9 @@ class Plan:
         also what is outside the blocks."""
         if not self.fetched:
             return 0
-        weights = 0 if self.on_disk else self.shapes.in_blocks
-        weights += self.shapes.outside if self.shared and self.device == "cpu" else 0
-        return weights * self.working.itemsize
+        size = self.working.itemsize
+        inside = 0 if self.on_disk else _inside(self, size)
+        return inside + (self.shapes.outside * size if self.shared and self.device == "cpu" else 0)
 
     @property
     def follows(self) -> bool:
@@ -205,16 +234,26 @@ class Need:
 
 def needed(plan: Plan) -> Need:
     """Where everything stands in the same memory; `check_memory` splits it over two."""
-    hidden, work = max(_calibration(plan), _evaluation(plan), _recovery(plan), key=sum)
+    moments = _calibration(plan), _evaluation(plan), _recovery(plan), (0, _packing(plan))
+    hidden, work = max(moments, key=sum)
     reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
-    mapped = (plan.shapes.in_blocks + plan.shapes.outside) * plan.stored.itemsize if reading else 0
+    mapped = 0
+    if reading:
+        mapped = _inside(plan, plan.stored.itemsize) + plan.shapes.outside * plan.stored.itemsize
     return Need(_weights(plan), hidden, work, mapped)
+
+
+def _inside(plan: Plan, size: int) -> int:
+    """Bytes of the blocks, with weights of `size` bytes."""
+    if plan.packed is None:
+        return plan.shapes.in_blocks * size
+    return (plan.shapes.in_blocks - plan.packed.weights) * size + plan.packed.nbytes(size)
 
 
 def _weights(plan: Plan) -> int:
     """The model, or what of it stands on the device at a time."""
     shapes, size = plan.shapes, plan.working.itemsize
-    inside = shapes.in_blocks * size
+    inside = _inside(plan, size)
     if plan.load_bit:
         inside = int(shapes.in_blocks * BITS[plan.load_bit] / 8)
     if plan.fetched:
@@ -249,6 +288,23 @@ def _recovery(plan: Plan) -> tuple[int, int]:
         through += shapes.count * tokens * shapes.hidden * plan.working.itemsize
     logits = 5 * min(LOGIT_BYTES[plan.device], FLOAT * shapes.vocabulary * tokens)
     return 0, int(kept + largest * FLOAT + through + logits)
+
+
+def _largest(plan: Plan) -> int:
+    """Weights of the largest matrix."""
+    inputs = [each for block in plan.shapes.blocks for each in block.inputs]
+    return max((each.width * max(each.outputs) for each in inputs), default=0)
+
+
+def _packing(plan: Plan) -> int:
+    """The largest matrix as it is packed: beside it what becomes of it, and at 8 bits a look at
+    every weight."""
+    if plan.pack_bits is None:
+        return 0
+    largest = _largest(plan)
+    tile, packed = min(largest, LARGE_TILE), largest * plan.working.itemsize
+    looked_at = 3 * FLOAT * largest + UNPACKING * tile if plan.pack_bits == 8 else 0
+    return packed + PACKING * tile + looked_at
 
 
 def _calibration(plan: Plan) -> tuple[int, int]:
@@ -295,6 +351,9 @@ def _evaluation(plan: Plan) -> tuple[int, int]:
     if plan.working.itemsize < FLOAT:
         logits += logits // 4
     passing = max(_activations(plan, block) for block in plan.shapes.blocks)
+    if plan.packed or plan.pack_bits:  # one weight at a time is dense, where no kernel takes it
+        largest = _largest(plan)
+        passing += largest * plan.working.itemsize + UNPACKING * min(largest, LARGE_TILE)
     return kept * plan.window, max(logits, passing)
 
 

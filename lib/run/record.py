@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.report.samples import first_lines
 from lib.run.flags import settings
 from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lib.recover import Course, Recovered
     from lib.run.job import Job, Subject
+    from lib.sparse import PackedSize
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 
@@ -43,14 +48,15 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
     """What stands in results.json.
 
     `found`: what pruning and evaluation gave, as `sparsity`, `evaluation` and, where there are
-    any, `allocation` and `tasks`.
+    any, `allocation`, `tasks`, `recovery`, `samples` and `packed`.
     """
     from lib.model.pretrained import footprint
 
     args, recipe = job.args, job.recipe
-    allocation, tasks, recovery = (
-        {k: found[k]} if found.get(k) else {} for k in ("allocation", "tasks", "recovery")
-    )
+    further = {
+        name: found[name] for name in ("tasks", "recovery", "samples", "packed") if found.get(name)
+    }
+    allocation = {"allocation": found["allocation"]} if found.get("allocation") else {}
     return {
         "model": args.model,
         "method": args.prune_method or ("pruned before" if job.course else "dense"),
@@ -66,8 +72,7 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
         "bos": job.texts.bos,
         "calibration": job.texts.calibration,
         "evaluation": found["evaluation"],
-        **tasks,
-        **recovery,
+        **further,
         "perplexity": {test["name"]: test["perplexity"] for test in found["evaluation"]},
         "sparsity": found["sparsity"],
         "seconds": job.seconds,
@@ -75,6 +80,30 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
         "footprint": {"before": subject.footprint, "after": footprint(subject.model)},
         "fingerprint": job.fingerprint,
     }
+
+
+def told_packing(size: PackedSize, left: int, before: Tensor, after: Tensor) -> dict[str, Any]:
+    """What stands in results.json of packing: sizes as saved, and how far logits `before` and
+    `after` it differ, relative to their norm."""
+    from lib.sparse import relative_difference
+
+    return {
+        "bits": size.bits,
+        "linears": size.linears,
+        "left_dense": left,
+        "bytes": size.packed,
+        "dense_bytes": size.dense,
+        "difference": relative_difference(before, after),
+    }
+
+
+def packed_line(packed: dict[str, Any]) -> str:
+    """What packing made of the linears, for the terminal."""
+    share = packed["bytes"] / packed["dense_bytes"]
+    line = f"packed linears as saved: {gib(packed['bytes'])}, {share:.3f} of their dense size"
+    if packed["bits"] == 8:
+        line += f"; 8 bits change the logits by {packed['difference']:.2%}"
+    return line
 
 
 def told_recovery(
@@ -136,6 +165,9 @@ def print_summary(results: dict[str, Any]) -> None:
         print(f"{test['name']}: {size}, {test['bits_per_byte']:.4f} bits per byte", end="")
         error = test["standard_error"]  # nan for a single window
         print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
+    for line in first_lines(results.get("samples", [])):
+        letters = getattr(sys.stdout, "encoding", None) or "utf-8"  # a model may say anything
+        print(line.encode(letters, "replace").decode(letters))
     recovery = results.get("recovery")
     for name, value in results["perplexity"].items():
         if recovery:

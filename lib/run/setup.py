@@ -204,7 +204,8 @@ def read_texts(job: Job, bos: int | None) -> Texts:
             texts.windows, texts.calibration = calibration_windows(
                 job.sources, job.tokenizer, args.nsamples, job.seqlen, args.seed, bos
             )
-        texts.tests = [test_set(one, job.tokenizer, job.seqlen, bos) for one in job.tests]
+        known = job.tokenizer, job.seqlen, bos, args.samples
+        texts.tests = [test_set(one, *known) for one in job.tests]
         if course:
             rest = course.steps * course.windows, job.seqlen, args.seed, bos
             tests = [test.windows for test in texts.tests]
@@ -213,6 +214,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
 
     drawn = (args.calibration_data, args.prune_on_c4, args.nsamples, args.seed)
     key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
+    key += (args.samples,)
     key += (drawn, args.recover) if course else ()
     return job.keep.texts(key, read)
 
@@ -338,8 +340,8 @@ def load_teacher(job: Job, subject: Subject) -> BlockRunner:
 def _see_memory(job: Job, shared: bool) -> Room:
     """Tell how much memory the run will take, and where."""
     from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
-    from lib.model.quantised import stored_bits
-    from lib.run.memory import Plan, check_memory, shapes
+    from lib.model.quantised import packed_linears, stored_bits
+    from lib.run.memory import PackedLinears, Plan, check_memory, shapes
 
     args, team, texts = job.args, job.team, job.texts
     working = pick_dtype(args.dtype, job.config, job.device)
@@ -361,6 +363,8 @@ def _see_memory(job: Job, shared: bool) -> Room:
         device=job.device.type,
         processes=team.local_size,
         shared=shared,
+        packed=PackedLinears.of(*packed_linears(job.config)),
+        pack_bits=args.pack_bits if args.replace_sparse_layers else None,
     )
     room = check_memory(plan, job.device, lambda fetched: any(team.gathered(fetched)))
     if team.leads:

@@ -30,6 +30,7 @@ class Kept(Anew):
         self.dense: nn.Module | None = None  # on the host
         self.dense_key: str | None = None
         self.known: dict[str, Texts] = {}
+        self.said: dict[str, list[str]] = {}
 
     def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
         if repr(key) not in self.known:
@@ -44,6 +45,11 @@ class Kept(Anew):
             self.dense = read().to("cpu")
             self.dense_key = settings
         return fresh_copy(self.dense).to(device)
+
+    def samples(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
+        if repr(key) not in self.said:
+            self.said[repr(key)] = generate()
+        return self.said[repr(key)]
 
     def beside(self, own_peak: bool) -> str:
         """What a peak of memory is of; `own_peak`: it was begun anew for the run."""

@@ -21,9 +21,9 @@ SET_HERE = (  # flags of main.py that tell the runs of a sweep apart
 ).split()
 FITS = {  # flags that only some runs can have, as (method, type)
     "use_variant": lambda method, kind: method == "wanda" and kind == UNSTRUCTURED,
-    "replace_sparse_layers": lambda method, kind: kind == "2:4",
     **dict.fromkeys(
-        ("recover", "recover_rank", "recover_rate", "recover_ce"), lambda method, _: bool(method)
+        "replace_sparse_layers pack_bits recover recover_rank recover_rate recover_ce".split(),
+        lambda method, _: bool(method),
     ),
 }
 

@@ -67,10 +67,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("at_place")
 def test_table_and_picture():
     report = (FOLDER / "report.md").read_text("utf-8")
-    lines = [line for line in report.splitlines() if line.startswith("| ")][2:]
+    figures, *words = report.split("\n### What they say: ")
+    lines = [line for line in figures.splitlines() if line.startswith("| ")][2:]
     rows = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines]
     assert len(rows) == len(ROWS) and set(rows) == ROWS
     assert "![pruning cost](pruning_cost.png)" in report
+    assert [part.partition("\n")[0] for part in words] == ["uk", "en"]
+    assert all(part.count("\n| ") == len(ROWS) + 2 for part in words)
     assert (FOLDER / "pruning_cost.png").read_bytes().startswith(b"\x89PNG")
     output = Path("said.txt").read_text("utf-8")
     assert output.endswith("table: demo/report.md\npicture: demo/pruning_cost.png\n")

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lib.sparse
 from lib.methods.sparsity import n_of_m
 from lib.model.pretrained import decoder_blocks
+from lib.packed import kernels
 from lib.packed.checkpoint import METHOD, PackedConfig
 from lib.packed.linear import SparseLinear
 from lib.packed.unpack import main as unpack_main
@@ -26,12 +27,21 @@ from lib.util.folders import MANIFEST
 IDS = torch.arange(3, 15)[None]
 
 
-def prune_(model):
+def prune_(model, pattern="2:4"):
     for linear in (m for m in decoder_blocks(model)[1].modules()):
         if isinstance(linear, nn.Linear | Conv1D) and min(linear.weight.shape) >= 8:
             matrix = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
-            matrix[n_of_m(matrix.abs(), 2, 4)] = 0
+            if pattern == "2:4":
+                matrix[n_of_m(matrix.abs(), 2, 4)] = 0
+            else:
+                matrix[matrix.abs() < matrix.abs().quantile(0.7)] = 0
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def slow_path(monkeypatch):
+    """Without the kernels, which are compared with it in tests of their own."""
+    monkeypatch.setattr(kernels, "ready", lambda: False)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +53,15 @@ def folders(tmp_path_factory):
     lib.sparse.swap_linears_(model, model.model.layers)
     model.save_pretrained(packed, max_shard_size="8KB")
     return dense, packed
+
+
+@pytest.fixture(scope="module")
+def eight(folders, tmp_path_factory):
+    """The same one packed at 8 bits, in many shards."""
+    model = AutoModelForCausalLM.from_pretrained(folders[0])
+    lib.sparse.swap_linears_(model, model.model.layers, bits=8)
+    model.save_pretrained(folder := tmp_path_factory.mktemp("eight"), max_shard_size="8KB")
+    return folder
 
 
 @pytest.fixture
@@ -91,9 +110,36 @@ def test_loads_sharded_with_the_same_outputs(folders, options):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_saved_again_gives_the_same_bytes(folders, tmp_path):
-    load(folders[1]).save_pretrained(tmp_path / "again", max_shard_size="8KB")
-    assert same_files(folders[1], tmp_path / "again")
+def test_saved_again_gives_the_same_bytes(folders, eight, tmp_path):
+    for folder, name in ((folders[1], "again"), (eight, "again8")):
+        load(folder).save_pretrained(tmp_path / name, max_shard_size="8KB")
+        assert same_files(folder, tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_eight_bits_load_in_any_dtype_with_the_very_scales(folders, eight, dtype):
+    dense, model = load(folders[0], dtype=dtype), load(eight, dtype=dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            assert module.weight.dtype == torch.int8 and module.scale.dtype == torch.float32
+            weight = dense.get_submodule(name).weight
+            largest = weight.bfloat16().float().abs().amax(1)
+            assert torch.equal(module.scale, largest / 127) and module.dtype == dtype
+            dense.get_submodule(name).weight.data = module.dense()
+    assert torch.equal(logits(model), logits(dense))
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_eight_bits_are_unpacked_to_the_rounded_model(eight, tmp_path):
+    unpack_folder(str(eight), str(tmp_path / "out"))
+    model = load(tmp_path / "out")
+    assert not any(isinstance(m, SparseLinear) for m in model.modules())
+    assert torch.equal(logits(model), logits(load(eight)))
+    packed = load(eight)
+    for name, module in packed.named_modules():
+        if isinstance(module, SparseLinear):
+            weight = model.get_submodule(name).weight
+            assert weight.dtype == torch.bfloat16 and torch.equal(weight, module.dense())
 
 
 def test_packed_linears_take_nine_sixteenths(folders):
@@ -101,7 +147,7 @@ def test_packed_linears_take_nine_sixteenths(folders):
     linears = {n: m for n, m in dense.model.layers.named_modules() if isinstance(m, nn.Linear)}
     before = sum(m.weight.nbytes for m in linears.values())
     packed = [model.model.layers.get_submodule(name) for name in linears]
-    assert sum(m.weight.nbytes + m.positions.nbytes for m in packed) * 16 == 9 * before
+    assert sum(m.weight.nbytes + m.mask.nbytes for m in packed) * 16 == 9 * before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -111,16 +157,19 @@ def test_loads_in_another_dtype(folders, dtype):
     assert torch.equal(logits(model), logits(dense))
 
 
-def test_offloaded_to_disk(folders, tmp_path):
+@pytest.mark.parametrize("bits", [16, 8])
+def test_offloaded_to_disk(folders, eight, tmp_path, bits):
+    folder = folders[1] if bits == 16 else eight
     device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb")}
     device_map |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = load(folders[1], device_map=device_map, offload_folder=tmp_path)
-    assert torch.equal(logits(model), logits(load(folders[0])))
+    model = load(folder, device_map=device_map, offload_folder=tmp_path)
+    assert torch.equal(logits(model), logits(load(folder)))
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 @pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "Gemma 2", "Qwen3"])
-def test_other_architectures(name, tmp_path):
-    model = prune_(tiny.ARCHITECTURES[name]())
+def test_other_architectures(name, pattern, tmp_path):
+    model = prune_(tiny.ARCHITECTURES[name](), pattern)
     model.save_pretrained(tmp_path / "dense")
     before = logits(model)
     lib.sparse.swap_linears_(model, decoder_blocks(model)[1])
@@ -146,7 +195,7 @@ def test_unpack_refuses_in_one_line(folders, tmp_path, capsys):
     dense, packed = folders
     for source, target, word in (
         (tmp_path, tmp_path / "x", "no config.json"),
-        (dense, tmp_path / "x", "not a packed 2:4 checkpoint"),
+        (dense, tmp_path / "x", "not a packed checkpoint"),
         (packed, tmp_path, "exists"),
     ):
         assert run(unpack_main, [str(source), str(target)]) == 1
@@ -182,10 +231,19 @@ def test_without_the_import_loading_fails_and_names_it(folders, tmp_path):
         ({"format": "packed-1:4"}, "packed-1:4"),
         ({"blocks": 3}, "blocks"),
         ({"linears": ["a"]}, "damaged"),
-        ({"linears": {"model.layers.0.mlp.up_proj": [64, 30]}}, "multiple of 4"),
-        ({"linears": {"model.layers.0.mlp.up_proj": [64, 64]}}, "another checkpoint"),
-        ({"linears": {"model.layers.7.mlp.up_proj": [64, 32]}}, "another model"),
-        ({"linears": {"model.layers.0.mlp": [64, 32]}}, "another model"),
+        ({"linears": {"model.layers.0.mlp.up_proj": [64, 32]}}, "out, in, kept"),
+        ({"linears": {"model.layers.0.mlp.up_proj": [64, 32, -1]}}, "out, in, kept"),
+        ({"linears": {"model.layers.0.mlp.up_proj": [64, 32, 2049]}}, "out, in, kept"),
+        ({"linears": {"model.layers.0.mlp.up_proj": [64, 32, 1.0]}}, "out, in, kept"),
+        (
+            {"linears": {"model.layers.0.mlp.up_proj": [64, 32, 1000]}},
+            "is \\(1024,\\), not \\(1000",
+        ),
+        ({"linears": {"model.layers.0.mlp.up_proj": [64, 64, 1024]}}, "another checkpoint"),
+        ({"linears": {"model.layers.7.mlp.up_proj": [64, 32, 1024]}}, "another model"),
+        ({"linears": {"model.layers.0.mlp": [64, 32, 1024]}}, "another model"),
+        ({"bits": 4}, "`bits` is 4"),
+        ({"bits": 8}, "is BF16, not I8"),
     ],
 )
 def test_config_that_does_not_fit(copy, changes, word):
@@ -203,25 +261,50 @@ def test_files_cut_short_or_incomplete(copy):
             load(copy)
     file.write_bytes(whole)
     tensors = load_file(file)
-    del tensors["model.layers.1.mlp.up_proj.positions"]
+    del tensors["model.layers.1.mlp.up_proj.mask"]
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match="lacks 1 packed tensors"):
         load(copy)
 
 
-@pytest.mark.parametrize("kind", ["shape", "positions", "dtype"])
-def test_tensors_that_are_wrong(copy, kind):
+@pytest.mark.parametrize(
+    ("part", "change", "word"),
+    [
+        ("weight", lambda t: t[:8].clone(), "is \\(8,\\), not \\(1024,\\)"),
+        ("weight", lambda t: t.to(torch.int8), "is I8, not BF16"),
+        ("mask", lambda t: t[:, :3].contiguous(), "is \\(64, 3\\), not \\(64, 4\\)"),
+        ("mask", lambda t: t.to(torch.int32), "is I32, not U8"),
+        ("mask", lambda t: t * 0, "keeps 0 weights, of 1024"),
+        ("mask", lambda t: t | 255, "keeps 2048 weights, of 1024"),
+    ],
+)
+def test_tensors_that_are_wrong(copy, part, change, word):
     file, name = copy / "model.safetensors", "model.layers.1.mlp.up_proj"
     tensors = load_file(file)
-    if kind == "shape":
-        tensors[f"{name}.weight"] = tensors[f"{name}.weight"][:, :8].contiguous()
-    elif kind == "positions":
-        tensors[f"{name}.positions"][3, 1] = 0
-    else:
-        tensors[f"{name}.positions"] = tensors[f"{name}.positions"].to(torch.int32)
+    tensors[f"{name}.{part}"] = change(tensors[f"{name}.{part}"])
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UserError, match=name if kind != "shape" else "not \\(64, 16\\)"):
+    with pytest.raises(UserError, match=f"{name}.*{word}") as told:
         load(copy)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda t: t[:5].clone(), "is \\(5,\\), not \\(64,\\)"),
+        (lambda t: t.half(), "is F16, not F32"),
+        (lambda t: t * 0, "above 0"),
+        (lambda t: t / 0, "not finite"),
+    ],
+)
+def test_scales_that_are_wrong(eight, tmp_path, change, word):
+    load(eight).save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.up_proj"
+    tensors = load_file(file)
+    tensors[f"{name}.scale"] = change(tensors[f"{name}.scale"])
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{name}.*{word}"):
+        load(tmp_path)
 
 
 def test_only_safetensors_are_read(copy):
@@ -232,7 +315,7 @@ def test_only_safetensors_are_read(copy):
 
 
 def test_config_survives_its_own_round_trip():
-    config = PackedConfig({"b": (8, 4), "a": [4, 8]})
+    config = PackedConfig({"b": (8, 4, 9), "a": [4, 8, 0]}, 8)
     assert PackedConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     assert config.to_dict()["quant_method"] == METHOD and list(config.linears) == ["a", "b"]
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from support import start
 
-from lib.methods.sparsity import n_of_m
+from lib.packed.checkpoint import PackedConfig
 from lib.packed.layout import pack
 from lib.report.comparison import compare_masks
 from lib.report.names import place
@@ -161,15 +161,18 @@ def test_fused_experts_count(tmp_path):
 
 def test_packed_checkpoints_count_like_dense_ones(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    scores = [torch.rand(6, 8, generator=generator) for _ in range(2)]
-    dense = [score.masked_fill(n_of_m(score, 2, 4), 0) for score in scores]
+    scores = [torch.rand(6, 13, generator=generator) for _ in range(2)]
+    dense = [score.masked_fill(score < 0.4, 0) for score in scores]
     plain, packed = [], []
     for index, weight in enumerate(dense):
         plain.append(save(tmp_path / f"plain{index}", {Q.format(0): weight}))
-        values, positions = pack(weight)
-        name = Q.format(0).removesuffix("weight")
-        tensors = {f"{name}weight": values, f"{name}positions": positions}
+        mask, values, _ = pack(weight, bits=8)
+        name = Q.format(0).removesuffix(".weight")
+        tensors = {f"{name}.weight": values, f"{name}.mask": mask}
         packed.append(save(tmp_path / f"packed{index}", tensors))
+        config = PackedConfig({name: [6, 13, len(values)]}, 8).to_dict()
+        text = json.dumps({"quantization_config": config})
+        (packed[-1] / "config.json").write_text(text)
     expected = compare_masks(plain).matrices
     assert compare_masks(packed).matrices == expected
     assert compare_masks([plain[0], packed[1]]).matrices == expected

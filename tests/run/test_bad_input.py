@@ -92,14 +92,15 @@ FLAGS = {
         ["--allocation", "owl", "--sparsity_ratio", "0.9"],
         ["--allocation owl", "--sparsity_ratio from 0.16 to 0.84", "0.9"],
     ),
-    "replaced layers without 2:4": (
-        ["--replace_sparse_layers"],
-        ["--replace_sparse_layers", "--sparsity_type 2:4", "unstructured"],
+    "replaced layers with next to no zeros": (
+        ["--replace_sparse_layers", "--sparsity_ratio", "0.06"],
+        ["--replace_sparse_layers", "--sparsity_ratio 0.06", "more than 0.0625"],
     ),
-    "replaced layers with 4:8": (
-        ["--replace_sparse_layers", "--sparsity_type", "4:8"],
-        ["--replace_sparse_layers", "--sparsity_type 2:4", "4:8"],
+    "8 bits of nothing packed": (
+        ["--pack_bits", "8"],
+        ["--pack_bits 8", "--replace_sparse_layers"],
     ),
+    "4 bits": (["--replace_sparse_layers", "--pack_bits", "4"], ["--pack_bits", "4", "8, 16"]),
     "no windows": (["--nsamples", "0"], ["--nsamples 0", "at least 1"]),
     "negative windows": (["--nsamples", "-3"], ["--nsamples -3", "at least 1"]),
     "windows no number": (["--nsamples", "many"], ["--nsamples", "'many'"]),

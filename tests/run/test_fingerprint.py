@@ -12,7 +12,7 @@ from support import QUICK
 
 from lib.run import fingerprint
 from lib.run.fingerprint import TIMES, difference
-from lib.run.flags import INPUT, PLACE, RESULT, SPEED, build_parser, roles, settings
+from lib.run.flags import INPUT, PLACE, RESULT, SHOWN, SPEED, build_parser, roles, settings
 from lib.run.setup import check
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -33,6 +33,7 @@ OTHER = {
     "use_variant": [],
     "blend": ["0.5"],
     "replace_sparse_layers": [],
+    "pack_bits": ["8"],
     "recover": ["99"],
     "recover_rank": ["4"],
     "recover_rate": ["0.1"],
@@ -42,6 +43,7 @@ OTHER = {
 }
 SAME = {
     "cache_dir": ["other"],
+    "samples": ["0"],
     "batch_size": ["3"],
     "timeout": ["5"],
     "offload": ["away"],
@@ -65,9 +67,9 @@ def made_of(argv: list[str]) -> dict:
 
 def test_every_flag_has_a_role_and_these_tests_know_it() -> None:
     known = roles()
-    assert {role for role, _ in known.values()} == {RESULT, INPUT, SPEED, PLACE}
+    assert {role for role, _ in known.values()} == {RESULT, INPUT, SHOWN, SPEED, PLACE}
     assert {name for name, (role, _) in known.items() if role == RESULT} == OTHER.keys()
-    others = {name for name, (role, _) in known.items() if role in (SPEED, PLACE)}
+    others = {name for name, (role, _) in known.items() if role in (SHOWN, SPEED, PLACE)}
     assert others - {"device"} == SAME.keys()
 
 

@@ -26,15 +26,19 @@ from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import (
     decoder_blocks,
     default_batch_size,
+    footprint,
     fresh_copy,
     make_current,
     skeleton,
 )
+from lib.model.quantised import packed_linears
 from lib.model.store import HostStore
+from lib.packed import kernels
 from lib.prune import Pruner
 from lib.recover import Course, Recoverer
 from lib.run import memory
-from lib.run.memory import Plan, Training, check_memory, needed, shapes, stand
+from lib.run.memory import PackedLinears, Plan, Training, check_memory, needed, shapes, stand
+from lib.sparse import swap_linears_
 from lib.util import host
 from lib.util.errors import UserError
 
@@ -94,6 +98,27 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
         perplexity(runner_of(model), ids[:4], 4)
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
     assert need.total == pytest.approx(taken, rel=0.25)
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_packed_linears_take_what_was_said(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands of them exactly; what packing and unpacking take, no more than was said."""
+    monkeypatch.setattr(kernels, "ready", lambda: False)
+    size = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=2, vocab_size=300)
+    model, ids = tiny.tiny_llama(**size), windows(8, 32)
+    prune_(model, "magnitude", ids=ids)
+    plan = of(model, recipe=None, pack_bits=bits)
+    with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
+        swap_linears_(model, decoder_blocks(model)[1], bits=bits)
+    packed = PackedLinears.of(*packed_linears(model.config))
+    standing = packed.nbytes(4)
+    assert alive.most - standing <= memory._packing(plan) <= 4 * (alive.most - standing)
+    need = needed(of(model, recipe=None, packed=packed))
+    buffers = sum(one.nbytes for name, one in model.named_buffers() if "inv_freq" in name)
+    assert need.weights == footprint(model) - buffers
+    with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
+        perplexity(runner_of(model), ids[:4], 4)
+    assert alive.most <= need.hidden + need.work <= 3 * alive.most
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from lib.report.results import write_results
 from lib.run.card import languages_of, model_card
-from lib.run.record import print_summary, write_log
+from lib.run.record import packed_line, print_summary, write_log
 
 
 def results(**changes: object) -> dict:
@@ -84,8 +84,14 @@ def test_a_card() -> None:
 
 def test_a_card_tells_how_packed_linears_are_loaded() -> None:
     flags = {"replace_sparse_layers": True, "save_model": "small"}
-    _, text = parsed(model_card(results(flags=flags), []))
+    packed = {"bits": 16, "linears": 14, "left_dense": 0, "bytes": 9, "dense_bytes": 16}
+    _, text = parsed(model_card(results(flags=flags, packed=packed | {"difference": 0.0}), []))
     assert "from_pretrained('small')" in text and text.rstrip().endswith("```")
+    assert "kept weights as they were, in 0.562 of their dense size" in text
+    packed |= {"bits": 8, "bytes": 5, "difference": 0.0123}
+    _, text = parsed(model_card(results(flags=flags, packed=packed), []))
+    assert "kept weights as 8-bit integers, in 0.312 of their dense size" in text
+    assert "0.312 of their dense size; 8 bits change the logits by 1.23%" in packed_line(packed)
 
 
 def test_a_card_of_a_local_model_without_calibration(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
-from support import QUICK, call, results
+from safetensors.torch import load_file, save_file
+from support import QUICK, call, results, weights
 
 import lib.eval
 from lib.model import pretrained
+from lib.packed.unpack import unpack_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -32,8 +33,8 @@ def perplexity(out: str) -> float:
     return float(line.split()[-1])
 
 
-def prune(model: Path, uk: Path, *more: object):
-    flags = ["--prune_method", "wanda", "--sparsity_type", "2:4", "--calibration_data", uk]
+def prune(model: Path, uk: Path, *more: object, kind: str = "2:4"):
+    flags = ["--prune_method", "wanda", "--sparsity_type", kind, "--calibration_data", uk]
     done = call("--model", model, *QUICK, *flags, *more)
     assert done.status == 0, done.err
     return done
@@ -45,27 +46,78 @@ def evaluate(model: Path | str, uk: Path, *more: object):
     return done
 
 
-def test_packed_is_smaller_and_measures_the_same(model: Path, uk: Path) -> None:
-    dense = prune(model, uk, "--save_model", "dense")
-    packed = prune(model, uk, "--replace_sparse_layers", "--save_model", "packed", "--save", "out2")
+def size_of(folder: str) -> int:
+    return sum(tensor.nbytes for tensor in weights(folder).values())
+
+
+@pytest.mark.parametrize("kind", ["2:4", "4:8", "unstructured"])
+def test_packed_is_smaller_and_measures_the_same(model: Path, uk: Path, kind: str) -> None:
+    dense = prune(model, uk, "--save_model", "dense", kind=kind)
+    more = ["--replace_sparse_layers", "--save_model", "packed", "--save", "out2"]
+    packed = prune(model, uk, *more, kind=kind)
     assert perplexity(packed.out) == pytest.approx(perplexity(dense.out), rel=1e-5)
-    assert "unpacked at each forward" in packed.out and "footprint:" in packed.out
-    sizes = [sum(t.nbytes for t in load_file(f"{f}/model.safetensors").values()) for f in
-             ("dense", "packed")]  # fmt: skip
-    assert sizes[1] < sizes[0]
-    results = json.loads(Path("out2/results.json").read_text())
-    assert results["footprint"]["after"] < results["footprint"]["before"]
-    assert results["sparsity"]["overall"] == pytest.approx(0.5)
-    assert perplexity(evaluate("packed", uk).out) == pytest.approx(perplexity(packed.out), rel=1e-6)
+    assert "packed linears: 14 " in packed.out and "footprint:" in packed.out
+    assert size_of("packed") < size_of("dense")
+    found = results("out2")
+    assert found["footprint"]["after"] < found["footprint"]["before"]
+    assert found["sparsity"]["overall"] == pytest.approx(0.5)
+    told = found["packed"]
+    assert (told["bits"], told["linears"], told["left_dense"]) == (16, 14, 0)
+    assert told["bytes"] * 32 == told["dense_bytes"] * 17  # float32: half, and a bit for each
+    assert told["difference"] < 1e-4
+    assert "packed" not in results()
+    again = evaluate("packed", uk)
+    assert perplexity(again.out) == pytest.approx(perplexity(packed.out), rel=1e-6)
+    assert results()["sparsity"]["overall"] == found["sparsity"]["overall"]
     assert "import lib.sparse" in Path("packed/README.md").read_text()
+    unpack_folder("packed", "plain")
+    one, two = weights("dense"), weights("plain")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
 
 
-def test_a_model_saved_dense_can_be_packed_later(model: Path, uk: Path) -> None:
-    prune(model, uk, "--save_model", "dense")
-    prune(model, uk, "--replace_sparse_layers", "--save_model", "packed")
-    evaluate("dense", uk, "--replace_sparse_layers", "--save_model", "later")
+@pytest.mark.parametrize("kind", ["2:4", "unstructured"])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_a_model_saved_dense_can_be_packed_later(
+    model: Path, uk: Path, kind: str, bits: int
+) -> None:
+    flags = ["--replace_sparse_layers", "--pack_bits", bits, "--save_model"]
+    prune(model, uk, "--save_model", "dense", kind=kind)
+    prune(model, uk, *flags, "packed", kind=kind)
+    evaluate("dense", uk, *flags, "later")
     first, second = (Path(f, "model.safetensors").read_bytes() for f in ("packed", "later"))
     assert first == second
+
+
+def test_eight_bits(model: Path, uk: Path) -> None:
+    """Smaller again, near the dense model, and what was measured is what is saved."""
+    at_16 = prune(model, uk, "--replace_sparse_layers", "--save_model", "packed16")
+    flags = ["--replace_sparse_layers", "--pack_bits", "8", "--save_model", "packed8"]
+    at_8 = prune(model, uk, *flags)
+    assert size_of("packed8") < size_of("packed16")
+    told = results()["packed"]
+    assert told["bits"] == 8 and 0 < told["difference"] < 0.05
+    assert f"8 bits change the logits by {told['difference']:.2%}" in at_8.out
+    assert "8-bit integers" in Path("packed8/README.md").read_text()
+    assert perplexity(at_8.out) == pytest.approx(perplexity(at_16.out), rel=0.02)
+    again = evaluate("packed8", uk)
+    assert perplexity(again.out) == pytest.approx(perplexity(at_8.out), rel=1e-6)
+    evaluate("packed16", uk, *flags[:-1], "from16")
+    one, two = (Path(f, "model.safetensors").read_bytes() for f in ("packed8", "from16"))
+    assert one == two
+    kept = evaluate("packed8", uk, "--replace_sparse_layers")  # 16 bits would bring nothing back
+    assert "packed linears at 8 bits: 14 " in kept.out
+
+
+def test_what_has_no_zeros_stays_dense(model: Path, uk: Path) -> None:
+    prune(model, uk, "--save_model", "dense")
+    dense, name = weights("dense"), "model.layers.0.mlp.up_proj.weight"
+    dense[name] = weights(model)[name]
+    save_file(dense, "dense/model.safetensors", {"format": "pt"})
+    done = evaluate("dense", uk, "--replace_sparse_layers", "--save_model", "packed")
+    assert "1 left dense (too few zeros to be smaller packed)" in done.out
+    assert torch.equal(weights("packed")[name], dense[name])
+    assert results()["packed"]["left_dense"] == 1
+    assert perplexity(evaluate("packed", uk).out) == pytest.approx(perplexity(done.out), rel=1e-6)
 
 
 def test_what_can_not_be_packed(model: Path, uk: Path) -> None:
@@ -92,20 +144,24 @@ def test_packed_block_by_block_from_disk(kind: str, tmp_path: Path, uk: Path) ->
             again = load_file(path)[name]
             assert torch.equal(tensor, again) and tensor.dtype == again.dtype, name
     assert perplexity(fetched.out) == pytest.approx(perplexity(plain.out), rel=1e-5)
-    told = "2:4 linears", "footprint"
+    told = "packed linears:", "footprint"
     lines = [[line for line in done.out.splitlines() if line.startswith(told)]
              for done in (plain, fetched)]  # fmt: skip
     assert lines[0] == lines[1] and len(lines[0]) == 2
     assert not Path("away").exists()
 
 
-def test_nothing_is_2_4(model: Path, uk: Path) -> None:
+def test_nothing_is_sparse(model: Path, uk: Path) -> None:
     done = call("--model", model, *QUICK, "--eval_only", "--eval_data", uk,
                 "--replace_sparse_layers")  # fmt: skip
-    assert done.status == 1
-    assert (
-        "no linear is 2:4" in done.complaints[-1] and "--sparsity_type 2:4" in done.complaints[-1]
-    )
+    assert done.status == 1 and "no linear is smaller packed" in done.complaints[-1]
+
+
+def test_packed_blocks_can_be_fetched(model: Path, uk: Path) -> None:
+    flags = ["--replace_sparse_layers", "--pack_bits", "8", "--save_model", "packed"]
+    done = prune(model, uk, *flags, kind="unstructured")
+    away = evaluate("packed", uk, "--offload", "away")
+    assert perplexity(away.out) == pytest.approx(perplexity(done.out), rel=1e-6)
 
 
 def test_a_packed_model_is_not_pruned_again(model: Path, uk: Path) -> None:

@@ -19,6 +19,7 @@ import main
 from lib.model import pretrained
 from lib.report.results import load_runs
 from lib.run import fingerprint
+from lib.run.samples import Samples
 from lib.sweep import languages
 from lib.sweep import sweep as command_of_sweep
 from lib.sweep.plan import plan
@@ -125,14 +126,15 @@ def test_flags_of_a_run(texts):
 
 
 def test_flags_that_fit_only_some_runs_go_to_those(texts):
-    flags = ("--use_variant", "--replace_sparse_layers")
+    flags = ("--use_variant", "--replace_sparse_layers", "--pack_bits", "8")
     found = planned(
         *["--models", "m", "--methods", "wanda", "sparsegpt", "--calibration", texts[0]],
         passed_on=flags,
     )
     assert [run.name for run in found if run.args.use_variant] == ["m/wanda-50-uk-seed0"]
-    replaced = ["m/wanda-2of4-uk-seed0", "m/sparsegpt-2of4-uk-seed0"]
-    assert [run.name for run in found if run.args.replace_sparse_layers] == replaced
+    for run in found:  # whatever is pruned, and the dense model not
+        packs = run.args.replace_sparse_layers, run.args.pack_bits
+        assert packs == ((True, 8) if run.args.prune_method else (False, 16))
 
 
 def test_recovery_goes_to_prunings_and_gives_each_its_text(texts):
@@ -216,7 +218,7 @@ def test_every_run_gives_what_main_gives(checkpoint, sets, request, texts, loads
             argv += ["--calibration_data", *flags["calibration_data"]]
         assert call(*argv).status == 0
         alone = results(tmp_path / f"s{index}")
-        for key in ("perplexity", "evaluation", "sparsity", "calibration", "footprint"):
+        for key in "perplexity evaluation sparsity calibration footprint samples".split():
             assert run.results[key] == alone[key], run.folder
         for file in ("model.safetensors", "config.json") if flags["save_model"] else ():
             mine, other = run.folder / "model" / file, tmp_path / "alone" / file
@@ -251,6 +253,18 @@ def test_each_model_is_read_once(model, bfloat16, texts, loads):
     argv = ["--models", model, bfloat16, *WANDA, "--calibration", texts[0], "--seeds", 0, 1]
     assert sweep(*argv, *PASSED).status == 0
     assert loads == [str(model), str(bfloat16)]
+
+
+def test_the_dense_model_is_heard_once(model, texts, monkeypatch):
+    heard = []
+    own = Samples._generate
+    monkeypatch.setattr(Samples, "_generate", lambda *both: heard.append(both) or own(*both))
+    argv = ["--models", model, *WANDA, "--calibration", *texts, "--seeds", 0, 1]
+    assert sweep(*argv, *PASSED).status == 0
+    assert len(heard) == 5 + 1  # every run's own model, and the dense one beside the prunings
+    assert "### What they say: uk" in Path("runs/report.md").read_text("utf-8")
+    assert sweep(*argv, *PASSED, "--samples", 0).status == 0
+    assert len(heard) == 6  # nothing is done again for it
 
 
 def test_an_offloaded_model_is_read_by_every_run(model, texts, loads):
