@@ -163,7 +163,7 @@ def check_masks(device: str, size: Size) -> dict[str, Any]:
         if name == "whole":
             assert score[mask].max() <= score[~mask].min(), f"{name}: not the lowest"
             ties = score == score[mask].max()
-            order = mask.flatten()[ties.flatten()].byte()
+            order = mask.flatten()[ties.flatten()].int()
             assert (order.diff() <= 0).all(), f"{name}: ties are not taken from the left"
         else:
             on_cpu = score[some].cpu()

@@ -75,7 +75,7 @@ def check_profile(device: str, size: Size) -> dict[str, Any]:
     times: Counter = Counter()
     for event in trace.key_averages():
         on_gpu = str(event.device_type).endswith("CUDA")
-        if on_gpu == gpu and not (gpu and event.is_user_annotation):
+        if on_gpu == gpu and not event.is_user_annotation:
             name = event.key.removeprefix("void ").partition("<")[0].partition("(")[0][:60]
             times[name] += event.self_device_time_total if gpu else event.self_cpu_time_total
     calls = {event.key: event.count for event in trace.key_averages()}

@@ -141,7 +141,7 @@ def cell(report: dict[str, Any]) -> str:
 
 
 def listed(figures: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in figures.items())
+    return "; ".join(f"{name}: {value}" for name, value in figures.items())
 
 
 def table(results: Results) -> list[str]:

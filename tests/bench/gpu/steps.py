@@ -26,7 +26,8 @@ from lib.util.errors import UserError
 from lib.util.files import write_text
 
 HERE = Path(__file__).resolve().parent
-FOLDERS = [HERE, HERE.parent, HERE.parents[1], HERE.parents[2]]  # up to the project's
+ROOT = HERE.parents[2]
+FOLDERS = [HERE, HERE.parent, HERE.parents[1], ROOT]
 LONGER = 4  # times what a step is said to take, until it is ended
 LEAST_LIMIT = 60  # seconds
 SAID = 4000  # characters of a process's last words
