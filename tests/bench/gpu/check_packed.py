@@ -23,7 +23,7 @@ REPEATS = 20  # of products in a row, where each takes microseconds
 
 @torch.no_grad()
 def check_products(device: str, size: Size) -> dict[str, Any]:
-    """A 7B linear in bfloat16: microseconds, dense, on torch's 2:4 kernels and unpacked."""
+    """A 7B linear in bfloat16: microseconds, dense, on torch's 2:4 kernels, and without these."""
     there = torch.device(device)
     inner, hidden = size.of((11008, 4096), (128, 64))
     found: dict[str, Any] = {}
@@ -32,11 +32,11 @@ def check_products(device: str, size: Size) -> dict[str, Any]:
         dense = nn.Linear(width, rows, bias=False, device=there, dtype=torch.bfloat16)
         dense.weight[n_of_m(dense.weight.abs(), 2, 4)] = 0
         dense.requires_grad_(False)
-        fast, plain = SparseLinear.from_linear(dense), SparseLinear.from_linear(dense)
-        plain.reason = "left out, to be measured"
+        fast, other = SparseLinear.from_linear(dense), SparseLinear.from_linear(dense)
+        other.reason = "left out: what is done without them is to be measured"
         used = fast.use_fast_path_()
         found[f"{rows} x {width}"] = fast.reason if used else f"no 2:4 kernels: {fast.reason}"
-        layers = {"dense": dense, "unpacked": plain} | ({"2:4": fast} if used else {})
+        layers = {"dense": dense, "packed": other} | ({"2:4": fast} if used else {})
         for tokens in TOKENS[: size.of(len(TOKENS), 3)]:
             x = torch.randn(tokens, width, device=there, dtype=torch.bfloat16)
             exact = x.double() @ dense.weight.double().T
@@ -65,10 +65,10 @@ def check_layers(device: str, size: Size) -> dict[str, Any]:
     value, other = made.perplexity(results), made.perplexity(again)
     assert abs(other - value) < 1e-3 * value, f"{value}, and {other} loaded again"
     return {
-        "linears": made.told(said, "2:4 linears: "),
-        "loaded": report.removeprefix("2:4 linears: "),
+        "saved": made.told(said, r"\S+ linears.*?: "),
+        "loaded": made.told(report, r"\S+ linears.*?: "),
         "footprint": made.told(said, "footprint: "),
-        "stored": gib(stored),
+        "in its files": gib(stored),
         "perplexity": value,
         "loaded again": other,
         "s, eval": results["seconds"]["eval"],

@@ -117,8 +117,8 @@ def check_device(name: str, small: bool) -> None:
     try:
         device = pick_device(name)
     except UserError as error:
-        way = "for what a CPU can do of it: bash launch.sh gpu --device cpu --small"
-        raise UserError(f"{error}; {way}") from error
+        way = "for what a CPU can do of this: bash launch.sh gpu --device cpu --small"
+        raise UserError(f"{str(error).partition('; use')[0]}; {way}") from error
     if device.type == "cpu" and not small:
         raise UserError("--device cpu: would take days in full size; add --small")
 

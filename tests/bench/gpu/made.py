@@ -134,6 +134,6 @@ def perplexity(results: dict[str, Any]) -> float:
 
 
 def told(said: str, start: str) -> str:
-    """The rest of the line that begins so."""
-    lines = (line for line in said.splitlines() if line.startswith(start))
-    return next(lines, f"{start}not told").removeprefix(start)
+    """The rest of the line that begins as the pattern says."""
+    found = re.search(rf"(?m)^{start}(.*)$", said)
+    return found[1] if found else "not told"
