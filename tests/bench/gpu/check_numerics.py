@@ -18,8 +18,10 @@ from lib.methods.wanda import Wanda
 from lib.util.host import gib
 
 WIDEST = 28_672  # inputs of a 70B model's down projection
-SUMS_OFF = 1e-5  # of the largest sum, by float32 sums of exact products
+SUMS_OFF = 1e-4  # of the largest sum; tensor cores cut off where others round
+WANDA_OFF = 1e-5  # of each sum, which is one of float64
 FACTOR_OFF = 1e-4  # of what the matrix makes of a vector, at the largest width
+INVERSE_OFF = 1e-3  # of a vector, there and back; the largest eigenvalue is half the width
 PANEL = 2048  # rows that are turned into float64 at a time
 
 
@@ -54,7 +56,7 @@ def statistics(device: torch.device, tokens: int, width: int) -> dict[str, Any]:
     wanda.observe(x)
     exact = sum(part.double().square().sum(0) for part in x.split(PANEL))
     off = ((wanda.square_sum - exact).abs() / exact).max().item()
-    assert off < SUMS_OFF, f"Wanda's sums at {width} are off by {off:.2g}"
+    assert off < WANDA_OFF, f"Wanda's sums at {width} are off by {off:.2g}"
     found["Wanda off"] = off
     admm = Admm(width, device)
     admm.observe(x, dense)
@@ -84,7 +86,7 @@ def largest_off(sums: Tensor, left: Tensor, right: Tensor, upper: bool = False) 
 
 
 def check_cholesky(device: str, size: Size) -> dict[str, Any]:
-    """SparseGPT's factor and ADMM's inverse at the largest width, where 32 bits do not index it.
+    """SparseGPT's factor and ADMM's inverse at the largest width, 3 GB each.
 
     Errors as what the factor makes of vectors, by products in float64.
     """
@@ -118,7 +120,7 @@ def check_cholesky(device: str, size: Size) -> dict[str, Any]:
     found["s, inverse"] = time.perf_counter() - start
     back = product(inverse, product(hessian, tries) + 0.5 * tries)
     found["inverse off"] = off = relative(back, tries)
-    assert off < FACTOR_OFF, f"the inverse at {width} is off by {off:.2g}"
+    assert off < INVERSE_OFF, f"the inverse at {width} is off by {off:.2g}"
     if there.type == "cuda":
         found["peak"] = gib(torch.cuda.max_memory_reserved(there))
         found["matrices at the peak"] = torch.cuda.max_memory_allocated(there) / hessian.nbytes

@@ -33,7 +33,7 @@ def check_collectives(device: str, size: Size) -> dict[str, Any]:
     start = time.perf_counter()
     kind = "nccl" if cuda else "gloo"
     dist.init_process_group(kind, store=store, rank=0, world_size=1, device_id=cuda)
-    dist.new_group(backend="gloo")
+    beside = dist.new_group(backend="gloo")  # for what stays on the host
     found = {"backend": kind, "s, to make a group": time.perf_counter() - start}
     width = size.of(11008, 64)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -44,6 +44,9 @@ def check_collectives(device: str, size: Size) -> dict[str, Any]:
         assert torch.equal(tensor, before), f"{dtype} is changed"
         spent = seconds(lambda tensor=tensor: dist.all_reduce(tensor), there)
         found[f"ms, {str(dtype).removeprefix('torch.')}"] = 1000 * spent
+    values: list = [None]
+    dist.all_gather_object(values, {"tokens": width}, beside)
+    assert values == [{"tokens": width}]
     dist.destroy_process_group()
     place.unlink(missing_ok=True)
     return found
