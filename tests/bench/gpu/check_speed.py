@@ -77,10 +77,9 @@ def check_profile(device: str, size: Size) -> dict[str, Any]:
         if on_gpu == gpu and not event.is_user_annotation:
             name = event.key.removeprefix("void ").partition("<")[0].partition("(")[0][:60]
             times[name] += event.self_device_time_total if gpu else event.self_cpu_time_total
-    calls = {event.key: event.count for event in trace.key_averages()}
     found: dict[str, Any] = {"s": spent, "s at work": sum(times.values()) / 1e6}
-    for call in "cudaLaunchKernel cudaStreamSynchronize cudaMemcpyAsync cudaMalloc".split():
-        found[call] = calls.get(call, 0)
+    for call in ("LaunchKernel", "StreamSynchronize", "MemcpyAsync", "cudaMalloc"):
+        found[call] = sum(event.count for event in trace.key_averages() if call in event.key)
     for name, value in times.most_common(SHOWN):
         found[name] = {"s": value / 1e6, "share": value / max(1, sum(times.values()))}
     return found

@@ -2,7 +2,7 @@
 
     bash launch.sh gpu                           # in 25 minutes, on one card with 24 GB or more
     bash launch.sh gpu --resume                  # goes on with what was not done, or failed
-    bash launch.sh gpu --device cpu --small      # all of it that a CPU can do, in two minutes
+    bash launch.sh gpu --device cpu --small      # all of it that a CPU can do, in three minutes
 
 Needs torch, transformers and accelerate, no network and no text; what else is missing is told, and
 the checks that need it are left out. Every check has a process and a time-out of its own
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,8 @@ def main(argv: list[str]) -> None:
 
     run_steps(steps, args.device, size, results, args.minutes, settings(args.device), told)
     print("\n" + "\n".join(table(results)))
+    if all(results.of(step).get("result") in (DONE, "skipped") for step in STEPS):
+        shutil.rmtree(size.work, ignore_errors=True)  # nothing is left to be done with it
     conclude(results)
 
 
