@@ -46,8 +46,9 @@ def medians(
 
 
 def reset_peak(device: torch.device) -> None:
-    """From now on `peak_memory` tells the largest size from now on."""
+    """From here on the device is the current one, and its peak the largest size from here on."""
     if device.type == "cuda":
+        torch.cuda.set_device(device)
         torch.cuda.init()  # before that there are no statistics to reset, which torch refuses
         torch.cuda.reset_peak_memory_stats(device)
 
