@@ -29,7 +29,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 FOLDERS = [HERE, HERE.parent, HERE.parents[1], ROOT]
 LONGER = 4  # times what a step is said to take, until it is ended
-LEAST_LIMIT = 60  # seconds
+LEAST_LIMIT = 120  # seconds; machines are busy
+SMALL = 15  # seconds that any small step may take
 SAID = 4000  # characters of a process's last words
 DONE, BEGUN, NO_TIME = "ok", "begun", "no time"
 
@@ -204,7 +205,7 @@ def run_steps(
     deadline = time.monotonic() + 60 * minutes
     for number, step in enumerate(steps, start=1):
         left = deadline - time.monotonic()
-        expected = min(step.seconds, LEAST_LIMIT / LONGER) if size.small else step.seconds
+        expected = min(step.seconds, SMALL) if size.small else step.seconds
         if left < expected:
             reason = f"takes about {expected:.0f} s, {max(0, left):.0f} s are left of --minutes"
             report = {"result": NO_TIME, "reason": reason, "seconds": 0.0}
