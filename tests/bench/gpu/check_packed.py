@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 import lib.sparse
 from lib.methods.sparsity import n_of_m
 from lib.packed.linear import SparseLinear
+from lib.util.errors import RunWarning
 from lib.util.host import gib
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -21,8 +23,17 @@ PRODUCT_OFF = 0.01  # of bfloat16 products, as a share of the norm
 REPEATS = 20  # of products in a row, where each takes microseconds
 
 
-@torch.no_grad()
 def check_products(device: str, size: Size) -> dict[str, Any]:
+    """See `products`; with what was warned of, such as a kernel that could not be used."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = products(device, size)
+    lines = {str(one.message) for one in warned if issubclass(one.category, RunWarning)}
+    return found | ({"warned": "; ".join(sorted(lines))} if lines else {})
+
+
+@torch.no_grad()
+def products(device: str, size: Size) -> dict[str, Any]:
     """A 7B linear in bfloat16: microseconds, dense, on torch's 2:4 kernels, and without these."""
     there = torch.device(device)
     inner, hidden = size.of((11008, 4096), (128, 64))
