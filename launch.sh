@@ -24,6 +24,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   unpack IN OUT                  a packed model as a plain dense one
   ubertext DUMPS OUT             the published data set from raw dumps
   bench                          speed and memory, beside llm-compressor
+  gpu                            what must hold on a GPU and how fast it is, in 25 minutes
 
 MODEL: hub id or local folder. PYTHON=... chooses the interpreter (default: python3).
 LIST
@@ -55,6 +56,7 @@ case $name in
     unpack) module lib.packed.unpack "$@" ;;
     ubertext) module lib.data.ubertext "$@" ;;
     bench) exec "$python" "$here/tests/bench/bench.py" "$@" ;;
+    gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;
     unstructured) recipe "--prune_method sparsegpt" "$@" ;;
     semistructured)
         recipe "--prune_method sparsegpt --sparsity_type 2:4 --replace_sparse_layers" "$@"

@@ -226,8 +226,10 @@ def record(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
     write_results(folder, results)
     if "recovery" in results:
         from lib.report.plots.recovery import recovery_curve
+        from lib.report.plots.style import can_draw
 
-        recovery_curve(results, folder / "recovery.png")
+        if can_draw():
+            recovery_curve(results, folder / "recovery.png")
     print_summary(results)
     return results
 

@@ -136,6 +136,7 @@ def one_thread() -> Iterator[None]:
 def conclude(folder: Path, planned: Sequence[Planned]) -> None:
     """Beside the report on all runs, which the sweep has shown: table and one picture, in files."""
     from lib.report.plots.cost import pruning_cost
+    from lib.report.plots.style import can_draw
     from lib.report.report import table
     from lib.report.results import load_runs
     from lib.report.samples import what_they_say
@@ -143,10 +144,12 @@ def conclude(folder: Path, planned: Sequence[Planned]) -> None:
 
     runs = load_runs(run.folder for run in planned)
     (all_runs,) = tables(runs)
-    pruning_cost(all_runs, folder / PICTURE)
-    said = what_they_say(runs)
-    write_text(folder / TABLE, f"{table(runs)}\n![pruning cost]({PICTURE})\n\n{said}\n")
-    print(f"table: {folder / TABLE}\npicture: {folder / PICTURE}")
+    drawn = can_draw()
+    if drawn:
+        pruning_cost(all_runs, folder / PICTURE)
+    shown = f"\n![pruning cost]({PICTURE})\n" if drawn else ""
+    write_text(folder / TABLE, f"{table(runs)}{shown}\n{what_they_say(runs)}\n")
+    print(f"table: {folder / TABLE}" + (f"\npicture: {folder / PICTURE}" if drawn else ""))
 
 
 def main(argv: list[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from lib.report.comparison import FIELDS, Cell, Comparison, Count, compare_masks
 from lib.report.names import place
 from lib.report.plots.overlap import draw
+from lib.report.plots.style import can_draw
 from lib.report.report import markdown
 from lib.util import command
 from lib.util.files import check_output_folder, write_text
@@ -72,7 +73,7 @@ def write_overlap(found: Comparison, out: str | Path) -> list[Path]:
         writer.writerow(["matrix", "block", "linear", *FIELDS])
         for name, cell in found.matrices.items():
             writer.writerow([name, *place(name), *cell.shares().values()])
-    return [*paths[:3], draw(found, paths[3])]
+    return [*paths[:3], *([draw(found, paths[3])] if can_draw() else [])]
 
 
 def _as_json(found: Comparison) -> dict[str, Any]:

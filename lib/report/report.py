@@ -21,6 +21,7 @@ from lib.report.plots.cost import pruning_cost
 from lib.report.plots.languages import cross_language
 from lib.report.plots.perplexity import perplexity_against_sparsity
 from lib.report.plots.sparsity import sparsity_by_linear
+from lib.report.plots.style import can_draw
 from lib.report.results import Run, load_runs
 from lib.report.samples import what_they_say
 from lib.report.tables import Row, Table, deviation, tables
@@ -178,7 +179,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
     """Write report.md, report.csv and the pictures into folder `out`; return their paths."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    pictures = draw_all(tables(runs), out)
+    pictures = draw_all(tables(runs), out) if can_draw() else []
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
     said = what_they_say(runs)
     whole = table(runs) + (f"\n{said}\n" if said else "") + shown

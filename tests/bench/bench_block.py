@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from measure import random_llama, reset_peak, wait_for
 
 from lib.methods import sparsegpt
 from lib.methods.column_loop import column_loop
@@ -56,8 +56,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.init()  # before its statistics are reset
     print("| method | type | column loop | s per block | s for all | peak device memory |")
     print("|---|---|---|---|---|---|")
     for method in args.methods:
@@ -66,8 +64,7 @@ def main(argv: list[str]) -> None:
             if method == "sparsegpt" and column_loop(device):
                 loops["kernel"] = column_loop
             times: dict[str, list[float]] = {name: [] for name in loops}
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)  # or it is that of the rows before
+            reset_peak(device)  # or it is that of the rows before
             for _ in range(args.rounds):
                 for name, loop in loops.items():
                     sparsegpt.column_loop = loop
@@ -85,25 +82,16 @@ def block_seconds(
 ) -> list[float]:
     """Of each inner block of a new random model, whose windows are all on the device."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=args.hidden,
-        intermediate_size=args.inner,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=max(1, args.hidden // 128),
-        num_key_value_heads=max(1, args.hidden // 128),
-        max_position_embeddings=args.seqlen,
-    )
+    shape = args.hidden, args.inner, DEPTH, VOCABULARY, args.seqlen
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
+        model = random_llama(*shape, head=128).to(getattr(torch, args.dtype)).eval()
     name, blocks = decoder_blocks(model)
     windows = torch.randint(VOCABULARY, (args.nsamples, args.seqlen))
     batch_size = max(1, BATCH_TOKENS[device.type] // args.seqlen)
     ends: list[float] = []
 
     def ended(_: int) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         ends.append(time.perf_counter())
 
     pruner = Pruner(

@@ -14,6 +14,7 @@ from lib.report.plots import style as plot_style
 PARTS = ("forward", "statistics", "factorisation", "solve", "masks", "moving", "other")
 GROWTH = (1, 2, 4)  # times the smallest
 LAYERS = 4  # of the random models whose width grows
+LONGEST = 2048  # tokens of their windows
 
 
 class Range:
@@ -132,21 +133,14 @@ def scaling(args: argparse.Namespace, folder: Path) -> None:
 def random_model(name: str, folder: Path, width: int) -> Path:
     """A LLaMA of random weights, `width` wide, with the tokenizer of model `name`."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from measure import random_llama
+    from transformers import AutoTokenizer
 
     target = folder / f"random-{width}"
     if not (target / "config.json").exists():
         tokenizer = AutoTokenizer.from_pretrained(name)
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=width // 64,
-            num_key_value_heads=width // 64,
-            tie_word_embeddings=True,
-        )
-        LlamaForCausalLM(config).save_pretrained(target)
+        shape = width, 3 * width, LAYERS, len(tokenizer), LONGEST
+        random_llama(*shape, tied=True).save_pretrained(target)
         tokenizer.save_pretrained(target)
     return target

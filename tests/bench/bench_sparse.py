@@ -10,15 +10,14 @@ that torch.compile generates for a few tokens on CPU.
 import argparse
 import copy
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
+from measure import medians, random_llama, table
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import lib.sparse
 from lib.methods.sparsity import n_of_m
@@ -30,35 +29,8 @@ PREFILL, PROMPT, STEPS, BATCHES = 2048, 16, 8, (1, 8, 64)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def medians(
-    calls: dict[str, Callable[[], object]], device: torch.device, rounds: int
-) -> dict[str, float]:
-    """Median seconds of each call; they take turns, after one round that doesn't count."""
-    times = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            spent = seconds(call, device)
-            if turn:
-                times[name].append(spent)
-    return {name: sorted(spent)[rounds // 2] for name, spent in times.items()}
-
-
 def two_of_four_(weight: torch.Tensor) -> None:
     weight[n_of_m(weight.abs(), 2, 4)] = 0
-
-
-def table(header: list[str], rows: list[list[str]]) -> None:
-    for cells in (header, ["---"] * len(header), *rows):
-        print("| " + " | ".join(cells) + " |", flush=True)
-    print(flush=True)
 
 
 def bench_packing(device: torch.device, dtypes: list[str], size: int, rounds: int) -> None:
@@ -128,16 +100,8 @@ def bench_model(dense: nn.Module, device: torch.device, dtype: str, rounds: int)
 
 def random_model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=args.width,
-        intermediate_size=args.width * 11 // 4 // 64 * 64,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 64,
-        num_key_value_heads=args.width // 64,
-        max_position_embeddings=PREFILL,
-    )
-    return LlamaForCausalLM(config)
+    inner = args.width * 11 // 4 // 64 * 64
+    return random_llama(args.width, inner, args.layers, 512, PREFILL)
 
 
 def main() -> None:

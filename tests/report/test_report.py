@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import content, results, start
 
+from lib.report.plots import style
 from lib.report.plots.cost import saving
 from lib.report.report import main, table, write_report
 from lib.report.results import load_runs, write_results
@@ -192,6 +193,14 @@ def test_one_name_for_two_texts_is_told_apart(tmp_path):
         write_run(tmp_path / place, "wanda", {"uk": 9.0}, on="uk", calibration=calibration)
     text = table(load_runs([tmp_path]))
     assert "uk (a/uk)" in text and "uk (b/uk)" in text
+
+
+def test_without_matplotlib_only_the_pictures_are_missing(sweep, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(style, "find_spec", lambda name: None)
+    paths = write_report(load_runs([sweep]), tmp_path / "out")
+    assert {path.suffix for path in paths} == {".md", ".csv"}
+    assert "![" not in (tmp_path / "out" / "report.md").read_text("utf-8")
+    assert "no pictures: matplotlib" in capsys.readouterr().err
 
 
 def test_tasks_become_columns(tmp_path):

@@ -6,8 +6,10 @@ matplotlib is imported only when something is drawn.
 from __future__ import annotations
 
 import math
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,14 @@ GREY = "#555555"
 DOTS_PER_INCH = 150
 CHARACTERS_PER_INCH = 10.0  # of a title at its size
 PANEL_CHARACTERS = 44  # in the title of a panel about 4.5 inches wide
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is there; says so where not: no result may be lost for want of it."""
+    there = find_spec("matplotlib") is not None
+    if not there:
+        print("no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    return there
 
 
 def figure(width: float, height: float) -> Figure:
