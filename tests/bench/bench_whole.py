@@ -11,7 +11,6 @@ model in turn, and a table and a picture tell bytes on disk, bits per byte and t
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +31,6 @@ from lib.report.report import markdown
 from lib.report.results import load_runs
 from lib.run.flags import build_parser, check_flags
 from lib.run.setup import check
-from lib.sweep.kept import start_peak
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib
 from lib.util.progress import quiet
@@ -101,19 +99,15 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
 
 def do(stage: Stage, folder: Path, passed_on: Sequence[str]) -> None:
     """Unless it was done before."""
-    if (folder / stage.name / "results.json").is_file():
+    saved = "--save_model" not in stage.flags or (folder / stage.name / "model").is_dir()
+    if saved and (folder / stage.name / "results.json").is_file():
         print(f"{stage.name}: done before", flush=True)
         return
     print(f"{stage.name}: main.py {' '.join([*stage.flags, *passed_on])}", flush=True)
     parser = build_parser()
     args = parser.parse_args([*stage.flags, *passed_on])
     check_flags(parser, args)
-    start_peak(args.device)
-    try:
-        command_line.run(check(args))
-    except BaseException:  # a stage is done when its results stand there
-        shutil.rmtree(folder / stage.name, ignore_errors=True)
-        raise
+    command_line.run(check(args))
 
 
 def disk_size(folder: Path) -> int:
