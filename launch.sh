@@ -16,6 +16,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   semistructured MODEL           SparseGPT, 2:4, with packed linears
   c4 MODEL                       SparseGPT, half of the weights, calibrated on English C4
   dense MODEL                    perplexity of the model as it is
+  vocabulary MODEL OUT           its vocabulary alone, trimmed for --data SOURCE ...; prunes nothing
 
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
@@ -46,6 +47,18 @@ recipe() { # main.py's flags in one string, then MODEL and what the user adds
     exec "$python" "$here/main.py" --model "$1" "${flags[@]}" --save "out/$name" "${@:2}"
 }
 
+trimmed() { # --data is short for --vocabulary_data
+    [[ $# -gt 1 && $1 != -* && $2 != -* ]] ||
+        fail "$name: needs a model and a folder: bash launch.sh $name MODEL OUT --data SOURCE ..."
+    local given flags=()
+    for given in "${@:3}"; do
+        [[ $given != --data ]] || given=--vocabulary_data
+        flags+=("$given")
+    done
+    exec "$python" "$here/main.py" --model "$1" --trim_vocabulary --save_model "$2" \
+        --save "out/$name" "${flags[@]}"
+}
+
 name=${1:-}
 [[ $# -eq 0 ]] || shift
 case $name in
@@ -63,5 +76,6 @@ case $name in
         ;;
     c4) recipe "--prune_method sparsegpt --prune_on_c4" "$@" ;;
     dense) recipe "--eval_only" "$@" ;;
+    vocabulary) trimmed "$@" ;;
     *) fail "unknown name '$name'; bash launch.sh alone lists them" ;;
 esac

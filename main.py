@@ -42,6 +42,8 @@ def run(job: Job) -> dict[str, Any]:
         if args.save_model and job.team.leads:
             target = at_end.enter_context(claimed(args.save_model, "--save_model"))
         subject = load(job, at_end)
+        if job.vocabulary:
+            trim(job, subject)
         settle_bos(job, subject)
         teacher = load_teacher(job, subject) if job.course else None
         samples = Samples(job, subject)
@@ -67,6 +69,28 @@ def run(job: Job) -> dict[str, Any]:
         if job.journal:
             job.journal.remove()
     return results
+
+
+def trim(job: Job, subject: Subject) -> None:
+    """Drop the rows of tokens that don't stay, and see that the others have the same logits."""
+    from lib.eval import some_logits
+    from lib.model.pretrained import footprint
+    from lib.util.host import gib
+    from lib.vocabulary import PROOF_TOKENS, check_same_logits
+
+    model, vocabulary = subject.model, job.vocabulary
+    window = job.texts.tests[0].windows[:1, :PROOF_TOKENS].to(job.device)
+    with job.timed("trim"):
+        size = footprint(model)
+        before = some_logits(model, vocabulary.old(window))
+        vocabulary.drop_rows_(model)
+        differ = check_same_logits(vocabulary.kept(before), some_logits(model, window))
+    saved = size - footprint(model)
+    vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": differ}
+    if job.team.leads:
+        print(
+            f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {differ:.1g}"
+        )
 
 
 def prune(job: Job, subject: Subject) -> dict[str, Any]:
@@ -247,6 +271,7 @@ def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) ->
             save_model(subject.model, stage, dtype)
         job.tokenizer.save_pretrained(stage)
         read = [source.text for source in job.sources if job.calibrated or job.course]
+        read += [source.text for source in job.spoken if source.text not in read]
         (stage / "README.md").write_text(model_card(results, read), "utf-8")
     write_results(Path(args.save), results)
     print(f"saved: {args.save_model}")

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "pruning": {"util", "dist", "methods", "model"},
 }
 LIMIT = 15  # entries of lib/
-GUESTS = {"recover.py", "vocabulary.py"}  # may come on top of them
+GUESTS = {"recover.py", "vocabulary.py"}  # come on top of them
 
 # imported where they are there, or in an environment of their own: not required
 OPTIONAL = {

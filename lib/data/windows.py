@@ -378,7 +378,7 @@ def test_set(
     """
     length = min(OPENING, seqlen // 2)
     with open_documents(source, "test") as (documents, revision):
-        texts = _test_documents(source, documents)
+        texts = test_documents(source, documents)
         text = source.separator.join(texts)
         begun = _openings(texts, tokenizer, openings, length, bos)
     ids = tokenise(tokenizer, text)
@@ -405,7 +405,8 @@ def test_set(
     return TestSet(source.name, windows, windows.numel(), covered, facts, opened)
 
 
-def _test_documents(source: Source, documents: Iterable) -> Sequence[str]:
+def test_documents(source: Source, documents: Iterable) -> Sequence[str]:
+    """What of an open test split is measured on: all, or the first of a large set."""
     if not source.sampled:
         return documents
     found, length = [], 0

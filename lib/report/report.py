@@ -82,9 +82,10 @@ def _line(table: Table, row: Row) -> list[str]:
     varying = (settings.get(name) for name in table.varying)
     cells += ["–" if value is None else str(value) for value in varying]
     for test in table.tests:
-        cells += [_spread(row.values(test)), number(row.mean(test, "standard_error"))]
-        cells.append("–" if row is table.dense else percent(table.rise(row, test)))
-        cells.append(_spread(row.values(test, "bits_per_byte"), 3))
+        figures = [_spread(row.values(test)), number(row.mean(test, "standard_error"))]
+        figures.append("–" if row is table.dense else percent(table.rise(row, test)))
+        bits = _spread(row.values(test, "bits_per_byte"), 3)
+        cells += [bits, *figures] if table.vocabulary else [*figures, bits]
     for name in _tasks(table):
         cells.append(_spread([run.tasks[name] for run in row.runs if name in run.tasks], 4))
     return cells
@@ -93,7 +94,8 @@ def _line(table: Table, row: Row) -> list[str]:
 def _markdown_table(table: Table) -> str:
     head = ["method", "type", "calibrated on", "zeros", "seeds", *table.varying]
     for test in table.tests:
-        head += [f"{test} perplexity", "s.e.", "rise", f"{test} bits/byte"]
+        figures, bits = [f"{test} perplexity", "s.e.", "rise"], f"{test} bits/byte"
+        head += [bits, *figures] if table.vocabulary else [*figures, bits]
     head += _tasks(table)
     body = [_line(table, row) for row in table.rows]
     empty = [i for i in range(3, len(head)) if all(line[i] == "–" for line in body)]
@@ -109,11 +111,15 @@ def table(runs: Sequence[Run]) -> str:
     if len(found) > 1:
         parts.append(
             f"**{len(found)} tables, not to be compared with each other:** "
-            "their runs are of different models or were measured on different test texts."
+            "their runs are of different models or vocabularies, or were measured on different "
+            "test texts."
         )
     for each in found:
         sizes = (_test_size(each, name) for name in each.tests)
-        parts.append(f"### {each.model}, measured on {', '.join(sizes) or 'nothing'}")
+        its = each.vocabulary
+        left = f", {its['rows']:,} of {its['rows_before']:,} rows of its vocabulary" if its else ""
+        parts.append(f"### {each.model}{left}, measured on {', '.join(sizes) or 'nothing'}")
+        parts += [its["note"]] if its else []
         parts.append(_markdown_table(each))
     if found:
         parts.append("\n".join(f"- {note}" for note in NOTES))
@@ -142,7 +148,8 @@ def comma_separated(runs: Sequence[Run]) -> str:
     tasks = sorted({name for each in found for name in _tasks(each)})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*head, *settings, *tasks, "folders"])
+    trimmed = ["vocabulary"] if any(each.vocabulary for each in found) else []
+    writer.writerow([*head, *settings, *tasks, *trimmed, "folders"])
     for index, each in enumerate(found, 1):
         for row in each.rows:
             shared = [index, each.model, row.method, row.target, row.ratio, row.label]
@@ -151,6 +158,7 @@ def comma_separated(runs: Sequence[Run]) -> str:
             for name in tasks:
                 values = [run.tasks[name] for run in row.runs if name in run.tasks]
                 last.append(sum(values) / len(values) if values else None)
+            last += [each.vocabulary.get("rows") for _ in trimmed]
             last.append(" ".join(str(run.folder) for run in row.runs))
             for test in each.tests:
                 line = [test, each.tests[test], each.rise(row, test)]

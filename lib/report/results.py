@@ -86,6 +86,11 @@ class Run:
         return self.results.get("settings", {})
 
     @property
+    def vocabulary(self) -> dict[str, Any]:
+        """Of a model whose vocabulary was trimmed: `rows`, `rows_before`, `note` and more."""
+        return self.results.get("vocabulary") or {}
+
+    @property
     def calibration(self) -> str:
         return (self.results.get("calibration") or self._recovered_on).get("name") or NONE
 

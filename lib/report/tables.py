@@ -1,8 +1,8 @@
 """Runs put side by side where that is fair.
 
-Perplexities compare only between runs of one model on one test set, and only runs that differ in
-nothing but the seed are averaged: `tables` sorts runs by these two rules. Importing this file
-imports nothing heavy.
+Perplexities compare only between runs of one model and vocabulary on one test set, and only runs
+that differ in nothing but the seed are averaged: `tables` sorts runs by these two rules. Importing
+this file imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows that may be compared: one model, the same test sets."""
+    """Rows that may be compared: one model, one vocabulary, the same test sets."""
 
     model: str
     tests: dict[str, Any]  # name -> what identifies its windows
@@ -80,6 +80,11 @@ class Table:
     def short_model(self) -> str:
         """The model without its owner or the folders it lies in, for titles."""
         return Path(self.model).name
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What is said of it where it was trimmed; then bits per byte come first."""
+        return self.rows[0].runs[0].vocabulary
 
     @property
     def dense(self) -> Row | None:
@@ -128,22 +133,23 @@ def _identity(test: dict[str, Any]) -> Any:
 def tables(runs: Iterable[Run]) -> list[Table]:
     """Sort runs into tables that may be compared; failed runs are left out.
 
-    A run joins the first table of its model that shares a test set with it and has no other test
-    set under one of its names.
+    A run joins the first table of its model and vocabulary that shares a test set with it and has
+    no other test set under one of its names.
     """
-    groups: list[tuple[str, dict[str, Any], list[Run]]] = []
+    groups: list[tuple[tuple, dict[str, Any], list[Run]]] = []
     for run in (run for run in runs if run.error is None):
         tests = {name: _identity(test) for name, test in run.tests.items()}
-        for model, known, members in groups:
+        subject = run.model, run.vocabulary.get("rows"), run.vocabulary.get("digest")
+        for its, known, members in groups:
             shared = known.keys() & tests.keys()
             alike = all(known[name] == tests[name] for name in shared)
-            if model == run.model and alike and (shared or not tests):
+            if its == subject and alike and (shared or not tests):
                 known.update(tests)
                 members.append(run)
                 break
         else:
-            groups.append((run.model, tests, [run]))
-    return [Table(model, tests, _rows(members)) for model, tests, members in groups]
+            groups.append((subject, tests, [run]))
+    return [Table(model, tests, _rows(members)) for (model, *_), tests, members in groups]
 
 
 def _rows(runs: list[Run]) -> list[Row]:

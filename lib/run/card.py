@@ -22,8 +22,10 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
     """
     model, method = results["model"], results["method"]
     kind = results["sparsity_type"]
+    vocabulary, packed = results.get("vocabulary"), results["flags"]["replace_sparse_layers"]
+    trims = results["flags"].get("trim_vocabulary")
     if kind is None:
-        how = "its sparse linears packed"
+        how = "its sparse linears packed" if packed else "its vocabulary trimmed"
     elif kind == UNSTRUCTURED:
         how = f"pruned by {method} to {100 * results['sparsity_ratio']:g}% zeros"
     else:
@@ -31,13 +33,17 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
     recovery = results.get("recovery")
     if recovery:
         how = "a pruned model recovered" if kind is None else f"{how} and recovered"
+    if trims and "vocabulary" not in how:
+        how += ", its vocabulary trimmed"
     on_hub = is_hub_id(model)
+    sparse = bool(kind or recovery or packed)
+    first = "bits per byte | perplexity" if vocabulary else "perplexity"
     head = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=model if on_hub else None,
         language=languages_of(sources) or None,
-        tags=["pruned", "sparse", *([method] if kind else [])],
+        tags=[*(["pruned", "sparse"] if sparse else []), *([method] if kind else [])],
     )
     lines = [
         "---",
@@ -45,25 +51,57 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
         "---",
         f"# {model if on_hub else Path(model).name}, {how}",
         "",
-        "Linear layers of the decoder blocks are sparse; embeddings and the output head are dense. "
-        f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}.",
-        "",
-        "| | |",
-        "|---|---|",
-        *[f"| {name} | {value} |" for name, value in _facts(results)],
-        "",
-        "| test text | perplexity | tokens |",
-        "|---|---|---|",
-        *[
-            f"| {test['name']} | {test['perplexity']:.4f} | {test['tokens']} |"
-            for test in results["evaluation"]
-        ],
+        *(_sparse(results) if sparse else []),
+        *(_vocabulary(vocabulary) if vocabulary else []),
+        *(_told(results) if sparse else []),
+        f"| test text | {first} | tokens |",
+        "|---|---|---|---|" if vocabulary else "|---|---|---|",
+        *[_measured(test, bool(vocabulary)) for test in results["evaluation"]],
         "",
         *(_samples(results) if results.get("samples") else []),
         *(_recovery(results) if recovery else []),
-        *(_packed(results) if results["flags"]["replace_sparse_layers"] else []),
+        *(_packed(results) if packed else []),
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _sparse(results: dict[str, Any]) -> list[str]:
+    return [
+        "Linear layers of the decoder blocks are sparse; embeddings and the output head are dense. "
+        f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}.",
+        "",
+    ]
+
+
+def _vocabulary(vocabulary: dict[str, Any]) -> list[str]:
+    """What is left of the tokens, and how other texts than the chosen ones fare."""
+    sources = ", ".join(Path(source).name for source in vocabulary.get("sources", []))
+    chosen = f", those that the texts of {sources} use" if sources else ""
+    lines = [
+        f"Of {vocabulary['rows_before']} rows of its vocabulary {vocabulary['rows']} are left"
+        f"{chosen}. Other text is cut into more tokens, and reads the same.",
+        "",
+        vocabulary["note"],
+        "",
+    ]
+    tests = vocabulary.get("tests", [])
+    if tests:
+        lines += ["| test text | documents cut alike | rise in tokens |", "|---|---|---|"]
+    for test in tests:
+        alike = f"{test['alike']} of {test['documents']}"
+        lines.append(f"| {test['name']} | {alike} | {test['rise']:+.2%} |")
+    return [*lines, ""] if tests else lines
+
+
+def _measured(test: dict[str, Any], bits: bool) -> str:
+    figures = [test["bits_per_byte"]] if bits else []
+    cells = [test["name"], *(f"{value:.4f}" for value in (*figures, test["perplexity"]))]
+    return f"| {' | '.join(cells)} | {test['tokens']} |"
+
+
+def _told(results: dict[str, Any]) -> list[str]:
+    lines = [f"| {name} | {value} |" for name, value in _facts(results)]
+    return ["| | |", "|---|---|", *lines, ""]
 
 
 def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 LIBRARY = Path(__file__).parents[1]
 CODE = ("dist", "methods", "data", "model", "packed", "pruning")
-CODE += ("prune.py", "recover.py", "eval.py", "sparse.py")
+CODE += ("vocabulary.py", "prune.py", "recover.py", "eval.py", "sparse.py", "util/token_ids.py")
 TIMES = "times of the weight files"  # differ between machines that hold the same files
 
 
@@ -49,6 +49,8 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     pruning |= _of_model("--model", args.model, job.config)
     if job.teacher_config:
         pruning |= _of_model("--teacher", args.teacher, job.teacher_config)
+    if job.vocabulary:
+        pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     texts = job.texts
     pruning["windows of --calibration_data"] = (
         texts.calibration and texts.calibration["digest"][:16]

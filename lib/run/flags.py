@@ -47,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _model_flags(parser.add_argument_group("model"))
     _calibration_flags(parser.add_argument_group("calibration"))
+    _vocabulary_flags(parser.add_argument_group("vocabulary"))
     _pruning_flags(parser.add_argument_group("pruning"))
     _recovery_flags(parser.add_argument_group("recovery"))
     _evaluation_flags(parser.add_argument_group("evaluation"))
@@ -72,13 +73,13 @@ def roles() -> dict[str, tuple[str, str]]:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that change the result, as far as no other field of the results tells them.
 
-    Of the dense model only those count that it is read with.
+    Of the dense model only those count that it is read with, or trimmed.
     """
     dense = args.prune_method is None and args.recover is None
     return {
         name: getattr(args, name)
         for name, (role, group) in roles().items()
-        if role == RESULT and name not in TOLD and (group == "model" or not dense)
+        if role == RESULT and name not in TOLD and (group in ("model", "vocabulary") or not dense)
     }
 
 
@@ -173,6 +174,44 @@ def _calibration_flags(group) -> None:
         "--prune_on_c4",
         action="store_true",
         help="calibrate on English C4, short for --calibration_data c4; the test stays UberText",
+    )
+
+
+def _vocabulary_flags(group) -> None:
+    flag(
+        group,
+        RESULT,
+        "--trim_vocabulary",
+        action="store_true",
+        help="first of all drop the tokens that the train text of the sources does not use, with "
+        "their rows of the embedding and the head; proven on the test text before anything is "
+        "saved; also without --prune_method",
+    )
+    flag(
+        group,
+        INPUT,
+        "--vocabulary_data",
+        nargs="+",
+        metavar="SOURCE",
+        help="more text whose tokens stay, as for --calibration_data, without weights; of hub sets "
+        "the first 100 million characters count (default: the calibration sources alone)",
+    )
+    flag(
+        group,
+        RESULT,
+        "--vocabulary_size",
+        type=int,
+        metavar="N",
+        help="keep at most so many tokens, the most frequent ones (default: all that are used, "
+        "filled up to a multiple of 64)",
+    )
+    flag(
+        group,
+        RESULT,
+        "--vocabulary_minimum",
+        type=int,
+        metavar="COUNT",
+        help="drop also what occurs less often than this (default: 1, all that is used stays)",
     )
 
 
@@ -363,7 +402,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error(str(error))
     method, kind = args.prune_method, args.sparsity_type
     _check_recovery(parser, args)
-    if not method and not args.eval_only and not args.recover:
+    _check_vocabulary(parser, args)
+    if not (method or args.eval_only or args.recover or args.trim_vocabulary):
         parser.error(f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only")
     if method and args.eval_only:
         parser.error(f"--eval_only prunes nothing; leave out --prune_method {method}")
@@ -402,6 +442,17 @@ def _check_packing(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller packed; "
             f"give more than {FEWEST_ZEROS:g}, or leave it out"
         )
+
+
+def _check_vocabulary(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """What is said of a vocabulary that is trimmed."""
+    for flag in ("vocabulary_data", "vocabulary_size", "vocabulary_minimum"):
+        value = getattr(args, flag)
+        if value is not None and not args.trim_vocabulary:
+            told = " ".join(value) if isinstance(value, list) else value
+            parser.error(f"--{flag} {told}: is for --trim_vocabulary, which is not given")
+        if isinstance(value, int) and value < 1:
+            parser.error(f"--{flag} {value}: must be at least 1")
 
 
 def _check_allocation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -464,7 +515,7 @@ def _check_recovery(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def _check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """What is saved replaces a whole folder, in which nothing else may stand that is needed."""
     saved = args.save_model
-    if args.eval_only and not args.replace_sparse_layers:
+    if args.eval_only and not args.replace_sparse_layers and not args.trim_vocabulary:
         parser.error(f"--save_model {saved}: --eval_only changes no weight; leave it out")
     for flag in ("save", "model", "offload", "resume", "teacher"):
         value = getattr(args, flag)

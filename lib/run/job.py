@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lib.model.blocks import BlockRunner
     from lib.pruning.journal import Journal
     from lib.recover import Course
+    from lib.vocabulary import Trimmed
 
 
 class Anew:
@@ -30,6 +31,10 @@ class Anew:
     def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
         """Windows that depend on `key` alone."""
         return read()
+
+    def vocabulary(self, key: tuple, make: Callable[[], Trimmed]) -> Trimmed:
+        """The trimmed vocabulary, which depends on `key` alone."""
+        return make()
 
     def model(self, key: tuple, device: torch.device, read: Callable[[], nn.Module]) -> nn.Module:
         """The dense model, which depends on `key` alone, on `device`; it may be changed."""
@@ -58,19 +63,22 @@ class Job:
     args: argparse.Namespace
     keep: Anew
     sources: list[Source]  # to calibrate on
+    spoken: list[Source]  # whose tokens stay; none where the vocabulary stays whole
     tests: list[Source]
     device: torch.device
     team: Team
     config: Any
-    tokenizer: Any
+    tokenizer: Any  # of what is worked on: the trimmed one, once there is one
     seqlen: int
     batch_size: int
     skeleton: nn.Module  # the model without weights
     blocks_name: str
     recipe: Recipe | None
     sparsity: Sparsity
+    vocabulary: Trimmed | None = None
     course: Course | None = None  # of the recovery
     teacher_config: Any = None  # of --teacher
+    teacher_rows: Tensor | None = None  # of --teacher, where it has more tokens than the model
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
     journal: Journal | None = None  # of the process that leads, under --resume

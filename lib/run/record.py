@@ -48,11 +48,16 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
     """What stands in results.json.
 
     `found`: what pruning and evaluation gave, as `sparsity`, `evaluation` and, where there are
-    any, `allocation`, `tasks`, `recovery`, `samples` and `packed`.
+    any, `allocation`, `tasks`, `recovery`, `samples` and `packed`. Where the vocabulary was
+    trimmed, now or before, bits per byte come first.
     """
     from lib.model.pretrained import footprint
+    from lib.vocabulary import told_of
 
     args, recipe = job.args, job.recipe
+    tests = found["evaluation"]
+    vocabulary = told_of(job.vocabulary, job.config)
+    bits = {test["name"]: test["bits_per_byte"] for test in tests}
     further = {
         name: found[name] for name in ("tasks", "recovery", "samples", "packed") if found.get(name)
     }
@@ -71,9 +76,10 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
         "device": device_name(job.device),
         "bos": job.texts.bos,
         "calibration": job.texts.calibration,
-        "evaluation": found["evaluation"],
+        **({"vocabulary": vocabulary, "bits_per_byte": bits} if vocabulary else {}),
+        "evaluation": tests,
         **further,
-        "perplexity": {test["name"]: test["perplexity"] for test in found["evaluation"]},
+        "perplexity": {test["name"]: test["perplexity"] for test in tests},
         "sparsity": found["sparsity"],
         "seconds": job.seconds,
         "peak_memory": peak_memory(job.device),
@@ -137,17 +143,21 @@ def told_recovery(
 def write_log(folder: Path, results: dict[str, Any]) -> Path:
     """log_METHOD.txt: names, then one line of values, tab-separated.
 
-    `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`.
+    `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
+    vocabulary was trimmed, bits per byte stand before them, and a third line says why.
     """
-    method, perplexities = results["method"], results["perplexity"]
-    names = ["method", "actual_sparsity", "ppl_test"]
-    values = [method, f"{results['sparsity']['overall']:.4f}"]
-    values.append(f"{next(iter(perplexities.values())):.4f}")
-    if len(perplexities) > 1:
-        names += [f"ppl_{name}" for name in perplexities]
-        values += [f"{value:.4f}" for value in perplexities.values()]
+    method, vocabulary = results["method"], results.get("vocabulary")
+    names, values = ["method", "actual_sparsity"], [method]
+    values.append(f"{results['sparsity']['overall']:.4f}")
+    measures = {"bits_per_byte": results["bits_per_byte"]} if vocabulary else {}
+    for name, by_test in (measures | {"ppl": results["perplexity"]}).items():
+        figures = {"test": next(iter(by_test.values()))} | (by_test if len(by_test) > 1 else {})
+        names += [f"{name}_{test}" for test in figures]
+        values += [f"{value:.4f}" for value in figures.values()]
+    lines = ["\t".join(names), "\t".join(values)]
+    lines += [f"# {vocabulary['note']}"] if vocabulary else []
     path = folder / f"log_{method.replace(' ', '_')}.txt"
-    write_text(path, "\t".join(names) + "\n" + "\t".join(values) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 
@@ -169,6 +179,10 @@ def print_summary(results: dict[str, Any]) -> None:
         letters = getattr(sys.stdout, "encoding", None) or "utf-8"  # a model may say anything
         print(line.encode(letters, "replace").decode(letters))
     recovery = results.get("recovery")
+    if vocabulary := results.get("vocabulary"):
+        print(vocabulary["note"])
+        for name, value in results["bits_per_byte"].items():
+            print(f"bits per byte {name}: {value:.4f}")
     for name, value in results["perplexity"].items():
         if recovery:
             dense, before = recovery["dense"][name], recovery["before"][name]

@@ -56,6 +56,7 @@ class Samples:
         args = self.job.args
         key = (args.teacher or args.model, args.dtype, args.load_bit, args.cache_dir, args.device)
         key += ([ids.tolist() for _, ids in self.beginnings],)
+        key += (self.job.vocabulary and self.job.vocabulary.digest,)
 
         def generate() -> list[str]:
             with self.job.timed("samples"):

@@ -10,6 +10,7 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from lib.run.job import Anew, Job, Subject, Texts
 from lib.util.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from lib.data.sources import Source
     from lib.model.blocks import BlockRunner
@@ -33,14 +34,15 @@ LEAST_ZEROS = 0.01  # share of the blocks' weights, of a model that was pruned b
 
 
 def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
-    """Outputs, texts, device, config, tokenizer, windows: in the order of what they cost.
+    """Outputs, texts, device, config, tokenizer, vocabulary, windows: by what they cost.
 
     UserError, in one line, for what can't be done.
     """
     recipe = method_of(args)
     _check_outputs(args)
-    sources, tests = _named_sources(args)
-    read = [(one, "train") for one in sources if args.recover or (recipe and recipe.observes)]
+    sources, spoken, tests = _named_sources(args)
+    read = [(one, "train") for one in sources if _reads(args)]
+    read += [(one, "train") for one in spoken if one not in sources or not _reads(args)]
     read += [(one, "test") for one in tests]
     _check_readable([one for one in read if not one[0].hub])
     from lib.dist.team import Team, local_device
@@ -64,12 +66,14 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
     sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
     if recipe:
         check_widths(blocks, blocks_name, sparsity)
-    bos = pretrained.forced_bos(tokenizer) if args.bos == "always" else None
+    if args.bos == "always":
+        pretrained.forced_bos(tokenizer)
     _check_readable([one for one in read if one[0].hub])
     job = Job(
         args=args,
         keep=keep or Anew(),
         sources=sources,
+        spoken=spoken,
         tests=tests,
         device=device,
         team=team,
@@ -84,13 +88,62 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
     )
     if args.recover:
         _set_course(job)
+    if args.trim_vocabulary:
+        _set_vocabulary(job)
+    if args.teacher:
+        with _told_of_teacher():
+            _set_teacher(job)
+    bos = pretrained.forced_bos(job.tokenizer) if args.bos == "always" else None
     job.texts = read_texts(job, bos)
     _compare(job)
     return job
 
 
+def _reads(args: argparse.Namespace) -> bool:
+    """Whether the train text of the calibration sources is looked at."""
+    recipe = method_of(args)
+    return bool(args.recover or (recipe and recipe.observes))
+
+
+def _set_vocabulary(job: Job) -> None:
+    """Choose the tokens that stay, and go on with the smaller tokenizer, proven on every test text.
+
+    UserError where the model or its tokenizer can't be trimmed, or where a text would not read the
+    same.
+    """
+    from lib.model.rows import count_rows, tokens_of_configs
+    from lib.vocabulary import Trimmed, trim
+
+    args = job.args
+    rows = count_rows(job.skeleton, args.model)
+    known = args.model, job.config, args.cache_dir, args.trust_remote_code
+
+    def make() -> Trimmed:
+        return trim(
+            job.tokenizer,
+            args.model,
+            job.config,
+            job.spoken,
+            job.team,
+            rows=rows,
+            named=tokens_of_configs(*known),
+            size=args.vocabulary_size,
+            minimum=args.vocabulary_minimum or 1,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    key = (args.model, args.cache_dir, sorted(one.text for one in job.spoken))
+    key += (args.vocabulary_size, args.vocabulary_minimum)
+    with job.timed("vocabulary"):
+        job.vocabulary = job.keep.vocabulary(key, make)
+        job.tokenizer = job.vocabulary.tokenizer
+        lines = job.vocabulary.prove(job.tests)
+    if job.team.leads:
+        print(job.vocabulary.line(), *lines, sep="\n", flush=True)
+
+
 def _set_course(job: Job) -> None:
-    """How the recovery goes, and its teacher's config. UserError where it can't be."""
+    """How the recovery goes. UserError where it can't be."""
     from lib.model.quantised import stored_bits
     from lib.recover import Course
 
@@ -110,9 +163,6 @@ def _set_course(job: Job) -> None:
         args.recover_ce or 0.0,
         args.seed,
     )
-    if args.teacher:
-        with _told_of_teacher():
-            job.teacher_config = _matching_config(job)
 
 
 @contextmanager
@@ -121,13 +171,17 @@ def _told_of_teacher() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).replace("--model ", "--teacher ", 1)) from error
+        told = str(error)
+        if "--teacher " not in told:
+            told = told.replace("--model ", "--teacher ", 1)
+        raise UserError(told) from error
 
 
-def _matching_config(job: Job) -> Any:
-    """The teacher's; UserError where it has another vocabulary or shape than the model."""
+def _set_teacher(job: Job) -> None:
+    """Its config, and which of its tokens are the model's. UserError where it does not match."""
     from lib.model import pretrained
     from lib.model.quantised import check_format, stored_bits
+    from lib.model.rows import count_rows, keep_rows_
 
     args = job.args
     known = args.teacher, args.cache_dir, args.trust_remote_code
@@ -135,15 +189,17 @@ def _matching_config(job: Job) -> Any:
     check_format(args.teacher, config, None, True)
     if stored_bits(config):
         raise UserError(f"--teacher {args.teacher}: is quantised; name the unquantised model")
-    if pretrained.load_tokenizer(*known).get_vocab() != job.tokenizer.get_vocab():
-        raise UserError(
-            f"--teacher {args.teacher}: has another vocabulary than --model {args.model}; name the "
-            "dense model that it was made of"
-        )
-    skeleton = pretrained.skeleton(config, args.trust_remote_code)
+    skeleton = copy.deepcopy(pretrained.skeleton(config, args.trust_remote_code))
+    student = copy.deepcopy(job.skeleton)
+    if job.vocabulary:
+        keep_rows_(student, job.vocabulary.rows)
+    rows = _taught_rows(job, pretrained.load_tokenizer(*known).get_vocab(), student)
+    if rows is not None:
+        count_rows(skeleton, args.teacher)
+        keep_rows_(skeleton, rows)
     theirs, ours = (
         {name: list(one.shape) for name, one in model.named_parameters()}
-        for model in (skeleton, job.skeleton)
+        for model in (skeleton, student)
     )
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
@@ -152,7 +208,28 @@ def _matching_config(job: Job) -> Any:
                 f"--model {args.model} {ours.get(name, 'missing')}; name the dense model that it "
                 "was made of"
             )
-    return config
+    job.teacher_config, job.teacher_rows = config, rows
+
+
+def _taught_rows(job: Job, theirs: dict[str, int], student: nn.Module) -> Tensor | None:
+    """Which rows of the teacher are the model's, where the model has fewer; None: all of them.
+
+    `theirs`: the teacher's tokens; `student`: the model without weights, as it will be. UserError
+    where it has other tokens.
+    """
+    import torch
+
+    whole = job.vocabulary.before if job.vocabulary else job.tokenizer
+    if theirs == whole.get_vocab():
+        return job.vocabulary.rows if job.vocabulary else None
+    ours = sorted(job.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    rows = student.get_input_embeddings().num_embeddings
+    if all(token in theirs for token, _ in ours) and [n for _, n in ours] == list(range(rows)):
+        return torch.tensor([theirs[token] for token, _ in ours])
+    raise UserError(
+        f"--teacher {job.args.teacher}: has another vocabulary than --model {job.args.model}; name "
+        "the dense model that it was made of"
+    )
 
 
 def method_of(args: argparse.Namespace) -> Recipe | None:
@@ -175,14 +252,23 @@ def _check_outputs(args: argparse.Namespace) -> None:
         check_tasks(args.tasks)
 
 
-def _named_sources(args: argparse.Namespace) -> tuple[list[Source], list[Source]]:
-    """To calibrate on, and to measure on."""
+def _named_sources(
+    args: argparse.Namespace,
+) -> tuple[list[Source], list[Source], list[Source]]:
+    """To calibrate on, whose tokens stay where the vocabulary is trimmed, and to measure on."""
     from lib.data.sources import has_test, parse_sources
 
     names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
     sources = parse_sources(names, "--calibration_data", mixture=True)
-    with_test = [source.text for source in sources if has_test(source)]
-    return sources, parse_sources(args.eval_data or with_test or ["ubertext"], "--eval_data")
+    more = parse_sources(args.vocabulary_data or [], "--vocabulary_data")
+    read = args.calibration_data or args.prune_on_c4 or not more or _reads(args)
+    known = [source.text for source in sources] if read else []
+    spoken = (sources if read else []) + [one for one in more if one.text not in known]
+    if not args.trim_vocabulary:
+        spoken = []
+    with_test = dict.fromkeys(one.text for one in [*sources, *spoken] if has_test(one))
+    tests = args.eval_data or list(with_test) or ["ubertext"]
+    return sources, spoken, parse_sources(tests, "--eval_data")
 
 
 def _check_readable(sources: list[tuple[Source, str]]) -> None:
@@ -215,6 +301,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
     drawn = (args.calibration_data, args.prune_on_c4, args.nsamples, args.seed)
     key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
     key += (args.samples,)
+    key += (job.vocabulary.digest,) if job.vocabulary else ()
     key += (drawn, args.recover) if course else ()
     return job.keep.texts(key, read)
 
@@ -311,6 +398,7 @@ def load_teacher(job: Job, subject: Subject) -> BlockRunner:
     from lib.model import pretrained
     from lib.model.blocks import BlockRunner
     from lib.model.finite import check_finite
+    from lib.model.rows import keep_rows_
     from lib.pruning.check import measure
 
     args = job.args
@@ -332,6 +420,8 @@ def load_teacher(job: Job, subject: Subject) -> BlockRunner:
             cache_dir=args.cache_dir,
             trust_remote_code=args.trust_remote_code,
         )
+        if job.teacher_rows is not None:
+            keep_rows_(model, job.teacher_rows)
         runner = BlockRunner(model, pretrained.decoder_blocks(model)[1], job.device)
         check_finite(runner)
     return runner

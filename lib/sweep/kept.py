@@ -9,13 +9,18 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from lib.model.pretrained import fresh_copy
 from lib.run.job import Anew, Texts
+
+if TYPE_CHECKING:
+    from lib.vocabulary import Trimmed
 
 _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory starts again from now
 
@@ -31,11 +36,18 @@ class Kept(Anew):
         self.dense_key: str | None = None
         self.known: dict[str, Texts] = {}
         self.said: dict[str, list[str]] = {}
+        self.trimmed: dict[str, Trimmed] = {}
 
     def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
         if repr(key) not in self.known:
             self.known[repr(key)] = read()
         return copy.copy(self.known[repr(key)])
+
+    def vocabulary(self, key: tuple, make: Callable[[], Trimmed]) -> Trimmed:
+        if repr(key) not in self.trimmed:
+            self.trimmed[repr(key)] = make()
+        known = self.trimmed[repr(key)]
+        return replace(known, facts=dict(known.facts))
 
     def model(self, key: tuple, device: torch.device, read: Callable[[], nn.Module]) -> nn.Module:
         settings = repr((key, device))

@@ -73,6 +73,10 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
             if point.method and args.save_models:
                 argv += ["--save_model", str(folder / "model")]
             run_args = parser.parse_args([*argv, *passed_on])
+            if run_args.trim_vocabulary and not run_args.vocabulary_data:
+                # runs compare only where they have the same tokens
+                every = (source.text for several in sources for source in several)
+                run_args.vocabulary_data = list(dict.fromkeys(every))
             for flag, fits in FITS.items():
                 if not fits(point.method, point.kind):
                     setattr(run_args, flag, parser.get_default(flag))

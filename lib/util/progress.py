@@ -13,10 +13,13 @@ LOG_SECONDS = 30  # between two lines where stderr is not a terminal
 
 
 @contextmanager
-def progress(total: int, what: str, unit: str, shown: bool = True) -> Iterator[Callable[..., None]]:
+def progress(
+    total: int | None, what: str, unit: str, shown: bool = True
+) -> Iterator[Callable[..., None]]:
     """A call that is told how many more of `total` are done, shown on stderr.
 
-    It may also be given a short text to stand at the bar's end.
+    Without a `total`, where no end is known, how many are done. It may also be given a short text
+    to stand at the bar's end.
     """
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(

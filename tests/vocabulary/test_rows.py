@@ -1,0 +1,144 @@
+"""A model with fewer rows: the same logits for the tokens that stay, and every number follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from lib.model.pretrained import fresh_copy
+from lib.model.rows import TRIMMED_FROM, count_rows, keep_rows_, tokens_of_configs
+from lib.util.errors import UserError
+from lib.util.token_ids import named_ids, renumbered
+
+ROWS = torch.tensor([0, 1, 2, *range(5, 60, 3), 100, 77, 319, 317, 318])
+TIED = dict(tie_word_embeddings=True)
+# biased heads, scaled embeddings, projections after them, softcapped logits, experts, Conv1D
+NAMES = "Llama Gemma|Gemma 2|Phi|GPT-J|GPT-2|OPT|MPT|BLOOM|Cohere|Granite|Mixtral|DeepSeek-V3"
+NAMES = NAMES.replace("Llama Gemma", "Llama|Gemma") + "|Gemma 3 multimodal|Falcon|Mamba"
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("name", NAMES.split("|"))
+def test_same_logits_here_and_loaded_again(name: str, tmp_path: Path) -> None:
+    model = tiny.ALL[name]()
+    ids = torch.randint(len(ROWS), (2, 24), generator=torch.Generator().manual_seed(0))
+    assert count_rows(model, "m") == tiny.VOCAB
+    before, tied = logits(model, ROWS[ids])[..., ROWS], is_tied(model)
+    keep_rows_(model, ROWS)
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-5, atol=1e-5)
+    assert is_tied(model) == tied
+    assert model.config.get_text_config(decoder=True).vocab_size == len(ROWS)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, ids), before, rtol=1e-5, atol=1e-5)
+    assert is_tied(again) == tied and count_rows(again, "m") == len(ROWS)
+
+
+def test_tied_untied_and_a_copy_that_shares() -> None:
+    for options in (TIED, {}):
+        dense = tiny.tiny_llama(**options)
+        whole = dense.get_input_embeddings().weight.clone()
+        copy = fresh_copy(dense)
+        keep_rows_(copy, ROWS)
+        assert is_tied(copy) == bool(options)
+        assert torch.equal(copy.get_input_embeddings().weight, whole[ROWS])
+        assert (
+            dense.config.vocab_size == tiny.VOCAB
+            and len(dense.get_output_embeddings().weight) == 320
+        )
+        assert torch.equal(dense.get_input_embeddings().weight, whole)
+        keep_rows_(copy, torch.arange(9))
+        assert getattr(copy.config, TRIMMED_FROM) == tiny.VOCAB  # what it was at first
+
+
+def test_every_number_follows(tmp_path: Path) -> None:
+    model = tiny.gemma3_multimodal()
+    model.config.text_config.eos_token_id = [1, 8]
+    model.generation_config = GenerationConfig(
+        bos_token_id=0, eos_token_id=[1, 11], pad_token_id=2, suppress_tokens=[14, 17]
+    )
+    model.generation_config.bad_words_ids = [[20, 23], [26]]
+    model.generation_config.forced_bos_token_id = 29
+    model.save_pretrained(tmp_path)
+    named = tokens_of_configs(str(tmp_path), model.config, "none", False)
+    assert named >= {0, 1, 2, 8, 11, 14, 17, 20, 23, 26, 29, 317, 318, 319}
+    keep_rows_(model, ROWS)
+    rows = ROWS.tolist()
+    config, generation = model.config, model.generation_config
+    assert config.image_token_id == rows.index(319) == len(rows) - 3
+    assert config.boi_token_index == rows.index(318)
+    assert config.text_config.eos_token_id == [1, rows.index(8)]
+    assert generation.eos_token_id == [1, rows.index(11)]
+    assert generation.suppress_tokens == [rows.index(14), rows.index(17)]
+    assert generation.bad_words_ids == [[rows.index(20), rows.index(23)], [rows.index(26)]]
+    assert generation.forced_bos_token_id == rows.index(29)
+    llama = tiny.tiny_llama()
+    assert llama.get_input_embeddings().padding_idx == 2
+    keep_rows_(llama, torch.tensor([0, 1, 7, 2]))
+    assert llama.get_input_embeddings().padding_idx == llama.config.pad_token_id == 3
+
+
+def test_fields_that_name_tokens() -> None:
+    fields = {
+        "eos_token_id": [3, 4],
+        "pad_token_id": -1,
+        "bos_token_id": None,
+        "image_token_index": 5,
+        "begin_suppress_tokens": [6],
+        "forced_decoder_ids": [[1, 7], [2, None]],
+        "sequence_bias": [[[8, 9], 0.5]],
+        "text_config": {"video_token_id": 10, "num_hidden_layers": 11},
+        "max_new_tokens": 12,
+        "mm_tokens_per_image": 13,
+        "vocab_size": 14,
+        "use_token_ids": True,
+        "tokenizer_class": "x",
+    }
+    assert named_ids(fields) == set(range(3, 11))
+    moved = renumbered(fields, lambda number: number + 100)
+    assert moved["eos_token_id"] == [103, 104] and moved["pad_token_id"] == -1
+    assert moved["forced_decoder_ids"] == [[1, 107], [2, None]]
+    assert moved["sequence_bias"] == [[[108, 109], 0.5]]
+    assert moved["text_config"] == {"video_token_id": 110, "num_hidden_layers": 11}
+    unmoved = {k: v for k, v in fields.items() if not named_ids({k: v})}
+    assert unmoved.items() <= moved.items() and len(unmoved) == 7
+
+
+def test_refused() -> None:
+    with torch.device("meta"):
+        per_layer = tiny.REFUSED["Gemma 3n"]
+    with pytest.raises(UserError, match="has a tensor .*embed_tokens_per_layer.weight"):
+        count_rows(per_layer(), "m")
+    with pytest.raises(UserError, match=r"embed_tokens_per_layer.weight \[256, "):
+        count_rows(per_layer(vocab_size_per_layer_input=256), "m")
+    model = tiny.tiny_llama()
+    model.model.layers[0].mlp.register_buffer("bias_of_tokens", torch.zeros(tiny.VOCAB))
+    with pytest.raises(UserError, match="a tensor model.layers.0.mlp.bias_of_tokens"):
+        count_rows(model, "m")
+    shared = tiny.tiny_llama()
+    shared.model.layers[1].own = torch.nn.Embedding(4, 4)
+    shared.model.layers[1].own.weight = shared.model.embed_tokens.weight
+    with pytest.raises(UserError, match="layers.1.own.weight"):
+        count_rows(shared, "m")
+    longer = tiny.tiny_llama()
+    longer.lm_head = torch.nn.Linear(32, 384, bias=False)
+    with pytest.raises(UserError, match="320 rows in its embedding, 384 in its head"):
+        count_rows(longer, "m")
+    packed = tiny.tiny_llama()
+    packed.model.embed_tokens.weight = torch.nn.Parameter(
+        torch.zeros(320, 32, dtype=torch.uint8), requires_grad=False
+    )
+    with pytest.raises(UserError, match="quantised to torch.uint8"):
+        keep_rows_(packed, ROWS)

@@ -1,0 +1,229 @@
+"""Fewer tokens: which stay, that texts of them are cut as before, and that all texts read alike."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import kinds
+import pytest
+import tiny
+import torch
+from kinds import EN, KINDS, UK
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
+
+from lib.data.counts import UNSEEN, compared_texts, count_tokens, plain
+from lib.data.sources import parse_sources
+from lib.data.tokenizer import Pieces
+from lib.dist.team import Team
+from lib.util.errors import UserError
+from lib.vocabulary import Trimmed, choose, trim
+
+ALONE = Team(torch.device("cpu"), alone=True)
+UNHEARD = [
+    "📐 emoji 🏳️‍🌈",
+    "漢字かな交じり文",
+    "žluťoučký kůň",
+    "x" * 70,
+    "  a\t\n\n b",
+    "",
+    "ꙮ",
+    "2026!",
+]
+
+
+@pytest.fixture(scope="module")
+def uk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts") / "uk"
+    return tiny.write_texts(folder, train=kinds.texts(UK, 40, 1), test=kinds.texts(UK, 9, 2))
+
+
+def trimmed(tokenizer: PreTrainedTokenizerFast, folder: Path, **options) -> Trimmed:
+    sources = parse_sources([str(folder)], "--vocabulary_data")
+    options = {"rows": max(tokenizer.get_vocab().values()) + 1, "named": set()} | options
+    return trim(tokenizer, "m", PretrainedConfig(), sources, ALONE, **options)
+
+
+def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
+    return plain(tokenizer).encode(text, add_special_tokens=False).tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_kept_tokens_are_cut_as_before_and_all_texts_read_alike(
+    kind: str, uk: Path, tmp_path: Path
+) -> None:
+    before = KINDS[kind]()
+    found = trimmed(before, uk)
+    after = found.tokenizer
+    assert len(after) < len(before) and len(found.rows) % 64 == 0
+    kept = set(after.get_vocab())
+    alike = 0
+    mixed = kinds.texts([*UK, *UK, "river", "ґ"], 60, 3)
+    for text in [*kinds.texts(UK, 60, 1), *kinds.texts(UK, 60, 4), *mixed, *kinds.texts(EN, 60)]:
+        old, new = cut(before, text), cut(after, text)
+        if kept.issuperset(old):
+            assert new == old
+            alike += 1
+    assert alike >= 80
+    for text in [*mixed, *kinds.texts(EN, 9), *UNHEARD, *UNSEEN]:
+        one, other = before(text).input_ids, after(text).input_ids
+        for skip in (False, True):
+            read = (
+                t.decode(i, skip_special_tokens=skip) for t, i in ((before, one), (after, other))
+            )
+            assert len(set(read)) == 1
+    after.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == after.get_vocab()
+    for text in [*mixed, *UNHEARD]:
+        assert again(text).input_ids == after(text).input_ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_follow(kind: str, uk: Path) -> None:
+    before = KINDS[kind]()
+    found = trimmed(before, uk)
+    after, rows = found.tokenizer, found.rows.tolist()
+    assert sorted(after.get_vocab().values()) == list(range(len(rows)))
+    for token, number in after.get_vocab().items():
+        assert before.convert_tokens_to_ids(token) == rows[number]
+    for name in ("bos", "eos", "pad", "unk"):
+        assert getattr(after, f"{name}_token") == getattr(before, f"{name}_token")
+        new, old = (getattr(one, f"{name}_token_id") for one in (after, before))
+        assert rows[new] == old
+    assert after("тихо").input_ids[0] == after.bos_token_id
+    assert after.convert_tokens_to_ids(kinds.USER) != after.unk_token_id
+    talk = [{"role": "user", "content": "тихо"}]
+    one, other = (t.apply_chat_template(talk)["input_ids"] for t in (before, after))
+    assert [rows[number] for number in other] == one  # "Q", which no text has, is a token still
+
+
+def test_parts_are_what_merges_go_through() -> None:
+    for make in (kinds.byte_level, kinds.byte_fallback):
+        tokenizer = make()
+        pieces = Pieces(tokenizer, "m")
+        ranks = {tuple(merge): n for n, merge in enumerate(pieces.data["model"]["merges"])}
+        for token, number in pieces.ids.items():
+            if token[0] == "<" or token in tokenizer.all_special_tokens:
+                continue
+            letters, seen = list(token), set(token) | {token}
+            while any(pair in ranks for pair in pairwise(letters)):
+                best = min((pair for pair in pairwise(letters) if pair in ranks), key=ranks.get)
+                place = list(pairwise(letters)).index(best)
+                letters[place : place + 2] = ["".join(best)]
+                seen.add(letters[place])
+            if len(letters) == 1:
+                assert pieces.parts(number) == {pieces.ids[part] for part in seen}
+            else:
+                assert pieces.parts(number) == {number}
+
+
+def test_every_token_used_stays_with_its_parts_and_the_rest_by_count(uk: Path) -> None:
+    tokenizer = kinds.byte_level(800)
+    pieces = Pieces(tokenizer, "m")
+    counts = count_tokens(parse_sources([str(uk)], "--vocabulary_data"), tokenizer).counts
+    needed = pieces.indispensable()
+    everything = choose(pieces, counts, needed)
+    used = set(counts.nonzero().flatten().tolist())
+    assert used <= everything and len(everything) % 64 == 0
+    assert all(pieces.parts(number) <= everything for number in everything)
+    often = choose(pieces, counts, needed, minimum=20)
+    assert {n for n in used if counts[n] >= 20} <= often and len(often) < len(everything)
+    for size in (300, 400):
+        capped = choose(pieces, counts, needed, size=size)
+        assert needed <= capped and len(capped) <= size < len(everything)
+    first = sorted(used, key=lambda n: -counts[n])[:9]
+    assert set(first) <= capped
+
+
+def test_long_texts_are_counted_in_parts_and_processes_share(uk: Path, monkeypatch) -> None:
+    tokenizer, sources = kinds.byte_level(), parse_sources([str(uk)], "--vocabulary_data")
+    whole = count_tokens(sources, tokenizer)
+    alone = sum(
+        torch.bincount(
+            torch.tensor(tokenizer(text, add_special_tokens=False).input_ids),
+            minlength=len(whole.counts),
+        )
+        for text in kinds.texts(UK, 40, 1)
+    )
+    assert torch.equal(whole.counts, alone)
+    shares = [count_tokens(sources, tokenizer, rank, 3) for rank in range(3)]
+    assert torch.equal(sum(one.counts for one in shares), whole.counts)
+    assert {(one.documents, one.characters) for one in shares} == {(40, whole.characters)}
+    monkeypatch.setattr("lib.data.counts.LONGEST", 50)
+    monkeypatch.setattr("lib.data.counts.BATCH_CHARACTERS", 90)
+    assert torch.equal(count_tokens(sources, tokenizer).counts, whole.counts)
+
+
+def test_what_configs_name_stays_even_past_the_tokenizer(uk: Path) -> None:
+    tokenizer = kinds.byte_level()
+    river = tokenizer.convert_tokens_to_ids("Ġriver")
+    last = max(tokenizer.get_vocab().values())
+    found = trimmed(tokenizer, uk, rows=last + 99, named={river, last + 7, 10**6})
+    rows = found.rows.tolist()
+    assert river in rows and rows[-1] == last + 7 and len(rows) % 64 == 0
+    assert len(found.tokenizer) == len(rows) - 1
+    everything = trimmed(kinds.byte_level(300), uk, rows=330)  # nothing to drop but padding
+    assert len(everything.rows) == 320 and everything.rows.tolist() == list(range(320))
+
+
+def test_what_the_post_processor_and_padding_name_stays(uk: Path) -> None:
+    tokenizer = kinds.byte_level()
+    backend = tokenizer.backend_tokenizer
+    cls, sep = ((token, backend.token_to_id(token)) for token in ("Ġriver", "Ġunder"))
+    backend.post_processor = processors.Sequence([processors.BertProcessing(sep, cls)])
+    backend.enable_padding(pad_id=backend.token_to_id("Ġtown"), pad_token="Ġtown")
+    found = trimmed(tokenizer, uk)
+    padding = found.tokenizer.backend_tokenizer.padding  # a call ends it
+    assert found.rows[padding["pad_id"]] == backend.token_to_id("Ġtown")
+    ids = found.tokenizer("тихо").input_ids
+    assert [found.rows[ids[place]].item() for place in (0, -1)] == [cls[1], sep[1]]
+
+
+def test_proof(uk: Path) -> None:
+    before = kinds.byte_level()
+    found = trimmed(before, uk)
+    (line,) = found.prove(parse_sources([str(uk)], "--eval_data"))
+    assert "all 9 test documents read the same" in line
+    (told,) = found.facts["tests"]
+    assert (
+        told["documents"] == 9
+        and 0 < told["alike"] <= 9
+        and told["tokens"] >= told["tokens_before"]
+    )
+    lossy = kinds.byte_level(300)
+    seen = compared_texts(["тихо river", "漢"], before, lossy, torch.arange(400))
+    assert seen.damaged is None and seen.alike < 2
+    backend = Tokenizer(models.BPE({"т": 0, "<unk>": 1}, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    deaf = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert compared_texts(["тихо", "漢"], before, deaf, torch.arange(2)).damaged == 1
+    found.tokenizer = deaf
+    with pytest.raises(UserError, match="which no text had, does not read the same"):
+        found.prove([])
+
+
+def test_refused() -> None:
+    word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece({"a": 0})))
+    with pytest.raises(UserError, match="of the kind WordPiece"):
+        Pieces(word, "--model m")
+    level = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    with pytest.raises(UserError, match="of the kind WordLevel"):
+        Pieces(level, "--model m")
+    ends = Tokenizer(models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
+    with pytest.raises(UserError, match="BPE with end_of_word_suffix"):
+        Pieces(PreTrainedTokenizerFast(tokenizer_object=ends), "--model m")
+
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match=r"a slow one \(Slow, without"):
+        Pieces(Slow(), "--model m")
+
+
+def test_a_size_that_bytes_and_special_tokens_do_not_fit(uk: Path) -> None:
+    with pytest.raises(UserError, match=r"--vocabulary_size 200: bytes, .* take \d+; give at"):
+        trimmed(kinds.byte_level(), uk, size=200)
+    with pytest.raises(UserError, match="its embedding 99 rows"):
+        trimmed(kinds.byte_level(), uk, rows=99)

@@ -1,0 +1,344 @@
+"""`--trim_vocabulary` as a user gives it: alone, composed with all else, interrupted, refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import kinds
+import processes
+import pytest
+import tiny
+import torch
+from kinds import EN, UK
+from support import QUICK, ROOT, Done, call, results, start, weights
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import lib.data.tokenizer
+import lib.model.pretrained
+from lib.report.report import comma_separated, table
+from lib.report.results import load_runs
+from lib.sweep import sweep
+
+pytestmark = pytest.mark.usefixtures("at_place")
+ROWS = 640  # more than the tokenizer has
+BASE = ["--model", "model", *QUICK]
+TRIM = [*BASE, "--trim_vocabulary"]
+PRUNE = ["--calibration_data", "uk", "--prune_method", "wanda", "--sparsity_type", "2:4"]
+RECOVER = ["--recover", 20 * 256, "--recover_rate", "0.01"]
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    numbers = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3, vocab_size=ROWS)
+    model = tiny.tiny_llama(tie_word_embeddings=True, **numbers).bfloat16()
+    tiny.write_model(folder / "model", model, kinds.byte_level(regex=False, whole=True))
+    tiny.write_texts(folder / "uk", train=kinds.texts(UK, 60, 1), test=kinds.texts(UK, 9, 2))
+    tiny.write_texts(folder / "en", train=kinds.texts(EN, 60, 1), test=kinds.texts(EN, 9, 2))
+    shutil.copytree(folder / "uk", folder / "untaught")
+    (folder / "untaught/train.jsonl").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
+    """The vocabulary alone, by its name in launch.sh, and the run's folder."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(place)
+        argv = [*TRIM, "--vocabulary_data", "uk", "--save_model", folder / "model"]
+        found = call(*argv, "--save", folder / "out")
+    assert found.status == 0, found.err
+    return found, folder
+
+
+def test_what_is_said_and_left(alone: tuple[Done, Path]) -> None:
+    said, folder = alone
+    found = results(folder / "out")
+    its = found["vocabulary"]
+    assert its["rows"] % 64 == 0 and its["rows"] < its["rows_before"] == ROWS
+    assert its["used"] <= its["tokens"] == its["rows"] and its["bytes_dropped"] > 0
+    (test,) = its["tests"]
+    assert test["documents"] == 9 and test["alike"] > 4 and test["rise"] < 0.05
+    assert its["logits_differ"] < 1e-5
+    lines = said.out.splitlines()
+    assert f"vocabulary: {its['rows']} of {ROWS} rows stay" in said.out
+    assert "uk: all 9 test documents read the same" in said.out
+    place_of = [
+        next(i for i, line in enumerate(lines) if line.startswith(word))
+        for word in ("The vocabulary was trimmed", "bits per byte uk: ", "perplexity uk: ")
+    ]
+    assert place_of == sorted(place_of)
+    names = list(found)
+    assert names.index("bits_per_byte") < names.index("perplexity")
+    head, values, why = (folder / "out/log_dense.txt").read_text("utf-8").splitlines()
+    assert head.split("\t")[2:] == ["bits_per_byte_test", "ppl_test"]
+    assert values.split("\t")[2] == f"{found['bits_per_byte']['uk']:.4f}" and "trimmed" in why
+    card = (folder / "model/README.md").read_text("utf-8")
+    assert "its vocabulary trimmed" in card and "sparse" not in card
+    assert "| test text | bits per byte | perplexity | tokens |" in card and its["note"] in card
+    assert f"| uk | {test['alike']} of 9 |" in card
+
+
+def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
+    _, folder = alone
+    models = [
+        AutoModelForCausalLM.from_pretrained(f).eval() for f in (place / "model", folder / "model")
+    ]
+    tokenizers = [AutoTokenizer.from_pretrained(f) for f in (place / "model", folder / "model")]
+    assert models[1].get_input_embeddings().weight is models[1].lm_head.weight
+    for text in kinds.texts(UK, 20, 1):
+        old, new = (t(text, return_tensors="pt").input_ids for t in tokenizers)
+        assert old.shape == new.shape
+        with torch.no_grad():
+            one, other = (
+                m(ids).logits.log_softmax(-1) for m, ids in zip(models, (old, new), strict=True)
+            )
+        picks = one.gather(-1, old[..., None]), other.gather(-1, new[..., None])
+        assert torch.all(picks[1] >= picks[0] - 1e-2)  # fewer share the probability
+    for name in ("bos", "eos", "pad"):
+        new = getattr(tokenizers[1], f"{name}_token_id")
+        assert getattr(models[1].config, f"{name}_token_id") == new
+        assert getattr(models[1].generation_config, f"{name}_token_id") == new
+    again = call("--model", folder / "model", *QUICK, "--eval_only", "--eval_data", "uk")
+    assert again.status == 0 and "bits per byte uk: " in again.out  # its config remembers
+    first, second = results(folder / "out"), results()
+    assert second["perplexity"]["uk"] == pytest.approx(first["perplexity"]["uk"], rel=1e-6)
+    assert second["vocabulary"]["rows_before"] == ROWS
+
+
+def test_by_its_name(place: Path, tmp_path: Path) -> None:
+    shell = [
+        "-c",
+        "import os, sys; os.execvp('bash', sys.argv[1:])",
+        "bash",
+        str(ROOT / "launch.sh"),
+    ]
+    process = start(
+        [
+            *shell,
+            "vocabulary",
+            str(place / "model"),
+            "OUT",
+            "--data",
+            str(place / "uk"),
+            str(place / "en"),
+            *QUICK,
+        ],
+        tmp_path,
+    )
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "uk: all 9 test" in out and "en: all 9 test" in out
+    assert (tmp_path / "OUT/tokenizer.json").exists()
+    assert results(tmp_path / "out/vocabulary")["vocabulary"]["sources"] == [
+        str(place / "uk"),
+        str(place / "en"),
+    ]
+
+
+def test_trimmed_first_then_all_as_on_a_model_trimmed_before(
+    alone: tuple[Done, Path], tmp_path: Path
+) -> None:
+    _, folder = alone
+    rest = [*PRUNE, *RECOVER, "--replace_sparse_layers"]
+    one = call(*TRIM, *rest, "--save", tmp_path / "one", "--save_model", tmp_path / "first")
+    assert one.status == 0, one.err
+    argv = ["--model", folder / "model", *QUICK, *rest]
+    two = call(*argv, "--save", tmp_path / "two", "--save_model", tmp_path / "second")
+    assert two.status == 0, two.err
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+    found = results(tmp_path / "one")
+    assert found["recovery"]["dense"]["uk"] < found["recovery"]["before"]["uk"]
+    assert len(before[EMBEDDING]) == found["vocabulary"]["rows"]
+    card = (tmp_path / "first/README.md").read_text("utf-8")
+    assert "wanda to 2:4 and recovered, its vocabulary trimmed" in card
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert any("SparseLinear" in type(module).__name__ for module in model.modules())
+
+
+def test_with_blocks_on_disk(tmp_path: Path) -> None:
+    argv = [*TRIM, *PRUNE, "--save", tmp_path / "out"]
+    assert call(*argv, "--save_model", tmp_path / "one").status == 0
+    found = call(*argv, "--save_model", tmp_path / "two", "--offload", tmp_path / "away")
+    assert found.status == 0, found.err
+    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_quantised_on_loading(tmp_path: Path) -> None:
+    argv = [*TRIM, *PRUNE, "--load_bit", "8", "--save", tmp_path / "out"]
+    found = call(*argv, "--save_model", tmp_path / "model")
+    assert found.status == 0, found.err
+    rows = results(tmp_path / "out")["vocabulary"]["rows"]
+    assert len(weights(tmp_path / "model")[EMBEDDING]) == rows
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_interrupted_and_the_same_bytes(place: Path, tmp_path: Path) -> None:
+    argv = [*TRIM, *PRUNE, "--save", tmp_path / "out", "--save_model", tmp_path / "model"]
+    kept = ["--resume", tmp_path / "kept"]
+    assert processes.run([*argv, *kept], place, "1:SIGKILL").status == -signal.SIGKILL
+    other = call(*argv, *kept, "--vocabulary_minimum", "9")
+    assert other.status == 1 and "begun with --vocabulary_minimum None" in other.complaints[0]
+    more = call(*argv, *kept, "--vocabulary_data", "en")
+    assert more.status == 1 and "tokens of --trim_vocabulary" in more.complaints[0]
+    assert call(*argv, *kept).status == 0
+    first = (tmp_path / "model/model.safetensors").read_bytes()
+    assert call(*argv, "--save_model", tmp_path / "whole").status == 0
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == first
+
+
+def test_two_processes_choose_the_same(
+    alone: tuple[Done, Path], place: Path, tmp_path: Path
+) -> None:
+    _, folder = alone
+    argv = [*TRIM, "--vocabulary_data", "uk", "--save", tmp_path / "out"]
+    argv += ["--save_model", tmp_path / "model"]
+    first, second = processes.ended(processes.together(2, [argv], place))
+    assert (first.status, second.status) == (0, 0), first.err + second.err
+    for file in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (tmp_path / "model" / file).read_bytes() == (folder / "model" / file).read_bytes()
+    one, two = (results(where / "out")["vocabulary"] for where in (folder, tmp_path))
+    assert one["digest"] == two["digest"] and one["counted"] == two["counted"]
+
+
+def test_a_teacher_with_more_tokens(alone: tuple[Done, Path], tmp_path: Path) -> None:
+    _, folder = alone
+    prune = ["--model", folder / "model", *QUICK, *PRUNE, "--save_model", tmp_path / "pruned"]
+    assert call(*prune, "--save", tmp_path / "out").status == 0
+    argv = ["--model", tmp_path / "pruned", *QUICK, "--calibration_data", "uk", *RECOVER]
+    losses = []
+    for teacher in ("model", folder / "model"):  # the whole one, and the same trimmed
+        found = call(*argv, "--teacher", teacher, "--save", tmp_path / "out")
+        assert found.status == 0, found.err
+        losses.append([one["loss"] for one in results(tmp_path / "out")["recovery"]["curve"]])
+    assert losses[0] == losses[1]
+    both = call(*argv, "--trim_vocabulary", "--vocabulary_minimum", 30, "--teacher", "model")
+    assert both.status == 0, both.err  # trimmed once more, further
+    its = results()["vocabulary"]
+    assert its["rows"] < its["rows_before"] == results(folder / "out")["vocabulary"]["rows"]
+
+
+def test_a_sweep_has_one_vocabulary_and_reports_bits_first(tmp_path: Path) -> None:
+    argv = ["--models", "model", "--methods", "magnitude", "wanda", "--calibration", "uk", "en"]
+    argv += [
+        "--types",
+        "unstructured",
+        "--ratios",
+        "0.5",
+        "--out",
+        str(tmp_path / "runs"),
+        "--",
+        *QUICK,
+        "--trim_vocabulary",
+    ]
+    sweep.main(argv)
+    runs = load_runs([tmp_path / "runs"])
+    assert len({run.vocabulary["digest"] for run in runs}) == 1 and len(runs) == 4
+    assert (
+        call(*BASE, "--eval_only", "--eval_data", "uk", "en", "--save", tmp_path / "whole").status
+        == 0
+    )
+    text = table([*runs, *load_runs([tmp_path / "whole"])])
+    assert "2 tables, not to be compared" in text and text.count("different models or vocab") == 1
+    first, second = text.split("### ")[1:]
+    assert f"of {ROWS} rows of its vocabulary" in first and runs[0].vocabulary["note"] in first
+    assert first.index("uk bits/byte") < first.index("uk perplexity")
+    assert second.index("uk perplexity") < second.index("uk bits/byte")
+    assert comma_separated(runs).splitlines()[0].endswith("vocabulary,folders")
+
+
+BAD = {
+    "no train text": (["--vocabulary_data", "untaught"], 1, "--vocabulary_data untaught: no train"),
+    "calibration without": (
+        ["--calibration_data", "untaught"],
+        1,
+        "--calibration_data untaught: no train",
+    ),
+    "small": (["--vocabulary_size", "99"], 1, "--vocabulary_size 99: bytes, special tokens and"),
+    "zero": (["--vocabulary_size", "0"], 2, "--vocabulary_size 0: must be at least 1"),
+    "minimum": (["--vocabulary_minimum", "-1"], 2, "--vocabulary_minimum -1: must be at least 1"),
+    "weight": (["--vocabulary_data", "uk=0.5"], 1, "--vocabulary_data uk: takes no weight"),
+    "teacherless": (["--model", "slow"], 1, "is a slow one (Slowly, without a tokenizer.json)"),
+    "words": (["--model", "words"], 1, "the tokenizer of --model words is of the kind WordLevel"),
+    "few rows": (["--model", "few"], 1, "has tokens up to number 520, its embedding 512 rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lib.model.pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    argv, status, words = BAD[case]
+    if "slow" in argv:
+        shutil.copytree(place / "model", place / "slow", dirs_exist_ok=True)
+        own = lib.model.pretrained.load_tokenizer
+        slow = type("Slowly", (), {"is_fast": False, "__call__": None})
+        monkeypatch.setattr(
+            lib.model.pretrained, "load_tokenizer", lambda *known: own(*known) and slow()
+        )
+    if "words" in argv:
+        words_only = Tokenizer(models.WordLevel({"a": 0, "text": 1, "?": 2}, unk_token="?"))
+        tiny.write_model("words", tokenizer=PreTrainedTokenizerFast(tokenizer_object=words_only))
+    if "few" in argv:
+        few = tiny.tiny_llama(vocab_size=512)
+        tiny.write_model("few", few, kinds.byte_level(regex=False))
+    data = [] if "--calibration_data" in argv else ["--vocabulary_data", "uk"]
+    found = call(*TRIM, *data, *argv)
+    assert found.status == status, found
+    (line,) = found.complaints
+    assert words in line
+
+
+def test_flags_that_need_it() -> None:
+    for flag in (
+        ["--vocabulary_data", "uk"],
+        ["--vocabulary_size", 9],
+        ["--vocabulary_minimum", 2],
+    ):
+        found = call(*BASE, "--eval_only", *flag)
+        assert found.status == 2 and "is for --trim_vocabulary" in found.complaints[0]
+
+
+def test_a_text_that_reads_otherwise_stops_the_run(tmp_path: Path, monkeypatch) -> None:
+    own = lib.data.tokenizer.Pieces.smaller
+
+    def broken(self, kept):
+        data = own(self, kept)
+        data["decoder"] = None
+        return data
+
+    monkeypatch.setattr(lib.data.tokenizer.Pieces, "smaller", broken)
+    monkeypatch.setattr(lib.model.pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    found = call(*TRIM, "--vocabulary_data", "uk", "--save_model", tmp_path / "model")
+    assert found.status == 1 and "does not read the same with the trimmed" in found.complaints[0]
+    assert not (tmp_path / "model").exists()
+
+
+def test_logits_that_differ_stop_the_run(tmp_path: Path, monkeypatch) -> None:
+    own = lib.vocabulary.keep_rows_
+    monkeypatch.setattr("lib.vocabulary.keep_rows_", lambda model, rows: own(model, rows.flip(0)))
+    found = call(*TRIM, "--vocabulary_data", "uk", "--save_model", tmp_path / "model")
+    assert (
+        found.status == 1 and "logits of the whole and of the trimmed model" in found.complaints[0]
+    )
+    assert not (tmp_path / "model").exists()
+
+
+def test_nothing_to_trim_and_settings(tmp_path: Path) -> None:
+    argv = [*TRIM, "--vocabulary_data", "uk", "en", "--eval_only", "--vocabulary_size", 9999]
+    assert call(*argv, "--save", tmp_path / "out").status == 0
+    found = results(tmp_path / "out")
+    assert found["vocabulary"]["rows"] == 576 - 576 % 64  # padding up to the next multiple goes too
+    assert found["settings"]["trim_vocabulary"] and found["settings"]["vocabulary_size"] == 9999
+    assert json.dumps(found["fingerprint"]).count(found["vocabulary"]["digest"]) == 1
