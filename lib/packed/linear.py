@@ -3,7 +3,8 @@
 On a CPU every product goes through the kernels of lib/packed/kernels.py, if there is a compiler to
 build them. On CUDA a 2:4 weight, of a shape and dtype that torch's kernels take, is replaced by
 torch's sparse tensor at the first forward and packed again whenever the linear is moved or saved.
-Anything else unpacks the one weight it needs at every forward, and multiplies.
+Anything else on CUDA multiplies a few tokens by the kernel of lib/packed/bitmask_kernel.py, where
+lib/packed/admission.py finds it faster, or unpacks the one weight it needs at every forward.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lib.packed import cuda
+from lib.packed.admission import few_tokens
 from lib.packed.layout import (
     Packed,
     check_packed,
@@ -42,7 +44,9 @@ def packed_linear(x: Tensor, packed: Packed, offsets: Tensor, bias: Tensor | Non
         from lib.packed import kernels
 
         return kernels.linear(x, packed.mask, packed.weight, offsets, packed.scale, bias)
-    # the place for a kernel for a few tokens on CUDA
+    multiply = few_tokens(x, packed, offsets)
+    if multiply is not None:
+        return multiply(x, packed, offsets, bias)
     return unpacked_linear(x, packed, offsets, bias)
 
 
