@@ -685,6 +685,18 @@ void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path pat
   });
 }
 
+// A tensor (count,) of any content. The calling thread keeps its memory: fresh pages cost as much
+// as unpacking into them.
+at::Tensor scratch(int64_t count, const at::TensorOptions& options) {
+  static thread_local at::Tensor& kept = *new at::Tensor();  // not freed after what frees it
+  const int64_t bytes = count * static_cast<int64_t>(options.dtype().itemsize());
+  if (!kept.defined() || kept.numel() < bytes) {
+    kept = at::Tensor();
+    kept = at::empty({bytes}, options.dtype(at::kByte));
+  }
+  return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype()));
+}
+
 // Up to so many tokens passes of FEW at a time are faster than unpacking.
 template <class T>
 constexpr int64_t SEVERAL = sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
@@ -695,7 +707,7 @@ void many_tokens(
     const Weight<V>& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
   const int64_t bytes = std::max<int64_t>(1, w.in * static_cast<int64_t>(sizeof(T)));
   const int64_t tile = std::min(w.out, std::max<int64_t>(64, TILE / bytes / 64 * 64));
-  const at::Tensor rows = at::empty({tile, w.in}, x.options());
+  const at::Tensor rows = scratch(tile * w.in, x.options()).view({tile, w.in});
   for (int64_t from = 0; from < w.out; from += tile) {
     const int64_t count = std::min(tile, w.out - from);
     const at::Tensor its = rows.narrow(0, 0, count);
