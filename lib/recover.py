@@ -89,6 +89,20 @@ def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
     return RATE * (squares / max(count, 1)) ** 0.5 / (width**0.5 * blocks)
 
 
+@contextmanager
+def same_every_time(device: torch.device) -> Iterator[None]:
+    """Inside, a GPU adds up gradients in one order, so that a seed gives the same weights; where an
+    operation has no such way torch warns, and goes on."""
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
+
+
 class Whole:
     """A parameter of which every weight that is not zero is trained."""
 
@@ -273,7 +287,7 @@ class Recoverer:
             self._note(0, None)
         advanced(self.step * tokens)
         kept = time.monotonic()
-        with self._gradients():
+        with self._gradients(), same_every_time(self.runner.device):
             for step in range(self.step, steps):
                 loss = self._step(step)
                 self.losses.append(loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def pick_device(name: str) -> torch.device:
 def make_current(device: torch.device) -> None:
     """Whatever of CUDA names no device, in any library, is then on this one."""
     if device.type == "cuda":
+        # read when cuBLAS starts: without it products need not add up in the same order twice
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(device)
 
 

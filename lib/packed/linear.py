@@ -201,8 +201,10 @@ class SparseLinear(nn.Module):
         fast = self.fast is not None or (
             not (torch.compiler.is_compiling() or self.unpacks) and self.use_fast_path_()
         )
-        if fast:
-            y = F.linear(tokens, self.fast, self.bias)
+        if not len(tokens):  # of an expert that nothing was sent to
+            y = tokens.new_empty(0, self.out_features)
+        elif fast:
+            y = F.linear(tokens, self.fast, self.bias).contiguous()  # of older torch, a transpose
         else:
             if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
                 self.count_rows_()
