@@ -108,7 +108,9 @@ def prune(job: Job, subject: Subject) -> dict[str, Any]:
     pruner = Pruner(runner, job.blocks_name, job.recipe, sparsity, rounding, team, job.journal)
     blocks = len(subject.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", team.leads) as bar:
-        pruned = pruner.run(job.texts.windows, job.batch_size, subject.keep_on, bar)
+        pruned = pruner.run(
+            job.texts.windows, job.batch_size, subject.keep_on, bar, subject.keep_inputs
+        )
     if not team.leads:
         return {}
     print(*pruned.summary(), sep="\n")

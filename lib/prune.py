@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -13,11 +13,12 @@ from torch.profiler import record_function
 
 from lib.dist.team import Team
 from lib.methods.registry import Recipe
-from lib.methods.sparsity import Sparsity, per_block
+from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear
+from lib.pruning.check import asked_of
 from lib.pruning.inputs import Group, SharedWeights, merge
 from lib.pruning.journal import Journal
 from lib.pruning.observe import DenseTwin, observe, own_windows, stages
@@ -70,7 +71,7 @@ class Pruned:
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `sparsity`: of all blocks, or of each. `rounding`: the dtype in which the model will be saved,
+    `sparsity`: of all linears, or of each by its name. `rounding`: the dtype in which the model will be saved,
     to which pruned weights are rounded. `team`: the processes that share the work. `journal`, of
     the one that leads: keeps every finished block, and gives back those of an interrupted run.
     What was done is in `done`.
@@ -81,7 +82,7 @@ class Pruner:
         runner: BlockRunner,
         blocks_name: str,
         recipe: Recipe,
-        sparsity: Sparsity | Sequence[Sparsity],
+        sparsity: Sparsity | Mapping[str, Sparsity],
         rounding: torch.dtype | None = None,
         team: Team | None = None,
         journal: Journal | None = None,
@@ -89,14 +90,14 @@ class Pruner:
         self.runner = runner
         self.blocks_name = blocks_name
         self.recipe = recipe
-        self.sparsities = per_block(sparsity, len(runner.blocks))
+        self.sparsity = sparsity
         self.rounding = rounding
         self.team = team or Team(runner.device, alone=True)
         self.journal = journal
         self.done = Pruned()
         self.shared = SharedWeights(runner.blocks)
         self.writers = Writers(runner, self.team)
-        self.orders: dict[tuple, list[list[int]]] = {}  # of classes of blocks: lots of linears
+        self.orders: dict[tuple, tuple[list[list[int]], int]] = {}  # of classes of blocks
 
     @torch.no_grad()
     def run(
@@ -133,7 +134,6 @@ class Pruner:
     def _block_(self, index: int, states: HiddenStates | None, dense: HiddenStates | None) -> None:
         """Prune one block, or take it from the journal, and take the streams through it."""
         runner, prefix = self.runner, f"{self.blocks_name}.{index}"
-        self.sparsity = self.sparsities[index]  # of the block at hand
         linears, left = find_linears(runner.blocks[index], prefix)
         for name, (size, why) in left.items():
             self.done.leave(name, size, why)
@@ -152,7 +152,7 @@ class Pruner:
         else:
             if twin and linears:
                 lots = self._lots(index, linears, states)
-                found = self.runner, states, index, lots, twin, self.writers, self.recipe
+                found = self.runner, states, index, *lots, twin, self.writers, self.recipe
                 ordered = OrderedBlock(*found, self.keep_inputs, goes_on)
             written = self._prune_block_(index, linears, states, ordered)
             if self.journal:
@@ -171,16 +171,20 @@ class Pruner:
 
     def _lots(
         self, index: int, linears: list[PrunableLinear], states: HiddenStates
-    ) -> list[list[PrunableLinear]]:
-        """The linears in the order in which their inputs are taken, tried once for a class."""
+    ) -> tuple[list[list[PrunableLinear]], int]:
+        """The linears in the order in which their inputs are taken, tried once for a class.
+
+        Also how many lots one batch reaches.
+        """
         prefix = f"{self.blocks_name}.{index}."
         names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
         key = type(self.runner.blocks[index]), *names
         if key not in self.orders:
             place = {linear: at for at, linear in enumerate(linears)}
-            lots = stages(self.runner, states, index, linears)
-            self.orders[key] = [[place[linear] for linear in lot] for lot in lots]
-        return [[linears[at] for at in lot] for lot in self.orders[key]]
+            lots, reached = stages(self.runner, states, index, linears)
+            self.orders[key] = [[place[linear] for linear in lot] for lot in lots], reached
+        lots, reached = self.orders[key]
+        return [[linears[at] for at in lot] for lot in lots], reached
 
     def _prune_block_(
         self,
@@ -248,7 +252,7 @@ class Pruner:
         with record_function("solve"), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
-                group.solver().prune_(matrices, self.sparsity)
+                group.solver().prune_(matrices, self._asked(group))
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error
         for one in warned:
@@ -261,6 +265,9 @@ class Pruner:
                 )
         wires = zip(group.linears, matrices, strict=True)
         return [linear.wire(matrix, self.rounding) for linear, matrix in wires]
+
+    def _asked(self, group: Group) -> list[Sparsity]:
+        return [asked_of(self.sparsity, linear) for linear in group.linears]
 
     def _store_(self, linear: PrunableLinear, wire: Tensor) -> None:
         linear.store_(wire)

@@ -44,7 +44,8 @@ Run: `python main.py --model MODEL --prune_method admm`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,12 +53,13 @@ from torch.profiler import record_function
 
 from lib.methods.damping import cholesky, rising
 from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
-from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, threshold
+from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, one_each, threshold
 from lib.util.errors import UserError
 
 FLOOR = 0.01  # of an input's variance: the least damping
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
-EXPLORED, AGREED = 4e-3, 5e-4  # of the mask: so little changes where these iterations end
+EXPLORED, AGREED = 6e-3, 5e-4  # of the mask: so little changes where these iterations end
+FEW = 0.6  # of the refinements, where masks settled
 AT_HAND = 2**17  # weights whose operations find them in the cache
 
 
@@ -126,7 +128,7 @@ class Admm:
         # A, A + rho, its factor and its inverse; or A, its inverse, B, V, U, T and Z - U
         return sums, max(2 * sums, sums + 5 * row * sum(rows))
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         assert self.tokens > 0 and (self.lag is None or len(weights) == 1)
         rows = [len(weight) for weight in weights]
@@ -143,9 +145,14 @@ class Admm:
         start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
         target[dead] = 0
         rho = self.rho * unexplained
-        stages = [(rho, self.exploring, EXPLORED), (STIFFENING * rho, self.agreeing, AGREED)]
-        solution, mask = alternate(start, target, hessian, stages, Choice(rows, sparsity))
-        conjugate_gradients_(solution, target, hessian, mask, self.refinements)
+        stages = [
+            Stage(rho, self.exploring, EXPLORED),
+            Stage(STIFFENING * rho, self.agreeing, AGREED),
+        ]
+        choice = Choice(rows, one_each(sparsity, len(rows)))
+        solution, mask, settled = alternate(start, target, hessian, stages, choice)
+        steps = round(self.refinements * FEW) if settled else self.refinements
+        conjugate_gradients_(solution, target, hessian, mask, steps)
         solution /= across
         for weight, part in zip(weights, solution.split(rows, 1), strict=True):
             weight.copy_(part.T)
@@ -175,35 +182,46 @@ def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
     return hessian, (1 + share) * unexplained, scale, dead
 
 
+class Stage(NamedTuple):
+    """Iterations with one rho, at most so many; settled where no larger share of a mask changes."""
+
+    rho: float
+    iterations: int
+    settled: float
+
+
 class Choice:
     """The lowest |T| (in, out): in every N:M group, or in each linear of `rows` outputs.
 
     `parts` and `kept` choose quickly, many times over; `final` is the mask that stays.
     """
 
-    def __init__(self, rows: list[int], sparsity: Sparsity) -> None:
+    def __init__(self, rows: list[int], sparsities: list[Sparsity]) -> None:
         self.rows = rows
-        self.sparsity = sparsity
+        self.sparsities = sparsities
+        self.sparsity = sparsities[0]  # their pattern is the same
 
-    def parts(self, *matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Matrices (in, out) by what is chosen apart: linears, or the groups of some inputs."""
+    def parts(self, *matrices: Tensor) -> Iterator[tuple]:
+        """By what is chosen apart, linears or the groups of some inputs: how sparse, matrices."""
         m = self.sparsity.m
         if m:
             inputs = max(m, AT_HAND // matrices[0].shape[1] // m * m)
-            yield from zip(*(matrix.split(inputs) for matrix in matrices), strict=True)
+            cuts = zip(*(matrix.split(inputs) for matrix in matrices), strict=True)
+            yield from ((self.sparsity, *parts) for parts in cuts)
         else:
-            yield from zip(*(matrix.split(self.rows, 1) for matrix in matrices), strict=True)
+            cuts = (matrix.split(self.rows, 1) for matrix in matrices)
+            yield from zip(self.sparsities, *cuts, strict=True)
 
-    def kept(self, part: Tensor) -> Tensor:
+    def kept(self, part: Tensor, sparsity: Sparsity) -> Tensor:
         """Z: a part of T, with 0 where it is pruned. All that equal the last one to go go too."""
-        if not self.sparsity.m:
-            count = int(part.numel() * self.sparsity.ratio)
+        if not sparsity.m:
+            count = int(part.numel() * sparsity.ratio)
             with record_function("masks"):
                 highest = threshold(part.abs(), count)
             return torch.hardshrink(part, highest)
-        groups = part.unflatten(0, (-1, self.sparsity.m)).movedim(1, 0)  # (m, in / m, out)
+        groups = part.unflatten(0, (-1, sparsity.m)).movedim(1, 0)  # (m, in / m, out)
         with record_function("masks"):
-            mask = n_of_first(groups.abs(), self.sparsity.n)
+            mask = n_of_first(groups.abs(), sparsity.n)
         return groups.masked_fill(mask, 0).movedim(0, 1).flatten(0, 1)
 
     def final(self, total: Tensor) -> Tensor:
@@ -213,49 +231,49 @@ class Choice:
             if self.sparsity.m:
                 return self.sparsity.mask(score.T).T
             parts = score.split(self.rows, 1)
-            counts = [int(part.numel() * self.sparsity.ratio) for part in parts]
-            pairs = zip(parts, counts, strict=True)
-            return torch.cat([lowest_overall(part.T, count).T for part, count in pairs], 1)
+            shares = zip(parts, self.sparsities, strict=True)
+            counts = [(part.T, int(part.numel() * one.ratio)) for part, one in shares]
+            return torch.cat([lowest_overall(part, count).T for part, count in counts], 1)
 
 
 def alternate(
-    total: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    stages: list[tuple[float, int, float]],
-    choice: Choice,
-) -> tuple[Tensor, Tensor]:
-    """Z and its mask (in, out) from T = V = `total`, which is overwritten.
+    total: Tensor, target: Tensor, hessian: Tensor, stages: list[Stage], choice: Choice
+) -> tuple[Tensor, Tensor, bool]:
+    """From T = V = `total` (in, out), overwritten: Z, its mask, and whether the masks settled.
 
-    `stages`: of each, rho, the most iterations, and a share of the mask: where no more of it
-    changes, the stage ends.
+    Where hardly any more of a mask changes a stage ends, and with the first stage the iterations:
+    stiffer ones would change as little.
     """
     signed, before = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
-    rhos = [rho for rho, *_ in stages]
-    inverse = None
-    for (rho, iterations, settled), later in zip(stages, [*rhos[1:], rhos[-1]], strict=True):
+    inverse, settled = None, False
+    for stage, later in zip(stages, [*stages[1:], stages[-1]], strict=True):
+        if settled:
+            break
         with record_function("factorisation"):
             inverse = None  # the one before goes first
-            inverse = stiff_inverse(hessian, rho)
+            inverse = stiff_inverse(hessian, stage.rho)
         constant = inverse @ target  # what B has in V
-        inverse *= -rho
-        for iteration in range(iterations):
+        inverse *= -stage.rho
+        for iteration in range(stage.iterations):
             changed = 0
-            for part, negative, fixed, known in choice.parts(total, signed, constant, before):
-                kept = choice.kept(part)
+            for sparsity, part, negative, fixed, known in choice.parts(
+                total, signed, constant, before
+            ):
+                kept = choice.kept(part, sparsity)
                 torch.add(part, kept, alpha=-2, out=negative)  # U - Z
                 mask = kept == 0
                 changed = changed + (mask != known).count_nonzero()
                 known.copy_(mask)
                 part.sub_(kept).add_(fixed)  # U, and so much of V
-            end = iteration == iterations - 1 or bool(changed <= settled * total.numel())
-            if end and rho != later:  # U is in units of rho
-                total.sub_(constant).mul_(rho / later).add_(constant)
+            settled = bool(changed <= stage.settled * total.numel())
+            end = settled or iteration == stage.iterations - 1
+            if end and not settled and stage.rho != later.rho:  # U is in units of rho
+                total.sub_(constant).mul_(stage.rho / later.rho).add_(constant)
             total.addmm_(inverse, signed)
             if end:
                 break
     mask = choice.final(total)
-    return total.masked_fill_(mask, 0), mask
+    return total.masked_fill_(mask, 0), mask, settled
 
 
 def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:

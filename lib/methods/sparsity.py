@@ -58,10 +58,10 @@ class Sparsity:
         return lowest_per_row(score, int(score.shape[-1] * self.ratio))
 
 
-def per_block(sparsity: Sparsity | Sequence[Sparsity], blocks: int) -> list[Sparsity]:
-    """One for each block, from one for all or as many as there are."""
-    several = [sparsity] * blocks if isinstance(sparsity, Sparsity) else list(sparsity)
-    assert len(several) == blocks
+def one_each(sparsity: Sparsity | Sequence[Sparsity], count: int) -> list[Sparsity]:
+    """One for each of `count`, from one for all or as many as there are."""
+    several = [sparsity] * count if isinstance(sparsity, Sparsity) else list(sparsity)
+    assert len(several) == count
     return several
 
 

@@ -46,8 +46,15 @@ def own_windows(windows: Tensor, team: Team) -> tuple[Tensor, bool]:
 class Observation:
     """Statistics of the inputs of `linears`, of one block, over all batches."""
 
-    def __init__(self, linears: list[PrunableLinear], recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self,
+        linears: list[PrunableLinear],
+        recipe: Recipe,
+        device: torch.device,
+        shared: bool = False,
+    ) -> None:
         self.linears = linears
+        self.shared = shared  # they are known to receive one input: the first of them shows it
         self.recipe = recipe
         self.device = device
         self.groups: list[Group] = []
@@ -62,6 +69,10 @@ class Observation:
 
     def see(self, linear: PrunableLinear, x: Tensor) -> None:
         """Take x (..., in) into the statistics, once for all linears that receive it."""
+        for one in self.linears if self.shared else [linear]:
+            self._take(one, x)
+
+    def _take(self, linear: PrunableLinear, x: Tensor) -> None:
         group = self.group_of.get(linear)
         shared = next((g for tensor, g in self.inputs if same(tensor, x)), None)
         if group is None:
@@ -107,8 +118,11 @@ def stages(
     states: HiddenStates,
     index: int,
     linears: list[PrunableLinear],
-) -> list[list[PrunableLinear]]:
-    """The linears in lots, one for each distinct input, in the order of the forward pass."""
+) -> tuple[list[list[PrunableLinear]], int]:
+    """The linears in lots, one for each distinct input, in the order of the forward pass.
+
+    What the first batch does not reach is a lot of its own at the end. Also how many were reached.
+    """
     reached: list[tuple[Tensor, list[str]]] = []  # an input, and the stages that receive it
 
     def see(linear: PrunableLinear, x: Tensor) -> None:
@@ -126,7 +140,7 @@ def stages(
     lots = [[linear for linear in linears if linear.stage in names] for _, names in reached]
     known = {name for _, names in reached for name in names}
     rest = [linear for linear in linears if linear.stage not in known]
-    return lots + [rest] if rest else lots
+    return (lots + [rest] if rest else lots), len(lots)
 
 
 def run_until_stop(run) -> None:

@@ -40,6 +40,7 @@ Found = dict[str, Tensor]  # by a linear's name: its input; of a writer, the str
 class OrderedBlock:
     """Block `index` of a method that takes inputs in order; `lots` are its linears in that order.
 
+    The first `reached` lots have one input each, but for experts.
     `kept`: whether there is memory for what saves passes. `goes_on`: whether the block's outputs
     will be wanted; `advance_` gives them, and ends the block.
     """
@@ -50,6 +51,7 @@ class OrderedBlock:
         states: HiddenStates,
         index: int,
         lots: list[list[PrunableLinear]],
+        reached: int,
         twin: DenseTwin,
         writers: Writers,
         recipe: Recipe,
@@ -64,6 +66,10 @@ class OrderedBlock:
             later = [linear for after in lots[place + 1 :] for linear in after]
             self.writers.append(writers.find(states, index, lot, later))
         self.last = len(lots) - 1
+        self.shared = [
+            place < reached and all(linear.expert is None for linear in lot)
+            for place, lot in enumerate(lots)
+        ]
         self.rounds = self._rounds()
         self.dense: list[Found] = [{} for _ in states.batches]
         self.inputs: list[dict[int, Tensor]] = [{} for _ in states.batches]  # of writers, by place
@@ -75,7 +81,7 @@ class OrderedBlock:
         if self.writers[place]:
             return [self._observe_writer(place)]
         lot = self.lots[place]
-        observation = Observation(lot, self.recipe, self.runner.device)
+        observation = Observation(lot, self.recipe, self.runner.device, self.shared[place])
         with watch_inputs(lot, observation.see), record_function("forward"):
             for batch, dense, _, run in self._runs(place):
                 observation.start_pass(dense)
@@ -149,6 +155,8 @@ class OrderedBlock:
         """Of which linears of the untouched block something is needed for lot `place`."""
         if self.writers[place]:
             return [] if self.writers[place].last else self.lots[place]
+        if self.shared[place]:
+            return self.lots[place][:1]
         # an expert's tokens are chosen by a router, which may choose others in the dense model
         return [linear for linear in self.lots[place] if linear.expert is None]
 

@@ -107,5 +107,6 @@ class Subject:
     keep_on: torch.device  # where hidden states stand between two blocks
     footprint: int  # bytes of the dense model
     checkpointed: bool = False  # activations are computed again in training
-    asked: Sparsity | list[Sparsity] | None = None  # of the blocks, where it must be reached
+    keep_inputs: bool = True  # of a block, which saves passes through it
+    asked: Sparsity | dict[str, Sparsity] | None = None  # of the linears, where it must be reached
     left: frozenset[str] = frozenset()  # linears that were left dense

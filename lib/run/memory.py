@@ -185,6 +185,7 @@ class Plan:
     training: Training | None = None
     packed: PackedLinears | None = None  # as the weight files are
     pack_bits: int | None = None  # packs what it has pruned, at so many bits
+    keeps: bool = True  # inputs within a block, which saves passes through it
 
     @property
     def follows(self) -> bool:
@@ -299,7 +300,17 @@ def _calibration(plan: Plan) -> tuple[int, int]:
         return 0, 0
     windows = plan.windows if plan.recipe.observes else 0
     hidden = (2 if plan.follows else 1) * windows * plan.window
+    if plan.follows and plan.keeps:
+        channels = max(_kept(block) for block in plan.shapes.blocks)
+        hidden += windows * plan.seqlen * channels * plan.working.itemsize
     return hidden, max(_pruning(plan, block) for block in plan.shapes.blocks)
+
+
+def _kept(block: BlockShape) -> int:
+    """Channels of each token that are kept of a block's inputs: its middle ones, or the last."""
+    widths = [each.width for each in block.inputs if not each.experts]
+    last = 0 if len(widths) < len(block.inputs) else widths.pop()  # of experts nothing is kept
+    return max(sum(widths[1:]), last)
 
 
 def _pruning(plan: Plan, block: BlockShape) -> int:
@@ -350,6 +361,7 @@ class Room:
     keep_on: torch.device
     line: str
     checkpointed: bool = False  # activations are computed again in training
+    keep_inputs: bool = True  # of a block, which saves passes through it
 
 
 def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
@@ -359,8 +371,11 @@ def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
     checkpointed = bool(plan.training and plan.training.checkpointed)
     need = needed(plan)
     if device.type == "cpu":
-        line = _host_line(need, offloaded, plan.training)
-        return Room(False, device, f"memory: {line}", checkpointed)
+        keeps = need.total <= free_on_host()
+        line = _host_line(
+            need if keeps else needed(replace(plan, keeps=False)), offloaded, plan.training
+        )
+        return Room(False, device, f"memory: {line}", checkpointed, keeps)
     free = int(SPARE * torch.cuda.mem_get_info(device)[0])
     fetched = (
         not (plan.fetched or plan.load_bit or plan.training) and need.weights + need.work > free
@@ -368,6 +383,9 @@ def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
     if fetched:
         plan = replace(plan, fetched=True, ahead=True)
         need = needed(plan)
+    keeps = need.total <= free
+    if not keeps:
+        need = needed(replace(plan, keeps=False))
     kept = need.weights + need.hidden + need.work <= free
     here = Need(need.weights, need.hidden if kept else 0, need.work)
     if here.total > free:
@@ -379,17 +397,21 @@ def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
     away = plan.shapes.in_blocks * plan.working.itemsize if fetched else 0
     host = Need(away, 0 if kept else need.hidden, 0)
     line = f"memory: device {here.told()}; host {_host_line(host, offloaded)}"
-    return Room(fetched, device if kept else torch.device("cpu"), line, checkpointed)
+    return Room(fetched, device if kept else torch.device("cpu"), line, checkpointed, keeps)
 
 
 def _trained(plan: Plan, device: torch.device) -> Plan:
     """With activations computed again where they would not fit otherwise."""
-    on_host = available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpu = device.type == "cuda"
-    free = SPARE * torch.cuda.mem_get_info(device)[0] if gpu else on_host
+    free = SPARE * torch.cuda.mem_get_info(device)[0] if gpu else free_on_host()
     if needed(plan).total <= free:
         return plan
     return replace(plan, training=replace(plan.training, checkpointed=True))
+
+
+def free_on_host() -> int:
+    """Bytes for this process, of those that share the machine."""
+    return available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _less(training: Training) -> str:
@@ -402,7 +424,7 @@ def _less(training: Training) -> str:
 def _host_line(need: Need, offloaded: bool, training: Training | None = None) -> str:
     """What is told of host memory. UserError where it is too little."""
     base = psutil.Process().memory_info().rss + LATER
-    line, free = need.told(base), available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    line, free = need.told(base), free_on_host()
     if need.total > free:
         way = "" if offloaded else ", or --offload FOLDER"
         way = f", or {_less(training)}" if training else way

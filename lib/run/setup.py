@@ -352,7 +352,7 @@ def load(job: Job, at_end: ExitStack) -> Subject:
         check_finite(runner)
     runner.verify()
     size = pretrained.footprint(model)
-    return Subject(model, blocks, runner, room.keep_on, size, room.checkpointed)
+    return Subject(model, blocks, runner, room.keep_on, size, room.checkpointed, room.keep_inputs)
 
 
 def load_teacher(job: Job, subject: Subject) -> BlockRunner:
