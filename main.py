@@ -103,7 +103,7 @@ def prune(job: Job, subject: Subject) -> dict[str, Any]:
     args, team, runner = job.args, job.team, subject.runner
     if job.journal:
         job.journal.begin(job.fingerprint["pruning"])
-    sparsity = allocate(job, subject) if args.allocation == "owl" else job.sparsity
+    sparsity = allocate(job, subject) if args.allocation != "uniform" else job.sparsity
     rounding = saved_dtype(args.dtype, job.config)
     pruner = Pruner(runner, job.blocks_name, job.recipe, sparsity, rounding, team, job.journal)
     blocks = len(subject.blocks)

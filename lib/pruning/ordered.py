@@ -71,6 +71,9 @@ class OrderedBlock:
             for place, lot in enumerate(lots)
         ]
         self.rounds = self._rounds()
+        final = self.writers[self.last]
+        # the block's outputs are the stream that is kept then, and one product
+        self.by_product = bool(kept and goes_on and final and final.exact)
         self.dense: list[Found] = [{} for _ in states.batches]
         self.inputs: list[dict[int, Tensor]] = [{} for _ in states.batches]  # of writers, by place
         self.outputs: list[dict[int, Tensor]] = [{} for _ in states.batches]  # of pruned writers
@@ -104,12 +107,12 @@ class OrderedBlock:
             with record_function("statistics"):
                 lag = aim.float() - (here.float() + out.float())
                 group.method.observe(rows(x), lag=rows(lag))
-            if self.kept and writer.last and self.goes_on:
+            if writer.last and self.by_product:
                 self.inputs[batch] = {place: owned(x)}
                 transfer.store_(self.states.hidden, cut, here)
             elif self.kept and writer.ends:
                 self.inputs[batch][place] = owned(x)
-            if place == self.last:
+            if place == self.last and (self.by_product or not self.goes_on):
                 self.outputs[batch].clear()
         return group
 
@@ -119,7 +122,7 @@ class OrderedBlock:
         states, transfer = self.states, self.runner.transfer
         if not self.advanced:
             self.runner.advance_(self.twin.states, self.index, self.twin.block)
-        if not (self.kept and self.writers[self.last]):
+        if not self.by_product:
             with record_function("forward"):
                 for batch, (cut, run) in enumerate(self.runner.runs(states, self.index)):
                     with self._short(len(self.lots), batch):

@@ -31,6 +31,7 @@ class Writer:
     """What was found of a linear that adds its outputs, as they are, to the residual stream."""
 
     last: bool  # of the block's linears
+    exact: bool  # the block's sum is the stream plus the outputs, to the last bit
     ends: str | None = None  # the module in the block that hands on the linear's outputs
     length: int = 0  # of the tuple that this module returns; 0 for a tensor
 
@@ -81,31 +82,41 @@ def as_writer(
     hidden: Tensor,
 ) -> Writer | None:
     """What `linear` is as a writer in a block that `run` takes `hidden` through."""
-    before = adds_to_stream(run, linear, later)
-    if before is None or (later and not torch.equal(before.cpu(), hidden.cpu())):
+    found = adds_to_stream(run, linear, later)
+    if found is None:
         return None
-    return Writer(not later, *module_ending_in(block, run, linear)) if later else Writer(True)
+    before, exact = found
+    if not later:
+        return Writer(True, exact)
+    if not torch.equal(before.cpu(), hidden.cpu()):
+        return None
+    return Writer(False, exact, *module_ending_in(block, run, linear))
 
 
 def adds_to_stream(
     run: Callable[[], Tensor], linear: PrunableLinear, later: Sequence[PrunableLinear]
-) -> Tensor | None:
-    """The stream that the block adds the linear's outputs to, as they are; None if it does not."""
+) -> tuple[Tensor, bool] | None:
+    """The stream that the block adds the linear's outputs to, as they are; None if it does not.
+
+    Also whether the sum is exact: whether the block adds nothing else after it.
+    """
     outputs: list[Tensor] = []
     handle = linear.module.register_forward_hook(lambda _, args, out: outputs.append(out))
     try:
         with silenced(later):
-            after = run().float()
+            total = run()
     finally:
         handle.remove()
-    if len(outputs) != 1 or outputs[0].shape != after.shape:
+    if len(outputs) != 1 or outputs[0].shape != total.shape:
         return None
     with silenced([linear, *later]):
         stream = run()
-    before, added = stream.float(), outputs[0].float()
+    after, before, added = total.float(), stream.float(), outputs[0].float()
     off = (after - before - added).abs()
     bound = ROUNDINGS * torch.finfo(stream.dtype).eps * (after.abs() + before.abs() + added.abs())
-    return stream if bool((off <= bound).all() and added.any()) else None
+    if not bool((off <= bound).all() and added.any()):
+        return None
+    return stream, torch.equal(stream + outputs[0], total)
 
 
 def module_ending_in(

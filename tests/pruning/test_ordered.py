@@ -76,16 +76,16 @@ def all_inputs(runner, states, block) -> tuple[dict[str, torch.Tensor], torch.Te
 def test_statistics_are_those_of_whole_passes(keep_inputs: bool) -> None:
     runner, states, dense, twin, ordered = begun(keep_inputs)
     first = [rows(one.hidden.clone()) for one in (states, dense)]
+    shape = states.hidden.shape
     theirs, aim = all_inputs(runner, dense, twin.block)
     block = runner.blocks[0]
     for place, lot in enumerate(ordered.lots):
-        now, out = all_inputs(
-            runner, replace(states, hidden=first[0].view(6, -1, first[0].shape[1])), block
-        )
+        now, out = all_inputs(runner, replace(states, hidden=first[0].view(shape)), block)
         [group] = ordered.observe(place)
         name = lot[0].name.removeprefix("0.")
         x, y = now[name]
-        torch.testing.assert_close(group.method.hessian.triu(), (x.T @ x).triu())
+        upper = (x.T @ x).triu()
+        torch.testing.assert_close(group.method.hessian.triu(), upper, rtol=1e-5, atol=1e-4)
         assert [linear.name for linear in group.linears] == [linear.name for linear in lot]
         if name.endswith(("o_proj", "down_proj")):
             ahead = rows(aim) - rows(out)  # at the end; after attention, of the stream and of o
@@ -98,7 +98,7 @@ def test_statistics_are_those_of_whole_passes(keep_inputs: bool) -> None:
             torch.testing.assert_close(group.method.drift, drift, rtol=1e-4, atol=1e-3)
         for linear in lot:  # what comes after is to see the change
             linear.module.weight.data *= 1.1
-    _, expected = all_inputs(runner, replace(states, hidden=first[0].view_as(states.hidden)), block)
+    _, expected = all_inputs(runner, replace(states, hidden=first[0].view(shape)), block)
     ordered.advance_()
     assert torch.equal(states.hidden, expected)  # the product, to the bit
     assert torch.equal(dense.hidden, aim)
@@ -122,6 +122,7 @@ def test_how_often_linears_are_computed() -> None:
     batches = 3
     linears = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
     assert count == {f"dense {name}": batches for name in linears} | {
-        f"pruned {name}": batches * (2 if name in ("o_proj", "down_proj") else 1)
+        # o: with the weights it had, and pruned; down: also once where zeros stand in for it
+        f"pruned {name}": batches * {"o_proj": 2, "down_proj": 3}.get(name, 1)
         for name in linears
     }
