@@ -71,9 +71,10 @@ class Pruned:
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `sparsity`: of all linears, or of each by its name. `rounding`: the dtype in which the model will be saved,
-    to which pruned weights are rounded. `team`: the processes that share the work. `journal`, of
-    the one that leads: keeps every finished block, and gives back those of an interrupted run.
+    `sparsity`: of all linears, or of each by its name. `rounding`: the dtype in which the model
+    will be saved, to which pruned weights are rounded. `team`: the processes that share the work.
+    `journal`, of the one that leads: keeps every finished block, and gives back those of an
+    interrupted run.
     What was done is in `done`.
     """
 

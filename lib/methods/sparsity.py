@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 UNSTRUCTURED = "unstructured"
 TYPES = (UNSTRUCTURED, "2:4", "4:8")
-ALLOCATIONS = ("uniform", "owl")
+ALLOCATIONS = ("uniform", "owl", "error")
 ALLOCATION_SPAN = 0.16  # between the sparsest and the densest block, 2 lambda of OWL
 SAMPLED = 2**16  # scores; above, numpy's selection takes longer than one among few of them
 STRIDE = 31  # between scores of the sample; prime, to meet all columns

@@ -86,8 +86,8 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at text."""
-        return bool(self.recipe and self.recipe.observes)
+        """Whether the method looks at text, or what tells how sparse it makes what."""
+        return bool(self.recipe and (self.recipe.observes or self.args.allocation != "uniform"))
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

@@ -30,6 +30,7 @@ SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lo
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 FLOAT = 4  # bytes
 PACKING, UNPACKING = 4, 16  # bytes for each weight of a tile
+PARTS = 2  # of a block, in which errors are measured: attention and MLP
 GRAPH = 1.2  # what a block's activations take for the way back, of what they are on the way
 META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
@@ -185,6 +186,7 @@ class Plan:
     training: Training | None = None
     packed: PackedLinears | None = None  # as the weight files are
     pack_bits: int | None = None  # packs what it has pruned, at so many bits
+    probed: int = 0  # windows in which the error of every part of a block is measured
     keeps: bool = True  # inputs within a block, which saves passes through it
 
     @property
@@ -224,7 +226,7 @@ class Need:
 def needed(plan: Plan) -> Need:
     """Where everything stands in the same memory; `check_memory` splits it over two."""
     moments = _calibration(plan), _evaluation(plan), _recovery(plan), (0, _packing(plan))
-    hidden, work = max(moments, key=sum)
+    hidden, work = max(*moments, _allocation(plan), key=sum)
     reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
     mapped = 0
     if reading:
@@ -292,6 +294,17 @@ def _packing(plan: Plan) -> int:
     tile, packed = min(largest, LARGE_TILE), largest * plan.working.itemsize
     looked_at = 3 * FLOAT * largest + UNPACKING * tile if plan.pack_bits == 8 else 0
     return packed + PACKING * tile + looked_at
+
+
+def _allocation(plan: Plan) -> tuple[int, int]:
+    """All calibration windows once, and a few for each part of each block; the scores in order."""
+    if not plan.probed:
+        return 0, 0
+    hidden = (plan.windows + plan.probed * (1 + PARTS * plan.shapes.count)) * plan.window
+    copied = max(block.weights for block in plan.shapes.blocks) * plan.working.itemsize
+    passing = max(_activations(plan, block) for block in plan.shapes.blocks)
+    # a score and its order, and their squares and sums, which are float64
+    return hidden, copied + max(passing, (3 * FLOAT + 4 * 2 * FLOAT) * _largest(plan))
 
 
 def _calibration(plan: Plan) -> tuple[int, int]:
