@@ -125,8 +125,8 @@ class Admm:
         # a linear alone most often adds to the stream
         beside = row * (rows[0] if len(rows) == 1 else len(self.hessian)) if self.blend else 0
         sums = self.hessian.nbytes + beside
-        # A, A + rho, its factor and its inverse; or A, its inverse, B, V, U, T and Z - U
-        return sums, max(2 * sums, sums + 5 * row * sum(rows))
+        # A and its inverse; W S or T, B, U - Z, what B has in V, masks, and parts of Z and |T|
+        return sums, 2 * self.hessian.nbytes + 8 * row * sum(rows)
 
     def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""

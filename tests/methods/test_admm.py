@@ -263,3 +263,28 @@ def test_damping_does_not_rise_for_ever():
     solver.hessian.copy_(torch.eye(64)).fill_diagonal_(1)[0, 1] = 1e6
     with pytest.warns(UserWarning), pytest.raises(UserError, match="not positive definite"):
         solver.prune_([weight], Sparsity(0.5))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: s.pattern or str(s.ratio))
+def test_choosing_quickly_is_choosing_exactly(sparsity):
+    """Z of every iteration has its zeros where the mask that stays would have them."""
+    total = torch.randn(72, 35, generator=torch.Generator().manual_seed(2))
+    choice = admm.Choice([10, 25], [sparsity, sparsity])
+    kept = torch.empty_like(total)
+    for one, part, out in choice.parts(total, kept):
+        out.copy_(choice.kept(part, one))
+    assert torch.equal(kept == 0, choice.final(total))
+    assert torch.equal(kept[kept != 0], total[kept != 0])
+
+
+def test_each_linear_may_have_a_sparsity_of_its_own():
+    x, weights = problem(72, 10, 25)
+    for method in (Admm, SparseGPT):
+        pruned = solve(x, weights, [Sparsity(0.5), Sparsity(0.7)], method=method)
+        for one, ratio in zip(pruned, (0.5, 0.7), strict=True):
+            assert (one == 0).sum() == pytest.approx(int(one.numel() * ratio), abs=1)
+
+
+def test_what_is_not_finite_is_told():
+    with pytest.raises(UserError, match="can't be factored"):
+        admm.stiff_inverse(-torch.eye(4), 0.5)
