@@ -25,6 +25,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   unpack IN OUT                  a packed model as a plain dense one
   ubertext DUMPS OUT             the published data set from raw dumps
   bench                          speed and memory, beside llm-compressor
+  bench_sparse products | model  packed weights beside dense ones: speed, size, loading
   gpu                            what must hold on a GPU and how fast it is, in 25 minutes
 
 MODEL: hub id or local folder. PYTHON=... chooses the interpreter (default: python3).
@@ -68,7 +69,7 @@ case $name in
     overlap) module lib.report.overlap "$@" ;;
     unpack) module lib.packed.unpack "$@" ;;
     ubertext) module lib.data.ubertext "$@" ;;
-    bench) exec "$python" "$here/tests/bench/bench.py" "$@" ;;
+    bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;
     unstructured) recipe "--prune_method sparsegpt" "$@" ;;
     semistructured)

@@ -203,6 +203,7 @@ def pack(job: Job, subject: Subject) -> dict[str, Any]:
     before, size = some_logits(model, window), footprint(model)
     at_hand = partial(subject.runner.at_hand, keep=True)
     report = swap_linears_(model, subject.blocks, job.device, at_hand, args.pack_bits)
+    job.team.meet()  # all are packed
     after = some_logits(model, window)
     reference = before
     if report.bits == 8:  # rounded to 8 bits it is another model, whose dense outputs count
@@ -226,7 +227,8 @@ def evaluate(job: Job, subject: Subject) -> dict[str, Any]:
     sets = [test.windows for test in tests]
     windows = sum(map(len, sets))
     with job.timed("eval"), progress(windows, "perplexity", "window", leads) as bar:
-        measured = perplexities(subject.runner, sets, job.batch_size, job.team, bar)
+        reads = subject.runner, sets, job.batch_size, job.team
+        measured = perplexities(*reads, bar, subject.keep_on)
     for test, its in zip(tests, measured, strict=True):
         figures = {
             "perplexity": its.value,
@@ -277,9 +279,9 @@ def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) ->
 
     args = job.args
     with job.timed("save"), target.staged() as stage:
-        if subject.runner.placement:
-            subject.runner.placement.settle()
-        save_model(subject.model, stage, saved_dtype(args.dtype, job.config))
+        dtype = saved_dtype(args.dtype, job.config)
+        with subject.runner.given_out(job.blocks_name):
+            save_model(subject.model, stage, dtype)
         job.tokenizer.save_pretrained(stage)
         read = [source.text for source in job.sources if job.calibrated or job.course]
         read += [source.text for source in job.spoken if source.text not in read]

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.dist.team import Team
-from lib.model.blocks import BlockRunner, HiddenStates
+from lib.model.blocks import BlockRunner, HiddenStates, positions_at_once
 from lib.model.finite import first_overflow
 from lib.util.errors import UserError
 
 COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
 TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS token
-LOGIT_BYTES = 2**24  # of float32 logits that stand at a time
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,19 @@ def perplexities(
     batch_size: int,
     team: Team | None = None,
     advanced: Callable[[int], None] = lambda windows: None,
+    keep_on: torch.device | str = "cpu",
 ) -> list[Perplexity]:
     """Perplexity of each test set, windows (n, tokens).
 
-    Where the model stands on the device, each batch goes through all blocks and no hidden states
-    are kept; where blocks are fetched, each sees all sets before the next one is. Processes of
-    a `team` share the windows. `advanced` is called with the number of windows that are done.
+    Where bringing a block costs nothing, each batch goes through all blocks and no hidden states
+    are kept; where blocks are fetched, each sees all sets before the next one is, and `keep_on` is
+    where hidden states are. Processes of a `team` share the windows. `advanced` is called with the
+    number of windows that are done.
     """
     team = team or Team(runner.device, alone=True)
     losses = [torch.zeros(len(test), dtype=torch.float64, device=runner.device) for test in tests]
     shares = [range(len(test))[team.share(len(test))] for test in tests]
-    resident = runner.placement is None
+    resident = runner.placement is None or runner.placement.at_no_cost
     step = batch_size if resident else max(map(len, tests))
     parts = [
         (number, slice(start, min(start + step, mine.stop)))
@@ -69,7 +70,8 @@ def perplexities(
             continue
         done = [(cut.stop - cut.start) * len(tests[i]) // len(shares[i]) for i, cut in lot]
         sets = [tests[number][cut] for number, cut in lot]
-        found = _losses_of(runner, sets, batch_size, sum(done), advanced)
+        where = runner.device if resident else keep_on
+        found = _losses_of(runner, sets, batch_size, where, sum(done), advanced)
         for (number, cut), its in zip(lot, found, strict=True):
             losses[number][cut] = its
     team.meet()
@@ -93,6 +95,7 @@ def _losses_of(
     runner: BlockRunner,
     sets: list[Tensor],
     batch_size: int,
+    keep_on: torch.device | str,
     shown: int,
     advanced: Callable[[int], None],
 ) -> list[Tensor]:
@@ -100,7 +103,6 @@ def _losses_of(
 
     `advanced` is told `shown` in all: a part after each block, and the last when all is done.
     """
-    keep_on = runner.device if runner.placement is None else "cpu"
     several = [runner.capture(windows, batch_size, keep_on) for windows in sets]
     steps = len(runner.blocks) + 1  # the head is one
     for index in range(steps - 1):
@@ -121,11 +123,12 @@ def _losses(runner: BlockRunner, states: HiddenStates, batch: slice) -> Tensor:
     ids = states.windows[batch].to(runner.device)  # (n, tokens)
     predicted = ids.shape[1] - 1
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
-    chunk = max(1, LOGIT_BYTES // (4 * vocabulary * len(ids)))
+    chunk = positions_at_once(runner.device, vocabulary, len(ids))
+    logits_at = runner.logits(states, batch)
     total = torch.zeros(len(ids), device=runner.device)
     for start in range(0, predicted, chunk):
         positions = torch.arange(start, min(start + chunk, predicted), device=runner.device)
-        logits = runner.logits(states, batch, positions).float()  # (n, chunk, vocabulary)
+        logits = logits_at(positions).float()  # (n, chunk, vocabulary)
         targets = ids[:, positions + 1]
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         total += loss.view(len(ids), -1).sum(1)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.data.windows import TrainingText
 from lib.dist.team import Team
-from lib.model.blocks import BlockRunner
+from lib.model.blocks import BlockRunner, positions_at_once
 from lib.model.linears import find_linears
 from lib.pruning.journal import Journal
 from lib.util.errors import UserError
@@ -40,7 +40,6 @@ BETAS = (0.9, 0.95)
 LONGEST = 1.0  # norm of a step's gradient, else it is shortened
 MEASURED = 10  # times on the windows held out
 KEEP_SECONDS = 600  # between two states that are kept, at most
-LOGIT_BYTES = 2**24  # of float32 logits of the model, and of the teacher, that stand at a time
 
 
 @dataclass(frozen=True)
@@ -373,7 +372,7 @@ class Recoverer:
         last = hidden.detach().requires_grad_()
         loss = divergence_(
             lambda positions: runner.tail(ids, lambda: last, positions),
-            lambda positions: teacher.logits(taught, slice(0, len(ids)), positions),
+            teacher.logits(taught, slice(0, len(ids))),
             ids,
             tokens,
             self.course.share,
@@ -471,5 +470,5 @@ def divergence_(
             slope = log_p.exp_().sub_(q).div_(tokens).to(own.dtype)
         own.backward(slope)
         start += chunk
-        chunk = max(1, LOGIT_BYTES // (4 * own.shape[-1] * len(own)))
+        chunk = positions_at_once(own.device, own.shape[-1], len(own))
     return total

@@ -60,11 +60,12 @@ def together(
     faults: dict[int, str] | None = None,
     own: dict[int, list] | None = None,
     agent: bool = True,
+    each: int | None = None,
 ) -> list[Worker]:
     """`size` processes on the same jobs, started as torchrun does, which holds their store.
 
     `faults`: {rank: fault}. `own`: {rank: more flags}. Without an `agent` the first process holds
-    the store, as where they are started by hand.
+    the store, as where they are started by hand. `each`: so many on a machine (all).
     """
     if agent:
         held = [dist.TCPStore("127.0.0.1", 0, is_master=True) for _ in commands]
@@ -74,7 +75,9 @@ def together(
         ports = [one.getsockname()[1] for one in held]
     workers = []
     for rank in range(size):
-        place = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        here = each or size
+        place = dict(RANK=str(rank), LOCAL_RANK=str(rank % here))
+        place |= dict(WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(here))
         place |= dict(MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE=str(agent))
         settings = [place | dict(MASTER_PORT=str(port)) for port in ports]
         lines = [[*argv, *(own or {}).get(rank, [])] for argv in commands]

@@ -55,6 +55,10 @@ class Team:
     def __init__(self, device: torch.device, minutes: float = 10, alone: bool = False) -> None:
         self.rank = 0 if alone else environment_number("RANK", 0)
         self.size = 1 if alone else environment_number("WORLD_SIZE", 1)
+        several = self.size > 1
+        # launchers number the processes of a machine one after another
+        self.local_rank = environment_number("LOCAL_RANK", 0) if several else 0
+        self.local_size = environment_number("LOCAL_WORLD_SIZE", 1) if several else 1
         self.device = device
         self.minutes = minutes
         self.limit = timedelta(minutes=minutes)  # of calls for which the processes have met
@@ -68,6 +72,11 @@ class Team:
     def leads(self) -> bool:
         """Whether this is the process that prints, logs and saves."""
         return self.rank == 0
+
+    @property
+    def leads_here(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return self.local_rank == 0
 
     def share(self, count: int) -> slice:
         """This process's part of `count` windows; parts differ by one at most."""

@@ -21,6 +21,8 @@ from lib.model.placement import BlockPlacement
 from lib.model.transfer import Transfer
 from lib.util.errors import UserError
 
+# of float32 logits that stand at a time: what lies in a CPU's cache, what keeps a GPU busy
+LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
 
@@ -64,6 +66,11 @@ class BlockRunner:
         """Inside, block `index` is on the device; `keep` keeps what is done to its weights."""
         return self.placement.at_hand(index, keep) if self.placement else nullcontext()
 
+    def given_out(self, blocks_name: str) -> AbstractContextManager:
+        """Inside, the whole model can be saved, wherever its blocks are."""
+        given = self.placement and self.placement.given_out(self.model, blocks_name)
+        return given or nullcontext()
+
     @torch.no_grad()
     def capture(
         self, windows: Tensor, batch_size: int, keep_on: torch.device | str
@@ -73,7 +80,7 @@ class BlockRunner:
         `keep_on`: where the hidden states between two blocks are kept.
         """
         states = HiddenStates(windows, batch_size, calls=[[] for _ in self.blocks])
-        known: dict[tuple, list[Tensor]] = {}
+        known = Interned()
         handed_on: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
@@ -88,7 +95,7 @@ class BlockRunner:
                     if states.hidden is None:
                         states.hidden = self.transfer.buffer(len(windows), hidden, keep_on)
                     states.hidden[batch] = hidden  # the host waits, and may then read it
-                states.calls[index].append((interned(args, known), interned(kwargs, known)))
+                states.calls[index].append((known.like(args), known.like(kwargs)))
                 if index == len(self.blocks) - 1:
                     raise Stop
                 return self._handed_on(index, hidden)
@@ -97,6 +104,7 @@ class BlockRunner:
 
         for batch in states.batches:
             handed_on.clear()
+            known.start_call()
             with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
                 self._call_model(windows[batch].to(self.device))
         assert all(len(calls) == len(states.batches) for calls in states.calls)
@@ -128,10 +136,12 @@ class BlockRunner:
                 self.transfer.store_(states.hidden, batch, run())
 
     @torch.no_grad()
-    def logits(self, states: HiddenStates, batch: slice, positions: Tensor) -> Tensor:
-        """Logits (n, len(positions), vocabulary) after the last block, by the model's own tail."""
+    def logits(self, states: HiddenStates, batch: slice) -> Callable[[Tensor], Tensor]:
+        """What gives a batch's logits (n, len(positions), vocabulary) after the last block, by the
+        model's own tail; its hidden states come to the device once."""
         ids = states.windows[batch].to(self.device)
-        return self.tail(ids, lambda: self.transfer.fetch(states.hidden, batch), positions)
+        last = self.transfer.fetch(states.hidden, batch)
+        return torch.no_grad()(lambda positions: self.tail(ids, lambda: last, positions))
 
     def tail(self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor) -> Tensor:
         """Logits (n, len(positions), vocabulary) of windows `ids` (n, tokens).
@@ -162,7 +172,7 @@ class BlockRunner:
             for index in range(len(self.blocks)):
                 with self.at_hand(index):
                     self.advance_(states, index)
-            swept = self.logits(states, slice(0, 1), ids[0]).float()
+            swept = self.logits(states, slice(0, 1))(ids[0]).float()
         except (TypeError, ValueError) as error:
             raise self._refused("has blocks that depend on each other") from error
         own = self.model(input_ids=ids, use_cache=False).logits.float()
@@ -235,17 +245,38 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     return kwargs.pop("hidden_states"), (), kwargs
 
 
-def interned(value, known: dict[tuple, list[Tensor]]):
-    """`value` with equal tensors replaced by one: most arguments are the same in all batches."""
-    if isinstance(value, dict):
-        return {key: interned(item, known) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(interned(item, known) for item in value)
-    if not isinstance(value, Tensor):
+class Interned:
+    """Tensors of which equal ones are one: most arguments of blocks are the same in all batches."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple, list[Tensor]] = {}
+        self.start_call()
+
+    def start_call(self) -> None:
+        """What the model makes from now on is new; within a call it hands on the same tensors."""
+        self.met: dict[int, tuple[Tensor, Tensor]] = {}  # by id: (a tensor, the one equal to it)
+
+    def like(self, value):
+        """`value` with known tensors in place of equal ones."""
+        if isinstance(value, dict):
+            return {key: self.like(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self.like(item) for item in value)
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self.met:  # comparing waits for the device
+            self.met[id(value)] = value, self._equal(value)
+        return self.met[id(value)][1]
+
+    def _equal(self, value: Tensor) -> Tensor:
+        alike = self.known.setdefault((value.shape, value.dtype, value.device), [])
+        for other in alike:
+            if value is other or torch.equal(value, other):
+                return other
+        alike.append(value)
         return value
-    alike = known.setdefault((value.shape, value.dtype, value.device), [])
-    for other in alike:
-        if value is other or torch.equal(value, other):
-            return other
-    alike.append(value)
-    return value
+
+
+def positions_at_once(device: torch.device, vocabulary: int, windows: int) -> int:
+    """Of how many positions of `windows` windows the logits stand at a time."""
+    return max(1, LOGIT_BYTES[device.type] // (4 * vocabulary * windows))

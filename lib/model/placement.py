@@ -1,183 +1,214 @@
 """Decoder blocks that live on the host or on disk, and come to the device one at a time.
 
-accelerate loads such a model: the blocks' weights are on the meta device, and its hooks know where
-each one really is (host memory, the checkpoint's own files, or a file in the offload folder). Here
-a whole block is fetched once for all windows, instead of linear by linear for every forward, and
-a pruned block is put back where `save_pretrained` will find it.
+While a block is away its weights are on the meta device, and a store (lib/model/store.py) has them.
+A whole block is fetched once for all windows; a pruned or packed one is put back into the store.
+Called while it is away, as by the model's own forward, a block fetches itself.
 """
 
 from __future__ import annotations
 
-import fcntl
-import shutil
+import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from accelerate.utils import named_module_tensors, set_module_tensor_to_device
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import modeling_utils
 
 from lib.dist.team import Team
+from lib.model.store import BlockStore, Slots
+from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
-from lib.util.files import check_room
+
+META = torch.device("meta")
+Fetched = tuple[dict[str, Tensor], Tensor | None]  # {path: tensor}, and the piece these are part of
 
 
 class BlockPlacement:
     """Brings block `index` to `device` and takes it away again.
 
-    `folder`: where blocks that were changed are written, in `rounding`, if they are not kept in
-    host memory.
+    `rounding`: the dtype in which the model is saved, but for what its class keeps in another
+    (`exact`, parts of names). `team`: the processes that share the store.
     """
 
     def __init__(
         self,
         blocks: nn.ModuleList,
         device: torch.device,
+        store: BlockStore,
         rounding: torch.dtype,
-        folder: str | None = None,
+        exact: frozenset[str] = frozenset(),
+        team: Team | None = None,
     ) -> None:
-        hooks = [hook for block in blocks for _, hook in _hooks(block)]
-        for hook in hooks:
-            hook.original_devices = {}  # else a hook brings its weights before it is removed
-        parameters = [p for block in blocks for p in block.parameters()]
-        if len(parameters) > len(set(parameters)):
-            raise UserError("--offload: the model's blocks share weights; it must fit in memory")
         self.blocks = blocks
         self.device = device
-        self.rounding = rounding
-        self.folder = folder
-        self.side: torch.cuda.Stream | None = None
-        self.ahead: tuple[int, dict[str, Tensor]] = (-1, {})  # a block that is already on its way
-        if device.type == "cuda":
-            self.side = torch.cuda.Stream(device)
-            _pin_(hooks)
+        self.store = store
+        self.rounding, self.exact = rounding, exact
+        self.team = team or Team(device, alone=True)
+        # of the blocks' modules those that the model came with: their buffers stay on the device
+        self.first = weakref.WeakSet(module for block in blocks for module in block.modules())
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.ahead: tuple[int, Fetched] = (-1, ({}, None))  # a block that is already on its way
+        for index, block in enumerate(blocks):
+            self._send_away(block)
+            block.forward = self._fetching(index, block)
+
+    @property
+    def at_no_cost(self) -> bool:
+        """Whether a block that is not changed is used where it stands."""
+        return self.device.type == "cpu" and self.store.piece(0) is not None
+
+    def _fetching(self, index: int, block: nn.Module):
+        own = block.forward
+
+        def forward(*args, **kwargs):
+            with self.at_hand(index):
+                return own(*args, **kwargs)
+
+        return forward
 
     @contextmanager
     def at_hand(self, index: int, keep: bool = False) -> Iterator[None]:
-        """Inside, the block's weights are on the device; `keep` writes them back afterwards."""
-        away = _hooks(self.blocks[index])
-        arrived = self._arrived(index)
-        for module, hook in away:
-            remove_hook_from_module(module)
-            for name in _names(module, hook):
-                value = arrived.get(hook.weights_map.prefix + name)
-                value = _read(hook.weights_map, name) if value is None else value
-                set_module_tensor_to_device(module, name, self.device, value=value)
-        arrived.clear()
-        self._send_for(index + 1)
+        """Inside, the block's weights are on the device; `keep` keeps what becomes of them.
+
+        With `keep`, all processes of the team come here, and none is left behind.
+        """
+        block = self.blocks[index]
+        forward = block.__dict__.pop("forward")  # its own is the class's, also for copies of it
         try:
+            tensors, _piece = self._arrived(index, keep)
+            for path, tensor in tensors.items():
+                put(block, path, tensor)
+            del tensors
+            self._send_for(index + 1)
             yield
             if keep:
-                self._put_back(index, away)
+                held = dict(self._held(block))
+                self.team.meet()  # nobody still reads what is now replaced
+                saved = {path: self.saved_in(index, path, one.dtype) for path, one in held.items()}
+                self.store.replace_(index, held, saved)
         finally:
-            for module, hook in away:
-                add_hook_to_module(module, hook)  # back to the meta device
-                hook.original_devices = {}
+            self._send_away(block)
+            block.forward = forward
+
+    def _arrived(self, index: int, keep: bool) -> Fetched:
+        """Weights of block `index` on the device; to be written to if `keep`."""
+        (known, fetched), self.ahead = self.ahead, (-1, ({}, None))
+        if known == index:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self.side)
+            fetched[1].record_stream(now)  # or its memory is taken for the next block too early
+            return fetched
+        piece = self.store.piece(index)
+        if piece is None:
+            tensors = self.store.tensors(index)
+            return {path: tensor.to(self.device) for path, tensor in tensors.items()}, None
+        memory, slots = piece
+        if self.device.type == "cpu":  # where it stands already, and others may read it
+            return _views(memory.clone() if keep else memory, slots)
+        return _views(memory.to(self.device), slots)
 
     def _send_for(self, index: int) -> None:
-        """Start copying what host memory holds of block `index` while another block computes."""
-        if self.side is None or index >= len(self.blocks):
-            return
-        with torch.cuda.stream(self.side):
-            coming = {
-                hook.weights_map.prefix + name: hook.weights_map[name].to(
-                    self.device, non_blocking=True
-                )
-                for module, hook in _hooks(self.blocks[index])
-                for name in _names(module, hook)
-                if hook.weights_map.prefix + name in hook.weights_map.dataset.state_dict
-            }
-        self.ahead = index, coming
+        """Start copying block `index` from host memory while another block computes."""
+        piece = self.store.piece(index) if self.side and index < len(self.blocks) else None
+        if piece is not None:
+            memory, slots = piece
+            with torch.cuda.stream(self.side):
+                self.ahead = index, _views(memory.to(self.device, non_blocking=True), slots)
 
-    def _arrived(self, index: int) -> dict[str, Tensor]:
-        """Weights of block `index` that were sent for, on the device."""
-        (known, arrived), self.ahead = self.ahead, (-1, {})
-        if known != index:
-            return {}
-        now = torch.cuda.current_stream(self.device)
-        now.wait_stream(self.side)
-        for tensor in arrived.values():
-            tensor.record_stream(now)  # or its memory is taken for the next block too early
-        return arrived
+    def _held(self, block: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Path and tensor of all that has to be kept of a block at hand."""
+        for name, module in block.named_modules():
+            if module in self.first:
+                own = {key: one.data for key, one in module.named_parameters(recurse=False)}
+            else:  # came in its place, as packed linears do: all of it
+                own = {k: v for k, v in module.state_dict().items() if "." not in k}
+            for key, tensor in own.items():
+                yield f"{name}.{key}".strip("."), tensor
 
-    def _put_back(self, index: int, away: list[tuple[nn.Module, AlignDevicesHook]]) -> None:
-        """Into host memory, or into one file of the offload folder."""
-        on_disk: dict[str, Tensor] = {}
-        entries = []
-        for module, hook in away:
-            for name in _names(module, hook):
-                tensor = module.get_parameter(name).data
-                full_name = hook.weights_map.prefix + name
-                loader = hook.weights_map.dataset
-                if full_name in loader.state_dict:
-                    loader.state_dict[full_name].copy_(tensor)
-                else:
-                    rounded = tensor.to("cpu", self.rounding).contiguous()
-                    on_disk[full_name] = rounded
-                    entries.append((loader.index, full_name, dtype_name(tensor.dtype)))
-        if on_disk:
-            file = str(Path(self.folder) / f"block-{index}.safetensors")
-            try:
-                save_file(on_disk, file)
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"--offload {self.folder}: block {index} can't be written ({error}); "
-                    "name a folder on a disk with room"
-                ) from error
-            for where, name, dtype in entries:
-                where[name] = {"safetensors_file": file, "weight_name": name, "dtype": dtype}
+    def _send_away(self, block: nn.Module) -> None:
+        for module in list(block.modules()):
+            if module in self.first:
+                if isinstance(module, SparseLinear) and not module.weight.is_meta:
+                    module.to(self.device)  # packs again what torch's own tensor holds
+                for name, one in module.named_parameters(recurse=False):
+                    put(module, name, one.to(META))
+            elif not list(module.children()):
+                module.to(META)
 
-    def settle(self) -> None:
-        """From now on every block's weights are given out in the dtype they are saved in."""
-        for block in self.blocks:
-            for module, hook in _hooks(block):
-                for name in _names(module, hook):
-                    loader, full_name = hook.weights_map.dataset, hook.weights_map.prefix + name
-                    if full_name in loader.state_dict:
-                        rounded = loader.state_dict[full_name].to(self.rounding)
-                        loader.state_dict[full_name] = rounded
-                    else:
-                        loader.index[full_name]["dtype"] = dtype_name(self.rounding)
+    def saved_in(self, index: int, path: str, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a tensor of block `index`, of `dtype`, is saved."""
+        parent, _, name = path.rpartition(".")
+        parameter = name in self.blocks[index].get_submodule(parent)._parameters
+        keeps = not (parameter and dtype.is_floating_point) or self.exact.intersection(
+            path.split(".")
+        )
+        return dtype if keeps else self.rounding
+
+    @contextmanager
+    def given_out(self, model: nn.Module, blocks_name: str) -> Iterator[None]:
+        """Inside, `save_pretrained` finds the blocks' weights, in the dtype they are saved in.
+
+        It asks accelerate's hooks for what is on the meta device.
+        """
+        before = model.__dict__.get("hf_device_map")
+        model._hf_hook = SimpleNamespace(weights_map=_Saved(self, f"{blocks_name}."))
+        model.hf_device_map = {"": "cpu"}
+        try:
+            yield
+        finally:
+            del model._hf_hook
+            del model.hf_device_map
+            if before is not None:
+                model.hf_device_map = before
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
+class _Saved(Mapping):
+    """The blocks' weights by their names in the model, as they are saved."""
+
+    def __init__(self, placement: BlockPlacement, prefix: str) -> None:
+        self.placement, self.prefix = placement, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        if not name.startswith(self.prefix):
+            raise KeyError(name)
+        number, _, path = name.removeprefix(self.prefix).partition(".")
+        index, placement = int(number), self.placement
+        tensor = placement.store.tensor(index, path)
+        return tensor.to(placement.saved_in(index, path, tensor.dtype))
+
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
 
-def _hooks(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
-    return [
-        (module, module._hf_hook)
-        for module in block.modules()
-        if getattr(getattr(module, "_hf_hook", None), "offload", False)
-    ]
+def _views(memory: Tensor, slots: Slots) -> Fetched:
+    return {path: slot.of(memory) for path, slot in slots.items()}, memory
 
 
-def _pin_(hooks: list[AlignDevicesHook]) -> None:
-    """Lock what host memory holds in place, so that it is copied beside other work."""
-    for hook in hooks:
-        kept = hook.weights_map.dataset.state_dict
-        for name, tensor in kept.items():
-            kept[name] = tensor if tensor.is_pinned() else tensor.pin_memory()
+def put(module: nn.Module, path: str, tensor: Tensor) -> None:
+    """Put a tensor where a parameter or a buffer is; a parameter as it is."""
+    parent, _, name = path.rpartition(".")
+    owner = module.get_submodule(parent) if parent else module
+    if name in owner._parameters:
+        own = isinstance(tensor, nn.Parameter)
+        owner._parameters[name] = tensor if own else nn.Parameter(tensor, requires_grad=False)
+    else:
+        owner._buffers[name] = tensor
 
 
-def _names(module: nn.Module, hook: AlignDevicesHook) -> list[str]:
-    tensors = named_module_tensors(module, include_buffers=False, recurse=hook.place_submodules)
-    return [name for name, _ in tensors]
+def are_apart(blocks: nn.ModuleList) -> bool:
+    """Whether every block has weights of its own."""
+    parameters = [p for block in blocks for p in block.parameters()]
+    return len(parameters) == len(set(parameters))
 
 
-def _read(weights: Mapping[str, Tensor], name: str) -> Tensor:
-    try:
-        return weights[name]
-    except (OSError, SafetensorError) as error:
-        full_name = weights.prefix + name
-        file = weights.dataset.index.get(full_name, {}).get("safetensors_file", "memory")
-        raise UserError(f"--model: {full_name} can't be read from {file}: {error}") from error
+def check_apart(blocks: nn.ModuleList) -> None:
+    """UserError where blocks share weights: one can't be fetched without the other."""
+    if not are_apart(blocks):
+        raise UserError("--offload: the model's blocks share weights; it must fit in memory")
 
 
 def device_map(
@@ -199,76 +230,3 @@ def device_map(
             if path not in above:
                 where[path] = place if isinstance(module, nn.ModuleList) else here
     return where
-
-
-@contextmanager
-def own_folder(path: str, team: Team) -> Iterator[str]:
-    """A folder in `path` for this process alone, empty, that goes when the block ends.
-
-    So does `path` if nothing else is in it. What a killed run left in it is removed. UserError
-    where another run uses it.
-    """
-    folder = Path(path) / f"process-{team.rank}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "in-use").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--offload {path}: another run uses it; name another folder") from None
-        for left in folder.glob("*.safetensors"):
-            left.unlink()
-        try:
-            yield str(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # not empty: it holds more than this
-                Path(path).rmdir()
-
-
-@contextmanager
-def unmapped() -> Iterator[None]:
-    """Inside, transformers reads checkpoints instead of mapping them into memory.
-
-    It goes through all weights once, also those that stay on disk; pages that are mapped would all
-    stay resident until it is done. It has no setting for this: `disable_mmap` reads whole files.
-    """
-    mapped = modeling_utils.safe_open
-
-    def read(*args, **kwargs):
-        return mapped(*args, **kwargs | {"backend": "pread"})
-
-    modeling_utils.safe_open = read
-    try:
-        yield
-    finally:
-        modeling_utils.safe_open = mapped
-
-
-def check_offload_room(
-    path: str,
-    model: str,
-    skeleton: nn.Module,
-    blocks_name: str,
-    loaded: torch.dtype,
-    rounding: torch.dtype,
-) -> None:
-    """UserError where the disk of `path` can't hold the pruned blocks.
-
-    Besides these, in `rounding`, weights that stand under another name in the files of a local
-    `model` (experts that are fused on loading) are written there as they are `loaded`.
-    """
-    stored = _stored_names(model)
-    needed = 0
-    for name, parameter in skeleton.get_submodule(blocks_name).named_parameters():
-        needed += parameter.numel() * rounding.itemsize
-        if stored and f"{blocks_name}.{name}" not in stored:
-            needed += parameter.numel() * loaded.itemsize
-    check_room("--offload", path, needed)
-
-
-def _stored_names(model: str) -> set[str]:
-    names: set[str] = set()
-    for file in Path(model).glob("*.safetensors") if Path(model).is_dir() else ():
-        with safe_open(file, "pt") as stored:
-            names.update(stored.keys())
-    return names

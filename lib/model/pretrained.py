@@ -26,7 +26,8 @@ from lib.util.errors import UserError
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADED_SHARD = "500MB"
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # of one forward pass, about
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # of one forward pass, about; on CUDA at least
+NARROW = 4096  # width below which so many tokens leave a GPU waiting for the host
 
 
 def pick_device(name: str) -> torch.device:
@@ -48,6 +49,12 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: CUDA devices here are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
         )
     return torch.device("cuda", device.index or 0)
+
+
+def make_current(device: torch.device) -> None:
+    """Whatever of CUDA names no device, in any library, is then on this one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def load_config(name: str, cache_dir: str, trust_remote_code: bool):
@@ -81,9 +88,12 @@ def window_length(config, requested: int | None) -> int:
     return requested
 
 
-def default_batch_size(device: torch.device, seqlen: int) -> int:
+def default_batch_size(device: torch.device, seqlen: int, width: int) -> int:
     """Windows per forward pass that keep the device busy without much memory."""
-    return max(1, BATCH_TOKENS[device.type] // seqlen)
+    tokens = BATCH_TOKENS[device.type]
+    if device.type == "cuda" and width < NARROW:
+        tokens = tokens * NARROW // width  # as many numbers as at that width
+    return max(1, tokens // seqlen)
 
 
 def checkpoint_dtype(config) -> torch.dtype:

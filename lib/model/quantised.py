@@ -49,7 +49,7 @@ class Quantised4bit(_Quantised):
             return
         state = weight.quant_state
         weight = Params4bit(
-            wire.to("cpu", state.dtype),  # quantised when it is moved to its device
+            wire.to(weight.device, state.dtype),  # quantised by the move that follows
             requires_grad=False,
             blocksize=weight.blocksize,
             compress_statistics=weight.compress_statistics,

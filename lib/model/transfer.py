@@ -6,10 +6,15 @@ written comes back as it was written. Where states are kept on the device, nothi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from lib.model.pinned import empty_pinned
+
+AHEAD = 2  # batches that the host may be ahead of the GPU: what they use can't be used again yet
 
 
 class Transfer:
@@ -18,12 +23,14 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stored: deque[torch.cuda.Event] = deque()  # the last copies to the host
 
     def buffer(self, count: int, hidden: Tensor, keep_on: torch.device | str) -> Tensor:
         """Room on `keep_on` for `count` windows like those of hidden (n, tokens, hidden)."""
         shape = (count, *hidden.shape[1:])
-        pinned = self.side is not None and torch.device(keep_on).type == "cpu"
-        return torch.empty(shape, dtype=hidden.dtype, device=keep_on, pin_memory=pinned)
+        if self.side is not None and torch.device(keep_on).type == "cpu":
+            return empty_pinned(shape, hidden.dtype)
+        return torch.empty(shape, dtype=hidden.dtype, device=keep_on)
 
     def copy(self, buffer: Tensor) -> Tensor:
         """Another buffer with the same contents."""
@@ -32,9 +39,12 @@ class Transfer:
     def batches(self, buffer: Tensor, cuts: Sequence[slice]) -> Iterator[Tensor]:
         """Each cut of the buffer on the device, the next on its way while one is in use."""
         coming = [self._send_for(buffer, cut) for cut in cuts[:1]]
+        computed: deque[torch.cuda.Event] = deque()
         for index in range(len(cuts)):
             coming += [self._send_for(buffer, cut) for cut in cuts[index + 1 : index + 2]]
             yield self._arrived(*coming.pop(0))
+            if self._apart(buffer):
+                _wait_for_older(computed, torch.cuda.current_stream(self.device))
 
     def fetch(self, buffer: Tensor, cut: slice) -> Tensor:
         """One cut of the buffer, on the device."""
@@ -49,6 +59,7 @@ class Transfer:
         with torch.cuda.stream(self.side):
             buffer[cut].copy_(value, non_blocking=True)
         value.record_stream(self.side)  # or its memory is taken again before it was read
+        _wait_for_older(self.stored, self.side)
 
     def _apart(self, buffer: Tensor) -> bool:
         return self.side is not None and buffer.device.type == "cpu"
@@ -65,3 +76,10 @@ class Transfer:
             now.wait_event(sent)
             tensor.record_stream(now)
         return tensor
+
+
+def _wait_for_older(events: deque[torch.cuda.Event], stream: torch.cuda.Stream) -> None:
+    """Note where `stream` stands, and wait until it has passed where it stood AHEAD notes ago."""
+    events.append(stream.record_event())
+    if len(events) > AHEAD:
+        events.popleft().synchronize()

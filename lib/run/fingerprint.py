@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.model.access import weight_files
-from lib.model.placement import dtype_name
 from lib.model.pretrained import pick_dtype, saved_dtype
 from lib.model.quantised import stored_bits
+from lib.model.store import dtype_name
 from lib.run.flags import RESULT, roles
 from lib.run.record import versions
 

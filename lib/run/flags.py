@@ -127,7 +127,7 @@ def _model_flags(group) -> None:
         "--batch_size",
         type=int,
         help="windows per forward pass; changes speed and memory, not results beyond rounding "
-        "(default: about 1024 tokens' worth on a CPU, 8192 on CUDA)",
+        "(default: about 1024 tokens' worth on a CPU, 8192 on CUDA and more of a narrow model)",
     )
     flag(
         group,
@@ -435,9 +435,8 @@ def _check_packing(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         if args.pack_bits != 16:
             parser.error(f"--pack_bits {args.pack_bits}: is for --replace_sparse_layers; give both")
         return
-    for flag in ("load_bit", "offload"):
-        if getattr(args, flag):
-            parser.error(f"--replace_sparse_layers can't be combined with --{flag}; leave out one")
+    if args.load_bit:
+        parser.error("--replace_sparse_layers can't be combined with --load_bit; leave out one")
     ratio, pruned = args.sparsity_ratio, args.prune_method
     if pruned and args.sparsity_type == UNSTRUCTURED and ratio <= FEWEST_ZEROS:
         parser.error(

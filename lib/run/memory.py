@@ -7,9 +7,8 @@ instead of dying after hours.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -17,8 +16,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lib.eval import LOGIT_BYTES
 from lib.methods.registry import Recipe
+from lib.model.blocks import LOGIT_BYTES
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
 from lib.packed.layout import LARGE_TILE, packed_bytes
@@ -181,13 +180,26 @@ class Plan:
     saved: torch.dtype
     load_bit: str | None = None
     stored: torch.dtype | None = None  # of the weight files, if these are cast on reading
+    on_disk: bool = False  # blocks stay there
     fetched: bool = False  # blocks come to the device one at a time
-    ahead: bool = False  # and the next one while the current one computes
     training: Training | None = None
+    device: str = "cpu"  # kind of it
+    processes: int = 1  # on this machine
+    shared: bool = False  # they have one copy of blocks that are fetched
     packed: PackedLinears | None = None  # as the weight files are
     pack_bits: int | None = None  # packs what it has pruned, at so many bits
     probed: int = 0  # windows in which the error of every part of a block is measured
     keeps: bool = True  # inputs within a block, which saves passes through it
+
+    @property
+    def once(self) -> int:
+        """Bytes of host memory in which blocks that are fetched stand for all processes; on a CPU
+        also what is outside the blocks."""
+        if not self.fetched:
+            return 0
+        size = self.working.itemsize
+        inside = 0 if self.on_disk else _inside(self, size)
+        return inside + (self.shapes.outside * size if self.shared and self.device == "cpu" else 0)
 
     @property
     def follows(self) -> bool:
@@ -214,7 +226,7 @@ class Need:
         return self.weights + max(self.hidden + self.work, self.loading)
 
     def told(self, base: int = 0) -> str:
-        """As a line for the user; `base` are the libraries' bytes."""
+        """For the user; `base` are the libraries' bytes."""
         named = {"weights": self.weights, "hidden states": self.hidden, "work": self.work}
         if self.loading > self.hidden + self.work:
             named = {"weights": self.weights, "reading them": self.loading}
@@ -249,11 +261,13 @@ def _weights(plan: Plan) -> int:
         inside = int(shapes.in_blocks * BITS[plan.load_bit] / 8)
     if plan.fetched:
         largest = max(block.weights for block in shapes.blocks)
-        inside = largest * size * (2 if plan.ahead else 1)
+        # to a GPU the next one comes while the current one computes
+        inside = largest * size * (2 if plan.device == "cuda" and not plan.on_disk else 1)
     if plan.training:  # the teacher
         inside += shapes.in_blocks * size
         inside += shapes.outside * size if plan.training.beside else 0
-    return shapes.outside * size + inside
+    outside = 0 if plan.shared and plan.fetched and plan.device == "cpu" else shapes.outside
+    return outside * size + inside
 
 
 def _recovery(plan: Plan) -> tuple[int, int]:
@@ -275,7 +289,7 @@ def _recovery(plan: Plan) -> tuple[int, int]:
     through = GRAPH * passing * (1 if training.checkpointed else shapes.count)
     if training.checkpointed:
         through += shapes.count * tokens * shapes.hidden * plan.working.itemsize
-    logits = 5 * min(LOGIT_BYTES, FLOAT * shapes.vocabulary * tokens)
+    logits = 5 * min(LOGIT_BYTES[plan.device], FLOAT * shapes.vocabulary * tokens)
     return 0, int(kept + largest * FLOAT + through + logits)
 
 
@@ -354,9 +368,10 @@ def _activations(plan: Plan, block: BlockShape) -> int:
 def _evaluation(plan: Plan) -> tuple[int, int]:
     """Hidden states, and logits as they come and as probabilities or one batch in a block."""
     batch = min(plan.batch_size, plan.tests)
-    kept = plan.tests if plan.fetched else batch
+    once = plan.fetched and (plan.on_disk or plan.device == "cuda")  # each block comes once
+    kept = plan.tests if once else batch
     position = FLOAT * plan.shapes.vocabulary * batch
-    logits = 2 * min(max(position, LOGIT_BYTES), position * plan.seqlen)
+    logits = 2 * min(max(position, LOGIT_BYTES[plan.device]), position * plan.seqlen)
     if plan.working.itemsize < FLOAT:
         logits += logits // 4
     passing = max(_activations(plan, block) for block in plan.shapes.blocks)
@@ -367,8 +382,60 @@ def _evaluation(plan: Plan) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Stand:
+    """Where what a process needs will stand: on its device, unless that is the CPU, and the host.
+
+    `once`: bytes on the host that are there for all processes of the machine together.
+    """
+
+    plan: Plan
+    device: Need
+    host: Need
+    once: int = 0
+    kept: bool = True  # hidden states, on the device
+
+    @property
+    def machine(self) -> int:
+        """Bytes of host memory that all processes of this machine take, without the libraries."""
+        several = self.plan.processes
+        return several * self.host.total + self.once * (1 if self.plan.shared else several)
+
+    def told_of_host(self, base: int) -> str:
+        """As a line for the user; `base` are the libraries' bytes."""
+        plan, host = self.plan, self.host
+        if self.once and not plan.shared:
+            host = replace(host, weights=host.weights + self.once)
+        line = host.told(base)
+        if plan.processes > 1:
+            line += f" for each of {plan.processes} processes"
+            line += (
+                f", and once for all weights {gib(self.once)}" if plan.shared and self.once else ""
+            )
+        return line
+
+
+def stand(plan: Plan, free: int = 0) -> Stand:
+    """Of a CPU, or of a GPU with `free` bytes: blocks stay on the host where they do not fit."""
+    nothing = Need(0, 0, 0)
+    if plan.device == "cpu":
+        plan = replace(plan, fetched=plan.on_disk or plan.shared)
+        return Stand(plan, nothing, needed(plan), plan.once)
+    plan = replace(plan, fetched=plan.on_disk or plan.fetched)
+    need = needed(plan)
+    if not (plan.fetched or plan.load_bit or plan.training) and need.weights + need.work > free:
+        plan = replace(plan, fetched=True)
+        need = needed(plan)
+    if need.total > free:
+        plan = replace(plan, keeps=False)
+        need = needed(plan)
+    kept = need.weights + need.hidden + need.work <= free
+    device = Need(need.weights, need.hidden if kept else 0, need.work)
+    return Stand(plan, device, Need(0, 0 if kept else need.hidden, 0), plan.once, kept)
+
+
+@dataclass(frozen=True)
 class Room:
-    """Whether blocks are fetched from the host, where hidden states are kept; a line for users."""
+    """Whether blocks are fetched, where hidden states are kept; a line for users."""
 
     fetched: bool
     keep_on: torch.device
@@ -377,54 +444,51 @@ class Room:
     keep_inputs: bool = True  # of a block, which saves passes through it
 
 
-def check_memory(plan: Plan, device: torch.device, offloaded: bool) -> Room:
-    """Where blocks and hidden states will stand. UserError where there is not enough memory."""
+def check_memory(
+    plan: Plan, device: torch.device, any_of: Callable[[bool], bool] = lambda fetched: fetched
+) -> Room:
+    """Where blocks and hidden states will stand. UserError where there is not enough memory.
+
+    `any_of` tells whether any process fetches blocks: then all do.
+    """
     if plan.training:
         plan = _trained(plan, device)
     checkpointed = bool(plan.training and plan.training.checkpointed)
-    need = needed(plan)
     if device.type == "cpu":
-        keeps = need.total <= free_on_host()
-        line = _host_line(
-            need if keeps else needed(replace(plan, keeps=False)), offloaded, plan.training
-        )
-        return Room(False, device, f"memory: {line}", checkpointed, keeps)
-    free = int(SPARE * torch.cuda.mem_get_info(device)[0])
-    fetched = (
-        not (plan.fetched or plan.load_bit or plan.training) and need.weights + need.work > free
-    )
-    if fetched:
-        plan = replace(plan, fetched=True, ahead=True)
-        need = needed(plan)
-    keeps = need.total <= free
-    if not keeps:
-        need = needed(replace(plan, keeps=False))
-    kept = need.weights + need.hidden + need.work <= free
-    here = Need(need.weights, need.hidden if kept else 0, need.work)
-    if here.total > free:
+        found = stand(plan)
+        if found.machine > available():
+            found = stand(replace(plan, keeps=False))
+        line = f"memory: {_see_host(found)}"
+        return Room(found.plan.fetched, device, line, checkpointed, found.plan.keeps)
+    free = int(SPARE * free_on(device))
+    found = stand(plan, free)
+    if any_of(found.plan.fetched) and not found.plan.fetched:
+        found = stand(replace(plan, fetched=True), free)
+    if found.device.total > free:
         way = f", {_less(plan.training)}" if plan.training else ""
         raise UserError(
-            f"--device {device}: the run needs {here.told()}, but only {gib(free)} are free; "
-            f"try a smaller --batch_size or --seqlen{way}, or --device cpu"
+            f"--device {device}: the run needs {found.device.told()}, but only {gib(free)} are "
+            f"free; try a smaller --batch_size or --seqlen{way}, or --device cpu"
         )
-    away = plan.shapes.in_blocks * plan.working.itemsize if fetched else 0
-    host = Need(away, 0 if kept else need.hidden, 0)
-    line = f"memory: device {here.told()}; host {_host_line(host, offloaded)}"
-    return Room(fetched, device if kept else torch.device("cpu"), line, checkpointed, keeps)
+    line = f"memory: device {found.device.told()}; host {_see_host(found)}"
+    keep_on = device if found.kept else torch.device("cpu")
+    return Room(found.plan.fetched, keep_on, line, checkpointed, found.plan.keeps)
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that this process can still get on a GPU; what torch keeps of what was freed is one."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _trained(plan: Plan, device: torch.device) -> Plan:
     """With activations computed again where they would not fit otherwise."""
+    on_host = available() // plan.processes
     gpu = device.type == "cuda"
-    free = SPARE * torch.cuda.mem_get_info(device)[0] if gpu else free_on_host()
+    free = SPARE * free_on(device) if gpu else on_host
     if needed(plan).total <= free:
         return plan
     return replace(plan, training=replace(plan.training, checkpointed=True))
-
-
-def free_on_host() -> int:
-    """Bytes for this process, of those that share the machine."""
-    return available() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _less(training: Training) -> str:
@@ -434,13 +498,13 @@ def _less(training: Training) -> str:
     return "--recover_rank 16, which trains fewer numbers"
 
 
-def _host_line(need: Need, offloaded: bool, training: Training | None = None) -> str:
+def _see_host(found: Stand) -> str:
     """What is told of host memory. UserError where it is too little."""
-    base = psutil.Process().memory_info().rss + LATER
-    line, free = need.told(base), free_on_host()
-    if need.total > free:
-        way = "" if offloaded else ", or --offload FOLDER"
-        way = f", or {_less(training)}" if training else way
+    plan, free = found.plan, available()
+    line = found.told_of_host(psutil.Process().memory_info().rss + LATER)
+    if found.machine > free:
+        way = "" if plan.on_disk else ", or --offload FOLDER"
+        way = f", or {_less(plan.training)}" if plan.training else way
         raise UserError(
             f"--model: the run needs {line} of host memory, of which {gib(free)} are still free; "
             f"try a smaller --nsamples, --seqlen or --batch_size{way}"

@@ -45,7 +45,8 @@ class Samples:
             for ids in test.openings
             if job.args.samples
         ]
-        if self.beginnings and subject.runner.placement:
+        placement = subject.runner.placement
+        if self.beginnings and placement and not placement.at_no_cost:
             self._do_without(f"each of {TOKENS} tokens would fetch every block again")
 
     def take(self, who: str, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lib.methods.registry import Recipe
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from lib.data.sources import Source
     from lib.model.blocks import BlockRunner
+    from lib.model.fetched import Sharing
+    from lib.model.placement import BlockPlacement
     from lib.run.memory import Room, Training
 
 
@@ -51,12 +53,14 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
 
     quiet()
     device = local_device(pretrained.pick_device(args.device))
+    pretrained.make_current(device)
     team = Team(device, minutes=args.timeout)
     known = args.model, args.cache_dir, args.trust_remote_code
     config = pretrained.load_config(*known)
     check_format(args.model, config, args.load_bit, bool(recipe or args.recover), args.offload)
     tokenizer = pretrained.load_tokenizer(*known)
     seqlen = pretrained.window_length(config, args.seqlen)
+    width = config.get_text_config(decoder=True).hidden_size
     skeleton = pretrained.skeleton(config, args.trust_remote_code)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
@@ -76,7 +80,7 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
         config=config,
         tokenizer=tokenizer,
         seqlen=seqlen,
-        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen),
+        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen, width),
         skeleton=skeleton,
         blocks_name=blocks_name,
         recipe=recipe,
@@ -330,30 +334,61 @@ def load(job: Job, at_end: ExitStack) -> Subject:
     from lib.model import pretrained
     from lib.model.blocks import BlockRunner
     from lib.model.finite import check_finite
-    from lib.model.placement import BlockPlacement, device_map
     from lib.util.host import keep_freed_memory
 
-    args = job.args
     keep_freed_memory()
-    room = _see_memory(job)
-    placement, folder, where = None, None, {"": job.device}
-    if args.offload or room.fetched:
-        place = "disk" if args.offload else "cpu"
-        where = device_map(job.skeleton, job.blocks_name, job.device, place)
-    if args.offload:
-        folder = at_end.enter_context(_offload_folder(job))
+    sharing = _sharing(job)
+    room = _see_memory(job, sharing is not None)
     with job.timed("load"):
-        model = _read_model(job, where, folder)
+        if room.fetched:
+            model, placement = _fetched(job, at_end, sharing)
+        else:
+            model, placement = _read_model(job, {"": job.device}), None
+            if sharing:
+                sharing.close()
     _, blocks = pretrained.decoder_blocks(model)
-    if len(where) > 1:
-        rounding = pretrained.saved_dtype(args.dtype, job.config)
-        placement = BlockPlacement(blocks, job.device, rounding, folder)
     runner = BlockRunner(model, blocks, job.device, placement)
     if placement is None:  # otherwise every block is checked when it is fetched
         check_finite(runner)
     runner.verify()
     size = pretrained.footprint(model)
     return Subject(model, blocks, runner, room.keep_on, size, room.checkpointed, room.keep_inputs)
+
+
+def _sharing(job: Job) -> Sharing | None:
+    """How the processes of this machine come to one copy of the blocks; None where they don't."""
+    from lib.model.fetched import Sharing, can_be_shared
+
+    blocks = job.skeleton.get_submodule(job.blocks_name)
+    # what is trained, and what is quantised, must be each process's own
+    if job.course or job.args.load_bit or not can_be_shared(job.skeleton, blocks):
+        return None
+    return Sharing.arrange(job.team)
+
+
+def _fetched(
+    job: Job, at_end: ExitStack, sharing: Sharing | None
+) -> tuple[nn.Module, BlockPlacement]:
+    """The dense model with its blocks on the host, or on disk under `--offload`."""
+    from lib.model.fetched import fetched_model
+    from lib.model.placement import device_map
+    from lib.model.pretrained import saved_dtype, skeleton
+
+    args, folder = job.args, None
+    where: dict[str, Any] = {"": job.device}
+    if args.offload or job.device.type == "cuda":
+        place = "disk" if args.offload else "cpu"
+        where = device_map(job.skeleton, job.blocks_name, job.device, place)
+    if args.offload:
+        folder = at_end.enter_context(_offload_folder(job, sharing is not None))
+    return fetched_model(
+        lambda: _read_model(job, where, folder),
+        lambda: skeleton(job.config, args.trust_remote_code),
+        job.device,
+        sharing,
+        folder,
+        saved_dtype(args.dtype, job.config),
+    )
 
 
 def load_teacher(job: Job, subject: Subject) -> BlockRunner:
@@ -393,7 +428,7 @@ def load_teacher(job: Job, subject: Subject) -> BlockRunner:
     return runner
 
 
-def _see_memory(job: Job) -> Room:
+def _see_memory(job: Job, shared: bool) -> Room:
     """Tell how much memory the run will take, and where."""
     from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
     from lib.model.quantised import packed_linears, stored_bits
@@ -415,13 +450,16 @@ def _see_memory(job: Job) -> Room:
         saved_dtype(args.dtype, job.config),
         args.load_bit or stored_bits(job.config),
         None if stored == working else stored,
-        fetched=bool(args.offload),
+        on_disk=bool(args.offload),
         training=_training(job),
+        device=job.device.type,
+        processes=team.local_size,
+        shared=shared,
         packed=PackedLinears.of(*packed_linears(job.config)),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
         probed=WINDOWS if args.allocation == "error" else 0,
     )
-    room = check_memory(plan, job.device, bool(args.offload))
+    room = check_memory(plan, job.device, lambda fetched: any(team.gathered(fetched)))
     if team.leads:
         print(room.line, flush=True)
     return room
@@ -437,40 +475,39 @@ def _training(job: Job) -> Training | None:
     return Training(job.course.rank, min(job.batch_size, share), bool(job.args.teacher))
 
 
-def _offload_folder(job: Job) -> AbstractContextManager[str]:
-    """This process's part of `--offload`, which has room."""
-    from lib.model.placement import check_offload_room, own_folder
+def _offload_folder(job: Job, shared: bool) -> AbstractContextManager[str]:
+    """The part of `--offload` that is this process's, or its machine's, which has room."""
+    from lib.model.fetched import check_offload_room, own_folder
     from lib.model.pretrained import pick_dtype, saved_dtype
 
     args = job.args
     loaded = pick_dtype(args.dtype, job.config, job.device)
     saved = saved_dtype(args.dtype, job.config)
-    check_offload_room(args.offload, args.model, job.skeleton, job.blocks_name, loaded, saved)
-    return own_folder(args.offload, job.team)
+    sizes = args.offload, args.model, job.skeleton, job.blocks_name, loaded, saved
+    check_offload_room(*sizes, 1 if shared else job.team.local_size)
+    return own_folder(args.offload, job.team, shared)
 
 
-def _read_model(job: Job, where: dict[str, Any], folder: str | None) -> nn.Module:
+def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> nn.Module:
     """The dense model, each part on the device that `where` says."""
-    from lib.model.placement import unmapped
     from lib.model.pretrained import load_model, pick_dtype
 
     args = job.args
 
     def read() -> nn.Module:
-        with unmapped() if folder else nullcontext():
-            return load_model(
-                args.model,
-                job.config,
-                dtype=pick_dtype(args.dtype, job.config, job.device),
-                device_map=where,
-                offload=folder,
-                load_bit=args.load_bit,
-                cache_dir=args.cache_dir,
-                trust_remote_code=args.trust_remote_code,
-            )
+        return load_model(
+            args.model,
+            job.config,
+            dtype=pick_dtype(args.dtype, job.config, job.device),
+            device_map=where,
+            offload=folder,
+            load_bit=args.load_bit,
+            cache_dir=args.cache_dir,
+            trust_remote_code=args.trust_remote_code,
+        )
 
     quantised = args.load_bit or getattr(job.config, "quantization_config", None)
-    if len(where) > 1 or quantised:
+    if len(where) > 1 or quantised or job.team.size > 1:
         return read()
     return job.keep.model((args.model, args.dtype, args.cache_dir), job.device, read)
 

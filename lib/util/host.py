@@ -26,24 +26,41 @@ def keep_freed_memory() -> None:
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # what reading and tokenising texts left behind
+    if hasattr(libc, "mallopt"):
+        hand_back()  # what reading and tokenising texts left behind
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
+def hand_back() -> None:
+    """Give the system what was freed and kept, where the C library is glibc."""
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def available() -> int:
     """Bytes of host memory that this process can still get: of the machine, or of its container."""
     free = psutil.virtual_memory().available
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit, used, kinds in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         try:
-            free = min(free, int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text()))
+            left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
         except (OSError, ValueError):  # none such, or "max"
             continue
+        free = min(free, left + _page_cache(CGROUP / kinds))
     return max(0, free)
+
+
+def _page_cache(kinds: Path) -> int:
+    """Bytes of files that a container keeps in memory as long as nobody needs it."""
+    try:
+        lines = dict(line.split() for line in kinds.read_text().splitlines())
+    except (OSError, ValueError):
+        return 0
+    below = "total_" if "total_active_file" in lines else ""  # version 1: with the groups inside
+    return sum(int(lines.get(f"{below}{name}_file", 0)) for name in ("active", "inactive"))
 
 
 def gib(size: float) -> str:

@@ -1,134 +1,234 @@
-"""Speed of the packed form, as Markdown tables: not a test, run it by hand on a quiet machine.
+"""Speed, size and loading of packed weights beside dense ones, as Markdown tables.
 
-    python tests/bench/bench_sparse.py                   # a random 2:4 LLaMA
-    python tests/bench/bench_sparse.py --model FOLDER    # a model; its linears are made 2:4
+    bash launch.sh bench_sparse products              # linears of 4096 and 11008, 1 to 512 tokens
+    bash launch.sh bench_sparse model                 # a random LLaMA of 1.2 billion parameters
+    bash launch.sh bench_sparse model --model FOLDER  # a model; random weights become zeros
 
-Dense and packed take turns in the same run, figures are medians. `packed, compiled` is the kernel
-that torch.compile generates for a few tokens on CPU.
+Run it on a quiet machine. Dense and packed take turns in the same run, figures are medians; loading
+and resident memory are those of a process of its own for each.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
+import json
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
 from measure import medians, random_llama, table
-from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import lib.sparse
-from lib.methods.sparsity import n_of_m
 from lib.model.pretrained import decoder_blocks
-from lib.packed.few_tokens import can_compile
-from lib.packed.layout import pack, unpack
+from lib.packed import kernels
+from lib.packed.linear import SparseLinear
 
-PREFILL, PROMPT, STEPS, BATCHES = 2048, 16, 8, (1, 8, 64)
+SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
+TOKENS = (1, 2, 4, 8, 16, 64, 512)
+COPIES = 96 * 2**20  # bytes of weights that take turns: more than caches hold
+PROMPT, NEW, PREFILL, BATCHES = 16, 16, 512, (1, 4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU = torch.device("cpu")
 
 
-def two_of_four_(weight: torch.Tensor) -> None:
-    weight[n_of_m(weight.abs(), 2, 4)] = 0
+def processor() -> str:
+    """Its name and those of its instructions that matter here."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    facts = {name.strip(): value.strip() for name, value in facts.items()}
+    wanted = "avx2 avx512f avx512_vbmi2 avx512_vnni avx512_bf16 amx_bf16".split()
+    flags = [name for name in wanted if name in facts.get("flags", "").split()]
+    return f"{facts.get('model name', 'CPU')} ({' '.join(flags)})"
 
 
-def bench_packing(device: torch.device, dtypes: list[str], size: int, rounds: int) -> None:
-    rows = []
-    for name in dtypes:
-        weight = torch.randn(size, size, dtype=DTYPES[name], device=device)
-        two_of_four_(weight)
-        values, positions = pack(weight)
-        target = torch.empty_like(weight)
-        calls = {
-            "copy": lambda target=target, weight=weight: target.copy_(weight),
-            "pack": lambda weight=weight: pack(weight),
-            "unpack": lambda v=values, p=positions, target=target: unpack(v, p, target),
-        }
-        spent = medians(calls, device, rounds)
-        rows.append([name, *(f"{weight.nbytes / spent[c] / 1e9:.2f}" for c in calls)])
-    print(f"Dense bytes of a {size} x {size} matrix per second, GB/s, on {device}:\n")
-    table(["dtype", "memory copy", "pack", "unpack"], rows)
+def zeros_(weight: Tensor, share: float) -> None:
+    """Make `share` of a matrix zeros, at random places."""
+    for rows in weight.detach().split(512):
+        rows.masked_fill_(torch.rand(rows.shape) < share, 0)
+
+
+# ------------------------------------------------------------------------------------- products
+
+
+def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """One call after the other, so that no cache still holds its weights."""
+    turn = 0
+
+    def call() -> Tensor:
+        nonlocal turn
+        turn += 1
+        return calls[turn % len(calls)]()
+
+    return call
+
+
+def by_kernel(held: list[SparseLinear], x: Tensor, path: str | None) -> Callable[[], Tensor]:
+    """Products of x by each of `held` in turn, with the instructions of `path`."""
+
+    def one(linear: SparseLinear) -> Tensor:
+        packed = linear.mask, linear.weight, linear.offsets, linear.scale
+        return kernels.linear(x, *packed, None, path)
+
+    return in_turn([lambda linear=linear: one(linear) for linear in held])
 
 
 @torch.inference_mode()
-def decode(model: nn.Module, batch: int, cache: DynamicCache) -> None:
-    """One token after another, STEPS times, for every sequence of the batch."""
-    ids = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
-    for _ in range(STEPS):
-        model(ids, past_key_values=cache, use_cache=True)
-    cache.crop(-STEPS)
+def bench_product(
+    shape: tuple[int, int], share: float, dtype: torch.dtype, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds by path, for each of TOKENS."""
+    rows, width = shape
+    dense = nn.Linear(width, rows, bias=False, dtype=dtype)
+    zeros_(dense.weight, share)
+    copies = max(1, COPIES // dense.weight.nbytes)
+    weights = [dense.weight.clone() for _ in range(copies)]
+    held = {}
+    for bits in (16, 8):
+        packed = SparseLinear.from_linear(dense, bits)
+        held[bits] = [copy.deepcopy(packed) for _ in range(2 * copies)]
+    found: dict[str, list[float]] = {}
+    for tokens in TOKENS:
+        x = torch.randn(tokens, width).to(dtype)
+        calls = {"dense": in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights])}
+        calls["packed"] = by_kernel(held[16], x, None)
+        calls["packed, 8 bits"] = by_kernel(held[8], x, None)
+        if "avx2" in kernels.paths():
+            calls["packed, AVX2 only"] = by_kernel(held[16], x, "avx2")
+        for name, spent in medians(calls, CPU, rounds).items():
+            found.setdefault(name, []).append(spent)
+    return found
+
+
+def bench_products(args: argparse.Namespace) -> None:
+    for name in args.dtypes:
+        rows = []
+        for shape in SHAPES:
+            for share in args.shares:
+                found = bench_product(shape, share, DTYPES[name], args.rounds)
+                base = found.pop("dense")
+                size = f"{shape[0]} x {shape[1]}, {share:.0%}"
+                rows.append([size, "dense", *(f"{s * 1e3:.2f} ms" for s in base)])
+                rows += [
+                    ["", way, *(f"{b / s:.2f}x" for b, s in zip(base, spent, strict=True))]
+                    for way, spent in found.items()
+                ]
+        print(f"{name}: milliseconds of the dense product; the others, how many times as fast\n")
+        table(["out x in, zeros", "", *(f"{n} tokens" for n in TOKENS)], rows)
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, batch: int) -> None:
+    ids = torch.arange(batch * PROMPT).view(batch, PROMPT) % 500 + 1
+    length = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **length)
 
 
 @torch.inference_mode()
 def prefill(model: nn.Module) -> None:
-    ids = torch.arange(PREFILL, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(PREFILL)[None] % 500 + 1
     model(ids, use_cache=False, logits_to_keep=1)
 
 
-@torch.inference_mode()
-def started_cache(model: nn.Module, batch: int) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    ids = torch.ones(batch, PROMPT, dtype=torch.int64, device=model.device)
-    model(ids, past_key_values=cache, use_cache=True)
-    return cache
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * 4096
 
 
-def bench_model(dense: nn.Module, device: torch.device, dtype: str, rounds: int) -> list[list[str]]:
-    models = {"dense": dense, "packed": copy.deepcopy(dense)}
-    report = lib.sparse.swap_linears_(models["packed"], decoder_blocks(models["packed"])[1])
-    print(f"{dtype}: {report}\n")
-    if device.type == "cpu" and can_compile():
-        models["packed, compiled"] = copy.deepcopy(models["packed"])
-        lib.sparse.compile_decoding_(models["packed, compiled"])
-    spent = medians({n: lambda m=m: prefill(m) for n, m in models.items()}, device, rounds)
-    figures = {name: [PREFILL / spent[name]] for name in models}
-    for batch in BATCHES:
-        caches = {name: started_cache(m, batch) for name, m in models.items()}
-        calls = {
-            name: lambda m=m, b=batch, c=caches[name]: decode(m, b, c) for name, m in models.items()
-        }
-        spent = medians(calls, device, rounds)
-        for name in models:
-            figures[name].append(batch * STEPS / spent[name])
-    base = figures["dense"]
-    return [
-        [dtype, name, *(f"{f:.1f} ({f / b:.2f}x)" for f, b in zip(row, base, strict=True))]
-        for name, row in figures.items()
-    ]
+def loaded(folder: str) -> dict[str, float]:
+    """Seconds of loading a saved model, and what its process holds once it has generated."""
+    from transformers import AutoModelForCausalLM
+
+    before, start = resident(), time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    spent = time.perf_counter() - start
+    generate(model, 1)
+    return {"seconds": spent, "resident": resident() - before}
 
 
-def random_model(args: argparse.Namespace) -> nn.Module:
+def load_apart(model: nn.Module, folder: Path) -> dict[str, float]:
+    """Save, and load in a process of its own; the second time, when the disk is cached."""
+    model.save_pretrained(folder)
+    command = [sys.executable, __file__, "load", "--model", str(folder)]
+    for _ in range(2):
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return json.loads(done.stdout.splitlines()[-1]) | {"bytes": size}
+
+
+def made(args: argparse.Namespace) -> nn.Module:
+    """The dense model, with zeros in its blocks."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = DTYPES[args.dtypes[0]]
     torch.manual_seed(0)
-    inner = args.width * 11 // 4 // 64 * 64
-    return random_llama(args.width, inner, args.layers, 512, PREFILL)
+    if args.model:
+        dense = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    else:
+        torch.set_default_dtype(dtype)
+        dense = random_llama(2048, 5632, 22, 32000, 2048)
+        torch.set_default_dtype(torch.float32)
+    for module in decoder_blocks(dense)[1].modules():
+        if isinstance(module, nn.Linear):
+            zeros_(module.weight, args.shares[0])
+    return dense.eval().requires_grad_(False)
+
+
+def bench_model(args: argparse.Namespace) -> None:
+    models = {"dense": made(args)}
+    for bits in (16, 8):
+        models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
+        lib.sparse.swap_linears_(model, decoder_blocks(model)[1], bits=bits)
+    found: dict[str, list[str]] = {name: [] for name in models}
+    for batch in BATCHES:
+        calls = {name: lambda m=m, b=batch: generate(m, b) for name, m in models.items()}
+        spent = medians(calls, CPU, args.rounds)
+        for name, one in spent.items():
+            found[name].append(f"{batch * NEW / one:.1f} ({spent['dense'] / one:.2f}x)")
+    calls = {name: lambda m=m: prefill(m) for name, m in models.items()}
+    spent = medians(calls, CPU, max(1, args.rounds // 2))
+    for name, one in spent.items():
+        found[name].append(f"{PREFILL / one:.0f} ({spent['dense'] / one:.2f}x)")
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        for index, (name, model) in enumerate(models.items()):
+            told = load_apart(model, Path(scratch) / str(index))
+            size, memory = told["bytes"] / 1e6, told["resident"] / 1e6
+            found[name] += [f"{size:.0f} MB", f"{told['seconds']:.1f} s", f"{memory:.0f} MB"]
+    size = sum(one.numel() for one in models["dense"].parameters())
+    what = Path(args.model).name if args.model else "a random LLaMA"
+    print(f"{what}, {size / 1e6:.0f} million parameters, {args.dtypes[0]}, {args.shares[0]:.0%}\n")
+    generated = [f"generate, batch {batch}" for batch in BATCHES]
+    header = ["weights", *generated, f"prefill of {PREFILL}", "files", "loading", "resident"]
+    table(header, [[name, *cells] for name, cells in found.items()])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("products", "model", "load"))
     parser.add_argument("--model", help="folder or name; default: a random LLaMA")
-    parser.add_argument("--width", type=int, default=2048, help="hidden size of the random LLaMA")
-    parser.add_argument("--layers", type=int, default=2, help="blocks of the random LLaMA")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--matrix", type=int, default=4096, help="rows and columns to pack")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7], help="of zeros")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--scratch", help="folder for models that are loaded again")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads\n")
-    bench_packing(device, args.dtypes, args.matrix, args.rounds)
-    model = AutoModelForCausalLM.from_pretrained(args.model) if args.model else random_model(args)
-    for module in decoder_blocks(model)[1].modules():
-        if isinstance(module, nn.Linear):
-            two_of_four_(module.weight.data)
-    rows = []
-    for dtype in args.dtypes:
-        dense = copy.deepcopy(model).to(device, DTYPES[dtype]).eval()
-        rows += bench_model(dense, device, dtype, args.rounds)
-    print(f"Tokens per second on {device} (relative to dense), {args.model or 'a random LLaMA'}:\n")
-    header = ["dtype", "weights", f"prefill {PREFILL}", *(f"decode, batch {b}" for b in BATCHES)]
-    table(header, rows)
+    if args.what == "load":
+        print(json.dumps(loaded(args.model)))
+        return
+    if not kernels.ready():
+        sys.exit("bench_sparse: nothing to measure without the kernels; install g++ and ninja")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}\n")
+    bench_products(args) if args.what == "products" else bench_model(args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ CASES = {
     "experts by sparsegpt": ["mixtral", *SPARSEGPT, "--sparsity_type", "2:4"],
     "one window": ["llama", *WANDA, "--nsamples", "1"],
     "offloaded": ["llama", *WANDA, "--offload", "away"],
+    "packed": ["llama", *WANDA, "--sparsity_type", "2:4", "--replace_sparse_layers"],
+    "packed from disk": [*"llama --replace_sparse_layers --offload away".split(), *WANDA]
+    + ["--sparsity_type", "2:4"],
     "quantised": ["llama", *SPARSEGPT, "--load_bit", "8"],
 }
 

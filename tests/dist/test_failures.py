@@ -46,7 +46,7 @@ def test_a_killed_process_ends_the_others(place: Path, tmp_path: Path) -> None:
     (line,) = complaints(done)
     assert re.fullmatch(SECOND_IS_GONE, line)
     nothing_saved(tmp_path, "offloaded")
-    assert [path.name for path in tmp_path.glob("away/*")] == ["process-1"]  # by its own next run
+    assert not (tmp_path / "away").exists()  # in which the machine's first process alone writes
 
 
 def test_the_first_process_killed_ends_the_others(place: Path, tmp_path: Path) -> None:

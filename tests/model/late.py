@@ -19,6 +19,11 @@ DEVICE = torch.device("cuda", 0)  # by name; all tensors are on the host
 NAN = float("nan")
 
 
+def poisoned_(memory: Tensor) -> Tensor:
+    """nan in any floating-point dtype, also where it is seen as bytes."""
+    return memory.fill_(NAN if memory.is_floating_point() else 255)
+
+
 class Stream:
     """Work in order: done at once, or only when somebody waits for it."""
 
@@ -73,12 +78,14 @@ class Gpu:
         self.current = Stream()
         self.current.eager = eager
         self.used_by: dict[int, set[Stream]] = {}  # streams that an address was recorded for
-        self.to, self.copy_, self.empty = Tensor.to, Tensor.copy_, torch.empty
+        self.locked: dict[int, int] = {}  # bytes of host memory by address
+        self.to, self.copy_ = Tensor.to, Tensor.copy_
         patch.setattr(torch.cuda, "Stream", type("Side", (Stream,), {"eager": eager_side}))
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", self._inside)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
-        patch.setattr(torch, "empty", lambda *size, **how: self._empty(*size, **how))
+        patch.setattr("lib.model.pinned.register", self._register)
+        patch.setattr("lib.model.pinned.unregister", self.locked.pop)
         patch.setattr(Tensor, "to", lambda x, *where, **how: self._to(x, *where, **how))
         patch.setattr(Tensor, "copy_", lambda x, *source, **how: self._copy_(x, *source, **how))
         patch.setattr(Tensor, "record_stream", lambda x, user: self.used_by[x.data_ptr()].add(user))
@@ -86,7 +93,7 @@ class Gpu:
     def compute(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """What `function` makes of tensors, as the current stream's work."""
         kept = [one.detach() for one in inputs]  # not what the caller holds: that may be dropped
-        memory = torch.full_like(inputs[0], NAN)
+        memory = poisoned_(torch.empty_like(inputs[0]))
         owner = self.current
         owner.add(lambda: self.copy_(memory, function(*kept)))
         out = memory.detach()
@@ -96,10 +103,11 @@ class Gpu:
 
     def _drop(self, memory: Tensor, owner: Stream) -> None:
         if not self.used_by[memory.data_ptr()] - {owner}:
-            owner.add(lambda: memory.fill_(NAN))
+            owner.add(lambda: poisoned_(memory))
 
-    def _empty(self, *size, pin_memory: bool = False, **how) -> Tensor:
-        return self.empty(*size, **how)
+    def _register(self, address: int, size: int) -> bool:
+        self.locked[address] = size
+        return True
 
     def _to(self, tensor: Tensor, *where, non_blocking: bool = False, **how) -> Tensor:
         if non_blocking:

@@ -14,21 +14,19 @@ import torch
 from accelerate import dispatch_model
 from late import Gpu
 from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
-from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from lib.dist.team import Team
-from lib.eval import perplexities, perplexity
+from lib.eval import perplexities, perplexity, some_logits
+from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.placement import (
-    BlockPlacement,
-    check_offload_room,
-    device_map,
-    own_folder,
-    unmapped,
-)
-from lib.model.pretrained import decoder_blocks
+from lib.model.fetched import check_offload_room, fetched_model, own_folder, unmapped
+from lib.model.placement import BlockPlacement, device_map
+from lib.model.pretrained import decoder_blocks, footprint, load_model, skeleton
+from lib.model.store import end_of
 from lib.prune import Pruner
 from lib.pruning import check
+from lib.sparse import check_same_outputs, swap_linears_
 
 Disk = namedtuple("Disk", "total used free")
 MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
@@ -110,9 +108,7 @@ def test_a_folder_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_experts_that_are_fused_need_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(
-        "lib.model.placement.check_room", lambda _, __, needed: asked.append(needed)
-    )
+    monkeypatch.setattr("lib.model.fetched.check_room", lambda _, __, needed: asked.append(needed))
     for name in ("tied", "mixtral"):
         model = AutoModelForCausalLM.from_pretrained(name)
         path, blocks = decoder_blocks(model)
@@ -127,7 +123,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(_, file: str) -> None:
         raise OSError(28, "No space left on device", file)
 
-    monkeypatch.setattr("lib.model.placement.save_file", full)
+    monkeypatch.setattr("lib.model.store.save_file", full)
     done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
     (line,) = done.complaints
     assert "error: --offload" in line and "block 0 can't be written" in line
@@ -164,14 +160,20 @@ def test_quantising_is_not_offloaded(tmp_path: Path) -> None:
     assert done.status == 2 and f"--offload {tmp_path / 'away'}" in line and "--load_bit 4" in line
 
 
+def dispatched(model: PreTrainedModel) -> PreTrainedModel:
+    """As transformers leaves it where blocks are on the host and all else is on `a device`."""
+    where = device_map(model, decoder_blocks(model)[0], CPU, "away")
+    where = {part: "cpu" if place == "away" else CPU for part, place in where.items()}
+    return dispatch_model(model, where, main_device=CPU, force_hooks=True)
+
+
 def on_host(model: PreTrainedModel) -> BlockRunner:
     """The model with its blocks in host memory and everything else on `a device`: the CPU again."""
-    name, blocks = decoder_blocks(model)
-    where = device_map(model, name, CPU, "away")
-    where = {part: "cpu" if place == "away" else CPU for part, place in where.items()}
-    dispatch_model(model, where, main_device=CPU, force_hooks=True)
+    model, placement = fetched_model(lambda: dispatched(model), lambda: None, CPU)
+    assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    blocks = decoder_blocks(model)[1]
     assert all(parameter.is_meta for parameter in blocks.parameters())
-    return BlockRunner(model, blocks, CPU, BlockPlacement(blocks, CPU, torch.float32))
+    return BlockRunner(model, blocks, CPU, placement)
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma 2", "Mixtral"])
@@ -184,7 +186,8 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
         prune_(runner, "sparsegpt")
         value = perplexity(runner, windows(5), 2).value
         folder = tmp_path / make.__name__
-        model.save_pretrained(folder)
+        with runner.given_out(decoder_blocks(model)[0]):
+            model.save_pretrained(folder)
         fetched = all(parameter.is_meta for parameter in runner.blocks.parameters())
         assert fetched == (make is on_host)
         found.append((value, weights(folder)))
@@ -194,6 +197,98 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
     assert all(torch.equal(plain[name], fetched[name]) for name in plain)
 
 
+@pytest.mark.parametrize("architecture", ["Llama", "GPT-2"])
+def test_blocks_in_host_memory_are_packed(architecture: str, tmp_path: Path) -> None:
+    """Block by block, in the room they had; measured, evaluated and saved like that."""
+    found = []
+    for make in (runner_of, on_host):
+        runner = make(tiny.ARCHITECTURES[architecture]())
+        prune_(runner, "wanda", Sparsity(0.5, 2, 4))
+        model, name = runner.model, decoder_blocks(runner.model)[0]
+        before = some_logits(model, windows(1))
+        report = swap_linears_(
+            model, runner.blocks, CPU, lambda index, runner=runner: runner.at_hand(index, keep=True)
+        )
+        check_same_outputs(before, some_logits(model, windows(1)))
+        value = perplexity(runner, windows(5), 2).value
+        zeros = check.measure(runner, name).shares()
+        folder = tmp_path / make.__name__
+        with runner.given_out(name):
+            model.save_pretrained(folder)
+        found.append((str(report), value, zeros, weights(folder), footprint(model)))
+        if make is on_host:
+            assert all(parameter.is_meta for parameter in runner.blocks.parameters())
+            ends = [end_of(slots) for slots in runner.placement.store.slots]
+            size = len(runner.placement.store.memory) / len(ends)
+            assert max(ends) < size
+    (line, value, zeros, plain, size), (line_, value_, zeros_, fetched, size_) = found
+    assert (line, zeros, size) == (line_, zeros_, size_) and line.startswith("packed linears: ")
+    assert value_ == pytest.approx(value, rel=1e-6)
+    assert plain.keys() == fetched.keys() and any(name.endswith(".mask") for name in plain)
+    assert all(torch.equal(plain[name], fetched[name]) for name in plain)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
+def test_fetched_to_a_gpu(method: str) -> None:
+    """The same weights and perplexity as where all of the model is on it, and packed too."""
+    gpu, found = torch.device("cuda", 0), []
+    config = AutoConfig.from_pretrained("bfloat16")
+    model = skeleton(config)
+    name, _ = decoder_blocks(model)
+    for where in ({"": gpu}, device_map(model, name, gpu, "cpu")):
+        known = dict(dtype=torch.bfloat16, device_map=where)
+
+        def read(known: dict = known) -> PreTrainedModel:
+            return load_model("bfloat16", config, **known)
+
+        one, placement = (read(), None) if len(where) == 1 else fetched_model(read, read, gpu)
+        runner = BlockRunner(one, decoder_blocks(one)[1], gpu, placement)
+        runner.verify()
+        prune_(runner, method, Sparsity(0.5, 2, 4))
+        values = [perplexity(runner, windows(5), 2).value]
+        swap_linears_(
+            one, runner.blocks, gpu, lambda index, runner=runner: runner.at_hand(index, keep=True)
+        )
+        values.append(perplexity(runner, windows(5), 2).value)
+        kept = [one.state_dict()] if placement is None else []
+        kept = kept or [{f"{name}.{i}.{path}": tensor for i in range(len(runner.blocks))
+                         for path, tensor in placement.store.tensors(i).items()}]  # fmt: skip
+        found.append((values, kept[0]))
+    (values, plain), (values_, fetched) = found
+    assert values_ == pytest.approx(values, rel=1e-3)
+    assert all(torch.equal(tensor, plain[key].cpu()) for key, tensor in fetched.items())
+
+
+@pytest.mark.usefixtures("dear")
+def test_states_are_kept_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = on_host(tiny.tiny_llama())
+    asked, own = [], runner.capture
+    monkeypatch.setattr(
+        runner, "capture", lambda ids, size, where: asked.append(where) or own(ids, size, CPU)
+    )
+    perplexities(runner, [windows(3), windows(2)], 2, keep_on="somewhere")
+    assert asked == ["somewhere"] * 2
+
+
+@pytest.mark.parametrize("writers", [1, 4])
+def test_room_for_all_that_write(writers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("lib.model.fetched.check_room", lambda _, __, needed: asked.append(needed))
+    model = AutoModelForCausalLM.from_pretrained("tied")
+    path, blocks = decoder_blocks(model)
+    known = "away", "tied", model, path, torch.float32, torch.bfloat16
+    check_offload_room(*known, writers)
+    assert asked == [writers * 2 * sum(weight.numel() for weight in blocks.parameters())]
+
+
+@pytest.fixture
+def dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that cost something to bring, as to a GPU."""
+    monkeypatch.setattr(BlockPlacement, "at_no_cost", False)
+
+
+@pytest.mark.usefixtures("dear")
 def test_the_next_block_comes_while_one_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     """And is waited for: by a stream that copies no sooner than it must."""
     expected = perplexity(runner_of(tiny.tiny_llama(num_hidden_layers=3)), windows(5), 2)
@@ -204,6 +299,7 @@ def test_the_next_block_comes_while_one_computes(monkeypatch: pytest.MonkeyPatch
     assert runner.placement.side.done == len(runner.placement.side.work) > 0
 
 
+@pytest.mark.usefixtures("dear")
 @pytest.mark.parametrize("make", [runner_of, on_host])
 def test_several_sets_are_measured_at_once(
     make: Callable[[PreTrainedModel], BlockRunner], monkeypatch: pytest.MonkeyPatch
@@ -217,6 +313,18 @@ def test_several_sets_are_measured_at_once(
     assert perplexities(runner, sets, 2, advanced=told.append) == alone
     assert at_hand == [0, 1] * (1 if make is on_host else 3 + 1 + 2)
     assert sum(told) == 10 and min(told) >= 0
+
+
+def test_blocks_that_stand_in_the_hosts_memory_are_used_there() -> None:
+    """Each batch goes through all of them, so that no hidden states pile up."""
+    runner = on_host(tiny.tiny_llama())
+    memory = runner.placement.store.memory
+    start, end = memory.data_ptr(), memory.data_ptr() + len(memory)
+    with runner.at_hand(0):
+        assert all(start <= one.data_ptr() < end for one in runner.blocks[0].parameters())
+    with runner.at_hand(0, keep=True):
+        assert not any(start <= one.data_ptr() < end for one in runner.blocks[0].parameters())
+    assert runner.placement.at_no_cost
 
 
 def test_sparsity_is_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

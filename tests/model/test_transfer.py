@@ -9,8 +9,9 @@ from late import DEVICE, Gpu
 from support import CPU, prune_
 
 from lib.model.blocks import BlockRunner
+from lib.model.pinned import empty_pinned
 from lib.model.pretrained import decoder_blocks
-from lib.model.transfer import Transfer
+from lib.model.transfer import AHEAD, Transfer
 
 CUTS = [slice(0, 2), slice(2, 4), slice(4, 5)]
 STEPS = 4  # as many blocks, one after another
@@ -64,6 +65,49 @@ def test_no_stream_runs_ahead_of_what_it_needs(
     found = [transfer.fetch(buffer, cut) for cut in CUTS]
     gpu.current.synchronize()
     assert torch.equal(torch.cat(found), expected())
+
+
+@pytest.mark.parametrize("stores", [False, True])
+def test_the_host_does_not_run_ahead(stores: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a batch is asked for, the one AHEAD before the last has been computed and stored: what
+    is queued holds memory on the GPU."""
+    gpu = Gpu(monkeypatch, eager=False, eager_side=False)
+    transfer = Transfer(DEVICE)
+    cuts = [slice(i, i + 1) for i in range(8)]
+    buffer = transfer.buffer(8, START[:1], CPU).fill_(1)
+    ended, left = [], []
+    for cut, hidden in zip(cuts, transfer.batches(buffer, cuts), strict=True):
+        left.append(len(ended) - sum(event.query() for event in ended))
+        value = gpu.compute(lambda x: x + 1, hidden)
+        if stores:
+            transfer.store_(buffer, cut, value)
+        ended.append((transfer.side if stores else gpu.current).record_event())
+    assert max(left) <= AHEAD
+
+
+def test_host_memory_is_locked_as_much_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is given back with the buffer: torch's own would take powers of two, and keep them."""
+    gpu = Gpu(monkeypatch, eager=True, eager_side=True)
+    transfer = Transfer(DEVICE)
+    buffer = transfer.buffer(5, START[:1].bfloat16(), CPU)
+    copy = transfer.copy(buffer)
+    assert buffer.shape == (5, 30, 50) and buffer.dtype == torch.bfloat16
+    assert sorted(gpu.locked.values()) == [5 * 30 * 50 * 2] * 2
+    part = buffer[1:3]
+    del buffer, copy
+    assert list(gpu.locked.values()) == [5 * 30 * 50 * 2]
+    part.fill_(1)
+    del part
+    assert not gpu.locked
+
+
+@cuda
+def test_locked_by_cuda() -> None:
+    one = empty_pinned((3, 1000), torch.float16)
+    assert one.is_pinned() and one[1].is_pinned()
+    away = one.fill_(2).to(GPU, non_blocking=True)
+    torch.cuda.synchronize()
+    assert (away == 2).all()
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from lib import recover
 from lib.data.windows import TrainingText
 from lib.methods.sparsity import Sparsity
-from lib.model.blocks import BlockRunner
+from lib.model.blocks import LOGIT_BYTES, BlockRunner
 from lib.model.pretrained import decoder_blocks, fresh_copy
 from lib.pruning.check import measure
 from lib.pruning.journal import Journal
@@ -225,7 +225,7 @@ def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatc
     draw = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(2, 7, 5, generator=draw), torch.randn(11, 5, generator=draw)
     taught = torch.randn(2, 7, 11, generator=draw)
-    monkeypatch.setattr(recover, "LOGIT_BYTES", chunk * 4 * 11 * 2)
+    monkeypatch.setitem(LOGIT_BYTES, "cpu", chunk * 4 * 11 * 2)
     exact = hidden.double().requires_grad_()
     log_p = (exact @ head.double().T).log_softmax(-1)
     log_q = taught.double().log_softmax(-1)

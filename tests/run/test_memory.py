@@ -6,6 +6,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,21 @@ from lib.data.windows import TrainingText
 from lib.eval import perplexity
 from lib.methods.registry import METHODS, Recipe
 from lib.methods.sparsity import Sparsity
-from lib.model.pretrained import decoder_blocks, footprint, fresh_copy, skeleton
+from lib.model.pretrained import (
+    decoder_blocks,
+    default_batch_size,
+    footprint,
+    fresh_copy,
+    make_current,
+    skeleton,
+)
 from lib.model.quantised import packed_linears
+from lib.model.store import HostStore
 from lib.packed import kernels
 from lib.prune import Pruner
 from lib.recover import Course, Recoverer
 from lib.run import memory
-from lib.run.memory import PackedLinears, Plan, Training, check_memory, needed, shapes
+from lib.run.memory import PackedLinears, Plan, Training, check_memory, needed, shapes, stand
 from lib.sparse import swap_linears_
 from lib.util import host
 from lib.util.errors import UserError
@@ -252,6 +261,24 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert host.available() == 4900
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_a_container_has_read_do_not_count(
+    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pages go when memory is needed; those of shared memory do not."""
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    kinds = "anon 100\nfile 900\nshmem 200\ninactive_file 500\nactive_file 200\n"
+    if version == 1:
+        (tmp_path / "memory").mkdir()
+        names = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"
+        kinds += "total_inactive_file 510\ntotal_active_file 200\n"
+    else:
+        names = "memory.max", "memory.current", "memory.stat"
+    for name, text in zip(names, ("5000\n", "1000\n", kinds), strict=True):
+        (tmp_path / name).write_text(text)
+    assert host.available() == 4700 + 10 * (version == 1)
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A device with `free` bytes."""
@@ -260,42 +287,106 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return found
 
 
+def test_what_torch_keeps_unused_is_free(
+    gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the run before, in a sweep."""
+    gpu.free = 100
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 300)
+    assert memory.free_on(CUDA) == 800
+
+
+def test_what_names_no_device_is_on_the_runs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --device cuda:1, the current one would stay the first."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    for device in (CPU, torch.device("cuda", 1)):
+        make_current(device)
+    assert made == [torch.device("cuda", 1)]
+
+
+def test_a_narrow_model_takes_more_tokens_on_a_gpu() -> None:
+    sizes = [default_batch_size(CUDA, 512, width) for width in (1024, 2048, 4096, 8192)]
+    assert sizes == [64, 32, 16, 16]
+    assert default_batch_size(CPU, 512, 1024) == 2
+
+
 def test_a_recovery_computes_activations_again_before_it_gives_up(gpu: SimpleNamespace) -> None:
-    model = tiny.tiny_llama(num_hidden_layers=8)
-    plan = of(model, training=Training(None, 4, False))
+    model, cuda = tiny.tiny_llama(num_hidden_layers=8), dict(device="cuda")
+    plan = of(model, training=Training(None, 4, False), **cuda)
     need = needed(plan)
-    less = needed(of(model, training=Training(None, 4, False, checkpointed=True)))
+    less = needed(of(model, training=Training(None, 4, False, checkpointed=True), **cuda))
     gpu.free = 2 * need.total
-    assert not check_memory(plan, CUDA, False).checkpointed
+    assert not check_memory(plan, CUDA).checkpointed
     gpu.free = int(1.13 * less.total)
     assert gpu.free < need.total
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert room.checkpointed and not room.fetched
     gpu.free = less.total // 2
     with pytest.raises(UserError, match="--device cuda:0: .* --recover_rank 16, which trains"):
-        check_memory(plan, CUDA, False)
-    low = of(model, training=Training(4, 4, False))
+        check_memory(plan, CUDA)
+    low = of(model, training=Training(4, 4, False), **cuda)
     assert needed(low).work < need.work
 
 
 def test_blocks_stay_on_the_host_where_the_device_is_small(gpu: SimpleNamespace) -> None:
-    plan = of(tiny.tiny_llama(num_hidden_layers=8))
-    need, fetched = needed(plan), needed(of(tiny.tiny_llama(num_hidden_layers=8), fetched=True))
+    plan = of(tiny.tiny_llama(num_hidden_layers=8), device="cuda")
+    need, fetched = needed(plan), needed(replace(plan, fetched=True))
     gpu.free = 2 * (need.weights + need.hidden + need.work)
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert not room.fetched and room.keep_on == CUDA
     gpu.free = int(1.12 * (need.weights + need.work))
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert not room.fetched and room.keep_on == CPU
     gpu.free = need.weights + need.work
-    room = check_memory(plan, CUDA, False)
+    room = check_memory(plan, CUDA)
     assert room.fetched and room.line.startswith("memory: device about ")
     assert "host about" in room.line
     gpu.free = fetched.work // 2
     with pytest.raises(UserError, match="--device cuda:0: the run needs .* --batch_size"):
-        check_memory(plan, CUDA, False)
-    room = check_memory(plan, CPU, False)
+        check_memory(plan, CUDA)
+    room = check_memory(replace(plan, device="cpu"), CPU)
     assert not room.fetched and room.keep_on == CPU
+
+
+def test_processes_that_share_take_the_blocks_once() -> None:
+    """On the host of GPUs that are too small, and of CPUs."""
+    model = tiny.tiny_llama(num_hidden_layers=8)
+    inside = 8 * sum(weight.nbytes for weight in model.model.layers[0].parameters())
+    whole = sum(weight.nbytes for weight in model.parameters())
+    eight = dict(processes=8, windows=1, tests=1, batch_size=1)
+    least = needed(of(model, fetched=True, device="cuda", **eight))
+    for shared in (True, False):
+        found = stand(of(model, device="cuda", shared=shared, **eight), least.total)
+        assert found.plan.fetched and found.kept
+        assert found.machine == inside * (1 if shared else 8)
+        assert ("once for all" in found.told_of_host(0)) == shared
+        found = stand(of(model, shared=shared, **eight))
+        assert found.plan.fetched == shared
+        each = found.host.total
+        assert found.machine == (whole + 8 * each if shared else 8 * each)
+        long = stand(of(model, shared=shared, **eight | dict(tests=10**6, recipe=None)))
+        assert long.host.hidden == long.plan.window  # of a batch, from where no block need move
+        on_disk = stand(of(model, shared=shared, on_disk=True, **eight))
+        assert on_disk.once == (whole - inside if shared else 0)
+
+
+def test_what_a_gpu_copies_is_counted_to_the_byte() -> None:
+    """torch's own locked memory would take a power of two for every weight."""
+    model = tiny.tiny_llama(num_hidden_layers=3, hidden_size=48, intermediate_size=176)
+    plan = of(model, device="cuda", working=torch.float32, windows=1, tests=1, batch_size=1)
+    found = stand(plan, needed(replace(plan, fetched=True)).total)
+    blocks = [dict(block.named_parameters()) for block in model.model.layers]
+    size, *_ = HostStore.layout(blocks)
+    assert found.once <= size <= found.once + 5 * 512 * sum(map(len, blocks))
+
+
+def test_one_process_that_must_fetch_makes_all_fetch(gpu: SimpleNamespace) -> None:
+    plan = of(tiny.tiny_llama(num_hidden_layers=8), device="cuda")
+    gpu.free = 2**40
+    assert not check_memory(plan, CUDA).fetched
+    assert check_memory(plan, CUDA, lambda _: True).fetched
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's heap")

@@ -1,0 +1,794 @@
+// y = x W^T by a packed weight W (out, in) on CPUs; the form is that of lib/packed/layout.py.
+//
+// One to eight tokens take one pass over the packed bytes: a row's mask says where its kept values
+// go, they are spread out in registers, widened and multiplied. More tokens: a tile of rows is
+// unpacked into a buffer that stays in the cache, and torch multiplies by it.
+//
+// Three ways to spread values, chosen when running by what the processor can do:
+//   portable  one kept value at a time
+//   avx2      eight weights at a time, by a table of permutations
+//   avx512    16 to 64 at a time, by the expand instructions of AVX-512 VBMI2; with the bfloat16
+//             dot product where there is one ("avx512_bf16")
+// Sums are float32. Neither Python's headers nor a second pool of threads: at::parallel_for, and
+// the OpenMP library that torch has loaded.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define X86 1
+#include <immintrin.h>
+#define FOR_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
+#define AVX512_SET "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt"
+#define FOR_AVX512 __attribute__((target(AVX512_SET)))
+#define FOR_AVX512_BF16 __attribute__((target(AVX512_SET ",avx512bf16")))
+#else
+#define X86 0
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t WORD = 64;           // columns that one 64-bit word of the mask covers
+constexpr int SCALE_AT = WORD;         // where the scale of a word's integers stands
+constexpr int64_t FEW = 8;             // tokens, at most, in one pass over the packed bytes
+constexpr int64_t TILE = 8 << 20;      // bytes of unpacked rows that should stay in the cache
+constexpr int64_t BEYOND = WORD;       // values that a load may read after those of its row
+constexpr int64_t AHEAD = 2048;        // bytes by which values are fetched before they are needed
+
+enum Path { PORTABLE, AVX2, AVX512, AVX512_BF16 };
+const std::array<const char*, 4> NAMES = {"portable", "avx2", "avx512", "avx512_bf16"};
+
+Path best_path() {
+#if X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+  if (avx512) return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
+  if (avx2) return AVX2;
+#endif
+  return PORTABLE;
+}
+
+Path chosen_path(const std::optional<std::string>& name) {
+  static const Path best = best_path();
+  if (!name) return best;
+  for (int path = 0; path <= best; path++)
+    if (*name == NAMES[path]) return static_cast<Path>(path);
+  TORCH_CHECK(false, "no path ", *name, " on this processor");
+}
+
+// A weight as the kernels see it: V is float, c10::BFloat16, c10::Half or int8_t.
+template <class V>
+struct Weight {
+  const uint8_t* mask;      // (out, stride)
+  const V* values;          // (kept,)
+  const int64_t* offsets;   // (out + 1,)
+  const float* scale;       // (out,), of int8 alone
+  int64_t out, in;
+  int64_t stride() const { return (in + 7) / 8; }
+  int64_t words() const { return (in + WORD - 1) / WORD; }
+};
+
+// Word k of a row's mask; bytes after the row's last count as zero.
+INLINE uint64_t mask_word(const uint8_t* mask, int64_t k, int64_t stride) {
+  uint64_t bits = 0;
+  const int64_t left = stride - k * 8;
+  std::memcpy(&bits, mask + k * 8, left < 8 ? left : 8);
+  return bits;
+}
+
+// ---------------------------------------------------------------------------------- portable
+
+struct PortableStep {
+  using X = float;
+  static constexpr int STRIDE = WORD;
+  static constexpr bool EVEN_FIRST = false;
+};
+
+template <class V>
+void portable_rows(
+    const Weight<V>& w, const float* x, int64_t tokens, float* y, int64_t from, int64_t to) {
+  for (int64_t r = from; r < to; r++) {
+    float sums[FEW] = {};
+    const V* value = w.values + w.offsets[r];
+    const uint8_t* mask = w.mask + r * w.stride();
+    for (int64_t byte = 0; byte < w.stride(); byte++) {
+      const float* inputs = x + byte / 8 * WORD * tokens + byte % 8 * 8;
+      for (int bit = 0; bit < 8; bit++) {
+        if (!(mask[byte] >> bit & 1)) continue;
+        const float weight = static_cast<float>(*value++);
+        for (int64_t t = 0; t < tokens; t++) sums[t] += weight * inputs[t * WORD + bit];
+      }
+    }
+    for (int64_t t = 0; t < tokens; t++) y[t * w.out + r] = sums[t];
+  }
+}
+
+template <class V>
+void portable_unpack(const V* value, const uint8_t* mask, int64_t in, V* row) {
+  for (int64_t j = 0; j < in; j++) row[j] = mask[j / 8] >> j % 8 & 1 ? *value++ : V(0);
+}
+
+#if X86
+// ------------------------------------------------------------------------- spreading values out
+//
+// spread<V>(bits, values): the next kept values at the columns whose bit is set, zeros elsewhere.
+
+// For each byte of a mask, from which of the next values every column comes; 0x80: from none.
+struct Permutations {
+  alignas(64) uint8_t of_one[256][8];    // bytes, or indices of 32-bit values
+  alignas(64) uint8_t of_two[256][16];   // bytes of 16-bit values
+  Permutations() {
+    for (int byte = 0; byte < 256; byte++) {
+      for (int bit = 0, next = 0; bit < 8; bit++) {
+        const bool kept = byte >> bit & 1;
+        of_one[byte][bit] = kept ? next : 0x80;
+        of_two[byte][2 * bit] = kept ? 2 * next : 0x80;
+        of_two[byte][2 * bit + 1] = kept ? 2 * next + 1 : 0x80;
+        next += kept;
+      }
+    }
+  }
+};
+const Permutations PERMUTATIONS;
+
+FOR_AVX2 INLINE __m128i spread8_of_1(uint8_t bits, const void* values) {
+  const auto* order = reinterpret_cast<const __m128i*>(PERMUTATIONS.of_one[bits]);
+  return _mm_shuffle_epi8(
+      _mm_loadl_epi64(static_cast<const __m128i*>(values)), _mm_loadl_epi64(order));
+}
+
+FOR_AVX2 INLINE __m128i spread8_of_2(uint8_t bits, const void* values) {
+  const auto* order = reinterpret_cast<const __m128i*>(PERMUTATIONS.of_two[bits]);
+  return _mm_shuffle_epi8(
+      _mm_loadu_si128(static_cast<const __m128i*>(values)), _mm_load_si128(order));
+}
+
+FOR_AVX2 INLINE __m256 spread8_of_4(uint8_t bits, const float* values) {
+  const auto* order = reinterpret_cast<const __m128i*>(PERMUTATIONS.of_one[bits]);
+  const __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64(order));
+  const __m256 all = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), index);
+  return _mm256_blendv_ps(all, _mm256_setzero_ps(), _mm256_castsi256_ps(index));
+}
+
+// ------------------------------------------------------------------------------- kinds of steps
+//
+// A step takes COLUMNS columns of one row: `spread` gives its weights in registers and `add`
+// multiplies them by the inputs of one token, X, of which a word of the mask takes STRIDE.
+
+template <class V>
+struct Avx2Step {
+  using X = float;
+  static constexpr int STRIDE = WORD;
+  using Sum = __m256;
+  using Weights = __m256;
+  static constexpr int COLUMNS = 8;
+  static constexpr int rows_at_once(int tokens) { return 1; }
+  static constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
+  static constexpr bool EVEN_FIRST = false;
+  FOR_AVX2 static INLINE Sum zero() { return _mm256_setzero_ps(); }
+  FOR_AVX2 static INLINE Weights spread(uint64_t bits, const V* values) {
+    const uint8_t byte = static_cast<uint8_t>(bits);
+    if constexpr (std::is_same_v<V, float>) {
+      return spread8_of_4(byte, values);
+    } else if constexpr (std::is_same_v<V, c10::BFloat16>) {
+      const __m256i wide = _mm256_cvtepu16_epi32(spread8_of_2(byte, values));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    } else if constexpr (std::is_same_v<V, c10::Half>) {
+      return _mm256_cvtph_ps(spread8_of_2(byte, values));
+    } else {
+      return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(spread8_of_1(byte, values)));
+    }
+  }
+  FOR_AVX2 static INLINE void add(Sum& sum, const Weights& w, const float* x) {
+    sum = _mm256_fmadd_ps(w, _mm256_loadu_ps(x), sum);
+  }
+  FOR_AVX2 static INLINE float total(Sum sum) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_shuffle_ps(four, four, 1)));
+  }
+};
+
+struct Avx512Sums {
+  using Sum = __m512;
+  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 1 : 2; }
+  static constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
+  FOR_AVX512 static INLINE Sum zero() { return _mm512_setzero_ps(); }
+  FOR_AVX512 static INLINE float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
+};
+
+// Widened to float32.
+template <class V>
+struct Avx512Step;
+
+template <>
+struct Avx512Step<float> : Avx512Sums {
+  using X = float;
+  static constexpr int STRIDE = WORD;
+  using Weights = __m512;
+  static constexpr int COLUMNS = 16;
+  static constexpr bool EVEN_FIRST = false;
+  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const float* values) {
+    return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
+  }
+  FOR_AVX512 static INLINE void add(Sum& sum, const Weights& w, const float* x) {
+    sum = _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum);
+  }
+};
+
+struct TwoVectors {
+  __m512 first, second;
+};
+
+struct Avx512Pair : Avx512Sums {
+  using X = float;
+  static constexpr int STRIDE = WORD;
+  using Weights = TwoVectors;
+  static constexpr int COLUMNS = 32;
+  FOR_AVX512 static INLINE void add(Sum& sum, const Weights& w, const float* x) {
+    sum = _mm512_fmadd_ps(w.first, _mm512_loadu_ps(x), sum);
+    sum = _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + 16), sum);
+  }
+};
+
+template <>
+struct Avx512Step<c10::BFloat16> : Avx512Pair {
+  static constexpr bool EVEN_FIRST = true;  // the halves of 32-bit lanes, without a shuffle
+  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const c10::BFloat16* values) {
+    const __m512i both = _mm512_maskz_expand_epi16(
+        static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
+    const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
+  }
+};
+
+template <>
+struct Avx512Step<c10::Half> : Avx512Pair {
+  static constexpr bool EVEN_FIRST = false;
+  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const c10::Half* values) {
+    const __m512i both = _mm512_maskz_expand_epi16(
+        static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
+    return {
+        _mm512_cvtph_ps(_mm512_castsi512_si256(both)),
+        _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
+  }
+};
+
+// Widened first: spreading 16-bit values takes half the time of spreading bytes.
+FOR_AVX512 INLINE __m512i spread32(uint32_t bits, const int8_t* values) {
+  const auto* its = reinterpret_cast<const __m256i*>(values);
+  return _mm512_maskz_expand_epi16(bits, _mm512_cvtepi8_epi16(_mm256_loadu_si256(its)));
+}
+
+// int8 weights by int16 inputs: the 64 of a word are integers times a scale of their own, which
+// stands behind them. Exact but for the inputs' rounding to 15 bits of the largest of the 64, where
+// they have 8 or 11 bits themselves.
+template <>
+struct Avx512Step<int8_t> : Avx512Sums {
+  using X = int16_t;
+  struct Weights {
+    __m512i first, second;
+  };
+  static constexpr int STRIDE = WORD + sizeof(float) / sizeof(int16_t);
+  static constexpr int COLUMNS = WORD;
+  static constexpr bool EVEN_FIRST = false;
+  static constexpr int chains(int tokens) { return tokens == 1 ? 2 : 1; }
+  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const int8_t* values) {
+    const uint32_t first = static_cast<uint32_t>(bits), second = bits >> 32;
+    return {spread32(first, values), spread32(second, values + __builtin_popcount(first))};
+  }
+  FOR_AVX512 static INLINE void add(Sum& sum, const Weights& w, const int16_t* x) {
+    __m512i products = _mm512_setzero_si512();
+    products = _mm512_dpwssd_epi32(products, w.first, _mm512_loadu_si512(x));
+    products = _mm512_dpwssd_epi32(products, w.second, _mm512_loadu_si512(x + 32));
+    float scale;
+    std::memcpy(&scale, x + SCALE_AT, sizeof(scale));
+    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(scale), sum);
+  }
+};
+
+FOR_AVX512 INLINE __m512 widened(__m256i integers) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(integers));
+}
+
+// int8 weights by float32 inputs, whose every bit counts.
+struct WideBytesStep : Avx512Pair {
+  static constexpr bool EVEN_FIRST = false;
+  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const int8_t* values) {
+    const __m512i all = spread32(static_cast<uint32_t>(bits), values);
+    return {
+        widened(_mm512_castsi512_si256(all)), widened(_mm512_extracti64x4_epi64(all, 1))};
+  }
+};
+
+// Left in bfloat16, for the dot product of pairs; of inputs and weights that are subnormal it takes
+// zero. All int8 values are bfloat16 numbers.
+template <class V>
+struct Bf16Step : Avx512Sums {
+  using X = c10::BFloat16;
+  static constexpr int STRIDE = WORD;
+  using Weights = __m512i;
+  static constexpr int COLUMNS = 32;
+  static constexpr bool EVEN_FIRST = false;
+  FOR_AVX512_BF16 static INLINE Weights spread(uint64_t bits, const V* values) {
+    const __mmask32 mask = static_cast<__mmask32>(bits);
+    if constexpr (std::is_same_v<V, c10::BFloat16>) {
+      return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+    } else {
+      const __m512i all = spread32(mask, values);
+      return (__m512i)_mm512_cvtne2ps_pbh(
+          widened(_mm512_extracti64x4_epi64(all, 1)), widened(_mm512_castsi512_si256(all)));
+    }
+  }
+  FOR_AVX512_BF16 static INLINE void add(Sum& sum, const Weights& w, const X* x) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+
+// ------------------------------------------------------------------------------------- the rows
+//
+// The same loop for each set of instructions, because a function has one set.
+
+#define DEFINE_ROWS(NAME, TARGET)                                                                  \
+  template <class Step, int TOKENS, int ROWS, int CHAINS, class V>                                 \
+  TARGET INLINE void NAME##_word(                                                                  \
+      const uint64_t (&bits)[ROWS], const V* (&values)[ROWS], const typename Step::X* x,           \
+      typename Step::Sum (&sum)[ROWS][TOKENS][CHAINS], int chain) {                                \
+    constexpr uint64_t ALL = ~0ull >> (WORD - Step::COLUMNS);                                      \
+    _Pragma("GCC unroll 8") for (int step = 0; step < WORD / Step::COLUMNS; step++) {              \
+      typename Step::Weights w[ROWS];                                                              \
+      _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++) {                                     \
+        const uint64_t its = bits[r] >> (step * Step::COLUMNS);                                    \
+        w[r] = Step::spread(its, values[r]);                                                       \
+        values[r] += __builtin_popcountll(its & ALL);                                              \
+      }                                                                                            \
+      _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++) {                                   \
+        const auto* its = x + t * Step::STRIDE + step * Step::COLUMNS;                             \
+        _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++)                                     \
+            Step::add(sum[r][t][(chain + step) % CHAINS], w[r], its);                              \
+      }                                                                                            \
+    }                                                                                              \
+  }                                                                                                \
+                                                                                                   \
+  template <class Step, int TOKENS, int ROWS, class V>                                             \
+  TARGET void NAME##_sums(                                                                         \
+      const V* const* starts, const uint8_t* const* masks, int64_t stride,                         \
+      const typename Step::X* x, float* sums) {                                                    \
+    constexpr int CHAINS = Step::chains(TOKENS), STEPS = WORD / Step::COLUMNS;                     \
+    constexpr int WORDS = CHAINS > STEPS ? CHAINS / STEPS : 1; /* that start no chain twice */     \
+    const int64_t words = (stride + 7) / 8, whole = stride / 8;                                    \
+    typename Step::Sum sum[ROWS][TOKENS][CHAINS];                                                  \
+    const V* values[ROWS];                                                                         \
+    for (int r = 0; r < ROWS; r++) {                                                               \
+      values[r] = starts[r];                                                                       \
+      for (int t = 0; t < TOKENS; t++)                                                             \
+        for (int c = 0; c < CHAINS; c++) sum[r][t][c] = Step::zero();                              \
+    }                                                                                              \
+    int64_t k = 0;                                                                                 \
+    uint64_t bits[ROWS];                                                                           \
+    for (; k + WORDS <= whole; k += WORDS) {                                                       \
+      for (int r = 0; r < ROWS; r++) {                                                             \
+        __builtin_prefetch(reinterpret_cast<const char*>(values[r]) + AHEAD);                      \
+        __builtin_prefetch(masks[r] + k * 8 + AHEAD / 4);                                          \
+      }                                                                                            \
+      _Pragma("GCC unroll 4") for (int i = 0; i < WORDS; i++) {                                    \
+        for (int r = 0; r < ROWS; r++) std::memcpy(&bits[r], masks[r] + (k + i) * 8, 8);           \
+        NAME##_word<Step, TOKENS, ROWS, CHAINS, V>(                                                \
+            bits, values, x + (k + i) * TOKENS * Step::STRIDE, sum, i * STEPS);                    \
+      }                                                                                            \
+    }                                                                                              \
+    for (; k < words; k++) {                                                                       \
+      for (int r = 0; r < ROWS; r++) bits[r] = mask_word(masks[r], k, stride);                     \
+      NAME##_word<Step, TOKENS, ROWS, CHAINS, V>(                                                  \
+          bits, values, x + k * TOKENS * Step::STRIDE, sum, 0);                                    \
+    }                                                                                              \
+    for (int r = 0; r < ROWS; r++) {                                                               \
+      for (int t = 0; t < TOKENS; t++) {                                                           \
+        float all = 0;                                                                             \
+        for (int c = 0; c < CHAINS; c++) all += Step::total(sum[r][t][c]);                         \
+        sums[r * TOKENS + t] = all;                                                                \
+      }                                                                                            \
+    }                                                                                              \
+  }                                                                                                \
+                                                                                                   \
+  template <class Step, int TOKENS, class V>                                                       \
+  TARGET void NAME##_rows(                                                                         \
+      const Weight<V>& w, const typename Step::X* x, float* y, int64_t from, int64_t to) {         \
+    constexpr int ROWS = Step::rows_at_once(TOKENS);                                               \
+    const int64_t stride = w.stride(), kept = w.offsets[w.out];                                    \
+    float sums[ROWS * TOKENS];                                                                     \
+    std::vector<V> copy;                                                                           \
+    for (int64_t r = from; r < to;) {                                                              \
+      const V* starts[ROWS];                                                                       \
+      const uint8_t* masks[ROWS];                                                                  \
+      const bool apart = r + ROWS > to || w.offsets[r + ROWS] + BEYOND > kept;                     \
+      const int rows = apart ? 1 : ROWS;                                                           \
+      for (int i = 0; i < rows; i++) {                                                             \
+        starts[i] = w.values + w.offsets[r + i];                                                   \
+        masks[i] = w.mask + (r + i) * stride;                                                      \
+      }                                                                                            \
+      if (apart) { /* with room behind its last value */                                           \
+        copy.assign(w.offsets[r + 1] - w.offsets[r] + BEYOND, V(0));                               \
+        std::copy(w.values + w.offsets[r], w.values + w.offsets[r + 1], copy.begin());             \
+        starts[0] = copy.data();                                                                   \
+        NAME##_sums<Step, TOKENS, 1, V>(starts, masks, stride, x, sums);                           \
+      } else {                                                                                     \
+        NAME##_sums<Step, TOKENS, ROWS, V>(starts, masks, stride, x, sums);                        \
+      }                                                                                            \
+      for (int i = 0; i < rows; i++)                                                               \
+        for (int t = 0; t < TOKENS; t++) y[t * w.out + r + i] = sums[i * TOKENS + t];              \
+      r += rows;                                                                                   \
+    }                                                                                              \
+  }
+
+DEFINE_ROWS(avx2, FOR_AVX2)
+DEFINE_ROWS(avx512, FOR_AVX512)
+DEFINE_ROWS(avx512_bf16, FOR_AVX512_BF16)
+
+template <class V>
+FOR_AVX2 void avx2_unpack(const V* values, const uint8_t* mask, int64_t in, V* row) {
+  for (int64_t j = 0; j + 8 <= in; j += 8) {
+    const uint8_t bits = mask[j / 8];
+    if constexpr (sizeof(V) == 1) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(row + j), spread8_of_1(bits, values));
+    } else if constexpr (sizeof(V) == 2) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(row + j), spread8_of_2(bits, values));
+    } else {
+      _mm256_storeu_ps(row + j, spread8_of_4(bits, values));
+    }
+    values += __builtin_popcount(bits);
+  }
+  portable_unpack(values, mask + in / 8, in % 8, row + in / 8 * 8);
+}
+
+// Integers times `scale`, rounded to T: as many as fill vectors; how many.
+template <class T>
+FOR_AVX2 int64_t avx2_scaled(const int8_t* values, int64_t count, float scale, T* row) {
+  const __m256 factor = _mm256_set1_ps(scale);
+  int64_t j = 0;
+  for (; j + 8 <= count; j += 8) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + j));
+    const __m256 wide = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), factor);
+    auto* to = reinterpret_cast<__m128i*>(row + j);
+    if constexpr (std::is_same_v<T, float>) {
+      _mm256_storeu_ps(row + j, wide);
+    } else if constexpr (std::is_same_v<T, c10::Half>) {
+      _mm_storeu_si128(to, _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+    } else {  // to the nearest, ties to even; scales are finite
+      const __m256i bits = _mm256_castps_si256(wide);
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+      const __m256i high = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+      const __m256i both = _mm256_packus_epi32(high, high);
+      _mm_storeu_si128(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0x08)));
+    }
+  }
+  return j;
+}
+
+template <class V>
+FOR_AVX512 INLINE __m512i spread64_bytes(uint64_t bits, const V* values) {
+  const __m512i next = _mm512_loadu_si512(values);
+  if constexpr (sizeof(V) == 1) {
+    return _mm512_maskz_expand_epi8(bits, next);
+  } else if constexpr (sizeof(V) == 2) {
+    return _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), next);
+  } else {
+    return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), next);
+  }
+}
+
+template <class V>
+FOR_AVX512 void avx512_unpack(const V* values, const uint8_t* mask, int64_t in, V* row) {
+  constexpr int64_t COLUMNS = 64 / sizeof(V);
+  constexpr uint64_t ALL = ~0ull >> (64 - COLUMNS);
+  int64_t j = 0;
+  for (; j + WORD <= in; j += WORD) {
+    uint64_t bits;
+    std::memcpy(&bits, mask + j / 8, 8);
+    _Pragma("GCC unroll 4") for (int64_t c = 0; c < WORD; c += COLUMNS) {
+      const uint64_t its = bits >> c & ALL;
+      _mm512_storeu_si512(row + j + c, spread64_bytes(its, values));
+      values += __builtin_popcountll(its);
+    }
+  }
+  portable_unpack(values, mask + j / 8, in - j, row + j);
+}
+#endif
+
+// ------------------------------------------------------------------------------ one to 8 tokens
+
+// The inputs of a word as int16, and behind them the float that they are to be multiplied by. What
+// isn't finite makes all of it NaN.
+template <class From>
+void as_integers(const From* from, int64_t columns, int16_t* word) {
+  float largest = 0, sum = 0;
+  for (int64_t j = 0; j < columns; j++) {
+    const float one = static_cast<float>(from[j]);
+    largest = std::max(largest, std::abs(one));
+    sum += one - one;  // NaN where one is not finite
+  }
+  const float scale = largest / INT16_MAX + sum;
+  std::memcpy(word + SCALE_AT, &scale, sizeof(scale));
+  if (!(scale >= std::numeric_limits<float>::min())) return;  // too small to matter, or NaN
+  const float inverse = 1 / scale;
+  for (int64_t j = 0; j < columns; j++)
+    word[j] = static_cast<int16_t>(std::lrintf(static_cast<float>(from[j]) * inverse));
+}
+
+// Inputs (tokens, in) as a step takes them: word by word of the mask, and there token by token,
+// (words, padded, Step::STRIDE), zeros behind the last.
+template <class Step, class From>
+std::vector<typename Step::X> arranged(
+    const From* x, int64_t tokens, int64_t in, int64_t padded) {
+  using X = typename Step::X;
+  const int64_t words = (in + WORD - 1) / WORD;
+  std::vector<X> to(words * padded * Step::STRIDE, X(0));
+  for (int64_t t = 0; t < tokens; t++) {
+    for (int64_t k = 0; k < words; k++) {
+      X* word = to.data() + (k * padded + t) * Step::STRIDE;
+      const From* from = x + t * in + k * WORD;
+      const int64_t columns = std::min(WORD, in - k * WORD);
+      if constexpr (std::is_same_v<X, int16_t>) {
+        as_integers(from, columns, word);
+      } else if constexpr (Step::EVEN_FIRST) {
+        for (int64_t j = 0; j < columns; j++)
+          word[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = static_cast<X>(from[j]);
+      } else {
+        for (int64_t j = 0; j < columns; j++) word[j] = static_cast<X>(from[j]);
+      }
+    }
+  }
+  return to;
+}
+
+// y (padded, out), float32, by SUMS(from, to) for ranges of rows on torch's threads; then FINISH.
+template <class Sums, class Finish>
+void over_rows(int64_t out, int64_t in, const Sums& sums, const Finish& finish) {
+  const int64_t grain = std::max<int64_t>(16, (1 << 16) / std::max<int64_t>(in, 1));
+  at::parallel_for(0, out, grain, [&](int64_t from, int64_t to) {
+    sums(from, to);
+    finish(from, to);
+  });
+}
+
+#if X86
+// Tokens for which there is a loop: others are made up to them by zeros.
+int64_t padded_tokens(int64_t tokens) {
+  return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8;
+}
+
+#define DEFINE_BY_TOKENS(NAME)                                                                  \
+  template <class Step, class V>                                                                \
+  void NAME##_by_tokens(                                                                        \
+      const Weight<V>& w, const typename Step::X* x, int64_t tokens, float* y, int64_t from,    \
+      int64_t to) {                                                                             \
+    switch (tokens) {                                                                           \
+      case 1: return NAME##_rows<Step, 1, V>(w, x, y, from, to);                                \
+      case 2: return NAME##_rows<Step, 2, V>(w, x, y, from, to);                                \
+      case 4: return NAME##_rows<Step, 4, V>(w, x, y, from, to);                                \
+      default: return NAME##_rows<Step, 8, V>(w, x, y, from, to);                               \
+    }                                                                                           \
+  }
+
+DEFINE_BY_TOKENS(avx2)
+DEFINE_BY_TOKENS(avx512)
+DEFINE_BY_TOKENS(avx512_bf16)
+#endif
+
+// x (tokens, in), at most FEW tokens -> y (tokens, out), both T.
+template <class V, class T>
+void few_tokens(
+    const Weight<V>& w, const T* x, int64_t tokens, const T* bias, T* y, Path path) {
+  const std::unique_ptr<float[]> sums(new float[FEW * w.out]);  // not touched before it is written
+  const auto finish = [&](int64_t from, int64_t to) {
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t r = from; r < to; r++) {
+        float sum = sums[t * w.out + r];
+        if (w.scale) sum *= w.scale[r];
+        if (bias) sum += static_cast<float>(bias[r]);
+        y[t * w.out + r] = static_cast<T>(sum);
+      }
+    }
+  };
+#if X86
+#define WITH(NAME, STEP)                                                                        \
+  {                                                                                             \
+    const int64_t padded = padded_tokens(tokens);                                               \
+    const auto inputs = arranged<STEP>(x, tokens, w.in, padded);                                \
+    const auto rows = [&](int64_t from, int64_t to) {                                           \
+      NAME##_by_tokens<STEP, V>(w, inputs.data(), padded, sums.get(), from, to);               \
+    };                                                                                          \
+    return over_rows(w.out, w.in, rows, finish);                                                \
+  }
+  constexpr bool pairs = std::is_same_v<T, c10::BFloat16> &&
+      (std::is_same_v<V, c10::BFloat16> || std::is_same_v<V, int8_t>);
+  if constexpr (pairs)
+    if (path == AVX512_BF16 && (sizeof(V) == 2 || tokens > 4)) WITH(avx512_bf16, Bf16Step<V>)
+  if constexpr (std::is_same_v<V, int8_t> && std::is_same_v<T, float>)
+    if (path >= AVX512) WITH(avx512, WideBytesStep)
+  if (path >= AVX512) WITH(avx512, Avx512Step<V>)
+  if (path == AVX2) WITH(avx2, Avx2Step<V>)
+#undef WITH
+#endif
+  const auto inputs = arranged<PortableStep>(x, tokens, w.in, tokens);
+  const auto rows = [&](int64_t from, int64_t to) {
+    portable_rows(w, inputs.data(), tokens, sums.get(), from, to);
+  };
+  over_rows(w.out, w.in, rows, finish);
+}
+
+// ---------------------------------------------------------------------------------- more tokens
+
+// Rows `from` to `to`, dense (rows, in), as T.
+template <class V, class T>
+void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path path) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(w.in, 1));
+  const int64_t kept = w.offsets[w.out];
+  at::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
+    std::vector<V> spread(std::is_same_v<V, T> ? 0 : w.in), copy;
+    for (int64_t r = first; r < last; r++) {
+      const V* values = w.values + w.offsets[r];
+      const uint8_t* mask = w.mask + r * w.stride();
+      T* row = rows + (r - from) * w.in;
+      V* to_spread;
+      if constexpr (std::is_same_v<V, T>) {
+        to_spread = row;
+      } else {
+        to_spread = spread.data();
+      }
+      if (w.offsets[r + 1] + BEYOND > kept) {
+        copy.assign(w.offsets[r + 1] - w.offsets[r] + BEYOND, V(0));
+        std::copy(values, w.values + w.offsets[r + 1], copy.begin());
+        values = copy.data();
+      }
+#if X86
+      if (path >= AVX512) {
+        avx512_unpack(values, mask, w.in, to_spread);
+      } else if (path == AVX2) {
+        avx2_unpack(values, mask, w.in, to_spread);
+      } else {
+        portable_unpack(values, mask, w.in, to_spread);
+      }
+#else
+      portable_unpack(values, mask, w.in, to_spread);
+#endif
+      if constexpr (!std::is_same_v<V, T>) {
+        int64_t j = 0;
+#if X86
+        if (path >= AVX2) j = avx2_scaled(to_spread, w.in, w.scale[r], row);
+#endif
+        for (; j < w.in; j++)
+          row[j] = static_cast<T>(static_cast<float>(to_spread[j]) * w.scale[r]);
+      }
+    }
+  });
+}
+
+// A tensor (count,) of any content. The calling thread keeps its memory: fresh pages cost as much
+// as unpacking into them.
+at::Tensor scratch(int64_t count, const at::TensorOptions& options) {
+  static thread_local at::Tensor& kept = *new at::Tensor();  // not freed after what frees it
+  const int64_t bytes = count * static_cast<int64_t>(options.dtype().itemsize());
+  if (!kept.defined() || kept.numel() < bytes) {
+    kept = at::Tensor();
+    kept = at::empty({bytes}, options.dtype(at::kByte));
+  }
+  return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype()));
+}
+
+// Up to so many tokens passes of FEW at a time are faster than unpacking.
+template <class T>
+constexpr int64_t SEVERAL = sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
+
+// x (tokens, in) -> y (tokens, out), tile by tile of the rows of W.
+template <class V, class T>
+void many_tokens(
+    const Weight<V>& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
+  const int64_t bytes = std::max<int64_t>(1, w.in * static_cast<int64_t>(sizeof(T)));
+  const int64_t tile = std::min(w.out, std::max<int64_t>(64, TILE / bytes / 64 * 64));
+  const at::Tensor rows = scratch(tile * w.in, x.options()).view({tile, w.in});
+  for (int64_t from = 0; from < w.out; from += tile) {
+    const int64_t count = std::min(tile, w.out - from);
+    const at::Tensor its = rows.narrow(0, 0, count);
+    unpack_rows<V, T>(w, from, from + count, its.mutable_data_ptr<T>(), path);
+    const auto part = bias.defined() ? bias.narrow(0, from, count) : bias;
+    y.narrow(1, from, count).copy_(at::linear(x, its, part));
+  }
+}
+
+// ------------------------------------------------------------------------------------- operators
+
+template <class V, class T>
+void product(
+    const at::Tensor& x, const at::Tensor& mask, const at::Tensor& weight,
+    const at::Tensor& offsets, const at::Tensor& scale, const at::Tensor& bias, at::Tensor& y,
+    Path path) {
+  const Weight<V> w = {
+      mask.const_data_ptr<uint8_t>(), weight.const_data_ptr<V>(), offsets.const_data_ptr<int64_t>(),
+      scale.defined() ? scale.const_data_ptr<float>() : nullptr, mask.size(0), x.size(1)};
+  const int64_t tokens = x.size(0);
+  if (tokens > (path == PORTABLE ? FEW : SEVERAL<T>)) return many_tokens<V, T>(w, x, bias, y, path);
+  const T* added = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
+  for (int64_t t = 0; t < tokens; t += FEW) {
+    const T* from = x.const_data_ptr<T>() + t * w.in;
+    T* to = y.mutable_data_ptr<T>() + t * w.out;
+    few_tokens<V, T>(w, from, std::min(FEW, tokens - t), added, to, path);
+  }
+}
+
+at::Tensor linear(
+    const at::Tensor& x, const at::Tensor& mask, const at::Tensor& weight,
+    const at::Tensor& offsets, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& bias, std::optional<std::string> path) {
+  const int64_t out = mask.size(0), in = x.size(1);
+  TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && mask.size(1) == (in + 7) / 8, "x or mask: shape");
+  TORCH_CHECK(mask.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong, "dtypes");
+  TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == out + 1, "offsets: shape");
+  TORCH_CHECK(weight.dim() == 1 && mask.is_contiguous() && weight.is_contiguous(), "not packed");
+  TORCH_CHECK(offsets.is_contiguous() && offsets[out].item<int64_t>() == weight.size(0), "offsets");
+  const bool bytes = weight.scalar_type() == at::kChar;
+  TORCH_CHECK(bytes || weight.scalar_type() == x.scalar_type(), "x and weight: dtypes differ");
+  TORCH_CHECK(bytes == scale.has_value(), "scale goes with int8");
+  at::Tensor factors, added;
+  if (scale) factors = scale->to(at::kFloat).contiguous();
+  TORCH_CHECK(!scale || factors.numel() == out, "scale: shape");
+  if (bias) added = bias->to(x.scalar_type()).contiguous();
+  TORCH_CHECK(!bias || added.numel() == out, "bias: shape");
+  const at::Tensor inputs = x.contiguous();
+  at::Tensor y = at::empty({x.size(0), out}, x.options());
+  if (!y.numel()) return y;
+  const auto run = [&](auto one) {
+    using T = decltype(one);
+    const Path by = chosen_path(path);
+    if (bytes) {
+      product<int8_t, T>(inputs, mask, weight, offsets, factors, added, y, by);
+    } else {
+      product<T, T>(inputs, mask, weight, offsets, factors, added, y, by);
+    }
+  };
+  switch (x.scalar_type()) {
+    case at::kFloat: run(float()); break;
+    case at::kBFloat16: run(c10::BFloat16()); break;
+    case at::kHalf: run(c10::Half()); break;
+    default: TORCH_CHECK(false, "x: float32, bfloat16 or float16, not ", x.scalar_type());
+  }
+  return y;
+}
+
+std::vector<std::string> paths() {
+  return {NAMES.begin(), NAMES.begin() + best_path() + 1};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(packed, m) {
+  m.def(
+      "linear(Tensor x, Tensor mask, Tensor weight, Tensor offsets, Tensor? scale, Tensor? bias, "
+      "str? path=None) -> Tensor");
+  m.def("paths() -> str[]", paths);
+}
+
+TORCH_LIBRARY_IMPL(packed, CPU, m) {
+  m.impl("linear", linear);
+}

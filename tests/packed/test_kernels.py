@@ -1,0 +1,200 @@
+"""The CPU's kernels against the dense weight in float64: all instructions, dtypes, widths."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support import ROOT
+
+from lib.packed import kernels
+from lib.packed.layout import Packed, pack, row_offsets, unpack
+
+EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+SHAPES = [(1, 1), (3, 7), (5, 64), (7, 65), (33, 100), (16, 128), (9, 1000), (2, 2050)]
+TOKENS = [1, 2, 3, 4, 5, 7, 8, 9, 70]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _built():
+    if not kernels.ready():
+        pytest.skip("no C++ compiler")
+
+
+def sparse(rows: int, columns: int, share: float, dtype: torch.dtype) -> torch.Tensor:
+    """Random, `share` of it zeros; one row wholly pruned and one without a zero where there are
+    rows to spare."""
+    weight = torch.randn(rows, columns)
+    weight[torch.rand(rows, columns) < share] = 0
+    if rows > 2:
+        weight[0], weight[-1] = 0, torch.randn(columns).abs() + 0.1
+    return weight.to(dtype)
+
+
+def off(y: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference, relative to the largest entry of the exact product."""
+    return float((y.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["portable", "avx2", "avx512", "avx512_bf16", None])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_products_are_those_of_the_dense_weight(path, dtype, bits):
+    """At 8 bits: of the weight that the integers and their scales stand for."""
+    if path not in [*kernels.paths(), None]:
+        pytest.skip(f"this processor has no {path}")
+    torch.manual_seed(0)
+    for rows, columns in SHAPES:
+        for share in (0.3, 0.5, 0.9, 1.0):
+            packed = pack(sparse(rows, columns, share, dtype), bits)
+            if bits == 8:
+                dense = unpack(packed, columns, dtype=torch.float64)
+                dense = dense.float().double()
+            else:
+                dense = unpack(packed, columns).double()
+            bias = torch.randn(rows).to(dtype)
+            for tokens in TOKENS:
+                x = torch.randn(tokens, columns).to(dtype)
+                y = kernels.linear(x, *shuffled(packed), bias, path)
+                assert y.shape == (tokens, rows) and y.dtype == dtype
+                exact = x.double() @ dense.T + bias.double()
+                # unpacked for many tokens, int8 weights are rounded to x's dtype first
+                assert off(y, exact) <= 2 * EPS[dtype], (rows, columns, share, tokens)
+
+
+def shuffled(packed: Packed) -> tuple:
+    """In the order of the kernel's arguments: mask, weight, offsets, scale."""
+    return packed.mask, packed.weight, row_offsets(packed.mask), packed.scale
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+def test_without_bias_and_without_weights(dtype):
+    packed = pack(torch.zeros(4, 9, dtype=dtype))
+    for tokens in (1, 9, 100):
+        x = torch.randn(tokens, 9).to(dtype)
+        assert torch.equal(
+            kernels.linear(x, *shuffled(packed)), torch.zeros(tokens, 4, dtype=dtype)
+        )
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40, 200])
+def test_a_token_does_not_depend_on_its_neighbours(tokens):
+    """What isn't finite stays in its row; others are what they are alone."""
+    torch.manual_seed(1)
+    packed = pack(sparse(24, 200, 0.5, torch.float32))
+    x = torch.randn(tokens, 200)
+    alone = kernels.linear(x[:1], *shuffled(packed))
+    x[1:] = float("nan")
+    y = kernels.linear(x, *shuffled(packed))
+    assert torch.allclose(y[:1], alone, rtol=1e-5, atol=1e-5)
+    assert y[1:, 1:].isnan().all()  # row 0 is wholly pruned
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_one_channel_may_be_a_thousand_times_the_others(dtype):
+    """As in real models: inputs taken as integers have a scale for every 64 columns."""
+    torch.manual_seed(2)
+    packed = pack(sparse(16, 512, 0.5, torch.float32), 8)
+    dense = unpack(packed, 512, dtype=torch.float32).double()
+    x = torch.randn(1, 512)
+    x[0, 70] = 3000
+    dense[:, 70] = 0  # whose weights are zero: the others must still be exact
+    packed = pack(dense.float(), 8)
+    dense = unpack(packed, 512, dtype=torch.float32).double()
+    x = x.to(dtype)
+    y = kernels.linear(x, *shuffled(packed))
+    assert off(y, x.double() @ dense.T) < 0.02
+
+
+def test_int8_inputs_that_are_not_finite_are_not_hidden():
+    packed = pack(sparse(8, 100, 0.2, torch.float32), 8)
+    x = torch.randn(2, 100).bfloat16()
+    x[0, 3] = float("inf")
+    y = kernels.linear(x, *shuffled(packed))
+    assert not y[0, 1:].isfinite().any() and y[1].isfinite().all()
+
+
+def test_what_does_not_fit_is_refused():
+    packed = pack(sparse(4, 16, 0.5, torch.float32))
+    mask, weight, offsets, scale = shuffled(packed)
+    x = torch.randn(2, 16)
+    wrong = [
+        (x[:, :15], mask[:, :1], weight, offsets, scale),
+        (x.double(), mask, weight.double(), offsets, scale),
+        (x.bfloat16(), mask, weight, offsets, scale),
+        (x, mask, weight[:-1], offsets, scale),
+        (x, mask, weight, offsets[:-1], scale),
+        (x, mask, weight, offsets, torch.ones(4)),
+        (x, mask, weight.to(torch.int8), offsets, None),
+    ]
+    for arguments in wrong:
+        with pytest.raises(RuntimeError):
+            kernels.linear(*arguments)
+    with pytest.raises(RuntimeError, match="no path amx"):
+        kernels.linear(x, mask, weight, offsets, scale, None, "amx")
+
+
+def test_threads_give_the_same_bytes():
+    torch.manual_seed(3)
+    packed = pack(sparse(300, 1000, 0.5, torch.bfloat16))
+    x = torch.randn(5, 1000).bfloat16()
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(kernels.linear(x, *shuffled(packed)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, found[0]) for one in found)
+
+
+def test_compiles_into_a_graph():
+    packed = pack(sparse(8, 64, 0.5, torch.float32))
+    operator = torch.library.opcheck
+    arguments = (torch.randn(3, 64), *shuffled(packed), None, None)
+    operator(
+        torch.ops.packed.linear.default, arguments, test_utils=["test_schema", "test_faketensor"]
+    )
+
+
+def test_torchs_own_threads_are_used():
+    """No second OpenMP library comes with the kernels, whose threads would compete with torch's."""
+    code = (
+        "import torch;"
+        "loaded = lambda: {line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line};"
+        "before = loaded(); from lib.packed import kernels; kernels.ready();"
+        "print(loaded() - before)"
+    )
+    assert python(code).stdout.strip() == "set()"
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    code = (
+        "import warnings; warnings.simplefilter('default'); from lib.packed import kernels;"
+        "print(kernels.ready(), kernels.ready())"
+    )
+    told = python(code, CXX=str(tmp_path / "none"), TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert told.stdout.strip() == "False False"
+    assert told.stderr.count("packed linears run unpacked, slowly") == 1, told.stderr
+
+
+def test_a_built_file_is_found_again(tmp_path):
+    """A second process loads what was built, without a compiler."""
+    code = "from lib.packed import kernels; print(kernels.ready(), kernels._built_file().exists())"
+    told = python(code, CXX=str(tmp_path / "none"))
+    assert told.stdout.strip() == "True True" and "building" not in told.stderr
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
