@@ -23,6 +23,7 @@ from lib.util.folders import Target, claimed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lib.methods.sparsity import Sparsity
     from lib.model.blocks import BlockRunner
 
 
@@ -103,38 +104,50 @@ def prune(job: Job, subject: Subject) -> dict[str, Any]:
     args, team, runner = job.args, job.team, subject.runner
     if job.journal:
         job.journal.begin(job.fingerprint["pruning"])
-    sparsity = allocate(job, subject) if args.allocation == "owl" else job.sparsity
+    sparsity, told = job.sparsity, None
+    if args.allocation != "uniform":
+        sparsity, told = allocate(job, subject)
     rounding = saved_dtype(args.dtype, job.config)
     pruner = Pruner(runner, job.blocks_name, job.recipe, sparsity, rounding, team, job.journal)
     blocks = len(subject.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", team.leads) as bar:
-        pruned = pruner.run(job.texts.windows, job.batch_size, subject.keep_on, bar)
+        pruned = pruner.run(
+            job.texts.windows, job.batch_size, subject.keep_on, bar, subject.keep_inputs
+        )
     if not team.leads:
         return {}
     print(*pruned.summary(), sep="\n")
     subject.asked = None if args.use_variant else sparsity  # the variant only comes near
     subject.left = frozenset(pruned.why)
     found: dict[str, Any] = {}
-    if args.allocation == "owl":
-        found["allocation"] = [round(one.ratio, 6) for one in sparsity]
+    if told:
+        found["allocation"] = told
     measured = measure(runner, job.blocks_name, subject.asked, subject.left)
     return found | {"sparsity": measured.shares()}
 
 
-def allocate(job: Job, subject: Subject) -> list:
-    """A sparsity of its own for every block."""
-    from lib.pruning.owl import owl
+def allocate(job: Job, subject: Subject) -> tuple[dict[str, Sparsity], Any]:
+    """A sparsity of its own for every linear, and as it stands in results.json."""
+    from lib.pruning.allocation import by_error
+    from lib.pruning.owl import of_blocks, owl
     from lib.util.progress import progress
 
-    ratio, leads = job.args.sparsity_ratio, job.team.leads
-    reads = subject.runner, job.texts.windows, job.batch_size
-    blocks = len(subject.blocks)
-    with job.timed("allocate"), progress(blocks, "outliers", "block", leads) as bar:
-        sparsities = owl(*reads, ratio, job.team, subject.keep_on, bar)
+    args, leads, blocks = job.args, job.team.leads, len(subject.blocks)
+    reads = job.texts.windows, job.batch_size, args.sparsity_ratio, job.team, subject.keep_on
+    what = "outliers" if args.allocation == "owl" else "errors"
+    with job.timed("allocate"), progress(blocks, what, "block", leads) as bar:
+        if args.allocation == "owl":
+            found = owl(subject.runner, *reads, bar)
+            told = [round(one.ratio, 6) for one in found]
+            by_name = of_blocks(subject.runner, job.blocks_name, found)
+        else:
+            by_name = by_error(subject.runner, job.blocks_name, *reads, bar)
+            told = {name: round(one.ratio, 6) for name, one in by_name.items()}
     if leads:
-        shares = [round(one.ratio, 6) for one in sparsities]
-        print(f"sparsity of the blocks: {min(shares)} to {max(shares)}")
-    return sparsities
+        shares = [round(one.ratio, 6) for one in by_name.values()]
+        of = "blocks" if args.allocation == "owl" else "linears"
+        print(f"sparsity of the {of}: {min(shares)} to {max(shares)}")
+    return by_name, told
 
 
 def recover(job: Job, subject: Subject, teacher: BlockRunner) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -13,15 +13,17 @@ from torch.profiler import record_function
 
 from lib.dist.team import Team
 from lib.methods.registry import Recipe
-from lib.methods.sparsity import Sparsity, per_block
+from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear
+from lib.pruning.check import asked_of
 from lib.pruning.inputs import Group, SharedWeights, merge
 from lib.pruning.journal import Journal
 from lib.pruning.observe import DenseTwin, observe, own_windows, stages
-from lib.pruning.residual import Writers, observe_writer
+from lib.pruning.ordered import OrderedBlock
+from lib.pruning.residual import Writers
 from lib.util.errors import RunWarning, UserError
 
 # of Group.cost a second, by ADMM, the slowest method: a fifth of one busy core, and a thirtieth
@@ -69,9 +71,10 @@ class Pruned:
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `sparsity`: of all blocks, or of each. `rounding`: the dtype in which the model will be saved,
-    to which pruned weights are rounded. `team`: the processes that share the work. `journal`, of
-    the one that leads: keeps every finished block, and gives back those of an interrupted run.
+    `sparsity`: of all linears, or of each by its name. `rounding`: the dtype in which the model
+    will be saved, to which pruned weights are rounded. `team`: the processes that share the work.
+    `journal`, of the one that leads: keeps every finished block, and gives back those of an
+    interrupted run.
     What was done is in `done`.
     """
 
@@ -80,7 +83,7 @@ class Pruner:
         runner: BlockRunner,
         blocks_name: str,
         recipe: Recipe,
-        sparsity: Sparsity | Sequence[Sparsity],
+        sparsity: Sparsity | Mapping[str, Sparsity],
         rounding: torch.dtype | None = None,
         team: Team | None = None,
         journal: Journal | None = None,
@@ -88,13 +91,14 @@ class Pruner:
         self.runner = runner
         self.blocks_name = blocks_name
         self.recipe = recipe
-        self.sparsities = per_block(sparsity, len(runner.blocks))
+        self.sparsity = sparsity
         self.rounding = rounding
         self.team = team or Team(runner.device, alone=True)
         self.journal = journal
         self.done = Pruned()
         self.shared = SharedWeights(runner.blocks)
         self.writers = Writers(runner, self.team)
+        self.orders: dict[tuple, tuple[list[list[int]], int]] = {}  # of classes of blocks
 
     @torch.no_grad()
     def run(
@@ -103,13 +107,17 @@ class Pruner:
         batch_size: int,
         keep_on: torch.device | str = "cpu",
         advanced: Callable[[int], None] = lambda blocks: None,
+        keep_inputs: bool = True,
     ) -> Pruned:
         """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
 
-        `keep_on`: where hidden states are kept. `advanced(1)` is called after each block. Raises
-        UserError where a weight or an activation is not finite, or a linear can't carry the N:M
-        pattern.
+        `keep_on`: where hidden states are kept. `advanced(1)` is called after each block.
+        `keep_inputs`: whether there is memory for inputs of a block that save passes through it.
+        Raises UserError where a weight or an activation is not finite, or a linear can't carry the
+        N:M pattern.
         """
+        # from another memory they would take longer to come than to be computed again
+        self.keep_inputs = keep_inputs and torch.device(keep_on).type == self.runner.device.type
         with eager_experts(self.runner.model):
             states = dense = None
             if self.recipe.observes:
@@ -127,7 +135,6 @@ class Pruner:
     def _block_(self, index: int, states: HiddenStates | None, dense: HiddenStates | None) -> None:
         """Prune one block, or take it from the journal, and take the streams through it."""
         runner, prefix = self.runner, f"{self.blocks_name}.{index}"
-        self.sparsity = self.sparsities[index]  # of the block at hand
         linears, left = find_linears(runner.blocks[index], prefix)
         for name, (size, why) in left.items():
             self.done.leave(name, size, why)
@@ -135,6 +142,8 @@ class Pruner:
         for linear in linears if runner.placement else ():  # else checked when it was loaded
             check_weight(linear, runner.model.name_or_path)
         twin = DenseTwin.of(dense, runner.blocks[index], prefix) if dense else None
+        goes_on = states is not None and index + 1 < len(runner.blocks)
+        ordered = None
         kept = self.journal.read(index) if self.journal else None
         names = self.team.gathered(None if kept is None else sorted(kept))[0]
         if names is not None:
@@ -142,24 +151,48 @@ class Pruner:
                 wire = linear.wire(rounding=self.rounding)
                 self._store_(linear, self.team.broadcast_(kept[linear.name] if kept else wire, 0))
         else:
-            written = self._prune_block_(index, linears, states, twin)
+            if twin and linears:
+                lots = self._lots(index, linears, states)
+                found = self.runner, states, index, *lots, twin, self.writers, self.recipe
+                ordered = OrderedBlock(*found, self.keep_inputs, goes_on)
+            written = self._prune_block_(index, linears, states, ordered)
             if self.journal:
                 self.journal.write(index, written)
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
-        if states and index + 1 < len(runner.blocks):
+        if goes_on and ordered:
+            ordered.advance_()
+        elif goes_on:
             if twin:
                 runner.advance_(dense, index, twin.block)
             runner.advance_(states, index)
+        if goes_on:
             states.calls[index] = []  # the block's recorded arguments are not needed again
+
+    def _lots(
+        self, index: int, linears: list[PrunableLinear], states: HiddenStates
+    ) -> tuple[list[list[PrunableLinear]], int]:
+        """The linears in the order in which their inputs are taken, tried once for a class.
+
+        Also how many lots one batch reaches.
+        """
+        prefix = f"{self.blocks_name}.{index}."
+        names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
+        key = type(self.runner.blocks[index]), *names
+        if key not in self.orders:
+            place = {linear: at for at, linear in enumerate(linears)}
+            lots, reached = stages(self.runner, states, index, linears)
+            self.orders[key] = [[place[linear] for linear in lot] for lot in lots], reached
+        lots, reached = self.orders[key]
+        return [[linears[at] for at in lot] for lot in lots], reached
 
     def _prune_block_(
         self,
         index: int,
         linears: list[PrunableLinear],
         states: HiddenStates | None,
-        twin: DenseTwin | None,
+        ordered: OrderedBlock | None,
     ) -> dict[str, Tensor]:
         """Observe and prune, lot by lot; {linear's name: what was stored in it}."""
         if states is None:
@@ -167,14 +200,11 @@ class Pruner:
             groups = [Group([one], self.recipe(one.shape[1], device)) for one in linears]
             return self._solve_(groups)
         written: dict[str, Tensor] = {}
-        lots = stages(self.runner, states, index, linears, self.recipe)
-        for place, lot in enumerate(lots):
-            later = [linear for after in lots[place + 1 :] for linear in after]
-            whole = self.runner, states, index
-            if twin and self.writers.adds(states, index, lot, later):
-                groups = [observe_writer(*whole, lot[0], later, self.recipe, twin)]
+        for place, lot in enumerate(ordered.lots if ordered else [linears]):
+            if ordered:
+                groups = ordered.observe(place)
             else:
-                groups = observe(*whole, lot, self.recipe, twin)
+                groups = observe(self.runner, states, index, lot, self.recipe)
             if self.idle:
                 for group in groups:
                     group.forget_()
@@ -223,7 +253,7 @@ class Pruner:
         with record_function("solve"), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
-                group.solver().prune_(matrices, self.sparsity)
+                group.solver().prune_(matrices, self._asked(group))
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error
         for one in warned:
@@ -236,6 +266,9 @@ class Pruner:
                 )
         wires = zip(group.linears, matrices, strict=True)
         return [linear.wire(matrix, self.rounding) for linear, matrix in wires]
+
+    def _asked(self, group: Group) -> list[Sparsity]:
+        return [asked_of(self.sparsity, linear) for linear in group.linears]
 
     def _store_(self, linear: PrunableLinear, wire: Tensor) -> None:
         linear.store_(wire)

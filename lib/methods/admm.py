@@ -44,19 +44,23 @@ Run: `python main.py --model MODEL --prune_method admm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
 from lib.methods.damping import cholesky, rising
-from lib.methods.gram import add_upper_gram_, mirror_
-from lib.methods.sparsity import Sparsity, lowest_overall
+from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
+from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, one_each, threshold
+from lib.util.errors import UserError
 
 FLOOR = 0.01  # of an input's variance: the least damping
-STIFFENING = 2.5  # of rho in the second half of the iterations: first explore masks, then agree
+STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
+EXPLORED, AGREED = 6e-3, 5e-4  # of the mask: so little changes where these iterations end
+FEW = 0.6  # of the refinements, where masks settled
+AT_HAND = 2**17  # weights whose operations find them in the cache
 
 
 class Admm:
@@ -75,17 +79,19 @@ class Admm:
         self,
         width: int,
         device: torch.device,
-        iterations: int = 20,
+        exploring: int = 10,
+        agreeing: int = 10,
         refinements: int = 5,
         rho: float = 1.5,
         damping: float = 6.0,
         blend: float = 1.0,
     ) -> None:
-        assert iterations > 0 and rho > 0 and damping >= 0 and 0 <= blend <= 1
+        assert exploring > 0 and rho > 0 and damping >= 0 and 0 <= blend <= 1
         self.hessian = torch.zeros(width, width, device=device)  # A (in, in), upper triangle
         self.drift = torch.zeros(width, width, device=device) if blend else None  # F (in, in)
         self.lag: Tensor | None = None  # G (out, in)
-        self.iterations = iterations
+        self.exploring = exploring
+        self.agreeing = agreeing
         self.refinements = refinements
         self.rho = rho
         self.damping = damping
@@ -93,22 +99,22 @@ class Admm:
         self.tokens = 0
 
     def observe(self, x: Tensor, dense: Tensor | None = None, lag: Tensor | None = None) -> None:
-        """Add x (tokens, in), and where known the same tokens in the untouched model.
+        """Add x (tokens, in), and where known how the same tokens stand in the untouched model.
 
-        `dense` (tokens, in) is its x; `lag` (tokens, out), for a linear that has its input to
-        itself, how far its residual stream is ahead where the linear's outputs are added.
+        Either `dense` (tokens, in), its x; or, for a linear that has its input to itself, `lag`
+        (tokens, out), float32: how far its residual stream is ahead once the outputs that the
+        linear has with the weights W are added. That is L + (D - X) W^T of (1), and all of it.
         """
         add_upper_gram_(self.hessian, x)
         self.tokens += len(x)
-        if self.drift is None:
+        if self.drift is None and self.lag is None:
             return
-        x = x.float()
-        if dense is not None:
-            self.drift.addmm_((dense.float() - x).T, x)
         if lag is not None:
             if self.lag is None:
-                self.lag = x.new_zeros(lag.shape[1], x.shape[1])
-            self.lag.addmm_(lag.float().T, x)
+                self.drift, self.lag = None, lag.new_zeros(lag.shape[1], x.shape[1])
+            add_cross_(self.lag, lag, x)
+        elif dense is not None:
+            add_cross_(self.drift, dense.float() - x.float(), x)
 
     def statistics(self) -> list[Tensor]:
         return [sums for sums in (self.hessian, self.drift, self.lag) if sums is not None]
@@ -116,33 +122,40 @@ class Admm:
     def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
         """Of the statistics, and beside them for solving linears with `rows` outputs."""
         row = self.hessian.element_size() * len(self.hessian)
-        lag = row * rows[0] if len(rows) == 1 else 0  # where the linear adds to the stream
-        sums = self.hessian.nbytes + (0 if self.drift is None else self.drift.nbytes) + lag
-        # A, A + rho, its factor and its inverse; or A, its inverse, B, V, U, T and Z - U
-        return sums, max(2 * sums, sums + 5 * row * sum(rows))
+        # a linear alone most often adds to the stream
+        beside = row * (rows[0] if len(rows) == 1 else len(self.hessian)) if self.blend else 0
+        sums = self.hessian.nbytes + beside
+        # A and its inverse; W S or T, B, U - Z, what B has in V, masks, and parts of Z and |T|
+        return sums, 2 * self.hessian.nbytes + 8 * row * sum(rows)
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         assert self.tokens > 0 and (self.lag is None or len(weights) == 1)
         rows = [len(weight) for weight in weights]
         with record_function("factorisation"):
             share = self.damping * len(self.hessian) / self.tokens
             hessian, unexplained, scale, dead = scaled(self.hessian, share)
-        start = torch.cat(weights).mul_(scale)  # W S (out, in)
-        target = start @ hessian  # B (out, in)
-        if self.drift is not None:
-            target.addmm_(start, self.drift / scale / scale[:, None], alpha=self.blend)
+        across = scale[:, None]
+        start = torch.cat([weight.T for weight in weights], 1).mul_(across)  # W S (in, out)
+        target = hessian @ start  # B (in, out)
         if self.lag is not None:
-            target.add_(self.lag / scale, alpha=self.blend)
-        start[:, dead] = 0  # an input that was always 0 says nothing of its weights: they go
-        target[:, dead] = 0
-        choose = partial(lowest, rows=rows, sparsity=sparsity)
+            target.add_(self.lag.T / across, alpha=self.blend)
+        elif self.drift is not None:
+            target.addmm_((self.drift / scale / across).T, start, alpha=self.blend)
+        start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
+        target[dead] = 0
         rho = self.rho * unexplained
-        solution, mask = alternate(start, target, hessian, rho, self.iterations, choose)
-        conjugate_gradients_(solution, target, hessian, mask, self.refinements)
-        solution /= scale
-        for weight, part in zip(weights, solution.split(rows), strict=True):
-            weight.copy_(part)
+        stages = [
+            Stage(rho, self.exploring, EXPLORED),
+            Stage(STIFFENING * rho, self.agreeing, AGREED),
+        ]
+        choice = Choice(rows, one_each(sparsity, len(rows)))
+        solution, mask, settled = alternate(start, target, hessian, stages, choice)
+        steps = round(self.refinements * FEW) if settled else self.refinements
+        conjugate_gradients_(solution, target, hessian, mask, steps)
+        solution /= across
+        for weight, part in zip(weights, solution.split(rows, 1), strict=True):
+            weight.copy_(part.T)
 
 
 def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
@@ -169,69 +182,125 @@ def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
     return hessian, (1 + share) * unexplained, scale, dead
 
 
-def lowest(total: Tensor, rows: list[int], sparsity: Sparsity) -> Tensor:
-    """Mask of the lowest |T| (out, in): in every N:M group, or in each linear of `rows` outputs."""
-    with record_function("masks"):
-        score = total.abs()
-        if sparsity.m:
-            return sparsity.mask(score)
-        parts = score.split(rows)
-        counts = [int(part.numel() * sparsity.ratio) for part in parts]
-        return torch.cat([lowest_overall(*both) for both in zip(parts, counts, strict=True)])
+class Stage(NamedTuple):
+    """Iterations with one rho, at most so many; settled where no larger share of a mask changes."""
+
+    rho: float
+    iterations: int
+    settled: float
+
+
+class Choice:
+    """The lowest |T| (in, out): in every N:M group, or in each linear of `rows` outputs.
+
+    `parts` and `kept` choose quickly, many times over; `final` is the mask that stays.
+    """
+
+    def __init__(self, rows: list[int], sparsities: list[Sparsity]) -> None:
+        self.rows = rows
+        self.sparsities = sparsities
+        self.sparsity = sparsities[0]  # their pattern is the same
+
+    def parts(self, *matrices: Tensor) -> Iterator[tuple]:
+        """By what is chosen apart, linears or the groups of some inputs: how sparse, matrices."""
+        m = self.sparsity.m
+        if m:
+            inputs = max(m, AT_HAND // matrices[0].shape[1] // m * m)
+            cuts = zip(*(matrix.split(inputs) for matrix in matrices), strict=True)
+            yield from ((self.sparsity, *parts) for parts in cuts)
+        else:
+            cuts = (matrix.split(self.rows, 1) for matrix in matrices)
+            yield from zip(self.sparsities, *cuts, strict=True)
+
+    def kept(self, part: Tensor, sparsity: Sparsity) -> Tensor:
+        """Z: a part of T, with 0 where it is pruned. All that equal the last one to go go too."""
+        if not sparsity.m:
+            count = int(part.numel() * sparsity.ratio)
+            with record_function("masks"):
+                highest = threshold(part.abs(), count)
+            return torch.hardshrink(part, highest)
+        groups = part.unflatten(0, (-1, sparsity.m)).movedim(1, 0)  # (m, in / m, out)
+        with record_function("masks"):
+            mask = n_of_first(groups.abs(), sparsity.n)
+        return groups.masked_fill(mask, 0).movedim(0, 1).flatten(0, 1)
+
+    def final(self, total: Tensor) -> Tensor:
+        """Mask (in, out) of exactly so many of T."""
+        with record_function("masks"):
+            score = total.abs()
+            if self.sparsity.m:
+                return self.sparsity.mask(score.T).T
+            parts = score.split(self.rows, 1)
+            shares = zip(parts, self.sparsities, strict=True)
+            counts = [(part.T, int(part.numel() * one.ratio)) for part, one in shares]
+            return torch.cat([lowest_overall(part, count).T for part, count in counts], 1)
 
 
 def alternate(
-    start: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    rho: float,
-    iterations: int,
-    choose: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Z and its mask (out, in) after `iterations` from V = `start`, which is overwritten."""
-    free, total, signed = start, start.clone(), torch.empty_like(start)
-    dual = torch.zeros_like(start)
-    for iteration in range(iterations):
-        if iteration == iterations // 2 and iteration:
-            rho *= STIFFENING
-            dual /= STIFFENING  # U is in units of rho
-        if iteration in (0, iterations // 2):
-            with record_function("factorisation"):
-                inverse = None  # the one before goes first
-                inverse = stiff_inverse(hessian, rho)
-        torch.add(free, dual, out=total)
-        mask = choose(total)
-        torch.mul(total, mask, out=dual)
-        torch.add(total, dual, alpha=-2, out=signed)  # Z - U
-        torch.mm(signed.mul_(rho).add_(target), inverse, out=free)
-    total = free.add_(dual)
-    mask = choose(total)
-    return total.masked_fill_(mask, 0), mask
+    total: Tensor, target: Tensor, hessian: Tensor, stages: list[Stage], choice: Choice
+) -> tuple[Tensor, Tensor, bool]:
+    """From T = V = `total` (in, out), overwritten: Z, its mask, and whether the masks settled.
+
+    Where hardly any more of a mask changes a stage ends, and with the first stage the iterations:
+    stiffer ones would change as little.
+    """
+    signed, before = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
+    inverse, settled = None, False
+    for stage, later in zip(stages, [*stages[1:], stages[-1]], strict=True):
+        if settled:
+            break
+        with record_function("factorisation"):
+            inverse = None  # the one before goes first
+            inverse = stiff_inverse(hessian, stage.rho)
+        constant = inverse @ target  # what B has in V
+        inverse *= -stage.rho
+        for iteration in range(stage.iterations):
+            changed = 0
+            for sparsity, part, negative, fixed, known in choice.parts(
+                total, signed, constant, before
+            ):
+                kept = choice.kept(part, sparsity)
+                torch.add(part, kept, alpha=-2, out=negative)  # U - Z
+                mask = kept == 0
+                changed = changed + (mask != known).count_nonzero()
+                known.copy_(mask)
+                part.sub_(kept).add_(fixed)  # U, and so much of V
+            settled = bool(changed <= stage.settled * total.numel())
+            end = settled or iteration == stage.iterations - 1
+            if end and not settled and stage.rho != later.rho:  # U is in units of rho
+                total.sub_(constant).mul_(stage.rho / later.rho).add_(constant)
+            total.addmm_(inverse, signed)
+            if end:
+                break
+    mask = choice.final(total)
+    return total.masked_fill_(mask, 0), mask, settled
 
 
 def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
-    """(A + rho I)^-1 (in, in), of an A that could be factored without rho."""
+    """(A + rho I)^-1 (in, in). UserError where it can't be factored."""
     stiff = hessian.clone()
     stiff.diagonal().add_(rho)
-    factor = torch.linalg.cholesky(stiff)
+    factor = cholesky(stiff)
     del stiff
+    if factor is None:  # it could be without rho: what is not finite
+        raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
     return torch.cholesky_inverse(factor)
 
 
 def conjugate_gradients_(
     solution: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int
 ) -> None:
-    """Lower tr(Q A Q^T) - 2 tr(B Q^T) from Q = `solution` (out, in), each row on its own mask."""
+    """Lower (1) from Q = `solution` (in, out), each column on its own mask."""
     tiny = torch.finfo(solution.dtype).tiny
     keep = (~mask).float()  # cheaper to multiply with than a mask is to fill
-    residual = torch.addmm(target, solution, hessian, alpha=-1).mul_(keep)
+    residual = torch.addmm(target, hessian, solution, alpha=-1).mul_(keep)
     direction = residual.clone()
-    norm = residual.square().sum(1, keepdim=True)  # (out, 1)
+    norm = residual.square().sum(0)  # (out,)
     for _ in range(steps):
-        image = direction @ hessian
-        curvature = (direction * image).sum(1, keepdim=True)
-        step = norm / curvature.clamp_min(tiny)  # 0 where a row is solved or wholly pruned
+        image = hessian @ direction
+        curvature = (direction * image).sum(0)
+        step = norm / curvature.clamp_min(tiny)  # 0 where a column is solved or wholly pruned
         solution.addcmul_(direction, step)
         residual.addcmul_(image, step, value=-1).mul_(keep)
-        before, norm = norm, residual.square().sum(1, keepdim=True)
+        before, norm = norm, residual.square().sum(0)
         direction.mul_(norm / before.clamp_min(tiny)).add_(residual)

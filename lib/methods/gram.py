@@ -3,6 +3,8 @@
 X^T X is symmetric: taken in panels of rows, each panel needs only what lies right of the diagonal.
 That is BLAS's symmetric update made of plain products, so it runs on torch's own threads, adds
 into the sum without a buffer, and lets everyone choose when to mirror.
+
+Beside it the products of inputs with something else, of float32, as far as a sum over tokens goes.
 """
 
 from __future__ import annotations
@@ -38,11 +40,36 @@ def mirror_(hessian: Tensor) -> None:
         hessian[end:, start:end] = hessian[start:end, end:].T
 
 
+def add_cross_(total: Tensor, left: Tensor, x: Tensor) -> None:
+    """Add L^T X of `left` (tokens, out), float32, and x (tokens, in) to the float32 `total`.
+
+    `left` is a difference of activations, small beside them, and wants more digits than x has.
+    """
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        for part in split(left):
+            _add_halves_(total, part.T, x)
+    else:
+        total.addmm_(left.T, x.float())
+
+
+def split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 tensors whose sum is float32 `values` to 16 bits, for tensor cores."""
+    high = values.bfloat16()
+    return high, (values - high.float()).bfloat16()
+
+
 def _add_product_(hessian: Tensor, x: Tensor) -> None:
     """The whole product at once, as an accelerator likes it."""
     if x.is_cuda and x.dtype in HALVES:
-        # products of halves are exact in float32, in which tensor cores can add them up
-        hessian += torch.mm(x.T, x, out_dtype=torch.float32)
+        _add_halves_(hessian, x.T, x)
     else:
         x = x.float()
         hessian.addmm_(x.T, x)
+
+
+def _add_halves_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a b of halves on CUDA: exact in float32, in which tensor cores add them up."""
+    if hasattr(torch.ops.aten.addmm, "dtype_out"):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += torch.mm(a, b, out_dtype=torch.float32)

@@ -5,10 +5,12 @@ Run: `python main.py --model MODEL --prune_method magnitude`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity, choosing_bytes, lowest_overall
+from lib.methods.sparsity import Sparsity, choosing_bytes, lowest_overall, one_each
 
 
 class Magnitude:
@@ -32,12 +34,12 @@ class Magnitude:
         """Of the statistics, and beside them for solving linears with `rows` outputs."""
         return 0, choosing_bytes(self.width * max(rows))
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
         """Zero the lowest-scored entries of every (out, in) matrix in place."""
-        for weight in weights:
+        for weight, one in zip(weights, one_each(sparsity, len(weights)), strict=True):
             score = weight.abs()
-            if sparsity.pattern:
-                mask = sparsity.mask(score)
+            if one.pattern:
+                mask = one.mask(score)
             else:
-                mask = lowest_overall(score, int(score.numel() * sparsity.ratio))
+                mask = lowest_overall(score, int(score.numel() * one.ratio))
             weight.masked_fill_(mask, 0)

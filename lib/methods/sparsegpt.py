@@ -34,6 +34,7 @@ Run: `python main.py --model MODEL --prune_method sparsegpt`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ from torch.profiler import record_function
 from lib.methods.column_loop import column_loop
 from lib.methods.damping import cholesky, rising
 from lib.methods.gram import add_upper_gram_
-from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
+from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, one_each
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
 
@@ -80,8 +81,9 @@ class SparseGPT:
         matrices = self.hessian.element_size() * len(self.hessian) * sum(rows)
         return sums, max(2 * sums, sums + matrices)  # R and what it is made of, or R and D
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
+        sparsities = one_each(sparsity, len(weights))
         with record_function("factorisation"):
             factor, scale, dead = factorise(self.hessian, self.damping)
         rows = [len(weight) for weight in weights]
@@ -92,7 +94,7 @@ class SparseGPT:
             here = slice(start, start + self.block_size)
             size = len(change[here])
             if block is None or len(block.values) != size:
-                block = ColumnBlock(size, rows, sparsity, change.device)
+                block = ColumnBlock(size, rows, sparsities, change.device)
             block.inverse.copy_(unit_inverse(factor[here, here]))
             block.scale.copy_(scale[here, None])
             block.values.copy_(change[here])
@@ -143,17 +145,19 @@ class ColumnBlock:
     """
 
     def __init__(
-        self, size: int, rows: list[int], sparsity: Sparsity, device: torch.device
+        self, size: int, rows: list[int], sparsities: list[Sparsity], device: torch.device
     ) -> None:
         self.rows = rows  # outputs of each linear
-        self.sparsity = sparsity
+        self.sparsities = sparsities
+        self.sparsity = sparsities[0]  # their pattern is the same
+        assert len({sparsity.pattern for sparsity in sparsities}) == 1
         self.values = torch.empty(size, sum(rows), device=device)  # V
         self.errors = torch.empty_like(self.values)  # E: a weight where it is pruned, else 0
         self.mask = torch.empty_like(self.values)  # 1.0 where a weight is pruned
         self.inverse = torch.empty(size, size, device=device)  # B
         self.scale = torch.empty(size, 1, device=device)  # diag(R)
         self.fused = column_loop(device)
-        width = sparsity.m or math.gcd(size, STEP)
+        width = self.sparsity.m or math.gcd(size, STEP)
         starts = range(0, 0 if self.fused else size, width)
         self.steps = [self._step(start, start + width) for start in starts]
 
@@ -189,6 +193,6 @@ class ColumnBlock:
         """The lowest scores of each linear's part of the block."""
         with record_function("masks"):
             score = (self.values * self.scale).square_()
-            parts = zip(score.split(self.rows, 1), self.mask.split(self.rows, 1), strict=True)
-            for part, mask in parts:
-                mask.copy_(lowest_overall(part, int(part.numel() * self.sparsity.ratio)))
+            parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
+            for part, mask, sparsity in zip(*parts, strict=True):
+                mask.copy_(lowest_overall(part, int(part.numel() * sparsity.ratio)))

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 UNSTRUCTURED = "unstructured"
 TYPES = (UNSTRUCTURED, "2:4", "4:8")
-ALLOCATIONS = ("uniform", "owl")
+ALLOCATIONS = ("uniform", "owl", "error")
 ALLOCATION_SPAN = 0.16  # between the sparsest and the densest block, 2 lambda of OWL
+SAMPLED = 2**16  # scores; above, numpy's selection takes longer than one among few of them
+STRIDE = 31  # between scores of the sample; prime, to meet all columns
+MARGIN = 2.5  # of the square root of the sample: five standard deviations of a rank, at most
 SORTED = 2**22  # scores; below, a GPU would spend a bisection waiting for its launches
 
 
@@ -55,10 +58,10 @@ class Sparsity:
         return lowest_per_row(score, int(score.shape[-1] * self.ratio))
 
 
-def per_block(sparsity: Sparsity | Sequence[Sparsity], blocks: int) -> list[Sparsity]:
-    """One for each block, from one for all or as many as there are."""
-    several = [sparsity] * blocks if isinstance(sparsity, Sparsity) else list(sparsity)
-    assert len(several) == blocks
+def one_each(sparsity: Sparsity | Sequence[Sparsity], count: int) -> list[Sparsity]:
+    """One for each of `count`, from one for all or as many as there are."""
+    several = [sparsity] * count if isinstance(sparsity, Sparsity) else list(sparsity)
+    assert len(several) == count
     return several
 
 
@@ -81,8 +84,11 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     if score.dtype == torch.bfloat16:  # unknown to numpy
         score = score.float()
     # numpy's selection is some twenty times as fast as torch's on a CPU
-    ordered = numpy.partition(score.numpy(), count - 1, axis=-1)
-    threshold = torch.from_numpy(ordered[..., count - 1 : count])  # (rows, 1)
+    if score[..., 0].numel() == 1:
+        threshold = torch.tensor(_select(score.numpy().reshape(-1), count), dtype=score.dtype)
+    else:
+        ordered = numpy.partition(score.numpy(), count - 1, axis=-1)
+        threshold = torch.from_numpy(ordered[..., count - 1 : count])  # (rows, 1)
     mask = score <= threshold
     if numpy.count_nonzero(mask.numpy()) > count * mask[..., 0].numel():
         mask = _lowest_up_to(threshold, score, count)
@@ -92,6 +98,34 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
 def lowest_overall(score: Tensor, count: int) -> Tensor:
     """Mask of exactly the `count` smallest scores, none negative, of the whole matrix."""
     return lowest_per_row(score.reshape(1, -1), count).view(score.shape)
+
+
+def threshold(score: Tensor, count: int) -> float:
+    """The `count`-th smallest of all scores, none negative; -1 where `count` is 0."""
+    if count == 0:
+        return -1.0
+    score = score.reshape(-1)
+    if score.device.type == "cpu":
+        return float(_select(score.numpy(), count))
+    if len(score) < SORTED:
+        return score.sort().values[count - 1].item()
+    return _bisected(score.view(1, -1), count)[0].item()
+
+
+def _select(scores: Any, count: int) -> Any:
+    """The `count`-th smallest of an array, exactly: among the few near where a sample has it."""
+    import numpy
+
+    if len(scores) > SAMPLED:
+        sample = scores[::STRIDE]
+        rank, margin = count * len(sample) // len(scores), int(MARGIN * len(sample) ** 0.5)
+        ends = max(0, rank - margin), min(len(sample) - 1, rank + margin)
+        low, high = numpy.partition(sample, ends)[list(ends)]
+        below = numpy.count_nonzero(scores < low)
+        near = scores[(scores >= low) & (scores <= high)]
+        if below < count <= below + len(near):
+            return numpy.partition(near, count - 1 - below)[count - 1 - below]
+    return numpy.partition(scores, count - 1)[count - 1]
 
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
@@ -105,8 +139,8 @@ def n_of_first(score: Tensor, n: int) -> Tensor:
     """Mask (m, ...) of the `n` smallest scores along the first dimension, which is short."""
     import torch
 
-    score = score.contiguous()
-    rank = torch.zeros_like(score, dtype=torch.uint8)
+    score = score if score.stride(-1) == 1 else score.contiguous()
+    rank = torch.zeros(score.shape, dtype=torch.uint8, device=score.device)
     if score.device.type != "cpu":
         _add_ranks_(rank, score)
     else:
@@ -133,10 +167,15 @@ def _lowest_when_sorted(score: Tensor, count: int) -> Tensor:
 
 
 def _lowest_by_bisection(score: Tensor, count: int) -> Tensor:
-    """As `_lowest_when_sorted`, for large scores: less memory and, on paper, less time.
+    """As `_lowest_when_sorted`, for large scores: less memory and, on paper, less time."""
+    return _lowest_up_to(_bisected(score, count), score, count)
 
-    Floats that are not negative are in the order of their bits, read as integers, so the threshold
-    is found bit by bit.
+
+def _bisected(score: Tensor, count: int) -> Tensor:
+    """The `count`-th smallest of every row (rows, 1), float32.
+
+    Floats that are not negative are in the order of their bits, read as integers, so it is found
+    bit by bit.
     """
     import torch
 
@@ -147,7 +186,7 @@ def _lowest_by_bisection(score: Tensor, count: int) -> Tensor:
         middle = low + (high - low) // 2
         enough = (bits <= middle).sum(-1, keepdim=True) >= count
         low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    return _lowest_up_to(low, bits, count)
+    return low.view(torch.float32)
 
 
 def _lowest_up_to(threshold: Tensor, score: Tensor, count: int) -> Tensor:

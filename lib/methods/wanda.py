@@ -8,10 +8,12 @@ Run: `python main.py --model MODEL --prune_method wanda [--use_variant]`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity, choosing_bytes
+from lib.methods.sparsity import Sparsity, choosing_bytes, one_each
 
 TOKENS = 64  # whose squares are added up in float32
 VARIANT_TOLERANCE = 1e-3  # of the sparsity reached, and the width of alpha at which bisection stops
@@ -54,11 +56,11 @@ class Wanda:
         """Saliency (out, in) of weight (out, in)."""
         return weight.abs() * self.square_sum.sqrt().float()
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity) -> None:
+    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
         """Zero the lowest-scored entries of every (out, in) matrix in place."""
-        for weight in weights:
+        for weight, one in zip(weights, one_each(sparsity, len(weights)), strict=True):
             score = self.score(weight)
-            mask = variant_mask(score, sparsity.ratio) if self.variant else sparsity.mask(score)
+            mask = variant_mask(score, one.ratio) if self.variant else one.mask(score)
             weight.masked_fill_(mask, 0)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from lib.methods.sparsity import Sparsity, per_block
+from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
@@ -35,7 +35,7 @@ class Measured:
 def measure(
     runner: BlockRunner,
     blocks_name: str,
-    asked: Sparsity | Sequence[Sparsity] | None = None,
+    asked: Sparsity | Mapping[str, Sparsity] | None = None,
     left: frozenset[str] = frozenset(),
 ) -> Measured:
     """Count the zeros of every linear, and where `asked` is given see that it was reached.
@@ -44,7 +44,6 @@ def measure(
     linear that fell short, or whose N:M groups hold too few zeros.
     """
     found = Measured()
-    wanted = per_block(asked, len(runner.blocks)) if asked else []
     for index, block in enumerate(runner.blocks):
         with runner.at_hand(index):
             for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
@@ -52,8 +51,13 @@ def measure(
                 found.zeros[linear.name] = int(zero.count_nonzero())
                 found.sizes[linear.name] = zero.numel()
                 if asked and linear.name not in left:
-                    _see_reached(linear, zero, wanted[index])
+                    _see_reached(linear, zero, asked_of(asked, linear))
     return found
+
+
+def asked_of(asked: Sparsity | Mapping[str, Sparsity], linear: PrunableLinear) -> Sparsity:
+    """How sparse a linear shall become, of one answer for all or of one by name."""
+    return asked if isinstance(asked, Sparsity) else asked[linear.name]
 
 
 def _see_reached(linear: PrunableLinear, zero: torch.Tensor, asked: Sparsity) -> None:

@@ -46,8 +46,15 @@ def own_windows(windows: Tensor, team: Team) -> tuple[Tensor, bool]:
 class Observation:
     """Statistics of the inputs of `linears`, of one block, over all batches."""
 
-    def __init__(self, linears: list[PrunableLinear], recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self,
+        linears: list[PrunableLinear],
+        recipe: Recipe,
+        device: torch.device,
+        shared: bool = False,
+    ) -> None:
         self.linears = linears
+        self.shared = shared  # they are known to receive one input: the first of them shows it
         self.recipe = recipe
         self.device = device
         self.groups: list[Group] = []
@@ -62,6 +69,10 @@ class Observation:
 
     def see(self, linear: PrunableLinear, x: Tensor) -> None:
         """Take x (..., in) into the statistics, once for all linears that receive it."""
+        for one in self.linears if self.shared else [linear]:
+            self._take(one, x)
+
+    def _take(self, linear: PrunableLinear, x: Tensor) -> None:
         group = self.group_of.get(linear)
         shared = next((g for tensor, g in self.inputs if same(tensor, x)), None)
         if group is None:
@@ -74,15 +85,11 @@ class Observation:
             self.inputs.append((x, group))
             if linear is group.linears[0]:
                 with record_function("statistics"):
-                    group.method.observe(rows(x), self._dense_like(linear, x))
+                    dense = self.dense.get(linear.name)
+                    group.method.observe(rows(x), None if dense is None else rows(dense))
         self.seen.add(linear)
         if len(self.seen) == len(self.linears):
             raise Stop
-
-    def _dense_like(self, linear: PrunableLinear, x: Tensor) -> Tensor | None:
-        # an expert's tokens are chosen by a router, which may choose others in the dense model
-        dense = self.dense.get(linear.name) if linear.expert is None else None
-        return None if dense is None else rows(dense)
 
 
 @torch.no_grad()
@@ -92,35 +99,17 @@ def observe(
     index: int,
     linears: list[PrunableLinear],
     recipe: Recipe,
-    twin: DenseTwin | None = None,
 ) -> list[Group]:
     """Run block `index` over all batches, no further than the last input of `linears`.
 
     The linears that were reached, by shared input, with the statistics of it.
     """
     observation = Observation(linears, recipe, runner.device)
-    dense = dense_inputs(runner, twin, index, linears) if twin else None
     with watch_inputs(linears, observation.see), record_function("forward"):
         for _, run in runner.runs(states, index):
-            observation.start_pass(next(dense) if dense else {})
+            observation.start_pass({})
             run_until_stop(run)
     return observation.groups
-
-
-def dense_inputs(runner: BlockRunner, twin: DenseTwin, index: int, linears: list[PrunableLinear]):
-    """For each batch, {linear's name: its input} as the untouched block computes them."""
-    watched = [twin.linears[linear.name] for linear in linears]
-    for _, run in runner.runs(twin.states, index, twin.block):
-        found: dict[str, Tensor] = {}
-
-        def see(linear: PrunableLinear, x: Tensor, found: dict[str, Tensor] = found) -> None:
-            found[linear.name] = x
-            if len(found) == len(watched):
-                raise Stop
-
-        with watch_inputs(watched, see):
-            run_until_stop(run)
-        yield found
 
 
 @torch.no_grad()
@@ -129,14 +118,11 @@ def stages(
     states: HiddenStates,
     index: int,
     linears: list[PrunableLinear],
-    recipe: Recipe,
-) -> list[list[PrunableLinear]]:
-    """The linears in lots to be observed and pruned together, in the order of the forward pass.
+) -> tuple[list[list[PrunableLinear]], int]:
+    """The linears in lots, one for each distinct input, in the order of the forward pass.
 
-    One lot, unless the method takes inputs in order: then one for each distinct input.
+    What the first batch does not reach is a lot of its own at the end. Also how many were reached.
     """
-    if not recipe.in_order:
-        return [linears]
     reached: list[tuple[Tensor, list[str]]] = []  # an input, and the stages that receive it
 
     def see(linear: PrunableLinear, x: Tensor) -> None:
@@ -154,7 +140,7 @@ def stages(
     lots = [[linear for linear in linears if linear.stage in names] for _, names in reached]
     known = {name for _, names in reached for name in names}
     rest = [linear for linear in linears if linear.stage not in known]
-    return lots + [rest] if rest else lots
+    return (lots + [rest] if rest else lots), len(lots)
 
 
 def run_until_stop(run) -> None:

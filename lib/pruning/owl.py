@@ -62,6 +62,17 @@ def owl(
     return [Sparsity(one) for one in allocate(shares, sizes, ratio)]
 
 
+def of_blocks(
+    runner: BlockRunner, blocks_name: str, sparsities: Sequence[Sparsity]
+) -> dict[str, Sparsity]:
+    """{name of a linear: the sparsity of its block}."""
+    return {
+        linear.name: sparsity
+        for index, (block, sparsity) in enumerate(zip(runner.blocks, sparsities, strict=True))
+        for linear in find_linears(block, f"{blocks_name}.{index}")[0]
+    }
+
+
 def outlier_share(groups: Sequence[Group]) -> float:
     """Share of all Wanda scores of the groups' linears that exceed OUTLIER times their mean."""
     total, count, above = 0.0, 0, 0

@@ -86,8 +86,8 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at text."""
-        return bool(self.recipe and self.recipe.observes)
+        """Whether the method looks at text, or what tells how sparse it makes what."""
+        return bool(self.recipe and (self.recipe.observes or self.args.allocation != "uniform"))
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -107,5 +107,6 @@ class Subject:
     keep_on: torch.device  # where hidden states stand between two blocks
     footprint: int  # bytes of the dense model
     checkpointed: bool = False  # activations are computed again in training
-    asked: Sparsity | list[Sparsity] | None = None  # of the blocks, where it must be reached
+    keep_inputs: bool = True  # of a block, which saves passes through it
+    asked: Sparsity | dict[str, Sparsity] | None = None  # of the linears, where it must be reached
     left: frozenset[str] = frozenset()  # linears that were left dense

@@ -29,6 +29,7 @@ SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lo
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 FLOAT = 4  # bytes
 PACKING, UNPACKING = 4, 16  # bytes for each weight of a tile
+PARTS = 2  # of a block, in which errors are measured: attention and MLP
 GRAPH = 1.2  # what a block's activations take for the way back, of what they are on the way
 META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
@@ -187,6 +188,8 @@ class Plan:
     shared: bool = False  # they have one copy of blocks that are fetched
     packed: PackedLinears | None = None  # as the weight files are
     pack_bits: int | None = None  # packs what it has pruned, at so many bits
+    probed: int = 0  # windows in which the error of every part of a block is measured
+    keeps: bool = True  # inputs within a block, which saves passes through it
 
     @property
     def once(self) -> int:
@@ -235,7 +238,7 @@ class Need:
 def needed(plan: Plan) -> Need:
     """Where everything stands in the same memory; `check_memory` splits it over two."""
     moments = _calibration(plan), _evaluation(plan), _recovery(plan), (0, _packing(plan))
-    hidden, work = max(moments, key=sum)
+    hidden, work = max(*moments, _allocation(plan), key=sum)
     reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
     mapped = 0
     if reading:
@@ -307,13 +310,34 @@ def _packing(plan: Plan) -> int:
     return packed + PACKING * tile + looked_at
 
 
+def _allocation(plan: Plan) -> tuple[int, int]:
+    """All calibration windows once, and a few for each part of each block; the scores in order."""
+    if not plan.probed:
+        return 0, 0
+    hidden = (plan.windows + plan.probed * (1 + PARTS * plan.shapes.count)) * plan.window
+    copied = max(block.weights for block in plan.shapes.blocks) * plan.working.itemsize
+    passing = max(_activations(plan, block) for block in plan.shapes.blocks)
+    # a score and its order, and their squares and sums, which are float64
+    return hidden, copied + max(passing, (3 * FLOAT + 4 * 2 * FLOAT) * _largest(plan))
+
+
 def _calibration(plan: Plan) -> tuple[int, int]:
     """Hidden states of all calibration windows, and the work on the block that takes most."""
     if plan.recipe is None:
         return 0, 0
     windows = plan.windows if plan.recipe.observes else 0
     hidden = (2 if plan.follows else 1) * windows * plan.window
+    if plan.follows and plan.keeps:
+        channels = max(_kept(block) for block in plan.shapes.blocks)
+        hidden += windows * plan.seqlen * channels * plan.working.itemsize
     return hidden, max(_pruning(plan, block) for block in plan.shapes.blocks)
+
+
+def _kept(block: BlockShape) -> int:
+    """Channels of each token that are kept of a block's inputs: its middle ones, or the last."""
+    widths = [each.width for each in block.inputs if not each.experts]
+    last = 0 if len(widths) < len(block.inputs) else widths.pop()  # of experts nothing is kept
+    return max(sum(widths[1:]), last)
 
 
 def _pruning(plan: Plan, block: BlockShape) -> int:
@@ -401,6 +425,9 @@ def stand(plan: Plan, free: int = 0) -> Stand:
     if not (plan.fetched or plan.load_bit or plan.training) and need.weights + need.work > free:
         plan = replace(plan, fetched=True)
         need = needed(plan)
+    if need.total > free:
+        plan = replace(plan, keeps=False)
+        need = needed(plan)
     kept = need.weights + need.hidden + need.work <= free
     device = Need(need.weights, need.hidden if kept else 0, need.work)
     return Stand(plan, device, Need(0, 0 if kept else need.hidden, 0), plan.once, kept)
@@ -414,6 +441,7 @@ class Room:
     keep_on: torch.device
     line: str
     checkpointed: bool = False  # activations are computed again in training
+    keep_inputs: bool = True  # of a block, which saves passes through it
 
 
 def check_memory(
@@ -428,7 +456,10 @@ def check_memory(
     checkpointed = bool(plan.training and plan.training.checkpointed)
     if device.type == "cpu":
         found = stand(plan)
-        return Room(found.plan.fetched, device, f"memory: {_see_host(found)}", checkpointed)
+        if found.machine > available():
+            found = stand(replace(plan, keeps=False))
+        line = f"memory: {_see_host(found)}"
+        return Room(found.plan.fetched, device, line, checkpointed, found.plan.keeps)
     free = int(SPARE * free_on(device))
     found = stand(plan, free)
     if any_of(found.plan.fetched) and not found.plan.fetched:
@@ -441,7 +472,7 @@ def check_memory(
         )
     line = f"memory: device {found.device.told()}; host {_see_host(found)}"
     keep_on = device if found.kept else torch.device("cpu")
-    return Room(found.plan.fetched, keep_on, line, checkpointed)
+    return Room(found.plan.fetched, keep_on, line, checkpointed, found.plan.keeps)
 
 
 def free_on(device: torch.device) -> int:

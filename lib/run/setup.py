@@ -102,7 +102,8 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
 def _reads(args: argparse.Namespace) -> bool:
     """Whether the train text of the calibration sources is looked at."""
     recipe = method_of(args)
-    return bool(args.recover or (recipe and recipe.observes))
+    observes = recipe and (recipe.observes or args.allocation != "uniform")
+    return bool(args.recover or observes)
 
 
 def _set_vocabulary(job: Job) -> None:
@@ -351,7 +352,7 @@ def load(job: Job, at_end: ExitStack) -> Subject:
         check_finite(runner)
     runner.verify()
     size = pretrained.footprint(model)
-    return Subject(model, blocks, runner, room.keep_on, size, room.checkpointed)
+    return Subject(model, blocks, runner, room.keep_on, size, room.checkpointed, room.keep_inputs)
 
 
 def _sharing(job: Job) -> Sharing | None:
@@ -431,6 +432,7 @@ def _see_memory(job: Job, shared: bool) -> Room:
     """Tell how much memory the run will take, and where."""
     from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
     from lib.model.quantised import packed_linears, stored_bits
+    from lib.pruning.allocation import WINDOWS
     from lib.run.memory import PackedLinears, Plan, check_memory, shapes
 
     args, team, texts = job.args, job.team, job.texts
@@ -455,6 +457,7 @@ def _see_memory(job: Job, shared: bool) -> Room:
         shared=shared,
         packed=PackedLinears.of(*packed_linears(job.config)),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
+        probed=WINDOWS if args.allocation == "error" else 0,
     )
     room = check_memory(plan, job.device, lambda fetched: any(team.gathered(fetched)))
     if team.leads:

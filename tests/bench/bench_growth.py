@@ -6,7 +6,8 @@ import argparse
 import gc
 import io
 import time
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 from lib.report.plots import style as plot_style
@@ -47,7 +48,46 @@ class Range:
             self.open_since[-1][1] = now
 
 
-def pruned_in(args: argparse.Namespace, method: str, kind: str, **changed) -> float:
+class Passes:
+    """Counts what goes through a model's blocks, in units of one pass of all tokens.
+
+    Products with their linears, by the weights that are multiplied, and attention apart.
+    """
+
+    def __init__(self) -> None:
+        self.linear = self.attention = 0.0
+
+    @contextmanager
+    def counting(self, blocks, tokens: int) -> Iterator[None]:
+        """Inside, what `tokens` tokens in all take through `blocks` is added up."""
+        from torch.nn import functional as F
+
+        within = {id(one) for block in blocks for one in block.parameters() if one.dim() == 2}
+        shapes = {tuple(one.shape) for block in blocks for one in block.parameters()}
+        whole = tokens * sum(
+            one.numel() for block in blocks for one in block.parameters() if id(one) in within
+        )
+        linear, attention = F.linear, F.scaled_dot_product_attention
+
+        def count_linear(x, weight, bias=None):
+            if tuple(weight.shape) in shapes:  # also of a copy of a block
+                self.linear += x.numel() / x.shape[-1] * weight.numel() / whole
+            return linear(x, weight, bias)
+
+        def count_attention(query, *args, **kwargs):
+            self.attention += query.shape[0] * query.shape[-2] / tokens / len(blocks)
+            return attention(query, *args, **kwargs)
+
+        F.linear, F.scaled_dot_product_attention = count_linear, count_attention
+        try:
+            yield
+        finally:
+            F.linear, F.scaled_dot_product_attention = linear, attention
+
+
+def pruned_in(
+    args: argparse.Namespace, method: str, kind: str, passes: Passes | None = None, **changed
+) -> float:
     """Seconds of pruning in this process, with flags of main.py changed."""
     from lib.run.flags import build_parser
     from lib.run.setup import check, load
@@ -61,7 +101,9 @@ def pruned_in(args: argparse.Namespace, method: str, kind: str, **changed) -> fl
     with ExitStack() as at_end, redirect_stdout(io.StringIO()):
         subject = load(job, at_end)
         Range.seconds.clear()
-        prune(job, subject)
+        tokens = job.texts.windows.numel()
+        with (passes or Passes()).counting(subject.blocks, tokens):
+            prune(job, subject)
     del subject
     gc.collect()
     return job.seconds["prune"]
@@ -75,12 +117,18 @@ def profile(args: argparse.Namespace, folder: Path) -> None:
     runs: dict[str, dict[str, float]] = {}
     for method in args.methods:
         for kind in args.types:
-            total = pruned_in(args, method, kind)
+            passes = Passes()
+            total = pruned_in(args, method, kind, passes)
             parts = dict(Range.seconds)
             parts["other"] = total - sum(parts.values())
             runs[f"{method} {kind}"] = parts
             shares = ", ".join(f"{name} {parts.get(name, 0.0):.1f}" for name in PARTS)
             print(f"{method} {kind}: {total:.1f} s = {shares}", flush=True)
+            print(
+                f"    passes through a block: {passes.linear:.2f} in its linears, "
+                f"{passes.attention:.2f} in attention",
+                flush=True,
+            )
     picture = plot_style.figure(8, 1.5 + 0.5 * len(runs))
     axes = picture.subplots()
     left = dict.fromkeys(runs, 0.0)

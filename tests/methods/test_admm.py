@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import CPU
 
+from lib.methods import admm
 from lib.methods.admm import FLOOR, Admm
 from lib.methods.sparsegpt import SparseGPT
 from lib.methods.sparsity import Sparsity
@@ -40,7 +41,11 @@ def drifted(x, seed: int = 1):
 
 def solve(x, weights, sparsity: Sparsity, dense=None, lag=None, method=Admm, **options):
     solver = method(x.shape[1], CPU, **options)
-    solver.observe(x, dense, **({} if lag is None else {"lag": lag}))
+    if lag is None:
+        solver.observe(x, dense)
+    else:  # once the linear's own outputs are added
+        [weight] = weights
+        solver.observe(x, lag=lag + (dense - x) @ weight.T)
     pruned = [weight.clone() for weight in weights]
     solver.prune_(pruned, sparsity)
     return pruned
@@ -169,7 +174,9 @@ def test_nothing_pruned_and_nothing_to_repair_leaves_the_weights():
     assert torch.allclose(pruned, weight, atol=1e-3)
 
 
-def test_linears_side_by_side_equal_linears_alone():
+def test_linears_side_by_side_equal_linears_alone(monkeypatch):
+    monkeypatch.setattr(admm, "EXPLORED", -1)  # else one goes on for as long as another wants to
+    monkeypatch.setattr(admm, "AGREED", -1)
     x, weights = problem(64, 12, 20)
     together = solve(x, weights, Sparsity(0.5))
     for pruned, weight in zip(together, weights, strict=True):
@@ -256,3 +263,28 @@ def test_damping_does_not_rise_for_ever():
     solver.hessian.copy_(torch.eye(64)).fill_diagonal_(1)[0, 1] = 1e6
     with pytest.warns(UserWarning), pytest.raises(UserError, match="not positive definite"):
         solver.prune_([weight], Sparsity(0.5))
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: s.pattern or str(s.ratio))
+def test_choosing_quickly_is_choosing_exactly(sparsity):
+    """Z of every iteration has its zeros where the mask that stays would have them."""
+    total = torch.randn(72, 35, generator=torch.Generator().manual_seed(2))
+    choice = admm.Choice([10, 25], [sparsity, sparsity])
+    kept = torch.empty_like(total)
+    for one, part, out in choice.parts(total, kept):
+        out.copy_(choice.kept(part, one))
+    assert torch.equal(kept == 0, choice.final(total))
+    assert torch.equal(kept[kept != 0], total[kept != 0])
+
+
+def test_each_linear_may_have_a_sparsity_of_its_own():
+    x, weights = problem(72, 10, 25)
+    for method in (Admm, SparseGPT):
+        pruned = solve(x, weights, [Sparsity(0.5), Sparsity(0.7)], method=method)
+        for one, ratio in zip(pruned, (0.5, 0.7), strict=True):
+            assert (one == 0).sum() == pytest.approx(int(one.numel() * ratio), abs=1)
+
+
+def test_what_is_not_finite_is_told():
+    with pytest.raises(UserError, match="can't be factored"):
+        admm.stiff_inverse(-torch.eye(4), 0.5)

@@ -46,7 +46,7 @@ def test_as_the_plain_loop(settle_, size, rows, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_the_loop_in_steps(kind):
     sparsity = Sparsity.parse(kind, 0.5)
-    block = sparsegpt.ColumnBlock(104, [19], sparsity, CPU)
+    block = sparsegpt.ColumnBlock(104, [19], [sparsity], CPU)
     buffers = block.values, block.errors, block.mask, block.inverse, block.scale
     expected = random_block(104, 19, sparsity)
     for buffer, tensor in zip(buffers, expected, strict=True):

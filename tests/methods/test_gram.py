@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.methods.gram import PANEL, add_upper_gram_, mirror_
+from lib.methods.gram import PANEL, add_cross_, add_upper_gram_, mirror_, split
 
 
 def add_gram_(hessian: torch.Tensor, x: torch.Tensor) -> None:
@@ -55,3 +55,30 @@ def test_inputs_need_not_be_contiguous():
     hessian = torch.zeros(30, 30)
     add_gram_(hessian, x)
     assert torch.allclose(hessian, x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+def test_cross_sums_add_up():
+    left, x, total = inputs(50, 7), inputs(50, 5, torch.bfloat16), torch.ones(7, 5)
+    add_cross_(total, left, x)
+    exact = 1 + left.double().T @ x.double()
+    assert torch.allclose(total.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_two_halves_are_as_good_as_float32():
+    """What tensor cores would be given, multiplied in float64: the split alone loses digits."""
+    x = inputs(400, 64, torch.bfloat16)
+    drift = (x.float() + 0.02 * inputs(400, 65)[:, :64]).bfloat16().float() - x.float()
+    exact = drift.double().T @ x.double()
+    parts = split(drift)
+    assert all(part.dtype == torch.bfloat16 for part in parts)
+    two = sum(part.double().T @ x.double() for part in parts)
+    one = parts[0].double().T @ x.double()
+    plain = (drift.T @ x.float()).double()
+
+    def error(found):
+        return ((found - exact).norm() / exact.norm()).item()
+
+    assert error(two) < 1e-5 and error(two) <= 10 * error(plain) + 1e-6
+    assert error(one) <= 5e-3
+    lag = 1000 * inputs(400, 32)  # float32 with all its digits
+    assert ((lag - sum(part.float() for part in split(lag))).abs() <= 2**-16 * lag.abs()).all()

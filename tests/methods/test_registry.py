@@ -18,7 +18,7 @@ def test_flags_cost_no_torch(tmp_path: Path) -> None:
 def test_settings_name_every_option_given_or_not() -> None:
     assert Recipe("magnitude").settings == {}
     assert Recipe("wanda", {"variant": True}).settings == {"variant": True}
-    known = dict(iterations=20, refinements=5, rho=1.5, damping=6.0)
+    known = dict(exploring=10, agreeing=10, refinements=5, rho=1.5, damping=6.0)
     assert Recipe("admm", {"blend": 0.5}).settings == known | {"blend": 0.5}
 
 

@@ -12,6 +12,7 @@ from lib.methods.sparsity import (
     lowest_per_row,
     n_of_first,
     n_of_m,
+    threshold,
 )
 
 
@@ -117,3 +118,24 @@ def test_a_pattern_with_another_ratio_is_refused():
     with pytest.raises(ValueError, match="use --sparsity_ratio 0.5"):
         Sparsity.parse("2:4", 0.6)
     assert Sparsity.parse("4:8", 0.5).pattern == "4:8"
+
+
+@pytest.mark.parametrize("shape", ["spread", "ties", "sorted", "one"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.7, 1.0])
+def test_a_threshold_among_few_is_that_of_all(shape, share):
+    """Of many scores, selected near where a sample has it, against sorting them."""
+    score = torch.rand(400, 300, generator=torch.Generator().manual_seed(0))
+    if shape == "ties":
+        score = (score * 5).floor()
+    elif shape == "sorted":  # the sample tells little of where the others are
+        score = score.flatten().sort().values.view(400, 300) ** 8
+    elif shape == "one":
+        score = torch.full_like(score, 0.3)
+    count = int(share * score.numel())
+    ordered = score.flatten().sort().values
+    assert threshold(score, count) == (ordered[count - 1].item() if count else -1)
+    mask = lowest_overall(score, count)
+    first = score.flatten().sort(stable=True).indices[:count]
+    assert torch.equal(
+        mask.flatten(), torch.zeros(120000, dtype=torch.bool).scatter_(0, first, True)
+    )

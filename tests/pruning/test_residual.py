@@ -1,6 +1,4 @@
-"""Where linears add to the residual states, found by trying, and how far it lags behind there."""
-
-from dataclasses import replace
+"""Where linears add to the residual states, found by trying, and what more is found of them."""
 
 import pytest
 import tiny
@@ -8,16 +6,16 @@ import torch
 from support import CPU, linears_of, runner_of, windows
 
 from lib.dist.team import Team
-from lib.methods.registry import Recipe
-from lib.pruning.observe import DenseTwin, stages
-from lib.pruning.residual import Writers, adds_to_stream, observe_writer, silenced, stream_at
+from lib.pruning.observe import stages
+from lib.pruning.ordered import passed
+from lib.pruning.residual import Writers, adds_to_stream, handing_on, silenced, stream_at
 
-WRITERS = {
-    "Llama": {"self_attn.o_proj", "mlp.down_proj"},
-    "Qwen2": {"self_attn.o_proj", "mlp.down_proj"},
-    "Phi": {"self_attn.dense", "mlp.fc2"},  # attention and MLP side by side
-    "GPT-2": {"attn.c_proj", "mlp.c_proj"},
-    "Gemma 2": set(),  # a norm stands behind both
+WRITERS = {  # in the order of the forward pass
+    "Llama": ["self_attn.o_proj", "mlp.down_proj"],
+    "Qwen2": ["self_attn.o_proj", "mlp.down_proj"],
+    "Phi": ["self_attn.dense", "mlp.fc2"],  # attention and MLP side by side
+    "GPT-2": ["attn.c_proj", "mlp.c_proj"],
+    "Gemma 2": [],  # a norm stands behind both
 }
 
 
@@ -25,12 +23,7 @@ def in_lots(name: str):
     """A tiny model's runner, windows before its first block, and that block's linears in lots."""
     runner = runner_of(tiny.ARCHITECTURES[name]())
     states = runner.capture(windows(6), 2, CPU)
-    return runner, states, stages(runner, states, 0, linears_of(runner), Recipe("admm"))
-
-
-def merged(states):
-    """The blocks' arguments for one batch of all windows, which are the same for any batch."""
-    return [calls[:1] for calls in states.calls]
+    return runner, states, stages(runner, states, 0, linears_of(runner))[0]
 
 
 def after(lots, place: int):
@@ -45,9 +38,9 @@ def test_writers_are_found(name):
     with torch.no_grad():
         for place, lot in enumerate(lots):
             for linear in lot:
-                if adds_to_stream(run, linear, after(lots, place)):
+                if adds_to_stream(run, linear, after(lots, place)) is not None:
                     found.add(linear.name.removeprefix("0."))
-    assert found == WRITERS[name]
+    assert found == set(WRITERS[name])
 
 
 @torch.no_grad()
@@ -78,32 +71,49 @@ def test_nothing_stays_silent():
 
 
 @torch.no_grad()
-def test_lag_is_what_the_stream_lacks_of_the_dense_one():
-    runner, states, lots = in_lots("Llama")
-    dense = replace(states, hidden=states.hidden.clone())
-    twin = DenseTwin.of(dense, runner.blocks[0], "0")
-    states.hidden += torch.randn(states.hidden.shape, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_was_found_of_writers(name):
+    """The module that ends in attention's writer can be left out, its outputs being given."""
+    runner, states, lots = in_lots(name)
     writers = Writers(runner, Team(CPU, alone=True))
-    inputs = {}
-    for place, lot in enumerate(lots):
-        later = after(lots, place)
-        if writers.adds(states, 0, lot, later):
-            whole = runner, states, 0, lot[0], later
-            group = observe_writer(*whole, Recipe("admm"), twin)
-            inputs[lot[0].name.split(".")[-1]] = group.method, lot[0], later
-    assert inputs.keys() == {"o_proj", "down_proj"}
-    [(_, run), (_, twin_run)] = [
-        next(runner.runs(replace(one, batch_size=6, calls=merged(one)), 0, block))
-        for one, block in ((states, None), (dense, twin.block))
-    ]
-    for method, linear, later in inputs.values():
-        x, here = stream_at(run, linear, later)
-        twins = [twin.linears[one.name] for one in (linear, *later)]
-        y, there = stream_at(twin_run, twins[0], twins[1:])
-        x, y, lag = (tensor.flatten(0, 1) for tensor in (x, y, there - here))
-        assert torch.allclose(method.lag, lag.T @ x, atol=1e-3)
-        assert torch.allclose(method.drift, (y - x).T @ x, atol=1e-3)
-        assert method.tokens == len(x)
+    found = {
+        lot[0].name.removeprefix("0."): writers.find(states, 0, lot, after(lots, place))
+        for place, lot in enumerate(lots)
+    }
+    found = {linear: writer for linear, writer in found.items() if writer}
+    assert found.keys() == set(WRITERS[name])
+    for linear, writer in found.items():
+        assert writer.last == (linear == WRITERS[name][-1])
+        if not writer.last:
+            assert writer.ends == linear.split(".")[0]
+            [lot] = [lot for lot in lots if lot[0].name == f"0.{linear}"]
+            _, run = next(runner.runs(states, 0))
+            whole = run()
+            _, out = passed(run, lot[0])
+            block = runner.blocks[0]
+            for inner in getattr(block, writer.ends).children():
+                inner.register_forward_pre_hook(refuse)
+            with handing_on(block, {writer.ends: (out, writer.length)}):
+                assert torch.equal(run(), whole)
+
+
+def refuse(*_):
+    raise AssertionError("it was run")
+
+
+@torch.no_grad()
+def test_running_out_of_memory_is_no_finding(monkeypatch):
+    runner, states, lots = in_lots("Llama")
+    writers = Writers(runner, Team(CPU, alone=True))
+    place = next(at for at, lot in enumerate(lots) if lot[0].name.endswith("o_proj"))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("lib.pruning.residual.adds_to_stream", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        writers.find(states, 0, lots[place], after(lots, place))
+    assert not writers.known
 
 
 @torch.no_grad()
@@ -115,4 +125,4 @@ def test_experts_and_their_router_can_be_silenced():
     with silenced(linears):
         assert torch.equal(run(), states.hidden[:2])
     place, lot = next((p, lot) for p, lot in enumerate(lots) if lot[0].name.endswith("o_proj"))
-    assert adds_to_stream(run, lot[0], after(lots, place))
+    assert adds_to_stream(run, lot[0], after(lots, place)) is not None

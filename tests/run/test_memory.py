@@ -232,8 +232,12 @@ def test_what_makes_it_grow_and_shrink() -> None:
     assert needed(of(model, load_bit="4")).weights < whole.weights / 2
     few = dict(windows=1, tests=1, seqlen=4)
     assert needed(of(model, **few, stored=torch.bfloat16)).total > needed(of(model, **few)).total
-    more = needed(of(model, recipe=Recipe("admm"), windows=80))
+    more = needed(of(model, recipe=Recipe("admm"), windows=80, keeps=False))
     assert more.hidden == 2 * 80 * 32 * 32 * 4
+    kept = needed(of(model, recipe=Recipe("admm"), windows=80))
+    assert kept.hidden > more.hidden and kept.work == more.work
+    probed = needed(of(model, windows=1, probed=90))
+    assert probed.hidden > 6 * 90 * 32 * 32 * 4
 
 
 def test_too_little_memory_on_the_host(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,128 @@
+"""Inputs taken in order, in few passes: the same statistics as from whole passes, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from support import CPU, HALF, linears_of, runner_of, windows
+from torch import nn
+
+from lib.dist.team import Team
+from lib.methods.registry import Recipe
+from lib.model.pretrained import decoder_blocks
+from lib.prune import Pruner
+from lib.pruning.observe import DenseTwin, rows, stages
+from lib.pruning.ordered import OrderedBlock
+from lib.pruning.residual import Writers
+
+NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "Bloom", "Mixtral", "Falcon", "GPT-NeoX"]
+NAMES = [name for name in NAMES if name in tiny.ARCHITECTURES]
+
+
+def pruned(name: str, keep_inputs: bool) -> dict[str, torch.Tensor]:
+    model = tiny.ARCHITECTURES[name]()
+    runner = runner_of(model)
+    pruner = Pruner(runner, decoder_blocks(model)[0], Recipe("admm"), HALF)
+    pruner.run(windows(5), 2, CPU, keep_inputs=keep_inputs)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_kept_changes_nothing(name: str) -> None:
+    kept, not_kept = pruned(name, True), pruned(name, False)
+    for key, tensor in kept.items():
+        assert torch.equal(tensor, not_kept[key]), key
+
+
+def begun(keep_inputs: bool = True, goes_on: bool = True):
+    """The first block of a LLaMA whose stream is off the untouched one, and both streams."""
+    runner = runner_of(tiny.tiny_llama())
+    states = runner.capture(windows(6), 2, CPU)
+    dense = replace(states, hidden=states.hidden.clone())
+    noise = torch.randn(states.hidden.shape, generator=torch.Generator().manual_seed(1))
+    states.hidden += noise * states.hidden.std()
+    twin = DenseTwin.of(dense, runner.blocks[0], "0")
+    lots = stages(runner, states, 0, linears_of(runner))
+    writers = Writers(runner, Team(CPU, alone=True))
+    parts = runner, states, 0, *lots, twin, writers, Recipe("admm"), keep_inputs, goes_on
+    return runner, states, dense, twin, OrderedBlock(*parts)
+
+
+def all_inputs(runner, states, block) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """By hooks over a whole pass: the input and output of each linear of the block, its output."""
+    seen: dict[str, list] = {}
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, out, name=name: seen.setdefault(name, []).append((args[0], out))
+        )
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    out = torch.cat([run() for _, run in runner.runs(states, 0, block)])
+    for handle in handles:
+        handle.remove()
+    return {
+        name: [rows(torch.cat(tensors)) for tensors in zip(*pairs, strict=True)]
+        for name, pairs in seen.items()
+    }, out
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep_inputs", [True, False])
+def test_statistics_are_those_of_whole_passes(keep_inputs: bool) -> None:
+    runner, states, dense, twin, ordered = begun(keep_inputs)
+    first = [rows(one.hidden.clone()) for one in (states, dense)]
+    shape = states.hidden.shape
+    theirs, aim = all_inputs(runner, dense, twin.block)
+    block = runner.blocks[0]
+    for place, lot in enumerate(ordered.lots):
+        now, out = all_inputs(runner, replace(states, hidden=first[0].view(shape)), block)
+        [group] = ordered.observe(place)
+        name = lot[0].name.removeprefix("0.")
+        x, y = now[name]
+        upper = (x.T @ x).triu()
+        torch.testing.assert_close(group.method.hessian.triu(), upper, rtol=1e-5, atol=1e-4)
+        assert [linear.name for linear in group.linears] == [linear.name for linear in lot]
+        if name.endswith(("o_proj", "down_proj")):
+            ahead = rows(aim) - rows(out)  # at the end; after attention, of the stream and of o
+            if name.endswith("o_proj"):
+                ahead = first[1] + theirs[name][1] - first[0] - y
+            torch.testing.assert_close(group.method.lag, ahead.T @ x, rtol=1e-4, atol=1e-3)
+            assert group.method.drift is None
+        else:
+            drift = (theirs[name][0] - x).T @ x
+            torch.testing.assert_close(group.method.drift, drift, rtol=1e-4, atol=1e-3)
+        for linear in lot:  # what comes after is to see the change
+            linear.module.weight.data *= 1.1
+    _, expected = all_inputs(runner, replace(states, hidden=first[0].view(shape)), block)
+    ordered.advance_()
+    assert torch.equal(states.hidden, expected)  # the product, to the bit
+    assert torch.equal(dense.hidden, aim)
+
+
+@torch.no_grad()
+def test_how_often_linears_are_computed() -> None:
+    """Once in the untouched block; in the pruned one what comes before the last input, and once."""
+    runner, _, _, twin, ordered = begun()
+    count: dict[str, int] = {}
+    for which, block in (("dense", twin.block), ("pruned", runner.blocks[0])):
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                key = f"{which} {name.rpartition('.')[2]}"
+                module.register_forward_hook(
+                    lambda *_, key=key: count.update({key: count.get(key, 0) + 1})
+                )
+    for place in range(4):
+        ordered.observe(place)
+    ordered.advance_()
+    batches = 3
+    linears = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    assert count == {f"dense {name}": batches for name in linears} | {
+        # o: with the weights it had, and pruned; down: also once where zeros stand in for it
+        f"pruned {name}": batches * {"o_proj": 2, "down_proj": 3}.get(name, 1)
+        for name in linears
+    }
