@@ -66,9 +66,9 @@ AT_HAND = 2**17  # weights whose operations find them in the cache
 class Admm:
     """The sums of one input of a block, and the solver for the linears that receive it.
 
-    `iterations` choose the mask, `refinements` steps of conjugate gradients end on it. `rho` is a
-    share of an input's unexplained variance, `damping` that share's multiple per token and input,
-    `blend` is a in (1), from 0 to 1.
+    At most `exploring` and then `agreeing` iterations choose the mask, `refinements` steps of
+    conjugate gradients end on it. `rho` is a share of an input's unexplained variance, `damping`
+    that share's multiple per token and input, `blend` is a in (1), from 0 to 1.
     """
 
     observes = True

@@ -125,7 +125,7 @@ def test_the_methods_settings_are_told(model: Path, uk: Path) -> None:
     given = ["--prune_method", "admm", "--calibration_data", uk, "--save_model", "new", *QUICK]
     told = succeeded(call("--model", model, *given, "--blend", "0.25")).out
     options = results()["options"]
-    assert options.items() >= {"blend": 0.25, "iterations": 20, "refinements": 5}.items()
+    assert options.items() >= {"blend": 0.25, "exploring": 10, "refinements": 5}.items()
     card = Path("new/README.md").read_text("utf-8")
     for name, value in options.items():
         assert f"{name} {value}" in told
