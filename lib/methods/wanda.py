@@ -37,12 +37,11 @@ class Wanda:
 
     def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add the squares of x (tokens, in)."""
-        # float32 first: squares of float16 activations overflow beyond 256
-        squares = x.float().square()
+        squares = squares_read_once if x.is_cuda else squares_added
         whole = len(x) // TOKENS * TOKENS
-        few = squares[:whole].unflatten(0, (whole // TOKENS, TOKENS)).sum(1)
+        few = squares(x[:whole].unflatten(0, (whole // TOKENS, TOKENS)))
         self.square_sum += few.sum(0, dtype=torch.float64)
-        self.square_sum += squares[whole:].sum(0)
+        self.square_sum += squares(x[whole:][None])[0]
         self.tokens += len(x)
 
     def statistics(self) -> list[Tensor]:
@@ -62,6 +61,17 @@ class Wanda:
             score = self.score(weight)
             mask = variant_mask(score, one.ratio) if self.variant else one.mask(score)
             weight.masked_fill_(mask, 0)
+
+
+def squares_added(x: Tensor) -> Tensor:
+    """Sums (groups, in), float32, of the squares of x (groups, tokens, in)."""
+    # float32 first: squares of float16 activations overflow beyond 256
+    return x.float().square().sum(1)
+
+
+def squares_read_once(x: Tensor) -> Tensor:
+    """The same to rounding, without a float32 copy of x: a GPU waits for memory here."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
 
 
 def variant_mask(score: Tensor, ratio: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib.methods.registry import Recipe
 from lib.methods.sparsity import Sparsity
-from lib.methods.wanda import Wanda
+from lib.methods.wanda import Wanda, squares_added, squares_read_once
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
 
@@ -164,6 +164,18 @@ def test_squares_of_halves_do_not_overflow(dtype: torch.dtype) -> None:
         method.observe(torch.full((100, 2), 3e4, dtype=dtype))
     value = torch.tensor(3e4, dtype=dtype).item() ** 2 * 1e4
     assert method.statistics()[0].tolist() == pytest.approx([value] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 64])
+def test_squares_without_a_copy_are_the_same(dtype: torch.dtype, tokens: int) -> None:
+    """What a GPU adds up, also of halves whose squares would overflow."""
+    x = (torch.randn(3, tokens, 40) * 400).to(dtype)
+    exact = x.double().square().sum(1)
+    for squares in (squares_added, squares_read_once):
+        found = squares(x)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
 
 
 def by_hooks(model, ids: Tensor, mask_of) -> None:
