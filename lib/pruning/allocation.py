@@ -32,9 +32,8 @@ from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.linears import eager_experts, find_linears
-from lib.model.matrix import PrunableLinear
-from lib.pruning.inputs import Group, merge
-from lib.pruning.observe import observe, own_windows
+from lib.pruning.inputs import Group
+from lib.pruning.observe import observe_together, own_windows
 
 SPAN = 0.1  # a part's sparsity is off the mean by at most so much, before the total is set right
 STEPS = 200  # of the span, between which sparsities are chosen
@@ -87,7 +86,9 @@ def by_error(
                 prefix = f"{blocks_name}.{index}"
                 linears, _ = find_linears(block, prefix)
                 names += [linear.name for linear in linears]
-                groups = _wanda(runner, states, index, linears, team, idle)
+                groups = observe_together(
+                    runner, states, index, linears, Recipe("wanda"), team, idle
+                )
                 for stream in streams:
                     runner.advance_(stream, index)
                 for part, pruned in _parts(groups, block, prefix, ratio):
@@ -104,26 +105,6 @@ def by_error(
         part.error = sum(errors)
     chosen = allocate(parts, ratio)
     return {name: Sparsity(chosen.get(name, ratio)) for name in names}
-
-
-def _wanda(
-    runner: BlockRunner,
-    states: HiddenStates,
-    index: int,
-    linears: list[PrunableLinear],
-    team: Team,
-    idle: bool,
-) -> list[Group]:
-    """What Wanda sums up of a block's inputs, over all processes."""
-    recipe = Recipe("wanda")
-    groups = observe(runner, states, index, linears, recipe)
-    for group in groups if idle else ():
-        group.forget_()
-    groups = merge(groups, linears, recipe, runner.device, team)
-    for group in groups:
-        for handle in team.sum_(group.method.statistics()):
-            handle.wait()
-    return groups
 
 
 def _parts(

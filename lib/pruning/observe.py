@@ -18,7 +18,7 @@ from lib.methods.registry import Recipe
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
-from lib.pruning.inputs import Group
+from lib.pruning.inputs import Group, merge
 
 
 @dataclass
@@ -161,3 +161,24 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a is b or (
         a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
     )
+
+
+def observe_together(
+    runner: BlockRunner,
+    states: HiddenStates,
+    index: int,
+    linears: list[PrunableLinear],
+    recipe: Recipe,
+    team: Team,
+    idle: bool,
+) -> list[Group]:
+    """What all processes have seen of the inputs of block `index`; `idle`: this one's windows are
+    copies of another's, and don't count."""
+    groups = observe(runner, states, index, linears, recipe)
+    for group in groups if idle else ():
+        group.forget_()
+    groups = merge(groups, linears, recipe, runner.device, team)
+    for group in groups:
+        for handle in team.sum_(group.method.statistics()):
+            handle.wait()
+    return groups

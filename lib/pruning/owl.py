@@ -19,8 +19,8 @@ from lib.methods.registry import Recipe
 from lib.methods.sparsity import ALLOCATION_SPAN, Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears
-from lib.pruning.inputs import Group, merge
-from lib.pruning.observe import observe, own_windows
+from lib.pruning.inputs import Group
+from lib.pruning.observe import observe_together, own_windows
 
 OUTLIER = 5  # M: times the mean score
 
@@ -46,13 +46,7 @@ def owl(
         for index, block in enumerate(runner.blocks):
             with runner.at_hand(index):
                 linears, _ = find_linears(block, str(index))
-                groups = observe(runner, states, index, linears, recipe)
-                for group in groups if idle else ():
-                    group.forget_()
-                groups = merge(groups, linears, recipe, runner.device, team)
-                for group in groups:
-                    for handle in team.sum_(group.method.statistics()):
-                        handle.wait()
+                groups = observe_together(runner, states, index, linears, recipe, team, idle)
                 shares.append(outlier_share(groups))
                 sizes.append(sum(prod(linear.shape) for linear in linears))
                 if index + 1 < len(runner.blocks):

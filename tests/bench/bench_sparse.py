@@ -122,7 +122,7 @@ def bench_products(args: argparse.Namespace) -> None:
                     for way, spent in found.items()
                 ]
         print(f"{name}: milliseconds of the dense product; the others, how many times as fast\n")
-        table(["out x in, zeros", "", *(f"{n} tokens" for n in TOKENS)], rows)
+        table(["out x in, zeros", "", *(f"{n} token{'s' * (n > 1)}" for n in TOKENS)], rows)
 
 
 # --------------------------------------------------------------------------------------- models
