@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.linears import find_linears
+from lib.packed import kernels
 from lib.packed.checkpoint import METHOD, card_lines, mark_packed_
 from lib.packed.layout import is_smaller_packed, packed_bytes
-from lib.packed.linear import BY_KERNELS, SparseLinear, kernels_ready
+from lib.packed.linear import SparseLinear, kernels_ready
 from lib.util.errors import UserError
 
 __all__ = [
@@ -144,7 +145,7 @@ def _note_paths(
         here = module.weight.device
         where = device or here
         if where.type == "cpu":
-            if module.dtype not in BY_KERNELS:
+            if module.dtype not in kernels.DTYPES:
                 report.unpacked[name] = f"{module.dtype}: the kernels are for 32 and 16 bits"
             elif kernels_ready():
                 report.kernels[name] = "on cpu"

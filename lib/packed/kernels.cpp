@@ -96,6 +96,14 @@ INLINE uint64_t mask_word(const uint8_t* mask, int64_t k, int64_t stride) {
   return bits;
 }
 
+// The values of row r, in `copy`, where loads may read on behind the last.
+template <class V>
+const V* with_room(const Weight<V>& w, int64_t r, std::vector<V>& copy) {
+  copy.assign(w.offsets[r + 1] - w.offsets[r] + BEYOND, V(0));
+  std::copy(w.values + w.offsets[r], w.values + w.offsets[r + 1], copy.begin());
+  return copy.data();
+}
+
 // ---------------------------------------------------------------------------------- portable
 
 struct PortableStep {
@@ -428,9 +436,7 @@ struct Bf16Step : Avx512Sums {
         masks[i] = w.mask + (r + i) * stride;                                                      \
       }                                                                                            \
       if (apart) { /* with room behind its last value */                                           \
-        copy.assign(w.offsets[r + 1] - w.offsets[r] + BEYOND, V(0));                               \
-        std::copy(w.values + w.offsets[r], w.values + w.offsets[r + 1], copy.begin());             \
-        starts[0] = copy.data();                                                                   \
+        starts[0] = with_room(w, r, copy);                                                         \
         NAME##_sums<Step, TOKENS, 1, V>(starts, masks, stride, x, sums);                           \
       } else {                                                                                     \
         NAME##_sums<Step, TOKENS, ROWS, V>(starts, masks, stride, x, sums);                        \
@@ -657,11 +663,7 @@ void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path pat
       } else {
         to_spread = spread.data();
       }
-      if (w.offsets[r + 1] + BEYOND > kept) {
-        copy.assign(w.offsets[r + 1] - w.offsets[r] + BEYOND, V(0));
-        std::copy(values, w.values + w.offsets[r + 1], copy.begin());
-        values = copy.data();
-      }
+      if (w.offsets[r + 1] + BEYOND > kept) values = with_room(w, r, copy);
 #if X86
       if (path >= AVX512) {
         avx512_unpack(values, mask, w.in, to_spread);

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lib.packed import cuda
+from lib.packed import cuda, kernels
 from lib.packed.admission import few_tokens
 from lib.packed.layout import (
     Packed,
@@ -27,22 +27,17 @@ from lib.packed.layout import (
 )
 
 TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache is multiplied fast
-BY_KERNELS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.compiler.assume_constant_result
 def kernels_ready() -> bool:
     """Whether the CPU's kernels can be used; builds them on the first call."""
-    from lib.packed import kernels
-
     return kernels.ready()
 
 
 def packed_linear(x: Tensor, packed: Packed, offsets: Tensor, bias: Tensor | None) -> Tensor:
     """x (tokens, in) -> (tokens, out) by the fastest way that there is for them here."""
-    if x.device.type == "cpu" and x.dtype in BY_KERNELS and len(x) and kernels_ready():
-        from lib.packed import kernels
-
+    if x.device.type == "cpu" and x.dtype in kernels.DTYPES and len(x) and kernels_ready():
         return kernels.linear(x, packed.mask, packed.weight, offsets, packed.scale, bias)
     multiply = few_tokens(x, packed, offsets)
     if multiply is not None:
