@@ -4,11 +4,11 @@
 
 Trained are the weights that pruning kept, and the norms and biases of the decoder blocks; zeros
 stay zeros. The loss is the Kullback-Leibler divergence from the teacher's next-token distribution
-to the model's, taken a few positions at a time, so that the logits of a whole batch never stand in
-memory. While it trains, the model holds its weights as they would be saved, rounded; float32
-masters beside it keep what rounding would lose, so that what is measured on the way is what is
-saved. Where masters do not fit, `rank` trains updates B A of every matrix instead, masked and
-merged into it (as PERP does, arXiv 2312.15230).
+to the model's, and a share of cross-entropy with the text, taken a few positions at a time, so that
+the logits of a whole batch never stand in memory. While it trains, the model holds its weights as
+they would be saved, rounded; float32 masters beside it keep what rounding would lose, so that what
+is measured on the way is what is saved. Where masters do not fit, `rank` trains updates B A of
+every matrix instead, masked and merged into it (as PERP does, arXiv 2312.15230).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from lib.util.errors import UserError
 STEPS = 256  # about so many, as long as a step then has a size between these:
 LEAST, MOST = 2**8, 2**16  # tokens
 RATE = 0.6  # see `default_rate`
+CROSS_ENTROPY = 0.2  # of the loss: what the teacher does not know of the language, the text does
 WARM_UP = 0.1  # of the steps
 LAST = 0.05  # of the rate is left at the end
 BETAS = (0.9, 0.95)

@@ -329,7 +329,8 @@ def _recovery_flags(group) -> None:
         type=float,
         metavar="SHARE",
         help="share of cross-entropy with the text itself in the loss, in [0, 1): teaches the "
-        "model more of this text, and less of what the teacher knows of others (default: 0)",
+        "model more of this text, and less of what the teacher knows of others, or of answering in "
+        "a chat; 0: the teacher alone (default: 0.2)",
     )
 
 

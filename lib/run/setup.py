@@ -146,7 +146,7 @@ def _set_vocabulary(job: Job) -> None:
 def _set_course(job: Job) -> None:
     """How the recovery goes. UserError where it can't be."""
     from lib.model.quantised import stored_bits
-    from lib.recover import Course
+    from lib.recover import CROSS_ENTROPY, Course
 
     args, given = job.args, f"--recover {job.args.recover}"
     if args.recover < job.seqlen:
@@ -161,7 +161,7 @@ def _set_course(job: Job) -> None:
         job.seqlen,
         args.recover_rate,
         args.recover_rank,
-        args.recover_ce or 0.0,
+        CROSS_ENTROPY if args.recover_ce is None else args.recover_ce,
         args.seed,
     )
 
