@@ -134,18 +134,19 @@ def allocate(job: Job, subject: Subject) -> tuple[dict[str, Sparsity], Any]:
 
     args, leads, blocks = job.args, job.team.leads, len(subject.blocks)
     reads = job.texts.windows, job.batch_size, args.sparsity_ratio, job.team, subject.keep_on
-    what = "outliers" if args.allocation == "owl" else "errors"
-    with job.timed("allocate"), progress(blocks, what, "block", leads) as bar:
-        if args.allocation == "owl":
+    by_outliers = args.allocation == "owl"
+    passed, what = (blocks, "outliers") if by_outliers else (2 * blocks, "errors")
+    with job.timed("allocate"), progress(passed, what, "block", leads) as bar:
+        if by_outliers:
             found = owl(subject.runner, *reads, bar)
             told = [round(one.ratio, 6) for one in found]
             by_name = of_blocks(subject.runner, job.blocks_name, found)
         else:
-            by_name = by_error(subject.runner, job.blocks_name, *reads, bar)
+            by_name = by_error(subject.runner, job.blocks_name, *reads, args.seed, bar)
             told = {name: round(one.ratio, 6) for name, one in by_name.items()}
     if leads:
         shares = [round(one.ratio, 6) for one in by_name.values()]
-        of = "blocks" if args.allocation == "owl" else "linears"
+        of = "blocks" if by_outliers else "linears"
         print(f"sparsity of the {of}: {min(shares)} to {max(shares)}")
     return by_name, told
 

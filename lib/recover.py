@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.data.windows import TrainingText
 from lib.dist.team import Team
-from lib.model.blocks import BlockRunner, positions_at_once
+from lib.model.blocks import BlockRunner, chunks_of, run_block
 from lib.model.linears import find_linears
 from lib.pruning.journal import Journal
 from lib.util.errors import UserError
@@ -381,9 +380,9 @@ class Recoverer:
         hidden = states.hidden  # (n, tokens, hidden)
         for block, ((args, kwargs),) in zip(runner.blocks, states.calls, strict=True):
             if self.checkpointed:
-                hidden = checkpoint(_forward, block, hidden, args, kwargs, use_reentrant=False)
+                hidden = checkpoint(run_block, block, hidden, args, kwargs, use_reentrant=False)
             else:
-                hidden = _forward(block, hidden, args, kwargs)
+                hidden = run_block(block, hidden, args, kwargs)
         last = hidden.detach().requires_grad_()
         loss = divergence_(
             lambda positions: runner.tail(ids, lambda: last, positions),
@@ -445,11 +444,6 @@ class Recoverer:
         return True
 
 
-def _forward(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    out = block(hidden, *args, **kwargs)
-    return out[0] if isinstance(out, tuple) else out
-
-
 def divergence_(
     logits: Callable[[Tensor], Tensor],
     taught: Callable[[Tensor], Tensor],
@@ -464,17 +458,14 @@ def divergence_(
     computed from gets its gradient here, a chunk of positions at a time: of either loss,
     d / d logits is the difference of the model's distribution and what it should be.
     """
-    positions = torch.arange(ids.shape[1], device=ids.device)
-    total, start, chunk = 0, 0, 1
-    while start < len(positions):
-        some = positions[start : start + chunk]
-        own = logits(some)
+    total, length = 0, ids.shape[1]
+    for some, own in chunks_of(logits, length, ids.device):
         with torch.no_grad():
             log_p = own.float().log_softmax(-1)
             log_q = taught(some).float().log_softmax(-1)
             q = log_q.exp()
             loss = (q * log_q.sub_(log_p)).sum(-1, dtype=torch.float64)  # (n, some)
-            known = (some + 1 < len(positions)).sum() if share else 0  # the last has no next token
+            known = (some + 1 < length).sum() if share else 0  # the last has no next token
             if known:
                 following = ids[:, some[:known] + 1].unsqueeze(-1)
                 text = -log_p[:, :known].gather(-1, following).squeeze(-1)
@@ -484,6 +475,4 @@ def divergence_(
             total += loss.sum() / tokens
             slope = log_p.exp_().sub_(q).div_(tokens).to(own.dtype)
         own.backward(slope)
-        start += chunk
-        chunk = positions_at_once(own.device, own.shape[-1], len(own))
     return total

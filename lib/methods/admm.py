@@ -36,7 +36,8 @@ paper, each because it measured better (the error of linears of two models on he
     inputs flap for ever.
   - The mask is complete from the first iteration and chosen in each of them. A sparsity that rises
     along a cubic takes iterations and ends higher.
-  - Unstructured masks compare the weights of a whole linear, not of a row.
+  - Unstructured masks compare the weights of a whole linear, not of a row; each as much as an
+    error in its output costs, where that is known (`--allocation error`).
   - Conjugate gradients on (1) end the solution, every row on its own mask.
 
 Run: `python main.py --model MODEL --prune_method admm`.
@@ -59,6 +60,7 @@ from lib.util.errors import UserError
 FLOOR = 0.01  # of an input's variance: the least damping
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
 EXPLORED, AGREED = 6e-3, 5e-4  # of the mask: so little changes where these iterations end
+LEAST = 0.01  # of the mean cost of outputs' errors: none is thought to matter less
 FEW = 0.6  # of the refinements, where masks settled
 AT_HAND = 2**17  # weights whose operations find them in the cache
 
@@ -144,18 +146,41 @@ class Admm:
             target.addmm_((self.drift / scale / across).T, start, alpha=self.blend)
         start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
         target[dead] = 0
+        sparsities = one_each(sparsity, len(rows))
+        weighed = importance(sparsities, rows, start.device)  # (out,) or None
+        if weighed is not None:
+            start *= weighed
+            target *= weighed
         rho = self.rho * unexplained
         stages = [
             Stage(rho, self.exploring, EXPLORED),
             Stage(STIFFENING * rho, self.agreeing, AGREED),
         ]
-        choice = Choice(rows, one_each(sparsity, len(rows)))
+        choice = Choice(rows, sparsities)
         solution, mask, settled = alternate(start, target, hessian, stages, choice)
         steps = round(self.refinements * FEW) if settled else self.refinements
         conjugate_gradients_(solution, target, hessian, mask, steps)
         solution /= across
+        if weighed is not None:
+            solution /= weighed
         for weight, part in zip(weights, solution.split(rows, 1), strict=True):
             weight.copy_(part.T)
+
+
+def importance(sparsities: list[Sparsity], rows: list[int], device: torch.device) -> Tensor | None:
+    """What errors count in the outputs of all linears, side by side (out,); None where as much.
+
+    The root of what a square costs, over its mean in each linear: shares of zeros are of a linear.
+    """
+    if all(one.rows is None for one in sparsities):
+        return None
+    found = []
+    for one, count in zip(sparsities, rows, strict=True):
+        costs = torch.ones(count) if one.rows is None else one.rows.float()
+        mean = costs.mean()
+        share = costs / mean if mean > 0 else torch.ones_like(costs)
+        found.append(share.clamp_min(LEAST).sqrt().to(device))
+    return torch.cat(found)
 
 
 def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:

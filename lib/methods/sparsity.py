@@ -7,7 +7,7 @@ the scores alone. Importing this file does not import torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,11 +25,15 @@ SORTED = 2**22  # scores; below, a GPU would spend a bisection waiting for its l
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Share of the weights to drop; with `n` and `m`, n of every m consecutive inputs."""
+    """Share of the weights to drop; with `n` and `m`, n of every m consecutive inputs.
+
+    `rows` (out,): what the square of an error in each of a linear's outputs costs, where known.
+    """
 
     ratio: float
     n: int | None = None
     m: int | None = None
+    rows: Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, kind: str, ratio: float) -> Sparsity:

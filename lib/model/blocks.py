@@ -123,8 +123,7 @@ class BlockRunner:
         for batch, hidden, (args, kwargs) in zip(states.batches, arriving, calls, strict=True):
 
             def run(hidden=hidden, args=args, kwargs=kwargs) -> Tensor:
-                out = block(hidden, *args, **kwargs)
-                return out[0] if isinstance(out, tuple) else out
+                return run_block(block, hidden, args, kwargs)
 
             yield batch, run
 
@@ -237,6 +236,12 @@ def replaced(blocks: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator
                 block.forward = forward
 
 
+def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    """A block's outputs (n, tokens, hidden), without what else it returns."""
+    out = block(hidden, *args, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
 def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     """A block's hidden states, and its other arguments."""
     if args:
@@ -275,6 +280,21 @@ class Interned:
                 return other
         alike.append(value)
         return value
+
+
+def chunks_of(
+    logits: Callable[[Tensor], Tensor], length: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions 0 to `length`, some at a time, and their logits (n, some, vocabulary).
+
+    First comes one alone, which tells how many may stand at a time.
+    """
+    start, chunk = 0, 1
+    while start < length:
+        some = torch.arange(start, min(start + chunk, length), device=device)
+        own = logits(some)
+        chunk, start = positions_at_once(device, own.shape[-1], len(own)), start + len(some)
+        yield some, own
 
 
 def positions_at_once(device: torch.device, vocabulary: int, windows: int) -> int:

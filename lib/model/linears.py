@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
 
@@ -91,47 +91,77 @@ def _why_dense(shape: tuple[int, int], experts: int | None) -> str | None:
     return "it is too small" if min(shape) < NARROWEST else None
 
 
-class _ExpertInputs(TorchFunctionMode):
-    """Sees the products with slices of fused expert parameters."""
+class _ExpertProducts(TorchFunctionMode):
+    """Sees the products with slices of fused expert parameters, before and after."""
 
     def __init__(
-        self, linears: list[PrunableLinear], see: Callable[[PrunableLinear, Tensor], None]
+        self,
+        linears: list[PrunableLinear],
+        before: Callable[[PrunableLinear, Tensor], None] | None = None,
+        after: Callable[[PrunableLinear, Tensor, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
         self.by_address = {linear.stored.data_ptr(): linear for linear in linears}
-        self.see = see
+        self.before, self.after = before, after
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        linear = x = None
         if func in PRODUCTS:
             x = args[0] if args else kwargs["input"]
             weight = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
             linear = self.by_address.get(weight.data_ptr()) if weight.dim() == 2 else None
-            if linear is not None:
-                self.see(linear, x)
-        return func(*args, **kwargs)
+        if linear is not None and self.before:
+            self.before(linear, x)
+        out = func(*args, **kwargs)
+        if linear is not None and self.after:
+            self.after(linear, x, out)
+        return out
 
 
 @contextmanager
 def watch_inputs(
-    linears: list[PrunableLinear], see: Callable[[PrunableLinear, Tensor], None]
+    linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor], None]
 ) -> Iterator[None]:
     """Inside, `see(linear, x)` is called with what each linear is about to be multiplied with.
 
     x is (..., in). `see` may raise to end the forward pass early. Hooks are gone afterwards.
     """
+
+    def hook(linear: PrunableLinear) -> Callable:
+        return lambda _, args, kwargs: see(linear, args[0] if args else kwargs["input"])
+
     experts = [linear for linear in linears if linear.expert is not None]
     with ExitStack() as stack:
         for linear in linears:
             if linear.expert is None:
-
-                def hook(_, args, kwargs, linear=linear):
-                    see(linear, args[0] if args else kwargs["input"])
-
-                handle = linear.module.register_forward_pre_hook(hook, with_kwargs=True)
+                handle = linear.module.register_forward_pre_hook(hook(linear), with_kwargs=True)
                 stack.callback(handle.remove)
         if experts:
-            stack.enter_context(_ExpertInputs(experts, see))
+            stack.enter_context(_ExpertProducts(experts, before=see))
+        yield
+
+
+@contextmanager
+def watch_outputs(
+    linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Inside, `see(linear, x, out)` is called with what each linear has given (..., out) for x.
+
+    `see` may raise to end the forward pass early. Hooks are gone afterwards.
+    """
+
+    def hook(linear: PrunableLinear) -> Callable:
+        return lambda _, args, kwargs, out: see(linear, args[0] if args else kwargs["input"], out)
+
+    experts = [linear for linear in linears if linear.expert is not None]
+    with ExitStack() as stack:
+        for linear in linears:
+            if linear.expert is None:
+                handle = linear.module.register_forward_hook(hook(linear), with_kwargs=True)
+                stack.callback(handle.remove)
+        if experts:
+            stack.enter_context(_ExpertProducts(experts, after=see))
         yield
 
 

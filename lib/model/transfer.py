@@ -34,6 +34,8 @@ class Transfer:
 
     def copy(self, buffer: Tensor) -> Tensor:
         """Another buffer with the same contents."""
+        if self._apart(buffer):
+            self.side.synchronize()  # what was stored may be on its way
         return self.buffer(len(buffer), buffer, buffer.device).copy_(buffer)
 
     def batches(self, buffer: Tensor, cuts: Sequence[slice]) -> Iterator[Tensor]:

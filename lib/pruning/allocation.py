@@ -1,64 +1,57 @@
-"""How sparse attention and MLP of each block become, at an equal total: by the error that it costs.
+"""How sparse each linear becomes, at an equal total: by what its errors do to the predictions.
 
-What pruning breaks in a block counts for what is left of it at the end of the model. So it is
-measured there: in the dense model, of one part after another (the attention of a block, or its
-MLP), the weights that Wanda would drop go, a few windows run on to the last block, and
+An error in an output i of a linear costs F_i times its square (lib/pruning/sensitivity.py). With
+inputs taken as uncorrelated, as Wanda takes them, dropping W_ij costs F_i W_ij^2 |X_j|^2: so much
+for a linear's lowest costs up to a share s of its weights, summed, is D(s). A method that adjusts
+the weights it keeps does better than that, the better the more it keeps: at the sparsity asked
+for, r, its error is taken to be D(r), and to grow from there as
 
-    E_p = mean over tokens of |change of the last hidden state|^2 / |last hidden state|^2.
+    C(s) = D(r) (D(s) / D(r))^GROWTH.
 
-How the error grows with a part's sparsity s is told by Wanda's scores: the sum of the squares of
-those dropped, W_ij^2 |X_j|^2, as if inputs were uncorrelated; d_p(s), summed over its linears, with
-d_p = 1 at the sparsity asked for. Wanted are s_p that minimise the sum of E_p d_p(s_p), within SPAN
-of what was asked, with as many zeros in all. Both are sums over parts, so that for a price of a
-zero every part decides alone; the price is found by bisection.
+Wanted are the s of all linears that minimise the sum of C(s), with as many zeros in all. Both are
+sums over linears, so that for a price of a zero every linear decides alone; the price is found by
+bisection. What layers make of the errors of layers before them is left to F, which is measured in
+the dense model; so no linear goes too far from r.
 
-Reconstruction errors inside a block, which LSA (Yang et al., ICLR 2026) allocates by, gave worse
-models here: they do not tell what later blocks make of them.
+LSA (Yang et al., ICLR 2026) allocates by the reconstruction errors of layers, which do not tell
+what later layers make of them. The diagonal of Fisher's information is as in GroupFisher (Liu et
+al. 2021, arXiv 2108.00708) and Guided quantisation (Kim et al. 2025, arXiv 2505.07004).
 Run: `python main.py ... --sparsity_ratio 0.7 --allocation error`.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.dist.team import Team
-from lib.methods.registry import Recipe
 from lib.methods.sparsity import Sparsity
-from lib.methods.wanda import Wanda
-from lib.model.blocks import BlockRunner, HiddenStates
+from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears
-from lib.pruning.inputs import Group
-from lib.pruning.observe import observe_together, own_windows
+from lib.pruning.observe import own_windows
+from lib.pruning.sensitivity import Sensed, WayBack
 
-SPAN = 0.1  # a part's sparsity is off the mean by at most so much, before the total is set right
+GROWTH = 2.0
+DOWN = 0.4  # a linear's sparsity is at most so much below the mean, before the total is set right,
+LEAST = 1 / 3  # and it keeps at least this share of what it would have kept
 STEPS = 200  # of the span, between which sparsities are chosen
-WINDOWS = 4  # through the whole model, for each part of each block
+WINDOWS = 8  # that go through the model and back
 ROUNDS = 60  # of bisection
+FAINT = 1e-12  # of all of a linear's cost
 
 
 @dataclass
 class Part:
-    """Linears of one block that become equally sparse, and what that costs.
+    """A linear, its weights, and its cost at each sparsity of the span (STEPS + 1,)."""
 
-    `growth` (STEPS + 1,): d_p over the span; `error`: E_p.
-    """
-
-    names: list[str]
+    name: str
     size: int
-    growth: Tensor
-    error: float = 0.0
-
-    @property
-    def cost(self) -> Tensor:
-        return self.error * self.growth
+    cost: Tensor | float = 0.0
 
 
-@torch.no_grad()
 def by_error(
     runner: BlockRunner,
     blocks_name: str,
@@ -67,107 +60,99 @@ def by_error(
     ratio: float,
     team: Team,
     keep_on: torch.device | str = "cpu",
+    seed: int = 0,
     advanced: Callable[[int], None] = lambda blocks: None,
 ) -> dict[str, Sparsity]:
-    """The sparsity of each linear by name, from the dense model on windows (n, tokens).
+    """The sparsity of each linear by name, with what its rows count, from the dense model.
 
-    `keep_on`: where hidden states are kept. `advanced(1)` is called after each block.
+    Reads the first of windows (n, tokens). `keep_on`: where hidden states are kept. `seed`: draws
+    labels. `advanced(1)` is called after each block, on the way there and on the way back.
     """
+    windows = windows[:WINDOWS]
+    draw = torch.Generator().manual_seed(seed)
+    chances, _ = own_windows(torch.rand(windows.shape, generator=draw), team)
     mine, idle = own_windows(windows, team)
-    probed, none = own_windows(windows[:WINDOWS], team)
-    names: list[str] = []
-    parts: list[Part] = []
-    streams: list[HiddenStates] = []  # of the parts that are behind: each with that part pruned
+    first = _first_names(runner, blocks_name)
+    parts: dict[str, Part] = {}
+    slopes: dict[str, Tensor] = {}
     with eager_experts(runner.model):
-        states = runner.capture(mine, batch_size, keep_on)
-        probe = runner.capture(probed, batch_size, keep_on)
-        for index, block in enumerate(runner.blocks):
+        way = WayBack(runner, mine, batch_size, chances, keep_on, advanced)
+        for index in reversed(range(len(runner.blocks))):
             with runner.at_hand(index):
-                prefix = f"{blocks_name}.{index}"
-                linears, _ = find_linears(block, prefix)
-                names += [linear.name for linear in linears]
-                groups = observe_together(
-                    runner, states, index, linears, Recipe("wanda"), team, idle
-                )
-                for stream in streams:
-                    runner.advance_(stream, index)
-                for part, pruned in _parts(groups, block, prefix, ratio):
-                    stream = replace(probe, hidden=runner.transfer.copy(probe.hidden))
-                    runner.advance_(stream, index, pruned)
-                    parts.append(part)
-                    streams.append(stream)
-                runner.advance_(probe, index)
-                runner.advance_(states, index)
-            states.calls[index] = probe.calls[index] = []
+                linears, _ = find_linears(runner.blocks[index], f"{blocks_name}.{index}")
+                sensed = way.through(index, linears)
+                _add_up_(list(sensed.values()), team, idle)
+                for linear in linears:
+                    one, name = sensed[linear.name], first[linear.name]
+                    if one.tokens:
+                        part = parts.setdefault(name, Part(name, linear.stored.numel()))
+                        part.cost = part.cost + costs(linear.matrix(), one, ratio)
+                        slopes[name] = slopes.get(name, 0) + one.slopes / one.tokens
             advanced(1)
-    found = [0.0 if none else _change(stream.hidden, probe.hidden) for stream in streams]
-    for part, errors in zip(parts, zip(*team.gathered(found), strict=True), strict=True):
-        part.error = sum(errors)
-    chosen = allocate(parts, ratio)
-    return {name: Sparsity(chosen.get(name, ratio)) for name in names}
-
-
-def _parts(
-    groups: list[Group], block: nn.Module, prefix: str, ratio: float
-) -> Iterator[tuple[Part, nn.Module]]:
-    """The parts of a block, each with a copy of the block in which it is pruned."""
-    wanda: dict[str, Wanda] = {
-        linear.name: group.method for group in groups for linear in group.linears
+    chosen = team.gathered(allocate(list(parts.values()), ratio))[0]
+    return {
+        name: Sparsity(chosen.get(own, ratio), rows=slopes.get(own)) for name, own in first.items()
     }
-    members: dict[str, list[str]] = {}
-    for name in wanda:
-        members.setdefault(name.removeprefix(f"{prefix}.").partition(".")[0], []).append(name)
-    for names in members.values():
-        pruned = copy.deepcopy(block)
-        growth = torch.zeros(STEPS + 1, dtype=torch.float64)
-        size = 0
-        for linear in find_linears(pruned, prefix)[0]:
-            if linear.name not in names:
-                continue
-            weight = linear.matrix()
-            score = wanda[linear.name].score(weight)
-            growth += dropped(score, ratio)
-            size += score.numel()
-            linear.store_(linear.wire(weight.masked_fill_(Sparsity(ratio).mask(score), 0)))
-        growth /= growth[STEPS // 2].clamp_min(torch.finfo(torch.float64).tiny)
-        yield Part(names, size, growth), pruned
 
 
-def dropped(score: Tensor, ratio: float) -> Tensor:
-    """Sum of the squares of the lowest scores (out, in), for STEPS + 1 shares around `ratio`."""
-    squares = score.flatten().sort().values.double().square()
-    sums = torch.cat([squares.new_zeros(1), squares.cumsum(0)]).cpu()
-    return sums[[int(share * score.numel()) for share in span(ratio)]]
+def _first_names(runner: BlockRunner, blocks_name: str) -> dict[str, str]:
+    """{name of a linear: the first name of its weight}, which several blocks may share."""
+    known: dict[tuple[int, int | None], str] = {}
+    found = {}
+    for index, block in enumerate(runner.blocks):
+        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
+            key = id(getattr(linear.module, linear.parameter)), linear.expert
+            found[linear.name] = known.setdefault(key, linear.name)
+    return found
+
+
+def _add_up_(sensed: list[Sensed], team: Team, idle: bool) -> None:
+    """Over all processes; `idle`: this one's windows are another's, and don't count."""
+    for one in sensed if idle else ():
+        one.inputs.zero_()
+        one.slopes.zero_()
+        one.tokens = 0
+    counts = team.gathered([one.tokens for one in sensed])
+    for one, count in zip(sensed, map(sum, zip(*counts, strict=True)), strict=True):
+        one.tokens = count
+    for handle in team.sum_([sums for one in sensed for sums in (one.inputs, one.slopes)]):
+        handle.wait()
+
+
+def costs(weight: Tensor, sensed: Sensed, ratio: float) -> Tensor:
+    """C(s) of a matrix (out, in) over the span (STEPS + 1,), float64, on the host."""
+    each = weight.float().square()
+    each *= sensed.inputs.float()  # summed: an expert counts as often as it is asked
+    each *= (sensed.slopes / sensed.tokens).float()[:, None]
+    sums = each.flatten().sort().values.double().cumsum_(0)
+    counts = torch.tensor([int(share * len(sums)) for share in (ratio, *span(ratio))])
+    found = sums[(counts - 1).clamp_min(0).to(sums.device)].cpu() * (counts > 0)
+    least = max(FAINT * float(sums[-1]), torch.finfo(torch.float64).tiny)
+    usual, dropped = found[0].clamp_min(least), found[1:]
+    return usual * (dropped / usual) ** GROWTH
 
 
 def span(ratio: float) -> list[float]:
-    """The sparsities to choose from; the middle one is `ratio`."""
-    return [ratio + SPAN * (2 * step / STEPS - 1) for step in range(STEPS + 1)]
-
-
-def _change(hidden: Tensor, dense: Tensor) -> float:
-    """Sum over tokens of the square of a stream's change, as a share of the stream's."""
-    error, whole = (hidden.float() - dense.float()).square().sum(-1), dense.float().square().sum(-1)
-    return (error.double() / whole.double()).sum().item()
+    """The sparsities to choose from."""
+    low, high = max(0.0, ratio - DOWN), 1 - LEAST * (1 - ratio)
+    return [low + (high - low) * step / STEPS for step in range(STEPS + 1)]
 
 
 def allocate(parts: list[Part], ratio: float) -> dict[str, float]:
-    """Sparsities by linears' names that minimise the parts' error; their mean is `ratio`."""
+    """Sparsities by name that minimise the parts' cost; their mean, by weights, is `ratio`."""
     sizes = torch.tensor([part.size for part in parts], dtype=torch.float64)
-    costs = torch.stack([part.cost for part in parts])  # (parts, STEPS + 1)
+    prices = torch.stack([part.cost for part in parts]) / sizes[:, None]  # (parts, STEPS + 1)
     choices = torch.tensor(span(ratio), dtype=torch.float64)
 
     def at(price: float) -> Tensor:
-        """What each part takes where a zero of all weights is worth so much."""
-        return choices[(costs - price * sizes[:, None] * choices).argmin(1)]
+        """What each part takes where a zero is worth so much."""
+        return choices[(prices - price * choices).argmin(1)]
 
-    low = 0.0
-    high = float((costs[:, -1] / sizes).max() * STEPS / SPAN) or 1.0
+    low, high = 0.0, float(prices.max() * STEPS / (choices[-1] - choices[0]).clamp_min(1e-9)) or 1.0
     for _ in range(ROUNDS):
         price = (low + high) / 2
         enough = (at(price) * sizes).sum() >= ratio * sizes.sum()
         low, high = (low, price) if enough else (price, high)
     found = at(high)
     found += ratio - (found * sizes).sum() / sizes.sum()
-    shares = zip(parts, found.tolist(), strict=True)
-    return {name: share for part, share in shares for name in part.names}
+    return dict(zip((part.name for part in parts), found.clamp(0, 1).tolist(), strict=True))

@@ -28,11 +28,11 @@ from torch.profiler import record_function
 
 from lib.methods.registry import Recipe
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
-from lib.model.linears import watch_inputs
+from lib.model.linears import watch_inputs, watch_outputs
 from lib.model.matrix import PrunableLinear
 from lib.pruning.inputs import Group
 from lib.pruning.observe import DenseTwin, Observation, rows, run_until_stop
-from lib.pruning.residual import Writer, Writers, handing_on, stream_at, watch_outputs
+from lib.pruning.residual import Writer, Writers, handing_on, stream_at
 
 Found = dict[str, Tensor]  # by a linear's name: its input; of a writer, the stream after it
 

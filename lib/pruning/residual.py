@@ -12,7 +12,7 @@ what the module would compute again can be read from what was kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -166,25 +166,6 @@ def handing_on(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -> Iter
         return lambda *args, **kwargs: (out, *[None] * (length - 1)) if length else out
 
     with replaced([block.get_submodule(path) for path in outputs], make):
-        yield
-
-
-@contextmanager
-def watch_outputs(
-    linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Inside, `see(linear, x, out)` is called with what each linear, no expert, has given for x.
-
-    `see` may raise to end the forward pass early.
-    """
-
-    def hook(linear: PrunableLinear) -> Callable:
-        return lambda _, args, kwargs, out: see(linear, args[0] if args else kwargs["input"], out)
-
-    with ExitStack() as stack:
-        for linear in linears:
-            handle = linear.module.register_forward_hook(hook(linear), with_kwargs=True)
-            stack.callback(handle.remove)
         yield
 
 

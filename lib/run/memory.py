@@ -29,7 +29,6 @@ SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lo
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 FLOAT = 4  # bytes
 PACKING, UNPACKING = 4, 16  # bytes for each weight of a tile
-PARTS = 2  # of a block, in which errors are measured: attention and MLP
 GRAPH = 1.2  # what a block's activations take for the way back, of what they are on the way
 META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
@@ -188,7 +187,7 @@ class Plan:
     shared: bool = False  # they have one copy of blocks that are fetched
     packed: PackedLinears | None = None  # as the weight files are
     pack_bits: int | None = None  # packs what it has pruned, at so many bits
-    probed: int = 0  # windows in which the error of every part of a block is measured
+    probed: int = 0  # windows that go through the dense model and back, in this process
     keeps: bool = True  # inputs within a block, which saves passes through it
 
     @property
@@ -289,7 +288,7 @@ def _recovery(plan: Plan) -> tuple[int, int]:
     through = GRAPH * passing * (1 if training.checkpointed else shapes.count)
     if training.checkpointed:
         through += shapes.count * tokens * shapes.hidden * plan.working.itemsize
-    logits = 5 * min(LOGIT_BYTES[plan.device], FLOAT * shapes.vocabulary * tokens)
+    logits = 5 * _logits(plan, training.batch_size)  # the teacher's, distributions, the gradient
     return 0, int(kept + largest * FLOAT + through + logits)
 
 
@@ -311,14 +310,21 @@ def _packing(plan: Plan) -> int:
 
 
 def _allocation(plan: Plan) -> tuple[int, int]:
-    """All calibration windows once, and a few for each part of each block; the scores in order."""
+    """A few windows before every block, with one batch on its way back or a matrix in order."""
     if not plan.probed:
         return 0, 0
-    hidden = (plan.windows + plan.probed * (1 + PARTS * plan.shapes.count)) * plan.window
-    copied = max(block.weights for block in plan.shapes.blocks) * plan.working.itemsize
-    passing = max(_activations(plan, block) for block in plan.shapes.blocks)
-    # a score and its order, and their squares and sums, which are float64
-    return hidden, copied + max(passing, (3 * FLOAT + 4 * 2 * FLOAT) * _largest(plan))
+    hidden = plan.probed * (plan.shapes.count + 1) * plan.window
+    batch = min(plan.batch_size, plan.probed)
+    small = replace(plan, batch_size=batch, windows=plan.probed)
+    passing = GRAPH * max(_activations(small, block) for block in plan.shapes.blocks)
+    # logits, probabilities and their sums; what each weight costs, in order, and float64 sums
+    ends, ordered = 3 * _logits(plan, batch), (2 + 2) * FLOAT * _largest(plan)
+    return hidden, int(max(passing, ends, ordered))
+
+
+def _logits(plan: Plan, batch: int) -> int:
+    """Those of a batch that stand at a time, float32."""
+    return min(LOGIT_BYTES[plan.device], FLOAT * plan.shapes.vocabulary * batch * plan.seqlen)
 
 
 def _calibration(plan: Plan) -> tuple[int, int]:

@@ -438,12 +438,13 @@ def _see_memory(job: Job, shared: bool) -> Room:
     args, team, texts = job.args, job.team, job.texts
     working = pick_dtype(args.dtype, job.config, job.device)
     stored = checkpoint_dtype(job.config)
-    windows = [0 if texts.windows is None else len(texts.windows)]
-    windows += [sum(len(test.windows) for test in texts.tests)]
+    drawn = 0 if texts.windows is None else len(texts.windows)
+    windows = [drawn, sum(len(test.windows) for test in texts.tests), min(WINDOWS, drawn)]
+    *passing, probed = (len(range(count)[team.share(count)]) for count in windows)
     plan = Plan(
         shapes(job.skeleton, job.blocks_name),
         job.recipe,
-        *(len(range(count)[team.share(count)]) for count in windows),
+        *passing,
         job.seqlen,
         job.batch_size,
         working,
@@ -457,7 +458,7 @@ def _see_memory(job: Job, shared: bool) -> Room:
         shared=shared,
         packed=PackedLinears.of(*packed_linears(job.config)),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
-        probed=WINDOWS if args.allocation == "error" else 0,
+        probed=max(1, probed) if args.allocation == "error" else 0,
     )
     room = check_memory(plan, job.device, lambda fetched: any(team.gathered(fetched)))
     if team.leads:

@@ -10,15 +10,18 @@ BASE = [*QUICK, "--nsamples", "7", "--eval_data", "uk"]
 WANDA = ["--prune_method", "wanda", "--calibration_data", "uk"]
 SPARSEGPT = ["--prune_method", "sparsegpt", "--calibration_data", "uk"]
 MAGNITUDE = ["--prune_method", "magnitude"]
+BY_ERROR = ["--sparsity_ratio", "0.6", "--allocation", "error"]
 CASES = {
     "wanda": ["llama", *WANDA],
     "wanda 2:4": ["llama", *WANDA, "--sparsity_type", "2:4"],
     "sparsegpt": ["llama", *SPARSEGPT],
     "sparsegpt 4:8": ["llama", *SPARSEGPT, "--sparsity_type", "4:8"],
     "admm": ["llama", "--prune_method", "admm", "--calibration_data", "uk"],
+    "admm by error": ["llama", "--prune_method", "admm", "--calibration_data", "uk", *BY_ERROR],
     "magnitude": ["llama", *MAGNITUDE],
     "experts": ["mixtral", *WANDA],
     "experts by sparsegpt": ["mixtral", *SPARSEGPT, "--sparsity_type", "2:4"],
+    "experts by error": ["mixtral", *WANDA, *BY_ERROR],
     "one window": ["llama", *WANDA, "--nsamples", "1"],
     "offloaded": ["llama", *WANDA, "--offload", "away"],
     "packed": ["llama", *WANDA, "--sparsity_type", "2:4", "--replace_sparse_layers"],

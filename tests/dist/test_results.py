@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from jobs import CASES, flags
-from processes import ended, launched, together
+from processes import ACCELERATE, ended, launched, together
 from safetensors.torch import load_file
 from support import ROOT, Done, call, results
 
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--main_process_port", "0"]
 EXACT = ("wanda", "wanda 2:4", "magnitude", "experts", "one window", "offloaded")
 pytestmark = pytest.mark.usefixtures("at_place")
 

@@ -285,6 +285,32 @@ def test_each_linear_may_have_a_sparsity_of_its_own():
             assert (one == 0).sum() == pytest.approx(int(one.numel() * ratio), abs=1)
 
 
+@pytest.mark.parametrize("ratio", [0.5, 0.7])
+def test_outputs_whose_errors_cost_more_are_kept_better(ratio):
+    x, weights = problem(72, 40, 25)
+    costs = [10.0 ** torch.linspace(-3, 2, len(weight)) for weight in weights]
+    plain = solve(x, weights, Sparsity(ratio))
+    weighed = solve(x, weights, [Sparsity(ratio, rows=one) for one in costs])
+    for before, after, weight, cost in zip(plain, weighed, weights, costs, strict=True):
+        assert (after == 0).sum() == (before == 0).sum()
+        kept = (after != 0).sum(1)
+        assert kept[-1] > kept[0]
+        sums = [
+            float((cost * (x @ (pruned - weight).T).square().sum(0)).sum())
+            for pruned in (before, after)
+        ]
+        assert sums[1] < 0.7 * sums[0]
+
+
+@pytest.mark.parametrize("cost", [0.0, 3.0])
+def test_outputs_whose_errors_cost_as_much_are_as_before(cost):
+    x, weights = problem(72, 10, 25)
+    plain = solve(x, weights, Sparsity(0.6))
+    known = [Sparsity(0.6, rows=torch.full((10,), cost)), Sparsity(0.6)]
+    for before, after in zip(plain, solve(x, weights, known), strict=True):
+        assert torch.equal(before, after)
+
+
 def test_what_is_not_finite_is_told():
     with pytest.raises(UserError, match="can't be factored"):
         admm.stiff_inverse(-torch.eye(4), 0.5)
