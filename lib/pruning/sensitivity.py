@@ -75,7 +75,7 @@ class WayBack:
         """Put the slopes of the surprise in place of the hidden states after the last block."""
         transfer, hidden = self.runner.transfer, self.states.hidden
         ids = self.states.windows[batch].to(self.runner.device)
-        last = transfer.fetch(hidden, batch).detach().clone().requires_grad_()
+        last = transfer.fetch(hidden, batch).detach().requires_grad_()
         with torch.enable_grad():
             surprise_(lambda some: self.runner.tail(ids, lambda: last, some), chances)
         transfer.store_(hidden, batch, last.grad)
