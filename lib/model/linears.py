@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from math import prod
 
 import torch
@@ -119,10 +120,9 @@ class _ExpertProducts(TorchFunctionMode):
         return out
 
 
-@contextmanager
 def watch_inputs(
     linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside, `see(linear, x)` is called with what each linear is about to be multiplied with.
 
     x is (..., in). `see` may raise to end the forward pass early. Hooks are gone afterwards.
@@ -131,21 +131,13 @@ def watch_inputs(
     def hook(linear: PrunableLinear) -> Callable:
         return lambda _, args, kwargs: see(linear, args[0] if args else kwargs["input"])
 
-    experts = [linear for linear in linears if linear.expert is not None]
-    with ExitStack() as stack:
-        for linear in linears:
-            if linear.expert is None:
-                handle = linear.module.register_forward_pre_hook(hook(linear), with_kwargs=True)
-                stack.callback(handle.remove)
-        if experts:
-            stack.enter_context(_ExpertProducts(experts, before=see))
-        yield
+    products = partial(_ExpertProducts, before=see)
+    return _hooked(linears, nn.Module.register_forward_pre_hook, hook, products)
 
 
-@contextmanager
 def watch_outputs(
     linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor, Tensor], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside, `see(linear, x, out)` is called with what each linear has given (..., out) for x.
 
     `see` may raise to end the forward pass early. Hooks are gone afterwards.
@@ -154,14 +146,26 @@ def watch_outputs(
     def hook(linear: PrunableLinear) -> Callable:
         return lambda _, args, kwargs, out: see(linear, args[0] if args else kwargs["input"], out)
 
+    products = partial(_ExpertProducts, after=see)
+    return _hooked(linears, nn.Module.register_forward_hook, hook, products)
+
+
+@contextmanager
+def _hooked(
+    linears: Sequence[PrunableLinear],
+    register: Callable,
+    hook: Callable[[PrunableLinear], Callable],
+    products: Callable[[list[PrunableLinear]], _ExpertProducts],
+) -> Iterator[None]:
+    """Inside, every linear's module has its hook, and `products` sees those of experts."""
     experts = [linear for linear in linears if linear.expert is not None]
     with ExitStack() as stack:
         for linear in linears:
             if linear.expert is None:
-                handle = linear.module.register_forward_hook(hook(linear), with_kwargs=True)
+                handle = register(linear.module, hook(linear), with_kwargs=True)
                 stack.callback(handle.remove)
         if experts:
-            stack.enter_context(_ExpertProducts(experts, after=see))
+            stack.enter_context(products(experts))
         yield
 
 
