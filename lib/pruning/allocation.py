@@ -31,6 +31,7 @@ from lib.dist.team import Team
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears
+from lib.pruning.inputs import weight_of
 from lib.pruning.observe import own_windows
 from lib.pruning.sensitivity import Sensed, WayBack
 
@@ -101,8 +102,7 @@ def _first_names(runner: BlockRunner, blocks_name: str) -> dict[str, str]:
     found = {}
     for index, block in enumerate(runner.blocks):
         for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
-            key = id(getattr(linear.module, linear.parameter)), linear.expert
-            found[linear.name] = known.setdefault(key, linear.name)
+            found[linear.name] = known.setdefault(weight_of(linear), linear.name)
     return found
 
 

@@ -115,14 +115,16 @@ class SharedWeights:
 
     def open(self, linear: PrunableLinear) -> bool:
         """Whether the linear's weight is still to be pruned."""
-        return self._key(linear) not in self.closed
+        return weight_of(linear) not in self.closed
 
     def close(self, linear: PrunableLinear) -> None:
-        if self._key(linear)[0] in self.several:
-            self.closed.add(self._key(linear))
+        if weight_of(linear)[0] in self.several:
+            self.closed.add(weight_of(linear))
 
-    def _key(self, linear: PrunableLinear) -> tuple[int, int | None]:
-        return id(getattr(linear.module, linear.parameter)), linear.expert
+
+def weight_of(linear: PrunableLinear) -> tuple[int, int | None]:
+    """What linears have in common that share their weight, as long as their parameters stand."""
+    return id(getattr(linear.module, linear.parameter)), linear.expert
 
 
 def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) -> None:
