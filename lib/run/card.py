@@ -112,9 +112,12 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
         facts.append(("calibrated on", f"{calibration['name']}, {size}"))
         facts.append(("digest of the windows", f"`{calibration['digest']}`"))
     facts += [(f"{name} option", value) for name, value in results["options"].items()]
+    if results.get("allocation"):
+        facts.append(("allocation of the zeros", results["settings"]["allocation"]))
     if recovery := results.get("recovery"):
         facts.append(("recovered on", f"{recovery['text']['name']}, {recovery['tokens']} tokens"))
         facts.append(("teacher", recovery["teacher"]))
+        facts.append(("share of cross-entropy", f"{recovery['cross_entropy']:g}"))
         facts.append(("time of the recovery", f"{recovery['seconds']:.0f} s"))
     return [(name, str(value)) for name, value in facts]
 

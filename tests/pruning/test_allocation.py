@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from math import prod
+from pathlib import Path
 
 import pytest
 import tiny
@@ -94,7 +95,8 @@ def test_a_run(method: str) -> None:
     tiny.write_model("model")
     tiny.write_texts("uk", test=3)
     flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk"]
-    done = call("--model", "model", *flags, "--sparsity_ratio", "0.6", "--allocation", "error")
+    flags += ["--sparsity_ratio", "0.6", "--allocation", "error", "--save_model", "pruned"]
+    done = call("--model", "model", *flags)
     assert done.status == 0, done.err
     found = results()
     shares = found["allocation"]
@@ -106,6 +108,7 @@ def test_a_run(method: str) -> None:
         assert share == pytest.approx(shares[name], abs=0.05)  # a whole number in each row
     assert found["sparsity"]["overall"] == pytest.approx(0.6, abs=0.02)
     assert found["seconds"].keys() >= {"allocate", "prune"}
+    assert "| allocation of the zeros | error |" in Path("pruned/README.md").read_text("utf-8")
 
 
 def test_as_many_zeros_as_uniform_and_the_same_twice() -> None:

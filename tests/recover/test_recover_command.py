@@ -65,6 +65,7 @@ def test_what_a_run_says_and_leaves(done: tuple[Done, Path]) -> None:
     assert "recovery: training " in said.out and "recovery: perplexity " in said.out
     assert (folder / "out/recovery.png").read_bytes().startswith(b"\x89PNG")
     card = (folder / "model/README.md").read_text("utf-8")
+    assert "| share of cross-entropy | 0.2 |" in card
     assert "wanda to 2:4 and recovered" in card and f"uk, {recovery['tokens']} tokens" in card
     assert f"{recovery['before']['uk']:.4f} | {found['perplexity']['uk']:.4f} |" in card
     (run,) = load_runs([folder / "out"])
