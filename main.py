@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.run.flags import build_parser, check_flags
-from lib.run.job import Job, Subject
-from lib.run.setup import check, load, load_teacher, settle_bos
+from lib.run.job import Job, LoadedModel
+from lib.run.setup import check, load, load_teacher, resolve_bos
 from lib.util import command
-from lib.util.folders import Target, claimed
+from lib.util.folders import Target, locked_dir
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,51 +35,51 @@ def main(argv: list[str]) -> None:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Do what was checked; what stands in results.json, on the process that leads."""
+    """Do what was checked; what stands in results.json, on the main process."""
     from lib.run.samples import Samples
 
     args, target = job.args, None
     with ExitStack() as at_end:
-        if args.save_model and job.team.leads:
-            target = at_end.enter_context(claimed(args.save_model, "--save_model"))
-        subject = load(job, at_end)
+        if args.save_model and job.dist.is_main:
+            target = at_end.enter_context(locked_dir(args.save_model, "--save_model"))
+        loaded = load(job, at_end)
         if job.vocabulary:
-            trim(job, subject)
-        settle_bos(job, subject)
-        teacher = load_teacher(job, subject) if job.course else None
-        samples = Samples(job, subject)
-        if job.recipe or job.course:
-            samples.take("dense", teacher.model if args.teacher else subject.model)
-        found = prune(job, subject) if job.recipe else {}
+            trim(job, loaded)
+        resolve_bos(job, loaded)
+        teacher = load_teacher(job, loaded) if job.schedule else None
+        samples = Samples(job, loaded)
+        if job.method_spec or job.schedule:
+            samples.take("dense", teacher.model if args.teacher else loaded.model)
+        found = prune(job, loaded) if job.method_spec else {}
         if teacher:
-            found |= recover(job, subject, teacher)
+            found |= recover(job, loaded, teacher)
             del teacher
         if args.replace_sparse_layers:
-            found |= pack(job, subject)
-        found |= evaluate(job, subject)
-        samples.take("model", subject.model)
+            found |= pack(job, loaded)
+        found |= evaluate(job, loaded)
+        samples.take("model", loaded.model)
         found |= {"samples": samples.told()}
-        job.team.close()
-        if not job.team.leads:
+        job.dist.close()
+        if not job.dist.is_main:
             return {}
         if args.tasks:
-            found |= do_tasks(job, subject)
-        results = record(job, subject, found)
+            found |= do_tasks(job, loaded)
+        results = record(job, loaded, found)
         if target:
-            save(job, subject, results, target)
+            save(job, loaded, results, target)
         if job.journal:
             job.journal.remove()
     return results
 
 
-def trim(job: Job, subject: Subject) -> None:
+def trim(job: Job, loaded: LoadedModel) -> None:
     """Drop the rows of tokens that don't stay, and see that the others have the same logits."""
     from lib.eval import some_logits
     from lib.model.pretrained import footprint
     from lib.util.host import gib
     from lib.vocabulary import PROOF_TOKENS, check_same_logits
 
-    model, vocabulary = subject.model, job.vocabulary
+    model, vocabulary = loaded.model, job.vocabulary
     window = job.texts.tests[0].windows[:1, :PROOF_TOKENS].to(job.device)
     with job.timed("trim"):
         size = footprint(model)
@@ -88,123 +88,123 @@ def trim(job: Job, subject: Subject) -> None:
         differ = check_same_logits(vocabulary.kept(before), some_logits(model, window))
     saved = size - footprint(model)
     vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": differ}
-    if job.team.leads:
+    if job.dist.is_main:
         print(
             f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {differ:.1g}"
         )
 
 
-def prune(job: Job, subject: Subject) -> dict[str, Any]:
+def prune(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
     from lib.model.pretrained import saved_dtype
     from lib.prune import Pruner
     from lib.pruning.check import measure
     from lib.util.progress import progress
 
-    args, team, runner = job.args, job.team, subject.runner
+    args, dist, runner = job.args, job.dist, loaded.runner
     if job.journal:
         job.journal.begin(job.fingerprint["pruning"])
     sparsity, told = job.sparsity, None
     if args.allocation != "uniform":
-        sparsity, told = allocate(job, subject)
+        sparsity, told = allocate(job, loaded)
     rounding = saved_dtype(args.dtype, job.config)
-    pruner = Pruner(runner, job.blocks_name, job.recipe, sparsity, rounding, team, job.journal)
-    blocks = len(subject.blocks)
-    with job.timed("prune"), progress(blocks, "pruning", "block", team.leads) as bar:
+    pruner = Pruner(runner, job.blocks_name, job.method_spec, sparsity, rounding, dist, job.journal)
+    blocks = len(loaded.blocks)
+    with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
         pruned = pruner.run(
-            job.texts.windows, job.batch_size, subject.keep_on, bar, subject.keep_inputs
+            job.texts.windows, job.batch_size, loaded.state_device, bar, loaded.cache_inputs
         )
-    if not team.leads:
+    if not dist.is_main:
         return {}
     print(*pruned.summary(), sep="\n")
-    subject.asked = None if args.use_variant else sparsity  # the variant only comes near
-    subject.left = frozenset(pruned.why)
+    loaded.asked = None if args.use_variant else sparsity  # the variant only comes near
+    loaded.left = frozenset(pruned.why)
     found: dict[str, Any] = {}
     if told:
         found["allocation"] = told
-    measured = measure(runner, job.blocks_name, subject.asked, subject.left)
+    measured = measure(runner, job.blocks_name, loaded.asked, loaded.left)
     return found | {"sparsity": measured.shares()}
 
 
-def allocate(job: Job, subject: Subject) -> tuple[dict[str, Sparsity], Any]:
+def allocate(job: Job, loaded: LoadedModel) -> tuple[dict[str, Sparsity], Any]:
     """A sparsity of its own for every linear, and as it stands in results.json."""
     from lib.pruning.allocation import by_error
     from lib.pruning.owl import of_blocks, owl
     from lib.util.progress import progress
 
-    args, leads, blocks = job.args, job.team.leads, len(subject.blocks)
-    reads = job.texts.windows, job.batch_size, args.sparsity_ratio, job.team, subject.keep_on
+    args, is_main, blocks = job.args, job.dist.is_main, len(loaded.blocks)
+    reads = job.texts.windows, job.batch_size, args.sparsity_ratio, job.dist, loaded.state_device
     by_outliers = args.allocation == "owl"
     passed, what = (blocks, "outliers") if by_outliers else (2 * blocks, "errors")
-    with job.timed("allocate"), progress(passed, what, "block", leads) as bar:
+    with job.timed("allocate"), progress(passed, what, "block", is_main) as bar:
         if by_outliers:
-            found = owl(subject.runner, *reads, bar)
+            found = owl(loaded.runner, *reads, bar)
             told = [round(one.ratio, 6) for one in found]
-            by_name = of_blocks(subject.runner, job.blocks_name, found)
+            by_name = of_blocks(loaded.runner, job.blocks_name, found)
         else:
-            by_name = by_error(subject.runner, job.blocks_name, *reads, args.seed, bar)
+            by_name = by_error(loaded.runner, job.blocks_name, *reads, args.seed, bar)
             told = {name: round(one.ratio, 6) for name, one in by_name.items()}
-    if leads:
+    if is_main:
         shares = [round(one.ratio, 6) for one in by_name.values()]
         of = "blocks" if by_outliers else "linears"
         print(f"sparsity of the {of}: {min(shares)} to {max(shares)}")
     return by_name, told
 
 
-def recover(job: Job, subject: Subject, teacher: BlockRunner) -> dict[str, Any]:
+def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> dict[str, Any]:
     """Train what pruning kept, and see that every zero is still there."""
     from lib.eval import perplexities
     from lib.model.pretrained import saved_dtype
     from lib.pruning.check import measure
     from lib.recover import Recoverer
-    from lib.run.record import told_recovery
+    from lib.run.record import recovery_record
     from lib.util.progress import progress
 
-    args, team, course, text = job.args, job.team, job.course, job.texts.training
-    if job.journal and not job.recipe:
+    args, dist, schedule, text = job.args, job.dist, job.schedule, job.texts.training
+    if job.journal and not job.method_spec:
         job.journal.begin(job.fingerprint["pruning"])
-    before = measure(subject.runner, job.blocks_name)
+    before = measure(loaded.runner, job.blocks_name)
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
-    with job.timed("measure before"), progress(2, "perplexity", "model", team.leads) as bar:
+    with job.timed("measure before"), progress(2, "perplexity", "model", dist.is_main) as bar:
         dense, pruned = [], []
-        for runner, values in ((teacher, dense), (subject.runner, pruned)):
-            values += [one.value for one in perplexities(runner, sets, job.batch_size, team)]
+        for runner, values in ((teacher, dense), (loaded.runner, pruned)):
+            values += [one.value for one in perplexities(runner, sets, job.batch_size, dist)]
             bar(1)
 
     def perplexity(runner: BlockRunner, windows: Tensor) -> float:
-        return perplexities(runner, [windows], job.batch_size, team)[0].value
+        return perplexities(runner, [windows], job.batch_size, dist)[0].value
 
     rounding = saved_dtype(args.dtype, job.config)
-    which = subject.runner, teacher, job.blocks_name, course, text, job.batch_size
-    recoverer = Recoverer(*which, perplexity, rounding, team, job.journal, subject.checkpointed)
-    tokens = course.steps * course.windows * course.seqlen
-    if team.leads:
+    which = loaded.runner, teacher, job.blocks_name, schedule, text, job.batch_size
+    recoverer = Recoverer(*which, perplexity, rounding, dist, job.journal, loaded.checkpointed)
+    tokens = schedule.steps * schedule.windows * schedule.seqlen
+    if dist.is_main:
         print(*recoverer.summary(), sep="\n", flush=True)
-    with job.timed("recover"), progress(tokens, "recovering", "token", team.leads) as bar:
+    with job.timed("recover"), progress(tokens, "recovering", "token", dist.is_main) as bar:
         done = recoverer.run(bar)
-    after = measure(subject.runner, job.blocks_name, subject.asked, subject.left)
+    after = measure(loaded.runner, job.blocks_name, loaded.asked, loaded.left)
     assert all(after.zeros[name] >= zeros for name, zeros in before.zeros.items())
-    if not team.leads:
+    if not dist.is_main:
         return {}
     print(done.line())
-    told = told_recovery(job, recoverer.course, done, dense, pruned)
+    told = recovery_record(job, recoverer.schedule, done, dense, pruned)
     return {"sparsity": after.shares(), "recovery": told}
 
 
-def pack(job: Job, subject: Subject) -> dict[str, Any]:
+def pack(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     """Pack every sparse linear, and see on one window that the outputs are the same."""
     from lib.eval import some_logits
     from lib.model.pretrained import footprint, saved_dtype
-    from lib.run.record import packed_line, told_packing
+    from lib.run.record import packed_line, packing_record
     from lib.sparse import check_same_outputs, packed_size, swap_linears_, unpacking
     from lib.util.host import gib
 
-    args, model = job.args, subject.model
+    args, model = job.args, loaded.model
     window = job.texts.tests[0].windows[:1].to(job.device)
     before, size = some_logits(model, window), footprint(model)
-    at_hand = partial(subject.runner.at_hand, keep=True)
-    report = swap_linears_(model, subject.blocks, job.device, at_hand, args.pack_bits)
-    job.team.meet()  # all are packed
+    on_device = partial(loaded.runner.on_device, write_back=True)
+    report = swap_linears_(model, loaded.blocks, job.device, on_device, args.pack_bits)
+    job.dist.barrier()  # all are packed
     after = some_logits(model, window)
     reference = before
     if report.bits == 8:  # rounded to 8 bits it is another model, whose dense outputs count
@@ -212,24 +212,24 @@ def pack(job: Job, subject: Subject) -> dict[str, Any]:
             reference = some_logits(model, window)
     check_same_outputs(reference, after)
     saved = packed_size(model, saved_dtype(args.dtype, job.config))
-    told = told_packing(saved, len(report.dense), before, after)
-    if job.team.leads:
+    told = packing_record(saved, len(report.dense), before, after)
+    if job.dist.is_main:
         print(report, packed_line(told), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
     return {"packed": told}
 
 
-def evaluate(job: Job, subject: Subject) -> dict[str, Any]:
+def evaluate(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     """Perplexity on every test set, in one pass over the blocks."""
     from lib.eval import perplexities
     from lib.util.progress import progress
 
-    tests, leads, found = job.texts.tests, job.team.leads, []
+    tests, is_main, found = job.texts.tests, job.dist.is_main, []
     sets = [test.windows for test in tests]
     windows = sum(map(len, sets))
-    with job.timed("eval"), progress(windows, "perplexity", "window", leads) as bar:
-        reads = subject.runner, sets, job.batch_size, job.team
-        measured = perplexities(*reads, bar, subject.keep_on)
+    with job.timed("eval"), progress(windows, "perplexity", "window", is_main) as bar:
+        reads = loaded.runner, sets, job.batch_size, job.dist
+        measured = perplexities(*reads, bar, loaded.state_device)
     for test, its in zip(tests, measured, strict=True):
         figures = {
             "perplexity": its.value,
@@ -240,24 +240,24 @@ def evaluate(job: Job, subject: Subject) -> dict[str, Any]:
     return {"evaluation": found}
 
 
-def do_tasks(job: Job, subject: Subject) -> dict[str, Any]:
-    """Tasks of lm-eval, on the process that leads alone: the others have gone."""
+def do_tasks(job: Job, loaded: LoadedModel) -> dict[str, Any]:
+    """Tasks of lm-eval, on the main process alone: the others have gone."""
     from lib.eval import run_tasks
 
     with job.timed("tasks"):
-        tasks = run_tasks(subject.model, job.tokenizer, job.args.tasks, job.batch_size)
+        tasks = run_tasks(loaded.model, job.tokenizer, job.args.tasks, job.batch_size)
     return {"tasks": tasks}
 
 
-def record(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
+def record(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str, Any]:
     """log_METHOD.txt, results.json, and the summary on the terminal."""
     from lib.pruning.check import measure
     from lib.report.results import write_results
     from lib.run.record import print_summary, results_of, write_log
 
     if "sparsity" not in found:
-        found["sparsity"] = measure(subject.runner, job.blocks_name).shares()
-    results = results_of(job, subject, found)
+        found["sparsity"] = measure(loaded.runner, job.blocks_name).shares()
+    results = results_of(job, loaded, found)
     folder = Path(job.args.save)
     folder.mkdir(parents=True, exist_ok=True)
     write_log(folder, results)
@@ -272,7 +272,7 @@ def record(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
     return results
 
 
-def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) -> None:
+def save(job: Job, loaded: LoadedModel, results: dict[str, Any], target: Target) -> None:
     """Model, tokenizer and card, staged; then results.json once more with the time it took."""
     from lib.model.pretrained import save_model, saved_dtype
     from lib.report.results import write_results
@@ -281,11 +281,11 @@ def save(job: Job, subject: Subject, results: dict[str, Any], target: Target) ->
     args = job.args
     with job.timed("save"), target.staged() as stage:
         dtype = saved_dtype(args.dtype, job.config)
-        with subject.runner.given_out(job.blocks_name):
-            save_model(subject.model, stage, dtype)
+        with loaded.runner.materialized(job.blocks_name):
+            save_model(loaded.model, stage, dtype)
         job.tokenizer.save_pretrained(stage)
-        read = [source.text for source in job.sources if job.calibrated or job.course]
-        read += [source.text for source in job.spoken if source.text not in read]
+        read = [source.text for source in job.sources if job.calibrated or job.schedule]
+        read += [source.text for source in job.vocabulary_sources if source.text not in read]
         (stage / "README.md").write_text(model_card(results, read), "utf-8")
     write_results(Path(args.save), results)
     print(f"saved: {args.save_model}")

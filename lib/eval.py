@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, HiddenStates, positions_at_once
 from lib.model.finite import first_overflow
 from lib.util.errors import UserError
@@ -44,21 +44,22 @@ def perplexities(
     runner: BlockRunner,
     tests: Sequence[Tensor],
     batch_size: int,
-    team: Team | None = None,
-    advanced: Callable[[int], None] = lambda windows: None,
-    keep_on: torch.device | str = "cpu",
+    dist: DistContext | None = None,
+    on_progress: Callable[[int], None] = lambda windows: None,
+    state_device: torch.device | str = "cpu",
 ) -> list[Perplexity]:
     """Perplexity of each test set, windows (n, tokens).
 
     Where bringing a block costs nothing, each batch goes through all blocks and no hidden states
-    are kept; where blocks are fetched, each sees all sets before the next one is, and `keep_on` is
-    where hidden states are. Processes of a `team` share the windows. `advanced` is called with the
+    are kept; where blocks are fetched, each sees all sets before the next one is, and
+    `state_device` is where hidden states are. The processes of `dist` share the windows.
+    `on_progress` is called with the
     number of windows that are done.
     """
-    team = team or Team(runner.device, alone=True)
+    dist = dist or DistContext(runner.device, alone=True)
     losses = [torch.zeros(len(test), dtype=torch.float64, device=runner.device) for test in tests]
-    shares = [range(len(test))[team.share(len(test))] for test in tests]
-    resident = runner.placement is None or runner.placement.at_no_cost
+    shares = [range(len(test))[dist.share(len(test))] for test in tests]
+    resident = runner.placement is None or runner.placement.zero_copy
     step = batch_size if resident else max(map(len, tests))
     parts = [
         (number, slice(start, min(start + step, mine.stop)))
@@ -70,12 +71,12 @@ def perplexities(
             continue
         done = [(cut.stop - cut.start) * len(tests[i]) // len(shares[i]) for i, cut in lot]
         sets = [tests[number][cut] for number, cut in lot]
-        where = runner.device if resident else keep_on
-        found = _losses_of(runner, sets, batch_size, where, sum(done), advanced)
+        where = runner.device if resident else state_device
+        found = _losses_of(runner, sets, batch_size, where, sum(done), on_progress)
         for (number, cut), its in zip(lot, found, strict=True):
             losses[number][cut] = its
-    team.meet()
-    for handle in team.sum_(losses):
+    dist.barrier()
+    for handle in dist.all_reduce_(losses):
         handle.wait()
     return [_mean(runner, *both) for both in zip(tests, losses, strict=True)]
 
@@ -95,26 +96,26 @@ def _losses_of(
     runner: BlockRunner,
     sets: list[Tensor],
     batch_size: int,
-    keep_on: torch.device | str,
+    state_device: torch.device | str,
     shown: int,
-    advanced: Callable[[int], None],
+    on_progress: Callable[[int], None],
 ) -> list[Tensor]:
     """Mean negative log-likelihood of each window (n,), of each set.
 
-    `advanced` is told `shown` in all: a part after each block, and the last when all is done.
+    `on_progress` is told `shown` in all: a part after each block, and the last when all is done.
     """
-    several = [runner.capture(windows, batch_size, keep_on) for windows in sets]
+    several = [runner.capture(windows, batch_size, state_device) for windows in sets]
     steps = len(runner.blocks) + 1  # the head is one
     for index in range(steps - 1):
-        with runner.at_hand(index):
+        with runner.on_device(index):
             for states in several:
                 runner.advance_(states, index)
-        advanced(shown * (index + 1) // steps - shown * index // steps)
+        on_progress(shown * (index + 1) // steps - shown * index // steps)
     losses = [
         torch.cat([_losses(runner, states, batch) for batch in states.batches]).double()
         for states in several
     ]
-    advanced(shown - shown * (steps - 1) // steps)
+    on_progress(shown - shown * (steps - 1) // steps)
     return losses
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lib.dist.team import Team
-from lib.methods.registry import Recipe
+from lib.distributed.context import DistContext
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.finite import all_finite, check_weight
@@ -72,8 +72,8 @@ class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
     `sparsity`: of all linears, or of each by its name. `rounding`: the dtype in which the model
-    will be saved, to which pruned weights are rounded. `team`: the processes that share the work.
-    `journal`, of the one that leads: keeps every finished block, and gives back those of an
+    will be saved, to which pruned weights are rounded. `dist`: the processes that share the work.
+    `journal`, of the main process: keeps every finished block, and gives back those of an
     interrupted run.
     What was done is in `done`.
     """
@@ -82,22 +82,22 @@ class Pruner:
         self,
         runner: BlockRunner,
         blocks_name: str,
-        recipe: Recipe,
+        method_spec: MethodSpec,
         sparsity: Sparsity | Mapping[str, Sparsity],
         rounding: torch.dtype | None = None,
-        team: Team | None = None,
+        dist: DistContext | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.runner = runner
         self.blocks_name = blocks_name
-        self.recipe = recipe
+        self.method_spec = method_spec
         self.sparsity = sparsity
         self.rounding = rounding
-        self.team = team or Team(runner.device, alone=True)
+        self.dist = dist or DistContext(runner.device, alone=True)
         self.journal = journal
         self.done = Pruned()
         self.shared = SharedWeights(runner.blocks)
-        self.writers = Writers(runner, self.team)
+        self.writers = Writers(runner, self.dist)
         self.orders: dict[tuple, tuple[list[list[int]], int]] = {}  # of classes of blocks
 
     @torch.no_grad()
@@ -105,31 +105,33 @@ class Pruner:
         self,
         windows: Tensor | None,
         batch_size: int,
-        keep_on: torch.device | str = "cpu",
-        advanced: Callable[[int], None] = lambda blocks: None,
-        keep_inputs: bool = True,
+        state_device: torch.device | str = "cpu",
+        on_progress: Callable[[int], None] = lambda blocks: None,
+        cache_inputs: bool = True,
     ) -> Pruned:
         """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
 
-        `keep_on`: where hidden states are kept. `advanced(1)` is called after each block.
-        `keep_inputs`: whether there is memory for inputs of a block that save passes through it.
+        `state_device`: where hidden states are kept. `on_progress(1)` is called after each block.
+        `cache_inputs`: whether there is memory for inputs of a block that save passes through it.
         Raises UserError where a weight or an activation is not finite, or a linear can't carry the
         N:M pattern.
         """
         # from another memory they would take longer to come than to be computed again
-        self.keep_inputs = keep_inputs and torch.device(keep_on).type == self.runner.device.type
+        self.cache_inputs = (
+            cache_inputs and torch.device(state_device).type == self.runner.device.type
+        )
         with eager_experts(self.runner.model):
             states = dense = None
-            if self.recipe.observes:
-                mine, self.idle = own_windows(windows, self.team)
-                states = self.runner.capture(mine, batch_size, keep_on)
-            if self.recipe.dense_stream:
+            if self.method_spec.observes:
+                mine, self.idle = own_windows(windows, self.dist)
+                states = self.runner.capture(mine, batch_size, state_device)
+            if self.method_spec.dense_stream:
                 dense = replace(states, hidden=self.runner.transfer.copy(states.hidden))
             for index in range(len(self.runner.blocks)):
-                with self.runner.at_hand(index, keep=True):
+                with self.runner.on_device(index, write_back=True):
                     self._block_(index, states, dense)
-                advanced(1)
-        self.done.warnings = sum(self.team.gathered(self.done.warnings), [])
+                on_progress(1)
+        self.done.warnings = sum(self.dist.all_gather_object(self.done.warnings), [])
         return self.done
 
     def _block_(self, index: int, states: HiddenStates | None, dense: HiddenStates | None) -> None:
@@ -145,16 +147,16 @@ class Pruner:
         goes_on = states is not None and index + 1 < len(runner.blocks)
         ordered = None
         kept = self.journal.read(index) if self.journal else None
-        names = self.team.gathered(None if kept is None else sorted(kept))[0]
+        names = self.dist.all_gather_object(None if kept is None else sorted(kept))[0]
         if names is not None:
             for linear in (linear for linear in linears if linear.name in names):
                 wire = linear.wire(rounding=self.rounding)
-                self._store_(linear, self.team.broadcast_(kept[linear.name] if kept else wire, 0))
+                self._store_(linear, self.dist.broadcast_(kept[linear.name] if kept else wire, 0))
         else:
             if twin and linears:
                 lots = self._lots(index, linears, states)
-                found = self.runner, states, index, *lots, twin, self.writers, self.recipe
-                ordered = OrderedBlock(*found, self.keep_inputs, goes_on)
+                found = self.runner, states, index, *lots, twin, self.writers, self.method_spec
+                ordered = OrderedBlock(*found, self.cache_inputs, goes_on)
             written = self._prune_block_(index, linears, states, ordered)
             if self.journal:
                 self.journal.write(index, written)
@@ -197,48 +199,50 @@ class Pruner:
         """Observe and prune, lot by lot; {linear's name: what was stored in it}."""
         if states is None:
             device = self.runner.device
-            groups = [Group([one], self.recipe(one.shape[1], device)) for one in linears]
+            groups = [Group([one], self.method_spec(one.shape[1], device)) for one in linears]
             return self._solve_(groups)
         written: dict[str, Tensor] = {}
         for place, lot in enumerate(ordered.lots if ordered else [linears]):
             if ordered:
                 groups = ordered.observe(place)
             else:
-                groups = observe(self.runner, states, index, lot, self.recipe)
+                groups = observe(self.runner, states, index, lot, self.method_spec)
             if self.idle:
                 for group in groups:
                     group.forget_()
-            written |= self._solve_(merge(groups, lot, self.recipe, self.runner.device, self.team))
+            written |= self._solve_(
+                merge(groups, lot, self.method_spec, self.runner.device, self.dist)
+            )
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
         """Solve this process's groups, and store those of all processes."""
-        sums = [self.team.sum_(group.method.statistics()) for group in groups]
+        sums = [self.dist.all_reduce_(group.method.statistics()) for group in groups]
         costs = [group.cost for group in groups]
-        owners = self.team.owners(costs)
+        owners = self.dist.assign_owners(costs)
         written: dict[str, Tensor] = {}
         for group, owner, handles in zip(groups, owners, sums, strict=True):
             for handle in handles:
                 handle.wait()
             self.done.note(group)
-            if owner == self.team.rank:
+            if owner == self.dist.rank:
                 for linear, wire in zip(group.linears, self._solved(group), strict=True):
                     self._store_(linear, wire)
                     written[linear.name] = wire
-        self.team.meet(self._longest(costs, owners))
-        for group, owner in zip(groups, owners, strict=True) if self.team.size > 1 else ():
+        self.dist.barrier(self._longest(costs, owners))
+        for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
             for linear in group.linears:
                 wire = written.get(linear.name)
                 wire = linear.wire(rounding=self.rounding) if wire is None else wire
-                wire = self.team.broadcast_(wire, owner)
-                if owner != self.team.rank:
+                wire = self.dist.broadcast_(wire, owner)
+                if owner != self.dist.rank:
                     self._store_(linear, wire)
                 written[linear.name] = wire
         return written
 
     def _longest(self, costs: list[float], owners: list[int]) -> float:
         """Seconds in which every process has solved what it owns, however slow it is."""
-        load = [0.0] * self.team.size
+        load = [0.0] * self.dist.size
         for cost, owner in zip(costs, owners, strict=True):
             load[owner] += cost
         return max(load) / SLOWEST[self.runner.device.type]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.data.windows import TrainingText
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, chunks_of, run_block
 from lib.model.linears import find_linears
 from lib.pruning.journal import Journal
@@ -43,7 +43,7 @@ KEEP_SECONDS = 600  # between two states that are kept, at most
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainSchedule:
     """How long, in what steps and how fast: all that the training depends on besides its text."""
 
     tokens: int  # at most; whole steps are made
@@ -211,7 +211,7 @@ class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
     `rounding`: the dtype in which the model will be saved. `measure(runner, windows)` gives
-    perplexity, the same in every process of `team`. `journal`, of the process that leads: keeps
+    perplexity, the same in every process of `dist`. `journal`, of the main process: keeps
     where the training stands, and gives it back after an interruption. `checkpointed`: a block's
     activations are computed again when they are needed, for less memory.
     """
@@ -221,49 +221,49 @@ class Recoverer:
         runner: BlockRunner,
         teacher: BlockRunner,
         blocks_name: str,
-        course: Course,
+        schedule: TrainSchedule,
         text: TrainingText,
         batch_size: int,
         measure: Callable[[BlockRunner, Tensor], float],
         rounding: torch.dtype,
-        team: Team | None = None,
+        dist: DistContext | None = None,
         journal: Journal | None = None,
         checkpointed: bool = False,
     ) -> None:
         self.runner, self.teacher = runner, teacher
         self.text, self.batch_size = text, batch_size
         self.measure = measure
-        self.team = team or Team(runner.device, alone=True)
+        self.dist = dist or DistContext(runner.device, alone=True)
         self.journal = journal
         self.checkpointed = checkpointed
         self.parts: dict[str, Whole | LowRank] = {}
         strict = set(runner.model._keep_in_fp32_modules_strict or ())
-        draw = torch.Generator().manual_seed(course.seed)
+        draw = torch.Generator().manual_seed(schedule.seed)
         trained = trained_parameters(runner.model, blocks_name)
-        if course.rate is None:
+        if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (parameter for parameter, sparse in trained.values() if sparse)
-            course = replace(course, rate=default_rate(matrices, width, len(runner.blocks)))
-        self.course = course
+            schedule = replace(schedule, rate=default_rate(matrices, width, len(runner.blocks)))
+        self.schedule = schedule
         for name, (parameter, sparse) in trained.items():
             kept = torch.float32 if strict.intersection(name.split(".")) else rounding
-            if sparse and course.rank:
-                self.parts[name] = LowRank(parameter, course.rank, kept, draw)
+            if sparse and schedule.rank:
+                self.parts[name] = LowRank(parameter, schedule.rank, kept, draw)
             else:
                 self.parts[name] = Whole(parameter, sparse, kept)
         self.done = Recovered(trained=sum(p.parameter.numel() for p in self.parts.values()))
 
     def summary(self) -> list[str]:
         """What is going to be done, a line each."""
-        course, weights = self.course, self.done.trained
-        how = f"updates of rank {course.rank} to" if course.rank else "training"
+        schedule, weights = self.schedule, self.done.trained
+        how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
         lines = [
-            f"recovery: {how} {weights:,} weights in {course.steps} steps of "
-            f"{course.windows * course.seqlen:,} tokens, learning rate {course.rate:.3g}"
+            f"recovery: {how} {weights:,} weights in {schedule.steps} steps of "
+            f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
         ]
-        if self.team.size > course.windows:
+        if self.dist.size > schedule.windows:
             lines.append(
-                f"recovery: a step of {course.windows} windows keeps no more processes at work; "
+                f"recovery: a step of {schedule.windows} windows keeps no more processes at work; "
                 "fewer would be as fast"
             )
         for one in self.text.facts["sources"]:
@@ -274,32 +274,33 @@ class Recoverer:
                 )
         return lines
 
-    def run(self, advanced: Callable[..., None] = lambda tokens, note="": None) -> Recovered:
+    def run(self, on_progress: Callable[..., None] = lambda tokens, note="": None) -> Recovered:
         """Train, and leave the model with its best weights, rounded.
 
-        `advanced(tokens, note)` is called after each step. UserError where the loss is not finite.
+        `on_progress(tokens, note)` is called after each step. UserError where the loss is not
+        finite.
         """
         self.began = time.perf_counter()
         self._set_up()
-        steps, tokens = self.course.steps, self.course.windows * self.course.seqlen
+        steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
         if not self._taken_up():
             self._write_()
             self._note(0, None)
-        advanced(self.step * tokens)
+        on_progress(self.step * tokens)
         kept = time.monotonic()
         with self._gradients(), same_every_time(self.runner.device):
             for step in range(self.step, steps):
                 loss = self._step(step)
                 self.losses.append(loss)
                 self.step = step + 1
-                measured = self.step in self.course.measured
+                measured = self.step in self.schedule.measured
                 if measured:
                     self._note(self.step * tokens, sum(self.losses) / len(self.losses))
                     self.losses = []
                 if self.journal and (measured or time.monotonic() - kept > KEEP_SECONDS):
                     self._keep()
                     kept = time.monotonic()
-                advanced(tokens, f"loss {loss:.4f}")
+                on_progress(tokens, f"loss {loss:.4f}")
         for part, best in zip(self.parts.values(), self.best, strict=True):
             part.parameter.data.copy_(best)
         self.done.tokens = steps * tokens
@@ -343,25 +344,26 @@ class Recoverer:
 
     def _step(self, step: int) -> float:
         """One step of the optimizer; its loss, in nats a token."""
-        course, windows = self.course, self.course.windows
+        schedule, windows = self.schedule, self.schedule.windows
         lot = self.text.order[step * windows : (step + 1) * windows]
-        mine = self.text.windows[lot[self.team.share(len(lot))]]
+        mine = self.text.windows[lot[self.dist.share(len(lot))]]
         self.gradient.zero_()
         loss = torch.zeros(1, dtype=torch.float64, device=self.runner.device)
         for ids in mine.split(self.batch_size) if len(mine) else ():
-            loss += self._backward(ids.to(self.runner.device), len(lot) * course.seqlen)
-        self.team.meet()
-        for handle in self.team.sum_([self.gradient, loss]):
+            loss += self._backward(ids.to(self.runner.device), len(lot) * schedule.seqlen)
+        self.dist.barrier()
+        for handle in self.dist.all_reduce_([self.gradient, loss]):
             handle.wait()
         if not math.isfinite(loss.item()):
             raise UserError(
-                f"--recover_rate {course.rate:.2g}: in step {step + 1} of {course.steps} the loss "
+                f"--recover_rate {schedule.rate:.2g}: in step {step + 1} of {schedule.steps} the "
+                "loss "
                 "is not finite; try a smaller one, or --dtype float32"
             )
         norm = self.gradient.norm()
         self.gradient *= (LONGEST / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = course.rate_at(step)
+            group["lr"] = schedule.rate_at(step)
         self.optimizer.step()
         self._write_()
         return loss.item()
@@ -389,7 +391,7 @@ class Recoverer:
             teacher.logits(taught, slice(0, len(ids))),
             ids,
             tokens,
-            self.course.share,
+            self.schedule.share,
         )
         hidden.backward(last.grad)
         return loss
@@ -428,7 +430,7 @@ class Recoverer:
     def _taken_up(self) -> bool:
         """Go on where an interrupted run stood; whether there was one."""
         kept = self.journal.read_training() if self.journal else None
-        facts = self.team.gathered(kept and kept[1])[0]
+        facts = self.dist.all_gather_object(kept and kept[1])[0]
         if facts is None:
             return False
         for leaf in self.leaves:  # as the optimizer would have it after a step
@@ -437,7 +439,7 @@ class Recoverer:
         self.best = self._rounded()
         for name, tensor in self._state().items():
             stored = kept[0][name] if kept else torch.empty_like(tensor)
-            tensor.copy_(self.team.broadcast_(stored, 0))
+            tensor.copy_(self.dist.broadcast_(stored, 0))
         self._write_()
         self.step, self.losses, self.before = facts["step"], facts["losses"], facts["seconds"]
         self.done.curve, self.done.best = facts["curve"], facts["best"]

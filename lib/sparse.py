@@ -74,14 +74,14 @@ def swap_linears_(
     model: PreTrainedModel,
     blocks: Iterable[nn.Module],
     device: torch.device | None = None,
-    at_hand: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
+    on_device: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
     bits: int = 16,
 ) -> SwapReport:
     """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, block by block.
 
     The model then saves itself packed: kept values in its dtype, or at `bits` 8 as int8. Linears
     with too few zeros to be smaller stay and are reported. `device` is where the blocks will run,
-    if not where they are. Inside `at_hand(i)` the weights of block i are there, and what becomes
+    if not where they are. Inside `on_device(i)` the weights of block i are there, and what becomes
     of them is kept. UserError where nothing is worth packing or the weights are quantised.
     """
     if getattr(model, "quantization_method", METHOD) != METHOD:
@@ -94,7 +94,7 @@ def swap_linears_(
     names = {module: name for name, module in model.named_modules()}
     report = SwapReport(bits)
     for index, block in enumerate(blocks):
-        with at_hand(index):
+        with on_device(index):
             report.dense |= swap_block_(block, names[block], bits)
             _note_paths(block, f"{names[block]}.", device, report)
     if not report.packed:

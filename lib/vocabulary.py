@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from lib.data.counts import UNSEEN, Counted, compared, compared_texts, count_tokens
 from lib.data.sources import Source
 from lib.data.tokenizer import FLAG, Pieces
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.model.rows import TRIMMED_FROM, keep_rows_
 from lib.util.errors import UserError
 
@@ -123,7 +123,7 @@ def trim(
     model: str,
     config: Any,
     sources: Sequence[Source],
-    team: Team,
+    dist: DistContext,
     *,
     rows: int,
     named: set[int],
@@ -134,7 +134,7 @@ def trim(
     """Count the train text of `sources`, choose, and make the smaller tokenizer.
 
     `rows`: those of the model's embedding; `named`: tokens that its configs name; `size`: at most
-    so many rows stay; `minimum`: tokens that occur less often are dropped. Processes of a `team`
+    so many rows stay; `minimum`: tokens that occur less often are dropped. Processes of a `dist`
     share the counting. UserError where the tokenizer can't be trimmed, or so far.
     """
     start = time.perf_counter()
@@ -153,7 +153,7 @@ def trim(
             f"--vocabulary_size {size}: bytes, special tokens and what the model's files name take "
             f"{len(needed) + len(extra)}; give at least so many"
         )
-    counted = _all_counted(count_tokens(sources, tokenizer, team.rank, team.size), team)
+    counted = _all_counted(count_tokens(sources, tokenizer, dist.rank, dist.size), dist)
     chosen = choose(pieces, counted.counts, needed, len(extra), size, minimum)
     spare = [one for one in range(rows) if one not in pieces.tokens and one not in extra]
     most = rows if size is None else min(rows, size)
@@ -223,12 +223,12 @@ def _closure(pieces: Pieces, numbers: Iterable[int]) -> set[int]:
     return {part for one in numbers for part in pieces.parts(one)}
 
 
-def _all_counted(mine: Counted, team: Team) -> Counted:
+def _all_counted(mine: Counted, dist: DistContext) -> Counted:
     """What all processes counted; documents and characters each of them has seen."""
-    if team.size > 1:
-        team.meet()
-        counts = mine.counts.to(team.device)
-        for handle in team.sum_([counts]):
+    if dist.size > 1:
+        dist.barrier()
+        counts = mine.counts.to(dist.device)
+        for handle in dist.all_reduce_([counts]):
             handle.wait()
         mine.counts = counts.cpu()
     return mine

@@ -10,7 +10,7 @@ import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
-import torch.distributed as dist
+import torch.distributed as torch_dist
 import worker
 from support import ROOT, Done, start
 
@@ -70,7 +70,7 @@ def together(
     the store, as where they are started by hand. `each`: so many on a machine (all).
     """
     if agent:
-        held = [dist.TCPStore("127.0.0.1", 0, is_master=True) for _ in commands]
+        held = [torch_dist.TCPStore("127.0.0.1", 0, is_master=True) for _ in commands]
         ports = [store.port for store in held]
     else:
         held = [kept_port() for _ in commands]

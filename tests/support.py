@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import main
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
@@ -112,12 +112,12 @@ def prune_(
     sparsity: Sparsity = HALF,
     ids: Tensor | None = None,
     batch_size: int = 3,
-    keep_on: torch.device = CPU,
+    state_device: torch.device = CPU,
 ) -> Pruned:
     """Prune a model, or the one of a runner, in place; by default on five windows."""
     runner = model if isinstance(model, BlockRunner) else runner_of(model)
-    pruner = Pruner(runner, decoder_blocks(runner.model)[0], Recipe(method), sparsity)
-    return pruner.run(windows(5) if ids is None else ids, batch_size, keep_on)
+    pruner = Pruner(runner, decoder_blocks(runner.model)[0], MethodSpec(method), sparsity)
+    return pruner.run(windows(5) if ids is None else ids, batch_size, state_device)
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ LIB = ROOT / "lib"
 # who lives on which floor: everyone imports from lower floors only
 FLOORS = [
     ["util"],
-    ["dist", "packed", "methods", "data"],
+    ["distributed", "packed", "methods", "data"],
     ["model", "report"],
     ["pruning"],
     ["prune", "eval", "sparse", "recover", "vocabulary"],
@@ -37,13 +37,13 @@ FLOORS = [
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}
 # who does not need all of the lower floors
 MAY_IMPORT = {
-    "dist": {"util"},
+    "distributed": {"util"},
     "packed": {"util"},
     "methods": {"util"},
     "data": {"util"},
-    "model": {"util", "dist", "packed"},
+    "model": {"util", "distributed", "packed"},
     "report": {"util", "packed"},
-    "pruning": {"util", "dist", "methods", "model"},
+    "pruning": {"util", "distributed", "methods", "model"},
 }
 LIMIT = 15  # entries of lib/
 GUESTS = {"recover.py", "vocabulary.py"}  # come on top of them

@@ -102,7 +102,7 @@ def train(
     streams = [_stream(tokenizer, some) for some in texts.values()]
     model = _new_model(tokenizer, training).train()
     optimizer = _optimizer(model, training)
-    with progress(training.steps, "training", "step") as advanced:
+    with progress(training.steps, "training", "step") as on_progress:
         for step in range(training.steps):
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, training)
@@ -111,7 +111,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            advanced(1)
+            on_progress(1)
     return model.eval()
 
 

@@ -27,7 +27,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class MethodSpec:
     """A method's class with its options bound: call it with (width, device) for each input."""
 
     name: str

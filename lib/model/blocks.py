@@ -62,25 +62,25 @@ class BlockRunner:
         self.transfer = Transfer(device)
         self.tuples = self._probe()
 
-    def at_hand(self, index: int, keep: bool = False) -> AbstractContextManager:
-        """Inside, block `index` is on the device; `keep` keeps what is done to its weights."""
-        return self.placement.at_hand(index, keep) if self.placement else nullcontext()
+    def on_device(self, index: int, write_back: bool = False) -> AbstractContextManager:
+        """Inside, block `index` is on the device; `write_back` stores changes of its weights."""
+        return self.placement.on_device(index, write_back) if self.placement else nullcontext()
 
-    def given_out(self, blocks_name: str) -> AbstractContextManager:
+    def materialized(self, blocks_name: str) -> AbstractContextManager:
         """Inside, the whole model can be saved, wherever its blocks are."""
-        given = self.placement and self.placement.given_out(self.model, blocks_name)
+        given = self.placement and self.placement.materialized(self.model, blocks_name)
         return given or nullcontext()
 
     @torch.no_grad()
     def capture(
-        self, windows: Tensor, batch_size: int, keep_on: torch.device | str
+        self, windows: Tensor, batch_size: int, state_device: torch.device | str
     ) -> HiddenStates:
         """Embed the windows (n, tokens) and note every block's own arguments for each batch.
 
-        `keep_on`: where the hidden states between two blocks are kept.
+        `state_device`: where the hidden states between two blocks are kept.
         """
         states = HiddenStates(windows, batch_size, calls=[[] for _ in self.blocks])
-        known = Interned()
+        known = TensorDeduplicator()
         handed_on: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
@@ -93,7 +93,7 @@ class BlockRunner:
                     if hidden.dim() != 3 or hidden.shape[:2] != windows[batch].shape:
                         raise self._refused("has hidden states of another shape than its windows")
                     if states.hidden is None:
-                        states.hidden = self.transfer.buffer(len(windows), hidden, keep_on)
+                        states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
                     states.hidden[batch] = hidden  # the host waits, and may then read it
                 states.calls[index].append((known.like(args), known.like(kwargs)))
                 if index == len(self.blocks) - 1:
@@ -169,7 +169,7 @@ class BlockRunner:
         states = self.capture(ids, 1, self.device)
         try:
             for index in range(len(self.blocks)):
-                with self.at_hand(index):
+                with self.on_device(index):
                     self.advance_(states, index)
             swept = self.logits(states, slice(0, 1))(ids[0]).float()
         except (TypeError, ValueError) as error:
@@ -250,7 +250,7 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     return kwargs.pop("hidden_states"), (), kwargs
 
 
-class Interned:
+class TensorDeduplicator:
     """Tensors of which equal ones are one: most arguments of blocks are the same in all batches."""
 
     def __init__(self) -> None:

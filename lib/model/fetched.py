@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import modeling_utils
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.model.pinned import HostMemory
 from lib.model.placement import META, BlockPlacement, are_apart, check_apart, put
 from lib.model.pretrained import decoder_blocks
@@ -39,7 +39,7 @@ from lib.model.store import (
 )
 from lib.util.errors import UserError
 from lib.util.files import check_room
-from lib.util.host import hand_back
+from lib.util.host import malloc_trim
 
 SLOWEST = 2e7  # bytes a second that are read and handed on
 
@@ -47,21 +47,21 @@ SLOWEST = 2e7  # bytes a second that are read and handed on
 class Sharing:
     """Two memories, of blocks (0) and of the rest (1), that all processes of a machine have."""
 
-    def __init__(self, team: Team, files: tuple[int, int]) -> None:
-        self.team = team
+    def __init__(self, dist: DistContext, files: tuple[int, int]) -> None:
+        self.dist = dist
         self.files = files
 
     @classmethod
-    def arrange(cls, team: Team) -> Sharing | None:
-        """All processes of `team` call this; None where those of a machine can't share."""
-        if team.size == 1:
+    def arrange(cls, dist: DistContext) -> Sharing | None:
+        """All processes of `dist` call this; None where those of a machine can't share."""
+        if dist.size == 1:
             return None
-        files = _new_files() if team.leads_here else None
-        pid, theirs = team.gathered((os.getpid(), files))[team.rank - team.local_rank]
-        if not team.leads_here:
+        files = _new_files() if dist.is_local_main else None
+        pid, theirs = dist.all_gather_object((os.getpid(), files))[dist.rank - dist.local_rank]
+        if not dist.is_local_main:
             files = _opened(pid, theirs)
-        if all(team.gathered(files is not None and team.local_size > 1)):
-            return cls(team, files)
+        if all(dist.all_gather_object(files is not None and dist.local_size > 1)):
+            return cls(dist, files)
         for file in files or ():
             os.close(file)
         return None
@@ -78,8 +78,8 @@ class Sharing:
 
     def told(self, what: Any, size: int) -> Any:
         """What the first process of this machine tells when it has read `size` bytes."""
-        self.team.meet(size / SLOWEST)
-        return self.team.gathered(what)[self.team.rank - self.team.local_rank]
+        self.dist.barrier(size / SLOWEST)
+        return self.dist.all_gather_object(what)[self.dist.rank - self.dist.local_rank]
 
     def close(self) -> None:
         """What is mapped stays."""
@@ -148,7 +148,7 @@ def fetched_model(
     change; `empty` gives it without weights, to a process that is handed them. `rounding`: the
     dtype in which the model will be saved.
     """
-    first = sharing is None or sharing.team.leads_here
+    first = sharing is None or sharing.dist.is_local_main
     with unmapped():
         model = (read if first else empty)().eval().requires_grad_(False)
     name, blocks = decoder_blocks(model)
@@ -174,8 +174,8 @@ def fetched_model(
     else:
         store = HostStore(memory, *layout, writes=first)
     exact = frozenset(model._keep_in_fp32_modules_strict or ())
-    team = sharing.team if sharing else None
-    return model, BlockPlacement(blocks, device, store, rounding, exact, team)
+    dist = sharing.dist if sharing else None
+    return model, BlockPlacement(blocks, device, store, rounding, exact, dist)
 
 
 def _taken_away(model: nn.Module, blocks: nn.ModuleList) -> list[dict[str, Tensor | Place]]:
@@ -222,7 +222,7 @@ def _fill(store: HostStore, held: list[dict[str, Tensor]]) -> None:
     for index, tensors in enumerate(held):
         store.replace_(index, tensors, {})
         tensors.clear()
-        hand_back()
+        malloc_trim()
 
 
 def _rest_of(model: nn.Module, blocks_name: str, sharing: Sharing) -> tuple[Slots, dict[str, str]]:
@@ -269,15 +269,15 @@ def _hand_on(
 
 
 @contextmanager
-def own_folder(path: str, team: Team, shared: bool = False) -> Iterator[str]:
+def own_folder(path: str, dist: DistContext, shared: bool = False) -> Iterator[str]:
     """A folder in `path` for this process alone, empty, that goes when the block ends.
 
     So does `path` if nothing else is in it. What a killed run left in it is removed. UserError
     where another run uses it. `shared`: it is the one of the machine's first process, which alone
     writes in it.
     """
-    folder = Path(path) / f"process-{team.rank - team.local_rank if shared else team.rank}"
-    if shared and not team.leads_here:
+    folder = Path(path) / f"process-{dist.rank - dist.local_rank if shared else dist.rank}"
+    if shared and not dist.is_local_main:
         yield str(folder)
         return
     folder.mkdir(parents=True, exist_ok=True)

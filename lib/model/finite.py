@@ -21,7 +21,7 @@ def all_finite(tensor: Tensor) -> bool:
 def check_finite(runner: BlockRunner) -> None:
     """UserError naming the first linear of the decoder blocks whose weight holds nan or inf."""
     for index, block in enumerate(runner.blocks):
-        with runner.at_hand(index):
+        with runner.on_device(index):
             for linear in find_linears(block, f"{blocks_name(runner)}.{index}")[0]:
                 check_weight(linear, runner.model.name_or_path)
 
@@ -57,7 +57,7 @@ def first_overflow(runner: BlockRunner, windows: Tensor) -> str:
     states = runner.capture(windows, len(windows), runner.device)
     for index, block in enumerate(runner.blocks):
         linears, _ = find_linears(block, f"{blocks_name(runner)}.{index}")
-        with runner.at_hand(index), watch_inputs(linears, see):
+        with runner.on_device(index), watch_inputs(linears, see):
             try:
                 runner.advance_(states, index)
             except Stop:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.model.store import BlockStore, Slots
 from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
@@ -28,7 +28,7 @@ class BlockPlacement:
     """Brings block `index` to `device` and takes it away again.
 
     `rounding`: the dtype in which the model is saved, but for what its class keeps in another
-    (`exact`, parts of names). `team`: the processes that share the store.
+    (`exact`, parts of names). `dist`: the processes that share the store.
     """
 
     def __init__(
@@ -38,13 +38,13 @@ class BlockPlacement:
         store: BlockStore,
         rounding: torch.dtype,
         exact: frozenset[str] = frozenset(),
-        team: Team | None = None,
+        dist: DistContext | None = None,
     ) -> None:
         self.blocks = blocks
         self.device = device
         self.store = store
         self.rounding, self.exact = rounding, exact
-        self.team = team or Team(device, alone=True)
+        self.dist = dist or DistContext(device, alone=True)
         # of the blocks' modules those that the model came with: their buffers stay on the device
         self.first = weakref.WeakSet(module for block in blocks for module in block.modules())
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -54,7 +54,7 @@ class BlockPlacement:
             block.forward = self._fetching(index, block)
 
     @property
-    def at_no_cost(self) -> bool:
+    def zero_copy(self) -> bool:
         """Whether a block that is not changed is used where it stands."""
         return self.device.type == "cpu" and self.store.piece(0) is not None
 
@@ -62,29 +62,29 @@ class BlockPlacement:
         own = block.forward
 
         def forward(*args, **kwargs):
-            with self.at_hand(index):
+            with self.on_device(index):
                 return own(*args, **kwargs)
 
         return forward
 
     @contextmanager
-    def at_hand(self, index: int, keep: bool = False) -> Iterator[None]:
-        """Inside, the block's weights are on the device; `keep` keeps what becomes of them.
+    def on_device(self, index: int, write_back: bool = False) -> Iterator[None]:
+        """Inside, the block's weights are on the device; with `write_back` its changes are stored.
 
-        With `keep`, all processes of the team come here, and none is left behind.
+        With `write_back`, every process has to call it: it waits for all of them.
         """
         block = self.blocks[index]
         forward = block.__dict__.pop("forward")  # its own is the class's, also for copies of it
         try:
-            tensors, _piece = self._arrived(index, keep)
+            tensors, _piece = self._arrived(index, write_back)
             for path, tensor in tensors.items():
                 put(block, path, tensor)
             del tensors
             self._send_for(index + 1)
             yield
-            if keep:
+            if write_back:
                 held = dict(self._held(block))
-                self.team.meet()  # nobody still reads what is now replaced
+                self.dist.barrier()  # nobody still reads what is now replaced
                 saved = {path: self.saved_in(index, path, one.dtype) for path, one in held.items()}
                 self.store.replace_(index, held, saved)
         finally:
@@ -146,7 +146,7 @@ class BlockPlacement:
         return dtype if keeps else self.rounding
 
     @contextmanager
-    def given_out(self, model: nn.Module, blocks_name: str) -> Iterator[None]:
+    def materialized(self, model: nn.Module, blocks_name: str) -> Iterator[None]:
         """Inside, `save_pretrained` finds the blocks' weights, in the dtype they are saved in.
 
         It asks accelerate's hooks for what is on the meta device.

@@ -223,14 +223,14 @@ def footprint(model: nn.Module) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + fast_bytes(model)
 
 
-def own_bos(tokenizer) -> int | None:
+def default_bos_id(tokenizer) -> int | None:
     """The BOS id if the tokenizer puts it before every text by itself, else None."""
     bos = tokenizer.bos_token_id
     first = tokenizer("a").input_ids[:1]
     return bos if bos is not None and first == [bos] else None
 
 
-def forced_bos(tokenizer) -> int:
+def required_bos_id(tokenizer) -> int:
     """The BOS id for `--bos always`; UserError where the tokenizer has none."""
     if tokenizer.bos_token_id is None:
         raise UserError("--bos always: the model's tokenizer has no BOS token; use --bos never")

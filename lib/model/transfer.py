@@ -25,12 +25,12 @@ class Transfer:
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stored: deque[torch.cuda.Event] = deque()  # the last copies to the host
 
-    def buffer(self, count: int, hidden: Tensor, keep_on: torch.device | str) -> Tensor:
-        """Room on `keep_on` for `count` windows like those of hidden (n, tokens, hidden)."""
+    def buffer(self, count: int, hidden: Tensor, state_device: torch.device | str) -> Tensor:
+        """Room on `state_device` for `count` windows like those of hidden (n, tokens, hidden)."""
         shape = (count, *hidden.shape[1:])
-        if self.side is not None and torch.device(keep_on).type == "cpu":
+        if self.side is not None and torch.device(state_device).type == "cpu":
             return empty_pinned(shape, hidden.dtype)
-        return torch.empty(shape, dtype=hidden.dtype, device=keep_on)
+        return torch.empty(shape, dtype=hidden.dtype, device=state_device)
 
     def copy(self, buffer: Tensor) -> Tensor:
         """Another buffer with the same contents."""

@@ -46,7 +46,7 @@ class Trial:
         return f"the kernel takes {self.packed:.3f} ms, unpacking {self.unpacking:.3f}{dense}"
 
 
-def few_tokens(x: Tensor, packed: Packed, offsets: Tensor) -> Multiply | None:
+def small_batch_kernel(x: Tensor, packed: Packed, offsets: Tensor) -> Multiply | None:
     """What multiplies x (tokens, in) by `packed`; None where that is done by unpacking.
 
     Asked for the first time for a shape, it takes a moment: kernels are built and timed.

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lib.packed import cuda, kernels
-from lib.packed.admission import few_tokens
+from lib.packed.admission import small_batch_kernel
 from lib.packed.layout import (
     Packed,
     check_packed,
@@ -39,7 +39,7 @@ def packed_linear(x: Tensor, packed: Packed, offsets: Tensor, bias: Tensor | Non
     """x (tokens, in) -> (tokens, out) by the fastest way that there is for them here."""
     if x.device.type == "cpu" and x.dtype in kernels.DTYPES and len(x) and kernels_ready():
         return kernels.linear(x, packed.mask, packed.weight, offsets, packed.scale, bias)
-    multiply = few_tokens(x, packed, offsets)
+    multiply = small_batch_kernel(x, packed, offsets)
     if multiply is not None:
         return multiply(x, packed, offsets, bias)
     return unpacked_linear(x, packed, offsets, bias)

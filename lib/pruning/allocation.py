@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears
@@ -59,38 +59,39 @@ def by_error(
     windows: Tensor,
     batch_size: int,
     ratio: float,
-    team: Team,
-    keep_on: torch.device | str = "cpu",
+    dist: DistContext,
+    state_device: torch.device | str = "cpu",
     seed: int = 0,
-    advanced: Callable[[int], None] = lambda blocks: None,
+    on_progress: Callable[[int], None] = lambda blocks: None,
 ) -> dict[str, Sparsity]:
     """The sparsity of each linear by name, with what its rows count, from the dense model.
 
-    Reads the first of windows (n, tokens). `keep_on`: where hidden states are kept. `seed`: draws
-    labels. `advanced(1)` is called after each block, on the way there and on the way back.
+    Reads the first of windows (n, tokens). `state_device`: where hidden states are kept. `seed`:
+    draws
+    labels. `on_progress(1)` is called after each block, on the way there and on the way back.
     """
     windows = windows[:WINDOWS]
     draw = torch.Generator().manual_seed(seed)
-    chances, _ = own_windows(torch.rand(windows.shape, generator=draw), team)
-    mine, idle = own_windows(windows, team)
+    chances, _ = own_windows(torch.rand(windows.shape, generator=draw), dist)
+    mine, idle = own_windows(windows, dist)
     first = _first_names(runner, blocks_name)
     parts: dict[str, Part] = {}
     slopes: dict[str, Tensor] = {}
     with eager_experts(runner.model):
-        way = WayBack(runner, mine, batch_size, chances, keep_on, advanced)
+        way = WayBack(runner, mine, batch_size, chances, state_device, on_progress)
         for index in reversed(range(len(runner.blocks))):
-            with runner.at_hand(index):
+            with runner.on_device(index):
                 linears, _ = find_linears(runner.blocks[index], f"{blocks_name}.{index}")
                 sensed = way.through(index, linears)
-                _add_up_(list(sensed.values()), team, idle)
+                _add_up_(list(sensed.values()), dist, idle)
                 for linear in linears:
                     one, name = sensed[linear.name], first[linear.name]
                     if one.tokens:
                         part = parts.setdefault(name, Part(name, linear.stored.numel()))
                         part.cost = part.cost + costs(linear.matrix(), one, ratio)
                         slopes[name] = slopes.get(name, 0) + one.slopes / one.tokens
-            advanced(1)
-    chosen = team.gathered(allocate(list(parts.values()), ratio))[0]
+            on_progress(1)
+    chosen = dist.all_gather_object(allocate(list(parts.values()), ratio))[0]
     return {
         name: Sparsity(chosen.get(own, ratio), rows=slopes.get(own)) for name, own in first.items()
     }
@@ -106,16 +107,16 @@ def _first_names(runner: BlockRunner, blocks_name: str) -> dict[str, str]:
     return found
 
 
-def _add_up_(sensed: list[Sensed], team: Team, idle: bool) -> None:
+def _add_up_(sensed: list[Sensed], dist: DistContext, idle: bool) -> None:
     """Over all processes; `idle`: this one's windows are another's, and don't count."""
     for one in sensed if idle else ():
         one.inputs.zero_()
         one.slopes.zero_()
         one.tokens = 0
-    counts = team.gathered([one.tokens for one in sensed])
+    counts = dist.all_gather_object([one.tokens for one in sensed])
     for one, count in zip(sensed, map(sum, zip(*counts, strict=True)), strict=True):
         one.tokens = count
-    for handle in team.sum_([sums for one in sensed for sums in (one.inputs, one.slopes)]):
+    for handle in dist.all_reduce_([sums for one in sensed for sums in (one.inputs, one.slopes)]):
         handle.wait()
 
 

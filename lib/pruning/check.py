@@ -45,7 +45,7 @@ def measure(
     """
     found = Measured()
     for index, block in enumerate(runner.blocks):
-        with runner.at_hand(index):
+        with runner.on_device(index):
             for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
                 zero = linear.matrix() == 0  # (out, in)
                 found.zeros[linear.name] = int(zero.count_nonzero())

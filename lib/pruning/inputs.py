@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.methods.magnitude import Magnitude
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
 from lib.model.linears import find_linears
@@ -72,7 +72,11 @@ class Group:
 
 
 def merge(
-    groups: list[Group], lot: list[PrunableLinear], recipe: Recipe, device: torch.device, team: Team
+    groups: list[Group],
+    lot: list[PrunableLinear],
+    method_spec: MethodSpec,
+    device: torch.device,
+    dist: DistContext,
 ) -> list[Group]:
     """The groups that any process has, in one order, with empty statistics where this one lacks it.
 
@@ -82,7 +86,7 @@ def merge(
     by_name = {linear.name: linear for linear in lot}
     members: dict[str, list[str]] = {}
     tokens: Counter = Counter()
-    for found in team.gathered(
+    for found in dist.all_gather_object(
         [([one.name for one in group.linears], group.method.tokens) for group in groups]
     ):
         for names, count in found:
@@ -99,7 +103,7 @@ def merge(
     merged = []
     for key, names in members.items():
         linears = [by_name[name] for name in names]
-        group = mine.get(key) or Group(linears, recipe(linears[0].shape[1], device))
+        group = mine.get(key) or Group(linears, method_spec(linears[0].shape[1], device))
         group.method.tokens = tokens[key]
         merged.append(group)
     return merged

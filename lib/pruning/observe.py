@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from lib.dist.team import Team
-from lib.methods.registry import Recipe
+from lib.distributed.context import DistContext
+from lib.methods.registry import MethodSpec
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
@@ -36,9 +36,9 @@ class DenseTwin:
         return cls(states, twin, {linear.name: linear for linear in linears})
 
 
-def own_windows(windows: Tensor, team: Team) -> tuple[Tensor, bool]:
+def own_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
     """This process's part of windows (n, tokens); where it has none, one to watch, and True."""
-    mine = windows[team.share(len(windows))]
+    mine = windows[dist.share(len(windows))]
     idle = not len(mine)
     return windows[:1] if idle else mine, idle
 
@@ -49,13 +49,13 @@ class Observation:
     def __init__(
         self,
         linears: list[PrunableLinear],
-        recipe: Recipe,
+        method_spec: MethodSpec,
         device: torch.device,
         shared: bool = False,
     ) -> None:
         self.linears = linears
         self.shared = shared  # they are known to receive one input: the first of them shows it
-        self.recipe = recipe
+        self.method_spec = method_spec
         self.device = device
         self.groups: list[Group] = []
         self.group_of: dict[PrunableLinear, Group] = {}
@@ -76,7 +76,7 @@ class Observation:
         group = self.group_of.get(linear)
         shared = next((g for tensor, g in self.inputs if same(tensor, x)), None)
         if group is None:
-            group = shared or Group([], self.recipe(linear.shape[1], self.device))
+            group = shared or Group([], self.method_spec(linear.shape[1], self.device))
             if shared is None:
                 self.groups.append(group)
             self.group_of[linear] = group
@@ -98,13 +98,13 @@ def observe(
     states: HiddenStates,
     index: int,
     linears: list[PrunableLinear],
-    recipe: Recipe,
+    method_spec: MethodSpec,
 ) -> list[Group]:
     """Run block `index` over all batches, no further than the last input of `linears`.
 
     The linears that were reached, by shared input, with the statistics of it.
     """
-    observation = Observation(linears, recipe, runner.device)
+    observation = Observation(linears, method_spec, runner.device)
     with watch_inputs(linears, observation.see), record_function("forward"):
         for _, run in runner.runs(states, index):
             observation.start_pass({})
@@ -168,17 +168,17 @@ def observe_together(
     states: HiddenStates,
     index: int,
     linears: list[PrunableLinear],
-    recipe: Recipe,
-    team: Team,
+    method_spec: MethodSpec,
+    dist: DistContext,
     idle: bool,
 ) -> list[Group]:
     """What all processes have seen of the inputs of block `index`; `idle`: this one's windows are
     copies of another's, and don't count."""
-    groups = observe(runner, states, index, linears, recipe)
+    groups = observe(runner, states, index, linears, method_spec)
     for group in groups if idle else ():
         group.forget_()
-    groups = merge(groups, linears, recipe, runner.device, team)
+    groups = merge(groups, linears, method_spec, runner.device, dist)
     for group in groups:
-        for handle in team.sum_(group.method.statistics()):
+        for handle in dist.all_reduce_(group.method.statistics()):
             handle.wait()
     return groups

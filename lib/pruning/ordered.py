@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
 from lib.model.linears import watch_inputs, watch_outputs
 from lib.model.matrix import PrunableLinear
@@ -54,12 +54,12 @@ class OrderedBlock:
         reached: int,
         twin: DenseTwin,
         writers: Writers,
-        recipe: Recipe,
+        method_spec: MethodSpec,
         kept: bool,
         goes_on: bool,
     ) -> None:
         self.runner, self.states, self.index = runner, states, index
-        self.lots, self.twin, self.recipe = lots, twin, recipe
+        self.lots, self.twin, self.method_spec = lots, twin, method_spec
         self.kept, self.goes_on = kept, goes_on
         self.writers: list[Writer | None] = []
         for place, lot in enumerate(lots):
@@ -77,14 +77,14 @@ class OrderedBlock:
         self.dense: list[Found] = [{} for _ in states.batches]
         self.inputs: list[dict[int, Tensor]] = [{} for _ in states.batches]  # of writers, by place
         self.outputs: list[dict[int, Tensor]] = [{} for _ in states.batches]  # of pruned writers
-        self.advanced = False  # the untouched stream, through the block
+        self.on_progress = False  # the untouched stream, through the block
 
     def observe(self, place: int) -> list[Group]:
         """The statistics of lot `place`, those before it being pruned."""
         if self.writers[place]:
             return [self._observe_writer(place)]
         lot = self.lots[place]
-        observation = Observation(lot, self.recipe, self.runner.device, self.shared[place])
+        observation = Observation(lot, self.method_spec, self.runner.device, self.shared[place])
         with watch_inputs(lot, observation.see), record_function("forward"):
             for batch, dense, _, run in self._runs(place):
                 observation.start_pass(dense)
@@ -95,7 +95,7 @@ class OrderedBlock:
     def _observe_writer(self, place: int) -> Group:
         """Of a lot of one linear, and how far the stream lags once its outputs are added."""
         [linear], writer, transfer = self.lots[place], self.writers[place], self.runner.transfer
-        group = Group([linear], self.recipe(linear.shape[1], self.runner.device))
+        group = Group([linear], self.method_spec(linear.shape[1], self.runner.device))
         for batch, dense, cut, run in self._runs(place):
             with record_function("forward"), self._short(place, batch):
                 if writer.last:
@@ -120,7 +120,7 @@ class OrderedBlock:
     def advance_(self) -> None:
         """Take both streams through the pruned block and the untouched one."""
         states, transfer = self.states, self.runner.transfer
-        if not self.advanced:
+        if not self.on_progress:
             self.runner.advance_(self.twin.states, self.index, self.twin.block)
         if not self.by_product:
             with record_function("forward"):
@@ -192,7 +192,7 @@ class OrderedBlock:
             if found:
                 self.dense[batch] = {name: owned(tensor) for name, tensor in found.items()}
             yield here
-        self.advanced = bool(through)
+        self.on_progress = bool(through)
 
     def _dense_run(
         self, run, cut: slice, needs: list[PrunableLinear], through: bool

@@ -14,8 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lib.dist.team import Team
-from lib.methods.registry import Recipe
+from lib.distributed.context import DistContext
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import ALLOCATION_SPAN, Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears
@@ -31,28 +31,28 @@ def owl(
     windows: Tensor,
     batch_size: int,
     ratio: float,
-    team: Team,
-    keep_on: torch.device | str = "cpu",
-    advanced: Callable[[int], None] = lambda blocks: None,
+    dist: DistContext,
+    state_device: torch.device | str = "cpu",
+    on_progress: Callable[[int], None] = lambda blocks: None,
 ) -> list[Sparsity]:
     """The sparsity of each block, from the dense model's scores on windows (n, tokens).
 
-    `keep_on`: where hidden states are kept. `advanced(1)` is called after each block.
+    `state_device`: where hidden states are kept. `on_progress(1)` is called after each block.
     """
-    recipe, shares, sizes = Recipe("wanda"), [], []
-    mine, idle = own_windows(windows, team)
+    method_spec, shares, sizes = MethodSpec("wanda"), [], []
+    mine, idle = own_windows(windows, dist)
     with eager_experts(runner.model):
-        states = runner.capture(mine, batch_size, keep_on)
+        states = runner.capture(mine, batch_size, state_device)
         for index, block in enumerate(runner.blocks):
-            with runner.at_hand(index):
+            with runner.on_device(index):
                 linears, _ = find_linears(block, str(index))
-                groups = observe_together(runner, states, index, linears, recipe, team, idle)
+                groups = observe_together(runner, states, index, linears, method_spec, dist, idle)
                 shares.append(outlier_share(groups))
                 sizes.append(sum(prod(linear.shape) for linear in linears))
                 if index + 1 < len(runner.blocks):
                     runner.advance_(states, index)
             states.calls[index] = []
-            advanced(1)
+            on_progress(1)
     return [Sparsity(one) for one in allocate(shares, sizes, ratio)]
 
 

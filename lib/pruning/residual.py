@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, HiddenStates, replaced
 from lib.model.linears import watch_inputs
 from lib.model.matrix import PrunableLinear
@@ -39,9 +39,9 @@ class Writer:
 class Writers:
     """Which linears add to the residual states: tried once for each class of blocks."""
 
-    def __init__(self, runner: BlockRunner, team: Team) -> None:
+    def __init__(self, runner: BlockRunner, dist: DistContext) -> None:
         self.runner = runner
-        self.team = team
+        self.dist = dist
         self.known: dict[tuple[type, str, bool], Writer | None] = {}
 
     @torch.no_grad()
@@ -70,7 +70,9 @@ class Writers:
                 if out_of_memory(error):
                     raise
                 found = None
-            self.known[key] = self.team.gathered(found)[0]  # rounding could divide processes
+            self.known[key] = self.dist.all_gather_object(found)[
+                0
+            ]  # rounding could divide processes
         return self.known[key]
 
 

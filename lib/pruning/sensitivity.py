@@ -46,8 +46,9 @@ class Sensed:
 class WayBack:
     """Windows (n, tokens) taken through the dense model, to come back block by block.
 
-    `chances` (n, tokens): in [0, 1), by which labels are drawn. `keep_on`: where hidden states are
-    kept. `advanced(1)` is called after each block.
+    `chances` (n, tokens): in [0, 1), by which labels are drawn. `state_device`: where hidden states
+    are
+    kept. `on_progress(1)` is called after each block.
     """
 
     @torch.no_grad()
@@ -57,17 +58,17 @@ class WayBack:
         windows: Tensor,
         batch_size: int,
         chances: Tensor,
-        keep_on: torch.device | str = "cpu",
-        advanced: Callable[[int], None] = lambda blocks: None,
+        state_device: torch.device | str = "cpu",
+        on_progress: Callable[[int], None] = lambda blocks: None,
     ) -> None:
         self.runner = runner
-        self.states = runner.capture(windows, batch_size, keep_on)
+        self.states = runner.capture(windows, batch_size, state_device)
         self.before: list[Tensor] = []  # hidden states before each block that is still to come
         for index in range(len(runner.blocks)):
             self.before.append(runner.transfer.copy(self.states.hidden))
-            with runner.at_hand(index):
+            with runner.on_device(index):
                 runner.advance_(self.states, index)
-            advanced(1)
+            on_progress(1)
         for batch in self.states.batches:
             self._turn_(batch, chances[batch].to(runner.device))
 

@@ -139,16 +139,16 @@ def tables(runs: Iterable[Run]) -> list[Table]:
     groups: list[tuple[tuple, dict[str, Any], list[Run]]] = []
     for run in (run for run in runs if run.error is None):
         tests = {name: _identity(test) for name, test in run.tests.items()}
-        subject = run.model, run.vocabulary.get("rows"), run.vocabulary.get("digest")
+        loaded = run.model, run.vocabulary.get("rows"), run.vocabulary.get("digest")
         for its, known, members in groups:
             shared = known.keys() & tests.keys()
             alike = all(known[name] == tests[name] for name in shared)
-            if its == subject and alike and (shared or not tests):
+            if its == loaded and alike and (shared or not tests):
                 known.update(tests)
                 members.append(run)
                 break
         else:
-            groups.append((subject, tests, [run]))
+            groups.append((loaded, tests, [run]))
     return [Table(model, tests, _rows(members)) for (model, *_), tests, members in groups]
 
 

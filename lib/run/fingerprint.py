@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 LIBRARY = Path(__file__).parents[1]
-CODE = ("dist", "methods", "data", "model", "packed", "pruning")
+CODE = ("distributed", "methods", "data", "model", "packed", "pruning")
 CODE += ("vocabulary.py", "prune.py", "recover.py", "eval.py", "sparse.py", "util/token_ids.py")
 TIMES = "times of the weight files"  # differ between machines that hold the same files
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lib.methods.registry import METHODS, Recipe
+from lib.methods.registry import METHODS, MethodSpec
 from lib.methods.sparsity import ALLOCATION_SPAN, ALLOCATIONS, TYPES, UNSTRUCTURED, Sparsity
 from lib.util.command import Parser, add_debug_flag
 
@@ -34,8 +34,8 @@ TOLD = "seed prune_method sparsity_type sparsity_ratio use_variant eval_only tas
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        spoken = "default:" in (action.help or "") or action.default in (None, False)
-        return action.help if spoken else super()._get_help_string(action)
+        vocabulary_sources = "default:" in (action.help or "") or action.default in (None, False)
+        return action.help if vocabulary_sources else super()._get_help_string(action)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -464,7 +464,7 @@ def _check_allocation(parser: argparse.ArgumentParser, args: argparse.Namespace)
         return
     if args.sparsity_type != UNSTRUCTURED:
         parser.error(f"{given}: in --sparsity_type {args.sparsity_type} all blocks are as sparse")
-    if not method or args.allocation == "owl" and not Recipe(method).observes:
+    if not method or args.allocation == "owl" and not MethodSpec(method).observes:
         parser.error(f"{given} looks at activations, which {method or 'the dense model'} does not")
     fits = ALLOCATION_SPAN <= args.sparsity_ratio <= 1 - ALLOCATION_SPAN
     if args.allocation == "owl" and not fits:

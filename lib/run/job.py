@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 
 if TYPE_CHECKING:
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
     from lib.data.sources import Source
     from lib.data.windows import TestSet, TrainingText
-    from lib.dist.team import Team
+    from lib.distributed.context import DistContext
     from lib.model.blocks import BlockRunner
     from lib.pruning.journal import Journal
-    from lib.recover import Course
+    from lib.recover import TrainSchedule
     from lib.vocabulary import Trimmed
 
 
-class Anew:
+class NoCache:
     """Reads whatever a run needs. A sweep hands in one that keeps it for the next run."""
 
     def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
@@ -61,33 +61,35 @@ class Job:
     """What is known of a run before any weight is read."""
 
     args: argparse.Namespace
-    keep: Anew
+    cache: NoCache
     sources: list[Source]  # to calibrate on
-    spoken: list[Source]  # whose tokens stay; none where the vocabulary stays whole
+    vocabulary_sources: list[Source]  # whose tokens stay; none where the vocabulary stays whole
     tests: list[Source]
     device: torch.device
-    team: Team
+    dist: DistContext
     config: Any
     tokenizer: Any  # of what is worked on: the trimmed one, once there is one
     seqlen: int
     batch_size: int
     skeleton: nn.Module  # the model without weights
     blocks_name: str
-    recipe: Recipe | None
+    method_spec: MethodSpec | None
     sparsity: Sparsity
     vocabulary: Trimmed | None = None
-    course: Course | None = None  # of the recovery
+    schedule: TrainSchedule | None = None  # of the recovery
     teacher_config: Any = None  # of --teacher
     teacher_rows: Tensor | None = None  # of --teacher, where it has more tokens than the model
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
-    journal: Journal | None = None  # of the process that leads, under --resume
+    journal: Journal | None = None  # of the main process, under --resume
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
     @property
     def calibrated(self) -> bool:
         """Whether the method looks at text, or what tells how sparse it makes what."""
-        return bool(self.recipe and (self.recipe.observes or self.args.allocation != "uniform"))
+        return bool(
+            self.method_spec and (self.method_spec.observes or self.args.allocation != "uniform")
+        )
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -98,15 +100,15 @@ class Job:
 
 
 @dataclass
-class Subject:
+class LoadedModel:
     """The model that is worked on."""
 
     model: nn.Module
     blocks: nn.ModuleList
     runner: BlockRunner
-    keep_on: torch.device  # where hidden states stand between two blocks
+    state_device: torch.device  # where hidden states stand between two blocks
     footprint: int  # bytes of the dense model
     checkpointed: bool = False  # activations are computed again in training
-    keep_inputs: bool = True  # of a block, which saves passes through it
+    cache_inputs: bool = True  # of a block, which saves passes through it
     asked: Sparsity | dict[str, Sparsity] | None = None  # of the linears, where it must be reached
     left: frozenset[str] = frozenset()  # linears that were left dense

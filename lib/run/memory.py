@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.model.blocks import LOGIT_BYTES
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
@@ -170,7 +170,7 @@ class Plan:
     """What a run is going to do, as far as memory is concerned."""
 
     shapes: Shapes
-    recipe: Recipe | None
+    method_spec: MethodSpec | None
     windows: int  # of calibration, in this process
     tests: int  # windows of all test sets, in this process
     seqlen: int
@@ -203,7 +203,7 @@ class Plan:
     @property
     def follows(self) -> bool:
         """Whether the untouched model is taken along beside the pruned one."""
-        return self.recipe is not None and self.recipe.dense_stream
+        return self.method_spec is not None and self.method_spec.dense_stream
 
     @property
     def window(self) -> int:
@@ -329,9 +329,9 @@ def _logits(plan: Plan, batch: int) -> int:
 
 def _calibration(plan: Plan) -> tuple[int, int]:
     """Hidden states of all calibration windows, and the work on the block that takes most."""
-    if plan.recipe is None:
+    if plan.method_spec is None:
         return 0, 0
-    windows = plan.windows if plan.recipe.observes else 0
+    windows = plan.windows if plan.method_spec.observes else 0
     hidden = (2 if plan.follows else 1) * windows * plan.window
     if plan.follows and plan.keeps:
         channels = max(_kept(block) for block in plan.shapes.blocks)
@@ -350,13 +350,13 @@ def _pruning(plan: Plan, block: BlockShape) -> int:
     """Statistics of a block, with the larger of a batch on its way and the solver's needs."""
     statistics = solving = passing = 0
     for each in block.inputs:
-        sums, work = plan.recipe(each.width, META).bytes_needed(each.outputs)
+        sums, work = plan.method_spec(each.width, META).bytes_needed(each.outputs)
         # inputs that are taken in order are forgotten one by one
-        statistics = max(statistics, sums) if plan.recipe.in_order else statistics + sums
+        statistics = max(statistics, sums) if plan.method_spec.in_order else statistics + sums
         solving = max(solving, FLOAT * each.width * sum(each.outputs) + work)
     if plan.follows:
         statistics += block.weights * plan.working.itemsize  # the untouched block
-    if plan.recipe.observes:
+    if plan.method_spec.observes:
         passing = (2 if plan.follows else 1) * _activations(plan, block)
     return statistics + max(passing, solving + block.pruned * plan.saved.itemsize)
 
@@ -406,7 +406,7 @@ class Stand:
         several = self.plan.processes
         return several * self.host.total + self.once * (1 if self.plan.shared else several)
 
-    def told_of_host(self, base: int) -> str:
+    def describe_host(self, base: int) -> str:
         """As a line for the user; `base` are the libraries' bytes."""
         plan, host = self.plan, self.host
         if self.once and not plan.shared:
@@ -444,10 +444,10 @@ class Room:
     """Whether blocks are fetched, where hidden states are kept; a line for users."""
 
     fetched: bool
-    keep_on: torch.device
+    state_device: torch.device
     line: str
     checkpointed: bool = False  # activations are computed again in training
-    keep_inputs: bool = True  # of a block, which saves passes through it
+    cache_inputs: bool = True  # of a block, which saves passes through it
 
 
 def check_memory(
@@ -477,8 +477,8 @@ def check_memory(
             f"free; try a smaller --batch_size or --seqlen{way}, or --device cpu"
         )
     line = f"memory: device {found.device.told()}; host {_see_host(found)}"
-    keep_on = device if found.kept else torch.device("cpu")
-    return Room(found.plan.fetched, keep_on, line, checkpointed, found.plan.keeps)
+    state_device = device if found.kept else torch.device("cpu")
+    return Room(found.plan.fetched, state_device, line, checkpointed, found.plan.keeps)
 
 
 def free_on(device: torch.device) -> int:
@@ -507,7 +507,7 @@ def _less(training: Training) -> str:
 def _see_host(found: Stand) -> str:
     """What is told of host memory. UserError where it is too little."""
     plan, free = found.plan, available()
-    line = found.told_of_host(psutil.Process().memory_info().rss + LATER)
+    line = found.describe_host(psutil.Process().memory_info().rss + LATER)
     if found.machine > free:
         way = "" if plan.on_disk else ", or --offload FOLDER"
         way = f", or {_less(plan.training)}" if plan.training else way

@@ -17,8 +17,8 @@ from lib.util.host import gib, peak_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lib.recover import Course, Recovered
-    from lib.run.job import Job, Subject
+    from lib.recover import Recovered, TrainSchedule
+    from lib.run.job import Job, LoadedModel
     from lib.sparse import PackedSize
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
@@ -44,7 +44,7 @@ def device_name(device: Any) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
+def results_of(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str, Any]:
     """What stands in results.json.
 
     `found`: what pruning and evaluation gave, as `sparsity`, `evaluation` and, where there are
@@ -54,7 +54,7 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
     from lib.model.pretrained import footprint
     from lib.vocabulary import told_of
 
-    args, recipe = job.args, job.recipe
+    args, method_spec = job.args, job.method_spec
     tests = found["evaluation"]
     vocabulary = told_of(job.vocabulary, job.config)
     bits = {test["name"]: test["bits_per_byte"] for test in tests}
@@ -64,10 +64,10 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
     allocation = {"allocation": found["allocation"]} if found.get("allocation") else {}
     return {
         "model": args.model,
-        "method": args.prune_method or ("pruned before" if job.course else "dense"),
-        "sparsity_type": args.sparsity_type if recipe else None,
-        "sparsity_ratio": args.sparsity_ratio if recipe else None,
-        "options": recipe.settings if recipe else {},
+        "method": args.prune_method or ("pruned before" if job.schedule else "dense"),
+        "sparsity_type": args.sparsity_type if method_spec else None,
+        "sparsity_ratio": args.sparsity_ratio if method_spec else None,
+        "options": method_spec.settings if method_spec else {},
         **allocation,
         "flags": vars(args),
         "settings": settings(args),
@@ -83,12 +83,12 @@ def results_of(job: Job, subject: Subject, found: dict[str, Any]) -> dict[str, A
         "sparsity": found["sparsity"],
         "seconds": job.seconds,
         "peak_memory": peak_memory(job.device),
-        "footprint": {"before": subject.footprint, "after": footprint(subject.model)},
+        "footprint": {"before": loaded.footprint, "after": footprint(loaded.model)},
         "fingerprint": job.fingerprint,
     }
 
 
-def told_packing(size: PackedSize, left: int, before: Tensor, after: Tensor) -> dict[str, Any]:
+def packing_record(size: PackedSize, left: int, before: Tensor, after: Tensor) -> dict[str, Any]:
     """What stands in results.json of packing: sizes as saved, and how far logits `before` and
     `after` it differ, relative to their norm."""
     from lib.sparse import relative_difference
@@ -112,8 +112,8 @@ def packed_line(packed: dict[str, Any]) -> str:
     return line
 
 
-def told_recovery(
-    job: Job, course: Course, done: Recovered, dense: list[float], pruned: list[float]
+def recovery_record(
+    job: Job, schedule: TrainSchedule, done: Recovered, dense: list[float], pruned: list[float]
 ) -> dict[str, Any]:
     """What stands in results.json of a recovery.
 
@@ -124,11 +124,11 @@ def told_recovery(
     return {
         "tokens": done.tokens,
         "seconds": done.seconds,
-        "steps": course.steps,
-        "windows": course.windows,
-        "rate": course.rate,
-        "rank": course.rank,
-        "cross_entropy": course.share,
+        "steps": schedule.steps,
+        "windows": schedule.windows,
+        "rate": schedule.rate,
+        "rank": schedule.rank,
+        "cross_entropy": schedule.share,
         "weights": done.trained,
         "teacher": job.args.teacher or job.args.model,
         "text": job.texts.training.facts,

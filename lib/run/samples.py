@@ -1,8 +1,8 @@
 """What a model says: beginnings of test documents, gone on with by the dense and by the pruned one.
 
-    samples = Samples(job, subject)
-    samples.take("dense", subject.model)     # before pruning changes it
-    samples.take("model", subject.model)     # what the run has made of it
+    samples = Samples(job, loaded)
+    samples.take("dense", loaded.model)     # before pruning changes it
+    samples.take("model", loaded.model)     # what the run has made of it
     samples.told()                           # side by side, for results.json
 
 Greedy, so that the same model says the same; nothing of the model or its settings is changed.
@@ -23,7 +23,7 @@ from lib.model.pretrained import window_length
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lib.run.job import Job, Subject
+    from lib.run.job import Job, LoadedModel
 
 TOKENS = 40  # that a beginning is gone on with
 BROKEN = "\ufffd"  # what a tokenizer makes of half a character
@@ -36,7 +36,7 @@ class Samples:
     in one line, and the run goes on without.
     """
 
-    def __init__(self, job: Job, subject: Subject) -> None:
+    def __init__(self, job: Job, loaded: LoadedModel) -> None:
         self.job = job
         self.said: dict[str, list[str]] = {}  # by whom, in the order of the beginnings
         self.beginnings = [
@@ -45,8 +45,8 @@ class Samples:
             for ids in test.openings
             if job.args.samples
         ]
-        placement = subject.runner.placement
-        if self.beginnings and placement and not placement.at_no_cost:
+        placement = loaded.runner.placement
+        if self.beginnings and placement and not placement.zero_copy:
             self._do_without(f"each of {TOKENS} tokens would fetch every block again")
 
     def take(self, who: str, model: nn.Module) -> None:
@@ -65,7 +65,7 @@ class Samples:
 
         try:
             same = who == "dense"
-            self.said[who] = self.job.keep.samples(key, generate) if same else generate()
+            self.said[who] = self.job.cache.samples(key, generate) if same else generate()
         except Exception as error:  # of any model's own code; what was pruned must not be lost
             self._do_without(f"{type(model).__name__} can't generate ({first_line(error)})")
 
@@ -92,7 +92,7 @@ class Samples:
 
     def _do_without(self, why: str) -> None:
         self.beginnings = []
-        if self.job.team.leads:
+        if self.job.dist.is_main:
             print(f"samples: none, {why}", flush=True)
 
 

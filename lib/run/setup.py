@@ -1,8 +1,8 @@
 """What a run is set up with: first all that can be known without a weight, then the model.
 
     job = check(args)              # whatever can fail cheaply fails here
-    subject = load(job, at_end)    # the dense model, and what runs its blocks
-    settle_bos(job, subject)
+    loaded = load(job, at_end)    # the dense model, and what runs its blocks
+    resolve_bos(job, loaded)
 
 Nothing heavy is imported before it is needed.
 """
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
-from lib.run.job import Anew, Job, Subject, Texts
+from lib.run.job import Job, LoadedModel, NoCache, Texts
 from lib.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 LEAST_ZEROS = 0.01  # share of the blocks' weights, of a model that was pruned before
 
 
-def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
+def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     """Outputs, texts, device, config, tokenizer, vocabulary, windows: by what they cost.
 
     UserError, in one line, for what can't be done.
     """
-    recipe = method_of(args)
+    method_spec = method_of(args)
     _check_outputs(args)
-    sources, spoken, tests = _named_sources(args)
+    sources, vocabulary_sources, tests = _named_sources(args)
     read = [(one, "train") for one in sources if _reads(args)]
-    read += [(one, "train") for one in spoken if one not in sources or not _reads(args)]
+    read += [(one, "train") for one in vocabulary_sources if one not in sources or not _reads(args)]
     read += [(one, "test") for one in tests]
     _check_readable([one for one in read if not one[0].hub])
-    from lib.dist.team import Team, local_device
+    from lib.distributed.context import DistContext, local_device
     from lib.model import pretrained
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
@@ -54,46 +54,46 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
     quiet()
     device = local_device(pretrained.pick_device(args.device))
     pretrained.make_current(device)
-    team = Team(device, minutes=args.timeout)
+    dist = DistContext(device, minutes=args.timeout)
     known = args.model, args.cache_dir, args.trust_remote_code
     config = pretrained.load_config(*known)
-    check_format(args.model, config, args.load_bit, bool(recipe or args.recover), args.offload)
+    check_format(args.model, config, args.load_bit, bool(method_spec or args.recover), args.offload)
     tokenizer = pretrained.load_tokenizer(*known)
     seqlen = pretrained.window_length(config, args.seqlen)
     width = config.get_text_config(decoder=True).hidden_size
     skeleton = pretrained.skeleton(config, args.trust_remote_code)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-    if recipe:
+    if method_spec:
         check_widths(blocks, blocks_name, sparsity)
     if args.bos == "always":
-        pretrained.forced_bos(tokenizer)
+        pretrained.required_bos_id(tokenizer)
     _check_readable([one for one in read if one[0].hub])
     job = Job(
         args=args,
-        keep=keep or Anew(),
+        cache=cache or NoCache(),
         sources=sources,
-        spoken=spoken,
+        vocabulary_sources=vocabulary_sources,
         tests=tests,
         device=device,
-        team=team,
+        dist=dist,
         config=config,
         tokenizer=tokenizer,
         seqlen=seqlen,
         batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen, width),
         skeleton=skeleton,
         blocks_name=blocks_name,
-        recipe=recipe,
+        method_spec=method_spec,
         sparsity=sparsity,
     )
     if args.recover:
-        _set_course(job)
+        _set_schedule(job)
     if args.trim_vocabulary:
         _set_vocabulary(job)
     if args.teacher:
         with _told_of_teacher():
             _set_teacher(job)
-    bos = pretrained.forced_bos(job.tokenizer) if args.bos == "always" else None
+    bos = pretrained.required_bos_id(job.tokenizer) if args.bos == "always" else None
     job.texts = read_texts(job, bos)
     _compare(job)
     return job
@@ -101,8 +101,8 @@ def check(args: argparse.Namespace, keep: Anew | None = None) -> Job:
 
 def _reads(args: argparse.Namespace) -> bool:
     """Whether the train text of the calibration sources is looked at."""
-    recipe = method_of(args)
-    observes = recipe and (recipe.observes or args.allocation != "uniform")
+    method_spec = method_of(args)
+    observes = method_spec and (method_spec.observes or args.allocation != "uniform")
     return bool(args.recover or observes)
 
 
@@ -124,8 +124,8 @@ def _set_vocabulary(job: Job) -> None:
             job.tokenizer,
             args.model,
             job.config,
-            job.spoken,
-            job.team,
+            job.vocabulary_sources,
+            job.dist,
             rows=rows,
             named=tokens_of_configs(*known),
             size=args.vocabulary_size,
@@ -133,20 +133,20 @@ def _set_vocabulary(job: Job) -> None:
             trust_remote_code=args.trust_remote_code,
         )
 
-    key = (args.model, args.cache_dir, sorted(one.text for one in job.spoken))
+    key = (args.model, args.cache_dir, sorted(one.text for one in job.vocabulary_sources))
     key += (args.vocabulary_size, args.vocabulary_minimum)
     with job.timed("vocabulary"):
-        job.vocabulary = job.keep.vocabulary(key, make)
+        job.vocabulary = job.cache.vocabulary(key, make)
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)
-    if job.team.leads:
+    if job.dist.is_main:
         print(job.vocabulary.line(), *lines, sep="\n", flush=True)
 
 
-def _set_course(job: Job) -> None:
+def _set_schedule(job: Job) -> None:
     """How the recovery goes. UserError where it can't be."""
     from lib.model.quantised import stored_bits
-    from lib.recover import CROSS_ENTROPY, Course
+    from lib.recover import CROSS_ENTROPY, TrainSchedule
 
     args, given = job.args, f"--recover {job.args.recover}"
     if args.recover < job.seqlen:
@@ -156,7 +156,7 @@ def _set_course(job: Job) -> None:
         )
     if stored_bits(job.config):
         raise UserError(f"{given}: {args.model} is quantised, and its weights can't be trained")
-    job.course = Course(
+    job.schedule = TrainSchedule(
         args.recover,
         job.seqlen,
         args.recover_rate,
@@ -233,11 +233,11 @@ def _taught_rows(job: Job, theirs: dict[str, int], student: nn.Module) -> Tensor
     )
 
 
-def method_of(args: argparse.Namespace) -> Recipe | None:
+def method_of(args: argparse.Namespace) -> MethodSpec | None:
     """The pruning method that the flags name, with its options; None where nothing is pruned."""
     options: dict[str, Any] = {"variant": True} if args.use_variant else {}
     options |= {} if args.blend is None else {"blend": args.blend}
-    return Recipe(args.prune_method, options) if args.prune_method else None
+    return MethodSpec(args.prune_method, options) if args.prune_method else None
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -264,12 +264,12 @@ def _named_sources(
     more = parse_sources(args.vocabulary_data or [], "--vocabulary_data")
     read = args.calibration_data or args.prune_on_c4 or not more or _reads(args)
     known = [source.text for source in sources] if read else []
-    spoken = (sources if read else []) + [one for one in more if one.text not in known]
+    vocabulary_sources = (sources if read else []) + [one for one in more if one.text not in known]
     if not args.trim_vocabulary:
-        spoken = []
-    with_test = dict.fromkeys(one.text for one in [*sources, *spoken] if has_test(one))
+        vocabulary_sources = []
+    with_test = dict.fromkeys(one.text for one in [*sources, *vocabulary_sources] if has_test(one))
     tests = args.eval_data or list(with_test) or ["ubertext"]
-    return sources, spoken, parse_sources(tests, "--eval_data")
+    return sources, vocabulary_sources, parse_sources(tests, "--eval_data")
 
 
 def _check_readable(sources: list[tuple[Source, str]]) -> None:
@@ -283,7 +283,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
     """The windows to calibrate on and to measure on, each begun with `bos` where given."""
     from lib.data.windows import calibration_windows, test_set, training_windows
 
-    args, course = job.args, job.course
+    args, schedule = job.args, job.schedule
 
     def read() -> Texts:
         texts = Texts(bos, None, None, [])
@@ -293,8 +293,8 @@ def read_texts(job: Job, bos: int | None) -> Texts:
             )
         known = job.tokenizer, job.seqlen, bos, args.samples
         texts.tests = [test_set(one, *known) for one in job.tests]
-        if course:
-            rest = course.steps * course.windows, job.seqlen, args.seed, bos
+        if schedule:
+            rest = schedule.steps * schedule.windows, job.seqlen, args.seed, bos
             tests = [test.windows for test in texts.tests]
             texts.training = training_windows(job.sources, job.tokenizer, *rest, tests)
         return texts
@@ -303,8 +303,8 @@ def read_texts(job: Job, bos: int | None) -> Texts:
     key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
     key += (args.samples,)
     key += (job.vocabulary.digest,) if job.vocabulary else ()
-    key += (drawn, args.recover) if course else ()
-    return job.keep.texts(key, read)
+    key += (drawn, args.recover) if schedule else ()
+    return job.cache.texts(key, read)
 
 
 def _compare(job: Job) -> None:
@@ -315,9 +315,9 @@ def _compare(job: Job) -> None:
     job.fingerprint = fingerprint(job)
     pruning = job.fingerprint["pruning"]
     everywhere = {name: value for name, value in pruning.items() if name != TIMES}
-    job.team.agree(everywhere | job.fingerprint["measuring"])
-    changes = job.recipe or job.course
-    if not (changes and job.args.resume and job.team.leads):
+    job.dist.check_equal(everywhere | job.fingerprint["measuring"])
+    changes = job.method_spec or job.schedule
+    if not (changes and job.args.resume and job.dist.is_main):
         return
     job.journal = Journal(job.args.resume)
     found = difference(job.journal.begun, pruning) if job.journal.begun else None
@@ -329,7 +329,7 @@ def _compare(job: Job) -> None:
         )
 
 
-def load(job: Job, at_end: ExitStack) -> Subject:
+def load(job: Job, at_end: ExitStack) -> LoadedModel:
     """The dense model, where it has room; `at_end` gets what is to be cleared away then."""
     from lib.model import pretrained
     from lib.model.blocks import BlockRunner
@@ -352,7 +352,9 @@ def load(job: Job, at_end: ExitStack) -> Subject:
         check_finite(runner)
     runner.verify()
     size = pretrained.footprint(model)
-    return Subject(model, blocks, runner, room.keep_on, size, room.checkpointed, room.keep_inputs)
+    return LoadedModel(
+        model, blocks, runner, room.state_device, size, room.checkpointed, room.cache_inputs
+    )
 
 
 def _sharing(job: Job) -> Sharing | None:
@@ -361,9 +363,9 @@ def _sharing(job: Job) -> Sharing | None:
 
     blocks = job.skeleton.get_submodule(job.blocks_name)
     # what is trained, and what is quantised, must be each process's own
-    if job.course or job.args.load_bit or not can_be_shared(job.skeleton, blocks):
+    if job.schedule or job.args.load_bit or not can_be_shared(job.skeleton, blocks):
         return None
-    return Sharing.arrange(job.team)
+    return Sharing.arrange(job.dist)
 
 
 def _fetched(
@@ -391,7 +393,7 @@ def _fetched(
     )
 
 
-def load_teacher(job: Job, subject: Subject) -> BlockRunner:
+def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
     """Whom the recovery follows: `--teacher`, or the model as it is before it is pruned.
 
     UserError where the model is to be recovered as it is, but has no zeros.
@@ -404,9 +406,9 @@ def load_teacher(job: Job, subject: Subject) -> BlockRunner:
 
     args = job.args
     if not args.teacher:
-        model = pretrained.fresh_copy(subject.model)
+        model = pretrained.fresh_copy(loaded.model)
         return BlockRunner(model, pretrained.decoder_blocks(model)[1], job.device)
-    zeros = measure(subject.runner, job.blocks_name).overall
+    zeros = measure(loaded.runner, job.blocks_name).overall
     if zeros < LEAST_ZEROS:
         raise UserError(
             f"--model {args.model}: {zeros:.1%} of its blocks' weights are zero, so there is "
@@ -435,15 +437,15 @@ def _see_memory(job: Job, shared: bool) -> Room:
     from lib.pruning.allocation import WINDOWS
     from lib.run.memory import PackedLinears, Plan, check_memory, shapes
 
-    args, team, texts = job.args, job.team, job.texts
+    args, dist, texts = job.args, job.dist, job.texts
     working = pick_dtype(args.dtype, job.config, job.device)
     stored = checkpoint_dtype(job.config)
     drawn = 0 if texts.windows is None else len(texts.windows)
     windows = [drawn, sum(len(test.windows) for test in texts.tests), min(WINDOWS, drawn)]
-    *passing, probed = (len(range(count)[team.share(count)]) for count in windows)
+    *passing, probed = (len(range(count)[dist.share(count)]) for count in windows)
     plan = Plan(
         shapes(job.skeleton, job.blocks_name),
-        job.recipe,
+        job.method_spec,
         *passing,
         job.seqlen,
         job.batch_size,
@@ -454,14 +456,14 @@ def _see_memory(job: Job, shared: bool) -> Room:
         on_disk=bool(args.offload),
         training=_training(job),
         device=job.device.type,
-        processes=team.local_size,
+        processes=dist.local_size,
         shared=shared,
         packed=PackedLinears.of(*packed_linears(job.config)),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
         probed=max(1, probed) if args.allocation == "error" else 0,
     )
-    room = check_memory(plan, job.device, lambda fetched: any(team.gathered(fetched)))
-    if team.leads:
+    room = check_memory(plan, job.device, lambda fetched: any(dist.all_gather_object(fetched)))
+    if dist.is_main:
         print(room.line, flush=True)
     return room
 
@@ -470,10 +472,10 @@ def _training(job: Job) -> Training | None:
     """What the recovery means for memory."""
     from lib.run.memory import Training
 
-    if not job.course:
+    if not job.schedule:
         return None
-    share = -(-job.course.windows // job.team.size)  # of a step's windows
-    return Training(job.course.rank, min(job.batch_size, share), bool(job.args.teacher))
+    share = -(-job.schedule.windows // job.dist.size)  # of a step's windows
+    return Training(job.schedule.rank, min(job.batch_size, share), bool(job.args.teacher))
 
 
 def _offload_folder(job: Job, shared: bool) -> AbstractContextManager[str]:
@@ -485,8 +487,8 @@ def _offload_folder(job: Job, shared: bool) -> AbstractContextManager[str]:
     loaded = pick_dtype(args.dtype, job.config, job.device)
     saved = saved_dtype(args.dtype, job.config)
     sizes = args.offload, args.model, job.skeleton, job.blocks_name, loaded, saved
-    check_offload_room(*sizes, 1 if shared else job.team.local_size)
-    return own_folder(args.offload, job.team, shared)
+    check_offload_room(*sizes, 1 if shared else job.dist.local_size)
+    return own_folder(args.offload, job.dist, shared)
 
 
 def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> nn.Module:
@@ -508,19 +510,19 @@ def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> n
         )
 
     quantised = args.load_bit or getattr(job.config, "quantization_config", None)
-    if len(where) > 1 or quantised or job.team.size > 1:
+    if len(where) > 1 or quantised or job.dist.size > 1:
         return read()
-    return job.keep.model((args.model, args.dtype, args.cache_dir), job.device, read)
+    return job.cache.model((args.model, args.dtype, args.cache_dir), job.device, read)
 
 
-def settle_bos(job: Job, subject: Subject) -> None:
+def resolve_bos(job: Job, loaded: LoadedModel) -> None:
     """Under `--bos auto`, see whether the dense model needs windows that begin with BOS."""
     from lib.eval import needs_bos
-    from lib.model.pretrained import own_bos
+    from lib.model.pretrained import default_bos_id
 
-    bos = own_bos(job.tokenizer) if job.args.bos == "auto" else None
-    if bos is not None and needs_bos(subject.runner, job.texts.tests[0].windows, bos):
-        if job.team.leads:
+    bos = default_bos_id(job.tokenizer) if job.args.bos == "auto" else None
+    if bos is not None and needs_bos(loaded.runner, job.texts.tests[0].windows, bos):
+        if job.dist.is_main:
             print("the model collapses without its BOS token: every window begins with it")
         job.texts = read_texts(job, bos)
-    job.team.agree({"BOS": job.texts.bos})  # each has decided for itself
+    job.dist.check_equal({"BOS": job.texts.bos})  # each has decided for itself

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lib.model.pretrained import fresh_copy
-from lib.run.job import Anew, Texts
+from lib.run.job import NoCache, Texts
 
 if TYPE_CHECKING:
     from lib.vocabulary import Trimmed
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory starts again from now
 
 
-class Kept(Anew):
+class SweepCache(NoCache):
     """Dense weights and texts that several runs share.
 
     Models that are offloaded or quantised are not handed in here: every run reads them anew.

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib.methods.registry import METHODS, Recipe
+from lib.methods.registry import METHODS, MethodSpec
 from lib.methods.sparsity import TYPES, UNSTRUCTURED
 from lib.report import overlap
 from lib.sweep import sweep
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(own)
     if len(args.calibration) < 2:
         parser.error(f"SOURCE {args.calibration[0]}: name two or more, to be compared")
-    if not Recipe(args.method).observes:
+    if not MethodSpec(args.method).observes:
         parser.error(f"--method {args.method}: looks at no text; use another one")
     spanned = ["--models", args.model, "--methods", args.method, "--types", args.type]
     spanned += ["--ratios", str(args.ratio), "--calibration", *args.calibration]

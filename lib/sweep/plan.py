@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from lib.data.sources import has_test, mixture_name, parse_sources
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import UNSTRUCTURED
 from lib.run.flags import build_parser, check_flags
 from lib.util.errors import UserError
@@ -112,7 +112,7 @@ def _points(
             name = f"{method}-{share}"
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio)]
-            if not (reads or Recipe(method).observes):
+            if not (reads or MethodSpec(method).observes):
                 yield _Point(name, flags, method, kind)
                 continue
             for (text, parts), seed in product(calibrations.items(), args.seeds):

@@ -15,7 +15,7 @@ import main
 from lib.report.results import RESULTS, write_results
 from lib.run.fingerprint import difference
 from lib.run.setup import check
-from lib.sweep.kept import Kept, start_peak
+from lib.sweep.kept import SweepCache, start_peak
 from lib.sweep.plan import Planned
 from lib.util.errors import UserError
 
@@ -28,7 +28,7 @@ def run_all(planned: Sequence[Planned], debug: bool = False) -> list[str]:
     A run that fails leaves its reason in its results.json and does not stop the rest. `debug`
     shows the traceback of every failure, otherwise only of those that look like a defect.
     """
-    kept = Kept()
+    kept = SweepCache()
     todo = [run for run in planned if not _finished(run, kept)]
     done = len(planned) - len(todo)
     print(f"{len(planned)} runs, {done} of them finished before", flush=True)
@@ -45,7 +45,7 @@ def run_all(planned: Sequence[Planned], debug: bool = False) -> list[str]:
     return failed
 
 
-def _finished(run: Planned, kept: Kept) -> bool:
+def _finished(run: Planned, kept: SweepCache) -> bool:
     """Whether the run need not be done; says why one is done again."""
     results = read_results(run)
     why = why_again(run, results, kept) if results else ""
@@ -54,7 +54,7 @@ def _finished(run: Planned, kept: Kept) -> bool:
     return why is None
 
 
-def do(run: Planned, kept: Kept, debug: bool = False) -> dict[str, Any]:
+def do(run: Planned, kept: SweepCache, debug: bool = False) -> dict[str, Any]:
     """One run; its results, which for a failed one are `error` and the flags."""
     run.folder.mkdir(parents=True, exist_ok=True)
     own_peak = start_peak(run.args.device)
@@ -86,7 +86,7 @@ def read_results(run: Planned) -> dict[str, Any]:
         return {}
 
 
-def why_again(run: Planned, results: dict[str, Any], kept: Kept) -> str | None:
+def why_again(run: Planned, results: dict[str, Any], kept: SweepCache) -> str | None:
     """Why a run with these results is done again; None where it would give the same."""
     if "error" in results:
         return f"failed before ({results['error']})"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from lib.util.errors import UserError
-from lib.util.launch import environment_number, wait_turn
+from lib.util.launch import defer_to_rank0, environment_number
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     """Of several processes with the same mistake in their flags, the first tells it."""
 
     def error(self, message: str) -> NoReturn:
-        wait_turn()
+        defer_to_rank0()
         super().error(message)
 
 
@@ -58,7 +58,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
         except (KeyboardInterrupt, Exception) as error:
-            wait_turn()
+            defer_to_rank0()
             status = None if "--debug" in argv else _tell(error)
             if status is None:
                 raise

@@ -1,6 +1,6 @@
 """A folder that is replaced as a whole, and only if an earlier run wrote all that is in it.
 
-    with claimed(folder, "--save_model") as target:  # from the start of a run: nobody else's
+    with locked_dir(folder, "--save_model") as target:  # from the start of a run: nobody else's
         with target.staged() as stage:               # at its end: a new folder beside it
             ...                                      # which takes its place
 
@@ -43,12 +43,12 @@ def check_replaceable(flag: str, path: str) -> None:
         raise UserError(f"{flag} {path}: is a file; name a folder")
     if os.path.ismount(folder):
         raise UserError(f"{flag} {path}: a mount point can't be replaced; name a folder in it")
-    if problem := foreign(folder):
+    if problem := unexpected_file(folder):
         raise UserError(f"{flag} {path}: {problem} and would be lost; name another folder")
     check_writable(flag, path, folder.parent)
 
 
-def foreign(folder: Path) -> str | None:
+def unexpected_file(folder: Path) -> str | None:
     """What is in a folder that is not as a run left it; None for nothing, or no folder."""
     found = sorted(path for path in folder.rglob("*") if path != folder / MANIFEST)
     if not found:
@@ -71,7 +71,7 @@ def foreign(folder: Path) -> str | None:
 
 
 @contextmanager
-def claimed(path: str | Path, flag: str = "") -> Iterator[Target]:
+def locked_dir(path: str | Path, flag: str = "") -> Iterator[Target]:
     """Inside, no other run writes to the folder `path`; what killed ones left beside it is gone.
 
     UserError where another run has claimed it.
@@ -85,7 +85,7 @@ def claimed(path: str | Path, flag: str = "") -> Iterator[Target]:
         raise UserError(f"{named}: another run is going to write it; name another folder")
     try:
         target = Target(folder, named)
-        target.tidy()
+        target.recover_leftovers()
         yield target
     finally:
         lock.unlink(missing_ok=True)
@@ -95,7 +95,7 @@ def claimed(path: str | Path, flag: str = "") -> Iterator[Target]:
 @contextmanager
 def staged_folder(path: str | Path, flag: str = "") -> Iterator[Path]:
     """Claim a folder and replace it at once, see `Target.staged`."""
-    with claimed(path, flag) as target, target.staged() as stage:
+    with locked_dir(path, flag) as target, target.staged() as stage:
         yield stage
 
 
@@ -124,7 +124,7 @@ class Target:
             _write_manifest(stage)
             for file in stage.rglob("*"):  # safetensors writes files that only their owner reads
                 file.chmod(0o755 if file.is_dir() else 0o644)
-            if problem := foreign(folder):
+            if problem := unexpected_file(folder):
                 aside = _free_name(folder)
                 os.rename(stage, aside)
                 raise UserError(f"{self.named}: {problem}; what was to be saved is in {aside}")
@@ -138,9 +138,13 @@ class Target:
         finally:
             shutil.rmtree(stage, ignore_errors=True)  # after an exchange: the old folder
 
-    def tidy(self) -> None:
+    def recover_leftovers(self) -> None:
         """Put back what a killed run had moved away, and remove what it had not finished."""
-        if self.before.is_dir() and (self.before / MANIFEST).is_file() and not foreign(self.before):
+        if (
+            self.before.is_dir()
+            and (self.before / MANIFEST).is_file()
+            and not unexpected_file(self.before)
+        ):
             if self.folder.exists():
                 os.rename(self.before, tempfile.mkdtemp(prefix=self.prefix, dir=self.folder.parent))
             else:

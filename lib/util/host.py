@@ -27,12 +27,12 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        hand_back()  # what reading and tokenising texts left behind
+        malloc_trim()  # what reading and tokenising texts left behind
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
-def hand_back() -> None:
+def malloc_trim() -> None:
     """Give the system what was freed and kept, where the C library is glibc."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

@@ -18,7 +18,7 @@ def environment_number(name: str, default: int) -> int:
     return int(os.environ.get(name) or default)
 
 
-def wait_turn() -> None:
+def defer_to_rank0() -> None:
     """Before a process that is not the first tells an error.
 
     Most are the same in all processes, or follow from another's; the launcher ends this one when
@@ -28,7 +28,7 @@ def wait_turn() -> None:
         time.sleep(TURN_SECONDS)
 
 
-def see_launched() -> None:
+def check_launcher() -> None:
     """UserError where accelerate was asked for several processes but has started this one alone.
 
     It then says where they meet, as torch wants to know it, but not how many there are. The other

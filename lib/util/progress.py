@@ -32,12 +32,12 @@ def progress(
         disable=not shown,
     ) as bar:
 
-        def advanced(done: int, note: str = "") -> None:
+        def on_progress(done: int, note: str = "") -> None:
             if note:
                 bar.set_postfix_str(note, refresh=False)
             bar.update(done)
 
-        yield advanced
+        yield on_progress
 
 
 def quiet() -> None:

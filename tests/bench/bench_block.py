@@ -25,7 +25,7 @@ from measure import random_llama, reset_peak, wait_for
 
 from lib.methods import sparsegpt
 from lib.methods.column_loop import column_loop
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import BATCH_TOKENS, decoder_blocks, pick_device
@@ -95,9 +95,9 @@ def block_seconds(
         ends.append(time.perf_counter())
 
     pruner = Pruner(
-        BlockRunner(model, blocks, device), name, Recipe(method), Sparsity.parse(kind, 0.5)
+        BlockRunner(model, blocks, device), name, MethodSpec(method), Sparsity.parse(kind, 0.5)
     )
-    pruner.run(windows, batch_size, keep_on=device, advanced=ended)
+    pruner.run(windows, batch_size, state_device=device, on_progress=ended)
     return [after - before for before, after in zip(ends, ends[1:-1], strict=False)]
 
 

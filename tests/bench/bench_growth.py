@@ -99,12 +99,12 @@ def pruned_in(
     argv += ["--sparsity_type", kind, "--calibration_data", args.calibration_data]
     job = check(build_parser().parse_args(argv))
     with ExitStack() as at_end, redirect_stdout(io.StringIO()):
-        subject = load(job, at_end)
+        loaded = load(job, at_end)
         Range.seconds.clear()
         tokens = job.texts.windows.numel()
-        with (passes or Passes()).counting(subject.blocks, tokens):
-            prune(job, subject)
-    del subject
+        with (passes or Passes()).counting(loaded.blocks, tokens):
+            prune(job, loaded)
+    del loaded
     gc.collect()
     return job.seconds["prune"]
 

@@ -62,11 +62,11 @@ def measure(argv: list[str]) -> dict[str, float]:
     """Seconds: of two passes over the calibration windows, and of X^T X of all inputs."""
     job = check(build_parser().parse_args(argv))
     with ExitStack() as at_end:
-        subject = load(job, at_end)
-    windows, model = job.texts.windows, subject.model
+        loaded = load(job, at_end)
+    windows, model = job.texts.windows, loaded.model
     batches = windows.split(job.batch_size)
     forward = best_of(2, lambda: [model.base_model(ids, use_cache=False) for ids in batches])
-    widths = distinct_inputs(model, subject.blocks, windows)
+    widths = distinct_inputs(model, loaded.blocks, windows)
     rates = {width: product_rate(width) for width in set(widths)}
     gram = sum(2 * windows.numel() * width**2 / rates[width] for width in widths)
     rate = rates[max(rates)] / 1e9

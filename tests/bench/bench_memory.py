@@ -27,7 +27,7 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.model.pretrained import decoder_blocks, default_batch_size, skeleton
 from lib.run.memory import SPARE, Plan, Stand, shapes, stand
 from lib.util.command import add_debug_flag, run
@@ -94,7 +94,7 @@ def standing(args: argparse.Namespace, size: str, method: str, gpus: int) -> Sta
     processes = min(gpus, EACH_MACHINE)
     plan = Plan(
         shapes(model, decoder_blocks(model)[0]),
-        Recipe(method),
+        MethodSpec(method),
         -(-args.nsamples // gpus),
         -(-args.tests // gpus),
         args.seqlen,

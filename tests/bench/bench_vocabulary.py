@@ -25,7 +25,7 @@ from transformers import LlamaTokenizer, PretrainedConfig, PreTrainedTokenizerFa
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.data.sources import parse_sources
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.util.command import run
 from lib.util.errors import UserError
 from lib.util.progress import quiet
@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
     print("| tokenizer | tokens | texts | tokens kept | documents read alike, cut alike |", end="")
     print("".join(f" {name}: more tokens |" for name in names), "s |")
     print("|---|" + "---|" * (len(names) + 5))
-    alone = Team(torch.device("cpu"), alone=True)
+    alone = DistContext(torch.device("cpu"), alone=True)
     for name in args.tokenizers:
         tokenizer = TOKENIZERS[name](args.packages)
         rows = max(tokenizer.get_vocab().values()) + 1

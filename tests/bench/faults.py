@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import tiny  # noqa: E402
 from support import content  # noqa: E402
 
-from lib.util.folders import MANIFEST, foreign  # noqa: E402
+from lib.util.folders import MANIFEST, unexpected_file  # noqa: E402
 
 Row = tuple[str, str, str]
 QUICK = "--device cpu --seqlen 32 --nsamples 8 --prune_method sparsegpt".split()
@@ -83,7 +83,7 @@ def killed(seconds: float, word: str, *argv: str) -> bool:
 def state_of(model: Path, known: dict[str, dict[str, str]]) -> str:
     """Which whole model stands there."""
     for path in (model, model.with_name(f"{model.name}.being-replaced")):
-        if path.is_dir() and not foreign(path) and (path / MANIFEST).is_file():
+        if path.is_dir() and not unexpected_file(path) and (path / MANIFEST).is_file():
             weights = {"model.safetensors": content(path).get("model.safetensors")}
             names = [name for name, files in known.items() if weights.items() <= files.items()]
             return (names or ["an unknown model"])[0] + ("" if path == model else ", put aside")

@@ -9,7 +9,7 @@ from support import CPU, runner_of
 from torch import Tensor
 
 from lib.methods.magnitude import Magnitude
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
@@ -62,7 +62,7 @@ def test_a_whole_model_without_calibration(kind: str) -> None:
     name, blocks = decoder_blocks(model)
     before = {name: weight.clone() for name, weight in blocks.named_parameters()}
     sparsity = Sparsity.parse(kind, 0.5)
-    Pruner(runner_of(model), name, Recipe("magnitude"), sparsity).run(None, 2)
+    Pruner(runner_of(model), name, MethodSpec("magnitude"), sparsity).run(None, 2)
     for name, weight in blocks.named_parameters():
         expected = reference(before[name], sparsity) if weight.dim() == 2 else before[name]
         assert torch.equal(weight, expected), name

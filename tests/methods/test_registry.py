@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import CPU, start
 
-from lib.methods.registry import METHODS, Recipe
+from lib.methods.registry import METHODS, MethodSpec
 
 
 def test_flags_cost_no_torch(tmp_path: Path) -> None:
@@ -16,18 +16,18 @@ def test_flags_cost_no_torch(tmp_path: Path) -> None:
 
 
 def test_settings_name_every_option_given_or_not() -> None:
-    assert Recipe("magnitude").settings == {}
-    assert Recipe("wanda", {"variant": True}).settings == {"variant": True}
+    assert MethodSpec("magnitude").settings == {}
+    assert MethodSpec("wanda", {"variant": True}).settings == {"variant": True}
     known = dict(exploring=10, agreeing=10, refinements=5, rho=1.5, damping=6.0)
-    assert Recipe("admm", {"blend": 0.5}).settings == known | {"blend": 0.5}
+    assert MethodSpec("admm", {"blend": 0.5}).settings == known | {"blend": 0.5}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_bytes_of_the_statistics(name: str) -> None:
     """Said before anything is observed; after it they are there."""
-    recipe = Recipe(name)
-    said, _ = recipe(40, torch.device("meta")).bytes_needed([24])
-    method = recipe(40, CPU)
-    more = (torch.ones(9, 40), torch.ones(9, 24)) if recipe.dense_stream else ()
+    method_spec = MethodSpec(name)
+    said, _ = method_spec(40, torch.device("meta")).bytes_needed([24])
+    method = method_spec(40, CPU)
+    more = (torch.ones(9, 40), torch.ones(9, 24)) if method_spec.dense_stream else ()
     method.observe(torch.ones(9, 40), *more)
     assert sum(statistic.nbytes for statistic in method.statistics()) == said

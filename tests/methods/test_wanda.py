@@ -10,7 +10,7 @@ import torch
 from support import CPU, runner_of, windows
 from torch import Tensor, nn
 
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda, squares_added, squares_read_once
 from lib.model.pretrained import decoder_blocks
@@ -213,8 +213,8 @@ def test_a_whole_model(kind: str) -> None:
 
     by_hooks(reference, ids, mask_of)
     name, _ = decoder_blocks(model)
-    recipe = Recipe("wanda", {"variant": True} if variant else {})
-    Pruner(runner_of(model), name, recipe, sparsity).run(ids, 2)
+    method_spec = MethodSpec("wanda", {"variant": True} if variant else {})
+    Pruner(runner_of(model), name, method_spec, sparsity).run(ids, 2)
     expected = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, expected[name]), name

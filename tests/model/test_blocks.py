@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lib.eval import perplexity
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.model.blocks import LOGIT_BYTES, BlockRunner, positions_at_once
 from lib.pruning.observe import observe
 from lib.util.errors import UserError
@@ -143,7 +143,7 @@ def test_nothing_stays_patched_after_an_exception(work: str, place: str) -> None
     jobs: dict[str, Callable] = {
         "build": lambda: BlockRunner(model, model.model.layers[1:], CPU),
         "advance": lambda: runner.advance_(states, 1),
-        "observe": lambda: observe(runner, states, 1, linears_of(runner, 1), Recipe("wanda")),
+        "observe": lambda: observe(runner, states, 1, linears_of(runner, 1), MethodSpec("wanda")),
         "prune": lambda: prune_(runner, ids=ids),
         "measure": lambda: perplexity(runner, ids, 2),
     }

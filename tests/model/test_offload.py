@@ -16,7 +16,7 @@ from late import Gpu
 from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.eval import perplexities, perplexity, some_logits
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
@@ -87,7 +87,7 @@ def test_the_folder_keeps_what_is_not_its_own(tmp_path: Path) -> None:
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     away = str(tmp_path / "away")
-    with own_folder(away, Team(CPU, alone=True)) as own:
+    with own_folder(away, DistContext(CPU, alone=True)) as own:
         (Path(own) / "block-0.safetensors").write_bytes(b"in use")
         done = prune("tied", tmp_path, "--offload", away)
         assert done.complaints == [
@@ -186,7 +186,7 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
         prune_(runner, "sparsegpt")
         value = perplexity(runner, windows(5), 2).value
         folder = tmp_path / make.__name__
-        with runner.given_out(decoder_blocks(model)[0]):
+        with runner.materialized(decoder_blocks(model)[0]):
             model.save_pretrained(folder)
         fetched = all(parameter.is_meta for parameter in runner.blocks.parameters())
         assert fetched == (make is on_host)
@@ -207,13 +207,16 @@ def test_blocks_in_host_memory_are_packed(architecture: str, tmp_path: Path) -> 
         model, name = runner.model, decoder_blocks(runner.model)[0]
         before = some_logits(model, windows(1))
         report = swap_linears_(
-            model, runner.blocks, CPU, lambda index, runner=runner: runner.at_hand(index, keep=True)
+            model,
+            runner.blocks,
+            CPU,
+            lambda index, runner=runner: runner.on_device(index, write_back=True),
         )
         check_same_outputs(before, some_logits(model, windows(1)))
         value = perplexity(runner, windows(5), 2).value
         zeros = check.measure(runner, name).shares()
         folder = tmp_path / make.__name__
-        with runner.given_out(name):
+        with runner.materialized(name):
             model.save_pretrained(folder)
         found.append((str(report), value, zeros, weights(folder), footprint(model)))
         if make is on_host:
@@ -248,7 +251,10 @@ def test_fetched_to_a_gpu(method: str) -> None:
         prune_(runner, method, Sparsity(0.5, 2, 4))
         values = [perplexity(runner, windows(5), 2).value]
         swap_linears_(
-            one, runner.blocks, gpu, lambda index, runner=runner: runner.at_hand(index, keep=True)
+            one,
+            runner.blocks,
+            gpu,
+            lambda index, runner=runner: runner.on_device(index, write_back=True),
         )
         values.append(perplexity(runner, windows(5), 2).value)
         kept = [one.state_dict()] if placement is None else []
@@ -267,7 +273,7 @@ def test_states_are_kept_where_the_run_says(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         runner, "capture", lambda ids, size, where: asked.append(where) or own(ids, size, CPU)
     )
-    perplexities(runner, [windows(3), windows(2)], 2, keep_on="somewhere")
+    perplexities(runner, [windows(3), windows(2)], 2, state_device="somewhere")
     assert asked == ["somewhere"] * 2
 
 
@@ -285,7 +291,7 @@ def test_room_for_all_that_write(writers: int, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def dear(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that cost something to bring, as to a GPU."""
-    monkeypatch.setattr(BlockPlacement, "at_no_cost", False)
+    monkeypatch.setattr(BlockPlacement, "zero_copy", False)
 
 
 @pytest.mark.usefixtures("dear")
@@ -308,10 +314,12 @@ def test_several_sets_are_measured_at_once(
     runner = make(tiny.tiny_llama())
     sets = [windows(count, seed=count) for count in (5, 2, 3)]
     alone = [perplexity(runner, one, 2) for one in sets]
-    at_hand, told, original = [], [], runner.at_hand
-    monkeypatch.setattr(runner, "at_hand", lambda index: at_hand.append(index) or original(index))
-    assert perplexities(runner, sets, 2, advanced=told.append) == alone
-    assert at_hand == [0, 1] * (1 if make is on_host else 3 + 1 + 2)
+    on_device, told, original = [], [], runner.on_device
+    monkeypatch.setattr(
+        runner, "on_device", lambda index: on_device.append(index) or original(index)
+    )
+    assert perplexities(runner, sets, 2, on_progress=told.append) == alone
+    assert on_device == [0, 1] * (1 if make is on_host else 3 + 1 + 2)
     assert sum(told) == 10 and min(told) >= 0
 
 
@@ -320,11 +328,11 @@ def test_blocks_that_stand_in_the_hosts_memory_are_used_there() -> None:
     runner = on_host(tiny.tiny_llama())
     memory = runner.placement.store.memory
     start, end = memory.data_ptr(), memory.data_ptr() + len(memory)
-    with runner.at_hand(0):
+    with runner.on_device(0):
         assert all(start <= one.data_ptr() < end for one in runner.blocks[0].parameters())
-    with runner.at_hand(0, keep=True):
+    with runner.on_device(0, write_back=True):
         assert not any(start <= one.data_ptr() < end for one in runner.blocks[0].parameters())
-    assert runner.placement.at_no_cost
+    assert runner.placement.zero_copy
 
 
 def test_sparsity_is_measured_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,9 +129,9 @@ def test_no_batches() -> None:
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "admm"])
 def test_kept_on_the_host_or_on_the_gpu(method: str) -> None:
     found = []
-    for keep_on in (CPU, GPU):
+    for state_device in (CPU, GPU):
         model = tiny.tiny_llama().to(GPU)
         runner = BlockRunner(model, decoder_blocks(model)[1], GPU)
-        prune_(runner, method, keep_on=keep_on)
+        prune_(runner, method, state_device=state_device)
         found.append(model.state_dict())
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())

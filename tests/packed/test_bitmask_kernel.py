@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lib.packed import admission
-from lib.packed.admission import TOLERANCE, Trial, deviation, fastest, few_tokens, problem
+from lib.packed.admission import TOLERANCE, Trial, deviation, fastest, problem, small_batch_kernel
 from lib.packed.layout import Packed, pack, row_offsets, unpack
 from lib.util.errors import RunWarning
 
@@ -169,7 +169,7 @@ def test_a_line_says_why_not(kernel, milliseconds, said, monkeypatch, recwarn):
 
 
 def test_not_on_a_cpu_and_not_for_many_tokens():
-    assert few_tokens(*problem(8, 32, 0.5, 2, torch.float32, 16, CPU)[:3]) is None
+    assert small_batch_kernel(*problem(8, 32, 0.5, 2, torch.float32, 16, CPU)[:3]) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel is found")
@@ -184,8 +184,8 @@ def test_a_gpu_without_the_kernel_is_told_once():
 def test_a_gpu_gets_the_kernel():
     assert admission.kernels(torch.device("cuda:0"))
     x, packed, offsets, _ = problem(4096, 4096, 0.5, 1, torch.float16, 16, DEVICE)
-    found = few_tokens(x, packed, offsets)
-    assert found is few_tokens(x, packed, offsets)
+    found = small_batch_kernel(x, packed, offsets)
+    assert found is small_batch_kernel(x, packed, offsets)
     if found:
         assert deviation(found, x, packed, offsets, None) <= TOLERANCE[torch.float16]
-    assert few_tokens(x.expand(9, -1), packed, offsets) is None
+    assert small_batch_kernel(x.expand(9, -1), packed, offsets) is None

@@ -368,7 +368,7 @@ def test_each_block_is_at_hand_in_its_turn():
             block = model.model.layers[inside.pop()]
             assert not any(isinstance(m, nn.Linear) for m in block.modules())
 
-    sparse.swap_linears_(model, model.model.layers, at_hand=Near)
+    sparse.swap_linears_(model, model.model.layers, on_device=Near)
     assert seen == [0, 1]
 
 

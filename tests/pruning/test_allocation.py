@@ -11,8 +11,8 @@ import tiny
 import torch
 from support import CPU, QUICK, call, linears_of, results, runner_of, windows
 
-from lib.dist.team import Team
-from lib.methods.registry import Recipe
+from lib.distributed.context import DistContext
+from lib.methods.registry import MethodSpec
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
 from lib.pruning import allocation
@@ -113,7 +113,7 @@ def test_a_run(method: str) -> None:
 
 def test_as_many_zeros_as_uniform_and_the_same_twice() -> None:
     runner = runner_of(tiny.tiny_llama().requires_grad_(False))
-    found = by_error(runner, "x", windows(3), 2, 0.7, Team(CPU, alone=True))
+    found = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True))
     sizes = {
         f"x.{linear.name}": prod(linear.shape)
         for index in range(len(runner.blocks))
@@ -121,10 +121,10 @@ def test_as_many_zeros_as_uniform_and_the_same_twice() -> None:
     }
     total = sum(found[name].ratio * size for name, size in sizes.items())
     assert total == pytest.approx(0.7 * sum(sizes.values()))
-    again = by_error(runner, "x", windows(3), 2, 0.7, Team(CPU, alone=True))
+    again = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True))
     assert found == again
     assert all(torch.equal(one.rows, again[name].rows) for name, one in found.items())
-    other = by_error(runner, "x", windows(3), 2, 0.7, Team(CPU, alone=True), seed=1)
+    other = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True), seed=1)
     assert not all(torch.equal(one.rows, other[name].rows) for name, one in found.items())
 
 
@@ -134,8 +134,8 @@ def test_other_architectures_reach_what_was_allocated(name: str) -> None:
     make = tiny.HYBRIDS["Zamba2"] if name == "shared blocks" else tiny.ARCHITECTURES[name]
     model = make().requires_grad_(False)
     runner, (blocks_name, _) = runner_of(model), decoder_blocks(model)
-    asked = by_error(runner, blocks_name, windows(6), 2, 0.6, Team(CPU, alone=True))
-    done = Pruner(runner, blocks_name, Recipe("admm"), asked).run(windows(6), 2)
+    asked = by_error(runner, blocks_name, windows(6), 2, 0.6, DistContext(CPU, alone=True))
+    done = Pruner(runner, blocks_name, MethodSpec("admm"), asked).run(windows(6), 2)
     measured = measure(runner, blocks_name, asked, frozenset(done.why))
     assert measured.overall == pytest.approx(0.6, abs=0.03)
     if name == "shared blocks":

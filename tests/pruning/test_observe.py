@@ -8,7 +8,7 @@ import torch
 from support import CPU, linears_of, runner_of, windows
 from torch import nn
 
-from lib.methods.registry import Recipe
+from lib.methods.registry import MethodSpec
 from lib.model.matrix import PrunableLinear
 from lib.pruning.observe import observe, stages
 
@@ -24,7 +24,7 @@ def test_statistics_of_one_batch_are_those_of_many(name: str, method: str) -> No
     found = []
     for size in (1, 2, 5):
         states = runner.capture(ids, size, CPU)
-        groups = observe(runner, states, 0, linears_of(runner), Recipe(method))
+        groups = observe(runner, states, 0, linears_of(runner), MethodSpec(method))
         found.append([statistic for g in groups for statistic in g.method.statistics()])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
@@ -33,7 +33,7 @@ def test_statistics_of_one_batch_are_those_of_many(name: str, method: str) -> No
 def test_linears_with_a_shared_input_share_its_statistics() -> None:
     runner = runner_of(tiny.tiny_llama())
     states = runner.capture(windows(3), 2, CPU)
-    groups = observe(runner, states, 0, linears_of(runner), Recipe("wanda"))
+    groups = observe(runner, states, 0, linears_of(runner), MethodSpec("wanda"))
     names = [last_names(group.linears) for group in groups]
     attention = [["q_proj", "k_proj", "v_proj"], ["o_proj"]]
     assert names == [*attention, ["gate_proj", "up_proj"], ["down_proj"]]
@@ -47,11 +47,11 @@ def test_the_last_linear_is_not_computed() -> None:
     for name, module in runner.blocks[0].named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_, name=name: computed.append(name))
-    observe(runner, states, 0, linears_of(runner), Recipe("wanda"))
+    observe(runner, states, 0, linears_of(runner), MethodSpec("wanda"))
     assert computed.count("mlp.up_proj") == 2 and "mlp.down_proj" not in computed
     computed.clear()
     attention = [linear for linear in linears_of(runner) if "v_proj" in linear.name]
-    observe(runner, states, 0, attention, Recipe("wanda"))
+    observe(runner, states, 0, attention, MethodSpec("wanda"))
     assert computed.count("self_attn.k_proj") == 2 and "self_attn.v_proj" not in computed
 
 

@@ -10,8 +10,8 @@ import torch
 from support import CPU, HALF, linears_of, runner_of, windows
 from torch import nn
 
-from lib.dist.team import Team
-from lib.methods.registry import Recipe
+from lib.distributed.context import DistContext
+from lib.methods.registry import MethodSpec
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
 from lib.pruning.observe import DenseTwin, rows, stages
@@ -22,11 +22,11 @@ NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "Bloom", "Mixtral", "Falcon"
 NAMES = [name for name in NAMES if name in tiny.ARCHITECTURES]
 
 
-def pruned(name: str, keep_inputs: bool) -> dict[str, torch.Tensor]:
+def pruned(name: str, cache_inputs: bool) -> dict[str, torch.Tensor]:
     model = tiny.ARCHITECTURES[name]()
     runner = runner_of(model)
-    pruner = Pruner(runner, decoder_blocks(model)[0], Recipe("admm"), HALF)
-    pruner.run(windows(5), 2, CPU, keep_inputs=keep_inputs)
+    pruner = Pruner(runner, decoder_blocks(model)[0], MethodSpec("admm"), HALF)
+    pruner.run(windows(5), 2, CPU, cache_inputs=cache_inputs)
     return model.state_dict()
 
 
@@ -38,7 +38,7 @@ def test_what_is_kept_changes_nothing(name: str) -> None:
         assert torch.equal(tensor, not_kept[key]), key
 
 
-def begun(keep_inputs: bool = True, goes_on: bool = True):
+def begun(cache_inputs: bool = True, goes_on: bool = True):
     """The first block of a LLaMA whose stream is off the untouched one, and both streams."""
     runner = runner_of(tiny.tiny_llama())
     states = runner.capture(windows(6), 2, CPU)
@@ -47,8 +47,8 @@ def begun(keep_inputs: bool = True, goes_on: bool = True):
     states.hidden += noise * states.hidden.std()
     twin = DenseTwin.of(dense, runner.blocks[0], "0")
     lots = stages(runner, states, 0, linears_of(runner))
-    writers = Writers(runner, Team(CPU, alone=True))
-    parts = runner, states, 0, *lots, twin, writers, Recipe("admm"), keep_inputs, goes_on
+    writers = Writers(runner, DistContext(CPU, alone=True))
+    parts = runner, states, 0, *lots, twin, writers, MethodSpec("admm"), cache_inputs, goes_on
     return runner, states, dense, twin, OrderedBlock(*parts)
 
 
@@ -72,9 +72,9 @@ def all_inputs(runner, states, block) -> tuple[dict[str, torch.Tensor], torch.Te
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keep_inputs", [True, False])
-def test_statistics_are_those_of_whole_passes(keep_inputs: bool) -> None:
-    runner, states, dense, twin, ordered = begun(keep_inputs)
+@pytest.mark.parametrize("cache_inputs", [True, False])
+def test_statistics_are_those_of_whole_passes(cache_inputs: bool) -> None:
+    runner, states, dense, twin, ordered = begun(cache_inputs)
     first = [rows(one.hidden.clone()) for one in (states, dense)]
     shape = states.hidden.shape
     theirs, aim = all_inputs(runner, dense, twin.block)

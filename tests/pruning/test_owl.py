@@ -5,7 +5,7 @@ import tiny
 import torch
 from support import CPU, QUICK, call, linears_of, results, runner_of, weights, windows
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.methods.sparsity import ALLOCATION_SPAN
 from lib.model.pretrained import decoder_blocks
 from lib.pruning.owl import OUTLIER, allocate, owl
@@ -47,7 +47,7 @@ def outlying(model):
 def test_blocks_follow_the_share_of_outliers() -> None:
     model, ids = outlying(tiny.tiny_llama()), windows(5)
     runner = runner_of(model)
-    found = owl(runner, ids, 2, 0.7, Team(CPU, alone=True))
+    found = owl(runner, ids, 2, 0.7, DistContext(CPU, alone=True))
     shares = slow_shares(model, ids)
     sizes = [sum(w.numel() for w in block.parameters() if w.dim() == 2) for block in runner.blocks]
     expected = allocate(shares, sizes, 0.7)

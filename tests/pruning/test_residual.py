@@ -5,7 +5,7 @@ import tiny
 import torch
 from support import CPU, linears_of, runner_of, windows
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.pruning.observe import stages
 from lib.pruning.ordered import passed
 from lib.pruning.residual import Writers, adds_to_stream, handing_on, silenced, stream_at
@@ -75,7 +75,7 @@ def test_nothing_stays_silent():
 def test_what_was_found_of_writers(name):
     """The module that ends in attention's writer can be left out, its outputs being given."""
     runner, states, lots = in_lots(name)
-    writers = Writers(runner, Team(CPU, alone=True))
+    writers = Writers(runner, DistContext(CPU, alone=True))
     found = {
         lot[0].name.removeprefix("0."): writers.find(states, 0, lot, after(lots, place))
         for place, lot in enumerate(lots)
@@ -104,7 +104,7 @@ def refuse(*_):
 @torch.no_grad()
 def test_running_out_of_memory_is_no_finding(monkeypatch):
     runner, states, lots = in_lots("Llama")
-    writers = Writers(runner, Team(CPU, alone=True))
+    writers = Writers(runner, DistContext(CPU, alone=True))
     place = next(at for at, lot in enumerate(lots) if lot[0].name.endswith("o_proj"))
 
     def fail(*_):

@@ -19,7 +19,14 @@ from lib.model.blocks import LOGIT_BYTES, BlockRunner
 from lib.model.pretrained import decoder_blocks, fresh_copy
 from lib.pruning.check import measure
 from lib.pruning.journal import Journal
-from lib.recover import Course, Recovered, Recoverer, default_rate, divergence_, trained_parameters
+from lib.recover import (
+    Recovered,
+    Recoverer,
+    TrainSchedule,
+    default_rate,
+    divergence_,
+    trained_parameters,
+)
 from lib.util.errors import UserError
 
 SEQLEN, STEPS = 24, 10
@@ -47,8 +54,8 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover, "LEAST", 2 * SEQLEN)
 
 
-def course(rank: int | None = None, rate: float = 1e-2) -> Course:
-    return Course(2 * STEPS * SEQLEN, SEQLEN, rate, rank)
+def schedule(rank: int | None = None, rate: float = 1e-2) -> TrainSchedule:
+    return TrainSchedule(2 * STEPS * SEQLEN, SEQLEN, rate, rank)
 
 
 def divergence(teacher: BlockRunner, runner: BlockRunner, ids: Tensor) -> float:
@@ -69,7 +76,7 @@ def trainer(
     rounding: torch.dtype = torch.float32,
     **more,
 ) -> Recoverer:
-    known = decoder_blocks(model)[0], more.pop("course", course(rank)), text(), 2
+    known = decoder_blocks(model)[0], more.pop("schedule", schedule(rank)), text(), 2
     return Recoverer(
         runner,
         teacher,
@@ -194,7 +201,7 @@ def test_batches_and_checkpoints_change_nothing_but_rounding() -> None:
 def test_a_step_is_plain_adamw_on_the_plain_loss() -> None:
     """Against the whole model's own logits, autograd's own gradient and a mask."""
     model, runner, teacher = pruned("Gemma 2")
-    once = dataclasses.replace(course(), tokens=2 * SEQLEN)
+    once = dataclasses.replace(schedule(), tokens=2 * SEQLEN)
     plain = fresh_copy(model)
     ids = text().windows[:2]
     with torch.no_grad():
@@ -210,7 +217,7 @@ def test_a_step_is_plain_adamw_on_the_plain_loss() -> None:
     nn.utils.clip_grad_norm_(leaves, recover.LONGEST)
     rate = once.rate_at(0)
     torch.optim.AdamW(leaves, rate, betas=recover.BETAS, weight_decay=0.0).step()
-    one = trainer(model, runner, teacher, course=once, measure=lambda *_: -one.step)
+    one = trainer(model, runner, teacher, schedule=once, measure=lambda *_: -one.step)
     done = one.run()
     assert done.curve[-1]["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for name, (parameter, _) in trained_parameters(model, "model.layers").items():
@@ -249,7 +256,7 @@ def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatc
 def test_a_loss_that_is_not_finite_is_told() -> None:
     model, runner, teacher = pruned()
     with pytest.raises(UserError, match="--recover_rate 1e.30: in step . of 10 the loss is not"):
-        trainer(model, runner, teacher, course=course(rate=1e30)).run()
+        trainer(model, runner, teacher, schedule=schedule(rate=1e30)).run()
     assert not any(p.requires_grad for p in model.parameters())
 
 
@@ -285,13 +292,13 @@ def test_taken_up_again_it_ends_the_same(rank: int | None, last: int, tmp_path: 
 
 
 def test_the_course() -> None:
-    one = Course(250_000, 512, 1e-3)
+    one = TrainSchedule(250_000, 512, 1e-3)
     assert (one.windows, one.steps) == (1, 488)
     assert len(one.measured) == recover.MEASURED and max(one.measured) == one.steps
     rates = [one.rate_at(step) for step in range(one.steps)]
     assert max(rates) == pytest.approx(1e-3, rel=0.03) and rates[0] < 1e-4 and rates[-1] < 6e-5
-    assert Course(600, 512, 1e-3).steps == 1  # whole windows, and never more than asked
-    assert Course(10**9, 4096, 1e-3).windows == recover.MOST // 4096
+    assert TrainSchedule(600, 512, 1e-3).steps == 1  # whole windows, and never more than asked
+    assert TrainSchedule(10**9, 4096, 1e-3).windows == recover.MOST // 4096
 
 
 def test_the_default_rate_follows_weights_width_and_depth() -> None:
@@ -299,6 +306,6 @@ def test_the_default_rate_follows_weights_width_and_depth() -> None:
     rate = recover.RATE * (0.2 / 2**0.5) / (4 * 3)
     assert default_rate(matrices, 16, 3) == pytest.approx(rate)
     model, runner, teacher = pruned()
-    one = trainer(model, runner, teacher, course=Course(SEQLEN, SEQLEN))
+    one = trainer(model, runner, teacher, schedule=TrainSchedule(SEQLEN, SEQLEN))
     known = [p for p, sparse in trained_parameters(model, "model.layers").values() if sparse]
-    assert one.course.rate == default_rate(known, 32, 2)
+    assert one.schedule.rate == default_rate(known, 32, 2)

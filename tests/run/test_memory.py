@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib.data.windows import TrainingText
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.eval import perplexity
-from lib.methods.registry import METHODS, Recipe
+from lib.methods.registry import METHODS, MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import (
     decoder_blocks,
@@ -37,7 +37,7 @@ from lib.model.store import HostStore
 from lib.packed import kernels
 from lib.prune import Pruner
 from lib.pruning.allocation import by_error
-from lib.recover import Course, Recoverer
+from lib.recover import Recoverer, TrainSchedule
 from lib.run import memory
 from lib.run.memory import PackedLinears, Plan, Training, check_memory, needed, shapes, stand
 from lib.sparse import swap_linears_
@@ -50,7 +50,7 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 def of(model, **changes) -> Plan:
     name, _ = decoder_blocks(model)
-    known = dict(recipe=Recipe("wanda"), windows=8, tests=4, seqlen=32, batch_size=4)
+    known = dict(method_spec=MethodSpec("wanda"), windows=8, tests=4, seqlen=32, batch_size=4)
     known |= dict(working=torch.float32, saved=torch.float32)
     return Plan(shapes(skeleton(model.config), name), **known | changes)
 
@@ -91,12 +91,12 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
     """Within a quarter. What operations take inside themselves is not seen."""
     size = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=3, vocab_size=2000)
     model = tiny.build(name, **size, **(tiny.EXPERTS if name == "mixtral" else {}))
-    ids, recipe = windows(8, 32), Recipe(method)
-    need = needed(of(model, recipe=recipe))
+    ids, method_spec = windows(8, 32), MethodSpec(method)
+    need = needed(of(model, method_spec=method_spec))
     there = [*model.parameters(), *model.buffers(), ids]
     with Alive(there) as alive:
-        pruner = Pruner(runner_of(model), decoder_blocks(model)[0], recipe, Sparsity(0.5))
-        pruner.run(ids if recipe.observes else None, 4)
+        pruner = Pruner(runner_of(model), decoder_blocks(model)[0], method_spec, Sparsity(0.5))
+        pruner.run(ids if method_spec.observes else None, 4)
         perplexity(runner_of(model), ids[:4], 4)
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
     assert need.total == pytest.approx(taken, rel=0.25)
@@ -109,13 +109,13 @@ def test_packed_linears_take_what_was_said(bits: int, monkeypatch: pytest.Monkey
     size = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=2, vocab_size=300)
     model, ids = tiny.tiny_llama(**size), windows(8, 32)
     prune_(model, "magnitude", ids=ids)
-    plan = of(model, recipe=None, pack_bits=bits)
+    plan = of(model, method_spec=None, pack_bits=bits)
     with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
         swap_linears_(model, decoder_blocks(model)[1], bits=bits)
     packed = PackedLinears.of(*packed_linears(model.config))
     standing = packed.nbytes(4)
     assert alive.most - standing <= memory._packing(plan) <= 4 * (alive.most - standing)
-    need = needed(of(model, recipe=None, packed=packed))
+    need = needed(of(model, method_spec=None, packed=packed))
     buffers = sum(one.nbytes for name, one in model.named_buffers() if "inv_freq" in name)
     assert need.weights == footprint(model) - buffers
     with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
@@ -152,12 +152,12 @@ def test_tensors_of_a_recovery_take_what_was_said(
     ids = windows(8, 32)
     monkeypatch.setattr("lib.recover.LEAST", 4 * 32)  # two steps: AdamW begins in the first
     training = Training(rank, 4, False, checkpointed)
-    need = needed(of(model, recipe=None, training=training, saved=saved))
+    need = needed(of(model, method_spec=None, training=training, saved=saved))
     text = TrainingText(ids, torch.arange(8), ids[:4], {"sources": []})
     there = [*model.parameters(), *model.buffers(), ids]
     with Alive(there) as alive:
         teacher = runner_of(fresh_copy(model))
-        known = runner, teacher, blocks, Course(8 * 32, 32, 1e-3, rank), text, 4
+        known = runner, teacher, blocks, TrainSchedule(8 * 32, 32, 1e-3, rank), text, 4
         measure = lambda one, ids: perplexity(one, ids, 4).value  # noqa: E731
         Recoverer(*known, measure, saved, checkpointed=checkpointed).run()
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
@@ -172,7 +172,7 @@ def test_tensors_of_an_allocation_take_what_was_said(hidden: int, vocabulary: in
     ids, blocks_name = windows(8, 32), decoder_blocks(model)[0]
     plan = of(model, probed=8)
     with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
-        by_error(runner_of(model), blocks_name, ids, 4, 0.7, Team(CPU, alone=True))
+        by_error(runner_of(model), blocks_name, ids, 4, 0.7, DistContext(CPU, alone=True))
     assert sum(memory._allocation(plan)) == pytest.approx(alive.most, rel=0.25)
 
 
@@ -180,12 +180,12 @@ def test_tensors_of_an_allocation_take_what_was_said(hidden: int, vocabulary: in
 def test_solving_takes_what_the_method_said(method: str) -> None:
     """Beside its statistics, for a linear with more inputs than outputs."""
     width, rows = 384, 128
-    solver, weight = Recipe(method)(width, CPU), torch.randn(rows, width)
+    solver, weight = MethodSpec(method)(width, CPU), torch.randn(rows, width)
     x = torch.randn(2 * width, width)
-    solver.observe(x, *([x + 1, x[:, :rows]] if Recipe(method).dense_stream else []))
+    solver.observe(x, *([x + 1, x[:, :rows]] if MethodSpec(method).dense_stream else []))
     with Alive([weight, *solver.statistics()]) as alive:
         solver.prune_([weight], Sparsity(0.5, 2, 4))
-    _, said = Recipe(method)(width, torch.device("meta")).bytes_needed([rows])
+    _, said = MethodSpec(method)(width, torch.device("meta")).bytes_needed([rows])
     assert said == pytest.approx(alive.most, rel=0.25)
 
 
@@ -241,14 +241,14 @@ def test_what_makes_it_grow_and_shrink() -> None:
     plan = of(model)
     whole = needed(plan)
     assert needed(of(model, windows=80)).hidden == 80 * 32 * 32 * 4
-    assert needed(of(model, recipe=Recipe("sparsegpt"))).work >= whole.work
+    assert needed(of(model, method_spec=MethodSpec("sparsegpt"))).work >= whole.work
     assert needed(of(model, fetched=True)).weights < whole.weights / 2
     assert needed(of(model, load_bit="4")).weights < whole.weights / 2
     few = dict(windows=1, tests=1, seqlen=4)
     assert needed(of(model, **few, stored=torch.bfloat16)).total > needed(of(model, **few)).total
-    more = needed(of(model, recipe=Recipe("admm"), windows=80, keeps=False))
+    more = needed(of(model, method_spec=MethodSpec("admm"), windows=80, keeps=False))
     assert more.hidden == 2 * 80 * 32 * 32 * 4
-    kept = needed(of(model, recipe=Recipe("admm"), windows=80))
+    kept = needed(of(model, method_spec=MethodSpec("admm"), windows=80))
     assert kept.hidden > more.hidden and kept.work == more.work
     probed = needed(of(model, windows=1, probed=90))
     assert probed.hidden == (6 + 1) * 90 * 32 * 32 * 4
@@ -349,10 +349,10 @@ def test_blocks_stay_on_the_host_where_the_device_is_small(gpu: SimpleNamespace)
     need, fetched = needed(plan), needed(replace(plan, fetched=True))
     gpu.free = 2 * (need.weights + need.hidden + need.work)
     room = check_memory(plan, CUDA)
-    assert not room.fetched and room.keep_on == CUDA
+    assert not room.fetched and room.state_device == CUDA
     gpu.free = int(1.12 * (need.weights + need.work))
     room = check_memory(plan, CUDA)
-    assert not room.fetched and room.keep_on == CPU
+    assert not room.fetched and room.state_device == CPU
     gpu.free = need.weights + need.work
     room = check_memory(plan, CUDA)
     assert room.fetched and room.line.startswith("memory: device about ")
@@ -361,7 +361,7 @@ def test_blocks_stay_on_the_host_where_the_device_is_small(gpu: SimpleNamespace)
     with pytest.raises(UserError, match="--device cuda:0: the run needs .* --batch_size"):
         check_memory(plan, CUDA)
     room = check_memory(replace(plan, device="cpu"), CPU)
-    assert not room.fetched and room.keep_on == CPU
+    assert not room.fetched and room.state_device == CPU
 
 
 def test_processes_that_share_take_the_blocks_once() -> None:
@@ -375,12 +375,12 @@ def test_processes_that_share_take_the_blocks_once() -> None:
         found = stand(of(model, device="cuda", shared=shared, **eight), least.total)
         assert found.plan.fetched and found.kept
         assert found.machine == inside * (1 if shared else 8)
-        assert ("once for all" in found.told_of_host(0)) == shared
+        assert ("once for all" in found.describe_host(0)) == shared
         found = stand(of(model, shared=shared, **eight))
         assert found.plan.fetched == shared
         each = found.host.total
         assert found.machine == (whole + 8 * each if shared else 8 * each)
-        long = stand(of(model, shared=shared, **eight | dict(tests=10**6, recipe=None)))
+        long = stand(of(model, shared=shared, **eight | dict(tests=10**6, method_spec=None)))
         assert long.host.hidden == long.plan.window  # of a batch, from where no block need move
         on_disk = stand(of(model, shared=shared, on_disk=True, **eight))
         assert on_disk.once == (whole - inside if shared else 0)

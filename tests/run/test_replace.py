@@ -207,5 +207,5 @@ def test_bos_always_without_such_a_token(model: Path, uk: Path) -> None:
 
 
 def test_own_bos_is_what_the_tokenizer_adds() -> None:
-    assert pretrained.own_bos(tiny.tiny_tokenizer(add_bos=True)) == 0
-    assert pretrained.own_bos(tiny.tiny_tokenizer(add_bos=False)) is None
+    assert pretrained.default_bos_id(tiny.tiny_tokenizer(add_bos=True)) == 0
+    assert pretrained.default_bos_id(tiny.tiny_tokenizer(add_bos=False)) is None

@@ -391,10 +391,10 @@ def test_a_defect_in_one_run_shows_its_traceback_and_does_not_stop_the_rest(
 ):
     original = main.prune
 
-    def prune(job, subject):
+    def prune(job, loaded):
         if job.args.seed == 0:
             raise RuntimeError("a defect")
-        return original(job, subject)
+        return original(job, loaded)
 
     monkeypatch.setattr(main, "prune", prune)
     argv = ["--models", model, *WANDA, "--calibration", texts[0], "--seeds", 0, 1]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from lib.util import folders
 from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
-from lib.util.folders import MANIFEST, check_replaceable, claimed, staged_folder
+from lib.util.folders import MANIFEST, check_replaceable, locked_dir, staged_folder
 from lib.util.host import gib
 
 
@@ -251,7 +251,7 @@ def test_what_comes_while_a_run_works_is_not_lost(tmp_path: Path) -> None:
 
 def test_of_two_runs_with_one_target_the_second_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "model"
-    with claimed(model, "--save_model") as first, first.staged() as stage:
+    with locked_dir(model, "--save_model") as first, first.staged() as stage:
         fill(stage, a="of the first")
         with pytest.raises(UserError, match=f"--save_model {model}: another run"):
             with staged_folder(model, "--save_model"):

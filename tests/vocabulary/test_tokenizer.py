@@ -16,11 +16,11 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFas
 from lib.data.counts import UNSEEN, compared_texts, count_tokens, plain
 from lib.data.sources import parse_sources
 from lib.data.tokenizer import Pieces
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.util.errors import UserError
 from lib.vocabulary import Trimmed, choose, trim
 
-ALONE = Team(torch.device("cpu"), alone=True)
+ALONE = DistContext(torch.device("cpu"), alone=True)
 UNHEARD = [
     "📐 emoji 🏳️‍🌈",
     "漢字かな交じり文",

@@ -12,7 +12,7 @@ from typing import Any
 
 import made
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from measure import seconds
 from sizes import NotHere, Size
 from steps import ROOT, SAID, descendants, end
@@ -23,31 +23,31 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def check_collectives(device: str, size: Size) -> dict[str, Any]:
-    """What a team does with NCCL (Gloo on a CPU), by one process: a group can be made, dtypes."""
+    """What a dist does with NCCL (Gloo on a CPU), by one process: a group can be made, dtypes."""
     there = torch.device(device)
     cuda = there if there.type == "cuda" else None
     if cuda:
         torch.cuda.set_device(cuda)
     place = Path(size.work, f"store-{os.getpid()}")
-    store = dist.FileStore(str(place), 1)
+    store = torch_dist.FileStore(str(place), 1)
     start = time.perf_counter()
     kind = "nccl" if cuda else "gloo"
-    dist.init_process_group(kind, store=store, rank=0, world_size=1, device_id=cuda)
-    beside = dist.new_group(backend="gloo")  # for what stays on the host
+    torch_dist.init_process_group(kind, store=store, rank=0, world_size=1, device_id=cuda)
+    beside = torch_dist.new_group(backend="gloo")  # for what stays on the host
     found = {"backend": kind, "s, to make a group": time.perf_counter() - start}
     width = size.of(11008, 64)
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         tensor = torch.randn(width, width, device=there).to(dtype)
         before = tensor.clone()
-        dist.all_reduce(tensor, async_op=True).wait()
-        dist.broadcast(tensor, 0)
+        torch_dist.all_reduce(tensor, async_op=True).wait()
+        torch_dist.broadcast(tensor, 0)
         assert torch.equal(tensor, before), f"{dtype} is changed"
-        spent = seconds(lambda tensor=tensor: dist.all_reduce(tensor), there)
+        spent = seconds(lambda tensor=tensor: torch_dist.all_reduce(tensor), there)
         found[f"ms, {str(dtype).removeprefix('torch.')}"] = 1000 * spent
     values: list = [None]
-    dist.all_gather_object(values, {"tokens": width}, beside)
+    torch_dist.all_gather_object(values, {"tokens": width}, beside)
     assert values == [{"tokens": width}]
-    dist.destroy_process_group()
+    torch_dist.destroy_process_group()
     place.unlink(missing_ok=True)
     return found
 

@@ -80,8 +80,8 @@ def check_fetched(device: str, size: Size) -> dict[str, Any]:
     own = memory.check_memory
     ways: dict[str, tuple[dict, list[str]]] = {"resident": ({}, []), "from disk": ({}, ["disk"])}
     if torch.device(device).type == "cuda":  # a CPU's blocks are on the host anyway
-        ways["states on the host"] = ({"keep_on": torch.device("cpu")}, [])
-        ways["blocks on the host"] = ({"keep_on": torch.device("cpu"), "fetched": True}, [])
+        ways["states on the host"] = ({"state_device": torch.device("cpu")}, [])
+        ways["blocks on the host"] = ({"state_device": torch.device("cpu"), "fetched": True}, [])
     found: dict[str, Any] = {}
     flags = made.flags_of("medium", size, device)
     for method in METHODS:

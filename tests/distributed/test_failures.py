@@ -17,8 +17,8 @@ from jobs import BASE, flags
 from processes import ended, kept_port, launched, together
 from support import ROOT, Done, call, results
 
-from lib.dist import team
-from lib.dist.team import Team
+from lib.distributed import context
+from lib.distributed.context import DistContext
 from lib.util import command, launch
 from lib.util.command import FAILED, TERMINATED
 from lib.util.errors import UserError
@@ -156,7 +156,7 @@ def test_accelerate_that_starts_one_process_only(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(UserError, match="--num_processes: .* --multi_gpu"):
-        Team(torch.device("cpu"))
+        DistContext(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -166,10 +166,10 @@ def test_the_others_are_out_of_reach(rank: int, monkeypatch: pytest.MonkeyPatch)
         place = dict(RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1")
         for name, value in (place | dict(MASTER_PORT=port.getsockname()[1])).items():
             monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(team, "JOIN_SECONDS", 1)
+        monkeypatch.setattr(context, "JOIN_SECONDS", 1)
         start = time.monotonic()
         with pytest.raises(UserError, match=f"process {rank} can't reach the others at MASTER"):
-            Team(torch.device("cpu"))
+            DistContext(torch.device("cpu"))
         assert time.monotonic() - start < 20
 
 
@@ -178,7 +178,7 @@ def test_no_meeting_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match="MASTER_ADDR None.*start all with torchrun"):
-        Team(torch.device("cpu"))
+        DistContext(torch.device("cpu"))
 
 
 def test_sigterm_ends_a_run_without_a_word(place: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a team divides work, what it compares, and on which GPU each process is."""
+"""How a dist divides work, what it compares, and on which GPU each process is."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import pytest
 import torch
 from support import CPU
 
-from lib.dist.team import Team, local_device
+from lib.distributed.context import DistContext, local_device
 from lib.util.errors import UserError
 
 
 def test_different_facts_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    team = Team(CPU, alone=True)
+    dist = DistContext(CPU, alone=True)
     facts = {"calibration windows": "ab", "packages": {"torch": "2.0"}}
-    team.agree(facts)
+    dist.check_equal(facts)
     for name, other in {"calibration windows": "cd", "packages": {"torch": "2.1"}}.items():
-        monkeypatch.setattr(team, "gathered", lambda mine, n=name, o=other: [mine, mine | {n: o}])
+        monkeypatch.setattr(
+            dist, "all_gather_object", lambda mine, n=name, o=other: [mine, mine | {n: o}]
+        )
         with pytest.raises(UserError, match=f"{name}: process 0 has .*, process 1 has"):
-            team.agree(facts)
+            dist.check_equal(facts)
 
 
 def test_gpus_are_counted_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,14 +34,14 @@ def test_gpus_are_counted_from_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_windows_and_solves_are_shared_out_evenly(size: int) -> None:
-    team = Team(CPU, alone=True)
-    team.size = size
+    dist = DistContext(CPU, alone=True)
+    dist.size = size
     shares = []
-    for team.rank in range(size):
-        shares.append(range(7)[team.share(7)])
+    for dist.rank in range(size):
+        shares.append(range(7)[dist.share(7)])
     assert [window for share in shares for window in share] == list(range(7))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     costs = [5.0, 3, 3, 2, 2, 1]
-    owners = team.owners(costs)
+    owners = dist.assign_owners(costs)
     loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(size)]
     assert len(owners) == 6 and max(loads) <= sum(costs) / size + max(costs)

@@ -7,8 +7,8 @@ them those of a single process; then the linears are shared out by cost, each is
 process, and the pruned weights are broadcast. One process prints, logs and saves.
 
 Where a process ends, the launcher ends the others; where one hangs, those that wait for it end
-after `--timeout`. Processes wait for each other in `meet`, on the CPU, and nowhere else for long:
-what goes between GPUs follows at once.
+after `--timeout`. Processes wait for each other in `barrier`, on the CPU, and nowhere else for
+long: what goes between GPUs follows at once.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 from torch import Tensor
 
 from lib.util.errors import UserError
-from lib.util.launch import environment_number, see_launched
+from lib.util.launch import check_launcher, environment_number
 
 JOIN_SECONDS = 60  # launchers start all processes at the same time
 
@@ -36,20 +36,20 @@ JOIN_SECONDS = 60  # launchers start all processes at the same time
 class Handle:
     """A sum that was started."""
 
-    work: dist.Work
-    team: Team
+    work: torch_dist.Work
+    dist: DistContext
 
     def wait(self) -> None:
         """Until it is done."""
-        with self.team.collective():
+        with self.dist.collective():
             self.work.wait()
 
 
-class Team:
+class DistContext:
     """The processes of a job; with one process, or `alone`, every call does nothing.
 
-    `minutes`: how long one waits for another, besides the time that work takes; see `meet`. Every
-    call that needs the others raises UserError where one is gone or does not answer.
+    `minutes`: how long one waits for another, besides the time that work takes; see `barrier`.
+    Every call that needs the others raises UserError where one is gone or does not answer.
     """
 
     def __init__(self, device: torch.device, minutes: float = 10, alone: bool = False) -> None:
@@ -66,15 +66,15 @@ class Team:
         if self.size > 1:
             self._join()
         elif not alone:
-            see_launched()
+            check_launcher()
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that prints, logs and saves."""
         return self.rank == 0
 
     @property
-    def leads_here(self) -> bool:
+    def is_local_main(self) -> bool:
         """Whether this is the first process of its machine."""
         return self.local_rank == 0
 
@@ -82,7 +82,7 @@ class Team:
         """This process's part of `count` windows; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def meet(self, seconds: float = 0) -> None:
+    def barrier(self, seconds: float = 0) -> None:
         """Wait until all processes are here.
 
         One that is missing has the time-out, and as long as this one took since they last met: of
@@ -93,16 +93,18 @@ class Team:
         spent = time.monotonic() - self.met
         limit = timedelta(seconds=math.ceil(60 * self.minutes + spent + seconds))
         others = [rank for rank in range(self.size) if rank != self.rank]
-        with self.collective():  # dist.monitored_barrier heeds a limit in the first process only
-            heard = [dist.irecv(torch.empty(1), rank, self.group) for rank in others]
-            told = [dist.isend(torch.zeros(1), rank, self.group) for rank in others]
+        with (
+            self.collective()
+        ):  # torch_dist.monitored_barrier heeds a limit in the first process only
+            heard = [torch_dist.irecv(torch.empty(1), rank, self.group) for rank in others]
+            told = [torch_dist.isend(torch.zeros(1), rank, self.group) for rank in others]
         for works in heard, told:
             for rank, work in zip(others, works, strict=True):
                 with self.collective(f"process {rank}"):
                     work.wait(limit)
         self.met = time.monotonic()
 
-    def sum_(self, tensors: Sequence[Tensor]) -> list[Handle]:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> list[Handle]:
         """Start adding each tensor up over all processes, which have just met, in place.
 
         Call wait() on all that is returned.
@@ -110,16 +112,16 @@ class Team:
         if self.size == 1:
             return []
         with self.collective():
-            return [Handle(dist.all_reduce(one, async_op=True), self) for one in tensors]
+            return [Handle(torch_dist.all_reduce(one, async_op=True), self) for one in tensors]
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """`value` of every process, in the order of ranks; small picklable things only."""
         if self.size == 1:
             return [value]
-        self.meet()
+        self.barrier()
         values: list[Any] = [None] * self.size
         with self.collective():
-            dist.all_gather_object(values, value, self.group)
+            torch_dist.all_gather_object(values, value, self.group)
         return values
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
@@ -130,12 +132,12 @@ class Team:
         tensor = tensor.to(self.device).contiguous()
         if self.size > 1:
             with self.collective():
-                dist.broadcast(tensor, source)
+                torch_dist.broadcast(tensor, source)
         return tensor
 
-    def agree(self, facts: dict[str, Any]) -> None:
+    def check_equal(self, facts: dict[str, Any]) -> None:
         """UserError naming the first fact in which the processes differ."""
-        for rank, other in enumerate(self.gathered(facts)):
+        for rank, other in enumerate(self.all_gather_object(facts)):
             for name in {**facts, **other}:
                 if other.get(name) != facts.get(name):
                     raise UserError(
@@ -143,7 +145,7 @@ class Team:
                         f"{other.get(name)!r}; start all with the same flags, data and packages"
                     )
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
+    def assign_owners(self, costs: Sequence[float]) -> list[int]:
         """Which process solves each of the tasks: the dearest first, to whoever has least."""
         load = [0.0] * self.size
         owners = [0] * len(costs)
@@ -155,8 +157,8 @@ class Team:
     def close(self) -> None:
         """Leave each other, after the last collective of all."""
         if self.size > 1:
-            self.meet()  # a connection that ends too early breaks another's collective
-            dist.destroy_process_group()
+            self.barrier()  # a connection that ends too early breaks another's collective
+            torch_dist.destroy_process_group()
 
     @contextmanager
     def collective(self, who: str = "another process") -> Iterator[None]:
@@ -177,9 +179,9 @@ class Team:
             torch.cuda.set_device(cuda)  # where NCCL puts what is not yet on a device
         try:
             joining = timedelta(seconds=JOIN_SECONDS)
-            store, _, _ = next(dist.rendezvous("env://", timeout=joining))
+            store, _, _ = next(torch_dist.rendezvous("env://", timeout=joining))
             store.set_timeout(self.limit)
-            dist.init_process_group(
+            torch_dist.init_process_group(
                 "nccl" if cuda else "gloo",
                 store=store,
                 rank=self.rank,
@@ -187,7 +189,7 @@ class Team:
                 timeout=self.limit,
                 device_id=cuda,
             )
-            self.group = dist.new_group(timeout=self.limit, backend="gloo") if cuda else None
+            self.group = torch_dist.new_group(timeout=self.limit, backend="gloo") if cuda else None
         except (RuntimeError, ValueError) as error:
             host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
             raise UserError(

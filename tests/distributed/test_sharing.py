@@ -13,7 +13,7 @@ from processes import ended, together
 from support import CPU, content, runner_of, windows
 from torch import nn
 
-from lib.dist.team import Team
+from lib.distributed.context import DistContext
 from lib.eval import perplexity
 from lib.model import fetched
 from lib.model.blocks import BlockRunner
@@ -42,8 +42,8 @@ def test_the_same_bytes_as_with_a_copy_each(place: Path) -> None:
     assert by(4, 2, CASES[-2:], place) == shared[-2:]
 
 
-class Machine(Team):
-    """A team as it would be with one process after another, in one."""
+class Machine(DistContext):
+    """A dist as it would be with one process after another, in one."""
 
     told: list = []
 
@@ -52,11 +52,11 @@ class Machine(Team):
         self.local_rank = self.rank = rank
         self.local_size = self.size = 2
 
-    def meet(self, seconds: float = 0) -> None:
+    def barrier(self, seconds: float = 0) -> None:
         pass
 
-    def gathered(self, value):
-        if self.leads_here:
+    def all_gather_object(self, value):
+        if self.is_local_main:
             self.told.append(value)
         return [self.told[-1], value]
 
@@ -114,10 +114,7 @@ def test_only_one_writes(tmp_path: Path) -> None:
     assert reader.tensors(1).keys() == after.keys()
     assert torch.equal(reader.tensor(1, "c"), after["c"]) and not writer.tensors(0)["a"].any()
 
-    disk = [
-        DiskStore(str(tmp_path), [{}, {}], writes)
-        for writes in (True, False)
-    ]
+    disk = [DiskStore(str(tmp_path), [{}, {}], writes) for writes in (True, False)]
     for store in disk:
         store.replace_(1, before, {"a": torch.float32})
     assert [path.name for path in tmp_path.iterdir()] == ["block-1-0.safetensors"]
