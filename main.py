@@ -14,9 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
 from lib.run.job import Job, LoadedModel
-from lib.run.setup import check, load, load_teacher, resolve_bos
+from lib.run.load import load
+from lib.run.teacher import load_teacher
+from lib.run.texts import resolve_bos
 from lib.util import command
 from lib.util.folders import Target, locked_dir
 

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import main
 from lib.report.results import RESULTS, write_results
+from lib.run.check import check
 from lib.run.fingerprint import difference
-from lib.run.setup import check
 from lib.sweep.kept import SweepCache, start_peak
 from lib.sweep.plan import Planned
 from lib.util.errors import UserError

@@ -169,7 +169,7 @@ def dump_windows(flags: list[str], folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from lib.run import flags as main_flags
-    from lib.run.setup import check
+    from lib.run.check import check
 
     job = check(main_flags.build_parser().parse_args(flags))
     path = folder / "windows.safetensors"

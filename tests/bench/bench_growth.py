@@ -89,8 +89,9 @@ def pruned_in(
     args: argparse.Namespace, method: str, kind: str, passes: Passes | None = None, **changed
 ) -> float:
     """Seconds of pruning in this process, with flags of main.py changed."""
+    from lib.run.check import check
     from lib.run.flags import build_parser
-    from lib.run.setup import check, load
+    from lib.run.load import load
     from main import prune
 
     flags = {"nsamples": args.nsamples, "seqlen": args.seqlen, "model": args.model} | changed

@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from torch import Tensor, nn
 
+from lib.run.check import check
 from lib.run.flags import build_parser
-from lib.run.setup import check, load
+from lib.run.load import load
 
 
 def best_of(times: int, work: Callable[[], object]) -> float:

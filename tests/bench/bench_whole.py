@@ -29,8 +29,8 @@ import main as command_line
 from lib.report.plots import style
 from lib.report.report import markdown
 from lib.report.results import load_runs
+from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
-from lib.run.setup import check
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib
 from lib.util.progress import quiet

@@ -11,9 +11,9 @@ import tiny
 from support import QUICK
 
 from lib.run import fingerprint
+from lib.run.check import check
 from lib.run.fingerprint import TIMES, difference
 from lib.run.flags import INPUT, PLACE, RESULT, SHOWN, SPEED, build_parser, roles, settings
-from lib.run.setup import check
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BASE = ["--prune_method", "wanda", *QUICK]

@@ -1,0 +1,179 @@
+"""What can be known of a run before any weight is read.
+
+    job = check(args)  # whatever can fail cheaply fails here
+
+Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from lib.methods.sparsity import Sparsity
+from lib.run.job import Job, NoCache
+from lib.run.teacher import set_teacher, told_of_teacher
+from lib.run.texts import check_readable, method_of, named_sources, read_texts, reads_train
+from lib.util.errors import UserError
+
+
+def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
+    """Outputs, texts, device, config, tokenizer, vocabulary, windows: by what they cost.
+
+    UserError, in one line, for what can't be done.
+    """
+    method_spec = method_of(args)
+    _check_outputs(args)
+    sources, vocabulary_sources, tests = named_sources(args)
+    read = [(one, "train") for one in sources if reads_train(args)]
+    read += [
+        (one, "train") for one in vocabulary_sources if one not in sources or not reads_train(args)
+    ]
+    read += [(one, "test") for one in tests]
+    check_readable([one for one in read if not one[0].hub])
+    from lib.distributed.context import DistContext, local_device
+    from lib.model import pretrained
+    from lib.model.quantised import check_format
+    from lib.pruning.inputs import check_widths
+    from lib.util.progress import quiet
+
+    quiet()
+    device = local_device(pretrained.pick_device(args.device))
+    pretrained.make_current(device)
+    dist = DistContext(device, minutes=args.timeout)
+    known = args.model, args.cache_dir, args.trust_remote_code
+    config = pretrained.load_config(*known)
+    check_format(args.model, config, args.load_bit, bool(method_spec or args.recover), args.offload)
+    tokenizer = pretrained.load_tokenizer(*known)
+    seqlen = pretrained.window_length(config, args.seqlen)
+    width = config.get_text_config(decoder=True).hidden_size
+    skeleton = pretrained.skeleton(config, args.trust_remote_code)
+    blocks_name, blocks = pretrained.decoder_blocks(skeleton)
+    sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+    if method_spec:
+        check_widths(blocks, blocks_name, sparsity)
+    if args.bos == "always":
+        pretrained.required_bos_id(tokenizer)
+    check_readable([one for one in read if one[0].hub])
+    job = Job(
+        args=args,
+        cache=cache or NoCache(),
+        sources=sources,
+        vocabulary_sources=vocabulary_sources,
+        tests=tests,
+        device=device,
+        dist=dist,
+        config=config,
+        tokenizer=tokenizer,
+        seqlen=seqlen,
+        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen, width),
+        skeleton=skeleton,
+        blocks_name=blocks_name,
+        method_spec=method_spec,
+        sparsity=sparsity,
+    )
+    if args.recover:
+        _set_schedule(job)
+    if args.trim_vocabulary:
+        _set_vocabulary(job)
+    if args.teacher:
+        with told_of_teacher():
+            set_teacher(job)
+    bos = pretrained.required_bos_id(job.tokenizer) if args.bos == "always" else None
+    job.texts = read_texts(job, bos)
+    _compare(job)
+    return job
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    from lib.util.files import check_output_folder
+    from lib.util.folders import check_replaceable
+
+    check_output_folder("--save", args.save)
+    if args.save_model:
+        check_replaceable("--save_model", args.save_model)
+    if args.tasks:
+        from lib.eval import check_tasks
+
+        check_tasks(args.tasks)
+
+
+def _set_vocabulary(job: Job) -> None:
+    """Choose the tokens that stay, and go on with the smaller tokenizer, proven on every test text.
+
+    UserError where the model or its tokenizer can't be trimmed, or where a text would not read the
+    same.
+    """
+    from lib.model.rows import count_rows, tokens_of_configs
+    from lib.vocabulary import Trimmed, trim
+
+    args = job.args
+    rows = count_rows(job.skeleton, args.model)
+    known = args.model, job.config, args.cache_dir, args.trust_remote_code
+
+    def make() -> Trimmed:
+        return trim(
+            job.tokenizer,
+            args.model,
+            job.config,
+            job.vocabulary_sources,
+            job.dist,
+            rows=rows,
+            named=tokens_of_configs(*known),
+            size=args.vocabulary_size,
+            minimum=args.vocabulary_minimum or 1,
+            trust_remote_code=args.trust_remote_code,
+        )
+
+    key = (args.model, args.cache_dir, sorted(one.text for one in job.vocabulary_sources))
+    key += (args.vocabulary_size, args.vocabulary_minimum)
+    with job.timed("vocabulary"):
+        job.vocabulary = job.cache.vocabulary(key, make)
+        job.tokenizer = job.vocabulary.tokenizer
+        lines = job.vocabulary.prove(job.tests)
+    if job.dist.is_main:
+        print(job.vocabulary.line(), *lines, sep="\n", flush=True)
+
+
+def _set_schedule(job: Job) -> None:
+    """How the recovery goes. UserError where it can't be."""
+    from lib.model.quantised import stored_bits
+    from lib.recover import CROSS_ENTROPY, TrainSchedule
+
+    args, given = job.args, f"--recover {job.args.recover}"
+    if args.recover < job.seqlen:
+        raise UserError(
+            f"{given}: less than one step, a window of {job.seqlen} tokens; give at least so many, "
+            "or a smaller --seqlen"
+        )
+    if stored_bits(job.config):
+        raise UserError(f"{given}: {args.model} is quantised, and its weights can't be trained")
+    job.schedule = TrainSchedule(
+        args.recover,
+        job.seqlen,
+        args.recover_rate,
+        args.recover_rank,
+        CROSS_ENTROPY if args.recover_ce is None else args.recover_ce,
+        args.seed,
+    )
+
+
+def _compare(job: Job) -> None:
+    """UserError where an interrupted run, or another process, does something else."""
+    from lib.pruning.journal import Journal
+    from lib.run.fingerprint import TIMES, difference, fingerprint
+
+    job.fingerprint = fingerprint(job)
+    pruning = job.fingerprint["pruning"]
+    everywhere = {name: value for name, value in pruning.items() if name != TIMES}
+    job.dist.check_equal(everywhere | job.fingerprint["measuring"])
+    changes = job.method_spec or job.schedule
+    if not (changes and job.args.resume and job.dist.is_main):
+        return
+    job.journal = Journal(job.args.resume)
+    found = difference(job.journal.begun, pruning) if job.journal.begun else None
+    if found:
+        name, before, now = found
+        raise UserError(
+            f"--resume {job.args.resume}: was begun with {name} {before!r}, now it is {now!r}; "
+            "give the same again, or another folder"
+        )
