@@ -141,9 +141,9 @@ def allocate(job: Job, loaded: LoadedModel) -> tuple[dict[str, Sparsity], Any]:
     passed, what = (blocks, "outliers") if by_outliers else (2 * blocks, "errors")
     with job.timed("allocate"), progress(passed, what, "block", is_main) as bar:
         if by_outliers:
-            found = owl(loaded.runner, *reads, bar)
-            told = [round(one.ratio, 6) for one in found]
-            by_name = of_blocks(loaded.runner, job.blocks_name, found)
+            found = owl(loaded.runner, job.blocks_name, *reads, bar)
+            told = [round(ratio, 6) for ratio in found]
+            by_name = of_blocks(loaded.blocks, job.blocks_name, found)
         else:
             by_name = by_error(loaded.runner, job.blocks_name, *reads, args.seed, bar)
             told = {name: round(one.ratio, 6) for name, one in by_name.items()}

@@ -129,7 +129,7 @@ def watch_inputs(
     """
 
     def hook(linear: PrunableLinear) -> Callable:
-        return lambda _, args, kwargs: see(linear, args[0] if args else kwargs["input"])
+        return lambda _, args, kwargs: see(linear, first_argument(args, kwargs))
 
     products = partial(_ExpertProducts, before=see)
     return _hooked(linears, nn.Module.register_forward_pre_hook, hook, products)
@@ -144,10 +144,15 @@ def watch_outputs(
     """
 
     def hook(linear: PrunableLinear) -> Callable:
-        return lambda _, args, kwargs, out: see(linear, args[0] if args else kwargs["input"], out)
+        return lambda _, args, kwargs, out: see(linear, first_argument(args, kwargs), out)
 
     products = partial(_ExpertProducts, after=see)
     return _hooked(linears, nn.Module.register_forward_hook, hook, products)
+
+
+def first_argument(args: tuple, kwargs: dict) -> Tensor:
+    """A linear module's input, whatever its forward calls it: `input`, or GPT-2's `x`."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from lib.distributed.context import DistContext
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears
-from lib.pruning.inputs import weight_of
+from lib.pruning.inputs import first_names
 from lib.pruning.observe import own_windows
 from lib.pruning.sensitivity import Sensed, WayBack
 
@@ -74,7 +75,7 @@ def by_error(
     draw = torch.Generator().manual_seed(seed)
     chances, _ = own_windows(torch.rand(windows.shape, generator=draw), dist)
     mine, idle = own_windows(windows, dist)
-    first = _first_names(runner, blocks_name)
+    first = first_names(runner.blocks, blocks_name)
     parts: dict[str, Part] = {}
     slopes: dict[str, Tensor] = {}
     with eager_experts(runner.model):
@@ -87,7 +88,7 @@ def by_error(
                 for linear in linears:
                     one, name = sensed[linear.name], first[linear.name]
                     if one.tokens:
-                        part = parts.setdefault(name, Part(name, linear.stored.numel()))
+                        part = parts.setdefault(name, Part(name, prod(linear.shape)))
                         part.cost = part.cost + costs(linear.matrix(), one, ratio)
                         slopes[name] = slopes.get(name, 0) + one.slopes / one.tokens
             on_progress(1)
@@ -95,16 +96,6 @@ def by_error(
     return {
         name: Sparsity(chosen.get(own, ratio), rows=slopes.get(own)) for name, own in first.items()
     }
-
-
-def _first_names(runner: BlockRunner, blocks_name: str) -> dict[str, str]:
-    """{name of a linear: the first name of its weight}, which several blocks may share."""
-    known: dict[tuple[int, int | None], str] = {}
-    found = {}
-    for index, block in enumerate(runner.blocks):
-        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
-            found[linear.name] = known.setdefault(weight_of(linear), linear.name)
-    return found
 
 
 def _add_up_(sensed: list[Sensed], dist: DistContext, idle: bool) -> None:

@@ -131,6 +131,16 @@ def weight_of(linear: PrunableLinear) -> tuple[int, int | None]:
     return id(getattr(linear.module, linear.parameter)), linear.expert
 
 
+def first_names(blocks: nn.ModuleList, blocks_name: str) -> dict[str, str]:
+    """{name of a linear: the first name of its weight}, which several blocks may share."""
+    names: dict[tuple[int, int | None], str] = {}
+    first = {}
+    for index, block in enumerate(blocks):
+        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
+            first[linear.name] = names.setdefault(weight_of(linear), linear.name)
+    return first
+
+
 def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) -> None:
     """UserError naming the first linear that can't carry the N:M pattern; needs no weights."""
     for index, block in enumerate(blocks) if sparsity.m else ():

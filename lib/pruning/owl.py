@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import ALLOCATION_SPAN, Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears
-from lib.pruning.inputs import Group
+from lib.pruning.inputs import Group, first_names
 from lib.pruning.observe import observe_together, own_windows
 
 OUTLIER = 5  # M: times the mean score
@@ -28,43 +28,48 @@ OUTLIER = 5  # M: times the mean score
 @torch.no_grad()
 def owl(
     runner: BlockRunner,
+    blocks_name: str,
     windows: Tensor,
     batch_size: int,
     ratio: float,
     dist: DistContext,
     state_device: torch.device | str = "cpu",
     on_progress: Callable[[int], None] = lambda blocks: None,
-) -> list[Sparsity]:
+) -> list[float]:
     """The sparsity of each block, from the dense model's scores on windows (n, tokens).
 
+    A weight that blocks share counts in the first of them, where it is pruned.
     `state_device`: where hidden states are kept. `on_progress(1)` is called after each block.
     """
     method_spec, shares, sizes = MethodSpec("wanda"), [], []
     mine, idle = own_windows(windows, dist)
+    first = first_names(runner.blocks, blocks_name)
     with eager_experts(runner.model):
         states = runner.capture(mine, batch_size, state_device)
         for index, block in enumerate(runner.blocks):
             with runner.on_device(index):
-                linears, _ = find_linears(block, str(index))
+                linears, _ = find_linears(block, f"{blocks_name}.{index}")
                 groups = observe_together(runner, states, index, linears, method_spec, dist, idle)
                 shares.append(outlier_share(groups))
-                sizes.append(sum(prod(linear.shape) for linear in linears))
+                own = (linear for linear in linears if first[linear.name] == linear.name)
+                sizes.append(sum(prod(linear.shape) for linear in own))
                 if index + 1 < len(runner.blocks):
                     runner.advance_(states, index)
             states.calls[index] = []
             on_progress(1)
-    return [Sparsity(one) for one in allocate(shares, sizes, ratio)]
+    return allocate(shares, sizes, ratio)
 
 
 def of_blocks(
-    runner: BlockRunner, blocks_name: str, sparsities: Sequence[Sparsity]
+    blocks: nn.ModuleList, blocks_name: str, ratios: Sequence[float]
 ) -> dict[str, Sparsity]:
-    """{name of a linear: the sparsity of its block}."""
-    return {
-        linear.name: sparsity
-        for index, (block, sparsity) in enumerate(zip(runner.blocks, sparsities, strict=True))
+    """{name of a linear: the sparsity of its block, or of the first block with its weight}."""
+    of_block = {
+        linear.name: Sparsity(ratio)
+        for index, (block, ratio) in enumerate(zip(blocks, ratios, strict=True))
         for linear in find_linears(block, f"{blocks_name}.{index}")[0]
     }
+    return {name: of_block[first] for name, first in first_names(blocks, blocks_name).items()}
 
 
 def outlier_share(groups: Sequence[Group]) -> float:
@@ -74,6 +79,8 @@ def outlier_share(groups: Sequence[Group]) -> float:
         for linear in group.linears:
             total += group.method.score(linear.matrix()).sum(dtype=torch.float64).item()
             count += prod(linear.shape)
+    if not total:  # no token reached the block, or all of its inputs are zero
+        return 0.0
     for group in groups:
         for linear in group.linears:
             score = group.method.score(linear.matrix())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, HiddenStates, replaced
-from lib.model.linears import watch_inputs
+from lib.model.linears import first_argument, watch_inputs
 from lib.model.matrix import PrunableLinear
 
 ROUNDINGS = 8  # of the stream's dtype, that a sum may be off by
@@ -194,7 +194,7 @@ def silenced(linears: Sequence[PrunableLinear]) -> Iterator[None]:
         whole = len(parameters[id(linear.module)]) > 1  # experts, from hidden states to the same
 
         def forward(*args, **kwargs) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_argument(args, kwargs)
             return x.new_zeros(*x.shape[:-1], x.shape[-1] if whole else linear.shape[0])
 
         return forward

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
-from lib.model.linears import find_linears, watch_inputs
+from lib.model.linears import find_linears, watch_inputs, watch_outputs
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by place": lambda x, w: F.linear(x, w),
@@ -46,3 +47,17 @@ def test_experts_inputs_are_seen(name: str) -> None:
     assert seen.keys() == {0, 1, 2}
     assert all(torch.equal(seen[i], x[: i + 1]) for i in range(3))
     assert all(map(torch.equal, found, expected))
+
+
+def test_inputs_and_outputs_of_a_call_by_keyword_are_seen() -> None:
+    linear = nn.Linear(8, 8), "input"
+    conv = Conv1D(8, 8), "x"
+    for module, keyword in (linear, conv):
+        [found] = find_linears(nn.ModuleDict({"own": module}), "0")[0]
+        seen: list[torch.Tensor] = []
+        x = torch.ones(3, 8)
+        with watch_inputs([found], lambda _, x: seen.append(x)):
+            module(**{keyword: x})
+        with watch_outputs([found], lambda _, x, out: seen.append(x)):
+            module(**{keyword: x})
+        assert [one is x for one in seen] == [True, True]

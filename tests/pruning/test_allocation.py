@@ -13,7 +13,7 @@ from support import CPU, QUICK, call, linears_of, results, runner_of, windows
 
 from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
-from lib.model.pretrained import decoder_blocks
+from lib.model.pretrained import decoder_blocks, load_config, load_model
 from lib.prune import Pruner
 from lib.pruning import allocation
 from lib.pruning.allocation import GROWTH, Part, allocate, by_error, costs, span
@@ -141,3 +141,21 @@ def test_other_architectures_reach_what_was_allocated(name: str) -> None:
     if name == "shared blocks":
         alike = [one.ratio for path, one in asked.items() if "shared_transformer" in path]
         assert len(alike) > len(set(alike)) > 0
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_4_bit_linear_counts_by_its_weights_not_its_bytes() -> None:
+    """Beside linears that are not quantised, of the same shapes."""
+    tiny.write_model("model", tiny.tiny_llama(hidden_size=64, intermediate_size=192))
+    config = load_config("model", "none", False)
+    model = load_model("model", config, dtype=torch.float32, device_map={"": CPU}, load_bit="4")
+    runner = runner_of(model)
+    for linear in linears_of(runner, 0):
+        plain = torch.nn.Linear(*reversed(linear.shape), bias=False)
+        plain.weight.data.copy_(linear.matrix())
+        runner.blocks[0].set_submodule(linear.name.removeprefix("0."), plain.requires_grad_(False))
+    found = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True))
+    sizes = [prod(linear.shape) for index in (0, 1) for linear in linears_of(runner, index)]
+    ratios = [sparsity.ratio for sparsity in found.values()]
+    total = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True))
+    assert total == pytest.approx(0.7 * sum(sizes))

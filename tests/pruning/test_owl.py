@@ -6,9 +6,13 @@ import torch
 from support import CPU, QUICK, call, linears_of, results, runner_of, weights, windows
 
 from lib.distributed.context import DistContext
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import ALLOCATION_SPAN
 from lib.model.pretrained import decoder_blocks
-from lib.pruning.owl import OUTLIER, allocate, owl
+from lib.prune import Pruner
+from lib.pruning.check import measure
+from lib.pruning.inputs import first_names
+from lib.pruning.owl import OUTLIER, allocate, of_blocks, outlier_share, owl
 
 
 def slow_shares(model, ids) -> list[float]:
@@ -47,13 +51,13 @@ def outlying(model):
 def test_blocks_follow_the_share_of_outliers() -> None:
     model, ids = outlying(tiny.tiny_llama()), windows(5)
     runner = runner_of(model)
-    found = owl(runner, ids, 2, 0.7, DistContext(CPU, alone=True))
+    found = owl(runner, "x", ids, 2, 0.7, DistContext(CPU, alone=True))
     shares = slow_shares(model, ids)
     sizes = [sum(w.numel() for w in block.parameters() if w.dim() == 2) for block in runner.blocks]
     expected = allocate(shares, sizes, 0.7)
     assert shares[0] > shares[-1] > 0
-    assert [one.ratio for one in found] == pytest.approx(expected)
-    assert found[0].ratio < 0.7 < found[-1].ratio
+    assert found == pytest.approx(expected)
+    assert found[0] < 0.7 < found[-1]
     assert not any("forward" in vars(part) for part in model.modules())
 
 
@@ -90,3 +94,31 @@ def test_a_run(method: str) -> None:
             asked = first if ".0." in name else second
             assert share == pytest.approx(asked, abs=1 / min(weight.shape))
     assert found["sparsity"]["overall"] == pytest.approx(0.6, abs=0.02)
+
+
+def test_a_block_that_no_token_reached_has_no_outliers() -> None:
+    assert outlier_share([]) == 0
+
+
+def test_weights_that_blocks_share_are_as_sparse_as_their_first_block() -> None:
+    model = tiny.HYBRIDS["Zamba2"]().requires_grad_(False)
+    runner, (blocks_name, blocks) = runner_of(model), decoder_blocks(model)
+    ratios = torch.linspace(0.62, 0.78, len(blocks)).tolist()
+    sparsity = of_blocks(blocks, blocks_name, ratios)
+    done = Pruner(runner, blocks_name, MethodSpec("wanda"), sparsity).run(windows(6), 2)
+    measure(runner, blocks_name, sparsity, frozenset(done.why))  # raises where one falls short
+    first = first_names(blocks, blocks_name)
+    assert len(set(first.values())) < len(first)
+    assert all(sparsity[name] == sparsity[own] for name, own in first.items())
+
+
+def test_the_total_counts_shared_weights_once() -> None:
+    model = outlying(tiny.HYBRIDS["Zamba2"]().requires_grad_(False))
+    runner, (blocks_name, blocks) = runner_of(model), decoder_blocks(model)
+    ratios = owl(runner, blocks_name, windows(6), 2, 0.7, DistContext(CPU, alone=True))
+    sparsity = of_blocks(blocks, blocks_name, ratios)
+    sizes = measure(runner, blocks_name).sizes
+    own = set(first_names(blocks, blocks_name).values())
+    total = sum(sparsity[name].ratio * sizes[name] for name in own)
+    assert total == pytest.approx(0.7 * sum(sizes[name] for name in own))
+    assert len(set(ratios)) > 1
