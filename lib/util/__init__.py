@@ -1,1 +1,1 @@
-"""What every folder leans on: errors, progress, commands, files, memory of the host."""
+"""Shared by all folders: errors, progress bars, commands, files, locks, host memory."""

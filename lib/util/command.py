@@ -1,4 +1,4 @@
-"""What every command of this package does around its work: one line instead of a traceback.
+"""Runs a command: a user's mistake becomes one line on stderr instead of a traceback.
 
     if __name__ == "__main__":
         sys.exit(run(main))
@@ -22,10 +22,11 @@ from lib.util.launch import defer_to_rank0, environment_number
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
 TERMINATED = 128 + signal.SIGTERM  # as launchers and batch systems end what they started
+ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 class Parser(argparse.ArgumentParser):
-    """Of several processes with the same mistake in their flags, the first tells it."""
+    """Of several processes with the same mistake in their flags, only the first reports it."""
 
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
@@ -33,7 +34,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
-    """Declare `--debug`, which `run` reads, so that it is parsed and shown by `--help`."""
+    """Declare `--debug`, which `run` reads, so that it is parsed and listed by `--help`."""
     return parser.add_argument(
         "--debug", action="store_true", help="show the whole traceback of an error (default: off)"
     )
@@ -42,14 +43,15 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Call `main(argv)` and return the exit status: 0, 1 (an error) or 130 (Ctrl-C).
 
-    SIGTERM leaves with status 143, after what `main` does in `finally`, and without a word.
+    SIGTERM and SIGHUP (a closed terminal) end it with status 143 and 129, silently, after the
+    `finally` blocks of `main`.
     UserError, OSError (a full disk, a folder that can't be read) and a lack of memory become one
     line on stderr. With `--debug` among the arguments they are raised as they are. Any other
     exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what broke is told in one line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
         try:
             main(argv)
@@ -59,7 +61,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
             return FAILED
         except (KeyboardInterrupt, Exception) as error:
             defer_to_rank0()
-            status = None if "--debug" in argv else _tell(error)
+            status = None if "--debug" in argv else _report(error)
             if status is None:
                 raise
             return status
@@ -68,21 +70,29 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises SystemExit in the main thread."""
+    """Make the signals that end a process raise SystemExit in the main thread meanwhile."""
 
-    def leave(*_) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not break off `finally`
-        raise SystemExit(TERMINATED)
+    def leave(number: int, _) -> NoReturn:
+        for each in ENDING:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not break off `finally`
+        raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {each: signal.getsignal(each) for each in ENDING}
+    for each in ENDING:
+        if before[each] != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(each, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
-def _tell(error: BaseException) -> int | None:
-    """Print one line for what a user can mend, and give the exit status; None for a defect."""
+def _report(error: BaseException) -> int | None:
+    """Print one line for an error that a user can fix and return the exit status.
+
+    Returns None for a defect of the program.
+    """
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
@@ -94,7 +104,7 @@ def _tell(error: BaseException) -> int | None:
 
 
 def _line(error: BaseException) -> str | None:
-    """What a user needs to know of an error; None where it is a defect of the program."""
+    """Return the message for a user; None where the error is a defect of the program."""
     if isinstance(error, UserError | OSError):
         return str(error)
     name = type(error).__name__

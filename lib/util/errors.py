@@ -1,8 +1,8 @@
-"""The one exception that a user sees as a single line, and the warning that is nobody's."""
+"""The exception that a user sees as a single line, and a warning about the run as a whole."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's or of the outside world, told in one line.
+    """A mistake of the user or a fault of the environment, reported in one line.
 
     The message names the flag, the value and the way out; `main.py` prints it without a traceback
     (unless `--debug`) and exits with status 1.
@@ -10,4 +10,4 @@ class UserError(ValueError):
 
 
 class RunWarning(UserWarning):
-    """Of the run as a whole, not of the linears that are worked on when it comes up."""
+    """Concerns the whole run, not the linears that are being pruned when it is raised."""

@@ -1,4 +1,4 @@
-"""Small files written whole or not at all, and what can be known of an output before it is made."""
+"""Small files written whole or not at all, and checks of an output before anything is written."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from lib.util.errors import UserError
 
 
 def check_output_folder(flag: str, path: str, mark: str | None = None) -> None:
-    """UserError where a run could not write its output into folder `path`; makes nothing.
+    """Raise UserError where a run could not write its output into folder `path`; create nothing.
 
-    `mark`: a file that a folder of an earlier run holds; other non-empty folders are refused.
+    `mark` names a file that every folder of an earlier run holds; a non-empty folder without it is
+    refused.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file; name a folder")
-    held = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
-    if mark and held and mark not in held:
-        raise UserError(f"{flag} {path}: holds {held[0]}, but no {mark}; name another folder")
+    names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
+    if mark and names and mark not in names:
+        raise UserError(f"{flag} {path}: holds {names[0]}, but no {mark}; name another folder")
     check_writable(flag, path, folder)
 
 
 def check_writable(flag: str, path: str, folder: Path) -> None:
-    """UserError where nothing can be written in `folder`, or where it would have to be made."""
+    """Raise UserError where `folder`, or the folder to create it in, is not writable."""
     try:
         with tempfile.NamedTemporaryFile(dir=nearest(folder)):
             pass
@@ -34,7 +35,7 @@ def check_writable(flag: str, path: str, folder: Path) -> None:
 
 
 def check_room(flag: str, path: str, needed: int) -> None:
-    """UserError where the disk of `path` has less than `needed` bytes free."""
+    """Raise UserError where the disk of `path` has less than `needed` bytes free."""
     free = shutil.disk_usage(nearest(Path(path))).free
     if free < needed:
         raise UserError(
@@ -44,7 +45,7 @@ def check_room(flag: str, path: str, needed: int) -> None:
 
 
 def nearest(path: Path) -> Path:
-    """The path, or the nearest one above it that exists."""
+    """Return the path, or the nearest folder above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -63,5 +64,30 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
-    os.chmod(file.name, 0o644)
+    os.chmod(file.name, 0o666 & ~umask())
     os.replace(file.name, path)
+    sync_folder(path.parent)
+
+
+def umask() -> int:
+    """Return the permission bits that this process's files do without."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, not only in the system's memory."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk; Windows offers no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

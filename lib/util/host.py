@@ -1,4 +1,4 @@
-"""The host's memory: how much a process can still get, and what it keeps of what it frees.
+"""The host's memory: how much is available, how much was used at most, how it is freed.
 
 glibc hands a large block back to the system as soon as it is freed, and the next tensor of that
 size starts with a page fault for every 4 KiB: a fifth of a forward pass of a small model.
@@ -17,29 +17,29 @@ import psutil
 CGROUP = Path("/sys/fs/cgroup")  # a container's limits, Linux
 M_TRIM_THRESHOLD = -1  # of mallopt(3)
 M_MMAP_THRESHOLD = -3
-KEPT = 2**28  # bytes that may lie unused at the end of the heap
-LARGEST = 2**25  # bytes of a block from the heap, glibc's limit; large models' weights stay out
+UNUSED_HEAP = 2**28  # bytes that may stay unused at the end of the heap
+LARGEST_IN_HEAP = 2**25  # bytes, glibc's limit; the weights of large models are mapped instead
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep blocks of activations; does nothing where the C library is another."""
+    """Ask glibc to reuse the memory of freed activations; other C libraries are left alone."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        malloc_trim()  # what reading and tokenising texts left behind
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+        malloc_trim()  # reading and tokenising texts has left much
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
+        libc.mallopt(M_TRIM_THRESHOLD, UNUSED_HEAP)
 
 
 def malloc_trim() -> None:
-    """Give the system what was freed and kept, where the C library is glibc."""
+    """Return freed memory to the system, where the C library is glibc."""
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def available() -> int:
-    """Bytes of host memory that this process can still get: of the machine, or of its container."""
+    """Return the bytes that this process can still get from the machine or its container."""
     free = psutil.virtual_memory().available
     for limit, used, kinds in (
         ("memory.max", "memory.current", "memory.stat"),
@@ -54,7 +54,7 @@ def available() -> int:
 
 
 def _page_cache(kinds: Path) -> int:
-    """Bytes of files that a container keeps in memory as long as nobody needs it."""
+    """Return the bytes of cached files in a container, which the system gives up on demand."""
     try:
         lines = dict(line.split() for line in kinds.read_text().splitlines())
     except (OSError, ValueError):
@@ -64,7 +64,7 @@ def _page_cache(kinds: Path) -> int:
 
 
 def gib(size: float) -> str:
-    """Bytes as people read them."""
+    """Format a number of bytes."""
     for unit, exponent in (("GiB", 30), ("MiB", 20)):
         if size >= 2**exponent:
             return f"{size / 2**exponent:.2f} {unit}"
@@ -72,21 +72,23 @@ def gib(size: float) -> str:
 
 
 def peak_host_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+    """Return the largest resident size of this process so far, in bytes."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    import resource  # not on Windows
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has no such module
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_memory(device: Any) -> dict[str, int | None]:
-    """Largest size so far, in bytes: of the process on the host, of tensors on the device."""
+    """Return the peak bytes of the process on the host and of tensors on the device."""
     on_device = None
     if device.type == "cuda":
         import torch

@@ -1,4 +1,4 @@
-"""What torchrun and accelerate launch tell a process of its place among several.
+"""What torchrun and accelerate launch say in the environment of each process.
 
 Importing this file imports nothing heavy.
 """
@@ -14,25 +14,25 @@ TURN_SECONDS = 3
 
 
 def environment_number(name: str, default: int) -> int:
-    """RANK, LOCAL_RANK or WORLD_SIZE."""
+    """Read RANK, LOCAL_RANK or WORLD_SIZE from the environment."""
     return int(os.environ.get(name) or default)
 
 
 def defer_to_rank0() -> None:
-    """Before a process that is not the first tells an error.
+    """Wait before another process than the first reports an error.
 
-    Most are the same in all processes, or follow from another's; the launcher ends this one when
-    the first has told it.
+    Most errors are the same in all processes, or follow from another's; the launcher ends this one
+    when the first has reported its own.
     """
     if environment_number("RANK", 0) > 0:
         time.sleep(TURN_SECONDS)
 
 
 def check_launcher() -> None:
-    """UserError where accelerate was asked for several processes but has started this one alone.
+    """Raise UserError where accelerate was asked for several processes but has started only this.
 
-    It then says where they meet, as torch wants to know it, but not how many there are. The other
-    name is the one that accelerate documents for its Accelerator and sets in all it starts.
+    It then sets MASTER_PORT but no WORLD_SIZE. ACCELERATE_MIXED_PRECISION is documented, and set in
+    every process that accelerate starts.
     """
     names = "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"
     if all(name in os.environ for name in names) and "WORLD_SIZE" not in os.environ:

@@ -16,10 +16,10 @@ LOG_SECONDS = 30  # between two lines where stderr is not a terminal
 def progress(
     total: int | None, what: str, unit: str, shown: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """A call that is told how many more of `total` are done, shown on stderr.
+    """Yield a function that advances a progress bar on stderr by a number of units.
 
-    Without a `total`, where no end is known, how many are done. It may also be given a short text
-    to stand at the bar's end.
+    `total` is None where the end is not known. The function also takes a short note, which is
+    printed at the end of the bar.
     """
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(
@@ -41,12 +41,12 @@ def progress(
 
 
 def quiet() -> None:
-    """No bars or advice of other packages between ours; bars of downloads stay."""
+    """Silence the bars and hints of other packages, but for the bars of downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    for package in ("bitsandbytes", "accelerate"):  # they tell of casts, and of what is offloaded
+    for package in ("bitsandbytes", "accelerate"):  # they report casts and offloaded modules
         logging.getLogger(package).setLevel(logging.ERROR)
     downloads = not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # the hub's too

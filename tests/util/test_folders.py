@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -17,6 +20,7 @@ from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
 from lib.util.folders import MANIFEST, check_replaceable, locked_dir, staged_folder
 from lib.util.host import gib
+from lib.util.locks import exclusive_lock
 
 
 def fill(folder: Path, **texts: str) -> Path:
@@ -158,12 +162,80 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "model"}
 
 
-def test_others_may_read_what_was_saved(tmp_path: Path) -> None:
-    with staged_folder(tmp_path / "model") as stage:
-        fill(stage / "sub", a="1")
-        (stage / "sub" / "a").chmod(0o600)
-    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*")]
-    assert sorted(modes) == [0o644, 0o644, 0o755]
+@pytest.mark.parametrize(("mask", "modes"), [(0o022, (0o755, 0o644)), (0o077, (0o700, 0o600))])
+def test_saved_files_have_the_permissions_that_the_user_set(
+    mask: int, modes: tuple[int, int], tmp_path: Path
+) -> None:
+    before = os.umask(mask)
+    try:
+        with staged_folder(tmp_path / "model") as stage:
+            fill(stage / "sub", a="1")
+            (stage / "sub" / "a").chmod(0o640)
+        write_text(tmp_path / "results.json", "{}")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "model", *(tmp_path / "model").rglob("*"), tmp_path / "results.json"):
+        assert path.stat().st_mode & 0o777 == (modes[0] if path.is_dir() else modes[1]), path
+
+
+def test_every_file_is_on_the_disk_before_the_old_folder_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = written(tmp_path / "model", a="old")
+    synced: set[int] = set()
+    fsync, exchanged = os.fsync, folders._exchanged
+
+    def note(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def exchange(stage: Path, target: Path) -> bool:
+        assert {path.stat().st_ino for path in (stage, *stage.rglob("*"))} <= synced
+        synced.clear()
+        return exchanged(stage, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(folders, "_exchanged", exchange)
+    with staged_folder(model) as stage:
+        fill(stage / "sub", a="new", b="new")
+    assert synced == {tmp_path.stat().st_ino}  # and then the name
+
+
+def test_a_folder_that_cant_be_put_in_place_keeps_the_new_files_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_exchange(False, monkeypatch)
+    model = written(tmp_path / "model", a="old")
+    rename = os.rename
+
+    def no_second_rename(source: Path, target: Path) -> None:
+        if target == model and ".partial-" in str(source):
+            raise PermissionError(1, "Operation not permitted")
+        rename(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", no_second_rename)
+        with pytest.raises(UserError, match="not permitted; the new files are in .*model-1"):
+            written(model, a="new")
+    assert texts(model) == {"a": "old"} and texts(tmp_path / "model-1") == {"a": "new"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model-1"}
+
+
+def test_a_file_that_comes_at_the_last_moment_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    model = written(tmp_path / "model", a="old")
+    exchanged = folders._exchanged
+
+    def late(stage: Path, target: Path) -> bool:
+        fill(target, **{"notes.txt": "mine"})
+        return exchanged(stage, target)
+
+    monkeypatch.setattr(folders, "_exchanged", late)
+    written(model, a="new")
+    assert texts(model) == {"a": "new"}
+    assert texts(tmp_path / "model-1") == {"a": "old", "notes.txt": "mine"}
+    assert "notes.txt" in capfd.readouterr().err
 
 
 # --- small files
@@ -172,7 +244,6 @@ def test_others_may_read_what_was_saved(tmp_path: Path) -> None:
 def test_a_text_is_whole_or_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results.json"
     write_text(file, "old")
-    assert file.stat().st_mode & 0o777 == 0o644
 
     def fsync(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -216,7 +287,7 @@ FOREIGN = {
     "empty, which no earlier run wrote": lambda folder: fill(folder / "empty"),
     "README.md, which was changed": edited,
     "config.json, which was changed": lambda folder: fill(folder, **{"config.json": "{ }"}),
-    r"\(there is no manifest.json\)": lambda folder: (folder / MANIFEST).unlink(),
+    r"\(there is no manifest.json that lists it\)": lambda folder: (folder / MANIFEST).unlink(),
 }
 
 
@@ -233,7 +304,7 @@ def test_a_folder_that_holds_something_of_a_users_is_refused(problem: str, tmp_p
     told = "sub|a, which" if "sub/" in problem else problem
     with pytest.raises(UserError, match=rf"--save_model {model}: holds .*{told}"):
         check_replaceable("--save_model", str(model))
-    with pytest.raises(UserError, match="what was to be saved is in .*model-1"):
+    with pytest.raises(UserError, match="the new files are in .*model-1"):
         written(model, a="new")
     assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
     assert texts(tmp_path / "model-1") == {"a": "new"}
@@ -266,9 +337,78 @@ def test_what_is_in_the_way_is_left_alone(tmp_path: Path, monkeypatch: pytest.Mo
     set_exchange(False, monkeypatch)
     model = written(tmp_path / "model", a="old")
     mine = fill(tmp_path / "model.being-replaced", a="mine")
-    with pytest.raises(UserError, match="model.being-replaced is in the way"):
-        written(model, a="new")
+    with pytest.raises(UserError, match="model.being-replaced is in the way; move it"):
+        with locked_dir(model):  # before anything slow starts
+            pytest.fail("was begun")
     assert texts(mine) == {"a": "mine"} and texts(model) == {"a": "old"}
+
+
+def large(folder: Path, byte: int, at: int = 0) -> Path:
+    """A file of 3 MiB with one byte set."""
+    folder.mkdir(exist_ok=True)
+    data = bytearray(3 * 2**20)
+    data[at] = byte
+    (folder / "model.safetensors").write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize("at", [0, 2**20 + 12345, 3 * 2**20 - 1])
+def test_large_weights_that_were_trained_are_not_replaced(at: int, tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "model") as stage:
+        large(stage, 1)
+    large(tmp_path / "model", 2, at)  # as long as before
+    with pytest.raises(UserError, match="model.safetensors, which was changed"):
+        check_replaceable("--save_model", str(tmp_path / "model"))
+
+
+def test_a_copy_of_a_saved_folder_is_known_again(tmp_path: Path) -> None:
+    with staged_folder(tmp_path / "model") as stage:
+        large(stage, 1)
+    shutil.copytree(tmp_path / "model", tmp_path / "copy", copy_function=shutil.copyfile)
+    check_replaceable("--save_model", str(tmp_path / "copy"))
+
+
+def test_a_folder_without_a_manifest_is_refused_without_reading_all_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "home" / "deep", a="mine")
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("reads the whole tree"))
+    with pytest.raises(UserError, match="holds deep, which no earlier run wrote"):
+        check_replaceable("--save_model", str(tmp_path / "home"))
+
+
+# --- locks
+
+
+@pytest.mark.parametrize("code", [None, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_of_two_processes_one_holds_the_lock(
+    code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`code`: what a file system without flock answers."""
+    if code:
+        monkeypatch.setattr(fcntl, "flock", lambda *_: raise_(OSError(code, os.strerror(code))))
+
+    def second() -> int:
+        if (child := os.fork()) == 0:
+            try:
+                with exclusive_lock(tmp_path / "lock", "another run holds it"):
+                    os._exit(0)
+            except UserError as error:
+                os._exit(1 if str(error) == "another run holds it" else 2)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    with exclusive_lock(tmp_path / "lock", "another run holds it"):
+        assert second() == 1
+    assert not list(tmp_path.iterdir())
+    if (child := os.fork()) == 0:
+        exclusive_lock(tmp_path / "lock", "").__enter__()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert second() == 0  # a killed process holds nothing
+
+
+def raise_(error: Exception) -> None:
+    raise error
 
 
 # --- what can be checked before
