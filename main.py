@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 def run(job: Job) -> dict[str, Any]:
     """Do what was checked; what stands in results.json, on the main process."""
-    from lib.run.samples import Samples
+    from lib.run.completions import Completions
 
     args, target = job.args, None
     with ExitStack() as at_end:
@@ -50,9 +50,9 @@ def run(job: Job) -> dict[str, Any]:
             trim(job, loaded)
         resolve_bos(job, loaded)
         teacher = load_teacher(job, loaded) if job.schedule else None
-        samples = Samples(job, loaded)
+        completions = Completions(job, loaded)
         if job.method_spec or job.schedule:
-            samples.take("dense", teacher.model if args.teacher else loaded.model)
+            completions.generate("dense", teacher.model if args.teacher else loaded.model)
         found = prune(job, loaded) if job.method_spec else {}
         if teacher:
             found |= recover(job, loaded, teacher)
@@ -60,8 +60,8 @@ def run(job: Job) -> dict[str, Any]:
         if args.replace_sparse_layers:
             found |= pack(job, loaded)
         found |= evaluate(job, loaded)
-        samples.take("model", loaded.model)
-        found |= {"samples": samples.told()}
+        completions.generate("model", loaded.model)
+        found |= {"completions": completions.records()}
         job.dist.close()
         if not job.dist.is_main:
             return {}

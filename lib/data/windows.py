@@ -30,8 +30,8 @@ TEST_CHARACTERS = 4_000_000  # of a large set's test text, enough for 256 window
 TEST_WINDOWS = 256  # of a large set
 HELD_OUT = (4, 16)  # at least and at most so many windows of the training text
 HELD_OUT_SHARE = 0.05  # of the training text, in between
-OPENING = 16  # tokens of a document that a model is to go on with
-OPENING_CHARACTERS = 50 * OPENING  # of a document among which these are
+PROMPT_TOKENS = 16  # of a document, for a model to continue
+PROMPT_CHARACTERS = 50 * PROMPT_TOKENS  # of a document among which these are
 SPAN = 32  # tokens in a row by which a window is seen to stand in a test text
 log = logging.getLogger(__name__)
 
@@ -351,7 +351,7 @@ class TestSet:
     predicted, all but the first of each window. It is the text's length times the share of its
     tokens that are predicted, so that bits per byte = summed loss / ln 2 / bytes whatever the
     tokenizer does inside a word, and is the exact figure where the rest of the text is like it.
-    `facts`: what a result says of its test text. `openings`: beginnings of some of its documents.
+    `facts`: what a result says of its test text. `prompts`: beginnings of some of its documents.
     """
 
     __test__ = False  # not a class of tests, whatever pytest makes of its name
@@ -360,7 +360,7 @@ class TestSet:
     tokens: int
     bytes: int
     facts: dict
-    openings: Tensor  # (openings, tokens), int64
+    prompts: Tensor  # (prompts, tokens), int64
 
 
 def test_set(
@@ -368,19 +368,19 @@ def test_set(
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int,
     bos: int | None = None,
-    openings: int = 0,
+    prompts: int = 0,
 ) -> TestSet:
     """The test text as windows: documents joined, tokenised as one text, cut, the rest dropped.
 
     Of a large set only the first documents (`hub.TEST_DOCUMENTS`) and `TEST_WINDOWS` windows.
-    With `bos` each window is that token and seqlen - 1 tokens of the text. So many `openings`
-    are kept beside them. Raises UserError where the text is shorter than one window.
+    With `bos` each window is that token and seqlen - 1 tokens of the text. The first tokens of
+    `prompts` documents are kept beside them. Raises UserError where the text is shorter than one window.
     """
-    length = min(OPENING, seqlen // 2)
+    length = min(PROMPT_TOKENS, seqlen // 2)
     with open_documents(source, "test") as (documents, revision):
         texts = test_documents(source, documents)
         text = source.separator.join(texts)
-        begun = _openings(texts, tokenizer, openings, length, bos)
+        begun = _prompts(texts, tokenizer, prompts, length, bos)
     ids = tokenise(tokenizer, text)
     if bos is not None and len(ids) and ids[0] == bos:
         ids = ids[1:]
@@ -398,11 +398,11 @@ def test_set(
     facts = {"name": source.name, "source": source.text, "revision": revision, "windows": count}
     facts |= {"seqlen": seqlen, "tokens": windows.numel(), "bytes": covered, "bos": bos}
     facts["digest"] = digest(windows)
-    if openings and len(begun) < openings:  # few documents, such as one long one
-        more = windows[:: max(1, count // openings), :length]
+    if prompts and len(begun) < prompts:  # few documents, such as one long one
+        more = windows[:: max(1, count // prompts), :length]
         begun += [ids for ids in more if not any(ids.equal(one) for one in begun)]
-    opened = torch.stack(begun[:openings]) if openings else windows[:0, :length]
-    return TestSet(source.name, windows, windows.numel(), covered, facts, opened)
+    begun = torch.stack(begun[:prompts]) if prompts else windows[:0, :length]
+    return TestSet(source.name, windows, windows.numel(), covered, facts, begun)
 
 
 def test_documents(source: Source, documents: Iterable) -> Sequence[str]:
@@ -419,7 +419,7 @@ def test_documents(source: Source, documents: Iterable) -> Sequence[str]:
     return found
 
 
-def _openings(
+def _prompts(
     texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     count: int,
@@ -435,7 +435,7 @@ def _openings(
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
         if len(found) >= count:
             break
-        ids = tokenise(tokenizer, texts[row][:OPENING_CHARACTERS])
+        ids = tokenise(tokenizer, texts[row][:PROMPT_CHARACTERS])
         if bos is not None and len(ids) and ids[0] != bos:
             ids = _begin(ids[None], bos)[0]
         if len(ids) > tokens:

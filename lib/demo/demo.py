@@ -135,11 +135,11 @@ def one_thread() -> Iterator[None]:
 
 def conclude(folder: Path, planned: Sequence[Planned]) -> None:
     """Beside the report on all runs, which the sweep has shown: table and one picture, in files."""
+    from lib.report.completion_tables import completions_of_runs
     from lib.report.plots.cost import pruning_cost
     from lib.report.plots.style import can_draw
     from lib.report.report import table
     from lib.report.results import load_runs
-    from lib.report.samples import what_they_say
     from lib.report.tables import tables
 
     runs = load_runs(run.folder for run in planned)
@@ -148,7 +148,7 @@ def conclude(folder: Path, planned: Sequence[Planned]) -> None:
     if drawn:
         pruning_cost(all_runs, folder / PICTURE)
     shown = f"\n![pruning cost]({PICTURE})\n" if drawn else ""
-    write_text(folder / TABLE, f"{table(runs)}{shown}\n{what_they_say(runs)}\n")
+    write_text(folder / TABLE, f"{table(runs)}{shown}\n{completions_of_runs(runs)}\n")
     print(f"table: {folder / TABLE}" + (f"\npicture: {folder / PICTURE}" if drawn else ""))
 
 

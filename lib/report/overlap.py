@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lib.report.comparison import FIELDS, Cell, Comparison, Count, compare_masks
+from lib.report.markdown import padded_table
 from lib.report.names import place
 from lib.report.plots.overlap import draw
 from lib.report.plots.style import can_draw
-from lib.report.report import markdown
 from lib.util import command
 from lib.util.files import check_output_folder, write_text
 
@@ -36,7 +36,7 @@ def text(found: Comparison) -> str:
     return "\n\n".join(
         [
             f"### {found.title}",
-            markdown(["pair", "kept", "both keep", "chance"], pairs),
+            padded_table(["pair", "kept", "both keep", "chance"], pairs),
             _cells("block", found.blocks),
             _cells("linear", found.linears),
             "- kept: share of the weights; both keep: share of those kept by either run's mask, on "
@@ -58,7 +58,7 @@ def _cells(name: str, cells: Mapping[Any, Cell]) -> str:
     for key, cell in cells.items():
         more = [f"{cell.noise:.1%}", f"{100 * cell.excess:+.1f}"] if noisy else []
         body.append([str(key), *_percents(cell.between), *more])
-    return markdown(head + (["seeds", "excess"] if noisy else []), body)
+    return padded_table(head + (["seeds", "excess"] if noisy else []), body)
 
 
 def write_overlap(found: Comparison, out: str | Path) -> list[Path]:

@@ -3,8 +3,8 @@
     python -m lib.report RUN [RUN ...] [--out FOLDER]
 
 A RUN is a run's `--save` folder, or a folder that holds such folders. The table goes to the
-terminal and to report.md, in machine form to report.csv; the pictures stand beside them. What
-the models say stands in report.md alone.
+terminal and to report.md, in machine form to report.csv; the pictures stand beside them. Completions
+are in report.md alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.report.completion_tables import completions_of_runs
+from lib.report.markdown import padded_table
 from lib.report.plots.cost import pruning_cost
 from lib.report.plots.languages import cross_language
 from lib.report.plots.perplexity import perplexity_against_sparsity
 from lib.report.plots.sparsity import sparsity_by_linear
 from lib.report.plots.style import can_draw
 from lib.report.results import Run, load_runs
-from lib.report.samples import what_they_say
 from lib.report.tables import Row, Table, deviation, tables
 from lib.util import command
 from lib.util.files import check_output_folder
@@ -48,16 +49,6 @@ def percent(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:+.1%}" if abs(value) < 0.0995 else f"{value:+,.0%}"
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, padded to be read as plain text; the first `left` columns flush left."""
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in [head, *body]]
-    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
-    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    aligned = [str.ljust if i < left else str.rjust for i in range(len(widths))]
-    padded = [[a(c, w) for a, c, w in zip(aligned, line, widths, strict=True)] for line in cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])
 
 
 def _tasks(table: Table) -> list[str]:
@@ -100,7 +91,7 @@ def _markdown_table(table: Table) -> str:
     body = [_line(table, row) for row in table.rows]
     empty = [i for i in range(3, len(head)) if all(line[i] == "–" for line in body)]
     keep = [i for i in range(len(head)) if i not in empty]
-    return markdown([head[i] for i in keep], [[line[i] for i in keep] for line in body], left=3)
+    return padded_table([head[i] for i in keep], [[line[i] for i in keep] for line in body], left=3)
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -189,8 +180,8 @@ def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(tables(runs), out) if can_draw() else []
     shown = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
-    said = what_they_say(runs)
-    whole = table(runs) + (f"\n{said}\n" if said else "") + shown
+    completions = completions_of_runs(runs)
+    whole = table(runs) + (f"\n{completions}\n" if completions else "") + shown
     texts = {"report.md": whole, "report.csv": comma_separated(runs)}
     for name, text in texts.items():
         (out / name).write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from lib.data.sources import BUILT_IN
 from lib.methods.sparsity import UNSTRUCTURED
-from lib.report.samples import side_by_side
+from lib.report.completion_tables import completions_of_run
 
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 
@@ -58,7 +58,7 @@ def model_card(results: dict[str, Any], sources: list[str]) -> str:
         "|---|---|---|---|" if vocabulary else "|---|---|---|",
         *[_measured(test, bool(vocabulary)) for test in results["evaluation"]],
         "",
-        *(_samples(results) if results.get("samples") else []),
+        *(_completions(results) if results.get("completions") else []),
         *(_recovery(results) if recovery else []),
         *(_packed(results) if packed else []),
     ]
@@ -122,12 +122,12 @@ def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts]
 
 
-def _samples(results: dict[str, Any]) -> list[str]:
-    """What the model says, beside the dense one."""
+def _completions(results: dict[str, Any]) -> list[str]:
+    """The model's completions, beside the dense one's."""
     return [
-        "Beginnings of test documents, gone on with by the most likely tokens:",
+        "Beginnings of test documents, continued greedily:",
         "",
-        side_by_side(results["samples"]),
+        completions_of_run(results["completions"]),
         "",
     ]
 

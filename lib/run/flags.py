@@ -354,12 +354,12 @@ def _evaluation_flags(group) -> None:
     flag(
         group,
         SHOWN,
-        "--samples",
+        "--prompts",
         type=int,
         default=3,
         metavar="N",
-        help="beginnings of documents of each test set that the dense and the pruned model go on "
-        "with, for results.json, card and report; 0 for none, and none where blocks are fetched",
+        help="beginnings of documents of each test set that the dense and the pruned model continue "
+        "greedily, for results.json, card and report; 0 for none, and none where blocks are fetched",
     )
     flag(
         group,
@@ -394,8 +394,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         value, least = getattr(args, flag), 2 if flag == "seqlen" else 1
         if value is not None and value < least:
             parser.error(f"--{flag} {value}: must be at least {least}")
-    if args.samples < 0:
-        parser.error(f"--samples {args.samples}: must be a number of documents, or 0 for none")
+    if args.prompts < 0:
+        parser.error(f"--prompts {args.prompts}: must be a number of documents, or 0 for none")
     if not args.timeout > 0:  # also refuses nan
         parser.error(f"--timeout {args.timeout:g}: must be above 0")
     try:

@@ -40,8 +40,8 @@ class NoCache:
         """The dense model, which depends on `key` alone, on `device`; it may be changed."""
         return read()
 
-    def samples(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
-        """What the dense model says, which depends on `key` alone."""
+    def completions(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
+        """The dense model's completions, which depend on `key` alone."""
         return generate()
 
 

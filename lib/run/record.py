@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import platform
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.report.samples import first_lines
+from lib.report.completion_tables import terminal_lines
 from lib.run.flags import settings
 from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
+from lib.util.terminal import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def results_of(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str
     """What stands in results.json.
 
     `found`: what pruning and evaluation gave, as `sparsity`, `evaluation` and, where there are
-    any, `allocation`, `tasks`, `recovery`, `samples` and `packed`. Where the vocabulary was
+    any, `allocation`, `tasks`, `recovery`, `completions` and `packed`. Where the vocabulary was
     trimmed, now or before, bits per byte come first.
     """
     from lib.model.pretrained import footprint
@@ -59,7 +59,9 @@ def results_of(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str
     vocabulary = told_of(job.vocabulary, job.config)
     bits = {test["name"]: test["bits_per_byte"] for test in tests}
     further = {
-        name: found[name] for name in ("tasks", "recovery", "samples", "packed") if found.get(name)
+        name: found[name]
+        for name in ("tasks", "recovery", "completions", "packed")
+        if found.get(name)
     }
     allocation = {"allocation": found["allocation"]} if found.get("allocation") else {}
     return {
@@ -172,19 +174,22 @@ def print_summary(results: dict[str, Any]) -> None:
     print(f", device {gib(memory['device'])}" if memory["device"] else "")
     for test in results["evaluation"]:
         size = f"{test['windows']} windows, {test['tokens']} tokens"
-        print(f"{test['name']}: {size}, {test['bits_per_byte']:.4f} bits per byte", end="")
+        print(
+            f"{one_line(test['name'])}: {size}, {test['bits_per_byte']:.4f} bits per byte", end=""
+        )
         error = test["standard_error"]  # nan for a single window
         print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
-    for line in first_lines(results.get("samples", [])):
-        letters = getattr(sys.stdout, "encoding", None) or "utf-8"  # a model may say anything
-        print(line.encode(letters, "replace").decode(letters))
+    for line in terminal_lines(results.get("completions", [])):
+        print(line)
     recovery = results.get("recovery")
     if vocabulary := results.get("vocabulary"):
         print(vocabulary["note"])
         for name, value in results["bits_per_byte"].items():
-            print(f"bits per byte {name}: {value:.4f}")
+            print(f"bits per byte {one_line(name)}: {value:.4f}")
     for name, value in results["perplexity"].items():
         if recovery:
             dense, before = recovery["dense"][name], recovery["before"][name]
-            print(f"{name}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}")
-        print(f"perplexity {name}: {value:.4f}")
+            print(
+                f"{one_line(name)}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}"
+            )
+        print(f"perplexity {one_line(name)}: {value:.4f}")

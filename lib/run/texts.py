@@ -64,7 +64,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
             texts.windows, texts.calibration = calibration_windows(
                 job.sources, job.tokenizer, args.nsamples, job.seqlen, args.seed, bos
             )
-        known = job.tokenizer, job.seqlen, bos, args.samples
+        known = job.tokenizer, job.seqlen, bos, args.prompts
         texts.tests = [test_set(one, *known) for one in job.tests]
         if schedule:
             rest = schedule.steps * schedule.windows, job.seqlen, args.seed, bos
@@ -74,7 +74,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
 
     drawn = (args.calibration_data, args.prune_on_c4, args.nsamples, args.seed)
     key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
-    key += (args.samples,)
+    key += (args.prompts,)
     key += (job.vocabulary.digest,) if job.vocabulary else ()
     key += (drawn, args.recover) if schedule else ()
     return job.cache.texts(key, read)

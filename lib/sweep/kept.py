@@ -35,7 +35,7 @@ class SweepCache(NoCache):
         self.dense: nn.Module | None = None  # on the host
         self.dense_key: str | None = None
         self.known: dict[str, Texts] = {}
-        self.said: dict[str, list[str]] = {}
+        self.dense_completions: dict[str, list[str]] = {}
         self.trimmed: dict[str, Trimmed] = {}
 
     def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
@@ -58,10 +58,10 @@ class SweepCache(NoCache):
             self.dense_key = settings
         return fresh_copy(self.dense).to(device)
 
-    def samples(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
-        if repr(key) not in self.said:
-            self.said[repr(key)] = generate()
-        return self.said[repr(key)]
+    def completions(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
+        if repr(key) not in self.dense_completions:
+            self.dense_completions[repr(key)] = generate()
+        return self.dense_completions[repr(key)]
 
     def beside(self, own_peak: bool) -> str:
         """What a peak of memory is of; `own_peak`: it was begun anew for the run."""

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from lib.util.errors import UserError
 from lib.util.launch import defer_to_rank0, environment_number
+from lib.util.terminal import one_line, replace_unencodable
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
@@ -50,6 +51,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
+    replace_unencodable()
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
@@ -99,7 +101,7 @@ def _report(error: BaseException) -> int | None:
     line = _line(error)
     if line is None:
         return None
-    print(f"error: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
     return FAILED
 
 

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import lib.sparse  # noqa: F401  the packed form is known to transformers
 import main as command_line
+from lib.report.markdown import padded_table
 from lib.report.plots import style
-from lib.report.report import markdown
 from lib.report.results import load_runs
 from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
@@ -175,7 +175,7 @@ def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None
         [stage.told, gib(size), *(f"{value:.4f}" for value in its), f"{speed:.0f}"]
         for stage, size, its, speed in zip(done, sizes, bits, per_second, strict=True)
     ]
-    text = markdown(head, body)
+    text = padded_table(head, body)
     print(text)
     (args.out / "whole.md").write_text(text + "\n", "utf-8")
     columns: list[Any] = [[size / 1e6 for size in sizes], [its[0] for its in bits], per_second]

@@ -307,7 +307,7 @@ def test_large_sets_are_measured_in_part(hub, tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("bos", [None, 0])
 @pytest.mark.parametrize("add_bos", [True, False])
-def test_openings_are_beginnings_of_documents(tmp_path, bos, add_bos):
+def test_prompts_are_beginnings_of_documents(tmp_path, bos, add_bos):
     tokenizer, texts = tiny_tokenizer(add_bos), [*mixed(20), *sentences(3, words=300)]
     source = folder(tmp_path / "uk", test=texts)
     plain = data.test_set(source, tokenizer, SEQLEN, bos)
@@ -318,21 +318,21 @@ def test_openings_are_beginnings_of_documents(tmp_path, bos, add_bos):
     found = {n: data.test_set(source, tokenizer, SEQLEN, bos, n) for n in (0, 2, 7, len(long))}
     for count, test in found.items():
         assert torch.equal(test.windows, plain.windows) and test.facts == plain.facts
-        assert test.openings.shape == (count, 12)
-        assert torch.equal(test.openings, found[len(long)].openings[:count])
-    assert sorted(found[len(long)].openings.tolist()) == sorted(long)
+        assert test.prompts.shape == (count, 12)
+        assert torch.equal(test.prompts, found[len(long)].prompts[:count])
+    assert sorted(found[len(long)].prompts.tolist()) == sorted(long)
 
 
-def test_openings_of_a_single_document_are_those_of_its_windows(tmp_path, tokenizer):
+def test_prompts_of_a_single_document_are_those_of_its_windows(tmp_path, tokenizer):
     (tmp_path / "book.txt").write_text("\n".join(sentences(9)), encoding="utf-8")
     source = parse_source(str(tmp_path / "book.txt"), FLAG)
     found = data.test_set(source, tokenizer, SEQLEN, None, 4)
     begun = {tuple(window[:12].tolist()) for window in found.windows}
-    assert len({tuple(one) for one in found.openings.tolist()}) == 4
-    assert all(tuple(one) in begun for one in found.openings.tolist())
-    assert torch.equal(found.openings[0], found.windows[0, :12])  # the document's own
+    assert len({tuple(one) for one in found.prompts.tolist()}) == 4
+    assert all(tuple(one) in begun for one in found.prompts.tolist())
+    assert torch.equal(found.prompts[0], found.windows[0, :12])  # the document's own
     source = folder(tmp_path / "short", test=["one two"] * 9)
-    assert data.test_set(source, tokenizer, SEQLEN, None, 99).openings.shape[1] == 12
+    assert data.test_set(source, tokenizer, SEQLEN, None, 99).prompts.shape[1] == 12
 
 
 def test_empty_text_gives_integers():

@@ -49,7 +49,7 @@ def test_as_one_process(case: str, alone: str, shared: tuple[str, list[Done]]) -
     assert many["perplexity"]["uk"] == pytest.approx(one["perplexity"]["uk"], rel=5e-3)
     assert many["sparsity"]["overall"] == pytest.approx(one["sparsity"]["overall"], abs=1e-4)
     assert many["calibration"] == one["calibration"]
-    said = [[sample["dense"] for sample in found.get("samples", [])] for found in (one, many)]
+    said = [[entry["dense"] for entry in found.get("completions", [])] for found in (one, many)]
     assert said[0] == said[1] and len(said[0]) == (0 if "--offload" in CASES[case] else 3)
     if case in EXACT:
         before, after = weights(case, alone), weights(case, where)

@@ -46,7 +46,7 @@ OTHER = {
 }
 SAME = {
     "cache_dir": ["other"],
-    "samples": ["0"],
+    "prompts": ["0"],
     "batch_size": ["3"],
     "timeout": ["5"],
     "offload": ["away"],

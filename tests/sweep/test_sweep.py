@@ -19,7 +19,7 @@ import main
 from lib.model import pretrained
 from lib.report.results import load_runs
 from lib.run import fingerprint
-from lib.run.samples import Samples
+from lib.run.completions import Completions
 from lib.sweep import languages
 from lib.sweep import sweep as command_of_sweep
 from lib.sweep.plan import plan
@@ -218,7 +218,7 @@ def test_every_run_gives_what_main_gives(checkpoint, sets, request, texts, loads
             argv += ["--calibration_data", *flags["calibration_data"]]
         assert call(*argv).status == 0
         alone = results(tmp_path / f"s{index}")
-        for key in "perplexity evaluation sparsity calibration footprint samples".split():
+        for key in "perplexity evaluation sparsity calibration footprint completions".split():
             assert run.results[key] == alone[key], run.folder
         for file in ("model.safetensors", "config.json") if flags["save_model"] else ():
             mine, other = run.folder / "model" / file, tmp_path / "alone" / file
@@ -255,16 +255,16 @@ def test_each_model_is_read_once(model, bfloat16, texts, loads):
     assert loads == [str(model), str(bfloat16)]
 
 
-def test_the_dense_model_is_heard_once(model, texts, monkeypatch):
-    heard = []
-    own = Samples._generate
-    monkeypatch.setattr(Samples, "_generate", lambda *both: heard.append(both) or own(*both))
+def test_the_dense_model_generates_once(model, texts, monkeypatch):
+    calls = []
+    own = Completions._generate
+    monkeypatch.setattr(Completions, "_generate", lambda *args: calls.append(args) or own(*args))
     argv = ["--models", model, *WANDA, "--calibration", *texts, "--seeds", 0, 1]
     assert sweep(*argv, *PASSED).status == 0
-    assert len(heard) == 5 + 1  # every run's own model, and the dense one beside the prunings
-    assert "### What they say: uk" in Path("runs/report.md").read_text("utf-8")
-    assert sweep(*argv, *PASSED, "--samples", 0).status == 0
-    assert len(heard) == 6  # nothing is done again for it
+    assert len(calls) == 5 + 1  # every run's own model, and the dense one beside the prunings
+    assert "### Completions: uk" in Path("runs/report.md").read_text("utf-8")
+    assert sweep(*argv, *PASSED, "--prompts", 0).status == 0
+    assert len(calls) == 6  # nothing is done again for it
 
 
 def test_an_offloaded_model_is_read_by_every_run(model, texts, loads):

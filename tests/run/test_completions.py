@@ -1,4 +1,4 @@
-"""What models say beside their perplexity: the right words, and nothing else is touched by them."""
+"""Completions of test prompts: what `generate` gives, and nothing else depends on them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from support import QUICK, call, content, results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lib.report.completion_tables import completions_of_runs
 from lib.report.results import load_runs
-from lib.report.samples import what_they_say
-from lib.run.samples import TOKENS, continuations, continued, text_of
+from lib.run.completions import NEW_TOKENS, continue_greedily, decode, decode_completion
 
 BASE = ["--model", "model", *QUICK, "--eval_data", "uk", "en"]
 PRUNE = ["--prune_method", "wanda", "--calibration_data", "uk", "--sparsity_type", "2:4"]
@@ -39,40 +39,40 @@ def documents(name: str) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
-def by_generate(folder: Path | str, sample: dict[str, str]) -> str:
-    """What a saved model says, by transformers alone."""
+def by_generate(folder: Path | str, entry: dict[str, str]) -> str:
+    """The completion of a saved model, by transformers alone."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    (text,) = [one for one in documents(sample["test"]) if one.startswith(sample["beginning"])]
+    (text,) = [text for text in documents(entry["test"]) if text.startswith(entry["prompt"])]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :16]
     model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=1)
-    whole = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)
-    assert 16 < whole.shape[1] <= 16 + TOKENS
-    both = (tokenizer.decode(one, skip_special_tokens=True) for one in (ids[0], whole[0]))
-    begun, said = (one.rstrip("\ufffd") for one in both)
-    assert begun == sample["beginning"]
-    return said.removeprefix(begun)
+    whole = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert 16 < whole.shape[1] <= 16 + NEW_TOKENS
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in (ids[0], whole[0])]
+    prompt, text = (text.rstrip("\ufffd") for text in texts)
+    assert prompt == entry["prompt"]
+    return text.removeprefix(prompt)
 
 
-def test_each_model_says_what_generate_gives(tmp_path: Path) -> None:
+def test_each_model_continues_as_generate_does(tmp_path: Path) -> None:
     done = call(*BASE, *PRUNE, "--save", tmp_path / "run", "--save_model", tmp_path / "new")
     assert done.status == 0, done.err
     found = results(tmp_path / "run")
-    samples = found["samples"]
-    assert [one["test"] for one in samples] == ["uk"] * 3 + ["en"] * 3
-    assert len({one["beginning"] for one in samples}) == 6
-    for one in samples:
-        assert one["dense"] == by_generate("model", one)
-        assert one["model"] == by_generate(tmp_path / "new", one)
-    assert any(one["dense"] != one["model"] for one in samples)
-    assert found["seconds"]["samples"] > 0
+    completions = found["completions"]
+    assert [entry["test"] for entry in completions] == ["uk"] * 3 + ["en"] * 3
+    assert len({entry["prompt"] for entry in completions}) == 6
+    for entry in completions:
+        assert entry["dense"] == by_generate("model", entry)
+        assert entry["model"] == by_generate(tmp_path / "new", entry)
+    assert any(entry["dense"] != entry["model"] for entry in completions)
+    assert found["seconds"]["completions"] > 0
     for text in (
         (tmp_path / "new/README.md").read_text("utf-8"),
-        what_they_say(load_runs([tmp_path])),
+        completions_of_runs(load_runs([tmp_path])),
     ):
-        for one in samples:
-            assert one["beginning"].replace("|", "&#124;") in text
-    assert f"uk: {samples[0]['beginning']} ..." in done.out
+        for entry in completions:
+            assert entry["prompt"].replace("|", "&#124;") in text
+    assert f"uk: {completions[0]['prompt']} ..." in done.out
     assert done.out.count("  dense model: ") == done.out.count("  this model: ") == 2
 
 
@@ -80,10 +80,10 @@ def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
     found = {}
     for count in (0, 2):
         folder = tmp_path / str(count)
-        saved = ["--save", folder / "run", "--save_model", folder / "new", "--samples", count]
+        saved = ["--save", folder / "run", "--save_model", folder / "new", "--prompts", count]
         assert call(*BASE, *PRUNE, *saved).status == 0
         found[count] = results(folder / "run")
-    assert "samples" not in found[0] and len(found[2]["samples"]) == 4
+    assert "completions" not in found[0] and len(found[2]["completions"]) == 4
     for key in ("evaluation", "perplexity", "sparsity", "fingerprint", "calibration"):
         assert found[0][key] == found[2][key], key
     without, beside = (content(tmp_path / str(count) / "new") for count in (0, 2))
@@ -93,13 +93,13 @@ def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
 
 
 def test_fewer_are_the_first_of_more(tmp_path: Path) -> None:
-    said = {}
+    by_count = {}
     for count in (1, 4):
-        argv = [*BASE, "--eval_only", "--save", tmp_path, "--samples", count]
+        argv = [*BASE, "--eval_only", "--save", tmp_path, "--prompts", count]
         assert call(*argv).status == 0
-        said[count] = results(tmp_path)["samples"]
-    assert said[1] == [said[4][0], said[4][4]]
-    assert all(one.keys() == {"test", "beginning", "model"} for one in said[4])
+        by_count[count] = results(tmp_path)["completions"]
+    assert by_count[1] == [by_count[4][0], by_count[4][4]]
+    assert all(entry.keys() == {"test", "prompt", "model"} for entry in by_count[4])
 
 
 def test_a_recovered_model_stands_beside_its_teacher(tmp_path: Path) -> None:
@@ -108,23 +108,23 @@ def test_a_recovered_model_stands_beside_its_teacher(tmp_path: Path) -> None:
     again = ["--model", tmp_path / "pruned", *BASE[2:], "--calibration_data", "uk"]
     again += ["--teacher", "model", "--recover", 320, "--save", tmp_path / "two"]
     assert call(*again, "--save_model", tmp_path / "recovered").status == 0
-    before, after = (results(tmp_path / name)["samples"] for name in ("one", "two"))
-    assert [one["dense"] for one in before] == [one["dense"] for one in after]
+    before, after = (results(tmp_path / name)["completions"] for name in ("one", "two"))
+    assert [entry["dense"] for entry in before] == [entry["dense"] for entry in after]
     assert after[0]["model"] == by_generate(tmp_path / "recovered", after[0])
 
 
-def test_packed_linears_speak_for_themselves(tmp_path: Path) -> None:
+def test_packed_linears_generate(tmp_path: Path) -> None:
     saved = ["--save", tmp_path / "run", "--save_model", tmp_path / "packed"]
     assert call(*BASE, *PRUNE, "--replace_sparse_layers", *saved).status == 0
-    for one in results(tmp_path / "run")["samples"]:
-        assert one["model"] == by_generate(tmp_path / "packed", one)
+    for entry in results(tmp_path / "run")["completions"]:
+        assert entry["model"] == by_generate(tmp_path / "packed", entry)
 
 
-def test_blocks_that_are_fetched_say_nothing(tmp_path: Path) -> None:
+def test_offloaded_blocks_generate_nothing(tmp_path: Path) -> None:
     done = call(*BASE, *PRUNE, "--offload", tmp_path / "away", "--save", tmp_path / "run")
-    assert done.status == 0 and "samples" not in results(tmp_path / "run")
-    (line,) = [line for line in done.out.splitlines() if line.startswith("samples: ")]
-    assert line == f"samples: none, each of {TOKENS} tokens would fetch every block again"
+    assert done.status == 0 and "completions" not in results(tmp_path / "run")
+    (line,) = [line for line in done.out.splitlines() if line.startswith("completions: ")]
+    assert line == f"completions: none, each of {NEW_TOKENS} tokens would fetch every block again"
 
 
 def test_a_model_that_can_not_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,15 +133,15 @@ def test_a_model_that_can_not_generate(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr("transformers.LlamaForCausalLM.generate", generate)
     done = call(*BASE, *PRUNE, "--save", tmp_path / "run", "--save_model", tmp_path / "new")
-    assert done.status == 0 and "samples" not in results(tmp_path / "run")
-    line = "samples: none, LlamaForCausalLM can't generate (no cache)"
-    assert done.out.count("samples") == 1 and line in done.out
+    assert done.status == 0 and "completions" not in results(tmp_path / "run")
+    line = "completions: none, LlamaForCausalLM can't generate (no cache)"
+    assert done.out.count("completions") == 1 and line in done.out
     assert (tmp_path / "new/model.safetensors").is_file()
 
 
 def test_a_number_below_zero_is_refused() -> None:
-    done = call(*BASE, *PRUNE, "--samples", -1)
-    assert done.status == 2 and "--samples -1: must be a number of documents" in done.err
+    done = call(*BASE, *PRUNE, "--prompts", -1)
+    assert done.status == 2 and "--prompts -1: must be a number of documents" in done.err
 
 
 @pytest.mark.parametrize(
@@ -158,18 +158,18 @@ def test_the_most_likely_token_follows(name: str) -> None:
             whole = torch.cat([whole, likely[:, None]], 1)
     model.generation_config.eos_token_id = 300
     own = model.generation_config
-    assert continuations(model, ids, 10) == whole[:, 12:].tolist()
+    assert continue_greedily(model, ids, 10) == whole[:, 12:].tolist()
     assert model.generation_config is own
     ends = int(whole[1, 15])
     model.generation_config.eos_token_id = [300, ends]
     cut = [row[: (row.index(ends) if ends in row else None)] for row in whole[:, 12:].tolist()]
-    assert continuations(model, ids, 10) == cut and len(cut[1]) < 10
+    assert continue_greedily(model, ids, 10) == cut and len(cut[1]) < 10
 
 
 def test_characters_that_are_cut_in_two() -> None:
     tokenizer = tiny.tiny_tokenizer()
     letters = tokenizer.convert_tokens_to_ids(tokenizer.tokenize("їїї"))
     assert len(letters) == 6  # a token for each byte
-    assert text_of(tokenizer, letters[:3]) == "ї"
-    assert continued(tokenizer, letters[:3], letters[3:]) == "її"
-    assert continued(tokenizer, letters[:2], letters[2:5]) == "ї"
+    assert decode(tokenizer, letters[:3]) == "ї"
+    assert decode_completion(tokenizer, letters[:3], letters[3:]) == "її"
+    assert decode_completion(tokenizer, letters[:2], letters[2:5]) == "ї"

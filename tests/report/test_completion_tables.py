@@ -1,4 +1,4 @@
-"""What models say, in Markdown: any text at all is words in a cell, and runs stand side by side."""
+"""Completions: any text at all is plain words in a Markdown cell, and runs stand side by side."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from lib.report.completion_tables import completions_of_run, completions_of_runs, terminal_lines
+from lib.report.markdown import escape
 from lib.report.results import Run
-from lib.report.samples import escaped, first_lines, one_line, side_by_side, what_they_say
+from lib.util.terminal import one_line
 
 NASTY = "a|b `c` <script>x</script>\n\n# d\t*e* _f_ [g](http://h.i) &amp; \\| $j$ ~~k~~ \x1b[31m l"
 
@@ -24,7 +26,7 @@ def cells(line: str) -> list[str]:
     "text", [NASTY, "\n|\n", "```\n", "<!-- ", "\\", "a\\", "|", "\r\n\u2028x"]
 )
 def test_any_text_is_one_cell(text: str) -> None:
-    cell = escaped(text)
+    cell = escape(text)
     assert cell and len(cell.splitlines()) == 1
     assert cells(f"| {cell} | x |") == [cell, "x"]
     plain = re.sub(r"\\.", "", cell).replace("&#124;", "")  # what a reader gives a meaning
@@ -34,31 +36,33 @@ def test_any_text_is_one_cell(text: str) -> None:
 
 def test_words_stay_as_they_are() -> None:
     for text in ("Було, є й буде.", 'It\'s (so) 5 % "good" - or not; why?', "می‌خواهم"):
-        assert escaped(text) == text
-    assert escaped("") == escaped(" \n") == "–"
+        assert escape(text) == text
+    assert escape("") == escape(" \n") == "–"
 
 
-def test_side_by_side() -> None:
-    one = {"test": "uk", "beginning": "Був", "dense": " собі", "model": " | "}
-    lines = side_by_side([one]).splitlines()
-    assert cells(lines[0]) == ["test text", "beginning", "dense model", "this model"]
+def test_the_dense_and_the_pruned_model_stand_side_by_side() -> None:
+    one = {"test": "uk", "prompt": "Був", "dense": " собі", "model": " | "}
+    lines = completions_of_run([one]).splitlines()
+    assert cells(lines[0]) == ["test text", "prompt", "dense model", "this model"]
     assert cells(lines[2]) == ["uk", "Був", "собі", "&#124;"]
-    alone = side_by_side([{"test": "uk", "beginning": "Був", "model": "x"}]).splitlines()
-    assert cells(alone[0]) == ["test text", "beginning", "this model"]
+    alone = completions_of_run([{"test": "uk", "prompt": "Був", "model": "x"}]).splitlines()
+    assert cells(alone[0]) == ["test text", "prompt", "this model"]
 
 
 def test_on_a_terminal() -> None:
-    one = {"test": "uk", "beginning": "Був\x1b[2J", "dense": "x" * 300, "model": "a\nb"}
-    lines = first_lines([one, one | {"beginning": "other"}, one | {"test": "en"}])
+    one = {"test": "uk", "prompt": "Був\x1b[2J", "dense": "x" * 300, "model": "a\nb"}
+    lines = terminal_lines([one, one | {"prompt": "other"}, one | {"test": "en"}])
     assert [line[:12] for line in lines[3:]] == ["en: Був[2J .", "  dense mode", "  this model"]
     assert lines[0] == "uk: Був[2J ..." and lines[2] == "  this model: a b"
     assert len(lines[1]) < 130
 
 
-def run(method: str, said: dict[str, dict[str, str]], kind: str = "2:4", **more: object) -> Run:
-    """`said`: {beginning: {by whom: what}}."""
+def run(
+    method: str, by_prompt: dict[str, dict[str, str]], kind: str = "2:4", **more: object
+) -> Run:
+    """`by_prompt`: {prompt: {"dense" or "model": completion}}."""
     dense = method == "dense"
-    samples = [{"test": "uk", "beginning": begun} | words for begun, words in said.items()]
+    completions = [{"test": "uk", "prompt": key} | texts for key, texts in by_prompt.items()]
     made = {
         "model": "models/tiny",
         "method": method,
@@ -66,18 +70,18 @@ def run(method: str, said: dict[str, dict[str, str]], kind: str = "2:4", **more:
         "sparsity_ratio": None if dense else 0.5,
         "calibration": None if dense else {"name": "uk", "sources": []},
         "evaluation": [{"name": "uk", "digest": "d", "perplexity": 1.0}],
-        "samples": samples,
+        "completions": completions,
     }
     return Run(Path(method), made | more)
 
 
-def test_runs_side_by_side() -> None:
+def test_runs_completions_of_run() -> None:
     dense = run("dense", {"A": {"model": "dense a"}, "B": {"model": "dense b"}})
     both = run("admm", {"A": {"dense": "dense a", "model": "a|"}, "B": {"model": "b"}})
     fewer = run("wanda", {"A": {"dense": "dense a", "model": "c"}}, "unstructured")
     none = run("magnitude", {})
-    lines = what_they_say([both, none, fewer, dense]).splitlines()
-    assert lines[0] == "### What they say: uk"
+    lines = completions_of_runs([both, none, fewer, dense]).splitlines()
+    assert lines[0] == "### Completions: uk"
     table = [cells(line) for line in lines if line.startswith("|")]
     assert table[0] == ["method", "type", "calibrated on", "A …", "B …"]
     assert table[2:] == [
@@ -85,14 +89,14 @@ def test_runs_side_by_side() -> None:
         ["admm", "2:4", "uk", "a&#124;", "b"],
         ["wanda", "50%", "uk", "c", ""],
     ]
-    without = what_they_say([both, fewer]).splitlines()
+    without = completions_of_runs([both, fewer]).splitlines()
     assert cells(without[4])[3] == "dense a"
-    assert what_they_say([none]) == ""
+    assert completions_of_runs([none]) == ""
 
 
-def test_another_seed_says_no_more_and_another_flag_is_named() -> None:
+def test_another_seed_adds_no_row_and_another_flag_is_named() -> None:
     words = {"A": {"dense": "d", "model": "m"}}
     seeds = [run("admm", words, seed=seed, settings={"blend": 1}) for seed in (0, 1)]
     other = run("admm", words, seed=0, settings={"blend": 0.5})
-    lines = [line for line in what_they_say([*seeds, other]).splitlines() if "admm" in line]
+    lines = [line for line in completions_of_runs([*seeds, other]).splitlines() if "admm" in line]
     assert sorted(cells(line)[2] for line in lines) == ["uk, blend 0.5", "uk, blend 1"]

@@ -1,0 +1,35 @@
+"""Markdown: any text as plain words in a cell, and tables, of ready cells or padded ones."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Sequence
+
+from lib.util.terminal import one_line
+
+EMPTY = "–"
+# what Markdown, on the hub and elsewhere, gives a meaning within a line
+_MARKUP = re.compile(r"[\\`*_\[\]~#$@]|:(?=//)|(?<=www)\.")
+
+
+def escape(text: str) -> str:
+    """Any text as plain words in a cell of a Markdown table: one line, no markup, no HTML."""
+    line = html.escape(_MARKUP.sub(r"\\\g<0>", one_line(text)), quote=False)
+    return line.replace("|", "&#124;") or EMPTY
+
+
+def compact_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of cells that are Markdown already."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def padded_table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table, padded to be read as plain text; the first `left` columns flush left."""
+    cells = [[one_line(cell).replace("|", "\\|") for cell in line] for line in [head, *body]]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    aligned = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    padded = [[a(c, w) for a, c, w in zip(aligned, line, widths, strict=True)] for line in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [padded[0], rule, *padded[1:]])

@@ -1,0 +1,154 @@
+"""Beginnings of test documents, continued greedily by the dense and by the pruned model.
+
+    completions = Completions(job, loaded)
+    completions.generate("dense", loaded.model)     # before pruning changes it
+    completions.generate("model", loaded.model)     # what the run has made of it
+    completions.records()                           # both beside each prompt, for results.json
+
+Decoding is greedy, so that a model always gives the same text. The model and its generation
+settings stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lib.model.access import first_line
+from lib.model.pretrained import window_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lib.run.job import Job, LoadedModel
+
+NEW_TOKENS = 40  # generated after each prompt
+REPLACEMENT = "\ufffd"  # what a tokenizer decodes half a character to
+
+
+class Completions:
+    """Continues the prompts of every test set, `--prompts` of each, by one model after another.
+
+    Every process of a job generates all of them, so that none waits for another. Where a model
+    can't generate, one line says why and the run goes on without completions.
+    """
+
+    def __init__(self, job: Job, loaded: LoadedModel) -> None:
+        self.job = job
+        self.texts: dict[str, list[str]] = {}  # {"dense" or "model": one text for each prompt}
+        self.prompts = [
+            (test.name, ids) for test in job.texts.tests for ids in test.prompts if job.args.prompts
+        ]
+        placement = loaded.runner.placement
+        if self.prompts and placement and not placement.zero_copy:
+            self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
+
+    def generate(self, name: str, model: nn.Module) -> None:
+        """Continue every prompt by `model`.
+
+        `name`: `dense` for the dense model, whose completions all runs of a sweep share, or
+        `model` for what this run has made of it.
+        """
+        if not self.prompts:
+            return
+        args = self.job.args
+        key = (args.teacher or args.model, args.dtype, args.load_bit, args.cache_dir, args.device)
+        key += ([ids.tolist() for _, ids in self.prompts],)
+        key += (self.job.vocabulary and self.job.vocabulary.digest,)
+
+        def generate() -> list[str]:
+            with self.job.timed("completions"):
+                return self._generate(model)
+
+        try:
+            is_dense = name == "dense"
+            texts = self.job.cache.completions(key, generate) if is_dense else generate()
+        except Exception as error:  # raised by any model's own code; the pruned model must be saved
+            self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
+        else:
+            self.texts[name] = texts
+
+    def records(self) -> list[dict[str, str]]:
+        """One entry for each prompt: `test`, `prompt`, and each model's completion by its name."""
+        tokenizer = self.job.tokenizer
+        return [
+            {"test": test, "prompt": decode(tokenizer, ids)}
+            | {name: texts[index] for name, texts in self.texts.items()}
+            for index, (test, ids) in enumerate(self.prompts)
+        ]
+
+    def _generate(self, model: nn.Module) -> list[str]:
+        job = self.job
+        prompts = torch.stack([ids for _, ids in self.prompts])  # (prompts, tokens)
+        tokens = min(NEW_TOKENS, window_length(job.config, None) - prompts.shape[1])
+        batch_size = max(1, job.batch_size * job.seqlen // (prompts.shape[1] + tokens))
+        new_ids = [
+            row
+            for batch in prompts.split(batch_size)
+            for row in continue_greedily(model, batch.to(job.device), tokens)
+        ]
+        return [
+            decode_completion(job.tokenizer, ids, new)
+            for ids, new in zip(prompts.tolist(), new_ids, strict=True)
+        ]
+
+    def _skip(self, reason: str) -> None:
+        self.prompts = []
+        if self.job.dist.is_main:
+            print(f"completions: none, {reason}", flush=True)
+
+
+def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[int]]:
+    """The `tokens` ids that follow each of `ids` (n, tokens) greedily, fewer where a text ends."""
+    with _default_generation(model) as eos_ids:
+        options = {"eos_token_id": eos_ids, "pad_token_id": eos_ids[0]} if eos_ids else {}
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            **options,
+        )
+    rows = output[:, ids.shape[1] :].tolist()
+    return [row[: next((i for i, id in enumerate(row) if id in eos_ids), None)] for row in rows]
+
+
+@contextmanager
+def _default_generation(model: nn.Module) -> Iterator[list[int]]:
+    """Inside, the model's own generation settings (penalties, temperature) do not apply.
+
+    Yields the model's end-of-text ids.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    eos = own.eos_token_id
+    model.generation_config = GenerationConfig()
+    try:
+        yield [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    finally:
+        model.generation_config = own
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
+    """The text of ids (tokens,), without special tokens and without half a character at its end."""
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text.rstrip(REPLACEMENT)
+
+
+def decode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], new_ids: list[int]
+) -> str:
+    """What `new_ids` add to the text of `prompt`.
+
+    Both are decoded together, because some tokenizers drop a blank before a first token, and a
+    character may begin in `prompt` and end in `new_ids`.
+    """
+    before, whole = decode(tokenizer, prompt), decode(tokenizer, [*prompt, *new_ids])
+    if whole.startswith(before):
+        return whole.removeprefix(before)
+    return decode(tokenizer, new_ids)
