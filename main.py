@@ -277,6 +277,7 @@ def record(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str, An
 
 def save(job: Job, loaded: LoadedModel, results: dict[str, Any], target: Target) -> None:
     """Model, tokenizer and card, staged; then results.json once more with the time it took."""
+    from lib.data.tokenizer_model import write_tokenizer_model
     from lib.model.pretrained import save_model, saved_dtype
     from lib.report.results import write_results
     from lib.run.card import model_card
@@ -287,6 +288,7 @@ def save(job: Job, loaded: LoadedModel, results: dict[str, Any], target: Target)
         with loaded.runner.materialized(job.blocks_name):
             save_model(loaded.model, stage, dtype)
         job.tokenizer.save_pretrained(stage)
+        write_tokenizer_model(job.tokenizer, stage)
         read = [source.text for source in job.sources if job.calibrated or job.schedule]
         read += [source.text for source in job.vocabulary_sources if source.text not in read]
         (stage / "README.md").write_text(model_card(results, read), "utf-8")

@@ -33,6 +33,8 @@ from lib.model.rows import TRIMMED_FROM, keep_rows_
 from lib.util.errors import UserError
 
 MULTIPLE = 64  # of which the number of rows is one: GPUs like their matrices so
+# rows by which llama.cpp's converter takes a LLaMA for CodeLlama or Granite
+TAKEN = frozenset({32016, 49152})
 PROOF_TOKENS = 256  # of a test window, before and after
 NOTE = (
     "The vocabulary was trimmed: fewer tokens share the probability, so perplexity falls by "
@@ -153,11 +155,13 @@ def trim(
             f"--vocabulary_size {size}: bytes, special tokens and what the model's files name take "
             f"{len(needed) + len(extra)}; give at least so many"
         )
+    if size in TAKEN:
+        size -= 1
     counted = _all_counted(count_tokens(sources, tokenizer, dist.rank, dist.size), dist)
     chosen = choose(pieces, counted.counts, needed, len(extra), size, minimum)
     spare = [one for one in range(rows) if one not in pieces.tokens and one not in extra]
     most = rows if size is None else min(rows, size)
-    missing = min(-(len(chosen) + len(extra)) % MULTIPLE, most - len(chosen) - len(extra))
+    missing = min(_filled(len(chosen) + len(extra)), most) - len(chosen) - len(extra)
     kept = pieces.in_order(chosen)
     order = kept + sorted(extra + spare[:missing])
     used = [one for one in counted.counts.nonzero().flatten().tolist() if one in pieces.tokens]
@@ -192,7 +196,8 @@ def choose(
     """The tokens that stay: `needed`, and by falling `counts` (tokens,) those that texts use.
 
     `needed` is closed over merges. Each comes with its parts; one that would not fit into `size`
-    with `extra` rows is left out. What is missing to a multiple of MULTIPLE is filled up.
+    with `extra` rows is left out. What is missing to a multiple of MULTIPLE is filled up, to the
+    next one where the first is TAKEN.
     """
     number = torch.arange(len(counts))
     by_count = number[torch.argsort(counts, descending=True, stable=True)].tolist()
@@ -203,12 +208,18 @@ def choose(
         if times[one] < minimum:
             break
         _take_(kept, pieces, one, most)
-    least = len(kept) + -(len(kept) + extra) % MULTIPLE
+    least = _filled(len(kept) + extra) - extra
     for one in by_count:  # of equal count, 0 too, those that were learnt first
         if len(kept) >= least:
             break
         _take_(kept, pieces, one, min(least, most))
     return kept
+
+
+def _filled(rows: int) -> int:
+    """The next multiple of MULTIPLE, of those that are not TAKEN."""
+    filled = rows + -rows % MULTIPLE
+    return filled + MULTIPLE if filled in TAKEN else filled
 
 
 def _take_(kept: set[int], pieces: Pieces, one: int, most: float) -> None:

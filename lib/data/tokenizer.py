@@ -22,6 +22,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lib.data.tokenizer_model import CHECK, check_of
 from lib.util.errors import UserError
 from lib.util.token_ids import renumbered
 
@@ -161,6 +162,8 @@ class Pieces:
             (folder / "tokenizer.json").write_text(text, "utf-8")
             settings = folder / "tokenizer_config.json"
             fields = renumbered(json.loads(settings.read_text("utf-8")), lambda n: new.get(n, n))
+            if check := check_of(self.tokenizer):
+                fields[CHECK] = check
             settings.write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
             found = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFas
 from lib.data.counts import UNSEEN, compared_texts, count_tokens, plain
 from lib.data.sources import parse_sources
 from lib.data.tokenizer import Pieces
+from lib.data.tokenizer_model import CHECK, check_of
 from lib.distributed.context import DistContext
 from lib.util.errors import UserError
 from lib.vocabulary import Trimmed, choose, trim
@@ -220,6 +221,24 @@ def test_refused() -> None:
 
     with pytest.raises(UserError, match=r"a slow one \(Slow, without"):
         Pieces(Slow(), "--model m")
+
+
+@pytest.mark.parametrize("size", [None, 384])
+def test_rows_that_another_program_takes_for_another_model_are_avoided(
+    size: int | None, uk: Path, monkeypatch
+) -> None:
+    rows = len(trimmed(kinds.byte_level(), uk, size=size).rows)
+    monkeypatch.setattr("lib.vocabulary.TAKEN", {rows})
+    again = len(trimmed(kinds.byte_level(), uk, size=size).rows)
+    assert again == (rows + 64 if size is None else size - 1)
+
+
+def test_the_whole_vocabularys_check_outlives_trimming_twice(uk: Path) -> None:
+    before = kinds.byte_level()
+    once = trimmed(before, uk).tokenizer
+    twice = trimmed(once, uk, size=330).tokenizer
+    assert once.init_kwargs[CHECK] == twice.init_kwargs[CHECK] == check_of(before)
+    assert CHECK not in trimmed(kinds.byte_fallback(), uk).tokenizer.init_kwargs
 
 
 def test_a_size_that_bytes_and_special_tokens_do_not_fit(uk: Path) -> None:

@@ -1,0 +1,157 @@
+"""What llama.cpp's converter and others that read no tokenizer.json need beside it.
+
+Tokenizers of SentencePiece's kind (byte-pair encoding with a token for every byte, as Llama 2,
+Mistral 7B and Gemma have it) get a `tokenizer.model`: every piece with its type and a score. An
+engine that merges by score then merges as the merges of tokenizer.json do, because a token's score
+is the negated rank of the first merge that makes it.
+
+Byte-level tokenizers are told apart by the converter through the ids that a certain text is cut
+into. Trimming changes the ids, so the tokenizer's config remembers those of the whole vocabulary.
+
+The file's format: sentencepiece_model.proto of google/sentencepiece, written here field by field.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+FILE = "tokenizer.model"
+BLANK = "▁"
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
+UNREACHED = -1e6  # score of a token that no merge makes
+BYTE_TOKENS = {f"<0x{number:02X}>" for number in range(256)}
+
+CHECK = "llama_cpp_check"  # field of tokenizer_config.json
+# the text of llama.cpp's convert_hf_to_gguf_update.py, by whose ids it knows a tokenizer
+CHECK_TEXT = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis "
+    "concatenated) ✅ 🦙🦙 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 "
+    "កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天～ ------======= нещо на Български "
+    "''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? "
+    "'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+
+
+def check_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """How the whole vocabulary cuts CHECK_TEXT: the text's digest and the ids.
+
+    None for a tokenizer that is not byte-level. One that was trimmed before keeps what it has.
+    """
+    if CHECK in tokenizer.init_kwargs:
+        return tokenizer.init_kwargs[CHECK]
+    if not is_byte_level(_data(tokenizer)):
+        return None
+    return {"text": digest(CHECK_TEXT), "ids": list(tokenizer.encode(CHECK_TEXT))}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_byte_level(data: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json, read to `data`, is byte-level BPE."""
+    return data["model"].get("type") == "BPE" and '"ByteLevel"' in json.dumps(
+        [data["pre_tokenizer"], data["normalizer"]]
+    )
+
+
+def is_sentencepiece(data: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json, read to `data`, is BPE whose letters fall back to byte tokens."""
+    model = data["model"]
+    return (
+        model.get("type") == "BPE"
+        and bool(model.get("byte_fallback"))
+        and model.get("unk_token") in model["vocab"]
+        and BYTE_TOKENS <= model["vocab"].keys()
+    )
+
+
+def begins_with_blank(data: dict[str, Any]) -> bool:
+    """Whether the tokenizer puts a blank before a text."""
+    parts = json.dumps([data["normalizer"], data["pre_tokenizer"]])
+    return (
+        '"Prepend"' in parts
+        or '"prepend_scheme": "always"' in parts
+        or ('"prepend_scheme": "first"' in parts)
+    )
+
+
+def write_tokenizer_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Write FILE into `folder` if the tokenizer is of SentencePiece's kind; whether it is."""
+    if not getattr(tokenizer, "is_fast", False):
+        return False
+    data = _data(tokenizer)
+    if not is_sentencepiece(data):
+        return False
+    (folder / FILE).write_bytes(_model_proto(data, pieces(data)))
+    return True
+
+
+def pieces(data: dict[str, Any]) -> list[tuple[str, float, int]]:
+    """Text, score and type of every token of a tokenizer.json, by id; unused ids are filled."""
+    model = data["model"]
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        made = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        ranks.setdefault(made, rank)
+    tokens = dict(model["vocab"])
+    kinds = dict.fromkeys(BYTE_TOKENS, BYTE)
+    for token in data["added_tokens"]:
+        tokens[token["content"]] = token["id"]
+        kinds[token["content"]] = CONTROL if token["special"] else USER_DEFINED
+    kinds[model["unk_token"]] = UNKNOWN
+    count = max(tokens.values()) + 1
+    listed = [(f"<unused id {number}>", UNREACHED, UNUSED) for number in range(count)]
+    for token, number in tokens.items():
+        score = -float(ranks[token]) if token in ranks else UNREACHED
+        kind = kinds.get(token, NORMAL)
+        listed[number] = (token, score if kind == NORMAL else 0.0, kind)
+    return listed
+
+
+def _data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return json.loads(tokenizer.backend_tokenizer.to_str())
+
+
+def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> bytes:
+    """A ModelProto: pieces, and as much of the trainer's and the normalizer's settings as engines
+    read."""
+    unknown = data["model"]["unk_token"]
+    number = next(i for i, (_, _, kind) in enumerate(listed) if kind == UNKNOWN)
+    trainer = _number(3, 2) + _number(4, len(listed)) + _number(35, 1)  # BPE, size, byte fallback
+    trainer += _number(40, number) + _number(41, -1) + _number(42, -1) + _number(43, -1)
+    trainer += _bytes(45, unknown.encode())
+    normalizer = _bytes(1, b"identity") + _number(3, int(begins_with_blank(data)))
+    normalizer += _number(4, 0) + _number(5, 1)  # blanks stay, and are written as BLANK
+    written = b"".join(
+        _bytes(1, _bytes(1, text.encode()) + _float(2, score) + _number(3, kind))
+        for text, score, kind in listed
+    )
+    return written + _bytes(2, trainer) + _bytes(3, normalizer)
+
+
+def _varint(value: int) -> bytes:
+    value %= 2**64  # negative numbers as their two's complement
+    written = bytearray()
+    while value > 0x7F:
+        written.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*written, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _float(field: int, value: float) -> bytes:
+    return _varint(field << 3 | 5) + struct.pack("<f", value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
