@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.distributed.context import DistContext
-from lib.model.blocks import BlockRunner, HiddenStates, positions_at_once
+from lib.model.blocks import (
+    HEAD_POSITIONS,
+    BlockRunner,
+    HiddenStates,
+    chunks_of,
+    positions_at_once,
+    rows_at_once,
+)
 from lib.model.finite import first_overflow
 from lib.util.errors import UserError
 
@@ -124,16 +131,24 @@ def _losses(runner: BlockRunner, states: HiddenStates, batch: slice) -> Tensor:
     ids = states.windows[batch].to(runner.device)  # (n, tokens)
     predicted = ids.shape[1] - 1
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
-    chunk = positions_at_once(runner.device, vocabulary, len(ids))
-    logits_at = runner.logits(states, batch)
+    chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     total = torch.zeros(len(ids), device=runner.device)
-    for start in range(0, predicted, chunk):
-        positions = torch.arange(start, min(start + chunk, predicted), device=runner.device)
-        logits = logits_at(positions).float()  # (n, chunk, vocabulary)
-        targets = ids[:, positions + 1]
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    logits_at = runner.logits(states, batch)
+    for positions, logits in chunks_of(logits_at, predicted, runner.device, chunk):
+        loss = cross_entropy(logits.flatten(0, 1), ids[:, positions + 1].flatten())
         total += loss.view(len(ids), -1).sum(1)
+        del logits  # before the next ones come
     return total / predicted
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood (rows,) of `targets` (rows,) under logits (rows, vocabulary).
+
+    It is computed in float32, from as many rows at a time as LOGIT_BYTES allows.
+    """
+    step = rows_at_once(logits.device, logits.shape[-1])
+    pieces = zip(logits.split(step), targets.split(step), strict=True)
+    return torch.cat([F.cross_entropy(x.float(), y, reduction="none") for x, y in pieces])
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ from lib.util.errors import UserError
 
 # of float32 logits that stand at a time: what lies in a CPU's cache, what keeps a GPU busy
 LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
+# with fewer in a product, reading the head from memory takes longer than the arithmetic
+HEAD_POSITIONS = 128
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
 
@@ -283,20 +285,33 @@ class TensorDeduplicator:
 
 
 def chunks_of(
-    logits: Callable[[Tensor], Tensor], length: int, device: torch.device
+    logits: Callable[[Tensor], Tensor],
+    length: int,
+    device: torch.device,
+    chunk: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions 0 to `length`, some at a time, and their logits (n, some, vocabulary).
+    """Yields positions 0 to `length` in chunks, with their logits (n, chunk, vocabulary).
 
-    First comes one alone, which tells how many may stand at a time.
+    Without `chunk`, the first has one position, whose logits tell how many may stand at a time.
     """
-    start, chunk = 0, 1
+    start, size = 0, chunk or 1
     while start < length:
-        some = torch.arange(start, min(start + chunk, length), device=device)
-        own = logits(some)
-        chunk, start = positions_at_once(device, own.shape[-1], len(own)), start + len(some)
-        yield some, own
+        positions = torch.arange(start, min(start + size, length), device=device)
+        own = logits(positions)
+        size = chunk or positions_at_once(device, own.shape[-1], len(own))
+        start += len(positions)
+        yield positions, own
+        del own  # before the next logits come
 
 
-def positions_at_once(device: torch.device, vocabulary: int, windows: int) -> int:
-    """Of how many positions of `windows` windows the logits stand at a time."""
-    return max(1, LOGIT_BYTES[device.type] // (4 * vocabulary * windows))
+def positions_at_once(device: torch.device, vocabulary: int, windows: int, least: int = 1) -> int:
+    """Returns of how many positions of `windows` windows the logits stand at a time.
+
+    `least`: of how many, over all windows, also where they take more than LOGIT_BYTES.
+    """
+    return max(1, max(rows_at_once(device, vocabulary), least) // windows)
+
+
+def rows_at_once(device: torch.device, vocabulary: int) -> int:
+    """Returns how many float32 rows of logits (vocabulary,) fit into LOGIT_BYTES, at least one."""
+    return max(1, LOGIT_BYTES[device.type] // (4 * vocabulary))

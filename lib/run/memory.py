@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.methods.registry import MethodSpec
-from lib.model.blocks import LOGIT_BYTES
+from lib.model.blocks import HEAD_POSITIONS, LOGIT_BYTES
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
 from lib.packed.layout import LARGE_TILE, packed_bytes
@@ -372,14 +372,14 @@ def _activations(plan: Plan, block: BlockShape) -> int:
 
 
 def _evaluation(plan: Plan) -> tuple[int, int]:
-    """Hidden states, and logits as they come and as probabilities or one batch in a block."""
+    """Hidden states, and logits with pieces of their softmax, or one batch in a block."""
     batch = min(plan.batch_size, plan.tests)
     once = plan.fetched and (plan.on_disk or plan.device == "cuda")  # each block comes once
     kept = plan.tests if once else batch
-    position = FLOAT * plan.shapes.vocabulary * batch
-    logits = 2 * min(max(position, LOGIT_BYTES[plan.device]), position * plan.seqlen)
-    if plan.working.itemsize < FLOAT:
-        logits += logits // 4
+    row, tokens = FLOAT * plan.shapes.vocabulary, batch * plan.seqlen
+    rows = min(max(batch, HEAD_POSITIONS, LOGIT_BYTES[plan.device] // row), tokens)
+    pieces = min(max(row, LOGIT_BYTES[plan.device]), row * rows)  # in float32, and their softmax
+    logits = rows * row * plan.working.itemsize // FLOAT + 2 * pieces
     passing = max(_activations(plan, block) for block in plan.shapes.blocks)
     if plan.packed or plan.pack_bits:  # one weight at a time is dense, where no kernel takes it
         largest = _largest(plan)

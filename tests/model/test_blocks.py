@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import tiny
@@ -11,9 +12,9 @@ from support import CPU, linears_of, prune_, runner_of, windows
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lib.eval import perplexity
+from lib.eval import cross_entropy, perplexity
 from lib.methods.registry import MethodSpec
-from lib.model.blocks import LOGIT_BYTES, BlockRunner, positions_at_once
+from lib.model.blocks import HEAD_POSITIONS, LOGIT_BYTES, BlockRunner, positions_at_once
 from lib.pruning.observe import observe
 from lib.util.errors import UserError
 
@@ -75,8 +76,10 @@ def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) 
         logits = runner.model(input_ids=ids).logits[:, :-1].double()
     losses = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
     expected = losses.mean().exp().item()
-    for room in (2**28, 4 * tiny.VOCAB * 2 * 5, 1):  # in bytes: all, five or one position
+    row = 4 * tiny.VOCAB  # bytes
+    for room, least in ((2**28, 1), (row * 2 * 5, 1), (1, 1), (row, 6), (1, 128)):
         monkeypatch.setitem(LOGIT_BYTES, "cpu", room)
+        monkeypatch.setattr("lib.eval.HEAD_POSITIONS", least)
         found = perplexity(runner, ids, 2)
         assert found.value == pytest.approx(expected, rel=1e-5)
     deviation = losses.std().item() / 2  # of the mean of four
@@ -89,6 +92,26 @@ def test_a_gpu_makes_logits_in_few_calls() -> None:
         -(-4095 // positions_at_once(torch.device(kind), 128256, 2)) for kind in ("cuda", "cpu")
     ]
     assert calls == [8, 256]
+
+
+def test_a_cpu_reads_a_large_head_for_many_positions_at_once() -> None:
+    """Of 512 tokens and a vocabulary of 262,144; small ones fill the cache as they always do."""
+    chunk = partial(positions_at_once, CPU, least=HEAD_POSITIONS)
+    assert chunk(vocabulary=262144, windows=1) == 128 and chunk(vocabulary=262144, windows=2) == 64
+    assert chunk(vocabulary=262144, windows=500) == 1
+    assert chunk(vocabulary=8192, windows=1) == 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_in_pieces_is_that_of_the_whole(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    logits = (8 * torch.randn(13, 40, generator=draw)).to(dtype)
+    targets = torch.randint(40, (13,), generator=draw)
+    monkeypatch.setitem(LOGIT_BYTES, "cpu", 3 * 4 * 40)
+    whole = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    assert torch.equal(cross_entropy(logits, targets), whole)
 
 
 def test_a_batch_comes_to_the_device_once_for_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
