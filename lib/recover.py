@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.data.windows import TrainingText
+from lib.data.training import TrainingText
 from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, chunks_of, run_block
 from lib.model.linears import find_linears

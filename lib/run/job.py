@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lib.data.sources import Source
-    from lib.data.windows import TestSet, TrainingText
+    from lib.data.training import TrainingText
+    from lib.data.windows import TestSet
     from lib.distributed.context import DistContext
     from lib.model.blocks import BlockRunner
     from lib.pruning.journal import Journal

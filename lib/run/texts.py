@@ -54,7 +54,8 @@ def check_readable(sources: list[tuple[Source, str]]) -> None:
 
 def read_texts(job: Job, bos: int | None) -> Texts:
     """The windows to calibrate on and to measure on, each begun with `bos` where given."""
-    from lib.data.windows import calibration_windows, test_set, training_windows
+    from lib.data.training import training_windows
+    from lib.data.windows import calibration_windows, test_set
 
     args, schedule = job.args, job.schedule
 

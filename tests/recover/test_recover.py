@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib import recover
-from lib.data.windows import TrainingText
+from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import LOGIT_BYTES, BlockRunner
 from lib.model.pretrained import decoder_blocks, fresh_copy

@@ -159,7 +159,7 @@ REFUSED = {
     "seen": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "seen", "--eval_data", "seen"],
         1,
-        "--calibration_data seen: its train text stands in the test text",
+        "--calibration_data seen: its train text is part of the test text",
     ),
 }
 

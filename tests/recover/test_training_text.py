@@ -9,10 +9,12 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from lib.data import windows as data
 from lib.data.sources import parse_sources
-from lib.data.windows import TrainingText, tokenise, training_windows
+from lib.data.training import Passages, TrainingText, training_windows
+from lib.data.windows import tokenise
 from lib.util.errors import UserError
 
 SEQLEN = 16
@@ -119,3 +121,38 @@ def test_too_short(texts: list[str]) -> None:
         UserError, match=r"--calibration_data short: its \d texts give [01] windows"
     ):
         drawn(["short"], 5)
+
+
+def test_passages_are_found_as_by_a_slow_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tests = torch.randint(7, (5, SEQLEN), generator=generator)
+    windows = torch.randint(7, (400, SEQLEN), generator=generator)
+    windows[::9, 3:11] = tests[torch.arange(len(windows[::9])) % 5, 8:]
+    windows[::7, 6:14] = tests[torch.arange(len(windows[::7])) % 5, 1:9]
+    for bos, first in ((None, 0), (0, 1)):
+        passages = [
+            tuple(test[start : start + 8].tolist())
+            for test in tests
+            for start in range(first, SEQLEN - 7, 8)
+        ]
+        expected = [
+            any(tuple(row[i : i + 8].tolist()) in passages for i in range(SEQLEN - 7))
+            for row in windows
+        ]
+        assert 0 < sum(expected) < 400
+        found = Passages([tests], SEQLEN, bos)
+        assert found.found_in(windows).tolist() == expected
+        monkeypatch.setattr("lib.data.training.CHUNK", 7 * SEQLEN)
+        assert found.found_in(windows).tolist() == expected
+    assert not Passages([], SEQLEN, None).found_in(windows).any()
+    assert found.found_in(windows[:0]).tolist() == []
+
+
+def test_a_long_document_takes_little_memory_to_look_through() -> None:
+    """Beyond the windows themselves: a few buffers of a chunk, however long the document is."""
+    windows = torch.randint(9000, (40_000, 256))  # 10 million tokens, 82 MB
+    passages = Passages([windows[:100]], 256, None)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        found = passages.found_in(windows)
+    allocated = [event.cpu_memory_usage for event in profiler.events()]
+    assert found[:100].all() and max(allocated) <= 8 * 2**20 + 2**16

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lib.data.windows import TrainingText
+from lib.data.training import TrainingText
 from lib.distributed.context import DistContext
 from lib.eval import perplexity
 from lib.methods.registry import METHODS, MethodSpec

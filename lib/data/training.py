@@ -1,0 +1,231 @@
+"""Windows to recover a pruned model on: whole documents, cut, with nothing of the test text.
+
+Documents are taken in an order drawn by a seed and cut into windows one after another. A window is
+dropped if a passage of the test windows stands in it, wherever it begins there.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lib.data.documents import open_documents
+from lib.data.sources import JOINED, Source, mixture_name
+from lib.data.windows import (
+    STREAM_LIMIT,
+    apportion,
+    digest,
+    interleave,
+    shuffle_stream,
+    tokenise,
+    with_bos,
+)
+
+HELD_OUT = (4, 16)  # windows of the training text that are held out, at least and at most
+HELD_OUT_SHARE = 0.05  # of the training text, in between
+PASSAGE = 32  # consecutive tokens by which a test text is recognised in a training window
+CHUNK = 2**20  # tokens that are looked for in the test text at a time
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingText:
+    """The windows that a model is recovered on. `facts` is the record for results.json."""
+
+    windows: Tensor  # (windows, seqlen), int64; all different
+    order: Tensor  # (windows trained on,): rows of `windows`; in several passes if they are few
+    held_out: Tensor  # (windows, seqlen): to measure on
+    facts: dict
+
+
+def training_windows(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None = None,
+    tests: Sequence[Tensor] = (),
+) -> TrainingText:
+    """Cut `count` windows of `seqlen` tokens, and some to hold out, from the sources' train text.
+
+    What is left of a document after its last whole window is dropped, and so is every window that
+    holds a passage of `tests`, windows (n, seqlen). A source with too few windows repeats them in
+    another order. The sources are mixed by weight, and `bos` begins each window, as for
+    `calibration_windows`. Raises UserError if a source has fewer than two windows.
+    """
+    shares = apportion([source.weight or 1.0 for source in sources], count)
+    held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
+    held_out_shares = apportion([source.weight or 1.0 for source in sources], held_out)
+    passages = Passages(tests, seqlen, bos)
+    parts: list[_SourceWindows] = []
+    for source, share, held in zip(sources, shares, held_out_shares, strict=True):
+        if not share:
+            log.warning("%s %s: its weight gives it no window", source.flag, source.text)
+            continue
+        parts.append(
+            _windows_of(
+                source,
+                tokenizer,
+                share=share,
+                held_out=held,
+                total=count,
+                seqlen=seqlen,
+                seed=seed,
+                passages=passages,
+            )
+        )
+    source_of = torch.tensor(interleave([len(part.order) for part in parts]))
+    order = torch.empty(len(source_of), dtype=torch.long)
+    offset = 0
+    for index, part in enumerate(parts):
+        order[source_of == index] = part.order + offset
+        offset += len(part.windows)
+    windows = torch.cat([part.windows for part in parts])
+    held = torch.cat([part.held_out for part in parts])
+    if bos is not None:
+        windows, held = with_bos(windows, bos), with_bos(held, bos)
+    facts = {
+        "name": mixture_name(sources),
+        "sources": [part.facts for part in parts],
+        "windows": len(order),
+        "held_out": len(held),
+        "seqlen": seqlen,
+        "bos": bos,
+        "digest": digest(torch.cat([windows[order], held])),
+    }
+    return TrainingText(windows, order, held, facts)
+
+
+@dataclass(frozen=True, eq=False)
+class _SourceWindows:
+    """One source's part of a TrainingText."""
+
+    windows: Tensor  # (windows, seqlen)
+    order: Tensor  # (share,): rows of `windows`
+    held_out: Tensor  # (held out, seqlen)
+    facts: dict
+
+
+def _windows_of(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    share: int,
+    held_out: int,
+    total: int,
+    seqlen: int,
+    seed: int,
+    passages: Passages,
+) -> _SourceWindows:
+    """Cut `share` of `total` windows, and `held_out` more, from one source."""
+    cut = _cut_windows(source, tokenizer, share + held_out, seqlen, seed, passages)
+    windows, n_dropped, revision = cut
+    if len(windows) < share + held_out:
+        held_out = min(held_out, max(1, int(HELD_OUT_SHARE * len(windows))))
+    size = len(windows) - held_out
+    n_passes = -(-share // size)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(size, generator=generator) for _ in range(n_passes)])
+    facts = {
+        "name": source.name,
+        "source": source.text,
+        "revision": revision,
+        "windows": size,
+        "held_out": held_out,
+        "passes": n_passes,
+        "dropped": n_dropped,
+        "share": share / total,
+    }
+    return _SourceWindows(windows[held_out:], order[:share], windows[:held_out], facts)
+
+
+def _cut_windows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    seqlen: int,
+    seed: int,
+    passages: Passages,
+) -> tuple[Tensor, int, str | None]:
+    """Cut at most `limit` windows (n, seqlen), in an order drawn by `seed`.
+
+    Also returns how many were dropped for what they share with a test text, and the revision.
+    """
+    rng = random.Random(seed)
+    windows: list[Tensor] = []
+    n_tried = n_dropped = longest = 0
+    with open_documents(source, "train") as (documents, revision):
+        for text in _shuffled_texts(source, documents, rng):
+            ids = tokenise(tokenizer, text)
+            n_tried, longest = n_tried + 1, max(longest, len(ids))
+            cut = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+            clean = cut[~passages.found_in(cut)]
+            n_dropped += len(cut) - len(clean)
+            windows += clean
+            if len(windows) >= limit:
+                break
+    if len(windows) < 2:
+        if n_dropped:
+            raise source.error("its train text is part of the test text; recover on other texts")
+        raise source.error(
+            f"its {n_tried} texts give {len(windows)} windows of {seqlen} tokens to recover on, "
+            f"two are needed; the longest text has {longest}; use a smaller --seqlen or longer "
+            "texts"
+        )
+    del windows[limit:]
+    rng.shuffle(windows)
+    return torch.stack(windows), n_dropped, revision
+
+
+def _shuffled_texts(source: Source, documents: Iterable, rng: random.Random) -> Iterator[str]:
+    """Yield the texts of a source in an order drawn by `rng`."""
+    if source.stream:
+        yield from (text for _, text in shuffle_stream(islice(documents, STREAM_LIMIT), rng))
+    elif source.draw == JOINED:
+        yield " ".join(documents)
+    else:
+        rows = rng.sample(range(len(documents)), len(documents))
+        yield from (documents[row] for row in rows[:STREAM_LIMIT])
+
+
+class Passages:
+    """Passages of test windows, to be recognised wherever they stand in other windows.
+
+    A passage is known by a sum of its tokens times fixed random factors, modulo 2^64.
+    """
+
+    def __init__(self, tests: Sequence[Tensor], seqlen: int, bos: int | None) -> None:
+        self.length = min(PASSAGE, seqlen // 2)
+        generator = torch.Generator().manual_seed(0)
+        self.factors = torch.randint(1, 2**62, (self.length,), generator=generator).tolist()
+        first = 0 if bos is None else 1
+        sums = [self._sums(test[:, first:])[:, :: self.length].flatten() for test in tests]
+        # the largest int64 is a sum that ends every search; it is never a passage by chance
+        end = torch.tensor([torch.iinfo(torch.long).max])
+        self.sums = torch.cat([*sums, end]).unique()  # sorted
+
+    def _sums(self, windows: Tensor) -> Tensor:
+        """Return the sum of each passage of windows (n, tokens): (n, passages)."""
+        n_passages = max(0, windows.shape[1] - self.length + 1)
+        sums = windows.new_zeros(len(windows), n_passages)
+        for offset, factor in enumerate(self.factors):  # overflow wraps around
+            sums += windows[:, offset : offset + n_passages] * factor
+        return sums
+
+    def found_in(self, windows: Tensor) -> Tensor:
+        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool."""
+        found = windows.new_zeros(len(windows), dtype=torch.bool)
+        step = max(1, CHUNK // max(1, windows.shape[1]))
+        for start in range(0, len(windows), step):
+            sums = self._sums(windows[start : start + step])
+            index = torch.searchsorted(self.sums, sums)
+            found[start : start + step] = (self.sums[index] == sums).any(1)
+        return found
