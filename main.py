@@ -18,6 +18,7 @@ from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
 from lib.run.job import Job, LoadedModel
 from lib.run.load import load
+from lib.run.steps import Steps
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.util import command
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from lib.methods.sparsity import Sparsity
     from lib.model.blocks import BlockRunner
+    from lib.run.completions import Completions
 
 
 def main(argv: list[str]) -> None:
@@ -38,11 +40,14 @@ def main(argv: list[str]) -> None:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Do what was checked; what stands in results.json, on the main process."""
+    """Do what was checked; return what is written to results.json, on the main process.
+
+    Raises UserError where a step after pruning has failed; the others have been done.
+    """
     from lib.run.completions import Completions
 
     args, target = job.args, None
-    with ExitStack() as at_end:
+    with command.unfailing_output(), ExitStack() as at_end:
         if args.save_model and job.dist.is_main:
             target = at_end.enter_context(locked_dir(args.save_model, "--save_model"))
         loaded = load(job, at_end)
@@ -53,25 +58,59 @@ def run(job: Job) -> dict[str, Any]:
         completions = Completions(job, loaded)
         if job.method_spec or job.schedule:
             completions.generate("dense", teacher.model if args.teacher else loaded.model)
-        found = prune(job, loaded) if job.method_spec else {}
+        figures = prune(job, loaded) if job.method_spec else {}
         if teacher:
-            found |= recover(job, loaded, teacher)
+            figures |= recover(job, loaded, teacher)
             del teacher
+        return finish(job, loaded, completions, figures, target)
+
+
+def finish(
+    job: Job,
+    loaded: LoadedModel,
+    completions: Completions,
+    figures: dict[str, Any],
+    target: Target | None,
+) -> dict[str, Any]:
+    """Measure, save, record: no step that fails keeps the next from being done."""
+    from lib.run.card import model_card
+    from lib.run.record import print_summary
+
+    args, steps, results, card = job.args, Steps(), {}, None
+    with steps.attempt("evaluation"):
         if args.replace_sparse_layers:
-            found |= pack(job, loaded)
-        found |= evaluate(job, loaded)
+            figures |= pack(job, loaded)
+        figures |= evaluate(job, loaded)
         completions.generate("model", loaded.model)
-        found |= {"completions": completions.records()}
         job.dist.close()
-        if not job.dist.is_main:
-            return {}
-        if args.tasks:
-            found |= do_tasks(job, loaded)
-        results = record(job, loaded, found)
-        if target:
-            save(job, loaded, results, target)
-        if job.journal:
-            job.journal.remove()
+        if job.dist.is_main:
+            results = collect(job, loaded, figures | {"completions": completions.records()})
+    if not job.dist.is_main:
+        steps.raise_failures()
+        return {}
+    if results and target:
+        with steps.attempt("card"):
+            card = model_card(results, read_sources(job))
+    if target:
+        with steps.attempt("--save_model"):
+            save(job, loaded, card, target, steps)
+    if results:
+        with steps.attempt(f"--save {args.save}"):
+            record(job, results)
+    if results and args.tasks:
+        with steps.attempt(f"--tasks {','.join(args.tasks)}"):
+            results["tasks"] = do_tasks(job, loaded)
+            record(job, results)
+    if "recovery" in results:
+        with steps.attempt("recovery.png"):
+            draw(job, results)
+    if results:
+        with steps.attempt("summary"):
+            print_summary(results)
+    saved = "save" in job.seconds
+    if job.journal and (saved or not (target or steps.failures)):
+        job.journal.remove()
+    steps.raise_failures(f"the model is saved in {args.save_model}" if saved else None)
     return results
 
 
@@ -243,57 +282,65 @@ def evaluate(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     return {"evaluation": found}
 
 
+def collect(job: Job, loaded: LoadedModel, figures: dict[str, Any]) -> dict[str, Any]:
+    """Return what is written to results.json, with the share of zeros where nothing was pruned."""
+    from lib.pruning.check import measure
+    from lib.run.record import results_of
+
+    if "sparsity" not in figures:
+        figures["sparsity"] = measure(loaded.runner, job.blocks_name).shares()
+    return results_of(job, loaded, figures)
+
+
 def do_tasks(job: Job, loaded: LoadedModel) -> dict[str, Any]:
-    """Tasks of lm-eval, on the main process alone: the others have gone."""
+    """Run tasks of lm-eval, on the main process alone: the others have ended."""
     from lib.eval import run_tasks
 
     with job.timed("tasks"):
-        tasks = run_tasks(loaded.model, job.tokenizer, job.args.tasks, job.batch_size)
-    return {"tasks": tasks}
+        return run_tasks(loaded.model, job.tokenizer, job.args.tasks, job.batch_size)
 
 
-def record(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str, Any]:
-    """log_METHOD.txt, results.json, and the summary on the terminal."""
-    from lib.pruning.check import measure
-    from lib.report.results import write_results
-    from lib.run.record import print_summary, results_of, write_log
-
-    if "sparsity" not in found:
-        found["sparsity"] = measure(loaded.runner, job.blocks_name).shares()
-    results = results_of(job, loaded, found)
-    folder = Path(job.args.save)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_log(folder, results)
-    write_results(folder, results)
-    if "recovery" in results:
-        from lib.report.plots.recovery import recovery_curve
-        from lib.report.plots.style import can_draw
-
-        if can_draw():
-            recovery_curve(results, folder / "recovery.png")
-    print_summary(results)
-    return results
-
-
-def save(job: Job, loaded: LoadedModel, results: dict[str, Any], target: Target) -> None:
-    """Model, tokenizer and card, staged; then results.json once more with the time it took."""
+def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps: Steps) -> None:
+    """Save model, tokenizer and card in one folder, staged and put in place at once."""
     from lib.data.tokenizer_model import write_tokenizer_model
     from lib.model.pretrained import save_model, saved_dtype
-    from lib.report.results import write_results
-    from lib.run.card import model_card
 
     args = job.args
     with job.timed("save"), target.staged() as stage:
-        dtype = saved_dtype(args.dtype, job.config)
         with loaded.runner.materialized(job.blocks_name):
-            save_model(loaded.model, stage, dtype)
+            save_model(loaded.model, stage, saved_dtype(args.dtype, job.config))
         job.tokenizer.save_pretrained(stage)
-        write_tokenizer_model(job.tokenizer, stage)
-        read = [source.text for source in job.sources if job.calibrated or job.schedule]
-        read += [source.text for source in job.vocabulary_sources if source.text not in read]
-        (stage / "README.md").write_text(model_card(results, read), "utf-8")
-    write_results(Path(args.save), results)
-    print(f"saved: {args.save_model}")
+        with steps.attempt("tokenizer.model"):
+            write_tokenizer_model(job.tokenizer, stage)
+        if card:
+            (stage / "README.md").write_text(card, "utf-8")
+    print(f"saved: {args.save_model}", flush=True)
+
+
+def record(job: Job, results: dict[str, Any]) -> None:
+    """Write results.json and log_METHOD.txt."""
+    from lib.report.results import write_results
+    from lib.run.record import write_log
+
+    folder = Path(job.args.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder, results)
+    write_log(folder, results)
+
+
+def draw(job: Job, results: dict[str, Any]) -> None:
+    """Draw the curve of the recovery, where matplotlib is installed."""
+    from lib.report.plots.recovery import recovery_curve
+    from lib.report.plots.style import can_draw
+
+    if can_draw():
+        recovery_curve(results, Path(job.args.save) / "recovery.png")
+
+
+def read_sources(job: Job) -> list[str]:
+    """Name the texts that the model was calibrated, trained or trimmed on."""
+    read = [source.text for source in job.sources if job.calibrated or job.schedule]
+    return read + [one.text for one in job.vocabulary_sources if one.text not in read]
 
 
 if __name__ == "__main__":

@@ -177,19 +177,28 @@ def fresh_copy(dense: nn.Module) -> nn.Module:
 def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Write the model into `folder` in `dtype`, as safetensors, shard by shard where offloaded.
 
-    What the architecture keeps in float32 whatever the dtype (some routers) stays so.
+    What the architecture keeps in float32 whatever the dtype (some routers) stays so. Afterwards
+    the model has its own dtypes again.
     """
     strict = set(model._keep_in_fp32_modules_strict or ())
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not (
-            parameter.is_meta or strict.intersection(name.split("."))
-        ):
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    offloaded = any(tensor.is_meta for tensor in model.parameters())
-    with warnings.catch_warnings():  # that offloaded shards pass through memory, which is wanted
-        warnings.simplefilter("ignore", UserWarning)
-        model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if offloaded else "5GB")
+    before = {parameter: parameter.dtype for parameter in model.parameters()}
+    own = model.config.dtype
+    try:
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and not (
+                parameter.is_meta or strict.intersection(name.split("."))
+            ):
+                parameter.data = parameter.data.to(dtype)
+        model.config.dtype = dtype
+        offloaded = any(tensor.is_meta for tensor in model.parameters())
+        with warnings.catch_warnings():  # that offloaded shards pass through memory, as they should
+            warnings.simplefilter("ignore", UserWarning)
+            model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if offloaded else "5GB")
+    finally:
+        model.config.dtype = own
+        for parameter, working in before.items():
+            if parameter.dtype != working:
+                parameter.data = parameter.data.to(working)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -13,8 +13,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn, TextIO
 
 from lib.util.errors import UserError
 from lib.util.launch import defer_to_rank0, environment_number
@@ -71,6 +71,53 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
 
 
 @contextmanager
+def unfailing_output() -> Iterator[None]:
+    """Inside, nothing that is printed raises an error.
+
+    Letters that a terminal lacks are escaped; what can't be written, to a full disk or to a reader
+    that has gone, is dropped.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_UnfailingStream(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _UnfailingStream:
+    """A text stream whose `write` and `flush` never fail; in all else it is `stream`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        try:
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except (OSError, ValueError):  # ValueError: it was closed
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._drop()
+
+    def _drop(self) -> None:
+        """Send everything that is still to come nowhere: its buffer fails at each further write."""
+        with suppress(OSError, ValueError):
+            descriptor = self._stream.fileno()
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+
+
+@contextmanager
 def _terminable() -> Iterator[None]:
     """Make the signals that end a process raise SystemExit in the main thread meanwhile."""
 
@@ -98,14 +145,14 @@ def _report(error: BaseException) -> int | None:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
-    line = _line(error)
+    line = describe_error(error)
     if line is None:
         return None
     print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
     return FAILED
 
 
-def _line(error: BaseException) -> str | None:
+def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None where the error is a defect of the program."""
     if isinstance(error, UserError | OSError):
         return str(error)
