@@ -15,6 +15,7 @@ for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
 import pytest  # noqa: E402
+import skips  # noqa: E402
 import torch  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
@@ -22,6 +23,24 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, if there is a Triton at all
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skips.print_table(terminalreporter)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.exitstatus == 0 and skips.missing_on_ci(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(scope="session")
+def trained(request: pytest.FixtureRequest) -> Path:
+    """A model that has learned something, see trained.py."""
+    from trained import trained_model
+
+    return trained_model(Path(request.config.cache.mkdir("models")))
 
 
 @pytest.fixture

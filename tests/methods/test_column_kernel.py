@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from skips import NO_TRITON
 from support import CPU
 from test_sparsegpt import assert_as_reference, problem, solve
 
@@ -24,7 +25,7 @@ KINDS = ["unstructured", "2:4", "4:8"]
 
 @pytest.fixture
 def settle_():
-    pytest.importorskip("triton", reason="pip install triton")
+    pytest.importorskip("triton", reason=NO_TRITON)
     from lib.methods.column_kernel import settle_
 
     return settle_

@@ -56,8 +56,8 @@ def test_inputs_and_outputs_of_a_call_by_keyword_are_seen() -> None:
         [found] = find_linears(nn.ModuleDict({"own": module}), "0")[0]
         seen: list[torch.Tensor] = []
         x = torch.ones(3, 8)
-        with watch_inputs([found], lambda _, x: seen.append(x)):
+        with watch_inputs([found], lambda _, x, seen=seen: seen.append(x)):
             module(**{keyword: x})
-        with watch_outputs([found], lambda _, x, out: seen.append(x)):
+        with watch_outputs([found], lambda _, x, out, seen=seen: seen.append(x)):
             module(**{keyword: x})
         assert [one is x for one in seen] == [True, True]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from skips import NO_TRITON
 from support import CPU
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ OTHER_GPU = torch.device("cuda:7")
 
 @pytest.fixture
 def kernel():
-    pytest.importorskip("triton", reason="pip install triton")
+    pytest.importorskip("triton", reason=NO_TRITON)
     from lib.packed import bitmask_kernel
 
     return bitmask_kernel

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from skips import NO_COMPILER
 from support import ROOT
 
 from lib.packed import kernels
@@ -21,7 +22,7 @@ TOKENS = [1, 2, 3, 4, 5, 7, 8, 9, 70]
 @pytest.fixture(scope="module", autouse=True)
 def _built():
     if not kernels.ready():
-        pytest.skip("no C++ compiler")
+        pytest.skip(NO_COMPILER)
 
 
 def sparse(rows: int, columns: int, share: float, dtype: torch.dtype) -> torch.Tensor:
