@@ -3,8 +3,8 @@
     python -m lib.report RUN [RUN ...] [--out FOLDER]
 
 A RUN is a run's `--save` folder, or a folder that holds such folders. The table goes to the
-terminal and to report.md, in machine form to report.csv; the pictures stand beside them. Completions
-are in report.md alone.
+terminal and to report.md, in machine form to report.csv; the pictures are beside them.
+Completions are in report.md alone.
 """
 
 from __future__ import annotations

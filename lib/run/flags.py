@@ -358,8 +358,9 @@ def _evaluation_flags(group) -> None:
         type=int,
         default=3,
         metavar="N",
-        help="beginnings of documents of each test set that the dense and the pruned model continue "
-        "greedily, for results.json, card and report; 0 for none, and none where blocks are fetched",
+        help="beginnings of documents of each test set that the dense and the pruned model "
+        "continue greedily, for results.json, card and report; 0 for none, and none where blocks "
+        "are fetched",
     )
     flag(
         group,
