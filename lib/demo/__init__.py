@@ -1,1 +1,1 @@
-"""The whole job in small, on a text and a model that it makes itself."""
+"""The whole job in small, on texts of the project's own and a model trained on them."""

@@ -1,26 +1,28 @@
-"""The whole job in small, on texts and a model that it makes itself; no network, no GPU.
+"""The whole job in small, on the project's own texts and a model trained on them.
 
     python -m lib.demo [--folder demo] [--fresh]
 
-Composes Ukrainian and English stories, trains a tiny model on both, and prunes it in one sweep: by
-every method, at 50% and 2:4, calibrated on either language, measured on both; the best of the 2:4
-models are also recovered. Ends with a table of perplexities and a picture of what pruning cost. The
-model and finished runs are kept, so that the same command goes on after an interruption.
+The demo needs neither network nor GPU. It trains a tiny model on Ukrainian and English stories and
+prunes it in one sweep: by every method, at 50% and 2:4, calibrated on either language, measured on
+both. The best of the 2:4 models are also recovered. A table of perplexities and a picture of what
+pruning cost come last. The model and finished runs are kept, so that the same command resumes
+after an interruption.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lib.demo.model import Training, trained_model
-from lib.demo.text import LANGUAGES, compose, write_texts
+from lib.demo.model import SETTINGS, DemoTraining, train_model
+from lib.demo.text import LANGUAGES, read_stories, write_texts
 from lib.sweep.plan import Planned, plan
 from lib.sweep.sweep import build_sweep_parser, do_all
 from lib.util import command
@@ -35,73 +37,85 @@ RECOVERED = ("sparsegpt", "admm"), "2:4"
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a demo is."""
+    """The size of a demo."""
 
-    training: Training = Training()
-    train: int = 500  # stories of either language
-    test: int = 25  # stories of either language
-    windows: int = 64  # of calibration
+    training: DemoTraining = DemoTraining()
+    train: int = 500  # stories of each language
+    test: int = 25  # stories of each language
+    windows: int = 64  # calibration windows
     recovery: int = 50_000  # tokens
 
 
 def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -> None:
-    """Texts, model, runs, table and picture, all in `folder`.
+    """Make texts, model, runs, table and picture in `folder`.
 
-    `fresh`: train the model anew; `debug`: show the traceback of a run that fails. UserError where
-    `folder` holds something else, and at the end where a run failed.
+    `fresh` trains the model again. `debug` shows the traceback of a run that fails. Raises
+    UserError if `folder` holds something else, and at the end if a run failed.
     """
     check_folder(folder)
     prepare(folder, scale, fresh)
-    own, passed_on = flags_of_sweep(folder, scale.windows)
-    print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*own, '--', *passed_on])}")
+    sweep_flags, run_flags = flags_of_sweep(folder, scale.windows)
+    print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*sweep_flags, '--', *run_flags])}")
     methods, kind = RECOVERED
     print(f"   and once more with --recover {scale.recovery}: {kind} by {', '.join(methods)}")
     with one_thread():
-        planned = sweep(own, passed_on, scale.recovery, debug)
+        planned = sweep(sweep_flags, run_flags, scale.recovery, debug)
     conclude(folder, planned)
 
 
 def check_folder(folder: Path) -> None:
-    """UserError where `folder` can't be written or holds what is not a demo's."""
+    """Raise UserError if `folder` can't be written or holds anything but a demo."""
     check_output_folder("--folder", str(folder))
-    held = sorted(item.name for item in folder.glob("[!.]*"))
-    if held and MODEL not in held:
-        raise UserError(f"--folder {folder}: holds {held[0]}, but no demo; name another folder")
+    names = sorted(item.name for item in folder.glob("[!.]*"))
+    if names and not is_demo(folder):
+        raise UserError(
+            f"--folder {folder}: holds {names[0]}, but no demo; name a new or empty folder"
+        )
     check_replaceable("--folder", str(folder / MODEL))
 
 
-def prepare(folder: Path, scale: Scale, fresh: bool) -> None:
-    """Texts and model; an earlier model is kept where it would come out the same.
+def is_demo(folder: Path) -> bool:
+    """Return whether the model in `folder` bears the settings that only a demo writes."""
+    try:
+        settings = json.loads((folder / MODEL / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.keys() == {*asdict(DemoTraining()), "text"}
 
-    The model comes first: where it stands, the folder is a demo's, and its texts may be replaced.
+
+def prepare(folder: Path, scale: Scale, fresh: bool) -> None:
+    """Write texts and model; an earlier model stays if it would come out the same.
+
+    The model is written first: once it stands, the folder is a demo's and its texts may be
+    replaced.
     """
     from lib.util.progress import quiet
 
     print(f"1. Text: {scale.train + scale.test} stories each in {', '.join(LANGUAGES)}")
-    texts = compose(scale.train + scale.test)
+    stories = read_stories(scale.train + scale.test)
     print(f"2. Model: a tiny LLaMA for both, in {folder / MODEL}", flush=True)
     quiet()
     start = time.perf_counter()
-    seen = {language: stories[: scale.train] for language, stories in texts.items()}
-    trained = trained_model(folder / MODEL, seen, scale.training, fresh)
+    train_texts = {language: texts[: scale.train] for language, texts in stories.items()}
+    trained = train_model(folder / MODEL, train_texts, scale.training, fresh)
     seconds = time.perf_counter() - start
     print(f"   trained in {seconds:.0f} s" if trained else "   kept from before")
-    write_texts(folder, texts, scale.test)
+    write_texts(folder, stories, scale.test)
 
 
 def flags_of_sweep(folder: Path, windows: int) -> tuple[list[str], list[str]]:
-    """The sweep's own flags, and those that go on to every run of main.py."""
+    """Return the flags of the sweep, and those of each of its runs of main.py."""
     texts = [str(folder / language) for language in LANGUAGES]
-    own = ["--models", str(folder / MODEL), "--methods", *METHODS, "--types", *TYPES]
-    own += ["--ratios", RATIO, "--calibration", *texts, "--eval_data", *texts]
-    own += ["--out", str(folder / RUNS)]
-    return own, ["--device", "cpu", "--nsamples", str(windows)]
+    flags = ["--models", str(folder / MODEL), "--methods", *METHODS, "--types", *TYPES]
+    flags += ["--ratios", RATIO, "--calibration", *texts, "--eval_data", *texts]
+    flags += ["--out", str(folder / RUNS)]
+    return flags, ["--device", "cpu", "--nsamples", str(windows)]
 
 
-def sweep(own: list[str], passed_on: list[str], tokens: int, debug: bool) -> list[Planned]:
-    """Do all runs and report on them; UserError at the end where some failed."""
-    args = build_sweep_parser().parse_args(own)
-    planned = plan(args, passed_on)
+def sweep(sweep_flags: list[str], run_flags: list[str], tokens: int, debug: bool) -> list[Planned]:
+    """Do all runs and report on them; raises UserError at the end if some failed."""
+    args = build_sweep_parser().parse_args(sweep_flags)
+    planned = plan(args, run_flags)
     methods, kind = RECOVERED
     planned += [
         recovered(run, tokens)
@@ -113,7 +127,7 @@ def sweep(own: list[str], passed_on: list[str], tokens: int, debug: bool) -> lis
 
 
 def recovered(run: Planned, tokens: int) -> Planned:
-    """The same run, with recovery after pruning."""
+    """Return the same run with recovery after pruning."""
     name, folder = f"{run.name}-recovered", run.folder.with_name(f"{run.folder.name}-recovered")
     changed = vars(run.args) | {"recover": tokens, "save": str(folder)}
     return Planned(name, folder, argparse.Namespace(**changed))
@@ -121,8 +135,10 @@ def recovered(run: Planned, tokens: int) -> Planned:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Threads split sums, whose last digits then depend on how many cores there are; matrices as
-    small as the demo's gain nothing from them."""
+    """Run on one thread inside, so that the figures do not depend on the number of cores.
+
+    Matrices as small as the demo's gain nothing from more threads.
+    """
     import torch
 
     before = torch.get_num_threads()
@@ -134,7 +150,7 @@ def one_thread() -> Iterator[None]:
 
 
 def conclude(folder: Path, planned: Sequence[Planned]) -> None:
-    """Beside the report on all runs, which the sweep has shown: table and one picture, in files."""
+    """Write table and picture; the sweep has already shown its report on all runs."""
     from lib.report.completion_tables import completions_of_runs
     from lib.report.plots.cost import pruning_cost
     from lib.report.plots.style import can_draw

@@ -1,7 +1,7 @@
 """The demo's model: a tiny bilingual LLaMA with a tokenizer of its own, trained in about a minute.
 
-Small on purpose: a model without spare capacity feels every weight that goes, and which weights
-can go differs between its two languages.
+It is small on purpose: a model without spare capacity loses by every pruned weight, and which
+weights can be pruned differs between its two languages.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-MADE_OF = "training.json"  # beside the weights: what they were made of
+SETTINGS = "training.json"  # beside the weights: all that they depend on
 BEGIN, END = "<s>", "</s>"  # ids 0 and 1
 
 
 @dataclass(frozen=True)
-class Training:
-    """Everything but the text that the trained weights depend on."""
+class DemoTraining:
+    """All settings that the trained weights depend on, beside the text."""
 
     vocabulary: int = 1024  # tokens
     window: int = 128  # tokens
@@ -45,32 +46,31 @@ class Training:
     seed: int = 0
 
 
-def trained_model(
-    folder: Path, texts: Mapping[str, Sequence[str]], training: Training, fresh: bool = False
+def train_model(
+    folder: Path, texts: Mapping[str, Sequence[str]], training: DemoTraining, fresh: bool = False
 ) -> bool:
-    """Have in `folder` the model and tokenizer that `training` makes of `texts`.
+    """Train model and tokenizer on `texts`, documents by language, and save them in `folder`.
 
-    `texts`: documents by language. Unless `fresh`, what an earlier call left there is kept where
-    it was made of the same. An interrupted training leaves the folder as it was. Returns whether
-    it trained.
+    Unless `fresh`, a model that was trained with the same settings and texts is kept. An
+    interrupted training leaves the folder as it was. Returns whether it trained.
     """
-    made_of = json.dumps(asdict(training) | {"text": _digest(texts)}, indent=1)
-    kept = folder / MADE_OF
-    if not fresh and kept.is_file() and kept.read_text(encoding="utf-8") == made_of:
+    settings = json.dumps(asdict(training) | {"text": _digest(texts)}, indent=1)
+    file = folder / SETTINGS
+    if not fresh and file.is_file() and file.read_text(encoding="utf-8") == settings:
         return False
     tokenizer = train_tokenizer(texts, training)
     model = train(tokenizer, texts, training)
     with staged_folder(folder) as stage:
         tokenizer.save_pretrained(stage)
         model.save_pretrained(stage)
-        (stage / MADE_OF).write_text(made_of, encoding="utf-8")
+        (stage / SETTINGS).write_text(settings, encoding="utf-8")
     return True
 
 
 def train_tokenizer(
-    texts: Mapping[str, Sequence[str]], training: Training
+    texts: Mapping[str, Sequence[str]], training: DemoTraining
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over all texts that puts `<s>` before a text, as LLaMA's does."""
+    """Train byte-level BPE on all texts; like LLaMA's, it puts `<s>` before a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -83,7 +83,7 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((text for some in texts.values() for text in some), trainer)
+    bpe.train_from_iterator(chain.from_iterable(texts.values()), trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 0)]
     )
@@ -93,13 +93,13 @@ def train_tokenizer(
 
 
 def train(
-    tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, Sequence[str]], training: Training
+    tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, Sequence[str]], training: DemoTraining
 ) -> LlamaForCausalLM:
     """Train from scratch on windows drawn in turn from every language; float32, on the CPU."""
     import torch
 
     rng = random.Random(training.seed)
-    streams = [_stream(tokenizer, some) for some in texts.values()]
+    streams = [_stream(tokenizer, documents) for documents in texts.values()]
     model = _new_model(tokenizer, training).train()
     optimizer = _optimizer(model, training)
     with progress(training.steps, "training", "step") as on_progress:
@@ -115,7 +115,7 @@ def train(
     return model.eval()
 
 
-def _new_model(tokenizer: PreTrainedTokenizerFast, training: Training) -> LlamaForCausalLM:
+def _new_model(tokenizer: PreTrainedTokenizerFast, training: DemoTraining) -> LlamaForCausalLM:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -137,7 +137,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, training: Training) -> LlamaF
         return LlamaForCausalLM(config)
 
 
-def _optimizer(model: LlamaForCausalLM, training: Training) -> Optimizer:
+def _optimizer(model: LlamaForCausalLM, training: DemoTraining) -> Optimizer:
     import torch
 
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -147,30 +147,30 @@ def _optimizer(model: LlamaForCausalLM, training: Training) -> Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def _rate(step: int, training: Training) -> float:
-    """A short warm-up, a level first half, a straight fall."""
+def _rate(step: int, training: DemoTraining) -> float:
+    """Return the rate of a step: short warm-up, level first half, linear decay."""
     done = step / training.steps
     warm = min(1.0, (step + 1) / training.warm_up)
     return training.rate * warm * (1.0 if done < 0.5 else 0.05 + 1.9 * (1 - done))
 
 
 def _stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    """All documents as one row of ids."""
+    """Return all documents as one row of ids (tokens,)."""
     import torch
 
     ids = tokenizer(list(texts), verbose=False).input_ids
     return torch.tensor([token for document in ids for token in document])
 
 
-def _draw(rng: random.Random, streams: Sequence[Tensor], training: Training) -> Tensor:
+def _draw(rng: random.Random, streams: Sequence[Tensor], training: DemoTraining) -> Tensor:
     import torch
 
-    drawn = []
+    windows = []
     for i in range(training.batch):
         stream = streams[i % len(streams)]
         start = rng.randint(0, len(stream) - training.window)
-        drawn.append(stream[start : start + training.window])
-    return torch.stack(drawn)  # (batch, window)
+        windows.append(stream[start : start + training.window])
+    return torch.stack(windows)  # (batch, window)
 
 
 def _digest(texts: Mapping[str, Sequence[str]]) -> str:

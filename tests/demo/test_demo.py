@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -12,15 +13,21 @@ import pytest
 import torch
 from support import content
 
+from lib.data.documents import open_documents
+from lib.data.sources import parse_source
 from lib.demo import demo
 from lib.demo import model as demo_model
 from lib.demo.demo import Scale
-from lib.demo.model import Training
+from lib.demo.model import DemoTraining, train_model
+from lib.demo.text import read_stories, write_texts
 from lib.util import command
 from lib.util.errors import UserError
+from lib.util.folders import staged_folder
 
 SMALL = Scale(
-    Training(vocabulary=300, window=32, width=16, inner=32, blocks=1, heads=2, batch=4, steps=2),
+    DemoTraining(
+        vocabulary=300, window=32, width=16, inner=32, blocks=1, heads=2, batch=4, steps=2
+    ),
     train=10,
     test=1,
     windows=8,
@@ -42,8 +49,8 @@ ROWS |= {
 }
 
 
-def said(scale: Scale = SMALL, **options: bool) -> str:
-    """What the demo writes to the terminal."""
+def run_demo(scale: Scale = SMALL, **options: bool) -> str:
+    """Run the demo and return its output."""
     with redirect_stdout(io.StringIO()) as out:
         demo.demo(FOLDER, scale, **options)
     return out.getvalue()
@@ -55,27 +62,27 @@ def interrupted(*_):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a demo that ran to its end; what it said is in said.txt."""
+    """A folder with a demo that ran to its end; its output is in output.txt."""
     folder = tmp_path_factory.mktemp("place")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
         patched.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        Path("said.txt").write_text(said(), encoding="utf-8")
+        Path("output.txt").write_text(run_demo(), encoding="utf-8")
     return folder
 
 
 @pytest.mark.usefixtures("at_place")
 def test_table_and_picture():
     report = (FOLDER / "report.md").read_text("utf-8")
-    figures, *words = report.split("\n### What they say: ")
+    figures, *completions = report.split("\n### Completions: ")
     lines = [line for line in figures.splitlines() if line.startswith("| ")][2:]
     rows = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines]
     assert len(rows) == len(ROWS) and set(rows) == ROWS
     assert "![pruning cost](pruning_cost.png)" in report
-    assert [part.partition("\n")[0] for part in words] == ["uk", "en"]
-    assert all(part.count("\n| ") == len(ROWS) + 2 for part in words)
+    assert [part.partition("\n")[0] for part in completions] == ["uk", "en"]
+    assert all(part.count("\n| ") == len(ROWS) + 2 for part in completions)
     assert (FOLDER / "pruning_cost.png").read_bytes().startswith(b"\x89PNG")
-    output = Path("said.txt").read_text("utf-8")
+    output = Path("output.txt").read_text("utf-8")
     assert output.endswith("table: demo/report.md\npicture: demo/pruning_cost.png\n")
     assert all(line in output for line in lines)
 
@@ -93,7 +100,7 @@ def test_runs_are_of_the_texts_and_windows_asked_for():
 @pytest.mark.usefixtures("at_place")
 def test_a_second_start_does_nothing_again():
     before = content(FOLDER)
-    assert "kept from before" in said()
+    assert "kept from before" in run_demo()
     assert content(FOLDER) == before  # every results.json says how many seconds its run took
 
 
@@ -101,9 +108,9 @@ def test_a_second_start_does_nothing_again():
 def test_runs_of_another_model_are_not_kept(monkeypatch):
     monkeypatch.setattr(demo, "METHODS", ("magnitude",))
     monkeypatch.setattr(demo, "TYPES", ("unstructured",))
-    said()
+    run_demo()
     before = content(FOLDER / "runs" / "model")
-    said(dataclasses.replace(SMALL, training=dataclasses.replace(SMALL.training, seed=1)))
+    run_demo(dataclasses.replace(SMALL, training=dataclasses.replace(SMALL.training, seed=1)))
     after = content(FOLDER / "runs" / "model")
     assert before.keys() == after.keys()
     results = [name for name in before if name.endswith("results.json")]
@@ -114,7 +121,7 @@ def test_runs_of_another_model_are_not_kept(monkeypatch):
 def test_interrupted_training_and_runs(monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(demo_model, "_draw", interrupted)
-        said()
+        run_demo()
     assert not content(FOLDER)
 
     threads = []
@@ -127,14 +134,14 @@ def test_interrupted_training_and_runs(monkeypatch):
     torch.set_num_threads(2)
     try:
         with pytest.raises(KeyboardInterrupt):
-            said()
+            run_demo()
         threads.append(torch.get_num_threads())
     finally:
         torch.set_num_threads(1)
     assert threads == [1, 2]
     model = content(FOLDER / "model")
     with pytest.raises(KeyboardInterrupt):
-        said()
+        run_demo()
     assert content(FOLDER / "model") == model
 
 
@@ -145,11 +152,9 @@ def test_interrupted_training_and_runs(monkeypatch):
         ("demo", "--folder demo: is a file"),
         ("demo/thesis.txt", "--folder demo: holds thesis.txt, but no demo"),
         ("demo/uk/train.jsonl", "--folder demo: holds uk, but no demo"),
-        ("demo/model", "--folder demo/model: is a file"),
-        (
-            "demo/model/config.json",
-            "--folder demo/model: holds config.json, which no earlier run wrote",
-        ),
+        ("demo/model", "--folder demo: holds model, but no demo"),
+        ("demo/model/config.json", "--folder demo: holds model, but no demo"),
+        ("demo/model/training.json", "--folder demo: holds model, but no demo"),
     ],
 )
 def test_what_is_not_a_demo_is_left_alone(file, complaint):
@@ -157,8 +162,50 @@ def test_what_is_not_a_demo_is_left_alone(file, complaint):
     Path(file).write_text("mine")
     before = content(".")
     with pytest.raises(UserError, match=complaint):
-        said()
+        run_demo()
     assert content(".") == before
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_saved_model_beside_own_texts_is_no_demo():
+    with staged_folder(FOLDER / "model") as stage:  # with a manifest, as main.py saves
+        (stage / "config.json").write_text("{}")
+        (stage / "training.json").write_text('{"steps": 9}')
+    (FOLDER / "uk").mkdir()
+    (FOLDER / "uk/train.jsonl").write_text('{"text": "mine"}\n')
+    before = content(".")
+    with pytest.raises(UserError, match="--folder demo: holds model, but no demo; name a new"):
+        run_demo()
+    assert content(".") == before
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_file_of_the_user_in_the_model_folder_is_left_alone():
+    train_model(FOLDER / "model", read_stories(2), SMALL.training)
+    (FOLDER / "model/notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="notes.txt"):
+        run_demo()
+    assert (FOLDER / "model/notes.txt").read_text() == "mine"
+
+
+def test_stories_are_whole_and_share_no_letter():
+    stories = read_stories(525)
+    assert all(len(set(texts)) == 525 for texts in stories.values())
+    for text in [*stories["uk"], *stories["en"]]:
+        assert len(text) >= 1600 and re.search(r"[.!?”]$", text)
+        assert not re.search(r"[{}<>|/_]|  | [.,?!]", text)
+    assert not re.search("[A-Za-z]", "".join(stories["uk"]))
+    assert not re.search("[А-Яа-яІіЇїЄєҐґ]", "".join(stories["en"]))
+
+
+def test_texts_are_written_as_main_reads_them(tmp_path):
+    stories = read_stories(9)
+    write_texts(tmp_path, stories, 2)
+    for language, texts in stories.items():
+        source = parse_source(str(tmp_path / language), "--eval_data")
+        for split, part in (("train", texts[:7]), ("test", texts[7:])):
+            with open_documents(source, split) as (documents, _):
+                assert list(documents) == part
 
 
 @pytest.mark.usefixtures("elsewhere")

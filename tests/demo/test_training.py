@@ -11,33 +11,33 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.demo import model as demo_model
-from lib.demo.model import Training, trained_model
-from lib.demo.text import compose
+from lib.demo.model import DemoTraining, train_model
+from lib.demo.text import read_stories
 
-TINY = Training(
+TINY = DemoTraining(
     vocabulary=300, window=16, width=16, inner=32, blocks=2, heads=2, batch=4, steps=2, warm_up=1
 )
 
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, list[str]]:
-    return compose(documents=10)
+    return read_stories(10)
 
 
 def test_training_is_kept_for_the_next_time(tmp_path, texts):
     folder = tmp_path / "model"
-    assert trained_model(folder, texts, TINY)
+    assert train_model(folder, texts, TINY)
     weights = (folder / "model.safetensors").read_bytes()
-    assert not trained_model(folder, texts, TINY)
-    assert trained_model(folder, texts, TINY, fresh=True)
+    assert not train_model(folder, texts, TINY)
+    assert train_model(folder, texts, TINY, fresh=True)
     assert (folder / "model.safetensors").read_bytes() == weights
     for other in ((texts, dataclasses.replace(TINY, seed=1)), ({"en": texts["en"]}, TINY)):
-        assert trained_model(folder, *other)
+        assert train_model(folder, *other)
         assert (folder / "model.safetensors").read_bytes() != weights
 
 
 def test_tokenizer_begins_a_text_and_gives_it_back(tmp_path, texts):
-    trained_model(tmp_path / "model", texts, TINY)
+    train_model(tmp_path / "model", texts, TINY)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for story in (texts["uk"][0], texts["en"][0]):
@@ -53,7 +53,7 @@ def test_an_interrupted_training_leaves_nothing(tmp_path, texts, monkeypatch):
 
     monkeypatch.setattr(demo_model, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        trained_model(tmp_path / "model", texts, TINY)
+        train_model(tmp_path / "model", texts, TINY)
     assert not list(tmp_path.iterdir())
 
 
@@ -77,7 +77,7 @@ def test_every_language_is_drawn_as_often():
 
 
 def test_the_rate_rises_stays_and_falls():
-    training = Training(steps=100, warm_up=10, rate=1.0)
+    training = DemoTraining(steps=100, warm_up=10, rate=1.0)
     rates = [demo_model._rate(step, training) for step in range(100)]
     assert rates[:11] == pytest.approx([*(step / 10 for step in range(1, 11)), 1.0])
     assert set(rates[10:50]) == {1.0}
