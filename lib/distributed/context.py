@@ -7,8 +7,8 @@ them those of a single process; then the linears are shared out by cost, each is
 process, and the pruned weights are broadcast. One process prints, logs and saves.
 
 Where a process ends, the launcher ends the others; where one hangs, those that wait for it end
-after `--timeout`. Processes wait for each other in `barrier`, on the CPU, and nowhere else for
-long: what goes between GPUs follows at once.
+after `--timeout`. Processes wait for each other in `barrier`, on the CPU, and not for long anywhere
+else: collectives between GPUs follow a barrier at once.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ JOIN_SECONDS = 60  # launchers start all processes at the same time
 
 @dataclass(frozen=True)
 class Handle:
-    """A sum that was started."""
+    """An all-reduce that was started."""
 
     work: torch_dist.Work
     dist: DistContext
 
     def wait(self) -> None:
-        """Until it is done."""
+        """Wait until the sum is complete."""
         with self.dist.collective():
             self.work.wait()
 
 
 class DistContext:
-    """The processes of a job; with one process, or `alone`, every call does nothing.
+    """The processes of a job; with one process, or `alone`, every method does nothing.
 
-    `minutes`: how long one waits for another, besides the time that work takes; see `barrier`.
-    Every call that needs the others raises UserError where one is gone or does not answer.
+    `minutes` is how long a process waits for another, besides the time that work takes; see
+    `barrier`. Every method that needs the others raises UserError where one is gone or does not
+    answer.
     """
 
     def __init__(self, device: torch.device, minutes: float = 10, alone: bool = False) -> None:
@@ -61,8 +62,8 @@ class DistContext:
         self.local_size = environment_number("LOCAL_WORLD_SIZE", 1) if several else 1
         self.device = device
         self.minutes = minutes
-        self.limit = timedelta(minutes=minutes)  # of calls for which the processes have met
-        self.met = time.monotonic()
+        self.limit = timedelta(minutes=minutes)  # of collectives, which follow a barrier
+        self.last_barrier = time.monotonic()
         if self.size > 1:
             self._join()
         elif not alone:
@@ -70,7 +71,7 @@ class DistContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that prints, logs and saves."""
+        """Whether this is the main process, which prints, logs and saves."""
         return self.rank == 0
 
     @property
@@ -79,35 +80,35 @@ class DistContext:
         return self.local_rank == 0
 
     def share(self, count: int) -> slice:
-        """This process's part of `count` windows; parts differ by one at most."""
+        """Return this process's part of `count` windows; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def barrier(self, seconds: float = 0) -> None:
-        """Wait until all processes are here.
+        """Wait until all processes have called this.
 
-        One that is missing has the time-out, and as long as this one took since they last met: of
-        equal work. `seconds`: more, where the work was unequal; as long as any may take for it.
+        A missing process is given the time-out, and as long as this one took since the last
+        barrier, since their work is equal. Where it is not, `seconds` is what the longest may take.
         """
         if self.size == 1:
             return
-        spent = time.monotonic() - self.met
+        spent = time.monotonic() - self.last_barrier
         limit = timedelta(seconds=math.ceil(60 * self.minutes + spent + seconds))
         others = [rank for rank in range(self.size) if rank != self.rank]
         with (
             self.collective()
         ):  # torch_dist.monitored_barrier heeds a limit in the first process only
-            heard = [torch_dist.irecv(torch.empty(1), rank, self.group) for rank in others]
-            told = [torch_dist.isend(torch.zeros(1), rank, self.group) for rank in others]
-        for works in heard, told:
+            receiving = [torch_dist.irecv(torch.empty(1), rank, self.group) for rank in others]
+            sending = [torch_dist.isend(torch.zeros(1), rank, self.group) for rank in others]
+        for works in receiving, sending:
             for rank, work in zip(others, works, strict=True):
                 with self.collective(f"process {rank}"):
                     work.wait(limit)
-        self.met = time.monotonic()
+        self.last_barrier = time.monotonic()
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> list[Handle]:
-        """Start adding each tensor up over all processes, which have just met, in place.
+        """Start summing each tensor over all processes in place, directly after a barrier.
 
-        Call wait() on all that is returned.
+        Call wait() on each handle that is returned.
         """
         if self.size == 1:
             return []
@@ -115,7 +116,7 @@ class DistContext:
             return [Handle(torch_dist.all_reduce(one, async_op=True), self) for one in tensors]
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """`value` of every process, in the order of ranks; small picklable things only."""
+        """Return `value` of every process, by rank; for small picklable values only."""
         if self.size == 1:
             return [value]
         self.barrier()
@@ -125,9 +126,9 @@ class DistContext:
         return values
 
     def broadcast_(self, tensor: Tensor, source: int) -> Tensor:
-        """Process `source`'s tensor on every process, in `tensor` where it stands on the device.
+        """Return process `source`'s tensor on every process, directly after a barrier.
 
-        They have just met.
+        A `tensor` on the device is written in place.
         """
         tensor = tensor.to(self.device).contiguous()
         if self.size > 1:
@@ -136,7 +137,7 @@ class DistContext:
         return tensor
 
     def check_equal(self, facts: dict[str, Any]) -> None:
-        """UserError naming the first fact in which the processes differ."""
+        """Raise UserError naming the first fact in which the processes differ."""
         for rank, other in enumerate(self.all_gather_object(facts)):
             for name in {**facts, **other}:
                 if other.get(name) != facts.get(name):
@@ -146,7 +147,7 @@ class DistContext:
                     )
 
     def assign_owners(self, costs: Sequence[float]) -> list[int]:
-        """Which process solves each of the tasks: the dearest first, to whoever has least."""
+        """Return which process solves each task: the costliest first, to the least loaded."""
         load = [0.0] * self.size
         owners = [0] * len(costs)
         for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
@@ -155,14 +156,14 @@ class DistContext:
         return owners
 
     def close(self) -> None:
-        """Leave each other, after the last collective of all."""
+        """End the process group, after the last collective of all."""
         if self.size > 1:
-            self.barrier()  # a connection that ends too early breaks another's collective
+            self.barrier()  # a connection that is closed too early breaks another's collective
             torch_dist.destroy_process_group()
 
     @contextmanager
     def collective(self, who: str = "another process") -> Iterator[None]:
-        """Around every call that needs `who`: UserError where it fails."""
+        """Raise UserError where a call that needs `who`, made inside, fails."""
         try:
             yield
         except RuntimeError as error:
@@ -200,12 +201,12 @@ class DistContext:
 
 
 def _reason(error: Exception) -> str:
-    """What the library says, without the place in its code and advice."""
+    """Return the library's message, without the place in its code and its advice."""
     return str(error).splitlines()[-1].split("] ", 1)[-1].split(". ")[0]
 
 
 def local_device(device: torch.device) -> torch.device:
-    """This process's own GPU, counted from `device`, where several run on one machine."""
+    """Return this process's own GPU, counted from `device`, where a machine runs several."""
     local = environment_number("LOCAL_RANK", 0)
     if device.type == "cpu" or local == 0:
         return device
