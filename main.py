@@ -150,7 +150,7 @@ def prune(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     if args.allocation != "uniform":
         sparsity, told = allocate(job, loaded)
     rounding = saved_dtype(args.dtype, job.config)
-    pruner = Pruner(runner, job.blocks_name, job.method_spec, sparsity, rounding, dist, job.journal)
+    pruner = Pruner(runner, job.method_spec, sparsity, rounding, dist, job.journal)
     blocks = len(loaded.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
         pruned = pruner.run(
@@ -164,7 +164,7 @@ def prune(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if told:
         found["allocation"] = told
-    measured = measure(runner, job.blocks_name, loaded.asked, loaded.left)
+    measured = measure(runner, loaded.asked, loaded.left)
     return found | {"sparsity": measured.shares()}
 
 
@@ -180,11 +180,11 @@ def allocate(job: Job, loaded: LoadedModel) -> tuple[dict[str, Sparsity], Any]:
     passed, what = (blocks, "outliers") if by_outliers else (2 * blocks, "errors")
     with job.timed("allocate"), progress(passed, what, "block", is_main) as bar:
         if by_outliers:
-            found = owl(loaded.runner, job.blocks_name, *reads, bar)
+            found = owl(loaded.runner, *reads, bar)
             told = [round(ratio, 6) for ratio in found]
-            by_name = of_blocks(loaded.blocks, job.blocks_name, found)
+            by_name = of_blocks(loaded.runner, found)
         else:
-            by_name = by_error(loaded.runner, job.blocks_name, *reads, args.seed, bar)
+            by_name = by_error(loaded.runner, *reads, args.seed, bar)
             told = {name: round(one.ratio, 6) for name, one in by_name.items()}
     if is_main:
         shares = [round(one.ratio, 6) for one in by_name.values()]
@@ -205,7 +205,7 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> dict[str, An
     args, dist, schedule, text = job.args, job.dist, job.schedule, job.texts.training
     if job.journal and not job.method_spec:
         job.journal.begin(job.fingerprint["pruning"])
-    before = measure(loaded.runner, job.blocks_name)
+    before = measure(loaded.runner)
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
     with job.timed("measure before"), progress(2, "perplexity", "model", dist.is_main) as bar:
         dense, pruned = [], []
@@ -217,14 +217,14 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> dict[str, An
         return perplexities(runner, [windows], job.batch_size, dist)[0].value
 
     rounding = saved_dtype(args.dtype, job.config)
-    which = loaded.runner, teacher, job.blocks_name, schedule, text, job.batch_size
+    which = loaded.runner, teacher, schedule, text, job.batch_size
     recoverer = Recoverer(*which, perplexity, rounding, dist, job.journal, loaded.checkpointed)
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     if dist.is_main:
         print(*recoverer.summary(), sep="\n", flush=True)
     with job.timed("recover"), progress(tokens, "recovering", "token", dist.is_main) as bar:
         done = recoverer.run(bar)
-    after = measure(loaded.runner, job.blocks_name, loaded.asked, loaded.left)
+    after = measure(loaded.runner, loaded.asked, loaded.left)
     assert all(after.zeros[name] >= zeros for name, zeros in before.zeros.items())
     if not dist.is_main:
         return {}
@@ -288,7 +288,7 @@ def collect(job: Job, loaded: LoadedModel, figures: dict[str, Any]) -> dict[str,
     from lib.run.record import results_of
 
     if "sparsity" not in figures:
-        figures["sparsity"] = measure(loaded.runner, job.blocks_name).shares()
+        figures["sparsity"] = measure(loaded.runner).shares()
     return results_of(job, loaded, figures)
 
 
@@ -307,7 +307,7 @@ def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps:
 
     args = job.args
     with job.timed("save"), target.staged() as stage:
-        with loaded.runner.materialized(job.blocks_name):
+        with loaded.runner.materialized():
             save_model(loaded.model, stage, saved_dtype(args.dtype, job.config))
         job.tokenizer.save_pretrained(stage)
         with steps.attempt("tokenizer.model"):

@@ -18,7 +18,7 @@ from lib.model.blocks import (
     HEAD_POSITIONS,
     BlockRunner,
     HiddenStates,
-    chunks_of,
+    iter_logits,
     positions_at_once,
     rows_at_once,
 )
@@ -134,7 +134,7 @@ def _losses(runner: BlockRunner, states: HiddenStates, batch: slice) -> Tensor:
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     total = torch.zeros(len(ids), device=runner.device)
     logits_at = runner.logits(states, batch)
-    for positions, logits in chunks_of(logits_at, predicted, runner.device, chunk):
+    for positions, logits in iter_logits(logits_at, predicted, runner.device, chunk):
         loss = cross_entropy(logits.flatten(0, 1), ids[:, positions + 1].flatten())
         total += loss.view(len(ids), -1).sum(1)
         del logits  # before the next ones come

@@ -81,7 +81,6 @@ class Pruner:
     def __init__(
         self,
         runner: BlockRunner,
-        blocks_name: str,
         method_spec: MethodSpec,
         sparsity: Sparsity | Mapping[str, Sparsity],
         rounding: torch.dtype | None = None,
@@ -89,7 +88,6 @@ class Pruner:
         journal: Journal | None = None,
     ) -> None:
         self.runner = runner
-        self.blocks_name = blocks_name
         self.method_spec = method_spec
         self.sparsity = sparsity
         self.rounding = rounding
@@ -136,13 +134,13 @@ class Pruner:
 
     def _block_(self, index: int, states: HiddenStates | None, dense: HiddenStates | None) -> None:
         """Prune one block, or take it from the journal, and take the streams through it."""
-        runner, prefix = self.runner, f"{self.blocks_name}.{index}"
+        runner, prefix = self.runner, f"{self.runner.name}.{index}"
         linears, left = find_linears(runner.blocks[index], prefix)
         for name, (size, why) in left.items():
             self.done.leave(name, size, why)
         linears = [linear for linear in linears if self.shared.open(linear)]
         for linear in linears if runner.placement else ():  # else checked when it was loaded
-            check_weight(linear, runner.model.name_or_path)
+            check_weight(linear, runner.named)
         twin = DenseTwin.of(dense, runner.blocks[index], prefix) if dense else None
         goes_on = states is not None and index + 1 < len(runner.blocks)
         ordered = None
@@ -150,8 +148,8 @@ class Pruner:
         names = self.dist.all_gather_object(None if kept is None else sorted(kept))[0]
         if names is not None:
             for linear in (linear for linear in linears if linear.name in names):
-                wire = linear.wire(rounding=self.rounding)
-                self._store_(linear, self.dist.broadcast_(kept[linear.name] if kept else wire, 0))
+                matrix = kept[linear.name] if kept else linear.empty_matrix(self.rounding)
+                self._store_(linear, self.dist.broadcast_(matrix, 0))
         else:
             if twin and linears:
                 lots = self._lots(index, linears, states)
@@ -170,7 +168,7 @@ class Pruner:
                 runner.advance_(dense, index, twin.block)
             runner.advance_(states, index)
         if goes_on:
-            states.calls[index] = []  # the block's recorded arguments are not needed again
+            states.block_args[index] = []  # the block's recorded arguments are not needed again
 
     def _lots(
         self, index: int, linears: list[PrunableLinear], states: HiddenStates
@@ -179,7 +177,7 @@ class Pruner:
 
         Also how many lots one batch reaches.
         """
-        prefix = f"{self.blocks_name}.{index}."
+        prefix = f"{self.runner.name}.{index}."
         names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
         key = type(self.runner.blocks[index]), *names
         if key not in self.orders:
@@ -226,18 +224,18 @@ class Pruner:
                 handle.wait()
             self.done.note(group)
             if owner == self.dist.rank:
-                for linear, wire in zip(group.linears, self._solved(group), strict=True):
-                    self._store_(linear, wire)
-                    written[linear.name] = wire
+                for linear, matrix in zip(group.linears, self._solved(group), strict=True):
+                    self._store_(linear, matrix)
+                    written[linear.name] = matrix
         self.dist.barrier(self._longest(costs, owners))
         for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
             for linear in group.linears:
-                wire = written.get(linear.name)
-                wire = linear.wire(rounding=self.rounding) if wire is None else wire
-                wire = self.dist.broadcast_(wire, owner)
+                matrix = written.get(linear.name)
+                matrix = linear.empty_matrix(self.rounding) if matrix is None else matrix
+                matrix = self.dist.broadcast_(matrix, owner)
                 if owner != self.dist.rank:
-                    self._store_(linear, wire)
-                written[linear.name] = wire
+                    self._store_(linear, matrix)
+                written[linear.name] = matrix
         return written
 
     def _longest(self, costs: list[float], owners: list[int]) -> float:
@@ -248,7 +246,7 @@ class Pruner:
         return max(load) / SLOWEST[self.runner.device.type]
 
     def _solved(self, group: Group) -> list[Tensor]:
-        """The group's matrices (out, in), pruned, in the dtype in which they travel."""
+        """The group's matrices (out, in), pruned, in the dtype in which they are saved."""
         for statistic in group.method.statistics():
             if not all_finite(statistic):
                 raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
@@ -268,13 +266,13 @@ class Pruner:
                 raise UserError(
                     f"{linear.name}: pruned weights are not finite; try --dtype float32"
                 )
-        wires = zip(group.linears, matrices, strict=True)
-        return [linear.wire(matrix, self.rounding) for linear, matrix in wires]
+        solved = zip(group.linears, matrices, strict=True)
+        return [linear.to_saved_dtype(matrix, self.rounding) for linear, matrix in solved]
 
     def _asked(self, group: Group) -> list[Sparsity]:
         return [asked_of(self.sparsity, linear) for linear in group.linears]
 
-    def _store_(self, linear: PrunableLinear, wire: Tensor) -> None:
-        linear.store_(wire)
-        self.done.pruned[linear.name] = wire.numel()
+    def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
+        linear.set_weight_(matrix)
+        self.done.pruned[linear.name] = matrix.numel()
         self.shared.close(linear)

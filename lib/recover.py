@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.data.training import TrainingText
 from lib.distributed.context import DistContext
-from lib.model.blocks import BlockRunner, chunks_of, run_block
+from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
 from lib.pruning.journal import Journal
 from lib.util.errors import UserError
@@ -172,7 +172,7 @@ def trained_parameters(model: nn.Module, blocks_name: str) -> dict[str, tuple[nn
     inside, linears = f"{blocks_name}.", set()
     for block in blocks:
         for linear in find_linears(block, "")[0]:
-            if bool((linear.stored == 0).any()):
+            if bool((linear.raw_weight == 0).any()):
                 linears.add(id(getattr(linear.module, linear.parameter)))
     every = list(model.named_parameters(remove_duplicate=False))
     outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
@@ -220,7 +220,6 @@ class Recoverer:
         self,
         runner: BlockRunner,
         teacher: BlockRunner,
-        blocks_name: str,
         schedule: TrainSchedule,
         text: TrainingText,
         batch_size: int,
@@ -239,7 +238,7 @@ class Recoverer:
         self.parts: dict[str, Whole | LowRank] = {}
         strict = set(runner.model._keep_in_fp32_modules_strict or ())
         draw = torch.Generator().manual_seed(schedule.seed)
-        trained = trained_parameters(runner.model, blocks_name)
+        trained = trained_parameters(runner.model, runner.name)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (parameter for parameter, sparse in trained.values() if sparse)
@@ -380,14 +379,14 @@ class Recoverer:
             teacher.advance_(taught, index)
         states = runner.capture(ids, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
-        for block, ((args, kwargs),) in zip(runner.blocks, states.calls, strict=True):
+        for block, ((args, kwargs),) in zip(runner.blocks, states.block_args, strict=True):
             if self.checkpointed:
                 hidden = checkpoint(run_block, block, hidden, args, kwargs, use_reentrant=False)
             else:
                 hidden = run_block(block, hidden, args, kwargs)
         last = hidden.detach().requires_grad_()
         loss = divergence_(
-            lambda positions: runner.tail(ids, lambda: last, positions),
+            lambda positions: runner.logits_from_hidden(ids, lambda: last, positions),
             teacher.logits(taught, slice(0, len(ids))),
             ids,
             tokens,
@@ -461,7 +460,7 @@ def divergence_(
     d / d logits is the difference of the model's distribution and what it should be.
     """
     total, length = 0, ids.shape[1]
-    for some, own in chunks_of(logits, length, ids.device):
+    for some, own in iter_logits(logits, length, ids.device):
         with torch.no_grad():
             log_p = own.float().log_softmax(-1)
             log_q = taught(some).float().log_softmax(-1)

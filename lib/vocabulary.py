@@ -29,6 +29,7 @@ from lib.data.counts import UNSEEN, Counted, compared, compared_texts, count_tok
 from lib.data.sources import Source
 from lib.data.tokenizer import FLAG, Pieces
 from lib.distributed.context import DistContext
+from lib.model.access import Checkpoint
 from lib.model.rows import TRIMMED_FROM, keep_rows_
 from lib.util.errors import UserError
 
@@ -122,7 +123,7 @@ def told_of(trimmed: Trimmed | None, config: Any) -> dict[str, Any] | None:
 
 def trim(
     tokenizer: PreTrainedTokenizerBase,
-    model: str,
+    checkpoint: Checkpoint,
     config: Any,
     sources: Sequence[Source],
     dist: DistContext,
@@ -131,7 +132,6 @@ def trim(
     named: set[int],
     size: int | None = None,
     minimum: int = 1,
-    trust_remote_code: bool = False,
 ) -> Trimmed:
     """Count the train text of `sources`, choose, and make the smaller tokenizer.
 
@@ -140,11 +140,11 @@ def trim(
     share the counting. UserError where the tokenizer can't be trimmed, or so far.
     """
     start = time.perf_counter()
-    pieces = Pieces(tokenizer, f"--model {model}")
+    pieces = Pieces(tokenizer, str(checkpoint))
     beyond = max(pieces.tokens) + 1
     if beyond > rows:
         raise UserError(
-            f"{FLAG}: the tokenizer of --model {model} has tokens up to number {beyond - 1}, its "
+            f"{FLAG}: the tokenizer of {checkpoint} has tokens up to number {beyond - 1}, its "
             f"embedding {rows} rows; these do not belong together"
         )
     needed = _closure(pieces, pieces.indispensable() | (named & pieces.tokens.keys()))
@@ -166,7 +166,9 @@ def trim(
     order = kept + sorted(extra + spare[:missing])
     used = [one for one in counted.counts.nonzero().flatten().tolist() if one in pieces.tokens]
     trimmed = Trimmed(
-        tokenizer, pieces.reloaded(kept, config, trust_remote_code), torch.tensor(order)
+        tokenizer,
+        pieces.reloaded(kept, config, checkpoint.trust_remote_code),
+        torch.tensor(order),
     )
     trimmed.facts = {
         "note": NOTE,

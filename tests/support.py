@@ -27,7 +27,6 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruned, Pruner
 from lib.util import command
 
@@ -98,7 +97,7 @@ def windows(count: int, tokens: int = 24, seed: int = 0) -> Tensor:
 
 def runner_of(model: nn.Module) -> BlockRunner:
     """The model's decoder blocks, run on the CPU."""
-    return BlockRunner(model, decoder_blocks(model)[1], CPU)
+    return BlockRunner(model, CPU)
 
 
 def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
@@ -116,7 +115,7 @@ def prune_(
 ) -> Pruned:
     """Prune a model, or the one of a runner, in place; by default on five windows."""
     runner = model if isinstance(model, BlockRunner) else runner_of(model)
-    pruner = Pruner(runner, decoder_blocks(runner.model)[0], MethodSpec(method), sparsity)
+    pruner = Pruner(runner, MethodSpec(method), sparsity)
     return pruner.run(windows(5) if ids is None else ids, batch_size, state_device)
 
 

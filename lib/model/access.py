@@ -1,4 +1,4 @@
-"""What can go wrong between a model's name and its weights, in_one_line in one line.
+"""A checkpoint as a flag names it, and what can go wrong before its weights are there, in a line.
 
 The hub is asked once, with a short time limit: transformers' own attempts take half a minute to
 fail. Where it can't be reached, a copy in the cache is used.
@@ -10,8 +10,10 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -27,106 +29,144 @@ from safetensors import safe_open
 from lib.util.errors import UserError
 
 TIMEOUT = 10.0  # seconds for the hub's answer
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 log = logging.getLogger(__name__)
 
 
-def check_folder(name: str) -> None:
-    """UserError where `name` can only be a local folder, but is no model's."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk or on the hub, and the flag that named it; as text `--model NAME`."""
+
+    name: str
+    flag: str = "--model"
+    cache_dir: str | None = None  # of the hub's files; None: huggingface_hub's own
+    trust_remote_code: bool = False
+    revision: str | None = field(default=None, compare=False)  # a commit of the hub
+
+    def __str__(self) -> str:
+        return f"{self.flag} {self.name}"
+
+    def pinned(self, config: Any) -> Checkpoint:
+        """The same checkpoint at the commit that its config came from, also if the hub moves on."""
+        return replace(self, revision=getattr(config, "_commit_hash", None))
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`, besides the name."""
+        options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
+        options |= {"revision": self.revision} if self.revision else {}
+        return options | {"local_files_only": local_only(self)}
+
+
+def check_folder(checkpoint: Checkpoint) -> None:
+    """UserError where the name can only be a local folder, but is no model's."""
+    name = checkpoint.name
     folder = Path(name)
     if folder.is_file():
-        raise UserError(f"--model {name}: is a file; name the folder that holds it")
+        raise UserError(f"{checkpoint}: is a file; name the folder that holds it")
+    if (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{checkpoint}: holds an adapter ({ADAPTER}), which would not be pruned; merge it into "
+            f"the model first (peft's merge_and_unload), or move {ADAPTER} away"
+        )
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(
-            f"--model {name}: the folder holds no config.json, so it is not a model; "
+            f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
     if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"--model {name}: there is no such folder; check the path")
+        raise UserError(f"{checkpoint}: there is no such folder; check the path")
 
 
-def check_weight_files(name: str) -> None:
+def check_weight_files(checkpoint: Checkpoint) -> None:
     """UserError where a local folder's weight files are missing or cut short; reads no weight."""
-    folder = Path(name)
+    folder = Path(checkpoint.name)
     if not folder.is_dir():
         return
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file() and not (folder / files[0]).is_file():
-        with in_one_line(name, index.name, "download it again"):
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    files = [WEIGHTS]
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        files = _files_of_index(checkpoint, folder / INDEX)
     for file in files:
         if not (folder / file).is_file():
             raise UserError(
-                f"--model {name}: its weights are incomplete, there is no {file}; weights are read "
+                f"{checkpoint}: its weights are incomplete, there is no {file}; weights are read "
                 "from safetensors only, download or convert them"
             )
-        with in_one_line(name, file, "it is damaged or cut short; download it again"):
+        with as_user_error(checkpoint, file, "it is damaged or cut short; download it again"):
             safe_open(folder / file, framework="pt").keys()
 
 
-@cache
-def local_only(name: str, cache_dir: str) -> bool:
-    """Whether files of `name` come from this machine alone: a folder, or the hub is out of reach.
+def _files_of_index(checkpoint: Checkpoint, index: Path) -> list[str]:
+    with as_user_error(checkpoint, index.name, "download it again"):
+        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        for file in files:
+            if not isinstance(file, str) or file != Path(file).name:
+                raise ValueError(f"its weight_map names {file!r}, which is no file of the folder")
+        return sorted(files)
 
-    Raises UserError where the hub has no such model, or can't be reached and no copy is in
-    `cache_dir`.
+
+@cache
+def local_only(checkpoint: Checkpoint) -> bool:
+    """Whether its files come from this machine alone: a folder, or the hub is out of reach.
+
+    Raises UserError where the hub has no such model, or can't be reached and there is no copy in
+    the cache.
     """
-    if Path(name).exists():
+    if Path(checkpoint.name).exists():
         return True
     try:
-        HfApi().model_info(name, timeout=TIMEOUT)
+        HfApi().model_info(checkpoint.name, timeout=TIMEOUT)
     except HFValidationError:
-        raise UserError(f"--model {name}: no such folder, nor a hub id like owner/name") from None
+        raise UserError(f"{checkpoint}: no such folder, nor a hub id like owner/name") from None
     except GatedRepoError as error:
         raise UserError(
-            f"--model {name}: its owners give access on request; accept their terms on the hub, "
+            f"{checkpoint}: its owners give access on request; accept their terms on the hub, "
             "then `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"--model {name}: no such folder, and no such model on the hub, or it needs a login "
+            f"{checkpoint}: no such folder, and no such model on the hub, or it needs a login "
             "(`hf auth login`); check the name"
         ) from error
     except HfHubHTTPError as error:
-        if not _cached(name, cache_dir):
+        if not _is_cached(checkpoint):
             raise UserError(
-                f"--model {name}: the hub refused: {first_line(error)}; try again later"
+                f"{checkpoint}: the hub refused: {first_line(error)}; try again later"
             ) from error
         return True
     except (OfflineModeIsEnabled, HTTPError, OSError) as error:
-        if not _cached(name, cache_dir):
+        if not _is_cached(checkpoint):
             raise UserError(
-                f"--model {name}: no such folder, none in --cache_dir {cache_dir}, and the hub "
-                f"can't be reached ({first_line(error)}); check the name and the network"
+                f"{checkpoint}: no such folder, none in --cache_dir {checkpoint.cache_dir}, and "
+                f"the hub can't be reached ({first_line(error)}); check the name and the network"
             ) from error
         return True
     return False
 
 
-def access(name: str, cache_dir: str, trust_remote_code: bool) -> dict:
-    """How `from_pretrained` may come by the files of `name`."""
-    known = dict(cache_dir=cache_dir, trust_remote_code=trust_remote_code)
-    return known | {"local_files_only": local_only(name, cache_dir)}
+def _is_cached(checkpoint: Checkpoint) -> bool:
+    file = try_to_load_from_cache(checkpoint.name, "config.json", cache_dir=checkpoint.cache_dir)
+    return isinstance(file, str)
 
 
 def quantisation(load_bit: str | None) -> dict:
-    """What `from_pretrained` is told of `--load_bit`: `4`, `8` or None."""
+    """Keyword arguments for `from_pretrained` by `--load_bit`: `4`, `8` or None."""
     if load_bit is None:
         return {}
     from transformers import BitsAndBytesConfig
 
-    kind = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(
         load_in_4bit=load_bit == "4",
         load_in_8bit=load_bit == "8",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype="bfloat16",
     )
-    return {"quantization_config": kind}
+    return {"quantization_config": config}
 
 
 @contextmanager
-def in_one_line(name: str, what: str, way_out: str) -> Iterator[None]:
+def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[None]:
     """Inside, whatever is raised becomes a UserError: `what` can't be loaded, why, the way out."""
     try:
         yield
@@ -136,11 +176,11 @@ def in_one_line(name: str, what: str, way_out: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         raise UserError(
-            f"--model {name}: {what} can't be loaded ({first_line(error)}); {way_out}"
+            f"{checkpoint}: {what} can't be loaded ({first_line(error)}); {way_out}"
         ) from error
 
 
-def check_complete(name: str, info: dict) -> None:
+def check_complete(checkpoint: Checkpoint, info: dict) -> None:
     """UserError where `from_pretrained`'s report says that weights are missing or do not fit.
 
     Warns of weights that are not used.
@@ -148,31 +188,27 @@ def check_complete(name: str, info: dict) -> None:
     missing, misfits = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         raise UserError(
-            f"--model {name}: {len(missing)} tensors are missing from its weights, the first is "
+            f"{checkpoint}: {len(missing)} tensors are missing from its weights, the first is "
             f"{missing[0]}; download it again, or mend its config.json"
         )
     if misfits:
-        tensor, found, wanted = misfits[0]
+        tensor, stored, expected = misfits[0]
         raise UserError(
-            f"--model {name}: {tensor} is {list(found)} in its weights, but {list(wanted)} by its "
+            f"{checkpoint}: {tensor} is {list(stored)} in its weights, but {list(expected)} by its "
             "config.json; these do not belong together"
         )
     unused = sorted(info["unexpected_keys"])
     if unused:
-        log.warning("--model %s: %d tensors are not used: %s ...", name, len(unused), unused[0])
+        log.warning("%s: %d tensors are not used: %s ...", checkpoint, len(unused), unused[0])
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error's message, without its final punctuation; its class where it has none."""
+    """The first line of an error's message without its final punctuation, or the error's class."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:, ")[:300]
 
 
-def _cached(name: str, cache_dir: str) -> bool:
-    return isinstance(try_to_load_from_cache(name, "config.json", cache_dir=cache_dir), str)
-
-
 def weight_files(name: str) -> dict[str, list[int]]:
-    """Size in bytes and time of change (ns) of a local model's weight files."""
+    """Size in bytes and time of change (ns) of each weight file of a local model."""
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

@@ -12,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from lib.model.linears import find_linears
+from lib.model.matrix import PrunableLinear
 from lib.model.placement import BlockPlacement
+from lib.model.pretrained import decoder_blocks
 from lib.model.transfer import Transfer
 from lib.util.errors import UserError
 
-# of float32 logits that stand at a time: what lies in a CPU's cache, what keeps a GPU busy
+# of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
 LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
 # with fewer in a product, reading the head from memory takes longer than the arithmetic
 HEAD_POSITIONS = 128
@@ -36,7 +40,8 @@ class HiddenStates:
     windows: Tensor  # (windows, tokens) of ids
     batch_size: int
     hidden: Tensor | None = None  # (windows, tokens, hidden)
-    calls: list[list[tuple[tuple, dict]]] = field(default_factory=list)  # [block][batch]
+    # [block][batch]: a block's arguments besides its hidden states
+    block_args: list[list[tuple[tuple, dict]]] = field(default_factory=list)
 
     @property
     def batches(self) -> list[slice]:
@@ -47,20 +52,22 @@ class HiddenStates:
 class BlockRunner:
     """A model's decoder blocks, run one at a time on `device`.
 
-    The model must be in eval mode. Nothing stays patched, whatever is raised.
+    `name` is the blocks' name in the model, as `model.layers`; `flag`: the one that named the
+    model. The model must be in eval mode. Nothing stays patched, whatever is raised.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        blocks: nn.ModuleList,
         device: torch.device,
         placement: BlockPlacement | None = None,
+        flag: str = "--model",
     ) -> None:
         self.model = model
-        self.blocks = blocks
+        self.name, self.blocks = decoder_blocks(model)
         self.device = device
         self.placement = placement
+        self.flag = flag
         self.transfer = Transfer(device)
         self.tuples = self._probe()
 
@@ -68,10 +75,15 @@ class BlockRunner:
         """Inside, block `index` is on the device; `write_back` stores changes of its weights."""
         return self.placement.on_device(index, write_back) if self.placement else nullcontext()
 
-    def materialized(self, blocks_name: str) -> AbstractContextManager:
+    def linears(self, index: int) -> list[PrunableLinear]:
+        """What can be pruned in block `index`, by their full names; packed linears among them."""
+        return find_linears(self.blocks[index], f"{self.name}.{index}")[0]
+
+    def materialized(self) -> AbstractContextManager:
         """Inside, the whole model can be saved, wherever its blocks are."""
-        given = self.placement and self.placement.materialized(self.model, blocks_name)
-        return given or nullcontext()
+        if self.placement is None:
+            return nullcontext()
+        return self.placement.materialized(self.model, self.name)
 
     @torch.no_grad()
     def capture(
@@ -81,15 +93,15 @@ class BlockRunner:
 
         `state_device`: where the hidden states between two blocks are kept.
         """
-        states = HiddenStates(windows, batch_size, calls=[[] for _ in self.blocks])
-        known = TensorDeduplicator()
-        handed_on: list[Tensor] = []  # hidden states that the blocks of this batch received
+        states = HiddenStates(windows, batch_size, block_args=[[] for _ in self.blocks])
+        tensors = TensorDeduplicator()
+        received: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
             def forward(*args, **kwargs):
                 hidden, args, kwargs = take_hidden(args, kwargs)
-                handed_on.append(hidden)
-                if len(handed_on) != index + 1 or hidden is not handed_on[0]:
+                received.append(hidden)
+                if len(received) != index + 1 or hidden is not received[0]:
                     raise self._refused("does something between its decoder blocks")
                 if index == 0:
                     if hidden.dim() != 3 or hidden.shape[:2] != windows[batch].shape:
@@ -97,22 +109,22 @@ class BlockRunner:
                     if states.hidden is None:
                         states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
                     states.hidden[batch] = hidden  # the host waits, and may then read it
-                states.calls[index].append((known.like(args), known.like(kwargs)))
+                states.block_args[index].append((tensors.unique(args), tensors.unique(kwargs)))
                 if index == len(self.blocks) - 1:
                     raise Stop
-                return self._handed_on(index, hidden)
+                return self._block_output(index, hidden)
 
             return forward
 
         for batch in states.batches:
-            handed_on.clear()
-            known.start_call()
+            received.clear()
+            tensors.start_call()
             with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
                 self._call_model(windows[batch].to(self.device))
-        assert all(len(calls) == len(states.batches) for calls in states.calls)
+        assert all(len(args) == len(states.batches) for args in states.block_args)
         return states
 
-    def runs(
+    def iter_batches(
         self, states: HiddenStates, index: int, block: nn.Module | None = None
     ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
         """For each batch, its slice and a call that runs the block on it: (n, tokens, hidden).
@@ -121,8 +133,8 @@ class BlockRunner:
         """
         block = block or self.blocks[index]
         arriving = self.transfer.batches(states.hidden, states.batches)
-        calls = states.calls[index]
-        for batch, hidden, (args, kwargs) in zip(states.batches, arriving, calls, strict=True):
+        block_args = states.block_args[index]
+        for batch, hidden, (args, kwargs) in zip(states.batches, arriving, block_args, strict=True):
 
             def run(hidden=hidden, args=args, kwargs=kwargs) -> Tensor:
                 return run_block(block, hidden, args, kwargs)
@@ -133,18 +145,25 @@ class BlockRunner:
     def advance_(self, states: HiddenStates, index: int, block: nn.Module | None = None) -> None:
         """Write block `index`'s outputs over its inputs, in its buffer."""
         with record_function("forward"):
-            for batch, run in self.runs(states, index, block):
+            for batch, run in self.iter_batches(states, index, block):
                 self.transfer.store_(states.hidden, batch, run())
 
     @torch.no_grad()
     def logits(self, states: HiddenStates, batch: slice) -> Callable[[Tensor], Tensor]:
-        """What gives a batch's logits (n, len(positions), vocabulary) after the last block, by the
-        model's own tail; its hidden states come to the device once."""
+        """A function from positions to a batch's logits (n, len(positions), vocabulary) after the
+        last block; the batch's hidden states come to the device once."""
         ids = states.windows[batch].to(self.device)
         last = self.transfer.fetch(states.hidden, batch)
-        return torch.no_grad()(lambda positions: self.tail(ids, lambda: last, positions))
 
-    def tail(self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor) -> Tensor:
+        @torch.no_grad()
+        def logits_at(positions: Tensor) -> Tensor:
+            return self.logits_from_hidden(ids, lambda: last, positions)
+
+        return logits_at
+
+    def logits_from_hidden(
+        self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor
+    ) -> Tensor:
         """Logits (n, len(positions), vocabulary) of windows `ids` (n, tokens).
 
         `last` gives their hidden states (n, tokens, hidden) after the last block; gradients reach
@@ -156,35 +175,43 @@ class BlockRunner:
                 hidden, *_ = take_hidden(args, kwargs)
                 if index == len(self.blocks) - 1:
                     hidden = last()
-                return self._handed_on(index, hidden)
+                return self._block_output(index, hidden)
 
             return forward
 
         with replaced(self.blocks, player):
-            kept = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
-        return kept if kept.shape[1] == len(positions) else kept[:, positions]
+            logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
+        return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
     @torch.no_grad()
     def verify(self) -> None:
-        """See on a few tokens that the blocks give the model's own logits; UserError if not."""
+        """Check on a few tokens that the blocks give the model's own logits; UserError if not."""
         ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
         states = self.capture(ids, 1, self.device)
         try:
             for index in range(len(self.blocks)):
                 with self.on_device(index):
                     self.advance_(states, index)
-            swept = self.logits(states, slice(0, 1))(ids[0]).float()
+            logits = self.logits(states, slice(0, 1))(ids[0]).float()
         except (TypeError, ValueError) as error:
             raise self._refused("has blocks that depend on each other") from error
-        own = self.model(input_ids=ids, use_cache=False).logits.float()
-        if (swept - own).norm() > PROBE_TOLERANCE * own.norm():
+        expected = self.model(input_ids=ids, use_cache=False).logits.float()
+        comparable = expected.isfinite().all(-1)  # (1, tokens); what is nan is told later, by name
+        logits, expected = logits[comparable], expected[comparable]
+        if not (logits - expected).norm() <= PROBE_TOLERANCE * expected.norm():  # nan is refused
             raise self._refused("computes more than its decoder blocks one after another")
 
-    def _refused(self, what: str) -> UserError:
-        name = f"{self.model.name_or_path} ({type(self.model).__name__})"
-        return UserError(f"--model {name}: this architecture {what}; it can't be pruned")
+    @property
+    def named(self) -> str:
+        """The model as messages name it: `--model NAME`."""
+        return f"{self.flag} {self.model.name_or_path}"
 
-    def _handed_on(self, index: int, hidden: Tensor) -> Tensor | tuple:
+    def _refused(self, what: str) -> UserError:
+        kind = type(self.model).__name__
+        return UserError(f"{self.named} ({kind}): this architecture {what}; it can't be pruned")
+
+    def _block_output(self, index: int, hidden: Tensor) -> Tensor | tuple:
+        """Hidden states in the form in which block `index` returns its own."""
         length = self.tuples[type(self.blocks[index])]
         return (hidden, *[None] * (length - 1)) if length else hidden
 
@@ -253,46 +280,46 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
 
 
 class TensorDeduplicator:
-    """Tensors of which equal ones are one: most arguments of blocks are the same in all batches."""
+    """Keeps equal tensors once: most arguments of blocks are the same in all batches."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple, list[Tensor]] = {}
+        self.tensors: dict[tuple, list[Tensor]] = {}  # by shape, dtype and device
         self.start_call()
 
     def start_call(self) -> None:
-        """What the model makes from now on is new; within a call it hands on the same tensors."""
-        self.met: dict[int, tuple[Tensor, Tensor]] = {}  # by id: (a tensor, the one equal to it)
+        """Begin a call of the model, within which a tensor's id tells which one it is."""
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # by id: (a tensor, the one equal to it)
 
-    def like(self, value):
-        """`value` with known tensors in place of equal ones."""
+    def unique(self, value: Any) -> Any:
+        """`value`, nested as it may be, with every tensor replaced by the first equal one."""
         if isinstance(value, dict):
-            return {key: self.like(item) for key, item in value.items()}
+            return {key: self.unique(item) for key, item in value.items()}
         if type(value) in (tuple, list):
-            return type(value)(self.like(item) for item in value)
+            return type(value)(self.unique(item) for item in value)
         if not isinstance(value, Tensor):
             return value
-        if id(value) not in self.met:  # comparing waits for the device
-            self.met[id(value)] = value, self._equal(value)
-        return self.met[id(value)][1]
+        if id(value) not in self.seen:  # comparing waits for the device
+            self.seen[id(value)] = value, self._first_equal(value)
+        return self.seen[id(value)][1]
 
-    def _equal(self, value: Tensor) -> Tensor:
-        alike = self.known.setdefault((value.shape, value.dtype, value.device), [])
-        for other in alike:
+    def _first_equal(self, value: Tensor) -> Tensor:
+        candidates = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
+        for other in candidates:
             if value is other or torch.equal(value, other):
                 return other
-        alike.append(value)
+        candidates.append(value)
         return value
 
 
-def chunks_of(
+def iter_logits(
     logits: Callable[[Tensor], Tensor],
     length: int,
     device: torch.device,
     chunk: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields positions 0 to `length` in chunks, with their logits (n, chunk, vocabulary).
+    """Yield positions 0 to `length` in chunks, with their logits (n, chunk, vocabulary).
 
-    Without `chunk`, the first has one position, whose logits tell how many may stand at a time.
+    Without `chunk`, the first is one position, whose logits tell how many fit into LOGIT_BYTES.
     """
     start, size = 0, chunk or 1
     while start < length:

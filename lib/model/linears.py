@@ -102,7 +102,7 @@ class _ExpertProducts(TorchFunctionMode):
         after: Callable[[PrunableLinear, Tensor, Tensor], None] | None = None,
     ) -> None:
         super().__init__()
-        self.by_address = {linear.stored.data_ptr(): linear for linear in linears}
+        self.by_address = {linear.raw_weight.data_ptr(): linear for linear in linears}
         self.before, self.after = before, after
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -180,10 +180,7 @@ def eager_experts(model: nn.Module) -> Iterator[None]:
     if not hasattr(model, "set_experts_implementation"):
         yield
         return
-    if hasattr(model, "get_experts_implementation"):
-        before = model.get_experts_implementation()
-    else:  # transformers before 5.13
-        before = model.config._experts_implementation
+    before = model.get_experts_implementation()
     try:
         model.set_experts_implementation("eager")
         yield

@@ -29,7 +29,7 @@ class PrunableLinear:
     transposed: bool = False
 
     @property
-    def stored(self) -> Tensor:
+    def raw_weight(self) -> Tensor:
         """The weight as the model keeps it, a view."""
         weight = getattr(self.module, self.parameter).data
         return weight if self.expert is None else weight[self.expert]
@@ -37,24 +37,28 @@ class PrunableLinear:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)"""
-        rows, columns = self.stored.shape
+        rows, columns = self.raw_weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> Tensor:
         """A float32 copy, (out, in), contiguous, on the weight's device."""
-        stored = self.stored.T if self.transposed else self.stored
-        return stored.to(torch.float32, copy=True).contiguous()
+        weight = self.raw_weight.T if self.transposed else self.raw_weight
+        return weight.to(torch.float32, copy=True).contiguous()
 
-    def wire(self, matrix: Tensor | None = None, rounding: torch.dtype | None = None) -> Tensor:
-        """(out, in) as it travels between processes and is kept: in the dtype it is saved in.
+    def saved_dtype(self, rounding: torch.dtype | None = None) -> torch.dtype:
+        """The dtype in which the matrix goes to other processes and into files, `rounding` by
+        default the weight's own."""
+        return rounding or self.raw_weight.dtype
 
-        Without a matrix, an empty one to receive into.
-        """
-        dtype = rounding or self.stored.dtype
-        if matrix is None:
-            return torch.empty(self.shape, dtype=dtype, device=self.stored.device)
-        return matrix.to(dtype)
+    def to_saved_dtype(self, matrix: Tensor, rounding: torch.dtype | None = None) -> Tensor:
+        """A matrix (out, in) for this linear, rounded to what will be saved."""
+        return matrix.to(self.saved_dtype(rounding))
 
-    def store_(self, wire: Tensor) -> None:
-        """Write an (out, in) matrix back."""
-        self.stored.copy_(wire.T if self.transposed else wire)
+    def empty_matrix(self, rounding: torch.dtype | None = None) -> Tensor:
+        """Room (out, in) for what `to_saved_dtype` gives in another process."""
+        dtype = self.saved_dtype(rounding)
+        return torch.empty(self.shape, dtype=dtype, device=self.raw_weight.device)
+
+    def set_weight_(self, matrix: Tensor) -> None:
+        """Write a matrix (out, in) into the weight."""
+        self.raw_weight.copy_(matrix.T if self.transposed else matrix)

@@ -13,14 +13,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lib.model.access import (
-    access,
+    Checkpoint,
+    as_user_error,
     check_complete,
     check_folder,
     check_weight_files,
-    in_one_line,
     quantisation,
 )
-from lib.model.quantised import keep_layout
+from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import fast_bytes
 from lib.util.errors import UserError
 
@@ -52,7 +52,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", device.index or 0)
 
 
-def make_current(device: torch.device) -> None:
+def set_current_device(device: torch.device) -> None:
     """Whatever of CUDA names no device, in any library, is then on this one."""
     if device.type == "cuda":
         # read when cuBLAS starts: without it products need not add up in the same order twice
@@ -60,22 +60,21 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def load_config(name: str, cache_dir: str, trust_remote_code: bool):
+def load_config(checkpoint: Checkpoint) -> Any:
     """The model's config, before any weight is read. UserError where it can't be had."""
-    check_folder(name)
-    check_weight_files(name)
-    with in_one_line(name, "its config.json", "check that file and the installed transformers"):
-        return AutoConfig.from_pretrained(name, **access(name, cache_dir, trust_remote_code))
+    check_folder(checkpoint)
+    check_weight_files(checkpoint)
+    way_out = "check that file and the installed transformers"
+    with as_user_error(checkpoint, "its config.json", way_out):
+        return AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
 
 
-def load_tokenizer(name: str, cache_dir: str, trust_remote_code: bool):
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The model's tokenizer; UserError where it has none."""
-    with in_one_line(name, "its tokenizer", "put the tokenizer's files beside the weights"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, **access(name, cache_dir, trust_remote_code)
-        )
+    with as_user_error(checkpoint, "its tokenizer", "put the tokenizer's files beside the weights"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.options())
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
-        raise UserError(f"--model {name}: its tokenizer turns text into no tokens")
+        raise UserError(f"{checkpoint}: its tokenizer turns text into no tokens")
     return tokenizer
 
 
@@ -117,31 +116,32 @@ def saved_dtype(name: str, config) -> torch.dtype:
     return checkpoint_dtype(config) if name == "auto" else DTYPES[name]
 
 
-def skeleton(config, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
     """The model without weights, on the meta device, to be looked at before anything is loaded."""
-    name = getattr(config, "name_or_path", "?")
+    checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
     with (
-        in_one_line(name, "a model of its kind", "name a causal language model"),
+        as_user_error(checkpoint, "a model of its kind", "name a causal language model"),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
 def load_model(
-    name: str,
-    config,
+    checkpoint: Checkpoint,
+    config: Any,
     *,
     dtype: torch.dtype,
     device_map: dict[str, object],
     offload: str | None = None,
     load_bit: str | None = None,
-    cache_dir: str = "llm_weights",
-    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The model in eval mode, where `device_map` says. UserError where weights are damaged."""
-    with in_one_line(name, "its weights", "are they complete? download them again"):
+    checkpoint = checkpoint.pinned(config)
+    with as_user_error(checkpoint, "its weights", "are they complete? download them again"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            name,
+            checkpoint.name,
             config=config,
             dtype=dtype,
             device_map=device_map,
@@ -149,12 +149,12 @@ def load_model(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
-            **access(name, cache_dir, trust_remote_code),
+            **checkpoint.options(),
             **quantisation(load_bit),
         )
-    check_complete(name, info)
+    check_complete(checkpoint, info)
     if getattr(model, "is_quantized", False):
-        keep_layout(model)
+        keep_bnb_layout(model)
         for parameter in model.parameters():  # stored quantised, its other weights came as stored
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)

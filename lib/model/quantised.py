@@ -8,10 +8,12 @@ matrix is quantised anew in its own format.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.packed import checkpoint as packed
 from lib.util.errors import UserError
@@ -20,10 +22,10 @@ FORMATS = ("bitsandbytes",)
 
 
 class _Quantised(PrunableLinear):
-    """Between processes and in a journal it travels in float32: its codes are made on arrival."""
+    """Goes to other processes and into files in float32; its codes are made from that again."""
 
-    def wire(self, matrix: Tensor | None = None, rounding: torch.dtype | None = None) -> Tensor:
-        return super().wire(matrix, torch.float32)
+    def saved_dtype(self, rounding: torch.dtype | None = None) -> torch.dtype:
+        return torch.float32
 
 
 @dataclass(eq=False)
@@ -40,16 +42,16 @@ class Quantised4bit(_Quantised):
         weight = self.module.weight
         return dequantize_4bit(weight.data, weight.quant_state).to(torch.float32, copy=True)
 
-    def store_(self, wire: Tensor) -> None:
+    def set_weight_(self, matrix: Tensor) -> None:
         from bitsandbytes.nn import Params4bit
 
         weight, before = self.module.weight, self.matrix()
-        if _only_dropped(before, wire):
-            self._drop_(wire == 0)
+        if _only_dropped(before, matrix):
+            self._drop_(matrix == 0)
             return
         state = weight.quant_state
         weight = Params4bit(
-            wire.to(weight.device, state.dtype),  # quantised by the move that follows
+            matrix.to(weight.device, state.dtype),  # quantised by the move that follows
             requires_grad=False,
             blocksize=weight.blocksize,
             compress_statistics=weight.compress_statistics,
@@ -77,13 +79,13 @@ class Quantised8bit(_Quantised):
         codes, scale = self._codes()
         return codes.float() * (scale.float() / 127).unsqueeze(1)
 
-    def store_(self, wire: Tensor) -> None:
+    def set_weight_(self, matrix: Tensor) -> None:
         codes, scale = self._codes()
-        if not _only_dropped(self.matrix(), wire):
-            largest = wire.abs().amax(1)
+        if not _only_dropped(self.matrix(), matrix):
+            largest = matrix.abs().amax(1)
             scale.copy_(torch.where(largest > 0, largest, 1))
-            codes.copy_((wire * (127 / scale).unsqueeze(1)).round())
-        codes.masked_fill_(wire == 0, 0)
+            codes.copy_((matrix * (127 / scale).unsqueeze(1)).round())
+        codes.masked_fill_(matrix == 0, 0)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
         """Codes (out, in) and scales (out,), wherever bitsandbytes keeps them by now."""
@@ -100,7 +102,11 @@ def quantised_linear(name: str, module: nn.Linear) -> PrunableLinear | None:
 
 
 def check_format(
-    name: str, config, load_bit: str | None, pruning: bool, offload: str | None = None
+    checkpoint: Checkpoint,
+    config: Any,
+    load_bit: str | None,
+    pruning: bool,
+    offload: str | None = None,
 ) -> None:
     """UserError where the checkpoint is stored in a way that can't be pruned or loaded."""
     _, method = _stored(config)
@@ -110,19 +116,21 @@ def check_format(
         if pruning or load_bit:
             flag = "--prune_method" if pruning else "--load_bit"
             raise UserError(
-                f"--model {name}: its linears are packed, which {flag} can't work on; "
+                f"{checkpoint}: its linears are packed, which {flag} can't work on; "
                 "make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
             )
         return
     if method not in FORMATS:
         raise UserError(
-            f"--model {name}: its weights are quantised by {method}, which can't be pruned; "
+            f"{checkpoint}: its weights are quantised by {method}, which can't be pruned; "
             "start from the unquantised model, and give --load_bit 4 or 8 if it should be small"
         )
     if load_bit:
-        raise UserError(f"--load_bit {load_bit}: {name} is quantised already; leave out the flag")
+        raise UserError(
+            f"--load_bit {load_bit}: {checkpoint.name} is quantised already; leave out the flag"
+        )
     if offload:
-        raise UserError(f"--offload {offload}: {name} is quantised; leave out the flag")
+        raise UserError(f"--offload {offload}: {checkpoint.name} is quantised; leave out the flag")
 
 
 def stored_bits(config) -> str | None:
@@ -152,7 +160,7 @@ def _stored(config) -> tuple[dict, str | None]:
     return stored, str(getattr(method, "value", method))
 
 
-def keep_layout(model: nn.Module) -> None:
+def keep_bnb_layout(model: nn.Module) -> None:
     """Stop 4-bit layers from repacking their weights on their first call on a CPU.
 
     The way back from that layout rounds the scales, so that a saved model would not be the one

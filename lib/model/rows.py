@@ -12,27 +12,27 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from lib.model.access import access
+from lib.model.access import Checkpoint
 from lib.util.errors import UserError
 from lib.util.token_ids import NAMES, named_ids, renumbered
 
 TRIMMED_FROM = "vocabulary_trimmed_from"
 
 
-def count_rows(model: nn.Module, name: str) -> int:
-    """How many tokens the model has rows for; `name`, as messages name it.
+def count_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
+    """How many tokens the model has rows for.
 
     UserError where anything else than its embedding and its head depends on their number, so that
     leaving some out would break it. Needs no weights.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
-        raise _refused(name, f"an embedding of the class {type(embedding).__name__}")
+        raise _refused(checkpoint, f"an embedding of the class {type(embedding).__name__}")
     if not isinstance(head, nn.Linear):
-        raise _refused(name, f"an output head of the class {type(head).__name__}")
+        raise _refused(checkpoint, f"an output head of the class {type(head).__name__}")
     rows = embedding.num_embeddings
     if head.out_features != rows or head.weight.shape[0] != rows:
-        raise _refused(name, f"{rows} rows in its embedding, {head.out_features} in its head")
+        raise _refused(checkpoint, f"{rows} rows in its embedding, {head.out_features} in its head")
     followed = {(embedding, "weight"), (head, "weight"), (head, "bias")}
     sizes = {rows, *_vocabulary_sizes(model.config)}
     for path, module in model.named_modules():
@@ -41,13 +41,15 @@ def count_rows(model: nn.Module, name: str) -> int:
             another = isinstance(module, nn.Embedding) and sizes.intersection(tensor.shape[:1])
             if (module, own) not in followed and (rows in tensor.shape or another):
                 where, shape = f"{path}.{own}".strip("."), list(tensor.shape)
-                raise _refused(name, f"a tensor {where} {shape}, which depends on its vocabulary")
+                raise _refused(
+                    checkpoint, f"a tensor {where} {shape}, which depends on its vocabulary"
+                )
     return rows
 
 
-def _refused(name: str, what: str) -> UserError:
+def _refused(checkpoint: Checkpoint, what: str) -> UserError:
     return UserError(
-        f"--trim_vocabulary: --model {name} has {what}; the vocabulary of this architecture can't "
+        f"--trim_vocabulary: {checkpoint} has {what}; the vocabulary of this architecture can't "
         "be trimmed, leave the flag out"
     )
 
@@ -67,16 +69,16 @@ def _nested(config: Any) -> Iterator[Any]:
             yield from _nested(value)
 
 
-def tokens_of_configs(name: str, config: Any, cache_dir: str, trust_remote_code: bool) -> set[int]:
+def tokens_of_configs(checkpoint: Checkpoint, config: Any) -> set[int]:
     """The tokens that the config of a model and its generation config name."""
-    found = named_ids(config.to_dict())
-    known = access(name, cache_dir, trust_remote_code)
-    known.pop("trust_remote_code")
+    tokens = named_ids(config.to_dict())
+    options = checkpoint.options()
+    options.pop("trust_remote_code")
     try:
-        generation = GenerationConfig.from_pretrained(name, **known)
+        generation = GenerationConfig.from_pretrained(checkpoint.name, **options)
     except OSError:  # it has none
-        return found
-    return found | named_ids(generation.to_dict())
+        return tokens
+    return tokens | named_ids(generation.to_dict())
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ from torch import Tensor
 from lib.distributed.context import DistContext
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.linears import eager_experts, find_linears
+from lib.model.linears import eager_experts
 from lib.pruning.inputs import first_names
 from lib.pruning.observe import own_windows
 from lib.pruning.sensitivity import Sensed, WayBack
@@ -56,7 +56,6 @@ class Part:
 
 def by_error(
     runner: BlockRunner,
-    blocks_name: str,
     windows: Tensor,
     batch_size: int,
     ratio: float,
@@ -75,14 +74,14 @@ def by_error(
     draw = torch.Generator().manual_seed(seed)
     chances, _ = own_windows(torch.rand(windows.shape, generator=draw), dist)
     mine, idle = own_windows(windows, dist)
-    first = first_names(runner.blocks, blocks_name)
+    first = first_names(runner)
     parts: dict[str, Part] = {}
     slopes: dict[str, Tensor] = {}
     with eager_experts(runner.model):
         way = WayBack(runner, mine, batch_size, chances, state_device, on_progress)
         for index in reversed(range(len(runner.blocks))):
             with runner.on_device(index):
-                linears, _ = find_linears(runner.blocks[index], f"{blocks_name}.{index}")
+                linears = runner.linears(index)
                 sensed = way.through(index, linears)
                 _add_up_(list(sensed.values()), dist, idle)
                 for linear in linears:

@@ -9,7 +9,6 @@ import torch
 
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.util.errors import UserError
 
@@ -34,7 +33,6 @@ class Measured:
 
 def measure(
     runner: BlockRunner,
-    blocks_name: str,
     asked: Sparsity | Mapping[str, Sparsity] | None = None,
     left: frozenset[str] = frozenset(),
 ) -> Measured:
@@ -44,9 +42,9 @@ def measure(
     linear that fell short, or whose N:M groups hold too few zeros.
     """
     found = Measured()
-    for index, block in enumerate(runner.blocks):
+    for index in range(len(runner.blocks)):
         with runner.on_device(index):
-            for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
+            for linear in runner.linears(index):
                 zero = linear.matrix() == 0  # (out, in)
                 found.zeros[linear.name] = int(zero.count_nonzero())
                 found.sizes[linear.name] = zero.numel()

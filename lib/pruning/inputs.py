@@ -14,6 +14,7 @@ from lib.methods.magnitude import Magnitude
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
+from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.util.errors import UserError
@@ -131,12 +132,12 @@ def weight_of(linear: PrunableLinear) -> tuple[int, int | None]:
     return id(getattr(linear.module, linear.parameter)), linear.expert
 
 
-def first_names(blocks: nn.ModuleList, blocks_name: str) -> dict[str, str]:
+def first_names(runner: BlockRunner) -> dict[str, str]:
     """{name of a linear: the first name of its weight}, which several blocks may share."""
     names: dict[tuple[int, int | None], str] = {}
     first = {}
-    for index, block in enumerate(blocks):
-        for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
+    for index in range(len(runner.blocks)):
+        for linear in runner.linears(index):
             first[linear.name] = names.setdefault(weight_of(linear), linear.name)
     return first
 

@@ -106,7 +106,7 @@ def observe(
     """
     observation = Observation(linears, method_spec, runner.device)
     with watch_inputs(linears, observation.see), record_function("forward"):
-        for _, run in runner.runs(states, index):
+        for _, run in runner.iter_batches(states, index):
             observation.start_pass({})
             run_until_stop(run)
     return observation.groups
@@ -134,7 +134,7 @@ def stages(
         else:
             names.append(linear.stage)
 
-    _, run = next(runner.runs(states, index))
+    _, run = next(runner.iter_batches(states, index))
     with watch_inputs(linears, see):
         run()
     lots = [[linear for linear in linears if linear.stage in names] for _, names in reached]

@@ -124,7 +124,7 @@ class OrderedBlock:
             self.runner.advance_(self.twin.states, self.index, self.twin.block)
         if not self.by_product:
             with record_function("forward"):
-                for batch, (cut, run) in enumerate(self.runner.runs(states, self.index)):
+                for batch, (cut, run) in enumerate(self.runner.iter_batches(states, self.index)):
                     with self._short(len(self.lots), batch):
                         transfer.store_(states.hidden, cut, run())
             return
@@ -150,7 +150,7 @@ class OrderedBlock:
 
     def _runs(self, place: int) -> Iterator[tuple]:
         """For each batch: its number, what is needed of the untouched block, its cut, its run."""
-        runs = self.runner.runs(self.states, self.index)
+        runs = self.runner.iter_batches(self.states, self.index)
         for batch, (dense, (cut, run)) in enumerate(zip(self._dense(place), runs, strict=True)):
             yield batch, dense, cut, run
 
@@ -183,7 +183,9 @@ class OrderedBlock:
                 yield {name: found.pop(name) for name in own if name in found}
             return
         states, transfer = self.twin.states, self.runner.transfer
-        for batch, (cut, run) in enumerate(self.runner.runs(states, self.index, self.twin.block)):
+        for batch, (cut, run) in enumerate(
+            self.runner.iter_batches(states, self.index, self.twin.block)
+        ):
             with record_function("forward"):
                 found, out = self._dense_run(run, cut, needs, bool(through))
             if through:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import ALLOCATION_SPAN, Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.linears import eager_experts, find_linears
+from lib.model.linears import eager_experts
 from lib.pruning.inputs import Group, first_names
 from lib.pruning.observe import observe_together, own_windows
 
@@ -28,7 +28,6 @@ OUTLIER = 5  # M: times the mean score
 @torch.no_grad()
 def owl(
     runner: BlockRunner,
-    blocks_name: str,
     windows: Tensor,
     batch_size: int,
     ratio: float,
@@ -43,33 +42,31 @@ def owl(
     """
     method_spec, shares, sizes = MethodSpec("wanda"), [], []
     mine, idle = own_windows(windows, dist)
-    first = first_names(runner.blocks, blocks_name)
+    first = first_names(runner)
     with eager_experts(runner.model):
         states = runner.capture(mine, batch_size, state_device)
-        for index, block in enumerate(runner.blocks):
+        for index in range(len(runner.blocks)):
             with runner.on_device(index):
-                linears, _ = find_linears(block, f"{blocks_name}.{index}")
+                linears = runner.linears(index)
                 groups = observe_together(runner, states, index, linears, method_spec, dist, idle)
                 shares.append(outlier_share(groups))
                 own = (linear for linear in linears if first[linear.name] == linear.name)
                 sizes.append(sum(prod(linear.shape) for linear in own))
                 if index + 1 < len(runner.blocks):
                     runner.advance_(states, index)
-            states.calls[index] = []
+            states.block_args[index] = []
             on_progress(1)
     return allocate(shares, sizes, ratio)
 
 
-def of_blocks(
-    blocks: nn.ModuleList, blocks_name: str, ratios: Sequence[float]
-) -> dict[str, Sparsity]:
+def of_blocks(runner: BlockRunner, ratios: Sequence[float]) -> dict[str, Sparsity]:
     """{name of a linear: the sparsity of its block, or of the first block with its weight}."""
     of_block = {
         linear.name: Sparsity(ratio)
-        for index, (block, ratio) in enumerate(zip(blocks, ratios, strict=True))
-        for linear in find_linears(block, f"{blocks_name}.{index}")[0]
+        for index, ratio in enumerate(ratios)
+        for linear in runner.linears(index)
     }
-    return {name: of_block[first] for name, first in first_names(blocks, blocks_name).items()}
+    return {name: of_block[first] for name, first in first_names(runner).items()}
 
 
 def outlier_share(groups: Sequence[Group]) -> float:

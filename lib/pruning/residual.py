@@ -63,7 +63,7 @@ class Writers:
         block = self.runner.blocks[index]
         key = type(block), linear.name.split(f".{index}.", 1)[-1], not later
         if key not in self.known:
-            _, run = next(self.runner.runs(states, index))
+            _, run = next(self.runner.iter_batches(states, index))
             try:
                 found = as_writer(block, run, linear, later, states.hidden[states.batches[0]])
             except RuntimeError as error:  # a block whose shapes depend on what the linears give

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lib.model.blocks import BlockRunner, chunks_of, run_block
+from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import watch_outputs
 from lib.model.matrix import PrunableLinear
 from lib.pruning.observe import rows
@@ -78,7 +78,7 @@ class WayBack:
         ids = self.states.windows[batch].to(self.runner.device)
         last = transfer.fetch(hidden, batch).detach().requires_grad_()
         with torch.enable_grad():
-            surprise_(lambda some: self.runner.tail(ids, lambda: last, some), chances)
+            surprise_(lambda some: self.runner.logits_from_hidden(ids, lambda: last, some), chances)
         transfer.store_(hidden, batch, last.grad)
 
     def through(self, index: int, linears: list[PrunableLinear]) -> dict[str, Sensed]:
@@ -98,7 +98,7 @@ class WayBack:
 
         before = replace(self.states, hidden=self.before.pop())
         arriving = transfer.batches(before.hidden, before.batches)
-        calls = before.calls[index]
+        calls = before.block_args[index]
         with torch.enable_grad(), watch_outputs(linears, see):
             for batch, hidden, call in zip(before.batches, arriving, calls, strict=True):
                 start = hidden.detach().requires_grad_()
@@ -126,7 +126,7 @@ def surprise_(logits: Callable[[Tensor], Tensor], chances: Tensor) -> None:
     gradient, a chunk of positions at a time. A label is the first token at which the summed-up
     probabilities exceed `chances` (n, positions).
     """
-    for some, own in chunks_of(logits, chances.shape[1], chances.device):
+    for some, own in iter_logits(logits, chances.shape[1], chances.device):
         with torch.no_grad():
             p = own.float().softmax(-1)
             labels = torch.searchsorted(p.cumsum(-1), chances[:, some, None].float(), right=True)

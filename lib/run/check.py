@@ -11,7 +11,7 @@ import argparse
 
 from lib.methods.sparsity import Sparsity
 from lib.run.job import Job, NoCache
-from lib.run.teacher import set_teacher, told_of_teacher
+from lib.run.teacher import set_teacher
 from lib.run.texts import check_readable, method_of, named_sources, read_texts, reads_train
 from lib.util.errors import UserError
 
@@ -32,21 +32,25 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     check_readable([one for one in read if not one[0].hub])
     from lib.distributed.context import DistContext, local_device
     from lib.model import pretrained
+    from lib.model.access import Checkpoint
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
     from lib.util.progress import quiet
 
     quiet()
     device = local_device(pretrained.pick_device(args.device))
-    pretrained.make_current(device)
+    pretrained.set_current_device(device)
     dist = DistContext(device, minutes=args.timeout)
-    known = args.model, args.cache_dir, args.trust_remote_code
-    config = pretrained.load_config(*known)
-    check_format(args.model, config, args.load_bit, bool(method_spec or args.recover), args.offload)
-    tokenizer = pretrained.load_tokenizer(*known)
+    checkpoint = Checkpoint(
+        args.model, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+    )
+    config = pretrained.load_config(checkpoint)
+    checkpoint = checkpoint.pinned(config)
+    check_format(checkpoint, config, args.load_bit, bool(method_spec or args.recover), args.offload)
+    tokenizer = pretrained.load_tokenizer(checkpoint)
     seqlen = pretrained.window_length(config, args.seqlen)
     width = config.get_text_config(decoder=True).hidden_size
-    skeleton = pretrained.skeleton(config, args.trust_remote_code)
+    skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
     if method_spec:
@@ -62,6 +66,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
         tests=tests,
         device=device,
         dist=dist,
+        checkpoint=checkpoint,
         config=config,
         tokenizer=tokenizer,
         seqlen=seqlen,
@@ -76,8 +81,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     if args.trim_vocabulary:
         _set_vocabulary(job)
     if args.teacher:
-        with told_of_teacher():
-            set_teacher(job)
+        set_teacher(job)
     bos = pretrained.required_bos_id(job.tokenizer) if args.bos == "always" else None
     job.texts = read_texts(job, bos)
     _compare(job)
@@ -107,24 +111,22 @@ def _set_vocabulary(job: Job) -> None:
     from lib.vocabulary import Trimmed, trim
 
     args = job.args
-    rows = count_rows(job.skeleton, args.model)
-    known = args.model, job.config, args.cache_dir, args.trust_remote_code
+    rows = count_rows(job.skeleton, job.checkpoint)
 
     def make() -> Trimmed:
         return trim(
             job.tokenizer,
-            args.model,
+            job.checkpoint,
             job.config,
             job.vocabulary_sources,
             job.dist,
             rows=rows,
-            named=tokens_of_configs(*known),
+            named=tokens_of_configs(job.checkpoint, job.config),
             size=args.vocabulary_size,
             minimum=args.vocabulary_minimum or 1,
-            trust_remote_code=args.trust_remote_code,
         )
 
-    key = (args.model, args.cache_dir, sorted(one.text for one in job.vocabulary_sources))
+    key = (job.checkpoint, sorted(one.text for one in job.vocabulary_sources))
     key += (args.vocabulary_size, args.vocabulary_minimum)
     with job.timed("vocabulary"):
         job.vocabulary = job.cache.vocabulary(key, make)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lib.data.training import TrainingText
     from lib.data.windows import TestSet
     from lib.distributed.context import DistContext
+    from lib.model.access import Checkpoint
     from lib.model.blocks import BlockRunner
     from lib.pruning.journal import Journal
     from lib.recover import TrainSchedule
@@ -68,6 +69,7 @@ class Job:
     tests: list[Source]
     device: torch.device
     dist: DistContext
+    checkpoint: Checkpoint
     config: Any
     tokenizer: Any  # of what is worked on: the trimmed one, once there is one
     seqlen: int
@@ -78,8 +80,9 @@ class Job:
     sparsity: Sparsity
     vocabulary: Trimmed | None = None
     schedule: TrainSchedule | None = None  # of the recovery
-    teacher_config: Any = None  # of --teacher
-    teacher_rows: Tensor | None = None  # of --teacher, where it has more tokens than the model
+    teacher: Checkpoint | None = None
+    teacher_config: Any = None
+    teacher_rows: Tensor | None = None  # of the teacher, where it has more tokens than the model
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
     journal: Journal | None = None  # of the main process, under --resume

@@ -37,14 +37,13 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
             model, placement = _read_model(job, {"": job.device}), None
             if sharing:
                 sharing.close()
-    _, blocks = pretrained.decoder_blocks(model)
-    runner = BlockRunner(model, blocks, job.device, placement)
+    runner = BlockRunner(model, job.device, placement)
     if placement is None:  # otherwise every block is checked when it is fetched
         check_finite(runner)
     runner.verify()
     size = pretrained.footprint(model)
     return LoadedModel(
-        model, blocks, runner, room.state_device, size, room.checkpointed, room.cache_inputs
+        model, runner.blocks, runner, room.state_device, size, room.checkpointed, room.cache_inputs
     )
 
 
@@ -76,7 +75,7 @@ def _fetched(
         folder = at_end.enter_context(_offload_folder(job, sharing is not None))
     return fetched_model(
         lambda: _read_model(job, where, folder),
-        lambda: skeleton(job.config, args.trust_remote_code),
+        lambda: skeleton(job.config, job.checkpoint),
         job.device,
         sharing,
         folder,
@@ -86,26 +85,26 @@ def _fetched(
 
 def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> nn.Module:
     """The dense model, each part on the device that `where` says."""
+    from lib.model.access import weight_files
     from lib.model.pretrained import load_model, pick_dtype
 
     args = job.args
 
     def read() -> nn.Module:
         return load_model(
-            args.model,
+            job.checkpoint,
             job.config,
             dtype=pick_dtype(args.dtype, job.config, job.device),
             device_map=where,
             offload=folder,
             load_bit=args.load_bit,
-            cache_dir=args.cache_dir,
-            trust_remote_code=args.trust_remote_code,
         )
 
     quantised = args.load_bit or getattr(job.config, "quantization_config", None)
     if len(where) > 1 or quantised or job.dist.size > 1:
         return read()
-    return job.cache.model((args.model, args.dtype, args.cache_dir), job.device, read)
+    key = (job.checkpoint, args.dtype, weight_files(args.model))
+    return job.cache.model(key, job.device, read)
 
 
 def _offload_folder(job: Job, shared: bool) -> AbstractContextManager[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lib.run.job import Job, LoadedModel
@@ -13,21 +12,10 @@ from lib.util.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from lib.model.access import Checkpoint
     from lib.model.blocks import BlockRunner
 
 LEAST_ZEROS = 0.01  # share of the blocks' weights, of a model that was pruned before
-
-
-@contextmanager
-def told_of_teacher() -> Iterator[None]:
-    """Inside, what is wrong with `--model` is wrong with `--teacher`."""
-    try:
-        yield
-    except UserError as error:
-        told = str(error)
-        if "--teacher " not in told:
-            told = told.replace("--model ", "--teacher ", 1)
-        raise UserError(told) from error
 
 
 def set_teacher(job: Job) -> None:
@@ -37,18 +25,19 @@ def set_teacher(job: Job) -> None:
     from lib.model.rows import count_rows, keep_rows_
 
     args = job.args
-    known = args.teacher, args.cache_dir, args.trust_remote_code
-    config = pretrained.load_config(*known)
-    check_format(args.teacher, config, None, True)
+    checkpoint = replace(job.checkpoint, name=args.teacher, flag="--teacher", revision=None)
+    config = pretrained.load_config(checkpoint)
+    checkpoint = checkpoint.pinned(config)
+    check_format(checkpoint, config, None, True)
     if stored_bits(config):
-        raise UserError(f"--teacher {args.teacher}: is quantised; name the unquantised model")
-    skeleton = copy.deepcopy(pretrained.skeleton(config, args.trust_remote_code))
+        raise UserError(f"{checkpoint}: is quantised; name the unquantised model")
+    skeleton = copy.deepcopy(pretrained.skeleton(config, checkpoint))
     student = copy.deepcopy(job.skeleton)
     if job.vocabulary:
         keep_rows_(student, job.vocabulary.rows)
-    rows = _taught_rows(job, pretrained.load_tokenizer(*known).get_vocab(), student)
+    rows = _teacher_rows(job, checkpoint, student)
     if rows is not None:
-        count_rows(skeleton, args.teacher)
+        count_rows(skeleton, checkpoint)
         keep_rows_(skeleton, rows)
     theirs, ours = (
         {name: list(one.shape) for name, one in model.named_parameters()}
@@ -57,21 +46,24 @@ def set_teacher(job: Job) -> None:
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
             raise UserError(
-                f"--teacher {args.teacher}: its {name} is {theirs.get(name, 'missing')}, that of "
-                f"--model {args.model} {ours.get(name, 'missing')}; name the dense model that it "
+                f"{checkpoint}: its {name} is {theirs.get(name, 'missing')}, that of "
+                f"{job.checkpoint} {ours.get(name, 'missing')}; name the dense model that it "
                 "was made of"
             )
-    job.teacher_config, job.teacher_rows = config, rows
+    job.teacher, job.teacher_config, job.teacher_rows = checkpoint, config, rows
 
 
-def _taught_rows(job: Job, theirs: dict[str, int], student: nn.Module) -> Tensor | None:
+def _teacher_rows(job: Job, checkpoint: Checkpoint, student: nn.Module) -> Tensor | None:
     """Which rows of the teacher are the model's, where the model has fewer; None: all of them.
 
-    `theirs`: the teacher's tokens; `student`: the model without weights, as it will be. UserError
-    where it has other tokens.
+    `student`: the model without weights, as it will be. UserError where the teacher has other
+    tokens.
     """
     import torch
 
+    from lib.model.pretrained import load_tokenizer
+
+    theirs = load_tokenizer(checkpoint).get_vocab()
     whole = job.vocabulary.before if job.vocabulary else job.tokenizer
     if theirs == whole.get_vocab():
         return job.vocabulary.rows if job.vocabulary else None
@@ -80,8 +72,8 @@ def _taught_rows(job: Job, theirs: dict[str, int], student: nn.Module) -> Tensor
     if all(token in theirs for token, _ in ours) and [n for _, n in ours] == list(range(rows)):
         return torch.tensor([theirs[token] for token, _ in ours])
     raise UserError(
-        f"--teacher {job.args.teacher}: has another vocabulary than --model {job.args.model}; name "
-        "the dense model that it was made of"
+        f"{checkpoint}: has another vocabulary than {job.checkpoint}; name the dense model that it "
+        "was made of"
     )
 
 
@@ -99,24 +91,22 @@ def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
     args = job.args
     if not args.teacher:
         model = pretrained.fresh_copy(loaded.model)
-        return BlockRunner(model, pretrained.decoder_blocks(model)[1], job.device)
-    zeros = measure(loaded.runner, job.blocks_name).overall
+        return BlockRunner(model, job.device)
+    zeros = measure(loaded.runner).overall
     if zeros < LEAST_ZEROS:
         raise UserError(
-            f"--model {args.model}: {zeros:.1%} of its blocks' weights are zero, so there is "
+            f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover; prune it by --prune_method, without --teacher"
         )
-    with job.timed("load teacher"), told_of_teacher():
+    with job.timed("load teacher"):
         model = pretrained.load_model(
-            args.teacher,
+            job.teacher,
             job.teacher_config,
             dtype=pretrained.pick_dtype(args.dtype, job.config, job.device),
             device_map={"": job.device},
-            cache_dir=args.cache_dir,
-            trust_remote_code=args.trust_remote_code,
         )
         if job.teacher_rows is not None:
             keep_rows_(model, job.teacher_rows)
-        runner = BlockRunner(model, pretrained.decoder_blocks(model)[1], job.device)
+        runner = BlockRunner(model, job.device, flag=job.teacher.flag)
         check_finite(runner)
     return runner

@@ -28,7 +28,7 @@ from lib.methods.column_loop import column_loop
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import BATCH_TOKENS, decoder_blocks, pick_device
+from lib.model.pretrained import BATCH_TOKENS, pick_device
 from lib.prune import Pruner
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib, peak_memory
@@ -85,7 +85,6 @@ def block_seconds(
     shape = args.hidden, args.inner, DEPTH, VOCABULARY, args.seqlen
     with torch.device(device):
         model = random_llama(*shape, head=128).to(getattr(torch, args.dtype)).eval()
-    name, blocks = decoder_blocks(model)
     windows = torch.randint(VOCABULARY, (args.nsamples, args.seqlen))
     batch_size = max(1, BATCH_TOKENS[device.type] // args.seqlen)
     ends: list[float] = []
@@ -94,9 +93,8 @@ def block_seconds(
         wait_for(device)
         ends.append(time.perf_counter())
 
-    pruner = Pruner(
-        BlockRunner(model, blocks, device), name, MethodSpec(method), Sparsity.parse(kind, 0.5)
-    )
+    sparsity = Sparsity.parse(kind, 0.5)
+    pruner = Pruner(BlockRunner(model, device), MethodSpec(method), sparsity)
     pruner.run(windows, batch_size, state_device=device, on_progress=ended)
     return [after - before for before, after in zip(ends, ends[1:-1], strict=False)]
 

@@ -26,6 +26,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from lib.data.sources import parse_sources
 from lib.distributed.context import DistContext
+from lib.model.access import Checkpoint
 from lib.util.command import run
 from lib.util.errors import UserError
 from lib.util.progress import quiet
@@ -124,7 +125,7 @@ def main(argv: list[str]) -> None:
         for source in sources:
             start = time.perf_counter()
             options = dict(rows=rows, named=set())
-            made = trim(tokenizer, name, PretrainedConfig(), [source], alone, **options)
+            made = trim(tokenizer, Checkpoint(name), PretrainedConfig(), [source], alone, **options)
             made.prove(sources)
             seconds = time.perf_counter() - start
             tests = {test["name"]: test for test in made.facts["tests"]}

@@ -85,7 +85,7 @@ def test_who_is_handed_a_model_computes_the_same(name: str, files: tuple[int, in
     for rank, theirs in enumerate((files, others)):
         sharing = Sharing(Machine(rank), theirs)
         made = fetched_model(lambda: model, lambda: skeleton(config), CPU, sharing)
-        runner = BlockRunner(made[0], decoder_blocks(made[0])[1], CPU, made[1])
+        runner = BlockRunner(made[0], CPU, made[1])
         runner.verify()
         assert perplexity(runner, ids, 2) == expected
         found.append(runner)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, mode
 from lib.distributed.context import DistContext
 from lib.eval import perplexities, perplexity, some_logits
 from lib.methods.sparsity import Sparsity
+from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
 from lib.model.fetched import check_offload_room, fetched_model, own_folder, unmapped
 from lib.model.placement import BlockPlacement, device_map
@@ -171,9 +172,9 @@ def on_host(model: PreTrainedModel) -> BlockRunner:
     """The model with its blocks in host memory and everything else on `a device`: the CPU again."""
     model, placement = fetched_model(lambda: dispatched(model), lambda: None, CPU)
     assert not any(hasattr(module, "_hf_hook") for module in model.modules())
-    blocks = decoder_blocks(model)[1]
-    assert all(parameter.is_meta for parameter in blocks.parameters())
-    return BlockRunner(model, blocks, CPU, placement)
+    runner = BlockRunner(model, CPU, placement)
+    assert all(parameter.is_meta for parameter in runner.blocks.parameters())
+    return runner
 
 
 @pytest.mark.parametrize("architecture", ["Llama", "Gemma 2", "Mixtral"])
@@ -186,7 +187,7 @@ def test_blocks_in_host_memory(architecture: str, tmp_path: Path) -> None:
         prune_(runner, "sparsegpt")
         value = perplexity(runner, windows(5), 2).value
         folder = tmp_path / make.__name__
-        with runner.materialized(decoder_blocks(model)[0]):
+        with runner.materialized():
             model.save_pretrained(folder)
         fetched = all(parameter.is_meta for parameter in runner.blocks.parameters())
         assert fetched == (make is on_host)
@@ -204,7 +205,7 @@ def test_blocks_in_host_memory_are_packed(architecture: str, tmp_path: Path) -> 
     for make in (runner_of, on_host):
         runner = make(tiny.ARCHITECTURES[architecture]())
         prune_(runner, "wanda", Sparsity(0.5, 2, 4))
-        model, name = runner.model, decoder_blocks(runner.model)[0]
+        model = runner.model
         before = some_logits(model, windows(1))
         report = swap_linears_(
             model,
@@ -214,9 +215,9 @@ def test_blocks_in_host_memory_are_packed(architecture: str, tmp_path: Path) -> 
         )
         check_same_outputs(before, some_logits(model, windows(1)))
         value = perplexity(runner, windows(5), 2).value
-        zeros = check.measure(runner, name).shares()
+        zeros = check.measure(runner).shares()
         folder = tmp_path / make.__name__
-        with runner.materialized(name):
+        with runner.materialized():
             model.save_pretrained(folder)
         found.append((str(report), value, zeros, weights(folder), footprint(model)))
         if make is on_host:
@@ -243,10 +244,10 @@ def test_fetched_to_a_gpu(method: str) -> None:
         known = dict(dtype=torch.bfloat16, device_map=where)
 
         def read(known: dict = known) -> PreTrainedModel:
-            return load_model("bfloat16", config, **known)
+            return load_model(Checkpoint("bfloat16"), config, **known)
 
         one, placement = (read(), None) if len(where) == 1 else fetched_model(read, read, gpu)
-        runner = BlockRunner(one, decoder_blocks(one)[1], gpu, placement)
+        runner = BlockRunner(one, gpu, placement)
         runner.verify()
         prune_(runner, method, Sparsity(0.5, 2, 4))
         values = [perplexity(runner, windows(5), 2).value]

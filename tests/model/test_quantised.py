@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lib.methods.sparsity import Sparsity
+from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
 from lib.model.quantised import check_format, stored_bits
@@ -46,10 +47,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["4", "8"])
 def loaded(request: pytest.FixtureRequest, place: Path) -> nn.Module:
-    config = load_config(str(place / "model"), "none", False)
+    config = load_config(Checkpoint(str(place / "model")))
     where = {"": CPU}
     return load_model(
-        str(place / "model"), config, dtype=torch.float32, device_map=where, load_bit=request.param
+        Checkpoint(str(place / "model")),
+        config,
+        dtype=torch.float32,
+        device_map=where,
+        load_bit=request.param,
     )
 
 
@@ -102,7 +107,7 @@ def test_a_matrix_is_stored_as_bitsandbytes_would(loaded: nn.Module) -> None:
     linear = all_linears(model)[0]
     wanted = torch.randn(linear.shape, generator=torch.Generator().manual_seed(1)) * 0.1
     wanted[:, ::2] = 0
-    linear.store_(wanted)
+    linear.set_weight_(wanted)
     got = linear.matrix()
     assert (got[:, ::2] == 0).all()
     step = wanted.abs().amax() * (0.15 if linear.module.weight.dtype == torch.uint8 else 1 / 127)
@@ -162,6 +167,6 @@ def test_other_formats_are_refused(method: str, place: Path, tmp_path: Path) -> 
 
 
 def test_an_unquantised_checkpoint_passes(place: Path) -> None:
-    config = load_config(str(place / "model"), "none", False)
-    check_format("model", config, "4", True)
+    config = load_config(Checkpoint(str(place / "model")))
+    check_format(Checkpoint("model"), config, "4", True)
     assert stored_bits(config) is None

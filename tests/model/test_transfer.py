@@ -10,7 +10,6 @@ from support import CPU, prune_
 
 from lib.model.blocks import BlockRunner
 from lib.model.pinned import empty_pinned
-from lib.model.pretrained import decoder_blocks
 from lib.model.transfer import AHEAD, Transfer
 
 CUTS = [slice(0, 2), slice(2, 4), slice(4, 5)]
@@ -131,7 +130,7 @@ def test_kept_on_the_host_or_on_the_gpu(method: str) -> None:
     found = []
     for state_device in (CPU, GPU):
         model = tiny.tiny_llama().to(GPU)
-        runner = BlockRunner(model, decoder_blocks(model)[1], GPU)
+        runner = BlockRunner(model, GPU)
         prune_(runner, method, state_device=state_device)
         found.append(model.state_dict())
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())

@@ -13,7 +13,8 @@ from support import CPU, QUICK, call, linears_of, results, runner_of, windows
 
 from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
-from lib.model.pretrained import decoder_blocks, load_config, load_model
+from lib.model.access import Checkpoint
+from lib.model.pretrained import load_config, load_model
 from lib.prune import Pruner
 from lib.pruning import allocation
 from lib.pruning.allocation import GROWTH, Part, allocate, by_error, costs, span
@@ -113,18 +114,18 @@ def test_a_run(method: str) -> None:
 
 def test_as_many_zeros_as_uniform_and_the_same_twice() -> None:
     runner = runner_of(tiny.tiny_llama().requires_grad_(False))
-    found = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True))
+    found = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True))
     sizes = {
-        f"x.{linear.name}": prod(linear.shape)
+        f"{runner.name}.{linear.name}": prod(linear.shape)
         for index in range(len(runner.blocks))
         for linear in linears_of(runner, index)
     }
     total = sum(found[name].ratio * size for name, size in sizes.items())
     assert total == pytest.approx(0.7 * sum(sizes.values()))
-    again = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True))
+    again = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True))
     assert found == again
     assert all(torch.equal(one.rows, again[name].rows) for name, one in found.items())
-    other = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True), seed=1)
+    other = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True), seed=1)
     assert not all(torch.equal(one.rows, other[name].rows) for name, one in found.items())
 
 
@@ -133,10 +134,10 @@ def test_other_architectures_reach_what_was_allocated(name: str) -> None:
     """Experts, transposed weights, and weights that several blocks share: allocated once."""
     make = tiny.HYBRIDS["Zamba2"] if name == "shared blocks" else tiny.ARCHITECTURES[name]
     model = make().requires_grad_(False)
-    runner, (blocks_name, _) = runner_of(model), decoder_blocks(model)
-    asked = by_error(runner, blocks_name, windows(6), 2, 0.6, DistContext(CPU, alone=True))
-    done = Pruner(runner, blocks_name, MethodSpec("admm"), asked).run(windows(6), 2)
-    measured = measure(runner, blocks_name, asked, frozenset(done.why))
+    runner = runner_of(model)
+    asked = by_error(runner, windows(6), 2, 0.6, DistContext(CPU, alone=True))
+    done = Pruner(runner, MethodSpec("admm"), asked).run(windows(6), 2)
+    measured = measure(runner, asked, frozenset(done.why))
     assert measured.overall == pytest.approx(0.6, abs=0.03)
     if name == "shared blocks":
         alike = [one.ratio for path, one in asked.items() if "shared_transformer" in path]
@@ -147,14 +148,15 @@ def test_other_architectures_reach_what_was_allocated(name: str) -> None:
 def test_a_4_bit_linear_counts_by_its_weights_not_its_bytes() -> None:
     """Beside linears that are not quantised, of the same shapes."""
     tiny.write_model("model", tiny.tiny_llama(hidden_size=64, intermediate_size=192))
-    config = load_config("model", "none", False)
-    model = load_model("model", config, dtype=torch.float32, device_map={"": CPU}, load_bit="4")
+    config = load_config(Checkpoint("model"))
+    options = dict(dtype=torch.float32, device_map={"": CPU}, load_bit="4")
+    model = load_model(Checkpoint("model"), config, **options)
     runner = runner_of(model)
     for linear in linears_of(runner, 0):
         plain = torch.nn.Linear(*reversed(linear.shape), bias=False)
         plain.weight.data.copy_(linear.matrix())
         runner.blocks[0].set_submodule(linear.name.removeprefix("0."), plain.requires_grad_(False))
-    found = by_error(runner, "x", windows(3), 2, 0.7, DistContext(CPU, alone=True))
+    found = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True))
     sizes = [prod(linear.shape) for index in (0, 1) for linear in linears_of(runner, index)]
     ratios = [sparsity.ratio for sparsity in found.values()]
     total = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True))

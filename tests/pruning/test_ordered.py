@@ -12,7 +12,6 @@ from torch import nn
 
 from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
-from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruner
 from lib.pruning.observe import DenseTwin, rows, stages
 from lib.pruning.ordered import OrderedBlock
@@ -25,7 +24,7 @@ NAMES = [name for name in NAMES if name in tiny.ARCHITECTURES]
 def pruned(name: str, cache_inputs: bool) -> dict[str, torch.Tensor]:
     model = tiny.ARCHITECTURES[name]()
     runner = runner_of(model)
-    pruner = Pruner(runner, decoder_blocks(model)[0], MethodSpec("admm"), HALF)
+    pruner = Pruner(runner, MethodSpec("admm"), HALF)
     pruner.run(windows(5), 2, CPU, cache_inputs=cache_inputs)
     return model.state_dict()
 
@@ -62,7 +61,7 @@ def all_inputs(runner, states, block) -> tuple[dict[str, torch.Tensor], torch.Te
         for name, module in block.named_modules()
         if isinstance(module, nn.Linear)
     ]
-    out = torch.cat([run() for _, run in runner.runs(states, 0, block)])
+    out = torch.cat([run() for _, run in runner.iter_batches(states, 0, block)])
     for handle in handles:
         handle.remove()
     return {

@@ -44,14 +44,14 @@ def outlying(model):
     runner = runner_of(model)
     for index in range(len(runner.blocks)):
         for linear in linears_of(runner, index):
-            linear.stored.flatten()[:: 40 * (index + 1)] *= 20
+            linear.raw_weight.flatten()[:: 40 * (index + 1)] *= 20
     return model
 
 
 def test_blocks_follow_the_share_of_outliers() -> None:
     model, ids = outlying(tiny.tiny_llama()), windows(5)
     runner = runner_of(model)
-    found = owl(runner, "x", ids, 2, 0.7, DistContext(CPU, alone=True))
+    found = owl(runner, ids, 2, 0.7, DistContext(CPU, alone=True))
     shares = slow_shares(model, ids)
     sizes = [sum(w.numel() for w in block.parameters() if w.dim() == 2) for block in runner.blocks]
     expected = allocate(shares, sizes, 0.7)
@@ -102,23 +102,23 @@ def test_a_block_that_no_token_reached_has_no_outliers() -> None:
 
 def test_weights_that_blocks_share_are_as_sparse_as_their_first_block() -> None:
     model = tiny.HYBRIDS["Zamba2"]().requires_grad_(False)
-    runner, (blocks_name, blocks) = runner_of(model), decoder_blocks(model)
-    ratios = torch.linspace(0.62, 0.78, len(blocks)).tolist()
-    sparsity = of_blocks(blocks, blocks_name, ratios)
-    done = Pruner(runner, blocks_name, MethodSpec("wanda"), sparsity).run(windows(6), 2)
-    measure(runner, blocks_name, sparsity, frozenset(done.why))  # raises where one falls short
-    first = first_names(blocks, blocks_name)
+    runner = runner_of(model)
+    ratios = torch.linspace(0.62, 0.78, len(runner.blocks)).tolist()
+    sparsity = of_blocks(runner, ratios)
+    done = Pruner(runner, MethodSpec("wanda"), sparsity).run(windows(6), 2)
+    measure(runner, sparsity, frozenset(done.why))  # raises where one falls short
+    first = first_names(runner)
     assert len(set(first.values())) < len(first)
     assert all(sparsity[name] == sparsity[own] for name, own in first.items())
 
 
 def test_the_total_counts_shared_weights_once() -> None:
     model = outlying(tiny.HYBRIDS["Zamba2"]().requires_grad_(False))
-    runner, (blocks_name, blocks) = runner_of(model), decoder_blocks(model)
-    ratios = owl(runner, blocks_name, windows(6), 2, 0.7, DistContext(CPU, alone=True))
-    sparsity = of_blocks(blocks, blocks_name, ratios)
-    sizes = measure(runner, blocks_name).sizes
-    own = set(first_names(blocks, blocks_name).values())
+    runner = runner_of(model)
+    ratios = owl(runner, windows(6), 2, 0.7, DistContext(CPU, alone=True))
+    sparsity = of_blocks(runner, ratios)
+    sizes = measure(runner).sizes
+    own = set(first_names(runner).values())
     total = sum(sparsity[name].ratio * sizes[name] for name in own)
     assert total == pytest.approx(0.7 * sum(sizes[name] for name in own))
     assert len(set(ratios)) > 1

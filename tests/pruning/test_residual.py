@@ -33,7 +33,7 @@ def after(lots, place: int):
 @pytest.mark.parametrize("name", WRITERS)
 def test_writers_are_found(name):
     runner, states, lots = in_lots(name)
-    _, run = next(runner.runs(states, 0))
+    _, run = next(runner.iter_batches(states, 0))
     found = set()
     with torch.no_grad():
         for place, lot in enumerate(lots):
@@ -46,7 +46,7 @@ def test_writers_are_found(name):
 @torch.no_grad()
 def test_stream_of_a_llama_block():
     runner, states, lots = in_lots("Llama")
-    _, run = next(runner.runs(states, 0))
+    _, run = next(runner.iter_batches(states, 0))
     names = [lot[0].name for lot in lots]
     attention, mlp = names.index("0.self_attn.o_proj"), names.index("0.mlp.down_proj")
     [o_proj], [down_proj] = lots[attention], lots[mlp]
@@ -62,7 +62,7 @@ def test_stream_of_a_llama_block():
 def test_nothing_stays_silent():
     runner, states, lots = in_lots("Llama")
     linears = [linear for lot in lots for linear in lot]
-    _, run = next(runner.runs(states, 0))
+    _, run = next(runner.iter_batches(states, 0))
     before = run()
     with pytest.raises(KeyError), silenced(linears):
         assert torch.equal(run(), states.hidden[:2])
@@ -87,7 +87,7 @@ def test_what_was_found_of_writers(name):
         if not writer.last:
             assert writer.ends == linear.split(".")[0]
             [lot] = [lot for lot in lots if lot[0].name == f"0.{linear}"]
-            _, run = next(runner.runs(states, 0))
+            _, run = next(runner.iter_batches(states, 0))
             whole = run()
             _, out = passed(run, lot[0])
             block = runner.blocks[0]
@@ -119,7 +119,7 @@ def test_running_out_of_memory_is_no_finding(monkeypatch):
 @torch.no_grad()
 def test_experts_and_their_router_can_be_silenced():
     runner, states, lots = in_lots("Mixtral")
-    _, run = next(runner.runs(states, 0))
+    _, run = next(runner.iter_batches(states, 0))
     linears = [linear for lot in lots for linear in lot]
     assert any(linear.expert is not None for linear in linears)
     with silenced(linears):

@@ -76,7 +76,7 @@ def trainer(
     rounding: torch.dtype = torch.float32,
     **more,
 ) -> Recoverer:
-    known = decoder_blocks(model)[0], more.pop("schedule", schedule(rank)), text(), 2
+    known = more.pop("schedule", schedule(rank)), text(), 2
     return Recoverer(
         runner,
         teacher,
@@ -109,13 +109,12 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def test_learns_and_keeps_every_zero(name: str, rank: int | None) -> None:
     model, runner, teacher = pruned(name)
     before, dense = state(model), state(teacher.model)
-    blocks = decoder_blocks(model)[0]
-    trained = trained_parameters(model, blocks)
+    trained = trained_parameters(model, runner.name)
     done = trainer(model, runner, teacher, rank).run()
     after = state(model)
     assert done.curve[done.best]["perplexity"] < 0.9 * done.curve[0]["perplexity"]
     assert done.best == len(done.curve) - 1 == recover.MEASURED
-    measure(runner, blocks, PATTERN if name not in ("Mamba", "shared blocks") else None)
+    measure(runner, PATTERN if name not in ("Mamba", "shared blocks") else None)
     masked = {key for key, (_, sparse) in trained.items() if sparse}
     assert masked
     for key in masked:

@@ -29,7 +29,7 @@ from lib.model.pretrained import (
     default_batch_size,
     footprint,
     fresh_copy,
-    make_current,
+    set_current_device,
     skeleton,
 )
 from lib.model.quantised import packed_linears
@@ -95,7 +95,7 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
     need = needed(of(model, method_spec=method_spec))
     there = [*model.parameters(), *model.buffers(), ids]
     with Alive(there) as alive:
-        pruner = Pruner(runner_of(model), decoder_blocks(model)[0], method_spec, Sparsity(0.5))
+        pruner = Pruner(runner_of(model), method_spec, Sparsity(0.5))
         pruner.run(ids if method_spec.observes else None, 4)
         perplexity(runner_of(model), ids[:4], 4)
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
@@ -147,7 +147,7 @@ def test_tensors_of_a_recovery_take_what_was_said(
     size = size if name == "llama" else size | dict(n_inner=352)
     model = tiny.build(name, **size, **(tiny.EXPERTS if name == "mixtral" else {}))
     model.requires_grad_(False)
-    runner, blocks = runner_of(model), decoder_blocks(model)[0]
+    runner = runner_of(model)
     prune_(runner, "magnitude")
     ids = windows(8, 32)
     monkeypatch.setattr("lib.recover.LEAST", 4 * 32)  # two steps: AdamW begins in the first
@@ -157,7 +157,7 @@ def test_tensors_of_a_recovery_take_what_was_said(
     there = [*model.parameters(), *model.buffers(), ids]
     with Alive(there) as alive:
         teacher = runner_of(fresh_copy(model))
-        known = runner, teacher, blocks, TrainSchedule(8 * 32, 32, 1e-3, rank), text, 4
+        known = runner, teacher, TrainSchedule(8 * 32, 32, 1e-3, rank), text, 4
         measure = lambda one, ids: perplexity(one, ids, 4).value  # noqa: E731
         Recoverer(*known, measure, saved, checkpointed=checkpointed).run()
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
@@ -169,10 +169,10 @@ def test_tensors_of_an_allocation_take_what_was_said(hidden: int, vocabulary: in
     """Within a quarter: the logits decide, hidden states and graphs, or a matrix in order."""
     size = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=4)
     model = tiny.tiny_llama(**size, vocab_size=vocabulary).requires_grad_(False)
-    ids, blocks_name = windows(8, 32), decoder_blocks(model)[0]
+    ids = windows(8, 32)
     plan = of(model, probed=8)
     with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
-        by_error(runner_of(model), blocks_name, ids, 4, 0.7, DistContext(CPU, alone=True))
+        by_error(runner_of(model), ids, 4, 0.7, DistContext(CPU, alone=True))
     assert sum(memory._allocation(plan)) == pytest.approx(alive.most, rel=0.25)
 
 
@@ -316,7 +316,7 @@ def test_what_names_no_device_is_on_the_runs_own(monkeypatch: pytest.MonkeyPatch
     made = []
     monkeypatch.setattr(torch.cuda, "set_device", made.append)
     for device in (CPU, torch.device("cuda", 1)):
-        make_current(device)
+        set_current_device(device)
     assert made == [torch.device("cuda", 1)]
 
 

@@ -17,6 +17,7 @@ from support import QUICK, ROOT, Done, call, results
 import lib.sweep.runs
 import main
 from lib.model import pretrained
+from lib.model.access import Checkpoint
 from lib.report.results import load_runs
 from lib.run import fingerprint
 from lib.run.completions import Completions
@@ -55,9 +56,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = pretrained.load_model
 
-    def load_model(name, *args, **kwargs):
-        seen.append(name)
-        return original(name, *args, **kwargs)
+    def load_model(checkpoint, *args, **kwargs):
+        seen.append(checkpoint.name)
+        return original(checkpoint, *args, **kwargs)
 
     monkeypatch.setattr(pretrained, "load_model", load_model)
     return seen
@@ -227,8 +228,8 @@ def test_every_run_gives_what_main_gives(checkpoint, sets, request, texts, loads
 
 def test_a_run_leaves_the_dense_model_untouched(model):
     dense = pretrained.load_model(
-        str(model),
-        pretrained.load_config(str(model), "cache", False),
+        Checkpoint(str(model)),
+        pretrained.load_config(Checkpoint(str(model))),
         dtype=torch.float32,
         device_map={"": "cpu"},
     )

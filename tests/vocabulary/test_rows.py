@@ -9,6 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from lib.model.access import Checkpoint
 from lib.model.pretrained import fresh_copy
 from lib.model.rows import TRIMMED_FROM, count_rows, keep_rows_, tokens_of_configs
 from lib.util.errors import UserError
@@ -34,7 +35,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 def test_same_logits_here_and_loaded_again(name: str, tmp_path: Path) -> None:
     model = tiny.ALL[name]()
     ids = torch.randint(len(ROWS), (2, 24), generator=torch.Generator().manual_seed(0))
-    assert count_rows(model, "m") == tiny.VOCAB
+    assert count_rows(model, Checkpoint("m")) == tiny.VOCAB
     before, tied = logits(model, ROWS[ids])[..., ROWS], is_tied(model)
     keep_rows_(model, ROWS)
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-5, atol=1e-5)
@@ -43,7 +44,7 @@ def test_same_logits_here_and_loaded_again(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again, ids), before, rtol=1e-5, atol=1e-5)
-    assert is_tied(again) == tied and count_rows(again, "m") == len(ROWS)
+    assert is_tied(again) == tied and count_rows(again, Checkpoint("m")) == len(ROWS)
 
 
 def test_tied_untied_and_a_copy_that_shares() -> None:
@@ -72,7 +73,7 @@ def test_every_number_follows(tmp_path: Path) -> None:
     model.generation_config.bad_words_ids = [[20, 23], [26]]
     model.generation_config.forced_bos_token_id = 29
     model.save_pretrained(tmp_path)
-    named = tokens_of_configs(str(tmp_path), model.config, "none", False)
+    named = tokens_of_configs(Checkpoint(str(tmp_path)), model.config)
     assert named >= {0, 1, 2, 8, 11, 14, 17, 20, 23, 26, 29, 317, 318, 319}
     keep_rows_(model, ROWS)
     rows = ROWS.tolist()
@@ -120,22 +121,22 @@ def test_refused() -> None:
     with torch.device("meta"):
         per_layer = tiny.REFUSED["Gemma 3n"]
     with pytest.raises(UserError, match="has a tensor .*embed_tokens_per_layer.weight"):
-        count_rows(per_layer(), "m")
+        count_rows(per_layer(), Checkpoint("m"))
     with pytest.raises(UserError, match=r"embed_tokens_per_layer.weight \[256, "):
-        count_rows(per_layer(vocab_size_per_layer_input=256), "m")
+        count_rows(per_layer(vocab_size_per_layer_input=256), Checkpoint("m"))
     model = tiny.tiny_llama()
     model.model.layers[0].mlp.register_buffer("bias_of_tokens", torch.zeros(tiny.VOCAB))
     with pytest.raises(UserError, match="a tensor model.layers.0.mlp.bias_of_tokens"):
-        count_rows(model, "m")
+        count_rows(model, Checkpoint("m"))
     shared = tiny.tiny_llama()
     shared.model.layers[1].own = torch.nn.Embedding(4, 4)
     shared.model.layers[1].own.weight = shared.model.embed_tokens.weight
     with pytest.raises(UserError, match="layers.1.own.weight"):
-        count_rows(shared, "m")
+        count_rows(shared, Checkpoint("m"))
     longer = tiny.tiny_llama()
     longer.lm_head = torch.nn.Linear(32, 384, bias=False)
     with pytest.raises(UserError, match="320 rows in its embedding, 384 in its head"):
-        count_rows(longer, "m")
+        count_rows(longer, Checkpoint("m"))
     packed = tiny.tiny_llama()
     packed.model.embed_tokens.weight = torch.nn.Parameter(
         torch.zeros(320, 32, dtype=torch.uint8), requires_grad=False

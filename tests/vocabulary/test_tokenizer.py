@@ -18,6 +18,7 @@ from lib.data.sources import parse_sources
 from lib.data.tokenizer import Pieces
 from lib.data.tokenizer_model import CHECK, check_of
 from lib.distributed.context import DistContext
+from lib.model.access import Checkpoint
 from lib.util.errors import UserError
 from lib.vocabulary import Trimmed, choose, trim
 
@@ -43,7 +44,7 @@ def uk(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trimmed(tokenizer: PreTrainedTokenizerFast, folder: Path, **options) -> Trimmed:
     sources = parse_sources([str(folder)], "--vocabulary_data")
     options = {"rows": max(tokenizer.get_vocab().values()) + 1, "named": set()} | options
-    return trim(tokenizer, "m", PretrainedConfig(), sources, ALONE, **options)
+    return trim(tokenizer, Checkpoint("m"), PretrainedConfig(), sources, ALONE, **options)
 
 
 def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:

@@ -20,7 +20,7 @@ from lib.eval import perplexities
 from lib.methods import sparsegpt
 from lib.methods.column_loop import column_loop
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import BATCH_TOKENS, decoder_blocks
+from lib.model.pretrained import BATCH_TOKENS
 from lib.util.host import gib
 
 SEVEN = ["--hidden", "4096", "--inner", "11008", "--nsamples", "128", "--seqlen", "4096"]
@@ -95,7 +95,7 @@ def check_evaluation(device: str, size: Size, vocabulary: int) -> dict[str, Any]
     with there:
         model = random_llama(hidden, inner, 2, vocabulary, seqlen, head=128)
         model = model.to(torch.bfloat16 if there.type == "cuda" else torch.float32).eval()
-    runner = BlockRunner(model, decoder_blocks(model)[1], there)
+    runner = BlockRunner(model, there)
     windows = torch.randint(vocabulary, (4, seqlen))
     batch_size = max(1, min(2, BATCH_TOKENS[there.type] // seqlen))
     measure = partial(perplexities, runner, [windows], batch_size)
