@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from lib.methods.sparsity import Sparsity
     from lib.model.blocks import BlockRunner
+    from lib.quality.reference import DenseReference, States
     from lib.run.completions import Completions
 
 
@@ -58,6 +59,8 @@ def run(job: Job) -> dict[str, Any]:
         completions = Completions(job, loaded)
         if job.method_spec or job.schedule:
             completions.generate("dense", teacher.model if args.teacher else loaded.model)
+            dense = teacher if args.teacher else loaded.runner
+            loaded.reference = dense_reference(job, loaded, dense)
         figures = prune(job, loaded) if job.method_spec else {}
         if teacher:
             figures |= recover(job, loaded, teacher)
@@ -134,6 +137,22 @@ def trim(job: Job, loaded: LoadedModel) -> None:
         print(
             f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {differ:.1g}"
         )
+
+
+def dense_reference(job: Job, loaded: LoadedModel, dense: BlockRunner) -> DenseReference:
+    """The dense model's hidden states on test windows, which evaluation compares with."""
+    from lib.quality.reference import DenseReference, dense_states, own_windows, tail_of
+    from lib.util.progress import progress
+
+    dist, sets = job.dist, [test.windows for test in job.texts.tests]
+
+    def run() -> States:
+        windows = sum(len(own_windows(len(windows), dist)) for windows in sets)
+        with job.timed("dense"), progress(windows, "dense", "window", dist.is_main) as bar:
+            return dense_states(dense, sets, job.batch_size, dist, bar, loaded.state_device)
+
+    key = (*job.dense_key, "states", [test.facts["digest"] for test in job.texts.tests])
+    return DenseReference(tail_of(dense), job.cache.dense_outputs(key, run))
 
 
 def prune(job: Job, loaded: LoadedModel) -> dict[str, Any]:
@@ -262,24 +281,26 @@ def pack(job: Job, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def evaluate(job: Job, loaded: LoadedModel) -> dict[str, Any]:
-    """Perplexity on every test set, in one pass over the blocks."""
+    """Perplexity on every test set, and how far the model is from the dense one, in one pass."""
     from lib.eval import perplexities
+    from lib.run.record import evaluation_record
     from lib.util.progress import progress
 
-    tests, is_main, found = job.texts.tests, job.dist.is_main, []
+    tests, is_main = job.texts.tests, job.dist.is_main
     sets = [test.windows for test in tests]
     windows = sum(map(len, sets))
     with job.timed("eval"), progress(windows, "perplexity", "window", is_main) as bar:
-        reads = loaded.runner, sets, job.batch_size, job.dist
-        measured = perplexities(*reads, bar, loaded.state_device)
-    for test, its in zip(tests, measured, strict=True):
-        figures = {
-            "perplexity": its.value,
-            "standard_error": its.standard_error,
-            "bits_per_byte": its.bits_per_byte(test.bytes),
-        }
-        found.append(test.facts | figures)
-    return {"evaluation": found}
+        measured = perplexities(
+            loaded.runner,
+            sets,
+            job.batch_size,
+            job.dist,
+            on_progress=bar,
+            state_device=loaded.state_device,
+            reference=loaded.reference,
+        )
+    records = [evaluation_record(*both) for both in zip(tests, measured, strict=True)]
+    return {"evaluation": records}
 
 
 def collect(job: Job, loaded: LoadedModel, figures: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Perplexity by the published rule, through the same runner, with logits in chunks."""
+"""Perplexity by the published rule, and how far a model is from the dense one on the same text.
+
+Both come from the same logits, which are computed in chunks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,10 +27,23 @@ from lib.model.blocks import (
     rows_at_once,
 )
 from lib.model.finite import first_overflow
+from lib.quality.reference import DenseReference, compared_windows
 from lib.util.errors import UserError
 
+FIGURES = "loss", "kl", "agreement"  # of each window
 COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
 TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS token
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far a model is from the dense one, over all predicted positions of `windows` windows."""
+
+    kl: float  # mean KL(dense || model), nats a token
+    kl_standard_error: float  # from the spread over windows, as below; nan for a single window
+    top1_agreement: float  # share of positions where both have the same most likely token
+    top1_agreement_standard_error: float
+    windows: int
 
 
 @dataclass(frozen=True)
@@ -36,6 +53,7 @@ class Perplexity:
     value: float
     standard_error: float  # of `value`, from the spread over windows
     nats: float  # negative log-likelihood of all predicted tokens together
+    divergence: Divergence | None = None  # where it was compared with the dense model
 
     def bits_per_byte(self, size: int) -> float:
         """Of a text of `size` bytes: comparable between tokenizers, which perplexity is not."""
@@ -54,17 +72,19 @@ def perplexities(
     dist: DistContext | None = None,
     on_progress: Callable[[int], None] = lambda windows: None,
     state_device: torch.device | str = "cpu",
+    reference: DenseReference | None = None,
 ) -> list[Perplexity]:
-    """Perplexity of each test set, windows (n, tokens).
+    """Perplexity of each test set, windows (n, tokens), and with `reference` its divergence.
 
     Where bringing a block costs nothing, each batch goes through all blocks and no hidden states
     are kept; where blocks are fetched, each sees all sets before the next one is, and
-    `state_device` is where hidden states are. The processes of `dist` share the windows.
-    `on_progress` is called with the
-    number of windows that are done.
+    `state_device` is where hidden states are. The processes of `dist` share the windows, as they
+    did for `reference`. `on_progress` is called with the number of windows that are done.
+    UserError where a loss is not finite.
     """
     dist = dist or DistContext(runner.device, alone=True)
-    losses = [torch.zeros(len(test), dtype=torch.float64, device=runner.device) for test in tests]
+    zeros = partial(torch.zeros, dtype=torch.float64, device=runner.device)
+    figures = [zeros(len(FIGURES), len(test)) for test in tests]
     shares = [range(len(test))[dist.share(len(test))] for test in tests]
     resident = runner.placement is None or runner.placement.zero_copy
     step = batch_size if resident else max(map(len, tests))
@@ -73,72 +93,150 @@ def perplexities(
         for number, mine in enumerate(shares)
         for start in mine[::step]
     ]
-    for lot in [[part] for part in parts] if resident else [parts]:
-        if not lot:  # more processes than windows: no block need be fetched
+    for group in [[part] for part in parts] if resident else [parts]:
+        if not group:  # more processes than windows: no block need be fetched
             continue
-        done = [(cut.stop - cut.start) * len(tests[i]) // len(shares[i]) for i, cut in lot]
-        sets = [tests[number][cut] for number, cut in lot]
-        where = runner.device if resident else state_device
-        found = _losses_of(runner, sets, batch_size, where, sum(done), on_progress)
-        for (number, cut), its in zip(lot, found, strict=True):
-            losses[number][cut] = its
+        done = [(cut.stop - cut.start) * len(tests[i]) // len(shares[i]) for i, cut in group]
+        own = _figures_of(
+            runner,
+            [(number, cut.start, tests[number][cut]) for number, cut in group],
+            batch_size,
+            runner.device if resident else state_device,
+            _split_progress(on_progress, sum(done), len(runner.blocks) + 1),
+            reference,
+        )
+        for (number, cut), by_window in zip(group, own, strict=True):
+            figures[number][:, cut] = by_window
     dist.barrier()
-    for handle in dist.all_reduce_(losses):
+    for handle in dist.all_reduce_(figures):
         handle.wait()
-    return [_mean(runner, *both) for both in zip(tests, losses, strict=True)]
+    return [
+        _mean(runner, test, *by_window, compared=reference is not None)
+        for test, by_window in zip(tests, figures, strict=True)
+    ]
 
 
-def _mean(runner: BlockRunner, windows: Tensor, losses: Tensor) -> Perplexity:
-    """Of windows (n, tokens) with these losses (n,); UserError where they are not finite."""
+def _mean(
+    runner: BlockRunner,
+    windows: Tensor,
+    losses: Tensor,
+    kl: Tensor,
+    agreement: Tensor,
+    *,
+    compared: bool,
+) -> Perplexity:
+    """Means over windows (n, tokens) of their figures (n,) each."""
     mean = losses.mean().item()
     if not math.isfinite(mean):
         where = first_overflow(runner, windows[~losses.isfinite().cpu()][:1])
         raise UserError(f"{where}: activations are not finite; try --dtype float32")
     value = math.exp(mean) if mean < 700 else math.inf
-    spread = losses.std().item() / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-    return Perplexity(value, value * spread, mean * len(losses) * (windows.shape[1] - 1))
+    nats = mean * len(losses) * (windows.shape[1] - 1)
+    divergence = None
+    if compared:
+        chosen = compared_windows(len(windows))
+        kl, agreement = kl[chosen], agreement[chosen]
+        divergence = Divergence(
+            kl=kl.mean().item(),
+            kl_standard_error=_standard_error(kl),
+            top1_agreement=agreement.mean().item(),
+            top1_agreement_standard_error=_standard_error(agreement),
+            windows=len(chosen),
+        )
+    return Perplexity(value, value * _standard_error(losses), nats, divergence)
 
 
-def _losses_of(
+def _standard_error(values: Tensor) -> float:
+    """Of the mean of values (n,); nan for a single one."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def _split_progress(
+    on_progress: Callable[[int], None], windows: int, steps: int
+) -> Callable[[], None]:
+    """A function for `steps` calls, which tell `on_progress` of parts of `windows` windows."""
+    ends = iter(range(1, steps + 1))
+
+    def advance() -> None:
+        step = next(ends)
+        on_progress(windows * step // steps - windows * (step - 1) // steps)
+
+    return advance
+
+
+def _figures_of(
     runner: BlockRunner,
-    sets: list[Tensor],
+    sets: list[tuple[int, int, Tensor]],
     batch_size: int,
     state_device: torch.device | str,
-    shown: int,
-    on_progress: Callable[[int], None],
+    advance: Callable[[], None],
+    reference: DenseReference | None,
 ) -> list[Tensor]:
-    """Mean negative log-likelihood of each window (n,), of each set.
-
-    `on_progress` is told `shown` in all: a part after each block, and the last when all is done.
+    """FIGURES (figures, n) of each set of windows: number of its test set, that of its first
+    window, and the windows (n, tokens). `advance` is called after each block, and after the head.
     """
-    several = [runner.capture(windows, batch_size, state_device) for windows in sets]
-    steps = len(runner.blocks) + 1  # the head is one
-    for index in range(steps - 1):
-        with runner.on_device(index):
-            for states in several:
-                runner.advance_(states, index)
-        on_progress(shown * (index + 1) // steps - shown * index // steps)
-    losses = [
-        torch.cat([_losses(runner, states, batch) for batch in states.batches]).double()
-        for states in several
-    ]
-    on_progress(shown - shown * (steps - 1) // steps)
-    return losses
+    several = runner.run_blocks(
+        [windows for *_, windows in sets], batch_size, state_device, lambda block: advance()
+    )
+    figures = []
+    for (number, first, _), states in zip(sets, several, strict=True):
+        parts = []
+        for batch in states.batches:
+            compare = reference and partial(reference.logits, number, first + batch.start)
+            parts.append(_figures(runner, states, batch, compare))
+        figures.append(torch.cat(parts, 1).double())
+    advance()
+    return figures
 
 
-def _losses(runner: BlockRunner, states: HiddenStates, batch: slice) -> Tensor:
-    """Mean negative log-likelihood of each window in the batch, (n,)."""
+def _figures(
+    runner: BlockRunner,
+    states: HiddenStates,
+    batch: slice,
+    compare: Callable[[Tensor], tuple[list[int], Callable[[Tensor], Tensor]]] | None,
+) -> Tensor:
+    """FIGURES of each window in the batch, (figures, n): means over its predicted positions.
+
+    `compare`, of ids (n, tokens): the rows to compare, and what gives their dense logits. Figures
+    of the other rows stay 0.
+    """
     ids = states.windows[batch].to(runner.device)  # (n, tokens)
     predicted = ids.shape[1] - 1
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
-    total = torch.zeros(len(ids), device=runner.device)
+    losses, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=runner.device)
+    rows, dense_logits = compare(ids) if compare else ([], None)
     logits_at = runner.logits(states, batch)
     for positions, logits in iter_logits(logits_at, predicted, runner.device, chunk):
         loss = cross_entropy(logits.flatten(0, 1), ids[:, positions + 1].flatten())
-        total += loss.view(len(ids), -1).sum(1)
-        del logits  # before the next ones come
+        losses += loss.view(len(ids), -1).sum(1)
+        if rows:
+            own = logits if len(rows) == len(ids) else logits[rows]
+            del logits
+            divergence, same = compare_logits(
+                dense_logits(positions).flatten(0, 1), own.flatten(0, 1)
+            )
+            kl[rows] += divergence.view(len(rows), -1).sum(1)
+            agreement[rows] += same.view(len(rows), -1).sum(1)
+            del own
+        else:
+            del logits  # before the next ones come
     return total / predicted
+
+
+def compare_logits(dense: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(dense || own) in nats, and whether the most likely token is the same, (rows,) each.
+
+    Both are logits (rows, vocabulary), softmaxed in float32, as many rows at a time as LOGIT_BYTES
+    allows.
+    """
+    step = rows_at_once(own.device, own.shape[-1])
+    divergences, same = [], []
+    for q, p in zip(dense.split(step), own.split(step), strict=True):
+        same.append(q.argmax(-1) == p.argmax(-1))
+        log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
+        divergences.append((log_q.exp() * log_p.neg_().add_(log_q)).sum(-1))
+    return torch.cat(divergences), torch.cat(same)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

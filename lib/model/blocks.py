@@ -9,7 +9,7 @@ forward runs with the blocks replaced by the buffer's contents, which gives exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,6 +147,25 @@ class BlockRunner:
         with record_function("forward"):
             for batch, run in self.iter_batches(states, index, block):
                 self.transfer.store_(states.hidden, batch, run())
+
+    def run_blocks(
+        self,
+        sets: Sequence[Tensor],
+        batch_size: int,
+        state_device: torch.device | str,
+        on_block: Callable[[int], None] = lambda index: None,
+    ) -> list[HiddenStates]:
+        """Hidden states after the last block of each set of windows (n, tokens).
+
+        Each block comes to the device once. `on_block` is called with its index when it is done.
+        """
+        several = [self.capture(windows, batch_size, state_device) for windows in sets]
+        for index in range(len(self.blocks)):
+            with self.on_device(index):
+                for states in several:
+                    self.advance_(states, index)
+            on_block(index)
+        return several
 
     @torch.no_grad()
     def logits(self, states: HiddenStates, batch: slice) -> Callable[[Tensor], Tensor]:

@@ -55,10 +55,7 @@ class Completions:
         """
         if not self.prompts:
             return
-        args = self.job.args
-        key = (args.teacher or args.model, args.dtype, args.load_bit, args.cache_dir, args.device)
-        key += ([ids.tolist() for _, ids in self.prompts],)
-        key += (self.job.vocabulary and self.job.vocabulary.digest,)
+        key = (*self.job.dense_key, [ids.tolist() for _, ids in self.prompts])
 
         def generate() -> list[str]:
             with self.job.timed("completions"):
@@ -66,7 +63,7 @@ class Completions:
 
         try:
             is_dense = name == "dense"
-            texts = self.job.cache.completions(key, generate) if is_dense else generate()
+            texts = self.job.cache.dense_outputs(key, generate) if is_dense else generate()
         except Exception as error:  # raised by any model's own code; the pruned model must be saved
             self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
         else:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lib.model.access import Checkpoint
     from lib.model.blocks import BlockRunner
     from lib.pruning.journal import Journal
+    from lib.quality.reference import DenseReference
     from lib.recover import TrainSchedule
     from lib.vocabulary import Trimmed
 
@@ -42,9 +43,9 @@ class NoCache:
         """The dense model, which depends on `key` alone, on `device`; it may be changed."""
         return read()
 
-    def completions(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
-        """The dense model's completions, which depend on `key` alone."""
-        return generate()
+    def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        """What was computed by the dense model, and depends on `key` alone."""
+        return compute()
 
 
 @dataclass
@@ -95,6 +96,13 @@ class Job:
             self.method_spec and (self.method_spec.observes or self.args.allocation != "uniform")
         )
 
+    @property
+    def dense_key(self) -> tuple:
+        """What the outputs of the dense model depend on, besides their inputs."""
+        args, vocabulary = self.args, self.vocabulary
+        named = args.teacher or args.model, args.dtype, args.load_bit, args.cache_dir, args.device
+        return *named, vocabulary and vocabulary.digest
+
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -116,3 +124,4 @@ class LoadedModel:
     cache_inputs: bool = True  # of a block, which saves passes through it
     asked: Sparsity | dict[str, Sparsity] | None = None  # of the linears, where it must be reached
     left: frozenset[str] = frozenset()  # linears that were left dense
+    reference: DenseReference | None = None  # what evaluation compares with

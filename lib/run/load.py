@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lib.run.job import Job, LoadedModel
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from lib.model.fetched import Sharing
@@ -151,11 +152,23 @@ def _see_memory(job: Job, shared: bool) -> Room:
         packed=PackedLinears.of(*packed_linears(job.config)),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
         probed=max(1, probed) if args.allocation == "error" else 0,
+        compared=_compared_bytes(job, working),
     )
     room = check_memory(plan, job.device, lambda fetched: any(dist.all_gather_object(fetched)))
     if dist.is_main:
         print(room.line, flush=True)
     return room
+
+
+def _compared_bytes(job: Job, working: torch.dtype) -> int:
+    """Host memory of the dense model's hidden states that evaluation compares with, in bytes."""
+    from lib.quality.reference import reference_bytes
+
+    if not (job.method_spec or job.schedule):
+        return 0
+    width = job.config.get_text_config(decoder=True).hidden_size
+    counts = [len(test.windows) for test in job.texts.tests]
+    return reference_bytes(counts, job.seqlen * width * working.itemsize, job.dist)
 
 
 def _training(job: Job) -> Training | None:

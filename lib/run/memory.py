@@ -189,6 +189,7 @@ class Plan:
     pack_bits: int | None = None  # packs what it has pruned, at so many bits
     probed: int = 0  # windows that go through the dense model and back, in this process
     keeps: bool = True  # inputs within a block, which saves passes through it
+    compared: int = 0  # bytes of the dense model's hidden states, which stay on the host
 
     @property
     def once(self) -> int:
@@ -238,6 +239,7 @@ def needed(plan: Plan) -> Need:
     """Where everything stands in the same memory; `check_memory` splits it over two."""
     moments = _calibration(plan), _evaluation(plan), _recovery(plan), (0, _packing(plan))
     hidden, work = max(*moments, _allocation(plan), key=sum)
+    hidden += plan.compared if plan.device == "cpu" else 0
     reading = plan.stored and not plan.fetched  # the files are mapped beside what is made of them
     mapped = 0
     if reading:
@@ -380,6 +382,8 @@ def _evaluation(plan: Plan) -> tuple[int, int]:
     rows = min(max(batch, HEAD_POSITIONS, LOGIT_BYTES[plan.device] // row), tokens)
     pieces = min(max(row, LOGIT_BYTES[plan.device]), row * rows)  # in float32, and their softmax
     logits = rows * row * plan.working.itemsize // FLOAT + 2 * pieces
+    if plan.compared:  # with those of the dense model
+        logits += rows * row * plan.working.itemsize // FLOAT + pieces
     passing = max(_activations(plan, block) for block in plan.shapes.blocks)
     if plan.packed or plan.pack_bits:  # one weight at a time is dense, where no kernel takes it
         largest = _largest(plan)
@@ -436,7 +440,8 @@ def stand(plan: Plan, free: int = 0) -> Stand:
         need = needed(plan)
     kept = need.weights + need.hidden + need.work <= free
     device = Need(need.weights, need.hidden if kept else 0, need.work)
-    return Stand(plan, device, Need(0, 0 if kept else need.hidden, 0), plan.once, kept)
+    host = Need(0, plan.compared + (0 if kept else need.hidden), 0)
+    return Stand(plan, device, host, plan.once, kept)
 
 
 @dataclass(frozen=True)

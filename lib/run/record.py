@@ -17,6 +17,8 @@ from lib.util.terminal import one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lib.data.windows import TestSet
+    from lib.eval import Perplexity
     from lib.recover import Recovered, TrainSchedule
     from lib.run.job import Job, LoadedModel
     from lib.sparse import PackedSize
@@ -88,6 +90,33 @@ def results_of(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str
         "footprint": {"before": loaded.footprint, "after": footprint(loaded.model)},
         "fingerprint": job.fingerprint,
     }
+
+
+def evaluation_record(test: TestSet, measured: Perplexity) -> dict[str, Any]:
+    """What stands in results.json of a test set."""
+    record = test.facts | {
+        "perplexity": measured.value,
+        "standard_error": measured.standard_error,
+        "bits_per_byte": measured.bits_per_byte(test.bytes),
+    }
+    if divergence := measured.divergence:
+        record |= {
+            "kl": divergence.kl,
+            "kl_standard_error": divergence.kl_standard_error,
+            "top1_agreement": divergence.top1_agreement,
+            "top1_agreement_standard_error": divergence.top1_agreement_standard_error,
+            "compared_windows": divergence.windows,
+        }
+    return record
+
+
+def divergence_line(test: dict[str, Any]) -> str:
+    """How far the model is from the dense one on a test set, for the terminal."""
+    return (
+        f"{one_line(test['name'])}: KL {test['kl']:.4f} nats a token from the dense model, the "
+        f"same most likely token at {test['top1_agreement']:.1%} of the positions of "
+        f"{test['compared_windows']} windows"
+    )
 
 
 def packing_record(size: PackedSize, left: int, before: Tensor, after: Tensor) -> dict[str, Any]:
@@ -179,6 +208,8 @@ def print_summary(results: dict[str, Any]) -> None:
         )
         error = test["standard_error"]  # nan for a single window
         print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
+        if "kl" in test:
+            print(divergence_line(test))
     for line in terminal_lines(results.get("completions", [])):
         print(line)
     recovery = results.get("recovery")

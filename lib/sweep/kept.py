@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class SweepCache(NoCache):
         self.dense: nn.Module | None = None  # on the host
         self.dense_key: str | None = None
         self.known: dict[str, Texts] = {}
-        self.dense_completions: dict[str, list[str]] = {}
+        self.known_outputs: dict[str, Any] = {}
         self.trimmed: dict[str, Trimmed] = {}
 
     def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
@@ -58,10 +58,10 @@ class SweepCache(NoCache):
             self.dense_key = settings
         return fresh_copy(self.dense).to(device)
 
-    def completions(self, key: tuple, generate: Callable[[], list[str]]) -> list[str]:
-        if repr(key) not in self.dense_completions:
-            self.dense_completions[repr(key)] = generate()
-        return self.dense_completions[repr(key)]
+    def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
+        if repr(key) not in self.known_outputs:
+            self.known_outputs[repr(key)] = compute()
+        return self.known_outputs[repr(key)]
 
     def beside(self, own_peak: bool) -> str:
         """What a peak of memory is of; `own_peak`: it was begun anew for the run."""

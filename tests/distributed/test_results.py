@@ -47,6 +47,9 @@ def test_as_one_process(case: str, alone: str, shared: tuple[str, list[Done]]) -
     assert [one.status for one in done] == [0] * len(done), [one.err for one in done]
     one, many = (results(f"{place}/{case}/run") for place in (alone, where))
     assert many["perplexity"]["uk"] == pytest.approx(one["perplexity"]["uk"], rel=5e-3)
+    for name in ("kl", "top1_agreement"):
+        (a,), (b,) = ([entry[name] for entry in found["evaluation"]] for found in (one, many))
+        assert b == pytest.approx(a, rel=2e-2, abs=2e-3), name
     assert many["sparsity"]["overall"] == pytest.approx(one["sparsity"]["overall"], abs=1e-4)
     assert many["calibration"] == one["calibration"]
     said = [[entry["dense"] for entry in found.get("completions", [])] for found in (one, many)]

@@ -93,7 +93,8 @@ def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
     found = results()
     assert found.keys() >= KEYS
     assert found["flags"].items() >= {"nsamples": WINDOWS, "sparsity_type": kind}.items()
-    assert found["seconds"].keys() == {"load", "completions", "prune", "eval", "save"}
+    steps = {"load", "completions", "dense", "prune", "eval", "save"}
+    assert found["seconds"].keys() == steps
     assert found["peak_memory"]["host"] > 2**20
     size = sum(weight.nbytes for weight in load_file("new/model.safetensors").values())
     assert found["footprint"]["before"] == found["footprint"]["after"]
