@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from lib.util.terminal import one_line
 
 EMPTY = "–"
-# what Markdown, on the hub and elsewhere, gives a meaning within a line
-_MARKUP = re.compile(r"[\\`*_\[\]~#$@]|:(?=//)|(?<=www)\.")
+# what Markdown, on the hub and elsewhere, gives a meaning within a line; `_` has none in a word
+_MARKUP = re.compile(r"[\\`*\[\]~#$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
 
 
 def escape(text: str) -> str:

@@ -1,18 +1,19 @@
-"""What a run leaves behind, `results.json`: written and read here, so that both agree.
+"""What a run leaves behind, `results.json`: its keys, written and read here, so that both agree.
 
-`write_results` writes the file of one run, `load_runs` finds those of many, and a `Run` answers
-what tables and pictures ask. Importing this file imports nothing heavy.
+`Results` documents every key. `write_results` writes the file of one run, `load_runs` reads those
+of many, and a `Run` answers what tables and pictures ask. Importing this file imports nothing
+heavy.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from lib.util.errors import UserError
 from lib.util.files import write_text
@@ -22,7 +23,178 @@ NONE = "none"  # calibrated on nothing: the dense model, magnitude
 STRICTNESS = ("unstructured", "4:8", "2:4")  # sparsity types, from the loosest to the strictest
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> Path:
+class SourceRecord(TypedDict):
+    """A text source and how many windows it gave to calibration or recovery."""
+
+    name: str
+    source: str  # as it was given
+    revision: str | None  # of a hub set
+    windows: int
+    share: float  # of all windows
+    rows: NotRequired[list[int]]  # calibration: the document of each window, and where it starts
+    starts: NotRequired[list[int]]
+    held_out: NotRequired[int]  # recovery: windows measured on; passes over the rest; windows that
+    passes: NotRequired[int]  # were dropped because a test set contains them
+    dropped: NotRequired[int]
+
+
+class WindowsRecord(TypedDict):
+    """The windows that a method calibrated on, or that recovery trained on."""
+
+    name: str
+    sources: list[SourceRecord]
+    windows: int
+    seqlen: int  # tokens of a window
+    bos: int | None  # the id that begins every window
+    digest: str  # of the token ids
+    tokens: NotRequired[int]  # calibration: in all windows
+    held_out: NotRequired[int]  # recovery: windows
+
+
+class EvaluationRecord(TypedDict):
+    """A test set, and what the model reached on it; figures that are not finite are null."""
+
+    name: str
+    source: str
+    revision: str | None
+    windows: int
+    seqlen: int
+    tokens: int
+    bytes: int  # UTF-8, of the text behind the tokens that are predicted
+    bos: int | None
+    digest: str
+    perplexity: float
+    standard_error: float  # of the perplexity, over windows; null for a single window
+    bits_per_byte: float
+    kl: NotRequired[float]  # nats a token, from the dense model
+    kl_standard_error: NotRequired[float]
+    top1_agreement: NotRequired[float]  # share of positions with the dense model's first choice
+    top1_agreement_standard_error: NotRequired[float]
+
+
+class SparsityRecord(TypedDict):
+    """Measured shares of zeros."""
+
+    overall: float  # of the weights of all linears of the decoder blocks
+    linears: dict[str, float]
+
+
+class CurvePoint(TypedDict):
+    """Where the recovery stood after some tokens; `loss` is null before the first step."""
+
+    tokens: int
+    perplexity: float  # of the training text held out
+    loss: float | None
+
+
+class RecoveryRecord(TypedDict):
+    """The training of the kept weights; perplexities by test set are those before it."""
+
+    tokens: int
+    seconds: float
+    steps: int
+    windows: int  # of a step
+    rate: float  # at the peak
+    rank: int | None
+    cross_entropy: float  # share of the loss
+    weights: int  # trained
+    teacher: str
+    text: WindowsRecord
+    curve: list[CurvePoint]
+    kept: CurvePoint  # the best one, whose weights the model has
+    held_out: dict[str, float]  # perplexity of the training text held out: `dense`, `before`
+    dense: dict[str, float]
+    before: dict[str, float]
+
+
+class PackingRecord(TypedDict):
+    """The packed linears as they are saved."""
+
+    bits: int  # of a kept value; 16 means the dtype of the checkpoint
+    linears: int
+    left_dense: int  # linears
+    bytes: int
+    dense_bytes: int  # of the same linears, dense
+    difference: float  # |packed logits - dense logits| / |dense logits|, on one window
+
+
+class VocabularyRecord(TypedDict):
+    """A trimmed vocabulary; of one that was trimmed by an earlier run only the first three."""
+
+    note: str
+    rows: int  # of the embedding
+    rows_before: int
+    tokens: NotRequired[int]
+    tokens_before: NotRequired[int]
+    used: NotRequired[int]  # tokens that the texts use
+    counted: NotRequired[int]  # tokens of the texts
+    documents: NotRequired[int]
+    characters: NotRequired[int]
+    sources: NotRequired[list[str]]
+    digest: NotRequired[str]
+    seconds: NotRequired[float]
+    bytes_dropped: NotRequired[int]
+    logits_differ: NotRequired[float]
+    tests: NotRequired[list[dict[str, Any]]]  # name, documents, alike, tokens_before, tokens, rise
+
+
+class Completion(TypedDict):
+    """A prompt from a test document, and how models continue it greedily."""
+
+    test: str
+    prompt: str
+    dense: NotRequired[str]
+    model: NotRequired[str]  # what the run has made of it
+
+
+class Measured(TypedDict, total=False):
+    """What the steps of a run measure, one after another."""
+
+    allocation: list[float] | dict[str, float]  # sparsity asked for, by block or linear
+    notes: list[str]  # what of the model was pruned in another way, or not at all, and why
+    sparsity: SparsityRecord
+    recovery: RecoveryRecord
+    packed: PackingRecord
+    evaluation: list[EvaluationRecord]
+    completions: list[Completion]
+    tasks: dict[str, dict[str, float]]  # of lm-eval: {task: {metric: value}}
+
+
+class Results(Measured):
+    """results.json of a run; the keys of `Measured` are there where the run has them."""
+
+    model: str
+    method: str  # a pruning method, `dense`, or `pruned before`
+    sparsity_type: str | None  # None where nothing was pruned
+    sparsity_ratio: float | None
+    options: dict[str, Any]  # of the method, given or by default
+    flags: dict[str, Any]  # of the command line, all
+    settings: dict[str, Any]  # flags that change a result and have no key of their own
+    seed: int
+    versions: dict[str, str | None]
+    device: str
+    bos: int | None
+    calibration: WindowsRecord | None
+    vocabulary: NotRequired[VocabularyRecord]
+    bits_per_byte: NotRequired[dict[str, float]]  # by test set, where the vocabulary was trimmed
+    perplexity: dict[str, float]  # by test set
+    seconds: dict[str, float]  # by step
+    peak_memory: dict[str, Any]  # bytes: `host`, `device`; in a sweep `of`, what they include
+    footprint: dict[str, int]  # bytes of the model in memory, `before` and `after`
+    saved_bytes: NotRequired[int]  # all files of --save_model
+    fingerprint: dict[str, dict[str, Any]]
+
+
+class FailedRun(TypedDict):
+    """results.json of a run that a sweep could not finish."""
+
+    model: str
+    method: str
+    flags: dict[str, Any]
+    error: str
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
     """results.json, whole or not at all; nan and inf, which JSON does not know, as null."""
     path = folder / RESULTS
     text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
@@ -43,7 +215,7 @@ class Run:
     """One run: its folder, and what its results.json holds."""
 
     folder: Path
-    results: dict[str, Any] = field(repr=False)
+    results: Results | FailedRun = field(repr=False)
 
     @property
     def error(self) -> str | None:
@@ -86,7 +258,7 @@ class Run:
         return self.results.get("settings", {})
 
     @property
-    def vocabulary(self) -> dict[str, Any]:
+    def vocabulary(self) -> VocabularyRecord | dict[str, Any]:
         """Of a model whose vocabulary was trimmed: `rows`, `rows_before`, `note` and more."""
         return self.results.get("vocabulary") or {}
 
@@ -95,7 +267,7 @@ class Run:
         return (self.results.get("calibration") or self._recovered_on).get("name") or NONE
 
     @property
-    def _recovered_on(self) -> dict[str, Any]:
+    def _recovered_on(self) -> WindowsRecord | dict[str, Any]:
         return self.results.get("recovery", {}).get("text", {})
 
     @property
@@ -105,7 +277,7 @@ class Run:
         return tuple((s["source"], s.get("share")) for s in calibration.get("sources", []))
 
     @cached_property
-    def tests(self) -> dict[str, dict[str, Any]]:
+    def tests(self) -> dict[str, EvaluationRecord]:
         """The evaluations by the name of their test set."""
         return {entry["name"]: entry for entry in self.results["evaluation"]}
 

@@ -1,175 +1,215 @@
-"""The model card of a pruned model: README.md with the hub's head of metadata."""
+"""The model card of a pruned model: README.md with the hub's metadata at its head.
+
+A card may be published. It holds names, never paths, and every name that comes from a file or a
+flag is escaped.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from lib.data.sources import BUILT_IN
 from lib.methods.sparsity import UNSTRUCTURED
 from lib.report.completion_tables import completions_of_run
+from lib.report.markdown import compact_table, escape
+from lib.report.results import EvaluationRecord, RecoveryRecord, Results, VocabularyRecord
+from lib.run.record import changed_options, with_error
 
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 
 
-def model_card(results: dict[str, Any], sources: list[str]) -> str:
-    """Markdown that tells how the model was pruned, on what, and what it cost.
+def model_card(results: Results, sources: list[str]) -> str:
+    """The card: how the model was pruned, on what, and what it cost.
 
-    `sources`: the names of the texts that it was calibrated on, none where no text was looked at.
+    `sources`: the texts that it was calibrated, recovered or trimmed on; none where no text was
+    read. With the flag `--card_without_prompts` the completions are left out.
     """
-    model, method = results["model"], results["method"]
-    kind = results["sparsity_type"]
-    vocabulary, packed = results.get("vocabulary"), results["flags"]["replace_sparse_layers"]
-    trims = results["flags"].get("trim_vocabulary")
-    if kind is None:
-        how = "its sparse linears packed" if packed else "its vocabulary trimmed"
-    elif kind == UNSTRUCTURED:
-        how = f"pruned by {method} to {100 * results['sparsity_ratio']:g}% zeros"
-    else:
-        how = f"pruned by {method} to {kind}"
-    recovery = results.get("recovery")
+    recovery, vocabulary = results.get("recovery"), results.get("vocabulary")
+    packed = results["flags"].get("replace_sparse_layers")
+    sections = [[f"# {escape(name_of(results['model']))}, {_how(results)}"]]
+    if is_sparse(results):
+        sections.append(_sparsity(results))
+    if vocabulary:
+        sections.append(_vocabulary(vocabulary))
+    if is_sparse(results):
+        sections.append([compact_table(["", ""], _facts(results))])
+    if notes := results.get("notes"):
+        sections.append([f"- {escape(note)}" for note in notes])
+    sections.append([_evaluation(results["evaluation"], bool(vocabulary))])
+    if shows_prompts(results):
+        sections.append(_completions(results))
     if recovery:
-        how = "a pruned model recovered" if kind is None else f"{how} and recovered"
-    if trims and "vocabulary" not in how:
-        how += ", its vocabulary trimmed"
-    on_hub = is_hub_id(model)
-    sparse = bool(kind or recovery or packed)
-    first = "bits per byte | perplexity" if vocabulary else "perplexity"
-    head = ModelCardData(
+        sections.append(_recovery(results, recovery))
+    if packed:
+        sections.append(_packing(results))
+    sections.append(how_to_run(results))
+    body = "\n\n".join("\n".join(lines) for lines in sections if lines)
+    return f"---\n{_metadata(results, sources).to_yaml()}\n---\n{body}\n"
+
+
+def shows_prompts(results: Results) -> bool:
+    """Whether the card shows beginnings of test documents."""
+    without = results["flags"].get("card_without_prompts")
+    return bool(results.get("completions")) and not without
+
+
+def is_sparse(results: Results) -> bool:
+    """Whether linears of the model are pruned, by this run or by the one that it recovers."""
+    packed = results["flags"].get("replace_sparse_layers")
+    return bool(results["sparsity_type"] or "recovery" in results or packed)
+
+
+def _metadata(results: Results, sources: list[str]) -> ModelCardData:
+    model, pruned = results["model"], results["sparsity_type"]
+    tags = [*(["pruned", "sparse"] if is_sparse(results) else [])]
+    return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=model if on_hub else None,
+        base_model=model if is_hub_id(model) else None,
         language=languages_of(sources) or None,
-        tags=[*(["pruned", "sparse"] if sparse else []), *([method] if kind else [])],
+        tags=[*tags, *([results["method"]] if pruned else [])],
     )
-    lines = [
-        "---",
-        head.to_yaml(),
-        "---",
-        f"# {model if on_hub else Path(model).name}, {how}",
-        "",
-        *(_sparse(results) if sparse else []),
-        *(_vocabulary(vocabulary) if vocabulary else []),
-        *(_told(results) if sparse else []),
-        f"| test text | {first} | tokens |",
-        "|---|---|---|---|" if vocabulary else "|---|---|---|",
-        *[_measured(test, bool(vocabulary)) for test in results["evaluation"]],
-        "",
-        *(_completions(results) if results.get("completions") else []),
-        *(_recovery(results) if recovery else []),
-        *(_packed(results) if packed else []),
-    ]
-    return "\n".join(lines).rstrip() + "\n"
 
 
-def _sparse(results: dict[str, Any]) -> list[str]:
+def _how(results: Results) -> str:
+    """What the run did to the model, for the title."""
+    kind, method, flags = results["sparsity_type"], results["method"], results["flags"]
+    done = []
+    if kind:
+        target = f"{100 * results['sparsity_ratio']:g}% zeros" if kind == UNSTRUCTURED else kind
+        done.append(f"pruned by {method} to {target}")
+    if "recovery" in results:
+        done.append("recovered" if kind else "a pruned model recovered")
+    if not done and flags.get("replace_sparse_layers"):
+        done.append("its sparse linears packed")
+    how = " and ".join(done)
+    if flags.get("trim_vocabulary") or not how:
+        how += f"{', ' if how else ''}its vocabulary trimmed"
+    return how
+
+
+def _sparsity(results: Results) -> list[str]:
     return [
         "Linear layers of the decoder blocks are sparse; embeddings and the output head are dense. "
-        f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}.",
-        "",
+        f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
     ]
 
 
-def _vocabulary(vocabulary: dict[str, Any]) -> list[str]:
-    """What is left of the tokens, and how other texts than the chosen ones fare."""
-    sources = ", ".join(Path(source).name for source in vocabulary.get("sources", []))
-    chosen = f", those that the texts of {sources} use" if sources else ""
+def _vocabulary(vocabulary: VocabularyRecord) -> list[str]:
+    """How many tokens are left, and how much longer test texts become."""
+    sources = ", ".join(escape(Path(source).name) for source in vocabulary.get("sources", []))
+    used = f", those that the texts of {sources} use" if sources else ""
     lines = [
         f"Of {vocabulary['rows_before']} rows of its vocabulary {vocabulary['rows']} are left"
-        f"{chosen}. Other text is cut into more tokens, and reads the same.",
+        f"{used}. Other text is cut into more tokens, and reads the same.",
         "",
         vocabulary["note"],
-        "",
     ]
-    tests = vocabulary.get("tests", [])
-    if tests:
-        lines += ["| test text | documents cut alike | rise in tokens |", "|---|---|---|"]
-    for test in tests:
-        alike = f"{test['alike']} of {test['documents']}"
-        lines.append(f"| {test['name']} | {alike} | {test['rise']:+.2%} |")
-    return [*lines, ""] if tests else lines
+    if tests := vocabulary.get("tests"):
+        head = ["test text", "documents cut alike", "rise in tokens"]
+        body = []
+        for test in tests:
+            alike = f"{test['alike']} of {test['documents']}"
+            body.append([escape(test["name"]), alike, f"{test['rise']:+.2%}"])
+        lines += ["", compact_table(head, body)]
+    return lines
 
 
-def _measured(test: dict[str, Any], bits: bool) -> str:
-    figures = [test["bits_per_byte"]] if bits else []
-    cells = [test["name"], *(f"{value:.4f}" for value in (*figures, test["perplexity"]))]
-    return f"| {' | '.join(cells)} | {test['tokens']} |"
-
-
-def _told(results: dict[str, Any]) -> list[str]:
-    lines = [f"| {name} | {value} |" for name, value in _facts(results)]
-    return ["| | |", "|---|---|", *lines, ""]
-
-
-def _facts(results: dict[str, Any]) -> list[tuple[str, str]]:
-    calibration = results["calibration"]
-    facts = [("sparsity type", results["sparsity_type"]), ("seed", results["seed"])]
-    if calibration:
+def _facts(results: Results) -> Iterable[tuple[str, str]]:
+    """How the model was made, as rows of a table."""
+    yield "sparsity type", str(results["sparsity_type"])
+    yield "seed", str(results["seed"])
+    if calibration := results["calibration"]:
         size = f"{calibration['windows']} windows of {calibration['seqlen']} tokens"
-        facts.append(("calibrated on", f"{calibration['name']}, {size}"))
-        facts.append(("digest of the windows", f"`{calibration['digest']}`"))
-    facts += [(f"{name} option", value) for name, value in results["options"].items()]
+        yield "calibrated on", f"{escape(calibration['name'])}, {size}"
+        yield "digest of the windows", f"`{calibration['digest']}`"
+    for name, value in changed_options(results).items():
+        yield f"{name} option", "yes" if value is True else str(value)
     if results.get("allocation"):
-        facts.append(("allocation of the zeros", results["settings"]["allocation"]))
+        yield "allocation of the zeros", results["settings"]["allocation"]
     if recovery := results.get("recovery"):
-        facts.append(("recovered on", f"{recovery['text']['name']}, {recovery['tokens']} tokens"))
-        facts.append(("teacher", recovery["teacher"]))
-        facts.append(("share of cross-entropy", f"{recovery['cross_entropy']:g}"))
-        facts.append(("time of the recovery", f"{recovery['seconds']:.0f} s"))
-    return [(name, str(value)) for name, value in facts]
+        yield "recovered on", f"{escape(recovery['text']['name'])}, {recovery['tokens']} tokens"
+        yield "teacher", escape(name_of(recovery["teacher"]))
+        yield "share of cross-entropy", f"{recovery['cross_entropy']:g}"
+        yield "time of the recovery", f"{recovery['seconds']:.0f} s"
 
 
-def _completions(results: dict[str, Any]) -> list[str]:
-    """The model's completions, beside the dense one's."""
+def _evaluation(tests: list[EvaluationRecord], bits_first: bool) -> str:
+    """The table of figures, a row for each test set."""
+    head = ["test text", *(["bits per byte"] if bits_first else []), "perplexity"]
+    further = {"kl": "KL from dense, nats a token", "top1_agreement": "same first choice as dense"}
+    further = {key: title for key, title in further.items() if any(key in test for test in tests)}
+    body = []
+    for test in tests:
+        cells = [f"{test['bits_per_byte']:.4f}"] if bits_first else []
+        cells += [f"{test['perplexity']:.4f}"]
+        cells += [
+            with_error(test, key, percent=key != "kl") if key in test else "" for key in further
+        ]
+        body.append([escape(test["name"]), *cells, str(test["tokens"])])
+    return compact_table([*head, *further.values(), "tokens"], body)
+
+
+def _completions(results: Results) -> list[str]:
     return [
         "Beginnings of test documents, continued greedily:",
         "",
         completions_of_run(results["completions"]),
-        "",
     ]
 
 
-def _recovery(results: dict[str, Any]) -> list[str]:
-    """What the training of the kept weights gave back."""
-    recovery = results["recovery"]
+def _recovery(results: Results, recovery: RecoveryRecord) -> list[str]:
+    """Perplexities before and after the training of the kept weights, and its curve."""
+    before_and_after = (
+        [
+            escape(name),
+            *(f"{x:.4f}" for x in (recovery["dense"][name], recovery["before"][name], value)),
+        ]
+        for name, value in results["perplexity"].items()
+    )
+    curve = ([str(point["tokens"]), f"{point['perplexity']:.4f}"] for point in recovery["curve"])
     return [
         "The weights that pruning kept were trained on, with the dense model as teacher:",
         "",
-        "| test text | dense | pruned | recovered |",
-        "|---|---|---|---|",
-        *[
-            f"| {name} | {recovery['dense'][name]:.4f} | {recovery['before'][name]:.4f} "
-            f"| {value:.4f} |"
-            for name, value in results["perplexity"].items()
-        ],
+        compact_table(["test text", "dense", "pruned", "recovered"], before_and_after),
         "",
-        "| tokens | perplexity of training text held out |",
-        "|---|---|",
-        *[f"| {one['tokens']} | {one['perplexity']:.4f} |" for one in recovery["curve"]],
-        "",
+        compact_table(["tokens", "perplexity of training text held out"], curve),
     ]
 
 
-def _packed(results: dict[str, Any]) -> list[str]:
-    """How to load a checkpoint whose linears are packed, in three lines of Python."""
-    from lib.sparse import card_lines
-
-    packed = results.get("packed")
+def _packing(results: Results) -> list[str]:
+    """How large the packed linears are."""
     size = ""
-    if packed:
+    if packed := results.get("packed"):
         values = "8-bit integers" if packed["bits"] == 8 else "they were"
         share = packed["bytes"] / packed["dense_bytes"]
         size = f", kept weights as {values}, in {share:.3f} of their dense size"
+    return [f"The sparse linears are stored packed{size}."]
+
+
+def how_to_run(results: Results) -> list[str]:
+    """What to do with the saved folder, by its kind: packed, or a plain checkpoint."""
+    folder = Path(results["flags"].get("save_model") or "").name
+    if results["flags"].get("replace_sparse_layers"):
+        from lib.sparse import card_lines
+
+        intro = "With this project's `lib` on the path:"
+        return [intro, "", "```python", *card_lines(folder), "```"]
     return [
-        f"The sparse linears are stored packed{size}. With this project's `lib` on the path:",
-        "",
         "```python",
-        *card_lines(results["flags"]["save_model"]),
+        "from transformers import AutoModelForCausalLM",
+        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
         "```",
     ]
+
+
+def name_of(model: str) -> str:
+    """A hub id as it is, of a local folder its name alone."""
+    return model if is_hub_id(model) else Path(model).resolve().name
 
 
 def is_hub_id(model: str) -> bool:
@@ -179,12 +219,12 @@ def is_hub_id(model: str) -> bool:
 
 def languages_of(sources: list[str]) -> list[str]:
     """Codes of the languages that built-in sets name: `ubertext`, `c4:de`; a folder names none."""
-    found = []
+    codes = []
     for source in sources:
         kind, _, language = source.partition(":")
         code = LANGUAGE_OF_SET.get(source)
         if language and f"{kind}:LANGUAGE" in BUILT_IN:
             code = re.split("[_-]", language)[0]
-        if code and code not in found:
-            found.append(code)
-    return found
+        if code and code not in codes:
+            codes.append(code)
+    return codes

@@ -19,7 +19,7 @@ from lib.model.pretrained import pick_dtype, saved_dtype
 from lib.model.quantised import stored_bits
 from lib.model.store import dtype_name
 from lib.run.flags import RESULT, roles
-from lib.run.record import versions
+from lib.util.versions import versions
 
 if TYPE_CHECKING:
     from lib.run.job import Job

@@ -377,6 +377,14 @@ def _output_flags(group) -> None:
     flag(group, PLACE, "--save_model", help="folder for the pruned model, tokenizer and card")
     flag(
         group,
+        SHOWN,
+        "--card_without_prompts",
+        action="store_true",
+        help="leave the beginnings of test documents and their completions out of the card, which "
+        "may be published",
+    )
+    flag(
+        group,
         PLACE,
         "--resume",
         metavar="FOLDER",

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import math
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.methods.registry import METHODS, MethodSpec
 from lib.report.completion_tables import terminal_lines
+from lib.report.results import EvaluationRecord, Measured, PackingRecord, RecoveryRecord, Results
 from lib.run.flags import settings
 from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
 from lib.util.terminal import one_line
+from lib.util.versions import versions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lib.data.windows import TestSet
-    from lib.eval import Perplexity
     from lib.recover import Recovered, TrainSchedule
     from lib.run.job import Job, LoadedModel
     from lib.sparse import PackedSize
-
-PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that decide the result; None where not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def device_name(device: Any) -> str:
@@ -46,33 +32,19 @@ def device_name(device: Any) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-def results_of(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str, Any]:
-    """What stands in results.json.
-
-    `found`: what pruning and evaluation gave, as `sparsity`, `evaluation` and, where there are
-    any, `allocation`, `tasks`, `recovery`, `completions` and `packed`. Where the vocabulary was
-    trimmed, now or before, bits per byte come first.
-    """
+def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
+    """The results.json record of a run from what its steps `measured`; empty parts are left out."""
     from lib.model.pretrained import footprint
     from lib.vocabulary import told_of
 
     args, method_spec = job.args, job.method_spec
-    tests = found["evaluation"]
-    vocabulary = told_of(job.vocabulary, job.config)
-    bits = {test["name"]: test["bits_per_byte"] for test in tests}
-    further = {
-        name: found[name]
-        for name in ("tasks", "recovery", "completions", "packed")
-        if found.get(name)
-    }
-    allocation = {"allocation": found["allocation"]} if found.get("allocation") else {}
-    return {
+    tests = measured["evaluation"]
+    results: Results = {
         "model": args.model,
         "method": args.prune_method or ("pruned before" if job.schedule else "dense"),
         "sparsity_type": args.sparsity_type if method_spec else None,
         "sparsity_ratio": args.sparsity_ratio if method_spec else None,
         "options": method_spec.settings if method_spec else {},
-        **allocation,
         "flags": vars(args),
         "settings": settings(args),
         "seed": args.seed,
@@ -80,62 +52,37 @@ def results_of(job: Job, loaded: LoadedModel, found: dict[str, Any]) -> dict[str
         "device": device_name(job.device),
         "bos": job.texts.bos,
         "calibration": job.texts.calibration,
-        **({"vocabulary": vocabulary, "bits_per_byte": bits} if vocabulary else {}),
-        "evaluation": tests,
-        **further,
+        **{key: value for key, value in measured.items() if value},
         "perplexity": {test["name"]: test["perplexity"] for test in tests},
-        "sparsity": found["sparsity"],
         "seconds": job.seconds,
         "peak_memory": peak_memory(job.device),
         "footprint": {"before": loaded.footprint, "after": footprint(loaded.model)},
         "fingerprint": job.fingerprint,
     }
+    if vocabulary := told_of(job.vocabulary, job.config):
+        results["vocabulary"] = vocabulary
+        results["bits_per_byte"] = {test["name"]: test["bits_per_byte"] for test in tests}
+    return results
 
 
-def evaluation_record(test: TestSet, measured: Perplexity) -> dict[str, Any]:
-    """What stands in results.json of a test set."""
-    record = test.facts | {
-        "perplexity": measured.value,
-        "standard_error": measured.standard_error,
-        "bits_per_byte": measured.bits_per_byte(test.bytes),
-    }
-    if divergence := measured.divergence:
-        record |= {
-            "kl": divergence.kl,
-            "kl_standard_error": divergence.kl_standard_error,
-            "top1_agreement": divergence.top1_agreement,
-            "top1_agreement_standard_error": divergence.top1_agreement_standard_error,
-            "compared_windows": divergence.windows,
-        }
-    return record
-
-
-def divergence_line(test: dict[str, Any]) -> str:
-    """How far the model is from the dense one on a test set, for the terminal."""
-    return (
-        f"{one_line(test['name'])}: KL {test['kl']:.4f} nats a token from the dense model, the "
-        f"same most likely token at {test['top1_agreement']:.1%} of the positions of "
-        f"{test['compared_windows']} windows"
-    )
-
-
-def packing_record(size: PackedSize, left: int, before: Tensor, after: Tensor) -> dict[str, Any]:
-    """What stands in results.json of packing: sizes as saved, and how far logits `before` and
-    `after` it differ, relative to their norm."""
+def packing_record(
+    size: PackedSize, left_dense: int, before: Tensor, after: Tensor
+) -> PackingRecord:
+    """The record of packing: sizes as saved, and how far logits `before` and `after` it differ."""
     from lib.sparse import relative_difference
 
     return {
         "bits": size.bits,
         "linears": size.linears,
-        "left_dense": left,
+        "left_dense": left_dense,
         "bytes": size.packed,
         "dense_bytes": size.dense,
         "difference": relative_difference(before, after),
     }
 
 
-def packed_line(packed: dict[str, Any]) -> str:
-    """What packing made of the linears, for the terminal."""
+def packed_line(packed: PackingRecord) -> str:
+    """The size of the packed linears, for the terminal."""
     share = packed["bytes"] / packed["dense_bytes"]
     line = f"packed linears as saved: {gib(packed['bytes'])}, {share:.3f} of their dense size"
     if packed["bits"] == 8:
@@ -145,11 +92,11 @@ def packed_line(packed: dict[str, Any]) -> str:
 
 def recovery_record(
     job: Job, schedule: TrainSchedule, done: Recovered, dense: list[float], pruned: list[float]
-) -> dict[str, Any]:
-    """What stands in results.json of a recovery.
+) -> RecoveryRecord:
+    """The record of a recovery.
 
-    `dense`, `pruned`: perplexities of the teacher, and before, on what was held out and on every
-    test set.
+    `dense`, `pruned`: perplexities of the teacher, and of the model before the recovery, on the
+    training text held out and on every test set.
     """
     names = [test.name for test in job.texts.tests]
     return {
@@ -171,11 +118,25 @@ def recovery_record(
     }
 
 
-def write_log(folder: Path, results: dict[str, Any]) -> Path:
-    """log_METHOD.txt: names, then one line of values, tab-separated.
+def changed_options(results: Results) -> dict[str, Any]:
+    """The options of the method that are not its defaults."""
+    method = results["method"]
+    defaults = MethodSpec(method).settings if method in METHODS else {}
+    return {name: v for name, v in results["options"].items() if v != defaults.get(name)}
+
+
+def method_in_words(results: Results) -> str:
+    """Such as `wanda`, `wanda (variant)` or `admm (blend 0.5)`."""
+    options = changed_options(results).items()
+    words = [name if value is True else f"{name} {value}" for name, value in options]
+    return results["method"] + (f" ({', '.join(words)})" if words else "")
+
+
+def write_log(folder: Path, results: Results) -> Path:
+    """Write log_METHOD.txt: names, then one line of values, tab-separated.
 
     `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
-    vocabulary was trimmed, bits per byte stand before them, and a third line says why.
+    vocabulary was trimmed, bits per byte come before them, and a third line says why.
     """
     method, vocabulary = results["method"], results.get("vocabulary")
     names, values = ["method", "actual_sparsity"], [method]
@@ -192,35 +153,59 @@ def write_log(folder: Path, results: dict[str, Any]) -> Path:
     return path
 
 
-def print_summary(results: dict[str, Any]) -> None:
-    """What a user wants to know at the end; the last line ends with a perplexity."""
-    seconds, memory = results["seconds"], results["peak_memory"]
-    spent = ", ".join(f"{step} {value:.1f} s" for step, value in seconds.items())
-    options = ", ".join(f"{name} {value}" for name, value in results["options"].items())
-    method = results["method"] + (f" ({options})" if options else "")
-    print(f"{method}: {results['sparsity']['overall']:.4f} of the blocks' weights are zero")
-    print(f"time: {spent}; peak memory: host {gib(memory['host'])}", end="")
-    print(f", device {gib(memory['device'])}" if memory["device"] else "")
-    for test in results["evaluation"]:
-        size = f"{test['windows']} windows, {test['tokens']} tokens"
-        print(
-            f"{one_line(test['name'])}: {size}, {test['bits_per_byte']:.4f} bits per byte", end=""
-        )
-        error = test["standard_error"]  # nan for a single window
-        print(f", standard error of the perplexity {error:.2f}" if math.isfinite(error) else "")
-        if "kl" in test:
-            print(divergence_line(test))
-    for line in terminal_lines(results.get("completions", [])):
-        print(line)
-    recovery = results.get("recovery")
+def print_summary(results: Results) -> None:
+    """Print what a user wants to know at the end; the last line ends with a perplexity."""
+    print(*summary_lines(results), sep="\n")
+
+
+def summary_lines(results: Results) -> list[str]:
+    """The summary of a run for the terminal, a line for each fact."""
+    zeros = results["sparsity"]["overall"]
+    lines = [f"{method_in_words(results)}: {zeros:.4f} of the blocks' weights are zero"]
+    lines.append(_cost_line(results))
+    lines += [_test_line(test) for test in results["evaluation"]]
+    lines += terminal_lines(results.get("completions", []))
     if vocabulary := results.get("vocabulary"):
-        print(vocabulary["note"])
-        for name, value in results["bits_per_byte"].items():
-            print(f"bits per byte {one_line(name)}: {value:.4f}")
-    for name, value in results["perplexity"].items():
+        lines.append(vocabulary["note"])
+        lines += [
+            f"bits per byte {one_line(name)}: {value:.4f}"
+            for name, value in results["bits_per_byte"].items()
+        ]
+    recovery = results.get("recovery")
+    for test, value in results["perplexity"].items():
+        name = one_line(test)
         if recovery:
-            dense, before = recovery["dense"][name], recovery["before"][name]
-            print(
-                f"{one_line(name)}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}"
-            )
-        print(f"perplexity {one_line(name)}: {value:.4f}")
+            dense, before = recovery["dense"][test], recovery["before"][test]
+            lines.append(f"{name}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}")
+        lines.append(f"perplexity {name}: {value:.4f}")
+    return lines
+
+
+def _cost_line(results: Results) -> str:
+    memory = results["peak_memory"]
+    times = ", ".join(f"{step} {value:.1f} s" for step, value in results["seconds"].items())
+    line = f"time: {times}; peak memory: host {gib(memory['host'])}"
+    return line + (f", device {gib(memory['device'])}" if memory["device"] else "")
+
+
+def _test_line(test: EvaluationRecord) -> str:
+    """The size of a test set, and what was measured on it besides perplexity."""
+    parts = [
+        f"{test['windows']} windows, {test['tokens']} tokens",
+        f"{test['bits_per_byte']:.4f} bits per byte",
+    ]
+    if math.isfinite(test["standard_error"]):  # nan for a single window
+        parts.append(f"standard error of the perplexity {test['standard_error']:.2f}")
+    if "kl" in test:
+        parts.append(f"KL from the dense model {with_error(test, 'kl')} nats a token")
+    if "top1_agreement" in test:
+        parts.append(f"same first choice at {with_error(test, 'top1_agreement', percent=True)}")
+    return f"{one_line(test['name'])}: {', '.join(parts)}"
+
+
+def with_error(test: EvaluationRecord, key: str, percent: bool = False) -> str:
+    """A figure of a test set with its standard error where there is one: `0.123 ± 0.004`."""
+    value, error = test[key], test.get(f"{key}_standard_error")
+    form = ".2%" if percent else ".4f"
+    known = error is not None and math.isfinite(error)
+    return f"{value:{form}}" + (f" ± {error:{form}}" if known else "")

@@ -38,6 +38,7 @@ def test_words_stay_as_they_are() -> None:
     for text in ("Було, є й буде.", 'It\'s (so) 5 % "good" - or not; why?', "می‌خواهم"):
         assert escape(text) == text
     assert escape("") == escape(" \n") == "–"
+    assert escape("q_proj __a__ b_ _c") == r"q_proj \_\_a\_\_ b\_ \_c"
 
 
 def test_the_dense_and_the_pruned_model_stand_side_by_side() -> None:

@@ -6,12 +6,12 @@ import statistics
 from pathlib import Path
 
 import pytest
-from support import content, results, start
+from support import content, start
 
 from lib.report.plots import style
 from lib.report.plots.cost import saving
 from lib.report.report import main, table, write_report
-from lib.report.results import load_runs, write_results
+from lib.report.results import load_runs
 from lib.report.tables import tables
 from lib.util.errors import UserError
 
@@ -265,10 +265,3 @@ def test_an_output_that_is_a_file_is_refused(sweep, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         main([str(sweep), "--out", str(tmp_path / "file")])
-
-
-def test_results_are_read_as_they_were_written(tmp_path):
-    path = write_results(tmp_path, {"error": "kaputt", "perplexity": {"uk": float("inf")}})
-    assert results(path.parent) == {"error": "kaputt", "perplexity": {"uk": None}}
-    (run,) = load_runs([tmp_path])
-    assert run.error == "kaputt" and run.settings == {}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from lib.methods.registry import MethodSpec
+from lib.report.markdown import escape
 from lib.report.results import write_results
-from lib.run.card import languages_of, model_card
+from lib.run.card import languages_of, model_card, shows_prompts
 from lib.run.record import packed_line, print_summary, write_log
 
 
@@ -26,7 +29,7 @@ def results(**changes: object) -> dict:
         "options": {},
         "flags": {"replace_sparse_layers": False},
         "seed": 3,
-        "sparsity": {"overall": 0.62499},
+        "sparsity": {"overall": 0.61},
         "calibration": calibration,
         "evaluation": [test],
         "perplexity": {"uk": 12.34567},
@@ -61,6 +64,53 @@ def test_the_summary_ends_with_the_perplexity(capsys: pytest.CaptureFixture) -> 
     assert "nan" not in out and "host 1.00 GiB" in out
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("wanda", {"variant": False}, "wanda"),
+        ("wanda", {"variant": True}, "wanda (variant)"),
+        ("admm", MethodSpec("admm").settings, "admm"),
+        ("admm", MethodSpec("admm", {"blend": 0.5}).settings, "admm (blend 0.5)"),
+        ("pruned before", {}, "pruned before"),
+    ],
+)
+def test_only_options_that_were_changed_are_named(
+    method: str, options: dict, words: str, capsys: pytest.CaptureFixture
+) -> None:
+    made = results(method=method, options=options)
+    print_summary(made)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == f"{words}: 0.6100 of the blocks' weights are zero"
+    text = model_card(made, [])
+    options = re.findall(r"\| (\w+) option \| (\w.*) \|", text)
+    known = {"wanda (variant)": [("variant", "yes")], "admm (blend 0.5)": [("blend", "0.5")]}
+    assert options == known.get(words, [])
+
+
+def test_names_of_test_sets_do_not_steer_the_terminal(capsys: pytest.CaptureFixture) -> None:
+    test = results()["evaluation"][0] | {"name": "uk\x1b[2J\u202e"}
+    print_summary(results(evaluation=[test], perplexity={test["name"]: 2.0}))
+    out = capsys.readouterr().out
+    assert "uk[2J: 20 windows" in out and out.endswith("perplexity uk[2J: 2.0000\n")
+
+
+def test_agreement_with_the_dense_model_is_shown_where_it_was_measured(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    figures = {"kl": 0.12345, "kl_standard_error": 0.00456}
+    figures |= {"top1_agreement": 0.87654, "top1_agreement_standard_error": math.nan}
+    made = results(evaluation=[results()["evaluation"][0] | figures])
+    print_summary(made)
+    out = capsys.readouterr().out
+    assert (
+        "KL from the dense model 0.1235 ± 0.0046 nats a token, same first choice at 87.65%" in out
+    )
+    _, text = parsed(model_card(made, []))
+    assert "| uk | 12.3457 | 0.1235 ± 0.0046 | 87.65% | 640 |" in text
+    _, without = parsed(model_card(results(), []))
+    assert "KL" not in without and "| test text | perplexity | tokens |" in without
+
+
 def parsed(card: str) -> tuple[dict, str]:
     """The card's head and its text, as the hub reads them."""
     found = ModelCard(card)
@@ -79,7 +129,7 @@ def test_a_card() -> None:
     assert text.startswith("# owner/name, pruned by wanda to 62.5% zeros\n")
     for part in ("| calibrated on | uk, 8 windows of 32 tokens |", "`abc123`", "| seed | 3 |"):
         assert part in text
-    assert "| uk | 12.3457 | 640 |" in text and "0.6250" in text
+    assert "| uk | 12.3457 | 640 |" in text and "0.6100" in text
 
 
 def test_a_card_tells_how_packed_linears_are_loaded() -> None:
@@ -87,6 +137,7 @@ def test_a_card_tells_how_packed_linears_are_loaded() -> None:
     packed = {"bits": 16, "linears": 14, "left_dense": 0, "bytes": 9, "dense_bytes": 16}
     _, text = parsed(model_card(results(flags=flags, packed=packed | {"difference": 0.0}), []))
     assert "from_pretrained('small')" in text and text.rstrip().endswith("```")
+    assert "import lib.sparse" in text
     assert "kept weights as they were, in 0.562 of their dense size" in text
     packed |= {"bits": 8, "bytes": 5, "difference": 0.0123}
     _, text = parsed(model_card(results(flags=flags, packed=packed), []))
@@ -100,6 +151,72 @@ def test_a_card_of_a_local_model_without_calibration(tmp_path: Path) -> None:
     assert "base_model" not in head and "language" not in head
     assert text.startswith(f"# {tmp_path.name}, pruned by magnitude to 2:4\n")
     assert "calibrated" not in text and str(tmp_path.parent) not in text
+
+
+def recovery(**changes: object) -> dict:
+    return {
+        "text": {"name": "uk"},
+        "tokens": 512,
+        "teacher": "owner/dense",
+        "cross_entropy": 0.2,
+        "seconds": 3.0,
+        "dense": {"uk": 10.0},
+        "before": {"uk": 20.0},
+        "curve": [{"tokens": 0, "perplexity": 21.0}, {"tokens": 512, "perplexity": 13.0}],
+    } | changes
+
+
+def test_a_card_shows_the_dense_the_pruned_and_the_recovered_model_in_this_order() -> None:
+    _, text = parsed(model_card(results(recovery=recovery()), []))
+    assert text.startswith("# owner/name, pruned by wanda to 62.5% zeros and recovered\n")
+    assert "| uk | 10.0000 | 20.0000 | 12.3457 |" in text and "| 512 | 13.0000 |" in text
+
+
+def test_a_card_holds_names_and_no_paths(tmp_path: Path) -> None:
+    for name in ("dense", "small", "pruned"):
+        (tmp_path / name).mkdir()
+    private = f"{tmp_path}/"
+    vocabulary = {"note": "Trimmed.", "rows": 3, "rows_before": 9, "sources": [f"{private}uk"]}
+    for packed in (True, False):
+        flags = {"replace_sparse_layers": packed, "save_model": f"{private}small"}
+        made = results(model=f"{private}pruned", flags=flags, vocabulary=vocabulary)
+        made |= {"recovery": recovery(teacher=f"{private}dense"), "bits_per_byte": {"uk": 1.5}}
+        text = model_card(made, [f"{private}uk"])
+        assert private not in text and tmp_path.name not in text
+        for part in ("# pruned, ", "| teacher | dense |", "('small')", "the texts of uk use"):
+            assert part in text, part
+
+
+def test_a_card_says_how_a_plain_checkpoint_is_loaded() -> None:
+    flags = {"replace_sparse_layers": False, "save_model": "out/small"}
+    _, text = parsed(model_card(results(flags=flags), []))
+    assert "from_pretrained('small')" in text and "lib" not in text.split("```")[1]
+
+
+def test_names_in_a_card_are_plain_words() -> None:
+    nasty = "u|k <img src=x> [a](b)\u200b"
+    calibration = results()["calibration"] | {"name": nasty}
+    test = results()["evaluation"][0] | {"name": nasty}
+    made = results(calibration=calibration, evaluation=[test], perplexity={nasty: 12.34567})
+    text = model_card(made | {"recovery": recovery(dense={nasty: 1.0}, before={nasty: 2.0})}, [])
+    assert text.count(escape(nasty)) == 3
+    assert "<img" not in text and "[a]" not in text and "\u200b" not in text
+
+
+def test_the_card_alone_can_be_had_without_prompts() -> None:
+    completions = [{"test": "uk", "prompt": "Private words", "dense": " a", "model": " b"}]
+    made = results(completions=completions)
+    assert "| uk | Private words | a | b |" in model_card(made, [])
+    assert shows_prompts(made)
+    made["flags"] = made["flags"] | {"card_without_prompts": True}
+    text = model_card(made, [])
+    assert "Private" not in text and "Beginnings" not in text and not shows_prompts(made)
+
+
+def test_a_card_says_what_was_pruned_otherwise() -> None:
+    note = "pruned by magnitude, too few tokens were routed to them: model.layers.0.experts.3"
+    _, text = parsed(model_card(results(notes=[note]), []))
+    assert f"- {note}" in text.splitlines()
 
 
 @pytest.mark.parametrize(
