@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lib.methods.sparsity import Sparsity
     from lib.model.blocks import BlockRunner
     from lib.quality.reference import DenseReference, States
+    from lib.report.results import Measured, Results
     from lib.run.completions import Completions
 
 
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> None:
     run(check(args))
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Results:
     """Do what was checked; return what is written to results.json, on the main process.
 
     Raises UserError where a step after pruning has failed; the others have been done.
@@ -72,11 +73,11 @@ def finish(
     job: Job,
     loaded: LoadedModel,
     completions: Completions,
-    figures: dict[str, Any],
+    figures: Measured,
     target: Target | None,
-) -> dict[str, Any]:
+) -> Results:
     """Measure, save, record: no step that fails keeps the next from being done."""
-    from lib.run.card import model_card
+    from lib.run.card import model_card, shows_prompts
     from lib.run.record import print_summary
 
     args, steps, results, card = job.args, Steps(), {}, None
@@ -94,9 +95,12 @@ def finish(
     if results and target:
         with steps.attempt("card"):
             card = model_card(results, read_sources(job))
+            if shows_prompts(results):
+                print("card: shows beginnings of test documents; without: --card_without_prompts")
     if target:
         with steps.attempt("--save_model"):
-            save(job, loaded, card, target, steps)
+            size = save(job, loaded, card, target, steps)
+            results |= {"saved_bytes": size} if results else {}
     if results:
         with steps.attempt(f"--save {args.save}"):
             record(job, results)
@@ -155,7 +159,7 @@ def dense_reference(job: Job, loaded: LoadedModel, dense: BlockRunner) -> DenseR
     return DenseReference(tail_of(dense), job.cache.dense_outputs(key, run))
 
 
-def prune(job: Job, loaded: LoadedModel) -> dict[str, Any]:
+def prune(job: Job, loaded: LoadedModel) -> Measured:
     """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
     from lib.model.pretrained import saved_dtype
     from lib.prune import Pruner
@@ -180,11 +184,11 @@ def prune(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     print(*pruned.summary(), sep="\n")
     loaded.asked = None if args.use_variant else sparsity  # the variant only comes near
     loaded.left = frozenset(pruned.why)
-    found: dict[str, Any] = {}
+    figures: Measured = {"notes": pruned.summary()[1:]}
     if told:
-        found["allocation"] = told
+        figures["allocation"] = told
     measured = measure(runner, loaded.asked, loaded.left)
-    return found | {"sparsity": measured.shares()}
+    return figures | {"sparsity": measured.shares()}
 
 
 def allocate(job: Job, loaded: LoadedModel) -> tuple[dict[str, Sparsity], Any]:
@@ -212,7 +216,7 @@ def allocate(job: Job, loaded: LoadedModel) -> tuple[dict[str, Sparsity], Any]:
     return by_name, told
 
 
-def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> dict[str, Any]:
+def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     """Train what pruning kept, and see that every zero is still there."""
     from lib.eval import perplexities
     from lib.model.pretrained import saved_dtype
@@ -252,7 +256,7 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> dict[str, An
     return {"sparsity": after.shares(), "recovery": told}
 
 
-def pack(job: Job, loaded: LoadedModel) -> dict[str, Any]:
+def pack(job: Job, loaded: LoadedModel) -> Measured:
     """Pack every sparse linear, and see on one window that the outputs are the same."""
     from lib.eval import some_logits
     from lib.model.pretrained import footprint, saved_dtype
@@ -280,7 +284,7 @@ def pack(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     return {"packed": told}
 
 
-def evaluate(job: Job, loaded: LoadedModel) -> dict[str, Any]:
+def evaluate(job: Job, loaded: LoadedModel) -> Measured:
     """Perplexity on every test set, and how far the model is from the dense one, in one pass."""
     from lib.eval import perplexities
     from lib.run.record import evaluation_record
@@ -303,7 +307,7 @@ def evaluate(job: Job, loaded: LoadedModel) -> dict[str, Any]:
     return {"evaluation": records}
 
 
-def collect(job: Job, loaded: LoadedModel, figures: dict[str, Any]) -> dict[str, Any]:
+def collect(job: Job, loaded: LoadedModel, figures: Measured) -> Results:
     """Return what is written to results.json, with the share of zeros where nothing was pruned."""
     from lib.pruning.check import measure
     from lib.run.record import results_of
@@ -321,8 +325,8 @@ def do_tasks(job: Job, loaded: LoadedModel) -> dict[str, Any]:
         return run_tasks(loaded.model, job.tokenizer, job.args.tasks, job.batch_size)
 
 
-def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps: Steps) -> None:
-    """Save model, tokenizer and card in one folder, staged and put in place at once."""
+def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps: Steps) -> int:
+    """Save model, tokenizer and card in one folder, staged and put in place at once; its bytes."""
     from lib.data.tokenizer_model import write_tokenizer_model
     from lib.model.pretrained import save_model, saved_dtype
 
@@ -335,10 +339,12 @@ def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps:
             write_tokenizer_model(job.tokenizer, stage)
         if card:
             (stage / "README.md").write_text(card, "utf-8")
+        size = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
     print(f"saved: {args.save_model}", flush=True)
+    return size
 
 
-def record(job: Job, results: dict[str, Any]) -> None:
+def record(job: Job, results: Results) -> None:
     """Write results.json and log_METHOD.txt."""
     from lib.report.results import write_results
     from lib.run.record import write_log
@@ -349,7 +355,7 @@ def record(job: Job, results: dict[str, Any]) -> None:
     write_log(folder, results)
 
 
-def draw(job: Job, results: dict[str, Any]) -> None:
+def draw(job: Job, results: Results) -> None:
     """Draw the curve of the recovery, where matplotlib is installed."""
     from lib.report.plots.recovery import recovery_curve
     from lib.report.plots.style import can_draw

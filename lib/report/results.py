@@ -70,6 +70,7 @@ class EvaluationRecord(TypedDict):
     kl_standard_error: NotRequired[float]
     top1_agreement: NotRequired[float]  # share of positions with the dense model's first choice
     top1_agreement_standard_error: NotRequired[float]
+    compared_windows: NotRequired[int]  # on which `kl` and `top1_agreement` were measured
 
 
 class SparsityRecord(TypedDict):

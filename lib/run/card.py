@@ -141,7 +141,7 @@ def _facts(results: Results) -> Iterable[tuple[str, str]]:
 def _evaluation(tests: list[EvaluationRecord], bits_first: bool) -> str:
     """The table of figures, a row for each test set."""
     head = ["test text", *(["bits per byte"] if bits_first else []), "perplexity"]
-    further = {"kl": "KL from dense, nats a token", "top1_agreement": "same first choice as dense"}
+    further = {"kl": "KL from dense, nats a token", "top1_agreement": "same most likely token"}
     further = {key: title for key, title in further.items() if any(key in test for test in tests)}
     body = []
     for test in tests:

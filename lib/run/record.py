@@ -18,6 +18,8 @@ from lib.util.versions import versions
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lib.data.windows import TestSet
+    from lib.eval import Perplexity
     from lib.recover import Recovered, TrainSchedule
     from lib.run.job import Job, LoadedModel
     from lib.sparse import PackedSize
@@ -39,7 +41,11 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
 
     args, method_spec = job.args, job.method_spec
     tests = measured["evaluation"]
-    results: Results = {
+    trimmed: dict[str, Any] = {}
+    if vocabulary := told_of(job.vocabulary, job.config):
+        bits = {test["name"]: test["bits_per_byte"] for test in tests}
+        trimmed = {"vocabulary": vocabulary, "bits_per_byte": bits}  # before perplexity
+    return {
         "model": args.model,
         "method": args.prune_method or ("pruned before" if job.schedule else "dense"),
         "sparsity_type": args.sparsity_type if method_spec else None,
@@ -52,6 +58,7 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
         "device": device_name(job.device),
         "bos": job.texts.bos,
         "calibration": job.texts.calibration,
+        **trimmed,
         **{key: value for key, value in measured.items() if value},
         "perplexity": {test["name"]: test["perplexity"] for test in tests},
         "seconds": job.seconds,
@@ -59,10 +66,24 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
         "footprint": {"before": loaded.footprint, "after": footprint(loaded.model)},
         "fingerprint": job.fingerprint,
     }
-    if vocabulary := told_of(job.vocabulary, job.config):
-        results["vocabulary"] = vocabulary
-        results["bits_per_byte"] = {test["name"]: test["bits_per_byte"] for test in tests}
-    return results
+
+
+def evaluation_record(test: TestSet, measured: Perplexity) -> EvaluationRecord:
+    """The record of a test set, compared with the dense model where that was there."""
+    record = test.facts | {
+        "perplexity": measured.value,
+        "standard_error": measured.standard_error,
+        "bits_per_byte": measured.bits_per_byte(test.bytes),
+    }
+    if divergence := measured.divergence:
+        record |= {
+            "kl": divergence.kl,
+            "kl_standard_error": divergence.kl_standard_error,
+            "top1_agreement": divergence.top1_agreement,
+            "top1_agreement_standard_error": divergence.top1_agreement_standard_error,
+            "compared_windows": divergence.windows,
+        }
+    return record
 
 
 def packing_record(
@@ -163,7 +184,8 @@ def summary_lines(results: Results) -> list[str]:
     zeros = results["sparsity"]["overall"]
     lines = [f"{method_in_words(results)}: {zeros:.4f} of the blocks' weights are zero"]
     lines.append(_cost_line(results))
-    lines += [_test_line(test) for test in results["evaluation"]]
+    for test in results["evaluation"]:
+        lines += [_test_line(test), *([_divergence_line(test)] if "kl" in test else [])]
     lines += terminal_lines(results.get("completions", []))
     if vocabulary := results.get("vocabulary"):
         lines.append(vocabulary["note"])
@@ -189,18 +211,23 @@ def _cost_line(results: Results) -> str:
 
 
 def _test_line(test: EvaluationRecord) -> str:
-    """The size of a test set, and what was measured on it besides perplexity."""
+    """The size of a test set, bits per byte, and the error of its perplexity."""
     parts = [
         f"{test['windows']} windows, {test['tokens']} tokens",
         f"{test['bits_per_byte']:.4f} bits per byte",
     ]
     if math.isfinite(test["standard_error"]):  # nan for a single window
         parts.append(f"standard error of the perplexity {test['standard_error']:.2f}")
-    if "kl" in test:
-        parts.append(f"KL from the dense model {with_error(test, 'kl')} nats a token")
-    if "top1_agreement" in test:
-        parts.append(f"same first choice at {with_error(test, 'top1_agreement', percent=True)}")
     return f"{one_line(test['name'])}: {', '.join(parts)}"
+
+
+def _divergence_line(test: EvaluationRecord) -> str:
+    """How far the model is from the dense one on a test set."""
+    return (
+        f"{one_line(test['name'])}: KL {with_error(test, 'kl')} nats a token from the dense model, "
+        f"the same most likely token at {with_error(test, 'top1_agreement', percent=True)} of the "
+        f"positions of {test['compared_windows']} windows"
+    )
 
 
 def with_error(test: EvaluationRecord, key: str, percent: bool = False) -> str:

@@ -43,10 +43,10 @@ def _is_shown(character: str) -> bool:
 
 
 def replace_unencodable() -> None:
-    """Have stdout and stderr write `?` for characters that their encoding lacks.
+    """Have stdout and stderr write an escape, such as `\\u0443`, for what their encoding lacks.
 
     Without it, printing a name in Ukrainian on an ASCII terminal raises UnicodeEncodeError.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="backslashreplace")

@@ -74,6 +74,8 @@ def test_runs_write_what_is_documented(name: str, tmp_path: Path) -> None:
     if name == "everything":
         parts = {"recovery", "packed", "vocabulary", "completions", "bits_per_byte", "calibration"}
         assert parts <= written.keys()
+        saved = sum(file.stat().st_size for file in Path("saved").iterdir())
+        assert written["saved_bytes"] == saved - Path("saved/manifest.json").stat().st_size
 
 
 def test_the_check_itself() -> None:

@@ -90,6 +90,19 @@ def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
     different = {name for name in without if without[name] != beside[name]}
     assert without.keys() == beside.keys() and different == {"README.md", "manifest.json"}
     assert "Beginnings" not in (tmp_path / "0/new/README.md").read_text("utf-8")
+    assert "Beginnings" in (tmp_path / "2/new/README.md").read_text("utf-8")
+
+
+def test_a_card_shows_prompts_with_a_warning_and_can_be_had_without(tmp_path: Path) -> None:
+    warning = "card: shows beginnings of test documents; without: --card_without_prompts"
+    for flags in ([], ["--card_without_prompts"]):
+        saved = ["--save", tmp_path / "run", "--save_model", tmp_path / "new"]
+        done = call(*BASE, *PRUNE, *saved, *flags)
+        assert done.status == 0, done.err
+        card = (tmp_path / "new/README.md").read_text("utf-8")
+        assert (warning in done.out.splitlines()) == ("Beginnings" in card) == (not flags)
+        assert len(results(tmp_path / "run")["completions"]) == 6
+        assert str(tmp_path) not in card
 
 
 def test_fewer_are_the_first_of_more(tmp_path: Path) -> None:

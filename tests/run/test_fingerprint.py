@@ -47,6 +47,7 @@ OTHER = {
 SAME = {
     "cache_dir": ["other"],
     "prompts": ["0"],
+    "card_without_prompts": [],
     "batch_size": ["3"],
     "timeout": ["5"],
     "offload": ["away"],

@@ -99,12 +99,12 @@ def test_agreement_with_the_dense_model_is_shown_where_it_was_measured(
 ) -> None:
     figures = {"kl": 0.12345, "kl_standard_error": 0.00456}
     figures |= {"top1_agreement": 0.87654, "top1_agreement_standard_error": math.nan}
+    figures |= {"compared_windows": 20}
     made = results(evaluation=[results()["evaluation"][0] | figures])
     print_summary(made)
     out = capsys.readouterr().out
-    assert (
-        "KL from the dense model 0.1235 ± 0.0046 nats a token, same first choice at 87.65%" in out
-    )
+    assert "uk: KL 0.1235 ± 0.0046 nats a token from the dense model, the same most likely" in out
+    assert "token at 87.65% of the positions of 20 windows\n" in out
     _, text = parsed(model_card(made, []))
     assert "| uk | 12.3457 | 0.1235 ± 0.0046 | 87.65% | 640 |" in text
     _, without = parsed(model_card(results(), []))
