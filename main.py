@@ -132,9 +132,9 @@ def trim(job: Job, loaded: LoadedModel) -> None:
     window = job.texts.tests[0].windows[:1, :PROOF_TOKENS].to(job.device)
     with job.timed("trim"):
         size = footprint(model)
-        before = some_logits(model, vocabulary.old(window))
-        vocabulary.drop_rows_(model)
-        differ = check_same_logits(vocabulary.kept(before), some_logits(model, window))
+        before = some_logits(model, vocabulary.original_ids(window))
+        vocabulary.keep_rows_(model)
+        differ = check_same_logits(vocabulary.select_logits(before), some_logits(model, window))
     saved = size - footprint(model)
     vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": differ}
     if job.dist.is_main:

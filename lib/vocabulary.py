@@ -1,16 +1,17 @@
-"""A vocabulary of one language: of a model's tokens only those that texts use, proven to do.
+"""The vocabulary of one language: a model keeps only the tokens that the language's texts use.
 
     python main.py --model MODEL --trim_vocabulary --calibration_data uk --prune_method admm ...
     bash launch.sh vocabulary MODEL OUT --data uk en
 
-What stays: every token that the sources' train text uses, with all that merges make it of; bytes,
-special and added tokens, and what the chat template and the configs name; and of the rest the next
-most frequent ones, until there is a multiple of 64. Rows of the embedding and of the head that
-spell other languages go, which every engine realises.
+Kept are: every token that the sources' train text uses, with all tokens that merges make it of;
+the bytes; special and added tokens; the tokens of the chat template and the configs; and the next
+most frequent tokens, up to a multiple of 64. Special tokens that are merely reserved go, unless a
+text, the template or a config uses them. All other rows of the embedding and the head are removed,
+which makes the model smaller in every engine.
 
-    trimmed = choose(...)             before any weight is read: the smaller tokenizer
-    trimmed.prove(source)             that test texts read the same
-    trimmed.drop_rows_(model)         and check_same_logits: that the model does the same
+    trimmed = trim_vocabulary(...)    before any weight is read: the smaller tokenizer
+    trimmed.prove(sources)            test texts decode to the same text
+    trimmed.keep_rows_(model)         and check_same_logits: the model computes the same
 """
 
 from __future__ import annotations
@@ -25,17 +26,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.counts import UNSEEN, Counted, compared, compared_texts, count_tokens
+from lib.data.counts import (
+    RARE_SIGNS,
+    TokenCounts,
+    compare_on_source,
+    compare_on_texts,
+    count_tokens,
+)
 from lib.data.sources import Source
-from lib.data.tokenizer import FLAG, Pieces
+from lib.data.tokenizer import FLAG, TrimmableTokenizer
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
 from lib.model.rows import TRIMMED_FROM, keep_rows_
 from lib.util.errors import UserError
 
-MULTIPLE = 64  # of which the number of rows is one: GPUs like their matrices so
-# rows by which llama.cpp's converter takes a LLaMA for CodeLlama or Granite
-TAKEN = frozenset({32016, 49152})
+MULTIPLE = 64  # the number of rows is one of it, as GPUs compute such matrices fastest
+# numbers of rows by which llama.cpp's converter takes a LLaMA for CodeLlama or Granite
+MISLEADING_ROWS = frozenset({32016, 49152})
 PROOF_TOKENS = 256  # of a test window, before and after
 NOTE = (
     "The vocabulary was trimmed: fewer tokens share the probability, so perplexity falls by "
@@ -44,76 +51,86 @@ NOTE = (
 
 
 @dataclass
-class Trimmed:
-    """The smaller vocabulary. `rows` (rows,): what each of its numbers was before; numbers past
-    the tokenizer's are rows of the model that no token has. `facts`: what a result says of it."""
+class TrimmedVocabulary:
+    """The smaller vocabulary.
 
-    before: PreTrainedTokenizerBase
+    `rows` (rows,) holds the original row of each new one; rows past the tokenizer's ids have no
+    token. `facts` is the record for results.json.
+    """
+
+    original_tokenizer: PreTrainedTokenizerBase
     tokenizer: PreTrainedTokenizerBase
     rows: Tensor
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """Of all that it changes: rows and tokenizer."""
+        """A digest of rows and tokenizer."""
         whole = hashlib.sha256(self.rows.numpy().tobytes())
         whole.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return whole.hexdigest()[:16]
 
     def prove(self, sources: Iterable[Source]) -> list[str]:
-        """A line for each test text: how it is cut now. UserError where one reads otherwise."""
-        strange = compared_texts([UNSEEN, *UNSEEN], self.before, self.tokenizer, self.rows)
-        if strange.damaged is not None:
-            sign = [UNSEEN, *UNSEEN][strange.damaged - 1]
+        """Compare the tokenizers on the test texts, and return a line on each.
+
+        Raises UserError if a text decodes differently.
+        """
+        tokenizers = self.original_tokenizer, self.tokenizer
+        texts = [RARE_SIGNS, *RARE_SIGNS]
+        rare = compare_on_texts(texts, *tokenizers, self.rows)
+        if rare.damaged is not None:
             raise UserError(
-                f"{FLAG}: {sign!r}, which no text had, does not read the same with the trimmed "
-                "tokenizer; nothing is saved, leave the flag out"
+                f"{FLAG}: {texts[rare.damaged - 1]!r}, which is in no text, decodes differently "
+                "with the trimmed tokenizer; nothing is saved, leave the flag out"
             )
-        lines, told = [], []
+        lines, records = [], []
         for source in sources:
-            found = compared(source, self.before, self.tokenizer, self.rows)
-            if found.damaged is not None:
+            result = compare_on_source(source, *tokenizers, self.rows)
+            if result.damaged is not None:
                 raise source.error(
-                    f"its test document {found.damaged} does not read the same with the trimmed "
+                    f"its test document {result.damaged} decodes differently with the trimmed "
                     f"tokenizer; nothing is saved, leave {FLAG} out"
                 )
-            told.append(
-                {"name": source.name, "documents": found.documents, "alike": found.alike}
-                | {"tokens_before": found.before, "tokens": found.after, "rise": found.rise}
+            records.append(
+                {"name": source.name, "documents": result.documents, "alike": result.alike}
+                | {"tokens_before": result.before, "tokens": result.after, "rise": result.rise}
             )
             lines.append(
-                f"{source.name}: all {found.documents} test documents read the same, "
-                f"{found.alike} are cut alike, {found.rise:+.2%} tokens"
+                f"{source.name}: all {result.documents} test documents read the same, "
+                f"{result.alike} are cut alike, {result.rise:+.2%} tokens"
             )
-        self.facts["tests"] = told
+        self.facts["tests"] = records
         return lines
 
-    def line(self) -> str:
-        """What was kept, for the log."""
+    def summary(self) -> str:
+        """Return the line on what was kept."""
         facts = self.facts
+        reserved = f", {facts['reserved']} reserved ones go" if facts.get("reserved") else ""
         return (
             f"vocabulary: {facts['rows']} of {facts['rows_before']} rows stay, "
-            f"{facts['tokens']} of {facts['tokens_before']} tokens; the texts "
+            f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts "
             f"({facts['documents']} documents, {facts['characters']} characters) use "
             f"{facts['used']}; {facts['seconds']:.1f} s"
         )
 
-    def old(self, ids: Tensor) -> Tensor:
-        """Numbers of the whole vocabulary for those of the trimmed one."""
+    def original_ids(self, ids: Tensor) -> Tensor:
+        """Return the ids that the original vocabulary has for `ids`."""
         return self.rows.to(ids.device)[ids]
 
-    def kept(self, logits: Tensor) -> Tensor:
-        """Of logits (..., rows before) those of the tokens that stay (..., rows)."""
+    def select_logits(self, logits: Tensor) -> Tensor:
+        """Return the logits (..., rows) of the rows that stay from logits (..., rows before)."""
         return logits.index_select(-1, self.rows.to(logits.device))
 
-    def drop_rows_(self, model: nn.Module) -> None:
-        """Leave the model the rows of the trimmed vocabulary only, tied or not."""
+    def keep_rows_(self, model: nn.Module) -> None:
+        """Reduce embedding and head of the model to the rows that stay."""
         keep_rows_(model, self.rows)
 
 
-def told_of(trimmed: Trimmed | None, config: Any) -> dict[str, Any] | None:
-    """What a result says of a vocabulary that was trimmed, in this run or, as its `config` knows,
-    before; None for a whole one."""
+def vocabulary_record(trimmed: TrimmedVocabulary | None, config: Any) -> dict[str, Any] | None:
+    """Return the record of a vocabulary that was trimmed in this run or, by `config`, before.
+
+    Returns None for a whole vocabulary.
+    """
     before = getattr(config, TRIMMED_FROM, None)
     if trimmed or before is None:
         return trimmed and trimmed.facts
@@ -121,7 +138,7 @@ def told_of(trimmed: Trimmed | None, config: Any) -> dict[str, Any] | None:
     return {"note": NOTE, "rows": rows, "rows_before": before}
 
 
-def trim(
+def trim_vocabulary(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Checkpoint,
     config: Any,
@@ -129,45 +146,51 @@ def trim(
     dist: DistContext,
     *,
     rows: int,
-    named: set[int],
+    config_ids: set[int],
     size: int | None = None,
     minimum: int = 1,
-) -> Trimmed:
-    """Count the train text of `sources`, choose, and make the smaller tokenizer.
+    keep_reserved: bool = False,
+) -> TrimmedVocabulary:
+    """Count the train text of `sources`, choose the tokens, and make the smaller tokenizer.
 
-    `rows`: those of the model's embedding; `named`: tokens that its configs name; `size`: at most
-    so many rows stay; `minimum`: tokens that occur less often are dropped. Processes of a `dist`
-    share the counting. UserError where the tokenizer can't be trimmed, or so far.
+    `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
+    At most `size` rows stay; tokens that occur less than `minimum` times are dropped. Reserved
+    tokens stay if `keep_reserved`. The processes of `dist` share the counting. Raises UserError if
+    the tokenizer can't be trimmed, or not so far.
     """
     start = time.perf_counter()
-    pieces = Pieces(tokenizer, str(checkpoint))
-    beyond = max(pieces.tokens) + 1
-    if beyond > rows:
-        raise UserError(
-            f"{FLAG}: the tokenizer of {checkpoint} has tokens up to number {beyond - 1}, its "
-            f"embedding {rows} rows; these do not belong together"
-        )
-    needed = _closure(pieces, pieces.indispensable() | (named & pieces.tokens.keys()))
-    needed |= _closure(pieces, pieces.of_template())
-    extra = sorted(one for one in named if one < rows and one not in pieces.tokens)
-    if size is not None and len(needed) + len(extra) > size:
+    tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
+    required = tokens.required_ids() | tokens.template_ids()
+    required |= config_ids & tokens.id_to_token.keys()
+    reserved = tokens.reserved_ids() - required
+    if keep_reserved:
+        required, reserved = required | reserved, set()
+    required = _closure(tokens, required)
+    unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
+    if size is not None and len(required) + len(unnamed) > size:
         raise UserError(
             f"--vocabulary_size {size}: bytes, special tokens and what the model's files name take "
-            f"{len(needed) + len(extra)}; give at least so many"
+            f"{len(required) + len(unnamed)}; give at least so many"
         )
-    if size in TAKEN:
+    if size in MISLEADING_ROWS:
         size -= 1
-    counted = _all_counted(count_tokens(sources, tokenizer, dist.rank, dist.size), dist)
-    chosen = choose(pieces, counted.counts, needed, len(extra), size, minimum)
-    spare = [one for one in range(rows) if one not in pieces.tokens and one not in extra]
-    most = rows if size is None else min(rows, size)
-    missing = min(_filled(len(chosen) + len(extra)), most) - len(chosen) - len(extra)
-    kept = pieces.in_order(chosen)
-    order = kept + sorted(extra + spare[:missing])
-    used = [one for one in counted.counts.nonzero().flatten().tolist() if one in pieces.tokens]
-    trimmed = Trimmed(
+    counted = _reduce_counts(count_tokens(sources, tokenizer, dist.rank, dist.size), dist)
+    _check_rows(tokens, counted.counts, rows, checkpoint)
+    chosen = choose_tokens(
+        tokens,
+        counted.counts,
+        required,
+        reserved=reserved | {i for i in tokens.id_to_token if i >= rows},
+        n_unnamed=len(unnamed),
+        size=size,
+        minimum=minimum,
+    )
+    kept = tokens.sort_ids(chosen)
+    order = _row_order(tokens, kept, unnamed, rows, size)
+    used = [i for i in counted.counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
+    trimmed = TrimmedVocabulary(
         tokenizer,
-        pieces.reloaded(kept, config, checkpoint.trust_remote_code),
+        tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code),
         torch.tensor(order),
     )
     trimmed.facts = {
@@ -175,8 +198,9 @@ def trim(
         "rows": len(order),
         "rows_before": rows,
         "tokens": len(kept),
-        "tokens_before": len(pieces.tokens),
+        "tokens_before": len(tokens.id_to_token),
         "used": len(used),
+        "reserved": len(reserved - chosen),
         "counted": int(counted.counts.sum()),
         "documents": counted.documents,
         "characters": counted.characters,
@@ -187,70 +211,104 @@ def trim(
     return trimmed
 
 
-def choose(
-    pieces: Pieces,
+def _check_rows(
+    tokens: TrimmableTokenizer, counts: Tensor, rows: int, checkpoint: Checkpoint
+) -> None:
+    """Raise UserError if the texts use a token that the embedding has no row for."""
+    beyond = [i for i in counts.nonzero().flatten().tolist() if i >= rows]
+    if beyond:
+        raise UserError(
+            f"{FLAG}: the texts use token {tokens.id_to_token[beyond[0]]!r} with the id "
+            f"{beyond[0]}, but the embedding of {checkpoint} has {rows} rows; resize the "
+            "embedding to the tokenizer, or remove the tokens that were added to it"
+        )
+
+
+def _row_order(
+    tokens: TrimmableTokenizer, kept: Sequence[int], unnamed: list[int], rows: int, size: int | None
+) -> list[int]:
+    """Return the original row of each new one: those of `kept`, then rows without a token.
+
+    A kept token without a row, which only the tokenizer's settings can name, gets a row that would
+    have been dropped.
+    """
+    spare = [i for i in range(rows) if i not in tokens.id_to_token and i not in unnamed]
+    limit = rows if size is None else min(rows, size)
+    missing = min(_round_up(len(kept) + len(unnamed)), limit) - len(kept) - len(unnamed)
+    order = [*kept, *sorted(unnamed + spare[: max(0, missing)])]
+    used = set(order)
+    dropped = (i for i in range(rows - 1, -1, -1) if i not in used)
+    return [i if i < rows else next(dropped, rows - 1) for i in order]
+
+
+def choose_tokens(
+    tokens: TrimmableTokenizer,
     counts: Tensor,
-    needed: set[int],
-    extra: int = 0,
+    required: set[int],
+    *,
+    reserved: set[int] | frozenset[int] = frozenset(),
+    n_unnamed: int = 0,
     size: int | None = None,
     minimum: int = 1,
 ) -> set[int]:
-    """The tokens that stay: `needed`, and by falling `counts` (tokens,) those that texts use.
+    """Return the tokens that stay: `required`, and those that texts use, by falling `counts`.
 
-    `needed` is closed over merges. Each comes with its parts; one that would not fit into `size`
-    with `extra` rows is left out. What is missing to a multiple of MULTIPLE is filled up, to the
-    next one where the first is TAKEN.
+    `required` is closed over merges; every other token comes with its parts. A token that does not
+    fit into `size` rows, beside `n_unnamed` rows without a token, is left out. The next most
+    frequent tokens fill the vocabulary up to a multiple of MULTIPLE that is not misleading;
+    `reserved` ones only stay if texts use them. `counts` is (tokens,).
     """
-    number = torch.arange(len(counts))
-    by_count = number[torch.argsort(counts, descending=True, stable=True)].tolist()
-    by_count = [one for one in by_count if one in pieces.tokens]
-    times = counts.tolist()
-    kept, most = set(needed), float("inf") if size is None else size - extra
-    for one in by_count:
-        if times[one] < minimum:
+    by_count = torch.argsort(counts, descending=True, stable=True).tolist()
+    by_count = [i for i in by_count if i in tokens.id_to_token]
+    n_occurrences = counts.tolist()
+    chosen = set(required)
+    limit = float("inf") if size is None else size - n_unnamed
+    for index in by_count:
+        if n_occurrences[index] < minimum:
             break
-        _take_(kept, pieces, one, most)
-    least = _filled(len(kept) + extra) - extra
-    for one in by_count:  # of equal count, 0 too, those that were learnt first
-        if len(kept) >= least:
+        _add_(chosen, tokens, index, limit)
+    filled = _round_up(len(chosen) + n_unnamed) - n_unnamed
+    for index in by_count:  # at equal count, also 0, the tokenizer's most frequent ones come first
+        if len(chosen) >= filled:
             break
-        _take_(kept, pieces, one, min(least, most))
-    return kept
+        if index not in reserved:
+            _add_(chosen, tokens, index, min(filled, limit))
+    return chosen
 
 
-def _filled(rows: int) -> int:
-    """The next multiple of MULTIPLE, of those that are not TAKEN."""
-    filled = rows + -rows % MULTIPLE
-    return filled + MULTIPLE if filled in TAKEN else filled
+def _round_up(rows: int) -> int:
+    """Return the next multiple of MULTIPLE that is no MISLEADING_ROWS."""
+    rounded = rows + -rows % MULTIPLE
+    return rounded + MULTIPLE if rounded in MISLEADING_ROWS else rounded
 
 
-def _take_(kept: set[int], pieces: Pieces, one: int, most: float) -> None:
-    """Add a token with its parts, if there is room."""
-    if one not in kept:
-        more = pieces.parts(one) - kept
-        if len(kept) + len(more) <= most:
-            kept |= more
+def _add_(chosen: set[int], tokens: TrimmableTokenizer, index: int, limit: float) -> None:
+    """Add a token with its parts, if they fit."""
+    if index not in chosen:
+        new = tokens.merge_parts(index) - chosen
+        if len(chosen) + len(new) <= limit:
+            chosen |= new
 
 
-def _closure(pieces: Pieces, numbers: Iterable[int]) -> set[int]:
-    return {part for one in numbers for part in pieces.parts(one)}
+def _closure(tokens: TrimmableTokenizer, ids: Iterable[int]) -> set[int]:
+    return {part for index in ids for part in tokens.merge_parts(index)}
 
 
-def _all_counted(mine: Counted, dist: DistContext) -> Counted:
-    """What all processes counted; documents and characters each of them has seen."""
+def _reduce_counts(counted: TokenCounts, dist: DistContext) -> TokenCounts:
+    """Sum the counts of all processes; each has seen all documents and characters."""
     if dist.size > 1:
         dist.barrier()
-        counts = mine.counts.to(dist.device)
+        counts = counted.counts.to(dist.device)
         for handle in dist.all_reduce_([counts]):
             handle.wait()
-        mine.counts = counts.cpu()
-    return mine
+        counted.counts = counts.cpu()
+    return counted
 
 
 def check_same_logits(before: Tensor, after: Tensor) -> float:
-    """Relative difference of logits (1, positions, rows) of the kept tokens, before and after.
+    """Return the relative difference of logits (1, positions, rows) of the kept tokens.
 
-    UserError where it is beyond rounding: over eight roundings of the dtype, or over 1e-5.
+    Raises UserError if it is beyond rounding: over eight roundings of the dtype, or over 1e-5.
     """
     assert before.shape == after.shape
     limit = max(8 * torch.finfo(before.dtype).eps, 1e-5)

@@ -1,187 +1,267 @@
-"""A fast tokenizer made smaller: which of its tokens need which others, and the smaller one.
+"""A fast tokenizer with fewer tokens: which tokens need which others, and how it is written.
 
-Byte-pair encoding (byte-level, or with tokens for bytes that no other token spells) and Unigram. A
-text of which every token stays is cut as before: of the merges that its words went through none is
-missing, and what is left of the others can only be less. A text that needs a dropped token is cut
-into the parts of it, in the end into bytes, and reads the same.
+Byte-pair encoding (byte-level, or with tokens for bytes) and Unigram can be trimmed. A text whose
+tokens all stay is tokenised as before: no merge that its words go through is missing, and the
+merges that are gone belong to other words. A text that needs a dropped token is cut into smaller
+tokens, down to bytes, and decodes to the same text.
 
-The smaller tokenizer is written to a folder and loaded from it by AutoTokenizer, so that what a run
-goes on with is what a user of the saved model will load.
+The smaller tokenizer is written to a folder and loaded from there by AutoTokenizer, so a run works
+with exactly the tokenizer that a user of the saved model will load.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.data.tokenizer_model import CHECK, check_of
 from lib.util.errors import UserError
-from lib.util.token_ids import renumbered
+from lib.util.token_ids import map_token_ids
 
 FLAG = "--trim_vocabulary"
 BYTES = [f"<0x{number:02X}>" for number in range(256)]
 LITERALS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 TAGS = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
 ROLES = "user assistant system tool".split()
+TEMPLATE_SECONDS = 10.0  # that a chat template may take for all of its conversations
+# what a template raises for a conversation that it does not support
+TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, AssertionError, RuntimeError),
+)
+NUMBER = re.compile(r"\d+")
+RESERVED_FAMILY = (
+    4  # special tokens that differ in a number only, from which they count as reserved
+)
 
 
-class Pieces:
-    """The tokens of a fast tokenizer, by their numbers, and what each is made of.
+class TrimmableTokenizer:
+    """The tokens of a fast tokenizer by id, and the tokens that each of them is merged from.
 
-    `named`: how messages name the tokenizer. UserError where it is none that can be made smaller.
+    `name` is how messages call the tokenizer. Raises UserError if it can't be trimmed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, named: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         if not getattr(tokenizer, "is_fast", False):
             kind = type(tokenizer).__name__
-            raise _refused(named, f"a slow one ({kind}, without a tokenizer.json)")
-        self.tokenizer = tokenizer
+            raise _refused(name, f"a slow one ({kind}, without a tokenizer.json)")
+        self.tokenizer, self.name = tokenizer, name
         self.data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
         model = self.data["model"]
         self.kind = model.get("type")
         if self.kind not in ("BPE", "Unigram"):
-            raise _refused(named, f"of the kind {self.kind}")
-        for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(mark):
-                raise _refused(named, f"BPE with {mark} {model[mark]!r}")
-        self.ids: dict[str, int] = tokenizer.get_vocab()
-        self.tokens = {number: token for token, number in self.ids.items()}
-        known = model["vocab"]
-        self.own = [piece for piece, _ in known] if self.kind == "Unigram" else list(known)
-        if len(set(self.own)) < len(self.own) or len(self.tokens) < len(self.ids):
-            raise _refused(named, "one in which a token stands twice")
+            raise _refused(name, f"of the kind {self.kind}")
+        for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(affix):
+                raise _refused(name, f"BPE with {affix} {model[affix]!r}")
+        self.token_to_id: dict[str, int] = tokenizer.get_vocab()
+        self.id_to_token = {index: token for token, index in self.token_to_id.items()}
+        vocab = model["vocab"]
+        # tokens of the model; the others are added tokens
+        self.model_tokens = [t for t, _ in vocab] if self.kind == "Unigram" else list(vocab)
+        if len(set(self.model_tokens)) < len(self.model_tokens) or len(self.id_to_token) < len(
+            self.token_to_id
+        ):
+            raise _refused(name, "one with duplicate tokens")
         self.ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
             self.ranks.setdefault(_pair(merge), rank)
 
-    def parts(self, number: int) -> set[int]:
-        """The token itself and all that stand for a moment while merges make it of its letters.
+    def merge_parts(self, index: int) -> set[int]:
+        """Return the ids of a token and of all tokens that its merges go through.
 
         A token that no merges lead to (a special one, or one that is only taken whole) needs none.
         """
-        token = self.tokens[number]
-        letters = list(token)
-        met = {token, *letters}
-        while len(letters) > 1:
+        token = self.id_to_token[index]
+        pieces = list(token)
+        parts = {token, *pieces}
+        while len(pieces) > 1:
             ranked = [
                 (self.ranks[pair], place)
-                for place, pair in enumerate(pairwise(letters))
+                for place, pair in enumerate(pairwise(pieces))
                 if pair in self.ranks
             ]
             if not ranked:
-                return {number}
+                return {index}
             _, place = min(ranked)
-            letters[place : place + 2] = ["".join(letters[place : place + 2])]
-            met.add(letters[place])
-        return {self.ids[part] for part in met}
+            pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
+            parts.add(pieces[place])
+        return {self.token_to_id[part] for part in parts}
 
-    def indispensable(self) -> set[int]:
-        """Special and added tokens, and what any text at all can be spelt with."""
+    def reserved_ids(self) -> set[int]:
+        """Return the special tokens that stand in for tokens to come, such as `<unused42>`.
+
+        These are families of special tokens that differ in a number only. Tokens that the
+        tokenizer's settings name, or its post-processor or padding inserts, are not among them.
+        """
+        special = {token["content"] for token in self.data["added_tokens"] if token["special"]}
+        sizes = Counter(NUMBER.sub("#", content) for content in special)
+        reserved = {
+            content
+            for content in special - set(self.tokenizer.all_special_tokens)
+            if NUMBER.search(content) and sizes[NUMBER.sub("#", content)] >= RESERVED_FAMILY
+        }
+        return {self.token_to_id[content] for content in reserved} - self._inserted_ids()
+
+    def required_ids(self) -> set[int]:
+        """Return special and added tokens but reserved ones, and the parts any text is made of."""
         data, model = self.data, self.data["model"]
         needed = {token["content"] for token in data["added_tokens"]}
         needed |= set(self.tokenizer.all_special_tokens)
-        places = (data["normalizer"], data["pre_tokenizer"], data["decoder"])
-        needed |= set(_stand_ins(places))  # a blank's sign: as bytes it would stay a sign
-        if any(part.get("type") == "ByteLevel" for part in _components(places)):
+        components = (data["normalizer"], data["pre_tokenizer"], data["decoder"])
+        needed |= set(_substitutes(components))  # as bytes, the sign for a blank would stay a sign
+        if any(part.get("type") == "ByteLevel" for part in _components(components)):
             needed |= set(pre_tokenizers.ByteLevel.alphabet())
-        elif model.get("byte_fallback") and set(BYTES) <= self.ids.keys():
+        elif model.get("byte_fallback") and set(BYTES) <= self.token_to_id.keys():
             needed |= set(BYTES)
         else:
-            needed |= {token for token in self.own if len(token) == 1}
+            needed |= {token for token in self.model_tokens if len(token) == 1}
         if self.kind == "Unigram":
-            # the worst score is also what an unknown letter's is reckoned from
-            worst = min(model["vocab"], key=lambda piece: piece[1])[0]
-            needed.add(worst)
+            # an unknown letter's score is computed from the worst one
+            needed.add(min(model["vocab"], key=lambda entry: entry[1])[0])
             if model["unk_id"] is not None:
-                needed.add(self.own[model["unk_id"]])
+                needed.add(self.model_tokens[model["unk_id"]])
         elif model.get("unk_token"):
             needed.add(model["unk_token"])
-        asked = _Asked()
-        _post_processor(data["post_processor"], asked)
-        padding = {data["padding"]["pad_id"]} if data["padding"] else set()
-        return {self.ids[token] for token in needed if token in self.ids} | asked.keys() | padding
+        ids = {self.token_to_id[token] for token in needed if token in self.token_to_id}
+        return (ids - self.reserved_ids()) | self._inserted_ids()
 
-    def of_template(self) -> set[int]:
-        """What the chat template writes: tokens of its texts, and of small talks made by it."""
+    def _inserted_ids(self) -> set[int]:
+        """Return the ids that the post-processor and padding put beside a text."""
+        recorder = _IdRecorder()
+        _map_post_processor(self.data["post_processor"], recorder)
+        padding = {self.data["padding"]["pad_id"]} if self.data["padding"] else set()
+        return recorder.keys() | padding
+
+    def template_ids(self) -> set[int]:
+        """Return the tokens of the chat template: of its texts, and of short conversations.
+
+        Raises UserError if the template does not end.
+        """
         backend = self.tokenizer.backend_tokenizer
-        texts = list(_template_texts(self.tokenizer))
-        found = backend.encode_batch(texts, add_special_tokens=False)
-        return {number for encoding in found for number in encoding.ids}
+        try:
+            with time_limit(TEMPLATE_SECONDS):
+                texts = list(_template_texts(self.tokenizer))
+        except TimeLimitExceeded:
+            raise UserError(
+                f"{FLAG}: the chat template of {self.name} takes longer than "
+                f"{TEMPLATE_SECONDS:g} seconds for a conversation of a few words; leave the flag "
+                "out, or remove the template"
+            ) from None
+        encodings = backend.encode_batch(texts, add_special_tokens=False)
+        return {index for encoding in encodings for index in encoding.ids}
 
-    def in_order(self, kept: Iterable[int]) -> list[int]:
-        """The numbers as the smaller tokenizer will count them: its model's, then added tokens."""
-        own = {self.ids[token] for token in self.own}
-        return sorted(kept, key=lambda number: (number not in own, number))
+    def sort_ids(self, kept: Iterable[int]) -> list[int]:
+        """Return the ids in the order of the smaller tokenizer: model tokens, then added ones."""
+        model_ids = {self.token_to_id[token] for token in self.model_tokens}
+        return sorted(kept, key=lambda index: (index not in model_ids, index))
 
-    def smaller(self, kept: Sequence[int]) -> dict[str, Any]:
-        """What stands in tokenizer.json when of all tokens only `kept`, in this order, are left."""
-        new = {number: place for place, number in enumerate(kept)}
+    def trimmed_json(self, kept: Sequence[int]) -> dict[str, Any]:
+        """Return the content of a tokenizer.json with only the tokens `kept`, in this order."""
+        new_ids = {index: place for place, index in enumerate(kept)}
         data, model = dict(self.data), dict(self.data["model"])
-        stay = {self.tokens[number] for number in kept}
+        tokens = {self.id_to_token[index] for index in kept}
         if self.kind == "Unigram":
-            pieces = {piece: score for piece, score in model["vocab"]}
-            ordered = [self.tokens[number] for number in kept if self.tokens[number] in pieces]
-            model["vocab"] = [[piece, pieces[piece]] for piece in ordered]
+            scores = {token: score for token, score in model["vocab"]}
+            ordered = [self.id_to_token[i] for i in kept if self.id_to_token[i] in scores]
+            model["vocab"] = [[token, scores[token]] for token in ordered]
             if model["unk_id"] is not None:
-                model["unk_id"] = ordered.index(self.own[model["unk_id"]])
+                model["unk_id"] = ordered.index(self.model_tokens[model["unk_id"]])
         else:
-            own = set(self.own)
-            tokens = (self.tokens[number] for number in kept)
-            model["vocab"] = {token: new[self.ids[token]] for token in tokens if token in own}
+            model_tokens = set(self.model_tokens)
+            ordered = [self.id_to_token[i] for i in kept if self.id_to_token[i] in model_tokens]
+            model["vocab"] = {token: new_ids[self.token_to_id[token]] for token in ordered}
             model["merges"] = [
-                list(pair) for pair in map(_pair, model["merges"]) if _stays(pair, stay)
+                list(pair) for pair in map(_pair, model["merges"]) if _is_kept(pair, tokens)
             ]
-        added = [token | {"id": new[self.ids[token["content"]]]} for token in data["added_tokens"]]
+        added = [
+            token | {"id": new_ids[self.token_to_id[token["content"]]]}
+            for token in data["added_tokens"]
+            if token["content"] in tokens
+        ]
         data |= {"model": model, "added_tokens": sorted(added, key=lambda token: token["id"])}
-        data["post_processor"] = _post_processor(data["post_processor"], new)
+        data["post_processor"] = _map_post_processor(data["post_processor"], new_ids)
         if data["padding"]:
-            data["padding"] = data["padding"] | {"pad_id": new[data["padding"]["pad_id"]]}
+            data["padding"] = data["padding"] | {"pad_id": new_ids[data["padding"]["pad_id"]]}
         return data
 
-    def reloaded(
+    def trimmed_tokenizer(
         self, kept: Sequence[int], config: Any, trust_remote_code: bool
     ) -> PreTrainedTokenizerBase:
-        """The smaller tokenizer, as AutoTokenizer loads it. UserError where it comes out wrong.
+        """Return the smaller tokenizer as AutoTokenizer loads it.
 
-        `config`: the model's, which may decide on the tokenizer's class.
+        `config` is the model's, which may decide the tokenizer's class. Raises UserError if the
+        loaded tokenizer has other ids than it was written with.
         """
-        new = {number: place for place, number in enumerate(kept)}
+        new_ids = {index: place for place, index in enumerate(kept)}
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             config.to_json_file(folder / "config.json")
             self.tokenizer.save_pretrained(folder)
-            text = json.dumps(self.smaller(kept), ensure_ascii=False)
+            text = json.dumps(self.trimmed_json(kept), ensure_ascii=False)
             (folder / "tokenizer.json").write_text(text, "utf-8")
             settings = folder / "tokenizer_config.json"
-            fields = renumbered(json.loads(settings.read_text("utf-8")), lambda n: new.get(n, n))
+            fields = json.loads(settings.read_text("utf-8"))
+            fields = map_token_ids(fields, lambda index: new_ids.get(index, index))
             if check := check_of(self.tokenizer):
                 fields[CHECK] = check
             settings.write_text(json.dumps(fields, ensure_ascii=False), "utf-8")
-            found = AutoTokenizer.from_pretrained(
+            trimmed = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        found.name_or_path = self.tokenizer.name_or_path
-        wanted = {self.tokens[number]: place for number, place in new.items()}
-        wrong = sorted(wanted.items() ^ found.get_vocab().items(), key=lambda item: item[1])
+        trimmed.name_or_path = self.tokenizer.name_or_path
+        expected = {self.id_to_token[index]: place for index, place in new_ids.items()}
+        wrong = sorted(expected.items() ^ trimmed.get_vocab().items(), key=lambda item: item[1])
         if wrong:
             raise UserError(
-                f"{FLAG}: {type(self.tokenizer).__name__}, written and loaded again, has another "
+                f"{FLAG}: {type(self.tokenizer).__name__}, saved and loaded again, has another "
                 f"token than {wrong[0][0]!r} at {wrong[0][1]}; this tokenizer can't be trimmed"
             )
-        return found
+        return trimmed
 
 
-def _refused(named: str, what: str) -> UserError:
+class TimeLimitExceeded(BaseException):
+    """Python code ran past its time limit. No `except Exception` on the way catches it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitExceeded in the Python code that is called inside, once the time is over.
+
+    The limit is checked at every line, so it ends endless loops and recursion, in any thread and
+    without signals. A single long operation in C runs to its end.
+    """
+    deadline = time.monotonic() + seconds
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if time.monotonic() > deadline:
+            raise TimeLimitExceeded
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(previous)
+
+
+def _refused(name: str, what: str) -> UserError:
     return UserError(
-        f"{FLAG}: the tokenizer of {named} is {what}; only fast ones of the kinds BPE and Unigram "
+        f"{FLAG}: the tokenizer of {name} is {what}; only fast ones of the kinds BPE and Unigram "
         "can be trimmed, leave the flag out"
     )
 
@@ -191,12 +271,12 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return first, second
 
 
-def _stays(pair: tuple[str, str], stay: set[str]) -> bool:
-    return pair[0] in stay and pair[1] in stay and "".join(pair) in stay
+def _is_kept(pair: tuple[str, str], tokens: set[str]) -> bool:
+    return pair[0] in tokens and pair[1] in tokens and "".join(pair) in tokens
 
 
 def _components(value: Any) -> Iterator[dict[str, Any]]:
-    """All components of a normalizer, a pre-tokenizer or a decoder, nested ones too."""
+    """Yield all components of a normalizer, pre-tokenizer or decoder, nested ones too."""
     if isinstance(value, dict):
         yield value
         value = list(value.values())
@@ -205,9 +285,9 @@ def _components(value: Any) -> Iterator[dict[str, Any]]:
             yield from _components(item)
 
 
-def _stand_ins(places: tuple) -> Iterator[str]:
-    """What is written for a blank, as the tokenizer's parts say it."""
-    for part in _components(places):
+def _substitutes(components: tuple) -> Iterator[str]:
+    """Yield what the components of a tokenizer write in place of a blank."""
+    for part in _components(components):
         yield from (
             part[key]
             for key in ("replacement", "content", "prepend")
@@ -217,43 +297,45 @@ def _stand_ins(places: tuple) -> Iterator[str]:
             yield from (text for text in pattern.values() if isinstance(text, str))
 
 
-class _Asked(dict):
-    """Every number stays what it is; holds those that were asked for."""
+class _IdRecorder(dict):
+    """Maps every id to itself and holds those that were looked up."""
 
-    def __missing__(self, number: int) -> int:
-        self[number] = number
-        return number
+    def __missing__(self, index: int) -> int:
+        self[index] = index
+        return index
 
 
-def _post_processor(value: Any, new: dict[int, int]) -> Any:
-    """With new numbers; templates hold them in lists, others as [token, number]."""
+def _map_post_processor(value: Any, new_ids: dict[int, int]) -> Any:
+    """Return a post-processor with new ids; templates hold them in lists, others as [token, id]."""
     if not isinstance(value, dict):
         return value
     value = dict(value)
     if value["type"] == "Sequence":
-        value["processors"] = [_post_processor(part, new) for part in value["processors"]]
+        value["processors"] = [_map_post_processor(p, new_ids) for p in value["processors"]]
     for token, entry in (value.get("special_tokens") or {}).items():
-        moved = entry | {"ids": [new[number] for number in entry["ids"]]}
+        moved = entry | {"ids": [new_ids[index] for index in entry["ids"]]}
         value["special_tokens"] = value["special_tokens"] | {token: moved}
     for end in ("cls", "sep"):
         if isinstance(value.get(end), list):
-            token, number = value[end]
-            value[end] = [token, new[number]]
+            token, index = value[end]
+            value[end] = [token, new_ids[index]]
     return value
 
 
 def _template_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    known = tokenizer.chat_template or {}
-    for template in known.values() if isinstance(known, dict) else [known]:
-        for one, other in LITERALS.findall(template):
-            yield (one or other).replace("\\n", "\n")
+    """Yield the literals of each chat template, the text outside its tags, and conversations."""
+    templates = tokenizer.chat_template or {}
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        for single, double in LITERALS.findall(template):
+            yield (single or double).replace("\\n", "\n")
         yield from TAGS.split(template)
         yield from ROLES
         user, reply = ({"role": role, "content": "."} for role in ROLES[:2])
-        for talk in ([user], [user, reply, user], [{"role": "system", "content": "."}, user]):
+        system = {"role": "system", "content": "."}
+        for conversation in ([user], [user, reply, user], [system, user]):
             try:
                 yield tokenizer.apply_chat_template(
-                    talk, chat_template=template, tokenize=False, add_generation_prompt=True
+                    conversation, chat_template=template, tokenize=False, add_generation_prompt=True
                 )
-            except Exception:  # noqa: BLE001, S112  a template is a program that may refuse a talk
+            except TEMPLATE_ERRORS:
                 continue

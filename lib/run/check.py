@@ -107,21 +107,21 @@ def _set_vocabulary(job: Job) -> None:
     UserError where the model or its tokenizer can't be trimmed, or where a text would not read the
     same.
     """
-    from lib.model.rows import count_rows, tokens_of_configs
-    from lib.vocabulary import Trimmed, trim
+    from lib.model.rows import config_token_ids, trimmable_rows
+    from lib.vocabulary import TrimmedVocabulary, trim_vocabulary
 
     args = job.args
-    rows = count_rows(job.skeleton, job.checkpoint)
+    rows = trimmable_rows(job.skeleton, job.checkpoint)
 
-    def make() -> Trimmed:
-        return trim(
+    def make() -> TrimmedVocabulary:
+        return trim_vocabulary(
             job.tokenizer,
             job.checkpoint,
             job.config,
             job.vocabulary_sources,
             job.dist,
             rows=rows,
-            named=tokens_of_configs(job.checkpoint, job.config),
+            config_ids=config_token_ids(job.checkpoint, job.config),
             size=args.vocabulary_size,
             minimum=args.vocabulary_minimum or 1,
         )
@@ -133,7 +133,7 @@ def _set_vocabulary(job: Job) -> None:
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)
     if job.dist.is_main:
-        print(job.vocabulary.line(), *lines, sep="\n", flush=True)
+        print(job.vocabulary.summary(), *lines, sep="\n", flush=True)
 
 
 def _set_schedule(job: Job) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lib.pruning.journal import Journal
     from lib.quality.reference import DenseReference
     from lib.recover import TrainSchedule
-    from lib.vocabulary import Trimmed
+    from lib.vocabulary import TrimmedVocabulary
 
 
 class NoCache:
@@ -35,7 +35,7 @@ class NoCache:
         """Windows that depend on `key` alone."""
         return read()
 
-    def vocabulary(self, key: tuple, make: Callable[[], Trimmed]) -> Trimmed:
+    def vocabulary(self, key: tuple, make: Callable[[], TrimmedVocabulary]) -> TrimmedVocabulary:
         """The trimmed vocabulary, which depends on `key` alone."""
         return make()
 
@@ -79,7 +79,7 @@ class Job:
     blocks_name: str
     method_spec: MethodSpec | None
     sparsity: Sparsity
-    vocabulary: Trimmed | None = None
+    vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery
     teacher: Checkpoint | None = None
     teacher_config: Any = None

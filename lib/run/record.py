@@ -37,12 +37,12 @@ def device_name(device: Any) -> str:
 def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
     """The results.json record of a run from what its steps `measured`; empty parts are left out."""
     from lib.model.pretrained import footprint
-    from lib.vocabulary import told_of
+    from lib.vocabulary import vocabulary_record
 
     args, method_spec = job.args, job.method_spec
     tests = measured["evaluation"]
     trimmed: dict[str, Any] = {}
-    if vocabulary := told_of(job.vocabulary, job.config):
+    if vocabulary := vocabulary_record(job.vocabulary, job.config):
         bits = {test["name"]: test["bits_per_byte"] for test in tests}
         trimmed = {"vocabulary": vocabulary, "bits_per_byte": bits}  # before perplexity
     return {

@@ -22,7 +22,7 @@ def set_teacher(job: Job) -> None:
     """Its config, and which of its tokens are the model's. UserError where it does not match."""
     from lib.model import pretrained
     from lib.model.quantised import check_format, stored_bits
-    from lib.model.rows import count_rows, keep_rows_
+    from lib.model.rows import keep_rows_, trimmable_rows
 
     args = job.args
     checkpoint = replace(job.checkpoint, name=args.teacher, flag="--teacher", revision=None)
@@ -37,7 +37,7 @@ def set_teacher(job: Job) -> None:
         keep_rows_(student, job.vocabulary.rows)
     rows = _teacher_rows(job, checkpoint, student)
     if rows is not None:
-        count_rows(skeleton, checkpoint)
+        trimmable_rows(skeleton, checkpoint)
         keep_rows_(skeleton, rows)
     theirs, ours = (
         {name: list(one.shape) for name, one in model.named_parameters()}
@@ -64,7 +64,7 @@ def _teacher_rows(job: Job, checkpoint: Checkpoint, student: nn.Module) -> Tenso
     from lib.model.pretrained import load_tokenizer
 
     theirs = load_tokenizer(checkpoint).get_vocab()
-    whole = job.vocabulary.before if job.vocabulary else job.tokenizer
+    whole = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
     if theirs == whole.get_vocab():
         return job.vocabulary.rows if job.vocabulary else None
     ours = sorted(job.tokenizer.get_vocab().items(), key=lambda item: item[1])

@@ -20,7 +20,7 @@ from lib.model.pretrained import fresh_copy
 from lib.run.job import NoCache, Texts
 
 if TYPE_CHECKING:
-    from lib.vocabulary import Trimmed
+    from lib.vocabulary import TrimmedVocabulary
 
 _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory starts again from now
 
@@ -36,14 +36,14 @@ class SweepCache(NoCache):
         self.dense_key: str | None = None
         self.known: dict[str, Texts] = {}
         self.known_outputs: dict[str, Any] = {}
-        self.trimmed: dict[str, Trimmed] = {}
+        self.trimmed: dict[str, TrimmedVocabulary] = {}
 
     def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
         if repr(key) not in self.known:
             self.known[repr(key)] = read()
         return copy.copy(self.known[repr(key)])
 
-    def vocabulary(self, key: tuple, make: Callable[[], Trimmed]) -> Trimmed:
+    def vocabulary(self, key: tuple, make: Callable[[], TrimmedVocabulary]) -> TrimmedVocabulary:
         if repr(key) not in self.trimmed:
             self.trimmed[repr(key)] = make()
         known = self.trimmed[repr(key)]

@@ -1,7 +1,7 @@
-"""Numbers of tokens in the fields of a config: found and replaced, wherever they are nested.
+"""Token ids in the fields of a config: found and replaced, however deeply they are nested.
 
-Models, generation and tokenizers keep such numbers under many names (`eos_token_id`, a list of
-them, `image_token_index`, `suppress_tokens`, ...). When tokens are renumbered all must follow.
+Configs of models, generation and tokenizers hold token ids under many names (`eos_token_id`, a
+list of them, `image_token_index`, `suppress_tokens`, ...). When tokens get new ids, all follow.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ NAMES = re.compile(
 )
 
 
-def named_ids(fields: Mapping[str, Any]) -> set[int]:
-    """Every number of a token that `fields`, nested mappings, hold."""
-    found: set[int] = set()
+def find_token_ids(fields: Mapping[str, Any]) -> set[int]:
+    """Return every token id that `fields`, nested mappings, hold."""
+    ids: set[int] = set()
 
-    def note(number: int) -> int:
-        found.add(number)
-        return number
+    def record(index: int) -> int:
+        ids.add(index)
+        return index
 
-    renumbered(fields, note)
-    return found
-
-
-def renumbered(fields: Mapping[str, Any], new: Callable[[int], int]) -> dict[str, Any]:
-    """A copy of `fields` in which every number of a token is what `new` makes of it."""
-    return {name: _field(name, value, new) for name, value in fields.items()}
+    map_token_ids(fields, record)
+    return ids
 
 
-def _field(name: Any, value: Any, new: Callable[[int], int]) -> Any:
+def map_token_ids(fields: Mapping[str, Any], new_id: Callable[[int], int]) -> dict[str, Any]:
+    """Return a copy of `fields` with `new_id` applied to every token id."""
+    return {name: _map_field(name, value, new_id) for name, value in fields.items()}
+
+
+def _map_field(name: Any, value: Any, new_id: Callable[[int], int]) -> Any:
     if isinstance(name, str) and NAMES.fullmatch(name):
         if name == "forced_decoder_ids" and value:
-            return [[place, _numbers(number, new)] for place, number in value]
+            return [[place, _map_ids(index, new_id)] for place, index in value]
         if name == "sequence_bias" and value:
             pairs = value.items() if isinstance(value, Mapping) else value
-            moved = [(_numbers(ids, new), bias) for ids, bias in pairs]
+            moved = [(_map_ids(ids, new_id), bias) for ids, bias in pairs]
             return dict(moved) if isinstance(value, Mapping) else [list(pair) for pair in moved]
-        return _numbers(value, new)
+        return _map_ids(value, new_id)
     if isinstance(value, Mapping):
-        return {key: _field(key, item, new) for key, item in value.items()}
+        return {key: _map_field(key, item, new_id) for key, item in value.items()}
     return value
 
 
-def _numbers(value: Any, new: Callable[[int], int]) -> Any:
-    """A number, or lists of numbers; whatever else stands there stays."""
+def _map_ids(value: Any, new_id: Callable[[int], int]) -> Any:
+    """Map an id, or nested lists of ids; anything else stays as it is."""
     if isinstance(value, list | tuple):
-        return type(value)(_numbers(item, new) for item in value)
+        return type(value)(_map_ids(item, new_id) for item in value)
     if isinstance(value, Mapping):
-        return {key: _numbers(item, new) for key, item in value.items()}
-    counts = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return new(value) if counts else value
+        return {key: _map_ids(item, new_id) for key, item in value.items()}
+    is_id = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return new_id(value) if is_id else value

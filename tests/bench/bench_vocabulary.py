@@ -30,7 +30,7 @@ from lib.model.access import Checkpoint
 from lib.util.command import run
 from lib.util.errors import UserError
 from lib.util.progress import quiet
-from lib.vocabulary import trim
+from lib.vocabulary import trim_vocabulary
 
 NUMBERS_APART = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -124,19 +124,21 @@ def main(argv: list[str]) -> None:
         rows = max(tokenizer.get_vocab().values()) + 1
         for source in sources:
             start = time.perf_counter()
-            options = dict(rows=rows, named=set())
-            made = trim(tokenizer, Checkpoint(name), PretrainedConfig(), [source], alone, **options)
-            made.prove(sources)
+            options = dict(rows=rows, config_ids=set())
+            trimmed = trim_vocabulary(
+                tokenizer, Checkpoint(name), PretrainedConfig(), [source], alone, **options
+            )
+            trimmed.prove(sources)
             seconds = time.perf_counter() - start
-            tests = {test["name"]: test for test in made.facts["tests"]}
+            tests = {test["name"]: test for test in trimmed.facts["tests"]}
             own = tests[source.name]
-            cells = [name, f"{len(tokenizer):,}", source.name, f"{made.facts['rows']:,}"]
+            cells = [name, f"{len(tokenizer):,}", source.name, f"{trimmed.facts['rows']:,}"]
             cells.append(f"{own['documents']}, {own['alike']}")
             cells += [f"{tests[test]['rise']:+.2%}" for test in names]
             print(f"| {' | '.join(cells)} | {seconds:.1f} |", flush=True)
             if args.json:
                 with args.json.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"tokenizer": name} | made.facts) + "\n")
+                    file.write(json.dumps({"tokenizer": name} | trimmed.facts) + "\n")
 
 
 if __name__ == "__main__":

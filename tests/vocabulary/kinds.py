@@ -72,10 +72,10 @@ def byte_level(size: int = 520, regex: bool = True, whole: bool = False) -> PreT
     return _fast(tokenizer)
 
 
-def byte_fallback(size: int = 420) -> PreTrainedTokenizerFast:
+def byte_fallback(size: int = 420, special: list[str] = SPECIAL) -> PreTrainedTokenizerFast:
     """As Llama 2, Mistral and Gemma have it: blanks as a sign, every pair that makes a token among
     the merges, letters that are no token as bytes."""
-    pieces = [piece for piece, _ in _pieces(size)]
+    pieces = [piece for piece, _ in _pieces(size, special)]
     vocab = {token: number for number, token in enumerate(pieces)}
     pairs = [
         (vocab[piece], len(piece[:cut]), piece[:cut], piece[cut:])
@@ -91,16 +91,18 @@ def byte_fallback(size: int = 420) -> PreTrainedTokenizerFast:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.decoder = _read_back()
-    return _fast(_with_special(tokenizer))
+    return _fast(_with_special(tokenizer, special))
 
 
-def unigram(size: int = 420, fallback: bool = True) -> PreTrainedTokenizerFast:
+def unigram(
+    size: int = 420, fallback: bool = True, special: list[str] = SPECIAL
+) -> PreTrainedTokenizerFast:
     """With bytes for letters that are no token, or without."""
-    pieces = [one for one in _pieces(size) if fallback or not one[0].startswith("<0x")]
+    pieces = [p for p in _pieces(size, special) if fallback or not p[0].startswith("<0x")]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=fallback))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = _read_back() if fallback else decoders.Metaspace()
-    return _fast(_with_special(tokenizer))
+    return _fast(_with_special(tokenizer, special))
 
 
 def _read_back() -> decoders.Decoder:
@@ -108,7 +110,7 @@ def _read_back() -> decoders.Decoder:
     return decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
 
 
-def _pieces(size: int) -> list[tuple[str, float]]:
+def _pieces(size: int, special: list[str]) -> list[tuple[str, float]]:
     """Special tokens, bytes, and pieces with their scores, by falling score."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -116,7 +118,7 @@ def _pieces(size: int) -> list[tuple[str, float]]:
     tokenizer.train_from_iterator(BOTH, trainer)
     found = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
     scores = -1.0
-    pieces = [(token, 0.0) for token in (*SPECIAL, *(f"<0x{n:02X}>" for n in range(256)))]
+    pieces = [(token, 0.0) for token in (*special, *(f"<0x{n:02X}>" for n in range(256)))]
     for piece in found:
         if piece != "<unk>":
             scores -= 0.01
@@ -124,8 +126,8 @@ def _pieces(size: int) -> list[tuple[str, float]]:
     return pieces
 
 
-def _with_special(tokenizer: Tokenizer) -> Tokenizer:
-    tokenizer.add_special_tokens(SPECIAL)
+def _with_special(tokenizer: Tokenizer, special: list[str]) -> Tokenizer:
+    tokenizer.add_special_tokens(special)
     return tokenizer
 
 
@@ -136,4 +138,22 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte fallback": byte_fallback,
     "unigram": unigram,
     "unigram without bytes": lambda: unigram(fallback=False),
+}
+
+
+RESERVED = [f"<unused{number}>" for number in range(70)]
+
+
+def _added(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in RESERVED])
+    return tokenizer
+
+
+# after all other tokens, as Llama 3 has them, or among those of the model, as Gemma has them
+WITH_RESERVED: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "byte-level": lambda: _added(byte_level(regex=False)),
+    "byte fallback": lambda: byte_fallback(special=[*SPECIAL, *RESERVED]),
+    "byte fallback, added": lambda: _added(byte_fallback()),
+    "unigram": lambda: unigram(special=[*SPECIAL, *RESERVED]),
+    "unigram, added": lambda: _added(unigram()),
 }

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lib.model.access import Checkpoint
 from lib.model.pretrained import fresh_copy
-from lib.model.rows import TRIMMED_FROM, count_rows, keep_rows_, tokens_of_configs
+from lib.model.rows import TRIMMED_FROM, config_token_ids, keep_rows_, trimmable_rows
 from lib.util.errors import UserError
-from lib.util.token_ids import named_ids, renumbered
+from lib.util.token_ids import find_token_ids, map_token_ids
 
 ROWS = torch.tensor([0, 1, 2, *range(5, 60, 3), 100, 77, 319, 317, 318])
 TIED = dict(tie_word_embeddings=True)
@@ -35,7 +35,7 @@ def is_tied(model: PreTrainedModel) -> bool:
 def test_same_logits_here_and_loaded_again(name: str, tmp_path: Path) -> None:
     model = tiny.ALL[name]()
     ids = torch.randint(len(ROWS), (2, 24), generator=torch.Generator().manual_seed(0))
-    assert count_rows(model, Checkpoint("m")) == tiny.VOCAB
+    assert trimmable_rows(model, Checkpoint("m")) == tiny.VOCAB
     before, tied = logits(model, ROWS[ids])[..., ROWS], is_tied(model)
     keep_rows_(model, ROWS)
     torch.testing.assert_close(logits(model, ids), before, rtol=1e-5, atol=1e-5)
@@ -44,7 +44,7 @@ def test_same_logits_here_and_loaded_again(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again, ids), before, rtol=1e-5, atol=1e-5)
-    assert is_tied(again) == tied and count_rows(again, Checkpoint("m")) == len(ROWS)
+    assert is_tied(again) == tied and trimmable_rows(again, Checkpoint("m")) == len(ROWS)
 
 
 def test_tied_untied_and_a_copy_that_shares() -> None:
@@ -73,7 +73,7 @@ def test_every_number_follows(tmp_path: Path) -> None:
     model.generation_config.bad_words_ids = [[20, 23], [26]]
     model.generation_config.forced_bos_token_id = 29
     model.save_pretrained(tmp_path)
-    named = tokens_of_configs(Checkpoint(str(tmp_path)), model.config)
+    named = config_token_ids(Checkpoint(str(tmp_path)), model.config)
     assert named >= {0, 1, 2, 8, 11, 14, 17, 20, 23, 26, 29, 317, 318, 319}
     keep_rows_(model, ROWS)
     rows = ROWS.tolist()
@@ -107,13 +107,13 @@ def test_fields_that_name_tokens() -> None:
         "use_token_ids": True,
         "tokenizer_class": "x",
     }
-    assert named_ids(fields) == set(range(3, 11))
-    moved = renumbered(fields, lambda number: number + 100)
+    assert find_token_ids(fields) == set(range(3, 11))
+    moved = map_token_ids(fields, lambda number: number + 100)
     assert moved["eos_token_id"] == [103, 104] and moved["pad_token_id"] == -1
     assert moved["forced_decoder_ids"] == [[1, 107], [2, None]]
     assert moved["sequence_bias"] == [[[108, 109], 0.5]]
     assert moved["text_config"] == {"video_token_id": 110, "num_hidden_layers": 11}
-    unmoved = {k: v for k, v in fields.items() if not named_ids({k: v})}
+    unmoved = {k: v for k, v in fields.items() if not find_token_ids({k: v})}
     assert unmoved.items() <= moved.items() and len(unmoved) == 7
 
 
@@ -121,22 +121,22 @@ def test_refused() -> None:
     with torch.device("meta"):
         per_layer = tiny.REFUSED["Gemma 3n"]
     with pytest.raises(UserError, match="has a tensor .*embed_tokens_per_layer.weight"):
-        count_rows(per_layer(), Checkpoint("m"))
+        trimmable_rows(per_layer(), Checkpoint("m"))
     with pytest.raises(UserError, match=r"embed_tokens_per_layer.weight \[256, "):
-        count_rows(per_layer(vocab_size_per_layer_input=256), Checkpoint("m"))
+        trimmable_rows(per_layer(vocab_size_per_layer_input=256), Checkpoint("m"))
     model = tiny.tiny_llama()
     model.model.layers[0].mlp.register_buffer("bias_of_tokens", torch.zeros(tiny.VOCAB))
     with pytest.raises(UserError, match="a tensor model.layers.0.mlp.bias_of_tokens"):
-        count_rows(model, Checkpoint("m"))
+        trimmable_rows(model, Checkpoint("m"))
     shared = tiny.tiny_llama()
     shared.model.layers[1].own = torch.nn.Embedding(4, 4)
     shared.model.layers[1].own.weight = shared.model.embed_tokens.weight
     with pytest.raises(UserError, match="layers.1.own.weight"):
-        count_rows(shared, Checkpoint("m"))
+        trimmable_rows(shared, Checkpoint("m"))
     longer = tiny.tiny_llama()
     longer.lm_head = torch.nn.Linear(32, 384, bias=False)
     with pytest.raises(UserError, match="320 rows in its embedding, 384 in its head"):
-        count_rows(longer, Checkpoint("m"))
+        trimmable_rows(longer, Checkpoint("m"))
     packed = tiny.tiny_llama()
     packed.model.embed_tokens.weight = torch.nn.Parameter(
         torch.zeros(320, 32, dtype=torch.uint8), requires_grad=False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,18 +11,18 @@ import kinds
 import pytest
 import tiny
 import torch
-from kinds import EN, KINDS, UK
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from kinds import EN, KINDS, RESERVED, UK
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from lib.data.counts import UNSEEN, compared_texts, count_tokens, plain
+from lib.data.counts import RARE_SIGNS, compare_on_texts, count_tokens, plain_backend
 from lib.data.sources import parse_sources
-from lib.data.tokenizer import Pieces
+from lib.data.tokenizer import TrimmableTokenizer
 from lib.data.tokenizer_model import CHECK, check_of
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
 from lib.util.errors import UserError
-from lib.vocabulary import Trimmed, choose, trim
+from lib.vocabulary import TrimmedVocabulary, choose_tokens, trim_vocabulary
 
 ALONE = DistContext(torch.device("cpu"), alone=True)
 UNHEARD = [
@@ -41,14 +43,20 @@ def uk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_texts(folder, train=kinds.texts(UK, 40, 1), test=kinds.texts(UK, 9, 2))
 
 
-def trimmed(tokenizer: PreTrainedTokenizerFast, folder: Path, **options) -> Trimmed:
+def trimmed(tokenizer: PreTrainedTokenizerFast, folder: Path, **options) -> TrimmedVocabulary:
     sources = parse_sources([str(folder)], "--vocabulary_data")
-    options = {"rows": max(tokenizer.get_vocab().values()) + 1, "named": set()} | options
-    return trim(tokenizer, Checkpoint("m"), PretrainedConfig(), sources, ALONE, **options)
+    options = {"rows": max(tokenizer.get_vocab().values()) + 1, "config_ids": set()} | options
+    return trim_vocabulary(
+        tokenizer, Checkpoint("m"), PretrainedConfig(), sources, ALONE, **options
+    )
 
 
 def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
-    return plain(tokenizer).encode(text, add_special_tokens=False).tokens
+    return plain_backend(tokenizer).encode(text, add_special_tokens=False).tokens
+
+
+def cut_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -68,7 +76,7 @@ def test_texts_of_kept_tokens_are_cut_as_before_and_all_texts_read_alike(
             assert new == old
             alike += 1
     assert alike >= 80
-    for text in [*mixed, *kinds.texts(EN, 9), *UNHEARD, *UNSEEN]:
+    for text in [*mixed, *kinds.texts(EN, 9), *UNHEARD, *RARE_SIGNS]:
         one, other = before(text).input_ids, after(text).input_ids
         for skip in (False, True):
             read = (
@@ -104,9 +112,9 @@ def test_numbers_follow(kind: str, uk: Path) -> None:
 def test_parts_are_what_merges_go_through() -> None:
     for make in (kinds.byte_level, kinds.byte_fallback):
         tokenizer = make()
-        pieces = Pieces(tokenizer, "m")
-        ranks = {tuple(merge): n for n, merge in enumerate(pieces.data["model"]["merges"])}
-        for token, number in pieces.ids.items():
+        tokens = TrimmableTokenizer(tokenizer, "m")
+        ranks = {tuple(merge): n for n, merge in enumerate(tokens.data["model"]["merges"])}
+        for token, number in tokens.token_to_id.items():
             if token[0] == "<" or token in tokenizer.all_special_tokens:
                 continue
             letters, seen = list(token), set(token) | {token}
@@ -116,24 +124,24 @@ def test_parts_are_what_merges_go_through() -> None:
                 letters[place : place + 2] = ["".join(best)]
                 seen.add(letters[place])
             if len(letters) == 1:
-                assert pieces.parts(number) == {pieces.ids[part] for part in seen}
+                assert tokens.merge_parts(number) == {tokens.token_to_id[part] for part in seen}
             else:
-                assert pieces.parts(number) == {number}
+                assert tokens.merge_parts(number) == {number}
 
 
 def test_every_token_used_stays_with_its_parts_and_the_rest_by_count(uk: Path) -> None:
     tokenizer = kinds.byte_level(800)
-    pieces = Pieces(tokenizer, "m")
+    tokens = TrimmableTokenizer(tokenizer, "m")
     counts = count_tokens(parse_sources([str(uk)], "--vocabulary_data"), tokenizer).counts
-    needed = pieces.indispensable()
-    everything = choose(pieces, counts, needed)
+    needed = tokens.required_ids()
+    everything = choose_tokens(tokens, counts, needed)
     used = set(counts.nonzero().flatten().tolist())
     assert used <= everything and len(everything) % 64 == 0
-    assert all(pieces.parts(number) <= everything for number in everything)
-    often = choose(pieces, counts, needed, minimum=20)
+    assert all(tokens.merge_parts(number) <= everything for number in everything)
+    often = choose_tokens(tokens, counts, needed, minimum=20)
     assert {n for n in used if counts[n] >= 20} <= often and len(often) < len(everything)
     for size in (300, 400):
-        capped = choose(pieces, counts, needed, size=size)
+        capped = choose_tokens(tokens, counts, needed, size=size)
         assert needed <= capped and len(capped) <= size < len(everything)
     first = sorted(used, key=lambda n: -counts[n])[:9]
     assert set(first) <= capped
@@ -162,7 +170,7 @@ def test_what_configs_name_stays_even_past_the_tokenizer(uk: Path) -> None:
     tokenizer = kinds.byte_level()
     river = tokenizer.convert_tokens_to_ids("Ġriver")
     last = max(tokenizer.get_vocab().values())
-    found = trimmed(tokenizer, uk, rows=last + 99, named={river, last + 7, 10**6})
+    found = trimmed(tokenizer, uk, rows=last + 99, config_ids={river, last + 7, 10**6})
     rows = found.rows.tolist()
     assert river in rows and rows[-1] == last + 7 and len(rows) % 64 == 0
     assert len(found.tokenizer) == len(rows) - 1
@@ -183,6 +191,95 @@ def test_what_the_post_processor_and_padding_name_stays(uk: Path) -> None:
     assert [found.rows[ids[place]].item() for place in (0, -1)] == [cls[1], sep[1]]
 
 
+@pytest.mark.parametrize("kind", kinds.WITH_RESERVED)
+def test_reserved_tokens_go_unless_they_are_used_or_named(
+    kind: str, uk: Path, tmp_path: Path
+) -> None:
+    before = kinds.WITH_RESERVED[kind]()
+    result = trimmed(before, uk)
+    assert not result.tokenizer.get_vocab().keys() & set(RESERVED)
+    assert result.facts["reserved"] == 70 and "70 reserved ones go" in result.summary()
+    whole = trimmed(kinds.WITH_RESERVED[kind](), uk, keep_reserved=True)
+    assert whole.tokenizer.get_vocab().keys() >= set(RESERVED)
+    assert whole.facts["reserved"] == 0 and "reserved" not in whole.summary()
+    for text in kinds.texts(UK, 9, 4):
+        assert cut(result.tokenizer, text) == cut(whole.tokenizer, text)
+    for text in ("тихо <unused3> river", "<unused12>"):  # no longer special
+        assert result.tokenizer.decode(cut_ids(result.tokenizer, text)) == text
+
+    named = kinds.WITH_RESERVED[kind]()
+    named.pad_token = "<unused2>"
+    named.chat_template = "{{ '<unused3>' }}"
+    folder = tiny.write_texts(tmp_path / "uk", train=[*kinds.texts(UK, 40, 1), "і <unused5> так"])
+    config_ids = {named.convert_tokens_to_ids("<unused4>")}
+    after = trimmed(named, folder, config_ids=config_ids)
+    stay = {f"<unused{number}>" for number in (2, 3, 4, 5)}
+    assert after.tokenizer.get_vocab().keys() & set(RESERVED) == stay
+    assert after.facts["reserved"] == 66 and after.tokenizer.pad_token == "<unused2>"
+
+
+def test_a_few_numbered_tokens_are_not_reserved(uk: Path) -> None:
+    tokenizer = kinds.byte_level()
+    tokenizer.add_tokens([AddedToken(f"<h{number}>", special=True) for number in (1, 2, 3)])
+    tokenizer.add_tokens([AddedToken(f"<cell{number}>", special=False) for number in range(9)])
+    result = trimmed(tokenizer, uk)
+    assert result.facts["reserved"] == 0
+    assert result.tokenizer.get_vocab().keys() >= {"<h1>", "<h3>", "<cell0>", "<cell8>"}
+
+
+def test_a_special_token_without_a_row_stays_where_no_text_has_it(uk: Path) -> None:
+    tokenizer = kinds.byte_level()
+    rows = tokenizer.convert_tokens_to_ids(kinds.USER)  # the last token's id
+    result = trimmed(tokenizer, uk, rows=rows)
+    index = result.tokenizer.convert_tokens_to_ids(kinds.USER)
+    assert index < len(result.rows) and int(result.rows.max()) < rows
+    originals = result.rows.tolist()
+    assert len(set(originals)) == len(originals)
+    assert originals[index] not in tokenizer("тихо river", add_special_tokens=False).input_ids
+
+
+NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+RECURSIVE = (
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
+)
+
+
+@pytest.mark.parametrize("template", [NESTED, RECURSIVE])
+def test_a_chat_template_without_end_is_one_line(template: str, uk: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lib.data.tokenizer.TEMPLATE_SECONDS", 0.2)
+    tokenizer, tracer = kinds.byte_level(), sys.gettrace()
+    tokenizer.chat_template = template
+    with pytest.raises(UserError, match="the chat template of --model m takes longer than 0.2"):
+        trimmed(tokenizer, uk)
+    assert sys.gettrace() is tracer
+
+
+def test_a_template_that_refuses_every_conversation_is_no_error(uk: Path) -> None:
+    for template in ("{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{{ messages[9].x.y }}", "{%"):
+        tokenizer = kinds.byte_level()
+        tokenizer.chat_template = template
+        trimmed(tokenizer, uk)
+
+
+def test_an_alarm_reaches_the_caller_through_a_template(uk: Path) -> None:
+    class Alarm(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        raise Alarm
+
+    tokenizer = kinds.byte_level()
+    tokenizer.chat_template = NESTED
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(Alarm):
+            TrimmableTokenizer(tokenizer, "m").template_ids()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_proof(uk: Path) -> None:
     before = kinds.byte_level()
     found = trimmed(before, uk)
@@ -195,33 +292,33 @@ def test_proof(uk: Path) -> None:
         and told["tokens"] >= told["tokens_before"]
     )
     lossy = kinds.byte_level(300)
-    seen = compared_texts(["тихо river", "漢"], before, lossy, torch.arange(400))
+    seen = compare_on_texts(["тихо river", "漢"], before, lossy, torch.arange(400))
     assert seen.damaged is None and seen.alike < 2
     backend = Tokenizer(models.BPE({"т": 0, "<unk>": 1}, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     deaf = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert compared_texts(["тихо", "漢"], before, deaf, torch.arange(2)).damaged == 1
+    assert compare_on_texts(["тихо", "漢"], before, deaf, torch.arange(2)).damaged == 1
     found.tokenizer = deaf
-    with pytest.raises(UserError, match="which no text had, does not read the same"):
+    with pytest.raises(UserError, match="which is in no text, decodes differently"):
         found.prove([])
 
 
 def test_refused() -> None:
     word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece({"a": 0})))
     with pytest.raises(UserError, match="of the kind WordPiece"):
-        Pieces(word, "--model m")
+        TrimmableTokenizer(word, "--model m")
     level = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
     with pytest.raises(UserError, match="of the kind WordLevel"):
-        Pieces(level, "--model m")
+        TrimmableTokenizer(level, "--model m")
     ends = Tokenizer(models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
     with pytest.raises(UserError, match="BPE with end_of_word_suffix"):
-        Pieces(PreTrainedTokenizerFast(tokenizer_object=ends), "--model m")
+        TrimmableTokenizer(PreTrainedTokenizerFast(tokenizer_object=ends), "--model m")
 
     class Slow:
         is_fast = False
 
     with pytest.raises(UserError, match=r"a slow one \(Slow, without"):
-        Pieces(Slow(), "--model m")
+        TrimmableTokenizer(Slow(), "--model m")
 
 
 @pytest.mark.parametrize("size", [None, 384])
@@ -229,7 +326,7 @@ def test_rows_that_another_program_takes_for_another_model_are_avoided(
     size: int | None, uk: Path, monkeypatch
 ) -> None:
     rows = len(trimmed(kinds.byte_level(), uk, size=size).rows)
-    monkeypatch.setattr("lib.vocabulary.TAKEN", {rows})
+    monkeypatch.setattr("lib.vocabulary.MISLEADING_ROWS", {rows})
     again = len(trimmed(kinds.byte_level(), uk, size=size).rows)
     assert again == (rows + 64 if size is None else size - 1)
 
@@ -245,5 +342,5 @@ def test_the_whole_vocabularys_check_outlives_trimming_twice(uk: Path) -> None:
 def test_a_size_that_bytes_and_special_tokens_do_not_fit(uk: Path) -> None:
     with pytest.raises(UserError, match=r"--vocabulary_size 200: bytes, .* take \d+; give at"):
         trimmed(kinds.byte_level(), uk, size=200)
-    with pytest.raises(UserError, match="its embedding 99 rows"):
+    with pytest.raises(UserError, match="the embedding of --model m has 99 rows"):
         trimmed(kinds.byte_level(), uk, rows=99)

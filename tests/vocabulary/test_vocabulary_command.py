@@ -272,7 +272,7 @@ BAD = {
     "weight": (["--vocabulary_data", "uk=0.5"], 1, "--vocabulary_data uk: takes no weight"),
     "teacherless": (["--model", "slow"], 1, "is a slow one (Slowly, without a tokenizer.json)"),
     "words": (["--model", "words"], 1, "the tokenizer of --model words is of the kind WordLevel"),
-    "few rows": (["--model", "few"], 1, "has tokens up to number 520, its embedding 512 rows"),
+    "few rows": (["--model", "few"], 1, "but the embedding of --model few has 512 rows"),
 }
 
 
@@ -311,17 +311,17 @@ def test_flags_that_need_it() -> None:
 
 
 def test_a_text_that_reads_otherwise_stops_the_run(tmp_path: Path, monkeypatch) -> None:
-    own = lib.data.tokenizer.Pieces.smaller
+    own = lib.data.tokenizer.TrimmableTokenizer.trimmed_json
 
     def broken(self, kept):
         data = own(self, kept)
         data["decoder"] = None
         return data
 
-    monkeypatch.setattr(lib.data.tokenizer.Pieces, "smaller", broken)
+    monkeypatch.setattr(lib.data.tokenizer.TrimmableTokenizer, "trimmed_json", broken)
     monkeypatch.setattr(lib.model.pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
     found = call(*TRIM, "--vocabulary_data", "uk", "--save_model", tmp_path / "model")
-    assert found.status == 1 and "does not read the same with the trimmed" in found.complaints[0]
+    assert found.status == 1 and "decodes differently with the trimmed" in found.complaints[0]
     assert not (tmp_path / "model").exists()
 
 
