@@ -27,8 +27,8 @@ from lib.util.folders import Target, locked_dir
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lib.methods.sparsity import Sparsity
     from lib.model.blocks import BlockRunner
+    from lib.pruning.allocation import Allocation
     from lib.quality.reference import DenseReference, States
     from lib.report.results import Measured, Results
     from lib.run.completions import Completions
@@ -169,11 +169,15 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
     args, dist, runner = job.args, job.dist, loaded.runner
     if job.journal:
         job.journal.begin(job.fingerprint["pruning"])
-    sparsity, told = job.sparsity, None
-    if args.allocation != "uniform":
-        sparsity, told = allocate(job, loaded)
-    rounding = saved_dtype(args.dtype, job.config)
-    pruner = Pruner(runner, job.method_spec, sparsity, rounding, dist, job.journal)
+    allocation, allocation_record = allocate(job, loaded)
+    pruner = Pruner(
+        runner=runner,
+        method_spec=job.method_spec,
+        allocation=allocation,
+        dist=dist,
+        rounding=saved_dtype(args.dtype, job.config),
+        journal=job.journal,
+    )
     blocks = len(loaded.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
         pruned = pruner.run(
@@ -182,38 +186,54 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
     if not dist.is_main:
         return {}
     print(*pruned.summary(), sep="\n")
-    loaded.asked = None if args.use_variant else sparsity  # the variant only comes near
-    loaded.left = frozenset(pruned.why)
+    # the variant only comes near the ratio
+    loaded.sparsity = None if args.use_variant else allocation.sparsity
+    loaded.left_dense = frozenset(pruned.left_dense)
     figures: Measured = {"notes": pruned.summary()[1:]}
-    if told:
-        figures["allocation"] = told
-    measured = measure(runner, loaded.asked, loaded.left)
+    if allocation_record:
+        figures["allocation"] = allocation_record
+    measured = measure(runner, loaded.sparsity, loaded.left_dense)
     return figures | {"sparsity": measured.shares()}
 
 
-def allocate(job: Job, loaded: LoadedModel) -> tuple[dict[str, Sparsity], Any]:
-    """A sparsity of its own for every linear, and as it stands in results.json."""
-    from lib.pruning.allocation import by_error
-    from lib.pruning.owl import of_blocks, owl
+def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
+    """How sparse every linear becomes, and its record for results.json, None where uniform."""
+    from lib.pruning.allocation import of_blocks, uniform
+    from lib.pruning.by_error import by_error
+    from lib.pruning.owl import owl
     from lib.util.progress import progress
 
-    args, is_main, blocks = job.args, job.dist.is_main, len(loaded.blocks)
-    reads = job.texts.windows, job.batch_size, args.sparsity_ratio, job.dist, loaded.state_device
+    args, is_main, blocks = job.args, job.dist.is_main, loaded.blocks
+    if args.allocation == "uniform":
+        return uniform(loaded.runner, job.sparsity), None
     by_outliers = args.allocation == "owl"
-    passed, what = (blocks, "outliers") if by_outliers else (2 * blocks, "errors")
-    with job.timed("allocate"), progress(passed, what, "block", is_main) as bar:
+    passes, what = (1, "outliers") if by_outliers else (2, "errors")
+    with (
+        job.timed("allocate"),
+        progress(passes * len(blocks), what, "block", is_main) as bar,
+    ):
+        common = dict(
+            runner=loaded.runner,
+            windows=job.texts.windows,
+            batch_size=job.batch_size,
+            ratio=args.sparsity_ratio,
+            dist=job.dist,
+            state_device=loaded.state_device,
+            on_progress=bar,
+        )
         if by_outliers:
-            found = owl(loaded.runner, *reads, bar)
-            told = [round(ratio, 6) for ratio in found]
-            by_name = of_blocks(loaded.runner, found)
+            ratios = owl(**common)
+            allocation = of_blocks(loaded.runner, ratios)
+            allocation_record = [round(ratio, 6) for ratio in ratios]
         else:
-            by_name = by_error(loaded.runner, *reads, args.seed, bar)
-            told = {name: round(one.ratio, 6) for name, one in by_name.items()}
+            allocation = by_error(**common, seed=args.seed)
+            sparsities = allocation.sparsity.items()
+            allocation_record = {name: round(one.ratio, 6) for name, one in sparsities}
     if is_main:
-        shares = [round(one.ratio, 6) for one in by_name.values()]
+        shares = [round(sparsity.ratio, 6) for sparsity in allocation.sparsity.values()]
         of = "blocks" if by_outliers else "linears"
         print(f"sparsity of the {of}: {min(shares)} to {max(shares)}")
-    return by_name, told
+    return allocation, allocation_record
 
 
 def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
@@ -239,15 +259,24 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     def perplexity(runner: BlockRunner, windows: Tensor) -> float:
         return perplexities(runner, [windows], job.batch_size, dist)[0].value
 
-    rounding = saved_dtype(args.dtype, job.config)
-    which = loaded.runner, teacher, schedule, text, job.batch_size
-    recoverer = Recoverer(*which, perplexity, rounding, dist, job.journal, loaded.checkpointed)
+    recoverer = Recoverer(
+        runner=loaded.runner,
+        teacher=teacher,
+        schedule=schedule,
+        text=text,
+        batch_size=job.batch_size,
+        measure=perplexity,
+        rounding=saved_dtype(args.dtype, job.config),
+        dist=dist,
+        journal=job.journal,
+        checkpointed=loaded.checkpointed,
+    )
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     if dist.is_main:
         print(*recoverer.summary(), sep="\n", flush=True)
     with job.timed("recover"), progress(tokens, "recovering", "token", dist.is_main) as bar:
         done = recoverer.run(bar)
-    after = measure(loaded.runner, loaded.asked, loaded.left)
+    after = measure(loaded.runner, loaded.sparsity, loaded.left_dense)
     assert all(after.zeros[name] >= zeros for name, zeros in before.zeros.items())
     if not dist.is_main:
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -13,17 +13,16 @@ from torch.profiler import record_function
 
 from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
-from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear
-from lib.pruning.check import asked_of
+from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, SharedWeights, merge
 from lib.pruning.journal import Journal
-from lib.pruning.observe import DenseTwin, observe, own_windows, stages
-from lib.pruning.ordered import OrderedBlock
-from lib.pruning.residual import Writers
+from lib.pruning.observe import DenseBlock, find_stages, observe, own_windows
+from lib.pruning.ordered import BlockOrder, OrderedBlock
+from lib.pruning.residual import ResidualProjections
 from lib.util.errors import RunWarning, UserError
 
 # of Group.cost a second, by ADMM, the slowest method: a fifth of one busy core, and a thirtieth
@@ -33,70 +32,79 @@ UNREACHED = "no calibration token reached it, or it is used without being called
 
 
 @dataclass
-class Pruned:
-    """What was done: sizes in weights of what was pruned and left dense, and why it was left."""
+class BlockNotes:
+    """What pruning one block gave to report, as it is kept with the block."""
 
-    pruned: dict[str, int] = field(default_factory=dict)
-    left: dict[str, int] = field(default_factory=dict)
-    why: dict[str, str] = field(default_factory=dict)
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
     warnings: list[str] = field(default_factory=list)
 
-    def leave(self, name: str, size: int, why: str) -> None:
-        self.left[name] = size
-        self.why[name] = why
 
-    def note(self, group: Group) -> None:
-        if group.fallback:
-            self.fallbacks.setdefault(group.fallback, []).append(group.names)
+@dataclass
+class Pruned:
+    """What was pruned and what was left dense, in weights by linear, and why it was left."""
+
+    pruned: dict[str, int] = field(default_factory=dict)
+    left_dense: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # of what was left dense
+    notes: list[BlockNotes] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        return [warning for notes in self.notes for warning in notes.warnings]
+
+    def leave(self, name: str, size: int, reason: str) -> None:
+        self.left_dense[name] = size
+        self.reasons[name] = reason
 
     def summary(self) -> list[str]:
-        """What a user should know, a line each: nothing is left dense silently."""
-        pruned, left = sum(self.pruned.values()), sum(self.left.values())
+        """Lines for the user: nothing is left dense silently."""
+        pruned, left = sum(self.pruned.values()), sum(self.left_dense.values())
         lines = [
             f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
             f"left {left:,} weights of the blocks dense"
         ]
-        reasons: dict[str, list[str]] = {}
-        for name, why in self.why.items():
-            reasons.setdefault(f"left dense, {why}", []).append(name)
-        for method, names in self.fallbacks.items():
-            reasons[f"pruned by {method}, too few tokens were routed to them"] = names
-        for why, names in reasons.items():
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.reasons.items():
+            by_reason.setdefault(f"left dense, {reason}", []).append(name)
+        for notes in self.notes:
+            for method, experts in notes.fallbacks.items():
+                reason = f"pruned by {method}, too few tokens were routed to them"
+                by_reason.setdefault(reason, []).extend(experts)
+        for reason, names in by_reason.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"{why}: {', '.join(names[:3])}{more}")
+            lines.append(f"{reason}: {', '.join(names[:3])}{more}")
         return lines + self.warnings
 
 
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `sparsity`: of all linears, or of each by its name. `rounding`: the dtype in which the model
-    will be saved, to which pruned weights are rounded. `dist`: the processes that share the work.
+    `allocation`: how sparse each linear becomes. `rounding`: the dtype in which the model will be
+    saved, to which pruned weights are rounded. `dist`: the processes that share the work.
     `journal`, of the main process: keeps every finished block, and gives back those of an
-    interrupted run.
-    What was done is in `done`.
+    interrupted run. The result is reported in `done`.
     """
 
     def __init__(
         self,
         runner: BlockRunner,
         method_spec: MethodSpec,
-        sparsity: Sparsity | Mapping[str, Sparsity],
+        allocation: Allocation,
+        *,
+        dist: DistContext,
         rounding: torch.dtype | None = None,
-        dist: DistContext | None = None,
         journal: Journal | None = None,
     ) -> None:
         self.runner = runner
         self.method_spec = method_spec
-        self.sparsity = sparsity
+        self.allocation = allocation
+        self.dist = dist
         self.rounding = rounding
-        self.dist = dist or DistContext(runner.device, alone=True)
         self.journal = journal
         self.done = Pruned()
         self.shared = SharedWeights(runner.blocks)
-        self.writers = Writers(runner, self.dist)
-        self.orders: dict[tuple, tuple[list[list[int]], int]] = {}  # of classes of blocks
+        self.projections = ResidualProjections(runner, dist)
+        self.stages: dict[tuple, tuple[list[list[int]], int]] = {}  # of classes of blocks
 
     @torch.no_grad()
     def run(
@@ -104,7 +112,7 @@ class Pruner:
         windows: Tensor | None,
         batch_size: int,
         state_device: torch.device | str = "cpu",
-        on_progress: Callable[[int], None] = lambda blocks: None,
+        on_progress: Callable[[int], None] | None = None,
         cache_inputs: bool = True,
     ) -> Pruned:
         """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
@@ -120,98 +128,135 @@ class Pruner:
         )
         with eager_experts(self.runner.model):
             states = dense = None
-            if self.method_spec.observes:
-                mine, self.idle = own_windows(windows, self.dist)
-                states = self.runner.capture(mine, batch_size, state_device)
-            if self.method_spec.dense_stream:
+            if self.method_spec.cls.observes:
+                own, self.idle = own_windows(windows, self.dist)
+                states = self.runner.capture(own, batch_size, state_device)
+            if self.method_spec.cls.dense_stream:
                 dense = replace(states, hidden=self.runner.transfer.copy(states.hidden))
             for index in range(len(self.runner.blocks)):
                 with self.runner.on_device(index, write_back=True):
                     self._block_(index, states, dense)
-                on_progress(1)
-        self.done.warnings = sum(self.dist.all_gather_object(self.done.warnings), [])
+                if on_progress:
+                    on_progress(1)
         return self.done
 
-    def _block_(self, index: int, states: HiddenStates | None, dense: HiddenStates | None) -> None:
+    def _block_(
+        self, index: int, states: HiddenStates | None, dense_states: HiddenStates | None
+    ) -> None:
         """Prune one block, or take it from the journal, and take the streams through it."""
-        runner, prefix = self.runner, f"{self.runner.name}.{index}"
-        linears, left = find_linears(runner.blocks[index], prefix)
-        for name, (size, why) in left.items():
-            self.done.leave(name, size, why)
-        linears = [linear for linear in linears if self.shared.open(linear)]
-        for linear in linears if runner.placement else ():  # else checked when it was loaded
-            check_weight(linear, runner.named)
-        twin = DenseTwin.of(dense, runner.blocks[index], prefix) if dense else None
-        goes_on = states is not None and index + 1 < len(runner.blocks)
+        block, prefix = self.runner.blocks[index], f"{self.runner.name}.{index}"
+        linears = self._linears(index)
+        dense = DenseBlock.copy_of(dense_states, block, prefix) if dense_states else None
+        need_outputs = states is not None and index + 1 < len(self.runner.blocks)
+        self.done.notes.append(BlockNotes())
         ordered = None
-        kept = self.journal.read(index) if self.journal else None
-        names = self.dist.all_gather_object(None if kept is None else sorted(kept))[0]
-        if names is not None:
-            for linear in (linear for linear in linears if linear.name in names):
-                matrix = kept[linear.name] if kept else linear.empty_matrix(self.rounding)
-                self._store_(linear, self.dist.broadcast_(matrix, 0))
-        else:
-            if twin and linears:
-                lots = self._lots(index, linears, states)
-                found = self.runner, states, index, *lots, twin, self.writers, self.method_spec
-                ordered = OrderedBlock(*found, self.cache_inputs, goes_on)
-            written = self._prune_block_(index, linears, states, ordered)
+        if not self._restore_(index, linears):
+            if dense and linears:
+                ordered = OrderedBlock(
+                    runner=self.runner,
+                    states=states,
+                    index=index,
+                    order=self._order(index, linears, states),
+                    dense=dense,
+                    method_spec=self.method_spec,
+                    cache_inputs=self.cache_inputs,
+                    need_outputs=need_outputs,
+                )
+                written = self._prune_in_order_(ordered)
+            else:
+                written = self._prune_at_once_(index, linears, states)
+            notes = self.done.notes[-1]
+            notes.warnings = sum(self.dist.all_gather_object(notes.warnings), [])
             if self.journal:
-                self.journal.write(index, written)
+                self.journal.write(index, written, vars(notes))
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
-        if goes_on and ordered:
-            ordered.advance_()
-        elif goes_on:
-            if twin:
-                runner.advance_(dense, index, twin.block)
-            runner.advance_(states, index)
-        if goes_on:
+        if need_outputs:
+            self._advance_(index, states, dense, ordered)
             states.block_args[index] = []  # the block's recorded arguments are not needed again
 
-    def _lots(
-        self, index: int, linears: list[PrunableLinear], states: HiddenStates
-    ) -> tuple[list[list[PrunableLinear]], int]:
-        """The linears in the order in which their inputs are taken, tried once for a class.
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        """The block's linears that are still to be pruned; the others are reported."""
+        linears, left_dense = find_linears(self.runner.blocks[index], f"{self.runner.name}.{index}")
+        for name, (size, reason) in left_dense.items():
+            self.done.leave(name, size, reason)
+        linears = [linear for linear in linears if not self.shared.is_pruned(linear)]
+        if self.runner.placement:  # otherwise they were checked when they were loaded
+            for linear in linears:
+                check_weight(linear, self.runner.named)
+        return linears
 
-        Also how many lots one batch reaches.
-        """
+    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
+        """Take the block from the main process's journal, with its notes; whether it is there."""
+        kept = self.journal.read(index) if self.journal else None
+        tensors, notes = kept or ({}, {})
+        names, notes = self.dist.all_gather_object((kept and sorted(tensors), notes))[0]
+        if names is None:
+            return False
+        self.done.notes[-1] = BlockNotes(**notes)
+        for linear in (linear for linear in linears if linear.name in names):
+            matrix = tensors.get(linear.name)
+            matrix = linear.empty_matrix(self.rounding) if matrix is None else matrix
+            self._store_(linear, self.dist.broadcast_(matrix, 0))
+        return True
+
+    def _advance_(
+        self,
+        index: int,
+        states: HiddenStates,
+        dense: DenseBlock | None,
+        ordered: OrderedBlock | None,
+    ) -> None:
+        """Take the streams through the pruned block and the untouched one."""
+        if ordered:
+            ordered.advance_()
+            return
+        if dense:
+            self.runner.advance_(dense.states, index, dense.block)
+        self.runner.advance_(states, index)
+
+    def _order(self, index: int, linears: list[PrunableLinear], states: HiddenStates) -> BlockOrder:
+        """The order in which the linears' inputs are taken, tried once for a class of blocks."""
         prefix = f"{self.runner.name}.{index}."
         names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
         key = type(self.runner.blocks[index]), *names
-        if key not in self.orders:
+        if key not in self.stages:
             place = {linear: at for at, linear in enumerate(linears)}
-            lots, reached = stages(self.runner, states, index, linears)
-            self.orders[key] = [[place[linear] for linear in lot] for lot in lots], reached
-        lots, reached = self.orders[key]
-        return [[linears[at] for at in lot] for lot in lots], reached
+            stages, n_reached = find_stages(self.runner, states, index, linears)
+            places = [[place[linear] for linear in stage] for stage in stages]
+            self.stages[key] = places, n_reached
+        places, n_reached = self.stages[key]
+        stages = [[linears[at] for at in stage] for stage in places]
+        return BlockOrder.of(stages, n_reached, self.projections, states=states, index=index)
 
-    def _prune_block_(
-        self,
-        index: int,
-        linears: list[PrunableLinear],
-        states: HiddenStates | None,
-        ordered: OrderedBlock | None,
-    ) -> dict[str, Tensor]:
-        """Observe and prune, lot by lot; {linear's name: what was stored in it}."""
-        if states is None:
-            device = self.runner.device
-            groups = [Group([one], self.method_spec(one.shape[1], device)) for one in linears]
-            return self._solve_(groups)
+    def _prune_in_order_(self, ordered: OrderedBlock) -> dict[str, Tensor]:
+        """Observe and prune stage by stage; {linear's name: what was stored in it}."""
         written: dict[str, Tensor] = {}
-        for place, lot in enumerate(ordered.lots if ordered else [linears]):
-            if ordered:
-                groups = ordered.observe(place)
-            else:
-                groups = observe(self.runner, states, index, lot, self.method_spec)
-            if self.idle:
-                for group in groups:
-                    group.forget_()
-            written |= self._solve_(
-                merge(groups, lot, self.method_spec, self.runner.device, self.dist)
-            )
+        for place, stage in enumerate(ordered.order.stages):
+            written |= self._solve_observed_(ordered.observe(place), stage)
         return written
+
+    def _prune_at_once_(
+        self, index: int, linears: list[PrunableLinear], states: HiddenStates | None
+    ) -> dict[str, Tensor]:
+        """Observe all inputs of the dense block, then prune; as `_prune_in_order_`."""
+        device = self.runner.device
+        if states is None:
+            groups = [
+                Group([linear], self.method_spec(linear.shape[1], device)) for linear in linears
+            ]
+            return self._solve_(groups)
+        groups = observe(self.runner, states, index, linears, self.method_spec)
+        return self._solve_observed_(groups, linears)
+
+    def _solve_observed_(
+        self, groups: list[Group], stage: list[PrunableLinear]
+    ) -> dict[str, Tensor]:
+        """Solve the groups that any process has observed."""
+        for group in groups if self.idle else ():
+            group.reset_()
+        return self._solve_(merge(groups, stage, self.method_spec, self.runner.device, self.dist))
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
         """Solve this process's groups, and store those of all processes."""
@@ -222,7 +267,8 @@ class Pruner:
         for group, owner, handles in zip(groups, owners, sums, strict=True):
             for handle in handles:
                 handle.wait()
-            self.done.note(group)
+            if group.fallback:
+                self.done.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
             if owner == self.dist.rank:
                 for linear, matrix in zip(group.linears, self._solved(group), strict=True):
                     self._store_(linear, matrix)
@@ -252,15 +298,17 @@ class Pruner:
                 raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
         with record_function("moving"):
             matrices = [linear.matrix() for linear in group.linears]
-        with record_function("solve"), warnings.catch_warnings(record=True) as warned:
+        sparsities = [self.allocation.sparsity[linear.name] for linear in group.linears]
+        costs = [self.allocation.output_costs.get(linear.name) for linear in group.linears]
+        with record_function("solve"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                group.solver().prune_(matrices, self._asked(group))
+                group.solver().prune_(matrices, sparsities, costs)
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error
-        for one in warned:
-            whose = "" if issubclass(one.category, RunWarning) else f"{group.names}: "
-            self.done.warnings.append(f"{whose}{one.message}")
+        for warning in caught:
+            prefix = "" if issubclass(warning.category, RunWarning) else f"{group.names}: "
+            self.done.notes[-1].warnings.append(f"{prefix}{warning.message}")
         for linear, matrix in zip(group.linears, matrices, strict=True):
             if not all_finite(matrix):
                 raise UserError(
@@ -269,10 +317,7 @@ class Pruner:
         solved = zip(group.linears, matrices, strict=True)
         return [linear.to_saved_dtype(matrix, self.rounding) for linear, matrix in solved]
 
-    def _asked(self, group: Group) -> list[Sparsity]:
-        return [asked_of(self.sparsity, linear) for linear in group.linears]
-
     def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
         linear.set_weight_(matrix)
         self.done.pruned[linear.name] = matrix.numel()
-        self.shared.close(linear)
+        self.shared.mark_pruned(linear)

@@ -30,14 +30,14 @@ from lib.model.linears import find_linears
 from lib.pruning.journal import Journal
 from lib.util.errors import UserError
 
-STEPS = 256  # about so many, as long as a step then has a size between these:
-LEAST, MOST = 2**8, 2**16  # tokens
+STEPS = 256  # about so many, while a step's size is between these:
+LEAST, MOST = 2**8, 2**16  # tokens of a step
 RATE = 0.6  # see `default_rate`
 CROSS_ENTROPY = 0.2  # of the loss: what the teacher does not know of the language, the text does
 WARM_UP = 0.1  # of the steps
-LAST = 0.05  # of the rate is left at the end
+LAST_RATE = 0.05  # of the peak rate, at the end
 BETAS = (0.9, 0.95)
-LONGEST = 1.0  # norm of a step's gradient, else it is shortened
+GRADIENT_NORM = 1.0  # at most; a step's gradient is clipped to it
 MEASURED = 10  # times on the windows held out
 KEEP_SECONDS = 600  # between two states that are kept, at most
 
@@ -67,7 +67,7 @@ class TrainSchedule:
         """A short rise, then half a cosine down."""
         rise = min(1.0, (step + 1) / math.ceil(WARM_UP * self.steps))
         fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return self.rate * rise * (LAST + (1 - LAST) * fall)
+        return self.rate * rise * (LAST_RATE + (1 - LAST_RATE) * fall)
 
     @property
     def measured(self) -> set[int]:
@@ -83,16 +83,18 @@ def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
     of all blocks add up. RATE is what that may come to.
     """
     squares, count = 0.0, 0
-    for one in matrices:
-        squares += one.float().square().sum(dtype=torch.float64).item()
-        count += one.numel()
+    for matrix in matrices:
+        squares += matrix.float().square().sum(dtype=torch.float64).item()
+        count += matrix.numel()
     return RATE * (squares / max(count, 1)) ** 0.5 / (width**0.5 * blocks)
 
 
 @contextmanager
-def same_every_time(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU adds up gradients in one order, so that a seed gives the same weights; where an
-    operation has no such way torch warns, and goes on."""
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Inside, a GPU adds up gradients in one order, so that a seed gives the same weights.
+
+    Where an operation has no deterministic implementation torch warns.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
     if device.type == "cuda":
@@ -138,14 +140,14 @@ class LowRank:
     """
 
     def __init__(
-        self, parameter: nn.Parameter, rank: int, rounding: torch.dtype, draw: torch.Generator
+        self, parameter: nn.Parameter, rank: int, rounding: torch.dtype, generator: torch.Generator
     ) -> None:
         self.parameter, self.rounding = parameter, rounding
         self.base = parameter.data.to(rounding, copy=True)
-        *several, rows, columns = parameter.shape
-        down = torch.randn(*several, rank, columns, generator=draw) / rank**0.5
+        *stack, rows, columns = parameter.shape
+        down = torch.randn(*stack, rank, columns, generator=generator) / rank**0.5
         self.down = down.to(parameter.device)  # A
-        self.up = torch.zeros(*several, rows, rank, device=parameter.device)  # B
+        self.up = torch.zeros(*stack, rows, rank, device=parameter.device)  # B
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -174,16 +176,16 @@ def trained_parameters(model: nn.Module, blocks_name: str) -> dict[str, tuple[nn
         for linear in find_linears(block, "")[0]:
             if bool((linear.raw_weight == 0).any()):
                 linears.add(id(getattr(linear.module, linear.parameter)))
-    every = list(model.named_parameters(remove_duplicate=False))
-    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
-    found = {}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    outside = {id(parameter) for name, parameter in parameters if not name.startswith(inside)}
+    trained = {}
     for name, parameter in blocks.named_parameters():
         vector = parameter.dim() == 1 or name.endswith("bias")
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
         if id(parameter) in linears or vector:
-            found[inside + name] = parameter, id(parameter) in linears
-    return found
+            trained[inside + name] = parameter, id(parameter) in linears
+    return trained
 
 
 @dataclass
@@ -225,19 +227,20 @@ class Recoverer:
         batch_size: int,
         measure: Callable[[BlockRunner, Tensor], float],
         rounding: torch.dtype,
-        dist: DistContext | None = None,
+        *,
+        dist: DistContext,
         journal: Journal | None = None,
         checkpointed: bool = False,
     ) -> None:
         self.runner, self.teacher = runner, teacher
         self.text, self.batch_size = text, batch_size
         self.measure = measure
-        self.dist = dist or DistContext(runner.device, alone=True)
+        self.dist = dist
         self.journal = journal
         self.checkpointed = checkpointed
         self.parts: dict[str, Whole | LowRank] = {}
         strict = set(runner.model._keep_in_fp32_modules_strict or ())
-        draw = torch.Generator().manual_seed(schedule.seed)
+        generator = torch.Generator().manual_seed(schedule.seed)
         trained = trained_parameters(runner.model, runner.name)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
@@ -245,11 +248,11 @@ class Recoverer:
             schedule = replace(schedule, rate=default_rate(matrices, width, len(runner.blocks)))
         self.schedule = schedule
         for name, (parameter, sparse) in trained.items():
-            kept = torch.float32 if strict.intersection(name.split(".")) else rounding
+            dtype = torch.float32 if strict.intersection(name.split(".")) else rounding
             if sparse and schedule.rank:
-                self.parts[name] = LowRank(parameter, schedule.rank, kept, draw)
+                self.parts[name] = LowRank(parameter, schedule.rank, dtype, generator)
             else:
-                self.parts[name] = Whole(parameter, sparse, kept)
+                self.parts[name] = Whole(parameter, sparse, dtype)
         self.done = Recovered(trained=sum(p.parameter.numel() for p in self.parts.values()))
 
     def summary(self) -> list[str]:
@@ -265,29 +268,30 @@ class Recoverer:
                 f"recovery: a step of {schedule.windows} windows keeps no more processes at work; "
                 "fewer would be as fast"
             )
-        for one in self.text.facts["sources"]:
-            if one["passes"] > 1:
+        for source in self.text.facts["sources"]:
+            if source["passes"] > 1:
                 lines.append(
-                    f"recovery: {one['name']} has {one['windows']} windows of train text, which "
-                    f"are read {one['passes']} times"
+                    f"recovery: {source['name']} has {source['windows']} windows of train text, "
+                    f"which are read {source['passes']} times"
                 )
         return lines
 
-    def run(self, on_progress: Callable[..., None] = lambda tokens, note="": None) -> Recovered:
+    def run(self, on_progress: Callable[..., None] | None = None) -> Recovered:
         """Train, and leave the model with its best weights, rounded.
 
         `on_progress(tokens, note)` is called after each step. UserError where the loss is not
         finite.
         """
+        on_progress = on_progress or (lambda tokens, note="": None)
         self.began = time.perf_counter()
         self._set_up()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
-        if not self._taken_up():
+        if not self._resumed():
             self._write_()
             self._note(0, None)
         on_progress(self.step * tokens)
         kept = time.monotonic()
-        with self._gradients(), same_every_time(self.runner.device):
+        with self._gradients(), deterministic(self.runner.device):
             for step in range(self.step, steps):
                 loss = self._step(step)
                 self.losses.append(loss)
@@ -344,23 +348,22 @@ class Recoverer:
     def _step(self, step: int) -> float:
         """One step of the optimizer; its loss, in nats a token."""
         schedule, windows = self.schedule, self.schedule.windows
-        lot = self.text.order[step * windows : (step + 1) * windows]
-        mine = self.text.windows[lot[self.dist.share(len(lot))]]
+        places = self.text.order[step * windows : (step + 1) * windows]
+        own = self.text.windows[places[self.dist.share(len(places))]]
         self.gradient.zero_()
         loss = torch.zeros(1, dtype=torch.float64, device=self.runner.device)
-        for ids in mine.split(self.batch_size) if len(mine) else ():
-            loss += self._backward(ids.to(self.runner.device), len(lot) * schedule.seqlen)
+        for ids in own.split(self.batch_size) if len(own) else ():
+            loss += self._backward(ids.to(self.runner.device), len(places) * schedule.seqlen)
         self.dist.barrier()
         for handle in self.dist.all_reduce_([self.gradient, loss]):
             handle.wait()
         if not math.isfinite(loss.item()):
             raise UserError(
                 f"--recover_rate {schedule.rate:.2g}: in step {step + 1} of {schedule.steps} the "
-                "loss "
-                "is not finite; try a smaller one, or --dtype float32"
+                "loss is not finite; try a smaller one, or --dtype float32"
             )
         norm = self.gradient.norm()
-        self.gradient *= (LONGEST / (norm + 1e-6)).clamp(max=1.0)
+        self.gradient *= (GRADIENT_NORM / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         self.optimizer.step()
@@ -374,9 +377,9 @@ class Recoverer:
     def _backward(self, ids: Tensor, tokens: int) -> Tensor:
         """Gradients of windows (n, seqlen), one of a step's batches, and their part of its loss."""
         runner, teacher = self.runner, self.teacher
-        taught = teacher.capture(ids, len(ids), runner.device)
+        teacher_states = teacher.capture(ids, len(ids), runner.device)
         for index in range(len(teacher.blocks)):
-            teacher.advance_(taught, index)
+            teacher.advance_(teacher_states, index)
         states = runner.capture(ids, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
         for block, ((args, kwargs),) in zip(runner.blocks, states.block_args, strict=True):
@@ -386,11 +389,11 @@ class Recoverer:
                 hidden = run_block(block, hidden, args, kwargs)
         last = hidden.detach().requires_grad_()
         loss = divergence_(
-            lambda positions: runner.logits_from_hidden(ids, lambda: last, positions),
-            teacher.logits(taught, slice(0, len(ids))),
-            ids,
-            tokens,
-            self.schedule.share,
+            logits=lambda positions: runner.logits_from_hidden(ids, lambda: last, positions),
+            teacher_logits=teacher.logits(teacher_states, slice(0, len(ids))),
+            ids=ids,
+            tokens=tokens,
+            share=self.schedule.share,
         )
         hidden.backward(last.grad)
         return loss
@@ -411,14 +414,14 @@ class Recoverer:
 
     def _state(self) -> dict[str, Tensor]:
         """All that the next step depends on, besides facts, and the best weights so far."""
-        found = {}
+        state = {}
         for (name, part), best in zip(self.parts.items(), self.best, strict=True):
             for kind, leaf in part.leaves.items():
-                found[f"{kind} of {name}"] = leaf
+                state[f"{kind} of {name}"] = leaf
                 for key, value in self.optimizer.state[leaf].items():
-                    found[f"{key} of {kind} of {name}"] = value
-            found[f"best of {name}"] = best
-        return found
+                    state[f"{key} of {kind} of {name}"] = value
+            state[f"best of {name}"] = best
+        return state
 
     def _keep(self) -> None:
         seconds = self.before + time.perf_counter() - self.began
@@ -426,8 +429,8 @@ class Recoverer:
         facts |= {"best": self.done.best, "seconds": seconds}
         self.journal.write_training(self._state(), facts)
 
-    def _taken_up(self) -> bool:
-        """Go on where an interrupted run stood; whether there was one."""
+    def _resumed(self) -> bool:
+        """Take the state of an interrupted run; whether there is one."""
         kept = self.journal.read_training() if self.journal else None
         facts = self.dist.all_gather_object(kept and kept[1])[0]
         if facts is None:
@@ -447,33 +450,33 @@ class Recoverer:
 
 def divergence_(
     logits: Callable[[Tensor], Tensor],
-    taught: Callable[[Tensor], Tensor],
+    teacher_logits: Callable[[Tensor], Tensor],
     ids: Tensor,
     tokens: int,
     share: float = 0.0,
 ) -> Tensor:
     """KL(teacher || model) summed over all positions of windows `ids` (n, seqlen), over `tokens`.
 
-    `logits(some)` and `taught(some)` give (n, some positions, vocabulary). Of cross-entropy with
-    the text's own next tokens there is a `share`, and less of the divergence. What `logits` is
-    computed from gets its gradient here, a chunk of positions at a time: of either loss,
-    d / d logits is the difference of the model's distribution and what it should be.
+    `logits(positions)` and `teacher_logits(positions)` give (n, positions, vocabulary). The loss
+    is `share` times cross-entropy with the text's own next tokens, and the rest divergence. What
+    `logits` is computed from gets its gradient here, a chunk of positions at a time: of either
+    loss, d / d logits is the difference of the model's distribution and what it should be.
     """
     total, length = 0, ids.shape[1]
-    for some, own in iter_logits(logits, length, ids.device):
+    for positions, chunk in iter_logits(logits, length, ids.device):
         with torch.no_grad():
-            log_p = own.float().log_softmax(-1)
-            log_q = taught(some).float().log_softmax(-1)
+            log_p = chunk.float().log_softmax(-1)
+            log_q = teacher_logits(positions).float().log_softmax(-1)
             q = log_q.exp()
-            loss = (q * log_q.sub_(log_p)).sum(-1, dtype=torch.float64)  # (n, some)
-            known = (some + 1 < length).sum() if share else 0  # the last has no next token
-            if known:
-                following = ids[:, some[:known] + 1].unsqueeze(-1)
-                text = -log_p[:, :known].gather(-1, following).squeeze(-1)
-                loss[:, :known] += share * (text - loss[:, :known])
-                q[:, :known] *= 1 - share
-                q[:, :known].scatter_add_(-1, following, torch.full_like(text, share)[..., None])
+            loss = (q * log_q.sub_(log_p)).sum(-1, dtype=torch.float64)  # (n, positions)
+            count = (positions + 1 < length).sum() if share else 0  # the last has no next token
+            if count:
+                following = ids[:, positions[:count] + 1].unsqueeze(-1)
+                text = -log_p[:, :count].gather(-1, following).squeeze(-1)
+                loss[:, :count] += share * (text - loss[:, :count])
+                q[:, :count] *= 1 - share
+                q[:, :count].scatter_add_(-1, following, torch.full_like(text, share)[..., None])
             total += loss.sum() / tokens
-            slope = log_p.exp_().sub_(q).div_(tokens).to(own.dtype)
-        own.backward(slope)
+            gradient = log_p.exp_().sub_(q).div_(tokens).to(chunk.dtype)
+        chunk.backward(gradient)
     return total

@@ -22,16 +22,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import main
+from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.prune import Pruned, Pruner
+from lib.pruning.allocation import Allocation, uniform
 from lib.util import command
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
+ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8"]
 
@@ -115,8 +118,17 @@ def prune_(
 ) -> Pruned:
     """Prune a model, or the one of a runner, in place; by default on five windows."""
     runner = model if isinstance(model, BlockRunner) else runner_of(model)
-    pruner = Pruner(runner, MethodSpec(method), sparsity)
+    pruner = pruner_of(runner, MethodSpec(method), sparsity)
     return pruner.run(windows(5) if ids is None else ids, batch_size, state_device)
+
+
+def pruner_of(
+    runner: BlockRunner, method_spec: MethodSpec, sparsity: Sparsity | Allocation = HALF
+) -> Pruner:
+    """What prunes the runner's model in this process alone, all linears alike unless allocated."""
+    if isinstance(sparsity, Sparsity):
+        sparsity = uniform(runner, sparsity)
+    return Pruner(runner, method_spec, sparsity, dist=ALONE)
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:

@@ -2,16 +2,16 @@
 
 *The problem.* A linear with weights W (out, in) receives X (tokens, in) from the blocks pruned so
 far; the untouched model would feed it D (tokens, in). Where its outputs are added to a residual
-stream, L (tokens, out) is how far the untouched model's stream is ahead there. Wanted is the masked
-matrix Q that minimises
+stream, L (tokens, out) is the error of that stream: how far the untouched model's is ahead.
+Wanted is the masked matrix Q that minimises
 
     |X Q^T - X W^T - a ((D - X) W^T + L)|^2 + damping |(Q - W) S|^2                        (1)
 
 With blend a = 0 a linear keeps its own outputs, as in SparseGPT; with a = 1 it also repairs what
 the linears before it broke, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
 Qronos, arXiv 2505.11695, both for quantisation) and in the stream it writes to. (1) needs sums over
-tokens: A = X^T X, the drift F = (D - X)^T X and the lag G = L^T X. The differences are summed
-because they are small: D^T X would drown them in rounding.
+tokens: A = X^T X, F = (D - X)^T X of the input's error and G = L^T X of the stream's. The
+differences are summed because they are small: D^T X would drown them in rounding.
 
 *Scaling.* S = diag(A)^1/2 are the norms of the inputs. In terms of W S and S^-1 A S^-1, which has
 a unit diagonal, magnitudes of weights compare across inputs as Wanda's scores do. From here on all
@@ -20,7 +20,7 @@ is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = 
 *Damping.* What least squares finds in T tokens that isn't there grows with in / T and with the
 share u of an input's variance that the others do not explain, the mean of 1 / (A^-1)_jj: the
 damping is FLOOR + `damping` u in / T. A fixed share that suits one model and number of windows
-spoils another: drift and lag can be fitted to few tokens all too well.
+spoils another: errors can be fitted to few tokens all too well.
 
 *The iterations* (Boza 2024, arXiv 2401.02938, section 3). Split Q into a free matrix V and a masked
 one Z that must agree, with scaled dual U. In terms of T = V + U an iteration reads
@@ -36,8 +36,8 @@ paper, each because it measured better (the error of linears of two models on he
     inputs flap for ever.
   - The mask is complete from the first iteration and chosen in each of them. A sparsity that rises
     along a cubic takes iterations and ends higher.
-  - Unstructured masks compare the weights of a whole linear, not of a row; each as much as an
-    error in its output costs, where that is known (`--allocation error`).
+  - Unstructured masks compare the weights of a whole linear, not of a row; each is weighed by what
+    an error in its output costs, where that is known (`--allocation error`).
   - Conjugate gradients on (1) end the solution, every row on its own mask.
 
 Run: `python main.py --model MODEL --prune_method admm`.
@@ -52,20 +52,21 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from lib.methods.base import PruningMethod
 from lib.methods.damping import cholesky, rising
 from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
-from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, one_each, threshold
+from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, threshold
 from lib.util.errors import UserError
 
 FLOOR = 0.01  # of an input's variance: the least damping
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
-EXPLORED, AGREED = 6e-3, 5e-4  # of the mask: so little changes where these iterations end
-LEAST = 0.01  # of the mean cost of outputs' errors: none is thought to matter less
-FEW = 0.6  # of the refinements, where masks settled
-AT_HAND = 2**17  # weights whose operations find them in the cache
+EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends where no more changes
+LEAST_COST = 0.01  # of the mean cost of outputs' errors: none counts for less
+SETTLED_STEPS = 0.6  # of the refinements, where masks settled
+CACHED = 2**17  # weights that stay in the cache between operations
 
 
-class Admm:
+class Admm(PruningMethod):
     """The sums of one input of a block, and the solver for the linears that receive it.
 
     At most `exploring` and then `agreeing` iterations choose the mask, `refinements` steps of
@@ -73,9 +74,9 @@ class Admm:
     that share's multiple per token and input, `blend` is a in (1), from 0 to 1.
     """
 
-    observes = True
     in_order = True
     dense_stream = True
+    inverts_gram = True
 
     def __init__(
         self,
@@ -88,41 +89,52 @@ class Admm:
         damping: float = 6.0,
         blend: float = 1.0,
     ) -> None:
+        super().__init__(width, device)
         assert exploring > 0 and rho > 0 and damping >= 0 and 0 <= blend <= 1
         self.hessian = torch.zeros(width, width, device=device)  # A (in, in), upper triangle
-        self.drift = torch.zeros(width, width, device=device) if blend else None  # F (in, in)
-        self.lag: Tensor | None = None  # G (out, in)
+        # F (in, in)
+        self.input_error_gram = torch.zeros(width, width, device=device) if blend else None
+        self.residual_error_gram: Tensor | None = None  # G (out, in)
         self.exploring = exploring
         self.agreeing = agreeing
         self.refinements = refinements
         self.rho = rho
         self.damping = damping
         self.blend = blend
-        self.tokens = 0
 
-    def observe(self, x: Tensor, dense: Tensor | None = None, lag: Tensor | None = None) -> None:
+    def observe(
+        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
+    ) -> None:
         """Add x (tokens, in), and where known how the same tokens stand in the untouched model.
 
-        Either `dense` (tokens, in), its x; or, for a linear that has its input to itself, `lag`
-        (tokens, out), float32: how far its residual stream is ahead once the outputs that the
-        linear has with the weights W are added. That is L + (D - X) W^T of (1), and all of it.
+        Either `dense` (tokens, in), its x; or, for a linear that has its input to itself,
+        `residual_error` (tokens, out), float32: how far the untouched model's stream is ahead once
+        the outputs that the linear has with the weights W are added. That is L + (D - X) W^T of
+        (1), and all of it.
         """
+        super().observe(x)
         add_upper_gram_(self.hessian, x)
-        self.tokens += len(x)
-        if self.drift is None and self.lag is None:
+        if self.input_error_gram is None and self.residual_error_gram is None:
             return
-        if lag is not None:
-            if self.lag is None:
-                self.drift, self.lag = None, lag.new_zeros(lag.shape[1], x.shape[1])
-            add_cross_(self.lag, lag, x)
+        if residual_error is not None:
+            if self.residual_error_gram is None:
+                self.input_error_gram = None
+                self.residual_error_gram = x.new_zeros(
+                    residual_error.shape[1], x.shape[1], dtype=torch.float32
+                )
+            add_cross_(self.residual_error_gram, residual_error, x)
         elif dense is not None:
-            add_cross_(self.drift, dense.float() - x.float(), x)
+            add_cross_(self.input_error_gram, dense.float() - x.float(), x)
 
     def statistics(self) -> list[Tensor]:
-        return [sums for sums in (self.hessian, self.drift, self.lag) if sums is not None]
+        sums = self.hessian, self.input_error_gram, self.residual_error_gram
+        return [tensor for tensor in sums if tensor is not None]
+
+    def square_sums(self) -> Tensor:
+        return self.hessian.diagonal()
 
     def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
-        """Of the statistics, and beside them for solving linears with `rows` outputs."""
+        """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
         row = self.hessian.element_size() * len(self.hessian)
         # a linear alone most often adds to the stream
         beside = row * (rows[0] if len(rows) == 1 else len(self.hessian)) if self.blend else 0
@@ -130,9 +142,14 @@ class Admm:
         # A and its inverse; W S or T, B, U - Z, what B has in V, masks, and parts of Z and |T|
         return sums, 2 * self.hessian.nbytes + 8 * row * sum(rows)
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
+    def prune_(
+        self,
+        weights: Sequence[Tensor],
+        sparsities: Sequence[Sparsity],
+        output_costs: Sequence[Tensor | None] | None = None,
+    ) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
-        assert self.tokens > 0 and (self.lag is None or len(weights) == 1)
+        assert self.tokens > 0 and (self.residual_error_gram is None or len(weights) == 1)
         rows = [len(weight) for weight in weights]
         with record_function("factorisation"):
             share = self.damping * len(self.hessian) / self.tokens
@@ -140,47 +157,49 @@ class Admm:
         across = scale[:, None]
         start = torch.cat([weight.T for weight in weights], 1).mul_(across)  # W S (in, out)
         target = hessian @ start  # B (in, out)
-        if self.lag is not None:
-            target.add_(self.lag.T / across, alpha=self.blend)
-        elif self.drift is not None:
-            target.addmm_((self.drift / scale / across).T, start, alpha=self.blend)
+        if self.residual_error_gram is not None:
+            target.add_(self.residual_error_gram.T / across, alpha=self.blend)
+        elif self.input_error_gram is not None:
+            target.addmm_((self.input_error_gram / scale / across).T, start, alpha=self.blend)
         start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
         target[dead] = 0
-        sparsities = one_each(sparsity, len(rows))
-        weighed = importance(sparsities, rows, start.device)  # (out,) or None
-        if weighed is not None:
-            start *= weighed
-            target *= weighed
+        weighting = error_weighting(output_costs, rows, start.device)  # (out,) or None
+        if weighting is not None:
+            start *= weighting
+            target *= weighting
         rho = self.rho * unexplained
-        stages = [
-            Stage(rho, self.exploring, EXPLORED),
-            Stage(STIFFENING * rho, self.agreeing, AGREED),
+        phases = [
+            Phase(rho, self.exploring, EXPLORED),
+            Phase(STIFFENING * rho, self.agreeing, AGREED),
         ]
-        choice = Choice(rows, sparsities)
-        solution, mask, settled = alternate(start, target, hessian, stages, choice)
-        steps = round(self.refinements * FEW) if settled else self.refinements
+        choice = MaskChoice(rows, list(sparsities))
+        solution, mask, settled = alternate(start, target, hessian, phases, choice)
+        steps = round(self.refinements * SETTLED_STEPS) if settled else self.refinements
         conjugate_gradients_(solution, target, hessian, mask, steps)
         solution /= across
-        if weighed is not None:
-            solution /= weighed
+        if weighting is not None:
+            solution /= weighting
         for weight, part in zip(weights, solution.split(rows, 1), strict=True):
             weight.copy_(part.T)
 
 
-def importance(sparsities: list[Sparsity], rows: list[int], device: torch.device) -> Tensor | None:
-    """What errors count in the outputs of all linears, side by side (out,); None where as much.
+def error_weighting(
+    output_costs: Sequence[Tensor | None] | None, rows: list[int], device: torch.device
+) -> Tensor | None:
+    """What errors count in the outputs of all linears, side by side (out,); None where equally.
 
-    The root of what a square costs, over its mean in each linear: shares of zeros are of a linear.
+    It is the root of what a square costs, over the mean of its linear: the share of zeros is that
+    linear's own.
     """
-    if all(one.rows is None for one in sparsities):
+    if output_costs is None or all(costs is None for costs in output_costs):
         return None
-    found = []
-    for one, count in zip(sparsities, rows, strict=True):
-        costs = torch.ones(count) if one.rows is None else one.rows.float()
+    weighting = []
+    for costs, count in zip(output_costs, rows, strict=True):
+        costs = torch.ones(count) if costs is None else costs.float()
         mean = costs.mean()
         share = costs / mean if mean > 0 else torch.ones_like(costs)
-        found.append(share.clamp_min(LEAST).sqrt().to(device))
-    return torch.cat(found)
+        weighting.append(share.clamp_min(LEAST_COST).sqrt().to(device))
+    return torch.cat(weighting)
 
 
 def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
@@ -207,18 +226,18 @@ def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
     return hessian, (1 + share) * unexplained, scale, dead
 
 
-class Stage(NamedTuple):
-    """Iterations with one rho, at most so many; settled where no larger share of a mask changes."""
+class Phase(NamedTuple):
+    """At most so many iterations with one rho; they end where at most a share `settled` changes."""
 
     rho: float
     iterations: int
     settled: float
 
 
-class Choice:
+class MaskChoice:
     """The lowest |T| (in, out): in every N:M group, or in each linear of `rows` outputs.
 
-    `parts` and `kept` choose quickly, many times over; `final` is the mask that stays.
+    `parts` and `masked` choose quickly, many times over; `final` gives the mask that stays.
     """
 
     def __init__(self, rows: list[int], sparsities: list[Sparsity]) -> None:
@@ -227,18 +246,18 @@ class Choice:
         self.sparsity = sparsities[0]  # their pattern is the same
 
     def parts(self, *matrices: Tensor) -> Iterator[tuple]:
-        """By what is chosen apart, linears or the groups of some inputs: how sparse, matrices."""
+        """(sparsity, the matrices' parts) of each linear, or of some inputs with whole groups."""
         m = self.sparsity.m
         if m:
-            inputs = max(m, AT_HAND // matrices[0].shape[1] // m * m)
+            inputs = max(m, CACHED // matrices[0].shape[1] // m * m)
             cuts = zip(*(matrix.split(inputs) for matrix in matrices), strict=True)
             yield from ((self.sparsity, *parts) for parts in cuts)
         else:
             cuts = (matrix.split(self.rows, 1) for matrix in matrices)
             yield from zip(self.sparsities, *cuts, strict=True)
 
-    def kept(self, part: Tensor, sparsity: Sparsity) -> Tensor:
-        """Z: a part of T, with 0 where it is pruned. All that equal the last one to go go too."""
+    def masked(self, part: Tensor, sparsity: Sparsity) -> Tensor:
+        """Z: a part of T with 0 where it is pruned, ties with the last pruned one included."""
         if not sparsity.m:
             count = int(part.numel() * sparsity.ratio)
             with record_function("masks"):
@@ -250,50 +269,50 @@ class Choice:
         return groups.masked_fill(mask, 0).movedim(0, 1).flatten(0, 1)
 
     def final(self, total: Tensor) -> Tensor:
-        """Mask (in, out) of exactly so many of T."""
+        """Mask (in, out) of T, of the exact count."""
         with record_function("masks"):
             score = total.abs()
             if self.sparsity.m:
                 return self.sparsity.mask(score.T).T
             parts = score.split(self.rows, 1)
             shares = zip(parts, self.sparsities, strict=True)
-            counts = [(part.T, int(part.numel() * one.ratio)) for part, one in shares]
+            counts = [(part.T, int(part.numel() * sparsity.ratio)) for part, sparsity in shares]
             return torch.cat([lowest_overall(part, count).T for part, count in counts], 1)
 
 
 def alternate(
-    total: Tensor, target: Tensor, hessian: Tensor, stages: list[Stage], choice: Choice
+    total: Tensor, target: Tensor, hessian: Tensor, phases: list[Phase], choice: MaskChoice
 ) -> tuple[Tensor, Tensor, bool]:
     """From T = V = `total` (in, out), overwritten: Z, its mask, and whether the masks settled.
 
-    Where hardly any more of a mask changes a stage ends, and with the first stage the iterations:
+    A phase ends where hardly any more of a mask changes, and with the first phase the iterations:
     stiffer ones would change as little.
     """
-    signed, before = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
+    signed, last_mask = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
     inverse, settled = None, False
-    for stage, later in zip(stages, [*stages[1:], stages[-1]], strict=True):
+    for phase, later in zip(phases, [*phases[1:], phases[-1]], strict=True):
         if settled:
             break
         with record_function("factorisation"):
-            inverse = None  # the one before goes first
-            inverse = stiff_inverse(hessian, stage.rho)
+            inverse = None  # frees the last phase's before the next is made
+            inverse = stiff_inverse(hessian, phase.rho)
         constant = inverse @ target  # what B has in V
-        inverse *= -stage.rho
-        for iteration in range(stage.iterations):
+        inverse *= -phase.rho
+        for iteration in range(phase.iterations):
             changed = 0
-            for sparsity, part, negative, fixed, known in choice.parts(
-                total, signed, constant, before
+            for sparsity, part, negative, fixed, earlier in choice.parts(
+                total, signed, constant, last_mask
             ):
-                kept = choice.kept(part, sparsity)
-                torch.add(part, kept, alpha=-2, out=negative)  # U - Z
-                mask = kept == 0
-                changed = changed + (mask != known).count_nonzero()
-                known.copy_(mask)
-                part.sub_(kept).add_(fixed)  # U, and so much of V
-            settled = bool(changed <= stage.settled * total.numel())
-            end = settled or iteration == stage.iterations - 1
-            if end and not settled and stage.rho != later.rho:  # U is in units of rho
-                total.sub_(constant).mul_(stage.rho / later.rho).add_(constant)
+                masked = choice.masked(part, sparsity)
+                torch.add(part, masked, alpha=-2, out=negative)  # U - Z
+                mask = masked == 0
+                changed = changed + (mask != earlier).count_nonzero()
+                earlier.copy_(mask)
+                part.sub_(masked).add_(fixed)  # U, and B's part of V
+            settled = bool(changed <= phase.settled * total.numel())
+            end = settled or iteration == phase.iterations - 1
+            if end and not settled and phase.rho != later.rho:  # U is in units of rho
+                total.sub_(constant).mul_(phase.rho / later.rho).add_(constant)
             total.addmm_(inverse, signed)
             if end:
                 break

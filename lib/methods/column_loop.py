@@ -1,4 +1,4 @@
-"""Whether SparseGPT's column loop can be one kernel on a device, found by trying it there."""
+"""Whether SparseGPT's column loop can be one kernel on a device, decided by trying it there."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TRIALS = (Sparsity(0.5), Sparsity(0.5, 2, 4))
 
 @cache
 def column_loop(device: torch.device) -> Callable | None:
-    """`settle_` of lib/methods/column_kernel.py, or None where the loop is better run step by step.
+    """Return `settle_` of lib/methods/column_kernel.py, or None where the loop runs step by step.
 
-    On a GPU where the kernel can't be built or is wrong, that is also told in a warning.
+    On a GPU where the kernel can't be built, or gives wrong results, a warning says so.
     """
     if device.type != "cuda":
         return None
@@ -29,28 +29,28 @@ def column_loop(device: torch.device) -> Callable | None:
 
         wrong = any(deviation(settle_, device, sparsity) > TOLERANCE for sparsity in TRIALS)
         reason = "its results are wrong on this GPU" if wrong else None
-    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: all sorts
+    except Exception as error:  # no Triton, no C compiler, an unknown GPU: no common base class
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if reason is None:
         return settle_
-    told = f"SparseGPT takes longer, without its Triton kernel: {reason}"
-    warnings.warn(told, RunWarning, stacklevel=2)
+    message = f"SparseGPT takes longer, without its Triton kernel: {reason}"
+    warnings.warn(message, RunWarning, stacklevel=2)
     return None
 
 
 def deviation(settle_: Callable, device: torch.device, sparsity: Sparsity) -> float:
-    """Of a column loop from the plain one, over a small random block: its largest."""
+    """Return a column loop's largest deviation from the plain loop, over a small random block."""
     block = random_block(64, 50, sparsity)
     values, errors = block[0].clone(), block[1].clone()
     settle_plainly_(values, errors, *block[2:], sparsity)
-    there = [tensor.to(device) for tensor in block]
-    settle_(*there, sparsity)
-    pairs = zip((values, errors), there[:2], strict=True)
-    return max((own - its.cpu()).abs().max().item() for own, its in pairs)
+    on_device = [tensor.to(device) for tensor in block]
+    settle_(*on_device, sparsity)
+    pairs = zip((values, errors), on_device[:2], strict=True)
+    return max((plain - fast.cpu()).abs().max().item() for plain, fast in pairs)
 
 
 def random_block(size: int, rows: int, sparsity: Sparsity) -> list[Tensor]:
-    """Arguments of `settle_` but the last, on the CPU: values, errors, mask, inverse, scale."""
+    """Make all arguments of `settle_` but the last: values, errors, mask, inverse, scale."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(size, rows, generator=generator)
     mask = (torch.rand(size, rows, generator=generator) < sparsity.ratio).float()

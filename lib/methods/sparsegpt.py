@@ -40,61 +40,69 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from lib.methods.base import PruningMethod
 from lib.methods.column_loop import column_loop
 from lib.methods.damping import cholesky, rising
 from lib.methods.gram import add_upper_gram_
-from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, one_each
+from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
 
 
-class SparseGPT:
+class SparseGPT(PruningMethod):
     """X^T X of one input of a block, in float32, and the solver for the linears that receive it.
 
     `damping`: share of the mean of H's diagonal that is added to the diagonal.
     `block_size`: columns among which an unstructured mask is chosen.
     """
 
-    observes = True
-    in_order = False
-    dense_stream = False
+    inverts_gram = True
 
     def __init__(
         self, width: int, device: torch.device, damping: float = 0.01, block_size: int = 128
     ) -> None:
+        super().__init__(width, device)
         self.hessian = torch.zeros(width, width, device=device)  # (in, in), upper triangle
         self.damping = damping
         self.block_size = block_size
-        self.tokens = 0
 
-    def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
+    def observe(
+        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
+    ) -> None:
         """Add X^T X of x (tokens, in)."""
+        super().observe(x)
         add_upper_gram_(self.hessian, x)
-        self.tokens += len(x)
 
     def statistics(self) -> list[Tensor]:
         return [self.hessian]
 
+    def square_sums(self) -> Tensor:
+        return self.hessian.diagonal()
+
     def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
-        """Of the statistics, and beside them for solving linears with `rows` outputs."""
+        """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
         sums = self.hessian.nbytes
         matrices = self.hessian.element_size() * len(self.hessian) * sum(rows)
         return sums, max(2 * sums, sums + matrices)  # R and what it is made of, or R and D
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
+    def prune_(
+        self,
+        weights: Sequence[Tensor],
+        sparsities: Sequence[Sparsity],
+        output_costs: Sequence[Tensor | None] | None = None,
+    ) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
-        sparsities = one_each(sparsity, len(weights))
         with record_function("factorisation"):
             factor, scale, dead = factorise(self.hessian, self.damping)
         rows = [len(weight) for weight in weights]
-        change = torch.cat(weights).T.contiguous()  # (in, out): W, and left of the block D
+        change = torch.cat(list(weights)).T.contiguous()  # (in, out): W, and left of the block D
         change.masked_fill_(dead[:, None], 0)
         block = None
         for start in range(0, len(change), self.block_size):
             here = slice(start, start + self.block_size)
             size = len(change[here])
             if block is None or len(block.values) != size:
-                block = ColumnBlock(size, rows, sparsities, change.device)
+                block = ColumnBlock(size, rows, list(sparsities), change.device)
             block.inverse.copy_(unit_inverse(factor[here, here]))
             block.scale.copy_(scale[here, None])
             block.values.copy_(change[here])

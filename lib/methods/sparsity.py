@@ -6,8 +6,7 @@ the scores alone. Importing this file does not import torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,27 +16,23 @@ UNSTRUCTURED = "unstructured"
 TYPES = (UNSTRUCTURED, "2:4", "4:8")
 ALLOCATIONS = ("uniform", "owl", "error")
 ALLOCATION_SPAN = 0.16  # between the sparsest and the densest block, 2 lambda of OWL
-SAMPLED = 2**16  # scores; above, numpy's selection takes longer than one among few of them
+SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
 STRIDE = 31  # between scores of the sample; prime, to meet all columns
 MARGIN = 2.5  # of the square root of the sample: five standard deviations of a rank, at most
-SORTED = 2**22  # scores; below, a GPU would spend a bisection waiting for its launches
+SORTED = 2**22  # scores; below, a GPU sorts, as a bisection would wait for its launches
 
 
 @dataclass(frozen=True)
 class Sparsity:
-    """Share of the weights to drop; with `n` and `m`, n of every m consecutive inputs.
-
-    `rows` (out,): what the square of an error in each of a linear's outputs costs, where known.
-    """
+    """Share of the weights to drop; with `n` and `m`, n of every m consecutive inputs."""
 
     ratio: float
     n: int | None = None
     m: int | None = None
-    rows: Tensor | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, kind: str, ratio: float) -> Sparsity:
-        """From `unstructured` or `N:M` and a ratio in [0, 1). ValueError where they disagree."""
+        """Read `unstructured` or `N:M` and a ratio in [0, 1); ValueError where they disagree."""
         if not 0 <= ratio < 1:  # also refuses nan
             raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1")
         if kind == UNSTRUCTURED:
@@ -56,21 +51,14 @@ class Sparsity:
         return f"{self.n}:{self.m}" if self.m else None
 
     def mask(self, score: Tensor) -> Tensor:
-        """Mask of the lowest scores: per row (Wanda's comparison group), or per N:M group."""
+        """Return the mask of the lowest scores of each row, as Wanda compares, or N:M group."""
         if self.m:
             return n_of_m(score, self.n, self.m)
         return lowest_per_row(score, int(score.shape[-1] * self.ratio))
 
 
-def one_each(sparsity: Sparsity | Sequence[Sparsity], count: int) -> list[Sparsity]:
-    """One for each of `count`, from one for all or as many as there are."""
-    several = [sparsity] * count if isinstance(sparsity, Sparsity) else list(sparsity)
-    assert len(several) == count
-    return several
-
-
 def choosing_bytes(scores: int) -> int:
-    """What choosing a mask takes: so many float32 scores, as many in order, and two masks."""
+    """Bytes that choosing a mask takes: float32 scores, the same in order, and two masks."""
     return (4 + 4 + 2) * scores
 
 

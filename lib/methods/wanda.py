@@ -13,53 +13,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity, choosing_bytes, one_each
+from lib.methods.base import PruningMethod
+from lib.methods.sparsity import Sparsity
 
 TOKENS = 64  # whose squares are added up in float32
 VARIANT_TOLERANCE = 1e-3  # of the sparsity reached, and the width of alpha at which bisection stops
 
 
-class Wanda:
+class Wanda(PruningMethod):
     """Sum of squares per input channel, for one input of a block.
 
     In float32 over a few tokens and in float64 over those sums: the same, and so the same mask,
     whatever the batch size and the number of processes, if windows are a multiple of `TOKENS`.
     """
 
-    observes = True
-    in_order = False
-    dense_stream = False
-
     def __init__(self, width: int, device: torch.device, variant: bool = False) -> None:
+        super().__init__(width, device)
         self.square_sum = torch.zeros(width, device=device, dtype=torch.float64)  # (in,)
         self.variant = variant
-        self.tokens = 0
 
-    def observe(self, x: Tensor, dense: Tensor | None = None) -> None:
+    def observe(
+        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
+    ) -> None:
         """Add the squares of x (tokens, in)."""
+        super().observe(x)
         squares = squares_read_once if x.is_cuda else squares_added
         whole = len(x) // TOKENS * TOKENS
         few = squares(x[:whole].unflatten(0, (whole // TOKENS, TOKENS)))
         self.square_sum += few.sum(0, dtype=torch.float64)
         self.square_sum += squares(x[whole:][None])[0]
-        self.tokens += len(x)
 
     def statistics(self) -> list[Tensor]:
         return [self.square_sum]
 
-    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
-        """Of the statistics, and beside them for solving linears with `rows` outputs."""
-        return self.square_sum.nbytes, choosing_bytes(len(self.square_sum) * max(rows))
+    def square_sums(self) -> Tensor:
+        return self.square_sum
 
     def score(self, weight: Tensor) -> Tensor:
         """Saliency (out, in) of weight (out, in)."""
         return weight.abs() * self.square_sum.sqrt().float()
 
-    def prune_(self, weights: list[Tensor], sparsity: Sparsity | Sequence[Sparsity]) -> None:
+    def prune_(
+        self,
+        weights: Sequence[Tensor],
+        sparsities: Sequence[Sparsity],
+        output_costs: Sequence[Tensor | None] | None = None,
+    ) -> None:
         """Zero the lowest-scored entries of every (out, in) matrix in place."""
-        for weight, one in zip(weights, one_each(sparsity, len(weights)), strict=True):
+        for weight, sparsity in zip(weights, sparsities, strict=True):
             score = self.score(weight)
-            mask = variant_mask(score, one.ratio) if self.variant else one.mask(score)
+            mask = variant_mask(score, sparsity.ratio) if self.variant else sparsity.mask(score)
             weight.masked_fill_(mask, 0)
 
 

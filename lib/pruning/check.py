@@ -1,4 +1,4 @@
-"""The sparsity that a model really has, measured from its weights, and what it should be."""
+"""The sparsity that a model really has, measured from its weights, against the requested one."""
 
 from __future__ import annotations
 
@@ -26,51 +26,46 @@ class Measured:
         return sum(self.zeros.values()) / max(1, sum(self.sizes.values()))
 
     def shares(self) -> dict:
-        """As it stands in results.json."""
+        """The record for results.json."""
         shares = {name: round(self.zeros[name] / self.sizes[name], 6) for name in self.sizes}
         return {"overall": self.overall, "linears": shares}
 
 
 def measure(
     runner: BlockRunner,
-    asked: Sparsity | Mapping[str, Sparsity] | None = None,
-    left: frozenset[str] = frozenset(),
+    target: Mapping[str, Sparsity] | None = None,
+    left_dense: frozenset[str] = frozenset(),
 ) -> Measured:
-    """Count the zeros of every linear, and where `asked` is given see that it was reached.
+    """Count the zeros of every linear, and check them against `target` by name, where given.
 
-    Linears named in `left` were left dense and are only counted. Raises UserError naming the
-    linear that fell short, or whose N:M groups hold too few zeros.
+    Linears named in `left_dense` are only counted. Raises UserError naming the linear that fell
+    short, or whose N:M groups hold too few zeros.
     """
-    found = Measured()
+    measured = Measured()
     for index in range(len(runner.blocks)):
         with runner.on_device(index):
             for linear in runner.linears(index):
                 zero = linear.matrix() == 0  # (out, in)
-                found.zeros[linear.name] = int(zero.count_nonzero())
-                found.sizes[linear.name] = zero.numel()
-                if asked and linear.name not in left:
-                    _see_reached(linear, zero, asked_of(asked, linear))
-    return found
+                measured.zeros[linear.name] = int(zero.count_nonzero())
+                measured.sizes[linear.name] = zero.numel()
+                if target and linear.name not in left_dense:
+                    _check_reached(linear, zero, target[linear.name])
+    return measured
 
 
-def asked_of(asked: Sparsity | Mapping[str, Sparsity], linear: PrunableLinear) -> Sparsity:
-    """How sparse a linear shall become, of one answer for all or of one by name."""
-    return asked if isinstance(asked, Sparsity) else asked[linear.name]
-
-
-def _see_reached(linear: PrunableLinear, zero: torch.Tensor, asked: Sparsity) -> None:
-    if asked.m:
-        zeros = sum(zero[:, column :: asked.m].byte() for column in range(asked.m))
-        short = int((zeros < asked.n).count_nonzero())
+def _check_reached(linear: PrunableLinear, zero: torch.Tensor, target: Sparsity) -> None:
+    if target.m:
+        zeros = sum(zero[:, column :: target.m].byte() for column in range(target.m))
+        short = int((zeros < target.n).count_nonzero())
         if short:
             raise UserError(
-                f"{linear.name}: {short} of {zero.numel() // asked.m} groups "
-                f"are not {asked.pattern}"
+                f"{linear.name}: {short} of {zero.numel() // target.m} groups "
+                f"are not {target.pattern}"
             )
         return
-    missing = asked.ratio * zero.numel() - int(zero.count_nonzero())
+    missing = target.ratio * zero.numel() - int(zero.count_nonzero())
     if missing > max(linear.shape):  # counts are rounded down, once per row or block of columns
         raise UserError(
             f"{linear.name}: only {zero.float().mean():.4f} of its weights are zero, "
-            f"{asked.ratio:g} was asked"
+            f"{target.ratio:g} was requested"
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from lib.distributed.context import DistContext
+from lib.methods.base import PruningMethod
 from lib.methods.magnitude import Magnitude
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
@@ -25,7 +25,7 @@ class Group:
     """Linears that share an input, and the method's statistics of that input."""
 
     linears: list[PrunableLinear]
-    method: Any
+    method: PruningMethod
 
     @property
     def names(self) -> str:
@@ -37,11 +37,11 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """Of solving it, up to a factor: one factorisation, then every row against it."""
+        """What solving it costs, up to a factor: one factorisation, then every row against it."""
         return self.width**2 * (self.width + sum(linear.shape[0] for linear in self.linears))
 
-    def forget_(self) -> None:
-        """As if nothing had been observed."""
+    def reset_(self) -> None:
+        """Forget what was observed."""
         for statistic in self.method.statistics():
             statistic.zero_()
         self.method.tokens = 0
@@ -57,44 +57,43 @@ class Group:
             return None
         if self.method.tokens == 0:
             return "magnitude"
-        hessian = any(statistic.dim() == 2 for statistic in self.method.statistics())
-        return "wanda" if hessian and self.method.tokens < self.width else None
+        few = self.method.inverts_gram and self.method.tokens < self.width
+        return "wanda" if few else None
 
-    def solver(self) -> Any:
-        """What prunes the group: its method, or the fallback with the same statistics."""
+    def solver(self) -> PruningMethod:
+        """The method that prunes the group: its own, or the fallback with the same statistics."""
         if self.fallback == "magnitude":
             return Magnitude(self.width, torch.device("cpu"))
         if self.fallback == "wanda":
-            hessian = self.method.statistics()[0]
-            wanda = Wanda(self.width, hessian.device)
-            wanda.square_sum = hessian.diagonal().clone()
+            wanda = Wanda(self.width, self.method.device)
+            wanda.square_sum = self.method.square_sums().clone()
             return wanda
         return self.method
 
 
 def merge(
     groups: list[Group],
-    lot: list[PrunableLinear],
+    stage: list[PrunableLinear],
     method_spec: MethodSpec,
     device: torch.device,
     dist: DistContext,
 ) -> list[Group]:
     """The groups that any process has, in one order, with empty statistics where this one lacks it.
 
-    Experts of `lot` that no token reached get a group too. UserError where none was reached.
+    Experts of `stage` that no token reached get a group too. UserError where none was reached.
     """
-    mine = {group.names: group for group in groups}
-    by_name = {linear.name: linear for linear in lot}
+    own = {group.names: group for group in groups}
+    by_name = {linear.name: linear for linear in stage}
     members: dict[str, list[str]] = {}
     tokens: Counter = Counter()
-    for found in dist.all_gather_object(
-        [([one.name for one in group.linears], group.method.tokens) for group in groups]
+    for of_process in dist.all_gather_object(
+        [([linear.name for linear in group.linears], group.method.tokens) for group in groups]
     ):
-        for names, count in found:
+        for names, count in of_process:
             members.setdefault(", ".join(names), names)
             tokens[", ".join(names)] += count
     reached = {name for names in members.values() for name in names}
-    experts = [linear.name for linear in lot if linear.expert is not None]
+    experts = [linear.name for linear in stage if linear.expert is not None]
     if experts and not reached.intersection(experts):
         raise UserError(
             f"{experts[0]} and all experts beside it: no calibration token was routed to them; "
@@ -104,7 +103,7 @@ def merge(
     merged = []
     for key, names in members.items():
         linears = [by_name[name] for name in names]
-        group = mine.get(key) or Group(linears, method_spec(linears[0].shape[1], device))
+        group = own.get(key) or Group(linears, method_spec(linears[0].shape[1], device))
         group.method.tokens = tokens[key]
         merged.append(group)
     return merged
@@ -115,20 +114,20 @@ class SharedWeights:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         count = Counter(id(p) for block in blocks for p in block.parameters())
-        self.several = {key for key, times in count.items() if times > 1}
-        self.closed: set[tuple[int, int | None]] = set()
+        self.shared = {key for key, times in count.items() if times > 1}
+        self.pruned: set[tuple[int, int | None]] = set()
 
-    def open(self, linear: PrunableLinear) -> bool:
-        """Whether the linear's weight is still to be pruned."""
-        return weight_of(linear) not in self.closed
+    def is_pruned(self, linear: PrunableLinear) -> bool:
+        """Whether the linear's weight was pruned with an earlier block."""
+        return weight_key(linear) in self.pruned
 
-    def close(self, linear: PrunableLinear) -> None:
-        if weight_of(linear)[0] in self.several:
-            self.closed.add(weight_of(linear))
+    def mark_pruned(self, linear: PrunableLinear) -> None:
+        if weight_key(linear)[0] in self.shared:
+            self.pruned.add(weight_key(linear))
 
 
-def weight_of(linear: PrunableLinear) -> tuple[int, int | None]:
-    """What linears have in common that share their weight, as long as their parameters stand."""
+def weight_key(linear: PrunableLinear) -> tuple[int, int | None]:
+    """A key that is equal for linears that share their weight, while their parameters exist."""
     return id(getattr(linear.module, linear.parameter)), linear.expert
 
 
@@ -138,7 +137,7 @@ def first_names(runner: BlockRunner) -> dict[str, str]:
     first = {}
     for index in range(len(runner.blocks)):
         for linear in runner.linears(index):
-            first[linear.name] = names.setdefault(weight_of(linear), linear.name)
+            first[linear.name] = names.setdefault(weight_key(linear), linear.name)
     return first
 
 

@@ -43,14 +43,15 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / JOB, json.dumps(job, indent=2, ensure_ascii=False))
 
-    def read(self, index: int) -> dict[str, Tensor] | None:
-        """What block `index` was pruned to; None where it is not there, or damaged."""
+    def read(self, index: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Block `index` as it was pruned, and its notes; None where it is missing or damaged."""
         kept = self._read(self._file(index), "its block is pruned again")
-        return kept and kept[0]
+        return kept and (kept[0], json.loads(kept[1].get("notes", "{}")))
 
-    def write(self, index: int, tensors: dict[str, Tensor]) -> None:
-        """Keep block `index`, whole or not at all."""
-        self._write(self._file(index), tensors, f"block {index}", "the blocks before it are")
+    def write(self, index: int, tensors: dict[str, Tensor], notes: dict[str, Any]) -> None:
+        """Keep block `index` and its notes, whole or not at all."""
+        what = f"block {index}", "the blocks before it are"
+        self._write(self._file(index), tensors, *what, {"notes": json.dumps(notes)})
 
     def read_training(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Where the recovery stood: tensors and facts; None where it is not there, or damaged."""

@@ -7,6 +7,7 @@ over a block goes no further than the last input wanted.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,25 +23,28 @@ from lib.pruning.inputs import Group, merge
 
 
 @dataclass
-class DenseTwin:
-    """The untouched model's way through one block: its hidden states and a copy of the block."""
+class DenseBlock:
+    """One block as the untouched model runs it: its hidden states and a copy of the block."""
 
     states: HiddenStates
     block: nn.Module
     linears: dict[str, PrunableLinear]
 
     @classmethod
-    def of(cls, states: HiddenStates, block: nn.Module, prefix: str) -> DenseTwin:
-        twin = copy.deepcopy(block)
-        linears, _ = find_linears(twin, prefix)
-        return cls(states, twin, {linear.name: linear for linear in linears})
+    def copy_of(cls, states: HiddenStates, block: nn.Module, prefix: str) -> DenseBlock:
+        block = copy.deepcopy(block)
+        linears, _ = find_linears(block, prefix)
+        return cls(states, block, {linear.name: linear for linear in linears})
 
 
 def own_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
-    """This process's part of windows (n, tokens); where it has none, one to watch, and True."""
-    mine = windows[dist.share(len(windows))]
-    idle = not len(mine)
-    return windows[:1] if idle else mine, idle
+    """This process's part of windows (n, tokens), and whether it is idle.
+
+    An idle process has no window of its own; it runs another's, whose statistics do not count.
+    """
+    own = windows[dist.share(len(windows))]
+    idle = not len(own)
+    return windows[:1] if idle else own, idle
 
 
 class Observation:
@@ -54,7 +58,7 @@ class Observation:
         shared: bool = False,
     ) -> None:
         self.linears = linears
-        self.shared = shared  # they are known to receive one input: the first of them shows it
+        self.shared = shared  # they receive one input: the first of them shows it
         self.method_spec = method_spec
         self.device = device
         self.groups: list[Group] = []
@@ -68,11 +72,11 @@ class Observation:
         self.inputs: list[tuple[Tensor, Group]] = []
 
     def see(self, linear: PrunableLinear, x: Tensor) -> None:
-        """Take x (..., in) into the statistics, once for all linears that receive it."""
-        for one in self.linears if self.shared else [linear]:
-            self._take(one, x)
+        """Add x (..., in) to the statistics, once for all linears that receive it."""
+        for receiver in self.linears if self.shared else [linear]:
+            self._add(receiver, x)
 
-    def _take(self, linear: PrunableLinear, x: Tensor) -> None:
+    def _add(self, linear: PrunableLinear, x: Tensor) -> None:
         group = self.group_of.get(linear)
         shared = next((g for tensor, g in self.inputs if same(tensor, x)), None)
         if group is None:
@@ -102,7 +106,7 @@ def observe(
 ) -> list[Group]:
     """Run block `index` over all batches, no further than the last input of `linears`.
 
-    The linears that were reached, by shared input, with the statistics of it.
+    Returns the linears that were reached, grouped by shared input, with its statistics.
     """
     observation = Observation(linears, method_spec, runner.device)
     with watch_inputs(linears, observation.see), record_function("forward"):
@@ -113,17 +117,18 @@ def observe(
 
 
 @torch.no_grad()
-def stages(
+def find_stages(
     runner: BlockRunner,
     states: HiddenStates,
     index: int,
     linears: list[PrunableLinear],
 ) -> tuple[list[list[PrunableLinear]], int]:
-    """The linears in lots, one for each distinct input, in the order of the forward pass.
+    """The linears in stages, one for each distinct input, in the order of the forward pass.
 
-    What the first batch does not reach is a lot of its own at the end. Also how many were reached.
+    What the first batch does not reach is a stage of its own at the end. Returns the stages and
+    how many of them were reached.
     """
-    reached: list[tuple[Tensor, list[str]]] = []  # an input, and the stages that receive it
+    reached: list[tuple[Tensor, list[str]]] = []  # an input, and `linear.stage` of its receivers
 
     def see(linear: PrunableLinear, x: Tensor) -> None:
         if any(linear.stage in names for _, names in reached):
@@ -137,13 +142,13 @@ def stages(
     _, run = next(runner.iter_batches(states, index))
     with watch_inputs(linears, see):
         run()
-    lots = [[linear for linear in linears if linear.stage in names] for _, names in reached]
-    known = {name for _, names in reached for name in names}
-    rest = [linear for linear in linears if linear.stage not in known]
-    return (lots + [rest] if rest else lots), len(lots)
+    stages = [[linear for linear in linears if linear.stage in names] for _, names in reached]
+    placed = {name for _, names in reached for name in names}
+    rest = [linear for linear in linears if linear.stage not in placed]
+    return (stages + [rest] if rest else stages), len(stages)
 
 
-def run_until_stop(run) -> None:
+def run_until_stop(run: Callable[[], object]) -> None:
     """Call `run`, which may end early by raising Stop."""
     try:
         run()
@@ -172,11 +177,10 @@ def observe_together(
     dist: DistContext,
     idle: bool,
 ) -> list[Group]:
-    """What all processes have seen of the inputs of block `index`; `idle`: this one's windows are
-    copies of another's, and don't count."""
+    """Observe the inputs of block `index` in all processes; see `own_windows` for `idle`."""
     groups = observe(runner, states, index, linears, method_spec)
     for group in groups if idle else ():
-        group.forget_()
+        group.reset_()
     groups = merge(groups, linears, method_spec, runner.device, dist)
     for group in groups:
         for handle in dist.all_reduce_(group.method.statistics()):

@@ -2,7 +2,7 @@
 
 OWL (Yin et al. 2023, arXiv 2310.05175): D_l is the share of block l's Wanda scores that exceed
 M times their mean, in the dense model. The blocks' sparsities follow D, the more outliers the
-lower, within an interval of 2 lambda, and average, weighted by size, to what was asked. The
+lower, within an interval of 2 lambda, and average, weighted by size, to the requested ratio. The
 paper's lambda = 0.08 and M = 5. Run: `python main.py ... --sparsity_ratio 0.7 --allocation owl`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
-from lib.methods.sparsity import ALLOCATION_SPAN, Sparsity
+from lib.methods.sparsity import ALLOCATION_SPAN
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts
 from lib.pruning.inputs import Group, first_names
@@ -33,40 +33,33 @@ def owl(
     ratio: float,
     dist: DistContext,
     state_device: torch.device | str = "cpu",
-    on_progress: Callable[[int], None] = lambda blocks: None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[float]:
     """The sparsity of each block, from the dense model's scores on windows (n, tokens).
 
-    A weight that blocks share counts in the first of them, where it is pruned.
-    `state_device`: where hidden states are kept. `on_progress(1)` is called after each block.
+    A weight that blocks share counts in the first of them, where it is pruned. `state_device`:
+    where hidden states are kept. `on_progress(1)` is called after each block.
     """
     method_spec, shares, sizes = MethodSpec("wanda"), [], []
-    mine, idle = own_windows(windows, dist)
+    own, idle = own_windows(windows, dist)
     first = first_names(runner)
     with eager_experts(runner.model):
-        states = runner.capture(mine, batch_size, state_device)
+        states = runner.capture(own, batch_size, state_device)
         for index in range(len(runner.blocks)):
             with runner.on_device(index):
                 linears = runner.linears(index)
-                groups = observe_together(runner, states, index, linears, method_spec, dist, idle)
+                groups = observe_together(
+                    runner, states, index, linears, method_spec=method_spec, dist=dist, idle=idle
+                )
                 shares.append(outlier_share(groups))
-                own = (linear for linear in linears if first[linear.name] == linear.name)
-                sizes.append(sum(prod(linear.shape) for linear in own))
+                pruned_here = (one for one in linears if first[one.name] == one.name)
+                sizes.append(sum(prod(linear.shape) for linear in pruned_here))
                 if index + 1 < len(runner.blocks):
                     runner.advance_(states, index)
             states.block_args[index] = []
-            on_progress(1)
-    return allocate(shares, sizes, ratio)
-
-
-def of_blocks(runner: BlockRunner, ratios: Sequence[float]) -> dict[str, Sparsity]:
-    """{name of a linear: the sparsity of its block, or of the first block with its weight}."""
-    of_block = {
-        linear.name: Sparsity(ratio)
-        for index, ratio in enumerate(ratios)
-        for linear in runner.linears(index)
-    }
-    return {name: of_block[first] for name, first in first_names(runner).items()}
+            if on_progress:
+                on_progress(1)
+    return interpolate(shares, sizes, ratio)
 
 
 def outlier_share(groups: Sequence[Group]) -> float:
@@ -85,11 +78,11 @@ def outlier_share(groups: Sequence[Group]) -> float:
     return above / count
 
 
-def allocate(shares: Sequence[float], sizes: Sequence[int], ratio: float) -> list[float]:
+def interpolate(shares: Sequence[float], sizes: Sequence[int], ratio: float) -> list[float]:
     """Sparsities with mean `ratio`, weighted by `sizes`, falling linearly with `shares`."""
     low, high = min(shares), max(shares)
     if high == low:
         return [ratio] * len(shares)
-    kept = [ALLOCATION_SPAN * (share - low) / (high - low) for share in shares]
-    mean = sum(k * size for k, size in zip(kept, sizes, strict=True)) / sum(sizes)
-    return [ratio + mean - k for k in kept]
+    below = [ALLOCATION_SPAN * (share - low) / (high - low) for share in shares]
+    mean = sum(b * size for b, size in zip(below, sizes, strict=True)) / sum(sizes)
+    return [ratio + mean - b for b in below]

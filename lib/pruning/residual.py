@@ -1,12 +1,12 @@
 """The linears that add to the residual stream, in blocks of any architecture.
 
 With the outputs of a linear and of all linears after it replaced by zeros, a block returns the
-stream as it stands where the linear's outputs are added: if it adds them as they are. Whether it
-does, one batch shows: a norm behind the linear or a factor on its outputs (Gemma 2, Granite) would.
+stream as it is where the linear's outputs are added: if it adds them unchanged. One batch shows
+whether it does: not where a norm follows the linear, or a factor (Gemma 2, Granite).
 
-Two things more are tried, for they save passes. Does the stream stand there as the block received
-it? And is there a module, as attention, that ends in the linear and hands its outputs on? Then
-what the module would compute again can be read from what was kept.
+Two more things are tried, because they save passes. Is the stream there still what the block
+received? And does a module, such as attention, end in the linear and return its outputs? Then
+the module need not run again: its outputs can be replayed.
 """
 
 from __future__ import annotations
@@ -27,91 +27,92 @@ ROUNDINGS = 8  # of the stream's dtype, that a sum may be off by
 
 
 @dataclass(frozen=True)
-class Writer:
-    """What was found of a linear that adds its outputs, as they are, to the residual stream."""
+class ResidualProjection:
+    """A linear whose outputs are added, unchanged, to the residual stream."""
 
     last: bool  # of the block's linears
     exact: bool  # the block's sum is the stream plus the outputs, to the last bit
-    ends: str | None = None  # the module in the block that hands on the linear's outputs
+    ends: str | None = None  # the module in the block that returns the linear's outputs
     length: int = 0  # of the tuple that this module returns; 0 for a tensor
 
 
-class Writers:
-    """Which linears add to the residual states: tried once for each class of blocks."""
+class ResidualProjections:
+    """Which linears add to the residual stream: tried once for each class of blocks."""
 
     def __init__(self, runner: BlockRunner, dist: DistContext) -> None:
         self.runner = runner
         self.dist = dist
-        self.known: dict[tuple[type, str, bool], Writer | None] = {}
+        self.by_class: dict[tuple[type, str, bool], ResidualProjection | None] = {}
 
     @torch.no_grad()
     def find(
         self,
         states: HiddenStates,
         index: int,
-        lot: list[PrunableLinear],
+        stage: list[PrunableLinear],
         later: list[PrunableLinear],
-    ) -> Writer | None:
-        """What `lot`, of block `index`, is as a writer; `later` are the linears after it.
+    ) -> ResidualProjection | None:
+        """How `stage`, of block `index`, adds to the stream; `later` are the linears after it.
 
         None where it is more than one linear, or an expert, or adds nothing to the stream; or where
         the stream is neither the block's input there nor, after it, the block's output.
         """
-        linear = lot[0]
-        if len(lot) > 1 or linear.expert is not None:
+        linear = stage[0]
+        if len(stage) > 1 or linear.expert is not None:
             return None
         block = self.runner.blocks[index]
         key = type(block), linear.name.split(f".{index}.", 1)[-1], not later
-        if key not in self.known:
+        if key not in self.by_class:
             _, run = next(self.runner.iter_batches(states, index))
+            hidden = states.hidden[states.batches[0]]
             try:
-                found = as_writer(block, run, linear, later, states.hidden[states.batches[0]])
+                projection = as_residual_projection(block, run, linear, later, hidden)
             except RuntimeError as error:  # a block whose shapes depend on what the linears give
                 if out_of_memory(error):
                     raise
-                found = None
-            self.known[key] = self.dist.all_gather_object(found)[
-                0
-            ]  # rounding could divide processes
-        return self.known[key]
+                projection = None
+            # rounding could divide processes
+            self.by_class[key] = self.dist.all_gather_object(projection)[0]
+        return self.by_class[key]
 
 
-def as_writer(
+def as_residual_projection(
     block: nn.Module,
     run: Callable[[], Tensor],
     linear: PrunableLinear,
     later: Sequence[PrunableLinear],
     hidden: Tensor,
-) -> Writer | None:
-    """What `linear` is as a writer in a block that `run` takes `hidden` through."""
-    found = adds_to_stream(run, linear, later)
-    if found is None:
+) -> ResidualProjection | None:
+    """How `linear` adds to the stream of a block that `run` takes `hidden` through, or None."""
+    sum_of = adds_to_stream(run, linear, later)
+    if sum_of is None:
         return None
-    before, exact = found
+    stream, exact = sum_of
     if not later:
-        return Writer(True, exact)
-    if not torch.equal(before.cpu(), hidden.cpu()):
+        return ResidualProjection(last=True, exact=exact)
+    if not torch.equal(stream.cpu(), hidden.cpu()):
         return None
-    return Writer(False, exact, *module_ending_in(block, run, linear))
+    ends, length = module_ending_in(block, run, linear)
+    return ResidualProjection(last=False, exact=exact, ends=ends, length=length)
 
 
 def adds_to_stream(
     run: Callable[[], Tensor], linear: PrunableLinear, later: Sequence[PrunableLinear]
 ) -> tuple[Tensor, bool] | None:
-    """The stream that the block adds the linear's outputs to, as they are; None if it does not.
+    """The stream that the block adds the linear's outputs to, unchanged; None if it does not.
 
-    Also whether the sum is exact: whether the block adds nothing else after it.
+    Returned with whether the sum is exact: whether the block adds nothing else after it.
     """
     outputs: list[Tensor] = []
     handle = linear.module.register_forward_hook(lambda _, args, out: outputs.append(out))
     try:
-        with silenced(later):
+        with zeroed_outputs(later):
             total = run()
     finally:
         handle.remove()
     if len(outputs) != 1 or outputs[0].shape != total.shape:
         return None
-    with silenced([linear, *later]):
+    with zeroed_outputs([linear, *later]):
         stream = run()
     after, before, added = total.float(), stream.float(), outputs[0].float()
     off = (after - before - added).abs()
@@ -124,10 +125,11 @@ def adds_to_stream(
 def module_ending_in(
     block: nn.Module, run: Callable[[], Tensor], linear: PrunableLinear
 ) -> tuple[str | None, int]:
-    """The outermost module inside the block that hands on the linear's outputs, and how.
+    """The outermost module inside the block that returns the linear's outputs.
 
-    Its name and the length of the tuple in which these come first, 0 for a tensor alone. None
-    where there is no such module, or where the block returns something else without it.
+    Its name, and the length of the tuple in which these come first, 0 for a tensor alone. None
+    where there is no such module, or where the block does not return the same with its outputs
+    replayed.
     """
     returned: dict[str, Tensor | tuple] = {}
     paths = [path for path, inner in block.named_modules() if path and _holds(inner, linear)]
@@ -148,7 +150,7 @@ def module_ending_in(
         out = returned.get(path)
         first, length = (out[0], len(out)) if isinstance(out, tuple) else (out, 0)
         if isinstance(first, Tensor) and first.shape == own.shape and torch.equal(first, own):
-            with handing_on(block, {path: (own, length)}):
+            with replayed_outputs(block, {path: (own, length)}):
                 if torch.equal(run(), whole):
                     return path, length
     return None, 0
@@ -159,12 +161,12 @@ def _holds(module: nn.Module, linear: PrunableLinear) -> bool:
 
 
 @contextmanager
-def handing_on(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -> Iterator[None]:
-    """Inside, modules of `block` by name hand on a tensor, in a tuple of that length if not 0."""
-    given = list(outputs.values())
+def replayed_outputs(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -> Iterator[None]:
+    """Inside, modules of `block` by name return a tensor, in a tuple of that length if not 0."""
+    in_order = list(outputs.values())
 
     def make(index: int) -> Callable:
-        out, length = given[index]
+        out, length = in_order[index]
         return lambda *args, **kwargs: (out, *[None] * (length - 1)) if length else out
 
     with replaced([block.get_submodule(path) for path in outputs], make):
@@ -176,14 +178,14 @@ def stream_at(
 ) -> tuple[Tensor, Tensor]:
     """The linear's input (..., in), and the stream (..., hidden) that its outputs are added to."""
     inputs: list[Tensor] = []
-    with watch_inputs([linear], lambda _, x: inputs.append(x)), silenced([linear, *later]):
+    with watch_inputs([linear], lambda _, x: inputs.append(x)), zeroed_outputs([linear, *later]):
         stream = run()
     return inputs[0], stream
 
 
 @contextmanager
-def silenced(linears: Sequence[PrunableLinear]) -> Iterator[None]:
-    """Inside, the modules of `linears` return zeros; afterwards they are their own again."""
+def zeroed_outputs(linears: Sequence[PrunableLinear]) -> Iterator[None]:
+    """Inside, the modules of `linears` return zeros; afterwards they compute again."""
     first = {id(linear.module): linear for linear in reversed(linears)}
     parameters: dict[int, set[str]] = {}
     for linear in linears:
@@ -204,5 +206,5 @@ def silenced(linears: Sequence[PrunableLinear]) -> Iterator[None]:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or (told in words alone) on the host."""
+    """Whether torch ran out of memory, on a GPU or, where only the text says so, on the host."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)

@@ -473,7 +473,7 @@ def _check_allocation(parser: argparse.ArgumentParser, args: argparse.Namespace)
         return
     if args.sparsity_type != UNSTRUCTURED:
         parser.error(f"{given}: in --sparsity_type {args.sparsity_type} all blocks are as sparse")
-    if not method or args.allocation == "owl" and not MethodSpec(method).observes:
+    if not method or args.allocation == "owl" and not MethodSpec(method).cls.observes:
         parser.error(f"{given} looks at activations, which {method or 'the dense model'} does not")
     fits = ALLOCATION_SPAN <= args.sparsity_ratio <= 1 - ALLOCATION_SPAN
     if args.allocation == "owl" and not fits:

@@ -91,10 +91,9 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at text, or what tells how sparse it makes what."""
-        return bool(
-            self.method_spec and (self.method_spec.observes or self.args.allocation != "uniform")
-        )
+        """Whether the method looks at text, or the allocation does."""
+        spec = self.method_spec
+        return bool(spec and (spec.cls.observes or self.args.allocation != "uniform"))
 
     @property
     def dense_key(self) -> tuple:
@@ -122,6 +121,6 @@ class LoadedModel:
     footprint: int  # bytes of the dense model
     checkpointed: bool = False  # activations are computed again in training
     cache_inputs: bool = True  # of a block, which saves passes through it
-    asked: Sparsity | dict[str, Sparsity] | None = None  # of the linears, where it must be reached
-    left: frozenset[str] = frozenset()  # linears that were left dense
+    sparsity: dict[str, Sparsity] | None = None  # of the linears, where it must be reached
+    left_dense: frozenset[str] = frozenset()  # names of linears
     reference: DenseReference | None = None  # what evaluation compares with

@@ -125,7 +125,7 @@ def _see_memory(job: Job, shared: bool) -> Room:
     """Tell how much memory the run will take, and where."""
     from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
     from lib.model.quantised import packed_linears, stored_bits
-    from lib.pruning.allocation import WINDOWS
+    from lib.pruning.by_error import WINDOWS
     from lib.run.memory import PackedLinears, Plan, check_memory, shapes
 
     args, dist, texts = job.args, job.dist, job.texts

@@ -204,7 +204,7 @@ class Plan:
     @property
     def follows(self) -> bool:
         """Whether the untouched model is taken along beside the pruned one."""
-        return self.method_spec is not None and self.method_spec.dense_stream
+        return self.method_spec is not None and self.method_spec.cls.dense_stream
 
     @property
     def window(self) -> int:
@@ -333,7 +333,7 @@ def _calibration(plan: Plan) -> tuple[int, int]:
     """Hidden states of all calibration windows, and the work on the block that takes most."""
     if plan.method_spec is None:
         return 0, 0
-    windows = plan.windows if plan.method_spec.observes else 0
+    windows = plan.windows if plan.method_spec.cls.observes else 0
     hidden = (2 if plan.follows else 1) * windows * plan.window
     if plan.follows and plan.keeps:
         channels = max(_kept(block) for block in plan.shapes.blocks)
@@ -354,11 +354,11 @@ def _pruning(plan: Plan, block: BlockShape) -> int:
     for each in block.inputs:
         sums, work = plan.method_spec(each.width, META).bytes_needed(each.outputs)
         # inputs that are taken in order are forgotten one by one
-        statistics = max(statistics, sums) if plan.method_spec.in_order else statistics + sums
+        statistics = max(statistics, sums) if plan.method_spec.cls.in_order else statistics + sums
         solving = max(solving, FLOAT * each.width * sum(each.outputs) + work)
     if plan.follows:
         statistics += block.weights * plan.working.itemsize  # the untouched block
-    if plan.method_spec.observes:
+    if plan.method_spec.cls.observes:
         passing = (2 if plan.follows else 1) * _activations(plan, block)
     return statistics + max(passing, solving + block.pruned * plan.saved.itemsize)
 

@@ -22,7 +22,7 @@ def method_of(args: argparse.Namespace) -> MethodSpec | None:
 def reads_train(args: argparse.Namespace) -> bool:
     """Whether the train text of the calibration sources is looked at."""
     method_spec = method_of(args)
-    observes = method_spec and (method_spec.observes or args.allocation != "uniform")
+    observes = method_spec and (method_spec.cls.observes or args.allocation != "uniform")
     return bool(args.recover or observes)
 
 

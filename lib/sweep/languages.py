@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(own)
     if len(args.calibration) < 2:
         parser.error(f"SOURCE {args.calibration[0]}: name two or more, to be compared")
-    if not MethodSpec(args.method).observes:
+    if not MethodSpec(args.method).cls.observes:
         parser.error(f"--method {args.method}: looks at no text; use another one")
     spanned = ["--models", args.model, "--methods", args.method, "--types", args.type]
     spanned += ["--ratios", str(args.ratio), "--calibration", *args.calibration]

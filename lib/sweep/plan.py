@@ -112,7 +112,7 @@ def _points(
             name = f"{method}-{share}"
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio)]
-            if not (reads or MethodSpec(method).observes):
+            if not (reads or MethodSpec(method).cls.observes):
                 yield _Point(name, flags, method, kind)
                 continue
             for (text, parts), seed in product(calibrations.items(), args.seeds):

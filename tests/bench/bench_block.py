@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import torch
 from measure import random_llama, reset_peak, wait_for
 
+from lib.distributed.context import DistContext
 from lib.methods import sparsegpt
 from lib.methods.column_loop import column_loop
 from lib.methods.registry import MethodSpec
@@ -30,6 +31,7 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import BATCH_TOKENS, pick_device
 from lib.prune import Pruner
+from lib.pruning.allocation import uniform
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib, peak_memory
 
@@ -93,8 +95,13 @@ def block_seconds(
         wait_for(device)
         ends.append(time.perf_counter())
 
-    sparsity = Sparsity.parse(kind, 0.5)
-    pruner = Pruner(BlockRunner(model, device), MethodSpec(method), sparsity)
+    runner, sparsity = BlockRunner(model, device), Sparsity.parse(kind, 0.5)
+    pruner = Pruner(
+        runner,
+        MethodSpec(method),
+        uniform(runner, sparsity),
+        dist=DistContext(device, alone=True),
+    )
     pruner.run(windows, batch_size, state_device=device, on_progress=ended)
     return [after - before for before, after in zip(ends, ends[1:-1], strict=False)]
 

@@ -39,15 +39,25 @@ def drifted(x, seed: int = 1):
     return x @ mix + 0.1 * torch.randn(x.shape, generator=generator)
 
 
-def solve(x, weights, sparsity: Sparsity, dense=None, lag=None, method=Admm, **options):
+def solve(
+    x,
+    weights,
+    sparsity: Sparsity | list[Sparsity],
+    dense=None,
+    ahead=None,
+    method=Admm,
+    costs=None,
+    **options,
+):
     solver = method(x.shape[1], CPU, **options)
-    if lag is None:
+    if ahead is None:
         solver.observe(x, dense)
     else:  # once the linear's own outputs are added
         [weight] = weights
-        solver.observe(x, lag=lag + (dense - x) @ weight.T)
+        solver.observe(x, residual_error=ahead + (dense - x) @ weight.T)
     pruned = [weight.clone() for weight in weights]
-    solver.prune_(pruned, sparsity)
+    sparsities = [sparsity] * len(weights) if isinstance(sparsity, Sparsity) else sparsity
+    solver.prune_(pruned, sparsities, costs)
     return pruned
 
 
@@ -57,15 +67,15 @@ def output_error(x, pruned, target, weight) -> float:
     return (x @ pruned.double().T - target @ weight.double().T).square().sum().item()
 
 
-def objective(pruned, weight, x, dense, blend: float, damping: float, lag=None):
+def objective(pruned, weight, x, dense, blend: float, damping: float, ahead=None):
     """Equation (1) of ADMM for each row (out,), in float64, and its exact minimum."""
-    lag = torch.zeros(len(x), len(weight)) if lag is None else lag
-    q, w, x, d, lag = (tensor.double().numpy() for tensor in (pruned, weight, x, dense, lag))
+    ahead = torch.zeros(len(x), len(weight)) if ahead is None else ahead
+    q, w, x, d, ahead = (tensor.double().numpy() for tensor in (pruned, weight, x, dense, ahead))
     scale = numpy.sqrt((x**2).sum(0))
     correlation = (x.T @ x) / numpy.where(scale, scale, 1) / numpy.where(scale, scale, 1)[:, None]
     inverse = numpy.linalg.inv(correlation + FLOOR * numpy.eye(len(scale)))
     damping = FLOOR + damping * (1 / numpy.diag(inverse)).mean() * len(scale) / len(x)
-    aims = x @ w.T + blend * ((d - x) @ w.T + lag)
+    aims = x @ w.T + blend * ((d - x) @ w.T + ahead)
     values, minima = [], []
     for row, wanted, aim in zip(q, w, aims.T, strict=True):
         kept = row != 0
@@ -107,12 +117,12 @@ def test_damping_suits_few_and_many_tokens(tokens, spread):
 @pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: s.pattern or str(s.ratio))
 def test_weights_approach_least_squares_on_their_mask(sparsity, blend):
     x, [weight] = problem(64, 12)
-    dense, lag = drifted(x), drifted(x, seed=2)[:, :12] - x[:, :12]
+    dense, ahead = drifted(x), drifted(x, seed=2)[:, :12] - x[:, :12]
     excess = {}
     for refinements in (0, 5, 100):
         options = {"blend": blend, "damping": 0.5}
-        [pruned] = solve(x, [weight], sparsity, dense, lag, refinements=refinements, **options)
-        values, minima = objective(pruned, weight, x, dense, lag=lag, **options)
+        [pruned] = solve(x, [weight], sparsity, dense, ahead, refinements=refinements, **options)
+        values, minima = objective(pruned, weight, x, dense, ahead=ahead, **options)
         excess[refinements] = (values.sum() - minima.sum()) / minima.sum()
     assert excess[100] < 1e-4
     assert excess[5] < 0.01
@@ -133,14 +143,14 @@ def test_error_to_the_dense_outputs_falls_with_the_blend():
         assert errors[-1] < 0.95 * errors[0]
 
 
-def test_the_lag_of_the_stream_is_repaired():
+def test_the_error_of_the_stream_is_repaired():
     x, [weight] = problem(96, 32)
-    lag = x @ torch.randn(96, 32, generator=torch.Generator().manual_seed(3))
+    lead = x @ torch.randn(96, 32, generator=torch.Generator().manual_seed(3))
     for sparsity in SPARSITIES:
         errors = []
         for blend in (0.0, 0.5, 1.0):
-            [pruned] = solve(x, [weight], sparsity, x, lag, blend=blend, damping=0)
-            ahead = x.double() @ weight.double().T + lag - x.double() @ pruned.double().T
+            [pruned] = solve(x, [weight], sparsity, x, lead, blend=blend, damping=0)
+            ahead = x.double() @ weight.double().T + lead - x.double() @ pruned.double().T
             errors.append(ahead.square().sum().item())
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < 0.95 * errors[0]
@@ -207,8 +217,8 @@ def test_sums_add_up_over_batches_and_processes():
     assert parts[0].tokens + parts[1].tokens == whole.tokens == 600
     parts[0].tokens = 600
     results = [weight.clone(), weight.clone()]
-    whole.prune_([results[0]], Sparsity(0.5))
-    parts[0].prune_([results[1]], Sparsity(0.5))
+    whole.prune_([results[0]], [Sparsity(0.5)])
+    parts[0].prune_([results[1]], [Sparsity(0.5)])
     assert torch.equal(results[0] == 0, results[1] == 0)
     assert torch.allclose(results[0], results[1], atol=1e-3)
 
@@ -252,7 +262,7 @@ def test_damping_rises_where_the_factorisation_fails():
     solver.observe(x)
     solver.hessian[0, 1] = 1.05 * (solver.hessian[0, 0] * solver.hessian[1, 1]).sqrt()
     with pytest.warns(UserWarning, match="not positive definite with damping 0.01"):
-        solver.prune_([weight], Sparsity(0.5))
+        solver.prune_([weight], [Sparsity(0.5)])
     assert weight.isfinite().all()
 
 
@@ -262,17 +272,17 @@ def test_damping_does_not_rise_for_ever():
     solver.tokens = 100
     solver.hessian.copy_(torch.eye(64)).fill_diagonal_(1)[0, 1] = 1e6
     with pytest.warns(UserWarning), pytest.raises(UserError, match="not positive definite"):
-        solver.prune_([weight], Sparsity(0.5))
+        solver.prune_([weight], [Sparsity(0.5)])
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: s.pattern or str(s.ratio))
 def test_choosing_quickly_is_choosing_exactly(sparsity):
     """Z of every iteration has its zeros where the mask that stays would have them."""
     total = torch.randn(72, 35, generator=torch.Generator().manual_seed(2))
-    choice = admm.Choice([10, 25], [sparsity, sparsity])
+    choice = admm.MaskChoice([10, 25], [sparsity, sparsity])
     kept = torch.empty_like(total)
     for one, part, out in choice.parts(total, kept):
-        out.copy_(choice.kept(part, one))
+        out.copy_(choice.masked(part, one))
     assert torch.equal(kept == 0, choice.final(total))
     assert torch.equal(kept[kept != 0], total[kept != 0])
 
@@ -290,7 +300,7 @@ def test_outputs_whose_errors_cost_more_are_kept_better(ratio):
     x, weights = problem(72, 40, 25)
     costs = [10.0 ** torch.linspace(-3, 2, len(weight)) for weight in weights]
     plain = solve(x, weights, Sparsity(ratio))
-    weighed = solve(x, weights, [Sparsity(ratio, rows=one) for one in costs])
+    weighed = solve(x, weights, Sparsity(ratio), costs=costs)
     for before, after, weight, cost in zip(plain, weighed, weights, costs, strict=True):
         assert (after == 0).sum() == (before == 0).sum()
         kept = (after != 0).sum(1)
@@ -306,8 +316,8 @@ def test_outputs_whose_errors_cost_more_are_kept_better(ratio):
 def test_outputs_whose_errors_cost_as_much_are_as_before(cost):
     x, weights = problem(72, 10, 25)
     plain = solve(x, weights, Sparsity(0.6))
-    known = [Sparsity(0.6, rows=torch.full((10,), cost)), Sparsity(0.6)]
-    for before, after in zip(plain, solve(x, weights, known), strict=True):
+    costs = [torch.full((10,), cost), None]
+    for before, after in zip(plain, solve(x, weights, Sparsity(0.6), costs=costs), strict=True):
         assert torch.equal(before, after)
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from support import CPU, runner_of
+from support import CPU, pruner_of, runner_of
 from torch import Tensor
 
 from lib.methods.magnitude import Magnitude
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import decoder_blocks
-from lib.prune import Pruner
 
 
 def pruned(weight: Tensor, sparsity: Sparsity) -> Tensor:
     weight = weight.clone()
-    Magnitude(weight.shape[1], CPU).prune_([weight], sparsity)
+    Magnitude(weight.shape[1], CPU).prune_([weight], [sparsity])
     return weight
 
 
@@ -59,10 +58,10 @@ def test_ties_go_from_the_left() -> None:
 @pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8"])
 def test_a_whole_model_without_calibration(kind: str) -> None:
     model = tiny.tiny_llama()
-    name, blocks = decoder_blocks(model)
+    _, blocks = decoder_blocks(model)
     before = {name: weight.clone() for name, weight in blocks.named_parameters()}
     sparsity = Sparsity.parse(kind, 0.5)
-    Pruner(runner_of(model), name, MethodSpec("magnitude"), sparsity).run(None, 2)
+    pruner_of(runner_of(model), MethodSpec("magnitude"), sparsity).run(None, 2)
     for name, weight in blocks.named_parameters():
         expected = reference(before[name], sparsity) if weight.dim() == 2 else before[name]
         assert torch.equal(weight, expected), name

@@ -28,6 +28,6 @@ def test_bytes_of_the_statistics(name: str) -> None:
     method_spec = MethodSpec(name)
     said, _ = method_spec(40, torch.device("meta")).bytes_needed([24])
     method = method_spec(40, CPU)
-    more = (torch.ones(9, 40), torch.ones(9, 24)) if method_spec.dense_stream else ()
+    more = (torch.ones(9, 40), torch.ones(9, 24)) if method_spec.cls.dense_stream else ()
     method.observe(torch.ones(9, 40), *more)
     assert sum(statistic.nbytes for statistic in method.statistics()) == said

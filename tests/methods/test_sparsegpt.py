@@ -193,8 +193,8 @@ def test_a_hopeless_factorisation_is_an_error():
     method.hessian.copy_(-torch.eye(8))
     with pytest.raises(UserError, match="even with damping"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        method.prune_([torch.ones(2, 8)], Sparsity(0.5))
+        method.prune_([torch.ones(2, 8)], [Sparsity(0.5)])
     method.hessian.fill_(float("nan"))
     with pytest.raises(UserError, match="--nsamples"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        method.prune_([torch.ones(2, 8)], Sparsity(0.5))
+        method.prune_([torch.ones(2, 8)], [Sparsity(0.5)])

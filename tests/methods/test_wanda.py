@@ -7,14 +7,12 @@ import copy
 import pytest
 import tiny
 import torch
-from support import CPU, runner_of, windows
+from support import CPU, pruner_of, runner_of, windows
 from torch import Tensor, nn
 
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda, squares_added, squares_read_once
-from lib.model.pretrained import decoder_blocks
-from lib.prune import Pruner
 
 KINDS = [("unstructured", ratio) for ratio in (0.0, 0.3, 0.5, 0.99)] + [("2:4", 0.5), ("4:8", 0.5)]
 
@@ -76,7 +74,7 @@ def pruned(weight: Tensor, x: Tensor, sparsity: Sparsity, **options) -> Tensor:
     method = Wanda(weight.shape[1], CPU, **options)
     method.observe(x)
     weight = weight.clone()
-    method.prune_([weight], sparsity)
+    method.prune_([weight], [sparsity])
     return weight
 
 
@@ -212,9 +210,8 @@ def test_a_whole_model(kind: str) -> None:
         return published_mask(weight, norms, sparsity)
 
     by_hooks(reference, ids, mask_of)
-    name, _ = decoder_blocks(model)
     method_spec = MethodSpec("wanda", {"variant": True} if variant else {})
-    Pruner(runner_of(model), name, method_spec, sparsity).run(ids, 2)
+    pruner_of(runner_of(model), method_spec, sparsity).run(ids, 2)
     expected = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, expected[name]), name

@@ -49,15 +49,13 @@ def test_experts_inputs_are_seen(name: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-def test_inputs_and_outputs_of_a_call_by_keyword_are_seen() -> None:
-    linear = nn.Linear(8, 8), "input"
-    conv = Conv1D(8, 8), "x"
-    for module, keyword in (linear, conv):
-        [found] = find_linears(nn.ModuleDict({"own": module}), "0")[0]
-        seen: list[torch.Tensor] = []
-        x = torch.ones(3, 8)
-        with watch_inputs([found], lambda _, x, seen=seen: seen.append(x)):
-            module(**{keyword: x})
-        with watch_outputs([found], lambda _, x, out, seen=seen: seen.append(x)):
-            module(**{keyword: x})
-        assert [one is x for one in seen] == [True, True]
+@pytest.mark.parametrize(("module", "keyword"), [(nn.Linear(8, 8), "input"), (Conv1D(8, 8), "x")])
+def test_inputs_and_outputs_of_a_call_by_keyword_are_seen(module: nn.Module, keyword: str) -> None:
+    [linear] = find_linears(nn.ModuleDict({"linear": module}), "0")[0]
+    seen: list[Tensor] = []
+    x = torch.ones(3, 8)
+    with watch_inputs([linear], lambda _, x: seen.append(x)):
+        module(**{keyword: x})
+    with watch_outputs([linear], lambda _, x, out: seen.append(x)):
+        module(**{keyword: x})
+    assert [tensor is x for tensor in seen] == [True, True]

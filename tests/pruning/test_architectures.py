@@ -75,11 +75,11 @@ def told_of(parameter: str, names: Iterable[str]) -> bool:
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_half_of_every_matrix_goes_or_it_is_told_why_not(name: str, method: str) -> None:
     found, done = matrices(example(name, method).model), example(name, method).done
-    left = {parameter for parameter in found if told_of(parameter, done.left)}
+    left = {parameter for parameter in found if told_of(parameter, done.left_dense)}
     assert len(left) < len(found) / 3 if name in tiny.HYBRIDS else not left
     for parameter in found.keys() - left:
         assert (found[parameter] == 0).sum() * 2 == found[parameter].numel(), parameter
-    assert all(done.why[name] for name in done.left)
+    assert all(done.reasons[name] for name in done.left_dense)
     for part in example(name, method).model.modules():
         assert "forward" not in vars(part), part
 
@@ -90,7 +90,7 @@ def test_nothing_is_skipped_silently(name: str) -> None:
     blocks_name, blocks = decoder_blocks(model)
     for parameter, weight in blocks.named_parameters(prefix=blocks_name):
         if weight.dim() > 1 and not parameter.endswith("bias"):
-            assert told_of(parameter, [*done.pruned, *done.left]), parameter
+            assert told_of(parameter, [*done.pruned, *done.left_dense]), parameter
 
 
 @pytest.mark.parametrize("name", tiny.ALL)

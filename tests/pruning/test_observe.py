@@ -10,7 +10,7 @@ from torch import nn
 
 from lib.methods.registry import MethodSpec
 from lib.model.matrix import PrunableLinear
-from lib.pruning.observe import observe, stages
+from lib.pruning.observe import find_stages, observe
 
 
 def last_names(linears: list[PrunableLinear]) -> list[str]:
@@ -59,10 +59,10 @@ def test_stages_follow_the_forward_pass() -> None:
     runner = runner_of(tiny.tiny_llama())
     states = runner.capture(windows(2), 2, CPU)
     linears = linears_of(runner)
-    lots, reached = stages(runner, states, 0, linears[::-1])
+    stages, reached = find_stages(runner, states, 0, linears[::-1])
     assert reached == 4
     attention = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}]
-    assert [set(last_names(lot)) for lot in lots] == [
+    assert [set(last_names(stage)) for stage in stages] == [
         *attention,
         {"gate_proj", "up_proj"},
         {"down_proj"},

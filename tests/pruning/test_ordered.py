@@ -7,15 +7,13 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from support import CPU, HALF, linears_of, runner_of, windows
+from support import ALONE, CPU, linears_of, pruner_of, runner_of, windows
 from torch import nn
 
-from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
-from lib.prune import Pruner
-from lib.pruning.observe import DenseTwin, rows, stages
-from lib.pruning.ordered import OrderedBlock
-from lib.pruning.residual import Writers
+from lib.pruning.observe import DenseBlock, find_stages, rows
+from lib.pruning.ordered import BlockOrder, OrderedBlock
+from lib.pruning.residual import ResidualProjections
 
 NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "Bloom", "Mixtral", "Falcon", "GPT-NeoX"]
 NAMES = [name for name in NAMES if name in tiny.ARCHITECTURES]
@@ -23,8 +21,7 @@ NAMES = [name for name in NAMES if name in tiny.ARCHITECTURES]
 
 def pruned(name: str, cache_inputs: bool) -> dict[str, torch.Tensor]:
     model = tiny.ARCHITECTURES[name]()
-    runner = runner_of(model)
-    pruner = Pruner(runner, MethodSpec("admm"), HALF)
+    pruner = pruner_of(runner_of(model), MethodSpec("admm"))
     pruner.run(windows(5), 2, CPU, cache_inputs=cache_inputs)
     return model.state_dict()
 
@@ -37,18 +34,27 @@ def test_what_is_kept_changes_nothing(name: str) -> None:
         assert torch.equal(tensor, not_kept[key]), key
 
 
-def begun(cache_inputs: bool = True, goes_on: bool = True):
+def begun(cache_inputs: bool = True, need_outputs: bool = True):
     """The first block of a LLaMA whose stream is off the untouched one, and both streams."""
     runner = runner_of(tiny.tiny_llama())
     states = runner.capture(windows(6), 2, CPU)
     dense = replace(states, hidden=states.hidden.clone())
     noise = torch.randn(states.hidden.shape, generator=torch.Generator().manual_seed(1))
     states.hidden += noise * states.hidden.std()
-    twin = DenseTwin.of(dense, runner.blocks[0], "0")
-    lots = stages(runner, states, 0, linears_of(runner))
-    writers = Writers(runner, DistContext(CPU, alone=True))
-    parts = runner, states, 0, *lots, twin, writers, MethodSpec("admm"), cache_inputs, goes_on
-    return runner, states, dense, twin, OrderedBlock(*parts)
+    dense_block = DenseBlock.copy_of(dense, runner.blocks[0], "0")
+    stages, n_reached = find_stages(runner, states, 0, linears_of(runner))
+    projections = ResidualProjections(runner, ALONE)
+    ordered = OrderedBlock(
+        runner=runner,
+        states=states,
+        index=0,
+        order=BlockOrder.of(stages, n_reached, projections, states, 0),
+        dense=dense_block,
+        method_spec=MethodSpec("admm"),
+        cache_inputs=cache_inputs,
+        need_outputs=need_outputs,
+    )
+    return runner, states, dense, dense_block, ordered
 
 
 def all_inputs(runner, states, block) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -73,29 +79,31 @@ def all_inputs(runner, states, block) -> tuple[dict[str, torch.Tensor], torch.Te
 @torch.no_grad()
 @pytest.mark.parametrize("cache_inputs", [True, False])
 def test_statistics_are_those_of_whole_passes(cache_inputs: bool) -> None:
-    runner, states, dense, twin, ordered = begun(cache_inputs)
+    runner, states, dense, dense_block, ordered = begun(cache_inputs)
     first = [rows(one.hidden.clone()) for one in (states, dense)]
     shape = states.hidden.shape
-    theirs, aim = all_inputs(runner, dense, twin.block)
+    theirs, aim = all_inputs(runner, dense, dense_block.block)
     block = runner.blocks[0]
-    for place, lot in enumerate(ordered.lots):
+    for place, stage in enumerate(ordered.order.stages):
         now, out = all_inputs(runner, replace(states, hidden=first[0].view(shape)), block)
         [group] = ordered.observe(place)
-        name = lot[0].name.removeprefix("0.")
+        name = stage[0].name.removeprefix("0.")
         x, y = now[name]
         upper = (x.T @ x).triu()
         torch.testing.assert_close(group.method.hessian.triu(), upper, rtol=1e-5, atol=1e-4)
-        assert [linear.name for linear in group.linears] == [linear.name for linear in lot]
+        assert [linear.name for linear in group.linears] == [linear.name for linear in stage]
         if name.endswith(("o_proj", "down_proj")):
             ahead = rows(aim) - rows(out)  # at the end; after attention, of the stream and of o
             if name.endswith("o_proj"):
                 ahead = first[1] + theirs[name][1] - first[0] - y
-            torch.testing.assert_close(group.method.lag, ahead.T @ x, rtol=1e-4, atol=1e-3)
-            assert group.method.drift is None
+            torch.testing.assert_close(
+                group.method.residual_error_gram, ahead.T @ x, rtol=1e-4, atol=1e-3
+            )
+            assert group.method.input_error_gram is None
         else:
             drift = (theirs[name][0] - x).T @ x
-            torch.testing.assert_close(group.method.drift, drift, rtol=1e-4, atol=1e-3)
-        for linear in lot:  # what comes after is to see the change
+            torch.testing.assert_close(group.method.input_error_gram, drift, rtol=1e-4, atol=1e-3)
+        for linear in stage:  # what comes after is to see the change
             linear.module.weight.data *= 1.1
     _, expected = all_inputs(runner, replace(states, hidden=first[0].view(shape)), block)
     ordered.advance_()
@@ -106,9 +114,9 @@ def test_statistics_are_those_of_whole_passes(cache_inputs: bool) -> None:
 @torch.no_grad()
 def test_how_often_linears_are_computed() -> None:
     """Once in the untouched block; in the pruned one what comes before the last input, and once."""
-    runner, _, _, twin, ordered = begun()
+    runner, _, _, dense_block, ordered = begun()
     count: dict[str, int] = {}
-    for which, block in (("dense", twin.block), ("pruned", runner.blocks[0])):
+    for which, block in (("dense", dense_block.block), ("pruned", runner.blocks[0])):
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 key = f"{which} {name.rpartition('.')[2]}"

@@ -3,16 +3,25 @@
 import pytest
 import tiny
 import torch
-from support import CPU, QUICK, call, linears_of, results, runner_of, weights, windows
+from support import (
+    ALONE,
+    QUICK,
+    call,
+    linears_of,
+    pruner_of,
+    results,
+    runner_of,
+    weights,
+    windows,
+)
 
-from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import ALLOCATION_SPAN
 from lib.model.pretrained import decoder_blocks
-from lib.prune import Pruner
+from lib.pruning.allocation import of_blocks
 from lib.pruning.check import measure
 from lib.pruning.inputs import first_names
-from lib.pruning.owl import OUTLIER, allocate, of_blocks, outlier_share, owl
+from lib.pruning.owl import OUTLIER, interpolate, outlier_share, owl
 
 
 def slow_shares(model, ids) -> list[float]:
@@ -51,10 +60,10 @@ def outlying(model):
 def test_blocks_follow_the_share_of_outliers() -> None:
     model, ids = outlying(tiny.tiny_llama()), windows(5)
     runner = runner_of(model)
-    found = owl(runner, ids, 2, 0.7, DistContext(CPU, alone=True))
+    found = owl(runner, ids, 2, 0.7, ALONE)
     shares = slow_shares(model, ids)
     sizes = [sum(w.numel() for w in block.parameters() if w.dim() == 2) for block in runner.blocks]
-    expected = allocate(shares, sizes, 0.7)
+    expected = interpolate(shares, sizes, 0.7)
     assert shares[0] > shares[-1] > 0
     assert found == pytest.approx(expected)
     assert found[0] < 0.7 < found[-1]
@@ -64,7 +73,7 @@ def test_blocks_follow_the_share_of_outliers() -> None:
 @pytest.mark.parametrize("shares", [[0.1, 0.02, 0.03], [0.0, 0.0, 0.5]])
 def test_the_total_is_what_was_asked(shares: list[float]) -> None:
     sizes = [100, 300, 50]
-    ratios = allocate(shares, sizes, 0.6)
+    ratios = interpolate(shares, sizes, 0.6)
     total = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True))
     assert total == pytest.approx(0.6 * sum(sizes))
     assert max(ratios) - min(ratios) == pytest.approx(ALLOCATION_SPAN)
@@ -72,7 +81,7 @@ def test_the_total_is_what_was_asked(shares: list[float]) -> None:
 
 
 def test_blocks_that_are_alike_are_as_sparse() -> None:
-    assert allocate([0.1, 0.1], [5, 7], 0.6) == [0.6, 0.6]
+    assert interpolate([0.1, 0.1], [5, 7], 0.6) == [0.6, 0.6]
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -104,9 +113,10 @@ def test_weights_that_blocks_share_are_as_sparse_as_their_first_block() -> None:
     model = tiny.HYBRIDS["Zamba2"]().requires_grad_(False)
     runner = runner_of(model)
     ratios = torch.linspace(0.62, 0.78, len(runner.blocks)).tolist()
-    sparsity = of_blocks(runner, ratios)
-    done = Pruner(runner, MethodSpec("wanda"), sparsity).run(windows(6), 2)
-    measure(runner, sparsity, frozenset(done.why))  # raises where one falls short
+    allocation = of_blocks(runner, ratios)
+    done = pruner_of(runner, MethodSpec("wanda"), allocation).run(windows(6), 2)
+    sparsity = allocation.sparsity
+    measure(runner, sparsity, frozenset(done.left_dense))  # raises where one is short
     first = first_names(runner)
     assert len(set(first.values())) < len(first)
     assert all(sparsity[name] == sparsity[own] for name, own in first.items())
@@ -115,8 +125,8 @@ def test_weights_that_blocks_share_are_as_sparse_as_their_first_block() -> None:
 def test_the_total_counts_shared_weights_once() -> None:
     model = outlying(tiny.HYBRIDS["Zamba2"]().requires_grad_(False))
     runner = runner_of(model)
-    ratios = owl(runner, windows(6), 2, 0.7, DistContext(CPU, alone=True))
-    sparsity = of_blocks(runner, ratios)
+    ratios = owl(runner, windows(6), 2, 0.7, ALONE)
+    sparsity = of_blocks(runner, ratios).sparsity
     sizes = measure(runner).sizes
     own = set(first_names(runner).values())
     total = sum(sparsity[name].ratio * sizes[name] for name in own)

@@ -1,27 +1,47 @@
-"""Warnings of a pruning name the linears they belong to, and only those."""
+"""What pruning reports: warnings name their linears, and nothing is lost by an interruption."""
 
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
-from support import HALF, prune_
+from support import ALONE, HALF, prune_, runner_of, windows
 
+from lib.methods.registry import MethodSpec
 from lib.methods.wanda import Wanda
+from lib.prune import Pruner
+from lib.pruning.allocation import uniform
+from lib.pruning.journal import Journal
 from lib.util.errors import RunWarning
 
 
 def test_whose_a_warning_is(monkeypatch: pytest.MonkeyPatch) -> None:
     own = Wanda.prune_
 
-    def warning(self, weights, sparsity) -> None:
+    def warning(self, weights, *rest) -> None:
         if len(weights) == 3:  # q, k and v
             warnings.warn("a kernel is missing", RunWarning, stacklevel=2)
             warnings.warn("is singular", stacklevel=2)
-        own(self, weights, sparsity)
+        own(self, weights, *rest)
 
     monkeypatch.setattr(Wanda, "prune_", warning)
     done = prune_(tiny.tiny_llama(num_hidden_layers=1), "wanda", HALF)
     names = ", ".join(f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
     assert done.summary()[1:] == ["a kernel is missing", f"{names}: is singular"]
+
+
+def test_finished_blocks_keep_what_they_reported(tmp_path: Path) -> None:
+    journal = Journal(str(tmp_path / "blocks"))
+    journal.begin({})
+    summaries = []
+    for _ in range(2):  # the second run finds all blocks finished
+        model = tiny.ARCHITECTURES["Mixtral"]()
+        runner = runner_of(model)
+        pruner = Pruner(
+            runner, MethodSpec("sparsegpt"), uniform(runner, HALF), dist=ALONE, journal=journal
+        )
+        summaries.append(pruner.run(windows(2, 8), 2).summary())
+    assert any("too few tokens were routed" in line for line in summaries[0])
+    assert summaries[0] == summaries[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import prune_, runner_of, windows
+from support import ALONE, prune_, runner_of, windows
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +17,7 @@ from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import LOGIT_BYTES, BlockRunner
 from lib.model.pretrained import decoder_blocks, fresh_copy
+from lib.pruning.allocation import uniform
 from lib.pruning.check import measure
 from lib.pruning.journal import Journal
 from lib.recover import (
@@ -83,6 +84,7 @@ def trainer(
         *known,
         more.pop("measure", lambda one, ids: divergence(teacher, one, ids)),
         rounding,
+        dist=ALONE,
         **more,
     )
 
@@ -114,7 +116,8 @@ def test_learns_and_keeps_every_zero(name: str, rank: int | None) -> None:
     after = state(model)
     assert done.curve[done.best]["perplexity"] < 0.9 * done.curve[0]["perplexity"]
     assert done.best == len(done.curve) - 1 == recover.MEASURED
-    measure(runner, PATTERN if name not in ("Mamba", "shared blocks") else None)
+    target = uniform(runner, PATTERN).sparsity
+    measure(runner, target if name not in ("Mamba", "shared blocks") else None)
     masked = {key for key, (_, sparse) in trained.items() if sparse}
     assert masked
     for key in masked:

@@ -14,13 +14,24 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from support import CPU, QUICK, call, prune_, results, runner_of, spawn, start, windows
+from support import (
+    ALONE,
+    CPU,
+    QUICK,
+    call,
+    prune_,
+    pruner_of,
+    results,
+    runner_of,
+    spawn,
+    start,
+    windows,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lib.data.training import TrainingText
-from lib.distributed.context import DistContext
 from lib.eval import perplexity
 from lib.methods.registry import METHODS, MethodSpec
 from lib.methods.sparsity import Sparsity
@@ -35,8 +46,7 @@ from lib.model.pretrained import (
 from lib.model.quantised import packed_linears
 from lib.model.store import HostStore
 from lib.packed import kernels
-from lib.prune import Pruner
-from lib.pruning.allocation import by_error
+from lib.pruning.by_error import by_error
 from lib.recover import Recoverer, TrainSchedule
 from lib.run import memory
 from lib.run.memory import PackedLinears, Plan, Training, check_memory, needed, shapes, stand
@@ -95,8 +105,7 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
     need = needed(of(model, method_spec=method_spec))
     there = [*model.parameters(), *model.buffers(), ids]
     with Alive(there) as alive:
-        pruner = Pruner(runner_of(model), method_spec, Sparsity(0.5))
-        pruner.run(ids if method_spec.observes else None, 4)
+        pruner_of(runner_of(model), method_spec).run(ids if method_spec.cls.observes else None, 4)
         perplexity(runner_of(model), ids[:4], 4)
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
     assert need.total == pytest.approx(taken, rel=0.25)
@@ -159,7 +168,7 @@ def test_tensors_of_a_recovery_take_what_was_said(
         teacher = runner_of(fresh_copy(model))
         known = runner, teacher, TrainSchedule(8 * 32, 32, 1e-3, rank), text, 4
         measure = lambda one, ids: perplexity(one, ids, 4).value  # noqa: E731
-        Recoverer(*known, measure, saved, checkpointed=checkpointed).run()
+        Recoverer(*known, measure, saved, dist=ALONE, checkpointed=checkpointed).run()
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
     assert need.total == pytest.approx(taken, rel=0.25)
 
@@ -172,7 +181,7 @@ def test_tensors_of_an_allocation_take_what_was_said(hidden: int, vocabulary: in
     ids = windows(8, 32)
     plan = of(model, probed=8)
     with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
-        by_error(runner_of(model), ids, 4, 0.7, DistContext(CPU, alone=True))
+        by_error(runner_of(model), ids, 4, 0.7, ALONE)
     assert sum(memory._allocation(plan)) == pytest.approx(alive.most, rel=0.25)
 
 
@@ -182,9 +191,9 @@ def test_solving_takes_what_the_method_said(method: str) -> None:
     width, rows = 384, 128
     solver, weight = MethodSpec(method)(width, CPU), torch.randn(rows, width)
     x = torch.randn(2 * width, width)
-    solver.observe(x, *([x + 1, x[:, :rows]] if MethodSpec(method).dense_stream else []))
+    solver.observe(x, *([x + 1, x[:, :rows]] if MethodSpec(method).cls.dense_stream else []))
     with Alive([weight, *solver.statistics()]) as alive:
-        solver.prune_([weight], Sparsity(0.5, 2, 4))
+        solver.prune_([weight], [Sparsity(0.5, 2, 4)])
     _, said = MethodSpec(method)(width, torch.device("meta")).bytes_needed([rows])
     assert said == pytest.approx(alive.most, rel=0.25)
 

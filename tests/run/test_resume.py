@@ -110,10 +110,10 @@ def test_finished_blocks_are_not_pruned_again(
 
     argv = flags("sparsegpt", tmp_path)
     killed(argv, place, 3)
-    pruned, own = [], Pruner._prune_block_
+    pruned, own = [], Pruner._prune_at_once_
     monkeypatch.setattr(
         Pruner,
-        "_prune_block_",
+        "_prune_at_once_",
         lambda self, index, *rest: pruned.append(index) or own(self, index, *rest),
     )
     finished(call(*argv))

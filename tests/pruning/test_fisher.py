@@ -1,4 +1,4 @@
-"""Slopes of the surprise at the linears' outputs, against autograd through the whole model."""
+"""Squared gradients of the sampled loss at the linears' outputs, against autograd's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts, find_linears, watch_outputs
 from lib.model.pretrained import decoder_blocks
-from lib.pruning.sensitivity import Sensed, WayBack, surprise_
+from lib.pruning.fisher import BackwardPass, FisherDiagonal, sampled_nll_backward_
 
 MODELS = {
     "Llama": tiny.tiny_llama,
@@ -20,18 +20,20 @@ MODELS = {
 }
 
 
-def sensed(runner: BlockRunner, ids: Tensor, chances: Tensor, batch_size: int) -> dict[str, Sensed]:
+def sensed(
+    runner: BlockRunner, ids: Tensor, uniforms: Tensor, batch_size: int
+) -> dict[str, FisherDiagonal]:
     found = {}
     with eager_experts(runner.model):
-        way = WayBack(runner, ids, batch_size, chances)
+        way = BackwardPass(runner, ids, batch_size, uniforms)
         for index in reversed(range(len(runner.blocks))):
             linears, _ = find_linears(runner.blocks[index], f"x.{index}")
             found |= way.through(index, linears)
     return found
 
 
-def by_autograd(runner: BlockRunner, ids: Tensor, chances: Tensor) -> dict[str, list]:
-    """{linear's name: sums of squares of its inputs and of slopes, tokens}, window by window."""
+def by_autograd(runner: BlockRunner, ids: Tensor, uniforms: Tensor) -> dict[str, list]:
+    """{linear's name: sums of squares of its inputs and of grad_sq, tokens}, window by window."""
     model, found = runner.model, {}
     linears = [
         linear
@@ -44,13 +46,15 @@ def by_autograd(runner: BlockRunner, ids: Tensor, chances: Tensor) -> dict[str, 
         out.retain_grad()
         outputs.append((linear.name, x.detach(), out))
 
-    for window, its in zip(ids, chances, strict=True):
+    for window, drawn in zip(ids, uniforms, strict=True):
         outputs.clear()
         with eager_experts(model), watch_outputs(linears, see):
             embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
             logits = model(inputs_embeds=embedded, use_cache=False).logits[0].double()
         sums = logits.detach().softmax(-1).cumsum(-1)
-        labels = [int((row <= float(chance)).sum()) for row, chance in zip(sums, its, strict=True)]
+        labels = [
+            int((row <= float(chance)).sum()) for row, chance in zip(sums, drawn, strict=True)
+        ]
         (-logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()).backward()
         for name, x, out in outputs:
             one = found.setdefault(name, [0, 0, 0])
@@ -65,26 +69,28 @@ def test_as_autograd_through_the_whole_model(name: str) -> None:
     model = MODELS[name]().requires_grad_(False)
     runner, ids = runner_of(model), windows(3)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    chances = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
-    found, expected = sensed(runner, ids, chances, 2), by_autograd(runner, ids, chances)
+    uniforms = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
+    found, expected = sensed(runner, ids, uniforms, 2), by_autograd(runner, ids, uniforms)
     assert expected
     for linear, one in found.items():
-        inputs, slopes, tokens = expected.get(linear, (0, 0, 0))
+        inputs, grad_sq, tokens = expected.get(linear, (0, 0, 0))
         assert one.tokens == tokens, linear
         assert torch.allclose(one.inputs, one.inputs.new_zeros(()) + inputs, rtol=1e-3)
-        assert torch.allclose(one.slopes, one.slopes.new_zeros(()) + slopes, rtol=1e-2, atol=1e-7)
-    assert any(one.slopes.any() for one in found.values())
+        assert torch.allclose(
+            one.grad_sq, one.grad_sq.new_zeros(()) + grad_sq, rtol=1e-2, atol=1e-7
+        )
+    assert any(one.grad_sq.any() for one in found.values())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
 def test_batches_change_nothing_but_rounding() -> None:
     runner, ids = runner_of(tiny.tiny_llama().requires_grad_(False)), windows(5)
-    chances = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
-    several, alone = (sensed(runner, ids, chances, size) for size in (5, 1))
+    uniforms = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
+    several, alone = (sensed(runner, ids, uniforms, size) for size in (5, 1))
     for name, one in several.items():
         assert one.tokens == alone[name].tokens == ids.numel()
-        assert torch.allclose(one.slopes, alone[name].slopes, rtol=1e-3)
+        assert torch.allclose(one.grad_sq, alone[name].grad_sq, rtol=1e-3)
 
 
 def test_labels_are_drawn_from_the_distribution() -> None:
@@ -92,7 +98,7 @@ def test_labels_are_drawn_from_the_distribution() -> None:
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(7, generator=draw).requires_grad_()
     every = logits.expand(4, 5000, 7).detach().clone().requires_grad_()
-    surprise_(lambda some: every[:, some], torch.rand(4, 5000, generator=draw))
+    sampled_nll_backward_(lambda some: every[:, some], torch.rand(4, 5000, generator=draw))
     p = logits.detach().softmax(-1)
     labels = p - every.grad
     assert torch.allclose(labels.amax(-1), torch.ones(4, 5000), atol=1e-5)
@@ -110,7 +116,7 @@ def test_what_is_sensed_tells_what_an_error_costs() -> None:
     with torch.no_grad():
         dense = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
     for linear in linears:
-        slopes = sum(found[linear.name].slopes for found in several) / len(several)
+        grad_sq = sum(found[linear.name].grad_sq for found in several) / len(several)
         size = 0.01
         noise = size * torch.randn(20, *ids.shape, linear.shape[0], generator=draw)
         divergences = []
@@ -120,12 +126,12 @@ def test_what_is_sensed_tells_what_an_error_costs() -> None:
                 off = model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
             handle.remove()
             divergences.append((dense.exp() * (dense - off)).sum().item())
-        expected = 0.5 * size**2 * slopes.sum().item()
+        expected = 0.5 * size**2 * grad_sq.sum().item()
         assert sum(divergences) / len(divergences) == pytest.approx(expected, rel=0.25)
 
 
 def test_everything_is_on_one_device() -> None:
     runner, ids = runner_of(tiny.tiny_llama().requires_grad_(False)), windows(2)
     found = sensed(runner, ids, torch.rand(ids.shape), 2)
-    assert {one.slopes.device for one in found.values()} == {CPU}
+    assert {one.grad_sq.device for one in found.values()} == {CPU}
     assert decoder_blocks(runner.model)[1] is runner.blocks

@@ -9,45 +9,43 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import CPU, QUICK, call, linears_of, results, runner_of, windows
+from support import ALONE, CPU, QUICK, call, linears_of, pruner_of, results, runner_of, windows
 
-from lib.distributed.context import DistContext
 from lib.methods.registry import MethodSpec
 from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
-from lib.prune import Pruner
-from lib.pruning import allocation
-from lib.pruning.allocation import GROWTH, Part, allocate, by_error, costs, span
+from lib.pruning import by_error as module
+from lib.pruning.by_error import GROWTH, WeightCosts, by_error, choose, costs, span
 from lib.pruning.check import measure
-from lib.pruning.sensitivity import Sensed
+from lib.pruning.fisher import FisherDiagonal
 
 
-def part(name: str, size: int, error: float) -> Part:
-    return Part(name, size, error * torch.tensor(span(0.6), dtype=torch.float64) ** 3)
+def part(name: str, size: int, error: float) -> WeightCosts:
+    return WeightCosts(name, size, error * torch.tensor(span(0.6), dtype=torch.float64) ** 3)
 
 
-def sensed(out: int, width: int, tokens: int = 10) -> Sensed:
+def sensed(out: int, width: int, tokens: int = 10) -> FisherDiagonal:
     draw = torch.Generator().manual_seed(4)
     sums = (torch.rand(size, generator=draw, dtype=torch.float64) + 0.1 for size in (width, out))
-    return Sensed(*sums, tokens)
+    return FisherDiagonal(*sums, tokens)
 
 
 def test_parts_that_cost_more_keep_more_at_an_equal_total() -> None:
     parts = [part("a", 100, 4.0), part("b", 300, 1.0), part("c", 50, 0.1)]
-    found = allocate(parts, 0.6)
+    found = choose(parts, 0.6)
     assert found["a"] < found["b"] < found["c"]
     assert sum(found[p.name] * p.size for p in parts) == pytest.approx(0.6 * 450)
 
 
 def test_parts_that_are_alike_are_as_sparse() -> None:
-    found = allocate([part("a", 100, 2.0), part("b", 100, 2.0)], 0.6)
+    found = choose([part("a", 100, 2.0), part("b", 100, 2.0)], 0.6)
     assert found == {"a": pytest.approx(0.6), "b": pytest.approx(0.6)}
 
 
 def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every choice of three parts that has as many zeros."""
-    monkeypatch.setattr(allocation, "STEPS", 20)
-    monkeypatch.setattr(allocation, "DOWN", 0.4 * 2 / 3)  # as far on either side
+    monkeypatch.setattr(module, "STEPS", 20)
+    monkeypatch.setattr(module, "BELOW", 0.4 * 2 / 3)  # as far on either side
     shares = span(0.6)
     parts = [part(name, 1, error) for name, error in (("a", 3), ("b", 1), ("c", 0.5))]
 
@@ -59,7 +57,7 @@ def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) 
         for choice in itertools.product(shares, repeat=3)
         if sum(choice) == pytest.approx(1.8)
     )
-    found = list(allocate(parts, 0.6).values())
+    found = list(choose(parts, 0.6).values())
     assert cost(found) <= best * 1.002
 
 
@@ -67,7 +65,7 @@ def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) 
 def test_costs_are_summed_in_order(ratio: float) -> None:
     weight, one = torch.randn(8, 10, generator=torch.Generator().manual_seed(0)), sensed(8, 10)
     each = sorted(
-        (weight.double().square() * one.inputs * (one.slopes / 10)[:, None]).flatten().tolist()
+        (weight.double().square() * one.inputs * (one.grad_sq / 10)[:, None]).flatten().tolist()
     )
     usual = sum(each[: int(ratio * 80)])
     found = costs(weight, one, ratio)
@@ -83,8 +81,8 @@ def test_any_ratio_has_its_total(ratio: float) -> None:
     parts = []
     for name, size in (("a", 8), ("b", 30), ("c", 100)):
         one = costs(torch.randn(size, 10, generator=draw), sensed(size, 10), ratio)
-        parts.append(Part(name, size * 10, one))
-    found = allocate(parts, ratio)
+        parts.append(WeightCosts(name, size * 10, one))
+    found = choose(parts, ratio)
     assert all(0 <= share < 1 for share in found.values())
     total = sum(found[p.name] * p.size for p in parts)
     assert total == pytest.approx(ratio * 1380, abs=1e-3 * 1380)
@@ -114,19 +112,23 @@ def test_a_run(method: str) -> None:
 
 def test_as_many_zeros_as_uniform_and_the_same_twice() -> None:
     runner = runner_of(tiny.tiny_llama().requires_grad_(False))
-    found = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True))
+    found = by_error(runner, windows(3), 2, 0.7, ALONE)
     sizes = {
         f"{runner.name}.{linear.name}": prod(linear.shape)
         for index in range(len(runner.blocks))
         for linear in linears_of(runner, index)
     }
-    total = sum(found[name].ratio * size for name, size in sizes.items())
+    total = sum(found.sparsity[name].ratio * size for name, size in sizes.items())
     assert total == pytest.approx(0.7 * sum(sizes.values()))
-    again = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True))
-    assert found == again
-    assert all(torch.equal(one.rows, again[name].rows) for name, one in found.items())
-    other = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True), seed=1)
-    assert not all(torch.equal(one.rows, other[name].rows) for name, one in found.items())
+    again = by_error(runner, windows(3), 2, 0.7, ALONE)
+    assert found.sparsity == again.sparsity
+    assert same(found.output_costs, again.output_costs)
+    other = by_error(runner, windows(3), 2, 0.7, ALONE, seed=1)
+    assert not same(found.output_costs, other.output_costs)
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "shared blocks"])
@@ -135,12 +137,13 @@ def test_other_architectures_reach_what_was_allocated(name: str) -> None:
     make = tiny.HYBRIDS["Zamba2"] if name == "shared blocks" else tiny.ARCHITECTURES[name]
     model = make().requires_grad_(False)
     runner = runner_of(model)
-    asked = by_error(runner, windows(6), 2, 0.6, DistContext(CPU, alone=True))
-    done = Pruner(runner, MethodSpec("admm"), asked).run(windows(6), 2)
-    measured = measure(runner, asked, frozenset(done.why))
+    allocation = by_error(runner, windows(6), 2, 0.6, ALONE)
+    done = pruner_of(runner, MethodSpec("admm"), allocation).run(windows(6), 2)
+    target = allocation.sparsity
+    measured = measure(runner, target, frozenset(done.left_dense))
     assert measured.overall == pytest.approx(0.6, abs=0.03)
     if name == "shared blocks":
-        alike = [one.ratio for path, one in asked.items() if "shared_transformer" in path]
+        alike = [one.ratio for path, one in target.items() if "shared_transformer" in path]
         assert len(alike) > len(set(alike)) > 0
 
 
@@ -156,8 +159,8 @@ def test_a_4_bit_linear_counts_by_its_weights_not_its_bytes() -> None:
         plain = torch.nn.Linear(*reversed(linear.shape), bias=False)
         plain.weight.data.copy_(linear.matrix())
         runner.blocks[0].set_submodule(linear.name.removeprefix("0."), plain.requires_grad_(False))
-    found = by_error(runner, windows(3), 2, 0.7, DistContext(CPU, alone=True))
+    found = by_error(runner, windows(3), 2, 0.7, ALONE)
     sizes = [prod(linear.shape) for index in (0, 1) for linear in linears_of(runner, index)]
-    ratios = [sparsity.ratio for sparsity in found.values()]
+    ratios = [sparsity.ratio for sparsity in found.sparsity.values()]
     total = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True))
     assert total == pytest.approx(0.7 * sum(sizes))

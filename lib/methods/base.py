@@ -1,0 +1,66 @@
+"""What every pruning method is: sums over one input of a block, and a solver for its linears."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lib.methods.sparsity import Sparsity, choosing_bytes
+
+
+class PruningMethod:
+    """The statistics of one input (tokens, in) of a block, and how its linears are pruned.
+
+    One object is made for each distinct input. It observes what flows there, batch after batch;
+    its statistics are added up over processes; then it prunes the linears that receive the input.
+    """
+
+    observes: ClassVar[bool] = True  # it needs calibration windows
+    in_order: ClassVar[bool] = False  # each input is taken after the linears before it are pruned
+    dense_stream: ClassVar[bool] = False  # `observe` also gets what the untouched model computes
+    inverts_gram: ClassVar[bool] = False  # it solves with X^T X, singular from few tokens
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.width = width
+        self.device = device
+        self.tokens = 0  # observed, by all processes once their statistics are added up
+
+    def observe(
+        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
+    ) -> None:
+        """Add x (tokens, in) to the statistics.
+
+        With `dense_stream`, also one of these, float32 or as x: `dense` (tokens, in), the same
+        input in the untouched model; `residual_error` (tokens, out), how far the residual stream
+        that a single linear adds to is behind the untouched model's.
+        """
+        self.tokens += len(x)
+
+    def statistics(self) -> list[Tensor]:
+        """Sums over tokens, which processes add up in place."""
+        return []
+
+    def square_sums(self) -> Tensor:
+        """Sum of squares of each input channel (in,)."""
+        raise NotImplementedError(f"{type(self).__name__} does not observe its input")
+
+    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
+        """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
+        sums = sum(statistic.nbytes for statistic in self.statistics())
+        return sums, choosing_bytes(self.width * max(rows))
+
+    def prune_(
+        self,
+        weights: Sequence[Tensor],
+        sparsities: Sequence[Sparsity],
+        output_costs: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """Prune float32 matrices (out_i, in), each to its own sparsity of one pattern, in place.
+
+        `output_costs`: of each linear, what the square of an error in its outputs costs (out_i,),
+        where that is known. UserError where the statistics do not suffice.
+        """
+        raise NotImplementedError

@@ -1,0 +1,154 @@
+"""How sparse each linear becomes, at an equal total: by what its errors do to the predictions.
+
+An error in an output i of a linear costs F_i times its square (lib/pruning/fisher.py). With
+inputs taken as uncorrelated, as Wanda takes them, dropping W_ij costs F_i W_ij^2 |X_j|^2. The
+lowest of these costs, summed up to a share s of a linear's weights, are D(s). A method that adjusts
+the weights it keeps does better than that, the better the more it keeps: at the requested sparsity
+r its error is taken to be D(r), and to grow from there as
+
+    C(s) = D(r) (D(s) / D(r))^GROWTH.
+
+Wanted are the s of all linears that minimise the sum of C(s), with as many zeros in all. Both are
+sums over linears, so that for a price of a zero every linear decides alone; the price is found by
+bisection. What layers make of the errors of layers before them is left to F, which is measured in
+the dense model; so no linear goes too far from r.
+
+LSA (Yang et al., ICLR 2026) allocates by the reconstruction errors of layers, which ignore what
+later layers make of them. The diagonal of Fisher's information is as in GroupFisher (Liu et
+al. 2021, arXiv 2108.00708) and Guided quantisation (Kim et al. 2025, arXiv 2505.07004).
+Run: `python main.py ... --sparsity_ratio 0.7 --allocation error`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lib.distributed.context import DistContext
+from lib.methods.sparsity import Sparsity
+from lib.model.blocks import BlockRunner
+from lib.model.linears import eager_experts
+from lib.pruning.allocation import Allocation
+from lib.pruning.fisher import BackwardPass, FisherDiagonal
+from lib.pruning.inputs import first_names
+from lib.pruning.observe import own_windows
+
+GROWTH = 2.0
+BELOW = 0.4  # a linear's sparsity is at most so much below r, before the total is set right,
+LEAST_KEPT = 1 / 3  # and the linear keeps at least this share of what it would have kept
+STEPS = 200  # of the span, between which sparsities are chosen
+WINDOWS = 8  # that the backward pass takes
+ROUNDS = 60  # of bisection
+FAINT = 1e-12  # of all of a linear's cost
+
+
+@dataclass
+class WeightCosts:
+    """A weight's name and size, and its cost at each sparsity of the span (STEPS + 1,)."""
+
+    name: str
+    size: int
+    cost: Tensor | float = 0.0
+
+
+def by_error(
+    runner: BlockRunner,
+    windows: Tensor,
+    batch_size: int,
+    ratio: float,
+    dist: DistContext,
+    state_device: torch.device | str = "cpu",
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> Allocation:
+    """Allocate by the dense model's predictions on the first of windows (n, tokens).
+
+    `state_device`: where hidden states are kept. `seed`: draws labels. `on_progress(1)` is called
+    after each block, in the forward pass and in the backward pass.
+    """
+    windows = windows[:WINDOWS]
+    generator = torch.Generator().manual_seed(seed)
+    uniforms, _ = own_windows(torch.rand(windows.shape, generator=generator), dist)
+    own, idle = own_windows(windows, dist)
+    first = first_names(runner)
+    weights: dict[str, WeightCosts] = {}
+    output_costs: dict[str, Tensor] = {}
+    with eager_experts(runner.model):
+        backward = BackwardPass(runner, own, batch_size, uniforms, state_device, on_progress)
+        for index in reversed(range(len(runner.blocks))):
+            with runner.on_device(index):
+                linears = runner.linears(index)
+                diagonals = backward.through(index, linears)
+                _all_reduce_(list(diagonals.values()), dist, idle)
+                for linear in linears:
+                    diagonal, name = diagonals[linear.name], first[linear.name]
+                    if diagonal.tokens:
+                        weight = weights.setdefault(name, WeightCosts(name, prod(linear.shape)))
+                        weight.cost = weight.cost + costs(linear.matrix(), diagonal, ratio)
+                        mean = diagonal.grad_sq / diagonal.tokens
+                        output_costs[name] = output_costs.get(name, 0) + mean
+            if on_progress:
+                on_progress(1)
+    ratios = dist.all_gather_object(choose(list(weights.values()), ratio))[0]
+    return Allocation(
+        {name: Sparsity(ratios.get(first[name], ratio)) for name in first},
+        {name: output_costs[first[name]] for name in first if first[name] in output_costs},
+    )
+
+
+def _all_reduce_(diagonals: list[FisherDiagonal], dist: DistContext, idle: bool) -> None:
+    """Add up over processes; those of an `idle` one, whose windows are another's, do not count."""
+    for diagonal in diagonals if idle else ():
+        diagonal.inputs.zero_()
+        diagonal.grad_sq.zero_()
+        diagonal.tokens = 0
+    counts = dist.all_gather_object([diagonal.tokens for diagonal in diagonals])
+    for diagonal, count in zip(diagonals, map(sum, zip(*counts, strict=True)), strict=True):
+        diagonal.tokens = count
+    sums = [tensor for diagonal in diagonals for tensor in (diagonal.inputs, diagonal.grad_sq)]
+    for handle in dist.all_reduce_(sums):
+        handle.wait()
+
+
+def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
+    """C(s) of a matrix (out, in) over the span (STEPS + 1,), float64, on the host."""
+    each = weight.float().square()
+    each *= diagonal.inputs.float()  # a sum: an expert counts as often as it is asked
+    each *= (diagonal.grad_sq / diagonal.tokens).float()[:, None]
+    sums = each.flatten().sort().values.double().cumsum_(0)
+    counts = torch.tensor([int(share * len(sums)) for share in (ratio, *span(ratio))])
+    at_counts = sums[(counts - 1).clamp_min(0).to(sums.device)].cpu() * (counts > 0)
+    least = max(FAINT * float(sums[-1]), torch.finfo(torch.float64).tiny)
+    usual, dropped = at_counts[0].clamp_min(least), at_counts[1:]
+    return usual * (dropped / usual) ** GROWTH
+
+
+def span(ratio: float) -> list[float]:
+    """The sparsities to choose from."""
+    low, high = max(0.0, ratio - BELOW), 1 - LEAST_KEPT * (1 - ratio)
+    return [low + (high - low) * step / STEPS for step in range(STEPS + 1)]
+
+
+def choose(weights: list[WeightCosts], ratio: float) -> dict[str, float]:
+    """{name: sparsity} that minimises the sum of costs; the mean, by size, is `ratio`."""
+    sizes = torch.tensor([weight.size for weight in weights], dtype=torch.float64)
+    prices = torch.stack([weight.cost for weight in weights]) / sizes[:, None]  # (n, STEPS + 1)
+    choices = torch.tensor(span(ratio), dtype=torch.float64)
+
+    def at(price: float) -> Tensor:
+        """What each weight chooses where a zero is worth so much (n,)."""
+        return choices[(prices - price * choices).argmin(1)]
+
+    low, high = 0.0, float(prices.max() * STEPS / (choices[-1] - choices[0]).clamp_min(1e-9)) or 1.0
+    for _ in range(ROUNDS):
+        price = (low + high) / 2
+        enough = (at(price) * sizes).sum() >= ratio * sizes.sum()
+        low, high = (low, price) if enough else (price, high)
+    chosen = at(high)
+    chosen += ratio - (chosen * sizes).sum() / sizes.sum()
+    names = (weight.name for weight in weights)
+    return dict(zip(names, chosen.clamp(0, 1).tolist(), strict=True))
