@@ -216,7 +216,7 @@ def test_a_step_is_plain_adamw_on_the_plain_loss() -> None:
     for parameter, sparse in names.values():
         if sparse:
             parameter.grad[parameter == 0] = 0
-    nn.utils.clip_grad_norm_(leaves, recover.LONGEST)
+    nn.utils.clip_grad_norm_(leaves, recover.GRADIENT_NORM)
     rate = once.rate_at(0)
     torch.optim.AdamW(leaves, rate, betas=recover.BETAS, weight_decay=0.0).step()
     one = trainer(model, runner, teacher, schedule=once, measure=lambda *_: -one.step)

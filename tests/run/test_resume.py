@@ -275,9 +275,11 @@ def test_blocks_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
     assert kept.begun is None and not kept.folder.exists()
     kept.begin({"--seed": 0})
     tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}
-    kept.write(1, tensors)
+    kept.write(1, tensors, {"warnings": ["a"]})
     assert kept.read(0) is None
-    for name, tensor in kept.read(1).items():
+    read, notes = kept.read(1)
+    assert read.keys() == tensors.keys() and notes == {"warnings": ["a"]}
+    for name, tensor in read.items():
         assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
     assert Journal(str(tmp_path / "kept")).begun == {"--seed": 0}
     kept.remove()
