@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.run.check import check
-from lib.run.flags import build_parser, check_flags
+from lib.run.flag_checks import check_flags
+from lib.run.flags import build_parser
 from lib.run.job import Job, LoadedModel
 from lib.run.load import load
 from lib.run.steps import Steps

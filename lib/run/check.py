@@ -10,9 +10,18 @@ from __future__ import annotations
 import argparse
 
 from lib.methods.sparsity import Sparsity
+from lib.run.flag import INPUT, RESULT
+from lib.run.flags import values
 from lib.run.job import Job, NoCache
 from lib.run.teacher import set_teacher
-from lib.run.texts import check_readable, method_of, named_sources, read_texts, reads_train
+from lib.run.texts import (
+    check_readable,
+    method_of,
+    named_sources,
+    read_texts,
+    reads_train,
+    same_texts,
+)
 from lib.util.errors import UserError
 
 
@@ -58,6 +67,9 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     if args.bos == "always":
         pretrained.required_bos_id(tokenizer)
     check_readable([one for one in read if one[0].hub])
+    if dist.is_main and reads_train(args):
+        for line in same_texts(sources, tests):
+            print(line, flush=True)
     job = Job(
         args=args,
         cache=cache or NoCache(),
@@ -84,6 +96,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
         set_teacher(job)
     bos = pretrained.required_bos_id(job.tokenizer) if args.bos == "always" else None
     job.texts = read_texts(job, bos)
+    _check_tokens(job)
     _compare(job)
     return job
 
@@ -126,8 +139,8 @@ def _set_vocabulary(job: Job) -> None:
             minimum=args.vocabulary_minimum or 1,
         )
 
-    key = (job.checkpoint, sorted(one.text for one in job.vocabulary_sources))
-    key += (args.vocabulary_size, args.vocabulary_minimum)
+    key = values(args, ["model", "vocabulary"], (RESULT, INPUT))
+    key += tuple(sorted(source.text for source in job.vocabulary_sources))
     with job.timed("vocabulary"):
         job.vocabulary = job.cache.vocabulary(key, make)
         job.tokenizer = job.vocabulary.tokenizer
@@ -157,6 +170,23 @@ def _set_schedule(job: Job) -> None:
         CROSS_ENTROPY if args.recover_ce is None else args.recover_ce,
         args.seed,
     )
+
+
+def _check_tokens(job: Job) -> None:
+    """UserError where the tokenizer knows tokens for which the model's embedding has no row."""
+    rows = job.skeleton.get_input_embeddings().num_embeddings
+    texts = job.texts
+    windows = [texts.windows, *(test.windows for test in texts.tests)]
+    if texts.training:
+        windows += [texts.training.windows, texts.training.held_out]
+    highest = max(int(some.max()) for some in windows if some is not None and len(some))
+    if highest >= rows:
+        token = job.tokenizer.convert_ids_to_tokens(highest)
+        raise UserError(
+            f"--model {job.args.model}: its tokenizer makes token {highest} ({token!r}) of the "
+            f"texts, but its embedding has {rows} rows; use the tokenizer that belongs to it, or "
+            "give it the rows by resize_token_embeddings"
+        )
 
 
 def _compare(job: Job) -> None:

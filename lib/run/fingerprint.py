@@ -18,7 +18,8 @@ from lib.model.access import weight_files
 from lib.model.pretrained import pick_dtype, saved_dtype
 from lib.model.quantised import stored_bits
 from lib.model.store import dtype_name
-from lib.run.flags import RESULT, roles
+from lib.run.flag import RESULT
+from lib.run.flags import FLAGS
 from lib.util.versions import versions
 
 if TYPE_CHECKING:
@@ -38,9 +39,9 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     """
     args = job.args
     pruning, measuring = {}, {}
-    for name, (role, group) in roles().items():
-        if role == RESULT and (job.calibrated or group != "calibration"):
-            section = measuring if group == "evaluation" else pruning
+    for name, flag in FLAGS.items():
+        if flag.role == RESULT and (job.calibrated or flag.group != "calibration"):
+            section = measuring if flag.group == "evaluation" else pruning
             section[f"--{name}"] = getattr(args, name)
     working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
     saved = dtype_name(saved_dtype(args.dtype, job.config))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
+from lib.run.flag import INPUT, PLACE, RESULT
+from lib.run.flags import values
 
 if TYPE_CHECKING:
     import torch
@@ -96,11 +98,15 @@ class Job:
         return bool(spec and (spec.cls.observes or self.args.allocation != "uniform"))
 
     @property
+    def model_key(self) -> tuple:
+        """What the weights of the dense model depend on."""
+        weights = self.fingerprint["pruning"]["weights of --model"]
+        return values(self.args, ["model"], (RESULT, INPUT, PLACE)), weights
+
+    @property
     def dense_key(self) -> tuple:
         """What the outputs of the dense model depend on, besides their inputs."""
-        args, vocabulary = self.args, self.vocabulary
-        named = args.teacher or args.model, args.dtype, args.load_bit, args.cache_dir, args.device
-        return *named, vocabulary and vocabulary.digest
+        return self.args.teacher, self.model_key, self.vocabulary and self.vocabulary.digest
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:

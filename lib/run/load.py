@@ -86,7 +86,6 @@ def _fetched(
 
 def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> nn.Module:
     """The dense model, each part on the device that `where` says."""
-    from lib.model.access import weight_files
     from lib.model.pretrained import load_model, pick_dtype
 
     args = job.args
@@ -104,8 +103,7 @@ def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> n
     quantised = args.load_bit or getattr(job.config, "quantization_config", None)
     if len(where) > 1 or quantised or job.dist.size > 1:
         return read()
-    key = (job.checkpoint, args.dtype, weight_files(args.model))
-    return job.cache.model(key, job.device, read)
+    return job.cache.model(job.model_key, job.device, read)
 
 
 def _offload_folder(job: Job, shared: bool) -> AbstractContextManager[str]:

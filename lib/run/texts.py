@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lib.methods.registry import MethodSpec
+from lib.run.flag import INPUT, RESULT, SHOWN
+from lib.run.flags import method_options, values
 from lib.run.job import Job, LoadedModel, Texts
 
 if TYPE_CHECKING:
@@ -14,9 +17,7 @@ if TYPE_CHECKING:
 
 def method_of(args: argparse.Namespace) -> MethodSpec | None:
     """The pruning method that the flags name, with its options; None where nothing is pruned."""
-    options: dict[str, Any] = {"variant": True} if args.use_variant else {}
-    options |= {} if args.blend is None else {"blend": args.blend}
-    return MethodSpec(args.prune_method, options) if args.prune_method else None
+    return MethodSpec(args.prune_method, method_options(args)) if args.prune_method else None
 
 
 def reads_train(args: argparse.Namespace) -> bool:
@@ -30,7 +31,7 @@ def named_sources(
     args: argparse.Namespace,
 ) -> tuple[list[Source], list[Source], list[Source]]:
     """To calibrate on, whose tokens stay where the vocabulary is trimmed, and to measure on."""
-    from lib.data.sources import has_test, parse_sources
+    from lib.data.sources import parse_sources
 
     names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
     sources = parse_sources(names, "--calibration_data", mixture=True)
@@ -40,9 +41,46 @@ def named_sources(
     vocabulary_sources = (sources if read else []) + [one for one in more if one.text not in known]
     if not args.trim_vocabulary:
         vocabulary_sources = []
-    with_test = dict.fromkeys(one.text for one in [*sources, *vocabulary_sources] if has_test(one))
-    tests = args.eval_data or list(with_test) or ["ubertext"]
+    tests = args.eval_data or default_tests([*sources, *vocabulary_sources])
     return sources, vocabulary_sources, parse_sources(tests, "--eval_data")
+
+
+def default_tests(sources: Sequence[Source]) -> list[str]:
+    """What is measured on without `--eval_data`: the test texts of the sources themselves.
+
+    UberText and C4 are measured on UberText, as published. Raises UserError where other sources
+    have no test text: a model for one language is not measured on another's by default.
+    """
+    from lib.data.sources import has_test
+
+    own = list(dict.fromkeys(source.text for source in sources if has_test(source)))
+    if own:
+        return own
+    for source in sources:
+        if source.text not in ("ubertext", "c4"):
+            raise source.error("has no test text of its own; name some by --eval_data")
+    return ["ubertext"]
+
+
+def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
+    """A line for each test set whose text is among what `sources` calibrate on."""
+    seen = {place for source in sources for place in _places(source, "train")}
+    return [
+        f"--eval_data {test.text}: the model is calibrated on this text too, so it is measured "
+        "better than on text that it has not seen"
+        for test in tests
+        if seen.intersection(_places(test, "test"))
+    ]
+
+
+def _places(source: Source, split: str) -> set[object]:
+    """Files, or the split of a hub set, of which a source's texts are read."""
+    from lib.data.sources import folder_files
+
+    if source.path is None:
+        return {(source.hub, source.config, source.split)} if source.split else set()
+    files = folder_files(source, split) if source.path.is_dir() else [source.path]
+    return {file.resolve() for file in files}
 
 
 def check_readable(sources: list[tuple[Source, str]]) -> None:
@@ -73,11 +111,14 @@ def read_texts(job: Job, bos: int | None) -> Texts:
             texts.training = training_windows(job.sources, job.tokenizer, *rest, tests)
         return texts
 
-    drawn = (args.calibration_data, args.prune_on_c4, args.nsamples, args.seed)
-    key = (args.model, args.eval_data, job.seqlen, bos, drawn if job.calibrated else None)
-    key += (args.prompts,)
-    key += (job.vocabulary.digest,) if job.vocabulary else ()
-    key += (drawn, args.recover) if schedule else ()
+    groups = ["model", *(["calibration"] if job.calibrated or schedule else [])]
+    key = (
+        values(args, [*groups, *(["recovery"] if schedule else [])], (RESULT, INPUT)),
+        values(args, ["evaluation"], (INPUT, SHOWN)),
+        job.calibrated,
+        bos,
+        job.vocabulary and job.vocabulary.digest,
+    )
     return job.cache.texts(key, read)
 
 

@@ -9,23 +9,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from lib.data.sources import has_test, mixture_name, parse_sources
-from lib.methods.registry import MethodSpec
+from lib.data.sources import mixture_name, parse_sources
 from lib.methods.sparsity import UNSTRUCTURED
-from lib.run.flags import build_parser, check_flags
+from lib.run.flag_checks import check_flags
+from lib.run.flags import FLAGS, build_parser
+from lib.run.texts import default_tests, reads_train
 from lib.util.errors import UserError
-
-SET_HERE = (  # flags of main.py that tell the runs of a sweep apart
-    "model seed prune_method sparsity_type sparsity_ratio calibration_data prune_on_c4 eval_data"
-    " eval_only save save_model"
-).split()
-FITS = {  # flags that only some runs can have, as (method, type)
-    "use_variant": lambda method, kind: method == "wanda" and kind == UNSTRUCTURED,
-    **dict.fromkeys(
-        "replace_sparse_layers pack_bits recover recover_rank recover_rate recover_ce".split(),
-        lambda method, _: bool(method),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -40,17 +29,12 @@ class Planned:
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
     """The runs of a sweep in the order in which they are done, model by model.
 
-    Leaves with status 2 where main.py would, for flags; UserError for sources that make no sense.
+    A flag after `--` goes to the runs that it fits, as lib/run/flags.py declares. Leaves with
+    status 2 where main.py would, for flags; raises UserError for sources that make no sense.
     """
     parser = build_parser()
     parser.prog = "main.py"
-    named = {word.split("=")[0].removeprefix("--") for word in passed_on}
-    for flag in SET_HERE:
-        if flag in named:
-            parser.error(f"--{flag} after '--': the sweep sets it; use the sweep's own flags")
-    for flag in FITS.keys() & named:
-        if not any(FITS[flag](*pair) for pair in product(args.methods, args.types)):
-            parser.error(f"--{flag} after '--': fits none of these --methods and --types")
+    passed = _Passed(parser, passed_on)
     if UNSTRUCTURED not in args.types and set(args.ratios) - {_share(kind) for kind in args.types}:
         given = " ".join(map(str, args.ratios))
         parser.error(f"--ratios {given}: N:M types have their own; add --types {UNSTRUCTURED}")
@@ -58,33 +42,65 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
     sources = [parse_sources(parts, "--calibration", mixture=True) for parts in mixtures]
     names = _names(args.calibration, map(mixture_name, sources))
     folders = _names(args.models, (Path(model).resolve().name for model in args.models))
-    own_tests = dict.fromkeys(s.text for several in sources for s in several if has_test(s))
-    tests = args.eval_data or list(own_tests) or ["ubertext"]
+    tests = args.eval_data or default_tests([one for several in sources for one in several])
     parse_sources(tests, "--eval_data")
     calibrations = dict(zip(names, mixtures, strict=True))
     planned: dict[str, Planned] = {}
     for model, parent in zip(args.models, folders, strict=True):
-        for point in _points(args, calibrations, reads="recover" in named):
+        for point in _points(args, calibrations, passed):
             name = f"{parent}/{point.name}"
             if name in planned:
                 raise UserError(f"--out {args.out}: two runs would be {name}; give no value twice")
             folder = Path(args.out) / name
             argv = ["--model", model, *point.flags, "--eval_data", *tests, "--save", str(folder)]
-            if point.method and args.save_models:
+            if point.pruned and args.save_models:
                 argv += ["--save_model", str(folder / "model")]
-            run_args = parser.parse_args([*argv, *passed_on])
+            run_args = passed.to_run(argv)
             if run_args.trim_vocabulary and not run_args.vocabulary_data:
                 # runs compare only where they have the same tokens
                 every = (source.text for several in sources for source in several)
                 run_args.vocabulary_data = list(dict.fromkeys(every))
-            for flag, fits in FITS.items():
-                if not fits(point.method, point.kind):
-                    setattr(run_args, flag, parser.get_default(flag))
             if run_args.resume:  # finished blocks of different runs must not meet
                 run_args.resume = str(Path(run_args.resume) / name)
             check_flags(parser, run_args)
             planned[name] = Planned(name, folder, run_args)
+    passed.check_used()
     return list(planned.values())
+
+
+class _Passed:
+    """The flags after `--`, which go to every run that they fit."""
+
+    def __init__(self, parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+        self.parser, self.argv = parser, argv
+        names = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
+        self.flags = [flag for flag in FLAGS.values() if flag.name in names]
+        self.misfits: dict[str, str] = {}  # by flag, of those that no run had so far
+        self.used: set[str] = set()
+        for flag in self.flags:
+            if not flag.in_sweep:
+                parser.error(
+                    f"--{flag.name} after '--': the sweep sets it; use the sweep's own flags"
+                )
+
+    def to_run(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse the flags of one run, and those of the others that fit it."""
+        args = self.parser.parse_args([*argv, *self.argv])
+        for flag in self.flags:  # in the order of FLAGS: what needs another comes after it
+            misfit = flag.misfit(args, FLAGS)
+            if misfit or (args.eval_only and not flag.dense):
+                self.misfits[flag.name] = misfit or f"--{flag.name}: is for runs that prune"
+                setattr(args, flag.name, self.parser.get_default(flag.name))
+            else:
+                self.used.add(flag.name)
+        return args
+
+    def check_used(self) -> None:
+        """Leave with status 2 where a flag fits no run of the sweep."""
+        for flag in self.flags:
+            if flag.name not in self.used:
+                reason = self.misfits[flag.name]
+                self.parser.error(f"--{flag.name} after '--': fits none of the runs ({reason})")
 
 
 @dataclass(frozen=True)
@@ -93,31 +109,29 @@ class _Point:
 
     name: str
     flags: list[str]
-    method: str | None = None
-    kind: str | None = None
+    pruned: bool = True
 
 
 def _points(
-    args: argparse.Namespace, calibrations: dict[str, list[str]], reads: bool
+    args: argparse.Namespace, calibrations: dict[str, list[str]], passed: _Passed
 ) -> Iterator[_Point]:
     """The dense run, then every pruning.
 
-    A method that observes nothing depends on no calibration text and no seed, unless a run `reads`
-    it all the same, to recover on it: it is run once.
+    One that reads no calibration text depends on none and on no seed: it is run once.
     """
-    yield _Point("dense", ["--eval_only"])
+    yield _Point("dense", ["--eval_only"], pruned=False)
     for method, kind in product(args.methods, args.types):
         for ratio in args.ratios if kind == UNSTRUCTURED else [_share(kind)]:
             share = f"{100 * ratio:g}" if kind == UNSTRUCTURED else kind.replace(":", "of")
             name = f"{method}-{share}"
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio)]
-            if not (reads or MethodSpec(method).cls.observes):
-                yield _Point(name, flags, method, kind)
+            if not reads_train(passed.to_run(["--model", "any", *flags])):
+                yield _Point(name, flags)
                 continue
             for (text, parts), seed in product(calibrations.items(), args.seeds):
                 drawn = ["--seed", str(seed), "--calibration_data", *parts]
-                yield _Point(f"{name}-{text}-seed{seed}", flags + drawn, method, kind)
+                yield _Point(f"{name}-{text}-seed{seed}", flags + drawn)
 
 
 def _share(kind: str) -> float:

@@ -30,7 +30,8 @@ from lib.report.markdown import padded_table
 from lib.report.plots import style
 from lib.report.results import load_runs
 from lib.run.check import check
-from lib.run.flags import build_parser, check_flags
+from lib.run.flag_checks import check_flags
+from lib.run.flags import build_parser
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib
 from lib.util.progress import quiet

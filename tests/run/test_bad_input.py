@@ -223,7 +223,8 @@ def test_the_device_is_checked_before_the_network_is_asked(
     asked: list[str] = []
     for name in ("model_info", "dataset_info"):
         monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda *_, **__: asked.append("hub"))
-    done = call("--model", "owner/name", "--prune_method", "wanda", "--calibration_data", "c4:de")
+    texts = ["--calibration_data", "c4:de", "--eval_data", "c4:de"]
+    done = call("--model", "owner/name", "--prune_method", "wanda", *texts)
     complaint(done, 1, "--device cuda:0: no CUDA device was found", "--device cpu")
     assert not asked and not list(tmp_path.iterdir())
 
@@ -456,6 +457,33 @@ def test_unknown_sources(
     data = {"--calibration_data": texts, "--eval_data": texts} | {flag: source}
     given = [part for pair in data.items() for part in pair]
     complaint(call("--model", model, *given, *WANDA), 1, f"{flag} {source}: ", *words)
+
+
+@pytest.mark.parametrize("source", ["c4:de", "wikipedia:uk", "owner/name", "{texts}/train.jsonl"])
+def test_calibration_texts_without_a_test_text(
+    source: str, model: Path, texts: Path, no_weights: None
+) -> None:
+    source = source.format(texts=texts)
+    done = call("--model", model, "--calibration_data", source, *WANDA)
+    complaint(done, 1, f"--calibration_data {source}: ", "no test text", "--eval_data")
+
+
+def test_calibrating_and_measuring_on_one_text_is_noted(model: Path, texts: Path) -> None:
+    given = ["--model", model, "--calibration_data", texts, *WANDA, "--eval_data"]
+    for own in (texts / "train.jsonl", texts):
+        done = call(*given, own)
+        assert done.status == 0
+        assert (f"--eval_data {own}: the model is calibrated on" in done.out) == own.is_file()
+    dense = call("--model", model, "--eval_only", *given[2:4], *QUICK, "--eval_data", own)
+    assert "calibrated on" not in dense.out
+
+
+def test_tokens_for_which_the_embedding_has_no_row(
+    texts: Path, tmp_path: Path, no_weights: None
+) -> None:
+    folder = tiny.write_model(tmp_path / "short", tiny.tiny_llama(vocab_size=200))
+    done = call("--model", folder, "--calibration_data", texts, *WANDA)
+    complaint(done, 1, f"--model {folder}: ", "embedding has 200 rows", "resize_token_embeddings")
 
 
 # --- outputs: status 1

@@ -13,7 +13,8 @@ from support import QUICK
 from lib.run import fingerprint
 from lib.run.check import check
 from lib.run.fingerprint import TIMES, difference
-from lib.run.flags import INPUT, PLACE, RESULT, SHOWN, SPEED, build_parser, roles, settings
+from lib.run.flag import INPUT, PLACE, RESULT, SHOWN, SPEED
+from lib.run.flags import FLAGS, build_parser, settings
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 BASE = ["--prune_method", "wanda", *QUICK]
@@ -70,10 +71,10 @@ def made_of(argv: list[str]) -> dict:
 
 
 def test_every_flag_has_a_role_and_these_tests_know_it() -> None:
-    known = roles()
-    assert {role for role, _ in known.values()} == {RESULT, INPUT, SHOWN, SPEED, PLACE}
-    assert {name for name, (role, _) in known.items() if role == RESULT} == OTHER.keys()
-    others = {name for name, (role, _) in known.items() if role in (SHOWN, SPEED, PLACE)}
+    roles = {name: flag.role for name, flag in FLAGS.items()}
+    assert set(roles.values()) == {RESULT, INPUT, SHOWN, SPEED, PLACE}
+    assert {name for name, role in roles.items() if role == RESULT} == OTHER.keys()
+    others = {name for name, role in roles.items() if role in (SHOWN, SPEED, PLACE)}
     assert others - {"device"} == SAME.keys()
 
 

@@ -1,0 +1,70 @@
+"""What flags alone can get wrong: one line that names the flag, its value and the way out."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.methods.registry import METHODS
+from lib.methods.sparsity import ALLOCATION_SPAN, UNSTRUCTURED, Sparsity
+from lib.run.flags import FLAGS
+
+FEWEST_ZEROS = 1 / 16  # of 16-bit weights: as much as the packed form's bit for each weight takes
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Leave through parser.error (status 2) where flags contradict each other or mean nothing."""
+    for mistake in _mistakes(args):
+        parser.error(mistake)
+
+
+def _mistakes(args: argparse.Namespace) -> Iterator[str]:
+    for flag in FLAGS.values():
+        if mistake := flag.mistake(args, FLAGS):
+            yield mistake
+    try:
+        Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+    except ValueError as error:
+        yield str(error)
+    for flag in FLAGS.values():
+        if misfit := flag.misfit(args, FLAGS):
+            yield misfit
+    if not (args.prune_method or args.eval_only or args.recover or args.trim_vocabulary):
+        yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
+    yield from _of_ratio(args)
+    if args.recover and args.replace_sparse_layers and not args.prune_method:
+        yield (
+            f"--recover {args.recover}: a model that was pruned before is packed by a second run, "
+            "with --eval_only and --replace_sparse_layers"
+        )
+    if args.save_model:
+        yield from _of_target(args)
+
+
+def _of_ratio(args: argparse.Namespace) -> Iterator[str]:
+    """What is asked for at a ratio of zeros that leaves no room for it."""
+    ratio = args.sparsity_ratio
+    if not args.prune_method or args.sparsity_type != UNSTRUCTURED:
+        return
+    if args.recover and ratio == 0:
+        yield f"--recover {args.recover}: with --sparsity_ratio 0 there is nothing to recover"
+    if args.replace_sparse_layers and ratio <= FEWEST_ZEROS:
+        yield (
+            f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller packed; "
+            f"give more than {FEWEST_ZEROS:g}, or leave it out"
+        )
+    if args.allocation == "owl" and not ALLOCATION_SPAN <= ratio <= 1 - ALLOCATION_SPAN:
+        bounds = f"from {ALLOCATION_SPAN:g} to {1 - ALLOCATION_SPAN:g}"
+        yield f"--allocation owl: needs a --sparsity_ratio {bounds}, not {ratio:g}"
+
+
+def _of_target(args: argparse.Namespace) -> Iterator[str]:
+    """What is saved replaces a whole folder, which must hold nothing else that is needed."""
+    target = args.save_model
+    if args.eval_only and not args.replace_sparse_layers and not args.trim_vocabulary:
+        yield f"--save_model {target}: --eval_only changes no weight; leave it out"
+    for name in ("save", "model", "offload", "resume", "teacher"):
+        value = getattr(args, name)
+        if value and Path(value).resolve().is_relative_to(Path(target).resolve()):
+            yield f"--save_model {target}: would replace --{name} {value}; move one"
