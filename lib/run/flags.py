@@ -311,7 +311,9 @@ RECOVERY = (
         "it was made of",
         options={"metavar": "MODEL"},
         needs=("recover",),
-        excludes={"prune_method": "the model itself, before it is pruned, is the teacher"},
+        excludes={
+            "prune_method": "with --prune_method the model itself, before it is pruned, is the teacher"
+        },
     ),
     Flag(
         "recover_rank",

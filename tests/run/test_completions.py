@@ -154,7 +154,7 @@ def test_a_model_that_can_not_generate(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_number_below_zero_is_refused() -> None:
     done = call(*BASE, *PRUNE, "--prompts", -1)
-    assert done.status == 2 and "--prompts -1: must be a number of documents" in done.err
+    assert done.status == 2 and "--prompts -1: must be at least 0" in done.err
 
 
 @pytest.mark.parametrize(
