@@ -312,7 +312,8 @@ RECOVERY = (
         options={"metavar": "MODEL"},
         needs=("recover",),
         excludes={
-            "prune_method": "with --prune_method the model itself, before it is pruned, is the teacher"
+            "prune_method": "with --prune_method the model itself, before it is pruned, is the "
+            "teacher"
         },
     ),
     Flag(
