@@ -128,6 +128,7 @@ class VocabularyRecord(TypedDict):
     tokens: NotRequired[int]
     tokens_before: NotRequired[int]
     used: NotRequired[int]  # tokens that the texts use
+    reserved: NotRequired[int]  # reserved special tokens that were dropped
     counted: NotRequired[int]  # tokens of the texts
     documents: NotRequired[int]
     characters: NotRequired[int]

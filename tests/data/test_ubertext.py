@@ -1,22 +1,28 @@
-"""The data set builder: dividers, lengths, splits and genres; resuming; damage."""
+"""The data set builder: dividers, lengths, splits and genres; damage, and what is not its own."""
 
 import bz2
 import json
 
 import pytest
-from support import start
+from support import content, start
 
 from lib.data import ubertext
 from lib.data.sources import parse_source
-from lib.data.ubertext import GENRES, Rules, build, documents, find_dumps
+from lib.data.ubertext import GENRES, build, documents, find_dumps
 from lib.util import command
 from lib.util.errors import UserError
-
-RULES = Rules(3, False, min_length=100, train=4, test=2)
 
 
 def long_document(genre, number):
     return f"Документ {number}  жанру\t{genre},\n\nз порожнім рядком\n" + "слово " * (20 + number)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Four training and two test documents of over 100 characters."""
+    monkeypatch.setattr(ubertext, "MIN_LENGTH", 100)
+    monkeypatch.setattr(ubertext, "TRAIN", 4)
+    monkeypatch.setattr(ubertext, "TEST", 2)
 
 
 @pytest.fixture
@@ -42,9 +48,16 @@ def rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_the_published_rule():
+    assert (ubertext.DIVIDER, ubertext.MIN_LENGTH) == (3, 8192)
+    assert (ubertext.TRAIN, ubertext.TEST) == (1000, 50)
+    assert GENRES == ("court", "fiction", "news", "social", "wiki")
+
+
+@pytest.mark.usefixtures("small")
 def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     out = tmp_path / "out"
-    build(find_dumps(dumps, GENRES), out, RULES)
+    build(find_dumps(dumps), out)
     expected = [
         {"text": " ".join(long_document(genre, number).split()), "genre": genre}
         for genre in GENRES
@@ -58,144 +71,121 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     assert parse_source(str(out), "--calibration_data").path == out
 
 
-def test_published_defaults():
-    args = ubertext.parser().parse_args(["dumps", "out"])
-    assert ubertext.rules_of(args, ubertext.parser()) == Rules(3, False, 8192, 1000, 50)
-    assert tuple(args.genres) == ("court", "fiction", "news", "social", "wiki")
-
-
 @pytest.mark.parametrize(
-    ("text", "divider", "expected"),
+    ("text", "expected"),
     [
-        ("a\n\n\n\nb\n", 3, ["a\n", "b\n"]),
-        ("a\n\n\nb\n", 3, ["a\nb\n"]),  # two blank lines do not divide
-        ("\n\n\n\na\n\n\n\n\n\nb", 3, ["a\n", "b"]),  # nor do more of them make empty documents
-        ("a\n\nb\n \t\n\n\nc\n", 3, ["a\nb\n", "c\n"]),  # white space alone is a blank line
-        ("a\n\nb\n\nc\n", 1, ["a\n", "b\n", "c\n"]),
-        ("a\n\n<|end|>\nb\n<|end|>\n", "<|end|>", ["a\n", "b\n"]),
-        ("", 3, []),
+        ("a\n\n\n\nb\n", ["a\n", "b\n"]),
+        ("a\n\n\nb\n", ["a\nb\n"]),  # two blank lines do not divide
+        ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"]),  # nor do more of them make empty documents
+        ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"]),  # white space alone is a blank line
+        ("", []),
     ],
 )
-def test_dividers(text, divider, expected):
-    assert list(documents(text.splitlines(keepends=True), divider)) == expected
+def test_dividers(text, expected):
+    assert list(documents(text.splitlines(keepends=True))) == expected
 
 
 def test_the_published_count_adds_blank_lines_up():
     lines = "a\n\nb\n\nc\n\nd\n\n\n\ne\n".splitlines(keepends=True)
-    assert list(documents(lines, 3, add_up=True)) == ["a\nb\nc\n", "d\n", "e\n"]
-    assert list(documents(lines, 3)) == ["a\nb\nc\nd\n", "e\n"]
+    assert list(documents(lines, add_up=True)) == ["a\nb\nc\n", "d\n", "e\n"]
+    assert list(documents(lines)) == ["a\nb\nc\nd\n", "e\n"]
 
 
+@pytest.mark.usefixtures("small")
 def test_longer_means_longer(tmp_path):
     dump = tmp_path / "court.txt"
     dump.write_text("x" * 99 + "\n\n\n\n" + "y" * 100 + "\n\n\n\n" + "z" * 101)
-    build({"court": dump}, tmp_path / "out", RULES)
+    build({"court": dump}, tmp_path / "out")
     # counted with line ends, before folding: 100, 101, 101
     assert [row["text"][0] for row in rows(tmp_path / "out" / "train.jsonl")] == ["y", "z"]
     assert (tmp_path / "out" / "test.jsonl").read_text() == ""
 
 
-def test_an_interrupted_build_goes_on_and_ends_the_same(dumps, tmp_path, monkeypatch):
-    found = find_dumps(dumps, GENRES)
-    build(found, tmp_path / "whole", RULES)
-    opened = []
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_build_leaves_nothing_and_an_earlier_one_stays(dumps, tmp_path, monkeypatch):
+    def interrupted(lines, add_up):
+        yield from list(documents(lines, add_up))[:2]
+        raise KeyboardInterrupt
 
-    def counted(path):
-        opened.append(path.name.split(".")[1])
-        return genuine(path)
-
-    def interrupted(lines, divider, add_up):
-        for number, document in enumerate(documents(lines, divider, add_up)):
-            if opened[-1] == "news" and number == 5:
-                raise KeyboardInterrupt
-            yield document
-
-    genuine = ubertext.open_dump
-    monkeypatch.setattr(ubertext, "open_dump", counted)
     with monkeypatch.context() as patched:
         patched.setattr(ubertext, "documents", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            build(found, tmp_path / "out", RULES)
+            build(find_dumps(dumps), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    opened.clear()
-    build(found, tmp_path / "out", RULES)
-    assert opened == ["news", "social", "wikipedia"]
-    for name in ("train.jsonl", "test.jsonl", "build.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    opened.clear()
-    build(found, tmp_path / "out", RULES)  # there already
-    assert opened == []
-    with pytest.raises(UserError, match="holds something else"):
-        build(found, tmp_path / "out", Rules(3, False, 100, 3, 2))
+    build(find_dumps(dumps), tmp_path / "out")
+    train = tmp_path / "out" / "train.jsonl"
+    before, written = content(tmp_path / "out"), train.read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(ubertext, "documents", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build(find_dumps(dumps), tmp_path / "out")
+    assert content(tmp_path / "out") == before
+    build(find_dumps(dumps), tmp_path / "out")
+    assert train.read_bytes() == written
 
 
-def test_other_flags_redo_finished_genres(dumps, tmp_path, monkeypatch):
-    found = find_dumps(dumps, GENRES)
-    monkeypatch.setattr(ubertext, "_join", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        build(found, tmp_path / "out", RULES)
-    monkeypatch.undo()
-    build(found, tmp_path / "out", Rules(3, False, 100, 2, 1))
-    assert len(rows(tmp_path / "out" / "train.jsonl")) == 2 * len(GENRES)
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["out/mine.txt", "out.partial/mine.txt"])
+def test_files_of_the_user_stay(dumps, tmp_path, name):
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_text("mine")
+    if name.startswith("out/"):
+        with pytest.raises(UserError, match="^OUT .*out: holds mine.txt"):
+            build(find_dumps(dumps), tmp_path / "out")
+    else:
+        build(find_dumps(dumps), tmp_path / "out")
+    assert (tmp_path / name).read_text() == "mine"
 
 
-def test_any_files_as_genres(tmp_path):
-    folder = tmp_path / "dumps"
-    folder.mkdir()
-    for name in ("poems.txt", "letters.v2.txt"):
-        (folder / name).write_text("word " * 30)
-    assert list(find_dumps(folder, ["*"])) == ["letters", "poems"]
-    assert list(find_dumps(folder, ["poem"])) == ["poem"]
-
-
-def test_bad_dumps(dumps, tmp_path):
-    with pytest.raises(UserError, match="no file with 'letters' in the name"):
-        find_dumps(dumps, ["letters"])
-    with pytest.raises(UserError, match="several files with 'ubertext'"):
-        find_dumps(dumps, ["ubertext"])
+@pytest.mark.usefixtures("small")
+def test_bad_dumps(dumps, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such folder"):
-        find_dumps(tmp_path / "nowhere", GENRES)
-    court = find_dumps(dumps, ["court"])
-    with pytest.raises(UserError, match="longest has"):
-        build(court, tmp_path / "out", Rules(3, False, 10**6, 4, 2))
+        find_dumps(tmp_path / "nowhere")
+    court = {"court": find_dumps(dumps)["court"]}
     whole = court["court"].read_bytes()
     for damaged in (whole[:-20], whole[:60] + b"????" + whole[64:]):
         court["court"].write_bytes(damaged)
         with pytest.raises(UserError, match=r"court\S+: damaged bz2"):
-            build(court, tmp_path / "out", RULES)
+            build(court, tmp_path / "out")
     court["court"].write_bytes("слово".encode("cp1251") * 99)
     with pytest.raises(UserError, match="not UTF-8"):
-        build(court, tmp_path / "out", RULES)
+        build(court, tmp_path / "out")
+    (dumps / "court.txt").write_text("")
+    with pytest.raises(UserError, match="several files with 'court'"):
+        find_dumps(dumps)
+    court["court"].unlink()
+    monkeypatch.setattr(ubertext, "MIN_LENGTH", 10**6)
+    (dumps / "court.txt").write_text("a b")
+    with pytest.raises(UserError, match="longest has 3"):
+        build(find_dumps(dumps), tmp_path / "out")
+    (dumps / "court.txt").unlink()
+    with pytest.raises(UserError, match="no file with 'court' in the name"):
+        find_dumps(dumps)
     assert not (tmp_path / "out").exists()
 
 
-def test_too_few_documents_are_told(dumps, tmp_path, capsys):
-    build(find_dumps(dumps, ["court"]), tmp_path / "out", Rules(3, False, 100, 7, 5))
+@pytest.mark.usefixtures("small")
+def test_too_few_documents_are_reported(dumps, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ubertext, "TRAIN", 7)
+    monkeypatch.setattr(ubertext, "TEST", 5)
+    build({"court": find_dumps(dumps)["court"]}, tmp_path / "out")
     assert "only 7 training and 1 test documents" in capsys.readouterr().err
 
 
 def test_the_command(dumps, tmp_path):
-    given = [str(dumps), str(tmp_path / "out"), "--min_length=100", "--train=4", "--test=2"]
-    process = start(["-m", "lib.data.ubertext", *given], tmp_path)
+    for path in dumps.iterdir():
+        path.unlink()
+    for genre in GENRES:
+        (dumps / f"{genre}.txt").write_text("\n\n\n\n".join(["слово " * 1400] * 3))
+    process = start(["-m", "lib.data.ubertext", str(dumps), str(tmp_path / "out")], tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "20 train, 10 test documents of 5 genres" in out
+    assert "15 train, 0 test documents of 5 genres" in out
 
 
-def test_mistakes_are_one_line(dumps, tmp_path, capsys):
+def test_mistakes_are_one_line(tmp_path, capsys):
     nowhere, out = str(tmp_path / "nowhere"), str(tmp_path / "out")
     assert command.run(ubertext.main, [nowhere, out]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: FOLDER_OF_DUMPS {nowhere}: ") and err.count("\n") == 1
-    no_blank_lines = ("--divider=---", "--published_divider")
-    for flags in (
-        ["--train=0"],
-        ["--test=0"],
-        ["--divider=0"],
-        ["--min_length=-1"],
-        no_blank_lines,
-    ):
-        with pytest.raises(SystemExit) as left:
-            ubertext.main([str(dumps), out, *flags])
-        assert left.value.code == 2
     assert not (tmp_path / "out").exists()
