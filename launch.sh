@@ -67,7 +67,7 @@ case $name in
     demo | sweep | report) module "lib.$name" "$@" ;;
     languages) module lib.sweep.languages "$@" ;;
     overlap) module lib.report.overlap "$@" ;;
-    unpack) module lib.packed.unpack "$@" ;;
+    unpack) module lib.model.unpack "$@" ;;
     ubertext) module lib.data.ubertext "$@" ;;
     bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;

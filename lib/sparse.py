@@ -1,10 +1,10 @@
 """Sparse weights that stay packed: swap the linears of a pruned model, and load what was saved so.
 
-    import lib.sparse                                    # registers the format with transformers
-    model = AutoModelForCausalLM.from_pretrained(folder)
-
     report = swap_linears_(model, blocks)                # after pruning, of any pattern
     model.save_pretrained(folder)                        # writes the packed checkpoint
+
+    import lib.packed                                    # registers the format with transformers
+    model = AutoModelForCausalLM.from_pretrained(folder)
 
 The packed form is described in lib/packed/layout.py, the module in lib/packed/linear.py.
 """
@@ -12,8 +12,8 @@ The packed form is described in lib/packed/layout.py, the module in lib/packed/l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -24,8 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from lib.model.linears import find_linears
 from lib.packed import kernels
 from lib.packed.checkpoint import METHOD, card_lines, mark_packed_
+from lib.packed.errors import PackedError
+from lib.packed.grid import GROUP, HIGHEST, LOWEST, spread_scales
 from lib.packed.layout import is_smaller_packed, packed_bytes
-from lib.packed.linear import SparseLinear, kernels_ready
+from lib.packed.linear import SparseLinear, kernels_ready, set_all
 from lib.util.errors import UserError
 
 __all__ = [
@@ -34,7 +36,7 @@ __all__ = [
     "SwapReport",
     "card_lines",
     "check_same_outputs",
-    "packed_report",
+    "decoding",
     "packed_size",
     "relative_difference",
     "swap_block_",
@@ -48,7 +50,7 @@ class SwapReport:
     """Which linears of the blocks run how; names are module paths in the model."""
 
     bits: int = 16  # of a kept value; 16: in the model's dtype
-    fast: dict[str, str] = field(default_factory=dict)  # by torch's 2:4 kernels: name -> library
+    semi_structured: dict[str, str] = field(default_factory=dict)  # by torch: name -> library
     kernels: dict[str, str] = field(default_factory=dict)  # by this project's: name -> where
     unpacked: dict[str, str] = field(default_factory=dict)  # name -> why not faster
     dense: dict[str, str] = field(default_factory=dict)  # not packed: name -> why
@@ -56,12 +58,12 @@ class SwapReport:
     @property
     def packed(self) -> int:
         """How many linears are packed."""
-        return len(self.fast) + len(self.kernels) + len(self.unpacked)
+        return len(self.semi_structured) + len(self.kernels) + len(self.unpacked)
 
     def __str__(self) -> str:
         """One line: how many on which path, and why."""
         parts = [
-            _counted(self.fast, "on torch's 2:4 kernels"),
+            _counted(self.semi_structured, "on torch's 2:4 kernels"),
             _counted(self.kernels, "by the kernels for packed weights"),
             _counted(self.unpacked, "unpacked at each forward"),
             _counted(self.dense, "left dense"),
@@ -76,11 +78,13 @@ def swap_linears_(
     device: torch.device | None = None,
     on_device: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
     bits: int = 16,
+    group: int = GROUP,
 ) -> SwapReport:
     """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, block by block.
 
-    The model then saves itself packed: kept values in its dtype, or at `bits` 8 as int8. Linears
-    with too few zeros to be smaller stay and are reported. `device` is where the blocks will run,
+    The model then saves itself packed: kept values in its dtype, or as integers of `bits` 8 or 4,
+    at 4 with a scale for each `group` of inputs. Linears with too few zeros to be smaller stay and
+    are reported. `device` is where the blocks will run,
     if not where they are. Inside `on_device(i)` the weights of block i are there, and what becomes
     of them is kept. UserError where nothing is worth packing or the weights are quantised.
     """
@@ -89,13 +93,14 @@ def swap_linears_(
             f"--replace_sparse_layers: the weights are quantised ({model.quantization_method}), "
             "only 32- and 16-bit ones are packed; run without --load_bit"
         )
-    before = [module.bits for module in model.modules() if isinstance(module, SparseLinear)]
-    bits = min([bits, *before])  # what 8 bits have lost doesn't come back
+    before = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if before and before[0].bits <= bits:  # what fewer bits have lost doesn't come back
+        bits, group = before[0].bits, before[0].group
     names = {module: name for name, module in model.named_modules()}
     report = SwapReport(bits)
     for index, block in enumerate(blocks):
         with on_device(index):
-            report.dense |= swap_block_(block, names[block], bits)
+            report.dense |= swap_block_(block, names[block], bits, group)
             _note_paths(block, f"{names[block]}.", device, report)
     if not report.packed:
         reasons = _counted(report.dense, "stay dense") or "the blocks have no linear layers"
@@ -107,36 +112,34 @@ def swap_linears_(
     return report
 
 
-def swap_block_(block: nn.Module, name: str, bits: int = 16) -> dict[str, str]:
-    """Pack what is sparse in one block, called `name`, whose weights are in memory; {name: why} of
-    the linears that stay dense. Packed ones are packed anew where they have more `bits`."""
+def swap_block_(
+    block: nn.Module, name: str, bits: int = 16, group: int = GROUP
+) -> dict[str, str]:
+    """Pack what is sparse in one block, called `name`, whose weights are in memory.
+
+    Returns {name: why} of the linears that stay dense. Linears that are packed already are packed
+    anew where they have more `bits`.
+    """
     dense = {}
     for path, module in list(block.named_modules()):
         full_name = f"{name}.{path}"
         if isinstance(module, SparseLinear):
             if module.bits > bits:
-                block.set_submodule(path, _packed(full_name, module.to_linear(), bits))
+                block.set_submodule(path, _packed(full_name, module.to_linear(), bits, group))
         elif isinstance(module, nn.Linear | Conv1D):
             why = _why_not_packed(module)
             if why:
                 dense[full_name] = why
             else:
-                block.set_submodule(path, _packed(full_name, module, bits))
-    experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
-    return dense | {one.name: "experts in one tensor" for one in experts}
-
-
-def packed_report(model: nn.Module, device: torch.device | None = None) -> SwapReport:
-    """The path of every packed linear, on `device` or where its weight is."""
-    report = SwapReport()
-    _note_paths(model, "", device, report)
-    return report
+                block.set_submodule(path, _packed(full_name, module, bits, group))
+    experts = (linear for linear in find_linears(block, name)[0] if linear.expert is not None)
+    return dense | {linear.name: "experts in one tensor" for linear in experts}
 
 
 def _note_paths(
     part: nn.Module, prefix: str, device: torch.device | None, report: SwapReport
 ) -> None:
-    """Into `report`, of the packed linears of a part whose names begin with `prefix`."""
+    """Note in `report` how the packed linears of a part, whose names begin with `prefix`, run."""
     for path, module in part.named_modules():
         if not isinstance(module, SparseLinear):
             continue
@@ -152,11 +155,11 @@ def _note_paths(
             else:
                 report.unpacked[name] = "the kernels could not be built"
             continue
-        why = module.why_not_fast(where)
+        why = module.why_not_semi_structured(where)
         if why is None and where == here:
-            why = None if module.use_fast_path_() else module.reason
+            why = None if module.use_semi_structured_() else module.reason
         if why is None:
-            report.fast[name] = module.reason or ""
+            report.semi_structured[name] = module.reason or ""
         else:
             report.unpacked[name] = why
 
@@ -172,27 +175,31 @@ class PackedSize:
 
 
 def packed_size(model: nn.Module, dtype: torch.dtype) -> PackedSize:
-    """Of a model that is saved in `dtype`."""
+    """The sizes of a model that is saved in `dtype`."""
     linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
     bits = min((module.bits for module in linears), default=16)
-    size = 1 if bits == 8 else dtype.itemsize
-    packed = [packed_bytes(m.out_features, m.in_features, m.kept, size) for m in linears]
+    packed = [
+        packed_bytes(m.out_features, m.in_features, m.nnz, m.bits, dtype.itemsize, m.group)
+        for m in linears
+    ]
     dense = [m.out_features * m.in_features * dtype.itemsize for m in linears]
     return PackedSize(len(linears), bits, sum(packed), sum(dense))
 
 
-@contextmanager
-def unpacking(model: nn.Module) -> Iterator[None]:
-    """Inside, every packed linear multiplies by its dense weight, in plain torch: the reference for
-    the kernels, and at 8 bits the model that was rounded."""
-    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    try:
-        for linear in linears:
-            linear.unpacks = True
-        yield
-    finally:
-        for linear in linears:
-            linear.unpacks = False
+def unpacking(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, every packed linear multiplies by its dense weight, in plain torch.
+
+    That is the reference for the kernels, and at 8 and 4 bits the model that was rounded.
+    """
+    return set_all(model, "force_dense")
+
+
+def decoding(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, every packed linear multiplies a few tokens at a time, as it does in decoding.
+
+    The kernels for few tokens are other ones than those for whole windows.
+    """
+    return set_all(model, "decoding")
 
 
 def relative_difference(before: Tensor, after: Tensor) -> float:
@@ -215,19 +222,28 @@ def check_same_outputs(before: Tensor, after: Tensor) -> float:
     return ratio
 
 
-def _packed(name: str, linear: nn.Module, bits: int) -> SparseLinear:
-    """The linear packed; UserError where a weight is off by more than half a step of 8 bits."""
+def _packed(name: str, linear: nn.Module, bits: int, group: int) -> SparseLinear:
+    """The linear packed; UserError where a weight is off by more than half a step of its grid."""
     try:
-        sparse = SparseLinear.from_linear(linear, bits)
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    if bits == 8:
-        weight = linear.weight.detach()
-        weight = (weight.T if isinstance(linear, Conv1D) else weight).float()
-        off = (sparse.dense(torch.float32) - weight).abs_()
-        if not bool((off <= 0.501 * sparse.scale[:, None]).all()):
-            raise UserError(f"--pack_bits 8: {name} is not what was packed; run without the flag")
+        sparse = SparseLinear.from_linear(linear, bits, group)
+    except PackedError as error:
+        raise UserError(f"--pack_bits {bits}: {name}: {error}") from None
+    if bits < 16 and not _is_on_grid(sparse, linear):
+        raise UserError(f"--pack_bits {bits}: {name} is not what was packed; run without the flag")
     return sparse
+
+
+def _is_on_grid(sparse: SparseLinear, linear: nn.Module) -> bool:
+    """Whether every weight is off by half a step at most, or clipped to the end of the grid."""
+    weight = linear.weight.detach()
+    weight = (weight.T if isinstance(linear, Conv1D) else weight).float()
+    dense = sparse.dense(torch.float32)
+    if sparse.bits == 8:
+        step = sparse.scale[:, None]
+        return bool(((dense - weight).abs_() <= 0.501 * step).all())
+    step = spread_scales(sparse.scale.float(), sparse.group, sparse.in_features)
+    clipped = weight.clamp(LOWEST * step, HIGHEST * step)
+    return bool(((dense - clipped).abs_() <= 0.501 * step).all())
 
 
 def _why_not_packed(linear: nn.Module) -> str:

@@ -24,18 +24,21 @@ def column_loop(device: torch.device) -> Callable | None:
     """
     if device.type != "cuda":
         return None
-    try:
+    from lib.packed.try_kernel import try_kernel
+
+    def build() -> Callable:
         from lib.methods.column_kernel import settle_
 
-        wrong = any(deviation(settle_, device, sparsity) > TOLERANCE for sparsity in TRIALS)
-        reason = "its results are wrong on this GPU" if wrong else None
-    except Exception as error:  # no Triton, no C compiler, an unknown GPU: no common base class
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    if reason is None:
         return settle_
-    message = f"SparseGPT takes longer, without its Triton kernel: {reason}"
-    warnings.warn(message, RunWarning, stacklevel=2)
-    return None
+
+    def matches_plain_loop(settle_: Callable) -> bool:
+        return all(deviation(settle_, device, sparsity) <= TOLERANCE for sparsity in TRIALS)
+
+    kernel, reason = try_kernel(build, matches_plain_loop)
+    if reason:
+        line = f"SparseGPT takes longer, without its Triton kernel: {reason}"
+        warnings.warn(line, RunWarning, stacklevel=2)
+    return kernel
 
 
 def deviation(settle_: Callable, device: torch.device, sparsity: Sparsity) -> float:

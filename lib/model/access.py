@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import safe_open
 
+from lib.packed.errors import PackedError
 from lib.util.errors import UserError
 
 TIMEOUT = 10.0  # seconds for the hub's answer
@@ -170,7 +171,7 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
     """Inside, whatever is raised becomes a UserError: `what` can't be loaded, why, the way out."""
     try:
         yield
-    except (UserError, MemoryError):
+    except (UserError, PackedError, MemoryError):
         raise
     except Exception as error:  # safetensors and tokenizers raise direct children of Exception
         if type(error).__name__ == "OutOfMemoryError":

@@ -21,7 +21,7 @@ from lib.model.access import (
     quantisation,
 )
 from lib.model.quantised import keep_bnb_layout
-from lib.packed.linear import fast_bytes
+from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
 
 LONGEST_DEFAULT_WINDOW = 4096
@@ -229,7 +229,8 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def footprint(model: nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones counted once, wherever they are kept."""
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers())) + fast_bytes(model)
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.nbytes for tensor in tensors) + semi_structured_bytes(model)
 
 
 def default_bos_id(tokenizer) -> int | None:

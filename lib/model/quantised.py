@@ -146,8 +146,8 @@ def packed_linears(config) -> tuple[list[list[int]], int]:
     stored, method = _stored(config)
     if method != packed.METHOD:
         return [], 16
-    known = packed.PackedConfig.from_dict(stored)
-    return list(known.linears.values()), known.bits
+    packed_config = packed.PackedConfig.from_dict(stored)
+    return list(packed_config.linears.values()), packed_config.bits
 
 
 def _stored(config) -> tuple[dict, str | None]:

@@ -1,1 +1,31 @@
-"""The packed form of a sparse weight: layout, linear, kernels, checkpoint."""
+"""Sparse linears that stay packed: a bit for each weight, and the kept values side by side.
+
+Importing this package teaches transformers to load packed checkpoints:
+
+    import packed_bitmask
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+It needs torch, transformers and safetensors, and nothing else of the project that it is a part of.
+The format, the paths and the kernels are described in README.md beside this file.
+"""
+
+from .checkpoint import PackedConfig, PackedQuantizer, card_lines, mark_packed_
+from .errors import PackedError, PackedWarning
+from .grid import dequantise, quantise
+from .layout import Packed, pack, unpack
+from .linear import SparseLinear
+
+__all__ = [
+    "Packed",
+    "PackedConfig",
+    "PackedError",
+    "PackedQuantizer",
+    "PackedWarning",
+    "SparseLinear",
+    "card_lines",
+    "dequantise",
+    "mark_packed_",
+    "pack",
+    "quantise",
+    "unpack",
+]

@@ -7,7 +7,7 @@ each of its eight weights is then the next value, or none. Sums are float32. The
 matrix pays at half of its weights stands in MACKO, arXiv 2511.13061, whose format is another one.
 
 Not run on a GPU yet: tested in Triton's interpreter and compiled for compute capability 8.0 and
-9.0. lib/packed/admission.py lets it be used where it is right and faster.
+9.0. kernel_dispatch.py lets it be used where it is right and faster.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from lib.packed.layout import Packed
+from .layout import Packed
 
 # rows of a program, which share what is read of x, and bytes of their masks at a time, one or two
 # for each of the 32 threads; which is fastest depends on the GPU
@@ -106,7 +106,7 @@ def multiply(
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), of 1 to 8 tokens, in the dtype of x.
 
-    `packed` and `offsets` as in lib/packed/layout.py; all on one device. `tile`: one of `TILES`.
+    `packed` (16 or 8 bits) and `offsets` as in layout.py; all on one device. `tile`: one of `TILES`.
     """
     mask, weight, scale = packed
     tokens, width = x.shape

@@ -18,63 +18,77 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lib.packed.layout import packed_shapes
-from lib.packed.linear import SparseLinear
-from lib.util.errors import UserError
+from .errors import PackedError
+from .grid import GROUP, GROUPS
+from .layout import packed_shapes
+from .linear import SparseLinear
 
+PACKAGE = "packed_bitmask"  # the name under which pip installs this package
 FORMAT = "packed-bitmask"
-VERSION = 1
+VERSION = 2
 # printed by a transformers that doesn't know the format: "Unknown quantization type, got ..."
-METHOD = f"{FORMAT} (run `import lib.sparse` first)"
-BITS = (8, 16)  # of a kept value; 16: in the dtype of the model, whichever it is
+METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
+CARD_HEADING = "## Packed weights"  # of the card's section on the packed form
+BITS = (4, 8, 16)  # of a kept value; 16: in the dtype of the model, whichever it is
 FLOATS = ("BF16", "F16", "F32", "F64")  # of the values in files, at 16
 
 
-@register_quantization_config(METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of a packed checkpoint: the format, its version, the bits of a kept
-    value and, by module path, [out, in, how many weights are kept] of every packed linear."""
+    """`quantization_config` of a packed checkpoint.
+
+    It holds the format, its version, the bits of a kept value, at 4 bits how many inputs share a
+    scale (`group`) and, by module path, [out, in, kept weights] of every packed linear.
+    """
 
     def __init__(
         self,
         linears: dict[str, list[int]] | None = None,
         bits: int = 16,
+        group: int | None = None,
         version: int = VERSION,
         format: str = FORMAT,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
         if format != FORMAT or version != VERSION:
-            raise UserError(
+            raise PackedError(
                 f"quantization_config names format {format!r}, version {version!r}: this code "
                 f"reads {FORMAT!r}, version {VERSION}; update it, or save the model again"
             )
         if unknown:
-            raise UserError(
+            raise PackedError(
                 f"quantization_config has unknown entries {sorted(unknown)}: version {VERSION} of "
-                f"{FORMAT!r} has only `linears` and `bits`"
+                f"{FORMAT!r} has only `linears`, `bits` and `group`"
             )
+        damaged = "the config is damaged, save the model again"
         if bits not in BITS:
-            raise UserError(
-                f"quantization_config: `bits` is {bits!r}, not 8 or 16; the config is damaged, "
-                "save the model again"
-            )
+            raise PackedError(f"quantization_config: `bits` is {bits!r}, not 4, 8 or 16; {damaged}")
+        if group not in (GROUPS if bits == 4 else (None,)):
+            allowed = "not 32, 64 or 128" if bits == 4 else f"which {bits} bits have not"
+            raise PackedError(f"quantization_config: `group` is {group!r}, {allowed}; {damaged}")
         if not isinstance(linears, dict) or not all(_is_size(size) for size in linears.values()):
-            raise UserError(
+            raise PackedError(
                 "quantization_config: `linears` must give [out, in, kept] for every packed "
-                "linear; the config is damaged, save the model again"
+                f"linear; {damaged}"
             )
         self.quant_method, self.format, self.version = quant_method, format, version
-        self.bits = bits
+        self.bits, self.group = bits, group
         self.linears = {name: list(size) for name, size in sorted(linears.items())}
 
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it; `group` at 4 bits alone."""
+        return {key: value for key, value in super().to_dict().items() if value is not None}
 
-@register_quantizer(METHOD)
+
 class PackedQuantizer(HfQuantizer):
-    """Loads and saves packed checkpoints; it never packs by itself (see lib/sparse.py)."""
+    """Loads and saves packed checkpoints; it never packs by itself."""
 
     requires_calibration = True  # only checkpoints that are packed already can be loaded
     quantization_config: PackedConfig
@@ -82,25 +96,25 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        linears, bits = self.quantization_config.linears, self.quantization_config.bits
-        for name, (out_features, in_features, kept) in linears.items():
-            sparse = SparseLinear.skeleton(_find_linear(model, name), kept, bits)
+        config = self.quantization_config
+        for name, (out_features, in_features, nnz) in config.linears.items():
+            linear = _find_linear(model, name)
+            sparse = SparseLinear.skeleton(linear, nnz, config.bits, config.group or GROUP)
             if (sparse.out_features, sparse.in_features) != (out_features, in_features):
-                raise UserError(
+                raise PackedError(
                     f"{name} is {out_features} x {in_features} in quantization_config, but "
                     f"{sparse.out_features} x {sparse.in_features} in this model; "
                     "config.json belongs to another checkpoint"
                 )
             model.set_submodule(name, sparse)
-        check_files(checkpoint_files or [], linears, bits)
+        files = check_files(checkpoint_files or [], config)
+        for name in config.linears:
+            model.get_submodule(name).source = f"{files[f'{name}.mask']}: {name}"
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, SparseLinear):
-                try:
-                    module.check()
-                except UserError as error:
-                    raise UserError(f"{name}: {error}") from None
+                module.check()
                 module.count_rows_()
         model.requires_grad_(False)
 
@@ -127,34 +141,50 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def check_files(files: Iterable[str], linears: dict[str, list[int]], bits: int) -> None:
-    """UserError unless safetensors files hold the packed tensors of `linears`, whole, of the right
-    shapes and kinds. Reads the headers alone."""
-    values = ("I8",) if bits == 8 else FLOATS
-    kinds = {"mask": ("U8",), "weight": values, "scale": ("F32",)}
+def register() -> None:
+    """Make the format known to transformers.
+
+    This package can be imported under two names, installed and as a part of a larger project. Each
+    import registers its own classes, and those of the last one are used.
+    """
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+    AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+    register_quantization_config(METHOD)(PackedConfig)
+    register_quantizer(METHOD)(PackedQuantizer)
+
+
+register()
+
+
+def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
+    """The file of each packed tensor. PackedError unless safetensors files hold the tensors that
+    `config` names, whole, of the right shapes and kinds. Reads the headers alone."""
+    values = {8: ("I8",), 4: ("U8",)}.get(config.bits, FLOATS)
+    kinds = {"mask": ("U8",), "weight": values, "scale": ("F32" if config.bits == 8 else "BF16",)}
     wanted = {
         f"{name}.{part}": (shape, kinds[part])
-        for name, size in linears.items()
-        for part, shape in packed_shapes(*size, bits).items()
+        for name, size in config.linears.items()
+        for part, shape in packed_shapes(*size, config.bits, config.group or GROUP).items()
     }
-    found = set()
+    file_of: dict[str, str] = {}
     for file in files:
         if Path(file).suffix != ".safetensors":
-            raise UserError(f"{file}: only safetensors files are read; save the model again")
+            raise PackedError(f"{file}: only safetensors files are read; save the model again")
         try:
             with safe_open(file, framework="pt") as tensors:
                 for key in tensors.keys():
                     if key in wanted:
-                        found.add(key)
+                        file_of[key] = file
                         _check_header(file, key, tensors.get_slice(key), *wanted[key])
         except SafetensorError as error:
-            raise UserError(f"{file}: cut short or damaged ({error}); copy it again") from None
-    missing = sorted(wanted.keys() - found)
+            raise PackedError(f"{file}: cut short or damaged ({error}); copy it again") from None
+    missing = sorted(wanted.keys() - file_of.keys())
     if missing:
-        raise UserError(
+        raise PackedError(
             f"the checkpoint lacks {len(missing)} packed tensors, the first is {missing[0]}; "
             "a file is missing or belongs to another checkpoint"
         )
+    return file_of
 
 
 def _check_header(
@@ -162,18 +192,18 @@ def _check_header(
 ) -> None:
     other = "the file is damaged or belongs to another checkpoint"
     if tuple(header.get_shape()) != shape:
-        raise UserError(f"{file}: {key} is {tuple(header.get_shape())}, not {shape}; {other}")
+        raise PackedError(f"{file}: {key} is {tuple(header.get_shape())}, not {shape}; {other}")
     if header.get_dtype() not in kinds:
         allowed = " or ".join(kinds)
-        raise UserError(f"{file}: {key} is {header.get_dtype()}, not {allowed}; {other}")
+        raise PackedError(f"{file}: {key} is {header.get_dtype()}, not {allowed}; {other}")
 
 
 def mark_packed_(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` write the packed checkpoint, configuration included."""
     packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    (bits,) = {module.bits for module in packed.values()}
-    linears = {n: [m.out_features, m.in_features, m.kept] for n, m in packed.items()}
-    quantizer = PackedQuantizer(PackedConfig(linears, bits))
+    ((bits, group),) = {(module.bits, module.group) for module in packed.values()}
+    linears = {n: [m.out_features, m.in_features, m.nnz] for n, m in packed.items()}
+    quantizer = PackedQuantizer(PackedConfig(linears, bits, group if bits == 4 else None))
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = METHOD
     quantizer.postprocess_model(model)
@@ -182,7 +212,7 @@ def mark_packed_(model: PreTrainedModel) -> None:
 def card_lines(folder: str) -> list[str]:
     """How to load a packed checkpoint, for its model card."""
     return [
-        "import lib.sparse  # from this project's repository; teaches transformers the packed form",
+        f"import {PACKAGE}  # teaches transformers the packed form",
         "from transformers import AutoModelForCausalLM",
         f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
     ]
@@ -204,7 +234,7 @@ def _find_linear(model: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         linear = None
     if not isinstance(linear, nn.Linear | Conv1D):
-        raise UserError(
+        raise PackedError(
             f"quantization_config names {name}, which is no linear of {type(model).__name__}; "
             "config.json belongs to another model"
         )

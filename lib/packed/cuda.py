@@ -17,6 +17,8 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
+from .try_kernel import try_kernel
+
 Library = type[SparseSemiStructuredTensor]
 
 
@@ -53,23 +55,21 @@ def build(dense: Tensor) -> tuple[Tensor | None, str]:
     if reason:
         return None, reason
     library = pick(shape, dtype, dense.device)
-    try:
+
+    def convert() -> Tensor:
         with warnings.catch_warnings():  # torch calls the class a prototype, once
             warnings.simplefilter("ignore", UserWarning)
-            tensor = library.from_dense(dense.detach())
-        same = torch.equal(tensor.to_dense(), dense)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        return None, f"{library.BACKEND}: {str(error).splitlines()[0]}"
-    return (tensor, library.BACKEND) if same else (None, f"{library.BACKEND} changes the weight")
+            return library.from_dense(dense.detach())
+
+    tensor, reason = try_kernel(convert, check=lambda tensor: torch.equal(tensor.to_dense(), dense))
+    return tensor, f"{library.BACKEND}: {reason}" if reason else library.BACKEND
 
 
 def _libraries(device: torch.device) -> list[Library]:
     """Those that multiply on this GPU, the better one first."""
-    found: list[Library] = []
+    libraries: list[Library] = []
     if torch.backends.cusparselt.is_available():
-        found.append(SparseSemiStructuredTensorCUSPARSELT)
+        libraries.append(SparseSemiStructuredTensorCUSPARSELT)
     if torch.cuda.get_device_capability(device)[0] == 8:
-        found.append(SparseSemiStructuredTensorCUTLASS)
-    return found
+        libraries.append(SparseSemiStructuredTensorCUTLASS)
+    return libraries

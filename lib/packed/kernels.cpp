@@ -1,4 +1,4 @@
-// y = x W^T by a packed weight W (out, in) on CPUs; the form is that of lib/packed/layout.py.
+// y = x W^T by a packed weight W (out, in) on CPUs; the form is that of layout.py.
 //
 // One to eight tokens take one pass over the packed bytes: a row's mask says where its kept values
 // go, they are spread out in registers, widened and multiplied. More tokens: a tile of rows is
@@ -50,6 +50,8 @@ constexpr int64_t FEW = 8;             // tokens, at most, in one pass over the 
 constexpr int64_t TILE = 8 << 20;      // bytes of unpacked rows that should stay in the cache
 constexpr int64_t BEYOND = WORD;       // values that a load may read after those of its row
 constexpr int64_t AHEAD = 2048;        // bytes by which values are fetched before they are needed
+constexpr float SMALL = 1.f / 16;      // of the largest input of a word: the small ones, whose
+constexpr float RANGE = 300;           // root mean square integers show that are so much larger
 
 enum Path { PORTABLE, AVX2, AVX512, AVX512_BF16 };
 const std::array<const char*, 4> NAMES = {"portable", "avx2", "avx512", "avx512_bf16"};
@@ -80,7 +82,7 @@ Path chosen_path(const std::optional<std::string>& name) {
 template <class V>
 struct Weight {
   const uint8_t* mask;      // (out, stride)
-  const V* values;          // (kept,)
+  const V* values;          // (nnz,)
   const int64_t* offsets;   // (out + 1,)
   const float* scale;       // (out,), of int8 alone
   int64_t out, in;
@@ -423,13 +425,13 @@ struct Bf16Step : Avx512Sums {
   TARGET void NAME##_rows(                                                                         \
       const Weight<V>& w, const typename Step::X* x, float* y, int64_t from, int64_t to) {         \
     constexpr int ROWS = Step::rows_at_once(TOKENS);                                               \
-    const int64_t stride = w.stride(), kept = w.offsets[w.out];                                    \
+    const int64_t stride = w.stride(), nnz = w.offsets[w.out];                                     \
     float sums[ROWS * TOKENS];                                                                     \
     std::vector<V> copy;                                                                           \
     for (int64_t r = from; r < to;) {                                                              \
       const V* starts[ROWS];                                                                       \
       const uint8_t* masks[ROWS];                                                                  \
-      const bool apart = r + ROWS > to || w.offsets[r + ROWS] + BEYOND > kept;                     \
+      const bool apart = r + ROWS > to || w.offsets[r + ROWS] + BEYOND > nnz;                      \
       const int rows = apart ? 1 : ROWS;                                                           \
       for (int i = 0; i < rows; i++) {                                                             \
         starts[i] = w.values + w.offsets[r + i];                                                   \
@@ -525,25 +527,33 @@ FOR_AVX512 void avx512_unpack(const V* values, const uint8_t* mask, int64_t in, 
 // ------------------------------------------------------------------------------ one to 8 tokens
 
 // The inputs of a word as int16, and behind them the float that they are to be multiplied by. What
-// isn't finite makes all of it NaN.
+// isn't finite makes all of it NaN. False where the largest input is so large beside the small ones
+// that their rounding would show.
 template <class From>
-void as_integers(const From* from, int64_t columns, int16_t* word) {
+bool as_integers(const From* from, int64_t columns, int16_t* word) {
   float largest = 0, sum = 0;
   for (int64_t j = 0; j < columns; j++) {
-    const float one = static_cast<float>(from[j]);
-    largest = std::max(largest, std::abs(one));
-    sum += one - one;  // NaN where one is not finite
+    const float input = static_cast<float>(from[j]);
+    largest = std::max(largest, std::abs(input));
+    sum += input - input;  // NaN where it is not finite
   }
   const float scale = largest / INT16_MAX + sum;
   std::memcpy(word + SCALE_AT, &scale, sizeof(scale));
-  if (!(scale >= std::numeric_limits<float>::min())) return;  // too small to matter, or NaN
-  const float inverse = 1 / scale;
-  for (int64_t j = 0; j < columns; j++)
-    word[j] = static_cast<int16_t>(std::lrintf(static_cast<float>(from[j]) * inverse));
+  if (!(scale >= std::numeric_limits<float>::min())) return true;  // too small to matter, or NaN
+  const float inverse = 1 / scale, below = SMALL * largest;
+  float squares = 0, count = 0;
+  for (int64_t j = 0; j < columns; j++) {
+    const float input = static_cast<float>(from[j]), size = std::abs(input);
+    const bool small = size < below && size > 0;
+    squares += small ? size * size : 0;
+    count += small;
+    word[j] = static_cast<int16_t>(std::lrintf(input * inverse));
+  }
+  return largest * largest * count <= RANGE * RANGE * squares;
 }
 
 // Inputs (tokens, in) as a step takes them: word by word of the mask, and there token by token,
-// (words, padded, Step::STRIDE), zeros behind the last.
+// (words, padded, Step::STRIDE), zeros behind the last. None where integers can't hold them.
 template <class Step, class From>
 std::vector<typename Step::X> arranged(
     const From* x, int64_t tokens, int64_t in, int64_t padded) {
@@ -556,7 +566,7 @@ std::vector<typename Step::X> arranged(
       const From* from = x + t * in + k * WORD;
       const int64_t columns = std::min(WORD, in - k * WORD);
       if constexpr (std::is_same_v<X, int16_t>) {
-        as_integers(from, columns, word);
+        if (!as_integers(from, columns, word)) return {};
       } else if constexpr (Step::EVEN_FIRST) {
         for (int64_t j = 0; j < columns; j++)
           word[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = static_cast<X>(from[j]);
@@ -604,7 +614,7 @@ DEFINE_BY_TOKENS(avx512_bf16)
 
 // x (tokens, in), at most FEW tokens -> y (tokens, out), both T.
 template <class V, class T>
-void few_tokens(
+void small_batch(
     const Weight<V>& w, const T* x, int64_t tokens, const T* bias, T* y, Path path) {
   const std::unique_ptr<float[]> sums(new float[FEW * w.out]);  // not touched before it is written
   const auto finish = [&](int64_t from, int64_t to) {
@@ -622,10 +632,12 @@ void few_tokens(
   {                                                                                             \
     const int64_t padded = padded_tokens(tokens);                                               \
     const auto inputs = arranged<STEP>(x, tokens, w.in, padded);                                \
-    const auto rows = [&](int64_t from, int64_t to) {                                           \
-      NAME##_by_tokens<STEP, V>(w, inputs.data(), padded, sums.get(), from, to);               \
-    };                                                                                          \
-    return over_rows(w.out, w.in, rows, finish);                                                \
+    if (!inputs.empty()) {                                                                      \
+      const auto rows = [&](int64_t from, int64_t to) {                                         \
+        NAME##_by_tokens<STEP, V>(w, inputs.data(), padded, sums.get(), from, to);              \
+      };                                                                                        \
+      return over_rows(w.out, w.in, rows, finish);                                              \
+    }                                                                                           \
   }
   constexpr bool pairs = std::is_same_v<T, c10::BFloat16> &&
       (std::is_same_v<V, c10::BFloat16> || std::is_same_v<V, int8_t>);
@@ -634,6 +646,8 @@ void few_tokens(
   if constexpr (std::is_same_v<V, int8_t> && std::is_same_v<T, float>)
     if (path >= AVX512) WITH(avx512, WideBytesStep)
   if (path >= AVX512) WITH(avx512, Avx512Step<V>)
+  if constexpr (std::is_same_v<V, int8_t>)
+    if (path >= AVX512) WITH(avx512, WideBytesStep)
   if (path == AVX2) WITH(avx2, Avx2Step<V>)
 #undef WITH
 #endif
@@ -650,7 +664,7 @@ void few_tokens(
 template <class V, class T>
 void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path path) {
   const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(w.in, 1));
-  const int64_t kept = w.offsets[w.out];
+  const int64_t nnz = w.offsets[w.out];
   at::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
     std::vector<V> spread(std::is_same_v<V, T> ? 0 : w.in), copy;
     for (int64_t r = first; r < last; r++) {
@@ -663,7 +677,7 @@ void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path pat
       } else {
         to_spread = spread.data();
       }
-      if (w.offsets[r + 1] + BEYOND > kept) values = with_room(w, r, copy);
+      if (w.offsets[r + 1] + BEYOND > nnz) values = with_room(w, r, copy);
 #if X86
       if (path >= AVX512) {
         avx512_unpack(values, mask, w.in, to_spread);
@@ -705,7 +719,7 @@ constexpr int64_t SEVERAL = sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
 
 // x (tokens, in) -> y (tokens, out), tile by tile of the rows of W.
 template <class V, class T>
-void many_tokens(
+void large_batch(
     const Weight<V>& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
   const int64_t bytes = std::max<int64_t>(1, w.in * static_cast<int64_t>(sizeof(T)));
   const int64_t tile = std::min(w.out, std::max<int64_t>(64, TILE / bytes / 64 * 64));
@@ -730,13 +744,22 @@ void product(
       mask.const_data_ptr<uint8_t>(), weight.const_data_ptr<V>(), offsets.const_data_ptr<int64_t>(),
       scale.defined() ? scale.const_data_ptr<float>() : nullptr, mask.size(0), x.size(1)};
   const int64_t tokens = x.size(0);
-  if (tokens > (path == PORTABLE ? FEW : SEVERAL<T>)) return many_tokens<V, T>(w, x, bias, y, path);
+  if (tokens > (path == PORTABLE ? FEW : SEVERAL<T>)) return large_batch<V, T>(w, x, bias, y, path);
   const T* added = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
   for (int64_t t = 0; t < tokens; t += FEW) {
     const T* from = x.const_data_ptr<T>() + t * w.in;
     T* to = y.mutable_data_ptr<T>() + t * w.out;
-    few_tokens<V, T>(w, from, std::min(FEW, tokens - t), added, to, path);
+    small_batch<V, T>(w, from, std::min(FEW, tokens - t), added, to, path);
   }
+}
+
+// Whether rows begin at 0, one behind the other, and end at `nnz`.
+bool are_offsets(const at::Tensor& offsets, int64_t nnz) {
+  const int64_t* starts = offsets.const_data_ptr<int64_t>();
+  const int64_t rows = offsets.size(0) - 1;
+  bool ordered = starts[0] == 0 && starts[rows] == nnz;
+  for (int64_t r = 0; r < rows; r++) ordered &= starts[r] <= starts[r + 1];
+  return ordered;
 }
 
 at::Tensor linear(
@@ -748,7 +771,7 @@ at::Tensor linear(
   TORCH_CHECK(mask.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong, "dtypes");
   TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == out + 1, "offsets: shape");
   TORCH_CHECK(weight.dim() == 1 && mask.is_contiguous() && weight.is_contiguous(), "not packed");
-  TORCH_CHECK(offsets.is_contiguous() && offsets[out].item<int64_t>() == weight.size(0), "offsets");
+  TORCH_CHECK(offsets.is_contiguous() && are_offsets(offsets, weight.size(0)), "offsets");
   const bool bytes = weight.scalar_type() == at::kChar;
   TORCH_CHECK(bytes || weight.scalar_type() == x.scalar_type(), "x and weight: dtypes differ");
   TORCH_CHECK(bytes == scale.has_value(), "scale goes with int8");
@@ -784,13 +807,13 @@ std::vector<std::string> paths() {
 
 }  // namespace
 
-TORCH_LIBRARY(packed, m) {
+TORCH_LIBRARY(packed_bitmask, m) {
   m.def(
       "linear(Tensor x, Tensor mask, Tensor weight, Tensor offsets, Tensor? scale, Tensor? bias, "
       "str? path=None) -> Tensor");
   m.def("paths() -> str[]", paths);
 }
 
-TORCH_LIBRARY_IMPL(packed, CPU, m) {
+TORCH_LIBRARY_IMPL(packed_bitmask, CPU, m) {
   m.impl("linear", linear);
 }

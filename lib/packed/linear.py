@@ -1,22 +1,28 @@
 """`SparseLinear`: a linear whose sparse weight stays packed in memory. For inference only.
 
-On a CPU every product goes through the kernels of lib/packed/kernels.py, if there is a compiler to
-build them. On CUDA a 2:4 weight, of a shape and dtype that torch's kernels take, is replaced by
-torch's sparse tensor at the first forward and packed again whenever the linear is moved or saved.
-Anything else on CUDA multiplies a few tokens by the kernel of lib/packed/bitmask_kernel.py, where
-lib/packed/admission.py finds it faster, or unpacks the one weight it needs at every forward.
+On a CPU every product goes through the kernels of kernels.cpp, if there is a compiler to build
+them. On CUDA a 2:4 weight, of a shape and dtype that torch's kernels take, is replaced by torch's
+semi-structured tensor at the first forward and packed again whenever the linear is moved or saved.
+Anything else on CUDA multiplies a few tokens by the kernel of bitmask_kernel.py, where
+kernel_dispatch.py finds it faster, or unpacks the one weight it needs at every forward.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lib.packed import cuda, kernels
-from lib.packed.admission import small_batch_kernel
-from lib.packed.layout import (
+from . import cuda, kernels
+from .errors import PackedError
+from .grid import GROUP, SCALE_DTYPE
+from .kernel_dispatch import small_batch_kernel
+from .layout import (
+    STORED_DTYPE,
     Packed,
     check_packed,
     is_two_of_four,
@@ -27,6 +33,7 @@ from lib.packed.layout import (
 )
 
 TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache is multiplied fast
+DECODED_TOKENS = 4  # at a time, at most, where a model decodes: the kernels' path for few tokens
 
 
 @torch.compiler.assume_constant_result
@@ -62,65 +69,86 @@ def unpacked_linear(x: Tensor, packed: Packed, offsets: Tensor, bias: Tensor | N
 class SparseLinear(nn.Module):
     """y = x W^T + b with W (out, in) packed.
 
-    `mask`, `weight` and, at 8 bits, `scale` are what lib/packed/layout.py describes, and what is
-    saved; `offsets` is counted from the mask. The name `weight` makes a loader that doesn't know
-    the packed form stop at the shape, instead of filling in random numbers.
+    `mask`, `weight` and, at 8 and 4 bits, `scale` are what layout.py describes, and what is saved;
+    `offsets` is counted from the mask. The name `weight` makes a loader that doesn't know the
+    packed form stop at the shape, instead of filling in random numbers.
     """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        kept: int,
+        nnz: int,
         bits: int = 16,
+        group: int = GROUP,
         bias: bool = True,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         transposed: bool = False,
     ) -> None:
-        """`bits`: 16 for values in `dtype`, whichever it is, or 8. `transposed`: the dense
-        checkpoint keeps this weight (in, out), as GPT-2's Conv1D. Tensors are not filled."""
+        """`nnz`: kept weights. `bits`: 16 for values in `dtype`, whichever it is, 8 or 4.
+
+        `group`: inputs that share a scale at 4 bits. `transposed`: the dense checkpoint keeps this
+        weight (in, out), as GPT-2's Conv1D. Tensors are not filled.
+        """
         super().__init__()
-        self.in_features, self.out_features, self.kept = in_features, out_features, kept
-        self.bits, self.transposed = bits, transposed
+        self.in_features, self.out_features, self.nnz = in_features, out_features, nnz
+        self.bits, self.group, self.transposed = bits, group, transposed
         self._dense_dtype = dtype or torch.get_default_dtype()
-        shapes = packed_shapes(out_features, in_features, kept, bits)
-        mask = torch.empty(shapes["mask"], dtype=torch.uint8, device=device)
-        stored = torch.int8 if bits == 8 else dtype
-        weight = torch.empty(shapes["weight"], dtype=stored, device=device)
-        scale = torch.empty(out_features, device=device, dtype=torch.float32) if bits == 8 else None
+        shapes = packed_shapes(out_features, in_features, nnz, bits, group)
+
+        def empty(name: str, dtype: torch.dtype | None) -> Tensor:
+            return torch.empty(shapes[name], dtype=dtype, device=device)
+
+        self.weight = nn.Parameter(
+            empty("weight", STORED_DTYPE.get(bits, dtype)), requires_grad=False
+        )
+        self.register_buffer("mask", empty("mask", torch.uint8))
+        self.register_buffer("scale", empty("scale", SCALE_DTYPE[bits]) if bits < 16 else None)
         offsets = torch.empty(out_features + 1, dtype=torch.int64, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_buffer("mask", mask)
-        self.register_buffer("scale", scale)
         self.register_buffer("offsets", offsets, persistent=False)
         row = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.bias = None if row is None else nn.Parameter(row, requires_grad=False)
-        self.fast: Tensor | None = None
-        self.reason: str | None = None  # why not the fast path; None: not tried on this device
-        self.unpacks = False  # at every forward, whatever would be faster
+        self.semi_structured: Tensor | None = None  # torch's tensor in place of the packed ones
+        self.reason: str | None = None  # why not semi-structured; None: not tried on this device
+        self.force_dense = False  # multiply by the dense weight, whatever would be faster
+        self.decoding = False  # multiply a few tokens at a time, however many there are
+        self.source = ""  # name and file, for messages
+        self.checked = False  # whether the tensors were found to be a packed form
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, bits: int = 16) -> SparseLinear:
+    def from_linear(cls, linear: nn.Module, bits: int = 16, group: int = GROUP) -> SparseLinear:
         """From an `nn.Linear` or `Conv1D`; shares the bias."""
         weight = linear.weight.detach()
-        packed = pack(weight.T if isinstance(linear, Conv1D) else weight, bits)
+        weight = weight.T if isinstance(linear, Conv1D) else weight
+        packed = pack(weight, bits, group)
         with torch.device("meta"):
-            sparse = cls.skeleton(linear, packed.weight.numel(), bits)
-        sparse._hold(packed)
+            sparse = cls.skeleton(linear, int(torch.count_nonzero(weight)), bits, group)
+        sparse._set_packed(packed)
         sparse.count_rows_()
+        sparse.checked = True
         if linear.bias is not None:
             sparse.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return sparse
 
     @classmethod
-    def skeleton(cls, linear: nn.Module, kept: int, bits: int) -> SparseLinear:
+    def skeleton(
+        cls, linear: nn.Module, nnz: int, bits: int = 16, group: int = GROUP
+    ) -> SparseLinear:
         """Of the size, dtype and device of an `nn.Linear` or `Conv1D`; tensors not filled."""
         rows, columns = linear.weight.shape
         transposed = isinstance(linear, Conv1D)
-        size = (rows, columns) if transposed else (columns, rows)  # in, out
-        bias, weight = linear.bias is not None, linear.weight
-        return cls(*size, kept, bits, bias, weight.dtype, weight.device, transposed)
+        return cls(
+            in_features=rows if transposed else columns,
+            out_features=columns if transposed else rows,
+            nnz=nnz,
+            bits=bits,
+            group=group,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+            device=linear.weight.device,
+            transposed=transposed,
+        )
 
     def to_linear(self) -> nn.Module:
         """The dense linear of the class that this one came from."""
@@ -137,8 +165,9 @@ class SparseLinear(nn.Module):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), in `dtype` or the linear's own."""
         dtype = dtype or self.dtype
-        if self.fast is not None:
-            return self.fast.to_dense().to(dtype)
+        if self.semi_structured is not None:
+            return self.semi_structured.to_dense().to(dtype)
+        self.check()
         return unpack(self.packed, self.in_features, dtype=dtype).to(dtype)
 
     @property
@@ -149,36 +178,52 @@ class SparseLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The packed tensors; packed again where torch's tensor stands in their place."""
-        if self.fast is not None:
-            return pack(self.fast.to_dense())
+        if self.semi_structured is not None:
+            return pack(self.semi_structured.to_dense())
         return Packed(self.mask, self.weight, self.scale)
 
     def check(self) -> None:
-        """UserError where the tensors are no packed form of this linear's weight."""
-        if self.fast is None and not (self.mask.is_meta or self.weight.is_meta):
-            check_packed(self.packed, self.out_features, self.in_features, self.bits)
+        """PackedError, naming the linear, where its tensors are no packed form of its weight.
+
+        Tensors that are on the meta device, because they lie on disk, are checked by the first
+        call that finds them; what was found good is not checked again.
+        """
+        if self.checked or self.mask.is_meta or self.weight.is_meta:
+            return
+        try:
+            check_packed(
+                self.packed,
+                out_features=self.out_features,
+                in_features=self.in_features,
+                bits=self.bits,
+                nnz=self.nnz,
+                group=self.group,
+            )
+        except PackedError as error:
+            raise PackedError(f"{self.source}: {error}" if self.source else str(error)) from None
+        self.checked = True
 
     def count_rows_(self) -> None:
         """Set `offsets` by the mask."""
-        if self.fast is None:
+        if self.semi_structured is None:
             self.offsets = row_offsets(self.mask)
 
-    def use_fast_path_(self) -> bool:
+    def use_semi_structured_(self) -> bool:
         """Hand the weight to torch's kernels where they take it; whether they did. Tried once."""
-        if self.fast is None and self.reason is None:
+        if self.semi_structured is None and self.reason is None:
             here = self.weight.device
             offloaded = "the weights are offloaded" if self._offloaded else None
-            self.reason = offloaded or self.why_not_fast(here)
+            self.reason = offloaded or self.why_not_semi_structured(here)
             if self.reason is None:
-                self.fast, self.reason = cuda.build(self.dense())
-            if self.fast is not None:
-                self._hold(Packed(self.mask.new_empty(0), self.weight.new_empty(0)))
+                self.semi_structured, self.reason = cuda.build(self.dense())
+            if self.semi_structured is not None:
+                self._set_packed(Packed(self.mask.new_empty(0), self.weight.new_empty(0)))
                 self.offsets = self.offsets.new_empty(0)
-        return self.fast is not None
+        return self.semi_structured is not None
 
-    def why_not_fast(self, device: torch.device) -> str | None:
+    def why_not_semi_structured(self, device: torch.device) -> str | None:
         """Why torch's kernels would not take the weight on `device`; None where they may."""
-        if self.fast is None and device.type == "cuda":
+        if self.semi_structured is None and device.type == "cuda":
             if self.bits != 16:
                 return f"torch's kernels read no {self.bits}-bit values"
             if not self.mask.is_meta and not is_two_of_four(self.mask):
@@ -190,27 +235,35 @@ class SparseLinear(nn.Module):
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
-                "dense checkpoint that `launch.sh unpack IN OUT` writes"
+                "dense model that `model.dequantize()` gives"
             )
         tokens = x.reshape(-1, self.in_features)  # what no kernel can do without
-        fast = self.fast is not None or (
-            not (torch.compiler.is_compiling() or self.unpacks) and self.use_fast_path_()
+        semi_structured = self.semi_structured is not None or (
+            not (torch.compiler.is_compiling() or self.force_dense) and self.use_semi_structured_()
         )
         if not len(tokens):  # of an expert that nothing was sent to
             y = tokens.new_empty(0, self.out_features)
-        elif fast:
-            y = F.linear(tokens, self.fast, self.bias).contiguous()  # of older torch, a transpose
+        elif semi_structured:  # of older torch, a transpose
+            y = F.linear(tokens, self.semi_structured, self.bias).contiguous()
         else:
-            if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
-                self.count_rows_()
-            multiply = unpacked_linear if self.unpacks else packed_linear
-            packed = Packed(self.mask, self.weight, self.scale)
-            y = multiply(tokens, packed, self.offsets, self.bias)
+            y = self._multiply(tokens)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, tokens: Tensor) -> Tensor:
+        """tokens (n, in) -> (n, out) by the packed tensors."""
+        if not self.checked:
+            self.check()
+        if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
+            self.count_rows_()
+        multiply = unpacked_linear if self.force_dense else packed_linear
+        packed = Packed(self.mask, self.weight, self.scale)
+        parts = tokens.split(DECODED_TOKENS) if self.decoding else (tokens,)
+        products = [multiply(part, packed, self.offsets, self.bias) for part in parts]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{size}, kept={self.kept}, bits={self.bits}, bias={self._has_bias}"
+        return f"{size}, nnz={self.nnz}, bits={self.bits}, bias={self._has_bias}"
 
     @property
     def _has_bias(self) -> bool:
@@ -223,15 +276,15 @@ class SparseLinear(nn.Module):
             getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))
         )
 
-    def _hold(self, packed: Packed) -> None:
+    def _set_packed(self, packed: Packed) -> None:
         self.mask, self.scale = packed.mask, packed.scale
         self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
     def _apply(self, fn, recurse=True):
-        """Every move and cast works on the packed tensors; the fast path is tried again after."""
-        if self.fast is not None:
-            self._hold(self.packed)
-            self.fast = None
+        """Every move and cast works on the packed tensors; torch's kernels are tried again after."""
+        if self.semi_structured is not None:
+            self._set_packed(self.packed)
+            self.semi_structured = None
             self.count_rows_()
         self.reason, scale = None, self.scale
         super()._apply(fn, recurse)
@@ -243,11 +296,13 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "mask" in state_dict and not self.mask.is_meta:
+            self.checked = False
+            self.check()
             self.count_rows_()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.fast is not None:
+        if self.semi_structured is not None:
             packed = self.packed
             destination[prefix + "weight"], destination[prefix + "mask"] = (
                 packed.weight,
@@ -255,10 +310,22 @@ class SparseLinear(nn.Module):
             )
 
 
-def fast_bytes(model: nn.Module) -> int:
+@contextmanager
+def set_all(model: nn.Module, flag: str) -> Iterator[None]:
+    """Inside, `force_dense` or `decoding` is set in every packed linear of a model."""
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    try:
+        for linear in linears:
+            setattr(linear, flag, True)
+        yield
+    finally:
+        for linear in linears:
+            setattr(linear, flag, False)
+
+
+def semi_structured_bytes(model: nn.Module) -> int:
     """Bytes that torch's 2:4 tensors hold: neither parameters nor buffers of the model."""
-    tensors = [module.fast for module in model.modules() if isinstance(module, SparseLinear)]
-    parts = [
-        part for tensor in tensors if tensor is not None for part in (tensor.packed, tensor.meta)
-    ]
+    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    tensors = [linear.semi_structured for linear in linears if linear.semi_structured is not None]
+    parts = [part for tensor in tensors for part in (tensor.packed, tensor.meta)]
     return sum(part.nbytes for part in parts if part is not None)

@@ -145,14 +145,14 @@ class PackedLinears:
         if not linears:
             return None
         outs, widths, kept = zip(*linears, strict=True)
-        masks = sum(packed_bytes(*size, 0, 2) for size in zip(outs, widths, strict=True))
-        offsets, scales = 8 * sum(out + 1 for out in outs), 4 * sum(outs) if bits == 8 else 0
+        rest = sum(packed_bytes(*size, nnz=0, bits=bits) for size in zip(outs, widths, strict=True))
+        offsets = 8 * sum(out + 1 for out in outs)
         weights = sum(map(prod, zip(outs, widths, strict=True)))
-        return cls(weights, sum(kept), bits, masks + offsets + scales)
+        return cls(weights, sum(kept), bits, rest + offsets)
 
     def nbytes(self, size: int) -> int:
-        """With values of `size` bytes, where they are not int8."""
-        return self.rest + self.kept * (1 if self.bits == 8 else size)
+        """With values of `size` bytes, where they are not integers."""
+        return self.rest + self.kept * (size * 8 if self.bits == 16 else self.bits) // 8
 
 
 @dataclass(frozen=True)
@@ -301,13 +301,13 @@ def _largest(plan: Plan) -> int:
 
 
 def _packing(plan: Plan) -> int:
-    """The largest matrix as it is packed: beside it what becomes of it, and at 8 bits a look at
+    """The largest matrix as it is packed: beside it what becomes of it, and at 8 and 4 bits a look at
     every weight."""
     if plan.pack_bits is None:
         return 0
     largest = _largest(plan)
     tile, packed = min(largest, LARGE_TILE), largest * plan.working.itemsize
-    looked_at = 3 * FLOAT * largest + UNPACKING * tile if plan.pack_bits == 8 else 0
+    looked_at = 3 * FLOAT * largest + UNPACKING * tile if plan.pack_bits < 16 else 0
     return packed + PACKING * tile + looked_at
 
 

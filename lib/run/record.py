@@ -106,8 +106,8 @@ def packed_line(packed: PackingRecord) -> str:
     """The size of the packed linears, for the terminal."""
     share = packed["bytes"] / packed["dense_bytes"]
     line = f"packed linears as saved: {gib(packed['bytes'])}, {share:.3f} of their dense size"
-    if packed["bits"] == 8:
-        line += f"; 8 bits change the logits by {packed['difference']:.2%}"
+    if packed["bits"] < 16:
+        line += f"; {packed['bits']} bits change the logits by {packed['difference']:.2%}"
     return line
 
 

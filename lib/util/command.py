@@ -154,9 +154,9 @@ def _report(error: BaseException) -> int | None:
 
 def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None where the error is a defect of the program."""
-    if isinstance(error, UserError | OSError):
-        return str(error)
     name = type(error).__name__
+    if isinstance(error, UserError | OSError) or name == "PackedError":
+        return str(error)
     if name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
         return f"out of memory ({error}); try a smaller --batch_size or --seqlen"
     return None

@@ -14,8 +14,9 @@ from torch import nn
 
 import lib.sparse
 from lib.methods.sparsity import n_of_m
+from lib.model.pretrained import decoder_blocks
+from lib.packed.errors import PackedWarning
 from lib.packed.linear import SparseLinear
-from lib.util.errors import RunWarning
 from lib.util.host import gib
 
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -28,7 +29,7 @@ def check_products(device: str, size: Size) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         found = products(device, size)
-    lines = {str(one.message) for one in warned if issubclass(one.category, RunWarning)}
+    lines = {str(one.message) for one in warned if issubclass(one.category, PackedWarning)}
     return found | ({"warned": "; ".join(sorted(lines))} if lines else {})
 
 
@@ -44,8 +45,8 @@ def products(device: str, size: Size) -> dict[str, Any]:
         dense.weight[n_of_m(dense.weight.abs(), 2, 4)] = 0
         dense.requires_grad_(False)
         fast, other = SparseLinear.from_linear(dense), SparseLinear.from_linear(dense)
-        other.reason = "left out: what is done without them is to be measured"
-        used = fast.use_fast_path_()
+        other.reason = "left out, to measure what is done without them"
+        used = fast.use_semi_structured_()
         found[f"{rows} x {width}"] = fast.reason if used else f"no 2:4 kernels: {fast.reason}"
         layers = {"dense": dense, "packed": other} | ({"2:4": fast} if used else {})
         for tokens in TOKENS[: size.of(len(TOKENS), 3)]:
@@ -91,4 +92,4 @@ def loaded(folder: Path, device: torch.device) -> str:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
-    return str(lib.sparse.packed_report(model))
+    return str(lib.sparse.swap_linears_(model, decoder_blocks(model)[1]))

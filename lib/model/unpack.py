@@ -1,11 +1,12 @@
 """From a packed checkpoint back to the plain dense one that any engine reads.
 
-python -m lib.packed.unpack IN OUT
+python -m lib.model.unpack IN OUT
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from lib.util.command import add_debug_flag, run
 from lib.util.errors import UserError
 from lib.util.folders import staged_folder
+
+CARD = "README.md"
 
 
 def unpack_folder(source: str, target: str) -> None:
@@ -34,7 +37,8 @@ def unpack_folder(source: str, target: str) -> None:
 
     quiet()
     config = AutoConfig.from_pretrained(folder)
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") != METHOD:
+    stored = getattr(config, "quantization_config", None) or {}
+    if stored.get("quant_method") != METHOD:
         raise UserError(f"IN {source}: not a packed checkpoint, nothing to unpack")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     model.dequantize()
@@ -44,6 +48,21 @@ def unpack_folder(source: str, target: str) -> None:
             if path.is_file() and ".safetensors" not in path.name:
                 if not (stage / path.name).exists():
                     shutil.copy2(path, stage / path.name)
+        if (stage / CARD).is_file():
+            card = (stage / CARD).read_text("utf-8")
+            (stage / CARD).write_text(unpacked_card(card, stored["bits"]), "utf-8")
+
+
+def unpacked_card(card: str, bits: int) -> str:
+    """A packed model's card with the truth about the dense one in place of its packed section."""
+    from lib.packed.checkpoint import CARD_HEADING
+
+    lost = "" if bits == 16 else f"; the kept ones are as {bits}-bit integers had rounded them"
+    section = f"## Weights\n\nUnpacked from a packed checkpoint: zeros are stored as weights{lost}.\n"
+    heading = re.escape(CARD_HEADING)
+    card = re.sub(rf"(?ms)^{heading}\n.*?(?=^#|\Z)", "", card)
+    card = re.sub(r"(?m)^(# .*), its sparse linears packed", r"\1, its linears unpacked", card)
+    return f"{card.rstrip()}\n\n{section}"
 
 
 def main(arguments: list[str]) -> None:

@@ -1,10 +1,10 @@
-"""Whether the kernel for a few tokens serves a packed weight on a GPU, found by trying it there.
+"""Which kernel multiplies a few tokens by a packed weight on a GPU, decided by trying it there.
 
-Before its first use on a GPU it is compared with unpacked weights on small problems. Then, for
-every shape and dtype that comes up, it is timed against unpacking the weight and multiplying, which
-is what is done otherwise, and against the dense product, where the GPU has room for that weight. It
-is used only where it is right and faster than unpacking; a line says why not. What is chosen
-changes the order of float32 sums, nothing else.
+Before its first use on a GPU the Triton kernel is compared with unpacked weights on small problems.
+Then, for every shape and dtype that comes up, it is timed against unpacking the weight and
+multiplying, which is what is done otherwise, and against the dense product, where the GPU has room
+for that weight. It is used only where it is right and faster than unpacking; a line says why not.
+The choice changes the order of float32 sums, nothing else.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.packed.layout import Packed, pack, row_offsets, unpack
-from lib.util.errors import RunWarning
+from .errors import PackedWarning
+from .layout import Packed, pack, row_offsets, unpack
+from .try_kernel import one_line, try_kernel
 
 MOST_TOKENS = 8
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of |x| |W|, per sum
@@ -30,7 +31,7 @@ Multiply = Callable[[Tensor, Packed, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Trial:
+class Timing:
     """Milliseconds of one product; `dense` is None where the dense weight has no room."""
 
     packed: float
@@ -47,62 +48,64 @@ class Trial:
 
 
 def small_batch_kernel(x: Tensor, packed: Packed, offsets: Tensor) -> Multiply | None:
-    """What multiplies x (tokens, in) by `packed`; None where that is done by unpacking.
+    """The kernel that multiplies x (tokens, in) by `packed`; None where it has to be unpacked.
 
-    Asked for the first time for a shape, it takes a moment: kernels are built and timed.
+    The first call for a shape takes a moment: kernels are built and timed. There is no kernel for
+    4-bit values.
     """
     if torch.compiler.is_compiling() or x.device.type != "cuda" or x.dtype not in TOLERANCE:
         return None
-    if not 1 <= len(x) <= MOST_TOKENS:
+    if not 1 <= len(x) <= MOST_TOKENS or packed.weight.dtype == torch.uint8:
         return None
     shape = len(packed.mask), x.shape[1], 1 << (len(x) - 1).bit_length()
-    of = x.device, x.dtype, packed.weight.dtype, *shape
-    if of not in _admitted:
+    key = x.device, x.dtype, packed.weight.dtype, *shape
+    if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():  # where nothing can be timed
             return None
-        _admitted[of] = _admit(x, packed, offsets)
-    return _admitted[of]
+        _chosen[key] = _choose(x, packed, offsets)
+    return _chosen[key]
 
 
-_admitted: dict[tuple, Multiply | None] = {}
+_chosen: dict[tuple, Multiply | None] = {}
 
 
-def _admit(x: Tensor, packed: Packed, offsets: Tensor) -> Multiply | None:
+def _choose(x: Tensor, packed: Packed, offsets: Tensor) -> Multiply | None:
     candidates = kernels(x.device)
     if not candidates:
         return None
     try:
         from triton.testing import do_bench
 
-        timed = partial(do_bench, warmup=5, rep=20)  # milliseconds
-        best, trial = fastest(candidates, x, packed, offsets, timed)
-    except Exception as error:  # no memory for the trial, a driver's own errors: all sorts
-        best, trial = None, _reason(error)
-    if best is None:
+        timer = partial(do_bench, warmup=5, rep=20)  # milliseconds
+        kernel, result = fastest(candidates, x, packed, offsets, timer)
+    except Exception as error:  # no memory for the trial, a driver's own errors
+        kernel, result = None, one_line(error)
+    if kernel is None:
         shape = f"{len(packed.mask)} x {x.shape[1]}, {len(x)} tokens"
-        _tell(f"packed weights are unpacked for every product of {shape}: {trial}")
-    return best
+        _warn(f"packed weights are unpacked for every product of {shape}: {result}")
+    return kernel
 
 
 @cache
 def kernels(device: torch.device) -> tuple[Multiply, ...]:
-    """The Triton kernel with each of its tiles, those that are right on a GPU; told if none is."""
-    try:
-        from lib.packed.bitmask_kernel import TILES, multiply
+    """The Triton kernel with each of its tiles that is right on a GPU; a warning if none is."""
 
-        def tiled(tile: tuple[int, int]) -> Multiply:
+    def build() -> list[Multiply]:
+        from .bitmask_kernel import TILES, multiply
+
+        def with_tile(tile: tuple[int, int]) -> Multiply:
             return lambda x, packed, offsets, bias: multiply(x, packed, offsets, bias, tile)
 
-        right = tuple(one for one in map(tiled, TILES) if is_right(one, device))
-        reason = None if right else "its results are wrong on this GPU"
-    except Exception as error:  # no Triton, no C compiler, a GPU it does not know: all sorts
-        right, reason = (), _reason(error)
+        tiled = [with_tile(tile) for tile in TILES]
+        return [kernel for kernel in tiled if matches_reference(kernel, device)]
+
+    right, reason = try_kernel(build, check=bool)
     if reason:
-        _tell(f"packed weights are unpacked for every product, without a Triton kernel: {reason}")
-    return right
+        _warn(f"packed weights are unpacked for every product, without a Triton kernel: {reason}")
+    return tuple(right or ())
 
 
-def is_right(multiply: Multiply, device: torch.device) -> bool:
+def matches_reference(multiply: Multiply, device: torch.device) -> bool:
     """Whether a kernel gives what unpacked weights in float64 give, on small random problems."""
     return all(
         deviation(multiply, *problem(*trial, tokens, dtype, bits, device)) <= TOLERANCE[dtype]
@@ -124,9 +127,8 @@ def problem(
     generator = torch.Generator().manual_seed(rows + width + tokens)
     weight = torch.randn(rows, width, generator=generator)
     weight *= torch.rand(rows, width, generator=generator) < share
-    packed = Packed(
-        *(None if one is None else one.to(device) for one in pack(weight.to(dtype), bits))
-    )
+    packed = pack(weight.to(dtype), bits)
+    packed = Packed(*(None if part is None else part.to(device) for part in packed))
     x, bias = (torch.randn(*size, generator=generator) for size in ((tokens, width), (rows,)))
     return x.to(device, dtype), packed, row_offsets(packed.mask), bias.to(device, dtype)
 
@@ -149,31 +151,29 @@ def fastest(
     x: Tensor,
     packed: Packed,
     offsets: Tensor,
-    milliseconds: Callable[[Callable], float],
-) -> tuple[Multiply | None, Trial]:
+    timer: Callable[[Callable], float],
+) -> tuple[Multiply | None, Timing]:
     """The fastest kernel, None where unpacking is faster than it, and what was measured."""
     width = x.shape[1]
     x = torch.randn_like(x)
-    best = min(candidates, key=lambda one: milliseconds(lambda: one(x, packed, offsets, None)))
-    taken = milliseconds(lambda: best(x, packed, offsets, None))
-    otherwise = milliseconds(lambda: F.linear(x, unpack(packed, width, offsets, x.dtype)))
-    trial = Trial(taken, otherwise, _dense_time(x, packed, offsets, milliseconds))
-    return best if trial.faster else None, trial
+    best = min(candidates, key=lambda kernel: timer(lambda: kernel(x, packed, offsets, None)))
+    timing = Timing(
+        packed=timer(lambda: best(x, packed, offsets, None)),
+        unpacking=timer(lambda: F.linear(x, unpack(packed, width, offsets, x.dtype))),
+        dense=_dense_time(x, packed, offsets, timer),
+    )
+    return best if timing.faster else None, timing
 
 
 def _dense_time(
-    x: Tensor, packed: Packed, offsets: Tensor, milliseconds: Callable[[Callable], float]
+    x: Tensor, packed: Packed, offsets: Tensor, timer: Callable[[Callable], float]
 ) -> float | None:
     try:
         dense = unpack(packed, x.shape[1], offsets, x.dtype)
-        return milliseconds(lambda: F.linear(x, dense))
+        return timer(lambda: F.linear(x, dense))
     except torch.OutOfMemoryError:
         return None
 
 
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
-def _tell(line: str) -> None:
-    warnings.warn(line, RunWarning, stacklevel=3)
+def _warn(line: str) -> None:
+    warnings.warn(line, PackedWarning, stacklevel=3)
