@@ -291,23 +291,30 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
     from lib.eval import some_logits
     from lib.model.pretrained import footprint, saved_dtype
     from lib.run.record import packed_line, packing_record
-    from lib.sparse import check_same_outputs, packed_size, swap_linears_, unpacking
+    from lib.sparse import check_same_outputs, decoding, packed_size, swap_linears_, unpacking
     from lib.util.host import gib
 
     args, model = job.args, loaded.model
     window = job.texts.tests[0].windows[:1].to(job.device)
-    before, size = some_logits(model, window), footprint(model)
+
+    def logits() -> list[Tensor]:
+        """Of the window at once, and of its beginning by the path that decoding takes."""
+        whole = some_logits(model, window)
+        with decoding(model):
+            return [whole, some_logits(model, window[:, : whole.shape[1]])]
+
+    before, size = logits(), footprint(model)
     on_device = partial(loaded.runner.on_device, write_back=True)
     report = swap_linears_(model, loaded.blocks, job.device, on_device, args.pack_bits)
     job.dist.barrier()  # all are packed
-    after = some_logits(model, window)
-    reference = before
-    if report.bits == 8:  # rounded to 8 bits it is another model, whose dense outputs count
+    after, reference = logits(), before
+    if report.bits < 16:  # rounded to integers it is another model, whose dense outputs count
         with unpacking(model):
-            reference = some_logits(model, window)
-    check_same_outputs(reference, after)
+            reference = logits()
+    for dense, packed in zip(reference, after, strict=True):
+        check_same_outputs(dense, packed)
     saved = packed_size(model, saved_dtype(args.dtype, job.config))
-    told = packing_record(saved, len(report.dense), before, after)
+    told = packing_record(saved, len(report.dense), before[-1], after[-1])
     if job.dist.is_main:
         print(report, packed_line(told), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.model.linears import find_linears
 from lib.packed import kernels
-from lib.packed.checkpoint import METHOD, card_lines, mark_packed_
+from lib.packed.checkpoint import METHOD, mark_packed_
 from lib.packed.errors import PackedError
 from lib.packed.grid import GROUP, HIGHEST, LOWEST, spread_scales
 from lib.packed.layout import is_smaller_packed, packed_bytes
@@ -34,7 +34,6 @@ __all__ = [
     "PackedSize",
     "SparseLinear",
     "SwapReport",
-    "card_lines",
     "check_same_outputs",
     "decoding",
     "packed_size",
@@ -112,9 +111,7 @@ def swap_linears_(
     return report
 
 
-def swap_block_(
-    block: nn.Module, name: str, bits: int = 16, group: int = GROUP
-) -> dict[str, str]:
+def swap_block_(block: nn.Module, name: str, bits: int = 16, group: int = GROUP) -> dict[str, str]:
     """Pack what is sparse in one block, called `name`, whose weights are in memory.
 
     Returns {name: why} of the linears that stay dense. Linears that are packed already are packed

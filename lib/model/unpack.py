@@ -58,11 +58,11 @@ def unpacked_card(card: str, bits: int) -> str:
     from lib.packed.checkpoint import CARD_HEADING
 
     lost = "" if bits == 16 else f"; the kept ones are as {bits}-bit integers had rounded them"
-    section = f"## Weights\n\nUnpacked from a packed checkpoint: zeros are stored as weights{lost}.\n"
+    section = f"Unpacked from a packed checkpoint: zeros are stored as weights{lost}."
     heading = re.escape(CARD_HEADING)
     card = re.sub(rf"(?ms)^{heading}\n.*?(?=^#|\Z)", "", card)
     card = re.sub(r"(?m)^(# .*), its sparse linears packed", r"\1, its linears unpacked", card)
-    return f"{card.rstrip()}\n\n{section}"
+    return f"{card.rstrip()}\n\n## Weights\n\n{section}\n"
 
 
 def main(arguments: list[str]) -> None:

@@ -106,7 +106,8 @@ def multiply(
 ) -> Tensor:
     """x (tokens, in) -> (tokens, out), of 1 to 8 tokens, in the dtype of x.
 
-    `packed` (16 or 8 bits) and `offsets` as in layout.py; all on one device. `tile`: one of `TILES`.
+    `packed` (16 or 8 bits) and `offsets` as in layout.py, all on one device. `tile`: one of
+    `TILES`.
     """
     mask, weight, scale = packed
     tokens, width = x.shape

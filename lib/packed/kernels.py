@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .errors import PackedError, PackedWarning
-from .layout import Packed, pack, row_offsets, unpack
+from .layout import pack, row_offsets, unpack
 from .try_kernel import try_kernel
 
 try:

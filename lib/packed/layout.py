@@ -160,7 +160,7 @@ def unpack(
     per_byte = 2 if weight.dtype == torch.uint8 else 1
     group = None
     if scale is not None:
-        scale = scale[rows].view(len(mask), -1)
+        scale = scale.view(len(scale), -1)[rows]
         group = group_size(scale, in_features) if per_byte == 2 else None
     largest = weight.numel() * per_byte
     index_dtype = torch.int32 if largest + 8 * in_features < 2**31 else torch.int64

@@ -281,7 +281,7 @@ class SparseLinear(nn.Module):
         self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
     def _apply(self, fn, recurse=True):
-        """Every move and cast works on the packed tensors; torch's kernels are tried again after."""
+        """Every move and cast works on the packed tensors; torch's kernels are then tried again."""
         if self.semi_structured is not None:
             self._set_packed(self.packed)
             self.semi_structured = None

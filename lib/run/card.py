@@ -183,21 +183,26 @@ def _recovery(results: Results, recovery: RecoveryRecord) -> list[str]:
 
 def _packing(results: Results) -> list[str]:
     """How large the packed linears are."""
+    from lib.packed.checkpoint import CARD_HEADING
+
     size = ""
     if packed := results.get("packed"):
-        values = "8-bit integers" if packed["bits"] == 8 else "they were"
+        values = "they were" if packed["bits"] == 16 else f"{packed['bits']}-bit integers"
         share = packed["bytes"] / packed["dense_bytes"]
         size = f", kept weights as {values}, in {share:.3f} of their dense size"
-    return [f"The sparse linears are stored packed{size}."]
+    return [CARD_HEADING, "", f"The sparse linears are stored packed{size}."]
 
 
 def how_to_run(results: Results) -> list[str]:
     """What to do with the saved folder, by its kind: packed, or a plain checkpoint."""
     folder = Path(results["flags"].get("save_model") or "").name
     if results["flags"].get("replace_sparse_layers"):
-        from lib.sparse import card_lines
+        from lib.packed.checkpoint import card_lines
 
-        intro = "With this project's `lib` on the path:"
+        intro = (
+            "Install what reads them, with `pip install .` in the folder of the project that "
+            "wrote them; then:"
+        )
         return [intro, "", "```python", *card_lines(folder), "```"]
     return [
         "```python",
@@ -205,11 +210,6 @@ def how_to_run(results: Results) -> list[str]:
         f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
         "```",
     ]
-
-
-def name_of(model: str) -> str:
-    """A hub id as it is, of a local folder its name alone."""
-    return model if is_hub_id(model) else Path(model).resolve().name
 
 
 def is_hub_id(model: str) -> bool:

@@ -301,8 +301,8 @@ def _largest(plan: Plan) -> int:
 
 
 def _packing(plan: Plan) -> int:
-    """The largest matrix as it is packed: beside it what becomes of it, and at 8 and 4 bits a look at
-    every weight."""
+    """The largest matrix as it is packed: beside it what becomes of it, and at 8 and 4 bits a look
+    at every weight."""
     if plan.pack_bits is None:
         return 0
     largest = _largest(plan)

@@ -12,10 +12,17 @@ from support import CPU
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.packed import admission
-from lib.packed.admission import TOLERANCE, Trial, deviation, fastest, problem, small_batch_kernel
+from lib.packed import kernel_dispatch
+from lib.packed.errors import PackedWarning
+from lib.packed.kernel_dispatch import (
+    TOLERANCE,
+    Timing,
+    deviation,
+    fastest,
+    problem,
+    small_batch_kernel,
+)
 from lib.packed.layout import Packed, pack, row_offsets, unpack
-from lib.util.errors import RunWarning
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -106,13 +113,13 @@ def gives_nothing(x: Tensor, packed: Packed, offsets: Tensor, bias: Tensor | Non
 
 
 def test_the_check_finds_a_wrong_kernel():
-    assert admission.is_right(unpacking, CPU)
+    assert kernel_dispatch.matches_reference(unpacking, CPU)
     for wrong in (forgets_the_scale, forgets_the_bias, gives_nothing):
-        assert not admission.is_right(wrong, CPU)
+        assert not kernel_dispatch.matches_reference(wrong, CPU)
 
 
 def test_the_kernel_passes_the_check(kernel):
-    assert admission.is_right(kernel.multiply, DEVICE)
+    assert kernel_dispatch.matches_reference(kernel.multiply, DEVICE)
 
 
 def clock(*milliseconds: float):
@@ -130,7 +137,7 @@ def test_the_fastest_is_used_where_it_is_faster_than_unpacking():
     x, packed, offsets, _ = problem(8, 32, 0.5, 2, torch.float32, 16, CPU)
     candidates = unpacking, forgets_the_bias
     best, trial = fastest(candidates, x, packed, offsets, clock(3, 2, 2, 5, 1))
-    assert best is forgets_the_bias and trial == Trial(2, 5, 1)
+    assert best is forgets_the_bias and trial == Timing(packed=2, unpacking=5, dense=1)
     none, trial = fastest(candidates, x, packed, offsets, clock(3, 7, 3, 2, 1))
     assert none is None
     assert str(trial) == "the kernel takes 3.000 ms, unpacking 2.000, the dense product 1.000"
@@ -161,9 +168,9 @@ def test_a_line_says_why_not(kernel, milliseconds, said, monkeypatch, recwarn):
 
     times = iter([milliseconds, milliseconds, 3.0, 1.0])
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
-    monkeypatch.setattr(admission, "kernels", lambda device: (unpacking,))
-    found = admission._admit(*problem(8, 32, 0.5, 2, torch.float32, 16, CPU)[:3])
-    lines = [str(one.message) for one in recwarn if one.category is RunWarning]
+    monkeypatch.setattr(kernel_dispatch, "kernels", lambda device: (unpacking,))
+    found = kernel_dispatch._choose(*problem(8, 32, 0.5, 2, torch.float32, 16, CPU)[:3])
+    lines = [str(one.message) for one in recwarn if one.category is PackedWarning]
     assert (found is unpacking) == (not said) and len(lines) == bool(said)
     assert all("unpacked for every product of 8 x 32, 2 tokens" in line for line in lines)
     assert all(said in line and "\n" not in line for line in lines)
@@ -175,15 +182,15 @@ def test_not_on_a_cpu_and_not_for_many_tokens():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel is found")
 def test_a_gpu_without_the_kernel_is_told_once():
-    admission.kernels.cache_clear()
-    with pytest.warns(RunWarning, match="without a Triton kernel: ") as warned:
-        assert admission.kernels(OTHER_GPU) == admission.kernels(OTHER_GPU) == ()
+    kernel_dispatch.kernels.cache_clear()
+    with pytest.warns(PackedWarning, match="without a Triton kernel: ") as warned:
+        assert kernel_dispatch.kernels(OTHER_GPU) == kernel_dispatch.kernels(OTHER_GPU) == ()
     assert len(warned) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_gets_the_kernel():
-    assert admission.kernels(torch.device("cuda:0"))
+    assert kernel_dispatch.kernels(torch.device("cuda:0"))
     x, packed, offsets, _ = problem(4096, 4096, 0.5, 1, torch.float16, 16, DEVICE)
     found = small_batch_kernel(x, packed, offsets)
     assert found is small_batch_kernel(x, packed, offsets)

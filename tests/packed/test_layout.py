@@ -5,7 +5,8 @@ import torch
 
 from lib.methods.sparsity import n_of_m
 from lib.packed import layout
-from lib.packed.eight_bits import to_codes
+from lib.packed.errors import PackedError
+from lib.packed.grid import quantise
 from lib.packed.layout import (
     Packed,
     check_packed,
@@ -18,7 +19,6 @@ from lib.packed.layout import (
     row_offsets,
     unpack,
 )
-from lib.util.errors import UserError
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (3, 8), (5, 13), (7, 20), (16, 64), (9, 100), (2, 7)]
@@ -58,7 +58,7 @@ def test_packing_is_what_it_says_and_comes_back(dtype, share, shape):
     assert torch.equal(row_offsets(mask), offsets)
     shapes = packed_shapes(*shape, len(values), 16)
     assert shapes == {"mask": tuple(mask.shape), "weight": tuple(values.shape)}
-    size = packed_bytes(*shape, len(values), dtype.itemsize)
+    size = packed_bytes(*shape, len(values), itemsize=dtype.itemsize)
     assert size == mask.nbytes + values.nbytes
     check_packed(packed, *shape, 16)
 
@@ -120,10 +120,10 @@ def test_tiles_strides_and_parts_change_nothing(bits, monkeypatch):
 
 
 def test_what_can_not_be_packed():
-    with pytest.raises(UserError, match="matrix"):
+    with pytest.raises(PackedError, match="matrix"):
         pack(torch.zeros(4, 4, 4))
     for value in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--pack_bits 8"):
+        with pytest.raises(PackedError, match="8 bits: a weight is nan or inf"):
             pack(torch.tensor([[1.0, value]]), 8)
 
 
@@ -148,7 +148,7 @@ def test_eight_bits_are_off_by_half_a_step_at_most(shape, dtype):
 
 def test_eight_bits_of_rows_with_nothing_or_next_to_nothing():
     weight = torch.tensor([[0.0, 0.0], [1e-44, 0.0], [-3e38, 1.0]])
-    codes, scale = to_codes(weight)
+    codes, scale = quantise(weight, bits=8)
     assert scale.isfinite().all() and (scale > 0).all()
     assert codes.tolist() == [[0, 0], [0, 0], [-127, 0]]
     check_packed(pack(weight, 8), 3, 2, 8)
@@ -220,7 +220,7 @@ def damaged(kind, bits=16):
     ],
 )
 def test_damage_is_told(kind, bits, word):
-    with pytest.raises(UserError, match=word) as told:
+    with pytest.raises(PackedError, match=word) as told:
         check_packed(damaged(kind, bits), 3, 13, bits)
     assert "\n" not in str(told.value)
     check_packed(damaged("nothing", bits), 3, 13, bits)

@@ -13,7 +13,7 @@ from support import QUICK, call, results, weights
 
 import lib.eval
 from lib.model import pretrained
-from lib.packed.unpack import unpack_folder
+from lib.model.unpack import unpack_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -69,7 +69,7 @@ def test_packed_is_smaller_and_measures_the_same(model: Path, uk: Path, kind: st
     again = evaluate("packed", uk)
     assert perplexity(again.out) == pytest.approx(perplexity(packed.out), rel=1e-6)
     assert results()["sparsity"]["overall"] == found["sparsity"]["overall"]
-    assert "import lib.sparse" in Path("packed/README.md").read_text()
+    assert "import packed_bitmask" in Path("packed/README.md").read_text()
     unpack_folder("packed", "plain")
     one, two = weights("dense"), weights("plain")
     assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)

@@ -1,0 +1,148 @@
+"""What pip installs: the packed form for any program, and a command for main.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from support import ROOT, prune_
+from transformers import AutoModelForCausalLM
+
+from lib.model.pretrained import decoder_blocks
+from lib.packed import PackedConfig, PackedQuantizer, card_lines, checkpoint
+from lib.sparse import swap_linears_
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+IDS = torch.arange(3, 15)[None]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which pip has installed a copy of the sources, without a network."""
+    pytest.importorskip("pip")
+    sources, target = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("target")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "main.py"):
+        shutil.copy2(ROOT / name, sources)
+    shutil.copytree(ROOT / "lib", sources / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*pip, "--disable-pip-version-check", "--target", target, sources],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def outside(command: list[str], installed: Path, folder: Path) -> subprocess.CompletedProcess:
+    """Run a command that sees what was installed, and not the repository."""
+    environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny.tiny_llama().eval()
+    prune_(model)
+    swap_linears_(model, decoder_blocks(model)[1])
+    folder = tmp_path_factory.mktemp("packed")
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_packed_checkpoint_loads_as_the_card_says(
+    installed: Path, packed_folder: Path, tmp_path: Path
+) -> None:
+    lines = card_lines(str(packed_folder))
+    assert lines[0].startswith("import packed_bitmask")
+    code = [
+        *lines,
+        "import sys, torch",
+        "ids = torch.arange(3, 15)[None]",
+        "print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())",
+        "assert not any(name.partition('.')[0] in ('lib', 'main') for name in sys.modules)",
+        "print(packed_bitmask.__file__)",
+    ]
+    done = outside([sys.executable, "-c", "\n".join(code)], installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokens, file = done.stdout.splitlines()
+    model = AutoModelForCausalLM.from_pretrained(packed_folder)
+    assert tokens == str(model.generate(IDS, max_new_tokens=6, do_sample=False).tolist())
+    assert Path(file).is_relative_to(installed)
+
+
+def test_without_the_package_loading_fails_and_names_it(
+    packed_folder: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM\n"
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+    )
+    done = outside([sys.executable, "-c", code, str(packed_folder)], tmp_path, tmp_path)
+    assert done.returncode != 0 and "import packed_bitmask" in done.stderr
+
+
+def test_both_names_can_be_imported(installed: Path, packed_folder: Path, tmp_path: Path) -> None:
+    """The installed package, and the repository's own: the last one's classes are used."""
+    code = (
+        "import sys; sys.path.append(sys.argv[2])\n"
+        "import packed_bitmask, lib.packed, torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "assert any(isinstance(m, lib.packed.SparseLinear) for m in model.modules())\n"
+        "one, two = packed_bitmask.linear.kernels.ready(), lib.packed.linear.kernels.ready()\n"
+        "assert one == two\n"
+        "print(model(torch.arange(3, 15)[None]).logits.isfinite().all().item())\n"
+    )
+    command = [sys.executable, "-c", code, str(packed_folder), str(ROOT)]
+    done = outside(command, installed, tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
+
+
+def test_the_command_is_main(installed: Path, tmp_path: Path) -> None:
+    done = outside([str(installed / "bin" / "langprune"), "--help"], installed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: langprune") and "--prune_method" in done.stdout
+    done = outside([str(installed / "bin" / "langprune"), "--model", "m"], installed, tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_nothing_is_installed_under_a_name_that_others_use(installed: Path) -> None:
+    names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert names == {"bin", "langprune", "packed_bitmask"}
+    assert (installed / "langprune" / "main.py").is_file()
+    assert (installed / "packed_bitmask" / "kernels.cpp").is_file()
+
+
+def test_every_folder_of_lib_and_its_data_are_installed(installed: Path) -> None:
+    for file in (ROOT / "lib").rglob("*"):
+        if file.suffix not in (".pyc", ".md") and file.is_file():
+            assert (installed / "langprune" / file.relative_to(ROOT)).is_file(), file
+
+
+def test_requirements_are_those_of_the_package() -> None:
+    extra = PROJECT["project"]["optional-dependencies"]["test"]
+    listed = (ROOT / "requirements.txt").read_text("utf-8").split()
+    assert sorted(listed) == sorted(PROJECT["project"]["dependencies"] + extra)
+
+
+def test_the_version_is_the_citations() -> None:
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert re.search(r"(?m)^version: (.*)$", citation)[1] == PROJECT["project"]["version"]
+
+
+def test_registering_twice_is_no_error() -> None:
+    checkpoint.register()
+    checkpoint.register()
+    assert checkpoint.AUTO_QUANTIZER_MAPPING[checkpoint.METHOD] is PackedQuantizer
+    assert checkpoint.AUTO_QUANTIZATION_CONFIG_MAPPING[checkpoint.METHOD] is PackedConfig
