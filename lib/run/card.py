@@ -212,6 +212,11 @@ def how_to_run(results: Results) -> list[str]:
     ]
 
 
+def name_of(model: str) -> str:
+    """A hub id as it is, of a local folder its name alone."""
+    return model if is_hub_id(model) else Path(model).resolve().name
+
+
 def is_hub_id(model: str) -> bool:
     """Whether `model` names a repository on the hub and not a folder."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
