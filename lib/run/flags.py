@@ -193,6 +193,16 @@ VOCABULARY = (
         span=Span(1),
         needs=("trim_vocabulary",),
     ),
+    Flag(
+        "keep_reserved_tokens",
+        "vocabulary",
+        RESULT,
+        "keep the special tokens that are reserved for later use and differ in a number only, as "
+        "in Gemma and Llama 3; without it they go unless a text, the tokenizer's settings, the "
+        "chat template or a config uses them",
+        options={"action": "store_true"},
+        needs=("trim_vocabulary",),
+    ),
 )
 
 PRUNING = (

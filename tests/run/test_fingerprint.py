@@ -30,6 +30,7 @@ OTHER = {
     "trim_vocabulary": [],
     "vocabulary_size": ["300"],
     "vocabulary_minimum": ["2"],
+    "keep_reserved_tokens": [],
     "prune_method": ["sparsegpt"],
     "sparsity_ratio": ["0.6"],
     "sparsity_type": ["2:4"],
