@@ -37,10 +37,10 @@ def test_the_scale_with_the_least_error_is_taken(width):
         for index, begin in enumerate(range(0, width, 64)):
             weights = weight[row, begin : begin + 64]
             largest = float(weights.abs().max())
-            tried = short_scales(largest / 12, largest / 4)
+            tried = short_scales(largest / 12, largest / 4) if largest else [1.0]
             best = min(slow_error(weights, scale) for scale in tried)
-            error = (dense[row, begin : begin + 64] - weights).square().sum()
-            assert error == pytest.approx(best, rel=1e-4, abs=1e-12)
+            error = float((dense[row, begin : begin + 64] - weights).square().sum())
+            assert error <= best * (1 + 1e-4) + 1e-12
             assert has_short_scales(scales[row, index])
 
 

@@ -205,7 +205,7 @@ def damaged(kind, bits=16):
     elif kind == "scale 0":
         scale = scale * torch.tensor([1, 0, 1]).view_as(scale)
     elif kind == "scale nan":
-        scale = scale * torch.tensor([1, 1, float("nan")]).view_as(scale)
+        scale = scale * torch.tensor([1, 1, float("nan")]).view_as(scale).to(scale)
     elif kind == "one byte less":
         values = values[:-1]
     elif kind == "scale's dtype":
