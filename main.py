@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from lib.quality.reference import DenseReference, States
     from lib.report.results import Measured, Results
     from lib.run.completions import Completions
-    from lib.run.quality import Quality
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +48,6 @@ def run(job: Job) -> Results:
     Raises UserError where a step after pruning has failed; the others have been done.
     """
     from lib.run.completions import Completions
-    from lib.run.quality import Quality
 
     args, target = job.args, None
     with command.unfailing_output(), ExitStack() as at_end:
@@ -60,24 +58,22 @@ def run(job: Job) -> Results:
             trim(job, loaded)
         resolve_bos(job, loaded)
         teacher = load_teacher(job, loaded) if job.schedule else None
-        completions, quality = Completions(job, loaded), Quality(job, loaded)
+        completions = Completions(job, loaded)
         if job.method_spec or job.schedule:
             completions.generate("dense", teacher.model if args.teacher else loaded.model)
             dense = teacher if args.teacher else loaded.runner
             loaded.reference = dense_reference(job, loaded, dense)
-            quality.measure("dense", dense)
         figures = prune(job, loaded) if job.method_spec else {}
         if teacher:
             figures |= recover(job, loaded, teacher)
             del teacher
-        return finish(job, loaded, completions, quality, figures, target)
+        return finish(job, loaded, completions, figures, target)
 
 
 def finish(
     job: Job,
     loaded: LoadedModel,
     completions: Completions,
-    quality: Quality,
     figures: Measured,
     target: Target | None,
 ) -> Results:
@@ -91,12 +87,9 @@ def finish(
             figures |= pack(job, loaded)
         figures |= evaluate(job, loaded)
         completions.generate("model", loaded.model)
-        with steps.attempt("--abilities and --fidelity"):
-            quality.measure("model", loaded.runner)
         job.dist.close()
         if job.dist.is_main:
-            figures |= {"completions": completions.records()} | quality.records()
-            results = collect(job, loaded, figures)
+            results = collect(job, loaded, figures | {"completions": completions.records()})
     if not job.dist.is_main:
         steps.raise_failures()
         return {}
@@ -123,8 +116,8 @@ def finish(
         with steps.attempt("summary"):
             print_summary(results)
     saved = "save" in job.seconds
-    if job.journal and (saved or not (target or steps.failures)):
-        job.journal.remove()
+    if job.finished and (saved or not (target or steps.failures)):
+        job.finished.clear()
     steps.raise_failures(f"the model is saved in {args.save_model}" if saved else None)
     return results
 
@@ -175,8 +168,6 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
     from lib.util.progress import progress
 
     args, dist, runner = job.args, job.dist, loaded.runner
-    if job.journal:
-        job.journal.begin(job.fingerprint["pruning"])
     allocation, allocation_record = allocate(job, loaded)
     pruner = Pruner(
         runner=runner,
@@ -184,7 +175,6 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
         allocation=allocation,
         dist=dist,
         rounding=saved_dtype(args.dtype, job.config),
-        journal=job.journal,
     )
     blocks = len(loaded.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
@@ -254,8 +244,6 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     from lib.util.progress import progress
 
     args, dist, schedule, text = job.args, job.dist, job.schedule, job.texts.training
-    if job.journal and not job.method_spec:
-        job.journal.begin(job.fingerprint["pruning"])
     before = measure(loaded.runner)
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
     with job.timed("measure before"), progress(2, "perplexity", "model", dist.is_main) as bar:
@@ -276,7 +264,7 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
         measure=perplexity,
         rounding=saved_dtype(args.dtype, job.config),
         dist=dist,
-        journal=job.journal,
+        finished=job.finished,
         checkpointed=loaded.checkpointed,
     )
     tokens = schedule.steps * schedule.windows * schedule.seqlen
@@ -376,7 +364,7 @@ def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps:
 
     args = job.args
     with job.timed("save"), target.staged() as stage:
-        with loaded.runner.materialized():
+        with loaded.runner.mapped():
             save_model(loaded.model, stage, saved_dtype(args.dtype, job.config))
         job.tokenizer.save_pretrained(stage)
         with steps.attempt("tokenizer.model"):

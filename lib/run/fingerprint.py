@@ -1,6 +1,6 @@
 """What decides a result, in one place: two runs with the same fingerprint give the same bytes.
 
-An interrupted run goes on only under the same fingerprint (lib/pruning/journal.py), the processes
+An interrupted run goes on only under the same fingerprint (lib/model/work_folder.py), the processes
 of one job must have the same, and a sweep does a run again where it differs from the one that is
 kept. What a flag counts for stands beside it, in lib/run/flags.py: values of flags that change the
 result, and what stands behind those that name an input; never where something is kept.
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.model.access import weight_files
-from lib.model.pretrained import pick_dtype, saved_dtype
+from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
 from lib.model.quantised import stored_bits
-from lib.model.store import dtype_name
 from lib.run.flag import RESULT
 from lib.run.flags import FLAGS
 from lib.util.versions import versions
@@ -62,10 +61,6 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     measuring |= {
         f"windows of --eval_data {one.name}": one.facts["digest"][:16] for one in texts.tests
     }
-    if args.abilities or args.fidelity:
-        measuring["seed of questions"] = job.question_seed
-    if args.pairs:
-        measuring["--pairs"] = hashlib.sha256(Path(args.pairs).read_bytes()).hexdigest()[:16]
     quantised = args.load_bit or stored_bits(job.config)
     packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
     pruning |= {f"version of {name}": versions()[name] for name in packages}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lib.distributed.context import DistContext
     from lib.model.access import Checkpoint
     from lib.model.blocks import BlockRunner
-    from lib.pruning.journal import Journal
+    from lib.model.work_folder import WorkFolder
     from lib.quality.reference import DenseReference
     from lib.recover import TrainSchedule
     from lib.vocabulary import TrimmedVocabulary
@@ -44,10 +44,6 @@ class NoCache:
     def model(self, key: tuple, device: torch.device, read: Callable[[], nn.Module]) -> nn.Module:
         """The dense model, which depends on `key` alone, on `device`; it may be changed."""
         return read()
-
-    def question_seed(self, seed: int) -> int:
-        """The seed that draws the questions of a run with `seed`."""
-        return seed
 
     def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
         """What was computed by the dense model, and depends on `key` alone."""
@@ -92,7 +88,7 @@ class Job:
     teacher_rows: Tensor | None = None  # of the teacher, where it has more tokens than the model
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
-    journal: Journal | None = None  # of the main process, under --resume
+    finished: WorkFolder | None = None  # of --resume, in the main process
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
     @property
@@ -106,11 +102,6 @@ class Job:
         """What the weights of the dense model depend on."""
         weights = self.fingerprint["pruning"]["weights of --model"]
         return values(self.args, ["model"], (RESULT, INPUT, PLACE)), weights
-
-    @property
-    def question_seed(self) -> int:
-        """Draws the questions of --abilities and the beginnings of --fidelity."""
-        return self.cache.question_seed(self.args.seed)
 
     @property
     def dense_key(self) -> tuple:
