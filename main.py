@@ -390,10 +390,10 @@ def record(job: Job, results: Results) -> None:
 def draw(job: Job, results: Results) -> None:
     """Draw the curve of the recovery, where matplotlib is installed."""
     from lib.report.plots.recovery import recovery_curve
-    from lib.report.plots.style import can_draw
+    from lib.report.plots.style import can_draw, save_figure
 
     if can_draw():
-        recovery_curve(results, Path(job.args.save) / "recovery.png")
+        save_figure(recovery_curve(results), Path(job.args.save) / "recovery.png")
 
 
 def read_sources(job: Job) -> list[str]:

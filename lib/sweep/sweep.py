@@ -101,11 +101,11 @@ def do_all(planned: list[Planned], out: str, debug: bool) -> None:
 
 def report(out: str) -> None:
     """Table and pictures of all runs that are in `out`, of this sweep or of an earlier one."""
-    from lib.report.report import table, write_report
     from lib.report.results import load_runs
+    from lib.report.write import report_text, write_report
 
     runs = load_runs([out])
-    print(f"\n{table(runs)}")
+    print(f"\n{report_text(runs)}")
     for path in write_report(runs, out):
         print(f"wrote {path}", file=sys.stderr)
 
