@@ -5,7 +5,7 @@
 
 What follows `--` goes to every run of main.py. Each run has a folder of its own in `--out`; those
 that are finished are kept, so that the same command goes on after an interruption and tries again
-what failed. Each model is read once. Ends with lib/report/report.py's table and pictures.
+what failed. Each model is read once. Ends with the table and pictures of lib/report/write.py.
 """
 
 from __future__ import annotations
