@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lib.quality.reference import DenseReference, States
     from lib.report.results import Measured, Results
     from lib.run.completions import Completions
+    from lib.run.quality import Quality
 
 
 def main(argv: list[str]) -> None:
@@ -48,6 +49,7 @@ def run(job: Job) -> Results:
     Raises UserError where a step after pruning has failed; the others have been done.
     """
     from lib.run.completions import Completions
+    from lib.run.quality import Quality
 
     args, target = job.args, None
     with command.unfailing_output(), ExitStack() as at_end:
@@ -58,22 +60,24 @@ def run(job: Job) -> Results:
             trim(job, loaded)
         resolve_bos(job, loaded)
         teacher = load_teacher(job, loaded) if job.schedule else None
-        completions = Completions(job, loaded)
+        completions, quality = Completions(job, loaded), Quality(job, loaded)
         if job.method_spec or job.schedule:
             completions.generate("dense", teacher.model if args.teacher else loaded.model)
             dense = teacher if args.teacher else loaded.runner
             loaded.reference = dense_reference(job, loaded, dense)
+            quality.measure("dense", dense)
         figures = prune(job, loaded) if job.method_spec else {}
         if teacher:
             figures |= recover(job, loaded, teacher)
             del teacher
-        return finish(job, loaded, completions, figures, target)
+        return finish(job, loaded, completions, quality, figures, target)
 
 
 def finish(
     job: Job,
     loaded: LoadedModel,
     completions: Completions,
+    quality: Quality,
     figures: Measured,
     target: Target | None,
 ) -> Results:
@@ -87,9 +91,12 @@ def finish(
             figures |= pack(job, loaded)
         figures |= evaluate(job, loaded)
         completions.generate("model", loaded.model)
+        with steps.attempt("--abilities and --fidelity"):
+            quality.measure("model", loaded.runner)
         job.dist.close()
         if job.dist.is_main:
-            results = collect(job, loaded, figures | {"completions": completions.records()})
+            figures |= {"completions": completions.records()} | quality.records()
+            results = collect(job, loaded, figures)
     if not job.dist.is_main:
         steps.raise_failures()
         return {}

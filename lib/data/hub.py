@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, whole or streamed, and one line for all that can go wrong.
+"""Data sets of the Hugging Face hub, whole or streamed; what goes wrong is told in one line.
 
 Small sets are downloaded once by `datasets` and kept in its cache; large ones are streamed, so that
-a few windows cost a few megabytes. The commit that was read is looked up first and pinned.
+a few windows cost a few megabytes. The current commit is looked up first, and that one is read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from lib.data.sources import Source
 from lib.util.errors import UserError
 
-TEST_DOCUMENTS = 1_100  # the first documents that stand for the test text of a large set
+TEST_DOCUMENTS = 1_100  # the first documents of a large set, which are its test text
 TIMEOUT = 10.0  # seconds for the hub's first answer
 TESTS = ("test", "validation")
 
@@ -32,14 +32,14 @@ class Column(Sequence):
 
 
 class StreamedRows:
-    """(row number, text) of a streamed set, in its own order, from row `first` on."""
+    """The (row number, text) pairs of a streamed set, in its own order, from row `first` on."""
 
     def __init__(self, source: Source, rows: object, first: int) -> None:
         self.source, self.rows, self.first = source, rows, first
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         count = 0
-        with user_errors(self.source):
+        with as_user_error(self.source):
             for number, row in enumerate(self.rows):
                 text = _text(self.source, row, number)
                 count += 1
@@ -53,19 +53,19 @@ class StreamedRows:
             )
 
     def check(self) -> None:
-        """Read one row; UserError if it can't be reached or is no text."""
+        """Read one row; raises UserError if it can't be reached or is not text."""
         next(iter(StreamedRows(self.source, self.rows, first=0)))
 
 
 def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]:
-    """The texts of a split (`train` or `test`) and the commit they are of, None if unknown.
+    """Return the texts of a split (`train` or `test`) and their commit, None if unknown.
 
-    A set that has neither test nor validation split is parted: its first `TEST_DOCUMENTS` rows are
-    the test, and calibration starts after them, unless the user names the split.
+    Of a set without test and validation split the first `TEST_DOCUMENTS` rows are the test, and
+    calibration starts after them, unless the user names the split.
     """
     from datasets import load_dataset
 
-    with user_errors(source):
+    with as_user_error(source):
         commit = revision(source)
         options = {"revision": commit, "streaming": source.stream or None}
         if source.train_file:
@@ -92,11 +92,11 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
 
 
 def revision(source: Source) -> str | None:
-    """The commit that the hub's set is at now.
+    """Return the current commit of the hub's set.
 
-    None in offline mode, and where the hub is out of reach but has given of this set before; then
-    `datasets` looks into its cache. Asked first because its own attempts take half a minute to
-    fail.
+    Returns None in offline mode, and if the hub is out of reach but the set was downloaded before;
+    `datasets` then looks into its cache. The hub is asked here because the attempts of `datasets`
+    take half a minute to fail.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
@@ -114,8 +114,8 @@ def revision(source: Source) -> str | None:
 
 
 @contextmanager
-def user_errors(source: Source) -> Iterator[None]:
-    """Turn what `datasets` and the hub's client raise into one UserError."""
+def as_user_error(source: Source) -> Iterator[None]:
+    """Turn whatever `datasets` and the hub's client raise into a UserError of one line."""
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
@@ -146,17 +146,21 @@ def _single_file(source: Source, split: str) -> tuple[str, str]:
 
 
 def _split(source: Source, split: str, names: list[str]) -> str:
-    wanted = [source.split] if source.split else {"train": ["train"]}.get(split, [*TESTS, "train"])
-    found = next((name for name in wanted if name in names), None)
-    if found is None:
-        raise source.error(
-            f"no split {wanted[0]!r}; there are: {_closest(wanted[0], names)}; name one as "
-            f"{source.hub}:{source.config or ''}:SPLIT"
-        )
-    return found
+    """Return the name of the hub's split for `train` or `test`."""
+    candidates = [*TESTS, "train"] if split == "test" else ["train"]
+    if source.split:
+        candidates = [source.split]
+    for name in candidates:
+        if name in names:
+            return name
+    raise source.error(
+        f"no split {candidates[0]!r}; there are: {_closest(candidates[0], names)}; name one as "
+        f"{source.hub}:{source.config or ''}:SPLIT"
+    )
 
 
 def _text(source: Source, row: dict, number: int) -> str:
+    """Return the text of a row. Raises UserError if it has none."""
     if source.column not in row:
         raise source.error(f"no column {source.column!r}; there are: {', '.join(row)}")
     text = row[source.column]
@@ -167,7 +171,7 @@ def _text(source: Source, row: dict, number: int) -> str:
 
 
 def _check_config(source: Source, commit: str) -> None:
-    """UserError where the set needs a config, or has none of the name given."""
+    """Raise UserError if the set needs a config, or has none of the given name."""
     from datasets import get_dataset_config_names, get_dataset_default_config_name
 
     names = get_dataset_config_names(source.hub, revision=commit)
@@ -180,7 +184,7 @@ def _check_config(source: Source, commit: str) -> None:
 
 
 def _downloaded(source: Source) -> bool:
-    """Whether anything of the set is in the hub's cache on this machine."""
+    """Return whether any part of the set is in the hub's cache on this machine."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
     try:
@@ -190,14 +194,15 @@ def _downloaded(source: Source) -> bool:
     return any(r.repo_type == "dataset" and r.repo_id == source.hub for r in repositories)
 
 
-def _closest(wanted: str, names: list[str]) -> str:
-    """All names if they are few, else those most like the wanted one and how many there are."""
+def _closest(name: str, names: list[str]) -> str:
+    """List all names if they are few, else those most similar to `name` and their number."""
     if len(names) <= 12:
         return ", ".join(names)
-    near = difflib.get_close_matches(wanted, names, n=8, cutoff=0.3) or names[:8]
-    return f"{', '.join(near)}, ... ({len(names)} in all)"
+    similar = difflib.get_close_matches(name, names, n=8, cutoff=0.3) or names[:8]
+    return f"{', '.join(similar)}, ... ({len(names)} in all)"
 
 
 def _line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]

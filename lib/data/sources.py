@@ -28,13 +28,13 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
 
 @dataclass(frozen=True)
 class Source:
-    """A set of texts and the rules by which it is drawn from. Exactly one of `path`, `hub` is set.
+    """A set of texts and the rules of drawing from it. Exactly one of `path` and `hub` is set.
 
-    `sampled`: too large to measure whole; its test is the first documents and windows only.
+    A `sampled` set is too large to measure whole: its first documents and windows are the test.
     """
 
     text: str  # as the user wrote it, without the weight
-    flag: str  # the flag that named it, for messages
+    flag: str  # the flag that it was given to, for messages
     name: str  # short, for tables and pictures
     weight: float | None = None
     path: Path | None = None
@@ -50,7 +50,7 @@ class Source:
     separator: str = "\n\n"  # between the documents of the test text
 
     def error(self, problem: str) -> UserError:
-        """The exception that says what is wrong with this source, after its flag and value."""
+        """Return an error that names flag and value of this source, then the problem."""
         return UserError(f"{self.flag} {self.text}: {problem}")
 
 
@@ -73,10 +73,10 @@ BUILT_IN: dict[str, dict] = {
 
 
 def parse_source(text: str, flag: str) -> Source:
-    """The source that `text` names; `flag` is the flag it was given to.
+    """Return the source that `text` names; `flag` is the flag that it was given to.
 
-    Looks at the file system to tell local names from hub ids, never at the network. Raises
-    UserError for a name that is nothing of the kind and for a bad weight.
+    Local names are told from hub ids by a look at the file system; the network is not used. Raises
+    UserError for an unknown name and for a bad weight.
     """
     if "=" in text and not Path(text).expanduser().exists():
         text, _, weight = text.rpartition("=")
@@ -92,10 +92,10 @@ def parse_source(text: str, flag: str) -> Source:
 
 
 def parse_sources(texts: Sequence[str], flag: str, mixture: bool = False) -> list[Source]:
-    """All sources of one flag, with names told apart; `mixture` allows weights.
+    """Return all sources of one flag, with different names; `mixture` allows weights.
 
-    Without any weight the sources of a mixture count the same. Raises UserError also for a source
-    named twice and where only some have a weight.
+    Without weights the sources of a mixture count the same. Raises UserError also for a source
+    that is named twice, and if only some have a weight.
     """
     sources = [parse_source(text, flag) for text in texts]
     given = " ".join(texts)
@@ -104,15 +104,15 @@ def parse_sources(texts: Sequence[str], flag: str, mixture: bool = False) -> lis
             raise source.error(f"takes no weight ({source.weight:g}); leave out what follows '='")
     if any(s.weight is None for s in sources) and any(s.weight is not None for s in sources):
         raise UserError(f"{flag} {given}: give every source a weight, NAME=WEIGHT, or none of them")
-    identity = [s.path.resolve() if s.path else s.text for s in sources]
-    for source, same in zip(sources, identity, strict=True):
-        if identity.count(same) > 1:
+    identities = [s.path.resolve() if s.path else s.text for s in sources]
+    for source, identity in zip(sources, identities, strict=True):
+        if identities.count(identity) > 1:
             raise source.error("is named twice; name it once")
-    return _told_apart(sources)
+    return _with_unique_names(sources)
 
 
 def mixture_name(sources: Sequence[Source]) -> str:
-    """`uk` for one source, `uk=0.75+en=0.25` for a mixture."""
+    """Return `uk` for one source, `uk=0.75+en=0.25` for a mixture."""
     if len(sources) == 1:
         return sources[0].name
     total = sum(s.weight or 1 for s in sources)
@@ -120,12 +120,12 @@ def mixture_name(sources: Sequence[Source]) -> str:
 
 
 def folder_files(source: Source, split: str) -> list[Path]:
-    """The files of one split (`train` or `test`) in a local folder, by name; may be empty."""
+    """Return the files of one split (`train` or `test`) of a local folder, sorted by name."""
     return sorted(p for ending in ROWS for p in source.path.glob(f"{split}*{ending}"))
 
 
 def has_test(source: Source) -> bool:
-    """Whether the source is a local folder that holds a test text of its own."""
+    """Return whether the source is a local folder with a test text."""
     return bool(source.path and source.path.is_dir() and folder_files(source, "test"))
 
 
@@ -174,20 +174,20 @@ def _on_hub(text: str, flag: str) -> Source | None:
         return None
     hub, *parts = text.split(":")
     config, split, column = [part or None for part in (*parts, "", "", "")[:3]]
-    same = {"hub": hub, "config": config} if config else {"hub": hub}
-    rules = next((e for e in BUILT_IN.values() if same.items() == _place(e).items()), STREAMED)
-    rules = rules | same | dict(split=split, column=column or "text")
+    place = {"hub": hub, "config": config} if config else {"hub": hub}
+    rules = next((e for e in BUILT_IN.values() if place == _whole_set(e)), STREAMED)
+    rules = rules | place | dict(split=split, column=column or "text")
     return Source(text, flag, text.partition("/")[2], **rules)
 
 
-def _place(entry: dict) -> dict:
-    """Hub id and config of a table entry that is a whole set, not one file of it."""
+def _whole_set(entry: dict) -> dict:
+    """Return hub id and config of a table entry; nothing for one that is a single file."""
     keys = () if "train_file" in entry else ("hub", "config")
     return {key: entry[key] for key in keys if key in entry}
 
 
-def _told_apart(sources: list[Source]) -> list[Source]:
-    """Equal names get their parent folder in front; where that is equal too, the whole text."""
+def _with_unique_names(sources: list[Source]) -> list[Source]:
+    """Put the parent folder before equal names; if they are still equal, use the whole text."""
     for longer in (lambda s: f"{s.path.resolve().parent.name}/{s.name}", lambda s: s.text):
         count = Counter(s.name for s in sources)
         sources = [

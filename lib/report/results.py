@@ -149,6 +149,52 @@ class Completion(TypedDict):
     model: NotRequired[str]  # what the run has made of it
 
 
+class AnswersRecord(TypedDict):
+    """A model's answers to questions: shares, with their 95% intervals."""
+
+    accuracy: float  # share of questions whose right option is the likeliest
+    accuracy_interval: list[float]
+    said: NotRequired[float]  # share of questions whose right option greedy decoding gives
+    said_interval: NotRequired[list[float]]
+
+
+class FlipsRecord(TypedDict):
+    """Questions of which one model alone gives the right answer."""
+
+    lost: int  # the dense one
+    gained: int  # the other one
+    p: float  # of McNemar's exact test
+
+
+class AbilityRecord(TypedDict):
+    """Questions of one kind about one text, and how models answer them."""
+
+    text: str  # a test set, or the file of --pairs
+    name: str  # last word, continuation or pairs
+    questions: int
+    digest: str  # of the questions
+    chance: float
+    model: AnswersRecord
+    dense: NotRequired[AnswersRecord]
+    flips: NotRequired[FlipsRecord]
+    said_flips: NotRequired[FlipsRecord]
+
+
+class FidelityRecord(TypedDict):
+    """Greedy completions of beginnings of one test set. Each model's figures are shares: of lines
+    in the `language`, of letters in a `foreign_script`, of `known_words`, of `repeated_4grams` and
+    of `distinct_2grams`; null where there is nothing to measure them by."""
+
+    text: str
+    beginnings: int
+    tokens: int  # of a completion, at most
+    language: str | None  # of the text, as an ISO code
+    scripts: list[str]  # of the text
+    model: dict[str, float | None]
+    dense: NotRequired[dict[str, float | None]]
+    reference: dict[str, float | None]  # of how the text itself goes on
+
+
 class Measured(TypedDict, total=False):
     """What the steps of a run measure, one after another."""
 
@@ -159,6 +205,8 @@ class Measured(TypedDict, total=False):
     packed: PackingRecord
     evaluation: list[EvaluationRecord]
     completions: list[Completion]
+    abilities: list[AbilityRecord]
+    fidelity: list[FidelityRecord]
     tasks: dict[str, dict[str, float]]  # of lm-eval: {task: {metric: value}}
 
 

@@ -112,6 +112,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
         from lib.eval import check_tasks
 
         check_tasks(args.tasks)
+    if args.pairs:
+        from lib.quality.questions import read_pairs
+
+        read_pairs(args.pairs)
 
 
 def _set_vocabulary(job: Job) -> None:
@@ -137,6 +141,7 @@ def _set_vocabulary(job: Job) -> None:
             config_ids=config_token_ids(job.checkpoint, job.config),
             size=args.vocabulary_size,
             minimum=args.vocabulary_minimum or 1,
+            keep_reserved=args.keep_reserved_tokens,
         )
 
     key = values(args, ["model", "vocabulary"], (RESULT, INPUT))

@@ -61,6 +61,10 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     measuring |= {
         f"windows of --eval_data {one.name}": one.facts["digest"][:16] for one in texts.tests
     }
+    if args.abilities or args.fidelity:
+        measuring["seed of questions"] = job.question_seed
+    if args.pairs:
+        measuring["--pairs"] = hashlib.sha256(Path(args.pairs).read_bytes()).hexdigest()[:16]
     quantised = args.load_bit or stored_bits(job.config)
     packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
     pruning |= {f"version of {name}": versions()[name] for name in packages}

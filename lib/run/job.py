@@ -45,6 +45,10 @@ class NoCache:
         """The dense model, which depends on `key` alone, on `device`; it may be changed."""
         return read()
 
+    def question_seed(self, seed: int) -> int:
+        """The seed that draws the questions of a run with `seed`."""
+        return seed
+
     def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
         """What was computed by the dense model, and depends on `key` alone."""
         return compute()
@@ -102,6 +106,11 @@ class Job:
         """What the weights of the dense model depend on."""
         weights = self.fingerprint["pruning"]["weights of --model"]
         return values(self.args, ["model"], (RESULT, INPUT, PLACE)), weights
+
+    @property
+    def question_seed(self) -> int:
+        """Draws the questions of --abilities and the beginnings of --fidelity."""
+        return self.cache.question_seed(self.args.seed)
 
     @property
     def dense_key(self) -> tuple:

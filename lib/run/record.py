@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.methods.registry import METHODS, MethodSpec
 from lib.report.completion_tables import terminal_lines
+from lib.report.quality_lines import ability_line, fidelity_line
 from lib.report.results import EvaluationRecord, Measured, PackingRecord, RecoveryRecord, Results
 from lib.run.flags import settings
 from lib.util.files import write_text
@@ -186,6 +187,8 @@ def summary_lines(results: Results) -> list[str]:
     lines.append(_cost_line(results))
     for test in results["evaluation"]:
         lines += [_test_line(test), *([_divergence_line(test)] if "kl" in test else [])]
+    lines += map(ability_line, results.get("abilities", []))
+    lines += map(fidelity_line, results.get("fidelity", []))
     lines += terminal_lines(results.get("completions", []))
     if vocabulary := results.get("vocabulary"):
         lines.append(vocabulary["note"])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory starts again from now
 
+QUESTION_SEED = 0  # of runs that draw no calibration text too
+
 
 class SweepCache(NoCache):
     """Dense weights and texts that several runs share.
@@ -57,6 +59,10 @@ class SweepCache(NoCache):
             self.dense = read().to("cpu")
             self.dense_key = settings
         return fresh_copy(self.dense).to(device)
+
+    def question_seed(self, seed: int) -> int:
+        """The same for all runs, whose answers are to be compared."""
+        return QUESTION_SEED
 
     def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
         if repr(key) not in self.known_outputs:

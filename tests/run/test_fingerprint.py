@@ -30,6 +30,7 @@ OTHER = {
     "trim_vocabulary": [],
     "vocabulary_size": ["300"],
     "vocabulary_minimum": ["2"],
+    "keep_reserved_tokens": [],
     "prune_method": ["sparsegpt"],
     "sparsity_ratio": ["0.6"],
     "sparsity_type": ["2:4"],
@@ -43,6 +44,8 @@ OTHER = {
     "recover_rate": ["0.1"],
     "recover_ce": ["0.2"],
     "eval_only": [],
+    "abilities": [],
+    "fidelity": [],
     "tasks": ["arc"],
 }
 SAME = {
@@ -120,6 +123,16 @@ def test_a_teacher_counts_by_what_it_holds(base: list[str], tmp_path: Path) -> N
     os.utime(tmp_path / "two" / "model.safetensors")
     assert difference(before, made_of([*base, str(tmp_path / "two")]))[0].endswith("--teacher")
     assert "--seed" in before and "windows of --recover" in before
+
+
+def test_pairs_count_by_what_they_hold(base: list[str], tmp_path: Path) -> None:
+    file, moved = tmp_path / "pairs.jsonl", tmp_path / "moved.jsonl"
+    file.write_text('{"good": "one", "bad": "two"}', "utf-8")
+    shutil.copy(file, moved)
+    before = made_of([*base, "--pairs", str(file)])
+    assert made_of([*base, "--pairs", str(moved)]) == before
+    moved.write_text('{"good": "one", "bad": "six"}', "utf-8")
+    assert difference(before, made_of([*base, "--pairs", str(moved)]))[0] == "--pairs"
 
 
 def test_a_vocabulary_counts_by_its_tokens(base: list[str], tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ SWEEPS = {
         "vocabulary_data": ["uk"],
         "vocabulary_size": ["300"],
         "vocabulary_minimum": ["2"],
+        "keep_reserved_tokens": [],
         "replace_sparse_layers": [],
         "pack_bits": ["8"],
     },

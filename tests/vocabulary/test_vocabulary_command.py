@@ -305,9 +305,27 @@ def test_flags_that_need_it() -> None:
         ["--vocabulary_data", "uk"],
         ["--vocabulary_size", 9],
         ["--vocabulary_minimum", 2],
+        ["--keep_reserved_tokens"],
     ):
         found = call(*BASE, "--eval_only", *flag)
         assert found.status == 2 and "is for --trim_vocabulary" in found.complaints[0]
+
+
+def test_reserved_tokens_go_with_their_rows_and_a_flag_keeps_them(tmp_path: Path) -> None:
+    tokenizer = kinds.WITH_RESERVED["byte-level"]()
+    numbers = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3, vocab_size=ROWS)
+    tiny.write_model("reserved", tiny.tiny_llama(**numbers), tokenizer)
+    rows = {}
+    for flags in ([], ["--keep_reserved_tokens"]):
+        argv = ["--model", "reserved", *QUICK, "--trim_vocabulary", "--vocabulary_data", "uk"]
+        done = call(*argv, *flags, "--save", tmp_path / "out", "--save_model", tmp_path / "model")
+        assert done.status == 0, done.err
+        record = results(tmp_path / "out")["vocabulary"]
+        tokens = AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()
+        assert (kinds.RESERVED[7] in tokens) == bool(flags)
+        assert record["reserved"] == (0 if flags else 70)
+        rows[bool(flags)] = record["rows"]
+    assert rows[True] - rows[False] in (64, 128)
 
 
 def test_a_text_that_reads_otherwise_stops_the_run(tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,96 @@
+"""`--abilities` and `--pairs` of a run: questions from its test documents, put to both models.
+
+abilities = Abilities(job)
+abilities.answer("dense", dense_runner, state_device)   # before pruning changes it
+abilities.answer("model", runner, state_device)
+abilities.records()                                     # for results.json
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from lib.model.blocks import BlockRunner
+    from lib.quality.abilities import Ability
+    from lib.quality.scoring import Scores
+    from lib.run.job import Job
+
+
+class Abilities:
+    """The questions of a run and each model's scores; none without the flags."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.scores: dict[str, list[Scores]] = {}  # {"dense" or "model": of each ability}
+        self.abilities = _abilities(job)
+
+    def answer(self, name: str, runner: BlockRunner, state_device: torch.device) -> None:
+        """Put all questions to the model of `runner`, which is the `dense` one or this run's
+        `model`; the dense one's answers are those of all runs of a sweep."""
+        from lib.quality.questions import digest
+
+        if not self.abilities:
+            return
+
+        def run() -> list[Scores]:
+            with self.job.timed("abilities"):
+                return self._answer(runner, state_device)
+
+        asked = [digest(ability.questions) for ability in self.abilities]
+        key = (*self.job.dense_key, "abilities", self.job.texts.bos, asked)
+        dense = name == "dense"
+        self.scores[name] = self.job.cache.dense_outputs(key, run) if dense else run()
+
+    def records(self) -> list[dict[str, Any]]:
+        """An entry for each ability that the model was asked for."""
+        from lib.quality.abilities import ability_record
+
+        dense = self.scores.get("dense") or [None] * len(self.abilities)
+        both = zip(self.abilities, self.scores.get("model", []), dense, strict=False)
+        return [ability_record(*each) for each in both]
+
+    def _answer(self, runner: BlockRunner, state_device: torch.device) -> list[Scores]:
+        from lib.model.pretrained import default_bos_id
+        from lib.util.progress import progress
+
+        job = self.job
+        bos = job.texts.bos
+        if bos is None and job.args.bos == "auto":
+            bos = default_bos_id(job.tokenizer)
+        total = sum(len(ability.questions) for ability in self.abilities)
+        with progress(total, "abilities", "question", job.dist.is_main) as bar:
+            return [
+                ability.score(
+                    runner,
+                    job.tokenizer,
+                    bos=bos,
+                    batch_tokens=job.batch_size * job.seqlen,
+                    dist=job.dist,
+                    state_device=state_device,
+                    on_progress=bar,
+                )
+                for ability in self.abilities
+            ]
+
+
+def _abilities(job: Job) -> list[Ability]:
+    """What can be asked about the test documents, and about the pairs of a file."""
+    from lib.data.documents import open_documents
+    from lib.data.windows import test_documents
+    from lib.quality.abilities import abilities_of, pairs_ability
+
+    found: list[Ability] = []
+    for source in job.tests if job.args.abilities else ():
+        with open_documents(source, "test") as (documents, _):
+            texts = test_documents(source, documents)
+            kinds = abilities_of(source.name, list(texts), job.question_seed)
+        found += kinds
+        if job.dist.is_main:
+            counts = [f"{len(kind.questions)} of {kind.name}" for kind in kinds]
+            print(f"abilities {source.name}: questions {', '.join(counts) or 'none'}", flush=True)
+    if job.args.pairs:
+        found.append(pairs_ability(job.args.pairs))
+    return found
