@@ -9,9 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +83,7 @@ def perplexities(
     zeros = partial(torch.zeros, dtype=torch.float64, device=runner.device)
     figures = [zeros(len(FIGURES), len(test)) for test in tests]
     shares = [range(len(test))[dist.share(len(test))] for test in tests]
-    resident = runner.weights.zero_copy
+    resident = runner.placement is None or runner.placement.zero_copy
     step = batch_size if resident else max(map(len, tests))
     parts = [
         (number, slice(start, min(start + step, mine.stop)))
@@ -265,37 +262,3 @@ def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:
     begun = torch.cat([bare.new_full((len(bare), 1), bos), bare[:, :-1]], dim=1)
     without, begun = (perplexity(runner, ids, 1).value for ids in (bare, begun))
     return without > COLLAPSE * begun
-
-
-def check_tasks(names: Sequence[str]) -> None:
-    """UserError where lm-eval is not installed or lacks a task; before anything slow."""
-    given = ",".join(names)
-    if find_spec("lm_eval") is None:
-        raise UserError(f"--tasks {given}: lm-eval is not installed; pip install lm-eval")
-    from lm_eval.tasks import TaskManager
-
-    known = TaskManager()
-    for name in names:
-        if not known.match_tasks([name]) and not Path(name).is_file():
-            raise UserError(
-                f"--tasks {name}: lm-eval has no such task; `lm-eval ls tasks` lists all"
-            )
-
-
-def run_tasks(
-    model: Any, tokenizer: Any, names: Sequence[str], batch_size: int
-) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of the model in memory, zero-shot as the tasks define it."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = simple_evaluate(model=wrapped, tasks=list(names))["results"]
-    return {
-        task: {
-            metric: value
-            for metric, value in metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        for task, metrics in found.items()
-    }

@@ -1,4 +1,4 @@
-"""Counts of the weights that several masks share: per matrix, summed by block and linear."""
+"""How much several masks have in common: counted per matrix, added up by block and linear."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.report.masks import PrunedCheckpoint, pruned_matrices
-from lib.report.names import BlockLinear, block_and_linear
+from lib.report.masks import Checkpoint, pruned_matrices
+from lib.report.names import Place, place
 from lib.util.errors import UserError
 from lib.util.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIELDS = ("weights", "kept", "overlap", "chance", "noise", "excess")  # of a cell, in the files
+FIELDS = ("weights", "kept", "overlap", "chance", "noise", "excess")
 
 
 @dataclass
-class MaskCounts:
-    """Weights that two masks keep and share, of one matrix or summed over several."""
+class Count:
+    """What two masks share, in weights; of one matrix, or added up over several."""
 
     weights: int = 0
     kept_first: int = 0
     kept_second: int = 0
     both: int = 0
-    expected: float = 0.0  # value of `both` for masks that are independent within each matrix
+    expected: float = 0.0  # of `both`, were the masks independent within each matrix
 
-    def __iadd__(self, other: MaskCounts) -> MaskCounts:
+    def __iadd__(self, other: Count) -> Count:
         self.weights += other.weights
         self.kept_first += other.kept_first
         self.kept_second += other.kept_second
@@ -50,28 +50,22 @@ class MaskCounts:
 
     @property
     def chance(self) -> float:
-        """The value of `shared` for independent masks of the same sparsity."""
+        """What `shared` would be for independent masks of the same sparsity."""
         return 2 * self.expected / max(1, self.kept_first + self.kept_second)
 
 
-def count_masks(first: Tensor, second: Tensor) -> MaskCounts:
+def count(first: Tensor, second: Tensor) -> Count:
     """Count what two boolean tensors, True where a weight is kept, have in common."""
-    weights, kept_first, kept_second = first.numel(), int(first.sum()), int(second.sum())
-    return MaskCounts(
-        weights=weights,
-        kept_first=kept_first,
-        kept_second=kept_second,
-        both=int((first & second).sum()),
-        expected=kept_first * kept_second / weights,
-    )
+    weights, a, b = first.numel(), int(first.sum()), int(second.sum())
+    return Count(weights, a, b, int((first & second).sum()), a * b / weights)
 
 
 @dataclass
 class Cell:
-    """Counts between the runs, and between seeds where those were given."""
+    """What masks share between the runs, and between seeds where those were given."""
 
-    between: MaskCounts = field(default_factory=MaskCounts)
-    seeds: MaskCounts = field(default_factory=MaskCounts)
+    between: Count = field(default_factory=Count)
+    seeds: Count = field(default_factory=Count)
 
     @property
     def noise(self) -> float | None:
@@ -79,19 +73,14 @@ class Cell:
 
     @property
     def excess(self) -> float | None:
-        """How much less the runs share than two seeds do."""
+        """By how much less the runs share than two seeds do."""
         return None if self.noise is None else self.noise - self.between.shared
 
     def shares(self) -> dict[str, float | None]:
-        """The figures by their names in the files."""
-        return {
-            "weights": self.between.weights,
-            "kept": self.between.kept,
-            "overlap": self.between.shared,
-            "chance": self.between.chance,
-            "noise": self.noise,
-            "excess": self.excess,
-        }
+        """The figures under the names they have in the files, FIELDS."""
+        c = self.between
+        figures = (c.weights, c.kept, c.shared, c.chance, self.noise, self.excess)
+        return dict(zip(FIELDS, figures, strict=True))
 
 
 @dataclass
@@ -101,28 +90,28 @@ class Comparison:
     runs: list[str]
     noise: list[str]
     matrices: dict[str, Cell]
-    pairs: dict[tuple[str, str], MaskCounts]
+    pairs: dict[tuple[str, str], Count]
 
-    def by(self, key: Callable[[BlockLinear], Any]) -> dict[Any, Cell]:
-        """Cells summed by `key` of a matrix's (block, linear)."""
-        by_key: dict[Any, Cell] = {}
+    def by(self, key: Callable[[Place], Any]) -> dict[Any, Cell]:
+        """Cells added up by what `key` makes of a matrix's (block, linear)."""
+        found: dict[Any, Cell] = {}
         for name, cell in self.matrices.items():
-            sums = by_key.setdefault(key(block_and_linear(name)), Cell())
+            sums = found.setdefault(key(place(name)), Cell())
             sums.between += cell.between
             sums.seeds += cell.seeds
-        return by_key
+        return found
 
     @property
     def blocks(self) -> dict[int, Cell]:
-        return self.by(lambda key: key[0])
+        return self.by(lambda where: where[0])
 
     @property
     def linears(self) -> dict[str, Cell]:
-        return self.by(lambda key: key[1])
+        return self.by(lambda where: where[1])
 
     @property
     def title(self) -> str:
-        return f"Weights that the masks of {', '.join(self.runs[:-1])} and {self.runs[-1]} share"
+        return f"What the masks of {', '.join(self.runs[:-1])} and {self.runs[-1]} share"
 
     @property
     def whole(self) -> Cell:
@@ -131,12 +120,8 @@ class Comparison:
     def most_specific(self) -> list[tuple[int, Cell]]:
         """Blocks, those that differ most between the runs first."""
         blocks = self.blocks
-        similarity = {
-            block: cell.between.shared if cell.excess is None else -cell.excess
-            for block, cell in blocks.items()
-        }
-        order = sorted(blocks, key=lambda block: (similarity[block], block))
-        return [(block, blocks[block]) for block in order]
+        worth = {b: c.between.shared if c.excess is None else -c.excess for b, c in blocks.items()}
+        return [(block, blocks[block]) for block in sorted(blocks, key=lambda b: (worth[b], b))]
 
 
 def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) -> Comparison:
@@ -150,7 +135,7 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
     if len(noise) > len(runs):
         raise UserError(f"--noise: {len(noise)} folders for {len(runs)} RUNs; give one for each")
     with ExitStack() as files:
-        checkpoints = [PrunedCheckpoint(path, files) for path in (*runs, *noise)]
+        checkpoints = [Checkpoint(path, files) for path in (*runs, *noise)]
         labels = _labels(checkpoints)
         between = list(combinations(range(len(runs)), 2))
         seeds = [(k, len(runs) + k) for k in range(len(noise))]
@@ -163,18 +148,17 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
                     continue
                 cell = result.matrices[name] = Cell()
                 for i, j in between + seeds:
-                    counts = count_masks(kept[i], kept[j])
+                    counted = count(kept[i], kept[j])
                     sums = cell.between if j < len(runs) else cell.seeds
-                    sums += counts
-                    pair = result.pairs.setdefault((labels[i], labels[j]), MaskCounts())
-                    pair += counts
+                    sums += counted
+                    pair = result.pairs.setdefault((labels[i], labels[j]), Count())
+                    pair += counted
     if not result.matrices:
         raise UserError(f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models")
     return result
 
 
-def _check_seeds(pairs: Sequence[tuple[PrunedCheckpoint, PrunedCheckpoint]]) -> None:
-    """UserError where a run and its noise run are known to be calibrated on different texts."""
+def _check_seeds(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> None:
     for run, other in pairs:
         known = run.calibration is not None and other.calibration is not None
         if known and run.calibration != other.calibration:
@@ -184,8 +168,7 @@ def _check_seeds(pairs: Sequence[tuple[PrunedCheckpoint, PrunedCheckpoint]]) -> 
             )
 
 
-def _labels(checkpoints: Sequence[PrunedCheckpoint]) -> list[str]:
-    """Short labels, or the paths where those would not be unique."""
+def _labels(checkpoints: Sequence[Checkpoint]) -> list[str]:
     labels = [checkpoint.label for checkpoint in checkpoints]
     if len(set(labels)) < len(labels):
         labels = [str(checkpoint.path) for checkpoint in checkpoints]

@@ -1,18 +1,18 @@
-"""What a linear is called in tables and pictures: its block, and its path inside the block."""
+"""What a linear is called in tables and pictures: its block, and its path inside it."""
 
 from __future__ import annotations
 
 import re
 
-BlockLinear = tuple[int, str]  # block, path of the linear inside it
+Place = tuple[int, str]  # block, path of the linear inside it
 
 _NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def block_and_linear(name: str) -> BlockLinear | None:
+def place(name: str) -> Place | None:
     """`model.layers.3.mlp.experts.7.w1.weight` -> (3, `mlp.experts.*.w1`); None outside blocks."""
-    match = _NUMBERED.search(name)
-    if match is None:
+    found = _NUMBERED.search(name)
+    if found is None:
         return None
-    path = name[match.end() :].removesuffix(".weight")
-    return int(match[1]), re.sub(r"(?<![^.])\d+(?![^.])", "*", path).removesuffix(".*")
+    rest = name[found.end() :].removesuffix(".weight")
+    return int(found[1]), re.sub(r"(?<![^.])\d+(?![^.])", "*", rest).removesuffix(".*")

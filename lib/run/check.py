@@ -109,9 +109,9 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.save_model:
         check_replaceable("--save_model", args.save_model)
     if args.tasks:
-        from lib.eval import check_tasks
+        from lib.quality.tasks import check_tasks
 
-        check_tasks(args.tasks)
+        check_tasks(args.tasks, args.include_path)
     if args.pairs:
         from lib.quality.questions import read_pairs
 
@@ -196,7 +196,7 @@ def _check_tokens(job: Job) -> None:
 
 def _compare(job: Job) -> None:
     """UserError where an interrupted run, or another process, does something else."""
-    from lib.model.work_folder import WorkFolder
+    from lib.pruning.journal import Journal
     from lib.run.fingerprint import TIMES, difference, fingerprint
 
     job.fingerprint = fingerprint(job)
@@ -206,14 +206,11 @@ def _compare(job: Job) -> None:
     changes = job.method_spec or job.schedule
     if not (changes and job.args.resume and job.dist.is_main):
         return
-    folder = WorkFolder("--resume", job.args.resume)
-    changed = difference(folder.begun, pruning) if folder.begun else None
-    if changed:
-        folder.close()
-        name, before, now = changed
+    job.journal = Journal(job.args.resume)
+    found = difference(job.journal.begun, pruning) if job.journal.begun else None
+    if found:
+        name, before, now = found
         raise UserError(
             f"--resume {job.args.resume}: was begun with {name} {before!r}, now it is {now!r}; "
             "give the same again, or another folder"
         )
-    folder.begin(pruning)
-    job.finished = folder

@@ -1,6 +1,6 @@
 """What decides a result, in one place: two runs with the same fingerprint give the same bytes.
 
-An interrupted run goes on only under the same fingerprint (lib/model/work_folder.py), the processes
+An interrupted run goes on only under the same fingerprint (lib/pruning/journal.py), the processes
 of one job must have the same, and a sweep does a run again where it differs from the one that is
 kept. What a flag counts for stands beside it, in lib/run/flags.py: values of flags that change the
 result, and what stands behind those that name an input; never where something is kept.
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.model.access import weight_files
-from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
+from lib.model.pretrained import pick_dtype, saved_dtype
 from lib.model.quantised import stored_bits
+from lib.model.store import dtype_name
 from lib.run.flag import RESULT
 from lib.run.flags import FLAGS
 from lib.util.versions import versions
@@ -63,6 +64,8 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     }
     if args.abilities or args.fidelity:
         measuring["seed of questions"] = job.question_seed
+    if args.include_path:
+        measuring["--include_path"] = _of_tasks(Path(args.include_path))
     if args.pairs:
         measuring["--pairs"] = hashlib.sha256(Path(args.pairs).read_bytes()).hexdigest()[:16]
     quantised = args.load_bit or stored_bits(job.config)
@@ -71,6 +74,16 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     pruning["code of lib/"] = code_digest()
     plain = {"pruning": pruning, "measuring": measuring}
     return json.loads(json.dumps(plain, default=str))
+
+
+def _of_tasks(folder: Path) -> str:
+    """Digest of a folder of tasks: what its YAML and Python files hold, sizes of the others."""
+    whole = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        code = file.suffix in (".yaml", ".yml", ".py")
+        whole.update(str(file.relative_to(folder)).encode())
+        whole.update(file.read_bytes() if code else str(file.stat().st_size).encode())
+    return whole.hexdigest()[:16]
 
 
 def _of_model(flag: str, name: str, config: Any) -> dict[str, str]:

@@ -48,8 +48,10 @@ def test_results_that_can_not_be_written(given: list, monkeypatch: pytest.Monkey
 
 
 def test_a_task_that_fails(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.eval.check_tasks", lambda names: None)
-    failing(monkeypatch, "lib.eval.run_tasks", ConnectionError("data set can't be downloaded"))
+    monkeypatch.setattr("lib.quality.tasks.check_tasks", lambda *_: None)
+    failing(
+        monkeypatch, "lib.quality.tasks.run_tasks", ConnectionError("data set can't be downloaded")
+    )
     done = call(*given, "--tasks", "arc_easy")
     check_saved(done, "--tasks arc_easy", "data set can't be downloaded")
     assert "Traceback" not in done.err

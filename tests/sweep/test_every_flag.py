@@ -28,7 +28,11 @@ SWEEPS = {
         "allocation": ["error"],
         "blend": ["0.5"],
         "prompts": ["1"],
+        "abilities": [],
+        "pairs": ["pairs.jsonl"],
+        "fidelity": [],
         "tasks": ["arc_easy"],
+        "include_path": ["uk"],
         "card_without_prompts": [],
         "resume": ["blocks"],
         "debug": [],
@@ -59,6 +63,7 @@ METHODS = ["--methods", "wanda", "admm", "magnitude"]
 def argv() -> list[str]:
     tiny.write_model("model")
     tiny.write_texts("uk")
+    Path("pairs.jsonl").write_text('{"good": "one", "bad": "two"}', "utf-8")
     return ["--models", "model", *METHODS, "--types", "unstructured", "--calibration", "uk"]
 
 
@@ -71,8 +76,8 @@ def test_these_sweeps_have_every_flag() -> None:
 def test_a_sweep_with_every_flag(
     flags: dict[str, list[str]], argv: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib.eval.check_tasks", lambda names: None)
-    monkeypatch.setattr("lib.eval.run_tasks", lambda *_: {"arc_easy": {"acc": 0.5}})
+    monkeypatch.setattr("lib.quality.tasks.check_tasks", lambda *_: None)
+    monkeypatch.setattr("lib.quality.tasks.run_tasks", lambda *_: {"arc_easy": {"acc": 0.5}})
     passed = [*QUICK, *(word for name, value in flags.items() for word in (f"--{name}", *value))]
     command_of_sweep.sweep(argv, passed)
     runs = plan(command_of_sweep.build_sweep_parser().parse_args(argv), passed)

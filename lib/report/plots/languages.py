@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from lib.report.plots import style as plot_style
 from lib.report.plots.heatmaps import heat
 from lib.report.results import NONE
 from lib.report.tables import Row, Table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 LONG_NAME = 9  # characters; a longer one does not fit under its column
 
 
-def cross_language(table: Table) -> Figure | None:
-    """Draw the rise over dense in percent, calibrated on (rows) x measured on (columns).
+def cross_language(table: Table, path: Path) -> Path | None:
+    """Rise over dense in percent, calibrated on (rows) x measured on (columns).
 
-    A axes per target and method. None where a single calibration set or no dense run is given.
+    A panel per target and method. None where a single calibration set or no dense run is given.
     """
     rows = [row for row in table.pruned if row.label != NONE]
     labels = [label for label in table.calibrations if label != NONE]
@@ -32,8 +29,8 @@ def cross_language(table: Table) -> Figure | None:
     methods = list(dict.fromkeys(row.method for row in rows))
     width = 2.2 + len(methods) * (0.8 + 0.85 * len(table.tests))
     height = 1.7 + len(targets) * (0.75 + 0.42 * len(labels))
-    figure = plot_style.figure(max(6.5, width), height)
-    panels = figure.subplots(len(targets), len(methods), squeeze=False, sharex=True, sharey=True)
+    picture = plot_style.figure(max(6.5, width), height)
+    panels = picture.subplots(len(targets), len(methods), squeeze=False, sharex=True, sharey=True)
     norm = _log_norm(rises.values())
     image = None
     for i, target in enumerate(targets):
@@ -43,13 +40,13 @@ def cross_language(table: Table) -> Figure | None:
             image = drawn or image
             panels[i, j].set_title(f"{method} {target}" if here else "", fontsize=10)
         panels[i, 0].set_ylabel("calibrated on")
-    for axes in panels[-1]:
-        axes.set_xlabel("measured on")
-    bar = figure.colorbar(image, ax=panels, label="perplexity over dense, % (log scale)")
+    for panel in panels[-1]:
+        panel.set_xlabel("measured on")
+    bar = picture.colorbar(image, ax=panels, label="perplexity over dense, % (log scale)")
     plot_style.log_ticks(bar.ax.yaxis)
     title = f"{table.short_model}: rise of perplexity over dense, by calibration and test text"
-    plot_style.title(figure, title)
-    return figure
+    plot_style.title(picture, title)
+    return plot_style.save(picture, path)
 
 
 def _log_norm(percents: Iterable[float]):
@@ -60,7 +57,7 @@ def _log_norm(percents: Iterable[float]):
 
 
 def _panel(
-    axes,
+    panel,
     tests: list[str],
     rows: Sequence[Row],
     labels: list[str],
@@ -68,7 +65,7 @@ def _panel(
     norm,
 ):
     if not rows:
-        axes.set_axis_off()
+        panel.set_axis_off()
         return None
     cells = {
         (labels.index(row.label), tests.index(test)): rises[row, test]
@@ -78,9 +75,9 @@ def _panel(
     }
     slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     long = max(map(len, tests)) > LONG_NAME
-    axes.set_xticks(range(len(tests)), tests, **(slanted if long else {}))
-    axes.set_yticks(range(len(labels)), labels)
-    return heat(axes, cells, (len(labels), len(tests)), text=_rise, norm=norm, cmap="cividis")
+    panel.set_xticks(range(len(tests)), tests, **(slanted if long else {}))
+    panel.set_yticks(range(len(labels)), labels)
+    return heat(panel, cells, (len(labels), len(tests)), text=_rise, norm=norm, cmap="cividis")
 
 
 def _rise(percent: float) -> str:
