@@ -23,6 +23,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   report RUN ...                 table and pictures of finished runs
   overlap RUN_A RUN_B ...        what the masks of pruned models share
   unpack IN OUT                  a packed model as a plain dense one
+  gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
   ubertext DUMPS OUT             the published data set from raw dumps
   bench                          speed and memory, beside llm-compressor
   bench_sparse products | model  packed weights beside dense ones: speed, size, loading
@@ -68,6 +69,7 @@ case $name in
     languages) module lib.sweep.languages "$@" ;;
     overlap) module lib.report.overlap "$@" ;;
     unpack) module lib.model.unpack "$@" ;;
+    gguf) module lib.gguf "$@" ;;
     ubertext) module lib.data.ubertext "$@" ;;
     bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;

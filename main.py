@@ -123,8 +123,8 @@ def finish(
         with steps.attempt("summary"):
             print_summary(results)
     saved = "save" in job.seconds
-    if job.journal and (saved or not (target or steps.failures)):
-        job.journal.remove()
+    if job.finished and (saved or not (target or steps.failures)):
+        job.finished.clear()
     steps.raise_failures(f"the model is saved in {args.save_model}" if saved else None)
     return results
 
@@ -175,8 +175,6 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
     from lib.util.progress import progress
 
     args, dist, runner = job.args, job.dist, loaded.runner
-    if job.journal:
-        job.journal.begin(job.fingerprint["pruning"])
     allocation, allocation_record = allocate(job, loaded)
     pruner = Pruner(
         runner=runner,
@@ -184,7 +182,6 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
         allocation=allocation,
         dist=dist,
         rounding=saved_dtype(args.dtype, job.config),
-        journal=job.journal,
     )
     blocks = len(loaded.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
@@ -254,8 +251,6 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     from lib.util.progress import progress
 
     args, dist, schedule, text = job.args, job.dist, job.schedule, job.texts.training
-    if job.journal and not job.method_spec:
-        job.journal.begin(job.fingerprint["pruning"])
     before = measure(loaded.runner)
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
     with job.timed("measure before"), progress(2, "perplexity", "model", dist.is_main) as bar:
@@ -276,7 +271,7 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
         measure=perplexity,
         rounding=saved_dtype(args.dtype, job.config),
         dist=dist,
-        journal=job.journal,
+        finished=job.finished,
         checkpointed=loaded.checkpointed,
     )
     tokens = schedule.steps * schedule.windows * schedule.seqlen
@@ -377,7 +372,7 @@ def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps:
 
     args = job.args
     with job.timed("save"), target.staged() as stage:
-        with loaded.runner.materialized():
+        with loaded.runner.mapped():
             save_model(loaded.model, stage, saved_dtype(args.dtype, job.config))
         job.tokenizer.save_pretrained(stage)
         with steps.attempt("tokenizer.model"):
@@ -403,10 +398,10 @@ def record(job: Job, results: Results) -> None:
 def draw(job: Job, results: Results) -> None:
     """Draw the curve of the recovery, where matplotlib is installed."""
     from lib.report.plots.recovery import recovery_curve
-    from lib.report.plots.style import can_draw
+    from lib.report.plots.style import can_draw, save_figure
 
     if can_draw():
-        recovery_curve(results, Path(job.args.save) / "recovery.png")
+        save_figure(recovery_curve(results), Path(job.args.save) / "recovery.png")
 
 
 def read_sources(job: Job) -> list[str]:

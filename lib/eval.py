@@ -83,7 +83,7 @@ def perplexities(
     zeros = partial(torch.zeros, dtype=torch.float64, device=runner.device)
     figures = [zeros(len(FIGURES), len(test)) for test in tests]
     shares = [range(len(test))[dist.share(len(test))] for test in tests]
-    resident = runner.placement is None or runner.placement.zero_copy
+    resident = runner.weights.zero_copy
     step = batch_size if resident else max(map(len, tests))
     parts = [
         (number, slice(start, min(start + step, mine.stop)))

@@ -19,7 +19,6 @@ from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, SharedWeights, merge
-from lib.pruning.journal import Journal
 from lib.pruning.observe import DenseBlock, find_stages, observe, own_windows
 from lib.pruning.ordered import BlockOrder, OrderedBlock
 from lib.pruning.residual import ResidualProjections
@@ -35,6 +34,7 @@ UNREACHED = "no calibration token reached it, or it is used without being called
 class BlockNotes:
     """What pruning one block gave to report, as it is kept with the block."""
 
+    pruned: list[str] = field(default_factory=list)  # linears
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
     warnings: list[str] = field(default_factory=list)
 
@@ -81,8 +81,7 @@ class Pruner:
 
     `allocation`: how sparse each linear becomes. `rounding`: the dtype in which the model will be
     saved, to which pruned weights are rounded. `dist`: the processes that share the work.
-    `journal`, of the main process: keeps every finished block, and gives back those of an
-    interrupted run. The result is reported in `done`.
+    The result is reported in `done`.
     """
 
     def __init__(
@@ -93,14 +92,12 @@ class Pruner:
         *,
         dist: DistContext,
         rounding: torch.dtype | None = None,
-        journal: Journal | None = None,
     ) -> None:
         self.runner = runner
         self.method_spec = method_spec
         self.allocation = allocation
         self.dist = dist
         self.rounding = rounding
-        self.journal = journal
         self.done = Pruned()
         self.shared = SharedWeights(runner.blocks)
         self.projections = ResidualProjections(runner, dist)
@@ -143,7 +140,7 @@ class Pruner:
     def _block_(
         self, index: int, states: HiddenStates | None, dense_states: HiddenStates | None
     ) -> None:
-        """Prune one block, or take it from the journal, and take the streams through it."""
+        """Prune one block, or load it as it was finished, and take the streams through it."""
         block, prefix = self.runner.blocks[index], f"{self.runner.name}.{index}"
         linears = self._linears(index)
         dense = DenseBlock.copy_of(dense_states, block, prefix) if dense_states else None
@@ -167,8 +164,7 @@ class Pruner:
                 written = self._prune_at_once_(index, linears, states)
             notes = self.done.notes[-1]
             notes.warnings = sum(self.dist.all_gather_object(notes.warnings), [])
-            if self.journal:
-                self.journal.write(index, written, vars(notes))
+            self._keep(index, linears, written)
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
@@ -182,24 +178,32 @@ class Pruner:
         for name, (size, reason) in left_dense.items():
             self.done.leave(name, size, reason)
         linears = [linear for linear in linears if not self.shared.is_pruned(linear)]
-        if self.runner.placement:  # otherwise they were checked when they were loaded
+        if not self.runner.weights.resident:  # otherwise they were checked when they were loaded
             for linear in linears:
                 check_weight(linear, self.runner.named)
         return linears
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        """Take the block from the main process's journal, with its notes; whether it is there."""
-        kept = self.journal.read(index) if self.journal else None
-        tensors, notes = kept or ({}, {})
-        names, notes = self.dist.all_gather_object((kept and sorted(tensors), notes))[0]
-        if names is None:
+        """Load the block and its notes if an interrupted run has finished it; whether it has."""
+        weights = self.runner.weights
+        if not weights.has(index):
             return False
-        self.done.notes[-1] = BlockNotes(**notes)
-        for linear in (linear for linear in linears if linear.name in names):
-            matrix = tensors.get(linear.name)
-            matrix = linear.empty_matrix(self.rounding) if matrix is None else matrix
-            self._store_(linear, self.dist.broadcast_(matrix, 0))
+        notes = BlockNotes(**weights.load(index))
+        self.done.notes[-1] = replace(notes, pruned=[])
+        for linear in linears:
+            if linear.name in notes.pruned:
+                self._mark_pruned(linear)
         return True
+
+    def _keep(self, index: int, linears: list[PrunableLinear], written: dict[str, Tensor]) -> None:
+        """Under --resume keep the block, and of quantised linears what their codes are made of."""
+        prefix = f"{self.runner.name}.{index}."
+        matrices = {
+            linear.name.removeprefix(prefix): written[linear.name]
+            for linear in linears
+            if linear.is_quantised and linear.name in written
+        }
+        self.runner.weights.save(index, vars(self.done.notes[-1]), matrices)
 
     def _advance_(
         self,
@@ -319,5 +323,9 @@ class Pruner:
 
     def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
         linear.set_weight_(matrix)
-        self.done.pruned[linear.name] = matrix.numel()
+        self._mark_pruned(linear)
+
+    def _mark_pruned(self, linear: PrunableLinear) -> None:
+        self.done.pruned[linear.name] = prod(linear.shape)
+        self.done.notes[-1].pruned.append(linear.name)
         self.shared.mark_pruned(linear)

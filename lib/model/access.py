@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -213,3 +213,24 @@ def weight_files(name: str) -> dict[str, list[int]]:
     """Size in bytes and time of change (ns) of each weight file of a local model."""
     files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """{name of a tensor: the file that holds it} of a checkpoint that is on this machine."""
+    folder = Path(checkpoint.name)
+    if not folder.is_dir():
+        folder = Path(
+            snapshot_download(
+                checkpoint.name,
+                revision=checkpoint.revision,
+                cache_dir=checkpoint.cache_dir,
+                allow_patterns=["*.safetensors", "*.safetensors.index.json"],
+                local_files_only=True,
+            )
+        )
+    names: dict[str, str] = {}
+    single = folder / WEIGHTS
+    for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            names |= dict.fromkeys(stored.keys(), str(file))
+    return names

@@ -10,7 +10,7 @@ forward runs with the blocks replaced by the buffer's contents, which gives exac
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,9 @@ from torch.profiler import record_function
 
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.placement import BlockPlacement
 from lib.model.pretrained import decoder_blocks
 from lib.model.transfer import Transfer
+from lib.model.weights import BlockWeights
 from lib.util.errors import UserError
 
 # of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
@@ -60,30 +60,28 @@ class BlockRunner:
         self,
         model: nn.Module,
         device: torch.device,
-        placement: BlockPlacement | None = None,
+        weights: BlockWeights | None = None,
         flag: str = "--model",
     ) -> None:
         self.model = model
         self.name, self.blocks = decoder_blocks(model)
         self.device = device
-        self.placement = placement
+        self.weights = weights or BlockWeights(self.blocks, device)
         self.flag = flag
         self.transfer = Transfer(device)
         self.tuples = self._probe()
 
     def on_device(self, index: int, write_back: bool = False) -> AbstractContextManager:
-        """Inside, block `index` is on the device; `write_back` stores changes of its weights."""
-        return self.placement.on_device(index, write_back) if self.placement else nullcontext()
+        """Inside, block `index` is on the device; `write_back` keeps changes of its weights."""
+        return self.weights.on_device(index, write_back)
 
     def linears(self, index: int) -> list[PrunableLinear]:
         """What can be pruned in block `index`, by their full names; packed linears among them."""
         return find_linears(self.blocks[index], f"{self.name}.{index}")[0]
 
-    def materialized(self) -> AbstractContextManager:
+    def mapped(self) -> AbstractContextManager:
         """Inside, the whole model can be saved, wherever its blocks are."""
-        if self.placement is None:
-            return nullcontext()
-        return self.placement.materialized(self.model, self.name)
+        return self.weights.mapped()
 
     @torch.no_grad()
     def capture(

@@ -8,6 +8,7 @@ matrix and none of that.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class PrunableLinear:
     parameter: str = "weight"
     expert: int | None = None
     transposed: bool = False
+    is_quantised: ClassVar[bool] = False  # its weight is codes, not numbers
 
     @property
     def raw_weight(self) -> Tensor:

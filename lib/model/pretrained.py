@@ -104,6 +104,11 @@ def checkpoint_dtype(config) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
     """`auto`: the checkpoint's own on CUDA; float32 on a CPU, which is slow at halves."""
     if name != "auto":
@@ -185,15 +190,13 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     own = model.config.dtype
     try:
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not (
-                parameter.is_meta or strict.intersection(name.split("."))
-            ):
+            if parameter.is_floating_point() and not strict.intersection(name.split(".")):
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
-        offloaded = any(tensor.is_meta for tensor in model.parameters())
+        on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
         with warnings.catch_warnings():  # that offloaded shards pass through memory, as they should
             warnings.simplefilter("ignore", UserWarning)
-            model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if offloaded else "5GB")
+            model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if on_disk else "5GB")
     finally:
         model.config.dtype = own
         for parameter, working in before.items():

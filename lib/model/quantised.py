@@ -8,7 +8,7 @@ matrix is quantised anew in its own format.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ FORMATS = ("bitsandbytes",)
 
 class _Quantised(PrunableLinear):
     """Goes to other processes and into files in float32; its codes are made from that again."""
+
+    is_quantised: ClassVar[bool] = True
 
     def saved_dtype(self, rounding: torch.dtype | None = None) -> torch.dtype:
         return torch.float32

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lib.model.pinned import empty_pinned
-
 AHEAD = 2  # batches that the host may be ahead of the GPU: what they use can't be used again yet
+
+
+def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor on the host, locked in place, so that a GPU copies it beside other work."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
 
 class Transfer:

@@ -57,8 +57,8 @@ def unpacked_card(card: str, bits: int) -> str:
     """A packed model's card with the truth about the dense one in place of its packed section."""
     from lib.packed.checkpoint import CARD_HEADING
 
-    lost = "" if bits == 16 else f"; the kept ones are as {bits}-bit integers had rounded them"
-    section = f"Unpacked from a packed checkpoint: zeros are stored as weights{lost}."
+    rounded = "" if bits == 16 else f"; the others were rounded to {bits}-bit integers"
+    section = f"Unpacked from a packed checkpoint: zeros are stored as weights{rounded}."
     heading = re.escape(CARD_HEADING)
     card = re.sub(rf"(?ms)^{heading}\n.*?(?=^#|\Z)", "", card)
     card = re.sub(r"(?m)^(# .*), its sparse linears packed", r"\1, its linears unpacked", card)

@@ -86,8 +86,25 @@ struct Weight {
   const int64_t* offsets;   // (out + 1,)
   const float* scale;       // (out,), of int8 alone
   int64_t out, in;
+  bool one_mask;            // all rows have the first one's
   int64_t stride() const { return (in + 7) / 8; }
-  int64_t words() const { return (in + WORD - 1) / WORD; }
+  const uint8_t* mask_of(int64_t r) const { return mask + (one_mask ? 0 : r * stride()); }
+};
+
+// A weight of 4-bit integers, two in a byte, with a scale for every `group` inputs of a row.
+struct FourBits {
+  const uint8_t* mask;         // (out, stride)
+  const uint8_t* values;       // (ceil(nnz / 2),)
+  const int64_t* offsets;      // (out + 1,), in values
+  const c10::BFloat16* scale;  // (out, groups())
+  int64_t out, in, group;
+  int64_t stride() const { return (in + 7) / 8; }
+  int64_t groups() const { return std::max<int64_t>(1, (in + group - 1) / group); }
+  const uint8_t* mask_of(int64_t r) const { return mask + r * stride(); }
+  // Of row r, for the 32 columns from `column` on.
+  float scale_at(int64_t r, int64_t column) const {
+    return static_cast<float>(scale[r * groups() + column / group]);
+  }
 };
 
 // Word k of a row's mask; bytes after the row's last count as zero.
@@ -106,6 +123,27 @@ const V* with_room(const Weight<V>& w, int64_t r, std::vector<V>& copy) {
   return copy.data();
 }
 
+// The integers of a row: `values` begins with the byte that holds the first one, which is in its
+// high bits where `odd`.
+struct Integers {
+  const uint8_t* values;
+  bool odd;
+  int at(int64_t i) const {
+    i += odd;
+    return ((values[i / 2] >> i % 2 * 4 & 15) ^ 8) - 8;
+  }
+};
+
+// Those of row r, in `copy` where loads may read on behind the last.
+Integers integers_of(const FourBits& w, int64_t r, std::vector<uint8_t>& copy) {
+  const int64_t begin = w.offsets[r] / 2, end = (w.offsets[r + 1] + 1) / 2;
+  const bool odd = w.offsets[r] % 2;
+  if (end + BEYOND <= w.offsets[w.out] / 2) return {w.values + begin, odd};
+  copy.assign(end - begin + BEYOND, 0);
+  std::copy(w.values + begin, w.values + end, copy.begin());
+  return {copy.data(), odd};
+}
+
 // ---------------------------------------------------------------------------------- portable
 
 struct PortableStep {
@@ -120,7 +158,7 @@ void portable_rows(
   for (int64_t r = from; r < to; r++) {
     float sums[FEW] = {};
     const V* value = w.values + w.offsets[r];
-    const uint8_t* mask = w.mask + r * w.stride();
+    const uint8_t* mask = w.mask_of(r);
     for (int64_t byte = 0; byte < w.stride(); byte++) {
       const float* inputs = x + byte / 8 * WORD * tokens + byte % 8 * 8;
       for (int bit = 0; bit < 8; bit++) {
@@ -131,6 +169,32 @@ void portable_rows(
     }
     for (int64_t t = 0; t < tokens; t++) y[t * w.out + r] = sums[t];
   }
+}
+
+void portable_rows(
+    const FourBits& w, const float* x, int64_t tokens, float* y, int64_t from, int64_t to) {
+  for (int64_t r = from; r < to; r++) {
+    float sums[FEW] = {};
+    const Integers integers = {w.values + w.offsets[r] / 2, w.offsets[r] % 2 != 0};
+    const uint8_t* mask = w.mask_of(r);
+    int64_t next = 0;
+    for (int64_t byte = 0; byte < w.stride(); byte++) {
+      const float scale = w.scale_at(r, byte * 8);
+      const float* inputs = x + byte / 8 * WORD * tokens + byte % 8 * 8;
+      for (int bit = 0; bit < 8; bit++) {
+        if (!(mask[byte] >> bit & 1)) continue;
+        const float weight = scale * integers.at(next++);
+        for (int64_t t = 0; t < tokens; t++) sums[t] += weight * inputs[t * WORD + bit];
+      }
+    }
+    for (int64_t t = 0; t < tokens; t++) y[t * w.out + r] = sums[t];
+  }
+}
+
+void portable_spread(const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
+  int64_t next = 0;
+  for (int64_t j = 0; j < in; j++)
+    row[j] = mask[j / 8] >> j % 8 & 1 ? static_cast<int8_t>(integers.at(next++)) : 0;
 }
 
 template <class V>
@@ -435,7 +499,7 @@ struct Bf16Step : Avx512Sums {
       const int rows = apart ? 1 : ROWS;                                                           \
       for (int i = 0; i < rows; i++) {                                                             \
         starts[i] = w.values + w.offsets[r + i];                                                   \
-        masks[i] = w.mask + (r + i) * stride;                                                      \
+        masks[i] = w.mask_of(r + i);                                                           \
       }                                                                                            \
       if (apart) { /* with room behind its last value */                                           \
         starts[0] = with_room(w, r, copy);                                                         \
@@ -521,6 +585,159 @@ FOR_AVX512 void avx512_unpack(const V* values, const uint8_t* mask, int64_t in, 
     }
   }
   portable_unpack(values, mask + j / 8, in - j, row + j);
+}
+
+// --------------------------------------------------------------------------------- 4-bit weights
+//
+// Eight or 64 integers from position `next` of a row on, spread to the columns whose bit is set.
+// Bytes are widened to 16 bits, of which the low four and, moved up, the next four stay; where the
+// first integer is in a byte's high bits, the second one is in the byte after it.
+
+FOR_AVX2 INLINE __m128i four_bits_8(const Integers& integers, int64_t next, uint8_t bits) {
+  next += integers.odd;
+  const uint8_t* from = integers.values + next / 2;
+  const int odd = next & 1;
+  const __m128i first = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)from));
+  const __m128i second = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)(from + odd)));
+  const __m128i low = _mm_and_si128(
+      _mm_srl_epi16(first, _mm_cvtsi32_si128(4 * odd)), _mm_set1_epi16(0x000f));
+  const __m128i high = _mm_and_si128(
+      _mm_sll_epi16(second, _mm_cvtsi32_si128(4 + 4 * odd)), _mm_set1_epi16(0x0f00));
+  const __m128i eight = _mm_set1_epi8(8);
+  const __m128i codes = _mm_sub_epi8(_mm_xor_si128(_mm_or_si128(low, high), eight), eight);
+  const auto* order = reinterpret_cast<const __m128i*>(PERMUTATIONS.of_one[bits]);
+  return _mm_shuffle_epi8(codes, _mm_loadl_epi64(order));
+}
+
+FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, uint64_t bits) {
+  next += integers.odd;
+  const uint8_t* from = integers.values + next / 2;
+  const int odd = next & 1;
+  const __m512i first = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+  const __m512i second = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + odd)));
+  const __m512i low = _mm512_and_si512(
+      _mm512_srl_epi16(first, _mm_cvtsi32_si128(4 * odd)), _mm512_set1_epi16(0x000f));
+  const __m512i high = _mm512_and_si512(
+      _mm512_sll_epi16(second, _mm_cvtsi32_si128(4 + 4 * odd)), _mm512_set1_epi16(0x0f00));
+  const __m512i eight = _mm512_set1_epi8(8);
+  const __m512i codes = _mm512_sub_epi8(_mm512_xor_si512(_mm512_or_si512(low, high), eight), eight);
+  return _mm512_maskz_expand_epi8(bits, codes);
+}
+
+template <int TOKENS>
+FOR_AVX2 void avx2_rows(
+    const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
+  std::vector<uint8_t> copy;
+  for (int64_t r = from; r < to; r++) {
+    const Integers integers = integers_of(w, r, copy);
+    const uint8_t* mask = w.mask_of(r);
+    __m256 sums[TOKENS];
+    for (int t = 0; t < TOKENS; t++) sums[t] = _mm256_setzero_ps();
+    int64_t next = 0;
+    for (int64_t byte = 0; byte < w.stride(); byte++) {
+      const __m128i codes = four_bits_8(integers, next, mask[byte]);
+      next += __builtin_popcount(mask[byte]);
+      const __m256 scale = _mm256_set1_ps(w.scale_at(r, byte * 8));
+      const __m256 weights = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), scale);
+      const float* inputs = x + byte / 8 * WORD * TOKENS + byte % 8 * 8;
+      _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
+          sums[t] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(inputs + t * WORD), sums[t]);
+    }
+    for (int t = 0; t < TOKENS; t++) y[t * w.out + r] = Avx2Step<float>::total(sums[t]);
+  }
+}
+
+// By inputs as integers, see Avx512Step<int8_t>. HALVES: the columns of a word have two scales.
+template <int TOKENS, bool HALVES>
+FOR_AVX512 void avx512_rows(
+    const FourBits& w, const int16_t* x, float* y, int64_t from, int64_t to) {
+  constexpr int STRIDE = Avx512Step<int8_t>::STRIDE;
+  const int64_t words = (w.stride() + 7) / 8;
+  std::vector<uint8_t> copy;
+  for (int64_t r = from; r < to; r++) {
+    const Integers integers = integers_of(w, r, copy);
+    const uint8_t* mask = w.mask_of(r);
+    __m512 sums[TOKENS];
+    for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
+    int64_t next = 0;
+    for (int64_t k = 0; k < words; k++) {
+      const uint64_t bits = mask_word(mask, k, w.stride());
+      __builtin_prefetch(integers.values + next / 2 + AHEAD);
+      const __m512i codes = four_bits_64(integers, next, bits);
+      next += __builtin_popcountll(bits);
+      const __m512i first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes));
+      const __m512i second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1));
+      const float scale = w.scale_at(r, k * WORD);
+      const float later = HALVES && k * WORD + 32 < w.in ? w.scale_at(r, k * WORD + 32) : scale;
+      const int16_t* word = x + k * TOKENS * STRIDE;
+      _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++, word += STRIDE) {
+        float step;
+        std::memcpy(&step, word + SCALE_AT, sizeof(step));
+        const __m512i zero = _mm512_setzero_si512();
+        __m512i products = _mm512_dpwssd_epi32(zero, first, _mm512_loadu_si512(word));
+        if constexpr (HALVES) {
+          const __m512 part = _mm512_cvtepi32_ps(products);
+          sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * scale), sums[t]);
+          products = _mm512_dpwssd_epi32(zero, second, _mm512_loadu_si512(word + 32));
+        } else {
+          products = _mm512_dpwssd_epi32(products, second, _mm512_loadu_si512(word + 32));
+        }
+        const __m512 part = _mm512_cvtepi32_ps(products);
+        sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * later), sums[t]);
+      }
+    }
+    for (int t = 0; t < TOKENS; t++) y[t * w.out + r] = _mm512_reduce_add_ps(sums[t]);
+  }
+}
+
+// By float32 inputs, whose every bit counts.
+template <int TOKENS>
+FOR_AVX512 void avx512_rows(
+    const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
+  const int64_t words = (w.stride() + 7) / 8;
+  std::vector<uint8_t> copy;
+  for (int64_t r = from; r < to; r++) {
+    const Integers integers = integers_of(w, r, copy);
+    const uint8_t* mask = w.mask_of(r);
+    __m512 sums[TOKENS];
+    for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
+    int64_t next = 0;
+    for (int64_t k = 0; k < words; k++) {
+      const uint64_t bits = mask_word(mask, k, w.stride());
+      alignas(64) int8_t codes[WORD];
+      _mm512_store_si512(codes, four_bits_64(integers, next, bits));
+      next += __builtin_popcountll(bits);
+      const float* word = x + k * TOKENS * WORD;
+      _Pragma("GCC unroll 4") for (int64_t c = 0; c < WORD; c += 16) {
+        if (k * WORD + c >= w.in) break;
+        const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + c));
+        const __m512 scale = _mm512_set1_ps(w.scale_at(r, k * WORD + c));
+        const __m512 weights = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)), scale);
+        _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
+            sums[t] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(word + t * WORD + c), sums[t]);
+      }
+    }
+    for (int t = 0; t < TOKENS; t++) y[t * w.out + r] = _mm512_reduce_add_ps(sums[t]);
+  }
+}
+
+FOR_AVX2 void avx2_spread(const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
+  int64_t next = 0;
+  for (int64_t j = 0; j < in; j += 8) {
+    auto* to = reinterpret_cast<__m128i*>(row + j);
+    _mm_storel_epi64(to, four_bits_8(integers, next, mask[j / 8]));
+    next += __builtin_popcount(mask[j / 8]);
+  }
+}
+
+FOR_AVX512 void avx512_spread(
+    const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
+  int64_t next = 0;
+  for (int64_t k = 0; k * WORD < in; k++) {
+    const uint64_t bits = mask_word(mask, k, (in + 7) / 8);
+    _mm512_storeu_si512(row + k * WORD, four_bits_64(integers, next, bits));
+    next += __builtin_popcountll(bits);
+  }
 }
 #endif
 
@@ -658,6 +875,60 @@ void small_batch(
   over_rows(w.out, w.in, rows, finish);
 }
 
+#if X86
+// By the loop of so many tokens; HALVES is for integer inputs alone.
+#define BY_TOKENS(ROWS, ...)                                                                    \
+  switch (padded) {                                                                             \
+    case 1: return ROWS<1 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                 \
+    case 2: return ROWS<2 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                 \
+    case 4: return ROWS<4 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                 \
+    default: return ROWS<8 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                \
+  }
+#define COMMA ,
+#endif
+
+template <class T>
+void small_batch(
+    const FourBits& w, const T* x, int64_t tokens, const T* bias, T* y, Path path) {
+  const std::unique_ptr<float[]> sums(new float[FEW * w.out]);
+  const auto finish = [&](int64_t from, int64_t to) {
+    for (int64_t t = 0; t < tokens; t++) {
+      for (int64_t r = from; r < to; r++) {
+        const float sum = sums[t * w.out + r] + (bias ? static_cast<float>(bias[r]) : 0);
+        y[t * w.out + r] = static_cast<T>(sum);
+      }
+    }
+  };
+#if X86
+  const int64_t padded = padded_tokens(tokens);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (path >= AVX512) {
+      const auto inputs = arranged<Avx512Step<int8_t>>(x, tokens, w.in, padded);
+      const auto rows = [&](int64_t from, int64_t to) {
+        if (w.group < WORD) BY_TOKENS(avx512_rows, COMMA true)
+        BY_TOKENS(avx512_rows, COMMA false)
+      };
+      if (!inputs.empty()) return over_rows(w.out, w.in, rows, finish);
+    }
+  }
+  if (path >= AVX2) {
+    const auto inputs = arranged<Avx2Step<float>>(x, tokens, w.in, padded);
+    const auto rows = [&](int64_t from, int64_t to) {
+      if (path >= AVX512) BY_TOKENS(avx512_rows)
+      BY_TOKENS(avx2_rows)
+    };
+    return over_rows(w.out, w.in, rows, finish);
+  }
+#undef BY_TOKENS
+#undef COMMA
+#endif
+  const auto inputs = arranged<PortableStep>(x, tokens, w.in, tokens);
+  const auto rows = [&](int64_t from, int64_t to) {
+    portable_rows(w, inputs.data(), tokens, sums.get(), from, to);
+  };
+  over_rows(w.out, w.in, rows, finish);
+}
+
 // ---------------------------------------------------------------------------------- more tokens
 
 // Rows `from` to `to`, dense (rows, in), as T.
@@ -669,7 +940,7 @@ void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path pat
     std::vector<V> spread(std::is_same_v<V, T> ? 0 : w.in), copy;
     for (int64_t r = first; r < last; r++) {
       const V* values = w.values + w.offsets[r];
-      const uint8_t* mask = w.mask + r * w.stride();
+      const uint8_t* mask = w.mask_of(r);
       T* row = rows + (r - from) * w.in;
       V* to_spread;
       if constexpr (std::is_same_v<V, T>) {
@@ -701,16 +972,51 @@ void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path pat
   });
 }
 
+// Rows `from` to `to`, dense (rows, in), as T. Products of integer and scale are T numbers.
+template <class T>
+void unpack_rows(const FourBits& w, int64_t from, int64_t to, T* rows, Path path) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(w.in, 1));
+  at::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
+    std::vector<int8_t> spread((w.in + WORD - 1) / WORD * WORD);
+    std::vector<uint8_t> copy;
+    for (int64_t r = first; r < last; r++) {
+      const Integers integers = integers_of(w, r, copy);
+#if X86
+      if (path >= AVX512) {
+        avx512_spread(integers, w.mask_of(r), w.in, spread.data());
+      } else if (path == AVX2) {
+        avx2_spread(integers, w.mask_of(r), w.in, spread.data());
+      } else {
+        portable_spread(integers, w.mask_of(r), w.in, spread.data());
+      }
+#else
+      portable_spread(integers, w.mask_of(r), w.in, spread.data());
+#endif
+      for (int64_t begin = 0; begin < w.in; begin += w.group) {
+        const int64_t count = std::min(w.group, w.in - begin);
+        const int8_t* codes = spread.data() + begin;
+        const float scale = w.scale_at(r, begin);
+        T* row = rows + (r - from) * w.in + begin;
+        int64_t j = 0;
+#if X86
+        if (path >= AVX2) j = avx2_scaled(codes, count, scale, row);
+#endif
+        for (; j < count; j++) row[j] = static_cast<T>(static_cast<float>(codes[j]) * scale);
+      }
+    }
+  });
+}
+
 // A tensor (count,) of any content. The calling thread keeps its memory: fresh pages cost as much
 // as unpacking into them.
 at::Tensor scratch(int64_t count, const at::TensorOptions& options) {
-  static thread_local at::Tensor& kept = *new at::Tensor();  // not freed after what frees it
+  static thread_local at::Tensor& held = *new at::Tensor();  // not freed after what frees it
   const int64_t bytes = count * static_cast<int64_t>(options.dtype().itemsize());
-  if (!kept.defined() || kept.numel() < bytes) {
-    kept = at::Tensor();
-    kept = at::empty({bytes}, options.dtype(at::kByte));
+  if (!held.defined() || held.numel() < bytes) {
+    held = at::Tensor();
+    held = at::empty({bytes}, options.dtype(at::kByte));
   }
-  return kept.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype()));
+  return held.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype()));
 }
 
 // Up to so many tokens passes of FEW at a time are faster than unpacking.
@@ -718,16 +1024,16 @@ template <class T>
 constexpr int64_t SEVERAL = sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
 
 // x (tokens, in) -> y (tokens, out), tile by tile of the rows of W.
-template <class V, class T>
+template <class T, class W>
 void large_batch(
-    const Weight<V>& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
+    const W& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
   const int64_t bytes = std::max<int64_t>(1, w.in * static_cast<int64_t>(sizeof(T)));
   const int64_t tile = std::min(w.out, std::max<int64_t>(64, TILE / bytes / 64 * 64));
   const at::Tensor rows = scratch(tile * w.in, x.options()).view({tile, w.in});
   for (int64_t from = 0; from < w.out; from += tile) {
     const int64_t count = std::min(tile, w.out - from);
     const at::Tensor its = rows.narrow(0, 0, count);
-    unpack_rows<V, T>(w, from, from + count, its.mutable_data_ptr<T>(), path);
+    unpack_rows(w, from, from + count, its.mutable_data_ptr<T>(), path);
     const auto part = bias.defined() ? bias.narrow(0, from, count) : bias;
     y.narrow(1, from, count).copy_(at::linear(x, its, part));
   }
@@ -735,61 +1041,81 @@ void large_batch(
 
 // ------------------------------------------------------------------------------------- operators
 
-template <class V, class T>
-void product(
-    const at::Tensor& x, const at::Tensor& mask, const at::Tensor& weight,
-    const at::Tensor& offsets, const at::Tensor& scale, const at::Tensor& bias, at::Tensor& y,
-    Path path) {
-  const Weight<V> w = {
-      mask.const_data_ptr<uint8_t>(), weight.const_data_ptr<V>(), offsets.const_data_ptr<int64_t>(),
-      scale.defined() ? scale.const_data_ptr<float>() : nullptr, mask.size(0), x.size(1)};
+// x (tokens, in) -> y (tokens, out), both T.
+template <class T, class W>
+void product(const W& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
   const int64_t tokens = x.size(0);
-  if (tokens > (path == PORTABLE ? FEW : SEVERAL<T>)) return large_batch<V, T>(w, x, bias, y, path);
+  if (tokens > (path == PORTABLE ? FEW : SEVERAL<T>)) return large_batch<T>(w, x, bias, y, path);
   const T* added = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
   for (int64_t t = 0; t < tokens; t += FEW) {
     const T* from = x.const_data_ptr<T>() + t * w.in;
     T* to = y.mutable_data_ptr<T>() + t * w.out;
-    small_batch<V, T>(w, from, std::min(FEW, tokens - t), added, to, path);
+    small_batch(w, from, std::min(FEW, tokens - t), added, to, path);
   }
 }
 
-// Whether rows begin at 0, one behind the other, and end at `nnz`.
-bool are_offsets(const at::Tensor& offsets, int64_t nnz) {
+// Whether rows begin at 0, one behind the other.
+bool are_offsets(const at::Tensor& offsets) {
   const int64_t* starts = offsets.const_data_ptr<int64_t>();
   const int64_t rows = offsets.size(0) - 1;
-  bool ordered = starts[0] == 0 && starts[rows] == nnz;
+  bool ordered = starts[0] == 0;
   for (int64_t r = 0; r < rows; r++) ordered &= starts[r] <= starts[r + 1];
   return ordered;
+}
+
+// Inputs that share a scale, by how many scales a row has; where two fit they mean the same.
+int64_t group_size(int64_t in, int64_t groups) {
+  for (int64_t group = 32; group <= 128; group *= 2)
+    if (std::max<int64_t>(1, (in + group - 1) / group) == groups) return group;
+  TORCH_CHECK(false, "scale: ", groups, " for ", in, " inputs are none for 32, 64 or 128 of them");
 }
 
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& mask, const at::Tensor& weight,
     const at::Tensor& offsets, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& bias, std::optional<std::string> path) {
-  const int64_t out = mask.size(0), in = x.size(1);
-  TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && mask.size(1) == (in + 7) / 8, "x or mask: shape");
+  TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && offsets.dim() == 1, "x, mask, offsets: shapes");
+  const int64_t out = offsets.size(0) - 1, in = x.size(1);
+  const bool one_mask = mask.size(0) == 1 && out != 1;
+  TORCH_CHECK((mask.size(0) == out || one_mask) && mask.size(1) == (in + 7) / 8, "mask: shape");
   TORCH_CHECK(mask.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong, "dtypes");
-  TORCH_CHECK(offsets.dim() == 1 && offsets.size(0) == out + 1, "offsets: shape");
   TORCH_CHECK(weight.dim() == 1 && mask.is_contiguous() && weight.is_contiguous(), "not packed");
-  TORCH_CHECK(offsets.is_contiguous() && are_offsets(offsets, weight.size(0)), "offsets");
-  const bool bytes = weight.scalar_type() == at::kChar;
-  TORCH_CHECK(bytes || weight.scalar_type() == x.scalar_type(), "x and weight: dtypes differ");
-  TORCH_CHECK(bytes == scale.has_value(), "scale goes with int8");
+  const bool four = weight.scalar_type() == at::kByte, eight = weight.scalar_type() == at::kChar;
+  TORCH_CHECK(four || eight || weight.scalar_type() == x.scalar_type(), "x, weight: dtypes differ");
+  TORCH_CHECK(offsets.is_contiguous(), "offsets");
+  const int64_t nnz = offsets.const_data_ptr<int64_t>()[out];
+  TORCH_CHECK((four ? (nnz + 1) / 2 : nnz) == weight.size(0) && are_offsets(offsets), "offsets");
+  TORCH_CHECK((four || eight) == scale.has_value() && !(four && one_mask), "scale or mask");
   at::Tensor factors, added;
-  if (scale) factors = scale->to(at::kFloat).contiguous();
-  TORCH_CHECK(!scale || factors.numel() == out, "scale: shape");
+  if (eight) factors = scale->to(at::kFloat).contiguous();
+  TORCH_CHECK(!eight || factors.numel() == out, "scale: shape");
+  if (four) factors = scale->contiguous();
+  TORCH_CHECK(
+      !four || (factors.dim() == 2 && factors.size(0) == out &&
+                factors.scalar_type() == at::kBFloat16), "scale: shape or dtype");
   if (bias) added = bias->to(x.scalar_type()).contiguous();
   TORCH_CHECK(!bias || added.numel() == out, "bias: shape");
   const at::Tensor inputs = x.contiguous();
   at::Tensor y = at::empty({x.size(0), out}, x.options());
   if (!y.numel()) return y;
+  const uint8_t* masks = mask.const_data_ptr<uint8_t>();
+  const int64_t* starts = offsets.const_data_ptr<int64_t>();
   const auto run = [&](auto one) {
     using T = decltype(one);
     const Path by = chosen_path(path);
-    if (bytes) {
-      product<int8_t, T>(inputs, mask, weight, offsets, factors, added, y, by);
+    if (four) {
+      const auto* scales = factors.const_data_ptr<c10::BFloat16>();
+      const int64_t group = group_size(in, factors.size(1));
+      const auto* values = weight.const_data_ptr<uint8_t>();
+      product<T>(FourBits{masks, values, starts, scales, out, in, group}, inputs, added, y, by);
+    } else if (eight) {
+      const auto* scales = factors.const_data_ptr<float>();
+      const auto* values = weight.const_data_ptr<int8_t>();
+      product<T>(
+          Weight<int8_t>{masks, values, starts, scales, out, in, one_mask}, inputs, added, y, by);
     } else {
-      product<T, T>(inputs, mask, weight, offsets, factors, added, y, by);
+      const auto* values = weight.const_data_ptr<T>();
+      product<T>(Weight<T>{masks, values, starts, nullptr, out, in, one_mask}, inputs, added, y, by);
     }
   };
   switch (x.scalar_type()) {

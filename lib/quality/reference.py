@@ -92,7 +92,7 @@ def dense_states(
     `on_progress` is called with the number of windows that are done.
     """
     dist = dist or DistContext(runner.device, alone=True)
-    resident = runner.placement is None or runner.placement.zero_copy
+    resident = runner.weights.zero_copy
     chosen = [own_windows(len(test), dist) for test in tests]
     step = batch_size if resident else COMPARED_WINDOWS
     batches = [

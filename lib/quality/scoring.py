@@ -118,7 +118,7 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
 
 def _groups(runner: BlockRunner, options: list, batch_tokens: int) -> Iterator[list[list]]:
     """Batches of options of similar length, in groups that go through the blocks together."""
-    resident = runner.placement is None or runner.placement.zero_copy
+    resident = runner.weights.zero_copy
     batches: list[list] = []
     for item in options:
         longest = len(item[2].ids)
@@ -143,7 +143,7 @@ def _run(
 ) -> Iterator[list[tuple[float, list[int]]]]:
     """For each batch, of every option its log-likelihood and the most likely ids, from the first
     that is scored to the one after its end."""
-    resident = runner.placement is None or runner.placement.zero_copy
+    resident = runner.weights.zero_copy
     windows = []
     for batch in batches:
         ids = torch.zeros(len(batch), len(batch[-1].ids), dtype=torch.long)

@@ -1,4 +1,4 @@
-"""How much several masks have in common: counted per matrix, added up by block and linear."""
+"""Counts of the weights that several masks share: per matrix, summed by block and linear."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.report.masks import Checkpoint, pruned_matrices
-from lib.report.names import Place, place
+from lib.report.masks import PrunedCheckpoint, pruned_matrices
+from lib.report.names import BlockLinear, block_and_linear
 from lib.util.errors import UserError
 from lib.util.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FIELDS = ("weights", "kept", "overlap", "chance", "noise", "excess")
+FIELDS = ("weights", "kept", "overlap", "chance", "noise", "excess")  # of a cell, in the files
 
 
 @dataclass
-class Count:
-    """What two masks share, in weights; of one matrix, or added up over several."""
+class MaskCounts:
+    """Weights that two masks keep and share, of one matrix or summed over several."""
 
     weights: int = 0
     kept_first: int = 0
     kept_second: int = 0
     both: int = 0
-    expected: float = 0.0  # of `both`, were the masks independent within each matrix
+    expected: float = 0.0  # value of `both` for masks that are independent within each matrix
 
-    def __iadd__(self, other: Count) -> Count:
+    def __iadd__(self, other: MaskCounts) -> MaskCounts:
         self.weights += other.weights
         self.kept_first += other.kept_first
         self.kept_second += other.kept_second
@@ -50,22 +50,28 @@ class Count:
 
     @property
     def chance(self) -> float:
-        """What `shared` would be for independent masks of the same sparsity."""
+        """The value of `shared` for independent masks of the same sparsity."""
         return 2 * self.expected / max(1, self.kept_first + self.kept_second)
 
 
-def count(first: Tensor, second: Tensor) -> Count:
+def count_masks(first: Tensor, second: Tensor) -> MaskCounts:
     """Count what two boolean tensors, True where a weight is kept, have in common."""
-    weights, a, b = first.numel(), int(first.sum()), int(second.sum())
-    return Count(weights, a, b, int((first & second).sum()), a * b / weights)
+    weights, kept_first, kept_second = first.numel(), int(first.sum()), int(second.sum())
+    return MaskCounts(
+        weights=weights,
+        kept_first=kept_first,
+        kept_second=kept_second,
+        both=int((first & second).sum()),
+        expected=kept_first * kept_second / weights,
+    )
 
 
 @dataclass
 class Cell:
-    """What masks share between the runs, and between seeds where those were given."""
+    """Counts between the runs, and between seeds where those were given."""
 
-    between: Count = field(default_factory=Count)
-    seeds: Count = field(default_factory=Count)
+    between: MaskCounts = field(default_factory=MaskCounts)
+    seeds: MaskCounts = field(default_factory=MaskCounts)
 
     @property
     def noise(self) -> float | None:
@@ -73,14 +79,19 @@ class Cell:
 
     @property
     def excess(self) -> float | None:
-        """By how much less the runs share than two seeds do."""
+        """How much less the runs share than two seeds do."""
         return None if self.noise is None else self.noise - self.between.shared
 
     def shares(self) -> dict[str, float | None]:
-        """The figures under the names they have in the files, FIELDS."""
-        c = self.between
-        figures = (c.weights, c.kept, c.shared, c.chance, self.noise, self.excess)
-        return dict(zip(FIELDS, figures, strict=True))
+        """The figures by their names in the files."""
+        return {
+            "weights": self.between.weights,
+            "kept": self.between.kept,
+            "overlap": self.between.shared,
+            "chance": self.between.chance,
+            "noise": self.noise,
+            "excess": self.excess,
+        }
 
 
 @dataclass
@@ -90,28 +101,28 @@ class Comparison:
     runs: list[str]
     noise: list[str]
     matrices: dict[str, Cell]
-    pairs: dict[tuple[str, str], Count]
+    pairs: dict[tuple[str, str], MaskCounts]
 
-    def by(self, key: Callable[[Place], Any]) -> dict[Any, Cell]:
-        """Cells added up by what `key` makes of a matrix's (block, linear)."""
-        found: dict[Any, Cell] = {}
+    def by(self, key: Callable[[BlockLinear], Any]) -> dict[Any, Cell]:
+        """Cells summed by `key` of a matrix's (block, linear)."""
+        by_key: dict[Any, Cell] = {}
         for name, cell in self.matrices.items():
-            sums = found.setdefault(key(place(name)), Cell())
+            sums = by_key.setdefault(key(block_and_linear(name)), Cell())
             sums.between += cell.between
             sums.seeds += cell.seeds
-        return found
+        return by_key
 
     @property
     def blocks(self) -> dict[int, Cell]:
-        return self.by(lambda where: where[0])
+        return self.by(lambda key: key[0])
 
     @property
     def linears(self) -> dict[str, Cell]:
-        return self.by(lambda where: where[1])
+        return self.by(lambda key: key[1])
 
     @property
     def title(self) -> str:
-        return f"What the masks of {', '.join(self.runs[:-1])} and {self.runs[-1]} share"
+        return f"Weights that the masks of {', '.join(self.runs[:-1])} and {self.runs[-1]} share"
 
     @property
     def whole(self) -> Cell:
@@ -120,8 +131,12 @@ class Comparison:
     def most_specific(self) -> list[tuple[int, Cell]]:
         """Blocks, those that differ most between the runs first."""
         blocks = self.blocks
-        worth = {b: c.between.shared if c.excess is None else -c.excess for b, c in blocks.items()}
-        return [(block, blocks[block]) for block in sorted(blocks, key=lambda b: (worth[b], b))]
+        similarity = {
+            block: cell.between.shared if cell.excess is None else -cell.excess
+            for block, cell in blocks.items()
+        }
+        order = sorted(blocks, key=lambda block: (similarity[block], block))
+        return [(block, blocks[block]) for block in order]
 
 
 def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) -> Comparison:
@@ -135,7 +150,7 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
     if len(noise) > len(runs):
         raise UserError(f"--noise: {len(noise)} folders for {len(runs)} RUNs; give one for each")
     with ExitStack() as files:
-        checkpoints = [Checkpoint(path, files) for path in (*runs, *noise)]
+        checkpoints = [PrunedCheckpoint(path, files) for path in (*runs, *noise)]
         labels = _labels(checkpoints)
         between = list(combinations(range(len(runs)), 2))
         seeds = [(k, len(runs) + k) for k in range(len(noise))]
@@ -148,17 +163,18 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
                     continue
                 cell = result.matrices[name] = Cell()
                 for i, j in between + seeds:
-                    counted = count(kept[i], kept[j])
+                    counts = count_masks(kept[i], kept[j])
                     sums = cell.between if j < len(runs) else cell.seeds
-                    sums += counted
-                    pair = result.pairs.setdefault((labels[i], labels[j]), Count())
-                    pair += counted
+                    sums += counts
+                    pair = result.pairs.setdefault((labels[i], labels[j]), MaskCounts())
+                    pair += counts
     if not result.matrices:
         raise UserError(f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models")
     return result
 
 
-def _check_seeds(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> None:
+def _check_seeds(pairs: Sequence[tuple[PrunedCheckpoint, PrunedCheckpoint]]) -> None:
+    """UserError where a run and its noise run are known to be calibrated on different texts."""
     for run, other in pairs:
         known = run.calibration is not None and other.calibration is not None
         if known and run.calibration != other.calibration:
@@ -168,7 +184,8 @@ def _check_seeds(pairs: Sequence[tuple[Checkpoint, Checkpoint]]) -> None:
             )
 
 
-def _labels(checkpoints: Sequence[Checkpoint]) -> list[str]:
+def _labels(checkpoints: Sequence[PrunedCheckpoint]) -> list[str]:
+    """Short labels, or the paths where those would not be unique."""
     labels = [checkpoint.label for checkpoint in checkpoints]
     if len(set(labels)) < len(labels):
         labels = [str(checkpoint.path) for checkpoint in checkpoints]

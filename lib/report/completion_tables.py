@@ -7,7 +7,7 @@ from typing import Any
 
 from lib.report.markdown import EMPTY, compact_table, escape
 from lib.report.results import Run
-from lib.report.tables import Row, Table, tables
+from lib.report.tables import Row, Table, comparable_tables
 from lib.util.terminal import one_line
 
 MODELS = {"dense": "dense model", "model": "this model"}
@@ -45,7 +45,7 @@ def completions_of_runs(runs: Sequence[Run]) -> str:
 
     Of runs that differ in nothing but the seed, the first one's.
     """
-    all_tables = tables(runs)
+    all_tables = comparable_tables(runs)
     parts = []
     for table in all_tables:
         for test in table.tests:

@@ -8,18 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.report.names import place
+from lib.report.names import block_and_linear
 from lib.report.results import RESULTS, load_runs
 from lib.util.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MASK = "mask"  # the tensor that stands beside the kept values of a packed linear
-FEWEST_ZEROS = 0.01  # share of a matrix from which on it counts as pruned
+MASK = "mask"  # the tensor beside the kept values of a packed linear
+MIN_ZEROS = 0.01  # share of a matrix above which it counts as pruned
 
 
-class Checkpoint:
+class PrunedCheckpoint:
     """A folder of safetensors, sharded or not, or a run folder that names one."""
 
     def __init__(self, path: str | Path, files: ExitStack) -> None:
@@ -53,31 +53,31 @@ class Checkpoint:
             raise UserError(f"RUN {self.path}: saved no model; run it again with --save_model")
         self.calibration = run.calibration
         self.label = f"{run.calibration} (seed {run.seed})"
-        choices = [Path(saved), self.path / saved, self.path.parent / Path(saved).name]
-        found = next((choice for choice in choices if choice.is_dir()), None)
-        if found is None:
+        candidates = [Path(saved), self.path / saved, self.path.parent / Path(saved).name]
+        folder = next((path for path in candidates if path.is_dir()), None)
+        if folder is None:
             raise UserError(f"RUN {self.path}: its model {saved} is gone; run it again")
-        return found
+        return folder
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The matrices, two- or three-dimensional, inside the numbered blocks, by name.
+        """{name: shape} of the matrices, two- or three-dimensional, inside the numbered blocks.
 
-        A packed matrix has the shape of the dense one it stands for.
+        The shape of a packed matrix is that of the dense one.
         """
-        found = {}
+        shapes = {}
         for name, file in self._file_of.items():
             shape = self._packed.get(name) or tuple(file.get_slice(name).get_shape())
-            if place(name) and len(shape) in (2, 3) and not name.endswith(f".{MASK}"):
-                found[name] = shape
+            if block_and_linear(name) and len(shape) in (2, 3) and not name.endswith(f".{MASK}"):
+                shapes[name] = shape
                 if f"{name}.absmax" in self._file_of:
                     raise UserError(
-                        f"RUN {self.path}: {name} is stored in 4 bits, its zeros can't be told; "
+                        f"RUN {self.path}: {name} is stored in 4 bits, where zeros can't be seen; "
                         "save the pruned model unquantised"
                     )
-        return found
+        return shapes
 
     def kept(self, name: str) -> Tensor:
-        """True where a weight of this matrix is not zero; of a packed one, what its mask says."""
+        """The mask of a matrix: True where a weight is not zero, or where a packed one keeps it."""
         if name not in self._packed:
             return self._file_of[name].get_tensor(name) != 0
         from lib.packed.layout import kept_of
@@ -89,13 +89,13 @@ class Checkpoint:
 
 
 def _packed_sizes(folder: Path) -> dict[str, tuple[int, int]]:
-    """{weight: (out, in)} of the linears that a checkpoint's config says are packed."""
+    """{weight: (out, in)} of the linears that are packed according to a checkpoint's config."""
     config = folder / "config.json"
     if not config.is_file():
         return {}
     try:
-        stored = json.loads(config.read_text("utf-8")).get("quantization_config") or {}
-        linears = stored.get("linears")
+        quantization = json.loads(config.read_text("utf-8")).get("quantization_config") or {}
+        linears = quantization.get("linears")
         if not isinstance(linears, dict):  # another way of storing weights
             return {}
         return {f"{name}.weight": (size[0], size[1]) for name, size in linears.items()}
@@ -106,11 +106,11 @@ def _packed_sizes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def pruned_matrices(
-    checkpoints: Sequence[Checkpoint],
+    checkpoints: Sequence[PrunedCheckpoint],
 ) -> Iterator[tuple[str, list[Tensor] | None]]:
-    """(name, what each checkpoint keeps) of each matrix; None for one that is not pruned in all.
+    """Yield (name, one mask for each checkpoint); None for a matrix that is not pruned in all.
 
-    UserError naming the tensor where the checkpoints are not of one shape.
+    UserError: a tensor's shape differs between the checkpoints.
     """
     shapes = [checkpoint.shapes() for checkpoint in checkpoints]
     first = checkpoints[0]
@@ -121,9 +121,9 @@ def pruned_matrices(
                     f"RUN {checkpoint.path}: tensor {name} is {_shape(mine.get(name))} here but "
                     f"{_shape(shapes[0].get(name))} in {first.path}; compare prunings of one model"
                 )
-    for name in sorted(shapes[0], key=lambda name: (place(name)[0], name)):
+    for name in sorted(shapes[0], key=lambda name: (block_and_linear(name)[0], name)):
         masks = [checkpoint.kept(name) for checkpoint in checkpoints]
-        pruned = all((~mask).float().mean() > FEWEST_ZEROS for mask in masks)
+        pruned = all((~mask).float().mean() > MIN_ZEROS for mask in masks)
         yield name, masks if pruned else None
 
 

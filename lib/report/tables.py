@@ -1,8 +1,8 @@
-"""Runs put side by side where that is fair.
+"""Which runs may be compared, and which are averaged.
 
 Perplexities compare only between runs of one model and vocabulary on one test set, and only runs
-that differ in nothing but the seed are averaged: `tables` sorts runs by these two rules. Importing
-this file imports nothing heavy.
+that differ in nothing but the seed are averaged: `comparable_tables` sorts runs by these two rules.
+Importing this file imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lib.report.results import NONE, STRICTNESS, Run
+from lib.report.results import NONE, STRICTNESS, EvaluationRecord, Run, VocabularyRecord
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """Runs that are alike but for the seed; a table's row."""
+    """Runs that differ in nothing but the seed; a row of a table."""
 
     runs: tuple[Run, ...]
     label: str  # what they were calibrated on; unique within its table for different sources
@@ -42,14 +42,14 @@ class Row:
 
     @property
     def order(self) -> tuple[float, int]:
-        """Sorts targets from the loosest to the strictest."""
+        """A key that sorts targets from the loosest to the strictest."""
         kind = self.runs[0].results.get("sparsity_type")
         return self.ratio, STRICTNESS.index(kind) if kind in STRICTNESS else len(STRICTNESS)
 
     def values(self, test: str, key: str = "perplexity") -> list[float]:
-        """The runs' values of `perplexity`, `standard_error` or `bits_per_byte` on a test set."""
-        found = (run.tests.get(test, {}).get(key) for run in self.runs)
-        return [value for value in found if value is not None and not math.isnan(value)]
+        """The runs' values of a figure, such as `perplexity` or `kl`, on a test set."""
+        values = (run.tests.get(test, {}).get(key) for run in self.runs)
+        return [value for value in values if value is not None and not math.isnan(value)]
 
     def mean(self, test: str, key: str = "perplexity") -> float | None:
         """Mean over the runs, or None where none has it."""
@@ -63,9 +63,13 @@ class Row:
     @property
     def sparsity(self) -> float | None:
         """Measured share of zeros in the pruned linears, mean over the runs."""
-        measured = (run.results.get("sparsity") for run in self.runs)
-        found = [sparsity["overall"] for sparsity in measured if sparsity]
-        return statistics.fmean(found) if found else None
+        records = (run.results.get("sparsity") for run in self.runs)
+        shares = [record["overall"] for record in records if record]
+        return statistics.fmean(shares) if shares else None
+
+    def task_values(self, name: str) -> list[float]:
+        """The runs' values of a task's metric."""
+        return [run.tasks[name] for run in self.runs if name in run.tasks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +77,7 @@ class Table:
     """Rows that may be compared: one model, one vocabulary, the same test sets."""
 
     model: str
-    tests: dict[str, Any]  # name -> what identifies its windows
+    tests: dict[str, Any]  # {name: digest of its windows, or what identifies them}
     rows: list[Row]
 
     @property
@@ -82,8 +86,8 @@ class Table:
         return Path(self.model).name
 
     @property
-    def vocabulary(self) -> dict[str, Any]:
-        """What is said of it where it was trimmed; then bits per byte come first."""
+    def vocabulary(self) -> VocabularyRecord | dict[str, Any]:
+        """The record of the vocabulary where it was trimmed; then bits per byte come first."""
         return self.rows[0].runs[0].vocabulary
 
     @property
@@ -96,16 +100,16 @@ class Table:
 
     @property
     def targets(self) -> list[str]:
-        """What occurs of `50%`, `4:8`, `2:4`, ..., from the loosest to the strictest."""
+        """The sparsities asked for, `50%`, `4:8`, `2:4`, ..., from the loosest to the strictest."""
         rows = sorted(self.pruned, key=lambda row: row.order)
         return list(dict.fromkeys(row.target for row in rows))
 
     @property
     def calibrations(self) -> list[str]:
-        """What was calibrated on: in the order of the test sets, then the others, `none` last."""
-        found = {row.label for row in self.pruned}
-        first = [name for name in self.tests if name in found]
-        return first + sorted(found - set(first), key=lambda label: (label == NONE, label))
+        """The calibration sets: in the order of the test sets, then the others, `none` last."""
+        labels = {row.label for row in self.pruned}
+        first = [name for name in self.tests if name in labels]
+        return first + sorted(labels - set(first), key=lambda label: (label == NONE, label))
 
     @property
     def varying(self) -> list[str]:
@@ -113,6 +117,11 @@ class Table:
         names = sorted({name for row in self.rows for name in row.settings})
         rows = self.pruned or self.rows
         return [n for n in names if len({repr(row.settings.get(n)) for row in rows}) > 1]
+
+    @property
+    def tasks(self) -> list[str]:
+        """`task metric` of every metric that a run has."""
+        return sorted({name for row in self.rows for run in row.runs for name in run.tasks})
 
     def rise(self, row: Row, test: str) -> float | None:
         """Perplexity over the dense model's, less one; None where either is missing."""
@@ -126,33 +135,35 @@ def deviation(values: list[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _identity(test: dict[str, Any]) -> Any:
-    return test.get("digest") or (test.get("source"), test.get("revision"), test.get("tokens"))
-
-
-def tables(runs: Iterable[Run]) -> list[Table]:
-    """Sort runs into tables that may be compared; failed runs are left out.
+def comparable_tables(runs: Iterable[Run]) -> list[Table]:
+    """Sort runs into tables whose rows may be compared; failed runs are left out.
 
     A run joins the first table of its model and vocabulary that shares a test set with it and has
     no other test set under one of its names.
     """
-    groups: list[tuple[tuple, dict[str, Any], list[Run]]] = []
+    groups: list[tuple[tuple, dict[str, Any], list[Run]]] = []  # model, tests, runs
     for run in (run for run in runs if run.error is None):
         tests = {name: _identity(test) for name, test in run.tests.items()}
-        loaded = run.model, run.vocabulary.get("rows"), run.vocabulary.get("digest")
-        for its, known, members in groups:
-            shared = known.keys() & tests.keys()
-            alike = all(known[name] == tests[name] for name in shared)
-            if its == loaded and alike and (shared or not tests):
-                known.update(tests)
+        model = run.model, run.vocabulary.get("rows"), run.vocabulary.get("digest")
+        for group_model, group_tests, members in groups:
+            shared = group_tests.keys() & tests.keys()
+            same = all(group_tests[name] == tests[name] for name in shared)
+            if group_model == model and same and (shared or not tests):
+                group_tests.update(tests)
                 members.append(run)
                 break
         else:
-            groups.append((loaded, tests, [run]))
+            groups.append((model, tests, [run]))
     return [Table(model, tests, _rows(members)) for (model, *_), tests, members in groups]
 
 
+def _identity(test: EvaluationRecord) -> Any:
+    """What two test sets must have in common to be the same."""
+    return test.get("digest") or (test.get("source"), test.get("revision"), test.get("tokens"))
+
+
 def _rows(runs: list[Run]) -> list[Row]:
+    """Runs of one table, averaged over seeds; of one seed twice, the first run counts."""
     groups: dict[tuple, list[Run]] = {}
     sources: dict[str, set] = {}
     for run in runs:
@@ -164,8 +175,8 @@ def _rows(runs: list[Run]) -> list[Row]:
     for members in groups.values():
         first = members[0]
         label = first.calibration
-        if len(sources[label]) > 1:  # one name for several texts: say which
+        if len(sources[label]) > 1:  # several texts of one name
             label += f" ({', '.join(source for source, _ in first.sources)})"
-        by_seed = {run.seed: run for run in reversed(members)}  # of one seed twice, the first
+        by_seed = {run.seed: run for run in reversed(members)}
         rows.append(Row(tuple(by_seed[seed] for seed in sorted(by_seed)), label))
     return sorted(rows, key=lambda row: (row.target != "dense", row.method, row.order, row.label))

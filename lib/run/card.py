@@ -17,6 +17,7 @@ from lib.methods.sparsity import UNSTRUCTURED
 from lib.report.completion_tables import completions_of_run
 from lib.report.markdown import compact_table, escape
 from lib.report.results import EvaluationRecord, RecoveryRecord, Results, VocabularyRecord
+from lib.run.card_engines import engines, unpacking
 from lib.run.record import changed_options, with_error
 
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
@@ -47,6 +48,8 @@ def model_card(results: Results, sources: list[str]) -> str:
     if packed:
         sections.append(_packing(results))
     sections.append(how_to_run(results))
+    if folder := saved_name(results):
+        sections.append(engines(folder, bool(packed)))
     body = "\n\n".join("\n".join(lines) for lines in sections if lines)
     return f"---\n{_metadata(results, sources).to_yaml()}\n---\n{body}\n"
 
@@ -190,12 +193,13 @@ def _packing(results: Results) -> list[str]:
         values = "they were" if packed["bits"] == 16 else f"{packed['bits']}-bit integers"
         share = packed["bytes"] / packed["dense_bytes"]
         size = f", kept weights as {values}, in {share:.3f} of their dense size"
-    return [CARD_HEADING, "", f"The sparse linears are stored packed{size}."]
+    stored = f"The sparse linears are stored packed{size}."
+    return [CARD_HEADING, "", stored, "", unpacking(saved_name(results))]
 
 
 def how_to_run(results: Results) -> list[str]:
     """What to do with the saved folder, by its kind: packed, or a plain checkpoint."""
-    folder = Path(results["flags"].get("save_model") or "").name
+    folder = saved_name(results)
     if results["flags"].get("replace_sparse_layers"):
         from lib.packed.checkpoint import card_lines
 
@@ -210,6 +214,11 @@ def how_to_run(results: Results) -> list[str]:
         f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
         "```",
     ]
+
+
+def saved_name(results: Results) -> str:
+    """The name of the folder that the model is saved to."""
+    return Path(results["flags"].get("save_model") or "").name
 
 
 def name_of(model: str) -> str:

@@ -196,7 +196,7 @@ def _check_tokens(job: Job) -> None:
 
 def _compare(job: Job) -> None:
     """UserError where an interrupted run, or another process, does something else."""
-    from lib.pruning.journal import Journal
+    from lib.model.work_folder import WorkFolder
     from lib.run.fingerprint import TIMES, difference, fingerprint
 
     job.fingerprint = fingerprint(job)
@@ -206,11 +206,14 @@ def _compare(job: Job) -> None:
     changes = job.method_spec or job.schedule
     if not (changes and job.args.resume and job.dist.is_main):
         return
-    job.journal = Journal(job.args.resume)
-    found = difference(job.journal.begun, pruning) if job.journal.begun else None
-    if found:
-        name, before, now = found
+    folder = WorkFolder("--resume", job.args.resume)
+    changed = difference(folder.begun, pruning) if folder.begun else None
+    if changed:
+        folder.close()
+        name, before, now = changed
         raise UserError(
             f"--resume {job.args.resume}: was begun with {name} {before!r}, now it is {now!r}; "
             "give the same again, or another folder"
         )
+    folder.begin(pruning)
+    job.finished = folder

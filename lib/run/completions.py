@@ -43,8 +43,7 @@ class Completions:
         self.prompts = [
             (test.name, ids) for test in job.texts.tests for ids in test.prompts if job.args.prompts
         ]
-        placement = loaded.runner.placement
-        if self.prompts and placement and not placement.zero_copy:
+        if self.prompts and not loaded.runner.weights.zero_copy:
             self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
 
     def generate(self, name: str, model: nn.Module) -> None:

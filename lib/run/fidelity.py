@@ -58,8 +58,7 @@ class Fidelity:
         self.prompts: list[Prompts] = []
         if not job.args.fidelity:
             return
-        placement = loaded.runner.placement
-        if placement and not placement.zero_copy:
+        if not loaded.runner.weights.zero_copy:
             self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
             return
         self.prompts = [one for source in job.tests if (one := _prompts_of(job, source))]

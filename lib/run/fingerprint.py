@@ -1,6 +1,6 @@
 """What decides a result, in one place: two runs with the same fingerprint give the same bytes.
 
-An interrupted run goes on only under the same fingerprint (lib/pruning/journal.py), the processes
+An interrupted run goes on only under the same fingerprint (lib/model/work_folder.py), the processes
 of one job must have the same, and a sweep does a run again where it differs from the one that is
 kept. What a flag counts for stands beside it, in lib/run/flags.py: values of flags that change the
 result, and what stands behind those that name an input; never where something is kept.
@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.model.access import weight_files
-from lib.model.pretrained import pick_dtype, saved_dtype
+from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
 from lib.model.quantised import stored_bits
-from lib.model.store import dtype_name
 from lib.run.flag import RESULT
 from lib.run.flags import FLAGS
 from lib.util.versions import versions

@@ -287,9 +287,10 @@ PRUNING = (
         RESULT,
         "16 keeps the kept values in the dtype they are saved in, that of the checkpoint (float32 "
         "ones stay float32, at 32 bits) or --dtype; 8 rounds them to int8, with a float32 scale "
-        "for each row",
+        "for each row; 4 rounds them to 4-bit integers, with a 16-bit scale for every 64 inputs of "
+        "a row",
         default=16,
-        options={"type": int, "choices": (8, 16)},
+        options={"type": int, "choices": (4, 8, 16)},
         needs=("replace_sparse_layers",),
     ),
 )

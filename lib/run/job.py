@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lib.distributed.context import DistContext
     from lib.model.access import Checkpoint
     from lib.model.blocks import BlockRunner
-    from lib.pruning.journal import Journal
+    from lib.model.work_folder import WorkFolder
     from lib.quality.reference import DenseReference
     from lib.recover import TrainSchedule
     from lib.vocabulary import TrimmedVocabulary
@@ -92,7 +92,7 @@ class Job:
     teacher_rows: Tensor | None = None  # of the teacher, where it has more tokens than the model
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
-    journal: Journal | None = None  # of the main process, under --resume
+    finished: WorkFolder | None = None  # of --resume, in the main process
     seconds: dict[str, float] = field(default_factory=dict)  # by step
 
     @property

@@ -8,16 +8,18 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.run.job import Job, LoadedModel
+from lib.util.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lib.model.fetched import Sharing
-    from lib.model.placement import BlockPlacement
+    from lib.model.weights import BlockFiles
+    from lib.model.work_folder import WorkFolder
     from lib.run.memory import Room, Training
 
 
@@ -26,20 +28,39 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
     from lib.model import pretrained
     from lib.model.blocks import BlockRunner
     from lib.model.finite import check_finite
-    from lib.util.host import keep_freed_memory
+    from lib.model.weights import BlockWeights
+    from lib.util.host import gib, keep_freed_memory
 
     keep_freed_memory()
-    sharing = _sharing(job)
-    room = _see_memory(job, sharing is not None)
+    if job.finished:
+        at_end.callback(job.finished.close)
+    _check_outputs_room(job)
+    size = _scratch_bytes(job)
+    place, shared = _place_of_blocks(job, size)
+    room = _see_memory(job, shared)
     with job.timed("load"):
+        if room.fetched and place is None:
+            raise UserError(
+                f"{job.checkpoint}: its blocks need {gib(size)} beside the device, for which there "
+                "is no room in memory or in the folder for temporary files; give --offload FOLDER"
+            )
         if room.fetched:
-            model, placement = _fetched(job, at_end, sharing)
+            folder = at_end.enter_context(_scratch_folder(job, place, shared))
+            model, files = _read_in_files(job, folder, shared)
         else:
-            model, placement = _read_model(job, {"": job.device}), None
-            if sharing:
-                sharing.close()
-    runner = BlockRunner(model, job.device, placement)
-    if placement is None:  # otherwise every block is checked when it is fetched
+            model, files = _read_model(job, {"": job.device}), None
+    weights = BlockWeights(
+        pretrained.decoder_blocks(model)[1],
+        job.device,
+        files,
+        rounding=pretrained.saved_dtype(job.args.dtype, job.config),
+        exact=frozenset(model._keep_in_fp32_modules_strict or ()),
+        finished=job.finished,
+        resumes=bool(job.args.resume and job.method_spec),
+        dist=job.dist,
+    )
+    runner = BlockRunner(model, job.device, weights)
+    if weights.resident:  # otherwise every block is checked when it is brought
         check_finite(runner)
     runner.verify()
     size = pretrained.footprint(model)
@@ -48,44 +69,98 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
     )
 
 
-def _sharing(job: Job) -> Sharing | None:
-    """How the processes of this machine come to one copy of the blocks; None where they don't."""
-    from lib.model.fetched import Sharing, can_be_shared
+def _check_outputs_room(job: Job) -> None:
+    """UserError where the disks of --save_model and --resume can't hold what the run will write."""
+    from lib.model.pretrained import saved_dtype
+    from lib.util.files import check_room
 
-    blocks = job.skeleton.get_submodule(job.blocks_name)
-    # what is trained, and what is quantised, must be each process's own
-    if job.schedule or job.args.load_bit or not can_be_shared(job.skeleton, blocks):
-        return None
-    return Sharing.arrange(job.dist)
+    args, skeleton = job.args, job.skeleton
+    if not job.dist.is_main or not (job.method_spec or job.schedule):
+        return
+    saved = saved_dtype(args.dtype, job.config).itemsize
+    inside = sum(p.numel() for p in skeleton.get_submodule(job.blocks_name).parameters())
+    whole = sum(p.numel() for p in skeleton.parameters())
+    if args.save_model and not args.load_bit and not args.replace_sparse_layers:
+        check_room("--save_model", args.save_model, whole * saved)
+    if job.finished:
+        needed = inside * (4 if args.load_bit else saved) if job.method_spec else 0
+        if job.schedule:  # what is trained, AdamW's two averages, and the best so far
+            needed += inside * (3 * 4 + saved) if job.schedule.rank is None else inside * saved
+        check_room("--resume", args.resume, needed - job.finished.size())
 
 
-def _fetched(
-    job: Job, at_end: ExitStack, sharing: Sharing | None
-) -> tuple[nn.Module, BlockPlacement]:
-    """The dense model with its blocks on the host, or on disk under `--offload`."""
-    from lib.model.fetched import fetched_model
-    from lib.model.placement import device_map
-    from lib.model.pretrained import saved_dtype, skeleton
+def _scratch_bytes(job: Job) -> int:
+    """Bytes of the files of blocks that do not stay on the device, for one process or machine."""
+    from lib.model.access import stored_names
+    from lib.model.offload import scratch_bytes
+    from lib.model.pretrained import pick_dtype, saved_dtype
 
-    args, folder = job.args, None
-    where: dict[str, Any] = {"": job.device}
-    if args.offload or job.device.type == "cuda":
-        place = "disk" if args.offload else "cpu"
-        where = device_map(job.skeleton, job.blocks_name, job.device, place)
-    if args.offload:
-        folder = at_end.enter_context(_offload_folder(job, sharing is not None))
-    return fetched_model(
-        lambda: _read_model(job, where, folder),
-        lambda: skeleton(job.config, job.checkpoint),
-        job.device,
-        sharing,
-        folder,
+    args = job.args
+    return scratch_bytes(
+        job.skeleton,
+        job.blocks_name,
+        stored_names(job.checkpoint) if Path(args.model).is_dir() else {},
+        pick_dtype(args.dtype, job.config, job.device),
         saved_dtype(args.dtype, job.config),
     )
 
 
-def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> nn.Module:
-    """The dense model, each part on the device that `where` says."""
+def _place_of_blocks(job: Job, size: int) -> tuple[Path | None, bool]:
+    """Where blocks may stay that are not on the device, None for nowhere; and whether the processes
+    of each machine share them there. `size`: bytes that their files take."""
+    from lib.model.offload import can_be_shared, place_in_memory
+    from lib.util.files import check_room
+    from lib.util.host import available
+
+    args, dist = job.args, job.dist
+    blocks = job.skeleton.get_submodule(job.blocks_name)
+    # what is trained, and what is quantised, must be each process's own
+    own = job.schedule or args.load_bit or not can_be_shared(job.skeleton, blocks)
+    shared = not own and all(dist.all_gather_object(dist.local_size > 1))
+    writers = 1 if shared else dist.local_size
+    if args.offload:
+        check_room("--offload", args.offload, writers * size)
+        return Path(args.offload), shared
+    if not shared and job.device.type == "cpu":
+        return None, False
+    outside = sum(p.nbytes for p in job.skeleton.parameters())
+    place = place_in_memory(writers * size + (outside if shared else 0), available())
+    places = dist.all_gather_object(place)
+    place = places[dist.rank - dist.local_rank]  # what has room for all of a machine
+    return place, shared and None not in places
+
+
+def _scratch_folder(job: Job, place: Path, shared: bool) -> AbstractContextManager[WorkFolder]:
+    """The folder for blocks of this process, or of its machine if they are `shared`."""
+    from lib.model.offload import offload_folder, temporary_folder
+
+    if job.args.offload:
+        return offload_folder(job.args.offload, job.dist, shared)
+    return temporary_folder(place, job.dist, shared)
+
+
+def _read_in_files(job: Job, folder: WorkFolder, shared: bool) -> tuple[nn.Module, BlockFiles]:
+    """The dense model with its blocks in files, and where these are."""
+    from lib.model.access import stored_names
+    from lib.model.offload import device_map, read_in_files
+    from lib.model.pretrained import skeleton
+
+    where = device_map(job.skeleton, job.blocks_name, job.device)
+    return read_in_files(
+        read=lambda converted: _read_model(job, where, converted),
+        empty=lambda: skeleton(job.config, job.checkpoint),
+        stored=stored_names(job.checkpoint),
+        folder=folder,
+        dist=job.dist,
+        device=job.device,
+        shared=shared,
+        in_memory=not job.args.offload,
+    )
+
+
+def _read_model(job: Job, where: dict[str, Any], converted: str | None = None) -> nn.Module:
+    """The dense model, each part on the device that `where` says; on disk, what transformers
+    converts on loading goes into the folder `converted`."""
     from lib.model.pretrained import load_model, pick_dtype
 
     args = job.args
@@ -96,7 +171,7 @@ def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> n
             job.config,
             dtype=pick_dtype(args.dtype, job.config, job.device),
             device_map=where,
-            offload=folder,
+            offload=converted,
             load_bit=args.load_bit,
         )
 
@@ -104,19 +179,6 @@ def _read_model(job: Job, where: dict[str, Any], folder: str | None = None) -> n
     if len(where) > 1 or quantised or job.dist.size > 1:
         return read()
     return job.cache.model(job.model_key, job.device, read)
-
-
-def _offload_folder(job: Job, shared: bool) -> AbstractContextManager[str]:
-    """The part of `--offload` that is this process's, or its machine's, which has room."""
-    from lib.model.fetched import check_offload_room, own_folder
-    from lib.model.pretrained import pick_dtype, saved_dtype
-
-    args = job.args
-    loaded = pick_dtype(args.dtype, job.config, job.device)
-    saved = saved_dtype(args.dtype, job.config)
-    sizes = args.offload, args.model, job.skeleton, job.blocks_name, loaded, saved
-    check_offload_room(*sizes, 1 if shared else job.dist.local_size)
-    return own_folder(args.offload, job.dist, shared)
 
 
 def _see_memory(job: Job, shared: bool) -> Room:

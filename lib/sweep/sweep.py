@@ -5,7 +5,7 @@
 
 What follows `--` goes to every run of main.py. Each run has a folder of its own in `--out`; those
 that are finished are kept, so that the same command goes on after an interruption and tries again
-what failed. Each model is read once. Ends with lib/report/report.py's table and pictures.
+what failed. Each model is read once. Ends with the table and pictures of lib/report/write.py.
 """
 
 from __future__ import annotations
@@ -101,11 +101,11 @@ def do_all(planned: list[Planned], out: str, debug: bool) -> None:
 
 def report(out: str) -> None:
     """Table and pictures of all runs that are in `out`, of this sweep or of an earlier one."""
-    from lib.report.report import table, write_report
     from lib.report.results import load_runs
+    from lib.report.write import report_text, write_report
 
     runs = load_runs([out])
-    print(f"\n{table(runs)}")
+    print(f"\n{report_text(runs)}")
     for path in write_report(runs, out):
         print(f"wrote {path}", file=sys.stderr)
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from lib.util.errors import UserError
+from lib.util.host import gib
 
 
 def check_output_folder(flag: str, path: str, mark: str | None = None) -> None:
@@ -36,11 +37,11 @@ def check_writable(flag: str, path: str, folder: Path) -> None:
 
 def check_room(flag: str, path: str, needed: int) -> None:
     """Raise UserError where the disk of `path` has less than `needed` bytes free."""
-    free = shutil.disk_usage(nearest(Path(path))).free
+    free = room(Path(path))
     if free < needed:
         raise UserError(
-            f"{flag} {path}: needs about {needed / 2**30:.1f} GiB, "
-            f"but only {free / 2**30:.1f} GiB are free; name a folder on another disk"
+            f"{flag} {path}: needs about {gib(needed)}, but only {gib(free)} are free; "
+            "name a folder on another disk"
         )
 
 
@@ -91,3 +92,8 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def room(path: Path) -> int:
+    """Return the free bytes of the disk that `path` is on, or would be."""
+    return shutil.disk_usage(nearest(path)).free

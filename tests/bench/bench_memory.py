@@ -43,6 +43,8 @@ SIZES = {
 EACH_MACHINE = 8  # GPUs
 GPUS = (1, 8, 64)
 CUDA = torch.device("cuda", 0)
+# a line with addresses and a file, if any, then lines of sizes
+MAPPING = re.compile(r"^[0-9a-f]+-.*?([^ \n]*)\n(?:.*\n)*?Pss: +(\d+) kB", re.M)
 MEASURED = dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, vocab_size=8000)
 
 
@@ -136,8 +138,8 @@ def measure(counts: list[int]) -> None:
 
 
 def peak_of(place: str, count: int) -> tuple[int, int, str]:
-    """Of `count` processes that prune: all bytes at their peak, those of them in shared memory, and
-    what was said beforehand."""
+    """Of `count` processes that prune: all bytes at their peak, those of them that are files of
+    weights, and what was said beforehand."""
     flags = ["--model", "model", "--calibration_data", "text", "--device", "cpu", "--seqlen", "64"]
     flags += ["--prune_method", "sparsegpt", "--nsamples", "16", "--save_model", f"by-{count}"]
     launcher = [] if count == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(count)]
@@ -160,19 +162,21 @@ def peak_of(place: str, count: int) -> tuple[int, int, str]:
 
 
 def _resident(launcher: int) -> tuple[int, int]:
-    """Bytes of all processes that run main.py: shared pages once, and what of them is in memory
-    made for sharing."""
+    """Bytes of all processes that run main.py: shared pages once, and those of them that are files
+    of weights."""
     everything = shared = 0
     for one in [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]:
         try:
             if "torch.distributed.run" in one.cmdline():
                 continue
-            text = Path(f"/proc/{one.pid}/smaps_rollup").read_text()
+            text = Path(f"/proc/{one.pid}/smaps").read_text()
         except (OSError, psutil.Error):  # it has just ended
             continue
-        kinds = {name: int(size) * 1024 for name, size in re.findall(r"(\w+): +(\d+) kB", text)}
-        everything += kinds["Pss"]
-        shared += kinds["Pss_Shmem"]
+        for file, size in re.findall(
+            r"^[0-9a-f]+-.*?([^ \n]*)\n(?:.*\n)*?Pss: +(\d+) kB", text, re.M
+        ):
+            everything += int(size) * 1024
+            shared += int(size) * 1024 if file.endswith(".safetensors") else 0
     return everything, shared
 
 

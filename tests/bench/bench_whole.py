@@ -158,7 +158,7 @@ def draw(names: Sequence[str], columns: Sequence[Sequence[float]], title: str, p
         panel.margins(x=0.22)
         style.open_axes(panel)
     style.title(picture, title)
-    style.save(picture, path)
+    style.save_figure(picture, path)
 
 
 def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None:

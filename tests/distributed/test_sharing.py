@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from torch import nn
 
 from lib.distributed.context import DistContext
 from lib.eval import perplexity
-from lib.model import fetched
+from lib.model.access import Checkpoint, stored_names
 from lib.model.blocks import BlockRunner
-from lib.model.fetched import Sharing, can_be_shared, fetched_model
-from lib.model.pretrained import decoder_blocks, skeleton
-from lib.model.store import DiskStore, HostStore
+from lib.model.offload import can_be_shared, device_map, offload_folder, read_in_files
+from lib.model.pretrained import decoder_blocks, load_model, skeleton
+from lib.model.weights import BlockWeights
 
 CASES = ("admm", "experts", "packed", "packed from disk")
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -43,87 +44,114 @@ def test_the_same_bytes_as_with_a_copy_each(place: Path) -> None:
 
 
 class Machine(DistContext):
-    """A dist as it would be with one process after another, in one."""
+    """A dist as it would be with one process after another, in one; the first one's answers count
+    for the second, which asks in the same order."""
 
-    told: list = []
-
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, answers: list) -> None:
         super().__init__(CPU, alone=True)
         self.local_rank = self.rank = rank
         self.local_size = self.size = 2
+        self.answers, self.asked = answers, 0
 
     def barrier(self, seconds: float = 0) -> None:
         pass
 
     def all_gather_object(self, value):
         if self.is_local_main:
-            self.told.append(value)
-        return [self.told[-1], value]
+            self.answers.append(value)
+        self.asked += 1
+        return [self.answers[self.asked - 1], value]
 
 
 @pytest.fixture
-def files() -> tuple[int, int]:
-    if not hasattr(os, "memfd_create"):
-        pytest.skip("Linux's")
-    return fetched._new_files()
+def runners(tmp_path: Path) -> Iterator[Callable[[nn.Module], list[BlockRunner]]]:
+    """Makes the runners of two processes of a machine, on one model."""
+    with ExitStack() as at_end:
 
+        def make(model: nn.Module) -> list[BlockRunner]:
+            model.save_pretrained(tmp_path / "checkpoint")
+            checkpoint = Checkpoint(str(tmp_path / "checkpoint"))
+            made, answers = [], []
+            for rank in range(2):
+                dist = Machine(rank, answers)
+                own, files = read_in_files(
+                    lambda converted: load_model(
+                        checkpoint,
+                        model.config,
+                        dtype=model.dtype,
+                        device_map=device_map(model, decoder_blocks(model)[0], CPU),
+                        offload=converted,
+                    ),
+                    lambda: skeleton(model.config),
+                    stored_names(checkpoint),
+                    at_end.enter_context(offload_folder(str(tmp_path / "away"), dist, shared=True)),
+                    dist,
+                    CPU,
+                    shared=True,
+                    in_memory=True,
+                )
+                weights = BlockWeights(decoder_blocks(own)[1], CPU, files, dist=dist)
+                made.append(BlockRunner(own, CPU, weights))
+            return made
 
-def opened(files: tuple[int, int]) -> tuple[int, int]:
-    return fetched._opened(os.getpid(), files)
+        yield make
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma 2", "Mixtral", "GPT-2", "Bloom"])
-def test_who_is_handed_a_model_computes_the_same(name: str, files: tuple[int, int]) -> None:
-    """The blocks and all else, in the same memory."""
+def test_who_is_handed_a_model_computes_the_same(name: str, runners: Callable) -> None:
     if name not in tiny.ALL:
         pytest.skip("no such model here")
     model = tiny.ALL[name]()
     ids = windows(5)
     expected = perplexity(runner_of(model), ids, 2)
-    config, found, others = model.config, [], opened(files)
-    assert can_be_shared(skeleton(config), decoder_blocks(skeleton(config))[1])
-    for rank, theirs in enumerate((files, others)):
-        sharing = Sharing(Machine(rank), theirs)
-        made = fetched_model(lambda: model, lambda: skeleton(config), CPU, sharing)
-        runner = BlockRunner(made[0], CPU, made[1])
+    empty = skeleton(model.config)
+    assert can_be_shared(empty, decoder_blocks(empty)[1])
+    for runner in runners(model):
         runner.verify()
         assert perplexity(runner, ids, 2) == expected
-        found.append(runner)
-    one, other = (runner.placement.store for runner in found)
-    assert one.writes and not other.writes
-    one.memory.fill_(0)
-    assert not any(tensor.any() for tensor in other.tensors(0).values())
-    embeddings = [runner.model.get_input_embeddings().weight for runner in found]
-    embeddings[0].data.fill_(7)
-    assert (embeddings[1] == 7).all()
+        assert runner.weights.zero_copy
 
 
-def test_only_one_writes(tmp_path: Path) -> None:
+def test_the_weights_are_in_memory_once(runners: Callable) -> None:
+    """Blocks, and all that is outside them, are mapped from the same files."""
+    mapped = []
+    for runner in runners(tiny.tiny_llama()):
+        with runner.on_device(0):
+            weights = [*runner.blocks[0].parameters(), runner.model.get_input_embeddings().weight]
+            mapped.append([file_at(weight.data_ptr()) for weight in weights])
+    assert mapped[0] == mapped[1]
+    assert {Path(file).name for file in mapped[0]} == {"model.safetensors", "rest.safetensors"}
+
+
+def file_at(address: int) -> str:
+    """The file that is mapped at an address of this process."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("Linux's")
+    for line in maps.read_text().splitlines():
+        span, *_, file = line.split(maxsplit=5)
+        start, end = (int(part, 16) for part in span.split("-"))
+        if start <= address < end:
+            return file
+    pytest.fail(f"{address:x} is not mapped")
+
+
+def test_only_one_writes(runners: Callable, tmp_path: Path) -> None:
     """And the others know what it has written."""
-    before, after = {"a": torch.ones(6, 4)}, {"b": torch.zeros(2), "c": torch.full((3,), 5.0)}
-    size, *layout = HostStore.layout([before, before])
-    memory = torch.zeros(size, dtype=torch.uint8)
-    writer, reader = (
-        HostStore(memory, layout[0], list(layout[1]), writes) for writes in (True, False)
-    )
-    reader.replace_(1, before, {})
-    assert not memory.any()
-    writer.replace_(1, after, {})
-    assert not reader.tensor(1, "a").all()
-    reader.replace_(1, after, {})
-    assert reader.tensors(1).keys() == after.keys()
-    assert torch.equal(reader.tensor(1, "c"), after["c"]) and not writer.tensors(0)["a"].any()
-
-    disk = [DiskStore(str(tmp_path), [{}, {}], writes) for writes in (True, False)]
-    for store in disk:
-        store.replace_(1, before, {"a": torch.float32})
-    assert [path.name for path in tmp_path.iterdir()] == ["block-1-0.safetensors"]
-    for store in disk:
-        store.replace_(1, after, {"b": torch.bfloat16, "c": torch.bfloat16})
-    assert [path.name for path in tmp_path.iterdir()] == ["block-1-1.safetensors"]
-    for store in disk:
-        assert torch.equal(store.tensor(1, "c"), after["c"])
-        assert store.tensor(1, "c").dtype == torch.float32
+    first, second = runners(tiny.tiny_llama())
+    folder = tmp_path / "away" / "process-0"
+    for number in range(2):
+        for runner, value in ((first, 5.0 + number), (second, 7.0)):
+            with runner.on_device(1, write_back=True):
+                for parameter in runner.blocks[1].parameters():
+                    parameter.data.fill_(value)
+        names = [path.name for path in folder.glob("block-*")]
+        assert names == [f"block-1-{number}.safetensors"]
+        for runner in (first, second):
+            with runner.on_device(1):
+                assert all((one == 5.0 + number).all() for one in runner.blocks[1].parameters())
+            with runner.on_device(0):
+                assert not any((one == 7).all() for one in runner.blocks[0].parameters())
 
 
 def test_what_is_not_all_parameters_is_not_shared() -> None:
@@ -133,9 +161,3 @@ def test_what_is_not_all_parameters_is_not_shared() -> None:
     assert not can_be_shared(plain, plain.model.layers)
     one = nn.Linear(2, 2)
     assert not can_be_shared(skeleton(tiny.tiny_llama().config), nn.ModuleList([one, one]))
-
-
-def test_where_a_process_can_not_be_looked_into(files: tuple[int, int]) -> None:
-    """Each reads a copy of its own."""
-    assert fetched._opened(2**22 + 1, files) is None
-    assert fetched._opened(os.getpid(), None) is None

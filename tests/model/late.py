@@ -71,6 +71,10 @@ class Event:
         return self.stream.done >= self.end
 
 
+def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
 class Gpu:
     """Stands in for torch.cuda; `eager`: the stream that computes, `eager_side`: the others."""
 
@@ -78,14 +82,13 @@ class Gpu:
         self.current = Stream()
         self.current.eager = eager
         self.used_by: dict[int, set[Stream]] = {}  # streams that an address was recorded for
-        self.locked: dict[int, int] = {}  # bytes of host memory by address
         self.to, self.copy_ = Tensor.to, Tensor.copy_
         patch.setattr(torch.cuda, "Stream", type("Side", (Stream,), {"eager": eager_side}))
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", self._inside)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: self.current)
-        patch.setattr("lib.model.pinned.register", self._register)
-        patch.setattr("lib.model.pinned.unregister", self.locked.pop)
+        for module in ("transfer", "staging"):  # no memory can be locked here
+            patch.setattr(f"lib.model.{module}.empty_pinned", _plain)
         patch.setattr(Tensor, "to", lambda x, *where, **how: self._to(x, *where, **how))
         patch.setattr(Tensor, "copy_", lambda x, *source, **how: self._copy_(x, *source, **how))
         patch.setattr(Tensor, "record_stream", lambda x, user: self.used_by[x.data_ptr()].add(user))
@@ -104,10 +107,6 @@ class Gpu:
     def _drop(self, memory: Tensor, owner: Stream) -> None:
         if not self.used_by[memory.data_ptr()] - {owner}:
             owner.add(lambda: poisoned_(memory))
-
-    def _register(self, address: int, size: int) -> bool:
-        self.locked[address] = size
-        return True
 
     def _to(self, tensor: Tensor, *where, non_blocking: bool = False, **how) -> Tensor:
         if non_blocking:

@@ -9,8 +9,7 @@ from late import DEVICE, Gpu
 from support import CPU, prune_
 
 from lib.model.blocks import BlockRunner
-from lib.model.pinned import empty_pinned
-from lib.model.transfer import AHEAD, Transfer
+from lib.model.transfer import AHEAD, Transfer, empty_pinned
 
 CUTS = [slice(0, 2), slice(2, 4), slice(4, 5)]
 STEPS = 4  # as many blocks, one after another
@@ -82,22 +81,6 @@ def test_the_host_does_not_run_ahead(stores: bool, monkeypatch: pytest.MonkeyPat
             transfer.store_(buffer, cut, value)
         ended.append((transfer.side if stores else gpu.current).record_event())
     assert max(left) <= AHEAD
-
-
-def test_host_memory_is_locked_as_much_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And is given back with the buffer: torch's own would take powers of two, and keep them."""
-    gpu = Gpu(monkeypatch, eager=True, eager_side=True)
-    transfer = Transfer(DEVICE)
-    buffer = transfer.buffer(5, START[:1].bfloat16(), CPU)
-    copy = transfer.copy(buffer)
-    assert buffer.shape == (5, 30, 50) and buffer.dtype == torch.bfloat16
-    assert sorted(gpu.locked.values()) == [5 * 30 * 50 * 2] * 2
-    part = buffer[1:3]
-    del buffer, copy
-    assert list(gpu.locked.values()) == [5 * 30 * 50 * 2]
-    part.fill_(1)
-    del part
-    assert not gpu.locked
 
 
 @cuda

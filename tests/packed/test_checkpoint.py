@@ -20,6 +20,7 @@ from lib.model.unpack import unpack_folder
 from lib.packed import kernels
 from lib.packed.checkpoint import CARD_HEADING, METHOD, PackedConfig
 from lib.packed.errors import PackedError
+from lib.packed.grid import dequantise, quantise
 from lib.packed.linear import SparseLinear
 from lib.util.command import run
 from lib.util.folders import MANIFEST
@@ -64,6 +65,15 @@ def eight(folders, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def four(folders, tmp_path_factory):
+    """The same one packed at 4 bits, with a scale for every 32 inputs, in many shards."""
+    model = AutoModelForCausalLM.from_pretrained(folders[0])
+    lib.sparse.swap_linears_(model, model.model.layers, bits=4, group=32)
+    model.save_pretrained(folder := tmp_path_factory.mktemp("four"), max_shard_size="8KB")
+    return folder
+
+
 @pytest.fixture
 def copy(folders, tmp_path):
     """The packed checkpoint in one file, to be damaged."""
@@ -104,8 +114,8 @@ def test_loads_sharded_with_the_same_outputs(folders, options):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_saved_again_gives_the_same_bytes(folders, eight, tmp_path):
-    for folder, name in ((folders[1], "again"), (eight, "again8")):
+def test_saved_again_gives_the_same_bytes(folders, eight, four, tmp_path):
+    for folder, name in ((folders[1], "again"), (eight, "again8"), (four, "again4")):
         load(folder).save_pretrained(tmp_path / name, max_shard_size="8KB")
         assert same_files(folder, tmp_path / name)
 
@@ -124,12 +134,28 @@ def test_eight_bits_load_in_any_dtype_with_the_very_scales(folders, eight, dtype
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_eight_bits_are_unpacked_to_the_rounded_model(eight, tmp_path):
-    unpack_folder(str(eight), str(tmp_path / "out"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bits_load_in_any_dtype(folders, four, dtype):
+    dense, model = load(folders[0], dtype=dtype), load(four, dtype=dtype)
+    assert model.config.quantization_config.group == 32
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            assert module.weight.dtype == torch.uint8 and module.scale.dtype == torch.bfloat16
+            weight = dense.get_submodule(name).weight
+            codes, scales = quantise(weight.bfloat16(), None, 4, 32)
+            assert torch.equal(module.scale, scales) and module.dtype == dtype
+            weight.data = dequantise(codes, scales, 32).to(dtype)
+    assert torch.equal(logits(model), logits(dense))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_are_unpacked_to_the_rounded_model(eight, four, bits, tmp_path):
+    folder = eight if bits == 8 else four
+    unpack_folder(str(folder), str(tmp_path / "out"))
     model = load(tmp_path / "out")
     assert not any(isinstance(m, SparseLinear) for m in model.modules())
-    assert torch.equal(logits(model), logits(load(eight)))
-    packed = load(eight)
+    assert torch.equal(logits(model), logits(load(folder)))
+    packed = load(folder)
     for name, module in packed.named_modules():
         if isinstance(module, SparseLinear):
             weight = model.get_submodule(name).weight
@@ -151,9 +177,9 @@ def test_loads_in_another_dtype(folders, dtype):
     assert torch.equal(logits(model), logits(dense))
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_offloaded_to_disk(folders, eight, tmp_path, bits):
-    folder = folders[1] if bits == 16 else eight
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_offloaded_to_disk(folders, eight, four, tmp_path, bits):
+    folder = {16: folders[1], 8: eight, 4: four}[bits]
     device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb")}
     device_map |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     model = load(folder, device_map=device_map, offload_folder=tmp_path)
@@ -328,6 +354,29 @@ def test_a_damaged_linear_that_lies_on_disk_is_found_when_it_is_used(copy, damag
             packed(torch.randn(1, 32).bfloat16())
         with pytest.raises(PackedError, match=f"{name}: packed mask keeps"):
             packed.dense()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "word"),
+    [
+        ("scale", lambda t: t[:, :1].clone(), "is \\(32, 1\\), not \\(32, 2\\)"),
+        ("scale", lambda t: t.float(), "is F32, not BF16"),
+        ("scale", lambda t: t * 0, "above 0"),
+        ("scale", lambda t: t * (1 + 2**-7), "five significant bits"),
+        ("weight", lambda t: t[:5].clone(), "is \\(5,\\), not \\(512,\\)"),
+        ("weight", lambda t: t.to(torch.int8), "is I8, not U8"),
+        ("mask", lambda t: t | 255, "keeps 2048 weights, of 1024"),
+    ],
+)
+def test_four_bit_tensors_that_are_wrong(four, tmp_path, part, change, word):
+    load(four).save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.1.mlp.down_proj"
+    tensors = load_file(file)
+    tensors[f"{name}.{part}"] = change(tensors[f"{name}.{part}"])
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(PackedError, match=f"{name}.*{word}") as raised:
+        load(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def test_only_safetensors_are_read(copy):

@@ -45,16 +45,16 @@ def off(y: torch.Tensor, exact: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 @pytest.mark.parametrize("path", ["portable", "avx2", "avx512", "avx512_bf16", None])
-@pytest.mark.parametrize("bits", [16, 8])
-def test_products_are_those_of_the_dense_weight(path, dtype, bits):
-    """At 8 bits: of the weight that the integers and their scales stand for."""
+@pytest.mark.parametrize("bits, group", [(16, 64), (8, 64), (4, 32), (4, 64), (4, 128)])
+def test_products_are_those_of_the_dense_weight(path, dtype, bits, group):
+    """At 8 and 4 bits: of the weight that the integers and their scales stand for."""
     if path not in [*kernels.paths(), None]:
         pytest.skip(f"this processor has no {path}")
     torch.manual_seed(0)
     for rows, columns in SHAPES:
-        for share in (0.3, 0.5, 0.9, 1.0):
-            packed = pack(sparse(rows, columns, share, dtype), bits)
-            if bits == 8:
+        for share in (0.0, 0.3, 0.5, 0.9, 1.0):
+            packed = pack(sparse(rows, columns, share, dtype), bits, group)
+            if bits < 16:
                 dense = unpack(packed, columns, dtype=torch.float64)
                 dense = dense.float().double()
             else:
@@ -65,7 +65,7 @@ def test_products_are_those_of_the_dense_weight(path, dtype, bits):
                 y = kernels.linear(x, *shuffled(packed), bias, path)
                 assert y.shape == (tokens, rows) and y.dtype == dtype
                 exact = x.double() @ dense.T + bias.double()
-                # unpacked for many tokens, int8 weights are rounded to x's dtype first
+                # unpacked for many tokens, 8-bit weights are rounded to x's dtype first
                 assert off(y, exact) <= 2 * EPS[dtype], (rows, columns, share, tokens)
 
 
@@ -99,24 +99,26 @@ def test_a_token_does_not_depend_on_its_neighbours(tokens):
 
 @pytest.mark.parametrize("larger", [30, 300, 3000, 30000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_one_channel_may_be_many_times_the_others(dtype, larger):
+@pytest.mark.parametrize("bits", [8, 4])
+def test_one_channel_may_be_many_times_the_others(dtype, larger, bits):
     """As in real models: inputs taken as integers have a scale for every 64 columns, and where that
     is too coarse they are not taken as integers."""
     torch.manual_seed(2)
-    packed = pack(sparse(16, 512, 0.5, torch.float32), 8)
+    packed = pack(sparse(16, 512, 0.5, torch.float32), bits)
     dense = unpack(packed, 512, dtype=torch.float32).double()
     x = torch.randn(1, 512)
     x[0, 70] = larger
     dense[:, 70] = 0  # whose weights are zero: the others must still be exact
-    packed = pack(dense.float(), 8)
+    packed = pack(dense.float(), bits)
     dense = unpack(packed, 512, dtype=torch.float32).double()
     x = x.to(dtype)
     y = kernels.linear(x, *shuffled(packed))
     assert off(y, x.double() @ dense.T) < 0.005
 
 
-def test_int8_inputs_that_are_not_finite_are_not_hidden():
-    packed = pack(sparse(8, 100, 0.2, torch.float32), 8)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integer_inputs_that_are_not_finite_are_not_hidden(bits):
+    packed = pack(sparse(8, 100, 0.2, torch.float32), bits)
     x = torch.randn(2, 100).bfloat16()
     x[0, 3] = float("inf")
     y = kernels.linear(x, *shuffled(packed))
@@ -153,9 +155,26 @@ def replaced(offsets: torch.Tensor, index: int, value: int) -> torch.Tensor:
     return offsets
 
 
-def test_threads_give_the_same_bytes():
+def test_four_bits_that_do_not_fit_are_refused():
+    packed = pack(sparse(4, 100, 0.5, torch.float32), 4)
+    mask, weight, offsets, scale = shuffled(packed)
+    x = torch.randn(2, 100)
+    for arguments in (
+        (x, mask, weight[:-1], offsets, scale),
+        (x, mask, weight, offsets, None),
+        (x, mask, weight, offsets, scale.float()),
+        (x, mask, weight, offsets, scale[:3]),
+        (x, mask, weight, offsets, scale.repeat(1, 4)),
+        (x, mask[:1], weight, offsets, scale),
+    ):
+        with pytest.raises(RuntimeError):
+            kernels.linear(*arguments)
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_threads_give_the_same_bytes(bits):
     torch.manual_seed(3)
-    packed = pack(sparse(300, 1000, 0.5, torch.bfloat16))
+    packed = pack(sparse(300, 1000, 0.5, torch.bfloat16), bits)
     x = torch.randn(5, 1000).bfloat16()
     threads = torch.get_num_threads()
     try:

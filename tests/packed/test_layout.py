@@ -102,7 +102,7 @@ def test_extreme_values(dtype):
     assert not unpack(pack(signed), 4).signbit().any()
 
 
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_tiles_strides_and_parts_change_nothing(bits, monkeypatch):
     weight = sparse(50, 44)
     whole = pack(weight, bits)
@@ -171,11 +171,18 @@ def test_two_of_four():
     assert not is_two_of_four(pack(weight).mask)
 
 
-def damaged(kind, bits=16):
-    """A packed 3 x 13 matrix with one thing wrong."""
+def undamaged():
+    """A 3 x 13 matrix with an odd number of kept weights."""
     weight = sparse(3, 13)
     weight[0, 0], weight[1, 0] = 1, 0
-    packed = pack(weight, bits)
+    if weight.count_nonzero() % 2 == 0:
+        weight[2, 12] = 0 if weight[2, 12] else 1
+    return weight
+
+
+def damaged(kind, bits=16):
+    """A packed 3 x 13 matrix with one thing wrong."""
+    packed = pack(undamaged(), bits)
     mask, values, scale = packed.mask.clone(), packed.weight, packed.scale
     if kind == "padding":
         mask[1, 1] |= 1 << 5
@@ -196,9 +203,17 @@ def damaged(kind, bits=16):
     elif kind == "scale's shape":
         scale = scale[:2]
     elif kind == "scale 0":
-        scale = scale * torch.tensor([1, 0, 1])
+        scale = scale * torch.tensor([1, 0, 1]).view_as(scale)
     elif kind == "scale nan":
-        scale = scale * torch.tensor([1, 1, float("nan")])
+        scale = scale * torch.tensor([1, 1, float("nan")]).view_as(scale).to(scale)
+    elif kind == "one byte less":
+        values = values[:-1]
+    elif kind == "scale's dtype":
+        scale = scale.float()
+    elif kind == "a long scale":
+        scale = scale * 0 + torch.tensor(1 + 2**-7, dtype=torch.bfloat16)
+    elif kind == "a value too many":
+        values = values | 16
     return Packed(mask, values, scale)
 
 
@@ -217,10 +232,23 @@ def damaged(kind, bits=16):
         ("scale's shape", 8, "packed scale is \\(2,\\)"),
         ("scale 0", 8, "above 0"),
         ("scale nan", 8, "not finite"),
+        ("padding", 4, "bits beyond the row's 13 weights"),
+        ("one more", 4, "packed mask keeps"),
+        ("mask's shape", 4, "packed mask is \\(3, 1\\): a matrix of 3 x 13"),
+        ("one byte less", 4, "packed weight is \\("),
+        ("values' dtype", 4, "not 4 bits"),
+        ("no scale", 4, "packed scale is missing"),
+        ("scale's shape", 4, "packed scale is \\(2, 1\\)"),
+        ("scale's dtype", 4, "packed scale is torch.float32, not torch.bfloat16"),
+        ("scale 0", 4, "above 0"),
+        ("scale nan", 4, "not finite"),
+        ("a long scale", 4, "more than five significant bits"),
+        ("a value too many", 4, "a value after its last"),
     ],
 )
-def test_damage_is_told(kind, bits, word):
-    with pytest.raises(PackedError, match=word) as told:
-        check_packed(damaged(kind, bits), 3, 13, bits)
-    assert "\n" not in str(told.value)
-    check_packed(damaged("nothing", bits), 3, 13, bits)
+def test_damage_is_one_line(kind, bits, word):
+    nnz = len(pack(undamaged()).weight)
+    with pytest.raises(PackedError, match=word) as raised:
+        check_packed(damaged(kind, bits), 3, 13, bits, nnz)
+    assert "\n" not in str(raised.value)
+    check_packed(damaged("nothing", bits), 3, 13, bits, nnz)

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import ALONE, HALF, prune_, runner_of, windows
+from support import ALONE, CPU, HALF, prune_, windows
 
 from lib.methods.registry import MethodSpec
 from lib.methods.wanda import Wanda
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import decoder_blocks
+from lib.model.weights import BlockWeights
+from lib.model.work_folder import WorkFolder
 from lib.prune import Pruner
 from lib.pruning.allocation import uniform
-from lib.pruning.journal import Journal
 from lib.util.errors import RunWarning
 
 
@@ -33,15 +36,16 @@ def test_whose_a_warning_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_finished_blocks_keep_what_they_reported(tmp_path: Path) -> None:
-    journal = Journal(str(tmp_path / "blocks"))
-    journal.begin({})
+    folder = WorkFolder("--resume", tmp_path / "blocks")
+    folder.begin({})
     summaries = []
     for _ in range(2):  # the second run finds all blocks finished
         model = tiny.ARCHITECTURES["Mixtral"]()
-        runner = runner_of(model)
-        pruner = Pruner(
-            runner, MethodSpec("sparsegpt"), uniform(runner, HALF), dist=ALONE, journal=journal
-        )
+        blocks = decoder_blocks(model)[1]
+        weights = BlockWeights(blocks, CPU, finished=folder, resumes=True)
+        runner = BlockRunner(model, CPU, weights)
+        pruner = Pruner(runner, MethodSpec("sparsegpt"), uniform(runner, HALF), dist=ALONE)
         summaries.append(pruner.run(windows(2, 8), 2).summary())
+    folder.close()
     assert any("too few tokens were routed" in line for line in summaries[0])
     assert summaries[0] == summaries[1]

@@ -17,9 +17,9 @@ from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import LOGIT_BYTES, BlockRunner
 from lib.model.pretrained import decoder_blocks, fresh_copy
+from lib.model.work_folder import WorkFolder
 from lib.pruning.allocation import uniform
 from lib.pruning.check import measure
-from lib.pruning.journal import Journal
 from lib.recover import (
     Recovered,
     Recoverer,
@@ -266,9 +266,9 @@ def test_a_loss_that_is_not_finite_is_told() -> None:
 @pytest.mark.parametrize("rank", [None, 4])
 @pytest.mark.parametrize("last", [2, 7])
 def test_taken_up_again_it_ends_the_same(rank: int | None, last: int, tmp_path: Path) -> None:
-    def run(journal: Journal | None, stop: int | None = None) -> tuple[dict, Recovered]:
+    def run(folder: WorkFolder | None, stop: int | None = None) -> tuple[dict, Recovered]:
         model, runner, teacher = pruned()
-        one = trainer(model, runner, teacher, rank, torch.bfloat16, journal=journal)
+        one = trainer(model, runner, teacher, rank, torch.bfloat16, finished=folder)
         own = one._step
 
         def step(number: int) -> float:
@@ -281,15 +281,15 @@ def test_taken_up_again_it_ends_the_same(rank: int | None, last: int, tmp_path: 
         return state(model), done
 
     whole, done = run(None)
-    journal = Journal(str(tmp_path / "kept"))
-    journal.begin({})
+    folder = WorkFolder("--resume", tmp_path / "kept")
+    folder.begin({})
     with pytest.raises(KeyboardInterrupt):
-        run(journal, last)
+        run(folder, last)
     assert (tmp_path / "kept" / "recovery.safetensors").exists()
-    again, more = run(journal)
+    again, more = run(folder)
     assert all(torch.equal(one, whole[key]) for key, one in again.items())
     assert (more.curve, more.best) == (done.curve, done.best)
-    journal.remove()
+    folder.clear()
     assert not (tmp_path / "kept").exists()
 
 

@@ -14,8 +14,8 @@ from support import QUICK, ROOT, Done, call, results, weights
 from transformers import AutoModelForCausalLM
 
 import lib.model.pretrained
-from lib.report.report import table
 from lib.report.results import load_runs
+from lib.report.write import report_text
 
 TOKENS = 40 * 256 + 9  # forty steps
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
@@ -106,7 +106,7 @@ def test_a_model_that_was_pruned_before(tmp_path: Path) -> None:
     before, after = weights(tmp_path / "pruned"), weights(tmp_path / "model")
     assert all(torch.all(after[name][one == 0] == 0) for name, one in before.items())
     assert "| pruned before + recovery | 60%" in " ".join(
-        table(load_runs([tmp_path / "second"])).split()
+        report_text(load_runs([tmp_path / "second"])).split()
     )
     assert "a pruned model recovered" in (tmp_path / "model/README.md").read_text("utf-8")
 

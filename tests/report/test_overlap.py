@@ -12,7 +12,7 @@ from support import start
 from lib.packed.checkpoint import PackedConfig
 from lib.packed.layout import pack
 from lib.report.comparison import compare_masks
-from lib.report.names import place
+from lib.report.names import block_and_linear
 from lib.report.overlap import main, write_overlap
 from lib.util.errors import UserError
 
@@ -142,12 +142,15 @@ def test_run_folders_lead_to_their_saved_models(languages, tmp_path):
 
 
 def test_places():
-    assert place("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
-    assert place("transformer.h.11.attn.c_attn") == (11, "attn.c_attn")
-    assert place("model.layers.0.mlp.experts.7.w1.weight") == (0, "mlp.experts.*.w1")
-    assert place("model.layers.0.mlp.experts.gate_up_proj.5") == (0, "mlp.experts.gate_up_proj")
-    assert place("model.layers.0.mlp.fc1.weight") == (0, "mlp.fc1")
-    assert place("lm_head.weight") is None
+    assert block_and_linear("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
+    assert block_and_linear("transformer.h.11.attn.c_attn") == (11, "attn.c_attn")
+    assert block_and_linear("model.layers.0.mlp.experts.7.w1.weight") == (0, "mlp.experts.*.w1")
+    assert block_and_linear("model.layers.0.mlp.experts.gate_up_proj.5") == (
+        0,
+        "mlp.experts.gate_up_proj",
+    )
+    assert block_and_linear("model.layers.0.mlp.fc1.weight") == (0, "mlp.fc1")
+    assert block_and_linear("lm_head.weight") is None
 
 
 def test_fused_experts_count(tmp_path):
@@ -206,7 +209,7 @@ def test_the_command(languages, capsys):
     uk, en = str(languages["uk", 0]), str(languages["en", 0])
     main([uk, en, "--noise", str(languages["uk", 1])])
     said = capsys.readouterr().out
-    assert said.startswith("### What the masks of uk0 and en0 share\n")
+    assert said.startswith("### Weights that the masks of uk0 and en0 share\n")
     assert "| uk0 and uk1 (seeds)" in said and "| self_attn.q_proj" in said
     assert said.strip() in Path("overlap/overlap.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="--out .*uk0/model.*: is a file"):

