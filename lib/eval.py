@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lib.distributed.context import DistContext
 from lib.model.blocks import (
     HEAD_POSITIONS,
+    LOGIT_BYTES,
     BlockRunner,
     HiddenStates,
     iter_logits,
@@ -24,6 +25,7 @@ from lib.model.blocks import (
     rows_at_once,
 )
 from lib.model.finite import first_overflow
+from lib.model.shapes import FLOAT, StepBytes, Workload
 from lib.quality.reference import DenseReference, compared_windows
 from lib.util.errors import UserError
 
@@ -262,3 +264,21 @@ def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:
     begun = torch.cat([bare.new_full((len(bare), 1), bos), bare[:, :-1]], dim=1)
     without, begun = (perplexity(runner, ids, 1).value for ids in (bare, begun))
     return without > COLLAPSE * begun
+
+
+def evaluation_bytes(load: Workload, block_by_block: bool, compared: bool) -> StepBytes:
+    """Memory of perplexities: hidden states, of all windows if each block comes once for all, and
+    the larger of a batch in a block and its logits with their softmax, taken in pieces.
+
+    `compared`: beside the dense model's logits.
+    """
+    batch = min(load.batch_size, load.tests)
+    row = FLOAT * load.shapes.vocabulary
+    rows = max(batch, HEAD_POSITIONS, LOGIT_BYTES[load.device] // row)
+    rows = min(rows, batch * load.seqlen)
+    piece = min(max(row, LOGIT_BYTES[load.device]), row * rows)
+    pieces = piece if load.working == torch.float32 else 2 * piece  # in float32, and their softmax
+    logits = rows * load.shapes.vocabulary * load.working.itemsize
+    work = logits + pieces + (logits + piece if compared else 0)
+    hidden = load.hidden_states(load.tests if block_by_block else batch)
+    return StepBytes(hidden, max(work, load.activations()))

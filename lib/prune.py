@@ -17,6 +17,7 @@ from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear
+from lib.model.shapes import FLOAT, META, BlockShape, StepBytes, Workload
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, SharedWeights, merge
 from lib.pruning.observe import DenseBlock, find_stages, observe, own_windows
@@ -329,3 +330,37 @@ class Pruner:
         self.done.pruned[linear.name] = prod(linear.shape)
         self.done.notes[-1].pruned.append(linear.name)
         self.shared.mark_pruned(linear)
+
+
+def pruning_bytes(load: Workload, method_spec: MethodSpec, cache_inputs: bool = True) -> StepBytes:
+    """Memory of pruning: hidden states of all calibration windows, and the work on a block."""
+    cls = method_spec.cls
+    streams = 2 if cls.dense_stream else 1
+    hidden = streams * load.hidden_states(load.windows if cls.observes else 0)
+    if cls.dense_stream and cache_inputs:
+        channels = max(_cached_channels(block) for block in load.shapes.blocks)
+        hidden += load.windows * load.seqlen * channels * load.working.itemsize
+    return StepBytes(hidden, max(_block_bytes(load, method_spec, b) for b in load.shapes.blocks))
+
+
+def _block_bytes(load: Workload, method_spec: MethodSpec, block: BlockShape) -> int:
+    """Statistics of a block, with the larger of a batch on its way and the solver's needs."""
+    cls = method_spec.cls
+    statistics = solving = passing = 0
+    for each in block.inputs:
+        sums, work = method_spec(each.width, META).bytes_needed(each.outputs)
+        # inputs that are taken in order are forgotten one by one
+        statistics = max(statistics, sums) if cls.in_order else statistics + sums
+        solving = max(solving, FLOAT * each.width * sum(each.outputs) + work)
+    if cls.dense_stream:
+        statistics += block.weights * load.working.itemsize  # the untouched block
+    if cls.observes:
+        passing = (2 if cls.dense_stream else 1) * load.activations(block)
+    return statistics + max(passing, solving + block.pruned * load.saved.itemsize)
+
+
+def _cached_channels(block: BlockShape) -> int:
+    """Channels of each token that are cached of a block's inputs: its middle ones, or the last."""
+    widths = [each.width for each in block.inputs if not each.experts]
+    last = 0 if len(widths) < len(block.inputs) else widths.pop()  # of experts nothing is cached
+    return max(sum(widths[1:]), last)

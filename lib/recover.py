@@ -27,6 +27,7 @@ from lib.data.training import TrainingText
 from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
+from lib.model.shapes import BACKWARD, FLOAT, StepBytes, Workload
 from lib.model.work_folder import WorkFolder
 from lib.util.errors import UserError
 
@@ -448,6 +449,27 @@ class Recoverer:
         self.step, self.losses, self.before = facts["step"], facts["losses"], facts["seconds"]
         self.done.curve, self.done.best = facts["curve"], facts["best"]
         return True
+
+
+def recovery_bytes(
+    load: Workload, rank: int | None, batch_size: int, checkpointed: bool
+) -> StepBytes:
+    """Memory of training, besides the model and its teacher: what is trained, its gradient and
+    AdamW's two averages, with a batch on its way there and back."""
+    shapes, saved = load.shapes, load.saved.itemsize
+    if rank:
+        state = shapes.in_blocks * saved + 4 * FLOAT * rank * shapes.edges
+    else:
+        masters = not load.working == load.saved == torch.float32
+        state = shapes.in_blocks * FLOAT * (4 if masters else 3)
+    state += shapes.in_blocks * saved  # the best so far
+    graph = int(BACKWARD * load.activations(batch=batch_size))
+    if checkpointed:  # of one block, and the states before each
+        graph += shapes.count * load.hidden_states(batch_size)
+    else:
+        graph *= shapes.count
+    logits = 5 * load.logits(batch_size)  # the teacher's, two distributions, the loss's gradient
+    return StepBytes(0, state + FLOAT * shapes.largest_group + graph + logits)
 
 
 def divergence_(

@@ -22,13 +22,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.linears import find_linears
+from lib.model.shapes import FLOAT, StepBytes, Workload
 from lib.packed import kernels
 from lib.packed.checkpoint import METHOD, mark_packed_
 from lib.packed.errors import PackedError
 from lib.packed.grid import GROUP, HIGHEST, LOWEST, spread_scales
-from lib.packed.layout import is_smaller_packed, packed_bytes
+from lib.packed.layout import LARGE_TILE, is_smaller_packed, packed_bytes
 from lib.packed.linear import SparseLinear, kernels_ready, set_all
 from lib.util.errors import UserError
+
+PACKED, UNPACKED = 4, 16  # bytes for each weight of a tile, on the way to the packed form and back
 
 __all__ = [
     "PackedSize",
@@ -262,3 +265,18 @@ def _counted(reasons: dict[str, str], what: str) -> str:
     counts = Counter(reasons.values()).most_common()
     why = "; ".join(reason if len(counts) == 1 else f"{n}: {reason}" for reason, n in counts)
     return f"{len(reasons)} {what} ({why})"
+
+
+def packing_bytes(load: Workload, bits: int) -> StepBytes:
+    """Memory of packing the largest linear: its packed form beside it, and at 8 and 4 bits a look
+    at every weight."""
+    largest = load.shapes.largest_matrix
+    tile = min(largest, LARGE_TILE)
+    checked = 3 * FLOAT * largest + UNPACKED * tile if bits < 16 else 0
+    return StepBytes(0, largest * load.working.itemsize + PACKED * tile + checked)
+
+
+def unpacking_bytes(load: Workload) -> int:
+    """Memory in which one packed linear is dense, where no kernel takes it."""
+    largest = load.shapes.largest_matrix
+    return largest * load.working.itemsize + UNPACKED * min(largest, LARGE_TILE)

@@ -81,9 +81,12 @@ class SparseGPT(PruningMethod):
 
     def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
         """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
-        sums = self.hessian.nbytes
-        matrices = self.hessian.element_size() * len(self.hessian) * sum(rows)
-        return sums, max(2 * sums, sums + matrices)  # R and what it is made of, or R and D
+        sums, size = self.hessian.nbytes, self.hessian.element_size()
+        width, outputs = len(self.hessian), sum(rows)
+        # R and what it is made of; or R, D, and of a block V, E, its mask, scores and their choice
+        block = min(self.block_size, width)
+        solving = size * (width * outputs + block * (5 * outputs + block))
+        return sums, sums + max(sums, solving)
 
     def prune_(
         self,

@@ -32,6 +32,7 @@ from lib.distributed.context import DistContext
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts
+from lib.model.shapes import BACKWARD, FLOAT, StepBytes, Workload
 from lib.pruning.allocation import Allocation
 from lib.pruning.fisher import BackwardPass, FisherDiagonal
 from lib.pruning.inputs import first_names
@@ -125,6 +126,17 @@ def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
     least = max(FAINT * float(sums[-1]), torch.finfo(torch.float64).tiny)
     usual, dropped = at_counts[0].clamp_min(least), at_counts[1:]
     return usual * (dropped / usual) ** GROWTH
+
+
+def allocation_bytes(load: Workload, windows: int) -> StepBytes:
+    """Memory of `by_error` in this process: hidden states before every block, and the largest of a
+    batch on its way back, logits with their probabilities and sums, and a matrix's costs in order.
+    """
+    hidden = (load.shapes.count + 1) * load.hidden_states(windows)
+    batch = min(load.batch_size, windows)
+    graph = int(BACKWARD * load.activations(batch=batch))
+    ordered = 5 * FLOAT * load.shapes.largest_matrix  # float64 sums are two
+    return StepBytes(hidden, max(graph, 3 * load.logits(batch), ordered))
 
 
 def span(ratio: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""How a run comes to the dense model, where it has room.
+"""How a run comes to the dense model, where it has decision.
 
     loaded = load(job, at_end)  # the model, and what runs its blocks
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lib.model.weights import BlockFiles
     from lib.model.work_folder import WorkFolder
-    from lib.run.memory import Room, Training
+    from lib.run.memory import MemoryDecision, Training
 
 
 def load(job: Job, at_end: ExitStack) -> LoadedModel:
@@ -37,14 +37,14 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
     _check_outputs_room(job)
     size = _scratch_bytes(job)
     place, shared = _place_of_blocks(job, size)
-    room = _see_memory(job, shared)
+    decision = _check_memory(job, shared)
     with job.timed("load"):
-        if room.fetched and place is None:
+        if decision.fetched and place is None:
             raise UserError(
                 f"{job.checkpoint}: its blocks need {gib(size)} beside the device, for which there "
                 "is no room in memory or in the folder for temporary files; give --offload FOLDER"
             )
-        if room.fetched:
+        if decision.fetched:
             folder = at_end.enter_context(_scratch_folder(job, place, shared))
             model, files = _read_in_files(job, folder, shared)
         else:
@@ -65,7 +65,13 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
     runner.verify()
     size = pretrained.footprint(model)
     return LoadedModel(
-        model, runner.blocks, runner, room.state_device, size, room.checkpointed, room.cache_inputs
+        model=model,
+        blocks=runner.blocks,
+        runner=runner,
+        state_device=decision.state_device,
+        footprint=size,
+        checkpointed=decision.checkpointed,
+        cache_inputs=decision.cache_inputs,
     )
 
 
@@ -181,32 +187,37 @@ def _read_model(job: Job, where: dict[str, Any], converted: str | None = None) -
     return job.cache.model(job.model_key, job.device, read)
 
 
-def _see_memory(job: Job, shared: bool) -> Room:
+def _check_memory(job: Job, shared: bool) -> MemoryDecision:
     """Tell how much memory the run will take, and where."""
     from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
     from lib.model.quantised import packed_linears, stored_bits
+    from lib.model.shapes import PackedLinears, Workload, shapes
     from lib.pruning.by_error import WINDOWS
-    from lib.run.memory import PackedLinears, Plan, check_memory, shapes
+    from lib.run.memory import Plan, check_memory
 
     args, dist, texts = job.args, job.dist, job.texts
     working = pick_dtype(args.dtype, job.config, job.device)
     stored = checkpoint_dtype(job.config)
     drawn = 0 if texts.windows is None else len(texts.windows)
-    windows = [drawn, sum(len(test.windows) for test in texts.tests), min(WINDOWS, drawn)]
-    *passing, probed = (len(range(count)[dist.share(count)]) for count in windows)
+    sizes = [drawn, sum(len(test.windows) for test in texts.tests), min(WINDOWS, drawn)]
+    windows, tests, probed = (len(range(count)[dist.share(count)]) for count in sizes)
+    load = Workload(
+        shapes=shapes(job.skeleton, job.blocks_name),
+        seqlen=job.seqlen,
+        batch_size=job.batch_size,
+        windows=windows,
+        tests=tests,
+        working=working,
+        saved=saved_dtype(args.dtype, job.config),
+        device=job.device.type,
+    )
     plan = Plan(
-        shapes(job.skeleton, job.blocks_name),
-        job.method_spec,
-        *passing,
-        job.seqlen,
-        job.batch_size,
-        working,
-        saved_dtype(args.dtype, job.config),
-        args.load_bit or stored_bits(job.config),
-        None if stored == working else stored,
+        load=load,
+        method_spec=job.method_spec,
+        load_bit=args.load_bit or stored_bits(job.config),
+        stored=None if stored == working else stored,
         on_disk=bool(args.offload),
         training=_training(job),
-        device=job.device.type,
         processes=dist.local_size,
         shared=shared,
         packed=PackedLinears.of(*packed_linears(job.config)),
@@ -214,10 +225,10 @@ def _see_memory(job: Job, shared: bool) -> Room:
         probed=max(1, probed) if args.allocation == "error" else 0,
         compared=_compared_bytes(job, working),
     )
-    room = check_memory(plan, job.device, lambda fetched: any(dist.all_gather_object(fetched)))
+    decision = check_memory(plan, job.device, lambda fetched: any(dist.all_gather_object(fetched)))
     if dist.is_main:
-        print(room.line, flush=True)
-    return room
+        print(decision.line, flush=True)
+    return decision
 
 
 def _compared_bytes(job: Job, working: torch.dtype) -> int:

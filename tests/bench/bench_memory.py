@@ -29,7 +29,8 @@ from transformers import LlamaConfig
 
 from lib.methods.registry import MethodSpec
 from lib.model.pretrained import decoder_blocks, default_batch_size, skeleton
-from lib.run.memory import SPARE, Plan, Stand, shapes, stand
+from lib.model.shapes import Workload, shapes
+from lib.run.memory import SPARE, MemoryLayout, Plan, lay_out
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib
 
@@ -74,14 +75,14 @@ def estimate(args: argparse.Namespace) -> None:
     print("|---|---|---|" + "---|" * len(args.methods))
     for size in SIZES:
         for gpus in GPUS:
-            found = [standing(args, size, method, gpus) for method in args.methods]
-            fetched = any(one.plan.fetched for one in found)
+            layouts = [layout(args, size, method, gpus) for method in args.methods]
+            fetched = any(one.plan.fetched for one in layouts)
             cells = [size, gpus, "from the host" if fetched else "on the GPU"]
-            cells += [_told(one, args.gib) for one in found]
+            cells += [_gib(one, args.gib) for one in layouts]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def standing(args: argparse.Namespace, size: str, method: str, gpus: int) -> Stand:
+def layout(args: argparse.Namespace, size: str, method: str, gpus: int) -> MemoryLayout:
     """Where everything stands of a LLaMA of that size on so many GPUs."""
     width, inner, depth, kept_heads, vocabulary = SIZES[size]
     config = LlamaConfig(
@@ -94,23 +95,26 @@ def standing(args: argparse.Namespace, size: str, method: str, gpus: int) -> Sta
     )
     model = skeleton(config)
     processes = min(gpus, EACH_MACHINE)
-    plan = Plan(
-        shapes(model, decoder_blocks(model)[0]),
-        MethodSpec(method),
-        -(-args.nsamples // gpus),
-        -(-args.tests // gpus),
-        args.seqlen,
-        default_batch_size(CUDA, args.seqlen, width),
-        torch.bfloat16,
-        torch.bfloat16,
+    load = Workload(
+        shapes=shapes(model, decoder_blocks(model)[0]),
+        seqlen=args.seqlen,
+        batch_size=default_batch_size(CUDA, args.seqlen, width),
+        windows=-(-args.nsamples // gpus),
+        tests=-(-args.tests // gpus),
+        working=torch.bfloat16,
+        saved=torch.bfloat16,
         device="cuda",
+    )
+    plan = Plan(
+        load=load,
+        method_spec=MethodSpec(method),
         processes=processes,
         shared=processes > 1,
     )
-    return stand(plan, int(SPARE * args.gib * 2**30))
+    return lay_out(plan, int(SPARE * args.gib * 2**30))
 
 
-def _told(found: Stand, free: float) -> str:
+def _gib(found: MemoryLayout, free: float) -> str:
     """GiB on the device and on the host."""
     more = "" if found.device.total <= SPARE * free * 2**30 else " (too much)"
     return f"{found.device.total / 2**30:.1f}{more}, {found.machine / 2**30:.1f}"

@@ -44,12 +44,13 @@ from lib.model.pretrained import (
     skeleton,
 )
 from lib.model.quantised import packed_linears
+from lib.model.shapes import PackedLinears, Workload, shapes
 from lib.packed import kernels
-from lib.pruning.by_error import by_error
+from lib.pruning.by_error import allocation_bytes, by_error
 from lib.recover import Recoverer, TrainSchedule
 from lib.run import memory
-from lib.run.memory import PackedLinears, Plan, Training, check_memory, needed, shapes, stand
-from lib.sparse import swap_linears_
+from lib.run.memory import Plan, Training, check_memory, lay_out, needed
+from lib.sparse import packing_bytes, swap_linears_
 from lib.util import host
 from lib.util.errors import UserError
 
@@ -59,9 +60,20 @@ UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 def of(model, **changes) -> Plan:
     name, _ = decoder_blocks(model)
-    known = dict(method_spec=MethodSpec("wanda"), windows=8, tests=4, seqlen=32, batch_size=4)
-    known |= dict(working=torch.float32, saved=torch.float32)
-    return Plan(shapes(skeleton(model.config), name), **known | changes)
+    sizes = dict(windows=8, tests=4, seqlen=32, batch_size=4, device="cpu")
+    sizes |= dict(working=torch.float32, saved=torch.float32)
+    sizes |= {key: changes.pop(key) for key in list(changes) if key in sizes}
+    load = Workload(shapes=shapes(skeleton(model.config), name), **sizes)
+    return Plan(load=load, **dict(method_spec=MethodSpec("wanda")) | changes)
+
+
+def on_cpu(plan: Plan) -> Plan:
+    return replace(plan, load=replace(plan.load, device="cpu"))
+
+
+def covers(said: int, taken: int) -> bool:
+    """Never below what is taken, and at most a quarter above."""
+    return taken <= said <= 1.25 * taken
 
 
 class Alive(TorchDispatchMode):
@@ -107,7 +119,7 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
         pruner_of(runner_of(model), method_spec).run(ids if method_spec.cls.observes else None, 4)
         perplexity(runner_of(model), ids[:4], 4)
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
-    assert need.total == pytest.approx(taken, rel=0.25)
+    assert covers(need.total, taken), need.total / taken
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -122,7 +134,9 @@ def test_packed_linears_take_what_was_said(bits: int, monkeypatch: pytest.Monkey
         swap_linears_(model, decoder_blocks(model)[1], bits=bits)
     packed = PackedLinears.of(*packed_linears(model.config))
     standing = packed.nbytes(4)
-    assert alive.most - standing <= memory._packing(plan) <= 4 * (alive.most - standing)
+    assert (
+        alive.most - standing <= sum(packing_bytes(plan.load, bits)) <= 4 * (alive.most - standing)
+    )
     need = needed(of(model, method_spec=None, packed=packed))
     buffers = sum(one.nbytes for name, one in model.named_buffers() if "inv_freq" in name)
     assert need.weights == footprint(model) - buffers
@@ -169,7 +183,7 @@ def test_tensors_of_a_recovery_take_what_was_said(
         measure = lambda one, ids: perplexity(one, ids, 4).value  # noqa: E731
         Recoverer(*known, measure, saved, dist=ALONE, checkpointed=checkpointed).run()
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
-    assert need.total == pytest.approx(taken, rel=0.25)
+    assert covers(need.total, taken), need.total / taken
 
 
 @pytest.mark.parametrize("hidden, vocabulary", [(32, 2000), (128, 300), (256, 300)])
@@ -178,10 +192,12 @@ def test_tensors_of_an_allocation_take_what_was_said(hidden: int, vocabulary: in
     size = dict(hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=4)
     model = tiny.tiny_llama(**size, vocab_size=vocabulary).requires_grad_(False)
     ids = windows(8, 32)
-    plan = of(model, probed=8)
+    plan = of(model)
     with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
         by_error(runner_of(model), ids, 4, 0.7, ALONE)
-    assert sum(memory._allocation(plan)) == pytest.approx(alive.most, rel=0.25)
+    hidden, work = allocation_bytes(plan.load, 8)
+    said = hidden + int(memory.MARGIN * work)
+    assert covers(said, alive.most), said / alive.most
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -194,7 +210,8 @@ def test_solving_takes_what_the_method_said(method: str) -> None:
     with Alive([weight, *solver.statistics()]) as alive:
         solver.prune_([weight], [Sparsity(0.5, 2, 4)])
     _, said = MethodSpec(method)(width, torch.device("meta")).bytes_needed([rows])
-    assert said == pytest.approx(alive.most, rel=0.25)
+    said = int(memory.MARGIN * said)
+    assert covers(said, alive.most), said / alive.most
 
 
 @pytest.fixture(scope="module")
@@ -219,19 +236,19 @@ def test_a_process_takes_what_it_says(
     said = re.search(r"^memory: about ([\d.]+) (\w+) \(libraries ([\d.]+) (\w+), ", done.out, re.M)
     said, base = (float(said[i]) * UNITS[said[i + 1]] for i in (1, 3))
     measured = results(tmp_path / "out")["peak_memory"]["host"]
-    assert said == pytest.approx(measured, rel=0.25)
+    assert covers(said, measured), said / measured
     assert measured - base > own * UNITS["MiB"]
 
 
 def test_inputs_are_shared_as_in_a_forward_pass() -> None:
-    (block,) = of(tiny.tiny_llama()).shapes.blocks
+    (block,) = of(tiny.tiny_llama()).load.shapes.blocks
     found = sorted((each.width, sorted(each.outputs)) for each in block.inputs)
     assert found == [(32, [16, 16, 32]), (32, [32]), (32, [64, 64]), (64, [32])]
     assert block.pruned == 32 * 64 + 32 * 32 + 32 * 128 + 64 * 32
 
 
 def test_every_expert_has_statistics_of_its_own() -> None:
-    found = of(tiny.ARCHITECTURES["Mixtral"]()).shapes
+    found = of(tiny.ARCHITECTURES["Mixtral"]()).load.shapes
     (block,) = found.blocks
     assert found.routed == 2
     assert sum(each.experts == 4 for each in block.inputs) == 8
@@ -254,7 +271,7 @@ def test_what_makes_it_grow_and_shrink() -> None:
     assert needed(of(model, load_bit="4")).weights < whole.weights / 2
     few = dict(windows=1, tests=1, seqlen=4)
     assert needed(of(model, **few, stored=torch.bfloat16)).total > needed(of(model, **few)).total
-    more = needed(of(model, method_spec=MethodSpec("admm"), windows=80, keeps=False))
+    more = needed(of(model, method_spec=MethodSpec("admm"), windows=80, cache_inputs=False))
     assert more.hidden == 2 * 80 * 32 * 32 * 4
     kept = needed(of(model, method_spec=MethodSpec("admm"), windows=80))
     assert kept.hidden > more.hidden and kept.work == more.work
@@ -368,7 +385,7 @@ def test_blocks_stay_on_the_host_where_the_device_is_small(gpu: SimpleNamespace)
     gpu.free = fetched.work // 2
     with pytest.raises(UserError, match="--device cuda:0: the run needs .* --batch_size"):
         check_memory(plan, CUDA)
-    room = check_memory(replace(plan, device="cpu"), CPU)
+    room = check_memory(on_cpu(plan), CPU)
     assert not room.fetched and room.state_device == CPU
 
 
@@ -380,18 +397,20 @@ def test_processes_that_share_take_the_blocks_once() -> None:
     eight = dict(processes=8, windows=1, tests=1, batch_size=1)
     least = needed(of(model, fetched=True, device="cuda", **eight))
     for shared in (True, False):
-        found = stand(of(model, device="cuda", shared=shared, **eight), least.total)
-        assert found.plan.fetched and found.kept
-        assert found.machine == inside * (1 if shared else 8)
+        found = lay_out(of(model, device="cuda", shared=shared, **eight), least.total)
+        assert found.plan.fetched and found.states_on_device
+        assert found.machine == inside * (1 if shared else 8) + 8 * found.host.total
         assert ("once for all" in found.describe_host(0)) == shared
-        found = stand(of(model, shared=shared, **eight))
+        found = lay_out(of(model, shared=shared, **eight))
         assert found.plan.fetched == shared
         each = found.host.total
         assert found.machine == (whole + 8 * each if shared else 8 * each)
-        long = stand(of(model, shared=shared, **eight | dict(tests=10**6, method_spec=None)))
-        assert long.host.hidden == long.plan.window  # of a batch, from where no block need move
-        on_disk = stand(of(model, shared=shared, on_disk=True, **eight))
-        assert on_disk.once == (whole - inside if shared else 0)
+        long = lay_out(of(model, shared=shared, **eight | dict(tests=10**6, method_spec=None)))
+        assert long.host.hidden == long.plan.load.hidden_states(
+            1
+        )  # of a batch, from where no block need move
+        on_disk = lay_out(of(model, shared=shared, on_disk=True, **eight))
+        assert on_disk.plan.in_files == (whole - inside if shared else 0)
 
 
 def test_one_process_that_must_fetch_makes_all_fetch(gpu: SimpleNamespace) -> None:
