@@ -43,6 +43,14 @@ def trained(request: pytest.FixtureRequest) -> Path:
     return trained_model(Path(request.config.cache.mkdir("models")))
 
 
+@pytest.fixture(scope="session")
+def needs_bos(request: pytest.FixtureRequest) -> Path:
+    """The same, but windows that do not begin with BOS make it predict at random."""
+    from trained import trained_model
+
+    return trained_model(Path(request.config.cache.mkdir("models")), needs_bos=True)
+
+
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a folder of the test's own: defaults such as `--save out`, and caches, end there."""

@@ -166,6 +166,9 @@ def quantisation(load_bit: str | None) -> dict:
     return {"quantization_config": config}
 
 
+TRUST = "give --trust_remote_code to run that code, if you trust it"
+
+
 @contextmanager
 def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[None]:
     """Inside, whatever is raised becomes a UserError: `what` can't be loaded, why, the way out."""
@@ -176,6 +179,8 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
     except Exception as error:  # safetensors and tokenizers raise direct children of Exception
         if type(error).__name__ == "OutOfMemoryError":
             raise
+        if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
+            what, way_out = f"{what}, which brings code of its own,", TRUST
         raise UserError(
             f"{checkpoint}: {what} can't be loaded ({first_line(error)}); {way_out}"
         ) from error
