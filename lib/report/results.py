@@ -245,7 +245,7 @@ class FailedRun(TypedDict):
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
-    """results.json, whole or not at all; nan and inf, which JSON does not know, as null."""
+    """Write results.json whole or not at all; nan and inf, which JSON lacks, become null."""
     path = folder / RESULTS
     text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
     write_text(path, text + "\n")
@@ -284,7 +284,7 @@ class Run:
 
     @property
     def target(self) -> str:
-        """The sparsity asked for: `50%`, `2:4`, or `dense`; what it has if it was pruned before."""
+        """The target sparsity: `50%`, `2:4`, or `dense`; the measured one if pruned before."""
         if self.results["method"] == "dense":
             return "dense"
         kind = self.results["sparsity_type"]
@@ -304,12 +304,12 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The flags that change a result and show in nothing else that a table says of a run."""
+        """The flags that change a result and have no column of their own in a table."""
         return self.results.get("settings", {})
 
     @property
     def vocabulary(self) -> VocabularyRecord | dict[str, Any]:
-        """Of a model whose vocabulary was trimmed: `rows`, `rows_before`, `note` and more."""
+        """The record of a trimmed vocabulary; empty for a whole one."""
         return self.results.get("vocabulary") or {}
 
     @property
@@ -322,7 +322,7 @@ class Run:
 
     @property
     def sources(self) -> tuple[tuple[str, Any], ...]:
-        """What was calibrated on, and how large a share each source had."""
+        """The sources that were calibrated or recovered on, with their shares."""
         calibration = self.results.get("calibration") or self._recovered_on
         return tuple((s["source"], s.get("share")) for s in calibration.get("sources", []))
 
@@ -333,16 +333,16 @@ class Run:
 
     @property
     def tasks(self) -> dict[str, float]:
-        """`task metric` -> value, of the metrics that are numbers."""
-        found = {}
+        """{`task metric`: value} of the metrics that are numbers."""
+        values = {}
         for task, metrics in (self.results.get("tasks") or {}).items():
             numbers = {m: v for m, v in metrics.items() if isinstance(v, int | float)}
-            found.update({f"{task} {metric}": value for metric, value in numbers.items()})
-        return found
+            values.update({f"{task} {metric}": value for metric, value in numbers.items()})
+        return values
 
 
 def load_runs(paths: Iterable[str | Path]) -> list[Run]:
-    """Every run in the folders given, or below them, in the order of their names.
+    """Load every run in the folders, or below them, in the order of their names.
 
     UserError: a path that is no folder, holds no run, or whose results.json can't be read.
     """
@@ -350,10 +350,11 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"RUN {path}: no such folder; name a run's --save folder or its parent")
-        found = [path / RESULTS] if (path / RESULTS).is_file() else sorted(path.rglob(RESULTS))
-        if not found:
+        own = path / RESULTS
+        in_path = [own] if own.is_file() else sorted(path.rglob(RESULTS))
+        if not in_path:
             raise UserError(f"RUN {path}: holds no {RESULTS}; name a run's --save folder")
-        files.update((file.resolve(), file) for file in found)
+        files.update((file.resolve(), file) for file in in_path)
     return [_load(file) for file in files.values()]
 
 
@@ -362,10 +363,10 @@ def _load(file: Path) -> Run:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"RUN {file}: not valid JSON ({error}); remove it or run again") from error
-    needed = ("model", "method", "evaluation")
+    required = ("model", "method", "evaluation")
     if not isinstance(results, dict):
         raise UserError(f"RUN {file}: not a run's results; remove it or run again")
-    missing = [key for key in needed if key not in results and "error" not in results]
+    missing = [key for key in required if key not in results and "error" not in results]
     if missing:
         raise UserError(f"RUN {file}: lacks {', '.join(missing)}; remove it or run again")
     return Run(file.parent, results)

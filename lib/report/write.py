@@ -16,6 +16,7 @@ from lib.report.plots.cross_language import cross_language
 from lib.report.plots.perplexity import perplexity_against_sparsity
 from lib.report.plots.sparsity_by_linear import sparsity_by_linear
 from lib.report.plots.style import can_draw, save_figure
+from lib.report.quality_tables import quality_means, quality_of_runs
 from lib.report.results import Run
 from lib.report.tables import Row, Table, comparable_tables, deviation
 from lib.util.terminal import one_line
@@ -154,15 +155,31 @@ def report_csv(runs: Sequence[Run]) -> str:
     settings = sorted({name for table in tables for name in table.varying})
     tasks = sorted({name for table in tables for name in table.tasks})
     lines = [
-        {"table": index, **_csv_line(table, row, test, settings, tasks)}
+        {"table": index, **_csv_line(table, row, test, settings, tasks)} | quality_means(row, test)
         for index, table in enumerate(tables, 1)
         for row in table.rows
         for test in table.tests
     ]
+    quality = {
+        name: None
+        for table in tables
+        for row in table.rows
+        for test in table.tests
+        for name in quality_means(row, test)
+    }
     compared = [name for name in COMPARED if any(line[name] is not None for line in lines)]
     vocabulary = ["vocabulary"] if any(table.vocabulary for table in tables) else []
     measures = [f"{name}{suffix}" for name in MEASURES for suffix in ("", "_deviation")]
-    columns = [*ROW_COLUMNS, *measures, *compared, *settings, *tasks, *vocabulary, "folders"]
+    columns = [
+        *ROW_COLUMNS,
+        *measures,
+        *compared,
+        *quality,
+        *settings,
+        *tasks,
+        *vocabulary,
+        "folders",
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -212,8 +229,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(comparable_tables(runs), out) if can_draw() else []
     parts = [report_text(runs)]
-    if completions := completions_of_runs(runs):
-        parts.append(f"{completions}\n")
+    parts += [f"{text}\n" for text in (quality_of_runs(runs), completions_of_runs(runs)) if text]
     parts += [f"![{path.stem}]({path.name})\n" for path in pictures]
     texts = {"report.md": "\n".join(parts), "report.csv": report_csv(runs)}
     for name, text in texts.items():

@@ -16,6 +16,7 @@ from lib.data.sources import BUILT_IN
 from lib.methods.sparsity import UNSTRUCTURED
 from lib.report.completion_tables import completions_of_run
 from lib.report.markdown import compact_table, escape
+from lib.report.quality_tables import abilities_of_run, fidelity_of_run
 from lib.report.results import EvaluationRecord, RecoveryRecord, Results, VocabularyRecord
 from lib.run.card_engines import engines, unpacking
 from lib.run.record import changed_options, with_error
@@ -41,6 +42,10 @@ def model_card(results: Results, sources: list[str]) -> str:
     if notes := results.get("notes"):
         sections.append([f"- {escape(note)}" for note in notes])
     sections.append([_evaluation(results["evaluation"], bool(vocabulary))])
+    if abilities := results.get("abilities"):
+        sections.append(["Answers to questions from test texts:", "", abilities_of_run(abilities)])
+    if fidelity := results.get("fidelity"):
+        sections.append(["Text that the models write:", "", fidelity_of_run(fidelity)])
     if shows_prompts(results):
         sections.append(_completions(results))
     if recovery:

@@ -214,6 +214,15 @@ def test_the_card_alone_can_be_had_without_prompts() -> None:
     assert "Private" not in text and "Beginnings" not in text and not shows_prompts(made)
 
 
+def test_a_card_shows_abilities_and_fidelity_where_they_were_measured() -> None:
+    shares = {"accuracy": 0.6, "said": 0.1}
+    ability = {"text": "uk", "name": "last word", "questions": 300, "chance": 0.25, "model": shares}
+    fidelity = {"text": "uk", "model": {"language": 0.5}, "reference": {"language": 0.9}}
+    _, text = parsed(model_card(results(abilities=[ability], fidelity=[fidelity]), []))
+    assert "| uk | 300 last word | 25% | 60.0% | 10.0% |" in text
+    assert "| uk | the text itself | 90.0% |" in text and "| uk | this model | 50.0% |" in text
+
+
 def test_a_card_says_what_was_pruned_otherwise() -> None:
     note = "pruned by magnitude, too few tokens were routed to them: model.layers.0.experts.3"
     _, text = parsed(model_card(results(notes=[note]), []))
