@@ -18,6 +18,7 @@ from lib.run.fingerprint import difference
 from lib.sweep.kept import SweepCache, start_peak
 from lib.sweep.plan import Planned
 from lib.util.errors import UserError
+from lib.util.terminal import one_line
 
 OUTPUT = "output.txt"  # of a run: what main.py would have written to the terminal
 
@@ -65,7 +66,7 @@ def do(run: Planned, kept: SweepCache, debug: bool = False) -> dict[str, Any]:
         expected = isinstance(error, UserError | OSError | MemoryError)
         if debug or not expected:
             traceback.print_exc()
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         results = {
             "model": run.args.model,
             "method": run.args.prune_method or "dense",
@@ -95,7 +96,7 @@ def why_again(run: Planned, results: dict[str, Any], kept: SweepCache) -> str | 
     try:
         now = check(run.args, kept).fingerprint
     except (UserError, OSError) as error:
-        return f"can't be checked ({' '.join(str(error).split())})"
+        return f"can't be checked ({one_line(str(error))})"
     for section in ("pruning", "measuring"):
         if found := difference(results["fingerprint"][section], now[section]):
             name, before, after = found
