@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lib.report.completion_tables import MODELS
 from lib.report.markdown import EMPTY, compact_table, escape, padded_table
-from lib.report.results import Run
+from lib.report.results import AbilityRecord, FidelityRecord, Run
 from lib.report.tables import Row, Table, comparable_tables
 
 SHARES = {"accuracy": "right", "said": "said"}  # of an ability
@@ -27,7 +26,7 @@ NOTES = (
 )
 
 
-def abilities_of_run(records: Sequence[Mapping[str, Any]]) -> str:
+def abilities_of_run(records: Sequence[AbilityRecord]) -> str:
     """One run's abilities: a row for each kind of question, the dense and this model beside it."""
     models = [key for key in MODELS if any(key in record for record in records)]
     shares = [key for key in SHARES if any(key in record["model"] for record in records)]
@@ -46,7 +45,7 @@ def abilities_of_run(records: Sequence[Mapping[str, Any]]) -> str:
     return compact_table(head, rows)
 
 
-def fidelity_of_run(records: Sequence[Mapping[str, Any]]) -> str:
+def fidelity_of_run(records: Sequence[FidelityRecord]) -> str:
     """One run's fidelity: a row for the test text itself and for each model."""
     writers = {"reference": "the text itself", **MODELS}
     rows = [
@@ -99,11 +98,11 @@ def quality_means(row: Row, text: str, model: str = "model") -> dict[str, float]
     return {title: statistics.fmean(shares) for title, shares in values.items()}
 
 
-def _records(run: Run) -> list[Mapping[str, Any]]:
+def _records(run: Run) -> list[AbilityRecord | FidelityRecord]:
     return [*run.results.get("abilities", []), *run.results.get("fidelity", [])]
 
 
-def _figures(record: Mapping[str, Any], model: str) -> dict[str, float]:
+def _figures(record: AbilityRecord | FidelityRecord, model: str) -> dict[str, float]:
     """{title: share} of one model in a record of an ability or of fidelity."""
     measured = record.get(model, {})
     if "questions" in record:
