@@ -8,6 +8,7 @@ llama.cpp's own program llama-quantize.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ BLOCK = 32  # values that share a scale
 class WeightType:
     """`outtype`: what the converter is asked for. `blocks`: the type that the blocks' linears are
     given instead. `program`: the type that llama-quantize is asked for. `levels`: half the steps
-    of a block of values, for the rounding; None for floating point."""
+    of a block of values; None for floating point."""
 
     outtype: str
     blocks: str | None = None
@@ -44,13 +45,28 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def rounded(weight: Tensor, name: str) -> Tensor:
-    """The weight (..., in) as the type `name` holds it, about: scales are not rounded here."""
+    """The weight (..., in) as the type `name` holds it.
+
+    Exact where the converter's quantiser has the type; of K types, and without the package, about:
+    by steps of each block's largest value.
+    """
     levels = TYPES[name].levels
     if levels is None:
         return weight.to(FLOATS[name]).to(weight.dtype)
     if weight.shape[-1] % BLOCK:  # such rows are written in 16 bits
         return weight.half().to(weight.dtype)
+    if TYPES[name].program is None and find_spec("gguf"):
+        return _quantised(weight, name.upper())
     blocks = weight.unflatten(-1, (-1, BLOCK))
     step = blocks.abs().amax(-1, keepdim=True) / levels
     step = step.clamp_min(torch.finfo(step.dtype).tiny)
     return ((blocks / step).round() * step).flatten(-2)
+
+
+def _quantised(weight: Tensor, name: str) -> Tensor:
+    """The weight quantised as the converter does it, and back."""
+    from gguf import GGMLQuantizationType, quants
+
+    kind = GGMLQuantizationType[name]
+    values = quants.dequantize(quants.quantize(weight.float().numpy(), kind), kind)
+    return torch.from_numpy(values).to(weight.dtype)
