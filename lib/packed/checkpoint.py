@@ -25,6 +25,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .embedding import PackedEmbedding, PackedHead
 from .errors import PackedError
 from .grid import GROUP, GROUPS
 from .layout import packed_shapes
@@ -44,7 +45,8 @@ class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint.
 
     It holds the format, its version, the bits of a kept value, at 4 bits how many inputs share a
-    scale (`group`) and, by module path, [out, in, kept weights] of every packed linear.
+    scale (`group`) and, by module path, [out, in, kept weights] of every packed linear. Where
+    embedding and head are packed too, [rows, width] of each of them that has rows of its own.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class PackedConfig(QuantizationConfigMixin):
         linears: dict[str, list[int]] | None = None,
         bits: int = 16,
         group: int | None = None,
+        embeddings: dict[str, list[int]] | None = None,
         version: int = VERSION,
         format: str = FORMAT,
         quant_method: str = METHOD,
@@ -65,7 +68,7 @@ class PackedConfig(QuantizationConfigMixin):
         if unknown:
             raise PackedError(
                 f"quantization_config has unknown entries {sorted(unknown)}: version {VERSION} of "
-                f"{FORMAT!r} has only `linears`, `bits` and `group`"
+                f"{FORMAT!r} has only `linears`, `bits`, `group` and `embeddings`"
             )
         damaged = "the config is damaged, save the model again"
         if bits not in BITS:
@@ -73,6 +76,11 @@ class PackedConfig(QuantizationConfigMixin):
         if group not in (GROUPS if bits == 4 else (None,)):
             allowed = "not 32, 64 or 128" if bits == 4 else f"which {bits} bits have not"
             raise PackedError(f"quantization_config: `group` is {group!r}, {allowed}; {damaged}")
+        if embeddings is not None and not _are_rows(embeddings):
+            raise PackedError(
+                "quantization_config: `embeddings` must give [rows, width] for every packed "
+                f"embedding or head; {damaged}"
+            )
         if not isinstance(linears, dict) or not all(_is_size(size) for size in linears.values()):
             raise PackedError(
                 "quantization_config: `linears` must give [out, in, kept] for every packed "
@@ -80,10 +88,11 @@ class PackedConfig(QuantizationConfigMixin):
             )
         self.quant_method, self.format, self.version = quant_method, format, version
         self.bits, self.group = bits, group
+        self.embeddings = embeddings and {name: list(size) for name, size in embeddings.items()}
         self.linears = {name: list(size) for name, size in sorted(linears.items())}
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it; `group` at 4 bits alone."""
+        """As config.json holds it, without what does not apply."""
         return {key: value for key, value in super().to_dict().items() if value is not None}
 
 
@@ -107,22 +116,28 @@ class PackedQuantizer(HfQuantizer):
                     "config.json belongs to another checkpoint"
                 )
             model.set_submodule(name, sparse)
+        if config.embeddings:
+            _replace_embeddings_(model, config.embeddings)
         files = check_files(checkpoint_files or [], config)
-        for name in config.linears:
-            model.get_submodule(name).source = f"{files[f'{name}.mask']}: {name}"
+        for name in (*config.linears, *(config.embeddings or ())):
+            model.get_submodule(name).source = f"{files[f'{name}.weight']}: {name}"
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for module in model.modules():
-            if isinstance(module, SparseLinear):
+            if isinstance(module, SparseLinear | PackedEmbedding | PackedHead):
                 module.check()
+            if isinstance(module, SparseLinear):
                 module.count_rows_()
         model.requires_grad_(False)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
-        """Every packed linear dense again, in the dtype of the model."""
+        """Every packed linear dense again, embedding and head too, in the dtype of the model."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, SparseLinear):
+            if isinstance(module, SparseLinear | PackedHead):
                 model.set_submodule(name, module.to_linear())
+            elif isinstance(module, PackedEmbedding):
+                model.set_submodule(name, module.to_embedding())
+        model.tie_weights()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict, dict]:
@@ -166,6 +181,9 @@ def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
         for name, size in config.linears.items()
         for part, shape in packed_shapes(*size, config.bits, config.group or GROUP).items()
     }
+    for name, (rows, width) in (config.embeddings or {}).items():
+        wanted[f"{name}.weight"] = (rows, width), ("I8",)
+        wanted[f"{name}.scale"] = (rows,), ("F32",)
     file_of: dict[str, str] = {}
     for file in files:
         if Path(file).suffix != ".safetensors":
@@ -203,10 +221,66 @@ def mark_packed_(model: PreTrainedModel) -> None:
     packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     ((bits, group),) = {(module.bits, module.group) for module in packed.values()}
     linears = {n: [m.out_features, m.in_features, m.nnz] for n, m in packed.items()}
-    quantizer = PackedQuantizer(PackedConfig(linears, bits, group if bits == 4 else None))
+    embeddings = {
+        name: list(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, PackedEmbedding) or isinstance(module, PackedHead) and not module.tied
+    }
+    config = PackedConfig(linears, bits, group if bits == 4 else None, embeddings or None)
+    quantizer = PackedQuantizer(config)
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = METHOD
     quantizer.postprocess_model(model)
+
+
+def pack_embeddings_(model: PreTrainedModel) -> list[str]:
+    """Replace embedding and head by ones with int8 rows, in place; the names of those packed.
+
+    Where the two are tied they stay so. PackedError where the model has other kinds of them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, PackedEmbedding):  # before
+        return []
+    tied = head is not None and head.weight is embedding.weight
+    weights = embedding.weight, None if head is None else head.weight
+    names = _replace_embeddings_(model, None, tied)
+    for name, weight in zip(names, weights, strict=False):
+        module = model.get_submodule(name)
+        if not module.tied:
+            module.quantise_(weight)
+    return names
+
+
+def _replace_embeddings_(
+    model: PreTrainedModel, sizes: dict[str, list[int]] | None, tied: bool | None = None
+) -> list[str]:
+    """Put packed modules, not filled, in the places of embedding and head; their names.
+
+    `sizes`: [rows, width] of those that have rows of their own, as a checkpoint states them.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {module: name for name, module in model.named_modules()}
+    if not isinstance(embedding, nn.Embedding):
+        kind = type(embedding).__name__
+        raise PackedError(f"{type(model).__name__} has an embedding of class {kind}: not packed")
+    packed = PackedEmbedding(embedding)
+    modules = {names[embedding]: packed}
+    if head is not None:
+        if type(head).forward is not nn.Linear.forward:
+            kind = type(head).__name__
+            raise PackedError(f"{type(model).__name__} has a head of class {kind}: not packed")
+        if tied is None:
+            tied = names[head] not in sizes
+        modules[names[head]] = PackedHead(head, packed if tied else None)
+    expected = {name: list(m.weight.shape) for name, m in modules.items() if not m.tied}
+    if sizes is not None and expected != sizes:
+        raise PackedError(
+            f"quantization_config: `embeddings` is {sizes}, but this model has {expected}; "
+            "config.json belongs to another checkpoint"
+        )
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    return list(modules)
 
 
 def card_lines(folder: str) -> list[str]:
@@ -225,6 +299,15 @@ def _is_size(size: object) -> bool:
         and all(type(n) is int for n in size)
         and min(size[:2]) > 0
         and 0 <= size[2] <= size[0] * size[1]
+    )
+
+
+def _are_rows(embeddings: object) -> bool:
+    return isinstance(embeddings, dict) and all(
+        isinstance(size, list | tuple)
+        and len(size) == 2
+        and all(type(n) is int and n > 0 for n in size)
+        for size in embeddings.values()
     )
 
 

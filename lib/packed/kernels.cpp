@@ -101,10 +101,8 @@ struct FourBits {
   int64_t stride() const { return (in + 7) / 8; }
   int64_t groups() const { return std::max<int64_t>(1, (in + group - 1) / group); }
   const uint8_t* mask_of(int64_t r) const { return mask + r * stride(); }
-  // Of row r, for the 32 columns from `column` on.
-  float scale_at(int64_t r, int64_t column) const {
-    return static_cast<float>(scale[r * groups() + column / group]);
-  }
+  int shift() const { return group == 32 ? 5 : group == 64 ? 6 : 7; }
+  const c10::BFloat16* scales_of(int64_t r) const { return scale + r * groups(); }
 };
 
 // Word k of a row's mask; bytes after the row's last count as zero.
@@ -173,13 +171,15 @@ void portable_rows(
 
 void portable_rows(
     const FourBits& w, const float* x, int64_t tokens, float* y, int64_t from, int64_t to) {
+  const int shift = w.shift();
   for (int64_t r = from; r < to; r++) {
     float sums[FEW] = {};
     const Integers integers = {w.values + w.offsets[r] / 2, w.offsets[r] % 2 != 0};
     const uint8_t* mask = w.mask_of(r);
+    const c10::BFloat16* scales = w.scales_of(r);
     int64_t next = 0;
     for (int64_t byte = 0; byte < w.stride(); byte++) {
-      const float scale = w.scale_at(r, byte * 8);
+      const float scale = scales[byte * 8 >> shift];
       const float* inputs = x + byte / 8 * WORD * tokens + byte % 8 * 8;
       for (int bit = 0; bit < 8; bit++) {
         if (!(mask[byte] >> bit & 1)) continue;
@@ -609,35 +609,37 @@ FOR_AVX2 INLINE __m128i four_bits_8(const Integers& integers, int64_t next, uint
   return _mm_shuffle_epi8(codes, _mm_loadl_epi64(order));
 }
 
+// Here lanes of eight bytes are shifted by four bits where the first integer is in high ones.
 FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, uint64_t bits) {
   next += integers.odd;
-  const uint8_t* from = integers.values + next / 2;
-  const int odd = next & 1;
-  const __m512i first = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
-  const __m512i second = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(from + odd)));
-  const __m512i low = _mm512_and_si512(
-      _mm512_srl_epi16(first, _mm_cvtsi32_si128(4 * odd)), _mm512_set1_epi16(0x000f));
-  const __m512i high = _mm512_and_si512(
-      _mm512_sll_epi16(second, _mm_cvtsi32_si128(4 + 4 * odd)), _mm512_set1_epi16(0x0f00));
-  const __m512i eight = _mm512_set1_epi8(8);
-  const __m512i codes = _mm512_sub_epi8(_mm512_xor_si512(_mm512_or_si512(low, high), eight), eight);
-  return _mm512_maskz_expand_epi8(bits, codes);
+  const auto* from = reinterpret_cast<const char*>(integers.values + next / 2);
+  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m256i later = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8));
+  const __m256i count = _mm256_set1_epi64x((next & 1) * 4);
+  const __m512i wide = _mm512_cvtepu8_epi16(_mm256_shrdv_epi64(lanes, later, count));
+  const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
+  const __m512i codes = _mm512_and_si512(both, _mm512_set1_epi8(15));
+  const __m512i values = _mm512_broadcast_i32x4(
+      _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+  return _mm512_maskz_expand_epi8(bits, _mm512_shuffle_epi8(values, codes));
 }
 
 template <int TOKENS>
 FOR_AVX2 void avx2_rows(
     const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
+  const int shift = w.shift();
   std::vector<uint8_t> copy;
   for (int64_t r = from; r < to; r++) {
     const Integers integers = integers_of(w, r, copy);
     const uint8_t* mask = w.mask_of(r);
+    const c10::BFloat16* scales = w.scales_of(r);
     __m256 sums[TOKENS];
     for (int t = 0; t < TOKENS; t++) sums[t] = _mm256_setzero_ps();
     int64_t next = 0;
     for (int64_t byte = 0; byte < w.stride(); byte++) {
       const __m128i codes = four_bits_8(integers, next, mask[byte]);
       next += __builtin_popcount(mask[byte]);
-      const __m256 scale = _mm256_set1_ps(w.scale_at(r, byte * 8));
+      const __m256 scale = _mm256_set1_ps(scales[byte * 8 >> shift]);
       const __m256 weights = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), scale);
       const float* inputs = x + byte / 8 * WORD * TOKENS + byte % 8 * 8;
       _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
@@ -652,23 +654,31 @@ template <int TOKENS, bool HALVES>
 FOR_AVX512 void avx512_rows(
     const FourBits& w, const int16_t* x, float* y, int64_t from, int64_t to) {
   constexpr int STRIDE = Avx512Step<int8_t>::STRIDE;
-  const int64_t words = (w.stride() + 7) / 8;
+  const int64_t words = (w.stride() + 7) / 8, whole = w.stride() / 8;
+  const int shift = w.shift();
   std::vector<uint8_t> copy;
   for (int64_t r = from; r < to; r++) {
     const Integers integers = integers_of(w, r, copy);
     const uint8_t* mask = w.mask_of(r);
+    const c10::BFloat16* scales = w.scales_of(r);
     __m512 sums[TOKENS];
     for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
     int64_t next = 0;
     for (int64_t k = 0; k < words; k++) {
-      const uint64_t bits = mask_word(mask, k, w.stride());
+      uint64_t bits;
+      if (k < whole) {
+        std::memcpy(&bits, mask + k * 8, 8);
+      } else {
+        bits = mask_word(mask, k, w.stride());
+      }
       __builtin_prefetch(integers.values + next / 2 + AHEAD);
       const __m512i codes = four_bits_64(integers, next, bits);
       next += __builtin_popcountll(bits);
       const __m512i first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes));
       const __m512i second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1));
-      const float scale = w.scale_at(r, k * WORD);
-      const float later = HALVES && k * WORD + 32 < w.in ? w.scale_at(r, k * WORD + 32) : scale;
+      const float scale = scales[k * WORD >> shift];
+      float later = scale;
+      if (HALVES && k * WORD + 32 < w.in) later = scales[(k * WORD + 32) >> shift];
       const int16_t* word = x + k * TOKENS * STRIDE;
       _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++, word += STRIDE) {
         float step;
@@ -695,10 +705,12 @@ template <int TOKENS>
 FOR_AVX512 void avx512_rows(
     const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
   const int64_t words = (w.stride() + 7) / 8;
+  const int shift = w.shift();
   std::vector<uint8_t> copy;
   for (int64_t r = from; r < to; r++) {
     const Integers integers = integers_of(w, r, copy);
     const uint8_t* mask = w.mask_of(r);
+    const c10::BFloat16* scales = w.scales_of(r);
     __m512 sums[TOKENS];
     for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
     int64_t next = 0;
@@ -711,7 +723,7 @@ FOR_AVX512 void avx512_rows(
       _Pragma("GCC unroll 4") for (int64_t c = 0; c < WORD; c += 16) {
         if (k * WORD + c >= w.in) break;
         const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + c));
-        const __m512 scale = _mm512_set1_ps(w.scale_at(r, k * WORD + c));
+        const __m512 scale = _mm512_set1_ps(scales[(k * WORD + c) >> shift]);
         const __m512 weights = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)), scale);
         _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
             sums[t] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(word + t * WORD + c), sums[t]);
@@ -995,7 +1007,7 @@ void unpack_rows(const FourBits& w, int64_t from, int64_t to, T* rows, Path path
       for (int64_t begin = 0; begin < w.in; begin += w.group) {
         const int64_t count = std::min(w.group, w.in - begin);
         const int8_t* codes = spread.data() + begin;
-        const float scale = w.scale_at(r, begin);
+        const float scale = w.scales_of(r)[begin / w.group];
         T* row = rows + (r - from) * w.in + begin;
         int64_t j = 0;
 #if X86

@@ -312,8 +312,8 @@ class SparseLinear(nn.Module):
 
 @contextmanager
 def set_all(model: nn.Module, flag: str) -> Iterator[None]:
-    """Inside, `force_dense` or `decoding` is set in every packed linear of a model."""
-    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    """Inside, `force_dense` or `decoding` is set in every packed module of a model."""
+    linears = [module for module in model.modules() if hasattr(module, flag)]
     try:
         for linear in linears:
             setattr(linear, flag, True)

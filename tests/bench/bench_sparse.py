@@ -92,7 +92,7 @@ def bench_product(
     copies = max(1, COPIES // dense.weight.nbytes)
     weights = [dense.weight.clone() for _ in range(copies)]
     held = {}
-    for bits in (16, 8):
+    for bits in (16, 8, 4):
         packed = SparseLinear.from_linear(dense, bits)
         held[bits] = [copy.deepcopy(packed) for _ in range(2 * copies)]
     found: dict[str, list[float]] = {}
@@ -101,6 +101,7 @@ def bench_product(
         calls = {"dense": in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights])}
         calls["packed"] = by_kernel(held[16], x, None)
         calls["packed, 8 bits"] = by_kernel(held[8], x, None)
+        calls["packed, 4 bits"] = by_kernel(held[4], x, None)
         if "avx2" in kernels.paths():
             calls["packed, AVX2 only"] = by_kernel(held[16], x, "avx2")
         for name, spent in medians(calls, CPU, rounds).items():
@@ -187,7 +188,7 @@ def made(args: argparse.Namespace) -> nn.Module:
 
 def bench_model(args: argparse.Namespace) -> None:
     models = {"dense": made(args)}
-    for bits in (16, 8):
+    for bits in (16, 8, 4):
         models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
         lib.sparse.swap_linears_(model, decoder_blocks(model)[1], bits=bits)
     found: dict[str, list[str]] = {name: [] for name in models}
