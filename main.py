@@ -89,6 +89,8 @@ def finish(
     with steps.attempt("evaluation"):
         if args.replace_sparse_layers:
             figures |= pack(job, loaded)
+        if args.pack_embeddings:
+            figures |= pack_embeddings(job, loaded)
         figures |= evaluate(job, loaded)
         completions.generate("model", loaded.model)
         with steps.attempt("--abilities and --fidelity"):
@@ -321,6 +323,28 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
         print(report, packed_line(told), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
     return {"packed": told}
+
+
+def pack_embeddings(job: Job, loaded: LoadedModel) -> Measured:
+    """Round embedding and head to integers, and see on one window what that changes."""
+    from lib.eval import some_logits
+    from lib.model.pretrained import saved_dtype
+    from lib.run.record import packed_embeddings_line, packed_embeddings_record
+    from lib.sparse import check_same_outputs, decoding, pack_embeddings_, unpacking
+
+    model = loaded.model
+    window = job.texts.tests[0].windows[:1].to(job.device)
+    before = some_logits(model, window)
+    modules = pack_embeddings_(model)
+    with decoding(model):
+        after = some_logits(model, window)
+    with unpacking(model):
+        check_same_outputs(some_logits(model, window), after)
+    dtype = saved_dtype(job.args.dtype, job.config)
+    record = packed_embeddings_record(model, modules, dtype, before, after)
+    if job.dist.is_main:
+        print(packed_embeddings_line(record))
+    return {"packed_embeddings": record}
 
 
 def evaluate(job: Job, loaded: LoadedModel) -> Measured:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.model.linears import find_linears
 from lib.model.shapes import FLOAT, StepBytes, Workload
-from lib.packed import kernels
+from lib.packed import checkpoint, kernels
 from lib.packed.checkpoint import METHOD, mark_packed_
 from lib.packed.errors import PackedError
 from lib.packed.grid import GROUP, HIGHEST, LOWEST, spread_scales
@@ -39,6 +39,7 @@ __all__ = [
     "SwapReport",
     "check_same_outputs",
     "decoding",
+    "pack_embeddings_",
     "packed_size",
     "relative_difference",
     "swap_block_",
@@ -134,6 +135,19 @@ def swap_block_(block: nn.Module, name: str, bits: int = 16, group: int = GROUP)
                 block.set_submodule(path, _packed(full_name, module, bits, group))
     experts = (linear for linear in find_linears(block, name)[0] if linear.expert is not None)
     return dense | {linear.name: "experts in one tensor" for linear in experts}
+
+
+def pack_embeddings_(model: PreTrainedModel) -> list[str]:
+    """Round embedding and output head of a packed model to int8, in place; the names of the two.
+
+    The model then saves itself so. UserError where they are of kinds that can't be packed.
+    """
+    try:
+        names = checkpoint.pack_embeddings_(model)
+    except PackedError as error:
+        raise UserError(f"--pack_embeddings 8: {error}; leave out the flag") from None
+    mark_packed_(model)
+    return names
 
 
 def _note_paths(

@@ -234,13 +234,14 @@ def mark_packed_(model: PreTrainedModel) -> None:
 
 
 def pack_embeddings_(model: PreTrainedModel) -> list[str]:
-    """Replace embedding and head by ones with int8 rows, in place; the names of those packed.
+    """Replace embedding and head by ones with int8 rows, in place; the names of both.
 
     Where the two are tied they stay so. PackedError where the model has other kinds of them.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, PackedEmbedding):  # before
-        return []
+    if isinstance(embedding, PackedEmbedding):
+        packed = {module: name for name, module in model.named_modules()}
+        return [packed[module] for module in (embedding, head) if module is not None]
     tied = head is not None and head.weight is embedding.weight
     weights = embedding.weight, None if head is None else head.weight
     names = _replace_embeddings_(model, None, tied)

@@ -34,7 +34,7 @@
 #define X86 1
 #include <immintrin.h>
 #define FOR_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
-#define AVX512_SET "avx512f,avx512bw,avx512vl,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt"
+#define AVX512_SET "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt"
 #define FOR_AVX512 __attribute__((target(AVX512_SET)))
 #define FOR_AVX512_BF16 __attribute__((target(AVX512_SET ",avx512bf16")))
 #else
@@ -63,7 +63,8 @@ Path best_path() {
       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+      __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+      __builtin_cpu_supports("avx512vnni");
   if (avx512) return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
   if (avx2) return AVX2;
 #endif
@@ -609,19 +610,31 @@ FOR_AVX2 INLINE __m128i four_bits_8(const Integers& integers, int64_t next, uint
   return _mm_shuffle_epi8(codes, _mm_loadl_epi64(order));
 }
 
-// Here lanes of eight bytes are shifted by four bits where the first integer is in high ones.
+// For 64 of them at once: which bytes eight integers come from, at which bits they begin (where the
+// first one is in a byte's low bits, and where not), and their values by their last six bits.
+struct FieldTables {
+  alignas(64) uint8_t bytes[64];
+  alignas(64) uint8_t shifts[2][64];
+  alignas(64) int8_t values[64];
+  FieldTables() {
+    for (int i = 0; i < 64; i++) {
+      bytes[i] = static_cast<uint8_t>(i / 8 * 4 + i % 8);
+      shifts[0][i] = static_cast<uint8_t>(i % 8 * 4);
+      shifts[1][i] = static_cast<uint8_t>(i % 8 * 4 + 4);
+      values[i] = static_cast<int8_t>((i % 16 ^ 8) - 8);
+    }
+  }
+};
+const FieldTables FIELDS;
+
 FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, uint64_t bits) {
   next += integers.odd;
-  const auto* from = reinterpret_cast<const char*>(integers.values + next / 2);
-  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  const __m256i later = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 8));
-  const __m256i count = _mm256_set1_epi64x((next & 1) * 4);
-  const __m512i wide = _mm512_cvtepu8_epi16(_mm256_shrdv_epi64(lanes, later, count));
-  const __m512i both = _mm512_or_si512(wide, _mm512_slli_epi16(wide, 4));
-  const __m512i codes = _mm512_and_si512(both, _mm512_set1_epi8(15));
-  const __m512i values = _mm512_broadcast_i32x4(
-      _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
-  return _mm512_maskz_expand_epi8(bits, _mm512_shuffle_epi8(values, codes));
+  const __m512i bytes = _mm512_permutexvar_epi8(
+      _mm512_load_si512(FIELDS.bytes), _mm512_loadu_si512(integers.values + next / 2));
+  const __m512i fields = _mm512_multishift_epi64_epi8(
+      _mm512_load_si512(FIELDS.shifts[next & 1]), bytes);
+  const __m512i codes = _mm512_permutexvar_epi8(fields, _mm512_load_si512(FIELDS.values));
+  return _mm512_maskz_expand_epi8(bits, codes);
 }
 
 template <int TOKENS>

@@ -119,6 +119,16 @@ class PackingRecord(TypedDict):
     difference: float  # |packed logits - dense logits| / |dense logits|, on one window
 
 
+class PackedEmbeddingsRecord(TypedDict):
+    """Embedding and output head as integers, as they are saved."""
+
+    bits: int
+    modules: list[str]
+    bytes: int
+    dense_bytes: int  # of the same matrices, dense; one where the two are tied
+    difference: float  # |packed logits - logits before| / |logits before|, on one window
+
+
 class VocabularyRecord(TypedDict):
     """A trimmed vocabulary; of one that was trimmed by an earlier run only the first three."""
 
@@ -203,6 +213,7 @@ class Measured(TypedDict, total=False):
     sparsity: SparsityRecord
     recovery: RecoveryRecord
     packed: PackingRecord
+    packed_embeddings: PackedEmbeddingsRecord
     evaluation: list[EvaluationRecord]
     completions: list[Completion]
     abilities: list[AbilityRecord]

@@ -199,6 +199,9 @@ def _packing(results: Results) -> list[str]:
         share = packed["bytes"] / packed["dense_bytes"]
         size = f", kept weights as {values}, in {share:.3f} of their dense size"
     stored = f"The sparse linears are stored packed{size}."
+    if rows := results.get("packed_embeddings"):
+        names = " and ".join(f"`{name}`" for name in rows["modules"])
+        stored += f" {names}: 8-bit integers with a scale for each row."
     return [CARD_HEADING, "", stored, "", unpacking(saved_name(results))]
 
 

@@ -293,6 +293,17 @@ PRUNING = (
         options={"type": int, "choices": (4, 8, 16)},
         needs=("replace_sparse_layers",),
     ),
+    Flag(
+        "pack_embeddings",
+        "pruning",
+        RESULT,
+        "round embedding and output head, which are not pruned, to int8, with a float32 scale for "
+        "each row; the run tells how far that changes the logits",
+        default_text="off",
+        options={"type": int, "choices": (8,)},
+        needs=("replace_sparse_layers",),
+        dense=False,
+    ),
 )
 
 RECOVERY = (

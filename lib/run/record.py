@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from lib.methods.registry import METHODS, MethodSpec
 from lib.report.completion_tables import terminal_lines
 from lib.report.quality_lines import ability_line, fidelity_line
-from lib.report.results import EvaluationRecord, Measured, PackingRecord, RecoveryRecord, Results
+from lib.report.results import (
+    EvaluationRecord,
+    Measured,
+    PackedEmbeddingsRecord,
+    PackingRecord,
+    RecoveryRecord,
+    Results,
+)
 from lib.run.flags import settings
 from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
@@ -101,6 +108,36 @@ def packing_record(
         "dense_bytes": size.dense,
         "difference": relative_difference(before, after),
     }
+
+
+def packed_embeddings_record(
+    model: Any, modules: list[str], dtype: Any, before: Tensor, after: Tensor
+) -> PackedEmbeddingsRecord:
+    """The sizes of a model's packed `modules` as saved, where a dense one is saved in `dtype`.
+
+    `before` and `after` packing: logits of the same tokens.
+    """
+    from lib.sparse import relative_difference
+
+    packed = [model.get_submodule(name) for name in modules]
+    own = [module for module in packed if not module.tied]
+    return {
+        "bits": 8,
+        "modules": modules,
+        "bytes": sum(module.weight.nbytes + module.scale.nbytes for module in own),
+        "dense_bytes": sum(module.weight.numel() * dtype.itemsize for module in own),
+        "difference": relative_difference(before, after),
+    }
+
+
+def packed_embeddings_line(record: PackedEmbeddingsRecord) -> str:
+    """The size of the packed embedding and head, for the terminal."""
+    share = record["bytes"] / record["dense_bytes"]
+    return (
+        f"packed {' and '.join(record['modules'])} as saved: {gib(record['bytes'])}, {share:.3f} "
+        f"of their dense size; {record['bits']} bits change the logits by "
+        f"{record['difference']:.2%}"
+    )
 
 
 def packed_line(packed: PackingRecord) -> str:

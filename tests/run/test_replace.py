@@ -129,6 +129,30 @@ def test_four_bits(model: Path, uk: Path) -> None:
     assert "packed linears at 4 bits: 14 " in kept.out
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embedding_and_head_at_eight_bits(tied: bool, tmp_path: Path, uk: Path) -> None:
+    """Smaller again, told with its cost, and what was measured is what is saved."""
+    kind = "Gemma 3" if tied else "Llama"
+    model = tiny.write_model(tmp_path / "model", tiny.ARCHITECTURES[kind]())
+    flags = ["--replace_sparse_layers", "--pack_bits", "4", "--save_model"]
+    dense_rows = prune(model, uk, *flags, "linears")
+    packed = prune(model, uk, *flags, "all", "--pack_embeddings", "8")
+    assert size_of("all") < size_of("linears")
+    record = results()["packed_embeddings"]
+    assert record["bits"] == 8 and 0 < record["difference"] < 0.05
+    assert len(record["modules"]) == 2 and record["bytes"] < 0.32 * record["dense_bytes"]
+    assert f"8 bits change the logits by {record['difference']:.2%}" in packed.out
+    assert "8-bit integers with a scale for each row" in Path("all/README.md").read_text()
+    assert perplexity(packed.out) == pytest.approx(perplexity(dense_rows.out), rel=0.02)
+    again = evaluate("all", uk, *flags, "again", "--pack_embeddings", "8")
+    assert perplexity(again.out) == pytest.approx(perplexity(packed.out), rel=1e-6)
+    one, two = (Path(f, "model.safetensors").read_bytes() for f in ("all", "again"))
+    assert one == two
+    unpack_folder("all", "plain")
+    plain = evaluate("plain", uk)
+    assert perplexity(plain.out) == pytest.approx(perplexity(packed.out), rel=1e-5)
+
+
 def test_what_has_no_zeros_stays_dense(model: Path, uk: Path) -> None:
     prune(model, uk, "--save_model", "dense")
     dense, name = weights("dense"), "model.layers.0.mlp.up_proj.weight"

@@ -1,0 +1,173 @@
+"""Embedding and head as int8: against the rounded matrices, tied or not, saved, loaded, damaged."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from support import prune_
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from lib.model.pretrained import decoder_blocks
+from lib.packed import kernels
+from lib.packed.checkpoint import pack_embeddings_
+from lib.packed.embedding import PackedEmbedding, PackedHead
+from lib.packed.errors import PackedError
+from lib.packed.grid import dequantise, quantise
+from lib.sparse import decoding, swap_linears_, unpacking
+from lib.sparse import pack_embeddings_ as pack_and_mark_
+
+IDS = torch.arange(3, 15)[None]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TIED = {"Llama": False, "Gemma 3": True, "GPT-2": True}
+
+
+def packed_model(kind, dtype=torch.float32):
+    model = tiny.ARCHITECTURES[kind]().eval()
+    prune_(model)
+    model.to(dtype)
+    swap_linears_(model, decoder_blocks(model)[1])
+    pack_and_mark_(model)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def rounded(weight):
+    return dequantise(*quantise(weight.detach(), None, 8)).to(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 33, 64])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_head_multiplies_by_its_rounded_rows(dtype, width, with_bias, monkeypatch):
+    torch.manual_seed(0)
+    head = nn.Linear(width, 50, bias=with_bias, dtype=dtype).requires_grad_(False)
+    packed = PackedHead(head)
+    packed.quantise_(head.weight)
+    assert torch.equal(packed.dense(), rounded(head.weight))
+    exact_weight = dequantise(packed.weight, packed.scale[:, None]).double()
+    for built in {False, kernels.ready()}:
+        monkeypatch.setattr(kernels, "ready", lambda built=built: built)
+        for shape in ((width,), (1, width), (2, 3, width), (40, width)):
+            x = torch.randn(shape).to(dtype)
+            bias = None if head.bias is None else head.bias.double()
+            exact = F.linear(x.double(), exact_weight, bias)
+            slack = 4 * torch.finfo(dtype).eps * exact.abs().max()
+            assert packed(x).dtype == dtype and packed(x).shape == exact.shape
+            assert (packed(x).double() - exact).abs().max() <= slack
+
+
+@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_model_computes_with_the_rounded_rows(kind, dtype):
+    """Also where the embedding's class scales what it looks up."""
+    dense = tiny.ARCHITECTURES[kind]().eval().to(dtype)
+    packed = tiny.ARCHITECTURES[kind]().eval().to(dtype)
+    packed.load_state_dict(dense.state_dict())
+    assert len(pack_embeddings_(packed)) == 2
+    weights = {id(m.weight): m.weight for m in (dense.get_input_embeddings(), dense.lm_head)}
+    assert (len(weights) == 1) == TIED[kind]
+    for weight in weights.values():
+        weight.data = rounded(weight)
+    with unpacking(packed):
+        torch.testing.assert_close(logits(packed), logits(dense))
+    tolerance = dict(rtol=8 * torch.finfo(dtype).eps, atol=16 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(logits(packed), logits(dense), **tolerance)
+    with decoding(packed):
+        torch.testing.assert_close(logits(packed), logits(dense), **tolerance)
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_saved_loaded_cast_and_unpacked(kind, tmp_path):
+    model = packed_model(kind)
+    model.save_pretrained(tmp_path / "one")
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    rows = [name for name, tensor in tensors.items() if tensor.dtype == torch.int8]
+    assert len(rows) == (1 if TIED[kind] else 2)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    embedding, head = again.get_input_embeddings(), again.get_output_embeddings()
+    assert isinstance(embedding, PackedEmbedding) and isinstance(head, PackedHead)
+    assert (head.weight is embedding.weight) == head.tied == TIED[kind]
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "two")
+    one, two = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("one", "two"))
+    assert one == two
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "one", dtype=torch.bfloat16)
+    assert logits(half).dtype == torch.bfloat16
+    assert half.get_output_embeddings().scale.dtype == torch.float32
+    cast = again.to(torch.bfloat16)
+    assert torch.equal(cast.lm_head.scale, half.lm_head.scale)
+    assert logits(cast).dtype == torch.bfloat16
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    again.dequantize()
+    dense = again.get_input_embeddings()
+    assert (dense.weight is again.get_output_embeddings().weight) == TIED[kind]
+    assert type(dense) is type(tiny.ARCHITECTURES[kind]().get_input_embeddings())
+    assert dense.padding_idx == model.get_input_embeddings().padding_idx
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "word"),
+    [
+        ("weight", lambda t: t[:5].clone(), "is \\(5, 32\\), not \\(320, 32\\)"),
+        ("weight", lambda t: t.float(), "is F32, not I8"),
+        ("scale", lambda t: t[:5].clone(), "is \\(5,\\), not \\(320,\\)"),
+        ("scale", lambda t: t.half(), "is F16, not F32"),
+        ("scale", lambda t: t * 0, "has scales that are not finite and above 0"),
+        ("scale", lambda t: t / 0, "has scales that are not finite and above 0"),
+        ("scale", None, "lacks 1 packed tensors"),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_damage_is_one_line(name, part, change, word, tmp_path):
+    packed_model("Llama").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    key = f"{name}.{part}"
+    if change is None:
+        del tensors[key]
+    else:
+        tensors[key] = change(tensors[key])
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(PackedError, match=word) as raised:
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert name in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "word"),
+    [
+        ([1], "\\[rows, width\\]"),
+        ({"lm_head": [320]}, "\\[rows, width\\]"),
+        ({"lm_head": [320, 32]}, "belongs to another checkpoint"),
+        ({"lm_head": [320, 32], "model.embed_tokens": [320, 31]}, "another checkpoint"),
+        ({"lm_head": [320, 32], "model.norm": [320, 32]}, "another checkpoint"),
+    ],
+)
+def test_config_that_does_not_fit(embeddings, word, tmp_path):
+    packed_model("Llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["embeddings"] = embeddings
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PackedError, match=word):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused():
+    class Head(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    model = tiny.ARCHITECTURES["Llama"]()
+    model.lm_head = Head(32, 320, bias=False)
+    with pytest.raises(PackedError, match="a head of class Head"):
+        pack_embeddings_(model)
+    assert isinstance(model.get_input_embeddings(), nn.Embedding)
