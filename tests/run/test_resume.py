@@ -323,10 +323,14 @@ def test_what_there_was_to_report_of_a_block_is_reported_by_the_run_that_resumes
     """Here: experts that too few tokens reached."""
     tiny.write_model(place / "mixtral", tiny.ARCHITECTURES["Mixtral"]())
     common = [*BASE, *SPARSEGPT, "--model", "mixtral", "--nsamples", "1"]
-    whole = finished(call(*common))
-    argv = [*common, "--resume", tmp_path / "kept"]
+    whole = finished(call(*common, "--save_model", tmp_path / "whole/model"))
+    argv = [*common, "--resume", tmp_path / "kept", "--save_model", tmp_path / "resumed/model"]
     killed(argv, place, 1)
     again = finished(call(*argv))
+    cards = [tmp_path / name / "model/README.md" for name in ("whole", "resumed")]
+    cards = [card.read_text("utf-8") for card in cards]
+    assert cards[0] == cards[1]
+    assert "- pruned by wanda, too few tokens were routed to them: " in cards[1]
     reports = [
         [line for line in done.out.splitlines() if line.startswith(("pruned", "left dense"))]
         for done in (whole, again)
