@@ -177,6 +177,8 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
     from lib.util.progress import progress
 
     args, dist, runner = job.args, job.dist, loaded.runner
+    if job.mlps:
+        return prune_neurons(job, loaded)
     allocation, allocation_record = allocate(job, loaded)
     pruner = Pruner(
         runner=runner,
@@ -201,6 +203,35 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
         figures["allocation"] = allocation_record
     measured = measure(runner, loaded.sparsity, loaded.left_dense)
     return figures | {"sparsity": measured.shares()}
+
+
+def prune_neurons(job: Job, loaded: LoadedModel) -> Measured:
+    """Remove whole neurons of the MLPs, which makes the model smaller."""
+    from lib.model.pretrained import parameter_bytes, saved_dtype
+    from lib.pruning.check import measure
+    from lib.pruning.neurons import NeuronPruner
+    from lib.run.record import neurons_record
+    from lib.util.progress import progress
+
+    dist, runner, dtype = job.dist, loaded.runner, saved_dtype(job.args.dtype, job.config)
+    size = parameter_bytes(loaded.model, dtype)
+    pruner = NeuronPruner(
+        runner=runner,
+        method_spec=job.method_spec,
+        layout=job.mlps,
+        left=job.neurons_left,
+        dist=dist,
+        rounding=dtype,
+    )
+    blocks = len(loaded.blocks)
+    with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
+        pruned = pruner.run(job.texts.windows, job.batch_size, loaded.state_device, bar)
+    if not dist.is_main:
+        return {}
+    print(*pruned.summary(), sep="\n")
+    sizes = size, parameter_bytes(loaded.model, dtype)
+    record = neurons_record(pruned, job.mlps.field, job.args.neurons_multiple, sizes)
+    return {"notes": pruned.warnings, "neurons": record, "sparsity": measure(runner).shares()}
 
 
 def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
@@ -269,6 +300,7 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
         teacher=teacher,
         schedule=schedule,
         text=text,
+        whole=bool(job.mlps or job.smaller),
         batch_size=job.batch_size,
         measure=perplexity,
         rounding=saved_dtype(args.dtype, job.config),

@@ -165,17 +165,19 @@ class LowRank:
         self.parameter.data.copy_((self.base.float() + change).to(self.rounding))
 
 
-def trained_parameters(model: nn.Module, blocks_name: str) -> dict[str, tuple[nn.Parameter, bool]]:
-    """{name: (parameter, whether it is a pruned linear's)}: what recovery trains, shared ones once.
+def trained_parameters(
+    model: nn.Module, blocks_name: str, whole: bool = False
+) -> dict[str, tuple[nn.Parameter, bool]]:
+    """{name: (parameter, whether it is a linear's)}: what recovery trains, shared ones once.
 
-    Pruned linears, and the norms and biases of the blocks; what the blocks share with embeddings
-    or head is left alone.
+    These are the pruned linears, all of them if `whole`, and the norms and biases of the blocks;
+    what the blocks share with embeddings or head is left alone.
     """
     blocks = model.get_submodule(blocks_name)
     inside, linears = f"{blocks_name}.", set()
     for block in blocks:
         for linear in find_linears(block, "")[0]:
-            if bool((linear.raw_weight == 0).any()):
+            if whole or bool((linear.raw_weight == 0).any()):
                 linears.add(id(getattr(linear.module, linear.parameter)))
     parameters = list(model.named_parameters(remove_duplicate=False))
     outside = {id(parameter) for name, parameter in parameters if not name.startswith(inside)}
@@ -216,7 +218,8 @@ class Recoverer:
     `rounding`: the dtype in which the model will be saved. `measure(runner, windows)` gives
     perplexity, the same in every process of `dist`. `finished`, of the main process: keeps
     where the training stands, and gives it back after an interruption. `checkpointed`: a block's
-    activations are computed again when they are needed, for less memory.
+    activations are computed again when they are needed, for less memory. `whole`: all linears of
+    the blocks are trained, not only those with zeros.
     """
 
     def __init__(
@@ -232,6 +235,7 @@ class Recoverer:
         dist: DistContext,
         finished: WorkFolder | None = None,
         checkpointed: bool = False,
+        whole: bool = False,
     ) -> None:
         self.runner, self.teacher = runner, teacher
         self.text, self.batch_size = text, batch_size
@@ -242,7 +246,7 @@ class Recoverer:
         self.parts: dict[str, Whole | LowRank] = {}
         strict = set(runner.model._keep_in_fp32_modules_strict or ())
         generator = torch.Generator().manual_seed(schedule.seed)
-        trained = trained_parameters(runner.model, runner.name)
+        trained = trained_parameters(runner.model, runner.name, whole)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (parameter for parameter, sparse in trained.values() if sparse)

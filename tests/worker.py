@@ -15,6 +15,7 @@ import main
 from lib import prune
 from lib.prune import Pruner
 from lib.pruning.inputs import Group
+from lib.pruning.neurons import NeuronPruner
 from lib.recover import Recoverer
 from lib.util import command
 from lib.util.errors import UserError
@@ -33,7 +34,8 @@ def work(
     """Run main.py with each command line in turn, under its settings of the environment.
 
     `fault`, as `1:SIGKILL`, sends this process the signal when it comes to block 1, as
-    `step 1:SIGKILL` when it comes to step 1 of the recovery. `1:long` makes it solve for
+    `step 1:SIGKILL` when it comes to step 1 of the recovery, as `neurons 1:SIGKILL` to block 1
+    where whole neurons go. `1:long` makes it solve for
     LONG_SECONDS there, `1:patient` expects others to; another word is raised as an error. What is
     said goes to the files `out` and `err`.
     """
@@ -44,6 +46,8 @@ def work(
         at, _, kind = fault.partition(":")
         if at.startswith("step "):
             _break_in_training(int(at.removeprefix("step ")), kind)
+        elif at.startswith("neurons "):
+            _break_in_neurons(int(at.removeprefix("neurons ")), kind)
         else:
             _break_at(int(at), kind)
     status = 0
@@ -73,6 +77,17 @@ def _break_in_training(step: int, how: str) -> None:
         return own(self, number)
 
     Recoverer._step = train
+
+
+def _break_in_neurons(block: int, how: str) -> None:
+    own = NeuronPruner._block_
+
+    def prune(self: NeuronPruner, index: int, *streams) -> None:
+        if index == block:
+            os.kill(os.getpid(), signal.Signals[how])
+        own(self, index, *streams)
+
+    NeuronPruner._block_ = prune
 
 
 def _break(pruner: Pruner, how: str) -> None:

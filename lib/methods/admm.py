@@ -55,6 +55,7 @@ from torch.profiler import record_function
 from lib.methods.base import PruningMethod
 from lib.methods.damping import cholesky, rising
 from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
+from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, threshold
 from lib.util.errors import UserError
 
@@ -149,20 +150,8 @@ class Admm(PruningMethod):
         output_costs: Sequence[Tensor | None] | None = None,
     ) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
-        assert self.tokens > 0 and (self.residual_error_gram is None or len(weights) == 1)
         rows = [len(weight) for weight in weights]
-        with record_function("factorisation"):
-            share = self.damping * len(self.hessian) / self.tokens
-            hessian, unexplained, scale, dead = scaled(self.hessian, share)
-        across = scale[:, None]
-        start = torch.cat([weight.T for weight in weights], 1).mul_(across)  # W S (in, out)
-        target = hessian @ start  # B (in, out)
-        if self.residual_error_gram is not None:
-            target.add_(self.residual_error_gram.T / across, alpha=self.blend)
-        elif self.input_error_gram is not None:
-            target.addmm_((self.input_error_gram / scale / across).T, start, alpha=self.blend)
-        start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
-        target[dead] = 0
+        start, target, hessian, across, unexplained = self._problem(weights)
         weighting = error_weighting(output_costs, rows, start.device)  # (out,) or None
         if weighting is not None:
             start *= weighting
@@ -181,6 +170,42 @@ class Admm(PruningMethod):
             solution /= weighting
         for weight, part in zip(weights, solution.split(rows, 1), strict=True):
             weight.copy_(part.T)
+
+    def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
+        """Remove columns stage by stage (lib/methods/obs.py) from the minimum of (1)."""
+        problem = self._problem([weight])
+        inverse = torch.cholesky_inverse(cholesky(problem.hessian))
+        kept = choose_rows(inverse @ problem.target, inverse, count)
+        solution = solve_rows(problem.hessian, problem.target, kept) / problem.scale[kept]
+        weight.zero_()[:, kept] = solution.T
+        return kept
+
+    def _problem(self, weights: Sequence[Tensor]) -> Problem:
+        """(1) of matrices (out_i, in) that share the input, scaled. UserError as `prune_`."""
+        assert self.tokens > 0 and (self.residual_error_gram is None or len(weights) == 1)
+        with record_function("factorisation"):
+            share = self.damping * len(self.hessian) / self.tokens
+            hessian, unexplained, scale, dead = scaled(self.hessian, share)
+        across = scale[:, None]
+        start = torch.cat([weight.T for weight in weights], 1).mul_(across)
+        target = hessian @ start
+        if self.residual_error_gram is not None:
+            target.add_(self.residual_error_gram.T / across, alpha=self.blend)
+        elif self.input_error_gram is not None:
+            target.addmm_((self.input_error_gram / scale / across).T, start, alpha=self.blend)
+        start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
+        target[dead] = 0
+        return Problem(start, target, hessian, across, unexplained)
+
+
+class Problem(NamedTuple):
+    """(1) scaled: W S and B (in, out), A (in, in), S (in, 1), and the unexplained share."""
+
+    start: Tensor
+    target: Tensor
+    hessian: Tensor
+    scale: Tensor
+    unexplained: float
 
 
 def error_weighting(

@@ -64,3 +64,11 @@ class PruningMethod:
         where that is known. UserError where the statistics do not suffice.
         """
         raise NotImplementedError
+
+    def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
+        """Zero whole columns of a down projection (out, in) in place, until `count` are left.
+
+        `gains` (in,): the product of the norms of the rows that make each neuron. Methods that
+        repair change the columns that stay. Returns their indices (count,) in rising order.
+        """
+        raise NotImplementedError

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lib.methods.base import PruningMethod
+from lib.methods.obs import keep_lowest_loss, zero_others_
 from lib.methods.sparsity import Sparsity, lowest_overall
 
 
@@ -32,3 +33,8 @@ class Magnitude(PruningMethod):
             else:
                 mask = lowest_overall(score, int(score.numel() * sparsity.ratio))
             weight.masked_fill_(mask, 0)
+
+    def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
+        """Score |W_j| times the norms of the rows that make neuron j: no rescaling changes it."""
+        kept = keep_lowest_loss(weight.norm(dim=0) * gains, count)
+        return zero_others_(weight, kept)

@@ -43,7 +43,8 @@ from torch.profiler import record_function
 from lib.methods.base import PruningMethod
 from lib.methods.column_loop import column_loop
 from lib.methods.damping import cholesky, rising
-from lib.methods.gram import add_upper_gram_
+from lib.methods.gram import add_upper_gram_, mirror_
+from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
@@ -118,6 +119,23 @@ class SparseGPT(PruningMethod):
             with record_function("moving"):
                 for weight, part in zip(weights, settled.split(rows, 1), strict=True):
                     weight[:, here] = part.T
+
+    def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
+        """Remove columns stage by stage (lib/methods/obs.py), keeping the linear's own outputs."""
+        hessian = self.hessian.clone()
+        mirror_(hessian)
+        dead = hessian.diagonal() == 0
+        weight[:, dead] = 0
+        mean, added = hessian.diagonal().mean(), dead.float()
+        for share in rising(self.damping):
+            hessian.diagonal().add_(added + share * mean)
+            added, factor = -share * mean, cholesky(hessian)
+            if factor is not None:
+                break
+        kept = choose_rows(weight.T.clone(), torch.cholesky_inverse(factor), count)
+        solution = solve_rows(hessian, hessian @ weight.T, kept)
+        weight.zero_()[:, kept] = solution.T
+        return kept
 
 
 def factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSTRUCTURED = "unstructured"
-TYPES = (UNSTRUCTURED, "2:4", "4:8")
+NEURONS = "neurons"  # whole ones, of the MLPs
+RATIO_TYPES = (UNSTRUCTURED, NEURONS)  # whose ratio is free
+TYPES = (UNSTRUCTURED, "2:4", "4:8", NEURONS)
 ALLOCATIONS = ("uniform", "owl", "error")
 ALLOCATION_SPAN = 0.16  # between the sparsest and the densest block, 2 lambda of OWL
 SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
@@ -32,10 +34,13 @@ class Sparsity:
 
     @classmethod
     def parse(cls, kind: str, ratio: float) -> Sparsity:
-        """Read `unstructured` or `N:M` and a ratio in [0, 1); ValueError where they disagree."""
+        """Read a type and a ratio in [0, 1); ValueError where they disagree.
+
+        Of `neurons` the ratio is that of an MLP's neurons, and says nothing of single weights.
+        """
         if not 0 <= ratio < 1:  # also refuses nan
             raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1")
-        if kind == UNSTRUCTURED:
+        if kind in RATIO_TYPES:
             return cls(ratio)
         n, m = map(int, kind.split(":"))
         if ratio != n / m:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.methods.base import PruningMethod
+from lib.methods.obs import keep_lowest_loss, zero_others_
 from lib.methods.sparsity import Sparsity
 
 TOKENS = 64  # whose squares are added up in float32
@@ -64,6 +65,11 @@ class Wanda(PruningMethod):
             score = self.score(weight)
             mask = variant_mask(score, sparsity.ratio) if self.variant else sparsity.mask(score)
             weight.masked_fill_(mask, 0)
+
+    def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
+        """Score |W_j| |X_j|: what neuron j adds to the outputs, inputs taken as uncorrelated."""
+        score = weight.norm(dim=0) * self.square_sum.sqrt().float()
+        return zero_others_(weight, keep_lowest_loss(score, count))
 
 
 def squares_added(x: Tensor) -> Tensor:

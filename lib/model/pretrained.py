@@ -236,6 +236,14 @@ def footprint(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors) + semi_structured_bytes(model)
 
 
+def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the parameters saved in `dtype`, shared ones counted once, wherever they are."""
+    return sum(
+        parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
+        for parameter in model.parameters()
+    )
+
+
 def default_bos_id(tokenizer) -> int | None:
     """The BOS id if the tokenizer puts it before every text by itself, else None."""
     bos = tokenizer.bos_token_id

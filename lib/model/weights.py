@@ -163,7 +163,11 @@ class BlockWeights:
             if f".{path}" in quantised:
                 quantised[f".{path}"].set_weight_(tensor)
             else:
-                block.get_parameter(path).data.copy_(tensor)
+                own = block.get_parameter(path)
+                if own.shape == tensor.shape:
+                    own.data.copy_(tensor)
+                else:  # it has lost rows or columns
+                    own.data = tensor.to(own.device, own.dtype)
         self._finished_block, self._kept = None, True
         return facts
 

@@ -129,6 +129,20 @@ class PackedEmbeddingsRecord(TypedDict):
     difference: float  # |packed logits - logits before| / |logits before|, on one window
 
 
+class NeuronsRecord(TypedDict):
+    """Whole neurons that were removed from each MLP of the blocks."""
+
+    before: int  # neurons of each MLP
+    after: int
+    multiple: int
+    field: str  # of the config, that holds their number
+    weights_before: int  # of the blocks
+    weights_after: int
+    bytes_before: int  # of the whole model, in the dtype it is saved in
+    bytes_after: int
+    removed: list[str]  # of each block, a bit for each neuron, by lib/util/bits.py
+
+
 class VocabularyRecord(TypedDict):
     """A trimmed vocabulary; of one that was trimmed by an earlier run only the first three."""
 
@@ -211,6 +225,7 @@ class Measured(TypedDict, total=False):
     allocation: list[float] | dict[str, float]  # sparsity asked for, by block or linear
     notes: list[str]  # what of the model was pruned in another way, or not at all, and why
     sparsity: SparsityRecord
+    neurons: NeuronsRecord
     recovery: RecoveryRecord
     packed: PackingRecord
     packed_embeddings: PackedEmbeddingsRecord
@@ -301,6 +316,8 @@ class Run:
         kind = self.results["sparsity_type"]
         if kind is None:  # pruned before
             return f"{self.results['sparsity']['overall']:.0%}"
+        if kind == "neurons":
+            return f"{self.ratio * 100:g}% neurons"
         return f"{self.ratio * 100:g}%" if kind == STRICTNESS[0] else kind
 
     @property

@@ -13,11 +13,17 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from lib.data.sources import BUILT_IN
-from lib.methods.sparsity import UNSTRUCTURED
+from lib.methods.sparsity import NEURONS, UNSTRUCTURED
 from lib.report.completion_tables import completions_of_run
 from lib.report.markdown import compact_table, escape
 from lib.report.quality_tables import abilities_of_run, fidelity_of_run
-from lib.report.results import EvaluationRecord, RecoveryRecord, Results, VocabularyRecord
+from lib.report.results import (
+    EvaluationRecord,
+    NeuronsRecord,
+    RecoveryRecord,
+    Results,
+    VocabularyRecord,
+)
 from lib.run.card_engines import engines, unpacking
 from lib.run.record import changed_options, with_error
 
@@ -35,9 +41,11 @@ def model_card(results: Results, sources: list[str]) -> str:
     sections = [[f"# {escape(name_of(results['model']))}, {_how(results)}"]]
     if is_sparse(results):
         sections.append(_sparsity(results))
+    if neurons := results.get("neurons"):
+        sections.append(_neurons(neurons))
     if vocabulary:
         sections.append(_vocabulary(vocabulary))
-    if is_sparse(results):
+    if is_sparse(results) or neurons:
         sections.append([compact_table(["", ""], _facts(results))])
     if notes := results.get("notes"):
         sections.append([f"- {escape(note)}" for note in notes])
@@ -66,14 +74,17 @@ def shows_prompts(results: Results) -> bool:
 
 
 def is_sparse(results: Results) -> bool:
-    """Whether linears of the model are pruned, by this run or by the one that it recovers."""
+    """Whether linears of the model have zeros, by this run or by the one that it recovers."""
+    if "neurons" in results:
+        return False
     packed = results["flags"].get("replace_sparse_layers")
     return bool(results["sparsity_type"] or "recovery" in results or packed)
 
 
 def _metadata(results: Results, sources: list[str]) -> ModelCardData:
     model, pruned = results["model"], results["sparsity_type"]
-    tags = [*(["pruned", "sparse"] if is_sparse(results) else [])]
+    tags = ["pruned", "sparse"] if is_sparse(results) else []
+    tags = ["pruned"] if "neurons" in results else tags
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -88,8 +99,12 @@ def _how(results: Results) -> str:
     kind, method, flags = results["sparsity_type"], results["method"], results["flags"]
     done = []
     if kind:
-        target = f"{100 * results['sparsity_ratio']:g}% zeros" if kind == UNSTRUCTURED else kind
-        done.append(f"pruned by {method} to {target}")
+        share = f"{100 * results['sparsity_ratio']:g}%"
+        if kind == NEURONS:
+            done.append(f"{share} of its MLPs' neurons removed by {method}")
+        else:
+            target = f"{share} zeros" if kind == UNSTRUCTURED else kind
+            done.append(f"pruned by {method} to {target}")
     if "recovery" in results:
         done.append("recovered" if kind else "a pruned model recovered")
     if not done and flags.get("replace_sparse_layers"):
@@ -104,6 +119,16 @@ def _sparsity(results: Results) -> list[str]:
     return [
         "Linear layers of the decoder blocks are sparse; embeddings and the output head are dense. "
         f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
+    ]
+
+
+def _neurons(neurons: NeuronsRecord) -> list[str]:
+    """How many neurons are left, and what that saves."""
+    share = 1 - neurons["bytes_after"] / neurons["bytes_before"]
+    return [
+        f"Each MLP has {neurons['after']} of its {neurons['before']} neurons "
+        f"(`{neurons['field']}`). All matrices are dense, and smaller: {share:.1%} of the model's "
+        "bytes are gone, whatever runs it."
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from lib.methods.sparsity import Sparsity
+from lib.methods.sparsity import NEURONS, Sparsity
 from lib.run.flag import INPUT, RESULT
 from lib.run.flags import values
 from lib.run.job import Job, NoCache
@@ -42,8 +42,10 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     from lib.distributed.context import DistContext, local_device
     from lib.model import pretrained
     from lib.model.access import Checkpoint
+    from lib.model.mlp import find_mlps
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
+    from lib.pruning.neurons import count_left
     from lib.util.progress import quiet
 
     quiet()
@@ -62,7 +64,11 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-    if method_spec:
+    mlps = neurons_left = None
+    if method_spec and args.sparsity_type == NEURONS:
+        mlps = find_mlps(config, checkpoint, skeleton, blocks_name)
+        neurons_left = count_left(mlps.width, sparsity.ratio, args.neurons_multiple)
+    elif method_spec:
         check_widths(blocks, blocks_name, sparsity)
     if args.bos == "always":
         pretrained.required_bos_id(tokenizer)
@@ -87,6 +93,8 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
         blocks_name=blocks_name,
         method_spec=method_spec,
         sparsity=sparsity,
+        mlps=mlps,
+        neurons_left=neurons_left,
     )
     if args.recover:
         _set_schedule(job)

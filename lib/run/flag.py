@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lib.methods.sparsity import UNSTRUCTURED
+from lib.methods.sparsity import NEURONS, UNSTRUCTURED
 
 RESULT = "result"  # another value is another result
 INPUT = "input"  # names a model or texts: their content decides, not where they are
@@ -63,6 +63,7 @@ class Flag:
     methods: tuple[str, ...] = ()  # that it is for; () for any, and for none
     pruning: bool = False  # only for runs that prune
     observing: tuple[Any, ...] = ()  # values that are for methods which look at activations
+    types: tuple[str, ...] = ()  # sparsity types that it is for; () for any, and for none
     unstructured: bool = False  # only where rows and blocks may differ in their zeros
     dense: bool = True  # a sweep's run of the dense model has it too, where it fits
     method_option: str | None = None  # the method's option that it sets
@@ -104,6 +105,12 @@ class Flag:
             return f"{given}: is for --prune_method, which is not given"
         if getattr(args, self.name) in self.observing and not _observes(method):
             return f"{given}: looks at activations, which {model} does not"
+        if self.types and not (method and kind in self.types):
+            return f"{given}: is for --sparsity_type {' and '.join(self.types)}, not for " + (
+                kind if method else model
+            )
+        if self.unstructured and kind == NEURONS:
+            return f"{given}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
         if self.unstructured and kind != UNSTRUCTURED:
             return f"{given}: with --sparsity_type {kind} every row has the same share of zeros"
         if self.needs and not any(flags[name].is_given(args) for name in self.needs):
@@ -126,6 +133,7 @@ class Flag:
     def conditions(self) -> list[str]:
         """Say for which runs and values the flag is, for people."""
         parts = [" and ".join(self.methods) + " only"] if self.methods else []
+        parts += [" and ".join(self.types) + " only"] if self.types else []
         parts += [f"{UNSTRUCTURED} only"] if self.unstructured else []
         needs = " or ".join(f"--{name}" for name in self.needs)
         parts += [f"with {needs}"] if self.needs and not self.unmet else []

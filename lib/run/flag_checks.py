@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lib.methods.registry import METHODS
-from lib.methods.sparsity import ALLOCATION_SPAN, UNSTRUCTURED, Sparsity
+from lib.methods.sparsity import ALLOCATION_SPAN, NEURONS, UNSTRUCTURED, Sparsity
 from lib.run.flags import FLAGS
 
 FEWEST_ZEROS = 1 / 16  # of 16-bit weights: as much as the packed form's bit for each weight takes
@@ -45,6 +45,8 @@ def _mistakes(args: argparse.Namespace) -> Iterator[str]:
 def _of_ratio(args: argparse.Namespace) -> Iterator[str]:
     """What is asked for at a ratio of zeros that leaves no room for it."""
     ratio = args.sparsity_ratio
+    if args.prune_method and args.sparsity_type == NEURONS:
+        yield from _of_neurons(args)
     if not args.prune_method or args.sparsity_type != UNSTRUCTURED:
         return
     if args.recover and ratio == 0:
@@ -57,6 +59,20 @@ def _of_ratio(args: argparse.Namespace) -> Iterator[str]:
     if args.allocation == "owl" and not ALLOCATION_SPAN <= ratio <= 1 - ALLOCATION_SPAN:
         bounds = f"from {ALLOCATION_SPAN:g} to {1 - ALLOCATION_SPAN:g}"
         yield f"--allocation owl: needs a --sparsity_ratio {bounds}, not {ratio:g}"
+
+
+def _of_neurons(args: argparse.Namespace) -> Iterator[str]:
+    """What does not go with removing whole neurons."""
+    given = f"--sparsity_type {NEURONS}"
+    if args.sparsity_ratio == 0:
+        yield f"--sparsity_ratio 0: with {given} no neuron would go; give more"
+    if args.load_bit:
+        yield f"{given}: quantised weights can't be cut; leave out --load_bit {args.load_bit}"
+    if args.replace_sparse_layers:
+        yield (
+            f"{given}: leaves no zeros for --replace_sparse_layers; leave it out, or prune the "
+            "smaller model by a second run"
+        )
 
 
 def _of_target(args: argparse.Namespace) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.methods.registry import METHODS
-from lib.methods.sparsity import ALLOCATIONS, TYPES, UNSTRUCTURED
+from lib.methods.sparsity import ALLOCATIONS, NEURONS, TYPES, UNSTRUCTURED
 from lib.run.flag import INPUT, PLACE, RESULT, SHOWN, SPEED, Flag, Span
 from lib.util.command import Parser
 
@@ -219,7 +219,7 @@ PRUNING = (
         "sparsity_ratio",
         "pruning",
         RESULT,
-        "share of the weights to drop, in [0, 1); N:M types need N/M",
+        "share of the weights, or of the MLPs' neurons, to drop, in [0, 1); N:M types need N/M",
         default=0.5,
         options={"type": float},
         recorded=True,
@@ -229,11 +229,22 @@ PRUNING = (
         "sparsity_type",
         "pruning",
         RESULT,
-        "anywhere, or N of every M consecutive weights of a row",
+        "anywhere; N of every M consecutive weights of a row; or whole neurons of the MLPs, which "
+        "leaves a smaller dense model",
         default=UNSTRUCTURED,
         options={"choices": TYPES},
         recorded=True,
         in_sweep=False,
+    ),
+    Flag(
+        "neurons_multiple",
+        "pruning",
+        RESULT,
+        "leave a multiple of so many neurons in each MLP; 256 suits the k-quants of llama.cpp",
+        default=64,
+        options={"type": int, "metavar": "N"},
+        span=Span(1),
+        types=(NEURONS,),
     ),
     Flag(
         "allocation",

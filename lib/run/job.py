@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lib.distributed.context import DistContext
     from lib.model.access import Checkpoint
     from lib.model.blocks import BlockRunner
+    from lib.model.mlp import MlpLayout
     from lib.model.work_folder import WorkFolder
     from lib.quality.reference import DenseReference
     from lib.recover import TrainSchedule
@@ -85,11 +86,14 @@ class Job:
     blocks_name: str
     method_spec: MethodSpec | None
     sparsity: Sparsity
+    mlps: MlpLayout | None = None  # whose neurons are removed
+    neurons_left: int | None = None  # in each of them
     vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery
     teacher: Checkpoint | None = None
     teacher_config: Any = None
     teacher_rows: Tensor | None = None  # of the teacher, where it has more tokens than the model
+    smaller: bool = False  # the model has fewer neurons than the teacher
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
     finished: WorkFolder | None = None  # of --resume, in the main process

@@ -12,12 +12,14 @@ from lib.report.quality_lines import ability_line, fidelity_line
 from lib.report.results import (
     EvaluationRecord,
     Measured,
+    NeuronsRecord,
     PackedEmbeddingsRecord,
     PackingRecord,
     RecoveryRecord,
     Results,
 )
 from lib.run.flags import settings
+from lib.util.bits import to_hex
 from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
 from lib.util.terminal import one_line
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from lib.data.windows import TestSet
     from lib.eval import Perplexity
+    from lib.pruning.neurons import NeuronsPruned
     from lib.recover import Recovered, TrainSchedule
     from lib.run.job import Job, LoadedModel
     from lib.sparse import PackedSize
@@ -92,6 +95,24 @@ def evaluation_record(test: TestSet, measured: Perplexity) -> EvaluationRecord:
             "compared_windows": divergence.windows,
         }
     return record
+
+
+def neurons_record(
+    pruned: NeuronsPruned, field: str, multiple: int, sizes: tuple[int, int]
+) -> NeuronsRecord:
+    """The record of removed neurons; `sizes`: bytes of the model as saved, before and after."""
+    every = set(range(pruned.width))
+    return {
+        "before": pruned.width,
+        "after": pruned.left,
+        "multiple": multiple,
+        "field": field,
+        "weights_before": pruned.weights_before,
+        "weights_after": pruned.weights_after,
+        "bytes_before": sizes[0],
+        "bytes_after": sizes[1],
+        "removed": [to_hex(every.difference(kept), pruned.width) for kept in pruned.kept],
+    }
 
 
 def packing_record(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lib.run.job import Job, LoadedModel
 from lib.util.errors import UserError
@@ -39,10 +39,9 @@ def set_teacher(job: Job) -> None:
     if rows is not None:
         trimmable_rows(skeleton, checkpoint)
         keep_rows_(skeleton, rows)
-    theirs, ours = (
-        {name: list(one.shape) for name, one in model.named_parameters()}
-        for model in (skeleton, student)
-    )
+    theirs, ours = _shapes(skeleton), _shapes(student)
+    if theirs != ours and (narrow := _narrowed(config, checkpoint, skeleton, job)):
+        job.smaller, theirs = True, theirs | narrow
     for name in {**ours, **theirs}:
         if ours.get(name) != theirs.get(name):
             raise UserError(
@@ -51,6 +50,30 @@ def set_teacher(job: Job) -> None:
                 "was made of"
             )
     job.teacher, job.teacher_config, job.teacher_rows = checkpoint, config, rows
+
+
+def _shapes(model: nn.Module) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _narrowed(
+    config: Any, checkpoint: Checkpoint, skeleton: nn.Module, job: Job
+) -> dict[str, list[int]]:
+    """Shapes that the teacher's MLPs have with as many neurons as the model's; {} for none."""
+    from lib.model.linears import find_linears
+    from lib.model.mlp import find_mlps
+    from lib.model.pretrained import skeleton as skeleton_of
+
+    try:
+        mlps = find_mlps(config, checkpoint, skeleton, job.blocks_name)
+        down = job.skeleton.get_submodule(f"{job.blocks_name}.0.{mlps.blocks[0].down}")
+    except (UserError, AttributeError):  # another architecture: its shapes will differ
+        return {}
+    config = copy.deepcopy(config)
+    mlps.set_width(config, find_linears(down, "")[0][0].shape[1])
+    shapes, dense = _shapes(skeleton_of(config, checkpoint)), _shapes(skeleton)
+    inside = f"{job.blocks_name}."
+    return {name: one for name, one in shapes.items() if name.startswith(inside) and name in dense}
 
 
 def _teacher_rows(job: Job, checkpoint: Checkpoint, student: nn.Module) -> Tensor | None:
@@ -93,7 +116,7 @@ def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
         model = pretrained.fresh_copy(loaded.model)
         return BlockRunner(model, job.device)
     zeros = measure(loaded.runner).overall
-    if zeros < LEAST_ZEROS:
+    if zeros < LEAST_ZEROS and not job.smaller:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover; prune it by --prune_method, without --teacher"

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--method", choices=tuple(METHODS), default="wanda", help="how to prune")
     parser.add_argument("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
-    parser.add_argument("--ratio", type=float, default=0.5, help=f"share, if {UNSTRUCTURED}")
+    parser.add_argument("--ratio", type=float, default=0.5, help="share, if not N:M")
     parser.add_argument(
         "--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="of the windows drawn"
     )

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from lib.data.sources import mixture_name, parse_sources
-from lib.methods.sparsity import UNSTRUCTURED
+from lib.methods.sparsity import NEURONS, RATIO_TYPES, UNSTRUCTURED
 from lib.run.flag_checks import check_flags
 from lib.run.flags import FLAGS, build_parser
 from lib.run.texts import default_tests, reads_train
@@ -35,7 +35,8 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
     parser = build_parser()
     parser.prog = "main.py"
     passed = _Passed(parser, passed_on)
-    if UNSTRUCTURED not in args.types and set(args.ratios) - {_share(kind) for kind in args.types}:
+    fixed = [kind for kind in args.types if kind not in RATIO_TYPES]
+    if fixed == args.types and set(args.ratios) - {_share(kind) for kind in fixed}:
         given = " ".join(map(str, args.ratios))
         parser.error(f"--ratios {given}: N:M types have their own; add --types {UNSTRUCTURED}")
     mixtures = [_split(text) for text in args.calibration]
@@ -121,8 +122,9 @@ def _points(
     """
     yield _Point("dense", ["--eval_only"], pruned=False)
     for method, kind in product(args.methods, args.types):
-        for ratio in args.ratios if kind == UNSTRUCTURED else [_share(kind)]:
-            share = f"{100 * ratio:g}" if kind == UNSTRUCTURED else kind.replace(":", "of")
+        for ratio in args.ratios if kind in RATIO_TYPES else [_share(kind)]:
+            share = f"{100 * ratio:g}" if kind in RATIO_TYPES else kind.replace(":", "of")
+            share += f"-{NEURONS}" if kind == NEURONS else ""
             name = f"{method}-{share}"
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio)]

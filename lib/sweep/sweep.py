@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from lib.methods.registry import METHODS
-from lib.methods.sparsity import TYPES, UNSTRUCTURED
+from lib.methods.sparsity import NEURONS, RATIO_TYPES, TYPES
 from lib.sweep.plan import Planned, plan
 from lib.util import command
 from lib.util.errors import UserError
@@ -38,14 +38,19 @@ def build_sweep_parser() -> argparse.ArgumentParser:
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all"
     )
     parser.add_argument(
-        "--types", nargs="+", choices=TYPES, default=list(TYPES), help="default: all"
+        "--types",
+        nargs="+",
+        choices=TYPES,
+        default=[kind for kind in TYPES if kind != NEURONS],
+        help=f"default: all but {NEURONS}",
     )
     parser.add_argument(
         "--ratios",
         type=float,
         default=[0.5],
         **several,
-        help=f"shares to drop where the type is {UNSTRUCTURED}; N:M has its own (default: 0.5)",
+        help=f"shares to drop where the type is {' or '.join(RATIO_TYPES)}; N:M has its own "
+        "(default: 0.5)",
     )
     parser.add_argument(
         "--calibration",

@@ -37,6 +37,7 @@ SWEEPS = {
         "resume": ["blocks"],
         "debug": [],
     },
+    "neurons": {"neurons_multiple": ["16"]},
     "quantised": {"load_bit": ["8"]},
     "offloaded": {"offload": ["away"], "use_variant": []},
     "trimmed and packed": {
@@ -78,6 +79,8 @@ def test_a_sweep_with_every_flag(
 ) -> None:
     monkeypatch.setattr("lib.quality.tasks.check_tasks", lambda *_: None)
     monkeypatch.setattr("lib.quality.tasks.run_tasks", lambda *_: {"arc_easy": {"acc": 0.5}})
+    if "neurons_multiple" in flags:
+        argv += ["--types", "neurons", "--ratios", "0.25"]
     passed = [*QUICK, *(word for name, value in flags.items() for word in (f"--{name}", *value))]
     command_of_sweep.sweep(argv, passed)
     runs = plan(command_of_sweep.build_sweep_parser().parse_args(argv), passed)

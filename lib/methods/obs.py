@@ -1,0 +1,64 @@
+"""Remove whole inputs of a linear, and let the others make up for it (Optimal Brain Surgeon).
+
+Rows of Q (in, out) minimise tr(Q^T A Q) - 2 tr(B^T Q). With the rows of a set J at zero, the least
+that this can rise by, from its minimum Q, is tr(Q_J^T [A^-1]_JJ^-1 Q_J), which for a single row is
+|Q_j|^2 / [A^-1]_jj; the other rows then change by -[A^-1]_:J [A^-1]_JJ^-1 Q_J, and A^-1 loses
+[A^-1]_:J [A^-1]_JJ^-1 [A^-1]_J: (Hassibi & Stork 1993; of whole neurons ZipLM, Kurtic et al. 2023,
+arXiv 2302.04089, and SlimGPT, Ling et al. 2024, arXiv 2412.18110). Rows go in stages of a few, the
+lowest first, each from what those before have left.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lib.methods.damping import cholesky
+from lib.util.errors import UserError
+
+STAGE = 16  # rows that go at a time
+
+
+@torch.no_grad()
+def choose_rows(solution: Tensor, inverse: Tensor, count: int, stage: int = STAGE) -> Tensor:
+    """Indices (count,) in rising order of the rows that stay; both arguments are overwritten.
+
+    `solution` (in, out) is Q of all rows, `inverse` (in, in) is A^-1.
+    """
+    tiny = torch.finfo(solution.dtype).tiny
+    removed = torch.zeros(len(solution), dtype=torch.bool, device=solution.device)
+    left = len(solution) - count
+    while left:
+        score = solution.square().sum(1) / inverse.diagonal().clamp_min(tiny)
+        score[removed] = torch.inf
+        rows = score.argsort(stable=True)[: min(stage, left)].sort().values
+        columns, own = inverse[:, rows].clone(), inverse[rows[:, None], rows]
+        solution.sub_(columns @ torch.linalg.solve(own, solution[rows]))
+        inverse.sub_(columns @ torch.linalg.solve(own, columns.T))
+        removed[rows] = True
+        left -= len(rows)
+    return (~removed).nonzero().flatten()
+
+
+def solve_rows(hessian: Tensor, target: Tensor, kept: Tensor) -> Tensor:
+    """Q (kept, out) that is best on the rows `kept` alone, of A (in, in) and B (in, out).
+
+    UserError where A can't be factored.
+    """
+    factor = cholesky(hessian[kept[:, None], kept])
+    if factor is None:
+        raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
+    return torch.cholesky_solve(target[kept], factor)
+
+
+def keep_lowest_loss(score: Tensor, count: int) -> Tensor:
+    """Indices (count,) in rising order of the highest scores (n,); ties go to the higher index."""
+    return score.argsort(stable=True)[len(score) - count :].sort().values
+
+
+def zero_others_(weight: Tensor, kept: Tensor) -> Tensor:
+    """Zero the columns of a matrix (out, in) that are not `kept`, in place, and return `kept`."""
+    others = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    others[kept] = False
+    weight[:, others] = 0
+    return kept

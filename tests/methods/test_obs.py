@@ -1,0 +1,156 @@
+"""Neurons chosen and repaired, against one at a time with every inverse computed anew."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from support import CPU
+from torch import Tensor
+
+from lib.methods.admm import FLOOR, Admm
+from lib.methods.magnitude import Magnitude
+from lib.methods.obs import choose_rows, solve_rows
+from lib.methods.sparsegpt import SparseGPT
+from lib.methods.wanda import Wanda
+from lib.util.errors import UserError
+
+
+def problem(width: int = 40, out: int = 12, tokens: int = 600) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs (tokens, in) that are alike, of several sizes; weights (out, in); gains (in,)."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(width) + torch.randn(width, width, generator=generator) / width**0.5
+    x = torch.randn(tokens, width, generator=generator) @ mix
+    x *= torch.rand(width, generator=generator) + 0.1
+    weight = torch.randn(out, width, generator=generator)
+    return x, weight, torch.rand(width, generator=generator) + 0.5
+
+
+def by_brute_force(
+    hessian: numpy.ndarray, target: numpy.ndarray, count: int
+) -> tuple[list[int], numpy.ndarray]:
+    """Float64: the neuron whose loss is least goes, all others solved again, until `count` stay.
+
+    tr(Q^T A Q) - 2 tr(B^T Q) is computed for every set that lacks one more.
+    """
+
+    def best(rows: list[int]) -> tuple[float, numpy.ndarray]:
+        inner = hessian[numpy.ix_(rows, rows)]
+        solution = numpy.linalg.solve(inner, target[rows])
+        return float(-(target[rows] * solution).sum()), solution
+
+    rows = list(range(len(hessian)))
+    while len(rows) > count:
+        rows = min(([r for r in rows if r != gone] for gone in rows), key=lambda r: best(r)[0])
+    return rows, best(rows)[1]
+
+
+def damped(x: Tensor, share: float = 0.01) -> numpy.ndarray:
+    hessian = (x.double().T @ x.double()).numpy()
+    return hessian + share * numpy.diag(hessian).mean() * numpy.eye(len(hessian))
+
+
+@pytest.mark.parametrize("count", [1, 15, 30, 39])
+def test_one_at_a_time_is_the_greedy_best(count: int) -> None:
+    x, weight, _ = problem()
+    hessian = damped(x)
+    target = hessian @ weight.T.double().numpy()
+    expected, solution = by_brute_force(hessian, target, count)
+    system = torch.from_numpy(hessian)
+    kept = choose_rows(weight.T.double().clone(), torch.linalg.inv(system), count, stage=1)
+    assert kept.tolist() == expected
+    found = solve_rows(system, torch.from_numpy(target), kept)
+    assert numpy.allclose(found.numpy(), solution)
+
+
+def test_a_few_at_a_time_lose_little() -> None:
+    x, weight, _ = problem(160, 24, 2000)
+    hessian = torch.from_numpy(damped(x))
+    target = hessian @ weight.T.double()
+
+    def loss(stage: int) -> float:
+        kept = choose_rows(weight.T.double().clone(), torch.linalg.inv(hessian), 100, stage)
+        return -(target[kept] * solve_rows(hessian, target, kept)).sum().item()
+
+    least = -(target * torch.linalg.solve(hessian, target)).sum().item()
+    assert loss(1) <= loss(16) <= loss(60)
+    assert loss(16) - least < 1.05 * (loss(1) - least)
+
+
+@pytest.mark.parametrize("count", [10, 30])
+def test_sparsegpt_repairs_what_stays(count: int) -> None:
+    x, weight, gains = problem()
+    method, pruned = SparseGPT(40, CPU), weight.clone()
+    method.observe(x)
+    kept = method.remove_neurons_(pruned, gains, count)
+    assert len(kept) == count and (kept.diff() > 0).all()
+    gone = sorted(set(range(40)) - set(kept.tolist()))
+    assert (pruned[:, gone] == 0).all()
+    hessian = damped(x)
+    target = hessian @ weight.T.double().numpy()
+    rows = kept.tolist()
+    best = numpy.linalg.solve(hessian[numpy.ix_(rows, rows)], target[rows])
+    assert numpy.allclose(pruned[:, kept].T.numpy(), best, atol=1e-3)
+
+    def error(matrix: Tensor) -> float:
+        return ((matrix - weight) @ x.T).square().sum().item()
+
+    dropped = weight.clone()
+    dropped[:, gone] = 0
+    assert error(pruned) < 0.8 * error(dropped)
+
+
+@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("by_stream", [False, True])
+def test_admm_aims_at_the_dense_model(blend: float, by_stream: bool) -> None:
+    """Against least squares on the outputs that the dense model has, and what is ahead."""
+    x, weight, gains = problem()
+    generator = torch.Generator().manual_seed(1)
+    dense = x + 0.2 * torch.randn(x.shape, generator=generator)
+    ahead = 0.3 * torch.randn(len(x), 12, generator=generator)
+    method, pruned = Admm(40, CPU, blend=blend, damping=0.0), weight.clone()
+    if by_stream:
+        method.observe(x, residual_error=ahead + (dense - x) @ weight.T)
+    else:
+        method.observe(x, dense)
+        ahead = torch.zeros_like(ahead)
+    kept = method.remove_neurons_(pruned, gains, 25)
+    aim = x @ weight.T + blend * ((dense - x) @ weight.T + ahead)
+    scale = x.norm(dim=0)
+    # damping is a few more rows of the least squares, which pull towards the weights as they were
+    tall = torch.cat([x, FLOOR**0.5 * scale.diag()]).double()
+    right = torch.cat([aim, FLOOR**0.5 * (scale * weight).T]).double()
+    best = torch.linalg.lstsq(tall[:, kept], right).solution
+    assert torch.allclose(pruned[:, kept].T.double(), best, atol=2e-3)
+    scaled = tall / torch.cat([scale, scale])[None, :40].double()
+    rows, _ = by_brute_force((scaled.T @ scaled).numpy(), (scaled.T @ right).numpy(), 25)
+    assert len(set(kept.tolist()) & set(rows)) >= 22  # a stage is several at once
+
+
+def test_scores_of_magnitude_and_wanda_by_hand() -> None:
+    weight = torch.tensor([[3.0, 0.0, 1.0], [4.0, 2.0, 0.0]])  # columns have norms 5, 2, 1
+    gains, x = torch.tensor([0.1, 1.0, 1.0]), torch.tensor([[0.1, 0.4, 0.9]])
+    magnitude, wanda = Magnitude(3, CPU), Wanda(3, CPU)
+    wanda.observe(x)
+    for method, expected in ((magnitude, [1, 2]), (wanda, [1, 2])):
+        pruned = weight.clone()
+        assert method.remove_neurons_(pruned, gains, 2).tolist() == expected
+        assert torch.equal(pruned, weight * torch.tensor([0.0, 1.0, 1.0]))
+    assert magnitude.remove_neurons_(weight.clone(), torch.ones(3), 1).tolist() == [0]
+    assert wanda.remove_neurons_(weight.clone(), gains, 1).tolist() == [2]
+
+
+@pytest.mark.parametrize("method", [SparseGPT, Admm, Wanda])
+def test_neurons_that_are_never_active_go_first(method: type) -> None:
+    x, weight, gains = problem()
+    x[:, [3, 7, 20]] = 0
+    observer, pruned = method(40, CPU), weight.clone()
+    observer.observe(x)
+    kept = observer.remove_neurons_(pruned, gains, 37)
+    assert not {3, 7, 20}.intersection(kept.tolist())
+    assert torch.allclose(x @ pruned.T, x @ weight.T, atol=0.05)
+
+
+def test_what_can_not_be_factored_is_told() -> None:
+    with pytest.raises(UserError, match="can't be factored"):
+        solve_rows(-torch.eye(4), torch.ones(4, 2), torch.tensor([0, 2]))
