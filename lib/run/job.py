@@ -28,15 +28,16 @@ if TYPE_CHECKING:
     from lib.model.work_folder import WorkFolder
     from lib.quality.reference import DenseReference
     from lib.recover import TrainSchedule
+    from lib.run.texts import TextRequest
     from lib.vocabulary import TrimmedVocabulary
 
 
 class NoCache:
     """Reads whatever a run needs. A sweep hands in one that keeps it for the next run."""
 
-    def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
-        """Windows that depend on `key` alone."""
-        return read()
+    def texts(self, request: TextRequest, tokenizer: Any) -> Texts:
+        """Return the windows that `request` describes."""
+        return request.read(tokenizer)
 
     def vocabulary(self, key: tuple, make: Callable[[], TrimmedVocabulary]) -> TrimmedVocabulary:
         """The trimmed vocabulary, which depends on `key` alone."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from lib.methods.registry import MethodSpec
-from lib.run.flag import INPUT, RESULT, SHOWN
+from lib.run.flag import INPUT, RESULT
 from lib.run.flags import method_options, values
 from lib.run.job import Job, LoadedModel, Texts
 
@@ -90,36 +91,66 @@ def check_readable(sources: list[tuple[Source, str]]) -> None:
         check_source(source, split)
 
 
-def read_texts(job: Job, bos: int | None) -> Texts:
-    """The windows to calibrate on and to measure on, each begun with `bos` where given."""
-    from lib.data.training import training_windows
-    from lib.data.windows import calibration_windows, test_set
+@dataclass(frozen=True)
+class TextRequest:
+    """All that the windows of a run depend on: equal requests read equal windows."""
 
-    args, schedule = job.args, job.schedule
+    tokenizer: tuple  # flags of the model, and the digest of its vocabulary if it was trimmed
+    tests: tuple[Source, ...]
+    seqlen: int
+    bos: int | None
+    n_prompts: int
+    sources: tuple[Source, ...] = ()  # to calibrate and recover on; none if no text is observed
+    seed: int | None = None
+    nsamples: int | None = None  # calibration windows; None if there are none
+    n_training: int | None = None  # windows to recover on; None if there are none
 
-    def read() -> Texts:
-        texts = Texts(bos, None, None, [])
-        if job.calibrated:
+    def read(self, tokenizer: Any) -> Texts:
+        """Read the windows; `tokenizer` is the one that the request describes."""
+        from lib.data.training import training_windows
+        from lib.data.windows import calibration_windows, test_set
+
+        texts = Texts(self.bos, windows=None, calibration=None, tests=[])
+        if self.nsamples:
             texts.windows, texts.calibration = calibration_windows(
-                job.sources, job.tokenizer, args.nsamples, job.seqlen, args.seed, bos
+                self.sources, tokenizer, self.nsamples, self.seqlen, self.seed, self.bos
             )
-        known = job.tokenizer, job.seqlen, bos, args.prompts
-        texts.tests = [test_set(one, *known) for one in job.tests]
-        if schedule:
-            rest = schedule.steps * schedule.windows, job.seqlen, args.seed, bos
-            tests = [test.windows for test in texts.tests]
-            texts.training = training_windows(job.sources, job.tokenizer, *rest, tests)
+        texts.tests = [
+            test_set(test, tokenizer, self.seqlen, self.bos, self.n_prompts) for test in self.tests
+        ]
+        if self.n_training:
+            texts.training = training_windows(
+                self.sources,
+                tokenizer,
+                self.n_training,
+                self.seqlen,
+                self.seed,
+                bos=self.bos,
+                tests=[test.windows for test in texts.tests],
+            )
         return texts
 
-    groups = ["model", *(["calibration"] if job.calibrated or schedule else [])]
-    key = (
-        values(args, [*groups, *(["recovery"] if schedule else [])], (RESULT, INPUT)),
-        values(args, ["evaluation"], (INPUT, SHOWN)),
-        job.calibrated,
-        bos,
-        job.vocabulary and job.vocabulary.digest,
+
+def read_texts(job: Job, bos: int | None) -> Texts:
+    """Return the windows to calibrate, measure and recover on, begun with `bos` if given."""
+    args, schedule = job.args, job.schedule
+    trimmed = job.vocabulary.digest if job.vocabulary else None
+    request = TextRequest(
+        tokenizer=(*values(args, ["model"], (RESULT, INPUT)), trimmed),
+        tests=tuple(job.tests),
+        seqlen=job.seqlen,
+        bos=bos,
+        n_prompts=args.prompts,
     )
-    return job.cache.texts(key, read)
+    if job.calibrated or schedule:
+        request = replace(
+            request,
+            sources=tuple(job.sources),
+            seed=args.seed,
+            nsamples=args.nsamples if job.calibrated else None,
+            n_training=schedule.steps * schedule.windows if schedule else None,
+        )
+    return job.cache.texts(request, job.tokenizer)
 
 
 def resolve_bos(job: Job, loaded: LoadedModel) -> None:

@@ -20,6 +20,7 @@ from lib.model.pretrained import fresh_copy
 from lib.run.job import NoCache, Texts
 
 if TYPE_CHECKING:
+    from lib.run.texts import TextRequest
     from lib.vocabulary import TrimmedVocabulary
 
 _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory starts again from now
@@ -36,14 +37,14 @@ class SweepCache(NoCache):
     def __init__(self) -> None:
         self.dense: nn.Module | None = None  # on the host
         self.dense_key: str | None = None
-        self.known: dict[str, Texts] = {}
+        self.known_texts: dict[TextRequest, Texts] = {}
         self.known_outputs: dict[str, Any] = {}
         self.trimmed: dict[str, TrimmedVocabulary] = {}
 
-    def texts(self, key: tuple, read: Callable[[], Texts]) -> Texts:
-        if repr(key) not in self.known:
-            self.known[repr(key)] = read()
-        return copy.copy(self.known[repr(key)])
+    def texts(self, request: TextRequest, tokenizer: Any) -> Texts:
+        if request not in self.known_texts:
+            self.known_texts[request] = request.read(tokenizer)
+        return copy.copy(self.known_texts[request])
 
     def vocabulary(self, key: tuple, make: Callable[[], TrimmedVocabulary]) -> TrimmedVocabulary:
         if repr(key) not in self.trimmed:
