@@ -1,14 +1,17 @@
 """Documents of a source, one at a time: local files here, hub sets through lib/data/hub.py.
 
-Nothing is held as Python objects: JSON lines are indexed by offset (and checked) in one pass, and
-a document is parsed when it is asked for, so that memory does not grow with the text. JSON lines
-and plain text need neither `datasets` nor pyarrow.
+JSON lines are checked and indexed by offset in one pass, which a process makes once for each file;
+a document is parsed when it is read, so memory does not grow with the text. JSON lines and plain
+text need neither `datasets` nor pyarrow, an error names file and line, and no copy is left in a
+cache.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import shutil
 import tempfile
 import zlib
 from array import array
@@ -17,22 +20,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO
 
 from lib.data import hub
 from lib.data.sources import Source, folder_files
 
 DAMAGE = (OSError, EOFError, zlib.error)  # a damaged .gz raises any of them
+LONGEST_LINE = 2**28  # bytes of a row
+FREE_SPACE = 2**28  # bytes that unpacking leaves free on the disk of temporary files
+CHECK_EVERY = 2**26  # unpacked bytes between two looks at the free space
+
+# offsets of the rows of files that were read whole, by path, size and time
+_indexes: dict[tuple, array] = {}
 
 
 @contextmanager
 def open_documents(
     source: Source, split: str, first_rows: bool = False
 ) -> Iterator[tuple[Sequence[str] | hub.StreamedRows, str | None]]:
-    """The documents of a split (`train` or `test`) and their revision (hub commit or None).
+    """Yield the documents of a split (`train` or `test`) and their revision (hub commit or None).
 
-    A sequence of texts, or for a streamed set an iterable of (row number, text). `first_rows`: of
-    JSON lines read only the first row of each file. Raises UserError for whatever is wrong with
-    the data.
+    The documents are a sequence of texts, or for a streamed set an iterable of (row number, text).
+    With `first_rows` only the first row of each file of JSON lines is read. Raises UserError for
+    whatever is wrong with the data.
     """
     if source.hub:
         yield hub.load(source, split)
@@ -52,10 +62,10 @@ def open_documents(
 
 
 def check_source(source: Source, split: str) -> None:
-    """Raise UserError where a source can't be read, cheaply: before a model loads.
+    """Raise UserError if a source can't be read; quick enough for before a model loads.
 
-    Of a local source the first row (of JSON lines, of each file); later rows are checked when the
-    texts are read. Hub sets are looked up, with config, split and column.
+    Only the first row of a local source is read (of each file of JSON lines); later rows are
+    checked when the texts are read. Hub sets are looked up, with config, split and column.
     """
     with open_documents(source, split, first_rows=True) as (documents, _):
         if isinstance(documents, hub.StreamedRows):
@@ -67,7 +77,7 @@ def check_source(source: Source, split: str) -> None:
 class JsonLines(Sequence):
     """Rows with a `text` in .jsonl and .jsonl.gz files; blank lines are no rows.
 
-    Every row is checked, so that what is wrong with one is told with its file and line.
+    Every row is checked; an error names its file and line.
     """
 
     def __init__(
@@ -75,29 +85,72 @@ class JsonLines(Sequence):
     ) -> None:
         self.source = source
         self.handles = []
-        self.ends = []  # rows up to and with each file
+        self.ends = []  # number of rows up to the end of each file
         self.offsets = array("Q")  # bytes from the start of the row's own file
         for path in paths:
             with _readable(source, path):
-                self._index(path, files, first_rows)
+                self._open(path, files, first_rows)
 
-    def _index(self, path: Path, files: ExitStack, first_row: bool) -> None:
-        packed = path.suffix == ".gz"
-        lines = files.enter_context(gzip.open(path) if packed else path.open("rb"))
-        # rows are drawn in any order, which a compressed file can't do: keep it unpacked on disk
-        handle = files.enter_context(tempfile.TemporaryFile()) if packed else lines
-        offset = 0
-        for number, line in enumerate(lines, 1):
-            if packed:
-                handle.write(line)
+    def _open(self, path: Path, files: ExitStack, first_row: bool) -> None:
+        """Open a file and append the offsets of its rows."""
+        handle: BinaryIO
+        if path.suffix != ".gz":
+            handle = files.enter_context(path.open("rb"))
+        elif first_row:
+            handle = files.enter_context(gzip.open(path))
+        else:  # rows are read in any order, which a compressed file does not allow
+            handle = files.enter_context(tempfile.TemporaryFile())
+            self._unpack(path, handle)
+        facts = path.stat()
+        key = (path.resolve(), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        offsets = None if first_row else _indexes.get(key)
+        if offsets is None:
+            offsets = self._index(path, handle, first_row)
+            if not first_row:
+                _indexes[key] = offsets
+        self.offsets.extend(offsets)
+        self.handles.append(handle)
+        self.ends.append(len(self.offsets))
+
+    def _unpack(self, path: Path, handle: BinaryIO) -> None:
+        """Unpack a file into a temporary one. Raises UserError if that would fill the disk."""
+        folder = tempfile.gettempdir()
+        problem = self.source.error(
+            f"{path} does not fit into the temporary folder {folder} unpacked; unpack it "
+            "yourself, or set TMPDIR to a folder with more room"
+        )
+        try:
+            with gzip.open(path) as packed:
+                unpacked = 0
+                while piece := packed.read(2**20):
+                    if unpacked % CHECK_EVERY == 0:
+                        if shutil.disk_usage(folder).free < FREE_SPACE:
+                            raise problem
+                    unpacked += handle.write(piece)
+            handle.flush()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise problem from error
+        handle.seek(0)
+
+    def _index(self, path: Path, handle: BinaryIO, first_row: bool) -> array:
+        """Check the rows of a file, or only its first one, and return their offsets."""
+        offsets, offset, number = array("Q"), 0, 0
+        while line := handle.readline(LONGEST_LINE + 1):
+            number += 1
+            if len(line) > LONGEST_LINE:
+                raise self.source.error(
+                    f"{path}, line {number}: longer than {LONGEST_LINE >> 20} MiB; write one "
+                    "document a line"
+                )
             if line.strip():
                 self._check(line, f"{path}, line {number}")
-                self.offsets.append(offset)
+                offsets.append(offset)
                 if first_row:
                     break
             offset += len(line)
-        self.handles.append(handle)
-        self.ends.append(len(self.offsets))
+        return offsets
 
     def _check(self, line: bytes, place: str) -> None:
         try:
@@ -165,14 +218,14 @@ class Parquet(Sequence):
 def _files_of(source: Source, split: str) -> list[Path]:
     paths = folder_files(source, split)
     if not paths:
-        found = ", ".join(sorted(p.name for p in source.path.iterdir())[:8]) or "nothing"
-        problem = f"no {split}*.jsonl or {split}*.jsonl.gz in this folder (it holds: {found})"
+        names = ", ".join(sorted(p.name for p in source.path.iterdir())[:8]) or "nothing"
+        problem = f"no {split}*.jsonl or {split}*.jsonl.gz in this folder (it holds: {names})"
         raise source.error(f"{problem}; add one, rows with 'text'")
     return paths
 
 
 def _plain_text(source: Source) -> list[str]:
-    """A .txt file is one document."""
+    """Return the text of a .txt file, which is one document; nothing if it is blank."""
     try:
         with _readable(source, source.path):
             text = source.path.read_text("utf-8-sig")
@@ -182,7 +235,7 @@ def _plain_text(source: Source) -> list[str]:
 
 
 def _check_text(text: object, source: Source, place: str) -> None:
-    """UserError naming the place where a text is none that a tokenizer can take."""
+    """Raise UserError, with its place, if a text is not one that a tokenizer can take."""
     if not isinstance(text, str):
         raise source.error(f"{place}: the text is of type {type(text).__name__}, not a string")
     try:

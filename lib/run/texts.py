@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lib.methods.registry import MethodSpec
 from lib.run.flag import INPUT, RESULT
 from lib.run.flags import method_options, values
-from lib.run.job import Job, LoadedModel, Texts
+from lib.run.job import Job, LoadedModel, TextRequest, Texts
 
 if TYPE_CHECKING:
     from lib.data.sources import Source
@@ -89,46 +89,6 @@ def check_readable(sources: list[tuple[Source, str]]) -> None:
 
     for source, split in sources:
         check_source(source, split)
-
-
-@dataclass(frozen=True)
-class TextRequest:
-    """All that the windows of a run depend on: equal requests read equal windows."""
-
-    tokenizer: tuple  # flags of the model, and the digest of its vocabulary if it was trimmed
-    tests: tuple[Source, ...]
-    seqlen: int
-    bos: int | None
-    n_prompts: int
-    sources: tuple[Source, ...] = ()  # to calibrate and recover on; none if no text is observed
-    seed: int | None = None
-    nsamples: int | None = None  # calibration windows; None if there are none
-    n_training: int | None = None  # windows to recover on; None if there are none
-
-    def read(self, tokenizer: Any) -> Texts:
-        """Read the windows; `tokenizer` is the one that the request describes."""
-        from lib.data.training import training_windows
-        from lib.data.windows import calibration_windows, test_set
-
-        texts = Texts(self.bos, windows=None, calibration=None, tests=[])
-        if self.nsamples:
-            texts.windows, texts.calibration = calibration_windows(
-                self.sources, tokenizer, self.nsamples, self.seqlen, self.seed, self.bos
-            )
-        texts.tests = [
-            test_set(test, tokenizer, self.seqlen, self.bos, self.n_prompts) for test in self.tests
-        ]
-        if self.n_training:
-            texts.training = training_windows(
-                self.sources,
-                tokenizer,
-                self.n_training,
-                self.seqlen,
-                self.seed,
-                bos=self.bos,
-                tests=[test.windows for test in texts.tests],
-            )
-        return texts
 
 
 def read_texts(job: Job, bos: int | None) -> Texts:

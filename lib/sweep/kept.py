@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from lib.model.pretrained import fresh_copy
-from lib.run.job import NoCache, Texts
+from lib.run.job import NoCache, TextRequest, Texts
 
 if TYPE_CHECKING:
-    from lib.run.texts import TextRequest
     from lib.vocabulary import TrimmedVocabulary
 
 _RESET_PEAK = "5"  # Linux, proc(5): the high-water mark of resident memory starts again from now

@@ -1,6 +1,8 @@
 """What a user names becomes a source and its texts, or one line that says why not."""
 
+import errno
 import gzip
+import io
 import json
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from pyarrow import parquet
 from support import start
 from tiny import write_texts
 
+from lib.data import documents
 from lib.data.documents import check_source, open_documents
 from lib.data.sources import AGAIN, BUILT_IN, JOINED, has_test, parse_source, parse_sources
 from lib.util.errors import UserError
@@ -31,8 +34,8 @@ def message(function, *args, **options) -> str:
 
 
 def read(source, split="train"):
-    with open_documents(source, split) as (documents, _):
-        return list(documents)
+    with open_documents(source, split) as (texts, _):
+        return list(texts)
 
 
 # --- names
@@ -163,8 +166,8 @@ def test_folder_rows_in_order(tmp_path):
     (tmp_path / "test.jsonl").write_text(rows("t"))
     source = parse_source(str(tmp_path), FLAG)
     assert read(source) == ["1", "ґ2", "3", "4", "5"] and read(source, "test") == ["t"]
-    with open_documents(source, "train") as (documents, _):
-        assert [documents[i] for i in (4, 0, 3, 1, 2)] == ["5", "1", "4", "ґ2", "3"]
+    with open_documents(source, "train") as (texts, _):
+        assert [texts[i] for i in (4, 0, 3, 1, 2)] == ["5", "1", "4", "ґ2", "3"]
 
 
 def test_single_files(tmp_path):
@@ -252,6 +255,45 @@ def test_damaged_files_are_named(tmp_path):
             assert name in message(check_source, source, "train")
 
 
+def test_rows_are_checked_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
+    (tmp_path / "train_0.jsonl").write_text(rows("1", "2"))
+    (tmp_path / "train_1.jsonl.gz").write_bytes(gzip.compress(rows("3", "4").encode()))
+    source = parse_source(str(tmp_path), FLAG)
+    assert read(source) == ["1", "2", "3", "4"]
+    checked = []
+    monkeypatch.setattr(documents.JsonLines, "_check", lambda *given: checked.append(given))
+    with open_documents(source, "train") as (texts, _):
+        assert [texts[row] for row in (3, 0, 2, 1)] == ["4", "1", "3", "2"] and not checked
+    (tmp_path / "train_0.jsonl").write_text(rows("one", "2", "5"))
+    assert read(source) == ["one", "2", "5", "3", "4"] and len(checked) == 3
+
+
+def test_what_does_not_fit_unpacked_is_one_line(tmp_path, monkeypatch):
+    file = tmp_path / "train.jsonl.gz"
+    file.write_bytes(gzip.compress(rows("текст").encode()))
+    source = parse_source(str(tmp_path), FLAG)
+    with monkeypatch.context() as patched:
+        patched.setattr(documents.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+        line = message(read, source)
+    assert f"{file} does not fit into the temporary folder" in line and "set TMPDIR" in line
+
+    class Full(io.BytesIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(documents.tempfile, "TemporaryFile", Full)
+    assert "set TMPDIR" in message(read, source)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_line_without_end_is_one_line(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(documents, "LONGEST_LINE", 50)
+    text = (rows("a") + rows("б" * 50)).encode()
+    file = tmp_path / f"train.jsonl{'.gz' * packed}"
+    file.write_bytes(gzip.compress(text) if packed else text)
+    assert f"{file}, line 2: longer than" in message(read, parse_source(str(tmp_path), FLAG))
+
+
 def test_damaged_inside_of_a_parquet(tmp_path):
     file = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["текст"] * 50 + list("abcdef")}), file)
@@ -280,8 +322,8 @@ def test_parquet_columns(tmp_path):
 def test_ubertext_is_loaded_whole_and_pinned(hub):
     name = "mshamrai/lang-pruning-uk-uber-text-2"
     hub.sets[(name,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
-    with open_documents(parse_source("ubertext", FLAG), "train") as (documents, revision):
-        assert list(documents) == ["a", "b"] and revision == "c0ffee"
+    with open_documents(parse_source("ubertext", FLAG), "train") as (texts, revision):
+        assert list(texts) == ["a", "b"] and revision == "c0ffee"
     assert read(parse_source("ubertext", FLAG), "test") == ["c"]
     assert hub.calls[0] == ((name,), {"revision": "c0ffee"})
 
@@ -389,8 +431,8 @@ def test_what_was_downloaded_serves_without_the_hub(unreachable, tmp_path):
         place = tmp_path / "hub" / f"datasets--{name.replace('/', '--')}" / "snapshots" / "c0ffee"
         place.mkdir(parents=True)
         unreachable.sets[(name,)] = {"train": {"text": ["a"]}}
-    with open_documents(parse_source("ubertext", FLAG), "train") as (documents, revision):
-        assert list(documents) == ["a"] and revision is None
+    with open_documents(parse_source("ubertext", FLAG), "train") as (texts, revision):
+        assert list(texts) == ["a"] and revision is None
     assert unreachable.calls == [(("mshamrai/lang-pruning-uk-uber-text-2",), {})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
     assert "can't be reached (no route)" in message(check_source, stream, "train")
