@@ -59,17 +59,18 @@ def run(job: Job) -> Results:
         if job.vocabulary:
             trim(job, loaded)
         resolve_bos(job, loaded)
-        teacher = load_teacher(job, loaded) if job.schedule else None
+        teacher = load_teacher(job, loaded) if job.schedule or args.teacher else None
         completions, quality = Completions(job, loaded), Quality(job, loaded)
-        if job.method_spec or job.schedule:
-            completions.generate("dense", teacher.model if args.teacher else loaded.model)
+        if job.has_dense:
             dense = teacher if args.teacher else loaded.runner
+            completions.generate("dense", dense.model)
             loaded.reference = dense_reference(job, loaded, dense)
             quality.measure("dense", dense)
+            del dense  # with a teacher, the memory of a whole model
         figures = prune(job, loaded) if job.method_spec else {}
-        if teacher:
+        if job.schedule:
             figures |= recover(job, loaded, teacher)
-            del teacher
+        del teacher
         return finish(job, loaded, completions, quality, figures, target)
 
 

@@ -340,13 +340,15 @@ RECOVERY = (
         "teacher",
         "recovery",
         INPUT,
-        "to recover a model that was pruned before, without --prune_method: the dense model that "
-        "it was made of",
+        "the dense model that a model pruned before was made of, to recover this by --recover, or "
+        "to compare it with by --eval_only",
         options={"metavar": "MODEL"},
-        needs=("recover",),
+        needs=("recover", "eval_only"),
+        dense=False,
         excludes={
+            "offload": "the teacher is held in memory whole",
             "prune_method": "with --prune_method the model itself, before it is pruned, is the "
-            "teacher"
+            "teacher",
         },
     ),
     Flag(

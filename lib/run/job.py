@@ -152,6 +152,11 @@ class Job:
         return values(self.args, ["model"], (RESULT, INPUT, PLACE)), weights
 
     @property
+    def has_dense(self) -> bool:
+        """Whether there is a dense model to compare with: the model itself, or its teacher."""
+        return bool(self.method_spec or self.schedule or self.args.teacher)
+
+    @property
     def question_seed(self) -> int:
         """Draws the questions of --abilities and the beginnings of --fidelity."""
         return self.cache.question_seed(self.args.seed)

@@ -223,6 +223,7 @@ def _check_memory(job: Job, shared: bool) -> MemoryDecision:
         packed=PackedLinears.of(*packed_linears(job.config)),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
         probed=max(1, probed) if args.allocation == "error" else 0,
+        teacher=bool(args.teacher) and not job.schedule,
         compared=_compared_bytes(job, working),
     )
     decision = check_memory(plan, job.device, lambda fetched: any(dist.all_gather_object(fetched)))
@@ -235,7 +236,7 @@ def _compared_bytes(job: Job, working: torch.dtype) -> int:
     """Host memory of the dense model's hidden states that evaluation compares with, in bytes."""
     from lib.quality.reference import reference_bytes
 
-    if not (job.method_spec or job.schedule):
+    if not job.has_dense:
         return 0
     width = job.config.get_text_config(decoder=True).hidden_size
     counts = [len(test.windows) for test in job.texts.tests]

@@ -56,6 +56,7 @@ class Plan:
     pack_bits: int | None = None  # packs what it has pruned, at so many bits
     probed: int = 0  # windows that --allocation error looks at, in this process
     cache_inputs: bool = True  # within a block, which saves passes through it
+    teacher: bool = False  # a dense model is measured first, and nothing is trained
     compared: int = 0  # bytes of the dense model's hidden states, which stay on the host
 
     def blocks(self, size: int) -> int:
@@ -145,6 +146,8 @@ def weight_bytes(plan: Plan) -> int:
     if plan.training:  # the teacher
         inside += shapes.in_blocks * size
         inside += shapes.outside * size if plan.training.beside else 0
+    if plan.teacher:
+        inside += (shapes.in_blocks + shapes.outside) * size
     mapped = plan.shared and plan.fetched and plan.load.device == "cpu"
     return inside + (0 if mapped else shapes.outside * size)
 

@@ -58,7 +58,7 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
         trimmed = {"vocabulary": vocabulary, "bits_per_byte": bits}  # before perplexity
     return {
         "model": args.model,
-        "method": args.prune_method or ("pruned before" if job.schedule else "dense"),
+        "method": args.prune_method or ("pruned before" if job.has_dense else "dense"),
         "sparsity_type": args.sparsity_type if method_spec else None,
         "sparsity_ratio": args.sparsity_ratio if method_spec else None,
         "options": method_spec.settings if method_spec else {},

@@ -1,4 +1,7 @@
-"""Whom a recovery follows: `--teacher`, or the model as it is before it is pruned."""
+"""Whom a recovery follows: `--teacher`, or the model as it is before it is pruned.
+
+Without a recovery, a teacher is what a model pruned before is compared with.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +104,7 @@ def _teacher_rows(job: Job, checkpoint: Checkpoint, student: nn.Module) -> Tenso
 
 
 def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
-    """Whom the recovery follows: `--teacher`, or the model as it is before it is pruned.
+    """The teacher: `--teacher`, or the model as it is before it is pruned.
 
     UserError where the model is to be recovered as it is, but has no zeros.
     """
@@ -116,7 +119,7 @@ def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
         model = pretrained.fresh_copy(loaded.model)
         return BlockRunner(model, job.device)
     zeros = measure(loaded.runner).overall
-    if zeros < LEAST_ZEROS and not job.smaller:
+    if job.schedule and zeros < LEAST_ZEROS and not job.smaller:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover; prune it by --prune_method, without --teacher"

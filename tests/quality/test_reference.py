@@ -187,3 +187,19 @@ def test_a_recovered_model_is_compared_with_its_teacher(place: Path) -> None:
     assert call(*again, "--recover_rate", 1e-9).status == 0
     for before, after in zip(figures("one"), figures("two"), strict=True):
         assert after == pytest.approx(before, rel=1e-3)
+
+
+def test_a_model_pruned_before_is_compared_with_what_it_was_made_of(place: Path) -> None:
+    base = ["--model", "model", *QUICK, *CALIBRATED, "--trim_vocabulary"]
+    prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]
+    assert call(*prune).status == 0
+    again = ["--model", "new", *QUICK, *CALIBRATED, "--eval_only", "--teacher", "model"]
+    done = call(*again, "--save", "two")
+    assert done.status == 0, done.err
+    for before, after in zip(figures("one"), figures("two"), strict=True):
+        assert after == pytest.approx(before, rel=1e-4)
+    assert results("two")["method"] == "pruned before"
+    assert "recovery" not in results("two")
+    assert all("dense" in one for one in results("two")["completions"])
+    done = call(*again, "--offload", "away")
+    assert done.status == 2 and "held in memory whole" in done.err
