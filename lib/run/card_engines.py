@@ -36,7 +36,7 @@ def engines(folder: str, packed: bool) -> list[str]:
             "CTranslate2",
             f"`ct2-transformers-converter --model {dense} --output_dir {name}-ct2 "
             "--quantization int8`",
-            "run with 4.8.5 on LLaMA folders",
+            "run with 4.8.5 on LLaMA folders, and on a trimmed Gemma 3 in float32",
         ),
         ("vLLM", f"`vllm serve {dense}`", "not run"),
     ]
