@@ -70,10 +70,8 @@ def quality_of_runs(runs: Sequence[Run]) -> str:
 
 
 def _table(table: Table, text: str) -> str:
-    """A line for the dense model, from whichever run measured it, and one for each row."""
-    dense: dict[str, float] = {}
-    for row in reversed(table.rows):
-        dense |= quality_means(row, text, "model" if row is table.dense else "dense")
+    """A line for the dense model, and one for each row."""
+    dense = dense_means(table, text)
     lines = [(["dense", EMPTY, EMPTY], dense)] if dense else []
     for row in table.pruned:
         if figures := quality_means(row, text):
@@ -85,6 +83,14 @@ def _table(table: Table, text: str) -> str:
         [*names, *(_percent(figures.get(title)) for title in titles)] for names, figures in lines
     ]
     return padded_table(["method", "type", "calibrated on", *titles], body, left=3)
+
+
+def dense_means(table: Table, text: str) -> dict[str, float]:
+    """{figure: share} of the dense model, from whichever run of the table measured it."""
+    figures: dict[str, float] = {}
+    for row in reversed(table.rows):
+        figures |= quality_means(row, text, "model" if row is table.dense else "dense")
+    return figures
 
 
 def quality_means(row: Row, text: str, model: str = "model") -> dict[str, float]:

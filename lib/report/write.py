@@ -11,6 +11,7 @@ from typing import Any
 
 from lib.report.completion_tables import completions_of_runs
 from lib.report.markdown import EMPTY, padded_table
+from lib.report.plots.choice_against_saying import choice_against_saying
 from lib.report.plots.cost import pruning_cost
 from lib.report.plots.cross_language import cross_language
 from lib.report.plots.perplexity import perplexity_against_sparsity
@@ -26,6 +27,7 @@ PICTURES = {
     "pruning_cost": pruning_cost,
     "languages": cross_language,
     "sparsity": sparsity_by_linear,
+    "abilities": choice_against_saying,
 }
 MEASURES = ("perplexity", "standard_error", "bits_per_byte")  # of every run, in report.csv
 ROW_COLUMNS = (

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lib.report.comparison import Cell, Comparison, MaskCounts
+from lib.report.plots.choice_against_saying import choice_against_saying
 from lib.report.plots.cost import pruning_cost
 from lib.report.plots.cross_language import cross_language
 from lib.report.plots.mask_overlap import mask_overlap
@@ -18,6 +19,7 @@ from lib.report.plots.recovery import recovery_curve
 from lib.report.plots.sparsity_by_linear import sparsity_by_linear
 from lib.report.results import Run
 from lib.report.tables import Table, comparable_tables
+from lib.report.write import PICTURES
 
 LINEARS = [f"model.layers.{b}.{k}" for b in (0, 1) for k in ("self_attn.q_proj", "mlp.up_proj")]
 
@@ -180,7 +182,25 @@ def test_what_masks_share() -> None:
     assert heats(alone) == [pytest.approx([60])]
 
 
+def test_what_is_chosen_against_what_is_written() -> None:
+    def ability(chosen: float, written: float) -> dict:
+        model = {"accuracy": chosen, "said": written}
+        dense = {"accuracy": 0.9, "said": 0.5}
+        kind = {"text": "uk", "name": "last word", "questions": 300, "chance": 0.25}
+        return kind | {"model": model, "dense": dense}
+
+    runs = [run("dense", {"uk": 20.0, "en": 40.0})]
+    runs += [run("wanda", {"uk": 30.0, "en": 60.0}, on="uk", seed=seed) for seed in (0, 1)]
+    for made, shares in zip(runs[1:], ((0.6, 0.1), (0.8, 0.2)), strict=True):
+        made.results["abilities"] = [ability(*shares)]
+    (table,) = comparable_tables(runs)
+    (axes,) = panels(choice_against_saying(table))  # none for en, of which nothing was asked
+    marks = {line.get_marker(): tuple(line.get_xydata()[0]) for line in axes.lines}
+    assert marks == {"*": pytest.approx((90, 50)), "o": pytest.approx((70, 15))}
+    assert axes.get_title() == "questions from uk" and texts(axes) == ["50%"]
+
+
 def test_nothing_to_draw() -> None:
     (only,) = comparable_tables([run("dense", {"uk": 20.0})])
-    for draw in (perplexity_against_sparsity, pruning_cost, cross_language, sparsity_by_linear):
+    for draw in PICTURES.values():
         assert draw(only) is None
