@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 
 import datasets  # noqa: F401  everything that is heavy is imported once, before processes fork off
 import transformers.models.llama.modeling_llama
@@ -15,9 +16,7 @@ import main
 from lib import prune
 from lib.prune import Pruner
 from lib.pruning.inputs import Group
-from lib.pruning.neurons import NeuronPruner
-from lib.recover import Recoverer
-from lib.util import command
+from lib.util import command, progress
 from lib.util.errors import UserError
 
 LONG_SECONDS = 4
@@ -44,12 +43,10 @@ def work(
     os.chdir(folder)
     if fault:
         at, _, kind = fault.partition(":")
-        if at.startswith("step "):
-            _break_in_training(int(at.removeprefix("step ")), kind)
-        elif at.startswith("neurons "):
-            _break_in_neurons(int(at.removeprefix("neurons ")), kind)
-        else:
-            _break_at(int(at), kind)
+        step = at.startswith("step ")
+        what = "recovering" if step else "pruning"
+        number = int(at.removeprefix("step ")) + step  # the first report is where it begins
+        progress.hooks.append(partial(_break_at, what, number, kind))
     status = 0
     for argv, variables in zip(commands, settings, strict=True):
         os.environ.update(variables)
@@ -57,51 +54,20 @@ def work(
     sys.exit(status)
 
 
-def _break_at(block: int, how: str) -> None:
-    own = Pruner._block_
-
-    def prune(self: Pruner, index: int, *streams) -> None:
-        if index == block:
-            _break(self, how)
-        own(self, index, *streams)
-
-    Pruner._block_ = prune
-
-
-def _break_in_training(step: int, how: str) -> None:
-    own = Recoverer._step
-
-    def train(self: Recoverer, number: int) -> float:
-        if number == step:
-            os.kill(os.getpid(), signal.Signals[how])
-        return own(self, number)
-
-    Recoverer._step = train
-
-
-def _break_in_neurons(block: int, how: str) -> None:
-    own = NeuronPruner._block_
-
-    def prune(self: NeuronPruner, index: int, *streams) -> None:
-        if index == block:
-            os.kill(os.getpid(), signal.Signals[how])
-        own(self, index, *streams)
-
-    NeuronPruner._block_ = prune
-
-
-def _break(pruner: Pruner, how: str) -> None:
+def _break_at(what: str, number: int, how: str, running: str, reports: int) -> None:
+    if (running, reports) != (what, number):
+        return
     if how in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[how])
     elif how == "long":
-        solved = pruner._solved
+        solved = Pruner._solved
 
-        def slowly(group: Group) -> list:
+        def slowly(self: Pruner, group: Group) -> list:
             time.sleep(LONG_SECONDS)
-            pruner._solved = solved
-            return solved(group)
+            Pruner._solved = solved
+            return solved(self, group)
 
-        pruner._solved = slowly
+        Pruner._solved = slowly
     elif how == "patient":
         prune.SLOWEST = {"cpu": 1e4}  # costs of a second or more, in so small a model
     else:

@@ -6,10 +6,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 
 from tqdm import tqdm
 
 LOG_SECONDS = 30  # between two lines where stderr is not a terminal
+
+# called with what is done, as "pruning", and how often it was reported: 0 at its beginning, then
+# after each block or step; for programs that follow a run, or end one at a certain moment
+hooks: list[Callable[[str, int], None]] = []
 
 
 @contextmanager
@@ -31,12 +36,20 @@ def progress(
         smoothing=0.1,
         disable=not shown,
     ) as bar:
+        reports = count()
+
+        def call_hooks() -> None:
+            number = next(reports)
+            for hook in hooks:
+                hook(what, number)
 
         def on_progress(done: int, note: str = "") -> None:
             if note:
                 bar.set_postfix_str(note, refresh=False)
             bar.update(done)
+            call_hooks()
 
+        call_hooks()
         yield on_progress
 
 

@@ -34,9 +34,9 @@ from lib.model.offload import (
 from lib.model.pretrained import decoder_blocks, footprint, load_model, save_model
 from lib.model.staging import Staging
 from lib.model.weights import BlockWeights
-from lib.prune import Pruner
 from lib.pruning import check
 from lib.sparse import check_same_outputs, swap_linears_
+from lib.util import progress
 
 Disk = namedtuple("Disk", "total used free")
 MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
@@ -96,6 +96,18 @@ def test_the_folder_keeps_what_is_not_its_own(tmp_path: Path) -> None:
     assert [path.name for path in away.iterdir()] == ["letter.txt"]
 
 
+def test_a_folder_that_is_not_a_runs_own_is_refused(tmp_path: Path) -> None:
+    """Although it is called as a run's own would be."""
+    own = tmp_path / "away" / "process-0"
+    own.mkdir(parents=True)
+    files = {"thesis.txt": b"dear", "block-00000.safetensors": b"mine"}
+    for name, data in files.items():
+        (own / name).write_bytes(data)
+    (line,) = prune("tied", tmp_path, "--offload", tmp_path / "away").complaints
+    assert "--offload" in line and "but no job.json; name another folder" in line
+    assert {path.name: path.read_bytes() for path in own.iterdir()} == files
+
+
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     away = str(tmp_path / "away")
     with offload_folder(away, DistContext(CPU, alone=True), shared=False) as own:
@@ -149,16 +161,16 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
     shutil.copytree(place / "sharded", tmp_path / "sharded")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
     name = index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
-    file, own = tmp_path / "sharded" / name, Pruner._block_
+    file = tmp_path / "sharded" / name
 
-    def damaging(self: Pruner, index: int, *streams) -> None:
-        own(self, index, *streams)
-        if index == 0 and damage == "cut":
-            file.write_bytes(file.read_bytes()[:2000])
-        elif index == 0:
+    def damaging(what: str, blocks: int) -> None:
+        if (what, blocks) == ("pruning", 1):
+            data = file.read_bytes()
             file.unlink()
+            if damage == "cut":
+                file.write_bytes(data[:2000])
 
-    monkeypatch.setattr(Pruner, "_block_", damaging)
+    monkeypatch.setattr(progress, "hooks", [damaging])
     done = prune(tmp_path / "sharded", tmp_path, "--offload", tmp_path / "away")
     assert done.status == 1
     (line,) = done.complaints

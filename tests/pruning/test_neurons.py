@@ -216,7 +216,7 @@ def test_offloaded_interrupted_and_by_several_processes_alike(
     away = tmp_path / "away"
     succeeded(call(*flags("Llama", method, *folder("offloaded"), "--offload", away)))
     resumed = flags("Llama", method, *folder("resumed"), "--resume", tmp_path / "kept")
-    assert processes.run(resumed, place, "neurons 2:SIGKILL").status < 0
+    assert processes.run(resumed, place, "2:SIGKILL").status < 0
     assert len(list((tmp_path / "kept").glob("block-*.safetensors"))) == 2
     succeeded(call(*resumed))
     assert (
