@@ -214,12 +214,6 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".:, ")[:300]
 
 
-def weight_files(name: str) -> dict[str, list[int]]:
-    """Size in bytes and time of change (ns) of each weight file of a local model."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-
-
 def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
     """{name of a tensor: the file that holds it} of a checkpoint that is on this machine."""
     folder = Path(checkpoint.name)

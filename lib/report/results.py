@@ -19,6 +19,7 @@ from lib.util.errors import UserError
 from lib.util.files import write_text
 
 RESULTS = "results.json"
+ERROR = "error.json"  # of a run of a sweep whose last try failed, beside figures of an earlier one
 NONE = "none"  # calibrated on nothing: the dense model, magnitude
 STRICTNESS = ("unstructured", "4:8", "2:4")  # sparsity types, from the loosest to the strictest
 
@@ -262,7 +263,7 @@ class Results(Measured):
 
 
 class FailedRun(TypedDict):
-    """results.json of a run that a sweep could not finish."""
+    """error.json of a run that a sweep could not finish."""
 
     model: str
     method: str
@@ -275,6 +276,13 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> Path:
     path = folder / RESULTS
     text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
     write_text(path, text + "\n")
+    return path
+
+
+def write_error(folder: Path, failure: FailedRun) -> Path:
+    """Write error.json; results.json stays as it is."""
+    path = folder / ERROR
+    write_text(path, json.dumps(failure, indent=2, ensure_ascii=False, default=str) + "\n")
     return path
 
 
@@ -293,9 +301,11 @@ class Run:
     folder: Path
     results: Results | FailedRun = field(repr=False)
 
+    failure: str | None = None  # why its last try failed; it may have figures of an earlier one
+
     @property
     def error(self) -> str | None:
-        """Why the run failed, or None."""
+        """Why the run has no figures, or None."""
         return self.results.get("error")
 
     @property
@@ -374,27 +384,41 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
 
     UserError: a path that is no folder, holds no run, or whose results.json can't be read.
     """
-    files: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise UserError(f"RUN {path}: no such folder; name a run's --save folder or its parent")
-        own = path / RESULTS
-        in_path = [own] if own.is_file() else sorted(path.rglob(RESULTS))
-        if not in_path:
+        inside = _run_folders(path)
+        if not inside:
             raise UserError(f"RUN {path}: holds no {RESULTS}; name a run's --save folder")
-        files.update((file.resolve(), file) for file in in_path)
-    return [_load(file) for file in files.values()]
+        folders.update((folder.resolve(), folder) for folder in inside)
+    return [_load(folder) for folder in folders.values()]
 
 
-def _load(file: Path) -> Run:
+def _run_folders(path: Path) -> list[Path]:
+    names = (RESULTS, ERROR)
+    if any((path / name).is_file() for name in names):
+        return [path]
+    return sorted({file.parent for name in names for file in path.rglob(name)})
+
+
+def _load(folder: Path) -> Run:
+    file, error = folder / RESULTS, folder / ERROR
+    failed = _read(error, "error") if error.is_file() else None
+    reason = failed and str(failed["error"])
+    results = _read(file, "model", "method", "evaluation") if file.is_file() else failed
+    return Run(folder, results, reason)
+
+
+def _read(file: Path, *needed: str) -> Any:
+    """A run's results.json or error.json. UserError where it can't be read or lacks a field."""
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"RUN {file}: not valid JSON ({error}); remove it or run again") from error
-    required = ("model", "method", "evaluation")
-    if not isinstance(results, dict):
+    if not isinstance(content, dict):
         raise UserError(f"RUN {file}: not a run's results; remove it or run again")
-    missing = [key for key in required if key not in results and "error" not in results]
+    missing = [name for name in needed if name not in content]
     if missing:
         raise UserError(f"RUN {file}: lacks {', '.join(missing)}; remove it or run again")
-    return Run(file.parent, results)
+    return content

@@ -86,8 +86,8 @@ def report_text(runs: Sequence[Run]) -> str:
         parts.append(padded_table(list(columns), list(zip(*columns.values(), strict=True)), left=3))
     if tables:
         parts.append("\n".join(f"- {note}" for end, note in NOTES.items() if end in titles))
-    if failed := [run for run in runs if run.error is not None]:
-        lines = (f"- {run.folder}: {one_line(run.error)}" for run in failed)
+    if failed := [run for run in runs if run.failure is not None]:
+        lines = (f"- {run.folder}: {one_line(run.failure)}" for run in failed)
         parts.append("\n".join([f"**Failed runs: {len(failed)}**", "", *lines]))
     return "\n\n".join(parts) + "\n"
 

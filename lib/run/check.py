@@ -8,6 +8,7 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from lib.methods.sparsity import NEURONS, Sparsity
 from lib.run.flag import INPUT, RESULT
@@ -205,23 +206,42 @@ def _check_tokens(job: Job) -> None:
 def _compare(job: Job) -> None:
     """UserError where an interrupted run, or another process, does something else."""
     from lib.model.work_folder import WorkFolder
-    from lib.run.fingerprint import TIMES, difference, fingerprint
+    from lib.run.fingerprint import CODE, differences, fingerprint
 
     job.fingerprint = fingerprint(job)
     pruning = job.fingerprint["pruning"]
-    everywhere = {name: value for name, value in pruning.items() if name != TIMES}
-    job.dist.check_equal(everywhere | job.fingerprint["measuring"])
+    job.dist.check_equal(pruning | job.fingerprint["measuring"])
     changes = job.method_spec or job.schedule
     if not (changes and job.args.resume and job.dist.is_main):
         return
     folder = WorkFolder("--resume", job.args.resume)
-    changed = difference(folder.begun, pruning) if folder.begun else None
-    if changed:
+    try:
+        changed = differences(folder.begun, pruning) if folder.begun else {}
+        _check_resumable(job, changed)
+    except BaseException:
         folder.close()
-        name, before, now = changed
-        raise UserError(
-            f"--resume {job.args.resume}: was begun with {name} {before!r}, now it is {now!r}; "
-            "give the same again, or another folder"
-        )
-    folder.begin(pruning)
+        raise
+    if CODE in changed:  # the blocks that are there are known by what they were begun as
+        job.fingerprint["pruning"] = folder.begun
+    folder.begin(job.fingerprint["pruning"])
     job.finished = folder
+
+
+def _check_resumable(job: Job, changed: dict[str, tuple[Any, Any]]) -> None:
+    """UserError where what was begun in `--resume` would not be continued as it was begun."""
+    from lib.run.fingerprint import CODE
+
+    folder = job.args.resume
+    for name, (before, now) in changed.items():
+        if name != CODE:
+            raise UserError(
+                f"--resume {folder}: was begun with {name} {before!r}, now it is {now!r}; give the "
+                "same again, or another folder"
+            )
+    if CODE in changed and not job.args.resume_anyway:
+        raise UserError(
+            f"--resume {folder}: was begun by another version of this program; give "
+            "--resume_anyway to continue with this one, or another folder"
+        )
+    if CODE in changed:
+        print(f"--resume {folder}: continued by another version of this program", flush=True)

@@ -1,34 +1,32 @@
 """What decides a result, in one place: two runs with the same fingerprint give the same bytes.
 
-An interrupted run goes on only under the same fingerprint (lib/model/work_folder.py), the processes
-of one job must have the same, and a sweep does a run again where it differs from the one that is
-kept. What a flag counts for stands beside it, in lib/run/flags.py: values of flags that change the
-result, and what stands behind those that name an input; never where something is kept.
+An interrupted run is resumed only under the same fingerprint, the processes of one job must have
+the same, and a sweep runs again what has another one than it had. Which flags count is declared in
+lib/run/flags.py: those that change the result count by their values, those that name a model or
+texts by the content that they name; a path never counts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from functools import cache
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.model.access import weight_files
 from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
 from lib.model.quantised import stored_bits
+from lib.run.code_digest import code_digest, files_digest
 from lib.run.flag import RESULT
 from lib.run.flags import FLAGS
+from lib.run.model_digest import config_digest, settings_digest, weights_digest
 from lib.util.versions import versions
 
 if TYPE_CHECKING:
     from lib.run.job import Job
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
-LIBRARY = Path(__file__).parents[1]
-CODE = ("distributed", "methods", "data", "model", "packed", "pruning")
-CODE += ("vocabulary.py", "prune.py", "recover.py", "eval.py", "sparse.py", "util/token_ids.py")
-TIMES = "times of the weight files"  # differ between machines that hold the same files
+CODE = "code of the program"
 
 
 def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
@@ -46,9 +44,12 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     saved = dtype_name(saved_dtype(args.dtype, job.config))
     pruning["--dtype"] = f"{working}, saved as {saved}"
     pruning["--seqlen"] = job.seqlen
-    pruning |= _of_model("--model", args.model, job.config)
+    pruning |= _of_model("--model", args, job.config)
+    measuring["tokenizer and generation settings of --model"] = settings_digest(
+        args.model, job.config
+    )
     if job.teacher_config:
-        pruning |= _of_model("--teacher", args.teacher, job.teacher_config)
+        pruning |= _of_model("--teacher", args, job.teacher_config)
     if job.vocabulary:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     texts = job.texts
@@ -70,7 +71,7 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     quantised = args.load_bit or stored_bits(job.config)
     packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
     pruning |= {f"version of {name}": versions()[name] for name in packages}
-    pruning["code of lib/"] = code_digest()
+    pruning[CODE] = code_digest()
     plain = {"pruning": pruning, "measuring": measuring}
     return json.loads(json.dumps(plain, default=str))
 
@@ -85,44 +86,22 @@ def _of_tasks(folder: Path) -> str:
     return whole.hexdigest()[:16]
 
 
-def _of_model(flag: str, name: str, config: Any) -> dict[str, str]:
-    """What stands behind a flag that names a model."""
-    files = weight_files(name)
-    sizes = {file: size for file, (size, _) in files.items()}
-    times = {file: time for file, (_, time) in files.items()}
-    return {
-        f"config of {flag}": _digest(_config(config)),
-        f"weights of {flag}": getattr(config, "_commit_hash", None) or _digest(sizes),
-        TIMES if flag == "--model" else f"{TIMES} of {flag}": _digest(times),
+def _of_model(flag: str, args: Namespace, config: Any) -> dict[str, str]:
+    """What is behind a flag that names a model."""
+    name = getattr(args, flag.removeprefix("--"))
+    facts = {
+        f"config of {flag}": config_digest(config),
+        f"weights of {flag}": weights_digest(name, config),
     }
+    if args.trust_remote_code and Path(name).is_dir():
+        facts[f"code of {flag}"] = files_digest(Path(name).glob("*.py"))
+    return facts
 
 
-def difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first thing in which two sections differ, with both values; None where in nothing."""
-    for name in {**now, **before}:
-        if before.get(name) != now.get(name):
-            return name, before.get(name), now.get(name)
-    return None
-
-
-@cache
-def code_digest() -> str:
-    """Of the source files that take part in a result."""
-    whole = hashlib.sha256()
-    for part in CODE:
-        place = LIBRARY / part
-        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
-            whole.update(f"{file.relative_to(LIBRARY).as_posix()}\n".encode())
-            whole.update(file.read_bytes())
-    return whole.hexdigest()[:16]
-
-
-def _config(config: Any) -> dict[str, Any]:
-    """The model's config without where it was found and by what it was written."""
-    known = config.to_dict()
-    return {k: v for k, v in known.items() if k not in ("_name_or_path", "transformers_version")}
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{name: both values} of all in which two sections differ."""
+    return {
+        name: (before.get(name), now.get(name))
+        for name in {**now, **before}
+        if before.get(name) != now.get(name)
+    }

@@ -505,6 +505,14 @@ OUTPUT = (
         options={"metavar": "FOLDER"},
     ),
     Flag(
+        "resume_anyway",
+        "output",
+        PLACE,
+        "resume also what another version of this program began, which may round otherwise",
+        options={"action": "store_true"},
+        needs=("resume",),
+    ),
+    Flag(
         "debug",
         "output",
         PLACE,

@@ -1,4 +1,4 @@
-"""The runs of a sweep, one after another: finished ones are kept, failed ones recorded."""
+"""The runs of a sweep, one after another: finished ones are kept, failures recorded."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import main
-from lib.report.results import RESULTS, write_results
+from lib.report.results import ERROR, RESULTS, FailedRun, Results, write_error, write_results
 from lib.run.check import check
-from lib.run.fingerprint import difference
+from lib.run.fingerprint import CODE, differences
 from lib.sweep.kept import SweepCache, start_peak
 from lib.sweep.plan import Planned
 from lib.util.errors import UserError
@@ -26,86 +27,109 @@ OUTPUT = "output.txt"  # of a run: what main.py would have written to the termin
 def run_all(planned: Sequence[Planned], debug: bool = False) -> list[str]:
     """Do what is not yet done; the names of the runs that failed.
 
-    A run that fails leaves its reason in its results.json and does not stop the rest. `debug`
-    shows the traceback of every failure, otherwise only of those that look like a defect.
+    A run that fails leaves its reason in its error.json and does not stop the rest. `debug` shows
+    the traceback of every failure, otherwise only of those that look like a defect.
     """
-    kept = SweepCache()
-    todo = [run for run in planned if not _finished(run, kept)]
+    cache = SweepCache()
+    todo = [run for run in planned if not _is_finished(run, cache)]
     done = len(planned) - len(todo)
     print(f"{len(planned)} runs, {done} of them finished before", flush=True)
     failed, start = [], time.perf_counter()
     for index, run in enumerate(todo, 1):
         began = time.perf_counter()
-        results = do(run, kept, debug)
+        outcome = do(run, cache, debug)
         now = time.perf_counter()
         left = (now - start) / index * (len(todo) - index)
-        line = f"{run.name}: {_outcome(results)}; {now - began:.0f} s"
+        line = f"{run.name}: {_outcome(outcome)}; {now - began:.0f} s"
         line += f", about {tqdm.format_interval(left)} left" if index < len(todo) else ""
         print(f"[{done + index}/{len(planned)}] {line}", flush=True)
-        failed += [run.name] if "error" in results else []
+        failed += [run.name] if "error" in outcome else []
     return failed
 
 
-def _finished(run: Planned, kept: SweepCache) -> bool:
-    """Whether the run need not be done; says why one is done again."""
-    results = read_results(run)
-    why = why_again(run, results, kept) if results else ""
-    if why:
-        print(f"{run.name}: {why}; it is done again")
-    return why is None
+def do(run: Planned, cache: SweepCache, debug: bool = False) -> Results | FailedRun:
+    """Do one run; what its results.json holds, or where it failed its error.json.
 
-
-def do(run: Planned, kept: SweepCache, debug: bool = False) -> dict[str, Any]:
-    """One run; its results, which for a failed one are `error` and the flags."""
+    Figures of an earlier run stay until there are new ones.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
     own_peak = start_peak(run.args.device)
     try:
         with (run.folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
-            results = main.run(check(run.args, kept))
+            results = main.run(check(run.args, cache))
+        results["peak_memory"]["of"] = cache.beside(own_peak)
+        write_results(run.folder, results)
     except Exception as error:  # whatever it is, the other runs are independent of it
         expected = isinstance(error, UserError | OSError | MemoryError)
         if debug or not expected:
             traceback.print_exc()
         reason = one_line(str(error))
-        results = {
+        failure: FailedRun = {
             "model": run.args.model,
             "method": run.args.prune_method or "dense",
             "flags": vars(run.args),
             "error": reason if expected and reason else f"{type(error).__name__}: {reason}",
         }
-    else:
-        results["peak_memory"]["of"] = kept.beside(own_peak)
-    write_results(run.folder, results)
+        write_error(run.folder, failure)
+        return failure
+    (run.folder / ERROR).unlink(missing_ok=True)
     return results
 
 
-def read_results(run: Planned) -> dict[str, Any]:
-    """What stands in the run's results.json; {} where there is none that can be read."""
+def _is_finished(run: Planned, cache: SweepCache) -> bool:
+    """Whether the run need not be done; prints why one is done again, and what else is to know."""
+    error, results = read_json(run.folder / ERROR), read_json(run.folder / RESULTS)
+    if "error" in error:
+        print(f"{run.name}: failed before ({error['error']}); it is run again")
+        return False
+    if not results:
+        return False
     try:
-        return json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+        job = check(run.args, cache)
+    except (UserError, OSError) as problem:
+        reason = one_line(str(problem))
+        print(f"{run.name}: can't be checked ({reason}); its results are kept")
+        return True
+    if job.finished:
+        job.finished.close()
+    reasons = why_again(run, results, job.fingerprint)
+    if [CODE] == list(reasons):
+        print(f"{run.name}: {reasons[CODE]}; its results are kept, remove them to run it again")
+        return True
+    for reason in list(reasons.values())[:1]:
+        print(f"{run.name}: {reason}; it is run again")
+    return not reasons
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a run has left in a file; {} where there is none that can be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
-def why_again(run: Planned, results: dict[str, Any], kept: SweepCache) -> str | None:
-    """Why a run with these results is done again; None where it would give the same."""
-    if "error" in results:
-        return f"failed before ({results['error']})"
+def why_again(
+    run: Planned, results: dict[str, Any], now: dict[str, dict[str, Any]]
+) -> dict[str, str]:
+    """{what differs: a message} of all in which results differ from those of a run `now`."""
     if "fingerprint" not in results:
-        return "its results do not tell what they were made of"
-    try:
-        now = check(run.args, kept).fingerprint
-    except (UserError, OSError) as error:
-        return f"can't be checked ({one_line(str(error))})"
-    for section in ("pruning", "measuring"):
-        if found := difference(results["fingerprint"][section], now[section]):
-            name, before, after = found
-            return f"{name} was {before}, is {after}"
+        return {"fingerprint": "its results do not say what they were made of"}
+    reasons = {
+        name: f"{name} was {before}, is {after}"
+        for section in ("pruning", "measuring")
+        for name, (before, after) in differences(
+            results["fingerprint"][section], now[section]
+        ).items()
+    }
     saved = "save" in results["seconds"] and (run.folder / "model").is_dir()
-    return "its model was not kept" if run.args.save_model and not saved else None
+    if run.args.save_model and not saved:
+        reasons["model"] = "its model was not kept"
+    return reasons
 
 
-def _outcome(results: dict[str, Any]) -> str:
+def _outcome(results: Results | FailedRun) -> str:
     if "error" in results:
         return f"failed: {results['error']}"
     return ", ".join(f"{name} {value:.2f}" for name, value in results["perplexity"].items())

@@ -234,7 +234,7 @@ def test_tasks_become_columns(tmp_path):
 def test_a_failed_run_is_listed_with_its_reason(sweep):
     failed = sweep / "failed"
     failed.mkdir()
-    (failed / "results.json").write_text(json.dumps({"error": "out of\nmemory"}))
+    (failed / "error.json").write_text(json.dumps({"error": "out of\nmemory"}))
     assert "failed: out of memory" in report_text(load_runs([sweep]))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -180,11 +182,11 @@ def test_changed_weights_are_refused(begun: list, place: Path) -> None:
     weights = place / "model" / "model.safetensors"
     before = weights.read_bytes()
     try:
-        weights.write_bytes(before)
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         (line,) = call(*begun).complaints
     finally:
         weights.write_bytes(before)
-    assert "was begun with times of the weight files" in line
+    assert "was begun with weights of --model" in line
 
 
 def test_the_way_out_of_too_little_memory_is_open(place: Path, tmp_path: Path) -> None:
@@ -336,3 +338,38 @@ def test_what_there_was_to_report_of_a_block_is_reported_by_the_run_that_resumes
         for done in (whole, again)
     ]
     assert reports[0] == reports[1] and any("too few tokens" in line for line in reports[0])
+
+
+def test_another_version_of_the_program_resumes_only_where_it_is_told_to(
+    whole: dict, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = flags("sparsegpt", tmp_path)
+    killed(argv, place, 2)
+    monkeypatch.setattr("lib.run.fingerprint.code_digest", lambda: "of tomorrow")
+    done = call(*argv)
+    assert done.status == 1 and len(done.complaints) == 1
+    for word in (f"--resume {tmp_path / 'kept'}", "another version", "--resume_anyway"):
+        assert word in done.complaints[0]
+    assert len(shards(tmp_path)) == 2
+    done = finished(call(*argv, "--resume_anyway"))
+    assert "continued by another version of this program" in done.out
+    assert content(tmp_path / "model") == whole["sparsegpt"]
+
+
+def test_nothing_but_the_version_may_differ(place: Path, tmp_path: Path) -> None:
+    argv = flags("sparsegpt", tmp_path)
+    killed(argv, place, 2)
+    done = call(*argv, "--seed", 5, "--resume_anyway")
+    assert done.status == 1 and "was begun with --seed 0, now it is 5" in done.complaints[0]
+
+
+def test_a_copy_of_the_model_on_another_disk_resumes(
+    whole: dict, place: Path, tmp_path: Path
+) -> None:
+    argv = flags("sparsegpt", tmp_path)
+    killed(argv, place, 2)
+    copied = shutil.copytree(place / "model", tmp_path / "elsewhere")
+    for file in copied.iterdir():
+        os.utime(file)
+    finished(call(*argv, "--model", copied))
+    assert content(tmp_path / "model") == whole["sparsegpt"]

@@ -117,7 +117,7 @@ def test_a_reader_that_has_gone(given: list, both: bool, tmp_path: Path) -> None
     process.stdout.close()
     if both:
         process.stderr.close()
-    process.wait(timeout=60)
+    process.wait(timeout=240)
     assert weights("new") and results()["perplexity"]
     assert process.returncode == 0
 
@@ -126,7 +126,7 @@ def test_a_reader_that_has_gone(given: list, both: bool, tmp_path: Path) -> None
 def test_a_terminal_without_the_letters(given: list, letters: str, tmp_path: Path) -> None:
     argv = [str(ROOT / "main.py"), *map(str, given)]
     process = start(argv, tmp_path, PYTHONIOENCODING=letters)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert "perplexity \\u0443\\u043a\\u0440: " in out
     assert weights("new") and list(results()["perplexity"]) == ["укр"]
@@ -139,6 +139,6 @@ def test_output_to_a_full_disk(given: list, tmp_path: Path) -> None:
         "import main; from lib.util import command; sys.exit(command.run(main.main))"
     )
     process = start(["-c", code, *map(str, given)], tmp_path)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert json.loads(Path("new/config.json").read_text()) and results()["perplexity"]

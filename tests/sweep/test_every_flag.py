@@ -35,6 +35,7 @@ SWEEPS = {
         "include_path": ["uk"],
         "card_without_prompts": [],
         "resume": ["blocks"],
+        "resume_anyway": [],
         "debug": [],
     },
     "neurons": {"neurons_multiple": ["16"]},

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, ROOT, Done, call, results
+from support import QUICK, ROOT, Done, call, content, results
 
 import lib.sweep.runs
 import main
@@ -324,19 +324,21 @@ def test_what_stands_behind_a_flag_counts_not_its_name(texts, runs, tmp_path):
     again("windows of --eval_data uk was", "dense", wanda)
     other = tiny.write_model(tmp_path / "other", tiny.tiny_llama(seed=2))
     shutil.copy(other / "model.safetensors", llama)  # of the same size
-    again("times of the weight files was", "dense", wanda)
+    again("weights of --model was", "dense", wanda)
     argv += ["--batch_size", 3, "--cache_dir", "other"]  # speed and places change nothing
     again("2 of them finished before")
 
 
-def test_results_of_other_code_or_packages_are_made_again(model, texts, runs, monkeypatch):
+def test_results_of_other_packages_are_made_again_and_those_of_other_code_kept(
+    model, texts, runs, monkeypatch
+):
     argv = ["--models", model, *WANDA, "--calibration", texts[0], *PASSED]
     assert sweep(*argv).status == 0
     runs.clear()
     monkeypatch.setattr(fingerprint, "code_digest", lambda: "of tomorrow")
     done = sweep(*argv)
-    assert len(runs) == 2 and "code of lib/ was" in done.out
-    runs.clear()
+    assert done.status == 0 and not runs  # hours of work are not done again for a new version
+    assert done.out.count("code of the program was") == 2 and "results are kept" in done.out
     known = fingerprint.versions()
     monkeypatch.setattr(fingerprint, "versions", lambda: known | {"torch": "99.0"})
     done = sweep(*argv)
@@ -373,7 +375,7 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(model, texts, runs, tm
     for name in ("tiny/wanda-50-few-seed0", "nosuch/dense", "nosuch/wanda-50-uk-seed0"):
         assert name in complaint
     assert complaint.startswith("error: 4 of 6 runs failed")
-    failed = results("runs/tiny/wanda-50-few-seed0")
+    failed = json.loads(Path("runs/tiny/wanda-50-few-seed0/error.json").read_text("utf-8"))
     assert "can give only 3 windows" in failed["error"] and failed["flags"]["nsamples"] == 8
     assert "**Failed runs: 4**" in done.out and "can give only 3 windows" in done.out
     assert results("runs/tiny/wanda-50-uk-seed0")["perplexity"]
@@ -384,7 +386,8 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(model, texts, runs, tm
     done = sweep("--models", model, *argv[3:], *PASSED)
     assert done.status == 0 and runs == ["wanda-50-few-seed0"]
     assert "failed before" in done.out
-    assert "error" not in results("runs/tiny/wanda-50-few-seed0")
+    assert results("runs/tiny/wanda-50-few-seed0")["perplexity"]
+    assert not Path("runs/tiny/wanda-50-few-seed0/error.json").exists()
 
 
 def test_a_defect_in_one_run_shows_its_traceback_and_does_not_stop_the_rest(
@@ -401,8 +404,68 @@ def test_a_defect_in_one_run_shows_its_traceback_and_does_not_stop_the_rest(
     argv = ["--models", model, *WANDA, "--calibration", texts[0], "--seeds", 0, 1]
     done = sweep(*argv, *PASSED)
     assert done.status == 1 and "Traceback" in done.err
-    assert results("runs/tiny/wanda-50-uk-seed0")["error"] == "RuntimeError: a defect"
+    failed = json.loads(Path("runs/tiny/wanda-50-uk-seed0/error.json").read_text("utf-8"))
+    assert failed["error"] == "RuntimeError: a defect"
     assert results("runs/tiny/wanda-50-uk-seed1")["perplexity"]
+
+
+def test_results_that_can_not_be_checked_are_kept(model, texts, runs, tmp_path):
+    """No GPU today, a disk that is not there: a look at the table costs no figure."""
+    moved = shutil.copytree(model, tmp_path / "model")
+    argv = ["--models", moved, *WANDA, "--calibration", texts[0]]
+    assert sweep(*argv, *PASSED).status == 0
+    before = content(Path("runs"))
+    runs.clear()
+    for passed in (["--", *QUICK[2:]], PASSED):  # on cuda:0, which is not there
+        done = sweep(*argv, *passed)
+        assert done.status == 0 and not runs, done
+        assert done.out.count("can't be checked") == 2 and "| wanda" in done.out
+        for run in load_runs(["runs"]):
+            assert run.results["perplexity"] and run.failure is None
+        shutil.move(moved, tmp_path / "away") if moved.is_dir() else None
+    after = content(Path("runs"))
+    assert {name: before[name] for name in before if "results" in name} == {
+        name: after[name] for name in after if "results" in name
+    }
+
+
+def test_a_run_that_fails_again_keeps_its_figures(model, texts, runs, monkeypatch):
+    argv = ["--models", model, *WANDA, "--calibration", texts[0]]
+    assert sweep(*argv, *PASSED).status == 0
+    folder = Path("runs/tiny/wanda-50-uk-seed0")
+    before = results(folder)
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(main, "prune", fails)
+    done = sweep(*argv, *PASSED, "--nsamples", 9)
+    assert done.status == 1 and results(folder) == before
+    assert "No space left" in json.loads((folder / "error.json").read_text("utf-8"))["error"]
+    assert "| wanda" in done.out and "**Failed runs: 1**" in done.out
+    monkeypatch.undo()
+    runs.clear()
+    assert sweep(*argv, *PASSED, "--nsamples", 9).status == 0
+    assert not (folder / "error.json").exists() and results(folder)["settings"]["nsamples"] == 9
+
+
+def test_a_model_that_changes_between_two_runs_is_read_again(model, texts, monkeypatch, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "changing")
+    other = tiny.write_model(tmp_path / "other", tiny.tiny_llama(seed=5))
+    original = lib.sweep.runs.do
+
+    def do(run, *more):
+        done = original(run, *more)
+        shutil.copy(other / "model.safetensors", folder)
+        return done
+
+    monkeypatch.setattr(lib.sweep.runs, "do", do)
+    argv = ["--models", folder, *WANDA, "--calibration", texts[0]]
+    assert sweep(*argv, *PASSED).status == 0
+    pruned = ["--prune_method", "wanda", "--calibration_data", texts[0], *QUICK]
+    assert call("--model", other, *pruned).status == 0
+    swept = results("runs/changing/wanda-50-uk-seed0")
+    assert swept["perplexity"] == results()["perplexity"]
 
 
 def test_seeds_are_averaged_in_the_report_and_time_left_is_told(model, texts):
