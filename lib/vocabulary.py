@@ -4,10 +4,11 @@
     bash launch.sh vocabulary MODEL OUT --data uk en
 
 Kept are: every token that the sources' train text uses, with all tokens that merges make it of;
-the bytes; special and added tokens; the tokens of the chat template and the configs; and the next
-most frequent tokens, up to a multiple of 64. Special tokens that are merely reserved go, unless a
-text, the template or a config uses them. All other rows of the embedding and the head are removed,
-which makes the model smaller in every engine.
+the bytes; special and added tokens; the tokens of the chat template and the configs; and, up to a
+multiple of 64 or the number asked for, tokens that no text uses but that are written with the
+texts' letters, most frequent first. Special tokens that are merely reserved go, unless a text, the
+template or a config uses them. All other rows of the embedding and the head are removed, which
+makes the model smaller in every engine.
 
     trimmed = trim_vocabulary(...)    before any weight is read: the smaller tokenizer
     trimmed.prove(sources)            test texts decode to the same text
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +42,7 @@ from lib.model.access import Checkpoint
 from lib.model.rows import TRIMMED_FROM, keep_rows_
 from lib.util.errors import UserError
 
+COMMON_LETTER = 1e-4  # share of the texts' tokens that have a letter, from which it is common
 MULTIPLE = 64  # the number of rows is one of it, as GPUs compute such matrices fastest
 # numbers of rows by which llama.cpp's converter takes a LLaMA for CodeLlama or Granite
 MISLEADING_ROWS = frozenset({32016, 49152})
@@ -154,7 +157,7 @@ def trim_vocabulary(
     """Count the train text of `sources`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
-    At most `size` rows stay; tokens that occur less than `minimum` times are dropped. Reserved
+    `size` rows stay, if given; tokens that occur less than `minimum` times are dropped. Reserved
     tokens stay if `keep_reserved`. The processes of `dist` share the counting. Raises UserError if
     the tokenizer can't be trimmed, or not so far.
     """
@@ -254,26 +257,45 @@ def choose_tokens(
     """Return the tokens that stay: `required`, and those that texts use, by falling `counts`.
 
     `required` is closed over merges; every other token comes with its parts. A token that does not
-    fit into `size` rows, beside `n_unnamed` rows without a token, is left out. The next most
-    frequent tokens fill the vocabulary up to a multiple of MULTIPLE that is not misleading;
-    `reserved` ones only stay if texts use them. `counts` is (tokens,).
+    fit into `size` rows, beside `n_unnamed` rows without a token, is left out. The tokens of
+    `_fill_order` fill the vocabulary up to `size`, or to a multiple of MULTIPLE that is not
+    misleading if there is no size or tokens are left out for their `minimum`. Of the `reserved`
+    tokens only those stay that texts use. `counts` is (tokens,).
     """
-    by_count = torch.argsort(counts, descending=True, stable=True).tolist()
-    by_count = [i for i in by_count if i in tokens.id_to_token]
+    order = _fill_order(tokens, counts)
     n_occurrences = counts.tolist()
     chosen = set(required)
     limit = float("inf") if size is None else size - n_unnamed
-    for index in by_count:
+    for index in order:
         if n_occurrences[index] < minimum:
             break
         _add_(chosen, tokens, index, limit)
     filled = _round_up(len(chosen) + n_unnamed) - n_unnamed
-    for index in by_count:  # at equal count, also 0, the tokenizer's most frequent ones come first
+    if size is not None and minimum <= 1:
+        filled = max(filled, limit)
+    for index in order:
         if len(chosen) >= filled:
             break
         if index not in reserved:
             _add_(chosen, tokens, index, min(filled, limit))
     return chosen
+
+
+def _fill_order(tokens: TrimmableTokenizer, counts: Tensor) -> list[int]:
+    """Return all tokens: by falling count, then those of the texts' common letters, then others.
+
+    In equal places the order is the tokenizer's, which learnt its most frequent tokens first.
+    """
+    n_letters: Counter[str] = Counter()
+    used = [(i, n) for i, n in enumerate(counts.tolist()) if n and i in tokens.id_to_token]
+    for index, n in used:
+        for letter in set(tokens.id_to_token[index]):
+            n_letters[letter] += n
+    least = COMMON_LETTER * int(counts.sum())
+    common = {letter for letter, n in n_letters.items() if n >= least}
+    by_count = [index for index, _ in sorted(used, key=lambda item: (-item[1], item[0]))]
+    unused = sorted(tokens.id_to_token.keys() - set(by_count))
+    return by_count + sorted(unused, key=lambda i: not common.issuperset(tokens.id_to_token[i]))
 
 
 def _round_up(rows: int) -> int:

@@ -177,7 +177,8 @@ VOCABULARY = (
         "vocabulary_size",
         "vocabulary",
         RESULT,
-        "keep at most so many tokens, the most frequent ones",
+        "keep so many tokens, the most frequent ones; if the texts use fewer, the most frequent "
+        "others of the same letters, which new texts may use",
         default_text="all that are used, filled up to a multiple of 64",
         options={"type": int, "metavar": "N"},
         span=Span(1),

@@ -147,6 +147,26 @@ def test_every_token_used_stays_with_its_parts_and_the_rest_by_count(uk: Path) -
     assert set(first) <= capped
 
 
+def test_what_no_text_uses_fills_up_by_the_letters_of_the_texts(uk: Path) -> None:
+    tokenizer = kinds.byte_fallback(600)
+    tokens = TrimmableTokenizer(tokenizer, "m")
+    latin = {i for i, t in tokens.id_to_token.items() if len(t) > 1 and t.strip("▁").isascii()}
+    counts = torch.zeros(len(tokens.id_to_token), dtype=torch.long)
+    for letter in {letter for word in UK for letter in word} | {"▁"}:
+        counts[tokens.token_to_id[letter]] = 100
+    counts[tokens.token_to_id["x" if "x" in tokens.token_to_id else "a"]] = 0
+    required = tokens.required_ids()
+    base = choose_tokens(tokens, counts, required)
+    more = choose_tokens(tokens, counts, required, size=len(base) + 40)
+    assert len(more) == len(base) + 40 and base <= more
+    added = more - required
+    assert added and not added & latin
+    whole = choose_tokens(tokens, counts, required, size=10**6)
+    assert whole == tokens.id_to_token.keys()
+    rare = choose_tokens(tokens, counts, required, size=len(base) + 40, minimum=2)
+    assert rare == choose_tokens(tokens, counts, required, minimum=2)
+
+
 def test_long_texts_are_counted_in_parts_and_processes_share(uk: Path, monkeypatch) -> None:
     tokenizer, sources = kinds.byte_level(), parse_sources([str(uk)], "--vocabulary_data")
     whole = count_tokens(sources, tokenizer)
