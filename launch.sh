@@ -18,6 +18,8 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   dense MODEL                    perplexity of the model as it is
   vocabulary MODEL OUT           its vocabulary alone, trimmed for --data SOURCE ...; prunes nothing
 
+  compress MODEL OUT --data uk   all of it for one model, in --minutes 30; --for cpu, gpu, llama.cpp
+
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
   report RUN ...                 table and pictures of finished runs
@@ -65,7 +67,7 @@ name=${1:-}
 [[ $# -eq 0 ]] || shift
 case $name in
     "" | help | -h | --help) list ;;
-    demo | sweep | report) module "lib.$name" "$@" ;;
+    compress | demo | sweep | report) module "lib.$name" "$@" ;;
     languages) module lib.sweep.languages "$@" ;;
     overlap) module lib.report.overlap "$@" ;;
     unpack) module lib.model.unpack "$@" ;;

@@ -32,6 +32,7 @@ FLOORS = [
     ["run"],
     ["main"],
     ["sweep", "gguf"],
+    ["compress"],
     ["demo"],
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS, start=1) for name in names}
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "gguf": {"util", "packed", "data", "model"},
 }
 LIMIT = 15  # entries of lib/
-GUESTS = {"gguf", "quality", "recover.py", "vocabulary.py"}  # come on top of them
+GUESTS = {"compress", "gguf", "quality", "recover.py", "vocabulary.py"}  # come on top of them
 
 # imported where they are there, or in an environment of their own: not required
 OPTIONAL = {

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 import lib.sparse  # noqa: F401  the packed form is known to transformers
 import main as command_line
+from lib.compress.measure import decoding_speed, disk_size
 from lib.report.markdown import padded_table
-from lib.report.plots import style
+from lib.report.plots.bars import draw_bars
 from lib.report.results import load_runs
 from lib.run.check import check
 from lib.run.flag_checks import check_flags
@@ -36,7 +34,6 @@ from lib.util.command import add_debug_flag, run
 from lib.util.host import gib
 from lib.util.progress import quiet
 
-PROMPT, STEPS = 16, 48  # tokens
 PANELS = ("MB on disk", "bits per byte", "tokens a second")
 
 
@@ -111,26 +108,6 @@ def do(stage: Stage, folder: Path, passed_on: Sequence[str]) -> None:
     command_line.run(check(args))
 
 
-def disk_size(folder: Path) -> int:
-    """Bytes of a model's weights and tokenizer."""
-    kinds = ("*.safetensors", "tokenizer*.json")
-    return sum(file.stat().st_size for kind in kinds for file in folder.glob(kind))
-
-
-@torch.inference_mode()
-def decode(model: nn.Module) -> float:
-    """Tokens a second, one after another."""
-    ids = torch.arange(1, 1 + PROMPT, device=model.device)[None]
-    cache = model(ids, use_cache=True).past_key_values
-    following = ids[:, -1:]
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        logits = model(following, past_key_values=cache, use_cache=True).logits
-        following = logits[:, -1:].argmax(-1)
-    following.cpu()  # waits for the device
-    return STEPS / (time.perf_counter() - start)
-
-
 def speeds(folders: Sequence[Path], device: str, rounds: int) -> list[float]:
     """Median tokens a second of each model, in turn, in the dtype that it was saved in."""
     models = [
@@ -140,25 +117,10 @@ def speeds(folders: Sequence[Path], device: str, rounds: int) -> list[float]:
     found = [[] for _ in models]
     for turn in range(rounds + 1):  # the first does not count
         for times, model in zip(found, models, strict=True):
-            speed = decode(model)
+            speed = decoding_speed(model)
             if turn:
                 times.append(speed)
     return [sorted(times)[rounds // 2] for times in found]
-
-
-def draw(names: Sequence[str], columns: Sequence[Sequence[float]], title: str, path: Path) -> None:
-    """A bar for each stage, a panel for each measure."""
-    picture = style.figure(11, 0.5 * len(names) + 1.6)
-    for index, (panel, values) in enumerate(zip(picture.subplots(1, 3), columns, strict=True)):
-        bars = panel.barh(range(len(names)), values, color=style.COLOURS[index])
-        panel.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3, fontsize=9)
-        panel.set_yticks(range(len(names)), names if index == 0 else [""] * len(names))
-        panel.invert_yaxis()
-        panel.set_title(PANELS[index], fontsize=11)
-        panel.margins(x=0.22)
-        style.open_axes(panel)
-    style.title(picture, title)
-    style.save_figure(picture, path)
 
 
 def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None:
@@ -182,7 +144,8 @@ def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None
     columns: list[Any] = [[size / 1e6 for size in sizes], [its[0] for its in bits], per_second]
     names = [stage.told for stage in done]
     picture = args.picture or args.out / "whole.png"
-    draw(names, columns, f"{Path(args.model).name}, for {tests[0]}", picture)
+    panels = dict(zip(PANELS, columns, strict=True))
+    draw_bars(names, panels, f"{Path(args.model).name}, for {tests[0]}", picture)
     print(f"picture: {picture}")
 
 
