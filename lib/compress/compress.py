@@ -20,7 +20,7 @@ from typing import Any
 import main as command_line
 from lib.compress import plan
 from lib.compress.measure import Figures, measured
-from lib.report.markdown import padded_table
+from lib.report.markdown import escape, padded_table
 from lib.report.results import Results
 from lib.run.check import check
 from lib.run.flag_checks import check_flags
@@ -159,7 +159,7 @@ def _report(args: argparse.Namespace, dense: Results, compressed: Results) -> No
         values = [row for row in rows if row[3]]
         draw_bars(
             names=["dense", "compressed"],
-            panels={row[0]: row[3] for row in values},
+            panels={row[0].replace("on disk", "MB on disk"): row[3] for row in values},
             title=f"{Path(args.model).name}, compressed for {', '.join(dense['perplexity'])}",
             path=folder / PICTURE,
         )
@@ -201,7 +201,7 @@ def _rows(
 def _completions(results: dict[str, Any]) -> list[str]:
     """Return the prompts with both completions, as Markdown."""
     return [
-        f"\n\n> {each['prompt']} …\n>\n> dense: {each.get('dense', '')}\n>\n"
-        f"> compressed: {each.get('model', '')}"
+        f"\n\n> {escape(each['prompt'])} …\n>\n> dense: {escape(each.get('dense', ''))}\n>\n"
+        f"> compressed: {escape(each.get('model', ''))}"
         for each in results.get("completions", [])
     ]
