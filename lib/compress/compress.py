@@ -145,8 +145,8 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace, dense: Results, compressed: Results) -> None:
     """Print the table that compares both models, and write it with the picture."""
-    from lib.report.plots.bars import draw_bars
-    from lib.report.plots.style import can_draw
+    from lib.report.plots.bars import bars
+    from lib.report.plots.style import can_draw, save_figure
 
     folder = Path(args.save)
     figures = measured([_local(args.model, args.device, dense), Path(args.out)], args.device)
@@ -157,12 +157,12 @@ def _report(args: argparse.Namespace, dense: Results, compressed: Results) -> No
     write_text(folder / TABLE, f"{text}\n")
     if can_draw():
         values = [row for row in rows if row[3]]
-        draw_bars(
+        figure = bars(
             names=["dense", "compressed"],
             panels={row[0].replace("on disk", "MB on disk"): row[3] for row in values},
             title=f"{Path(args.model).name}, compressed for {', '.join(dense['perplexity'])}",
-            path=folder / PICTURE,
         )
+        save_figure(figure, folder / PICTURE)
         print(f"picture: {folder / PICTURE}")
 
 

@@ -84,6 +84,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="a saved model")
     parser.add_argument("--device", default="cpu", help="where it generates")
     args = parser.parse_args(argv)
+    if not (args.folder / "config.json").is_file():
+        parser.error(f"{args.folder}: holds no model (there is no config.json)")
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -25,7 +25,8 @@ import lib.sparse  # noqa: F401  the packed form is known to transformers
 import main as command_line
 from lib.compress.measure import decoding_speed, disk_size
 from lib.report.markdown import padded_table
-from lib.report.plots.bars import draw_bars
+from lib.report.plots.bars import bars
+from lib.report.plots.style import save_figure
 from lib.report.results import load_runs
 from lib.run.check import check
 from lib.run.flag_checks import check_flags
@@ -145,7 +146,7 @@ def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None
     names = [stage.told for stage in done]
     picture = args.picture or args.out / "whole.png"
     panels = dict(zip(PANELS, columns, strict=True))
-    draw_bars(names, panels, f"{Path(args.model).name}, for {tests[0]}", picture)
+    save_figure(bars(names, panels, f"{Path(args.model).name}, for {tests[0]}"), picture)
     print(f"picture: {picture}")
 
 
