@@ -16,7 +16,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   semistructured MODEL           SparseGPT, 2:4, with packed linears
   c4 MODEL                       SparseGPT, half of the weights, calibrated on English C4
   dense MODEL                    perplexity of the model as it is
-  vocabulary MODEL OUT           its vocabulary alone, trimmed for --data SOURCE ...; prunes nothing
+  vocabulary MODEL OUT           its vocabulary trimmed for --vocabulary_data SOURCE ...; no pruning
 
   compress MODEL OUT --data uk   all of it for one model, in --minutes 30; --for cpu, gpu, llama.cpp
 
@@ -51,16 +51,11 @@ recipe() { # main.py's flags in one string, then MODEL and what the user adds
     exec "$python" "$here/main.py" --model "$1" "${flags[@]}" --save "out/$name" "${@:2}"
 }
 
-trimmed() { # --data is short for --vocabulary_data
+trimmed() { # MODEL OUT, then what the user adds
     [[ $# -gt 1 && $1 != -* && $2 != -* ]] ||
-        fail "$name: needs a model and a folder: bash launch.sh $name MODEL OUT --data SOURCE ..."
-    local given flags=()
-    for given in "${@:3}"; do
-        [[ $given != --data ]] || given=--vocabulary_data
-        flags+=("$given")
-    done
+        fail "$name: needs a model and a folder: bash launch.sh $name MODEL OUT --vocabulary_data SOURCE ..."
     exec "$python" "$here/main.py" --model "$1" --trim_vocabulary --save_model "$2" \
-        --save "out/$name" "${flags[@]}"
+        --save "out/$name" "${@:3}"
 }
 
 name=${1:-}

@@ -23,7 +23,7 @@ from lib.run.steps import Steps
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.util import command
-from lib.util.folders import Target, locked_dir
+from lib.util.folders import Target, locked_dir, locked_results
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,8 @@ def run(job: Job) -> Results:
 
     args, target = job.args, None
     with command.unfailing_output(), ExitStack() as at_end:
+        if job.dist.is_main:
+            at_end.enter_context(locked_results(args.save))
         if args.save_model and job.dist.is_main:
             target = at_end.enter_context(locked_dir(args.save_model, "--save_model"))
         loaded = load(job, at_end)
@@ -442,14 +444,16 @@ def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps:
 
 
 def record(job: Job, results: Results) -> None:
-    """Write results.json and log_METHOD.txt."""
+    """Write results.json and log_METHOD.txt in place of those of an earlier run."""
     from lib.report.results import write_results
     from lib.run.record import write_log
 
     folder = Path(job.args.save)
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder, results)
-    write_log(folder, results)
+    log = write_log(folder, results)
+    for file in {*folder.glob("log_*.txt"), folder / "recovery.png"} - {log}:
+        file.unlink(missing_ok=True)  # of the run whose results.json was replaced
 
 
 def draw(job: Job, results: Results) -> None:

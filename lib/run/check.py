@@ -8,9 +8,12 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 from lib.methods.sparsity import NEURONS, Sparsity
+from lib.report.results import RESULTS
 from lib.run.flag import INPUT, RESULT
 from lib.run.flags import values
 from lib.run.job import Job, NoCache
@@ -115,6 +118,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
     from lib.util.folders import check_replaceable
 
     check_output_folder("--save", args.save)
+    _check_results(args.save)
     if args.save_model:
         check_replaceable("--save_model", args.save_model)
     if args.tasks:
@@ -125,6 +129,22 @@ def _check_outputs(args: argparse.Namespace) -> None:
         from lib.quality.questions import read_pairs
 
         read_pairs(args.pairs)
+
+
+def _check_results(folder: str) -> None:
+    """UserError where the results of a run would replace a file that no run wrote."""
+    file = Path(folder) / RESULTS
+    if not file.is_file():
+        return
+    try:
+        own = "flags" in json.loads(file.read_text("utf-8"))
+    except (ValueError, TypeError):
+        own = False
+    if not own:
+        raise UserError(
+            f"--save {folder}: holds a {RESULTS} that no run wrote, which would be lost; name "
+            "another folder"
+        )
 
 
 def _set_vocabulary(job: Job) -> None:

@@ -90,6 +90,16 @@ def locked_dir(path: str | Path, flag: str = "") -> Iterator[Target]:
 
 
 @contextmanager
+def locked_results(path: str) -> Iterator[None]:
+    """Keep every other run from writing its results into the folder `path` meanwhile."""
+    folder = Path(path).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    held = f"--save {path}: another run is going to write it; name another folder"
+    with exclusive_lock(folder.with_name(f".{folder.name}.lock"), held):
+        yield
+
+
+@contextmanager
 def staged_folder(path: str | Path, flag: str = "") -> Iterator[Path]:
     """Lock a folder and replace it at once, see `Target.staged`."""
     with locked_dir(path, flag) as target, target.staged() as stage:

@@ -40,6 +40,8 @@ OTHER = {
     "blend": ["0.5"],
     "replace_sparse_layers": [],
     "pack_bits": ["8"],
+    "pack_embeddings": ["8"],
+    "neurons_multiple": ["32"],
     "recover": ["99"],
     "recover_rank": ["4"],
     "recover_rate": ["0.1"],

@@ -10,6 +10,8 @@ import pytest
 import tiny
 from support import QUICK, ROOT, Done, call, results, start, weights
 
+from lib.util.folders import locked_results
+
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
@@ -142,3 +144,32 @@ def test_output_to_a_full_disk(given: list, tmp_path: Path) -> None:
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert json.loads(Path("new/config.json").read_text()) and results()["perplexity"]
+
+
+def test_results_that_no_run_wrote_are_not_replaced(given: list) -> None:
+    for text in ('{"mine": 1}', "[]", "not JSON"):
+        Path("out").mkdir(exist_ok=True)
+        Path("out/results.json").write_text(text)
+        done = call(*given)
+        assert done.status == 1 and len(done.complaints) == 1
+        assert "--save out: holds a results.json that no run wrote" in done.complaints[0]
+        assert Path("out/results.json").read_text() == text and not Path("new").exists()
+
+
+def test_files_of_an_earlier_run_do_not_stay_beside_the_results(given: list) -> None:
+    assert call(*given, "--recover", "64").status == 0
+    Path("out/notes.txt").write_text("mine")
+    files = {path.name for path in Path("out").iterdir()}
+    assert files == {"log_wanda.txt", "recovery.png", "results.json", "notes.txt"}
+    given[given.index("wanda")] = "magnitude"
+    assert call(*given).status == 0
+    files = {path.name for path in Path("out").iterdir()}
+    assert files == {"log_magnitude.txt", "results.json", "notes.txt"}
+
+
+def test_two_runs_at_once_do_not_share_their_results(given: list) -> None:
+    with locked_results("out"):
+        done = call(*given)
+    assert done.status == 1 and len(done.complaints) == 1
+    assert "--save out: another run is going to write it" in done.complaints[0]
+    assert not Path("new").exists() and not Path("out").exists()

@@ -49,6 +49,7 @@ SWEEPS = {
         "keep_reserved_tokens": [],
         "replace_sparse_layers": [],
         "pack_bits": ["8"],
+        "pack_embeddings": ["8"],
     },
     "recovered": {
         "recover": ["64"],

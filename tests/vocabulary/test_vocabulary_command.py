@@ -125,7 +125,7 @@ def test_by_its_name(place: Path, tmp_path: Path) -> None:
             "vocabulary",
             str(place / "model"),
             "OUT",
-            "--data",
+            "--vocabulary_data",
             str(place / "uk"),
             str(place / "en"),
             *QUICK,
