@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.report.masks import PrunedCheckpoint, pruned_matrices
+from lib.report.masks import PrunedCheckpoint, PrunedNeurons, open_pruned, pruned_matrices
 from lib.report.names import BlockLinear, block_and_linear
 from lib.util.errors import UserError
 from lib.util.progress import progress
@@ -17,6 +17,7 @@ from lib.util.progress import progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+Pruned = PrunedCheckpoint | PrunedNeurons
 FIELDS = ("weights", "kept", "overlap", "chance", "noise", "excess")  # of a cell, in the files
 
 
@@ -122,7 +123,8 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        return f"Weights that the masks of {', '.join(self.runs[:-1])} and {self.runs[-1]} share"
+        kind = "Neurons" if all(name.endswith(".neurons") for name in self.matrices) else "Weights"
+        return f"{kind} that the masks of {', '.join(self.runs[:-1])} and {self.runs[-1]} share"
 
     @property
     def whole(self) -> Cell:
@@ -150,7 +152,7 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
     if len(noise) > len(runs):
         raise UserError(f"--noise: {len(noise)} folders for {len(runs)} RUNs; give one for each")
     with ExitStack() as files:
-        checkpoints = [PrunedCheckpoint(path, files) for path in (*runs, *noise)]
+        checkpoints = [open_pruned(path, files) for path in (*runs, *noise)]
         labels = _labels(checkpoints)
         between = list(combinations(range(len(runs)), 2))
         seeds = [(k, len(runs) + k) for k in range(len(noise))]
@@ -169,11 +171,14 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
                     pair = result.pairs.setdefault((labels[i], labels[j]), MaskCounts())
                     pair += counts
     if not result.matrices:
-        raise UserError(f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models")
+        raise UserError(
+            f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models, or where whole "
+            "neurons were removed the runs' --save folders"
+        )
     return result
 
 
-def _check_seeds(pairs: Sequence[tuple[PrunedCheckpoint, PrunedCheckpoint]]) -> None:
+def _check_seeds(pairs: Sequence[tuple[Pruned, Pruned]]) -> None:
     """UserError where a run and its noise run are known to be calibrated on different texts."""
     for run, other in pairs:
         known = run.calibration is not None and other.calibration is not None
@@ -184,7 +189,7 @@ def _check_seeds(pairs: Sequence[tuple[PrunedCheckpoint, PrunedCheckpoint]]) -> 
             )
 
 
-def _labels(checkpoints: Sequence[PrunedCheckpoint]) -> list[str]:
+def _labels(checkpoints: Sequence[Pruned]) -> list[str]:
     """Short labels, or the paths where those would not be unique."""
     labels = [checkpoint.label for checkpoint in checkpoints]
     if len(set(labels)) < len(labels):

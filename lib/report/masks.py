@@ -1,4 +1,7 @@
-"""Masks read back from saved, pruned models: which weights are not zero, matrix by matrix."""
+"""Masks read back from saved, pruned models: which weights are not zero, matrix by matrix.
+
+Of runs that removed whole neurons: which neurons are left, block by block, from their results.json.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.report.names import block_and_linear
-from lib.report.results import RESULTS, load_runs
+from lib.report.results import RESULTS, Run, load_runs
+from lib.util.bits import from_hex
 from lib.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +92,42 @@ class PrunedCheckpoint:
         return kept_of(self._file_of[mask].get_tensor(mask), self._packed[name][1])
 
 
+class PrunedNeurons:
+    """A run folder that says which neurons of each block were removed; a PrunedCheckpoint to ask.
+
+    A block's neurons are a matrix (1, neurons) by the name `layers.BLOCK.neurons`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.path = run.folder
+        self.calibration = run.calibration
+        self.label = f"{run.calibration} (seed {run.seed})"
+        self._neurons = run.results["neurons"]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        count = len(self._neurons["removed"])
+        return {f"layers.{index}.neurons": (1, self._neurons["before"]) for index in range(count)}
+
+    def kept(self, name: str) -> Tensor:
+        """The mask of a block's neurons (1, neurons): True where one is left."""
+        import torch
+
+        block, _ = block_and_linear(name)
+        mask = torch.ones(1, self._neurons["before"], dtype=torch.bool)
+        mask[0, sorted(from_hex(self._neurons["removed"][block]))] = False
+        return mask
+
+
+def open_pruned(path: str | Path, files: ExitStack) -> PrunedCheckpoint | PrunedNeurons:
+    """The masks of a saved model's folder or of a run's; `files` closes what is opened."""
+    folder = Path(path)
+    if (folder / RESULTS).is_file() and not any(folder.glob("*.safetensors")):
+        run = load_runs([folder])[0]
+        if "neurons" in run.results:
+            return PrunedNeurons(run)
+    return PrunedCheckpoint(path, files)
+
+
 def _packed_sizes(folder: Path) -> dict[str, tuple[int, int]]:
     """{weight: (out, in)} of the linears that are packed according to a checkpoint's config."""
     config = folder / "config.json"
@@ -106,7 +146,7 @@ def _packed_sizes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def pruned_matrices(
-    checkpoints: Sequence[PrunedCheckpoint],
+    checkpoints: Sequence[PrunedCheckpoint | PrunedNeurons],
 ) -> Iterator[tuple[str, list[Tensor] | None]]:
     """Yield (name, one mask for each checkpoint); None for a matrix that is not pruned in all.
 

@@ -238,11 +238,19 @@ def print_summary(results: Results) -> None:
     print(*summary_lines(results), sep="\n")
 
 
+def _what_is_gone(results: Results) -> str:
+    """How much of the blocks was pruned, in words."""
+    if neurons := results.get("neurons"):
+        return (
+            f"{neurons['after']} of {neurons['before']} neurons are left in each MLP, "
+            f"{neurons['weights_after'] / neurons['weights_before']:.4f} of the blocks' weights"
+        )
+    return f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"
+
+
 def summary_lines(results: Results) -> list[str]:
     """The summary of a run for the terminal, a line for each fact."""
-    zeros = results["sparsity"]["overall"]
-    lines = [f"{method_in_words(results)}: {zeros:.4f} of the blocks' weights are zero"]
-    lines.append(_cost_line(results))
+    lines = [f"{method_in_words(results)}: {_what_is_gone(results)}", _cost_line(results)]
     for test in results["evaluation"]:
         lines += [_test_line(test), *([_divergence_line(test)] if "kl" in test else [])]
     lines += map(ability_line, results.get("abilities", []))

@@ -20,6 +20,7 @@ from lib.model.access import Checkpoint
 from lib.model.mlp import MlpLayout, find_mlps
 from lib.model.pretrained import decoder_blocks, skeleton
 from lib.pruning.neurons import NeuronPruner, count_left
+from lib.sweep import languages
 from lib.util.bits import from_hex, to_hex
 from lib.util.errors import UserError
 
@@ -196,6 +197,7 @@ def test_a_run_saves_what_loads_anywhere(
     for text in neurons["removed"]:
         assert len(from_hex(text)) == neurons["before"] - left
     assert f"removed {neurons['before'] - left} of {neurons['before']} neurons" in done.out
+    assert f"{method}: {left} of {neurons['before']} neurons are left in each MLP" in done.out
     saved = sum(tensor.nbytes for tensor in weights(tmp_path / "new").values())
     assert saved == neurons["bytes_after"] < neurons["bytes_before"]
     card = (tmp_path / "new" / "README.md").read_text("utf-8")
@@ -284,6 +286,17 @@ def test_what_makes_no_sense_is_refused_in_one_line(more: list[str], named: str)
     assert done.status == 2 or done.status == 1
     [line] = done.complaints
     assert named in line
+
+
+@pytest.mark.usefixtures("at_place")
+def test_languages_compares_the_neurons_of_two_texts(tmp_path: Path) -> None:
+    tiny.write_texts("en", tiny.sentences(20, seed=5), 3)
+    out = tmp_path / "languages"
+    argv = ["Llama", "uk", "en", "--type", "neurons", "--ratio", "0.25", "--out", str(out), "--"]
+    languages.main([*argv, *QUICK, "--neurons_multiple", "16", "--prompts", "0"])
+    found = json.loads((out / "overlap" / "overlap.json").read_text("utf-8"))
+    assert found["blocks"].keys() == {"0", "1", "2"}
+    assert all(cell["weights"] == 64 for cell in found["blocks"].values())
 
 
 @pytest.mark.usefixtures("at_place")

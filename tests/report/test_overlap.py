@@ -14,6 +14,7 @@ from lib.packed.layout import pack
 from lib.report.comparison import compare_masks
 from lib.report.names import block_and_linear
 from lib.report.overlap import main, write_overlap
+from lib.util.bits import to_hex
 from lib.util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -221,3 +222,29 @@ def test_the_command_in_a_process_of_its_own(languages):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.count("\n") == 1 and "name two or more" in err
+
+
+def run_of_neurons(folder: Path, name: str, removed: list[set[int]], seed: int = 0) -> Path:
+    neurons = {"before": 8, "after": 5, "removed": [to_hex(one, 8) for one in removed]}
+    found = {"model": "m", "method": "wanda", "sparsity_type": "neurons", "seed": seed, "flags": {}}
+    found |= {"calibration": {"name": name}, "neurons": neurons, "evaluation": []}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(found), "utf-8")
+    return folder
+
+
+def test_neurons_that_two_runs_share_by_block(tmp_path: Path) -> None:
+    """Counted by hand; no saved model is needed."""
+    first = run_of_neurons(tmp_path / "a", "uk", [{0, 1, 2}, {5, 6, 7}])
+    second = run_of_neurons(tmp_path / "b", "en", [{0, 1, 3}, {0, 1, 2}])
+    again = run_of_neurons(tmp_path / "c", "uk", [{0, 1, 2}, {5, 6, 4}], seed=1)
+    found = compare_masks([first, second], [again])
+    assert found.title == "Neurons that the masks of uk (seed 0) and en (seed 0) share"
+    blocks = found.blocks
+    assert blocks[0].between.shared == pytest.approx(4 / 5)  # 4, 5, 6, 7 of five each
+    assert blocks[1].between.shared == pytest.approx(2 / 5)
+    assert blocks[0].noise == 1 and blocks[1].noise == pytest.approx(4 / 5)
+    assert blocks[0].between.chance == pytest.approx(5 / 8)
+    assert found.whole.between.weights == 16
+    main([str(first), str(second), "--out", str(tmp_path / "overlap")])
+    assert (tmp_path / "overlap" / "overlap.md").read_text("utf-8").count("neurons") >= 1
