@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,6 +31,9 @@ TEST_CHARACTERS = 4_000_000  # read of a large set's test text: 256 windows of 4
 TEST_WINDOWS = 256  # measured of a large set
 PROMPT = 16  # tokens of a prompt
 PROMPT_CHARACTERS = 50 * PROMPT  # of a document that are tokenised for its prompt
+LONG_TEXT = 2_000_000  # characters; a longer text is tokenised in parts of at least half of it
+CONTEXT = 1_000  # characters on each side of a cut that show whether it changes a token
+LINE_BREAK = re.compile(r"\n(?=\S)")  # most tokenizers join no letter to the line before
 log = logging.getLogger(__name__)
 
 
@@ -327,10 +331,49 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens.
 
     They equal `tokenizer(text, return_tensors="pt").input_ids[0]`. Its warning about texts longer
-    than the model's window is left out, since the text is cut into windows afterwards.
+    than the model's window is left out, since the text is cut into windows afterwards. A very long
+    text is tokenised in parts, because a tokenizer takes several hundred bytes for each token.
     """
-    encoding = tokenizer(text, return_tensors="pt", return_attention_mask=False, verbose=False)
+    parts = _parts(tokenizer, text)
+    if len(parts) == 1:
+        return _encode(tokenizer, text)
+    sample = parts[0][:CONTEXT]
+    ids, bare = _encode(tokenizer, sample), _encode(tokenizer, sample, special=False)
+    for start in range(len(ids) - len(bare) + 1):  # special tokens stand before and after
+        end = start + len(bare)
+        if ids[start:end].equal(bare):
+            encoded = [_encode(tokenizer, part, special=False) for part in parts]
+            return torch.cat([ids[:start], *encoded, ids[end:]])
+    return _encode(tokenizer, text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
+    options = {} if special else {"add_special_tokens": False}
+    encoding = tokenizer(
+        text, return_tensors="pt", return_attention_mask=False, verbose=False, **options
+    )
     return encoding.input_ids[0].long()  # an empty text comes as float
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """Split a text longer than LONG_TEXT between lines, where that changes no token.
+
+    A cut is checked with the text around it. A tokenizer that begins every text with a blank
+    fails the check, and the text stays whole.
+    """
+    parts, start = [], 0
+    while len(text) - start > LONG_TEXT:
+        line = LINE_BREAK.search(text, start + LONG_TEXT // 2)
+        if not line:
+            break
+        end = line.end()
+        left, right = text[max(start, end - CONTEXT) : end], text[end : end + CONTEXT]
+        both, *sides = (_encode(tokenizer, t, special=False) for t in (left + right, left, right))
+        if not torch.cat(sides).equal(both):
+            return [text]
+        parts.append(text[start:end])
+        start = end
+    return [*parts, text[start:]]
 
 
 def prepend(windows: Tensor, bos: int) -> Tensor:

@@ -338,3 +338,29 @@ def test_prompts_of_a_single_document_are_those_of_its_windows(tmp_path, tokeniz
 def test_empty_text_gives_integers():
     plain = SimpleNamespace(input_ids=torch.zeros(1, 0))
     assert data.tokenise(lambda *a, **k: plain, "").dtype == torch.int64
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_a_long_text_is_tokenised_in_parts_to_the_same_ids(monkeypatch, add_bos):
+    tokenizer = tiny_tokenizer(add_bos=add_bos)
+    text = "\n".join(mixed(40)) + "\n\n  two  \n\nlines\n"
+    whole = ids(tokenizer, text)[0]
+    lengths = []
+
+    def counted(text, **options):
+        lengths.append(len(text))
+        return tokenizer(text, **options)
+
+    monkeypatch.setattr(data, "CONTEXT", 60)
+    monkeypatch.setattr(data, "LONG_TEXT", 400)
+    assert torch.equal(data.tokenise(counted, text), whole)
+    assert max(lengths) < len(text) / 2  # a part ends with its line
+
+
+def test_a_text_whose_parts_would_be_cut_otherwise_stays_whole(monkeypatch, tokenizer):
+    def with_blank(text, **options):  # as tokenizers of SentencePiece's kind begin a text
+        return tokenizer(" " + text, **options)
+
+    text = "\n".join(mixed(40))
+    monkeypatch.setattr(data, "LONG_TEXT", 400)
+    assert torch.equal(data.tokenise(with_blank, text), ids(tokenizer, " " + text)[0])
