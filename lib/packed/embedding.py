@@ -154,12 +154,12 @@ class PackedHead(_PackedRows):
         tokens = x.reshape(-1, self.in_features)
         by_kernel = x.device.type == "cpu" and x.dtype in kernels.DTYPES and len(tokens)
         if by_kernel and not self.force_dense and kernels_ready():
-            y = self._by_kernel(tokens)
+            y = self._multiply(tokens)
         else:
             y = self._by_dense_rows(tokens)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _by_kernel(self, tokens: Tensor) -> Tensor:
+    def _multiply(self, tokens: Tensor) -> Tensor:
         """A product with a matrix that keeps every weight, so that all rows have one mask."""
         if self._one_mask is None:
             width = self.in_features

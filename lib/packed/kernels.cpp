@@ -1099,8 +1099,9 @@ at::Tensor linear(
     const at::Tensor& x, const at::Tensor& mask, const at::Tensor& weight,
     const at::Tensor& offsets, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& bias, std::optional<std::string> path) {
-  TORCH_CHECK(x.dim() == 2 && mask.dim() == 2 && offsets.dim() == 1, "x, mask, offsets: shapes");
-  const int64_t out = offsets.size(0) - 1, in = x.size(1);
+  TORCH_CHECK(mask.is_cpu() && weight.is_cpu() && offsets.is_cpu(), "not in memory");
+  TORCH_CHECK(x.dim() > 0 && mask.dim() == 2 && offsets.dim() == 1, "x, mask, offsets: shapes");
+  const int64_t out = offsets.size(0) - 1, in = x.size(-1);
   const bool one_mask = mask.size(0) == 1 && out != 1;
   TORCH_CHECK((mask.size(0) == out || one_mask) && mask.size(1) == (in + 7) / 8, "mask: shape");
   TORCH_CHECK(mask.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong, "dtypes");
@@ -1120,9 +1121,12 @@ at::Tensor linear(
                 factors.scalar_type() == at::kBFloat16), "scale: shape or dtype");
   if (bias) added = bias->to(x.scalar_type()).contiguous();
   TORCH_CHECK(!bias || added.numel() == out, "bias: shape");
-  const at::Tensor inputs = x.contiguous();
-  at::Tensor y = at::empty({x.size(0), out}, x.options());
-  if (!y.numel()) return y;
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = out;
+  const at::Tensor result = at::empty(shape, x.options());
+  if (!result.numel()) return result;
+  const at::Tensor inputs = x.contiguous().view({-1, in});
+  at::Tensor y = result.view({-1, out});
   const uint8_t* masks = mask.const_data_ptr<uint8_t>();
   const int64_t* starts = offsets.const_data_ptr<int64_t>();
   const auto run = [&](auto one) {
@@ -1149,7 +1153,7 @@ at::Tensor linear(
     case at::kHalf: run(c10::Half()); break;
     default: TORCH_CHECK(false, "x: float32, bfloat16 or float16, not ", x.scalar_type());
   }
-  return y;
+  return result;
 }
 
 std::vector<std::string> paths() {

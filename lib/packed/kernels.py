@@ -64,7 +64,7 @@ def linear(
     bias: Tensor | None = None,
     path: str | None = None,
 ) -> Tensor:
-    """x (tokens, in) times the packed weight (out, in), transposed -> (tokens, out) as x's dtype.
+    """x (..., in) times the packed weight (out, in), transposed -> (..., out) as x's dtype.
 
     `mask`, `weight` and `scale` as in layout.py, weight of x's dtype or integers; offsets int64
     (out + 1,), bias (out,). x is float32, bfloat16 or float16, on a CPU. Sums are float32. `path`
@@ -102,7 +102,7 @@ def _load() -> None:
 
     @torch.library.register_fake("packed_bitmask::linear")
     def _(x, mask, weight, offsets, scale, bias, path=None):
-        return x.new_empty(x.shape[0], offsets.shape[0] - 1)
+        return x.new_empty(*x.shape[:-1], offsets.shape[0] - 1)
 
 
 def _digest_of_source() -> str:

@@ -115,6 +115,7 @@ class SparseLinear(nn.Module):
         self.decoding = False  # multiply a few tokens at a time, however many there are
         self.source = ""  # name and file, for messages
         self.checked = False  # whether the tensors were found to be a packed form
+        self._by_kernel = False  # the last call was the CPU's kernel alone, so the next can be
 
     @classmethod
     def from_linear(cls, linear: nn.Module, bits: int = 16, group: int = GROUP) -> SparseLinear:
@@ -232,6 +233,11 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        if self._by_kernel and not x.requires_grad and x.is_cpu:
+            mask, offsets, scale = (self._buffers[name] for name in ("mask", "offsets", "scale"))
+            weight = self._parameters["weight"]
+            if weight.is_cpu and offsets.is_cpu and x.dtype in kernels.DTYPES and x.numel():
+                return kernels.linear(x, mask, weight, offsets, scale, self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
@@ -251,11 +257,15 @@ class SparseLinear(nn.Module):
 
     def _multiply(self, tokens: Tensor) -> Tensor:
         """tokens (n, in) -> (n, out) by the packed tensors."""
+        if self.weight.is_meta and not tokens.is_meta:  # its operator would return anything
+            raise RuntimeError(f"{self.source or 'a packed linear'}: its weight is not in memory")
         if not self.checked:
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
         multiply = unpacked_linear if self.force_dense else packed_linear
+        plain = not (self.force_dense or self.decoding or torch.compiler.is_compiling())
+        self._by_kernel = plain and tokens.is_cpu and kernels_ready()
         packed = Packed(self.mask, self.weight, self.scale)
         parts = tokens.split(DECODED_TOKENS) if self.decoding else (tokens,)
         products = [multiply(part, packed, self.offsets, self.bias) for part in parts]
@@ -277,6 +287,7 @@ class SparseLinear(nn.Module):
         )
 
     def _set_packed(self, packed: Packed) -> None:
+        self._by_kernel = False
         self.mask, self.scale = packed.mask, packed.scale
         self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
@@ -286,7 +297,7 @@ class SparseLinear(nn.Module):
             self._set_packed(self.packed)
             self.semi_structured = None
             self.count_rows_()
-        self.reason, scale = None, self.scale
+        self.reason, scale, self._by_kernel = None, self.scale, False
         super()._apply(fn, recurse)
         if scale is not None and self.scale.dtype != scale.dtype:  # a cast is not meant for it
             self.scale = scale.to(self.scale.device)
@@ -296,7 +307,7 @@ class SparseLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "mask" in state_dict and not self.mask.is_meta:
-            self.checked = False
+            self.checked = self._by_kernel = False
             self.check()
             self.count_rows_()
 
@@ -313,14 +324,15 @@ class SparseLinear(nn.Module):
 @contextmanager
 def set_all(model: nn.Module, flag: str) -> Iterator[None]:
     """Inside, `force_dense` or `decoding` is set in every packed module of a model."""
-    linears = [module for module in model.modules() if hasattr(module, flag)]
+    modules = [module for module in model.modules() if hasattr(module, flag)]
     try:
-        for linear in linears:
-            setattr(linear, flag, True)
+        for module in modules:
+            setattr(module, flag, True)
+            module._by_kernel = False
         yield
     finally:
-        for linear in linears:
-            setattr(linear, flag, False)
+        for module in modules:
+            setattr(module, flag, False)
 
 
 def semi_structured_bytes(model: nn.Module) -> int:

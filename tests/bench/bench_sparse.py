@@ -3,6 +3,7 @@
     bash launch.sh bench_sparse products              # linears of 4096 and 11008, 1 to 512 tokens
     bash launch.sh bench_sparse model                 # a random LLaMA of 1.2 billion parameters
     bash launch.sh bench_sparse model --model FOLDER  # a model; random weights become zeros
+    bash launch.sh bench_sparse split --model FOLDER  # where the time of a token goes
 
 Run it on a quiet machine. Dense and packed take turns in the same run, figures are medians; loading
 and resident memory are those of a process of its own for each.
@@ -186,11 +187,59 @@ def made(args: argparse.Namespace) -> nn.Module:
     return dense.eval().requires_grad_(False)
 
 
-def bench_model(args: argparse.Namespace) -> None:
+def packed_models(args: argparse.Namespace) -> dict[str, nn.Module]:
+    """The dense model and, made of it, one of each packed kind."""
     models = {"dense": made(args)}
     for bits in (16, 8, 4):
         models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
         lib.sparse.swap_linears_(model, decoder_blocks(model)[1], bits=bits)
+    models["4 bits, embedding 8"] = model = copy.deepcopy(model)
+    lib.sparse.pack_embeddings_(model)
+    return models
+
+
+@torch.inference_mode()
+def split(model: nn.Module, rounds: int) -> dict[str, float]:
+    """Milliseconds of a generated token, at batch 1: all, and what of it which modules take."""
+    blocks = decoder_blocks(model)[1]
+    linears = [m for m in blocks.modules() if isinstance(m, nn.Linear | SparseLinear)]
+    parts = {"linears of the blocks": linears, "head": [model.get_output_embeddings()]}
+    spent = dict.fromkeys(parts, 0.0)
+
+    def timed(forward: Callable, part: str) -> Callable:
+        def call(*inputs: Tensor) -> Tensor:
+            start = time.perf_counter()
+            out = forward(*inputs)
+            spent[part] += time.perf_counter() - start
+            return out
+
+        return call
+
+    generate(model, 1)
+    for part, modules in parts.items():
+        for module in modules:
+            module.forward = timed(module.forward, part)
+    start = time.perf_counter()
+    for _ in range(rounds):
+        generate(model, 1)
+    whole = time.perf_counter() - start
+    for module in (module for modules in parts.values() for module in modules):
+        del module.forward
+    spent["the rest, in transformers"] = whole - sum(spent.values())
+    return {part: 1e3 * s / (rounds * NEW) for part, s in ({"all": whole} | spent).items()}
+
+
+def bench_split(args: argparse.Namespace) -> None:
+    """Where the time of one token after another goes."""
+    rows = []
+    for name, model in packed_models(args).items():
+        milliseconds = split(model, args.rounds)
+        rows.append([name, *(f"{value:.1f}" for value in milliseconds.values())])
+    table(["milliseconds a token", *milliseconds], rows)
+
+
+def bench_model(args: argparse.Namespace) -> None:
+    models = packed_models(args)
     found: dict[str, list[str]] = {name: [] for name in models}
     for batch in BATCHES:
         calls = {name: lambda m=m, b=batch: generate(m, b) for name, m in models.items()}
@@ -216,7 +265,7 @@ def bench_model(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("products", "model", "load"))
+    parser.add_argument("what", choices=("products", "model", "split", "load"))
     parser.add_argument("--model", help="folder or name; default: a random LLaMA")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7], help="of zeros")
@@ -229,7 +278,7 @@ def main() -> None:
     if not kernels.ready():
         sys.exit("bench_sparse: nothing to measure without the kernels; install g++ and ninja")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {processor()}\n")
-    bench_products(args) if args.what == "products" else bench_model(args)
+    {"products": bench_products, "model": bench_model, "split": bench_split}[args.what](args)
 
 
 if __name__ == "__main__":

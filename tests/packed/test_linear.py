@@ -171,6 +171,34 @@ def test_the_kernels_are_given_what_they_need(monkeypatch):
     assert not calls
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_second_call_goes_straight_to_the_kernels_where_it_may(bits, monkeypatch):
+    monkeypatch.undo()
+    if not kernels.ready():
+        pytest.skip("no C++ compiler")
+    dense = dense_linear()
+    packed, x = SparseLinear.from_linear(dense, bits), torch.randn(2, 3, 40)
+    first = packed(x)
+    assert packed._by_kernel and torch.equal(packed(x), first)
+    assert packed(x[0, 0]).shape == (24,) and packed(x[:0]).shape == (0, 3, 24)
+    torch.testing.assert_close(packed(x), F.linear(x, packed.dense(), dense.bias))
+    with pytest.raises(RuntimeError, match="no gradients"):
+        packed(x.clone().requires_grad_())
+    with sparse.unpacking(packed):
+        assert torch.equal(packed(x), F.linear(x, packed.dense(), dense.bias))
+    packed(x)
+    torch.testing.assert_close(
+        packed.to(torch.bfloat16)(x.bfloat16()).float(), first, rtol=0.1, atol=0.5
+    )
+    packed.float()(x)
+    state = packed.state_dict()
+    packed.weight = nn.Parameter(packed.weight.to("meta"), requires_grad=False)  # it is offloaded
+    with pytest.raises(RuntimeError, match="not in memory"):
+        packed(x)
+    packed.weight = nn.Parameter(state["weight"], requires_grad=False)
+    assert packed(x).shape == first.shape and not packed(x).is_meta
+
+
 def test_gradients_are_refused():
     packed = SparseLinear.from_linear(dense_linear())
     assert not any(p.requires_grad for p in packed.parameters())
