@@ -108,7 +108,8 @@ class Fidelity:
 
         job, found = self.job, []
         tokens = min(NEW_TOKENS, window_length(job.config, None) - PROMPT_TOKENS)
-        batch_size = max(1, job.batch_size * job.seqlen // (PROMPT_TOKENS + NEW_TOKENS))
+        # as many tokens as other forward passes have: afterwards each text adds one to a pass
+        batch_size = max(1, job.batch_size * job.seqlen // PROMPT_TOKENS)
         total = sum(len(prompts.ids) for prompts in self.prompts)
         with progress(total, "completions", "text", job.dist.is_main) as bar:
             for prompts in self.prompts:
