@@ -239,7 +239,7 @@ def prune_neurons(job: Job, loaded: LoadedModel) -> Measured:
 
 def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
     """How sparse every linear becomes, and its record for results.json, None where uniform."""
-    from lib.pruning.allocation import of_blocks, uniform
+    from lib.pruning.allocation import keep_allocation, kept_allocation, of_blocks, uniform
     from lib.pruning.by_error import by_error
     from lib.pruning.owl import owl
     from lib.util.progress import progress
@@ -247,6 +247,8 @@ def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
     args, is_main, blocks = job.args, job.dist.is_main, loaded.blocks
     if args.allocation == "uniform":
         return uniform(loaded.runner, job.sparsity), None
+    if args.resume and (kept := kept_allocation(job.finished, job.dist)):
+        return kept
     by_outliers = args.allocation == "owl"
     passes, what = (1, "outliers") if by_outliers else (2, "errors")
     with (
@@ -274,6 +276,8 @@ def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
         shares = [round(sparsity.ratio, 6) for sparsity in allocation.sparsity.values()]
         of = "blocks" if by_outliers else "linears"
         print(f"sparsity of the {of}: {min(shares)} to {max(shares)}")
+    if job.finished:
+        keep_allocation(job.finished, allocation, allocation_record)
     return allocation, allocation_record
 
 

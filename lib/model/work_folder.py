@@ -26,8 +26,8 @@ from lib.util.locks import exclusive_lock
 
 JOB = "job.json"
 CONVERTED = "converted"  # where transformers writes weights that it converts on loading
-OWN = ("block-*.safetensors", "*.partial", "recovery.safetensors", "rest.safetensors")
-OWN += (f"{CONVERTED}/*.safetensors",)
+NAMES = ("block-*", "allocation", "recovery", "rest", f"{CONVERTED}/*")
+OWN = ("*.partial", *(f"{name}.safetensors" for name in NAMES))
 
 
 class WorkFolder:

@@ -122,6 +122,22 @@ def test_finished_blocks_are_not_pruned_again(
     assert pruned == [3]
 
 
+@pytest.mark.parametrize("by, function", [("error", "by_error"), ("owl", "owl")])
+def test_an_allocation_is_not_computed_again(
+    by: str, function: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another device it might differ, and then not fit the blocks that were finished."""
+    argv = [*BASE, *WANDA, "--sparsity_ratio", "0.6", "--allocation", by]
+    finished(call(*argv, "--save_model", tmp_path / "whole"))
+    argv += ["--save_model", tmp_path / "model", "--resume", tmp_path / "kept"]
+    killed(argv, place, 2)
+    compute = f"lib.pruning.{function}.{function}"
+    monkeypatch.setattr(compute, lambda **_: pytest.fail("computed again"))
+    finished(call(*argv))
+    assert content(tmp_path / "model") == content(tmp_path / "whole")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_another_number_of_processes(whole: dict, place: Path, tmp_path: Path) -> None:
     argv = flags("sparsegpt", tmp_path)
     done = processes.ended(processes.together(3, [argv], place, {0: "2:SIGKILL"}))
