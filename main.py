@@ -325,8 +325,8 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     if not dist.is_main:
         return {}
     print(done.line())
-    told = recovery_record(job, recoverer.schedule, done, dense, pruned)
-    return {"sparsity": after.shares(), "recovery": told}
+    record = recovery_record(job, recoverer.schedule, done, dense, pruned)
+    return {"sparsity": after.shares(), "recovery": record}
 
 
 def pack(job: Job, loaded: LoadedModel) -> Measured:
@@ -357,11 +357,11 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
     for dense, packed in zip(reference, after, strict=True):
         check_same_outputs(dense, packed)
     saved = packed_size(model, saved_dtype(args.dtype, job.config))
-    told = packing_record(saved, len(report.dense), before[-1], after[-1])
+    record = packing_record(saved, len(report.dense), before[-1], after[-1])
     if job.dist.is_main:
-        print(report, packed_line(told), sep="\n")
+        print(report, packed_line(record), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
-    return {"packed": told}
+    return {"packed": record}
 
 
 def pack_embeddings(job: Job, loaded: LoadedModel) -> Measured:
@@ -405,7 +405,9 @@ def evaluate(job: Job, loaded: LoadedModel) -> Measured:
             state_device=loaded.state_device,
             reference=loaded.reference,
         )
-    records = [evaluation_record(*both) for both in zip(tests, measured, strict=True)]
+    records = [
+        evaluation_record(test, values) for test, values in zip(tests, measured, strict=True)
+    ]
     return {"evaluation": records}
 
 

@@ -16,7 +16,7 @@ import main
 from lib.report.results import ERROR, RESULTS, FailedRun, Results, write_error, write_results
 from lib.run.check import check
 from lib.run.fingerprint import CODE, differences
-from lib.sweep.kept import SweepCache, start_peak
+from lib.sweep.cache import SweepCache, start_peak
 from lib.sweep.plan import Planned
 from lib.util.errors import UserError
 from lib.util.terminal import one_line

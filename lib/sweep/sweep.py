@@ -4,7 +4,7 @@
         --out runs -- --nsamples 64 --device cpu
 
 What follows `--` goes to every run of main.py. Each run has a folder of its own in `--out`; those
-that are finished are kept, so that the same command goes on after an interruption and tries again
+that are finished are kept, so that the same command continues after an interruption and tries again
 what failed. Each model is read once. Ends with the table and pictures of lib/report/write.py.
 """
 
@@ -95,7 +95,8 @@ def do_all(planned: list[Planned], out: str, debug: bool) -> None:
     """
     from lib.sweep.runs import run_all
 
-    failed = run_all(planned, debug)
+    with command.unfailing_output():  # a reader that has gone ends no run
+        failed = run_all(planned, debug)
     report(out)
     if failed:
         raise UserError(
@@ -116,7 +117,7 @@ def report(out: str) -> None:
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and what after it."""
+    """Split the arguments at the first `--`."""
     middle = argv.index("--") if "--" in argv else len(argv)
     return argv[:middle], argv[middle + 1 :]
 

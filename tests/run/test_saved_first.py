@@ -124,7 +124,7 @@ def test_a_reader_that_has_gone(given: list, both: bool, tmp_path: Path) -> None
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("letters", ["ascii", "ascii:strict", "latin-1"])
+@pytest.mark.parametrize("letters", ["ascii", "ascii:strict"])
 def test_a_terminal_without_the_letters(given: list, letters: str, tmp_path: Path) -> None:
     argv = [str(ROOT / "main.py"), *map(str, given)]
     process = start(argv, tmp_path, PYTHONIOENCODING=letters)

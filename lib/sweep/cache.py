@@ -36,20 +36,20 @@ class SweepCache(NoCache):
     def __init__(self) -> None:
         self.dense: nn.Module | None = None  # on the host
         self.dense_key: str | None = None
-        self.known_texts: dict[TextRequest, Texts] = {}
-        self.known_outputs: dict[str, Any] = {}
-        self.trimmed: dict[str, TrimmedVocabulary] = {}
+        self.read_texts: dict[TextRequest, Texts] = {}
+        self.outputs_of_dense: dict[str, Any] = {}
+        self.vocabularies: dict[str, TrimmedVocabulary] = {}
 
     def texts(self, request: TextRequest, tokenizer: Any) -> Texts:
-        if request not in self.known_texts:
-            self.known_texts[request] = request.read(tokenizer)
-        return copy.copy(self.known_texts[request])
+        if request not in self.read_texts:
+            self.read_texts[request] = request.read(tokenizer)
+        return copy.copy(self.read_texts[request])
 
     def vocabulary(self, key: tuple, make: Callable[[], TrimmedVocabulary]) -> TrimmedVocabulary:
-        if repr(key) not in self.trimmed:
-            self.trimmed[repr(key)] = make()
-        known = self.trimmed[repr(key)]
-        return replace(known, facts=dict(known.facts))
+        if repr(key) not in self.vocabularies:
+            self.vocabularies[repr(key)] = make()
+        vocabulary = self.vocabularies[repr(key)]
+        return replace(vocabulary, facts=dict(vocabulary.facts))
 
     def model(self, key: tuple, device: torch.device, read: Callable[[], nn.Module]) -> nn.Module:
         settings = repr((key, device))
@@ -65,14 +65,16 @@ class SweepCache(NoCache):
         return QUESTION_SEED
 
     def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        if repr(key) not in self.known_outputs:
-            self.known_outputs[repr(key)] = compute()
-        return self.known_outputs[repr(key)]
+        if repr(key) not in self.outputs_of_dense:
+            self.outputs_of_dense[repr(key)] = compute()
+        return self.outputs_of_dense[repr(key)]
 
     def beside(self, own_peak: bool) -> str:
         """What a peak of memory is of; `own_peak`: it was begun anew for the run."""
-        whose = "this run" if own_peak else "the sweep up to this run"
-        return whose + (", with the dense model kept beside it" if self.dense is not None else "")
+        measured = "this run" if own_peak else "the sweep up to this run"
+        return measured + (
+            ", with the dense model kept beside it" if self.dense is not None else ""
+        )
 
 
 def start_peak(device: str) -> bool:
