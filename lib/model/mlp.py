@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from lib.model.access import Checkpoint
 from lib.model.linears import find_linears
 from lib.model.pretrained import skeleton
+from lib.model.quantised import stored_bits
 from lib.util.errors import UserError
 
 TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more, see `check_removable`
@@ -72,8 +73,11 @@ class MlpLayout:
 def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> MlpLayout:
     """The MLPs of the blocks `name` of `model`, which needs no weights; UserError if there is none.
 
-    Refused are experts, MLPs of several widths, and what the config has no field for.
+    Refused are quantised models, experts, MLPs of several widths, and what the config has no field
+    for.
     """
+    if stored_bits(config):
+        raise _refused(checkpoint, "it is quantised, and its matrices can't be cut")
     blocks = model.get_submodule(name)
     if any(linear.expert is not None for block in blocks for linear in find_linears(block, "")[0]):
         raise _refused(checkpoint, "its MLPs are experts")

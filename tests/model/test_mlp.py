@@ -56,6 +56,14 @@ def test_models_without_such_mlps_are_refused_without_weights(name: str) -> None
         layout_of(tiny.ALL[name]())
 
 
+def test_quantised_models_are_refused() -> None:
+    model = tiny.tiny_llama()
+    bare, config = skeleton(model.config), copy.deepcopy(model.config)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(UserError, match="it is quantised"):
+        find_mlps(config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> None:
