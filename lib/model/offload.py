@@ -8,7 +8,9 @@ where several processes share them, and the others build the model from that.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -27,9 +29,12 @@ from lib.model.weights import WRITING, BlockFiles, Place, set_tensor
 from lib.model.work_folder import CONVERTED, WorkFolder
 from lib.util.errors import UserError
 from lib.util.files import room
+from lib.util.locks import exclusive_lock
 
 REST = "rest.safetensors"  # the weights outside the blocks
 MEMORY = Path("/dev/shm")  # Linux: files that are in memory
+PREFIX = "blocks-"  # of folders for a run that names none
+NEW_SECONDS = 60  # in which such a folder may not be locked yet
 
 
 @dataclass(frozen=True)
@@ -205,11 +210,22 @@ def temporary_folder(parent: Path, dist: DistContext, shared: bool) -> Iterator[
     with ExitStack() as at_end:
         made = None
         if not shared or dist.is_local_main:
-            prefix = "blocks-"
-            made = at_end.enter_context(tempfile.TemporaryDirectory(prefix=prefix, dir=parent))
+            _remove_left(parent)
+            made = at_end.enter_context(tempfile.TemporaryDirectory(prefix=PREFIX, dir=parent))
         owner = dist.rank - dist.local_rank if shared else dist.rank
         path = dist.all_gather_object(made)[owner]
         yield at_end.enter_context(_scratch("--offload", path, dist, shared))
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove folders of killed runs: they are not new, and nobody holds their locks."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError, UserError):
+            if time.time() - folder.stat().st_mtime > NEW_SECONDS:
+                for lock in folder.glob(".*.lock"):
+                    with exclusive_lock(lock, "in use"):
+                        pass
+                shutil.rmtree(folder)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
@@ -106,6 +107,20 @@ def test_a_folder_that_is_not_a_runs_own_is_refused(tmp_path: Path) -> None:
     (line,) = prune("tied", tmp_path, "--offload", tmp_path / "away").complaints
     assert "--offload" in line and "but no job.json; name another folder" in line
     assert {path.name: path.read_bytes() for path in own.iterdir()} == files
+
+
+def test_what_killed_runs_left_in_memory_is_removed(tmp_path: Path) -> None:
+    """But neither a folder that is in use, nor one that is not a run's."""
+    alone = DistContext(CPU, alone=True)
+    (tmp_path / "blocks-killed" / "process-0").mkdir(parents=True)
+    (tmp_path / "letters").mkdir()
+    with temporary_folder(tmp_path, alone, shared=False) as first:
+        for folder in tmp_path.iterdir():
+            os.utime(folder, (0, 0))
+        with temporary_folder(tmp_path, alone, shared=False):
+            assert first.folder.is_dir() and (tmp_path / "letters").is_dir()
+            assert not (tmp_path / "blocks-killed").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["letters"]
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
