@@ -3,7 +3,7 @@
     python main.py --model MODEL --prune_method wanda --calibration_data DIR --save_model OUT
 
 `run` is the whole of it, step by step. Everything that can fail cheaply fails in `check`, before a
-weight is read, and what is heavy to import is imported after the flags are known to be good.
+weight is read, and heavy imports come after the flags have been checked.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
 
 
 def run(job: Job) -> Results:
-    """Do what was checked; return what is written to results.json, on the main process.
+    """Run the job and return the results.json record on the main process, {} on the others.
 
-    Raises UserError where a step after pruning has failed; the others have been done.
+    Raises UserError at the end if a step after pruning failed; the other steps are still run.
     """
     from lib.run.completions import Completions
     from lib.run.quality import Quality
@@ -84,7 +84,7 @@ def finish(
     figures: Measured,
     target: Target | None,
 ) -> Results:
-    """Measure, save, record: no step that fails keeps the next from being done."""
+    """Evaluate, save and record; a step that fails does not stop the steps after it."""
     from lib.run.card import model_card, shows_prompts
     from lib.run.record import print_summary
 
@@ -135,7 +135,7 @@ def finish(
 
 
 def trim(job: Job, loaded: LoadedModel) -> None:
-    """Drop the rows of tokens that don't stay, and see that the others have the same logits."""
+    """Remove the rows of dropped tokens, and check that the others keep their logits."""
     from lib.eval import some_logits
     from lib.model.pretrained import footprint
     from lib.util.host import gib
@@ -147,17 +147,18 @@ def trim(job: Job, loaded: LoadedModel) -> None:
         size = footprint(model)
         before = some_logits(model, vocabulary.original_ids(window))
         vocabulary.keep_rows_(model)
-        differ = check_same_logits(vocabulary.select_logits(before), some_logits(model, window))
+        difference = check_same_logits(vocabulary.select_logits(before), some_logits(model, window))
     saved = size - footprint(model)
-    vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": differ}
+    vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
     if job.dist.is_main:
         print(
-            f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {differ:.1g}"
+            f"trimmed: {gib(size)} before, {gib(size - saved)} now; "
+            f"logits differ by {difference:.1g}"
         )
 
 
 def dense_reference(job: Job, loaded: LoadedModel, dense: BlockRunner) -> DenseReference:
-    """The dense model's hidden states on test windows, which evaluation compares with."""
+    """Return the dense model's hidden states on the test windows, which evaluation uses."""
     from lib.quality.reference import DenseReference, dense_states, own_windows, tail_of
     from lib.util.progress import progress
 
@@ -173,7 +174,7 @@ def dense_reference(job: Job, loaded: LoadedModel, dense: BlockRunner) -> DenseR
 
 
 def prune(job: Job, loaded: LoadedModel) -> Measured:
-    """Prune every linear of the decoder blocks, and see that the sparsity was reached."""
+    """Prune every linear of the decoder blocks, and check that the sparsity was reached."""
     from lib.model.pretrained import saved_dtype
     from lib.prune import Pruner
     from lib.pruning.check import measure
@@ -233,12 +234,14 @@ def prune_neurons(job: Job, loaded: LoadedModel) -> Measured:
         return {}
     print(*pruned.summary(), sep="\n")
     sizes = size, parameter_bytes(loaded.model, dtype)
-    record = neurons_record(pruned, job.mlps.field, job.args.neurons_multiple, sizes)
+    record = neurons_record(
+        pruned, field=job.mlps.field, multiple=job.args.neurons_multiple, sizes=sizes
+    )
     return {"notes": pruned.warnings, "neurons": record, "sparsity": measure(runner).shares()}
 
 
 def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
-    """How sparse every linear becomes, and its record for results.json, None where uniform."""
+    """Return the sparsity of every linear, and its record for results.json (None if uniform)."""
     from lib.pruning.allocation import keep_allocation, kept_allocation, of_blocks, uniform
     from lib.pruning.by_error import by_error
     from lib.pruning.owl import owl
@@ -250,10 +253,10 @@ def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
     if args.resume and (kept := kept_allocation(job.finished, job.dist)):
         return kept
     by_outliers = args.allocation == "owl"
-    passes, what = (1, "outliers") if by_outliers else (2, "errors")
+    passes, label = (1, "outliers") if by_outliers else (2, "errors")
     with (
         job.timed("allocate"),
-        progress(passes * len(blocks), what, "block", is_main) as bar,
+        progress(passes * len(blocks), label, "block", is_main) as bar,
     ):
         common = dict(
             runner=loaded.runner,
@@ -271,18 +274,18 @@ def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:
         else:
             allocation = by_error(**common, seed=args.seed)
             sparsities = allocation.sparsity.items()
-            allocation_record = {name: round(one.ratio, 6) for name, one in sparsities}
+            allocation_record = {name: round(sparsity.ratio, 6) for name, sparsity in sparsities}
     if is_main:
         shares = [round(sparsity.ratio, 6) for sparsity in allocation.sparsity.values()]
-        of = "blocks" if by_outliers else "linears"
-        print(f"sparsity of the {of}: {min(shares)} to {max(shares)}")
+        parts = "blocks" if by_outliers else "linears"
+        print(f"sparsity of the {parts}: {min(shares)} to {max(shares)}")
     if job.finished:
         keep_allocation(job.finished, allocation, allocation_record)
     return allocation, allocation_record
 
 
 def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
-    """Train what pruning kept, and see that every zero is still there."""
+    """Train the kept weights, and check that every zero is still zero."""
     from lib.eval import perplexities
     from lib.model.pretrained import saved_dtype
     from lib.pruning.check import measure
@@ -296,7 +299,8 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     with job.timed("measure before"), progress(2, "perplexity", "model", dist.is_main) as bar:
         dense, pruned = [], []
         for runner, values in ((teacher, dense), (loaded.runner, pruned)):
-            values += [one.value for one in perplexities(runner, sets, job.batch_size, dist)]
+            measured = perplexities(runner, sets, job.batch_size, dist)
+            values += [perplexity.value for perplexity in measured]
             bar(1)
 
     def perplexity(runner: BlockRunner, windows: Tensor) -> float:
@@ -319,18 +323,18 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     if dist.is_main:
         print(*recoverer.summary(), sep="\n", flush=True)
     with job.timed("recover"), progress(tokens, "recovering", "token", dist.is_main) as bar:
-        done = recoverer.run(bar)
+        recovered = recoverer.run(bar)
     after = measure(loaded.runner, loaded.sparsity, loaded.left_dense)
     assert all(after.zeros[name] >= zeros for name, zeros in before.zeros.items())
     if not dist.is_main:
         return {}
-    print(done.line())
-    record = recovery_record(job, recoverer.schedule, done, dense, pruned)
+    print(recovered.line())
+    record = recovery_record(job, recoverer.schedule, recovered, dense=dense, pruned=pruned)
     return {"sparsity": after.shares(), "recovery": record}
 
 
 def pack(job: Job, loaded: LoadedModel) -> Measured:
-    """Pack every sparse linear, and see on one window that the outputs are the same."""
+    """Pack every sparse linear, and check on one window that the outputs are the same."""
     from lib.eval import some_logits
     from lib.model.pretrained import footprint, saved_dtype
     from lib.run.record import packed_line, packing_record
@@ -341,14 +345,16 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
     window = job.texts.tests[0].windows[:1].to(job.device)
 
     def logits() -> list[Tensor]:
-        """Of the window at once, and of its beginning by the path that decoding takes."""
+        """Return the logits of the whole window, and of its start computed as in decoding."""
         whole = some_logits(model, window)
         with decoding(model):
             return [whole, some_logits(model, window[:, : whole.shape[1]])]
 
     before, size = logits(), footprint(model)
     on_device = partial(loaded.runner.on_device, write_back=True)
-    report = swap_linears_(model, loaded.blocks, job.device, on_device, args.pack_bits)
+    report = swap_linears_(
+        model, loaded.blocks, device=job.device, on_device=on_device, bits=args.pack_bits
+    )
     job.dist.barrier()  # all are packed
     after, reference = logits(), before
     if report.bits < 16:  # rounded to integers it is another model, whose dense outputs count
@@ -357,7 +363,7 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
     for dense, packed in zip(reference, after, strict=True):
         check_same_outputs(dense, packed)
     saved = packed_size(model, saved_dtype(args.dtype, job.config))
-    record = packing_record(saved, len(report.dense), before[-1], after[-1])
+    record = packing_record(saved, len(report.dense), before=before[-1], after=after[-1])
     if job.dist.is_main:
         print(report, packed_line(record), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
@@ -365,7 +371,7 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
 
 
 def pack_embeddings(job: Job, loaded: LoadedModel) -> Measured:
-    """Round embedding and head to integers, and see on one window what that changes."""
+    """Round embedding and head to integers, and measure on one window what that changes."""
     from lib.eval import some_logits
     from lib.model.pretrained import saved_dtype
     from lib.run.record import packed_embeddings_line, packed_embeddings_record
@@ -380,14 +386,14 @@ def pack_embeddings(job: Job, loaded: LoadedModel) -> Measured:
     with unpacking(model):
         check_same_outputs(some_logits(model, window), after)
     dtype = saved_dtype(job.args.dtype, job.config)
-    record = packed_embeddings_record(model, modules, dtype, before, after)
+    record = packed_embeddings_record(model, modules, dtype, before=before, after=after)
     if job.dist.is_main:
         print(packed_embeddings_line(record))
     return {"packed_embeddings": record}
 
 
 def evaluate(job: Job, loaded: LoadedModel) -> Measured:
-    """Perplexity on every test set, and how far the model is from the dense one, in one pass."""
+    """Measure perplexity and the divergence from the dense model on every test set, in one pass."""
     from lib.eval import perplexities
     from lib.run.record import evaluation_record
     from lib.util.progress import progress
@@ -412,7 +418,7 @@ def evaluate(job: Job, loaded: LoadedModel) -> Measured:
 
 
 def collect(job: Job, loaded: LoadedModel, figures: Measured) -> Results:
-    """Return what is written to results.json, with the share of zeros where nothing was pruned."""
+    """Return the results.json record; measure the share of zeros if nothing was pruned."""
     from lib.pruning.check import measure
     from lib.run.record import results_of
 
@@ -422,16 +428,22 @@ def collect(job: Job, loaded: LoadedModel, figures: Measured) -> Results:
 
 
 def do_tasks(job: Job, loaded: LoadedModel) -> dict[str, Any]:
-    """Run tasks of lm-eval, on the main process alone: the others have ended."""
+    """Run tasks of lm-eval, on the main process alone, since the others have ended."""
     from lib.quality.tasks import run_tasks
 
     args = job.args
     with job.timed("tasks"):
-        return run_tasks(loaded.model, job.tokenizer, args.tasks, job.batch_size, args.include_path)
+        return run_tasks(
+            loaded.model,
+            job.tokenizer,
+            args.tasks,
+            batch_size=job.batch_size,
+            include_path=args.include_path,
+        )
 
 
 def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps: Steps) -> int:
-    """Save model, tokenizer and card in one folder, staged and put in place at once; its bytes."""
+    """Save model, tokenizer and card as one folder, replaced as a whole; return its bytes."""
     from lib.data.tokenizer_model import write_tokenizer_model
     from lib.model.pretrained import save_model, saved_dtype
 
@@ -463,7 +475,7 @@ def record(job: Job, results: Results) -> None:
 
 
 def draw(job: Job, results: Results) -> None:
-    """Draw the curve of the recovery, where matplotlib is installed."""
+    """Draw the curve of the recovery, if matplotlib is installed."""
     from lib.report.plots.recovery import recovery_curve
     from lib.report.plots.style import can_draw, save_figure
 
@@ -472,9 +484,9 @@ def draw(job: Job, results: Results) -> None:
 
 
 def read_sources(job: Job) -> list[str]:
-    """Name the texts that the model was calibrated, trained or trimmed on."""
-    read = [source.text for source in job.sources if job.calibrated or job.schedule]
-    return read + [one.text for one in job.vocabulary_sources if one.text not in read]
+    """Return the names of the texts that the model was calibrated, trained or trimmed on."""
+    names = [source.text for source in job.sources if job.calibrated or job.schedule]
+    return names + [source.text for source in job.vocabulary_sources if source.text not in names]
 
 
 if __name__ == "__main__":

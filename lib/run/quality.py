@@ -1,7 +1,7 @@
-"""What of a run compares the pruned model with the dense one, besides perplexity.
+"""Comparisons of the pruned model with the dense one besides perplexity.
 
 quality = Quality(job, loaded)
-quality.measure("dense", runner)          # before pruning changes it
+quality.measure("dense", runner)          # before pruning
 quality.measure("model", loaded.runner)
 quality.records()                         # for results.json
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Quality:
-    """`--abilities`, `--pairs` and `--fidelity` of a run."""
+    """Measures `--abilities`, `--pairs` and `--fidelity` of a run."""
 
     def __init__(self, job: Job, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -27,12 +27,14 @@ class Quality:
         self.fidelity = Fidelity(job, loaded)
 
     def measure(self, name: str, runner: BlockRunner) -> None:
-        """Put questions to the model of `runner` and let it continue texts; `name`: `dense`, or
-        `model` for what this run has made of it."""
+        """Score the model of `runner` on the questions, and let it continue texts.
+
+        `name` is `dense` for the dense model, or `model` for the pruned one.
+        """
         self.abilities.answer(name, runner, self.loaded.state_device)
         self.fidelity.generate(name, runner.model)
 
     def records(self) -> dict[str, Any]:
-        """`abilities` and `fidelity`, as far as they were measured."""
-        found = {"abilities": self.abilities.records(), "fidelity": self.fidelity.records()}
-        return {name: records for name, records in found.items() if records}
+        """Return the records `abilities` and `fidelity`, as far as they were measured."""
+        measured = {"abilities": self.abilities.records(), "fidelity": self.fidelity.records()}
+        return {name: records for name, records in measured.items() if records}

@@ -1,4 +1,4 @@
-"""What a run leaves in `--save`: log_METHOD.txt in wanda's form, results.json, and a summary."""
+"""The records of a run: results.json, log_METHOD.txt in wanda's format, and the summary."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def device_name(device: Any) -> str:
-    """Such as `cuda:0 (NVIDIA H100)` or `cpu (2 threads)`."""
+    """Describe a device, such as `cuda:0 (NVIDIA H100)` or `cpu (2 threads)`."""
     import torch
 
     if device.type == "cuda":
@@ -46,7 +46,7 @@ def device_name(device: Any) -> str:
 
 
 def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
-    """The results.json record of a run from what its steps `measured`; empty parts are left out."""
+    """Return the results.json record of a run; empty parts of `measured` are left out."""
     from lib.model.pretrained import footprint
     from lib.vocabulary import vocabulary_record
 
@@ -80,7 +80,7 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
 
 
 def evaluation_record(test: TestSet, measured: Perplexity) -> EvaluationRecord:
-    """The record of a test set, compared with the dense model where that was there."""
+    """Return the record of a test set, with the divergence from the dense model if there is one."""
     record = test.facts | {
         "perplexity": measured.value,
         "standard_error": measured.standard_error,
@@ -100,7 +100,10 @@ def evaluation_record(test: TestSet, measured: Perplexity) -> EvaluationRecord:
 def neurons_record(
     pruned: NeuronsPruned, field: str, multiple: int, sizes: tuple[int, int]
 ) -> NeuronsRecord:
-    """The record of removed neurons; `sizes`: bytes of the model as saved, before and after."""
+    """Return the record of removed neurons.
+
+    `sizes` are the bytes of the model as saved, before and after.
+    """
     every = set(range(pruned.width))
     return {
         "before": pruned.width,
@@ -118,7 +121,10 @@ def neurons_record(
 def packing_record(
     size: PackedSize, left_dense: int, before: Tensor, after: Tensor
 ) -> PackingRecord:
-    """The record of packing: sizes as saved, and how far logits `before` and `after` it differ."""
+    """Return the record of packing: sizes as saved, and how far the logits differ.
+
+    `before` and `after` are logits of the same tokens, before and after packing.
+    """
     from lib.sparse import relative_difference
 
     return {
@@ -134,25 +140,25 @@ def packing_record(
 def packed_embeddings_record(
     model: Any, modules: list[str], dtype: Any, before: Tensor, after: Tensor
 ) -> PackedEmbeddingsRecord:
-    """The sizes of a model's packed `modules` as saved, where a dense one is saved in `dtype`.
+    """Return the record of a model's packed `modules`, compared with dense ones in `dtype`.
 
-    `before` and `after` packing: logits of the same tokens.
+    `before` and `after` are logits of the same tokens, before and after packing.
     """
     from lib.sparse import relative_difference
 
     packed = [model.get_submodule(name) for name in modules]
-    own = [module for module in packed if not module.tied]
+    untied = [module for module in packed if not module.tied]
     return {
         "bits": 8,
         "modules": modules,
-        "bytes": sum(module.weight.nbytes + module.scale.nbytes for module in own),
-        "dense_bytes": sum(module.weight.numel() * dtype.itemsize for module in own),
+        "bytes": sum(module.weight.nbytes + module.scale.nbytes for module in untied),
+        "dense_bytes": sum(module.weight.numel() * dtype.itemsize for module in untied),
         "difference": relative_difference(before, after),
     }
 
 
 def packed_embeddings_line(record: PackedEmbeddingsRecord) -> str:
-    """The size of the packed embedding and head, for the terminal."""
+    """Return the terminal's line on the size of the packed embedding and head."""
     share = record["bytes"] / record["dense_bytes"]
     return (
         f"packed {' and '.join(record['modules'])} as saved: {gib(record['bytes'])}, {share:.3f} "
@@ -162,7 +168,7 @@ def packed_embeddings_line(record: PackedEmbeddingsRecord) -> str:
 
 
 def packed_line(packed: PackingRecord) -> str:
-    """The size of the packed linears, for the terminal."""
+    """Return the terminal's line on the size of the packed linears."""
     share = packed["bytes"] / packed["dense_bytes"]
     line = f"packed linears as saved: {gib(packed['bytes'])}, {share:.3f} of their dense size"
     if packed["bits"] < 16:
@@ -171,27 +177,32 @@ def packed_line(packed: PackingRecord) -> str:
 
 
 def recovery_record(
-    job: Job, schedule: TrainSchedule, done: Recovered, dense: list[float], pruned: list[float]
+    job: Job,
+    schedule: TrainSchedule,
+    recovered: Recovered,
+    *,
+    dense: list[float],
+    pruned: list[float],
 ) -> RecoveryRecord:
-    """The record of a recovery.
+    """Return the record of a recovery.
 
-    `dense`, `pruned`: perplexities of the teacher, and of the model before the recovery, on the
-    training text held out and on every test set.
+    `dense` and `pruned` are perplexities of the teacher and of the model before the recovery: first
+    on the held-out training text, then on every test set.
     """
     names = [test.name for test in job.texts.tests]
     return {
-        "tokens": done.tokens,
-        "seconds": done.seconds,
+        "tokens": recovered.tokens,
+        "seconds": recovered.seconds,
         "steps": schedule.steps,
         "windows": schedule.windows,
         "rate": schedule.rate,
         "rank": schedule.rank,
         "cross_entropy": schedule.share,
-        "weights": done.trained,
+        "weights": recovered.trained,
         "teacher": job.args.teacher or job.args.model,
         "text": job.texts.training.facts,
-        "curve": done.curve,
-        "kept": done.curve[done.best],
+        "curve": recovered.curve,
+        "kept": recovered.curve[recovered.best],
         "held_out": {"dense": dense[0], "before": pruned[0]},
         "dense": dict(zip(names, dense[1:], strict=True)),
         "before": dict(zip(names, pruned[1:], strict=True)),
@@ -199,14 +210,14 @@ def recovery_record(
 
 
 def changed_options(results: Results) -> dict[str, Any]:
-    """The options of the method that are not its defaults."""
+    """Return the options of the method that differ from its defaults."""
     method = results["method"]
     defaults = MethodSpec(method).settings if method in METHODS else {}
     return {name: v for name, v in results["options"].items() if v != defaults.get(name)}
 
 
 def method_in_words(results: Results) -> str:
-    """Such as `wanda`, `wanda (variant)` or `admm (blend 0.5)`."""
+    """Describe the method, such as `wanda`, `wanda (variant)` or `admm (blend 0.5)`."""
     options = changed_options(results).items()
     words = [name if value is True else f"{name} {value}" for name, value in options]
     return results["method"] + (f" ({', '.join(words)})" if words else "")
@@ -234,12 +245,12 @@ def write_log(folder: Path, results: Results) -> Path:
 
 
 def print_summary(results: Results) -> None:
-    """Print what a user wants to know at the end; the last line ends with a perplexity."""
+    """Print the summary of a run; its last line ends with a perplexity."""
     print(*summary_lines(results), sep="\n")
 
 
-def _what_is_gone(results: Results) -> str:
-    """How much of the blocks was pruned, in words."""
+def _share_pruned(results: Results) -> str:
+    """Say how much of the blocks was pruned."""
     if neurons := results.get("neurons"):
         return (
             f"{neurons['after']} of {neurons['before']} neurons are left in each MLP, "
@@ -249,8 +260,8 @@ def _what_is_gone(results: Results) -> str:
 
 
 def summary_lines(results: Results) -> list[str]:
-    """The summary of a run for the terminal, a line for each fact."""
-    lines = [f"{method_in_words(results)}: {_what_is_gone(results)}", _cost_line(results)]
+    """Return the terminal summary of a run, one fact per line."""
+    lines = [f"{method_in_words(results)}: {_share_pruned(results)}", _cost_line(results)]
     for test in results["evaluation"]:
         lines += [_test_line(test), *([_divergence_line(test)] if "kl" in test else [])]
     lines += map(ability_line, results.get("abilities", []))
@@ -280,7 +291,7 @@ def _cost_line(results: Results) -> str:
 
 
 def _test_line(test: EvaluationRecord) -> str:
-    """The size of a test set, bits per byte, and the error of its perplexity."""
+    """Return the line on a test set: its size, bits per byte, and the error of its perplexity."""
     parts = [
         f"{test['windows']} windows, {test['tokens']} tokens",
         f"{test['bits_per_byte']:.4f} bits per byte",
@@ -291,7 +302,7 @@ def _test_line(test: EvaluationRecord) -> str:
 
 
 def _divergence_line(test: EvaluationRecord) -> str:
-    """How far the model is from the dense one on a test set."""
+    """Return the line on the divergence from the dense model on a test set."""
     return (
         f"{one_line(test['name'])}: KL {with_error(test, 'kl')} nats a token from the dense model, "
         f"the same most likely token at {with_error(test, 'top1_agreement', percent=True)} of the "
@@ -300,8 +311,8 @@ def _divergence_line(test: EvaluationRecord) -> str:
 
 
 def with_error(test: EvaluationRecord, key: str, percent: bool = False) -> str:
-    """A figure of a test set with its standard error where there is one: `0.123 ± 0.004`."""
+    """Format a figure of a test set, with its standard error if it has one: `0.123 ± 0.004`."""
     value, error = test[key], test.get(f"{key}_standard_error")
     form = ".2%" if percent else ".4f"
-    known = error is not None and math.isfinite(error)
-    return f"{value:{form}}" + (f" ± {error:{form}}" if known else "")
+    has_error = error is not None and math.isfinite(error)
+    return f"{value:{form}}" + (f" ± {error:{form}}" if has_error else "")

@@ -1,4 +1,4 @@
-"""The texts of a run: which are named, which can be read, and the windows drawn from them."""
+"""The texts of a run: which sources the flags name, and the windows drawn from them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def method_of(args: argparse.Namespace) -> MethodSpec | None:
-    """The pruning method that the flags name, with its options; None where nothing is pruned."""
+    """Return the pruning method that the flags name, with its options; None without one."""
     return MethodSpec(args.prune_method, method_options(args)) if args.prune_method else None
 
 
 def reads_train(args: argparse.Namespace) -> bool:
-    """Whether the train text of the calibration sources is looked at."""
+    """Return whether the run reads the train text of the calibration sources."""
     method_spec = method_of(args)
     observes = method_spec and (method_spec.cls.observes or args.allocation != "uniform")
     return bool(args.recover or observes)
@@ -31,32 +31,33 @@ def reads_train(args: argparse.Namespace) -> bool:
 def named_sources(
     args: argparse.Namespace,
 ) -> tuple[list[Source], list[Source], list[Source]]:
-    """To calibrate on, whose tokens stay where the vocabulary is trimmed, and to measure on."""
+    """Return the sources for calibration, for the trimmed vocabulary, and for evaluation."""
     from lib.data.sources import parse_sources
 
     names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
     sources = parse_sources(names, "--calibration_data", mixture=True)
     more = parse_sources(args.vocabulary_data or [], "--vocabulary_data")
-    read = args.calibration_data or args.prune_on_c4 or not more or reads_train(args)
-    known = [source.text for source in sources] if read else []
-    vocabulary_sources = (sources if read else []) + [one for one in more if one.text not in known]
-    if not args.trim_vocabulary:
-        vocabulary_sources = []
+    uses_sources = args.calibration_data or args.prune_on_c4 or not more or reads_train(args)
+    vocabulary_sources: list[Source] = []
+    if args.trim_vocabulary:
+        vocabulary_sources = list(sources) if uses_sources else []
+        names = {source.text for source in vocabulary_sources}
+        vocabulary_sources += [source for source in more if source.text not in names]
     tests = args.eval_data or default_tests([*sources, *vocabulary_sources])
     return sources, vocabulary_sources, parse_sources(tests, "--eval_data")
 
 
 def default_tests(sources: Sequence[Source]) -> list[str]:
-    """What is measured on without `--eval_data`: the test texts of the sources themselves.
+    """Return the test texts that are used without `--eval_data`: those of the sources.
 
-    UberText and C4 are measured on UberText, as published. Raises UserError where other sources
+    UberText and C4 are measured on UberText, as published. Raises UserError if other sources
     have no test text: a model for one language is not measured on another's by default.
     """
     from lib.data.sources import has_test
 
-    own = list(dict.fromkeys(source.text for source in sources if has_test(source)))
-    if own:
-        return own
+    names = list(dict.fromkeys(source.text for source in sources if has_test(source)))
+    if names:
+        return names
     for source in sources:
         if source.text not in ("ubertext", "c4"):
             raise source.error("has no test text of its own; name some by --eval_data")
@@ -64,18 +65,18 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
 
 
 def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
-    """A line for each test set whose text is among what `sources` calibrate on."""
-    seen = {place for source in sources for place in _places(source, "train")}
+    """Return a warning for each test set whose text is also calibrated on."""
+    read = {location for source in sources for location in _locations(source, "train")}
     return [
         f"--eval_data {test.text}: the model is calibrated on this text too, so it is measured "
         "better than on text that it has not seen"
         for test in tests
-        if seen.intersection(_places(test, "test"))
+        if read.intersection(_locations(test, "test"))
     ]
 
 
-def _places(source: Source, split: str) -> set[object]:
-    """Files, or the split of a hub set, of which a source's texts are read."""
+def _locations(source: Source, split: str) -> set[object]:
+    """Return the files, or the split of a hub set, that a source's texts are read from."""
     from lib.data.sources import folder_files
 
     if source.path is None:
@@ -92,7 +93,7 @@ def check_readable(sources: list[tuple[Source, str]]) -> None:
 
 
 def read_texts(job: Job, bos: int | None) -> Texts:
-    """Return the windows to calibrate, measure and recover on, begun with `bos` if given."""
+    """Return the windows for calibration, evaluation and recovery, each after `bos` if given."""
     args, schedule = job.args, job.schedule
     trimmed = job.vocabulary.digest if job.vocabulary else None
     request = TextRequest(
@@ -114,7 +115,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
 
 
 def resolve_bos(job: Job, loaded: LoadedModel) -> None:
-    """Under `--bos auto`, see whether the dense model needs windows that begin with BOS."""
+    """Under `--bos auto`, check whether the dense model needs BOS before every window."""
     from lib.eval import needs_bos
     from lib.model.pretrained import default_bos_id
 
