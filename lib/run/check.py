@@ -1,6 +1,6 @@
-"""What can be known of a run before any weight is read.
+"""The checks of a run before any weight is read.
 
-    job = check(args)  # whatever can fail cheaply fails here
+    job = check(args)  # everything that can fail cheaply fails here
 
 Nothing heavy is imported before it is needed.
 """
@@ -30,19 +30,18 @@ from lib.util.errors import UserError
 
 
 def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
-    """Outputs, texts, device, config, tokenizer, vocabulary, windows: by what they cost.
+    """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
-    UserError, in one line, for what can't be done.
+    Raises UserError, in one line, for what can't be done.
     """
     method_spec = method_of(args)
     _check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
-    read = [(one, "train") for one in sources if reads_train(args)]
-    read += [
-        (one, "train") for one in vocabulary_sources if one not in sources or not reads_train(args)
-    ]
-    read += [(one, "test") for one in tests]
-    check_readable([one for one in read if not one[0].hub])
+    train_sources = list(sources) if reads_train(args) else []
+    train_sources += [source for source in vocabulary_sources if source not in train_sources]
+    splits = [(source, "train") for source in train_sources]
+    splits += [(source, "test") for source in tests]
+    check_readable([(source, split) for source, split in splits if not source.hub])
     from lib.distributed.context import DistContext, local_device
     from lib.model import pretrained
     from lib.model.access import Checkpoint
@@ -61,7 +60,13 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     )
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    check_format(checkpoint, config, args.load_bit, bool(method_spec or args.recover), args.offload)
+    check_format(
+        checkpoint,
+        config,
+        load_bit=args.load_bit,
+        pruning=bool(method_spec or args.recover),
+        offload=args.offload,
+    )
     tokenizer = pretrained.load_tokenizer(checkpoint)
     seqlen = pretrained.window_length(config, args.seqlen)
     width = config.get_text_config(decoder=True).hidden_size
@@ -76,7 +81,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
         check_widths(blocks, blocks_name, sparsity)
     if args.bos == "always":
         pretrained.required_bos_id(tokenizer)
-    check_readable([one for one in read if one[0].hub])
+    check_readable([(source, split) for source, split in splits if source.hub])
     if dist.is_main and reads_train(args):
         for line in same_texts(sources, tests):
             print(line, flush=True)
@@ -109,7 +114,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     bos = pretrained.required_bos_id(job.tokenizer) if args.bos == "always" else None
     job.texts = read_texts(job, bos)
     _check_tokens(job)
-    _compare(job)
+    _compare_fingerprints(job)
     return job
 
 
@@ -132,15 +137,15 @@ def _check_outputs(args: argparse.Namespace) -> None:
 
 
 def _check_results(folder: str) -> None:
-    """UserError where the results of a run would replace a file that no run wrote."""
+    """Raise UserError if the results would replace a file that no run wrote."""
     file = Path(folder) / RESULTS
     if not file.is_file():
         return
     try:
-        own = "flags" in json.loads(file.read_text("utf-8"))
+        is_record = "flags" in json.loads(file.read_text("utf-8"))
     except (ValueError, TypeError):
-        own = False
-    if not own:
+        is_record = False
+    if not is_record:
         raise UserError(
             f"--save {folder}: holds a {RESULTS} that no run wrote, which would be lost; name "
             "another folder"
@@ -148,10 +153,10 @@ def _check_results(folder: str) -> None:
 
 
 def _set_vocabulary(job: Job) -> None:
-    """Choose the tokens that stay, and go on with the smaller tokenizer, proven on every test text.
+    """Choose the tokens to keep, and use the smaller tokenizer, checked on every test text.
 
-    UserError where the model or its tokenizer can't be trimmed, or where a text would not read the
-    same.
+    Raises UserError if the model or its tokenizer can't be trimmed, or if a text would decode
+    differently.
     """
     from lib.model.rows import config_token_ids, trimmable_rows
     from lib.vocabulary import TrimmedVocabulary, trim_vocabulary
@@ -184,36 +189,36 @@ def _set_vocabulary(job: Job) -> None:
 
 
 def _set_schedule(job: Job) -> None:
-    """How the recovery goes. UserError where it can't be."""
+    """Set the schedule of the recovery. Raises UserError if the model can't be recovered."""
     from lib.model.quantised import stored_bits
     from lib.recover import CROSS_ENTROPY, TrainSchedule
 
     args, given = job.args, f"--recover {job.args.recover}"
     if args.recover < job.seqlen:
         raise UserError(
-            f"{given}: less than one step, a window of {job.seqlen} tokens; give at least so many, "
-            "or a smaller --seqlen"
+            f"{given}: less than one step, a window of {job.seqlen} tokens; give at least "
+            f"{job.seqlen}, or a smaller --seqlen"
         )
     if stored_bits(job.config):
         raise UserError(f"{given}: {args.model} is quantised, and its weights can't be trained")
     job.schedule = TrainSchedule(
-        args.recover,
-        job.seqlen,
-        args.recover_rate,
-        args.recover_rank,
-        CROSS_ENTROPY if args.recover_ce is None else args.recover_ce,
-        args.seed,
+        tokens=args.recover,
+        seqlen=job.seqlen,
+        rate=args.recover_rate,
+        rank=args.recover_rank,
+        share=CROSS_ENTROPY if args.recover_ce is None else args.recover_ce,
+        seed=args.seed,
     )
 
 
 def _check_tokens(job: Job) -> None:
-    """UserError where the tokenizer knows tokens for which the model's embedding has no row."""
+    """Raise UserError if the texts have tokens for which the model's embedding has no row."""
     rows = job.skeleton.get_input_embeddings().num_embeddings
     texts = job.texts
-    windows = [texts.windows, *(test.windows for test in texts.tests)]
+    sets = [texts.windows, *(test.windows for test in texts.tests)]
     if texts.training:
-        windows += [texts.training.windows, texts.training.held_out]
-    highest = max(int(some.max()) for some in windows if some is not None and len(some))
+        sets += [texts.training.windows, texts.training.held_out]
+    highest = max(int(ids.max()) for ids in sets if ids is not None and len(ids))
     if highest >= rows:
         token = job.tokenizer.convert_ids_to_tokens(highest)
         raise UserError(
@@ -223,8 +228,8 @@ def _check_tokens(job: Job) -> None:
         )
 
 
-def _compare(job: Job) -> None:
-    """UserError where an interrupted run, or another process, does something else."""
+def _compare_fingerprints(job: Job) -> None:
+    """Raise UserError if an interrupted run, or another process, has another fingerprint."""
     from lib.model.work_folder import WorkFolder
     from lib.run.fingerprint import CODE, differences, fingerprint
 
@@ -241,14 +246,14 @@ def _compare(job: Job) -> None:
     except BaseException:
         folder.close()
         raise
-    if CODE in changed:  # the blocks that are there are known by what they were begun as
+    if CODE in changed:  # finished blocks are read only under the fingerprint they were begun with
         job.fingerprint["pruning"] = folder.begun
     folder.begin(job.fingerprint["pruning"])
     job.finished = folder
 
 
 def _check_resumable(job: Job, changed: dict[str, tuple[Any, Any]]) -> None:
-    """UserError where what was begun in `--resume` would not be continued as it was begun."""
+    """Raise UserError if the run in `--resume` was begun in a way that it can't be continued."""
     from lib.run.fingerprint import CODE
 
     folder = job.args.resume

@@ -1,4 +1,4 @@
-"""A run as a plain object: what is known of it before any weight is read, then the model."""
+"""A run as plain objects: the job, complete before any weight is read, and its loaded model."""
 
 from __future__ import annotations
 
@@ -32,53 +32,53 @@ if TYPE_CHECKING:
 
 
 class NoCache:
-    """Reads whatever a run needs. A sweep hands in one that keeps it for the next run."""
+    """Reads everything anew; a sweep passes a subclass that keeps it for the next run."""
 
     def texts(self, request: TextRequest, tokenizer: Any) -> Texts:
         """Return the windows that `request` describes."""
         return request.read(tokenizer)
 
     def vocabulary(self, key: tuple, make: Callable[[], TrimmedVocabulary]) -> TrimmedVocabulary:
-        """The trimmed vocabulary, which depends on `key` alone."""
+        """Return the trimmed vocabulary, which depends on `key` alone."""
         return make()
 
     def model(self, key: tuple, device: torch.device, read: Callable[[], nn.Module]) -> nn.Module:
-        """The dense model, which depends on `key` alone, on `device`; it may be changed."""
+        """Return the dense model on `device`, to be changed freely; it depends on `key` alone."""
         return read()
 
     def question_seed(self, seed: int) -> int:
-        """The seed that draws the questions of a run with `seed`."""
+        """Return the seed that draws the questions of a run with `seed`."""
         return seed
 
     def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
-        """What was computed by the dense model, and depends on `key` alone."""
+        """Return what the dense model computes, which depends on `key` alone."""
         return compute()
 
 
 @dataclass
 class Texts:
-    """All windows of a run; `bos`: the token that was put before each, if any."""
+    """All windows of a run; `bos` is the id that begins each of them, None for none."""
 
     bos: int | None
     windows: Tensor | None  # (windows, tokens) to calibrate on; None where no text is observed
-    calibration: dict[str, Any] | None  # where they were found
+    calibration: dict[str, Any] | None  # the record of their source
     tests: list[TestSet]
-    training: TrainingText | None = None  # what is recovered on
+    training: TrainingText | None = None  # for the recovery
 
 
 @dataclass(frozen=True)
 class TextRequest:
-    """All that the windows of a run depend on: equal requests read equal windows."""
+    """Everything that the windows of a run depend on: equal requests read equal windows."""
 
     tokenizer: tuple  # flags of the model, and the digest of its vocabulary if it was trimmed
     tests: tuple[Source, ...]
     seqlen: int
     bos: int | None
     n_prompts: int
-    sources: tuple[Source, ...] = ()  # to calibrate and recover on; none if no text is observed
+    sources: tuple[Source, ...] = ()  # for calibration and recovery; none if neither reads text
     seed: int | None = None
     nsamples: int | None = None  # calibration windows; None if there are none
-    n_training: int | None = None  # windows to recover on; None if there are none
+    n_training: int | None = None  # windows of the recovery; None if there are none
 
     def read(self, tokenizer: Any) -> Texts:
         """Read the windows; `tokenizer` is the one that the request describes."""
@@ -88,10 +88,16 @@ class TextRequest:
         texts = Texts(self.bos, windows=None, calibration=None, tests=[])
         if self.nsamples:
             texts.windows, texts.calibration = calibration_windows(
-                self.sources, tokenizer, self.nsamples, self.seqlen, self.seed, self.bos
+                self.sources,
+                tokenizer,
+                nsamples=self.nsamples,
+                seqlen=self.seqlen,
+                seed=self.seed,
+                bos=self.bos,
             )
         texts.tests = [
-            test_set(test, tokenizer, self.seqlen, self.bos, self.n_prompts) for test in self.tests
+            test_set(test, tokenizer, seqlen=self.seqlen, bos=self.bos, n_prompts=self.n_prompts)
+            for test in self.tests
         ]
         if self.n_training:
             texts.training = training_windows(
@@ -108,18 +114,18 @@ class TextRequest:
 
 @dataclass
 class Job:
-    """What is known of a run before any weight is read."""
+    """Everything that is decided about a run before any weight is read."""
 
     args: argparse.Namespace
     cache: NoCache
-    sources: list[Source]  # to calibrate on
-    vocabulary_sources: list[Source]  # whose tokens stay; none where the vocabulary stays whole
+    sources: list[Source]  # of the calibration
+    vocabulary_sources: list[Source]  # whose tokens are kept; none if nothing is trimmed
     tests: list[Source]
     device: torch.device
     dist: DistContext
     checkpoint: Checkpoint
     config: Any
-    tokenizer: Any  # of what is worked on: the trimmed one, once there is one
+    tokenizer: Any  # the trimmed one, if the vocabulary is trimmed
     seqlen: int
     batch_size: int
     skeleton: nn.Module  # the model without weights
@@ -132,7 +138,7 @@ class Job:
     schedule: TrainSchedule | None = None  # of the recovery
     teacher: Checkpoint | None = None
     teacher_config: Any = None
-    teacher_rows: Tensor | None = None  # of the teacher, where it has more tokens than the model
+    teacher_rows: Tensor | None = None  # rows of the teacher's vocabulary that a smaller model has
     smaller: bool = False  # the model has fewer neurons than the teacher
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -141,50 +147,51 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at text, or the allocation does."""
+        """Whether the method or the allocation observes calibration text."""
         spec = self.method_spec
         return bool(spec and (spec.cls.observes or self.args.allocation != "uniform"))
 
     @property
     def model_key(self) -> tuple:
-        """What the weights of the dense model depend on."""
+        """The cache key of the dense model's weights."""
         weights = self.fingerprint["pruning"]["weights of --model"]
         return values(self.args, ["model"], (RESULT, INPUT, PLACE)), weights
 
     @property
     def has_dense(self) -> bool:
-        """Whether there is a dense model to compare with: the model itself, or its teacher."""
+        """Whether the run compares with a dense model: the model itself, or its teacher."""
         return bool(self.method_spec or self.schedule or self.args.teacher)
 
     @property
     def question_seed(self) -> int:
-        """Draws the questions of --abilities and the beginnings of --fidelity."""
+        """The seed of the questions of --abilities and the beginnings of --fidelity."""
         return self.cache.question_seed(self.args.seed)
 
     @property
     def dense_key(self) -> tuple:
-        """What the outputs of the dense model depend on, besides their inputs."""
+        """The cache key of the dense model's outputs, without that of their inputs."""
         return self.args.teacher, self.model_key, self.vocabulary and self.vocabulary.digest
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
+        """Inside, wall time counts as that of `step`."""
         start = time.perf_counter()
         yield
-        spent = self.seconds.get(step, 0) + time.perf_counter() - start
-        self.seconds[step] = round(spent, 3)
+        total = self.seconds.get(step, 0) + time.perf_counter() - start
+        self.seconds[step] = round(total, 3)
 
 
 @dataclass
 class LoadedModel:
-    """The model that is worked on."""
+    """The model that the run prunes and measures."""
 
     model: nn.Module
     blocks: nn.ModuleList
     runner: BlockRunner
-    state_device: torch.device  # where hidden states stand between two blocks
+    state_device: torch.device  # holds hidden states between two blocks
     footprint: int  # bytes of the dense model
     checkpointed: bool = False  # activations are computed again in training
-    cache_inputs: bool = True  # of a block, which saves passes through it
-    sparsity: dict[str, Sparsity] | None = None  # of the linears, where it must be reached
+    cache_inputs: bool = True  # of the linears of a block; saves passes through it
+    sparsity: dict[str, Sparsity] | None = None  # by linear, if it must be reached
     left_dense: frozenset[str] = frozenset()  # names of linears
-    reference: DenseReference | None = None  # what evaluation compares with
+    reference: DenseReference | None = None  # for the divergence

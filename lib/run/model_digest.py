@@ -1,4 +1,4 @@
-"""Digests of a model's files: the same for a copy on another disk, another for other content."""
+"""Digests of a model's files, which depend on their content and not on where they are."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 PIECE = 4096  # bytes that are read at the beginning, in the middle and at the end of a tensor
-TENSORS = 1000  # of a file of which pieces are read; where it has more, of so many spread ones
-SMALL = (  # what a tokenizer and generation read, besides the config
+TENSORS = 1000  # per file; of a file with more, this many are spread over all
+SETTINGS = (  # what a tokenizer and generation read, besides the config
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -23,27 +23,27 @@ SMALL = (  # what a tokenizer and generation read, besides the config
     "*.model",
     "*.tiktoken",
 )
-WRITTEN_BY = ("_name_or_path", "transformers_version")  # fields that decide nothing
+WRITTEN_BY = ("_name_or_path", "transformers_version")  # fields that change no result
 
 
 def weights_digest(name: str, config: Any) -> str:
-    """Of a model's weights: its commit on the hub, or the headers of its files and pieces of them.
+    """Return the commit of a model on the hub, or a digest of a local model's weight files.
 
-    A local model's tensors are not read whole; three pieces of each are.
+    The digest covers their headers and three pieces of each tensor, not every byte.
     """
     commit = getattr(config, "_commit_hash", None)
     if commit or not Path(name).is_dir():
         return str(commit)
-    whole = hashlib.sha256()
+    hasher = hashlib.sha256()
     for file in sorted(Path(name).glob("*.safetensors")):
-        whole.update(f"{file.name} {file.stat().st_size}\n".encode())
+        hasher.update(f"{file.name} {file.stat().st_size}\n".encode())
         for piece in _pieces(file):
-            whole.update(piece)
-    return whole.hexdigest()[:16]
+            hasher.update(piece)
+    return hasher.hexdigest()[:16]
 
 
 def _pieces(file: Path) -> Iterator[bytes]:
-    """The header of a safetensors file, and pieces of its tensors."""
+    """Yield the header of a safetensors file, then pieces of its tensors."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = opened.read(min(length, file.stat().st_size))
@@ -59,23 +59,25 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 
 def config_digest(config: Any) -> str:
-    """Of a model's config, without where it was found and by what it was written."""
+    """Return the digest of a model's config, without its location and the version that wrote it."""
     fields = config.to_dict()
     return json_digest({key: value for key, value in fields.items() if key not in WRITTEN_BY})
 
 
 def settings_digest(name: str, config: Any) -> str:
-    """Of the files of tokenizer, chat template and generation."""
+    """Return the digest of the files of tokenizer, chat template and generation."""
     commit = getattr(config, "_commit_hash", None)
     folder = Path(name)
     if commit or not folder.is_dir():
         return str(commit)
-    files = sorted({file for pattern in SMALL for file in folder.glob(pattern) if file.is_file()})
+    files = sorted(
+        {file for pattern in SETTINGS for file in folder.glob(pattern) if file.is_file()}
+    )
     return json_digest({os.fspath(file.relative_to(folder)): _content(file) for file in files})
 
 
 def _content(file: Path) -> Any:
-    """A file's fields, where it is a JSON object that names what wrote it; or its digest."""
+    """Return the fields of generation_config.json, or the digest of any other file."""
     if file.name == "generation_config.json":
         fields = json.loads(file.read_text("utf-8"))
         return {key: value for key, value in fields.items() if key not in WRITTEN_BY}
@@ -83,6 +85,6 @@ def _content(file: Path) -> Any:
 
 
 def json_digest(value: Any) -> str:
-    """Of plain values."""
+    """Return the digest of plain values."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Whom a recovery follows: `--teacher`, or the model as it is before it is pruned.
+"""The teacher of a recovery: `--teacher`, or the model as it is before pruning.
 
-Without a recovery, a teacher is what a model pruned before is compared with.
+Without a recovery, the teacher is the dense model that evaluation compares with.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from lib.model.access import Checkpoint
     from lib.model.blocks import BlockRunner
 
-LEAST_ZEROS = 0.01  # share of the blocks' weights, of a model that was pruned before
+LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
 
 
 def set_teacher(job: Job) -> None:
-    """Its config, and which of its tokens are the model's. UserError where it does not match."""
+    """Set the job's teacher. Raises UserError if it does not match the model."""
     from lib.model import pretrained
     from lib.model.quantised import check_format, stored_bits
     from lib.model.rows import keep_rows_, trimmable_rows
@@ -31,7 +31,7 @@ def set_teacher(job: Job) -> None:
     checkpoint = replace(job.checkpoint, name=args.teacher, flag="--teacher", revision=None)
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    check_format(checkpoint, config, None, True)
+    check_format(checkpoint, config, load_bit=None, pruning=True)
     if stored_bits(config):
         raise UserError(f"{checkpoint}: is quantised; name the unquantised model")
     skeleton = copy.deepcopy(pretrained.skeleton(config, checkpoint))
@@ -42,14 +42,14 @@ def set_teacher(job: Job) -> None:
     if rows is not None:
         trimmable_rows(skeleton, checkpoint)
         keep_rows_(skeleton, rows)
-    theirs, ours = _shapes(skeleton), _shapes(student)
-    if theirs != ours and (narrow := _narrowed(config, checkpoint, skeleton, job)):
-        job.smaller, theirs = True, theirs | narrow
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
+    teacher_shapes, shapes = _shapes(skeleton), _shapes(student)
+    if teacher_shapes != shapes and (narrow := _narrowed(config, checkpoint, skeleton, job)):
+        job.smaller, teacher_shapes = True, teacher_shapes | narrow
+    for name in {**shapes, **teacher_shapes}:
+        if shapes.get(name) != teacher_shapes.get(name):
             raise UserError(
-                f"{checkpoint}: its {name} is {theirs.get(name, 'missing')}, that of "
-                f"{job.checkpoint} {ours.get(name, 'missing')}; name the dense model that it "
+                f"{checkpoint}: its {name} is {teacher_shapes.get(name, 'missing')}, that of "
+                f"{job.checkpoint} {shapes.get(name, 'missing')}; name the dense model that it "
                 "was made of"
             )
     job.teacher, job.teacher_config, job.teacher_rows = checkpoint, config, rows
@@ -62,7 +62,7 @@ def _shapes(model: nn.Module) -> dict[str, list[int]]:
 def _narrowed(
     config: Any, checkpoint: Checkpoint, skeleton: nn.Module, job: Job
 ) -> dict[str, list[int]]:
-    """Shapes that the teacher's MLPs have with as many neurons as the model's; {} for none."""
+    """Return the teacher's MLP shapes with the model's number of neurons; {} if none fit."""
     from lib.model.linears import find_linears
     from lib.model.mlp import find_mlps
     from lib.model.pretrained import skeleton as skeleton_of
@@ -76,27 +76,30 @@ def _narrowed(
     mlps.set_width(config, find_linears(down, "")[0][0].shape[1])
     shapes, dense = _shapes(skeleton_of(config, checkpoint)), _shapes(skeleton)
     inside = f"{job.blocks_name}."
-    return {name: one for name, one in shapes.items() if name.startswith(inside) and name in dense}
+    return {
+        name: shape for name, shape in shapes.items() if name.startswith(inside) and name in dense
+    }
 
 
 def _teacher_rows(job: Job, checkpoint: Checkpoint, student: nn.Module) -> Tensor | None:
-    """Which rows of the teacher are the model's, where the model has fewer; None: all of them.
+    """Return the rows of the teacher that a smaller model has, or None if it has all of them.
 
-    `student`: the model without weights, as it will be. UserError where the teacher has other
-    tokens.
+    `student` is the model as it will be, without weights. Raises UserError if the teacher lacks
+    tokens of the model.
     """
     import torch
 
     from lib.model.pretrained import load_tokenizer
 
-    theirs = load_tokenizer(checkpoint).get_vocab()
+    teacher_ids = load_tokenizer(checkpoint).get_vocab()
     whole = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
-    if theirs == whole.get_vocab():
+    if teacher_ids == whole.get_vocab():
         return job.vocabulary.rows if job.vocabulary else None
-    ours = sorted(job.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    tokens = sorted(job.tokenizer.get_vocab().items(), key=lambda item: item[1])
     rows = student.get_input_embeddings().num_embeddings
-    if all(token in theirs for token, _ in ours) and [n for _, n in ours] == list(range(rows)):
-        return torch.tensor([theirs[token] for token, _ in ours])
+    has_every_row = [index for _, index in tokens] == list(range(rows))
+    if has_every_row and all(token in teacher_ids for token, _ in tokens):
+        return torch.tensor([teacher_ids[token] for token, _ in tokens])
     raise UserError(
         f"{checkpoint}: has another vocabulary than {job.checkpoint}; name the dense model that it "
         "was made of"
@@ -104,9 +107,9 @@ def _teacher_rows(job: Job, checkpoint: Checkpoint, student: nn.Module) -> Tenso
 
 
 def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
-    """The teacher: `--teacher`, or the model as it is before it is pruned.
+    """Load the teacher: `--teacher`, or a copy of the model as it is before pruning.
 
-    UserError where the model is to be recovered as it is, but has no zeros.
+    Raises UserError if a model that was pruned before is to be recovered, but has no zeros.
     """
     from lib.model import pretrained
     from lib.model.blocks import BlockRunner
