@@ -31,10 +31,10 @@ LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 
 
 def model_card(results: Results, sources: list[str]) -> str:
-    """The card: how the model was pruned, on what, and what it cost.
+    """Return the card: how the model was pruned, on which texts, and what that cost.
 
-    `sources`: the texts that it was calibrated, recovered or trimmed on; none where no text was
-    read. With the flag `--card_without_prompts` the completions are left out.
+    `sources` are the texts that it was calibrated, recovered or trimmed on. The completions are
+    left out under `--card_without_prompts`.
     """
     recovery, vocabulary = results.get("recovery"), results.get("vocabulary")
     packed = results["flags"].get("replace_sparse_layers")
@@ -68,13 +68,13 @@ def model_card(results: Results, sources: list[str]) -> str:
 
 
 def shows_prompts(results: Results) -> bool:
-    """Whether the card shows beginnings of test documents."""
+    """Return whether the card shows beginnings of test documents."""
     without = results["flags"].get("card_without_prompts")
     return bool(results.get("completions")) and not without
 
 
 def is_sparse(results: Results) -> bool:
-    """Whether linears of the model have zeros, by this run or by the one that it recovers."""
+    """Return whether linears of the model have zeros, from this run or an earlier one."""
     if "neurons" in results:
         return False
     packed = results["flags"].get("replace_sparse_layers")
@@ -95,7 +95,7 @@ def _metadata(results: Results, sources: list[str]) -> ModelCardData:
 
 
 def _how(results: Results) -> str:
-    """What the run did to the model, for the title."""
+    """Say what the run did to the model, for the title."""
     kind, method, flags = results["sparsity_type"], results["method"], results["flags"]
     done = []
     if kind:
@@ -123,7 +123,7 @@ def _sparsity(results: Results) -> list[str]:
 
 
 def _neurons(neurons: NeuronsRecord) -> list[str]:
-    """How many neurons are left, and what that saves."""
+    """Say how many neurons are left, and how much that saves."""
     share = 1 - neurons["bytes_after"] / neurons["bytes_before"]
     return [
         f"Each MLP has {neurons['after']} of its {neurons['before']} neurons "
@@ -133,7 +133,7 @@ def _neurons(neurons: NeuronsRecord) -> list[str]:
 
 
 def _vocabulary(vocabulary: VocabularyRecord) -> list[str]:
-    """How many tokens are left, and how much longer test texts become."""
+    """Say how many tokens are left, and how much longer test texts become."""
     sources = ", ".join(escape(Path(source).name) for source in vocabulary.get("sources", []))
     used = f", those that the texts of {sources} use" if sources else ""
     lines = [
@@ -153,7 +153,7 @@ def _vocabulary(vocabulary: VocabularyRecord) -> list[str]:
 
 
 def _facts(results: Results) -> Iterable[tuple[str, str]]:
-    """How the model was made, as rows of a table."""
+    """Yield how the model was made, as rows of a table."""
     yield "sparsity type", str(results["sparsity_type"])
     yield "seed", str(results["seed"])
     if calibration := results["calibration"]:
@@ -172,7 +172,7 @@ def _facts(results: Results) -> Iterable[tuple[str, str]]:
 
 
 def _evaluation(tests: list[EvaluationRecord], bits_first: bool) -> str:
-    """The table of figures, a row for each test set."""
+    """Return the table of figures, one row for each test set."""
     head = ["test text", *(["bits per byte"] if bits_first else []), "perplexity"]
     further = {"kl": "KL from dense, nats a token", "top1_agreement": "same most likely token"}
     further = {key: title for key, title in further.items() if any(key in test for test in tests)}
@@ -196,7 +196,7 @@ def _completions(results: Results) -> list[str]:
 
 
 def _recovery(results: Results, recovery: RecoveryRecord) -> list[str]:
-    """Perplexities before and after the training of the kept weights, and its curve."""
+    """Return the tables of perplexities before and after the recovery, and of its curve."""
     before_and_after = (
         [
             escape(name),
@@ -215,7 +215,7 @@ def _recovery(results: Results, recovery: RecoveryRecord) -> list[str]:
 
 
 def _packing(results: Results) -> list[str]:
-    """How large the packed linears are."""
+    """Say how large the packed linears are, and how to unpack them."""
     from lib.packed.checkpoint import CARD_HEADING
 
     size = ""
@@ -231,7 +231,7 @@ def _packing(results: Results) -> list[str]:
 
 
 def how_to_run(results: Results) -> list[str]:
-    """What to do with the saved folder, by its kind: packed, or a plain checkpoint."""
+    """Return the code that loads the saved folder, packed or plain."""
     folder = saved_name(results)
     if results["flags"].get("replace_sparse_layers"):
         from lib.packed.checkpoint import card_lines
@@ -250,22 +250,22 @@ def how_to_run(results: Results) -> list[str]:
 
 
 def saved_name(results: Results) -> str:
-    """The name of the folder that the model is saved to."""
+    """Return the name of the folder that the model is saved to."""
     return Path(results["flags"].get("save_model") or "").name
 
 
 def name_of(model: str) -> str:
-    """A hub id as it is, of a local folder its name alone."""
+    """Return a hub id unchanged, and of a local folder the name alone."""
     return model if is_hub_id(model) else Path(model).resolve().name
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether `model` names a repository on the hub and not a folder."""
+    """Return whether `model` names a repository on the hub and not a folder."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
 
 
 def languages_of(sources: list[str]) -> list[str]:
-    """Codes of the languages that built-in sets name: `ubertext`, `c4:de`; a folder names none."""
+    """Return the codes of the languages that built-in sets such as `c4:de` name."""
     codes = []
     for source in sources:
         kind, _, language = source.partition(":")

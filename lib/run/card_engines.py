@@ -1,6 +1,6 @@
-"""What to do with a saved folder: the engines that run it, by commands, in its model card.
+"""The card's section on engines that run a saved folder, with a command for each.
 
-Every row says whether the command was run on folders of this kind, and with which versions.
+Every row says whether the command was run on such folders, and with which versions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PLAIN = re.compile(r"[\w.-]+")  # a name that needs no quotes in a shell, nor in
 
 
 def engines(folder: str, packed: bool) -> list[str]:
-    """The section on engines, for a saved `folder` of this name."""
+    """Return the section on engines for a saved `folder` of this name."""
     name = _shown(folder)
     dense = f"{name}-dense" if packed else name
     rows = [
@@ -44,7 +44,7 @@ def engines(folder: str, packed: bool) -> list[str]:
 
 
 def unpacking(folder: str) -> str:
-    """How a packed folder becomes one that other engines read."""
+    """Say how a packed folder is converted to one that other engines read."""
     name = _shown(folder)
     return (
         f"Other engines read dense weights, which `bash launch.sh unpack {name} {name}-dense` "

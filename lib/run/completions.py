@@ -1,8 +1,8 @@
 """Beginnings of test documents, continued greedily by the dense and by the pruned model.
 
     completions = Completions(job, loaded)
-    completions.generate("dense", loaded.model)     # before pruning changes it
-    completions.generate("model", loaded.model)     # what the run has made of it
+    completions.generate("dense", loaded.model)     # before pruning
+    completions.generate("model", loaded.model)     # after the run
     completions.records()                           # both beside each prompt, for results.json
 
 Decoding is greedy, so that a model always gives the same text. The model and its generation
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from lib.run.job import Job, LoadedModel
 
 NEW_TOKENS = 40  # generated after each prompt
-REPLACEMENT = "\ufffd"  # what a tokenizer decodes half a character to
+REPLACEMENT = "\ufffd"  # tokenizers decode half a character to it
 
 
 class Completions:
     """Continues the prompts of every test set, `--prompts` of each, by one model after another.
 
-    Every process of a job generates all of them, so that none waits for another. Where a model
-    can't generate, one line says why and the run goes on without completions.
+    Every process of a job generates all of them, so that none waits for another. If a model
+    can't generate, one line says why and the run continues without completions.
     """
 
     def __init__(self, job: Job, loaded: LoadedModel) -> None:
@@ -50,7 +50,7 @@ class Completions:
         """Continue every prompt by `model`.
 
         `name`: `dense` for the dense model, whose completions all runs of a sweep share, or
-        `model` for what this run has made of it.
+        `model` for the pruned one.
         """
         if not self.prompts:
             return
@@ -69,7 +69,7 @@ class Completions:
             self.texts[name] = texts
 
     def records(self) -> list[dict[str, str]]:
-        """One entry for each prompt: `test`, `prompt`, and each model's completion by its name."""
+        """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
         tokenizer = self.job.tokenizer
         return [
             {"test": test, "prompt": decode(tokenizer, ids)}
@@ -99,7 +99,7 @@ class Completions:
 
 
 def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[int]]:
-    """The `tokens` ids that follow each of `ids` (n, tokens) greedily, fewer where a text ends."""
+    """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily."""
     with _default_generation(model) as eos_ids:
         options = {"eos_token_id": eos_ids, "pad_token_id": eos_ids[0]} if eos_ids else {}
         output = model.generate(
@@ -121,17 +121,17 @@ def _default_generation(model: nn.Module) -> Iterator[list[int]]:
     """
     from transformers import GenerationConfig
 
-    own = model.generation_config
-    eos = own.eos_token_id
+    settings = model.generation_config
+    eos = settings.eos_token_id
     model.generation_config = GenerationConfig()
     try:
         yield [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     finally:
-        model.generation_config = own
+        model.generation_config = settings
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
-    """The text of ids (tokens,), without special tokens and without half a character at its end."""
+    """Return the text of ids (tokens,), without special tokens or half a character at its end."""
     text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text.rstrip(REPLACEMENT)
 
@@ -139,7 +139,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
 def decode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: list[int], new_ids: list[int]
 ) -> str:
-    """What `new_ids` add to the text of `prompt`.
+    """Return what `new_ids` add to the text of `prompt`.
 
     Both are decoded together, because some tokenizers drop a blank before a first token, and a
     character may begin in `prompt` and end in `new_ids`.

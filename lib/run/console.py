@@ -1,7 +1,7 @@
-"""What the command that pip installs calls: main.py, in the folder where it was installed.
+"""The entry point of the command that pip installs: it runs main.py from the installed folder.
 
-There main.py and lib/ lie side by side as in the repository, so that folder becomes the first one
-in which modules are looked for, as it is where main.py is run as a file.
+main.py and lib/ are installed side by side as in the repository. The folder goes to the front of
+sys.path, as when main.py is run as a file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run main.py with this process's arguments, and leave with its exit status."""
+    """Run main.py with this process's arguments, and exit with its status."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     sys.exit(import_module("lib.util.command").run(import_module("main").main))

@@ -1,9 +1,9 @@
-"""What decides a result, in one place: two runs with the same fingerprint give the same bytes.
+"""The fingerprint of a run: two runs with the same fingerprint give the same bytes.
 
-An interrupted run is resumed only under the same fingerprint, the processes of one job must have
-the same, and a sweep runs again what has another one than it had. Which flags count is declared in
-lib/run/flags.py: those that change the result count by their values, those that name a model or
-texts by the content that they name; a path never counts.
+An interrupted run is resumed only under the same fingerprint, all processes of one job must have
+the same, and a sweep reruns a run whose fingerprint has changed. lib/run/flags.py declares which
+flags count: those that change the result count by value, those that name a model or texts by the
+content that they name; a path never counts.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ CODE = "code of the program"
 
 
 def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
-    """What decides the weights (`pruning`) and what more decides the figures (`measuring`).
+    """Return what decides the weights (`pruning`), and what else decides the figures (`measuring`).
 
-    Each is {what it is called in a message: its value}, plain enough for JSON.
+    Each section is {name in messages: value}, with values that JSON can hold.
     """
     args = job.args
     pruning, measuring = {}, {}
@@ -44,12 +44,12 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
     saved = dtype_name(saved_dtype(args.dtype, job.config))
     pruning["--dtype"] = f"{working}, saved as {saved}"
     pruning["--seqlen"] = job.seqlen
-    pruning |= _of_model("--model", args, job.config)
+    pruning |= _model_digests("--model", args, job.config)
     measuring["tokenizer and generation settings of --model"] = settings_digest(
         args.model, job.config
     )
     if job.teacher_config:
-        pruning |= _of_model("--teacher", args, job.teacher_config)
+        pruning |= _model_digests("--teacher", args, job.teacher_config)
     if job.vocabulary:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     texts = job.texts
@@ -60,34 +60,34 @@ def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
         pruning["--seed"] = args.seed
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
     measuring |= {
-        f"windows of --eval_data {one.name}": one.facts["digest"][:16] for one in texts.tests
+        f"windows of --eval_data {test.name}": test.facts["digest"][:16] for test in texts.tests
     }
     if args.abilities or args.fidelity:
         measuring["seed of questions"] = job.question_seed
     if args.include_path:
-        measuring["--include_path"] = _of_tasks(Path(args.include_path))
+        measuring["--include_path"] = _tasks_digest(Path(args.include_path))
     if args.pairs:
         measuring["--pairs"] = hashlib.sha256(Path(args.pairs).read_bytes()).hexdigest()[:16]
     quantised = args.load_bit or stored_bits(job.config)
     packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
     pruning |= {f"version of {name}": versions()[name] for name in packages}
     pruning[CODE] = code_digest()
-    plain = {"pruning": pruning, "measuring": measuring}
-    return json.loads(json.dumps(plain, default=str))
+    sections = {"pruning": pruning, "measuring": measuring}
+    return json.loads(json.dumps(sections, default=str))
 
 
-def _of_tasks(folder: Path) -> str:
-    """Digest of a folder of tasks: what its YAML and Python files hold, sizes of the others."""
-    whole = hashlib.sha256()
+def _tasks_digest(folder: Path) -> str:
+    """Return the digest of a folder of tasks: content of YAML and Python files, sizes of others."""
+    hasher = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         code = file.suffix in (".yaml", ".yml", ".py")
-        whole.update(str(file.relative_to(folder)).encode())
-        whole.update(file.read_bytes() if code else str(file.stat().st_size).encode())
-    return whole.hexdigest()[:16]
+        hasher.update(str(file.relative_to(folder)).encode())
+        hasher.update(file.read_bytes() if code else str(file.stat().st_size).encode())
+    return hasher.hexdigest()[:16]
 
 
-def _of_model(flag: str, args: Namespace, config: Any) -> dict[str, str]:
-    """What is behind a flag that names a model."""
+def _model_digests(flag: str, args: Namespace, config: Any) -> dict[str, str]:
+    """Return the digests of the model that `flag` names."""
     name = getattr(args, flag.removeprefix("--"))
     facts = {
         f"config of {flag}": config_digest(config),
@@ -99,7 +99,7 @@ def _of_model(flag: str, args: Namespace, config: Any) -> dict[str, str]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """{name: both values} of all in which two sections differ."""
+    """Return {name: both values} of all entries in which two sections differ."""
     return {
         name: (before.get(name), now.get(name))
         for name in {**now, **before}

@@ -1,6 +1,6 @@
-"""What one flag of main.py declares: its role, its values, and the runs that it is for.
+"""The declaration of one flag of main.py: its role, its values, and the runs that it is for.
 
-The parser, the checks, the fingerprint, what a sweep may vary and the README's table all read it.
+The parser, the checks, the fingerprint, the sweep and the README's table all read it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from lib.methods.sparsity import NEURONS, UNSTRUCTURED
 
 RESULT = "result"  # another value is another result
-INPUT = "input"  # names a model or texts: their content decides, not where they are
+INPUT = "input"  # names a model or texts, whose content counts and not their path
 SHOWN = "shown"  # changes what is shown of a result; no weight and no figure depends on it
 SPEED = "speed"  # changes time and memory alone, up to rounding
 PLACE = "place"  # where something is computed or stored
@@ -22,7 +22,7 @@ PLACE = "place"  # where something is computed or stored
 
 @dataclass(frozen=True)
 class Span:
-    """The numbers that a flag may have; its ends belong to it where they are not `open`."""
+    """The range of a numeric flag; its ends are included unless `open` names them."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -47,7 +47,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag. A run to which it means nothing is refused; a sweep's run does without it."""
+    """One flag. A run that it does not fit is refused; a sweep leaves it out of such a run."""
 
     name: str  # without dashes
     group: str  # under which --help shows it
@@ -58,14 +58,14 @@ class Flag:
     options: Mapping[str, Any] = field(default_factory=dict)  # more for argparse's add_argument
     span: Span | None = None
     needs: tuple[str, ...] = ()  # other flags; one of them must be given
-    unmet: str | None = None  # what to say where none is, in place of their names
+    unmet: str | None = None  # the message if none is given, in place of their names
     excludes: Mapping[str, str] = field(default_factory=dict)  # other flags, and why not both
-    methods: tuple[str, ...] = ()  # that it is for; () for any, and for none
+    methods: tuple[str, ...] = ()  # methods that it is for; () for all runs
     pruning: bool = False  # only for runs that prune
     observing: tuple[Any, ...] = ()  # values that are for methods which look at activations
-    types: tuple[str, ...] = ()  # sparsity types that it is for; () for any, and for none
-    unstructured: bool = False  # only where rows and blocks may differ in their zeros
-    dense: bool = True  # a sweep's run of the dense model has it too, where it fits
+    types: tuple[str, ...] = ()  # sparsity types that it is for; () for all runs
+    unstructured: bool = False  # only for types in which rows and blocks may differ in their zeros
+    dense: bool = True  # fits a sweep's run of the dense model too
     method_option: str | None = None  # the method's option that it sets
     in_sweep: bool = True  # it may follow the `--` of a sweep, which sets the others itself
     recorded: bool = False  # results.json has a field of its own for it
@@ -81,11 +81,11 @@ class Flag:
         group.add_argument(f"--{self.name}", **default, **self.options, help=help_text)
 
     def is_given(self, args: argparse.Namespace) -> bool:
-        """Whether it has another value than its default."""
+        """Return whether it has another value than its default."""
         return getattr(args, self.name) != (False if self.is_switch else self.default)
 
     def shown(self, args: argparse.Namespace) -> str:
-        """The flag as the user has given it."""
+        """Return the flag as the user gave it."""
         value = getattr(args, self.name)
         if self.is_switch:
             return f"--{self.name}"
@@ -94,7 +94,7 @@ class Flag:
         return f"--{self.name} {value:g}" if isinstance(value, float) else f"--{self.name} {value}"
 
     def misfit(self, args: argparse.Namespace, flags: Mapping[str, Flag]) -> str | None:
-        """Say why the flag means nothing to this run; None where it fits, or is not given."""
+        """Return why the flag does not fit this run; None if it fits, or is not given."""
         if not self.is_given(args):
             return None
         given, method, kind = self.shown(args), args.prune_method, args.sparsity_type
@@ -119,7 +119,7 @@ class Flag:
         return None
 
     def mistake(self, args: argparse.Namespace, flags: Mapping[str, Flag]) -> str | None:
-        """Say what is wrong with the flag by itself, or beside another; None for nothing."""
+        """Return what is wrong with the flag, alone or beside another; None if nothing is."""
         value = getattr(args, self.name)
         if value == "" or (isinstance(value, list) and "" in value):
             return f"--{self.name} '': is empty; give a value, or leave the flag out"
@@ -131,7 +131,7 @@ class Flag:
         return None
 
     def conditions(self) -> list[str]:
-        """Say for which runs and values the flag is, for people."""
+        """Describe which runs and values the flag is for, in words."""
         parts = [" and ".join(self.methods) + " only"] if self.methods else []
         parts += [" and ".join(self.types) + " only"] if self.types else []
         parts += [f"{UNSTRUCTURED} only"] if self.unstructured else []
@@ -140,7 +140,7 @@ class Flag:
         return parts + ([str(self.span)] if self.span else [])
 
     def default_shown(self) -> str | None:
-        """Its default for people; None where without the flag nothing is done."""
+        """Return the default as the help shows it; None if the flag is off without a value."""
         if self.default_text:
             return self.default_text
         if self.default is None or self.is_switch:
@@ -153,7 +153,7 @@ class Flag:
         return f" ({'; '.join(notes)})" if notes else ""
 
     def table_row(self) -> str:
-        """Its row in a Markdown table: flag, default, meaning."""
+        """Return the flag's row in a Markdown table: flag, default, meaning."""
         default = self.default_shown()
         if self.options.get("required"):
             default = "required"

@@ -1,4 +1,4 @@
-"""What flags alone can get wrong: one line that names the flag, its value and the way out."""
+"""Checks of the flags alone: each mistake is one line with the flag, its value and the way out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lib.methods.registry import METHODS
 from lib.methods.sparsity import ALLOCATION_SPAN, NEURONS, UNSTRUCTURED, Sparsity
 from lib.run.flags import FLAGS
 
-FEWEST_ZEROS = 1 / 16  # of 16-bit weights: as much as the packed form's bit for each weight takes
+FEWEST_ZEROS = 1 / 16  # of 16-bit weights: they pay for the packed form's one bit per weight
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Leave through parser.error (status 2) where flags contradict each other or mean nothing."""
+    """Exit through parser.error (status 2) if flags contradict each other or have no effect."""
     for mistake in _mistakes(args):
         parser.error(mistake)
 
@@ -32,21 +32,21 @@ def _mistakes(args: argparse.Namespace) -> Iterator[str]:
             yield misfit
     if not (args.prune_method or args.eval_only or args.recover or args.trim_vocabulary):
         yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
-    yield from _of_ratio(args)
+    yield from _ratio_mistakes(args)
     if args.recover and args.replace_sparse_layers and not args.prune_method:
         yield (
             f"--recover {args.recover}: a model that was pruned before is packed by a second run, "
             "with --eval_only and --replace_sparse_layers"
         )
     if args.save_model:
-        yield from _of_target(args)
+        yield from _target_mistakes(args)
 
 
-def _of_ratio(args: argparse.Namespace) -> Iterator[str]:
-    """What is asked for at a ratio of zeros that leaves no room for it."""
+def _ratio_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the mistakes of flags that need another sparsity ratio."""
     ratio = args.sparsity_ratio
     if args.prune_method and args.sparsity_type == NEURONS:
-        yield from _of_neurons(args)
+        yield from _neuron_mistakes(args)
     if not args.prune_method or args.sparsity_type != UNSTRUCTURED:
         return
     if args.recover and ratio == 0:
@@ -61,8 +61,8 @@ def _of_ratio(args: argparse.Namespace) -> Iterator[str]:
         yield f"--allocation owl: needs a --sparsity_ratio {bounds}, not {ratio:g}"
 
 
-def _of_neurons(args: argparse.Namespace) -> Iterator[str]:
-    """What does not go with removing whole neurons."""
+def _neuron_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the mistakes of flags that do not work with removing whole neurons."""
     given = f"--sparsity_type {NEURONS}"
     if args.sparsity_ratio == 0:
         yield f"--sparsity_ratio 0: with {given} no neuron would go; give more"
@@ -75,8 +75,8 @@ def _of_neurons(args: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def _of_target(args: argparse.Namespace) -> Iterator[str]:
-    """What is saved replaces a whole folder, which must hold nothing else that is needed."""
+def _target_mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the mistakes of --save_model, which replaces a whole folder."""
     target = args.save_model
     if args.eval_only and not args.replace_sparse_layers and not args.trim_vocabulary:
         yield f"--save_model {target}: --eval_only changes no weight; leave it out"

@@ -1,11 +1,11 @@
-"""The command line of main.py: a table of its flags, and what is read from it.
+"""The command line of main.py: the table of its flags, and its parser.
 
     python -m lib.run.flags              # prints the table, in Markdown
-    python -m lib.run.flags README.md    # puts it between the file's marks for it
+    python -m lib.run.flags README.md    # writes it between the marks in the file
 
-A new flag is one entry of FLAGS. Its role says whether another value makes another result: a run
-that is resumed, the processes of one job and a sweep all ask it, by way of lib/run/fingerprint.py.
-Imports neither torch nor transformers: `--help` answers at once.
+A new flag is one entry of FLAGS. Its role says whether another value changes the result, on which
+--resume, the processes of one job and a sweep rely through lib/run/fingerprint.py. This module
+imports neither torch nor transformers: `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MODEL = (
         "load_bit",
         "model",
         RESULT,
-        "quantise on loading, by bitsandbytes: 4 (NF4, double quantisation, bfloat16 compute) or "
+        "quantise on loading with bitsandbytes: 4 (NF4, double quantisation, bfloat16 compute) or "
         "8 (LLM.int8) bits per weight",
         options={"choices": ("4", "8")},
     ),
@@ -58,7 +58,7 @@ MODEL = (
         "seqlen",
         "model",
         RESULT,
-        "window in tokens, of calibration and test",
+        "length of calibration and test windows, in tokens",
         default_text="the model's limit, at most 4096",
         options={"type": int},
         span=Span(2),
@@ -76,8 +76,8 @@ MODEL = (
         "batch_size",
         "model",
         SPEED,
-        "windows per forward pass; changes speed and memory, not results beyond rounding",
-        default_text="about 1024 tokens' worth on a CPU, 8192 on CUDA and more of a narrow model",
+        "windows per forward pass; changes speed and memory, and results only by rounding",
+        default_text="windows of about 1024 tokens on a CPU, 8192 on CUDA, more for a narrow model",
         options={"type": int},
         span=Span(1),
     ),
@@ -85,8 +85,7 @@ MODEL = (
         "timeout",
         "model",
         SPEED,
-        "distributed time-out, in minutes: how long a process waits for another that does not "
-        "answer",
+        "distributed time-out, in minutes",
         default=10.0,
         options={"type": float, "metavar": "MINUTES"},
         span=Span(0, open="least"),
@@ -177,9 +176,9 @@ VOCABULARY = (
         "vocabulary_size",
         "vocabulary",
         RESULT,
-        "keep so many tokens, the most frequent ones; if the texts use fewer, the most frequent "
-        "others of the same letters, which new texts may use",
-        default_text="all that are used, filled up to a multiple of 64",
+        "keep this many tokens, the most frequent first; if the texts use fewer, add the most "
+        "frequent other tokens of the same letters",
+        default_text="all used tokens, filled up to a multiple of 64",
         options={"type": int, "metavar": "N"},
         span=Span(1),
         needs=("trim_vocabulary",),
@@ -189,7 +188,7 @@ VOCABULARY = (
         "vocabulary",
         RESULT,
         "remove also the tokens that occur less often than this",
-        default_text="1, every token that is used stays",
+        default_text="1, which keeps every used token",
         options={"type": int, "metavar": "COUNT"},
         span=Span(1),
         needs=("trim_vocabulary",),
@@ -241,7 +240,7 @@ PRUNING = (
         "neurons_multiple",
         "pruning",
         RESULT,
-        "leave a multiple of so many neurons in each MLP; 256 suits the k-quants of llama.cpp",
+        "keep a multiple of this many neurons in each MLP; 256 suits the k-quants of llama.cpp",
         default=64,
         options={"type": int, "metavar": "N"},
         span=Span(1),
@@ -251,9 +250,9 @@ PRUNING = (
         "allocation",
         "pruning",
         RESULT,
-        "of the zeros, at an equal total; owl: fewer in blocks whose activations have more "
-        "outliers; error: fewer in linears whose errors change the predictions more, by one "
-        "backward pass through the model",
+        "how zeros are distributed, at an equal total; owl: fewer in blocks whose activations "
+        "have more outliers; error: fewer in linears whose errors change the predictions more, by "
+        "one backward pass through the model",
         default="uniform",
         options={"choices": ALLOCATIONS},
         pruning=True,
@@ -264,7 +263,7 @@ PRUNING = (
         "use_variant",
         "pruning",
         RESULT,
-        "rows get shares of zeros of their own",
+        "let each row have its own share of zeros",
         options={"action": "store_true"},
         methods=("wanda",),
         unstructured=True,
@@ -310,7 +309,7 @@ PRUNING = (
         "pruning",
         RESULT,
         "round embedding and output head, which are not pruned, to int8, with a float32 scale for "
-        "each row; the run tells how far that changes the logits",
+        "each row; the run reports how much that changes the logits",
         default_text="off",
         options={"type": int, "choices": (8,)},
         needs=("replace_sparse_layers",),
@@ -323,8 +322,8 @@ RECOVERY = (
         "recover",
         "recovery",
         RESULT,
-        "after pruning, train the kept weights on so many tokens of the calibration sources' "
-        "train text, the dense model as teacher; zeros stay zeros",
+        "after pruning, train the kept weights on this many tokens of the calibration sources' "
+        "train text, with the dense model as teacher; zeros stay zeros",
         options={"type": int, "metavar": "TOKENS"},
         span=Span(1),
         needs=("prune_method", "teacher"),
@@ -341,8 +340,8 @@ RECOVERY = (
         "teacher",
         "recovery",
         INPUT,
-        "the dense model that a model pruned before was made of, to recover this by --recover, or "
-        "to compare it with by --eval_only",
+        "the dense model that an already pruned model was made from, for --recover to train "
+        "against or --eval_only to compare with",
         options={"metavar": "MODEL"},
         needs=("recover", "eval_only"),
         dense=False,
@@ -393,7 +392,7 @@ EVALUATION = (
         "eval_only",
         "evaluation",
         RESULT,
-        "perplexity of the model as it is; prune nothing",
+        "evaluate the model as it is; prune nothing",
         options={"action": "store_true"},
         excludes={"prune_method": "prunes nothing"},
         recorded=True,
@@ -403,7 +402,7 @@ EVALUATION = (
         "eval_data",
         "evaluation",
         INPUT,
-        "test texts, as for --calibration_data, each measured by itself",
+        "test texts, given as for --calibration_data; each is measured separately",
         default_text="the calibration sources' own test*.jsonl; of ubertext and c4, ubertext",
         options={"nargs": "+", "metavar": "SOURCE"},
         in_sweep=False,
@@ -465,8 +464,8 @@ EVALUATION = (
         "include_path",
         "evaluation",
         INPUT,
-        "folder with tasks of one's own for --tasks, YAML files as lm-eval reads them; their data "
-        "may be local files",
+        "folder of your own tasks for --tasks, as YAML files that lm-eval reads; their data may "
+        "be local files",
         options={"metavar": "FOLDER"},
         needs=("tasks",),
         recorded=True,
@@ -501,15 +500,15 @@ OUTPUT = (
         "resume",
         "output",
         PLACE,
-        "keep each pruned block, and the state of the recovery, in this folder, so that the same "
-        "command continues after an interruption; removed after success",
+        "keep pruned blocks and the state of the recovery in this folder, so that the same command "
+        "continues after an interruption; removed after success",
         options={"metavar": "FOLDER"},
     ),
     Flag(
         "resume_anyway",
         "output",
         PLACE,
-        "resume also what another version of this program began, which may round otherwise",
+        "resume a run of another version of this program, whose rounding may differ",
         options={"action": "store_true"},
         needs=("resume",),
     ),
@@ -517,7 +516,7 @@ OUTPUT = (
         "debug",
         "output",
         PLACE,
-        "show the whole traceback of an error",
+        "show the full traceback of an error",
         options={"action": "store_true"},
     ),
 )
@@ -537,9 +536,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that change the result and have no other field in results.json.
+    """Return the flags that change the result and have no other field in results.json.
 
-    Of the dense model only those count that it is read with, or trimmed.
+    For the dense model only the flags that load or trim it count.
     """
     dense = args.prune_method is None and args.recover is None
     return {
@@ -552,7 +551,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """{option of the pruning method: value} of the flags that set one, as far as they are given."""
+    """Return {option of the pruning method: value} of the given flags that set one."""
     return {
         flag.method_option: getattr(args, flag.name)
         for flag in FLAGS.values()
@@ -561,7 +560,7 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def values(args: argparse.Namespace, groups: Iterable[str], roles: Iterable[str]) -> tuple:
-    """The flags of some groups and roles with their values, as part of a cache's key."""
+    """Return the flags of some groups and roles with their values, for the key of a cache."""
     return tuple(
         (name, getattr(args, name))
         for name, flag in FLAGS.items()
@@ -570,16 +569,16 @@ def values(args: argparse.Namespace, groups: Iterable[str], roles: Iterable[str]
 
 
 def table() -> str:
-    """All flags as a Markdown table."""
+    """Return all flags as a Markdown table."""
     head = ["| flag | default | meaning |", "|---|---|---|"]
     return "\n".join([*head, *(flag.table_row() for flag in FLAGS.values())])
 
 
 def write_table(file: Path) -> None:
-    """Put the table between the marks that a Markdown file has for it."""
+    """Write the table between its marks in a Markdown file."""
     text = file.read_text("utf-8")
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, remainder = text.partition(BEGIN)
+    _, end, after = remainder.partition(END)
     assert begin and end, f"{file} lacks {BEGIN} or {END}"
     file.write_text(f"{before}{begin}\n{table()}\n{end}{after}", "utf-8")
 

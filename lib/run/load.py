@@ -1,6 +1,6 @@
-"""How a run comes to the dense model, where it has decision.
+"""Load the dense model of a run, on the device or in files of blocks, as memory allows.
 
-    loaded = load(job, at_end)  # the model, and what runs its blocks
+    loaded = load(job, at_end)  # the model and the runner of its blocks
 
 Nothing heavy is imported before it is needed.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def load(job: Job, at_end: ExitStack) -> LoadedModel:
-    """The dense model, where it has room; `at_end` gets what is to be cleared away then."""
+    """Load the dense model where it fits; `at_end` closes and removes what that needs."""
     from lib.model import pretrained
     from lib.model.blocks import BlockRunner
     from lib.model.finite import check_finite
@@ -60,7 +60,7 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
         dist=job.dist,
     )
     runner = BlockRunner(model, job.device, weights)
-    if weights.resident:  # otherwise every block is checked when it is brought
+    if weights.resident:  # otherwise every block is checked when it is fetched
         check_finite(runner)
     runner.verify()
     size = pretrained.footprint(model)
@@ -76,7 +76,7 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
 
 
 def _check_outputs_room(job: Job) -> None:
-    """UserError where the disks of --save_model and --resume can't hold what the run will write."""
+    """Raise UserError if the disks of --save_model and --resume lack room for the run's files."""
     from lib.model.pretrained import saved_dtype
     from lib.util.files import check_room
 
@@ -90,13 +90,13 @@ def _check_outputs_room(job: Job) -> None:
         check_room("--save_model", args.save_model, whole * saved)
     if job.finished:
         needed = inside * (4 if args.load_bit else saved) if job.method_spec else 0
-        if job.schedule:  # what is trained, AdamW's two averages, and the best so far
+        if job.schedule:  # trained weights, AdamW's two averages, and the best weights so far
             needed += inside * (3 * 4 + saved) if job.schedule.rank is None else inside * saved
         check_room("--resume", args.resume, needed - job.finished.size())
 
 
 def _scratch_bytes(job: Job) -> int:
-    """Bytes of the files of blocks that do not stay on the device, for one process or machine."""
+    """Return the bytes of the files of all blocks, for blocks that do not stay on the device."""
     from lib.model.access import stored_names
     from lib.model.offload import scratch_bytes
     from lib.model.pretrained import pick_dtype, saved_dtype
@@ -112,17 +112,19 @@ def _scratch_bytes(job: Job) -> int:
 
 
 def _place_of_blocks(job: Job, size: int) -> tuple[Path | None, bool]:
-    """Where blocks may stay that are not on the device, None for nowhere; and whether the processes
-    of each machine share them there. `size`: bytes that their files take."""
+    """Return the folder for files of blocks, None if none has room, and whether processes share it.
+
+    `size` are the bytes of the files. The processes of each machine share them, or none do.
+    """
     from lib.model.offload import can_be_shared, place_in_memory
     from lib.util.files import check_room
     from lib.util.host import available
 
     args, dist = job.args, job.dist
     blocks = job.skeleton.get_submodule(job.blocks_name)
-    # what is trained, and what is quantised, must be each process's own
-    own = job.schedule or args.load_bit or not can_be_shared(job.skeleton, blocks)
-    shared = not own and all(dist.all_gather_object(dist.local_size > 1))
+    # every process needs its own copy of trained or quantised weights
+    needs_copy = job.schedule or args.load_bit or not can_be_shared(job.skeleton, blocks)
+    shared = not needs_copy and all(dist.all_gather_object(dist.local_size > 1))
     writers = 1 if shared else dist.local_size
     if args.offload:
         check_room("--offload", args.offload, writers * size)
@@ -132,12 +134,14 @@ def _place_of_blocks(job: Job, size: int) -> tuple[Path | None, bool]:
     outside = sum(p.nbytes for p in job.skeleton.parameters())
     place = place_in_memory(writers * size + (outside if shared else 0), available())
     places = dist.all_gather_object(place)
-    place = places[dist.rank - dist.local_rank]  # what has room for all of a machine
+    place = places[
+        dist.rank - dist.local_rank
+    ]  # the machine's first process decides for all of them
     return place, shared and None not in places
 
 
 def _scratch_folder(job: Job, place: Path, shared: bool) -> AbstractContextManager[WorkFolder]:
-    """The folder for blocks of this process, or of its machine if they are `shared`."""
+    """Return the folder for the blocks of this process, or of its machine if they are `shared`."""
     from lib.model.offload import offload_folder, temporary_folder
 
     if job.args.offload:
@@ -146,7 +150,7 @@ def _scratch_folder(job: Job, place: Path, shared: bool) -> AbstractContextManag
 
 
 def _read_in_files(job: Job, folder: WorkFolder, shared: bool) -> tuple[nn.Module, BlockFiles]:
-    """The dense model with its blocks in files, and where these are."""
+    """Load the dense model with its blocks in files; return both."""
     from lib.model.access import stored_names
     from lib.model.offload import device_map, read_in_files
     from lib.model.pretrained import skeleton
@@ -165,8 +169,10 @@ def _read_in_files(job: Job, folder: WorkFolder, shared: bool) -> tuple[nn.Modul
 
 
 def _read_model(job: Job, where: dict[str, Any], converted: str | None = None) -> nn.Module:
-    """The dense model, each part on the device that `where` says; on disk, what transformers
-    converts on loading goes into the folder `converted`."""
+    """Load the dense model, each part on the device that `where` maps it to.
+
+    Weights on disk that transformers converts on loading go into the folder `converted`.
+    """
     from lib.model.pretrained import load_model, pick_dtype
 
     args = job.args
@@ -188,7 +194,7 @@ def _read_model(job: Job, where: dict[str, Any], converted: str | None = None) -
 
 
 def _check_memory(job: Job, shared: bool) -> MemoryDecision:
-    """Tell how much memory the run will take, and where."""
+    """Decide where blocks and hidden states are kept, and print the estimate of memory."""
     from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
     from lib.model.quantised import packed_linears, stored_bits
     from lib.model.shapes import PackedLinears, Workload, shapes
@@ -233,7 +239,7 @@ def _check_memory(job: Job, shared: bool) -> MemoryDecision:
 
 
 def _compared_bytes(job: Job, working: torch.dtype) -> int:
-    """Host memory of the dense model's hidden states that evaluation compares with, in bytes."""
+    """Return the bytes of the dense model's hidden states that evaluation compares with."""
     from lib.quality.reference import reference_bytes
 
     if not job.has_dense:
@@ -244,10 +250,14 @@ def _compared_bytes(job: Job, working: torch.dtype) -> int:
 
 
 def _training(job: Job) -> Training | None:
-    """What the recovery means for memory."""
+    """Return the settings of the recovery that its memory depends on; None without one."""
     from lib.run.memory import Training
 
     if not job.schedule:
         return None
     share = -(-job.schedule.windows // job.dist.size)  # of a step's windows
-    return Training(job.schedule.rank, min(job.batch_size, share), bool(job.args.teacher))
+    return Training(
+        rank=job.schedule.rank,
+        batch_size=min(job.batch_size, share),
+        beside=bool(job.args.teacher),
+    )

@@ -1,8 +1,8 @@
-"""How much memory a run takes, told before it begins: what its steps state, added up.
+"""An estimate of a run's memory, made before it begins.
 
-The weights are there all the time; beside them stands one step at a time, and the one that takes
-most counts. Each step states its bytes beside its code (see lib/model/shapes.py). The sum is above
-what is taken, by a quarter at most. What can't fit is refused, instead of dying after hours.
+The weights are in memory all the time, the steps one after another, so the largest step counts.
+Each step states its bytes beside its code (see lib/model/shapes.py). The estimate is above the peak
+by a quarter at most. A run that can't fit is refused, instead of failing after hours.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from lib.util.host import available, gib
 
 LATER = 2**26  # bytes of code and of the heap's gaps that come after the estimate
 SPARE = 0.9  # share of a GPU's free memory that is planned with; the rest is lost in gaps
-MARGIN = 1.15  # on the work of a step: what operations take inside themselves
+MARGIN = 1.15  # on the work of a step, for temporaries inside operations
 BITS = {"4": 4.5, "8": 8.1}  # for each weight, scales included
 
 
 @dataclass(frozen=True)
 class Training:
-    """The recovery's part in the memory of a run."""
+    """The settings of the recovery that its memory depends on."""
 
     rank: int | None
     batch_size: int
@@ -41,34 +41,36 @@ class Training:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run is going to do, as far as memory is concerned."""
+    """Everything about a run that its memory depends on."""
 
     load: Workload
     method_spec: MethodSpec | None
     load_bit: str | None = None
-    stored: torch.dtype | None = None  # of the weight files, if these are cast on reading
-    on_disk: bool = False  # blocks stay there
+    stored: torch.dtype | None = None  # dtype of the weight files, if they are cast on reading
+    on_disk: bool = False  # blocks stay on disk
     fetched: bool = False  # blocks come to the device one at a time
     training: Training | None = None
     processes: int = 1  # on this machine
     shared: bool = False  # they map the same files of blocks
     packed: PackedLinears | None = None  # as the weight files are
-    pack_bits: int | None = None  # packs what it has pruned, at so many bits
+    pack_bits: int | None = None  # bits of the packed linears, if the run packs them
     probed: int = 0  # windows that --allocation error looks at, in this process
-    cache_inputs: bool = True  # within a block, which saves passes through it
+    cache_inputs: bool = True  # of the linears of a block; saves passes through it
     teacher: bool = False  # a dense model is measured first, and nothing is trained
     compared: int = 0  # bytes of the dense model's hidden states, which stay on the host
 
     def blocks(self, size: int) -> int:
-        """Bytes of all blocks, with weights of `size` bytes."""
+        """Return the bytes of all blocks, with weights of `size` bytes."""
         if self.packed is None:
             return self.load.shapes.in_blocks * size
         return (self.load.shapes.in_blocks - self.packed.weights) * size + self.packed.nbytes(size)
 
     @property
     def in_files(self) -> int:
-        """Bytes of host memory for files of blocks that are fetched; on a CPU that processes share
-        also of what is outside the blocks."""
+        """Bytes of host memory for the files of fetched blocks.
+
+        Where processes share a CPU, the weights outside the blocks are in such files too.
+        """
         if not self.fetched:
             return 0
         outside = self.shared and self.load.device == "cpu"
@@ -78,7 +80,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes at the worst moment: of what is there all the time, and of what comes and goes."""
+    """Bytes at the peak: weights, hidden states, and the work of the largest step."""
 
     weights: int
     hidden: int
@@ -90,7 +92,7 @@ class Need:
         return self.weights + max(self.hidden + self.work, self.loading)
 
     def describe(self, base: int = 0) -> str:
-        """The sum and its parts, for the user; `base` are the libraries' bytes."""
+        """Describe the sum and its parts to the user; `base` are the libraries' bytes."""
         parts = {"weights": self.weights, "hidden states": self.hidden, "work": self.work}
         if self.loading > self.hidden + self.work:
             parts = {"weights": self.weights, "reading them": self.loading}
@@ -100,47 +102,47 @@ class Need:
 
 
 def needed(plan: Plan) -> Need:
-    """The bytes of a run whose weights, states and work are in the same memory."""
+    """Return the bytes of a run whose weights, states and work are in the same memory."""
     hidden, work = max(steps(plan).values(), key=sum)
     hidden += plan.compared if plan.load.device == "cpu" else 0
     loading = 0
-    if plan.stored and not plan.fetched:  # files are mapped beside what is made of them
+    if plan.stored and not plan.fetched:  # files are mapped beside the cast weights
         outside = plan.load.shapes.outside * plan.stored.itemsize
         loading = plan.blocks(plan.stored.itemsize) + outside
     return Need(weight_bytes(plan), hidden, int(MARGIN * work), loading)
 
 
 def steps(plan: Plan) -> dict[str, StepBytes]:
-    """What each step of the run takes, besides the weights."""
+    """Return the bytes of each step of the run, besides the weights."""
     load, training = plan.load, plan.training
     free_copies = load.device == "cpu" and not plan.on_disk and load.saved == load.working
-    found = {
+    step_bytes = {
         "evaluation": evaluation_bytes(load, plan.fetched and not free_copies, plan.compared > 0)
     }
     if plan.method_spec:
-        found["pruning"] = pruning_bytes(load, plan.method_spec, plan.cache_inputs)
+        step_bytes["pruning"] = pruning_bytes(load, plan.method_spec, plan.cache_inputs)
     if plan.probed:
-        found["allocation"] = allocation_bytes(load, plan.probed)
+        step_bytes["allocation"] = allocation_bytes(load, plan.probed)
     if training:
-        found["recovery"] = recovery_bytes(
+        step_bytes["recovery"] = recovery_bytes(
             load, training.rank, training.batch_size, training.checkpointed
         )
     if plan.pack_bits:
-        found["packing"] = packing_bytes(load, plan.pack_bits)
+        step_bytes["packing"] = packing_bytes(load, plan.pack_bits)
     if plan.pack_bits or plan.packed:
-        hidden, work = found["evaluation"]
+        hidden, work = step_bytes["evaluation"]
         unpacked = load.activations() + unpacking_bytes(load)
-        found["evaluation"] = StepBytes(hidden, max(work, unpacked))
-    return found
+        step_bytes["evaluation"] = StepBytes(hidden, max(work, unpacked))
+    return step_bytes
 
 
 def weight_bytes(plan: Plan) -> int:
-    """Bytes of the model, or of the part of it that is on the device at a time."""
+    """Return the bytes of the weights that are on the device at a time."""
     shapes, size = plan.load.shapes, plan.load.working.itemsize
     inside = plan.blocks(size)
     if plan.load_bit:
         inside = int(shapes.in_blocks * BITS[plan.load_bit] / 8)
-    if plan.fetched:  # to a GPU the next one comes while the current one computes
+    if plan.fetched:  # a GPU receives the next block while the current one computes
         largest = max(block.weights for block in shapes.blocks)
         inside = largest * size * (2 if plan.load.device == "cuda" else 1)
     if plan.training:  # the teacher
@@ -154,7 +156,7 @@ def weight_bytes(plan: Plan) -> int:
 
 @dataclass(frozen=True)
 class MemoryLayout:
-    """What a process needs on its device, unless that is the CPU, and on the host."""
+    """The bytes that a process needs on its GPU, if it has one, and on the host."""
 
     plan: Plan
     device: Need
@@ -163,12 +165,12 @@ class MemoryLayout:
 
     @property
     def machine(self) -> int:
-        """Bytes of host memory that all processes of this machine take, without the libraries."""
+        """Bytes of host memory of all processes of this machine, without the libraries."""
         several = self.plan.processes
         return several * self.host.total + self.plan.in_files * (1 if self.plan.shared else several)
 
     def describe_host(self, base: int) -> str:
-        """What the host needs, as a line for the user; `base` are the libraries' bytes."""
+        """Describe the host's need to the user; `base` are the libraries' bytes."""
         plan, host = self.plan, self.host
         if not plan.shared:
             host = replace(host, weights=host.weights + plan.in_files)
@@ -181,8 +183,10 @@ class MemoryLayout:
 
 
 def lay_out(plan: Plan, free: int = 0) -> MemoryLayout:
-    """Where a run's memory is: on a CPU, or on a GPU with `free` bytes, where blocks come from the
-    host one at a time if they do not fit."""
+    """Lay out a run on a CPU, or on a GPU with `free` bytes.
+
+    Blocks that do not fit on a GPU are fetched from the host one at a time.
+    """
     if plan.load.device == "cpu":
         plan = replace(plan, fetched=plan.on_disk or plan.shared)
         return MemoryLayout(plan, Need(0, 0, 0), needed(plan))
@@ -204,27 +208,28 @@ def lay_out(plan: Plan, free: int = 0) -> MemoryLayout:
 
 
 def _pinned(size: int) -> int:
-    """What torch takes to lock so many bytes of host memory in place: a power of two."""
+    """Return the bytes that torch takes to pin `size` bytes of host memory: a power of two."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 @dataclass(frozen=True)
 class MemoryDecision:
-    """Whether blocks are fetched, where hidden states are kept; a line for users."""
+    """Whether blocks are fetched, where hidden states are kept, and the line for the user."""
 
     fetched: bool
     state_device: torch.device
     line: str
     checkpointed: bool = False  # activations are computed again in training
-    cache_inputs: bool = True  # of a block, which saves passes through it
+    cache_inputs: bool = True  # of the linears of a block; saves passes through it
 
 
 def check_memory(
     plan: Plan, device: torch.device, any_of: Callable[[bool], bool] = lambda fetched: fetched
 ) -> MemoryDecision:
-    """Where blocks and hidden states will be. UserError where there is not enough memory.
+    """Decide where blocks and hidden states are kept.
 
-    `any_of` tells whether any process fetches blocks: then all do.
+    `any_of` returns whether any process fetches blocks: then all do. Raises UserError if there is
+    not enough memory.
     """
     gpu = device.type == "cuda"
     free = int(SPARE * free_on(device)) if gpu else available()
@@ -243,29 +248,31 @@ def check_memory(
         )
     host = _check_host(layout)
     return MemoryDecision(
-        layout.plan.fetched,
-        device if layout.states_on_device else torch.device("cpu"),
-        f"memory: device {layout.device.describe()}; host {host}" if gpu else f"memory: {host}",
-        bool(plan.training and plan.training.checkpointed),
-        layout.plan.cache_inputs,
+        fetched=layout.plan.fetched,
+        state_device=device if layout.states_on_device else torch.device("cpu"),
+        line=f"memory: device {layout.device.describe()}; host {host}"
+        if gpu
+        else f"memory: {host}",
+        checkpointed=bool(plan.training and plan.training.checkpointed),
+        cache_inputs=layout.plan.cache_inputs,
     )
 
 
 def free_on(device: torch.device) -> int:
-    """Bytes that this process can still get on a GPU; what torch keeps of what was freed is one."""
+    """Return the bytes that this process can still allocate on a GPU, torch's cache included."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def _less(training: Training) -> str:
-    """How the recovery takes less memory."""
+    """Name a flag with which the recovery takes less memory."""
     if training.rank:
         return "a smaller --recover_rank"
     return "--recover_rank 16, which trains fewer numbers"
 
 
 def _check_host(layout: MemoryLayout) -> str:
-    """The line on host memory. UserError where it is too little."""
+    """Return the line on host memory. Raises UserError if there is not enough."""
     plan, free = layout.plan, available()
     line = layout.describe_host(psutil.Process().memory_info().rss + LATER)
     if layout.machine > free:

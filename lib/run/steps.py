@@ -1,8 +1,8 @@
-"""The steps of a run that follow pruning: one that fails does not keep the next from being done.
+"""The steps of a run after pruning; one that fails does not stop the steps after it.
 
 steps = Steps()
 with steps.attempt("--tasks arc"):
-    ...                                # whatever is raised here is kept
+    ...                                # an error raised here is kept for later
 steps.raise_failures("the model is saved in OUT")
 """
 
@@ -17,7 +17,7 @@ from lib.util.errors import UserError
 
 
 class Steps:
-    """Steps that are attempted one after another, and what has failed of them."""
+    """Collects the failures of steps that are attempted one after another."""
 
     def __init__(self) -> None:
         self.failures: list[tuple[str, Exception]] = []  # name of the step, why it failed
@@ -36,7 +36,7 @@ class Steps:
                 traceback.print_exc()
 
     def raise_failures(self, done: str | None = None) -> None:
-        """Raise UserError in one line if a step has failed; `done`: what is there all the same."""
+        """Raise UserError in one line if a step has failed; `done` says what was saved anyway."""
         if self.failures:
             reasons = [_reason(name, error) for name, error in self.failures]
             line = "; ".join([*reasons, *([done] if done else [])])
