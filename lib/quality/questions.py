@@ -1,4 +1,4 @@
-"""Questions made from plain text, each with one right option: no data set, any language with words.
+"""Questions from plain text, each with one right option, for any language with words.
 
 `last_words`: the last word of a sentence, after the text before it (as LAMBADA, arXiv 1606.06031),
 among words of the same text that are as long and about as frequent. `continuations`: what follows
@@ -28,7 +28,7 @@ LEAST_CONTEXT = 60
 CONTINUATION = 80  # characters of a continuation, at most
 LEAST_CONTINUATION = 50
 LEAST_LETTERS = 4  # of a last word
-CHARACTERS = 4_000_000  # of the texts that are looked at
+CHARACTERS = 4_000_000  # of the texts that questions are made from
 
 WORD = re.compile(r"[^\W\d_]+(?:[-'’ʼ][^\W\d_]+)*")
 LAST_WORD = re.compile(r"(?<=\s)([^\W\d_]+(?:[-'’ʼ][^\W\d_]+)*)[.!?…]+(?=\s|$)")
@@ -44,13 +44,13 @@ class Question:
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """SHA-256 of all texts of the questions, its first 16 digits."""
+    """Return the first 16 digits of the SHA-256 of all texts of the questions."""
     texts = [[question.context, *question.options] for question in questions]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
 def last_words(texts: Sequence[str], seed: int, count: int = QUESTIONS) -> list[Question]:
-    """At most `count` questions for the last word of a sentence, among CHOICES words.
+    """Make at most `count` questions for the last word of a sentence, among CHOICES words.
 
     All four are of one script, have the same number of letters and occur about as often: their
     counts have the same logarithm of base 2, rounded down.
@@ -77,16 +77,16 @@ def last_words(texts: Sequence[str], seed: int, count: int = QUESTIONS) -> list[
         if len(questions) == count:
             break
         context = _context(texts[number], start)
-        others = [one for one in alike[kind(word)] if one != word]
+        others = [other for other in alike[kind(word)] if other != word]
         if len(context) < LEAST_CONTEXT or len(others) < CHOICES - 1:
             continue
         options = [word, *draw.sample(others, CHOICES - 1)]
-        questions.append(Question(context, tuple(f" {one}" for one in options)))
+        questions.append(Question(context, tuple(f" {option}" for option in options)))
     return questions
 
 
 def continuations(texts: Sequence[str], seed: int, count: int = QUESTIONS) -> list[Question]:
-    """At most `count` questions for what follows a sentence, among CHOICES beginnings of sentences.
+    """Make at most `count` questions for what follows a sentence, among CHOICES continuations.
 
     The wrong ones are from other texts, or where there are too few from elsewhere in the text.
     """
@@ -110,14 +110,14 @@ def continuations(texts: Sequence[str], seed: int, count: int = QUESTIONS) -> li
         others = _others(places, draw, number if several else None, following)
         if len(others) < CHOICES - 1:
             continue
-        questions.append(Question(context, tuple(f" {one}" for one in [following, *others])))
+        questions.append(Question(context, tuple(f" {text}" for text in [following, *others])))
     return questions
 
 
 def _others(
     places: Sequence[tuple[int, int, str]], draw: random.Random, number: int | None, right: str
 ) -> list[str]:
-    """CHOICES - 1 continuations other than `right`, and not of text `number`; fewer if need be."""
+    """Draw up to CHOICES - 1 continuations other than `right`, and not of text `number`."""
     others: list[str] = []
     for place in draw.sample(range(len(places)), min(len(places), 50 * CHOICES)):
         other, _, following = places[place]
@@ -129,18 +129,18 @@ def _others(
 
 
 def _first(texts: Sequence[str]) -> list[str]:
-    """The first of the texts, up to CHARACTERS."""
-    found, length = [], 0
+    """Return the first of the texts, up to CHARACTERS."""
+    first, length = [], 0
     for text in texts:
-        found.append(text)
+        first.append(text)
         length += len(text)
         if length >= CHARACTERS:
             break
-    return found
+    return first
 
 
 def _context(text: str, end: int) -> str:
-    """The text before `end`, from the beginning of a word on, without blanks around it."""
+    """Return the text before `end`, from the beginning of a word on, without outer blanks."""
     start = max(0, end - CONTEXT)
     before = text[start:end]
     if start:
@@ -149,7 +149,7 @@ def _context(text: str, end: int) -> str:
 
 
 def _following(text: str, start: int) -> str | None:
-    """Whole words of the line that begins at `start`, up to CONTINUATION characters."""
+    """Return whole words of the line from `start` on, up to CONTINUATION characters."""
     line = text[start : start + CONTINUATION + 1].split("\n")[0]
     if len(line) > CONTINUATION:
         line = line.rpartition(" ")[0]
@@ -158,9 +158,9 @@ def _following(text: str, start: int) -> str | None:
 
 
 def read_pairs(path: str) -> list[Question]:
-    """The pairs of a file of JSON lines, each `good` and `bad`. UserError where it is none such.
+    """Read the pairs of a file of JSON lines with `good` and `bad`. Raises UserError for others.
 
-    Every text ends with a line break: without it one that lacks its last words would be likelier.
+    Every text ends with a line break, without which a truncated text would be likelier.
     """
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()

@@ -1,11 +1,11 @@
-"""The dense model's hidden states on test windows, to compare a pruned model with it afterwards.
+"""The dense model's hidden states on test windows, which a pruned model is compared with.
 
     # before pruning
     reference = DenseReference(tail_of(runner), dense_states(runner, tests, batch_size))
     # afterwards
     perplexities(runner, tests, batch_size, reference=reference)
 
-The states after the last block stand on the host, in the model's dtype. Their logits are computed
+The host keeps the states after the last block, in the model's dtype. Their logits are computed
 again when they are needed: `vocabulary / hidden` times as many numbers. The embedding, the final
 norm and the head that do so are those of the dense model, whatever becomes of the pruned one's.
 """
@@ -25,17 +25,17 @@ from lib.model.pretrained import decoder_blocks
 
 COMPARED_WINDOWS = 64  # of each test set, at most
 
-States = list[dict[int, Tensor]]  # of each test set {window: hidden states (tokens, hidden)}
+States = list[dict[int, Tensor]]  # for each test set {window: hidden states (tokens, hidden)}
 
 
 def compared_windows(count: int) -> list[int]:
-    """Numbers of the windows that are compared, spread evenly over the `count` of a test set."""
+    """Return the numbers of the compared windows, spread evenly over the `count` of a test set."""
     chosen = min(count, COMPARED_WINDOWS)
     return [index * count // chosen for index in range(chosen)]
 
 
 def reference_bytes(counts: Sequence[int], window: int, dist: DistContext) -> int:
-    """Host memory, in bytes, that the states take in this process.
+    """Return the bytes of host memory that the states take in this process.
 
     `counts`: windows of each test set; `window`: bytes of one window's hidden states.
     """
@@ -43,14 +43,14 @@ def reference_bytes(counts: Sequence[int], window: int, dist: DistContext) -> in
 
 
 def own_windows(count: int, dist: DistContext) -> list[int]:
-    """Those of the compared windows that are this process's."""
+    """Return the compared windows that belong to this process."""
     own = range(count)[dist.share(count)]
     return [window for window in compared_windows(count) if window in own]
 
 
 @dataclass
 class DenseReference:
-    """What is needed to compute the dense model's logits on the windows that are compared."""
+    """Computes the dense model's logits on the compared windows."""
 
     tail: BlockRunner  # its blocks have no weights
     states: States
@@ -58,7 +58,7 @@ class DenseReference:
     def logits(
         self, test: int, first: int, ids: Tensor
     ) -> tuple[list[int], Callable[[Tensor], Tensor]]:
-        """Which of windows `ids` (n, tokens) are compared, and what gives their dense logits.
+        """Return which of windows `ids` (n, tokens) are compared, and a function for their logits.
 
         `first`: the number of the first window in its test set. The second value turns positions
         into logits (compared, len(positions), vocabulary).
@@ -85,7 +85,7 @@ def dense_states(
     on_progress: Callable[[int], None] = lambda windows: None,
     state_device: torch.device | str = "cpu",
 ) -> States:
-    """Hidden states after the last block, on the host, of this process's compared windows.
+    """Compute hidden states after the last block, on the host, of this process's windows.
 
     `runner`: of the dense model; `tests`: windows (n, tokens) of each test set. Where blocks are
     fetched, each comes once for all windows, whose states are on `state_device` meanwhile.
@@ -100,21 +100,24 @@ def dense_states(
         for number, own in enumerate(chosen)
         for start in range(0, len(own), step)
     ]
-    found: States = [{} for _ in tests]
+    hidden_states: States = [{} for _ in tests]
     where = runner.device if resident else state_device
     for group in [[batch] for batch in batches] if resident or not batches else [batches]:
         windows = [tests[number][own] for number, own in group]
         several = runner.run_blocks(windows, batch_size, where)
         for (number, own), states in zip(group, several, strict=True):
-            found[number] |= zip(own, states.hidden.cpu(), strict=True)
+            hidden_states[number] |= zip(own, states.hidden.cpu(), strict=True)
         on_progress(sum(map(len, windows)))
-    return found
+    return hidden_states
 
 
 @torch.no_grad()
 def tail_of(runner: BlockRunner) -> BlockRunner:
-    """A runner whose model has what `runner`'s has outside the blocks as it is now, and nothing
-    inside them. Matrices share memory with it, vectors are copied: these may be trained."""
+    """Return a runner with a copy of the model whose blocks have no weights.
+
+    Matrices outside the blocks share memory with the model's; vectors are copied, since they may be
+    trained.
+    """
     inside = {id(tensor) for block in runner.blocks for tensor in _tensors(block)}
     memo: dict[int, Tensor] = {}
     for tensor in _tensors(runner.model):

@@ -1,4 +1,4 @@
-"""How likely a model finds each option of a question, and whether it would say the right one.
+"""Scores of a model on questions: the likelihood of each option, and whether it says the right one.
 
     scores = score(runner, tokenizer, questions, bos=None, batch_tokens=1024)
 
@@ -20,7 +20,7 @@ from lib.model.blocks import HEAD_POSITIONS, BlockRunner, positions_at_once
 from lib.quality.questions import Question
 
 REPLACEMENT = "\ufffd"
-GROUP_TOKENS = 2**16  # that go through the blocks together, where these are fetched
+GROUP_TOKENS = 2**16  # that go through fetched blocks together
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model makes of questions. A tie is no right choice."""
+    """A model's answers to questions. A tie is not a right choice."""
 
     chosen: Tensor  # (questions,) of bool: whether the right option is the likeliest
     said: Tensor  # (questions,) of bool: whether greedy decoding gives the right option, and ends
@@ -89,8 +89,11 @@ def score(
 def options_of(
     question: Question, tokenizer: PreTrainedTokenizerBase, bos: int | None
 ) -> list[Option]:
-    """The options of a question as ids. Scored is what comes after the context, and a token that
-    spans its end; without a context, what comes after the ids that all options begin with."""
+    """Return the options of a question as ids.
+
+    The ids after the context are scored, with a token that spans its end; without a context, the
+    ids after those that all options begin with.
+    """
     begun = [] if bos is None else [bos]
     texts = [question.context + option for option in question.options]
     every = [begun + _ids(tokenizer, text) for text in texts]
@@ -107,7 +110,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _common(sequences: Sequence[Sequence[int]]) -> int:
-    """How many ids all sequences begin with alike."""
+    """Return how many ids all sequences have in common at their start."""
     length = 0
     for ids in zip(*sequences, strict=False):
         if len(set(ids)) > 1:
@@ -117,7 +120,7 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _groups(runner: BlockRunner, options: list, batch_tokens: int) -> Iterator[list[list]]:
-    """Batches of options of similar length, in groups that go through the blocks together."""
+    """Yield groups of batches that go through the blocks together, of options of similar length."""
     resident = runner.weights.zero_copy
     batches: list[list] = []
     for item in options:
@@ -141,8 +144,10 @@ def _groups(runner: BlockRunner, options: list, batch_tokens: int) -> Iterator[l
 def _run(
     runner: BlockRunner, batches: list[list[Option]], state_device: torch.device | str
 ) -> Iterator[list[tuple[float, list[int]]]]:
-    """For each batch, of every option its log-likelihood and the most likely ids, from the first
-    that is scored to the one after its end."""
+    """Yield for each batch the log-likelihood and the most likely ids of every option.
+
+    The ids are those at the scored positions and at the one after the option's end.
+    """
     resident = runner.weights.zero_copy
     windows = []
     for batch in batches:
@@ -174,9 +179,9 @@ def _run(
 def _heads(
     runner: BlockRunner, hidden: Tensor, ids: Tensor, following: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-likelihood of `following` (positions,) and the most likely ids, on the host.
+    """Return the log-likelihood of `following` (positions,) and the most likely ids, on the host.
 
-    `hidden`: states (positions, hidden) after the last block, `ids` (positions,) their tokens.
+    `hidden` are states (positions, hidden) after the last block, `ids` (positions,) their tokens.
     """
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
     chunk = positions_at_once(runner.device, vocabulary, 1, HEAD_POSITIONS)
@@ -196,7 +201,7 @@ def _heads(
 
 
 def _says(tokenizer: PreTrainedTokenizerBase, option: Option, guesses: list[int]) -> bool:
-    """Whether greedy decoding gives the option's ids, and does not go on with its last word."""
+    """Return whether greedy decoding gives the option's ids, and then ends its last word."""
     right = option.ids[option.start :]
     if not right or guesses[:-1] != right:
         return False

@@ -1,4 +1,4 @@
-"""Intervals of shares, and whether two models differ on the same questions."""
+"""Confidence intervals of shares, and a test of whether two models differ."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Z = 1.959964  # of the normal distribution: 95% lie within so many standard devi
 
 
 def wilson_interval(successes: int, count: int) -> tuple[float, float]:
-    """95% interval of a share, by Wilson's score; (0, 1) for a count of 0."""
+    """Return the 95% Wilson score interval of a share; (0, 1) for a count of 0."""
     if not count:
         return 0.0, 1.0
     share, square = successes / count, Z * Z
@@ -19,10 +19,10 @@ def wilson_interval(successes: int, count: int) -> tuple[float, float]:
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """McNemar's test by the exact binomial: the two-sided p-value of as uneven a split, or more.
+    """Return the two-sided p-value of McNemar's exact test.
 
-    `lost`: questions that only the first model answers right, `gained`: only the second. Where both
-    are as good, each of these is a toss of a coin.
+    `lost` questions only the first model answers right, `gained` only the second. If both are
+    equally good, each of these is the toss of a coin.
     """
     flips, fewer = lost + gained, min(lost, gained)
     tail = sum(math.comb(flips, wins) for wins in range(fewer + 1))

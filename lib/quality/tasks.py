@@ -1,6 +1,6 @@
-"""Tasks of lm-eval, its own ones and those of a folder, which need no hub.
+"""Tasks of lm-eval: the built-in ones, and those of a folder, which need no hub.
 
-A task is a YAML file. With data of one's own, in JSON lines beside it:
+A task is a YAML file. With your own data, in JSON lines beside it:
 
     task: choices_uk
     dataset_path: json
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
-    """UserError where lm-eval is not installed or lacks a task; before anything slow."""
+    """Raise UserError if lm-eval is not installed or lacks a task, before anything slow."""
     given = ",".join(names)
     if find_spec("lm_eval") is None:
         raise UserError(f"--tasks {given}: lm-eval is not installed; pip install lm-eval")
@@ -50,7 +50,7 @@ def run_tasks(
     batch_size: int,
     include_path: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{task: {metric: value}} of the model in memory, zero-shot as the tasks define it."""
+    """Return {task: {metric: value}} of the model in memory, zero-shot as the tasks define it."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -70,7 +70,7 @@ def run_tasks(
 
 
 def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
-    """What knows the tasks: those of the folder alone, where these are all."""
+    """Return a manager of the folder's tasks alone if it has all `names`, else of all tasks."""
     if include_path is not None:
         own = _tasks_of(include_path)
         if all(own.match_tasks([name]) for name in names):
@@ -87,7 +87,7 @@ def _tasks_of(include_path: str) -> TaskManager:
 
 @cache
 def _all_tasks(include_path: str | None) -> TaskManager:
-    """Reads thousands of files, for seconds."""
+    """Return a manager of all tasks; it reads thousands of files, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)

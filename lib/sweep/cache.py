@@ -1,7 +1,7 @@
-"""The dense model and the texts kept in memory, for many runs of main.py in one process.
+"""A cache of the dense model and the texts, for many runs of main.py in one process.
 
-Every run gets a copy of its own, so that whatever it does to it (prune, swap linears, cast to the
-dtype it saves in) is gone with it, and the results are those of a run by itself.
+Every run gets its own copy, so that its changes (pruned weights, swapped linears, another dtype)
+end with it, and its results are those of a single run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ QUESTION_SEED = 0  # of runs that draw no calibration text too
 
 
 class SweepCache(NoCache):
-    """Dense weights and texts that several runs share.
+    """Holds dense weights and texts that several runs share.
 
-    Models that are offloaded or quantised are not handed in here: every run reads them anew.
+    Offloaded and quantised models are not cached: every run reads them anew.
     """
 
     def __init__(self) -> None:
@@ -54,14 +54,14 @@ class SweepCache(NoCache):
     def model(self, key: tuple, device: torch.device, read: Callable[[], nn.Module]) -> nn.Module:
         settings = repr((key, device))
         if self.dense_key != settings:
-            self.dense = None  # before the next one needs its room
-            # read where main.py reads it, so that tables computed on loading are the same
+            self.dense = None  # freed before the next model is read
+            # read on `device` as main.py does, so that tables computed on loading are the same
             self.dense = read().to("cpu")
             self.dense_key = settings
         return fresh_copy(self.dense).to(device)
 
     def question_seed(self, seed: int) -> int:
-        """The same for all runs, whose answers are to be compared."""
+        """Return one seed for all runs, whose answers are compared."""
         return QUESTION_SEED
 
     def dense_outputs(self, key: tuple, compute: Callable[[], Any]) -> Any:
@@ -70,18 +70,16 @@ class SweepCache(NoCache):
         return self.outputs_of_dense[repr(key)]
 
     def beside(self, own_peak: bool) -> str:
-        """What a peak of memory is of; `own_peak`: it was begun anew for the run."""
-        measured = "this run" if own_peak else "the sweep up to this run"
-        return measured + (
-            ", with the dense model kept beside it" if self.dense is not None else ""
-        )
+        """Say what a peak of memory covers; `own_peak` says that it was reset for the run."""
+        covered = "this run" if own_peak else "the sweep up to this run"
+        return covered + (", with the dense model kept beside it" if self.dense is not None else "")
 
 
 def start_peak(device: str) -> bool:
-    """Forget the peaks of memory so far; whether the host's could be forgotten."""
+    """Reset the peaks of memory; return whether the host's could be reset."""
     gc.collect()  # the run before may have left cycles
     if torch.cuda.is_initialized() and device.startswith("cuda"):
-        torch.cuda.empty_cache()  # what it held counts as used otherwise
+        torch.cuda.empty_cache()  # cached memory would count as used
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text(_RESET_PEAK)

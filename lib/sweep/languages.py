@@ -1,9 +1,9 @@
-"""What a model's weights do for one language and not for another: prunings by language, compared.
+"""Compare which weights a model needs for each language, by pruning it on each of them.
 
     bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
 
-Prunes MODEL once for each calibration set, and once more with another seed, which shows how much
-of a difference is chance. Then measures what the masks have in common (lib/report/overlap.py). What
+It prunes MODEL once for each calibration set, and once more with another seed, which shows how much
+of a difference is chance. Then it measures how far the masks overlap (lib/report/overlap.py). What
 follows `--` goes to every run of main.py; finished runs are kept, as in lib/sweep/sweep.py.
 """
 
@@ -21,7 +21,7 @@ from lib.util import command
 
 
 def main(argv: list[str]) -> None:
-    own, passed_on = sweep.split_argv(argv)
+    argv, passed_on = sweep.split_argv(argv)
     parser = argparse.ArgumentParser(
         prog="python -m lib.sweep.languages",
         description=__doc__.split("\n")[0],
@@ -37,19 +37,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
     parser.add_argument("--ratio", type=float, default=0.5, help="share, if not N:M")
     parser.add_argument(
-        "--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="of the windows drawn"
+        "--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="seeds of the drawn windows"
     )
     parser.add_argument("--out", default="languages", help="folder for the runs and the files")
     command.add_debug_flag(parser)
-    args = parser.parse_args(own)
+    args = parser.parse_args(argv)
     if len(args.calibration) < 2:
-        parser.error(f"SOURCE {args.calibration[0]}: name two or more, to be compared")
+        parser.error(f"SOURCE {args.calibration[0]}: name two or more to compare")
     if not MethodSpec(args.method).cls.observes:
         parser.error(f"--method {args.method}: looks at no text; use another one")
-    spanned = ["--models", args.model, "--methods", args.method, "--types", args.type]
-    spanned += ["--ratios", str(args.ratio), "--calibration", *args.calibration]
-    spanned += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
-    planned = sweep.sweep([*spanned, *["--debug"] * args.debug], passed_on)
+    sweep_argv = ["--models", args.model, "--methods", args.method, "--types", args.type]
+    sweep_argv += ["--ratios", str(args.ratio), "--calibration", *args.calibration]
+    sweep_argv += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
+    planned = sweep.sweep([*sweep_argv, *["--debug"] * args.debug], passed_on)
     first, second = (
         [str(run.folder) for run in planned if run.args.prune_method and run.args.seed == seed]
         for seed in args.seeds

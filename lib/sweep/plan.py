@@ -1,4 +1,4 @@
-"""What runs a sweep has: the product of its flags, without combinations that make no sense."""
+"""The runs of a sweep: the product of its flags, without combinations that make no sense."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Planned:
 
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
-    """The runs of a sweep in the order in which they are done, model by model.
+    """Return the runs of a sweep in the order in which they are done, model by model.
 
-    A flag after `--` goes to the runs that it fits, as lib/run/flags.py declares. Leaves with
-    status 2 where main.py would, for flags; raises UserError for sources that make no sense.
+    A flag after `--` goes to the runs that it fits, as lib/run/flags.py declares. Exits with status
+    2 for flags that main.py would refuse; raises UserError for sources that make no sense.
     """
     parser = build_parser()
     parser.prog = "main.py"
@@ -43,7 +43,7 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
     sources = [parse_sources(parts, "--calibration", mixture=True) for parts in mixtures]
     names = _names(args.calibration, map(mixture_name, sources))
     folders = _names(args.models, (Path(model).resolve().name for model in args.models))
-    tests = args.eval_data or default_tests([one for several in sources for one in several])
+    tests = args.eval_data or default_tests([source for mixture in sources for source in mixture])
     parse_sources(tests, "--eval_data")
     calibrations = dict(zip(names, mixtures, strict=True))
     planned: dict[str, Planned] = {}
@@ -58,10 +58,10 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Planned]:
                 argv += ["--save_model", str(folder / "model")]
             run_args = passed.to_run(argv)
             if run_args.trim_vocabulary and not run_args.vocabulary_data:
-                # runs compare only where they have the same tokens
-                every = (source.text for several in sources for source in several)
-                run_args.vocabulary_data = list(dict.fromkeys(every))
-            if run_args.resume:  # finished blocks of different runs must not meet
+                # runs can be compared only with the same tokens
+                texts = (source.text for mixture in sources for source in mixture)
+                run_args.vocabulary_data = list(dict.fromkeys(texts))
+            if run_args.resume:  # each run keeps its finished blocks apart
                 run_args.resume = str(Path(run_args.resume) / name)
             check_flags(parser, run_args)
             planned[name] = Planned(name, folder, run_args)
@@ -76,7 +76,7 @@ class _Passed:
         self.parser, self.argv = parser, argv
         names = {word.split("=")[0].removeprefix("--") for word in argv if word.startswith("--")}
         self.flags = [flag for flag in FLAGS.values() if flag.name in names]
-        self.misfits: dict[str, str] = {}  # by flag, of those that no run had so far
+        self.misfits: dict[str, str] = {}  # {flag: reason}, for flags that no run has had so far
         self.used: set[str] = set()
         for flag in self.flags:
             if not flag.in_sweep:
@@ -85,9 +85,9 @@ class _Passed:
                 )
 
     def to_run(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse the flags of one run, and those of the others that fit it."""
+        """Parse the flags of one run, with the flags after `--` that fit it."""
         args = self.parser.parse_args([*argv, *self.argv])
-        for flag in self.flags:  # in the order of FLAGS: what needs another comes after it
+        for flag in self.flags:  # in the order of FLAGS, where a flag follows those that it needs
             misfit = flag.misfit(args, FLAGS)
             if misfit or (args.eval_only and not flag.dense):
                 self.misfits[flag.name] = misfit or f"--{flag.name}: is for runs that prune"
@@ -97,7 +97,7 @@ class _Passed:
         return args
 
     def check_used(self) -> None:
-        """Leave with status 2 where a flag fits no run of the sweep."""
+        """Exit with status 2 if a flag fits no run of the sweep."""
         for flag in self.flags:
             if flag.name not in self.used:
                 reason = self.misfits[flag.name]
@@ -106,7 +106,7 @@ class _Passed:
 
 @dataclass(frozen=True)
 class _Point:
-    """What to do to a model, whichever it is."""
+    """One point of the sweep: the flags of a run besides its model."""
 
     name: str
     flags: list[str]
@@ -116,9 +116,9 @@ class _Point:
 def _points(
     args: argparse.Namespace, calibrations: dict[str, list[str]], passed: _Passed
 ) -> Iterator[_Point]:
-    """The dense run, then every pruning.
+    """Yield the dense run, then every pruning.
 
-    One that reads no calibration text depends on none and on no seed: it is run once.
+    A pruning that reads no calibration text depends on no set and no seed: it is run once.
     """
     yield _Point("dense", ["--eval_only"], pruned=False)
     for method, kind in product(args.methods, args.types):
@@ -142,12 +142,12 @@ def _share(kind: str) -> float:
 
 
 def _split(text: str) -> list[str]:
-    """`uk=0.5,en=0.5` as two sources; a path that exists is one, whatever is in its name."""
+    """Split `uk=0.5,en=0.5` into two sources; a path that exists stays whole."""
     return [text] if Path(text).expanduser().exists() else text.split(",")
 
 
 def _names(texts: Sequence[str], short: Iterable[str]) -> list[str]:
-    """Names for folders: the short ones, or where two are the same, the whole texts."""
+    """Return names for folders: the short names, or the whole texts if two are the same."""
     short = list(short)
     return [
         _slug(name if short.count(name) == 1 else text)

@@ -1,4 +1,4 @@
-"""The runs of a sweep, one after another: finished ones are kept, failures recorded."""
+"""Run the runs of a sweep one after another; finished ones are kept, failures recorded."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ OUTPUT = "output.txt"  # of a run: what main.py would have written to the termin
 
 
 def run_all(planned: Sequence[Planned], debug: bool = False) -> list[str]:
-    """Do what is not yet done; the names of the runs that failed.
+    """Run what is not finished; return the names of the runs that failed.
 
-    A run that fails leaves its reason in its error.json and does not stop the rest. `debug` shows
-    the traceback of every failure, otherwise only of those that look like a defect.
+    A run that fails leaves its reason in its error.json and does not stop the others. `debug` shows
+    the traceback of every failure; without it only defects show one.
     """
     cache = SweepCache()
     todo = [run for run in planned if not _is_finished(run, cache)]
@@ -48,9 +48,9 @@ def run_all(planned: Sequence[Planned], debug: bool = False) -> list[str]:
 
 
 def do(run: Planned, cache: SweepCache, debug: bool = False) -> Results | FailedRun:
-    """Do one run; what its results.json holds, or where it failed its error.json.
+    """Run one run; return its results.json record, or its error.json record if it failed.
 
-    Figures of an earlier run stay until there are new ones.
+    The results of an earlier run stay until there are new ones.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     own_peak = start_peak(run.args.device)
@@ -59,7 +59,7 @@ def do(run: Planned, cache: SweepCache, debug: bool = False) -> Results | Failed
             results = main.run(check(run.args, cache))
         results["peak_memory"]["of"] = cache.beside(own_peak)
         write_results(run.folder, results)
-    except Exception as error:  # whatever it is, the other runs are independent of it
+    except Exception as error:  # the other runs do not depend on this one
         expected = isinstance(error, UserError | OSError | MemoryError)
         if debug or not expected:
             traceback.print_exc()
@@ -77,7 +77,7 @@ def do(run: Planned, cache: SweepCache, debug: bool = False) -> Results | Failed
 
 
 def _is_finished(run: Planned, cache: SweepCache) -> bool:
-    """Whether the run need not be done; prints why one is done again, and what else is to know."""
+    """Return whether the run has its results; print why a run is repeated or not checked."""
     error, results = read_json(run.folder / ERROR), read_json(run.folder / RESULTS)
     if "error" in error:
         print(f"{run.name}: failed before ({error['error']}); it is run again")
@@ -102,7 +102,7 @@ def _is_finished(run: Planned, cache: SweepCache) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a run has left in a file; {} where there is none that can be read."""
+    """Return the JSON object in a file, {} if there is none that can be read."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -113,7 +113,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def why_again(
     run: Planned, results: dict[str, Any], now: dict[str, dict[str, Any]]
 ) -> dict[str, str]:
-    """{what differs: a message} of all in which results differ from those of a run `now`."""
+    """Return {name: message} of everything in which results differ from a run `now`."""
     if "fingerprint" not in results:
         return {"fingerprint": "its results do not say what they were made of"}
     reasons = {

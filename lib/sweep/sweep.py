@@ -1,11 +1,11 @@
-"""Many prunings by one command: models x methods x types x ratios x calibration sets x seeds.
+"""Run many prunings: models x methods x types x ratios x calibration sets x seeds.
 
     python -m lib.sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
         --out runs -- --nsamples 64 --device cpu
 
-What follows `--` goes to every run of main.py. Each run has a folder of its own in `--out`; those
-that are finished are kept, so that the same command continues after an interruption and tries again
-what failed. Each model is read once. Ends with the table and pictures of lib/report/write.py.
+What follows `--` goes to every run of main.py. Each run has its own folder in `--out`. Finished
+runs are kept, so that the same command continues after an interruption and retries failed runs.
+Each model is read once. At the end come the table and pictures of lib/report/write.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EPILOG = "What follows -- goes to every run of main.py, such as: -- --nsamples 6
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    """The parser of the flags that span the sweep."""
+    """Build the parser of the sweep's own flags."""
     parser = argparse.ArgumentParser(
         prog="python -m lib.sweep",
         description=__doc__.split("\n")[0],
@@ -62,8 +62,8 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval_data",
         **several,
-        help="test sets, every run is measured on all of them (default: those that stand in the "
-        "calibration folders, else ubertext)",
+        help="test sets, every run is measured on all of them (default: the test texts of "
+        "the calibration folders, else ubertext)",
     )
     parser.add_argument("--seeds", type=int, default=[0], **several, help="default: 0")
     parser.add_argument("--save_models", action="store_true", help="keep every pruned model")
@@ -73,9 +73,9 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 
 def sweep(argv: list[str], passed_on: list[str]) -> list[Planned]:
-    """Do all runs of the sweep that `argv` spans, and report on them; the runs.
+    """Run the sweep that `argv` describes, report on it, and return its runs.
 
-    UserError at the end where some failed.
+    Raises UserError at the end if some runs failed.
     """
     parser = build_sweep_parser()
     args = parser.parse_args(argv)
@@ -89,13 +89,13 @@ def sweep(argv: list[str], passed_on: list[str]) -> list[Planned]:
 
 
 def do_all(planned: list[Planned], out: str, debug: bool) -> None:
-    """Do the runs that are not finished, and report on all in `out`.
+    """Run what is not finished, and report on all runs in `out`.
 
-    UserError at the end where some failed.
+    Raises UserError at the end if some runs failed.
     """
     from lib.sweep.runs import run_all
 
-    with command.unfailing_output():  # a reader that has gone ends no run
+    with command.unfailing_output():  # a closed pipe stops no run
         failed = run_all(planned, debug)
     report(out)
     if failed:
@@ -106,7 +106,7 @@ def do_all(planned: list[Planned], out: str, debug: bool) -> None:
 
 
 def report(out: str) -> None:
-    """Table and pictures of all runs that are in `out`, of this sweep or of an earlier one."""
+    """Write the table and pictures of all runs in `out`, of this sweep or an earlier one."""
     from lib.report.results import load_runs
     from lib.report.write import report_text, write_report
 
