@@ -1,7 +1,7 @@
-"""A checkpoint as a flag names it, and what can go wrong before its weights are there, in a line.
+"""A checkpoint that a flag names, and one-line errors for everything that can stop its loading.
 
-The hub is asked once, with a short time limit: transformers' own attempts take half a minute to
-fail. Where it can't be reached, a copy in the cache is used.
+The hub is queried once, with a short time limit, since transformers' own attempts take half a
+minute to fail. If it can't be reached, a copy in the cache is used.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ class Checkpoint:
         return f"{self.flag} {self.name}"
 
     def pinned(self, config: Any) -> Checkpoint:
-        """The same checkpoint at the commit that its config came from, also if the hub moves on."""
+        """Return the checkpoint at the commit of its config, even if the hub has a newer one."""
         return replace(self, revision=getattr(config, "_commit_hash", None))
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `from_pretrained`, besides the name."""
+        """Return keyword arguments for `from_pretrained`, besides the name."""
         options = {"cache_dir": self.cache_dir, "trust_remote_code": self.trust_remote_code}
         options |= {"revision": self.revision} if self.revision else {}
         return options | {"local_files_only": local_only(self)}
 
 
 def check_folder(checkpoint: Checkpoint) -> None:
-    """UserError where the name can only be a local folder, but is no model's."""
+    """Raise UserError if the name can only be a local folder, but holds no model."""
     name = checkpoint.name
     folder = Path(name)
     if folder.is_file():
@@ -80,7 +80,7 @@ def check_folder(checkpoint: Checkpoint) -> None:
 
 
 def check_weight_files(checkpoint: Checkpoint) -> None:
-    """UserError where a local folder's weight files are missing or cut short; reads no weight."""
+    """Raise UserError if a local folder's weight files are missing or truncated; read no weight."""
     folder = Path(checkpoint.name)
     if not folder.is_dir():
         return
@@ -108,10 +108,10 @@ def _files_of_index(checkpoint: Checkpoint, index: Path) -> list[str]:
 
 @cache
 def local_only(checkpoint: Checkpoint) -> bool:
-    """Whether its files come from this machine alone: a folder, or the hub is out of reach.
+    """Return whether all files come from this machine: from a folder, or with the hub unreachable.
 
-    Raises UserError where the hub has no such model, or can't be reached and there is no copy in
-    the cache.
+    Raises UserError if the hub has no such model, or can't be reached and there is no copy in the
+    cache.
     """
     if Path(checkpoint.name).exists():
         return True
@@ -151,7 +151,7 @@ def _is_cached(checkpoint: Checkpoint) -> bool:
 
 
 def quantisation(load_bit: str | None) -> dict:
-    """Keyword arguments for `from_pretrained` by `--load_bit`: `4`, `8` or None."""
+    """Return keyword arguments for `from_pretrained` under `--load_bit`: `4`, `8` or None."""
     if load_bit is None:
         return {}
     from transformers import BitsAndBytesConfig
@@ -171,7 +171,7 @@ TRUST = "give --trust_remote_code to run that code, if you trust it"
 
 @contextmanager
 def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[None]:
-    """Inside, whatever is raised becomes a UserError: `what` can't be loaded, why, the way out."""
+    """Inside, an exception becomes a UserError: `what` can't be loaded, why, and the way out."""
     try:
         yield
     except (UserError, PackedError, MemoryError):
@@ -187,9 +187,9 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
 
 
 def check_complete(checkpoint: Checkpoint, info: dict) -> None:
-    """UserError where `from_pretrained`'s report says that weights are missing or do not fit.
+    """Raise UserError if `from_pretrained` reports missing weights or other shapes.
 
-    Warns of weights that are not used.
+    It warns of unused weights.
     """
     missing, misfits = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
@@ -209,13 +209,13 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its final punctuation, or the error's class."""
+    """Return the first line of an error's message without final punctuation, or its class."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:, ")[:300]
 
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """{name of a tensor: the file that holds it} of a checkpoint that is on this machine."""
+    """Return {name of a tensor: the file that holds it} of a checkpoint on this machine."""
     folder = Path(checkpoint.name)
     if not folder.is_dir():
         folder = Path(

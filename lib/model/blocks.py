@@ -1,8 +1,8 @@
-"""The one runner: windows through a model's decoder blocks, one block after another.
+"""The runner that passes windows through a model's decoder blocks, one block after another.
 
-Used for pruning and for evaluation. First every block records the arguments that the model calls
+Pruning and evaluation both use it. First every block records the arguments that the model calls
 *it* with (sliding-window and full-attention blocks get different masks and rotary tables) and
-hands its input on unchanged, so a pass costs an embedding look-up. Then the blocks run one by one
+returns its input unchanged, so a pass costs an embedding look-up. Then the blocks run one by one
 over all windows, their outputs written over their inputs in one buffer. Last, the model's own
 forward runs with the blocks replaced by the buffer's contents, which gives exact logits.
 """
@@ -27,7 +27,7 @@ from lib.util.errors import UserError
 
 # of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
 LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
-# with fewer in a product, reading the head from memory takes longer than the arithmetic
+# with fewer positions in a product, reading the head takes longer than the arithmetic
 HEAD_POSITIONS = 128
 PROBE_TOKENS = 16
 PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
@@ -35,7 +35,7 @@ PROBE_TOLERANCE = 0.02  # of the logits' norm; rounding in bfloat16 stays below
 
 @dataclass
 class HiddenStates:
-    """Windows on their way through the blocks: hidden states before the next block."""
+    """Windows and their hidden states before the next block."""
 
     windows: Tensor  # (windows, tokens) of ids
     batch_size: int
@@ -52,8 +52,8 @@ class HiddenStates:
 class BlockRunner:
     """A model's decoder blocks, run one at a time on `device`.
 
-    `name` is the blocks' name in the model, as `model.layers`; `flag`: the one that named the
-    model. The model must be in eval mode. Nothing stays patched, whatever is raised.
+    `name` is the blocks' name in the model, such as `model.layers`; `flag` is the flag that named
+    the model. The model must be in eval mode. Patches are undone after exceptions too.
     """
 
     def __init__(
@@ -76,20 +76,20 @@ class BlockRunner:
         return self.weights.on_device(index, write_back)
 
     def linears(self, index: int) -> list[PrunableLinear]:
-        """What can be pruned in block `index`, by their full names; packed linears among them."""
+        """Return the prunable and packed linears of block `index`, with their full names."""
         return find_linears(self.blocks[index], f"{self.name}.{index}")[0]
 
     def mapped(self) -> AbstractContextManager:
-        """Inside, the whole model can be saved, wherever its blocks are."""
+        """Inside, the whole model can be saved, even if its blocks are in files."""
         return self.weights.mapped()
 
     @torch.no_grad()
     def capture(
         self, windows: Tensor, batch_size: int, state_device: torch.device | str
     ) -> HiddenStates:
-        """Embed the windows (n, tokens) and note every block's own arguments for each batch.
+        """Embed the windows (n, tokens) and record every block's own arguments for each batch.
 
-        `state_device`: where the hidden states between two blocks are kept.
+        `state_device` holds the hidden states between two blocks.
         """
         states = HiddenStates(windows, batch_size, block_args=[[] for _ in self.blocks])
         tensors = TensorDeduplicator()
@@ -125,9 +125,9 @@ class BlockRunner:
     def iter_batches(
         self, states: HiddenStates, index: int, block: nn.Module | None = None
     ) -> Iterator[tuple[slice, Callable[[], Tensor]]]:
-        """For each batch, its slice and a call that runs the block on it: (n, tokens, hidden).
+        """Yield for each batch its slice and a function for its output (n, tokens, hidden).
 
-        `block` stands in for block `index` where given.
+        `block`, if given, replaces block `index`.
         """
         block = block or self.blocks[index]
         arriving = self.transfer.batches(states.hidden, states.batches)
@@ -141,7 +141,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def advance_(self, states: HiddenStates, index: int, block: nn.Module | None = None) -> None:
-        """Write block `index`'s outputs over its inputs, in its buffer."""
+        """Replace the hidden states by block `index`'s outputs, in place."""
         with record_function("forward"):
             for batch, run in self.iter_batches(states, index, block):
                 self.transfer.store_(states.hidden, batch, run())
@@ -153,9 +153,9 @@ class BlockRunner:
         state_device: torch.device | str,
         on_block: Callable[[int], None] = lambda index: None,
     ) -> list[HiddenStates]:
-        """Hidden states after the last block of each set of windows (n, tokens).
+        """Return hidden states after the last block for each set of windows (n, tokens).
 
-        Each block comes to the device once. `on_block` is called with its index when it is done.
+        Each block is fetched once. `on_block` is called with its index when it is done.
         """
         several = [self.capture(windows, batch_size, state_device) for windows in sets]
         for index in range(len(self.blocks)):
@@ -167,8 +167,10 @@ class BlockRunner:
 
     @torch.no_grad()
     def logits(self, states: HiddenStates, batch: slice) -> Callable[[Tensor], Tensor]:
-        """A function from positions to a batch's logits (n, len(positions), vocabulary) after the
-        last block; the batch's hidden states come to the device once."""
+        """Return a function from positions to a batch's logits (n, len(positions), vocabulary).
+
+        The batch's hidden states after the last block are fetched once.
+        """
         ids = states.windows[batch].to(self.device)
         last = self.transfer.fetch(states.hidden, batch)
 
@@ -181,10 +183,10 @@ class BlockRunner:
     def logits_from_hidden(
         self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor
     ) -> Tensor:
-        """Logits (n, len(positions), vocabulary) of windows `ids` (n, tokens).
+        """Return logits (n, len(positions), vocabulary) of windows `ids` (n, tokens).
 
-        `last` gives their hidden states (n, tokens, hidden) after the last block; gradients reach
-        these.
+        `last` returns their hidden states (n, tokens, hidden) after the last block, which receive
+        gradients.
         """
 
         def player(index: int) -> Callable:
@@ -202,7 +204,7 @@ class BlockRunner:
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Check on a few tokens that the blocks give the model's own logits; UserError if not."""
+        """Raise UserError if the blocks do not give the model's own logits on a few tokens."""
         ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
         states = self.capture(ids, 1, self.device)
         try:
@@ -213,7 +215,7 @@ class BlockRunner:
         except (TypeError, ValueError) as error:
             raise self._refused("has blocks that depend on each other") from error
         expected = self.model(input_ids=ids, use_cache=False).logits.float()
-        comparable = expected.isfinite().all(-1)  # (1, tokens); what is nan is told later, by name
+        comparable = expected.isfinite().all(-1)  # (1, tokens); nan is reported later, by linear
         logits, expected = logits[comparable], expected[comparable]
         if not (logits - expected).norm() <= PROBE_TOLERANCE * expected.norm():  # nan is refused
             raise self._refused("computes more than its decoder blocks one after another")
@@ -228,13 +230,13 @@ class BlockRunner:
         return UserError(f"{self.named} ({kind}): this architecture {what}; it can't be pruned")
 
     def _block_output(self, index: int, hidden: Tensor) -> Tensor | tuple:
-        """Hidden states in the form in which block `index` returns its own."""
+        """Return hidden states in the form of block `index`'s output."""
         length = self.tuples[type(self.blocks[index])]
         return (hidden, *[None] * (length - 1)) if length else hidden
 
     @torch.no_grad()
     def _probe(self) -> dict[type, int]:
-        """Length of the tuple that each class of block returns; 0 for a tensor."""
+        """Return the length of the tuple that each class of block returns; 0 for a tensor."""
         lengths: dict[type, int] = {}
 
         def prober(index: int) -> Callable:
@@ -263,12 +265,12 @@ class BlockRunner:
 
 
 class Stop(Exception):
-    """Ends a forward pass whose rest is not wanted."""
+    """Ends a forward pass early."""
 
 
 @contextmanager
 def replaced(blocks: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
-    """Inside, block i's forward is `make(i)`; afterwards it is its own again."""
+    """Inside, block i's forward is `make(i)`; afterwards it is restored."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
         for index, block in enumerate(blocks):
@@ -283,13 +285,13 @@ def replaced(blocks: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator
 
 
 def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
-    """A block's outputs (n, tokens, hidden), without what else it returns."""
+    """Return a block's hidden states (n, tokens, hidden), without its other outputs."""
     out = block(hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 
 def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    """A block's hidden states, and its other arguments."""
+    """Split a block's arguments into its hidden states and the others."""
     if args:
         return args[0], args[1:], kwargs
     kwargs = dict(kwargs)
@@ -297,18 +299,18 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
 
 
 class TensorDeduplicator:
-    """Keeps equal tensors once: most arguments of blocks are the same in all batches."""
+    """Keeps one of equal tensors: most arguments of blocks are the same in all batches."""
 
     def __init__(self) -> None:
         self.tensors: dict[tuple, list[Tensor]] = {}  # by shape, dtype and device
         self.start_call()
 
     def start_call(self) -> None:
-        """Begin a call of the model, within which a tensor's id tells which one it is."""
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # by id: (a tensor, the one equal to it)
+        """Begin a call of the model, within which an id identifies a tensor."""
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # {id: (tensor, first equal tensor)}
 
     def unique(self, value: Any) -> Any:
-        """`value`, nested as it may be, with every tensor replaced by the first equal one."""
+        """Return `value`, nested or not, with every tensor replaced by the first equal one."""
         if isinstance(value, dict):
             return {key: self.unique(item) for key, item in value.items()}
         if type(value) in (tuple, list):
@@ -336,26 +338,26 @@ def iter_logits(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield positions 0 to `length` in chunks, with their logits (n, chunk, vocabulary).
 
-    Without `chunk`, the first is one position, whose logits tell how many fit into LOGIT_BYTES.
+    Without `chunk`, the first is one position, whose logits show how many fit into LOGIT_BYTES.
     """
     start, size = 0, chunk or 1
     while start < length:
         positions = torch.arange(start, min(start + size, length), device=device)
-        own = logits(positions)
-        size = chunk or positions_at_once(device, own.shape[-1], len(own))
+        chunk_logits = logits(positions)
+        size = chunk or positions_at_once(device, chunk_logits.shape[-1], len(chunk_logits))
         start += len(positions)
-        yield positions, own
-        del own  # before the next logits come
+        yield positions, chunk_logits
+        del chunk_logits  # freed before the next chunk
 
 
 def positions_at_once(device: torch.device, vocabulary: int, windows: int, least: int = 1) -> int:
-    """Returns of how many positions of `windows` windows the logits stand at a time.
+    """Return how many positions of `windows` windows have their logits in memory at a time.
 
-    `least`: of how many, over all windows, also where they take more than LOGIT_BYTES.
+    Over all windows these are `least` positions at least, even beyond LOGIT_BYTES.
     """
     return max(1, max(rows_at_once(device, vocabulary), least) // windows)
 
 
 def rows_at_once(device: torch.device, vocabulary: int) -> int:
-    """Returns how many float32 rows of logits (vocabulary,) fit into LOGIT_BYTES, at least one."""
+    """Return how many float32 rows of logits (vocabulary,) fit into LOGIT_BYTES, at least one."""
     return max(1, LOGIT_BYTES[device.type] // (4 * vocabulary))

@@ -1,4 +1,4 @@
-"""Where numbers stop being finite: in a linear's weight, or in what flows into it."""
+"""Checks that the weights of linears and their inputs are finite."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from lib.util.errors import UserError
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor of any shape holds neither nan nor inf; reads it once, makes no masks."""
+    """Return whether a tensor has neither nan nor inf; it is read once, without masks."""
     if not tensor.numel():
         return True
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())  # nan among them wins
+    return all(
+        bool(extreme.isfinite()) for extreme in tensor.aminmax()
+    )  # a nan becomes both extremes
 
 
 def check_finite(runner: BlockRunner) -> None:
-    """UserError naming the first linear of the decoder blocks whose weight holds nan or inf."""
+    """Raise UserError naming the first linear of the blocks whose weight holds nan or inf."""
     for index in range(len(runner.blocks)):
         with runner.on_device(index):
             for linear in runner.linears(index):
@@ -27,7 +29,7 @@ def check_finite(runner: BlockRunner) -> None:
 
 
 def check_weight(linear: PrunableLinear, model: str) -> None:
-    """UserError naming the linear if its weight holds nan or inf; `model`: as `--model NAME`."""
+    """Raise UserError if the weight holds nan or inf; the message begins with `model`."""
     weight = linear.raw_weight
     if weight.is_floating_point() and not all_finite(weight):
         raise UserError(
@@ -37,9 +39,9 @@ def check_weight(linear: PrunableLinear, model: str) -> None:
 
 @torch.no_grad()
 def first_overflow(runner: BlockRunner, windows: Tensor) -> str:
-    """Name of the first linear that receives nan or inf from windows (n, tokens).
+    """Return the name of the first linear that receives nan or inf from windows (n, tokens).
 
-    Run only after a loss was found not to be finite, since it looks at every activation.
+    This reads every activation, so it is for use after a loss that is not finite.
     """
     names = []
 

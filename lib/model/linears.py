@@ -1,4 +1,4 @@
-"""Which matrices of a decoder block can be pruned, and what they are multiplied with."""
+"""The matrices of a decoder block that can be pruned, and hooks on their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NARROWEST = 8  # inputs or outputs of a matrix worth pruning
 def find_linears(
     block: nn.Module, prefix: str
 ) -> tuple[list[PrunableLinear], dict[str, tuple[int, str]]]:
-    """The prunable matrices of a block, and {name: (weights, why)} of what stays dense."""
-    linears, left = [], {}
+    """Return the prunable matrices of a block, and {name: (weights, reason)} of the others."""
+    linears, dense = [], {}
     experts_of = _expert_counts(block)
     for path, module in block.named_modules():
         name = f"{prefix}.{path}" if path else prefix
@@ -36,7 +36,7 @@ def find_linears(
             )
             why = _why_dense(linear.shape, experts_of.get(path.rpartition(".")[0]))
             if why:
-                left[name] = prod(linear.shape), why
+                dense[name] = prod(linear.shape), why
             else:
                 linears.append(linear)
             continue
@@ -52,12 +52,12 @@ def find_linears(
                     for i in range(len(weight))
                 ]
             elif weight.dim() > 1 and not parameter.endswith("bias"):
-                left[full_name] = weight.numel(), f"{type(module).__name__} is no linear layer"
-    return linears, left
+                dense[full_name] = weight.numel(), f"{type(module).__name__} is no linear layer"
+    return linears, dense
 
 
 class PackedView(PrunableLinear):
-    """A packed linear: to be measured, not to be pruned again."""
+    """A packed linear, which can be measured but not pruned again."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,13 +68,13 @@ class PackedView(PrunableLinear):
 
 
 def _holds_experts(module: nn.Module, weight: Tensor) -> bool:
-    """Whether a parameter is a stack of matrices, one for each expert."""
+    """Return whether a parameter is a stack of matrices, one for each expert."""
     stacked = weight.dim() == 3 and len(weight) > 1 and min(weight.shape[1:]) >= NARROWEST
     return stacked and not isinstance(module, _ConvNd)
 
 
 def _expert_counts(block: nn.Module) -> dict[str, int]:
-    """{path of a module: experts} for the parents of experts and all modules beside these."""
+    """Return {path: number of experts} for the parents of experts and all their children."""
     counts: dict[str, int] = {}
     for path, module in block.named_modules():
         stacks = [len(w) for w in module.parameters(recurse=False) if _holds_experts(module, w)]
@@ -138,7 +138,7 @@ def watch_inputs(
 def watch_outputs(
     linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Inside, `see(linear, x, out)` is called with what each linear has given (..., out) for x.
+    """Inside, `see(linear, x, out)` is called with each linear's output (..., out) for x.
 
     `see` may raise to end the forward pass early. Hooks are gone afterwards.
     """
@@ -151,7 +151,7 @@ def watch_outputs(
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
-    """A linear module's input, whatever its forward calls it: `input`, or GPT-2's `x`."""
+    """Return a linear module's input, which its forward may call `input`, or `x` as in GPT-2."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

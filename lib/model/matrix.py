@@ -1,4 +1,4 @@
-"""One prunable matrix of a decoder block, whatever its module keeps it as.
+"""One prunable matrix of a decoder block, independent of how its module stores it.
 
 `nn.Linear` keeps its weight (out, in), GPT-2's `Conv1D` (in, out), a fused mixture-of-experts
 parameter (experts, out, in) or, transposed, (experts, in, out). Solvers see a float32 (out, in)
@@ -28,11 +28,11 @@ class PrunableLinear:
     parameter: str = "weight"
     expert: int | None = None
     transposed: bool = False
-    is_quantised: ClassVar[bool] = False  # its weight is codes, not numbers
+    is_quantised: ClassVar[bool] = False  # its weight holds codes, not values
 
     @property
     def raw_weight(self) -> Tensor:
-        """The weight as the model keeps it, a view."""
+        """A view of the weight as the model stores it."""
         weight = getattr(self.module, self.parameter).data
         return weight if self.expert is None else weight[self.expert]
 
@@ -43,21 +43,23 @@ class PrunableLinear:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> Tensor:
-        """A float32 copy, (out, in), contiguous, on the weight's device."""
+        """Return a contiguous float32 copy (out, in) on the weight's device."""
         weight = self.raw_weight.T if self.transposed else self.raw_weight
         return weight.to(torch.float32, copy=True).contiguous()
 
     def saved_dtype(self, rounding: torch.dtype | None = None) -> torch.dtype:
-        """The dtype in which the matrix goes to other processes and into files, `rounding` by
-        default the weight's own."""
+        """Return the dtype in which the matrix is sent to other processes and saved.
+
+        That is `rounding`, or without it the weight's own dtype.
+        """
         return rounding or self.raw_weight.dtype
 
     def to_saved_dtype(self, matrix: Tensor, rounding: torch.dtype | None = None) -> Tensor:
-        """A matrix (out, in) for this linear, rounded to what will be saved."""
+        """Return a matrix (out, in) rounded to the dtype in which it will be saved."""
         return matrix.to(self.saved_dtype(rounding))
 
     def empty_matrix(self, rounding: torch.dtype | None = None) -> Tensor:
-        """Room (out, in) for what `to_saved_dtype` gives in another process."""
+        """Return an empty (out, in) tensor that can receive the result of `to_saved_dtype`."""
         dtype = self.saved_dtype(rounding)
         return torch.empty(self.shape, dtype=dtype, device=self.raw_weight.device)
 

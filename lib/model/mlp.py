@@ -1,4 +1,4 @@
-"""The neurons of the blocks' MLPs, in any architecture: which rows and columns they are.
+"""The neurons of the blocks' MLPs in any architecture: their rows and columns.
 
 A neuron is an input of an MLP's down projection, with the row of each linear that makes this input
 (gate and up, or one linear before the activation), and their biases. Which linears these are, the
@@ -7,7 +7,7 @@ building the model again without weights. If exactly one linear of every block t
 others in the block lose as many outputs each, and nothing else in the model changes, the field says
 how wide the MLPs are, and a narrower model loads as any other.
 
-That each neuron depends on its own rows alone, the weights have to show: see `check_removable`.
+`check_removable` checks on the weights that each neuron depends on its own rows alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more, see `
 class Producer:
     """A linear, by its path in the block, whose outputs become the MLP's neurons.
 
-    A fused one has `parts` outputs for each neuron, each part's all behind one another.
+    A fused linear has `parts` outputs for each neuron; the outputs of one part are contiguous.
     """
 
     path: str
@@ -53,9 +53,9 @@ class BlockMlp:
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """The MLPs of a model's blocks, all of one `width`, and how its config calls that.
+    """The MLPs of a model's blocks, all of one `width`, and the config field that sets it.
 
-    `section`: the name of the config's part that holds `field`, None for the config itself.
+    `section` is the name of the sub-config that holds `field`, None for the config itself.
     """
 
     width: int
@@ -71,30 +71,34 @@ class MlpLayout:
 
 
 def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> MlpLayout:
-    """The MLPs of the blocks `name` of `model`, which needs no weights; UserError if there is none.
+    """Return the MLPs of the blocks `name` of `model`, which needs no weights.
 
-    Refused are quantised models, experts, MLPs of several widths, and what the config has no field
-    for.
+    Raises UserError for quantised models, experts, MLPs of several widths, and models whose config
+    has no field for the width.
     """
     if stored_bits(config):
         raise _refused(checkpoint, "it is quantised, and its matrices can't be cut")
     blocks = model.get_submodule(name)
     if any(linear.expert is not None for block in blocks for linear in find_linears(block, "")[0]):
         raise _refused(checkpoint, "its MLPs are experts")
-    shapes = {path: tuple(one.shape) for path, one in model.named_parameters()}
+    shapes = _parameter_shapes(model)
     for width in _possible_widths(blocks[0]):
         for section, field in _fields(config, width):
             narrow = width - 1 if width % 2 else width - 2
             layout = MlpLayout(width, section, field, ())
-            changed = _changed_shapes(config, checkpoint, shapes, layout, narrow)
+            changed = _changed_shapes(config, checkpoint, shapes, layout=layout, narrow=narrow)
             if changed is None:
                 continue
-            found = _mlps(changed, model, name, width, narrow)
-            if found is not None:
-                return MlpLayout(width, section, field, found)
+            mlps = _mlps(changed, model, name, width=width, narrow=narrow)
+            if mlps is not None:
+                return MlpLayout(width, section, field, mlps)
     raise _refused(
         checkpoint, "no field of its config sets the width of one MLP in each block and of it alone"
     )
+
+
+def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
 
 
 def _refused(checkpoint: Checkpoint, reason: str) -> UserError:
@@ -104,7 +108,7 @@ def _refused(checkpoint: Checkpoint, reason: str) -> UserError:
 
 
 def _possible_widths(block: nn.Module) -> Iterator[int]:
-    """Input widths of linears that another linear's outputs may fill, the widest first."""
+    """Yield input widths of linears that another linear's outputs may fill, widest first."""
     shapes = [linear.shape for linear in find_linears(block, "")[0]]
     widths = {
         inner
@@ -115,13 +119,13 @@ def _possible_widths(block: nn.Module) -> Iterator[int]:
 
 
 def _fields(config: Any, width: int) -> Iterator[tuple[str | None, str]]:
-    """(section, name) of the config's fields that may hold `width`: set to it, or not set."""
+    """Yield (section, name) of the config's fields that may set `width`: equal to it, or None."""
     text = config.get_text_config(decoder=True)
     section = next((key for key, value in vars(config).items() if value is text), None)
-    known = vars(PreTrainedConfig()).keys()
-    own = {key: value for key, value in vars(text).items() if key not in known}
+    common = vars(PreTrainedConfig()).keys()
+    specific = {key: value for key, value in vars(text).items() if key not in common}
     for wanted in (lambda value: value == width, lambda value: value is None):
-        for key, value in own.items():
+        for key, value in specific.items():
             several = isinstance(value, list) and value
             if not isinstance(value, bool) and (
                 all(map(wanted, value)) if several else wanted(value)
@@ -136,14 +140,14 @@ def _changed_shapes(
     layout: MlpLayout,
     narrow: int,
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """{parameter: its shape, and with `narrow` MLPs}; None where no such model can be built."""
+    """Return {parameter: (shape, shape with `narrow` MLPs)}; None if no such model can be built."""
     config = copy.deepcopy(config)
     try:
         layout.set_width(config, narrow)
         model = skeleton(config, checkpoint)
-    except Exception:  # whatever a model's class makes of a value that it does not expect
+    except Exception:  # any model's class may reject the value in its own way
         return None
-    after = {path: tuple(one.shape) for path, one in model.named_parameters()}
+    after = _parameter_shapes(model)
     if after.keys() != shapes.keys():
         return None
     return {path: (shapes[path], after[path]) for path in shapes if shapes[path] != after[path]}
@@ -156,7 +160,7 @@ def _mlps(
     width: int,
     narrow: int,
 ) -> tuple[BlockMlp, ...] | None:
-    """The MLP of each block, if the parameters that have `changed` are one in each and no more."""
+    """Return the MLP of each block, if the `changed` parameters are one MLP in each and no more."""
     downs: dict[int, list[str]] = defaultdict(list)
     producers: dict[int, dict[str, int]] = defaultdict(dict)
     for path, (before, after) in changed.items():
@@ -179,8 +183,8 @@ def _mlps(
     for index in range(len(model.get_submodule(name))):
         if len(downs[index]) != 1 or not producers[index]:
             return None
-        made = tuple(Producer(path, parts) for path, parts in producers[index].items())
-        blocks.append(BlockMlp(downs[index][0], made))
+        inputs = tuple(Producer(path, parts) for path, parts in producers[index].items())
+        blocks.append(BlockMlp(downs[index][0], inputs))
     return tuple(blocks)
 
 
@@ -205,7 +209,7 @@ def _select_(linear: nn.Module, name: str, indices: Tensor, dim: int) -> None:
 
 
 def fit_sizes_(block: nn.Module, mlp: BlockMlp) -> None:
-    """Set the attributes in which an MLP's linears note their shapes by their weights."""
+    """Set the size attributes of an MLP's linears to the shapes of their weights."""
     for path in (mlp.down, *(producer.path for producer in mlp.producers)):
         linear = block.get_submodule(path)
         if isinstance(linear, Conv1D):
@@ -218,10 +222,10 @@ def fit_sizes_(block: nn.Module, mlp: BlockMlp) -> None:
 def check_removable(
     block: nn.Module, mlp: BlockMlp, width: int, run: Callable[[nn.Module], Tensor], name: str
 ) -> None:
-    """See on one batch that a neuron can be removed: UserError naming the block if not.
+    """Check on one batch that neurons can be removed; raise UserError naming the block if not.
 
-    `run(block)` gives a block's outputs. Without every other neuron they must be those of the block
-    whose down projection ignores these neurons, to rounding.
+    `run(block)` returns a block's outputs. Without every other neuron they must be, to rounding,
+    those of the block whose down projection ignores these neurons.
     """
     kept = torch.arange(0, width, 2)
     ignoring, smaller = copy.deepcopy(block), copy.deepcopy(block)

@@ -1,4 +1,4 @@
-"""From a name to a model on a device, its tokenizer, its window and its decoder blocks."""
+"""Loads and saves a model with its config and tokenizer, and finds its decoder blocks."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from lib.util.errors import UserError
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OFFLOADED_SHARD = "500MB"
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # of one forward pass, about; on CUDA at least
-NARROW = 4096  # width below which so many tokens leave a GPU waiting for the host
+BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # in one forward pass, roughly; on CUDA at least
+NARROW = 4096  # width below which that many tokens do not keep a GPU busy
 
 
 def pick_device(name: str) -> torch.device:
-    """The device behind `--device`; UserError where this machine has none such."""
+    """Return the device of `--device`. Raises UserError if this machine does not have it."""
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -53,7 +53,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def set_current_device(device: torch.device) -> None:
-    """Whatever of CUDA names no device, in any library, is then on this one."""
+    """Make `device` the default for CUDA calls that name none, in any library."""
     if device.type == "cuda":
         # read when cuBLAS starts: without it products need not add up in the same order twice
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -61,7 +61,7 @@ def set_current_device(device: torch.device) -> None:
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
-    """The model's config, before any weight is read. UserError where it can't be had."""
+    """Load the model's config, before any weight. Raises UserError if it can't be loaded."""
     check_folder(checkpoint)
     check_weight_files(checkpoint)
     way_out = "check that file and the installed transformers"
@@ -70,7 +70,7 @@ def load_config(checkpoint: Checkpoint) -> Any:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The model's tokenizer; UserError where it has none."""
+    """Load the model's tokenizer. Raises UserError if it has none that works."""
     with as_user_error(checkpoint, "its tokenizer", "put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.options())
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
@@ -79,7 +79,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def window_length(config, requested: int | None) -> int:
-    """Tokens in a window: as requested, else the model's limit but at most 4,096."""
+    """Return the tokens in a window: as requested, else the model's limit, at most 4096."""
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limit = next((n for n in (getattr(text, a, None) for a in names) if n), None)
@@ -91,38 +91,38 @@ def window_length(config, requested: int | None) -> int:
 
 
 def default_batch_size(device: torch.device, seqlen: int, width: int) -> int:
-    """Windows per forward pass that keep the device busy without much memory."""
+    """Return the windows per forward pass that keep the device busy without much memory."""
     tokens = BATCH_TOKENS[device.type]
     if device.type == "cuda" and width < NARROW:
-        tokens = tokens * NARROW // width  # as many numbers as at that width
+        tokens = tokens * NARROW // width  # as many activations as at that width
     return max(1, tokens // seqlen)
 
 
 def checkpoint_dtype(config) -> torch.dtype:
-    """The dtype that the checkpoint's config names; float32 where it names none."""
+    """Return the dtype that the checkpoint's config names; float32 if it names none."""
     dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`float32` for torch.float32."""
+    """Return the name of a dtype, `float32` for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
 def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
-    """`auto`: the checkpoint's own on CUDA; float32 on a CPU, which is slow at halves."""
+    """Return the working dtype; `auto` is the checkpoint's on CUDA, float32 on a CPU for speed."""
     if name != "auto":
         return DTYPES[name]
     return checkpoint_dtype(config) if device.type == "cuda" else torch.float32
 
 
 def saved_dtype(name: str, config) -> torch.dtype:
-    """The dtype in which a pruned model is saved: under `auto` the checkpoint's own."""
+    """Return the dtype in which a pruned model is saved; `auto` is the checkpoint's."""
     return checkpoint_dtype(config) if name == "auto" else DTYPES[name]
 
 
 def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
-    """The model without weights, on the meta device, to be looked at before anything is loaded."""
+    """Build the model without weights, on the meta device."""
     checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
     with (
         as_user_error(checkpoint, "a model of its kind", "name a causal language model"),
@@ -142,7 +142,7 @@ def load_model(
     offload: str | None = None,
     load_bit: str | None = None,
 ) -> nn.Module:
-    """The model in eval mode, where `device_map` says. UserError where weights are damaged."""
+    """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged."""
     checkpoint = checkpoint.pinned(config)
     with as_user_error(checkpoint, "its weights", "are they complete? download them again"):
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -160,15 +160,20 @@ def load_model(
     check_complete(checkpoint, info)
     if getattr(model, "is_quantized", False):
         keep_bnb_layout(model)
-        for parameter in model.parameters():  # stored quantised, its other weights came as stored
+        for parameter in (
+            model.parameters()
+        ):  # the other weights of a quantised checkpoint keep their stored dtype
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
 
 
 def fresh_copy(dense: nn.Module) -> nn.Module:
-    """A copy that may be changed in every way; the weights outside its blocks share memory with
-    `dense` as long as they are not moved or cast, because no run writes into those."""
+    """Return a copy of a model that may be changed freely.
+
+    The weights outside its blocks, which no run writes into, share memory with `dense` until they
+    are moved or cast.
+    """
     _, blocks = decoder_blocks(dense)
     written = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
     memo: dict[int, Any] = {
@@ -182,62 +187,62 @@ def fresh_copy(dense: nn.Module) -> nn.Module:
 def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Write the model into `folder` in `dtype`, as safetensors, shard by shard where offloaded.
 
-    What the architecture keeps in float32 whatever the dtype (some routers) stays so. Afterwards
-    the model has its own dtypes again.
+    Modules that the architecture always keeps in float32 (some routers) stay so. The model's own
+    dtypes are restored afterwards.
     """
     strict = set(model._keep_in_fp32_modules_strict or ())
     before = {parameter: parameter.dtype for parameter in model.parameters()}
-    own = model.config.dtype
+    config_dtype = model.config.dtype
     try:
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and not strict.intersection(name.split(".")):
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
         on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
-        with warnings.catch_warnings():  # that offloaded shards pass through memory, as they should
+        with warnings.catch_warnings():  # offloaded shards pass through memory, as intended
             warnings.simplefilter("ignore", UserWarning)
             model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if on_disk else "5GB")
     finally:
-        model.config.dtype = own
+        model.config.dtype = config_dtype
         for parameter, working in before.items():
             if parameter.dtype != working:
                 parameter.data = parameter.data.to(working)
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
+    """Return name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
 
-    Where there are several (a multimodal model), the one inside the language part.
+    If there are several (a multimodal model), it is the one inside the language part.
     """
     classes = set(model._no_split_modules or ())
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(type(child).__name__ in classes for child in module)
     ]
-    if len(found) > 1 and isinstance(model.get_decoder(), nn.Module):
+    if len(lists) > 1 and isinstance(model.get_decoder(), nn.Module):
         inside = set(model.get_decoder().modules())
-        found = [(name, module) for name, module in found if module in inside]
-    if len(found) != 1:
+        lists = [(name, module) for name, module in lists if module in inside]
+    if len(lists) != 1:
         raise UserError(
             f"--model {model.name_or_path} ({type(model).__name__}): "
-            f"{len(found) or 'no'} lists of decoder blocks "
+            f"{len(lists) or 'no'} lists of decoder blocks "
             f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
             "one is needed; this architecture can't be pruned"
         )
-    return found[0]
+    return lists[0]
 
 
 def footprint(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared ones counted once, wherever they are kept."""
+    """Return the bytes of parameters and buffers on any device, shared ones counted once."""
     tensors = (*model.parameters(), *model.buffers())
     return sum(tensor.nbytes for tensor in tensors) + semi_structured_bytes(model)
 
 
 def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the parameters saved in `dtype`, shared ones counted once, wherever they are."""
+    """Return the bytes of the parameters saved in `dtype`, shared ones counted once."""
     return sum(
         parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
         for parameter in model.parameters()
@@ -245,14 +250,14 @@ def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
 
 
 def default_bos_id(tokenizer) -> int | None:
-    """The BOS id if the tokenizer puts it before every text by itself, else None."""
+    """Return the BOS id if the tokenizer adds it to every text by default, else None."""
     bos = tokenizer.bos_token_id
     first = tokenizer("a").input_ids[:1]
     return bos if bos is not None and first == [bos] else None
 
 
 def required_bos_id(tokenizer) -> int:
-    """The BOS id for `--bos always`; UserError where the tokenizer has none."""
+    """Return the BOS id for `--bos always`. Raises UserError if the tokenizer has none."""
     if tokenizer.bos_token_id is None:
         raise UserError("--bos always: the model's tokenizer has no BOS token; use --bos never")
     return tokenizer.bos_token_id

@@ -1,8 +1,8 @@
-"""Linears whose weights bitsandbytes keeps in 4 or 8 bits: dequantised, pruned, requantised.
+"""Linears whose weights bitsandbytes stores in 4 or 8 bits: dequantised, pruned, requantised.
 
-Zero is one of NF4's sixteen values and one of int8's, so a mask survives. Where a method only
-drops weights, the kept ones keep their very codes and scales; where it also changes them, the
-matrix is quantised anew in its own format.
+Zero is one of NF4's sixteen values and one of int8's, so a mask survives. If a method only drops
+weights, the kept ones keep their codes and scales; if it also changes them, the matrix is
+requantised in the same format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FORMATS = ("bitsandbytes",)
 
 
 class _Quantised(PrunableLinear):
-    """Goes to other processes and into files in float32; its codes are made from that again."""
+    """A quantised matrix, which is sent and saved in float32 and then requantised."""
 
     is_quantised: ClassVar[bool] = True
 
@@ -53,7 +53,7 @@ class Quantised4bit(_Quantised):
             return
         state = weight.quant_state
         weight = Params4bit(
-            matrix.to(weight.device, state.dtype),  # quantised by the move that follows
+            matrix.to(weight.device, state.dtype),  # the move below quantises it
             requires_grad=False,
             blocksize=weight.blocksize,
             compress_statistics=weight.compress_statistics,
@@ -90,13 +90,13 @@ class Quantised8bit(_Quantised):
         codes.masked_fill_(matrix == 0, 0)
 
     def _codes(self) -> tuple[Tensor, Tensor]:
-        """Codes (out, in) and scales (out,), wherever bitsandbytes keeps them by now."""
+        """Return codes (out, in) and scales (out,), wherever bitsandbytes has moved them."""
         weight, state = self.module.weight, self.module.state
         return weight.data, weight.SCB if weight.SCB is not None else state.SCB
 
 
 def quantised_linear(name: str, module: nn.Linear) -> PrunableLinear | None:
-    """The module as a prunable matrix if bitsandbytes quantised it, else None."""
+    """Return the module as a prunable matrix if bitsandbytes quantised it, else None."""
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
         return Quantised4bit(name, name, module)
@@ -110,7 +110,7 @@ def check_format(
     pruning: bool,
     offload: str | None = None,
 ) -> None:
-    """UserError where the checkpoint is stored in a way that can't be pruned or loaded."""
+    """Raise UserError if the checkpoint's format can't be pruned or loaded as the flags say."""
     _, method = _stored(config)
     if method is None:
         return
@@ -136,7 +136,7 @@ def check_format(
 
 
 def stored_bits(config) -> str | None:
-    """`4` or `8` where the checkpoint is quantised by bitsandbytes."""
+    """Return `4` or `8` if bitsandbytes quantised the checkpoint, else None."""
     stored, method = _stored(config)
     if method not in FORMATS:
         return None
@@ -144,7 +144,7 @@ def stored_bits(config) -> str | None:
 
 
 def packed_linears(config) -> tuple[list[list[int]], int]:
-    """[out, in, kept] of every linear of a packed checkpoint, and the bits of a kept value."""
+    """Return [out, in, kept] of each linear of a packed checkpoint, and the bits of a value."""
     stored, method = _stored(config)
     if method != packed.METHOD:
         return [], 16
@@ -153,7 +153,7 @@ def packed_linears(config) -> tuple[list[list[int]], int]:
 
 
 def _stored(config) -> tuple[dict, str | None]:
-    """How the checkpoint is quantised, and by which method."""
+    """Return the checkpoint's quantisation config, and its method or None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return {}, None
@@ -165,8 +165,8 @@ def _stored(config) -> tuple[dict, str | None]:
 def keep_bnb_layout(model: nn.Module) -> None:
     """Stop 4-bit layers from repacking their weights on their first call on a CPU.
 
-    The way back from that layout rounds the scales, so that a saved model would not be the one
-    that was measured.
+    Converting that layout back rounds the scales, so the saved model would differ from the
+    measured one.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,8 +1,8 @@
-"""What of a model's shapes and a run's sizes decides how much memory the run takes.
+"""The shapes of a model and the sizes of a run that its memory depends on.
 
 The model on the meta device gives the shapes of its blocks. Each step of a run states its bytes
-beside its code, of a `Workload`: `pruning_bytes`, `recovery_bytes`, `allocation_bytes`,
-`packing_bytes`, `evaluation_bytes`; lib/run/memory.py adds them up.
+beside its code, as a function of a `Workload`: `pruning_bytes`, `recovery_bytes`,
+`allocation_bytes`, `packing_bytes`, `evaluation_bytes`; lib/run/memory.py adds them up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from lib.model.matrix import PrunableLinear
 from lib.packed.layout import packed_bytes
 
 FLOAT = 4  # bytes
-BACKWARD = 1.2  # bytes of a block's activations kept for the way back, over those on the way there
+BACKWARD = (
+    1.2  # bytes of a block's activations kept for the backward pass, over those of the forward
+)
 META = torch.device("meta")
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # of a forward pass without weights
 
@@ -45,13 +47,13 @@ class BlockShape:
 
     @property
     def pruned(self) -> int:
-        """Weights of its linears."""
+        """The number of weights of its linears."""
         return sum(each.width * sum(each.outputs) for each in self.inputs)
 
 
 @dataclass
 class Shapes:
-    """The blocks that differ in shape, and how many weights there are, shared ones once."""
+    """The distinct shapes of blocks, and numbers of weights, shared ones counted once."""
 
     blocks: list[BlockShape]
     in_blocks: int
@@ -64,19 +66,19 @@ class Shapes:
 
     @property
     def largest_matrix(self) -> int:
-        """Weights of the largest linear."""
+        """The number of weights of the largest linear."""
         inputs = [each for block in self.blocks for each in block.inputs]
         return max((each.width * max(each.outputs) for each in inputs), default=0)
 
     @property
     def largest_group(self) -> int:
-        """Weights of the linears that share an input, where these are most."""
+        """The number of weights of the largest group of linears that share an input."""
         inputs = [each for block in self.blocks for each in block.inputs]
         return max((each.width * sum(each.outputs) for each in inputs), default=0)
 
 
 def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
-    """Of a model on the meta device."""
+    """Return the shapes of a model on the meta device."""
     blocks = skeleton.get_submodule(blocks_name)
     inside = sum(parameter.numel() for parameter in blocks.parameters())
     whole = sum(parameter.numel() for parameter in skeleton.parameters())
@@ -85,86 +87,91 @@ def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
     kinds: dict[tuple, BlockShape] = {}
     linears = {}
     for block in blocks:
-        for one in find_linears(block, "")[0]:
-            linears[one.module, one.parameter, one.expert] = sum(one.shape)
+        for linear in find_linears(block, "")[0]:
+            linears[linear.module, linear.parameter, linear.expert] = sum(linear.shape)
         key = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
         if key not in kinds:
             kinds[key] = BlockShape(sum(prod(shape) for _, shape in key), _inputs(block, numbers))
     return Shapes(
-        list(kinds.values()),
-        inside,
-        whole - inside,
-        config.hidden_size,
-        config.vocab_size,
-        getattr(config, "num_experts_per_tok", None) or 1,
-        len(blocks),
-        sum(linears.values()),
+        blocks=list(kinds.values()),
+        in_blocks=inside,
+        outside=whole - inside,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        routed=getattr(config, "num_experts_per_tok", None) or 1,
+        count=len(blocks),
+        edges=sum(linears.values()),
     )
 
 
 @torch.no_grad()
 def _input_numbers(skeleton: nn.Module, blocks: nn.ModuleList) -> dict[nn.Module, int]:
-    """{module of a linear: which input it receives}, as far as tokens without values come."""
-    linears = [one for block in blocks for one in find_linears(block, "")[0] if one.expert is None]
-    inputs: list[Tensor] = []  # alive, so that none is taken for another
+    """Return {module of a linear: number of its input}, as far as a pass without values gets."""
+    linears = [
+        linear for block in blocks for linear in find_linears(block, "")[0] if linear.expert is None
+    ]
+    inputs: list[Tensor] = []  # kept alive, so that identity distinguishes them
     received: dict[nn.Module, int] = {}
 
     def see(linear: PrunableLinear, x: Tensor) -> None:
-        known = next((i for i, other in enumerate(inputs) if other is x), None)
-        if known is None:
+        number = next((i for i, other in enumerate(inputs) if other is x), len(inputs))
+        if number == len(inputs):
             inputs.append(x)
-        received[linear.module] = len(inputs) - 1 if known is None else known
+        received[linear.module] = number
 
     with watch_inputs(linears, see):
         try:
             skeleton.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=META))
-        except FAILURES:  # routing needs values: what was not reached counts by itself
+        except FAILURES:  # routing needs values: unreached linears count alone
             return received
     return received
 
 
 def _inputs(block: nn.Module, numbers: dict[nn.Module, int]) -> list[Inputs]:
-    """Of a block's linears; every expert's has statistics of its own."""
+    """Group a block's linears by their inputs; every linear of an expert is a group of its own."""
     linears, _ = find_linears(block, "")
-    experts = Counter(one.stage for one in linears if one.expert is not None)
-    found: dict[object, Inputs] = {}
+    experts = Counter(linear.stage for linear in linears if linear.expert is not None)
+    groups: dict[object, Inputs] = {}
     for linear in linears:
         rows, width = linear.shape
         key = numbers.get(linear.module, linear) if linear.expert is None else linear
-        found.setdefault(key, Inputs(width, [], experts[linear.stage])).outputs.append(rows)
-    return list(found.values())
+        groups.setdefault(key, Inputs(width, [], experts[linear.stage])).outputs.append(rows)
+    return list(groups.values())
 
 
 @dataclass(frozen=True)
 class PackedLinears:
-    """Of a checkpoint that is packed: what its packed linears hold."""
+    """What the linears of a packed checkpoint hold."""
 
-    weights: int  # that they stand for
+    weights: int  # with the zeros
     kept: int
     bits: int  # of a kept value; 16: in the dtype of the model
-    rest: int  # bytes of masks, scales and offsets
+    overhead: int  # bytes of masks, scales and offsets
 
     @classmethod
     def of(cls, linears: Sequence[Sequence[int]], bits: int) -> PackedLinears | None:
-        """Of (out, in, kept) of each linear; None where there are none."""
+        """Sum up linears given as (out, in, kept); return None if there are none."""
         if not linears:
             return None
         outs, widths, kept = zip(*linears, strict=True)
-        rest = sum(packed_bytes(*size, nnz=0, bits=bits) for size in zip(outs, widths, strict=True))
+        overhead = sum(
+            packed_bytes(out, width, nnz=0, bits=bits)
+            for out, width in zip(outs, widths, strict=True)
+        )
         offsets = 8 * sum(out + 1 for out in outs)
         weights = sum(map(prod, zip(outs, widths, strict=True)))
-        return cls(weights, sum(kept), bits, rest + offsets)
+        return cls(weights, kept=sum(kept), bits=bits, overhead=overhead + offsets)
 
     def nbytes(self, size: int) -> int:
-        """With values of `size` bytes, where they are not integers."""
-        return self.rest + self.kept * (size * 8 if self.bits == 16 else self.bits) // 8
+        """Return the bytes, with values of `size` bytes unless they are integers."""
+        return self.overhead + self.kept * (size * 8 if self.bits == 16 else self.bits) // 8
 
 
 class StepBytes(NamedTuple):
-    """Bytes at the worst moment of a step, besides the model's weights."""
+    """Bytes at the peak of a step, besides the model's weights."""
 
-    hidden: int  # states of all windows between two blocks
-    work: int  # what comes and goes
+    hidden: int  # hidden states of all windows between two blocks
+    work: int  # temporaries
 
 
 @dataclass(frozen=True)
@@ -178,17 +185,19 @@ class Workload:
     tests: int  # windows of all test sets
     working: torch.dtype  # in which the model computes
     saved: torch.dtype
-    device: str = "cpu"  # kind of it
+    device: str = "cpu"  # its type
 
     def hidden_states(self, windows: int) -> int:
-        """Bytes of the hidden states of so many windows."""
+        """Return the bytes of the hidden states of `windows` windows."""
         return windows * self.seqlen * self.shapes.hidden * self.working.itemsize
 
     def activations(self, block: BlockShape | None = None, batch: int | None = None) -> int:
-        """Bytes of one batch in a block, the one that takes most by default: every linear's input
-        and output, and the stream before and after."""
+        """Return the bytes of one batch in a block, by default the block that takes most.
+
+        They are every linear's input and output, and the hidden states before and after.
+        """
         if block is None:
-            return max(self.activations(one, batch) for one in self.shapes.blocks)
+            return max(self.activations(shape, batch) for shape in self.shapes.blocks)
         channels = 4 * self.shapes.hidden
         for each in block.inputs:
             share = min(1.0, self.shapes.routed / each.experts) if each.experts else 1.0
@@ -197,5 +206,5 @@ class Workload:
         return batch * self.seqlen * channels * self.working.itemsize
 
     def logits(self, batch: int) -> int:
-        """Bytes of the float32 logits of a batch that are in memory at a time."""
+        """Return the bytes of the float32 logits of a batch that are in memory at a time."""
         return min(LOGIT_BYTES[self.device], FLOAT * self.shapes.vocabulary * batch * self.seqlen)
