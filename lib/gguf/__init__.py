@@ -1,1 +1,1 @@
-"""A saved folder as a GGUF file for llama.cpp and ollama, and the proof that it does the same."""
+"""Converts a saved folder to GGUF for llama.cpp and ollama, and proves that both agree."""

@@ -1,4 +1,4 @@
-"""Work done in a process of its own: what llama.cpp's code logs, patches or crashes stays there.
+"""Runs llama.cpp's code in a child process, so that its logs, patches and crashes stay there.
 
 The child reads a request, JSON, from its standard input and writes its answer, JSON, to the file
 that the request names as `answer`.
@@ -20,16 +20,16 @@ ERROR = "error: "
 
 
 class ChildError(RuntimeError):
-    """The child failed; the message is its last word, in one line."""
+    """The child failed; the message is the last error line that it printed."""
 
 
 def run_child(module: str, request: dict[str, Any]) -> Any:
-    """Run `module` of this project with `request`; what it answers. ChildError where it fails."""
+    """Run `module` of this project with `request`; return its answer. Raises ChildError."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "answer.json"
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-P", "-m", module],
             input=json.dumps(request | {"answer": str(answer)}),
             env=environment,
@@ -37,26 +37,28 @@ def run_child(module: str, request: dict[str, Any]) -> Any:
             text=True,
             errors="replace",
         )
-        if done.returncode == 0 and answer.is_file():
+        if process.returncode == 0 and answer.is_file():
             return json.loads(answer.read_text("utf-8"))
-    raise ChildError(_last_word(done))
+    raise ChildError(_last_error(process))
 
 
 def serve(work: Callable[[dict[str, Any]], Any]) -> None:
-    """In the child: read the request, do the work, write the answer; an exception is one line."""
+    """In the child: read the request, do the work, write the answer; print an error as one line."""
     request = json.load(sys.stdin)
     try:
         answer = work(request)
-    except Exception as error:  # noqa: BLE001  whatever a converter raises, its user reads one line
+    except Exception as error:  # noqa: BLE001  converters raise anything; users read one line
         reason = " ".join(str(error).split())
         print(f"{ERROR}{reason or type(error).__name__}", file=sys.stderr)
         sys.exit(1)
     Path(request["answer"]).write_text(json.dumps(answer), "utf-8")
 
 
-def _last_word(done: subprocess.CompletedProcess) -> str:
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    if done.returncode < 0:
-        return f"it was ended by signal {-done.returncode}; its last line: {(lines or ['-'])[-1]}"
+def _last_error(process: subprocess.CompletedProcess) -> str:
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    if process.returncode < 0:
+        return (
+            f"it was ended by signal {-process.returncode}; its last line: {(lines or ['-'])[-1]}"
+        )
     errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]
-    return (errors or lines or [f"it ended with status {done.returncode}"])[-1]
+    return (errors or lines or [f"it ended with status {process.returncode}"])[-1]

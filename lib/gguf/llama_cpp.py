@@ -1,8 +1,8 @@
-"""llama.cpp itself, through the package xllamacpp, in a process of its own (see child.py).
+"""Runs llama.cpp through the package xllamacpp in a child process (see child.py).
 
-A request names the `model`, a GGUF file, and may hold `texts` to be cut ([text, whether special
-tokens are added]), `prompts` (lists of ids) whose next token's `top` likeliest ids are wanted with
-their log-probabilities, and `continued`: the same prompts gone on with greedily by so many tokens.
+A request names the `model`, a GGUF file, and may hold `texts` to tokenise ([text, whether special
+tokens are added]) and `prompts` (lists of ids). After each prompt the child returns the `top`
+likeliest next ids with their log-probabilities, and a greedy continuation by `continued` tokens.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     def post(path: str, fields: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(fields).encode()
         headers = {"Content-Type": "application/json"}
-        asked = urllib.request.Request(server.listening_address + path, body, headers)
+        http_request = urllib.request.Request(server.listening_address + path, body, headers)
         try:
-            with urllib.request.urlopen(asked, timeout=WAIT) as answer:
+            with urllib.request.urlopen(http_request, timeout=WAIT) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise RuntimeError(error.read().decode(errors="replace")) from error
@@ -67,17 +67,19 @@ def _started(request: dict[str, Any]) -> Any:
 
 
 def _next(post: Any, ids: list[int], top: int, letter: int) -> list[tuple[int, float]]:
-    """The likeliest ids after a prompt with their log-probabilities; `letter`: what is answered,
-    which the log-probabilities do not see."""
+    """Return the likeliest ids after a prompt with their log-probabilities.
+
+    `letter` is the id that is forced as the answer; log-probabilities do not include the bias.
+    """
     fields = {"prompt": ids, "n_predict": 1, "n_probs": top, "temperature": 0}
     # an end of the text or a part of a letter would be answered without probabilities
     fields |= {"logit_bias": [[letter, FORCED]]}
     (token,) = post("/completion", fields)["completion_probabilities"]
-    return [(one["id"], one["logprob"]) for one in token["top_logprobs"]]
+    return [(entry["id"], entry["logprob"]) for entry in token["top_logprobs"]]
 
 
 def _completion(post: Any, ids: list[int], tokens: int) -> dict[str, Any]:
-    """What comes greedily after a prompt, and how fast."""
+    """Continue a prompt greedily; return the text, its ids and the speeds."""
     fields = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True}
     answer = post("/completion", fields | {"cache_prompt": False, "ignore_eos": True})
     times = answer["timings"]

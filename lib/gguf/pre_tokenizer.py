@@ -1,8 +1,8 @@
-"""The name that llama.cpp has for how a byte-level tokenizer splits a text into words.
+"""Finds llama.cpp's name for how a byte-level tokenizer splits a text into words.
 
-The converter knows it by the ids of a check text. A tokenizer that its table does not hold, trained
-by oneself say, is known here by its own parts, where they are among the common ones. Whether
-llama.cpp then cuts texts alike is for the proof to say.
+The converter looks tokenizers up by the ids of a check text. One that its table lacks, such as a
+self-trained one, is identified here by its parts if these are common. The proof then checks whether
+llama.cpp tokenises alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OF_PATTERN = {
 
 
 def named_by_parts(data: dict[str, Any]) -> str | None:
-    """The name for a tokenizer.json, read to `data`; None where its parts are not common ones."""
+    """Return the name for the content of a tokenizer.json; None if its parts are uncommon."""
     part = data["pre_tokenizer"] or {}
     parts = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
     *splits, level = parts

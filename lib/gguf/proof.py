@@ -1,9 +1,9 @@
-"""The proof that llama.cpp does with a GGUF file what transformers does with the folder.
+"""Proves that llama.cpp runs a GGUF file as transformers runs the folder.
 
-Every test document must be cut into the same tokens, and after several beginnings of one window the
-log-probabilities of the likeliest tokens must agree within what the file's type rounds. What it
-rounds is measured: the same model is run once more with its weights rounded so, and with what its
-linears read rounded as llama.cpp rounds that beside such weights; llama.cpp must agree with that.
+Every test document must have the same tokens, and after several beginnings of one window the
+log-probabilities of the likeliest tokens must agree within the rounding of the file's type. That
+rounding is measured: the model is run once more with rounded weights, and with the inputs of its
+linears rounded as in llama.cpp, and llama.cpp must agree with that run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lib.util.errors import UserError
 
 WINDOW = 256  # tokens
 PLACES = 8  # beginnings of the window
-TOP = 256  # likeliest tokens that are compared after each
-FLOOR = 0.02  # that llama.cpp may differ: its keys and values are of 16 bits
-TIMES = 1.5  # the rounding, which falls otherwise here and there
-CEILING = 0.3  # whatever is rounded, where it is known how; other weights differ by more
+TOP = 256  # likeliest tokens compared after each beginning
+FLOOR = 0.02  # distance always allowed: llama.cpp has 16-bit keys and values
+TIMES = 1.5  # of the rounding: some values round the other way
+CEILING = 0.3  # for types whose rounding is exact here; wrong weights differ by more
 LINES = [
     "Річка тече повз старе місто; пам'ять про під'їзд, ґанок і їжака не згасла.",
     "It's what they've said: the river doesn't wait, we'LL see. I'm sure, you'd agree?",
@@ -48,7 +48,7 @@ LINES = [
 
 @dataclass(frozen=True)
 class Cut:
-    """What was cut: `name` of the text, so many `documents` and `tokens`, all alike."""
+    """A text that was tokenised alike: its name, and how many documents and tokens it has."""
 
     name: str
     documents: int
@@ -60,10 +60,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Logits:
-    """Relative distances of log-probabilities after `places` beginnings: of llama.cpp from the
-    model (`distance`), of the model rounded to the type from itself (`rounding`), and of llama.cpp
-    from the rounded model (`unexplained`). `exact`: it is known to the last bit how the type
-    rounds weights."""
+    """Relative distances of log-probabilities after `places` beginnings.
+
+    `distance` is that of llama.cpp from the model, `rounding` that of the model rounded to the type
+    from the model, `unexplained` that of llama.cpp from the rounded model. `exact` says that the
+    type's rounding of weights is reproduced to the last bit.
+    """
 
     distance: float
     rounding: float
@@ -84,26 +86,28 @@ class Logits:
 
 
 def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str, list[str]]:
-    """The test documents of each source, and lines of many scripts of this module's own.
+    """Return the test documents of each source, and built-in lines in many scripts.
 
-    `begins_with_blank`: the tokenizer puts a blank before a text. Blanks that a text begins with
-    are then left out: llama.cpp puts one more before them as SentencePiece does, tokenizers none.
+    If the tokenizer `begins_with_blank`, leading blanks of texts are removed: llama.cpp adds one
+    more before them as SentencePiece does, tokenizers adds none.
     """
     texts = {"built-in lines": LINES}
     for source in sources:
         with open_documents(source, "test") as (documents, _):
             texts[source.name] = list(test_documents(source, documents))
     if begins_with_blank:
-        texts = {name: [text.lstrip(" ") for text in found] for name, found in texts.items()}
+        texts = {
+            name: [text.lstrip(" ") for text in documents] for name, documents in texts.items()
+        }
     return texts
 
 
 def prove_tokens(
     file: Path, tokenizer: PreTrainedTokenizerBase, texts: dict[str, list[str]]
 ) -> list[Cut]:
-    """Cut all `texts`, without and the first of each with special tokens, by both.
+    """Compare the tokens of all `texts`; the first of each is compared with special tokens too.
 
-    UserError at the first difference, and where llama.cpp does not read the file.
+    Raises UserError at the first difference, and if llama.cpp does not read the file.
     """
     places, expected = [], []
     for name, documents in texts.items():
@@ -111,45 +115,48 @@ def prove_tokens(
             for special in (False, True) if number == 1 else (False,):
                 places.append((name, number, text, special))
                 expected.append(tokenizer(text, add_special_tokens=special).input_ids)
-    asked = [[text, special] for *_, text, special in places]
-    answer = _ask(file, {"texts": asked, "context": 64})
-    for (name, number, _, special), ours, theirs in zip(
+    requested = [[text, special] for *_, text, special in places]
+    answer = _request(file, {"texts": requested, "context": 64})
+    for (name, number, _, special), ids, llama_ids in zip(
         places, expected, answer["tokens"], strict=True
     ):
-        if ours != theirs:
+        if ids != llama_ids:
             where = f"document {number} of {name}{' with special tokens' if special else ''}"
-            raise UserError(f"{where}: {_difference(tokenizer, ours, theirs)}")
+            raise UserError(f"{where}: {_difference(tokenizer, ids, llama_ids)}")
     totals: dict[str, int] = {}
     for (name, *_, special), ids in zip(places, expected, strict=True):
         totals[name] = totals.get(name, 0) + (0 if special else len(ids))
     return [Cut(name, len(documents), totals[name]) for name, documents in texts.items()]
 
 
-def _difference(tokenizer: PreTrainedTokenizerBase, ours: list[int], theirs: list[int]) -> str:
-    pairs = zip(ours, theirs, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], llama_ids: list[int]) -> str:
+    pairs = zip(ids, llama_ids, strict=False)
+    place = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(llama_ids)))
 
-    def shown(ids: list[int]) -> str:
-        here = ids[place : place + 3]
-        return f"{here} {tokenizer.convert_ids_to_tokens(here)}"
+    def shown(sequence: list[int]) -> str:
+        part = sequence[place : place + 3]
+        return f"{part} {tokenizer.convert_ids_to_tokens(part)}"
 
     return (
-        f"at token {place + 1} llama.cpp has {shown(theirs)}, the folder's tokenizer {shown(ours)}"
+        f"at token {place + 1} llama.cpp has {shown(llama_ids)}, "
+        f"the folder's tokenizer {shown(ids)}"
     )
 
 
 def window_of(
     tokenizer: PreTrainedTokenizerBase, texts: dict[str, list[str]], config: Any
 ) -> Tensor:
-    """The first tokens (1, tokens) of the longest first document: at most WINDOW, and less than
-    the model reads, for llama.cpp answers with one more."""
+    """Return the first tokens (1, tokens) of the longest of the first documents.
+
+    They are at most WINDOW, and fewer than the model's limit, since llama.cpp generates one more.
+    """
     text = max((documents[0] for documents in texts.values()), key=len)
     most = min(WINDOW, window_length(config, None) - 1)
     return torch.tensor([tokenizer(text).input_ids[:most]])
 
 
 def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of a token that is a letter or a few."""
+    """Return the id of a token of letters alone."""
     special = set(tokenizer.all_special_ids)
     return next(
         number
@@ -162,9 +169,11 @@ def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def prove_logits(
     file: Path, weights: Path, window: Tensor, letter: int, weight_type: str
 ) -> Logits:
-    """Compare log-probabilities after beginnings of `window` (1, tokens) with those of the model
-    in the folder `weights`, in float32. `letter`: the id of a token that is a letter. UserError
-    where they differ by more than rounding."""
+    """Compare log-probabilities after beginnings of `window` (1, tokens) with the model's.
+
+    The model is in the folder `weights` and runs in float32. `letter` is the id of a token of
+    letters. Raises UserError if they differ by more than rounding.
+    """
     length = window.shape[1]
     ends = sorted({max(1, length * place // PLACES) for place in range(1, PLACES + 1)})
     model = AutoModelForCausalLM.from_pretrained(
@@ -176,33 +185,35 @@ def prove_logits(
     prompts = [window[0, :end].tolist() for end in ends]
     top = min(TOP, dense.shape[-1])
     request = {"prompts": prompts, "top": top, "letter": letter, "context": length + 32}
-    answer = _ask(file, request)
-    theirs, same = torch.full_like(dense, torch.nan), torch.zeros_like(dense, dtype=torch.bool)
+    answer = _request(file, request)
+    llama, compared = torch.full_like(dense, torch.nan), torch.zeros_like(dense, dtype=torch.bool)
     for row, pairs in enumerate(answer["logits"]):
         for number, value in pairs:
             if number < dense.shape[-1]:
-                theirs[row, number], same[row, number] = value, True
-    found = Logits(
-        distance=_distance(dense, theirs, same),
-        rounding=_distance(dense, rounded_, same),
-        unexplained=_distance(rounded_, theirs, same),
+                llama[row, number], compared[row, number] = value, True
+    logits = Logits(
+        distance=_distance(dense, llama, compared),
+        rounding=_distance(dense, rounded_, compared),
+        unexplained=_distance(rounded_, llama, compared),
         places=len(ends),
         exact=TYPES[weight_type].program is None,
     )
-    if not found.unexplained <= found.limit:
-        raise UserError(f"{found.line()}, which is more than {weight_type} can explain")
-    return found
+    if not logits.unexplained <= logits.limit:
+        raise UserError(f"{logits.line()}, which is more than {weight_type} can explain")
+    return logits
 
 
 def _log_probabilities(model: nn.Module, window: Tensor, ends: list[int]) -> Tensor:
-    """(ends, rows), after each beginning."""
+    """Return the log-probabilities (ends, rows) after each beginning of `window`."""
     logits = model(window.to(model.device)).logits[0, [end - 1 for end in ends]]
     return logits.double().log_softmax(-1)
 
 
 def _round_(model: nn.Module, weight_type: str) -> None:
-    """Round weights of more than one dimension, along what a product adds up, and from now on what
-    linears read. Embedding and head have 8 bits at least."""
+    """Round all matrices along the dimension that products sum over, and the inputs of linears.
+
+    Embedding and head have 8 bits at least.
+    """
     outer = weight_type if weight_type in FLOATS else "q8_0"
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
 
@@ -222,16 +233,19 @@ def _round_(model: nn.Module, weight_type: str) -> None:
                 weight.copy_(rounded(weight.contiguous(), kind))
 
 
-def _distance(one: Tensor, other: Tensor, same: Tensor) -> float:
-    """Of log-probabilities (places, rows) where `same`, relative to their spread."""
-    difference = torch.where(same, other - one, 0.0)
-    count = same.sum(-1, keepdim=True)
-    mean = torch.where(same, one, 0.0).sum(-1, keepdim=True) / count
-    spread = torch.where(same, one - mean, 0.0)
+def _distance(reference: Tensor, other: Tensor, compared: Tensor) -> float:
+    """Return the distance of log-probabilities (places, rows), relative to their spread.
+
+    Only entries where `compared` is True count.
+    """
+    difference = torch.where(compared, other - reference, 0.0)
+    count = compared.sum(-1, keepdim=True)
+    mean = torch.where(compared, reference, 0.0).sum(-1, keepdim=True) / count
+    spread = torch.where(compared, reference - mean, 0.0)
     return float(difference.norm() / spread.norm())
 
 
-def _ask(file: Path, request: dict[str, Any]) -> Any:
+def _request(file: Path, request: dict[str, Any]) -> Any:
     try:
         return run_child("lib.gguf.llama_cpp", {"model": str(file)} | request)
     except ChildError as error:

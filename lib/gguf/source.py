@@ -1,8 +1,8 @@
-"""The folder to be converted: what of it is refused, and a view of it that the converter reads.
+"""The folder to convert: checks of it, and a view of it for the converter.
 
-The view is a folder of links, beside which stand what transformers' folders lack: a tokenizer.model
-that merges as tokenizer.json does (the one that a folder may hold ranks runs of blanks otherwise),
-which tokens are special, and fields of a config under the names that the converter looks for.
+The view is a folder of links, with what transformers' folders lack: a tokenizer.model that merges
+as tokenizer.json does (a folder's own may rank runs of blanks otherwise), the special tokens, and
+config fields under the names that the converter reads.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lib.gguf.pre_tokenizer import named_by_parts
 from lib.packed.checkpoint import METHOD
 from lib.util.errors import UserError
 
-# in the view only as made there: the converter would believe them rather than tokenizer.json
+# written for the view, never linked: the converter prefers them to tokenizer.json
 MADE = frozenset({FILE, "added_tokens.json", "tokenizer_config.json", "config.json"})
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder with its config and tokenizer, and its tokenizer.json read to `data`."""
+    """A folder with its config and tokenizer; `data` is the content of tokenizer.json."""
 
     folder: Path
     config: dict[str, Any]
@@ -50,7 +50,7 @@ class Source:
 
     @property
     def checks(self) -> dict[str, Any]:
-        """By what the converter is to know the pre-tokenizer of a byte-level tokenizer."""
+        """What identifies the pre-tokenizer of a byte-level tokenizer to the converter."""
         if not is_byte_level(self.data):
             return {"check": None, "parts": None}
         return {"check": check_of(self.tokenizer), "parts": named_by_parts(self.data)}
@@ -60,7 +60,7 @@ class Source:
         return is_sentencepiece(self.data) and begins_with_blank(self.data)
 
     def view(self, folder: Path, weights: Path) -> Path:
-        """Make the view in the new `folder`, with the files of weights of the folder `weights`."""
+        """Make the view in the new `folder`, with the weight files of the folder `weights`."""
         folder.mkdir()
         self.tokenizer.save_pretrained(folder)
         for file in weights.iterdir():
@@ -79,7 +79,7 @@ class Source:
         return folder
 
     def _ends(self) -> dict[str, bool]:
-        """Which special tokens the tokenizer puts around a text."""
+        """Return which special tokens the tokenizer adds around a text."""
         ids, tokenizer = self.tokenizer("a").input_ids, self.tokenizer
         return {
             "add_bos_token": tokenizer.bos_token_id is not None
@@ -89,7 +89,7 @@ class Source:
         }
 
     def _added(self) -> dict[str, Any]:
-        """What SentencePiece's format does not say: which added tokens are special."""
+        """Return what SentencePiece's format lacks: which added tokens are special."""
         decoder = {
             str(token["id"]): {"content": token["content"], "special": token["special"]}
             for token in self.data["added_tokens"]
@@ -99,7 +99,7 @@ class Source:
 
 
 def open_source(path: str) -> Source:
-    """Read config and tokenizer of a folder. UserError for whatever can't be converted."""
+    """Read config and tokenizer of a folder. Raises UserError if it can't be converted."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"IN {path}: no model folder (it has no config.json)")
@@ -133,5 +133,5 @@ def _quantised_by(config: dict[str, Any]) -> str | None:
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
-    path.unlink(missing_ok=True)  # a link must not be written through
+    path.unlink(missing_ok=True)  # replaces a link, not the file behind it
     path.write_text(json.dumps(fields, ensure_ascii=False, indent=2), "utf-8")

@@ -1,8 +1,7 @@
-"""The types that weights of a GGUF file can have, who makes them, and how much they round.
+"""The weight types of a GGUF file, the program that writes each, and its rounding.
 
-The converter itself writes 32, 16 and 8 bits. Of the smaller ones, those in blocks of 32 values
-with one scale are made by the quantiser in numpy that comes with the converter; "K" types by
-llama.cpp's own program llama-quantize.
+The converter itself writes 32, 16 and 8 bits. Smaller types with a scale for every 32 values come
+from its numpy quantiser, the "K" types from llama.cpp's program llama-quantize.
 """
 
 from __future__ import annotations
@@ -18,9 +17,12 @@ BLOCK = 32  # values that share a scale
 
 @dataclass(frozen=True)
 class WeightType:
-    """`outtype`: what the converter is asked for. `blocks`: the type that the blocks' linears are
-    given instead. `program`: the type that llama-quantize is asked for. `levels`: half the steps
-    of a block of values; None for floating point."""
+    """How one weight type is written.
+
+    `outtype` is passed to the converter; the blocks' linears get the type `blocks` instead, if
+    given. `program` is the type passed to llama-quantize. `levels` is half the number of steps in a
+    block of values, None for floating point.
+    """
 
     outtype: str
     blocks: str | None = None
@@ -45,10 +47,10 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
 def rounded(weight: Tensor, name: str) -> Tensor:
-    """The weight (..., in) as the type `name` holds it.
+    """Return the weight (..., in) as the type `name` rounds it.
 
-    Exact where the converter's quantiser has the type; of K types, and without the package, about:
-    by steps of each block's largest value.
+    This is exact if the converter's quantiser has the type. For K types, or without the package, it
+    is approximate, with steps relative to each block's largest value.
     """
     levels = TYPES[name].levels
     if levels is None:
@@ -64,7 +66,7 @@ def rounded(weight: Tensor, name: str) -> Tensor:
 
 
 def _quantised(weight: Tensor, name: str) -> Tensor:
-    """The weight quantised as the converter does it, and back."""
+    """Quantise the weight as the converter does, and return it dequantised."""
     from gguf import GGMLQuantizationType, quants
 
     kind = GGMLQuantizationType[name]
