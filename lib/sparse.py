@@ -1,4 +1,4 @@
-"""Sparse weights that stay packed: swap the linears of a pruned model, and load what was saved so.
+"""Swaps the linears of a pruned model for packed ones, which save and load packed.
 
     report = swap_linears_(model, blocks)                # after pruning, of any pattern
     model.save_pretrained(folder)                        # writes the packed checkpoint
@@ -50,21 +50,25 @@ __all__ = [
 
 @dataclass
 class SwapReport:
-    """Which linears of the blocks run how; names are module paths in the model."""
+    """How each linear of the blocks runs; names are module paths in the model."""
 
     bits: int = 16  # of a kept value; 16: in the model's dtype
-    semi_structured: dict[str, str] = field(default_factory=dict)  # by torch: name -> library
-    kernels: dict[str, str] = field(default_factory=dict)  # by this project's: name -> where
-    unpacked: dict[str, str] = field(default_factory=dict)  # name -> why not faster
-    dense: dict[str, str] = field(default_factory=dict)  # not packed: name -> why
+    semi_structured: dict[str, str] = field(default_factory=dict)  # by torch: {name: library}
+    kernels: dict[str, str] = field(
+        default_factory=dict
+    )  # by this project's kernels: {name: where}
+    unpacked: dict[str, str] = field(
+        default_factory=dict
+    )  # unpacked at each forward: {name: reason}
+    dense: dict[str, str] = field(default_factory=dict)  # not packed: {name: reason}
 
     @property
     def packed(self) -> int:
-        """How many linears are packed."""
+        """The number of packed linears."""
         return len(self.semi_structured) + len(self.kernels) + len(self.unpacked)
 
     def __str__(self) -> str:
-        """One line: how many on which path, and why."""
+        """Return one line with the number of linears on each path, and the reasons."""
         parts = [
             _counted(self.semi_structured, "on torch's 2:4 kernels"),
             _counted(self.kernels, "by the kernels for packed weights"),
@@ -86,10 +90,10 @@ def swap_linears_(
     """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, block by block.
 
     The model then saves itself packed: kept values in its dtype, or as integers of `bits` 8 or 4,
-    at 4 with a scale for each `group` of inputs. Linears with too few zeros to be smaller stay and
-    are reported. `device` is where the blocks will run,
-    if not where they are. Inside `on_device(i)` the weights of block i are there, and what becomes
-    of them is kept. UserError where nothing is worth packing or the weights are quantised.
+    at 4 with a scale for each `group` of inputs. Linears with too few zeros to become smaller stay
+    dense and are reported. `device` is where the blocks will run, by default where they are. Inside
+    `on_device(i)` the weights of block i are in memory, and changes to them are kept. Raises
+    UserError if no linear becomes smaller, or if the weights are quantised.
     """
     if getattr(model, "quantization_method", METHOD) != METHOD:
         raise UserError(
@@ -97,7 +101,7 @@ def swap_linears_(
             "only 32- and 16-bit ones are packed; run without --load_bit"
         )
     before = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if before and before[0].bits <= bits:  # what fewer bits have lost doesn't come back
+    if before and before[0].bits <= bits:  # more bits can't restore what rounding has lost
         bits, group = before[0].bits, before[0].group
     names = {module: name for name, module in model.named_modules()}
     report = SwapReport(bits)
@@ -116,10 +120,10 @@ def swap_linears_(
 
 
 def swap_block_(block: nn.Module, name: str, bits: int = 16, group: int = GROUP) -> dict[str, str]:
-    """Pack what is sparse in one block, called `name`, whose weights are in memory.
+    """Pack the sparse linears of the block `name`, whose weights are in memory.
 
-    Returns {name: why} of the linears that stay dense. Linears that are packed already are packed
-    anew where they have more `bits`.
+    Returns {name: reason} of the linears that stay dense. Linears that are already packed at more
+    than `bits` are repacked.
     """
     dense = {}
     for path, module in list(block.named_modules()):
@@ -138,9 +142,9 @@ def swap_block_(block: nn.Module, name: str, bits: int = 16, group: int = GROUP)
 
 
 def pack_embeddings_(model: PreTrainedModel) -> list[str]:
-    """Round embedding and output head of a packed model to int8, in place; the names of the two.
+    """Round embedding and output head of a packed model to int8, in place; return their names.
 
-    The model then saves itself so. UserError where they are of kinds that can't be packed.
+    The model then saves them packed. Raises UserError if their classes can't be packed.
     """
     try:
         names = checkpoint.pack_embeddings_(model)
@@ -153,15 +157,15 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
 def _note_paths(
     part: nn.Module, prefix: str, device: torch.device | None, report: SwapReport
 ) -> None:
-    """Note in `report` how the packed linears of a part, whose names begin with `prefix`, run."""
+    """Record in `report` how the packed linears of a part run; `prefix` begins their names."""
     for path, module in part.named_modules():
         if not isinstance(module, SparseLinear):
             continue
         name = prefix + path
         report.bits = module.bits
-        here = module.weight.device
-        where = device or here
-        if where.type == "cpu":
+        current = module.weight.device
+        target = device or current
+        if target.type == "cpu":
             if module.dtype not in kernels.DTYPES:
                 report.unpacked[name] = f"{module.dtype}: the kernels are for 32 and 16 bits"
             elif kernels_ready():
@@ -169,8 +173,8 @@ def _note_paths(
             else:
                 report.unpacked[name] = "the kernels could not be built"
             continue
-        why = module.why_not_semi_structured(where)
-        if why is None and where == here:
+        why = module.why_not_semi_structured(target)
+        if why is None and target == current:
             why = None if module.use_semi_structured_() else module.reason
         if why is None:
             report.semi_structured[name] = module.reason or ""
@@ -180,7 +184,7 @@ def _note_paths(
 
 @dataclass(frozen=True)
 class PackedSize:
-    """What the packed linears of a model take as they are saved, and what they would dense."""
+    """The bytes of a model's packed linears as saved, and of the same linears saved dense."""
 
     linears: int
     bits: int
@@ -189,7 +193,7 @@ class PackedSize:
 
 
 def packed_size(model: nn.Module, dtype: torch.dtype) -> PackedSize:
-    """The sizes of a model that is saved in `dtype`."""
+    """Return the sizes of the packed linears of a model that is saved in `dtype`."""
     linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
     bits = min((module.bits for module in linears), default=16)
     packed = [
@@ -203,7 +207,7 @@ def packed_size(model: nn.Module, dtype: torch.dtype) -> PackedSize:
 def unpacking(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, every packed linear multiplies by its dense weight, in plain torch.
 
-    That is the reference for the kernels, and at 8 and 4 bits the model that was rounded.
+    This is the reference for the kernels, and at 8 and 4 bits the rounded model.
     """
     return set_all(model, "force_dense")
 
@@ -217,15 +221,17 @@ def decoding(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def relative_difference(before: Tensor, after: Tensor) -> float:
-    """|after - before| / |before| of the same outputs (logits or hidden states) of two models."""
+    """Return |after - before| / |before| for the same logits or hidden states of two models."""
     assert before.shape == after.shape
     reference, difference = before.double(), (after.double() - before.double())
     return float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def check_same_outputs(before: Tensor, after: Tensor) -> float:
-    """Relative difference of the outputs of a dense model and of the same one packed. UserError
-    where it is beyond rounding: over eight roundings of the dtype, or over 1e-4."""
+    """Return the relative difference of the outputs of a model before and after packing.
+
+    Raises UserError if it is beyond rounding: over eight roundings of the dtype, or over 1e-4.
+    """
     ratio = relative_difference(before, after)
     limit = max(8 * torch.finfo(before.dtype).eps, 1e-4)
     if not ratio <= limit:
@@ -237,7 +243,7 @@ def check_same_outputs(before: Tensor, after: Tensor) -> float:
 
 
 def _packed(name: str, linear: nn.Module, bits: int, group: int) -> SparseLinear:
-    """The linear packed; UserError where a weight is off by more than half a step of its grid."""
+    """Pack a linear. Raises UserError if a weight is off by more than half a step of its grid."""
     try:
         sparse = SparseLinear.from_linear(linear, bits, group)
     except PackedError as error:
@@ -248,7 +254,7 @@ def _packed(name: str, linear: nn.Module, bits: int, group: int) -> SparseLinear
 
 
 def _is_on_grid(sparse: SparseLinear, linear: nn.Module) -> bool:
-    """Whether every weight is off by half a step at most, or clipped to the end of the grid."""
+    """Return whether each weight is off by half a step at most, or clipped to the grid's end."""
     weight = linear.weight.detach()
     weight = (weight.T if isinstance(linear, Conv1D) else weight).float()
     dense = sparse.dense(torch.float32)
@@ -261,7 +267,7 @@ def _is_on_grid(sparse: SparseLinear, linear: nn.Module) -> bool:
 
 
 def _why_not_packed(linear: nn.Module) -> str:
-    """Empty where the linear can be packed and is worth it."""
+    """Return why a linear is not packed, or an empty string if it should be."""
     weight = linear.weight
     if type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
         return f"{type(linear).__name__} has a forward of its own"
@@ -282,8 +288,10 @@ def _counted(reasons: dict[str, str], what: str) -> str:
 
 
 def packing_bytes(load: Workload, bits: int) -> StepBytes:
-    """Memory of packing the largest linear: its packed form beside it, and at 8 and 4 bits a look
-    at every weight."""
+    """Return the bytes for packing the largest linear.
+
+    They are its packed form beside it, and at 8 and 4 bits the check of every weight.
+    """
     largest = load.shapes.largest_matrix
     tile = min(largest, LARGE_TILE)
     checked = 3 * FLOAT * largest + UNPACKED * tile if bits < 16 else 0
@@ -291,6 +299,6 @@ def packing_bytes(load: Workload, bits: int) -> StepBytes:
 
 
 def unpacking_bytes(load: Workload) -> int:
-    """Memory in which one packed linear is dense, where no kernel takes it."""
+    """Return the bytes for unpacking one packed linear that no kernel supports."""
     largest = load.shapes.largest_matrix
     return largest * load.working.itemsize + UNPACKED * min(largest, LARGE_TILE)

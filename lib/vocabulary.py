@@ -3,9 +3,9 @@
     python main.py --model MODEL --trim_vocabulary --calibration_data uk --prune_method admm ...
     bash launch.sh vocabulary MODEL OUT --data uk en
 
-Kept are: every token that the sources' train text uses, with all tokens that merges make it of;
+It keeps every token that the sources' train text uses, with all tokens that it is merged from;
 the bytes; special and added tokens; the tokens of the chat template and the configs; and, up to a
-multiple of 64 or the number asked for, tokens that no text uses but that are written with the
+multiple of 64 or the requested number, tokens that no text uses but that are written with the
 texts' letters, most frequent first. Special tokens that are merely reserved go, unless a text, the
 template or a config uses them. All other rows of the embedding and the head are removed, which
 makes the model smaller in every engine.
@@ -43,10 +43,10 @@ from lib.model.rows import TRIMMED_FROM, keep_rows_
 from lib.util.errors import UserError
 
 COMMON_LETTER = 1e-4  # share of the texts' tokens that have a letter, from which it is common
-MULTIPLE = 64  # the number of rows is one of it, as GPUs compute such matrices fastest
-# numbers of rows by which llama.cpp's converter takes a LLaMA for CodeLlama or Granite
+MULTIPLE = 64  # the number of rows is a multiple of this, for fast matrix products on GPUs
+# with these numbers of rows llama.cpp's converter mistakes a LLaMA for CodeLlama or Granite
 MISLEADING_ROWS = frozenset({32016, 49152})
-PROOF_TOKENS = 256  # of a test window, before and after
+PROOF_TOKENS = 256  # of a test window, for logits before and after
 NOTE = (
     "The vocabulary was trimmed: fewer tokens share the probability, so perplexity falls by "
     "itself. Compare with other vocabularies by bits per byte."
@@ -78,9 +78,8 @@ class TrimmedVocabulary:
 
         Raises UserError if a text decodes differently.
         """
-        tokenizers = self.original_tokenizer, self.tokenizer
         texts = [RARE_SIGNS, *RARE_SIGNS]
-        rare = compare_on_texts(texts, *tokenizers, self.rows)
+        rare = compare_on_texts(texts, self.original_tokenizer, self.tokenizer, self.rows)
         if rare.damaged is not None:
             raise UserError(
                 f"{FLAG}: {texts[rare.damaged - 1]!r}, which is in no text, decodes differently "
@@ -88,7 +87,7 @@ class TrimmedVocabulary:
             )
         lines, records = [], []
         for source in sources:
-            result = compare_on_source(source, *tokenizers, self.rows)
+            result = compare_on_source(source, self.original_tokenizer, self.tokenizer, self.rows)
             if result.damaged is not None:
                 raise source.error(
                     f"its test document {result.damaged} decodes differently with the trimmed "

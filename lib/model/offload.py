@@ -1,9 +1,9 @@
-"""A model read with its blocks left in files, once for all processes of a machine.
+"""Loads a model with its blocks left in files, once for all processes of a machine.
 
-The first process of a machine has transformers read the checkpoint without its blocks. Blocks are
-mapped from the checkpoint's own files; only what transformers converts on loading, as experts that
-it fuses, is written into the work folder. The weights outside the blocks go into a file there too
-where several processes share them, and the others build the model from that.
+The first process of a machine lets transformers read the checkpoint without its blocks. Blocks are
+mapped from the checkpoint's own files; only weights that transformers converts on loading, such as
+fused experts, are written to the work folder. If several processes share the model, the weights
+outside the blocks are written there too, and the other processes build the model from them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lib.util.files import room
 from lib.util.locks import exclusive_lock
 
 REST = "rest.safetensors"  # the weights outside the blocks
-MEMORY = Path("/dev/shm")  # Linux: files that are in memory
+MEMORY = Path("/dev/shm")  # on Linux: files in memory
 PREFIX = "blocks-"  # of folders for a run that names none
 NEW_SECONDS = 60  # in which such a folder may not be locked yet
 
@@ -41,7 +41,7 @@ NEW_SECONDS = 60  # in which such a folder may not be locked yet
 class ModelInFiles:
     """What another process of the machine needs to build the model.
 
-    `dtypes` of the blocks' weights, [block][path]; `tied`: {another name of a tensor: its first}.
+    `places` holds {path: place} for each block, `tied` {another name of a tensor: its first name}.
     """
 
     places: list[dict[str, Place]]
@@ -58,12 +58,12 @@ def read_in_files(
     shared: bool,
     in_memory: bool,
 ) -> tuple[nn.Module, BlockFiles]:
-    """The model with its blocks away, and where they are.
+    """Load the model with its blocks in files; return both.
 
-    `read(folder)` has transformers read it with its blocks on disk, what it converts in `folder`;
-    `empty()` gives it without weights. `stored`: {name: file} of the checkpoint's tensors.
-    `shared`: the processes of the machine share `folder`, and the first one alone reads;
-    `in_memory`: its files are in memory, or will stay there.
+    `read(folder)` lets transformers read it with its blocks on disk and converted weights in
+    `folder`; `empty()` builds it without weights. `stored` is {name: file} of the checkpoint's
+    tensors. If `shared`, the processes of the machine share `folder`, and only the first one reads.
+    `in_memory` says that the files are or will stay in memory.
     """
     reads = not shared or dist.is_local_main
     with as_pread():
@@ -75,11 +75,11 @@ def read_in_files(
     if reads:
         for module in model.modules():
             remove_hook_from_module(module)
-            module.__dict__.pop("forward", None)  # accelerate leaves one in each
+            module.__dict__.pop("forward", None)  # accelerate leaves its wrapper in each module
     owner = dist.rank - dist.local_rank if shared else dist.rank
     if shared:
         tied = _write_rest(model, name, folder) if reads else {}
-        size = sum(one.nbytes for one in model.parameters())
+        size = sum(parameter.nbytes for parameter in model.parameters())
         dist.barrier(size / WRITING)
         spec = dist.all_gather_object(ModelInFiles(places, tied))[owner]
         places = spec.places
@@ -90,7 +90,7 @@ def read_in_files(
 def _places(
     model: nn.Module, blocks_name: str, stored: dict[str, str], folder: WorkFolder
 ) -> list[dict[str, Place]]:
-    """Where each block's weights are, by path. The model must still have accelerate's hooks."""
+    """Return {path: place} for each block. The model must still have accelerate's hooks."""
     converted = folder.folder / CONVERTED
     places: list[dict[str, Place]] = []
     for index, block in enumerate(model.get_submodule(blocks_name)):
@@ -101,7 +101,7 @@ def _places(
             if not Path(file).exists():
                 if name in stored:
                     file = stored[name]
-                else:  # another name in the checkpoint
+                else:  # the checkpoint has it under another name
                     module = model.get_submodule(name.rpartition(".")[0])
                     with align_module_device(module, torch.device("cpu")):
                         save_file({name: model.get_parameter(name).data.contiguous()}, file)
@@ -110,7 +110,7 @@ def _places(
 
 
 def _write_rest(model: nn.Module, blocks_name: str, folder: WorkFolder) -> dict[str, str]:
-    """Write all tensors of the model that are not in its blocks' files; other names of each."""
+    """Write all tensors that are not in the blocks' files; return the names of tied ones."""
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -130,12 +130,14 @@ def _write_rest(model: nn.Module, blocks_name: str, folder: WorkFolder) -> dict[
 def _take_rest(
     model: nn.Module, blocks_name: str, spec: ModelInFiles, folder: WorkFolder, device: torch.device
 ) -> None:
-    """Give the model what is outside its blocks: on a CPU mapped, for all processes once."""
+    """Set the weights outside the blocks; on a CPU all processes map them from one file."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     whole = not any(
-        one.is_meta for name, one in parameters.items() if not name.startswith(f"{blocks_name}.")
+        parameter.is_meta
+        for name, parameter in parameters.items()
+        if not name.startswith(f"{blocks_name}.")
     )
-    if not (whole and device.type == "cuda"):  # there the process that has read it keeps its own
+    if not (whole and device.type == "cuda"):  # on a GPU the process that read them keeps its own
         for name, tensor in load_file(folder.folder / REST).items():
             buffer = name not in parameters
             if not (buffer and whole):
@@ -152,8 +154,10 @@ def _take_rest(
 def device_map(
     model: nn.Module, blocks_name: str, device: torch.device
 ) -> dict[str, str | int | torch.device]:
-    """For from_pretrained: every block on disk, all the rest on `device`."""
-    here = "cpu" if device.type == "cpu" else device.index  # what accelerate and safetensors take
+    """Return the map for from_pretrained: every block on disk, everything else on `device`."""
+    here = (
+        "cpu" if device.type == "cpu" else device.index
+    )  # the form for accelerate and safetensors
     where: dict[str, str | int] = {}
     above = {blocks_name}
     while (parent := blocks_name.rpartition(".")[0]) not in above:
@@ -174,8 +178,8 @@ def device_map(
 def as_pread() -> Iterator[None]:
     """Inside, transformers reads checkpoints instead of mapping them into memory.
 
-    It goes through all weights once, also those that stay on disk; pages that are mapped would all
-    stay resident until it is done. It has no setting for this: `disable_mmap` reads whole files.
+    It reads all weights once, even those that stay on disk, and mapped pages would stay resident
+    until the end. It has no setting for this: `disable_mmap` reads whole files.
     """
     mapped = modeling_utils.safe_open
 
@@ -191,22 +195,22 @@ def as_pread() -> Iterator[None]:
 
 @contextmanager
 def offload_folder(path: str, dist: DistContext, shared: bool) -> Iterator[WorkFolder]:
-    """The part of `--offload PATH` that is this process's, or its machine's if `shared`.
+    """Yield this process's folder in `--offload PATH`, or its machine's if `shared`.
 
-    What a killed run left in it is removed, and so is all of it at the end, but for files that are
-    not a run's own. UserError where another run uses it, or where it holds something else.
+    Files of a killed run are removed first, and all files of runs at the end. Raises UserError if
+    another run uses the folder, or if it holds other files.
     """
     try:
         with _scratch("--offload", path, dist, shared) as folder:
             yield folder
     finally:
-        with suppress(OSError):  # not empty: it holds more than this
+        with suppress(OSError):  # it has other files
             Path(path).rmdir()
 
 
 @contextmanager
 def temporary_folder(parent: Path, dist: DistContext, shared: bool) -> Iterator[WorkFolder]:
-    """A folder of the same kind below `parent`, for a run that names none."""
+    """Yield such a folder below `parent`, for a run without `--offload`."""
     with ExitStack() as at_end:
         made = None
         if not shared or dist.is_local_main:
@@ -246,7 +250,7 @@ def _scratch(flag: str, path: str, dist: DistContext, shared: bool) -> Iterator[
 
 
 def place_in_memory(size: int, available: int) -> Path | None:
-    """Where files of `size` bytes have room: in memory, or in the folder for temporary files."""
+    """Return a folder with room for `size` bytes: in memory, or for temporary files; else None."""
     if MEMORY.is_dir() and size < min(room(MEMORY), available):
         return MEMORY
     folder = Path(tempfile.gettempdir())
@@ -254,19 +258,19 @@ def place_in_memory(size: int, available: int) -> Path | None:
 
 
 def are_apart(blocks: nn.ModuleList) -> bool:
-    """Whether every block has weights of its own."""
+    """Return whether no two blocks share weights."""
     parameters = [p for block in blocks for p in block.parameters()]
     return len(parameters) == len(set(parameters))
 
 
 def check_apart(blocks: nn.ModuleList) -> None:
-    """UserError where blocks share weights: one can't be fetched without the other."""
+    """Raise UserError if blocks share weights: one can't be fetched without the other."""
     if not are_apart(blocks):
         raise UserError("--offload: the model's blocks share weights; it must fit in memory")
 
 
 def can_be_shared(skeleton: nn.Module, blocks: nn.ModuleList) -> bool:
-    """Whether the model is all parameters and buffers, and each block has its own."""
+    """Return whether the model has only parameters and buffers, and blocks share none."""
     if getattr(skeleton.config, "quantization_config", None) is not None:
         return False
     own = (value for module in skeleton.modules() for value in vars(module).values())
@@ -280,8 +284,11 @@ def scratch_bytes(
     loaded: torch.dtype,
     rounding: torch.dtype,
 ) -> int:
-    """Bytes that blocks take in a work folder: pruned ones in `rounding`, and as they are `loaded`
-    those that the checkpoint has under another name, such as experts that are fused on loading."""
+    """Return the bytes that blocks take in a work folder.
+
+    Pruned weights take them in `rounding`. Weights that the checkpoint has under another name, such
+    as experts fused on loading, also take them in `loaded`.
+    """
     size = 0
     for name, parameter in skeleton.get_submodule(blocks_name).named_parameters():
         size += parameter.numel() * rounding.itemsize

@@ -1,7 +1,7 @@
-"""Blocks on their way to a GPU, from files: through two locked buffers, while another one computes.
+"""Copies blocks from files to a GPU through two pinned buffers, while another block computes.
 
-CUDA copies beside other work only from host memory that is locked in place. Two buffers of a
-block's size are: one is filled while the other one is copied, on a stream of its own.
+CUDA overlaps copies with other work only from pinned host memory. Two pinned buffers of a block's
+size take turns: one is filled while the other is copied on its own stream.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from lib.model.transfer import empty_pinned
 
-ALIGNED = 512  # bytes; where a tensor begins, as torch's own on a GPU
+ALIGNED = 512  # bytes; tensors begin at multiples of it, as in torch's allocator
 
 
 class Staging:
-    """Copies blocks to `device` in one piece each."""
+    """Copies each block to `device` in one piece."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.side = torch.cuda.Stream(device)
         self.buffers: list[Tensor | None] = [None, None]  # (bytes,)
-        self.copied: list[torch.cuda.Event | None] = [None, None]  # what was in a buffer
+        self.copied: list[torch.cuda.Event | None] = [None, None]  # when each buffer was copied
         self.turn = 0
         self.ahead: tuple[int, dict[str, Tensor], Tensor] | None = None
 
@@ -54,17 +54,17 @@ class Staging:
         self.ahead = index, views(piece), piece
 
     def take(self, index: int) -> dict[str, Tensor] | None:
-        """The tensors of the block that was sent last, if that is `index`; None otherwise."""
+        """Return the tensors of the block that was sent last if that is `index`, else None."""
         ahead, self.ahead = self.ahead, None
         if ahead is None or ahead[0] != index:
             return None
         now = torch.cuda.current_stream(self.device)
         now.wait_stream(self.side)
-        ahead[2].record_stream(now)  # or its memory is taken for the next block too early
+        ahead[2].record_stream(now)  # or its memory is reused too early
         return ahead[1]
 
     def _buffer(self, size: int) -> Tensor:
-        """The buffer whose turn it is, with `size` bytes at least, when it has been copied."""
+        """Return the buffer whose turn it is, of at least `size` bytes, after its last copy."""
         if self.copied[self.turn]:
             self.copied[self.turn].synchronize()
         buffer = self.buffers[self.turn]
@@ -74,5 +74,5 @@ class Staging:
 
 
 def _view(memory: Tensor, start: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A tensor that begins at byte `start` of `memory` (bytes,)."""
+    """Return a tensor that begins at byte `start` of `memory` (bytes,)."""
     return memory[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)

@@ -1,7 +1,7 @@
-"""Hidden states that are kept in host memory: to the GPU and back while it computes.
+"""Copies hidden states between host memory and the GPU while it computes.
 
-Copies run on a stream of their own, in the order in which they are asked for; so a batch that was
-written comes back as it was written. Where states are kept on the device, nothing is copied.
+Copies run on their own stream in the order of the calls, so that a batch is read as it was written.
+If states are kept on the device, nothing is copied.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-AHEAD = 2  # batches that the host may be ahead of the GPU: what they use can't be used again yet
+AHEAD = 2  # batches that the host may be ahead of the GPU; their memory can't be reused yet
 
 
 def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An empty tensor on the host, locked in place, so that a GPU copies it beside other work."""
+    """Return an empty pinned tensor on the host, which a GPU copies while it computes."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
 
 class Transfer:
-    """Between buffers (windows, tokens, hidden) and `device`."""
+    """Copies batches between buffers (windows, tokens, hidden) and `device`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -29,20 +29,20 @@ class Transfer:
         self.stored: deque[torch.cuda.Event] = deque()  # the last copies to the host
 
     def buffer(self, count: int, hidden: Tensor, state_device: torch.device | str) -> Tensor:
-        """Room on `state_device` for `count` windows like those of hidden (n, tokens, hidden)."""
+        """Return a buffer on `state_device` for `count` windows of the shape of `hidden`."""
         shape = (count, *hidden.shape[1:])
         if self.side is not None and torch.device(state_device).type == "cpu":
             return empty_pinned(shape, hidden.dtype)
         return torch.empty(shape, dtype=hidden.dtype, device=state_device)
 
     def copy(self, buffer: Tensor) -> Tensor:
-        """Another buffer with the same contents."""
+        """Return another buffer with the same contents."""
         if self._apart(buffer):
-            self.side.synchronize()  # what was stored may be on its way
+            self.side.synchronize()  # pending copies to the buffer must end first
         return self.buffer(len(buffer), buffer, buffer.device).copy_(buffer)
 
     def batches(self, buffer: Tensor, cuts: Sequence[slice]) -> Iterator[Tensor]:
-        """Each cut of the buffer on the device, the next on its way while one is in use."""
+        """Yield each cut of the buffer on the device, while the next one is being copied."""
         coming = [self._send_for(buffer, cut) for cut in cuts[:1]]
         computed: deque[torch.cuda.Event] = deque()
         for index in range(len(cuts)):
@@ -52,18 +52,18 @@ class Transfer:
                 _wait_for_older(computed, torch.cuda.current_stream(self.device))
 
     def fetch(self, buffer: Tensor, cut: slice) -> Tensor:
-        """One cut of the buffer, on the device."""
+        """Return one cut of the buffer on the device."""
         return self._arrived(*self._send_for(buffer, cut))
 
     def store_(self, buffer: Tensor, cut: slice, value: Tensor) -> None:
-        """Write a value that the device may still be computing."""
+        """Write a value that the device may still be computing into the buffer."""
         if not self._apart(buffer):
             buffer[cut] = value
             return
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
             buffer[cut].copy_(value, non_blocking=True)
-        value.record_stream(self.side)  # or its memory is taken again before it was read
+        value.record_stream(self.side)  # or its memory is reused before it was read
         _wait_for_older(self.stored, self.side)
 
     def _apart(self, buffer: Tensor) -> bool:
@@ -84,7 +84,7 @@ class Transfer:
 
 
 def _wait_for_older(events: deque[torch.cuda.Event], stream: torch.cuda.Stream) -> None:
-    """Note where `stream` stands, and wait until it has passed where it stood AHEAD notes ago."""
+    """Record an event on `stream`, and wait for the event recorded AHEAD calls ago."""
     events.append(stream.record_event())
     if len(events) > AHEAD:
         events.popleft().synchronize()

@@ -1,4 +1,4 @@
-"""From a packed checkpoint back to the plain dense one that any engine reads.
+"""Convert a packed checkpoint to the plain dense one that any engine reads.
 
 python -m lib.model.unpack IN OUT
 """
@@ -21,8 +21,8 @@ CARD = "README.md"
 def unpack_folder(source: str, target: str) -> None:
     """Write the dense checkpoint of folder `source` to folder `target`, whole or not at all.
 
-    Needs host memory for the dense model. UserError where `source` is not packed or damaged, or
-    where `target` exists.
+    The dense model must fit in host memory. Raises UserError if `source` is not packed or damaged,
+    or if `target` exists.
     """
     folder, out = Path(source), Path(target)
     if not (folder / "config.json").is_file():
@@ -32,7 +32,7 @@ def unpack_folder(source: str, target: str) -> None:
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lib.packed.checkpoint import METHOD  # and so the format is known to transformers
+    from lib.packed.checkpoint import METHOD  # this registers the format with transformers
     from lib.util.progress import quiet
 
     quiet()
@@ -54,7 +54,7 @@ def unpack_folder(source: str, target: str) -> None:
 
 
 def unpacked_card(card: str, bits: int) -> str:
-    """A packed model's card with the truth about the dense one in place of its packed section."""
+    """Return a packed model's card with a section on the dense weights for the packed one."""
     from lib.packed.checkpoint import CARD_HEADING
 
     rounded = "" if bits == 16 else f"; the others were rounded to {bits}-bit integers"

@@ -1,13 +1,13 @@
-"""The weights of a model's decoder blocks: one class has them, wherever they are.
+"""The weights of a model's decoder blocks, on the device or in files, behind one class.
 
-Where the model is whole on its device, it holds them itself. Where there is no room, or where
-several processes of a machine work on one model, the blocks stay in safetensors files that the
-system maps into memory: files of the checkpoint as long as a block is not changed, then files in a
-work folder (lib/model/work_folder.py). Their pages are in memory once for all processes of the
-machine. A block that is away has its weights on the meta device; it is brought once for all
-windows, and a forward pass of the model itself brings each block as it comes to it.
+A resident model holds its weights itself. If there is no room, or if several processes of a machine
+work on one model, the blocks stay in safetensors files that the system maps into memory: files of
+the checkpoint until a block is changed, then files in a work folder (lib/model/work_folder.py).
+Their pages are in memory once for all processes of the machine. A block that is not on the device
+has its weights on the meta device. It is fetched once for all windows; a forward pass of the model
+itself fetches each block when it reaches it.
 
-Under `--resume` every finished block is kept in a file of that kind, whoever has the weights.
+Under `--resume` every finished block is also kept in such a file, for resident models too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
 
 META = torch.device("meta")
-WRITING = 2e7  # bytes a second, at least, of blocks that are written
+WRITING = 2e7  # bytes per second, at least, at which blocks are written
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Place:
 
 @dataclass
 class BlockFiles:
-    """The files of a model whose blocks stay there, as its processes on one machine share them.
+    """The files of a model's blocks, which the processes of one machine may share.
 
-    `places`: {path in the block: place} of each block. `scratch`: the folder for blocks that are
-    changed. `owner`: the rank of the process that writes there. `in_memory`: there is room for the
-    pages of all blocks, so that they need not be read again.
+    `places` holds {path in the block: place} for each block. `scratch` is the folder for changed
+    blocks, `owner` the rank of the process that writes there. `in_memory` says that the pages of
+    all blocks fit in memory, so that they are read from disk once.
     """
 
     places: list[dict[str, Place]]
@@ -59,12 +59,12 @@ class BlockFiles:
 
 
 class BlockWeights:
-    """The weights of `blocks`, which are brought to `device` one at a time.
+    """Fetches the weights of `blocks` to `device`, one block at a time, and saves them.
 
-    `files`: where they are, None for a model that is whole on the device. `rounding`: the dtype in
-    which the model is saved, but for what its class keeps in another (`exact`, parts of names).
-    `finished`: the work folder of `--resume`, in the main process of `dist`; `resumes`: whether
-    that has one.
+    `files` are the files of the blocks, None for a resident model. `rounding` is the dtype in which
+    the model is saved, except for modules that its class keeps in float32 (`exact`, parts of their
+    names). `finished` is the work folder of `--resume`, in the main process of `dist` alone;
+    `resumes` says in every process whether there is one.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BlockWeights:
 
     @property
     def zero_copy(self) -> bool:
-        """Whether bringing a block that is not changed costs nothing."""
+        """Whether fetching an unchanged block costs nothing."""
         if self.files is None:
             return True
         if self.device.type != "cpu" or not self.files.in_memory:
@@ -115,10 +115,10 @@ class BlockWeights:
 
     @contextmanager
     def on_device(self, index: int, write_back: bool = False) -> Iterator[None]:
-        """Inside, block `index` is on the device, and the next one is on its way to a GPU.
+        """Inside, block `index` is on the device, and the next one is being copied to a GPU.
 
-        With `write_back` changes of its weights are kept; every process has to call it then: each
-        waits for all.
+        With `write_back`, changes of its weights are kept, and every process must call this, since
+        each waits for all.
         """
         if write_back:
             self._kept = False
@@ -139,7 +139,7 @@ class BlockWeights:
             block.forward = forward
 
     def has(self, index: int) -> bool:
-        """Whether an interrupted run has finished block `index`; every process has to call it."""
+        """Return whether an interrupted run finished block `index`; every process must call it."""
         if not self.resumes:
             return False
         if self.finished:
@@ -148,10 +148,12 @@ class BlockWeights:
         return self.dist.all_gather_object(self._finished_block is not None)[0]
 
     def load(self, index: int) -> dict[str, Any]:
-        """Put finished block `index`, for which `has` was asked just now, in place of the one on
-        the device; return the notes that were saved with it."""
+        """Replace the block on the device by finished block `index`; return its saved notes.
+
+        `has(index)` must have been called just before.
+        """
         tensors, facts = self._finished_block or ({}, {})
-        header = {path: (tuple(one.shape), one.dtype) for path, one in tensors.items()}
+        header = {path: (tuple(value.shape), value.dtype) for path, value in tensors.items()}
         header, facts = self.dist.all_gather_object((header, facts))[0]
         block = self.blocks[index]
         quantised = {
@@ -163,21 +165,21 @@ class BlockWeights:
             if f".{path}" in quantised:
                 quantised[f".{path}"].set_weight_(tensor)
             else:
-                own = block.get_parameter(path)
-                if own.shape == tensor.shape:
-                    own.data.copy_(tensor)
+                parameter = block.get_parameter(path)
+                if parameter.shape == tensor.shape:
+                    parameter.data.copy_(tensor)
                 else:  # it has lost rows or columns
-                    own.data = tensor.to(own.device, own.dtype)
+                    parameter.data = tensor.to(parameter.device, parameter.dtype)
         self._finished_block, self._kept = None, True
         return facts
 
     def save(
         self, index: int, notes: Mapping[str, Any], matrices: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Under `--resume` keep block `index`, which is on the device, with its notes.
+        """Under `--resume`, save block `index`, which is on the device, with its notes.
 
-        `matrices`: {path of a quantised linear: its weight as it was solved}. The main process
-        writes; all wait for it.
+        `matrices` holds {path of a quantised linear: its solved weight}. The main process writes,
+        and all wait for it.
         """
         if not self.resumes:
             return
@@ -193,8 +195,10 @@ class BlockWeights:
 
     @contextmanager
     def mapped(self) -> Iterator[None]:
-        """Inside, the blocks have their weights as these are saved, so that `save_pretrained` finds
-        them: mapped from their files, and in memory only while they are read."""
+        """Inside, the blocks have their weights in the saved dtype, for `save_pretrained`.
+
+        They are mapped from their files, and in memory only while they are read.
+        """
         for index, places in enumerate(self.files.places if self.files else ()):
             for path, tensor in self._read(index).items():
                 dtype = self._saved_dtype(index, path, places[path].dtype)
@@ -208,16 +212,16 @@ class BlockWeights:
                     set_tensor(self.blocks[index], path, empty.to(place.dtype))
 
     def _fetching_forward(self, index: int, block: nn.Module):
-        own = block.forward
+        original = block.forward
 
         def forward(*args, **kwargs):
             with self.on_device(index):
-                return own(*args, **kwargs)
+                return original(*args, **kwargs)
 
         return forward
 
     def _read(self, index: int) -> dict[str, Tensor]:
-        """Tensors of block `index` by path, mapped, in the dtypes of their files."""
+        """Map the tensors of block `index`, by path, in the dtypes of their files."""
         by_file: dict[str, dict[str, str]] = defaultdict(dict)
         for path, place in self.files.places[index].items():
             by_file[place.file][path] = place.name
@@ -233,7 +237,7 @@ class BlockWeights:
         return tensors
 
     def _fetch(self, index: int) -> dict[str, Tensor]:
-        """Tensors of block `index` on the device, in the dtypes that the model computes with."""
+        """Return the tensors of block `index` on the device, in the model's working dtypes."""
         if self._staging:
             tensors = self._staging.take(index)
             if tensors is None:
@@ -241,7 +245,7 @@ class BlockWeights:
                 tensors = self._staging.take(index)
             return tensors
         places = self.files.places[index]
-        return {path: one.to(places[path].dtype) for path, one in self._read(index).items()}
+        return {path: value.to(places[path].dtype) for path, value in self._read(index).items()}
 
     def _prefetch(self, index: int) -> None:
         if self._staging and index < len(self.blocks):
@@ -249,7 +253,7 @@ class BlockWeights:
             self._staging.send(index, self._read(index), dtypes)
 
     def _write(self, index: int) -> None:
-        """Keep the block that is on the device in a file, from which it is read from now on."""
+        """Write the block on the device to a file, from which it is read from now on."""
         files, kept = self.files, self.finished and self._kept
         tensors = dict(self._tensors(index))
         places = old = None
@@ -260,44 +264,46 @@ class BlockWeights:
                 number = self._versions.get(index, 0)
                 self._versions[index] = number + 1
                 old = files.scratch.folder / f"block-{index}-{number - 1}.safetensors"
-                narrowed = {path: self._narrowed(index, path, one) for path, one in tensors.items()}
+                narrowed = {
+                    path: self._narrowed(index, path, value) for path, value in tensors.items()
+                }
                 name, what = f"block-{index}-{number}", f"block {index}"
                 file = files.scratch.write(name, narrowed, {}, what)
-            places = {path: Place(str(file), path, one.dtype) for path, one in tensors.items()}
-        self.dist.barrier(sum(one.nbytes for one in tensors.values()) / WRITING)
+            places = {path: Place(str(file), path, value.dtype) for path, value in tensors.items()}
+        self.dist.barrier(sum(value.nbytes for value in tensors.values()) / WRITING)
         files.places[index] = self.dist.all_gather_object(places)[files.owner]
         if old:
             old.unlink(missing_ok=True)
 
     def _tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
-        """Path and tensor of all that makes up the block on the device."""
+        """Yield path and tensor of every weight of the block on the device."""
         for name, module in self.blocks[index].named_modules():
             if self.files is None or module in self._original:
-                own = {key: one.data for key, one in module.named_parameters(recurse=False)}
-            else:  # came in its place, as packed linears do: all of it
-                own = {key: one for key, one in module.state_dict().items() if "." not in key}
-            for key, tensor in own.items():
+                state = {key: value.data for key, value in module.named_parameters(recurse=False)}
+            else:  # a module that replaced another, such as a packed linear, has buffers too
+                state = {key: value for key, value in module.state_dict().items() if "." not in key}
+            for key, tensor in state.items():
                 yield f"{name}.{key}".strip("."), tensor
 
     def _offload(self, block: nn.Module) -> None:
-        """Leave the block's modules without weights."""
+        """Move the weights of the block's modules to the meta device."""
         for module in list(block.modules()):
             if module in self._original:
                 if isinstance(module, SparseLinear) and not module.weight.is_meta:
-                    module.to(self.device)  # packs again what torch's own tensor holds
-                for name, one in module.named_parameters(recurse=False):
-                    set_tensor(module, name, one.to(META))
+                    module.to(self.device)  # repacks the weight from torch's own sparse tensor
+                for name, parameter in module.named_parameters(recurse=False):
+                    set_tensor(module, name, parameter.to(META))
             elif not list(module.children()):
                 module.to(META)
 
     def _narrowed(self, index: int, path: str, tensor: Tensor) -> Tensor:
-        """In the dtype in which it is saved, where that loses nothing."""
+        """Return a tensor in the dtype in which it is saved, if that loses nothing."""
         narrow = tensor.to(self._saved_dtype(index, path, tensor.dtype))
         same = narrow.dtype == tensor.dtype or torch.equal(narrow.to(tensor.dtype), tensor)
         return narrow if same else tensor
 
     def _saved_dtype(self, index: int, path: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a tensor of block `index`, of `dtype`, is saved."""
+        """Return the dtype in which a tensor of block `index`, now of `dtype`, is saved."""
         parent, _, name = path.rpartition(".")
         parameter = name in self.blocks[index].get_submodule(parent)._parameters
         keeps = not (parameter and dtype.is_floating_point) or self.exact.intersection(
@@ -307,12 +313,12 @@ class BlockWeights:
 
 
 def set_tensor(module: nn.Module, path: str, tensor: Tensor) -> None:
-    """Put a tensor where a parameter or a buffer is; a parameter as it is."""
+    """Replace a parameter or buffer; a tensor that is no parameter is wrapped in one."""
     parent, _, name = path.rpartition(".")
     owner = module.get_submodule(parent) if parent else module
     if name in owner._parameters:
-        own = isinstance(tensor, nn.Parameter)
-        owner._parameters[name] = tensor if own else nn.Parameter(tensor, requires_grad=False)
+        wrapped = isinstance(tensor, nn.Parameter)
+        owner._parameters[name] = tensor if wrapped else nn.Parameter(tensor, requires_grad=False)
     else:
         owner._buffers[name] = tensor
 

@@ -1,4 +1,4 @@
-"""A folder that a run keeps blocks in: locked as long as the run, and known by a file of its own.
+"""A folder for a run's blocks, which the run locks and marks with a file.
 
 `--resume` keeps finished blocks and the state of a recovery in one, `--offload` the blocks that a
 device or a machine has no room for. It holds job.json, which says what the run's result depends on,
@@ -33,9 +33,9 @@ OWN = ("*.partial", *(f"{name}.safetensors" for name in NAMES))
 class WorkFolder:
     """A locked folder, `path` or `name` in it; `flag` is the one that named it, for messages.
 
-    `begun`: what the run in it was begun as, None for a new folder. UserError where another run
-    uses it, where it holds something else, or where job.json can't be read. Call `close` at the
-    end, whatever happens.
+    `begun` is the content of job.json, None for a new folder. Raises UserError if another run uses
+    the folder, if it holds other files, or if job.json can't be read. Call `close` at the end,
+    after errors too.
     """
 
     def __init__(self, flag: str, path: str | Path, name: str = "", locks: bool = True) -> None:
@@ -59,24 +59,24 @@ class WorkFolder:
 
     @classmethod
     def of_another(cls, flag: str, path: str | Path, name: str = "") -> WorkFolder:
-        """The folder that another process has locked, to read its files."""
+        """Open a folder that another process has locked, to read its files."""
         return cls(flag, path, name, locks=False)
 
     def close(self) -> None:
-        """Let other runs use the folder, which goes if nothing was kept in it."""
+        """Unlock the folder; remove it if it has no files."""
         if self.digest and not self.size():
             self.clear()
         self._lock.close()
 
     def begin(self, job: Mapping[str, Any]) -> None:
-        """Note what the run's result depends on; files of a run that was another are not read."""
+        """Write what the run's result depends on; files of other jobs are not read."""
         self.folder.mkdir(exist_ok=True)
         text = json.dumps(job, indent=2, ensure_ascii=False, sort_keys=True)
         write_text(self.folder / JOB, text)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def size(self) -> int:
-        """Bytes of the files in it."""
+        """Return the bytes of the run's files in the folder."""
         files = (file for pattern in OWN for file in self.folder.glob(pattern))
         return sum(file.stat().st_size for file in files)
 
@@ -101,8 +101,10 @@ class WorkFolder:
         return file
 
     def read(self, name: str, then: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Tensors and facts of a file; None where there is none, or where it is damaged or another
-        run's: then a line says so, and what happens `then`."""
+        """Return tensors and facts of a file; None if it is missing, damaged or of another run.
+
+        For a damaged file or that of another run a line says so, and what happens `then`.
+        """
         file = self.folder / f"{name}.safetensors"
         if not file.is_file():
             return None
@@ -119,13 +121,13 @@ class WorkFolder:
         return None
 
     def clear(self) -> None:
-        """Remove what runs have written, and the folder if nothing else is in it."""
+        """Remove the files of runs, and the folder if nothing else is in it."""
         for pattern in OWN if (self.folder / JOB).is_file() else ():
             for file in self.folder.glob(pattern):
                 file.unlink(missing_ok=True)
         (self.folder / JOB).unlink(missing_ok=True)
         for folder in (self.folder / CONVERTED, self.folder):
-            with suppress(OSError):  # there is none, or it holds more than this
+            with suppress(OSError):  # it is missing, or has other files
                 folder.rmdir()
 
     def _read_job(self) -> dict[str, Any] | None:
