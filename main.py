@@ -73,7 +73,14 @@ def run(job: Job) -> Results:
         if job.schedule:
             figures |= recover(job, loaded, teacher)
         del teacher
-        return finish(job, loaded, completions, quality, figures, target)
+        return finish(
+            job,
+            loaded,
+            completions=completions,
+            quality=quality,
+            figures=figures,
+            target=target,
+        )
 
 
 def finish(
@@ -112,7 +119,7 @@ def finish(
                 print("card: shows beginnings of test documents; without: --card_without_prompts")
     if target:
         with steps.attempt("--save_model"):
-            size = save(job, loaded, card, target, steps)
+            size = save(job, loaded, card=card, target=target, steps=steps)
             results |= {"saved_bytes": size} if results else {}
     if results:
         with steps.attempt(f"--save {args.save}"):
@@ -167,7 +174,14 @@ def dense_reference(job: Job, loaded: LoadedModel, dense: BlockRunner) -> DenseR
     def run() -> States:
         windows = sum(len(own_windows(len(windows), dist)) for windows in sets)
         with job.timed("dense"), progress(windows, "dense", "window", dist.is_main) as bar:
-            return dense_states(dense, sets, job.batch_size, dist, bar, loaded.state_device)
+            return dense_states(
+                dense,
+                sets,
+                job.batch_size,
+                dist=dist,
+                on_progress=bar,
+                state_device=loaded.state_device,
+            )
 
     key = (*job.dense_key, "states", [test.facts["digest"] for test in job.texts.tests])
     return DenseReference(tail_of(dense), job.cache.dense_outputs(key, run))
@@ -194,7 +208,11 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
     blocks = len(loaded.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
         pruned = pruner.run(
-            job.texts.windows, job.batch_size, loaded.state_device, bar, loaded.cache_inputs
+            job.texts.windows,
+            job.batch_size,
+            state_device=loaded.state_device,
+            on_progress=bar,
+            cache_inputs=loaded.cache_inputs,
         )
     if not dist.is_main:
         return {}

@@ -197,7 +197,14 @@ def packed_size(model: nn.Module, dtype: torch.dtype) -> PackedSize:
     linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
     bits = min((module.bits for module in linears), default=16)
     packed = [
-        packed_bytes(m.out_features, m.in_features, m.nnz, m.bits, dtype.itemsize, m.group)
+        packed_bytes(
+            m.out_features,
+            m.in_features,
+            nnz=m.nnz,
+            bits=m.bits,
+            itemsize=dtype.itemsize,
+            group=m.group,
+        )
         for m in linears
     ]
     dense = [m.out_features * m.in_features * dtype.itemsize for m in linears]

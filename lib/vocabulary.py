@@ -188,7 +188,7 @@ def trim_vocabulary(
         minimum=minimum,
     )
     kept = tokens.sort_ids(chosen)
-    order = _row_order(tokens, kept, unnamed, rows, size)
+    order = _row_order(tokens, kept, unnamed=unnamed, rows=rows, size=size)
     used = [i for i in counted.counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     trimmed = TrimmedVocabulary(
         tokenizer,

@@ -43,7 +43,7 @@ def run_child(module: str, request: dict[str, Any]) -> Any:
 
 
 def serve(work: Callable[[dict[str, Any]], Any]) -> None:
-    """In the child: read the request, do the work, write the answer; print an error as one line."""
+    """Answer one request by `work`, in the child; print an error as one line and exit."""
     request = json.load(sys.stdin)
     try:
         answer = work(request)

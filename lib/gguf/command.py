@@ -63,8 +63,15 @@ def main(arguments: list[str]) -> None:
         check_convertible(source, stage / "check", request)
         weights = unpacked(source, stage / "dense")
         view = source.view(stage / "view", weights)
-        facts = convert(args.source, view, stage, weight_type, request)
-        facts |= prove(args, source, weights, stage / "model.gguf", weight_type, texts)
+        facts = convert(args.source, view, stage=stage, weight_type=weight_type, request=request)
+        facts |= prove(
+            args,
+            source,
+            weights=weights,
+            file=stage / "model.gguf",
+            weight_type=weight_type,
+            texts=texts,
+        )
         put_in_place(stage / "model.gguf", out, facts)
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}")
 
@@ -248,7 +255,7 @@ def prove(
             return {"proof": {"runner": _runner(), "tokens": [asdict(cut) for cut in cuts]}}
         window = window_of(source.tokenizer, documents, AutoConfig.from_pretrained(weights))
         letter = letter_of(source.tokenizer)
-        logits = prove_logits(file, weights, window, letter, weight_type)
+        logits = prove_logits(file, weights, window=window, letter=letter, weight_type=weight_type)
     except UserError as error:
         raise UserError(f"OUT {args.out}: not written, {error}") from error
     print(logits.line())

@@ -48,7 +48,14 @@ def find_linears(
             full_name = f"{name}.{parameter}"
             if _holds_experts(module, weight):
                 linears += [
-                    PrunableLinear(f"{full_name}.{i}", full_name, module, parameter, i, transposed)
+                    PrunableLinear(
+                        name=f"{full_name}.{i}",
+                        stage=full_name,
+                        module=module,
+                        parameter=parameter,
+                        expert=i,
+                        transposed=transposed,
+                    )
                     for i in range(len(weight))
                 ]
             elif weight.dim() > 1 and not parameter.endswith("bias"):

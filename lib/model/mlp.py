@@ -2,8 +2,8 @@
 
 A neuron is an input of an MLP's down projection, with the row of each linear that makes this input
 (gate and up, or one linear before the activation), and their biases. Which linears these are, the
-config itself shows: of its fields, the one that sets the MLP's width is found by changing it and
-building the model again without weights. If exactly one linear of every block then loses inputs,
+config itself shows: each field that may set the MLP's width is changed, and the model is built
+again without weights. If exactly one linear of every block then loses inputs,
 others in the block lose as many outputs each, and nothing else in the model changes, the field says
 how wide the MLPs are, and a narrower model loads as any other.
 

@@ -83,7 +83,7 @@ def read_in_files(
         dist.barrier(size / WRITING)
         spec = dist.all_gather_object(ModelInFiles(places, tied))[owner]
         places = spec.places
-        _take_rest(model, name, spec, folder, device)
+        _take_rest(model, name, spec=spec, folder=folder, device=device)
     return model, BlockFiles(places, folder, owner, in_memory)
 
 

@@ -47,13 +47,15 @@ class Transfer:
         computed: deque[torch.cuda.Event] = deque()
         for index in range(len(cuts)):
             coming += [self._send_for(buffer, cut) for cut in cuts[index + 1 : index + 2]]
-            yield self._arrived(*coming.pop(0))
+            tensor, sent = coming.pop(0)
+            yield self._arrived(tensor, sent)
             if self._apart(buffer):
                 _wait_for_older(computed, torch.cuda.current_stream(self.device))
 
     def fetch(self, buffer: Tensor, cut: slice) -> Tensor:
         """Return one cut of the buffer on the device."""
-        return self._arrived(*self._send_for(buffer, cut))
+        tensor, sent = self._send_for(buffer, cut)
+        return self._arrived(tensor, sent)
 
     def store_(self, buffer: Tensor, cut: slice, value: Tensor) -> None:
         """Write a value that the device may still be computing into the buffer."""

@@ -83,7 +83,8 @@ def score(
     dist.barrier()
     for handle in dist.all_reduce_(sums):
         handle.wait()
-    return Scores(*(figure.cpu() > 0 for figure in sums))
+    chosen, said = sums
+    return Scores(chosen=chosen.cpu() > 0, said=said.cpu() > 0)
 
 
 def options_of(

@@ -168,9 +168,9 @@ def _set_vocabulary(job: Job) -> None:
         return trim_vocabulary(
             job.tokenizer,
             job.checkpoint,
-            job.config,
-            job.vocabulary_sources,
-            job.dist,
+            config=job.config,
+            sources=job.vocabulary_sources,
+            dist=job.dist,
             rows=rows,
             config_ids=config_token_ids(job.checkpoint, job.config),
             size=args.vocabulary_size,

@@ -103,9 +103,9 @@ class TextRequest:
             texts.training = training_windows(
                 self.sources,
                 tokenizer,
-                self.n_training,
-                self.seqlen,
-                self.seed,
+                count=self.n_training,
+                seqlen=self.seqlen,
+                seed=self.seed,
                 bos=self.bos,
                 tests=[test.windows for test in texts.tests],
             )

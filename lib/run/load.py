@@ -105,9 +105,9 @@ def _scratch_bytes(job: Job) -> int:
     return scratch_bytes(
         job.skeleton,
         job.blocks_name,
-        stored_names(job.checkpoint) if Path(args.model).is_dir() else {},
-        pick_dtype(args.dtype, job.config, job.device),
-        saved_dtype(args.dtype, job.config),
+        stored=stored_names(job.checkpoint) if Path(args.model).is_dir() else {},
+        loaded=pick_dtype(args.dtype, job.config, job.device),
+        rounding=saved_dtype(args.dtype, job.config),
     )
 
 
@@ -217,6 +217,7 @@ def _check_memory(job: Job, shared: bool) -> MemoryDecision:
         saved=saved_dtype(args.dtype, job.config),
         device=job.device.type,
     )
+    packed, bits = packed_linears(job.config)
     plan = Plan(
         load=load,
         method_spec=job.method_spec,
@@ -226,7 +227,7 @@ def _check_memory(job: Job, shared: bool) -> MemoryDecision:
         training=_training(job),
         processes=dist.local_size,
         shared=shared,
-        packed=PackedLinears.of(*packed_linears(job.config)),
+        packed=PackedLinears.of(packed, bits),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
         probed=max(1, probed) if args.allocation == "error" else 0,
         teacher=bool(args.teacher) and not job.schedule,

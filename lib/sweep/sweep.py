@@ -123,4 +123,5 @@ def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main(argv: list[str]) -> None:
-    sweep(*split_argv(argv))
+    own_argv, passed_on = split_argv(argv)
+    sweep(own_argv, passed_on)

@@ -185,7 +185,7 @@ def test_other_weights_end_it(llama: Path, texts: Path, tmp_path: Path, monkeypa
     other = whole.write_whole(tmp_path / "other", "llama", fields, kinds.byte_fallback())
     own = lib.gguf.proof.prove_logits
     monkeypatch.setattr(
-        lib.gguf.proof, "prove_logits", lambda file, _, *more: own(file, other, *more)
+        lib.gguf.proof, "prove_logits", lambda file, _, **options: own(file, other, **options)
     )
     with pytest.raises(UserError, match="logits after 8 beginnings differ by .* more than q8_0"):
         convert(llama, texts, tmp_path / "model.gguf", "--type", "q8_0")
