@@ -157,13 +157,13 @@ class BlockRunner:
 
         Each block is fetched once. `on_block` is called with its index when it is done.
         """
-        several = [self.capture(windows, batch_size, state_device) for windows in sets]
+        all_states = [self.capture(windows, batch_size, state_device) for windows in sets]
         for index in range(len(self.blocks)):
             with self.on_device(index):
-                for states in several:
+                for states in all_states:
                     self.advance_(states, index)
             on_block(index)
-        return several
+        return all_states
 
     @torch.no_grad()
     def logits(self, states: HiddenStates, batch: slice) -> Callable[[Tensor], Tensor]:

@@ -126,9 +126,9 @@ def _fields(config: Any, width: int) -> Iterator[tuple[str | None, str]]:
     specific = {key: value for key, value in vars(text).items() if key not in common}
     for wanted in (lambda value: value == width, lambda value: value is None):
         for key, value in specific.items():
-            several = isinstance(value, list) and value
+            is_list = isinstance(value, list) and value
             if not isinstance(value, bool) and (
-                all(map(wanted, value)) if several else wanted(value)
+                all(map(wanted, value)) if is_list else wanted(value)
             ):
                 yield section, key
 

@@ -155,7 +155,7 @@ def device_map(
     model: nn.Module, blocks_name: str, device: torch.device
 ) -> dict[str, str | int | torch.device]:
     """Return the map for from_pretrained: every block on disk, everything else on `device`."""
-    here = (
+    on_device = (
         "cpu" if device.type == "cpu" else device.index
     )  # the form for accelerate and safetensors
     where: dict[str, str | int] = {}
@@ -165,12 +165,12 @@ def device_map(
         blocks_name = parent
     for name in sorted(above):
         module = model.get_submodule(name)
-        for own, _ in (*module.named_parameters("", False), *module.named_buffers("", False)):
-            where[f"{name}.{own}".strip(".")] = here
+        for key, _ in (*module.named_parameters("", False), *module.named_buffers("", False)):
+            where[f"{name}.{key}".strip(".")] = on_device
         for child, _ in module.named_children():
             path = f"{name}.{child}".strip(".")
             if path not in above:
-                where[path] = "disk" if isinstance(module, nn.ModuleList) else here
+                where[path] = "disk" if isinstance(module, nn.ModuleList) else on_device
     return where
 
 
@@ -273,8 +273,8 @@ def can_be_shared(skeleton: nn.Module, blocks: nn.ModuleList) -> bool:
     """Return whether the model has only parameters and buffers, and blocks share none."""
     if getattr(skeleton.config, "quantization_config", None) is not None:
         return False
-    own = (value for module in skeleton.modules() for value in vars(module).values())
-    return are_apart(blocks) and not any(isinstance(value, Tensor) for value in own)
+    attributes = (value for module in skeleton.modules() for value in vars(module).values())
+    return are_apart(blocks) and not any(isinstance(value, Tensor) for value in attributes)
 
 
 def scratch_bytes(

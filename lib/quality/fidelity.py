@@ -127,8 +127,8 @@ def _ngrams(words: Sequence[str], length: int) -> list[tuple[str, ...]]:
 
 def _repeated(texts: Sequence[Sequence[str]], length: int) -> float | None:
     """Return the share of n-grams that repeat in their text, averaged over texts that have any."""
-    every = [_ngrams(words, length) for words in texts]
-    shares = [1 - len(set(ngrams)) / len(ngrams) for ngrams in every if ngrams]
+    ngrams_by_text = [_ngrams(words, length) for words in texts]
+    shares = [1 - len(set(ngrams)) / len(ngrams) for ngrams in ngrams_by_text if ngrams]
     return sum(shares) / len(shares) if shares else None
 
 

@@ -99,7 +99,7 @@ def continuations(texts: Sequence[str], seed: int, count: int = QUESTIONS) -> li
     ]
     draw = random.Random(seed)
     draw.shuffle(places)
-    several = len({number for number, *_ in places}) >= CHOICES
+    enough_texts = len({number for number, *_ in places}) >= CHOICES
     questions: list[Question] = []
     for number, start, following in places:
         if len(questions) == count:
@@ -107,7 +107,7 @@ def continuations(texts: Sequence[str], seed: int, count: int = QUESTIONS) -> li
         context = _context(texts[number], start)
         if len(context) < LEAST_CONTEXT:
             continue
-        others = _others(places, draw, number if several else None, following)
+        others = _others(places, draw, number if enough_texts else None, following)
         if len(others) < CHOICES - 1:
             continue
         questions.append(Question(context, tuple(f" {text}" for text in [following, *others])))

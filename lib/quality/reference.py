@@ -44,8 +44,8 @@ def reference_bytes(counts: Sequence[int], window: int, dist: DistContext) -> in
 
 def own_windows(count: int, dist: DistContext) -> list[int]:
     """Return the compared windows that belong to this process."""
-    own = range(count)[dist.share(count)]
-    return [window for window in compared_windows(count) if window in own]
+    indices = range(count)[dist.share(count)]
+    return [window for window in compared_windows(count) if window in indices]
 
 
 @dataclass
@@ -96,17 +96,17 @@ def dense_states(
     chosen = [own_windows(len(test), dist) for test in tests]
     step = batch_size if resident else COMPARED_WINDOWS
     batches = [
-        (number, own[start : start + step])
-        for number, own in enumerate(chosen)
-        for start in range(0, len(own), step)
+        (number, indices[start : start + step])
+        for number, indices in enumerate(chosen)
+        for start in range(0, len(indices), step)
     ]
     hidden_states: States = [{} for _ in tests]
     where = runner.device if resident else state_device
     for group in [[batch] for batch in batches] if resident or not batches else [batches]:
-        windows = [tests[number][own] for number, own in group]
-        several = runner.run_blocks(windows, batch_size, where)
-        for (number, own), states in zip(group, several, strict=True):
-            hidden_states[number] |= zip(own, states.hidden.cpu(), strict=True)
+        windows = [tests[number][indices] for number, indices in group]
+        all_states = runner.run_blocks(windows, batch_size, where)
+        for (number, indices), states in zip(group, all_states, strict=True):
+            hidden_states[number] |= zip(indices, states.hidden.cpu(), strict=True)
         on_progress(sum(map(len, windows)))
     return hidden_states
 

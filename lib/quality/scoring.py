@@ -58,10 +58,10 @@ def score(
     `on_progress` is called with the number of questions done.
     """
     dist = dist or DistContext(runner.device, alone=True)
-    own = range(len(questions))[dist.share(len(questions))]
+    share = range(len(questions))[dist.share(len(questions))]
     options = [
         (number, place, option)
-        for number in own
+        for number in share
         for place, option in enumerate(options_of(questions[number], tokenizer, bos))
     ]
     options.sort(key=lambda item: len(item[2].ids))  # little is padded
@@ -97,12 +97,14 @@ def options_of(
     """
     begun = [] if bos is None else [bos]
     texts = [question.context + option for option in question.options]
-    every = [begun + _ids(tokenizer, text) for text in texts]
-    shared = [*every, begun + _ids(tokenizer, question.context)] if question.context else every
+    sequences = [begun + _ids(tokenizer, text) for text in texts]
+    shared = (
+        [*sequences, begun + _ids(tokenizer, question.context)] if question.context else sequences
+    )
     start = _common(shared)
     return [
         Option(ids, max(start, 1), len(text.encode()))  # nothing predicts the first id
-        for ids, text in zip(every, question.options, strict=True)
+        for ids, text in zip(sequences, question.options, strict=True)
     ]
 
 
@@ -157,8 +159,8 @@ def _run(
             row[: len(option.ids)] = torch.tensor(option.ids)
         windows.append(ids)
     where = runner.device if resident else state_device
-    several = runner.run_blocks(windows, max(map(len, windows)), where)
-    for batch, states in zip(batches, several, strict=True):
+    all_states = runner.run_blocks(windows, max(map(len, windows)), where)
+    for batch, states in zip(batches, all_states, strict=True):
         places = [
             (row, position)
             for row, option in enumerate(batch)

@@ -72,9 +72,9 @@ def run_tasks(
 def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
     """Return a manager of the folder's tasks alone if it has all `names`, else of all tasks."""
     if include_path is not None:
-        own = _tasks_of(include_path)
-        if all(own.match_tasks([name]) for name in names):
-            return own
+        manager = _tasks_of(include_path)
+        if all(manager.match_tasks([name]) for name in names):
+            return manager
     return _all_tasks(include_path)
 
 

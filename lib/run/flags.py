@@ -58,7 +58,7 @@ MODEL = (
         "seqlen",
         "model",
         RESULT,
-        "length of calibration and test windows, in tokens",
+        "length of a calibration or test window in tokens",
         default_text="the model's limit, at most 4096",
         options={"type": int},
         span=Span(2),

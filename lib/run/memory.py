@@ -166,8 +166,9 @@ class MemoryLayout:
     @property
     def machine(self) -> int:
         """Bytes of host memory of all processes of this machine, without the libraries."""
-        several = self.plan.processes
-        return several * self.host.total + self.plan.in_files * (1 if self.plan.shared else several)
+        processes = self.plan.processes
+        copies = 1 if self.plan.shared else processes
+        return processes * self.host.total + copies * self.plan.in_files
 
     def describe_host(self, base: int) -> str:
         """Describe the host's need to the user; `base` are the libraries' bytes."""

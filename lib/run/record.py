@@ -104,7 +104,7 @@ def neurons_record(
 
     `sizes` are the bytes of the model as saved, before and after.
     """
-    every = set(range(pruned.width))
+    neurons = set(range(pruned.width))
     return {
         "before": pruned.width,
         "after": pruned.left,
@@ -114,7 +114,7 @@ def neurons_record(
         "weights_after": pruned.weights_after,
         "bytes_before": sizes[0],
         "bytes_after": sizes[1],
-        "removed": [to_hex(every.difference(kept), pruned.width) for kept in pruned.kept],
+        "removed": [to_hex(neurons.difference(kept), pruned.width) for kept in pruned.kept],
     }
 
 

@@ -39,9 +39,9 @@ def run_all(planned: Sequence[Planned], debug: bool = False) -> list[str]:
         began = time.perf_counter()
         outcome = do(run, cache, debug)
         now = time.perf_counter()
-        left = (now - start) / index * (len(todo) - index)
+        remaining = (now - start) / index * (len(todo) - index)
         line = f"{run.name}: {_outcome(outcome)}; {now - began:.0f} s"
-        line += f", about {tqdm.format_interval(left)} left" if index < len(todo) else ""
+        line += f", about {tqdm.format_interval(remaining)} left" if index < len(todo) else ""
         print(f"[{done + index}/{len(planned)}] {line}", flush=True)
         failed += [run.name] if "error" in outcome else []
     return failed

@@ -32,8 +32,8 @@ def build_sweep_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         allow_abbrev=False,
     )
-    several = dict(nargs="+", metavar="X")
-    parser.add_argument("--models", required=True, **several, help="hub ids or local folders")
+    list_options = dict(nargs="+", metavar="X")
+    parser.add_argument("--models", required=True, **list_options, help="hub ids or local folders")
     parser.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="default: all"
     )
@@ -48,24 +48,24 @@ def build_sweep_parser() -> argparse.ArgumentParser:
         "--ratios",
         type=float,
         default=[0.5],
-        **several,
+        **list_options,
         help=f"shares to drop where the type is {' or '.join(RATIO_TYPES)}; N:M has its own "
         "(default: 0.5)",
     )
     parser.add_argument(
         "--calibration",
         default=["ubertext"],
-        **several,
+        **list_options,
         help="calibration sets, as --calibration_data of main.py; a mixture is one argument, "
         "uk=0.5,en=0.5 (default: ubertext)",
     )
     parser.add_argument(
         "--eval_data",
-        **several,
+        **list_options,
         help="test sets, every run is measured on all of them (default: the test texts of "
         "the calibration folders, else ubertext)",
     )
-    parser.add_argument("--seeds", type=int, default=[0], **several, help="default: 0")
+    parser.add_argument("--seeds", type=int, default=[0], **list_options, help="default: 0")
     parser.add_argument("--save_models", action="store_true", help="keep every pruned model")
     parser.add_argument("--out", default="runs", help="folder of the run folders (default: runs)")
     command.add_debug_flag(parser)
