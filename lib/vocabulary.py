@@ -69,9 +69,9 @@ class TrimmedVocabulary:
     @property
     def digest(self) -> str:
         """A digest of rows and tokenizer."""
-        whole = hashlib.sha256(self.rows.numpy().tobytes())
-        whole.update(self.tokenizer.backend_tokenizer.to_str().encode())
-        return whole.hexdigest()[:16]
+        hasher = hashlib.sha256(self.rows.numpy().tobytes())
+        hasher.update(self.tokenizer.backend_tokenizer.to_str().encode())
+        return hasher.hexdigest()[:16]
 
     def prove(self, sources: Iterable[Source]) -> list[str]:
         """Compare the tokenizers on the test texts, and return a line on each.

@@ -132,15 +132,16 @@ def _take_rest(
 ) -> None:
     """Set the weights outside the blocks; on a CPU all processes map them from one file."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    whole = not any(
+    is_complete = not any(
         parameter.is_meta
         for name, parameter in parameters.items()
         if not name.startswith(f"{blocks_name}.")
     )
-    if not (whole and device.type == "cuda"):  # on a GPU the process that read them keeps its own
+    # on a GPU the process that read them keeps its own
+    if not (is_complete and device.type == "cuda"):
         for name, tensor in load_file(folder.folder / REST).items():
             buffer = name not in parameters
-            if not (buffer and whole):
+            if not (buffer and is_complete):
                 set_tensor(model, name, tensor.to(device, copy=buffer))
     for name, other in spec.tied.items():
         tensor = model.get_parameter(other) if other in parameters else model.get_buffer(other)

@@ -81,7 +81,7 @@ def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
     """Return the shapes of a model on the meta device."""
     blocks = skeleton.get_submodule(blocks_name)
     inside = sum(parameter.numel() for parameter in blocks.parameters())
-    whole = sum(parameter.numel() for parameter in skeleton.parameters())
+    total = sum(parameter.numel() for parameter in skeleton.parameters())
     numbers = _input_numbers(skeleton, blocks)
     config = skeleton.config.get_text_config(decoder=True)
     kinds: dict[tuple, BlockShape] = {}
@@ -95,7 +95,7 @@ def shapes(skeleton: nn.Module, blocks_name: str) -> Shapes:
     return Shapes(
         blocks=list(kinds.values()),
         in_blocks=inside,
-        outside=whole - inside,
+        outside=total - inside,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
         routed=getattr(config, "num_experts_per_tok", None) or 1,

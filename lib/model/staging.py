@@ -58,9 +58,9 @@ class Staging:
         ahead, self.ahead = self.ahead, None
         if ahead is None or ahead[0] != index:
             return None
-        now = torch.cuda.current_stream(self.device)
-        now.wait_stream(self.side)
-        ahead[2].record_stream(now)  # or its memory is reused too early
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_stream(self.side)
+        ahead[2].record_stream(stream)  # or its memory is reused too early
         return ahead[1]
 
     def _buffer(self, size: int) -> Tensor:

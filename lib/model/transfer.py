@@ -79,9 +79,9 @@ class Transfer:
 
     def _arrived(self, tensor: Tensor, sent: torch.cuda.Event | None) -> Tensor:
         if sent is not None:
-            now = torch.cuda.current_stream(self.device)
-            now.wait_event(sent)
-            tensor.record_stream(now)
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(sent)
+            tensor.record_stream(stream)
         return tensor
 
 

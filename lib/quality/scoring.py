@@ -95,11 +95,11 @@ def options_of(
     The ids after the context are scored, with a token that spans its end; without a context, the
     ids after those that all options begin with.
     """
-    begun = [] if bos is None else [bos]
+    prefix = [] if bos is None else [bos]
     texts = [question.context + option for option in question.options]
-    sequences = [begun + _ids(tokenizer, text) for text in texts]
+    sequences = [prefix + _ids(tokenizer, text) for text in texts]
     shared = (
-        [*sequences, begun + _ids(tokenizer, question.context)] if question.context else sequences
+        [*sequences, prefix + _ids(tokenizer, question.context)] if question.context else sequences
     )
     start = _common(shared)
     return [
@@ -190,12 +190,12 @@ def _heads(
     chunk = positions_at_once(runner.device, vocabulary, 1, HEAD_POSITIONS)
     chunk = min(chunk, HEAD_POSITIONS)  # which is a short text for any model
     likelihoods, guesses = [], []
-    for part, own, targets in zip(
+    for part, part_ids, targets in zip(
         hidden.split(chunk), ids.split(chunk), following.split(chunk), strict=True
     ):
         at = torch.arange(len(part), device=runner.device)
         logits = runner.logits_from_hidden(
-            own[None].to(runner.device), lambda part=part: part[None], at
+            part_ids[None].to(runner.device), lambda part=part: part[None], at
         )[0].float()
         log_p = logits.log_softmax(-1).gather(-1, targets[:, None].to(runner.device))
         likelihoods.append(log_p[:, 0].double().cpu())

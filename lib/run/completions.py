@@ -144,7 +144,7 @@ def decode_completion(
     Both are decoded together, because some tokenizers drop a blank before a first token, and a
     character may begin in `prompt` and end in `new_ids`.
     """
-    before, whole = decode(tokenizer, prompt), decode(tokenizer, [*prompt, *new_ids])
-    if whole.startswith(before):
-        return whole.removeprefix(before)
+    prompt_text, text = decode(tokenizer, prompt), decode(tokenizer, [*prompt, *new_ids])
+    if text.startswith(prompt_text):
+        return text.removeprefix(prompt_text)
     return decode(tokenizer, new_ids)

@@ -85,9 +85,9 @@ def _check_outputs_room(job: Job) -> None:
         return
     saved = saved_dtype(args.dtype, job.config).itemsize
     inside = sum(p.numel() for p in skeleton.get_submodule(job.blocks_name).parameters())
-    whole = sum(p.numel() for p in skeleton.parameters())
+    total = sum(p.numel() for p in skeleton.parameters())
     if args.save_model and not args.load_bit and not args.replace_sparse_layers:
-        check_room("--save_model", args.save_model, whole * saved)
+        check_room("--save_model", args.save_model, total * saved)
     if job.finished:
         needed = inside * (4 if args.load_bit else saved) if job.method_spec else 0
         if job.schedule:  # trained weights, AdamW's two averages, and the best weights so far

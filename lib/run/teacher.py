@@ -92,8 +92,8 @@ def _teacher_rows(job: Job, checkpoint: Checkpoint, student: nn.Module) -> Tenso
     from lib.model.pretrained import load_tokenizer
 
     teacher_ids = load_tokenizer(checkpoint).get_vocab()
-    whole = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
-    if teacher_ids == whole.get_vocab():
+    original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
+    if teacher_ids == original.get_vocab():
         return job.vocabulary.rows if job.vocabulary else None
     tokens = sorted(job.tokenizer.get_vocab().items(), key=lambda item: item[1])
     rows = student.get_input_embeddings().num_embeddings
