@@ -307,8 +307,9 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     from lib.eval import perplexities
     from lib.model.pretrained import saved_dtype
     from lib.pruning.check import measure
-    from lib.recover import Recoverer
+    from lib.recover import Grid, Recoverer
     from lib.run.record import recovery_record
+    from lib.sparse import packed_weights
     from lib.util.progress import progress
 
     args, dist, schedule, text = job.args, job.dist, job.schedule, job.texts.training
@@ -324,6 +325,10 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     def perplexity(runner: BlockRunner, windows: Tensor) -> float:
         return perplexities(runner, [windows], job.batch_size, dist)[0].value
 
+    grids = {}
+    if args.replace_sparse_layers and args.pack_bits < 16:
+        weights = packed_weights(loaded.blocks, loaded.runner.name).items()
+        grids = {name: Grid(args.pack_bits, transposed) for name, transposed in weights}
     recoverer = Recoverer(
         runner=loaded.runner,
         teacher=teacher,
@@ -336,12 +341,14 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
         dist=dist,
         finished=job.finished,
         checkpointed=loaded.checkpointed,
+        grids=grids,
     )
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     if dist.is_main:
         print(*recoverer.summary(), sep="\n", flush=True)
     with job.timed("recover"), progress(tokens, "recovering", "token", dist.is_main) as bar:
         recovered = recoverer.run(bar)
+    loaded.scales = recoverer.scales
     after = measure(loaded.runner, loaded.sparsity, loaded.left_dense)
     assert all(after.zeros[name] >= zeros for name, zeros in before.zeros.items())
     if not dist.is_main:
@@ -371,7 +378,12 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
     before, size = logits(), footprint(model)
     on_device = partial(loaded.runner.on_device, write_back=True)
     report = swap_linears_(
-        model, loaded.blocks, device=job.device, on_device=on_device, bits=args.pack_bits
+        model=model,
+        blocks=loaded.blocks,
+        device=job.device,
+        on_device=on_device,
+        bits=args.pack_bits,
+        scales=loaded.scales,
     )
     job.dist.barrier()  # all are packed
     after, reference = logits(), before

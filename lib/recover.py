@@ -6,16 +6,18 @@ Trained are the weights that pruning kept, and the norms and biases of the decod
 stay zeros. The loss is the Kullback-Leibler divergence from the teacher's next-token distribution
 to the model's, and a share of cross-entropy with the text, taken a few positions at a time, so that
 the logits of a whole batch never stand in memory. While it trains, the model holds its weights as
-they would be saved, rounded; float32 masters beside it keep what rounding would lose, so that what
-is measured on the way is what is saved. Where masters do not fit, `rank` trains updates B A of
-every matrix instead, masked and merged into it (as PERP does, arXiv 2312.15230).
+they would be saved, rounded: to the dtype they are saved in, or to the integers and scales that
+they will be packed as (`Grid`). Float32 masters beside it keep what rounding would lose, and get
+the gradients of the rounded weights, so that what is measured on the way is what is saved. Where
+masters do not fit, `rank` trains updates B A of every matrix instead, masked and merged into it (as
+PERP does, arXiv 2312.15230).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +31,8 @@ from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
 from lib.model.shapes import BACKWARD, FLOAT, StepBytes, Workload
 from lib.model.work_folder import WorkFolder
+from lib.packed.errors import PackedError
+from lib.packed.grid import GROUP, dequantise, quantise
 from lib.util.errors import UserError
 
 STEPS = 256  # about so many, while a step's size is between these:
@@ -40,6 +44,7 @@ LAST_RATE = 0.05  # of the peak rate, at the end
 BETAS = (0.9, 0.95)
 GRADIENT_NORM = 1.0  # at most; a step's gradient is clipped to it
 MEASURED = 10  # times on the windows held out
+REFIT = 16  # steps between two fits of a grid's scales
 KEEP_SECONDS = 600  # between two states that are kept, at most
 
 
@@ -106,12 +111,68 @@ def deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=only_warns)
 
 
-class Whole:
+class Grid:
+    """The integers of `bits` 8 or 4 and the scales that a matrix will be packed as.
+
+    `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D.
+    """
+
+    def __init__(self, bits: int, transposed: bool = False) -> None:
+        self.bits, self.transposed = bits, transposed
+        self.group = GROUP if bits == 4 else None  # inputs that share a scale; None: all of a row
+        self.scales: Tensor | None = None  # (out, groups)
+
+    def fit_(self, weight: Tensor) -> None:
+        """Take the scales that are nearest to a weight."""
+        _, scales = quantise(self._rows(weight), bits=self.bits, group=self.group)
+        self.scales = scales if self.scales is None else self.scales.copy_(scales)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The values that the packed form of a weight stands for, float32."""
+        matrix = self._rows(weight)
+        codes, _ = quantise(matrix, bits=self.bits, group=self.group, scales=self.scales)
+        return self._rows(dequantise(codes, self.scales, self.group))
+
+    def _rows(self, weight: Tensor) -> Tensor:
+        return weight.T if self.transposed else weight
+
+
+class Rounded:
+    """A parameter that holds what it would be saved as: in a dtype, or on a grid."""
+
+    def __init__(self, parameter: nn.Parameter, rounding: torch.dtype, grid: Grid | None) -> None:
+        self.parameter, self.rounding, self.grid = parameter, rounding, grid
+        if grid:
+            grid.fit_(parameter.data)
+
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """In which nothing of what the parameter holds is lost."""
+        return self.parameter.dtype if self.grid else self.rounding
+
+    def put_(self, values: Tensor, refit: bool) -> None:
+        """Write float32 values into the parameter, rounded; `refit`: by new scales of a grid."""
+        if not self.grid:
+            self.parameter.data.copy_(values.to(self.rounding))
+            return
+        if refit:
+            self.grid.fit_(values)
+        self.parameter.data.copy_(self.grid.rounded(values))
+
+
+class Whole(Rounded):
     """A parameter of which every weight that is not zero is trained."""
 
-    def __init__(self, parameter: nn.Parameter, sparse: bool, rounding: torch.dtype) -> None:
-        self.parameter, self.sparse, self.rounding = parameter, sparse, rounding
-        exact = parameter.dtype == rounding == torch.float32
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        sparse: bool,
+        rounding: torch.dtype,
+        grid: Grid | None = None,
+    ) -> None:
+        super().__init__(parameter, rounding, grid)
+        self.sparse = sparse
+        exact = parameter.dtype == rounding == torch.float32 and not grid
         self.master = parameter.data if exact else parameter.data.to(torch.float32, copy=True)
 
     @property
@@ -128,22 +189,27 @@ class Whole:
         self.master.grad += gradient
         self.parameter.grad = None
 
-    def write_(self) -> None:
+    def write_(self, refit: bool) -> None:
         """Put what was trained into the parameter, rounded."""
         if self.master.data_ptr() != self.parameter.data_ptr():
-            self.parameter.data.copy_(self.master.to(self.rounding))
+            self.put_(self.master, refit)
 
 
-class LowRank:
+class LowRank(Rounded):
     """A sparse parameter (..., rows, columns) to which B A is added where it is not zero.
 
     A is drawn and scaled such that a step moves a weight about as far as if it were trained whole.
     """
 
     def __init__(
-        self, parameter: nn.Parameter, rank: int, rounding: torch.dtype, generator: torch.Generator
+        self,
+        parameter: nn.Parameter,
+        rank: int,
+        rounding: torch.dtype,
+        generator: torch.Generator,
+        grid: Grid | None = None,
     ) -> None:
-        self.parameter, self.rounding = parameter, rounding
+        super().__init__(parameter, rounding, grid)
         self.base = parameter.data.to(rounding, copy=True)
         *stack, rows, columns = parameter.shape
         down = torch.randn(*stack, rank, columns, generator=generator) / rank**0.5
@@ -160,9 +226,9 @@ class LowRank:
         self.down.grad += self.up.mT @ gradient
         self.parameter.grad = None
 
-    def write_(self) -> None:
+    def write_(self, refit: bool) -> None:
         change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # which changes no zero
-        self.parameter.data.copy_((self.base.float() + change).to(self.rounding))
+        self.put_(self.base.float() + change, refit)
 
 
 def trained_parameters(
@@ -200,12 +266,14 @@ class Recovered:
     trained: int = 0  # weights
     tokens: int = 0
     seconds: float = 0.0
+    bits: int = 16  # of the grid that was trained on
 
     def line(self) -> str:
         """What a user should know at the end."""
         first, best = self.curve[0]["perplexity"], self.curve[self.best]
         if not self.best:
-            return "recovery: nothing was better than the pruned weights, which stay as they were"
+            stay = "stay as they were" if self.bits == 16 else f"are rounded to {self.bits} bits"
+            return f"recovery: nothing was better than the pruned weights, which {stay}"
         return (
             f"recovery: perplexity {first:.4f} to {best['perplexity']:.4f} on what was held out, "
             f"after {best['tokens']} of {self.tokens} tokens"
@@ -219,7 +287,8 @@ class Recoverer:
     perplexity, the same in every process of `dist`. `finished`, of the main process: keeps
     where the training stands, and gives it back after an interruption. `checkpointed`: a block's
     activations are computed again when they are needed, for less memory. `whole`: all linears of
-    the blocks are trained, not only those with zeros.
+    the blocks are trained, not only those with zeros. `grids`, by the parameters' names: of those
+    that will be packed as integers.
     """
 
     def __init__(
@@ -236,6 +305,7 @@ class Recoverer:
         finished: WorkFolder | None = None,
         checkpointed: bool = False,
         whole: bool = False,
+        grids: Mapping[str, Grid] | None = None,
     ) -> None:
         self.runner, self.teacher = runner, teacher
         self.text, self.batch_size = text, batch_size
@@ -254,11 +324,17 @@ class Recoverer:
         self.schedule = schedule
         for name, (parameter, sparse) in trained.items():
             dtype = torch.float32 if strict.intersection(name.split(".")) else rounding
+            grid = (grids or {}).get(name)
             if sparse and schedule.rank:
-                self.parts[name] = LowRank(parameter, schedule.rank, dtype, generator)
+                self.parts[name] = LowRank(parameter, schedule.rank, dtype, generator, grid)
             else:
-                self.parts[name] = Whole(parameter, sparse, dtype)
-        self.done = Recovered(trained=sum(p.parameter.numel() for p in self.parts.values()))
+                self.parts[name] = Whole(parameter, sparse, dtype, grid)
+        self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
+        self.best_scales: dict[str, Tensor] = {}
+        self.done = Recovered(
+            trained=sum(part.parameter.numel() for part in self.parts.values()),
+            bits=min((grid.bits for grid in self.grids.values()), default=16),
+        )
 
     def summary(self) -> list[str]:
         """What is going to be done, a line each."""
@@ -268,6 +344,11 @@ class Recoverer:
             f"recovery: {how} {weights:,} weights in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
         ]
+        if self.grids:
+            lines.append(
+                f"recovery: {len(self.grids)} of {len(self.parts)} tensors are trained as the "
+                f"{self.done.bits}-bit integers that will be packed"
+            )
         if self.dist.size > schedule.windows:
             lines.append(
                 f"recovery: a step of {schedule.windows} windows keeps no more processes at work; "
@@ -281,6 +362,13 @@ class Recoverer:
                 )
         return lines
 
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """The scales of the grids of the best weights, by every name of a parameter."""
+        scales = {id(self.parts[name].parameter): one for name, one in self.best_scales.items()}
+        parameters = self.runner.model.named_parameters(remove_duplicate=False)
+        return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
+
     def run(self, on_progress: Callable[..., None] | None = None) -> Recovered:
         """Train, and leave the model with its best weights, rounded.
 
@@ -292,7 +380,7 @@ class Recoverer:
         self._set_up()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
         if not self._resumed():
-            self._write_()
+            self._write_(refit=False)
             self._note(0, None)
         on_progress(self.step * tokens)
         kept = time.monotonic()
@@ -363,21 +451,28 @@ class Recoverer:
         for handle in self.dist.all_reduce_([self.gradient, loss]):
             handle.wait()
         if not math.isfinite(loss.item()):
-            raise UserError(
-                f"--recover_rate {schedule.rate:.2g}: in step {step + 1} of {schedule.steps} the "
-                "loss is not finite; try a smaller one, or --dtype float32"
-            )
+            raise self._diverged(step, "the loss is")
         norm = self.gradient.norm()
         self.gradient *= (GRADIENT_NORM / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         self.optimizer.step()
-        self._write_()
+        try:
+            self._write_(refit=(step + 1) % REFIT == 0)
+        except PackedError:  # integers hold no nan
+            raise self._diverged(step, "weights are") from None
         return loss.item()
 
-    def _write_(self) -> None:
+    def _diverged(self, step: int, what: str) -> UserError:
+        rate, steps = self.schedule.rate, self.schedule.steps
+        return UserError(
+            f"--recover_rate {rate:.2g}: in step {step + 1} of {steps} {what} not finite; try a "
+            "smaller one, or --dtype float32"
+        )
+
+    def _write_(self, refit: bool) -> None:
         for part in self.parts.values():
-            part.write_()
+            part.write_(refit)
 
     def _backward(self, ids: Tensor, tokens: int) -> Tensor:
         """Gradients of windows (n, seqlen), one of a step's batches, and their part of its loss."""
@@ -410,12 +505,16 @@ class Recoverer:
         curve.append({"tokens": tokens, "perplexity": perplexity, "loss": loss})
         if len(curve) == 1 or perplexity < curve[self.done.best]["perplexity"]:
             self.done.best = len(curve) - 1
-            self.best = self._rounded()
+            self._take_best()
+
+    def _take_best(self) -> None:
+        self.best = self._rounded()
+        self.best_scales = {name: grid.scales.clone() for name, grid in self.grids.items()}
 
     def _rounded(self) -> list[Tensor]:
         """The trained parameters as they would be saved, on the host."""
         parts = self.parts.values()
-        return [part.parameter.detach().to("cpu", part.rounding, copy=True) for part in parts]
+        return [part.parameter.detach().to("cpu", part.kept_dtype, copy=True) for part in parts]
 
     def _state(self) -> dict[str, Tensor]:
         """All that the next step depends on, besides facts, and the best weights so far."""
@@ -426,6 +525,9 @@ class Recoverer:
                 for key, value in self.optimizer.state[leaf].items():
                     state[f"{key} of {kind} of {name}"] = value
             state[f"best of {name}"] = best
+        for name, grid in self.grids.items():
+            state[f"scales of {name}"] = grid.scales
+            state[f"best scales of {name}"] = self.best_scales[name]
         return state
 
     def _keep(self) -> None:
@@ -445,28 +547,29 @@ class Recoverer:
         for leaf in self.leaves:  # as the optimizer would have it after a step
             zeros = {"exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
             self.optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device)} | zeros
-        self.best = self._rounded()
+        self._take_best()
         for name, tensor in self._state().items():
             stored = kept[0][name] if kept else torch.empty_like(tensor)
             tensor.copy_(self.dist.broadcast_(stored, 0))
-        self._write_()
+        self._write_(refit=False)
         self.step, self.losses, self.before = facts["step"], facts["losses"], facts["seconds"]
         self.done.curve, self.done.best = facts["curve"], facts["best"]
         return True
 
 
 def recovery_bytes(
-    load: Workload, rank: int | None, batch_size: int, checkpointed: bool
+    load: Workload, rank: int | None, batch_size: int, checkpointed: bool, on_grid: bool = False
 ) -> StepBytes:
     """Memory of training, besides the model and its teacher: what is trained, its gradient and
-    AdamW's two averages, with a batch on its way there and back."""
+    AdamW's two averages, with a batch on its way there and back. `on_grid`: see `Grid`."""
     shapes, saved = load.shapes, load.saved.itemsize
     if rank:
         state = shapes.in_blocks * saved + 4 * FLOAT * rank * shapes.edges
     else:
-        masters = not load.working == load.saved == torch.float32
+        masters = on_grid or not load.working == load.saved == torch.float32
         state = shapes.in_blocks * FLOAT * (4 if masters else 3)
-    state += shapes.in_blocks * saved  # the best so far
+    # the best so far
+    state += shapes.in_blocks * (load.working.itemsize if on_grid else saved)
     graph = int(BACKWARD * load.activations(batch=batch_size))
     if checkpointed:  # of one block, and the states before each
         graph += shapes.count * load.hidden_states(batch_size)

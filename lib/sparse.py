@@ -12,7 +12,7 @@ The packed form is described in lib/packed/layout.py, the module in lib/packed/l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
@@ -41,6 +41,7 @@ __all__ = [
     "decoding",
     "pack_embeddings_",
     "packed_size",
+    "packed_weights",
     "relative_difference",
     "swap_block_",
     "swap_linears_",
@@ -86,12 +87,14 @@ def swap_linears_(
     on_device: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
     bits: int = 16,
     group: int = GROUP,
+    scales: Mapping[str, Tensor] | None = None,
 ) -> SwapReport:
     """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, block by block.
 
     The model then saves itself packed: kept values in its dtype, or as integers of `bits` 8 or 4,
-    at 4 with a scale for each `group` of inputs. Linears with too few zeros to become smaller stay
-    dense and are reported. `device` is where the blocks will run, by default where they are. Inside
+    at 4 with a scale for each `group` of inputs; `scales` has those of weights that are on a grid
+    already, by the weights' names. Linears with too few zeros to become smaller stay dense and are
+    reported. `device` is where the blocks will run, by default where they are. Inside
     `on_device(i)` the weights of block i are in memory, and changes to them are kept. Raises
     UserError if no linear becomes smaller, or if the weights are quantised.
     """
@@ -107,7 +110,7 @@ def swap_linears_(
     report = SwapReport(bits)
     for index, block in enumerate(blocks):
         with on_device(index):
-            report.dense |= swap_block_(block, names[block], bits, group)
+            report.dense |= swap_block_(block, names[block], bits, group, scales)
             _note_paths(block, f"{names[block]}.", device, report)
     if not report.packed:
         reasons = _counted(report.dense, "stay dense") or "the blocks have no linear layers"
@@ -119,7 +122,13 @@ def swap_linears_(
     return report
 
 
-def swap_block_(block: nn.Module, name: str, bits: int = 16, group: int = GROUP) -> dict[str, str]:
+def swap_block_(
+    block: nn.Module,
+    name: str,
+    bits: int = 16,
+    group: int = GROUP,
+    scales: Mapping[str, Tensor] | None = None,
+) -> dict[str, str]:
     """Pack the sparse linears of the block `name`, whose weights are in memory.
 
     Returns {name: reason} of the linears that stay dense. Linears that are already packed at more
@@ -136,9 +145,20 @@ def swap_block_(block: nn.Module, name: str, bits: int = 16, group: int = GROUP)
             if why:
                 dense[full_name] = why
             else:
-                block.set_submodule(path, _packed(full_name, module, bits, group))
+                given = (scales or {}).get(f"{full_name}.weight")
+                block.set_submodule(path, _packed(full_name, module, bits, group, given))
     experts = (linear for linear in find_linears(block, name)[0] if linear.expert is not None)
     return dense | {linear.name: "experts in one tensor" for linear in experts}
+
+
+def packed_weights(blocks: Iterable[nn.Module], blocks_name: str) -> dict[str, bool]:
+    """{weight's name: whether it is (in, out)} of the linears that `swap_linears_` packs."""
+    return {
+        f"{blocks_name}.{index}.{path}.weight": isinstance(module, Conv1D)
+        for index, block in enumerate(blocks)
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and not _why_not_packed(module)
+    }
 
 
 def pack_embeddings_(model: PreTrainedModel) -> list[str]:
@@ -249,10 +269,12 @@ def check_same_outputs(before: Tensor, after: Tensor) -> float:
     return ratio
 
 
-def _packed(name: str, linear: nn.Module, bits: int, group: int) -> SparseLinear:
+def _packed(
+    name: str, linear: nn.Module, bits: int, group: int, scales: Tensor | None = None
+) -> SparseLinear:
     """Pack a linear. Raises UserError if a weight is off by more than half a step of its grid."""
     try:
-        sparse = SparseLinear.from_linear(linear, bits, group)
+        sparse = SparseLinear.from_linear(linear, bits, group, scales)
     except PackedError as error:
         raise UserError(f"--pack_bits {bits}: {name}: {error}") from None
     if bits < 16 and not _is_on_grid(sparse, linear):

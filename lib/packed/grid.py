@@ -33,13 +33,19 @@ TILE_WEIGHTS = 2**18  # that are quantised at a time, so that scratch tensors st
 
 
 def quantise(
-    matrix: Tensor, mask: Tensor | None = None, bits: int = 4, group: int | None = GROUP
+    matrix: Tensor,
+    mask: Tensor | None = None,
+    bits: int = 4,
+    group: int | None = GROUP,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The grid nearest to `matrix` (out, in): int8 codes (out, in) and scales (out, groups).
 
     `mask` (out, in) is True where a weight is pruned; by default where it is zero. `group`: inputs
     that share a scale, at 4 bits; at 8 bits a row has one scale, whatever is given. A matrix that
     `dequantise` has given (at 8 bits: in float32) comes back with the very same values.
+    `scales` (out, groups): those of a grid to round to, instead of the nearest one; what was on
+    that grid comes back with the very same codes, also after a cast to 16 bits.
     PackedError where the matrix holds nan or inf.
     """
     if bits == 4 and group not in GROUPS:
@@ -47,16 +53,21 @@ def quantise(
     rows, width = matrix.shape
     group = group if bits == 4 else max(1, width)
     codes = torch.empty(rows, width, dtype=torch.int8, device=matrix.device)
-    scales = torch.empty(
-        rows, n_groups(width, group), dtype=SCALE_DTYPE[bits], device=matrix.device
-    )
+    given, shape = scales, (rows, n_groups(width, group))
+    scales = torch.empty(shape, dtype=SCALE_DTYPE[bits], device=matrix.device)
+    if given is not None:
+        scales.copy_(given.view(shape))
     for part in _row_tiles(rows, width):
         tile = matrix[part].float()
         if mask is not None:
             tile = tile.masked_fill(mask[part], 0)
         if not bool(tile.isfinite().all()):
             raise PackedError(f"{bits} bits: a weight is nan or inf, which integers can't hold")
-        if bits == 8:
+        if given is not None:
+            steps = spread_scales(scales[part].float(), group, width)
+            limits = (-LARGEST, LARGEST) if bits == 8 else (LOWEST, HIGHEST)
+            codes[part] = tile.div(steps).round_().clamp_(*limits)
+        elif bits == 8:
             codes[part], scales[part] = _quantise_rows(tile)
         else:
             codes[part], scales[part] = _quantise_groups(tile, group)

@@ -95,11 +95,14 @@ def is_smaller_packed(weight: Tensor) -> bool:
     return packed_bytes(out_features, in_features, nnz) + offsets < 2 * weight.numel()
 
 
-def pack(weight: Tensor, bits: int = 16, group: int = GROUP) -> Packed:
+def pack(
+    weight: Tensor, bits: int = 16, group: int = GROUP, scales: Tensor | None = None
+) -> Packed:
     """The packed form of `weight` (out, in): values in its own dtype, or as `bits` 8 or 4 integers.
 
-    `group`: inputs that share a scale at 4 bits. PackedError where `weight` is no matrix or, at 8
-    and 4 bits, not finite.
+    `group`: inputs that share a scale at 4 bits. `scales` (out, groups): of the grid that the
+    integers are rounded to, by default the nearest one. PackedError where `weight` is no matrix or,
+    at 8 and 4 bits, not finite.
     """
     if weight.dim() != 2:
         raise PackedError(f"a tensor of shape {tuple(weight.shape)}: only a matrix can be packed")
@@ -116,8 +119,9 @@ def pack(weight: Tensor, bits: int = 16, group: int = GROUP) -> Packed:
         kept[:, :in_features] = tile != 0
         mask[rows] = kept.view(torch.int64).mul(TO_TOP_BYTE).bitwise_right_shift_(56)
         if scale is not None:
-            tile, scales = quantise(tile, bits=bits, group=group)
-            scale[rows] = scales.view(len(tile), *scale.shape[1:])
+            given = None if scales is None else scales[rows]
+            tile, fitted = quantise(tile, bits=bits, group=group, scales=given)
+            scale[rows] = fitted.view(len(tile), *scale.shape[1:])
         chosen = tile.masked_select(kept[:, :in_features])
         values[begin : begin + len(chosen)] = chosen
         begin += len(chosen)

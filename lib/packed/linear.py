@@ -118,11 +118,17 @@ class SparseLinear(nn.Module):
         self._by_kernel = False  # the last call was the CPU's kernel alone, so the next can be
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, bits: int = 16, group: int = GROUP) -> SparseLinear:
-        """From an `nn.Linear` or `Conv1D`; shares the bias."""
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        bits: int = 16,
+        group: int = GROUP,
+        scales: Tensor | None = None,
+    ) -> SparseLinear:
+        """From an `nn.Linear` or `Conv1D`; shares the bias. `scales` (out, groups): of `pack`."""
         weight = linear.weight.detach()
         weight = weight.T if isinstance(linear, Conv1D) else weight
-        packed = pack(weight, bits, group)
+        packed = pack(weight, bits, group, scales)
         with torch.device("meta"):
             sparse = cls.skeleton(linear, int(torch.count_nonzero(weight)), bits, group)
         sparse._set_packed(packed)

@@ -323,7 +323,8 @@ RECOVERY = (
         "recovery",
         RESULT,
         "after pruning, train the kept weights on this many tokens of the calibration sources' "
-        "train text, with the dense model as teacher; zeros stay zeros",
+        "train text, with the dense model as teacher; zeros stay zeros, and with --pack_bits 8 or "
+        "4 the model is trained as the integers that will be packed",
         options={"type": int, "metavar": "TOKENS"},
         span=Span(1),
         needs=("prune_method", "teacher"),

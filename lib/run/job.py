@@ -194,4 +194,5 @@ class LoadedModel:
     cache_inputs: bool = True  # of the linears of a block; saves passes through it
     sparsity: dict[str, Sparsity] | None = None  # by linear, if it must be reached
     left_dense: frozenset[str] = frozenset()  # names of linears
+    scales: dict[str, Tensor] | None = None  # by weight, of the grids that recovery trained on
     reference: DenseReference | None = None  # for the divergence

@@ -125,7 +125,11 @@ def steps(plan: Plan) -> dict[str, StepBytes]:
         step_bytes["allocation"] = allocation_bytes(load, plan.probed)
     if training:
         step_bytes["recovery"] = recovery_bytes(
-            load, training.rank, training.batch_size, training.checkpointed
+            load=load,
+            rank=training.rank,
+            batch_size=training.batch_size,
+            checkpointed=training.checkpointed,
+            on_grid=bool(plan.pack_bits and plan.pack_bits < 16),
         )
     if plan.pack_bits:
         step_bytes["packing"] = packing_bytes(load, plan.pack_bits)

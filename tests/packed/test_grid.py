@@ -73,6 +73,28 @@ def test_eight_bits_come_back_exactly(shape):
         assert torch.equal(unpack(pack(dense, 8), shape[1]), dense)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_codes_come_back_by_scales_that_are_not_the_nearest(shape, bits, dtype):
+    """As after training, when weights have moved since their scales were fitted."""
+    for seed in range(10):
+        weight = random_matrix(*shape, seed=seed)
+        _, scales = quantise(weight, None, bits)
+        moved = weight * (1 + 0.3 * random_matrix(*shape, 0.0, seed=seed + 100).tanh())
+        codes, same = quantise(moved, None, bits, scales=scales)
+        assert torch.equal(same, scales)
+        dense = dequantise(codes, scales, 64 if bits == 4 else None)
+        clipped = codes.abs() >= (7 if bits == 4 else 127)
+        step = scales.float().repeat_interleave(64 if bits == 4 else shape[1], 1)[:, : shape[1]]
+        assert bool((((dense - moved).abs() <= 0.501 * step) | clipped).all())
+        held = dense.to(dtype)
+        assert torch.equal(quantise(held, None, bits, scales=scales)[0], codes)
+        packed = pack(held, bits, scales=scales)
+        assert torch.equal(packed.scale.view_as(scales), scales)
+        assert torch.equal(unpack(packed, shape[1]), dense)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_pruned_does_not_count(bits):
     weight, mask = random_matrix(6, 100, share=0), torch.rand(6, 100) < 0.5

@@ -47,10 +47,10 @@ from lib.model.quantised import packed_linears
 from lib.model.shapes import PackedLinears, Workload, shapes
 from lib.packed import kernels
 from lib.pruning.by_error import allocation_bytes, by_error
-from lib.recover import Recoverer, TrainSchedule
+from lib.recover import Grid, Recoverer, TrainSchedule
 from lib.run import memory
 from lib.run.memory import Plan, Training, check_memory, lay_out, needed
-from lib.sparse import packing_bytes, swap_linears_
+from lib.sparse import packed_weights, packing_bytes, swap_linears_
 from lib.util import host
 from lib.util.errors import UserError
 
@@ -146,15 +146,17 @@ def test_packed_linears_take_what_was_said(bits: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "name, rank, saved, checkpointed",
+    "name, rank, saved, checkpointed, bits",
     [
-        ("llama", None, torch.float32, False),
-        ("llama", None, torch.bfloat16, True),
-        ("llama", 8, torch.bfloat16, False),
-        ("gpt2", None, torch.bfloat16, False),
-        ("gpt2", 8, torch.float32, True),
-        ("mixtral", None, torch.bfloat16, False),
-        ("mixtral", 8, torch.bfloat16, True),
+        ("llama", None, torch.float32, False, None),
+        ("llama", None, torch.bfloat16, True, None),
+        ("llama", None, torch.float32, False, 8),
+        ("llama", None, torch.bfloat16, True, 4),
+        ("llama", 8, torch.bfloat16, False, None),
+        ("gpt2", None, torch.bfloat16, False, None),
+        ("gpt2", 8, torch.float32, True, None),
+        ("mixtral", None, torch.bfloat16, False, None),
+        ("mixtral", 8, torch.bfloat16, True, None),
     ],
 )
 def test_tensors_of_a_recovery_take_what_was_said(
@@ -162,6 +164,7 @@ def test_tensors_of_a_recovery_take_what_was_said(
     rank: int | None,
     saved: torch.dtype,
     checkpointed: bool,
+    bits: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within a quarter; the state that is kept for an interruption is on its way to the disk."""
@@ -174,14 +177,17 @@ def test_tensors_of_a_recovery_take_what_was_said(
     ids = windows(8, 32)
     monkeypatch.setattr("lib.recover.LEAST", 4 * 32)  # two steps: AdamW begins in the first
     training = Training(rank, 4, False, checkpointed)
-    need = needed(of(model, method_spec=None, training=training, saved=saved))
+    need = needed(of(model, method_spec=None, training=training, saved=saved, pack_bits=bits))
+    weights = packed_weights(runner.blocks, runner.name) if bits else {}
+    grids = {name: Grid(bits, transposed) for name, transposed in weights.items()}
     text = TrainingText(ids, torch.arange(8), ids[:4], {"sources": []})
     there = [*model.parameters(), *model.buffers(), ids]
     with Alive(there) as alive:
         teacher = runner_of(fresh_copy(model))
         known = runner, teacher, TrainSchedule(8 * 32, 32, 1e-3, rank), text, 4
         measure = lambda one, ids: perplexity(one, ids, 4).value  # noqa: E731
-        Recoverer(*known, measure, saved, dist=ALONE, checkpointed=checkpointed).run()
+        more = dict(dist=ALONE, checkpointed=checkpointed, grids=grids)
+        Recoverer(*known, measure, saved, **more).run()
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
     assert covers(need.total, taken), need.total / taken
 
