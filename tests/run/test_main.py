@@ -308,7 +308,7 @@ def test_help_tells_groups_units_and_defaults() -> None:
     text = " ".join(done.out.split())
     for part in ("model:", "calibration:", "pruning:", "evaluation:", "output:"):
         assert f" {part} " in text
-    for part in ("(default: 128)", "(default: cuda:0)", "window in tokens", *METHODS):
+    for part in ("(at least 1; default: 128)", "(default: cuda:0)", "window in tokens", *METHODS):
         assert part in text
 
 
