@@ -84,7 +84,7 @@ def test_rounding_is_at_most_a_step_of_each_block(
     name: str, with_package: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if with_package:
-        pytest.importorskip("gguf")
+        pytest.importorskip("gguf.quants", reason="needs gguf, see requirements-gguf.txt")
     monkeypatch.setattr(lib.gguf.types, "find_spec", lambda _: with_package or None)
     weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     step = weight.unflatten(-1, (2, 32)).abs().amax(-1) / TYPES[name].levels
