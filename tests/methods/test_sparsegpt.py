@@ -56,7 +56,7 @@ def solve(x, weights, sparsity: Sparsity, **options):
     method = SparseGPT(x.shape[1], CPU, **options)
     method.observe(x)
     pruned = [weight.clone() for weight in weights]
-    method.prune_(pruned, sparsity)
+    method.prune_(pruned, [sparsity] * len(pruned))
     return pruned
 
 

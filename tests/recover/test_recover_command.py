@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("at_place")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.write_model(folder / "model", tiny.tiny_llama().bfloat16())
-    tiny.write_model(folder / "other", tiny.tiny_llama(intermediate_size=96))
+    tiny.write_model(folder / "other", tiny.tiny_llama(intermediate_size=48))
     few = tiny.tiny_tokenizer(add_bos=False)
     few.add_tokens(["unheard"])
     tiny.write_model(folder / "foreign", tokenizer=few)

@@ -100,7 +100,7 @@ FLAGS = {
         ["--pack_bits", "8"],
         ["--pack_bits 8", "--replace_sparse_layers"],
     ),
-    "4 bits": (["--replace_sparse_layers", "--pack_bits", "4"], ["--pack_bits", "4", "8, 16"]),
+    "5 bits": (["--replace_sparse_layers", "--pack_bits", "5"], ["--pack_bits", "5", "4, 8, 16"]),
     "no windows": (["--nsamples", "0"], ["--nsamples 0", "at least 1"]),
     "negative windows": (["--nsamples", "-3"], ["--nsamples -3", "at least 1"]),
     "windows no number": (["--nsamples", "many"], ["--nsamples", "'many'"]),
