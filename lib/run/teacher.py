@@ -72,8 +72,11 @@ def _narrowed(
         down = job.skeleton.get_submodule(f"{job.blocks_name}.0.{mlps.blocks[0].down}")
     except (UserError, AttributeError):  # another architecture: its shapes will differ
         return {}
+    width = find_linears(down, "")[0][0].shape[1]
+    if width > mlps.width:  # no pruning adds neurons
+        return {}
     config = copy.deepcopy(config)
-    mlps.set_width(config, find_linears(down, "")[0][0].shape[1])
+    mlps.set_width(config, width)
     shapes, dense = _shapes(skeleton_of(config, checkpoint)), _shapes(skeleton)
     inside = f"{job.blocks_name}."
     return {
