@@ -3,7 +3,8 @@
     python tests/bench/faults.py [--kills 20] [--seed 0]
 
 Kills main.py and a sweep with SIGKILL at random moments, fills the disk, changes a text, cuts a
-shard, takes away the right to write; after each, the same command is run again. Prints a table.
+shard, takes away the right to write, starts two runs in one folder, edits what was saved; after
+each, the same command is run again. Prints a table.
 Full and read-only disks are small tmpfs, which take root to mount; without it they are left out.
 """
 
@@ -207,7 +208,7 @@ def inputs(_: int, __: random.Random) -> Iterator[Row]:
     ran(*sweep)
     with changed(Path("uk/train.jsonl"), lambda data: data.replace("сонце", "місяць")):
         status, out, _ = ran(*sweep)
-    lines = [line for line in out.splitlines() if "done again" in line or "finished before" in line]
+    lines = [line for line in out.splitlines() if "again" in line or "finished before" in line]
     yield "a text changed between two sweeps", "; ".join(lines), f"status {status}"
     shard = sorted(Path("sharded").glob("*.safetensors"))[1]
     whole = shard.read_bytes()
@@ -217,6 +218,86 @@ def inputs(_: int, __: random.Random) -> Iterator[Row]:
     shard.write_bytes(whole)
     again, _, _ = ran(*cut)
     yield "a shard cut short", f"status {status}: {said}", f"put back: status {again}"
+
+
+def losses(_: int, __: random.Random) -> Iterator[Row]:
+    """What a user could lose, or be given wrongly without a word."""
+    argv = [str(ROOT / "main.py"), "--model", "llama", *QUICK]
+    yield two_runs_in_one_folder(argv)
+    save = [*argv, "--save_model", "trained"]
+    ran(*save)
+    file = Path("trained/model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    status, _, message = ran(*save)
+    kept = file.read_bytes() == bytes(data)
+    yield "weights trained in place, as long as before", f"status {status}: {message}", f"{kept=}"
+    mine = Path("away/process-0/thesis.txt")
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    status, _, message = ran(*argv, "--offload", "away")
+    yield "a user's file in --offload", f"status {status} {message}", f"kept: {mine.exists()}"
+    yield output_without_a_reader(argv)
+    yield sweep_without_its_model()
+    yield damaged_mask(argv)
+
+
+def two_runs_in_one_folder(argv: list[str]) -> Row:
+    ran(*argv, "--save_model", "alone")
+    first = started(*argv, "--save_model", "first", "--resume", "both")
+    while not list(Path("both").glob("block-*")) and first.poll() is None:
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)  # so that it is at work all the while
+    status, _, message = ran(*argv, "--seed", "1", "--save_model", "second", "--resume", "both")
+    first.send_signal(signal.SIGCONT)
+    first.communicate()
+    same = content("alone")["model.safetensors"] == content("first")["model.safetensors"]
+    return (
+        "another run in the same --resume",
+        f"the second: status {status}: {message}",
+        f"the first: status {first.returncode}, bytes as alone: {same}",
+    )
+
+
+def output_without_a_reader(argv: list[str]) -> Row:
+    command = [sys.executable, *argv, "--save_model", "unread"]
+    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONIOENCODING="ascii")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | settings
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    status = process.wait()
+    saved = Path("unread/model.safetensors").is_file()
+    return "the reader of stdout goes, on an ASCII terminal", f"status {status}", f"saved: {saved}"
+
+
+def sweep_without_its_model() -> Row:
+    flags = "--models llama --methods wanda --types unstructured --calibration uk --out moved"
+    sweep = ["-m", "lib.sweep", *flags.split(), "--", *QUICK[:6]]
+    ran(*sweep)
+    before = content("moved")
+    Path("llama").rename("elsewhere")
+    status, _, message = ran(*sweep)
+    Path("elsewhere").rename("llama")
+    figures = [name for name in before if name.endswith("results.json")]
+    kept = all(content("moved")[name] == before[name] for name in figures)
+    return "a sweep again, its model moved", f"status {status}: {message}", f"figures kept: {kept}"
+
+
+def damaged_mask(argv: list[str]) -> Row:
+    from safetensors.torch import load_file, save_file
+
+    ran(*argv, "--replace_sparse_layers", "--save_model", "packed")
+    file = Path("packed/model.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith(".mask"))
+    tensors[name].flatten()[:8] |= 255
+    save_file(tensors, file, {"format": "pt"})
+    flags = ["--model", "packed", "--eval_only", "--eval_data", "uk", "--offload", "mask"]
+    status, _, message = ran(argv[0], *flags, *QUICK[:4])
+    return "a packed mask with more bits than values", f"status {status}: {message}", ""
 
 
 @contextmanager
@@ -246,7 +327,7 @@ def main() -> None:
             deep.save_pretrained(name, max_shard_size=size)
         tiny.write_texts("uk")
         print("| what was done | what was left | what the next run did |\n|---|---|---|")
-        for kind in (inputs, disks, kills_while_saving, kills_of_a_sweep):
+        for kind in (losses, inputs, disks, kills_while_saving, kills_of_a_sweep):
             for row in kind(args.kills, random.Random(args.seed)):
                 print(f"| {' | '.join(row)} |", flush=True)
         os.chdir(ROOT)
