@@ -49,7 +49,9 @@ def test_as_one_process(case: str, alone: str, shared: tuple[str, list[Done]]) -
     assert many["perplexity"]["uk"] == pytest.approx(one["perplexity"]["uk"], rel=5e-3)
     for name in ("kl", "top1_agreement"):
         (a,), (b,) = ([entry[name] for entry in found["evaluation"]] for found in (one, many))
-        assert b == pytest.approx(a, rel=2e-2, abs=2e-3), name
+        # int8 products quantise inputs by the batch, which other processes cut otherwise
+        rounding = 2e-2 if case == "quantised" else 2e-3
+        assert b == pytest.approx(a, rel=2e-2, abs=rounding), name
     assert many["sparsity"]["overall"] == pytest.approx(one["sparsity"]["overall"], abs=1e-4)
     assert many["calibration"] == one["calibration"]
     said = [[entry["dense"] for entry in found.get("completions", [])] for found in (one, many)]

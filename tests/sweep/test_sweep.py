@@ -351,10 +351,10 @@ def test_goes_on_after_an_interruption(model, texts, runs, monkeypatch, step):
     argv += ["--calibration", texts[0], "--save_models", *PASSED]
     original = getattr(main, step)
 
-    def stopped(job, *more):
+    def stopped(job, *more, **named):
         if job.args.sparsity_type == "2:4":
             raise KeyboardInterrupt
-        return original(job, *more)
+        return original(job, *more, **named)
 
     monkeypatch.setattr(main, step, stopped)
     done = sweep(*argv)
