@@ -167,12 +167,13 @@ def test_evaluation_alone(model: Path, uk: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_quantised_models_are_evaluated(bits: str, model: Path, uk: Path) -> None:
+def test_quantised_models_are_evaluated(bits: str, trained: Path, uk: Path) -> None:
     given = ["--eval_only", "--eval_data", uk, *QUICK]
-    succeeded(call("--model", model, *given))
-    done = succeeded(call("--model", model, *given, "--load_bit", bits, "--save", "small"))
+    succeeded(call("--model", trained, *given))
+    done = succeeded(call("--model", trained, *given, "--load_bit", bits, "--save", "small"))
     dense, small = results(), results("small")
-    assert small["perplexity"]["uk"] == pytest.approx(dense["perplexity"]["uk"], rel=0.05)
+    near = {"8": 0.005, "4": 0.02}[bits]  # to zero every matrix multiplies it by 200
+    assert small["perplexity"]["uk"] == pytest.approx(dense["perplexity"]["uk"], rel=near)
     assert small["perplexity"]["uk"] != dense["perplexity"]["uk"]
     assert small["footprint"]["after"] < dense["footprint"]["after"]
     assert done.complaints == []
@@ -268,9 +269,10 @@ def test_batches_change_rounding_only(method: str, model: Path, uk: Path) -> Non
             assert (mask != other[name]).float().mean() < 0.002, name
 
 
-def test_dtypes(uk: Path, tmp_path: Path) -> None:
+def test_dtypes(trained: Path, uk: Path, tmp_path: Path) -> None:
     """A bfloat16 checkpoint: worked on in float32 or bfloat16, saved in bfloat16 in both cases."""
-    halves = tiny.write_model(tmp_path / "halves", tiny.tiny_llama().bfloat16())
+    learned = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.bfloat16)
+    halves = tiny.write_model(tmp_path / "halves", learned)
     given = ["--prune_method", "wanda", "--calibration_data", uk, *QUICK]
     for dtype in ("auto", "bfloat16", "float32"):
         folders = ["--save", dtype, "--save_model", f"{dtype}-model"]
@@ -285,7 +287,7 @@ def test_dtypes(uk: Path, tmp_path: Path) -> None:
         succeeded(call("--model", f"{dtype}-model", *again))
         assert log("dense", "again")["ppl_test"] == log("wanda", dtype)["ppl_test"]
     exact, rounded = (results(dtype)["perplexity"]["uk"] for dtype in ("auto", "bfloat16"))
-    assert rounded == pytest.approx(exact, rel=0.05)
+    assert rounded == pytest.approx(exact, rel=0.01)
 
 
 @pytest.mark.parametrize(("argv", "said"), [("--help", "calibration:"), ("--model=M", "error:")])
