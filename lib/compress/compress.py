@@ -46,13 +46,14 @@ def main(argv: list[str]) -> None:
     target = args.target or (plan.GPU if args.device.startswith("cuda") else plan.CPU)
     start = time.perf_counter()
     shared = ["--device", args.device, *passed_on]
-    texts = ["--calibration_data", *args.data, "--eval_data", *(args.eval_data or args.data)]
+    tests = ["--eval_data", *(args.eval_data or args.data)]
+    texts = ["--calibration_data", *args.data, *tests]
 
     # the whole plan is checked before the dense model is measured
     saving = ["--save", str(Path(args.save, "compressed")), "--save_model", args.out]
     _checked([*_pruned(args.model, target, 10**9), *texts, *saving, *shared])
 
-    dense_flags = ["--model", args.model, "--eval_only", "--eval_data", *texts[-_tests(args) :]]
+    dense_flags = ["--model", args.model, "--eval_only", *tests]
     dense = _run([*dense_flags, "--save", str(Path(args.save, "dense")), *shared])
     settings = _parse([*dense_flags, *shared])
     budget = _budget(dense, args.minutes * 60 - (time.perf_counter() - start), settings)
@@ -92,11 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_debug_flag(parser)
     return parser
-
-
-def _tests(args: argparse.Namespace) -> int:
-    """Return how many test sources there are, which come last in the flags of texts."""
-    return len(args.eval_data or args.data)
 
 
 def _pruned(model: str, target: str, recovery_tokens: int) -> list[str]:
