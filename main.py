@@ -19,11 +19,13 @@ from lib.run.flag_checks import check_flags
 from lib.run.flags import build_parser
 from lib.run.job import Job, LoadedModel
 from lib.run.load import load
+from lib.run.products import choose_products
 from lib.run.steps import Steps
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.util import command
 from lib.util.folders import Target, locked_dir, locked_results
+from lib.util.products import exact_products
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +63,7 @@ def run(job: Job) -> Results:
         if job.vocabulary:
             trim(job, loaded)
         resolve_bos(job, loaded)
+        choose_products(job, loaded, at_end)
         teacher = load_teacher(job, loaded) if job.schedule or args.teacher else None
         completions, quality = Completions(job, loaded), Quality(job, loaded)
         if job.has_dense:
@@ -358,6 +361,7 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     return {"sparsity": after.shares(), "recovery": record}
 
 
+@exact_products()
 def pack(job: Job, loaded: LoadedModel) -> Measured:
     """Pack every sparse linear, and check on one window that the outputs are the same."""
     from lib.eval import some_logits
@@ -400,6 +404,7 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
     return {"packed": record}
 
 
+@exact_products()
 def pack_embeddings(job: Job, loaded: LoadedModel) -> Measured:
     """Round embedding and head to integers, and measure on one window what that changes."""
     from lib.eval import some_logits

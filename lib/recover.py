@@ -34,6 +34,7 @@ from lib.model.work_folder import WorkFolder
 from lib.packed.errors import PackedError
 from lib.packed.grid import GROUP, dequantise, quantise
 from lib.util.errors import UserError
+from lib.util.products import exact_products
 
 STEPS = 256  # about so many, while a step's size is between these:
 LEAST, MOST = 2**8, 2**16  # tokens of a step
@@ -222,12 +223,15 @@ class LowRank(Rounded):
 
     def take_gradient_(self) -> None:
         gradient = self.parameter.grad.masked_fill_(self.base == 0, 0).float()
-        self.up.grad += gradient @ self.down.mT
-        self.down.grad += self.up.mT @ gradient
+        with exact_products():
+            self.up.grad += gradient @ self.down.mT
+            self.down.grad += self.up.mT @ gradient
         self.parameter.grad = None
 
     def write_(self, refit: bool) -> None:
-        change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # which changes no zero
+        with exact_products():
+            change = self.up @ self.down
+        change.masked_fill_(self.base == 0, -0.0)  # which changes no zero
         self.put_(self.base.float() + change, refit)
 
 

@@ -30,6 +30,7 @@ from lib.pruning.observe import DenseBlock, observe, own_windows
 from lib.pruning.ordered import BlockOrder, OrderedBlock
 from lib.pruning.residual import ResidualProjections
 from lib.util.errors import RunWarning, UserError
+from lib.util.products import exact_products
 
 
 def count_left(width: int, ratio: float, multiple: int) -> int:
@@ -221,6 +222,7 @@ class NeuronPruner:
         self._report({"kept": kept.tolist(), "warnings": notes})
         self.runner.weights.save(index, {"kept": kept.tolist(), "warnings": notes})
 
+    @exact_products()
     def _solve(self, group: Group, gains: Tensor) -> tuple[Tensor, Tensor, list[str]]:
         """Neurons that stay (left,), down's matrix (out, in), 0 elsewhere, and warnings."""
         [down] = group.linears

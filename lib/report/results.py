@@ -250,6 +250,7 @@ class Results(Measured):
     seed: int
     versions: dict[str, str | None]
     device: str
+    products: NotRequired[str]  # bfloat16, where the passes rounded float32 operands to it
     bos: int | None
     calibration: WindowsRecord | None
     vocabulary: NotRequired[VocabularyRecord]

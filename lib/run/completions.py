@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lib.model.access import first_line
 from lib.model.pretrained import window_length
+from lib.util.products import exact_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +99,7 @@ class Completions:
             print(f"completions: none, {reason}", flush=True)
 
 
+@exact_products()
 def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[int]]:
     """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily."""
     with _default_generation(model) as eos_ids:

@@ -42,7 +42,8 @@ MODEL = (
         "dtype",
         "model",
         RESULT,
-        "dtype of the weights while working; auto: the checkpoint's on CUDA, float32 on CPU",
+        "dtype of the weights while working; auto: the checkpoint's on CUDA, float32 on CPU, with "
+        "products of bfloat16 operands where the processor has them and predictions stay the same",
         default="auto",
         options={"choices": ("auto", "float32", "bfloat16", "float16")},
     ),

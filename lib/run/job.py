@@ -196,3 +196,4 @@ class LoadedModel:
     left_dense: frozenset[str] = frozenset()  # names of linears
     scales: dict[str, Tensor] | None = None  # by weight, of the grids that recovery trained on
     reference: DenseReference | None = None  # for the divergence
+    products: str | None = None  # bfloat16 where products round float32 operands to it

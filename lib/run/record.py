@@ -67,6 +67,7 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
         "seed": args.seed,
         "versions": versions(),
         "device": device_name(job.device),
+        **({"products": loaded.products} if loaded.products else {}),
         "bos": job.texts.bos,
         "calibration": job.texts.calibration,
         **trimmed,

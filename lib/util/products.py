@@ -1,0 +1,47 @@
+"""Products of float32 matrices on a CPU: in float32, or from operands rounded to bfloat16.
+
+    with bfloat16_products():  # a model's passes, several times as fast where has_bfloat16()
+        ...
+        with exact_products():  # statistics and solvers, inside or outside of the first
+            ...
+
+Operands are rounded to 8 bits of mantissa inside the product, which adds up in float32 and gives
+float32: parameters, activations and gradients stay float32. The setting is the whole process's.
+Torch is imported when it is needed, for `--help` to answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by instructions of its own (AVX-512 or AMX)."""
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
+    import torch
+
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = precision
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def bfloat16_products():
+    """Inside, products on a CPU round their float32 operands to bfloat16."""
+    return _products("bf16")
+
+
+def exact_products():
+    """Inside, products on a CPU are of float32; also a decorator."""
+    return _products("ieee")
