@@ -9,6 +9,7 @@ weight is read, and heavy imports come after the flags have been checked.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,7 @@ def run(job: Job) -> Results:
     Raises UserError at the end if a step after pruning failed; the other steps are still run.
     """
     from lib.run.completions import Completions
+    from lib.run.depth import Depth
     from lib.run.quality import Quality
 
     args, target = job.args, None
@@ -71,8 +73,13 @@ def run(job: Job) -> Results:
             completions.generate("dense", dense.model)
             loaded.reference = dense_reference(job, loaded, dense)
             quality.measure("dense", dense)
+            if args.depth:
+                depth = Depth(job, loaded, dense)
+                loaded.after_block = depth.after_block
             del dense  # with a teacher, the memory of a whole model
         figures = prune(job, loaded) if job.method_spec else {}
+        if args.depth:
+            figures["depth"] = depth.records()
         if job.schedule:
             figures |= recover(job, loaded, teacher)
         del teacher
@@ -214,7 +221,7 @@ def prune(job: Job, loaded: LoadedModel) -> Measured:
             job.texts.windows,
             job.batch_size,
             state_device=loaded.state_device,
-            on_progress=bar,
+            on_progress=after_block(loaded, bar),
             cache_inputs=loaded.cache_inputs,
         )
     if not dist.is_main:
@@ -250,7 +257,9 @@ def prune_neurons(job: Job, loaded: LoadedModel) -> Measured:
     )
     blocks = len(loaded.blocks)
     with job.timed("prune"), progress(blocks, "pruning", "block", dist.is_main) as bar:
-        pruned = pruner.run(job.texts.windows, job.batch_size, loaded.state_device, bar)
+        pruned = pruner.run(
+            job.texts.windows, job.batch_size, loaded.state_device, after_block(loaded, bar)
+        )
     if not dist.is_main:
         return {}
     print(*pruned.summary(), sep="\n")
@@ -259,6 +268,17 @@ def prune_neurons(job: Job, loaded: LoadedModel) -> Measured:
         pruned, field=job.mlps.field, multiple=job.args.neurons_multiple, sizes=sizes
     )
     return {"notes": pruned.warnings, "neurons": record, "sparsity": measure(runner).shares()}
+
+
+def after_block(loaded: LoadedModel, bar: Callable[[int], None]) -> Callable[[int], None]:
+    """Return the function to call when a block was pruned: with --depth, it also measures."""
+
+    def done(blocks: int) -> None:
+        bar(blocks)
+        if loaded.after_block:
+            loaded.after_block()
+
+    return done
 
 
 def allocate(job: Job, loaded: LoadedModel) -> tuple[Allocation, Any]:

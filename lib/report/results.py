@@ -205,6 +205,15 @@ class AbilityRecord(TypedDict):
     said_flips: NotRequired[FlipsRecord]
 
 
+class DepthRecord(TypedDict):
+    """Of one test set, whose first `windows` windows were measured after each pruned block."""
+
+    name: str
+    windows: int
+    kl: list[float]  # from the dense model, nats a token, by block
+    top1_agreement: list[float]  # share of positions, by block
+
+
 class FidelityRecord(TypedDict):
     """Greedy completions of beginnings of one test set. Each model's figures are shares: of lines
     in the `language`, of letters in a `foreign_script`, of `known_words`, of `repeated_4grams` and
@@ -225,6 +234,7 @@ class Measured(TypedDict, total=False):
 
     allocation: list[float] | dict[str, float]  # sparsity asked for, by block or linear
     notes: list[str]  # what of the model was pruned in another way, or not at all, and why
+    depth: list[DepthRecord]
     sparsity: SparsityRecord
     neurons: NeuronsRecord
     recovery: RecoveryRecord

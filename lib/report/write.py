@@ -14,6 +14,7 @@ from lib.report.markdown import EMPTY, padded_table
 from lib.report.plots.choice_against_saying import choice_against_saying
 from lib.report.plots.cost import pruning_cost
 from lib.report.plots.cross_language import cross_language
+from lib.report.plots.depth import kl_by_depth
 from lib.report.plots.perplexity import perplexity_against_sparsity
 from lib.report.plots.sparsity_by_linear import sparsity_by_linear
 from lib.report.plots.style import can_draw, save_figure
@@ -28,6 +29,7 @@ PICTURES = {
     "languages": cross_language,
     "sparsity": sparsity_by_linear,
     "abilities": choice_against_saying,
+    "depth": kl_by_depth,
 }
 MEASURES = ("perplexity", "standard_error", "bits_per_byte")  # of every run, in report.csv
 ROW_COLUMNS = (

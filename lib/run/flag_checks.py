@@ -33,11 +33,6 @@ def _mistakes(args: argparse.Namespace) -> Iterator[str]:
     if not (args.prune_method or args.eval_only or args.recover or args.trim_vocabulary):
         yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
     yield from _ratio_mistakes(args)
-    if args.recover and args.replace_sparse_layers and not args.prune_method:
-        yield (
-            f"--recover {args.recover}: a model that was pruned before is packed by a second run, "
-            "with --eval_only and --replace_sparse_layers"
-        )
     if args.save_model:
         yield from _target_mistakes(args)
 

@@ -452,6 +452,17 @@ EVALUATION = (
         recorded=True,
     ),
     Flag(
+        "depth",
+        "evaluation",
+        RESULT,
+        "measure the divergence from the dense model on the first 4 windows of each test set "
+        "whenever one more block is pruned, the later ones still dense; the report draws it",
+        options={"action": "store_true"},
+        needs=("prune_method",),
+        dense=False,
+        recorded=True,
+    ),
+    Flag(
         "tasks",
         "evaluation",
         RESULT,

@@ -196,4 +196,5 @@ class LoadedModel:
     left_dense: frozenset[str] = frozenset()  # names of linears
     scales: dict[str, Tensor] | None = None  # by weight, of the grids that recovery trained on
     reference: DenseReference | None = None  # for the divergence
+    after_block: Callable[[], None] | None = None  # called when one more was pruned
     products: str | None = None  # bfloat16 where products round float32 operands to it

@@ -257,10 +257,20 @@ def test_four_bits_trained_are_better_than_four_bits_rounded_afterwards(
     later = ["--model", tmp_path / "dense", *BASE, "--eval_only", *packing(4, tmp_path / "later")]
     found = call(*later)
     assert found.status == 0, found.err
+    before = ["--model", tmp_path / "dense", "--teacher", trained, *BASE, *RECOVER]
+    found = call(*before, *packing(4, tmp_path / "again"))  # pruned before, and recovered on it
+    assert found.status == 0, found.err
     trained_so, rounded = (
         results(tmp_path / name / "out")["perplexity"]["uk"] for name in ("grid", "later")
     )
     assert trained_so < rounded
+    again = results(tmp_path / "again" / "out")
+    held_out = [point["perplexity"] for point in again["recovery"]["curve"]]
+    assert again["packed"]["bits"] == 4 and min(held_out) < held_out[0]
+    model, same = tmp_path / "again" / "model", ["--eval_only", "--save", tmp_path / "saved"]
+    assert call("--model", model, *BASE, *same).status == 0
+    measured = again["perplexity"]["uk"]
+    assert results(tmp_path / "saved")["perplexity"]["uk"] == pytest.approx(measured, rel=1e-5)
 
 
 @pytest.mark.usefixtures("at_place")

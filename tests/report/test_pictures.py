@@ -13,6 +13,7 @@ from lib.report.comparison import Cell, Comparison, MaskCounts
 from lib.report.plots.choice_against_saying import choice_against_saying
 from lib.report.plots.cost import pruning_cost
 from lib.report.plots.cross_language import cross_language
+from lib.report.plots.depth import kl_by_depth
 from lib.report.plots.mask_overlap import mask_overlap
 from lib.report.plots.perplexity import perplexity_against_sparsity
 from lib.report.plots.recovery import recovery_curve
@@ -198,6 +199,20 @@ def test_what_is_chosen_against_what_is_written() -> None:
     marks = {line.get_marker(): tuple(line.get_xydata()[0]) for line in axes.lines}
     assert marks == {"*": pytest.approx((90, 50)), "o": pytest.approx((70, 15))}
     assert axes.get_title() == "questions from uk" and texts(axes) == ["50%"]
+
+
+def test_divergence_by_depth_is_the_mean_over_seeds() -> None:
+    runs = [run("dense", {"uk": 20.0, "en": 40.0})]
+    runs += [run("wanda", {"uk": 30.0, "en": 60.0}, on="uk", seed=seed) for seed in (0, 1)]
+    for made, curve in zip(runs[1:], ([0.1, 0.4, 0.5], [0.3, 0.6, 1.5]), strict=True):
+        made.results["depth"] = [{"name": "uk", "kl": curve}]
+    (table,) = comparable_tables(runs)
+    (axes,) = panels(kl_by_depth(table))  # none for en, which was not measured
+    (line,) = axes.lines
+    assert line.get_xydata().tolist() == [
+        pytest.approx(point) for point in ([1, 0.2], [2, 0.5], [3, 1.0])
+    ]
+    assert axes.get_title() == "measured on uk"
 
 
 def test_nothing_to_draw() -> None:

@@ -31,6 +31,7 @@ SWEEPS = {
         "abilities": [],
         "pairs": ["pairs.jsonl"],
         "fidelity": [],
+        "depth": [],
         "tasks": ["arc_easy"],
         "include_path": ["uk"],
         "card_without_prompts": [],
