@@ -25,6 +25,7 @@ from lib.run.steps import Steps
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.util import command
+from lib.util.events import emit
 from lib.util.folders import Target, locked_dir, locked_results
 from lib.util.products import exact_products
 
@@ -124,6 +125,7 @@ def finish(
         return {}
     if results and target:
         with steps.attempt("card"):
+            emit("card")
             card = model_card(results, read_sources(job))
             if shows_prompts(results):
                 print("card: shows beginnings of test documents; without: --card_without_prompts")
@@ -143,6 +145,7 @@ def finish(
             draw(job, results)
     if results:
         with steps.attempt("summary"):
+            emit("summary")
             print_summary(results)
     saved = "save" in job.seconds
     if job.finished and (saved or not (target or steps.failures)):
@@ -399,6 +402,7 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
         with decoding(model):
             return [whole, some_logits(model, window[:, : whole.shape[1]])]
 
+    emit("pack")
     before, size = logits(), footprint(model)
     on_device = partial(loaded.runner.on_device, write_back=True)
     report = swap_linears_(
@@ -508,6 +512,7 @@ def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps:
             save_model(loaded.model, stage, saved_dtype(args.dtype, job.config))
         job.tokenizer.save_pretrained(stage)
         with steps.attempt("tokenizer.model"):
+            emit("tokenizer.model")
             write_tokenizer_model(job.tokenizer, stage)
         if card:
             (stage / "README.md").write_text(card, "utf-8")
@@ -534,6 +539,7 @@ def draw(job: Job, results: Results) -> None:
     from lib.report.plots.recovery import recovery_curve
     from lib.report.plots.style import can_draw, save_figure
 
+    emit("recovery.png")
     if can_draw():
         save_figure(recovery_curve(results), Path(job.args.save) / "recovery.png")
 

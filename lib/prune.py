@@ -24,6 +24,7 @@ from lib.pruning.observe import DenseBlock, find_stages, observe, own_windows
 from lib.pruning.ordered import BlockOrder, OrderedBlock
 from lib.pruning.residual import ResidualProjections
 from lib.util.errors import RunWarning, UserError
+from lib.util.events import emit
 from lib.util.products import exact_products
 
 # of Group.cost a second, by ADMM, the slowest method: a fifth of one busy core, and a thirtieth
@@ -300,6 +301,7 @@ class Pruner:
     @exact_products()
     def _solved(self, group: Group) -> list[Tensor]:
         """The group's matrices (out, in), pruned, in the dtype in which they are saved."""
+        emit(f"solve {group.names}")
         for statistic in group.method.statistics():
             if not all_finite(statistic):
                 raise UserError(f"{group.names}: activations are not finite; try --dtype float32")

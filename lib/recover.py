@@ -59,11 +59,13 @@ class TrainSchedule:
     rank: int | None = None
     share: float = 0.0  # of the text's own next tokens in the target
     seed: int = 0
+    least: int = LEAST  # tokens of a step
+    clip: float = GRADIENT_NORM
 
     @property
     def windows(self) -> int:
         """In a step."""
-        wanted = min(max(self.tokens // STEPS, LEAST), MOST, self.tokens)
+        wanted = min(max(self.tokens // STEPS, self.least), MOST, self.tokens)
         return max(1, wanted // self.seqlen)
 
     @property
@@ -457,7 +459,7 @@ class Recoverer:
         if not math.isfinite(loss.item()):
             raise self._diverged(step, "the loss is")
         norm = self.gradient.norm()
-        self.gradient *= (GRADIENT_NORM / (norm + 1e-6)).clamp(max=1.0)
+        self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
         self.optimizer.step()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # before the first import of torch, transformers or datasets; commands run by tests inherit it
@@ -49,6 +50,43 @@ def needs_bos(request: pytest.FixtureRequest) -> Path:
     from trained import trained_model
 
     return trained_model(Path(request.config.cache.mkdir("models")), needs_bos=True)
+
+
+@pytest.fixture
+def events() -> Iterator[list[str]]:
+    """What runs in this process tell of themselves, in order (lib/util/events.py)."""
+    from lib.util.events import listening
+
+    seen: list[str] = []
+    with listening(lambda event, number: seen.append(event)):
+        yield seen
+
+
+@pytest.fixture
+def no_weights() -> Iterator[None]:
+    """A run that reads weights fails the test."""
+    from lib.util.events import listening
+
+    def listen(event: str, _: int) -> None:
+        if event.startswith("weights of "):
+            pytest.fail("weights were read")
+
+    with listening(listen):
+        yield
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed linears are multiplied by torch alone, as where there is no compiler."""
+    monkeypatch.setattr("lib.packed.kernels.ready", lambda: False)
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package in place of lm-eval that knows one task, see harness.py."""
+    from harness import installed
+
+    yield from installed(monkeypatch)
 
 
 @pytest.fixture

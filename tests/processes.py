@@ -12,9 +12,8 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 import worker
-from support import ROOT, Done, start
+from support import LIMIT, ROOT, Done, start
 
-LIMIT = 100  # seconds for a process to end
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--main_process_port", "0"]
 NOTICE_SECONDS = 2  # of the first process, to tell that another is gone; torchrun gives it 0.1

@@ -9,10 +9,12 @@ import hashlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,14 @@ from lib.model.matrix import PrunableLinear
 from lib.prune import Pruned, Pruner
 from lib.pruning.allocation import Allocation, uniform
 from lib.util import command
+from lib.util.events import listening
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
-QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8"]
+LIMIT = 600  # seconds after which a process that a test waits for hangs, on a busy machine too
+QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--prompts", "0"]
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,58 @@ def call(*argv: object) -> Done:
     return Done(status, out.getvalue(), err.getvalue())
 
 
+@contextmanager
+def raising(error: BaseException, event: str, number: int = 0) -> Iterator[None]:
+    """Inside, a run that comes to an event (lib/util/events.py) fails there by this error."""
+
+    def listen(*given: object) -> None:
+        if given == (event, number):
+            raise error
+
+    with listening(listen):
+        yield
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """Inside, writing beyond `size` bytes of a file fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def full_disk(event: str, number: int = 0, size: int = 10_000) -> Iterator[None]:
+    """Inside, from an event of a run on (lib/util/events.py), no file takes more than `size`."""
+    with ExitStack() as full:
+
+        def listen(*given: object) -> None:
+            if given == (event, number):
+                full.enter_context(no_file_larger_than(size))
+
+        with listening(listen):
+            yield
+
+
 def start(code: list[str], folder: Path, **environment: str) -> subprocess.Popen:
     """Start `python CODE...` from the root, with one thread and caches in `folder`."""
-    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
     return subprocess.Popen(
         [sys.executable, *code],
         cwd=folder,
-        env=os.environ | settings | {"PYTHONPATH": str(ROOT)} | environment,
+        env=_environment(folder) | {"PYTHONPATH": str(ROOT)} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=_hear_ctrl_c,
     )
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
+    return os.environ | settings
 
 
 def _hear_ctrl_c() -> None:
@@ -89,8 +133,29 @@ def _hear_ctrl_c() -> None:
 def spawn(argv: list[object], folder: Path) -> Done:
     """Run `python main.py ARGV...` in a process of its own, from `folder`, to its end."""
     process = start([str(ROOT / "main.py"), *map(str, argv)], folder)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LIMIT)
     return Done(process.returncode, out, err)
+
+
+def launch(argv: list[object], folder: Path, **environment: str) -> Done:
+    """Run `bash launch.sh ARGV...` from `folder`, to its end."""
+    process = subprocess.Popen(
+        ["bash", str(ROOT / "launch.sh"), *map(str, argv)],
+        cwd=folder,
+        env=_environment(folder) | {"PYTHON": sys.executable} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    out, err = process.communicate(timeout=LIMIT)
+    return Done(process.returncode, out, err)
+
+
+def launched(argv: list[object], folder: Path, *more: object, **environment: str) -> str:
+    """What a recipe of launch.sh that succeeds writes to stdout."""
+    done = launch([*argv, *more], folder, **environment)
+    assert done.status == 0, done.err
+    return done.out
 
 
 def windows(count: int, tokens: int = 24, seed: int = 0) -> Tensor:

@@ -14,10 +14,9 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
 import main
 from lib import prune
-from lib.prune import Pruner
-from lib.pruning.inputs import Group
-from lib.util import command, progress
+from lib.util import command
 from lib.util.errors import UserError
+from lib.util.events import listeners
 
 LONG_SECONDS = 4
 
@@ -46,7 +45,7 @@ def work(
         step = at.startswith("step ")
         what = "recovering" if step else "pruning"
         number = int(at.removeprefix("step ")) + step  # the first report is where it begins
-        progress.hooks.append(partial(_break_at, what, number, kind))
+        listeners.append(partial(_break_at, what, number, kind))
     status = 0
     for argv, variables in zip(commands, settings, strict=True):
         os.environ.update(variables)
@@ -54,21 +53,20 @@ def work(
     sys.exit(status)
 
 
-def _break_at(what: str, number: int, how: str, running: str, reports: int) -> None:
-    if (running, reports) != (what, number):
+def _break_at(what: str, number: int, how: str, event: str, reports: int) -> None:
+    if (event, reports) != (what, number):
         return
     if how in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[how])
     elif how == "long":
-        solved = Pruner._solved
-
-        def slowly(self: Pruner, group: Group) -> list:
-            time.sleep(LONG_SECONDS)
-            Pruner._solved = solved
-            return solved(self, group)
-
-        Pruner._solved = slowly
+        listeners.append(_solve_slowly)
     elif how == "patient":
         prune.SLOWEST = {"cpu": 1e4}  # costs of a second or more, in so small a model
     else:
         raise RuntimeError(how) if how == "defect" else UserError(how)
+
+
+def _solve_slowly(event: str, _: int) -> None:
+    if event.startswith("solve "):
+        listeners.remove(_solve_slowly)
+        time.sleep(LONG_SECONDS)

@@ -57,8 +57,8 @@ def main(argv: list[str]) -> None:
     dense = _run([*dense_flags, "--save", str(Path(args.save, "dense")), *shared])
     settings = _parse([*dense_flags, *shared])
     budget = _budget(dense, args.minutes * 60 - (time.perf_counter() - start), settings)
-    tokens = budget.recovery_tokens()
-    if not tokens:
+    tokens = budget.recovery_tokens() if args.recover is None else args.recover
+    if not tokens and args.recover is None:
         print(f"--minutes {args.minutes:g}: too short for a recovery, which is left out")
     compressed = _run([*_pruned(args.model, target, tokens), *texts, *saving, *shared])
     if target == plan.LLAMA_CPP:
@@ -80,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--minutes", type=float, default=30, help="time for all of it (default: 30)"
+    )
+    parser.add_argument(
+        "--recover",
+        type=int,
+        metavar="TOKENS",
+        help="train on so many, 0 for none (default: as many as --minutes leave time for)",
     )
     parser.add_argument(
         "--for",

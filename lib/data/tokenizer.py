@@ -146,19 +146,19 @@ class TrimmableTokenizer:
         padding = {self.data["padding"]["pad_id"]} if self.data["padding"] else set()
         return recorder.keys() | padding
 
-    def template_ids(self) -> set[int]:
+    def template_ids(self, seconds: float = TEMPLATE_SECONDS) -> set[int]:
         """Return the tokens of the chat template: of its texts, and of short conversations.
 
-        Raises UserError if the template does not end.
+        Raises UserError if the template takes longer than `seconds`.
         """
         backend = self.tokenizer.backend_tokenizer
         try:
-            with time_limit(TEMPLATE_SECONDS):
+            with time_limit(seconds):
                 texts = list(_template_texts(self.tokenizer))
         except TimeLimitExceeded:
             raise UserError(
                 f"{FLAG}: the chat template of {self.name} takes longer than "
-                f"{TEMPLATE_SECONDS:g} seconds for a conversation of a few words; leave the flag "
+                f"{seconds:g} seconds for a conversation of a few words; leave the flag "
                 "out, or remove the template"
             ) from None
         encodings = backend.encode_batch(texts, add_special_tokens=False)

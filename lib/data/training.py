@@ -220,10 +220,13 @@ class Passages:
             sums += windows[:, offset : offset + n_passages] * factor
         return sums
 
-    def found_in(self, windows: Tensor) -> Tensor:
-        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool."""
+    def found_in(self, windows: Tensor, chunk: int = CHUNK) -> Tensor:
+        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool.
+
+        About `chunk` tokens are looked at together.
+        """
         found = windows.new_zeros(len(windows), dtype=torch.bool)
-        step = max(1, CHUNK // max(1, windows.shape[1]))
+        step = max(1, chunk // max(1, windows.shape[1]))
         for start in range(0, len(windows), step):
             sums = self._sums(windows[start : start + step])
             index = torch.searchsorted(self.sums, sums)

@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -27,9 +28,16 @@ from lib.util.progress import progress
 
 GENRES = ("court", "fiction", "news", "social", "wiki")
 DIVIDER = 3  # blank lines between two documents
-MIN_LENGTH = 8192  # characters; a document must be longer
-TRAIN, TEST = 1000, 50  # documents of a genre
 BZ2_MAGIC = b"BZh"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which documents of a genre are taken; the defaults are the published ones."""
+
+    min_length: int = 8192  # characters; a document must be longer
+    train: int = 1000  # documents
+    test: int = 50  # documents
 
 
 def find_dumps(folder: Path) -> dict[str, Path]:
@@ -90,10 +98,13 @@ def open_dump(path: Path) -> Iterator[TextIO]:
         raise UserError(f"{path}: damaged bz2 ({error}); fetch it again") from error
 
 
-def build(dumps: dict[str, Path], out: Path, add_up: bool = False) -> None:
+def build(
+    dumps: dict[str, Path], out: Path, add_up: bool = False, rule: Rule | None = None
+) -> None:
     """Write train.jsonl and test.jsonl into the folder `out`, which an earlier build may hold."""
     check_replaceable("OUT", str(out))
-    total = len(dumps) * (TRAIN + TEST)
+    rule = rule or Rule()
+    total = len(dumps) * (rule.train + rule.test)
     with (
         staged_folder(out, "OUT") as stage,
         (stage / "train.jsonl").open("w", encoding="utf-8") as train,
@@ -101,7 +112,9 @@ def build(dumps: dict[str, Path], out: Path, add_up: bool = False) -> None:
         progress(total, "documents", "document") as on_progress,
     ):
         counts = [
-            _write_genre(genre, dump, train, test, add_up, on_progress)
+            _write_genre(
+                genre, dump, train, test, rule=rule, add_up=add_up, on_progress=on_progress
+            )
             for genre, dump in dumps.items()
         ]
     n_train, n_test = map(sum, zip(*counts, strict=True))
@@ -113,6 +126,8 @@ def _write_genre(
     dump: Path,
     train: TextIO,
     test: TextIO,
+    *,
+    rule: Rule,
     add_up: bool,
     on_progress: Callable[..., None],
 ) -> tuple[int, int]:
@@ -121,24 +136,24 @@ def _write_genre(
     with open_dump(dump) as text:
         for document in documents(text, add_up):
             longest = max(longest, len(document))
-            if len(document) <= MIN_LENGTH:
+            if len(document) <= rule.min_length:
                 continue
             row = {"text": " ".join(document.split()), "genre": genre}
-            file = train if count < TRAIN else test
+            file = train if count < rule.train else test
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
             on_progress(1)
-            if count == TRAIN + TEST:
-                return TRAIN, TEST
+            if count == rule.train + rule.test:
+                return rule.train, rule.test
     if not count:
         raise UserError(
-            f"{dump}: no document is longer than {MIN_LENGTH} characters, the longest has "
-            f"{longest}; give the dump as published"
+            f"{dump}: no document is longer than {rule.min_length} characters, the longest "
+            f"has {longest}; give the dump as published"
         )
-    n_train, n_test = min(count, TRAIN), max(0, count - TRAIN)
+    n_train, n_test = min(count, rule.train), max(0, count - rule.train)
     print(
         f"{dump.name}: only {n_train} training and {n_test} test documents are longer than "
-        f"{MIN_LENGTH} characters",
+        f"{rule.min_length} characters",
         file=sys.stderr,
     )
     return n_train, n_test

@@ -327,17 +327,23 @@ def _prompts(
     return prompts
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    long_text: int = LONG_TEXT,
+    context: int = CONTEXT,
+) -> Tensor:
     """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens.
 
     They equal `tokenizer(text, return_tensors="pt").input_ids[0]`. Its warning about texts longer
-    than the model's window is left out, since the text is cut into windows afterwards. A very long
-    text is tokenised in parts, because a tokenizer takes several hundred bytes for each token.
+    than the model's window is left out, since the text is cut into windows afterwards. A text of
+    more than `long_text` characters is tokenised in parts, because a tokenizer takes several
+    hundred bytes for each token; `context` characters beside a cut show whether it changes one.
     """
-    parts = _parts(tokenizer, text)
+    parts = _parts(tokenizer, text, long_text, context)
     if len(parts) == 1:
         return _encode(tokenizer, text)
-    sample = parts[0][:CONTEXT]
+    sample = parts[0][:context]
     ids, bare = _encode(tokenizer, sample), _encode(tokenizer, sample, special=False)
     for start in range(len(ids) - len(bare) + 1):  # special tokens stand before and after
         end = start + len(bare)
@@ -355,19 +361,21 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True)
     return encoding.input_ids[0].long()  # an empty text comes as float
 
 
-def _parts(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """Split a text longer than LONG_TEXT between lines, where that changes no token.
+def _parts(
+    tokenizer: PreTrainedTokenizerBase, text: str, long_text: int, context: int
+) -> list[str]:
+    """Split a text longer than `long_text` between lines, where that changes no token.
 
     A cut is checked with the text around it. A tokenizer that begins every text with a blank
     fails the check, and the text stays whole.
     """
     parts, start = [], 0
-    while len(text) - start > LONG_TEXT:
-        line = LINE_BREAK.search(text, start + LONG_TEXT // 2)
+    while len(text) - start > long_text:
+        line = LINE_BREAK.search(text, start + long_text // 2)
         if not line:
             break
         end = line.end()
-        left, right = text[max(start, end - CONTEXT) : end], text[end : end + CONTEXT]
+        left, right = text[max(start, end - context) : end], text[end : end + context]
         both, *sides = (_encode(tokenizer, t, special=False) for t in (left + right, left, right))
         if not torch.cat(sides).equal(both):
             return [text]

@@ -1,6 +1,6 @@
 """The whole job in small, on the project's own texts and a model trained on them.
 
-    python -m lib.demo [--folder demo] [--fresh]
+    python -m lib.demo [--folder demo] [--fresh] [--small]
 
 The demo needs neither network nor GPU. It trains a tiny model on Ukrainian and English stories and
 prunes it in one sweep: by every method, at 50% and 2:4, calibrated on either language, measured on
@@ -31,19 +31,33 @@ from lib.util.files import check_output_folder, write_text
 from lib.util.folders import check_replaceable
 
 MODEL, RUNS, TABLE, PICTURE = "model", "runs", "report.md", "pruning_cost.png"
-METHODS, TYPES, RATIO = ("magnitude", "wanda", "sparsegpt", "admm"), ("unstructured", "2:4"), "0.5"
+RATIO = "0.5"
 RECOVERED = ("sparsegpt", "admm"), "2:4"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The size of a demo."""
+    """The size of a demo: its model, its texts and its runs."""
 
     training: DemoTraining = DemoTraining()
+    methods: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt", "admm")
+    types: tuple[str, ...] = ("unstructured", "2:4")
     train: int = 500  # stories of each language
     test: int = 25  # stories of each language
     windows: int = 64  # calibration windows
     recovery: int = 50_000  # tokens
+
+
+SMALL = Scale(
+    DemoTraining(
+        vocabulary=300, window=32, width=16, inner=32, blocks=1, heads=2, batch=4, steps=2
+    ),
+    methods=("wanda", "admm"),
+    train=10,
+    test=1,
+    windows=8,
+    recovery=64,
+)
 
 
 def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -> None:
@@ -54,10 +68,11 @@ def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -
     """
     check_folder(folder)
     prepare(folder, scale, fresh)
-    sweep_flags, run_flags = flags_of_sweep(folder, scale.windows)
+    sweep_flags, run_flags = flags_of_sweep(folder, scale)
     print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*sweep_flags, '--', *run_flags])}")
     methods, kind = RECOVERED
-    print(f"   and once more with --recover {scale.recovery}: {kind} by {', '.join(methods)}")
+    named = ", ".join(method for method in methods if method in scale.methods)
+    print(f"   and once more with --recover {scale.recovery}: {kind} by {named}")
     with one_thread():
         planned = sweep(sweep_flags, run_flags, scale.recovery, debug)
     conclude(folder, planned)
@@ -103,13 +118,14 @@ def prepare(folder: Path, scale: Scale, fresh: bool) -> None:
     write_texts(folder, stories, scale.test)
 
 
-def flags_of_sweep(folder: Path, windows: int) -> tuple[list[str], list[str]]:
+def flags_of_sweep(folder: Path, scale: Scale) -> tuple[list[str], list[str]]:
     """Return the flags of the sweep, and those of each of its runs of main.py."""
     texts = [str(folder / language) for language in LANGUAGES]
-    flags = ["--models", str(folder / MODEL), "--methods", *METHODS, "--types", *TYPES]
+    flags = ["--models", str(folder / MODEL), "--methods", *scale.methods]
+    flags += ["--types", *scale.types]
     flags += ["--ratios", RATIO, "--calibration", *texts, "--eval_data", *texts]
     flags += ["--out", str(folder / RUNS)]
-    return flags, ["--device", "cpu", "--nsamples", str(windows)]
+    return flags, ["--device", "cpu", "--nsamples", str(scale.windows)]
 
 
 def sweep(sweep_flags: list[str], run_flags: list[str], tokens: int, debug: bool) -> list[Planned]:
@@ -172,9 +188,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m lib.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", default="demo", help="what it makes goes here (default: demo)")
     parser.add_argument("--fresh", action="store_true", help="train the model anew")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="hardly train it and do fewer runs: in seconds, to see what is made",
+    )
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
     start = time.perf_counter()
-    demo(Path(args.folder), Scale(), args.fresh, args.debug)
+    demo(Path(args.folder), SMALL if args.small else Scale(), args.fresh, args.debug)
     print(f"done in {time.perf_counter() - start:.0f} s")

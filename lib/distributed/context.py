@@ -49,11 +49,17 @@ class DistContext:
     """The processes of a job; with one process, or `alone`, every method does nothing.
 
     `minutes` is how long a process waits for another, besides the time that work takes; see
-    `barrier`. Every method that needs the others raises UserError where one is gone or does not
-    answer.
+    `barrier`. `join_seconds` is how long all have to come at the beginning. Every method that needs
+    the others raises UserError where one is gone or does not answer.
     """
 
-    def __init__(self, device: torch.device, minutes: float = 10, alone: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        minutes: float = 10,
+        alone: bool = False,
+        join_seconds: float = JOIN_SECONDS,
+    ) -> None:
         self.rank = 0 if alone else environment_number("RANK", 0)
         self.size = 1 if alone else environment_number("WORLD_SIZE", 1)
         several = self.size > 1
@@ -65,7 +71,7 @@ class DistContext:
         self.limit = timedelta(minutes=minutes)  # of collectives, which follow a barrier
         self.last_barrier = time.monotonic()
         if self.size > 1:
-            self._join()
+            self._join(join_seconds)
         elif not alone:
             check_launcher()
 
@@ -174,12 +180,12 @@ class DistContext:
                 what = f"is gone ({reason}); all end, and the first to fail says why"
             raise UserError(f"process {self.rank} of {self.size}: {who} {what}") from error
 
-    def _join(self) -> None:
+    def _join(self, seconds: float) -> None:
         cuda = self.device if self.device.type == "cuda" else None
         if cuda:
             torch.cuda.set_device(cuda)  # where NCCL puts what is not yet on a device
         try:
-            joining = timedelta(seconds=JOIN_SECONDS)
+            joining = timedelta(seconds=seconds)
             store, _, _ = next(torch_dist.rendezvous("env://", timeout=joining))
             store.set_timeout(self.limit)
             torch_dist.init_process_group(

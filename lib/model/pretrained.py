@@ -23,6 +23,7 @@ from lib.model.access import (
 from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
+from lib.util.events import emit
 
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -144,6 +145,7 @@ def load_model(
 ) -> nn.Module:
     """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged."""
     checkpoint = checkpoint.pinned(config)
+    emit(f"weights of {checkpoint.name}")
     with as_user_error(checkpoint, "its weights", "are they complete? download them again"):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.name,

@@ -13,6 +13,7 @@ from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.run.flag import INPUT, PLACE, RESULT
 from lib.run.flags import values
+from lib.util.events import emit
 
 if TYPE_CHECKING:
     import torch
@@ -174,7 +175,8 @@ class Job:
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Inside, wall time counts as that of `step`."""
+        """Inside, wall time counts as that of `step`, whose beginning is an event."""
+        emit(f"step {step}")
         start = time.perf_counter()
         yield
         total = self.seconds.get(step, 0) + time.perf_counter() - start

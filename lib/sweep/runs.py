@@ -19,6 +19,7 @@ from lib.run.fingerprint import CODE, differences
 from lib.sweep.cache import SweepCache, start_peak
 from lib.sweep.plan import Planned
 from lib.util.errors import UserError
+from lib.util.events import emit
 from lib.util.terminal import one_line
 
 OUTPUT = "output.txt"  # of a run: what main.py would have written to the terminal
@@ -37,6 +38,7 @@ def run_all(planned: Sequence[Planned], debug: bool = False) -> list[str]:
     failed, start = [], time.perf_counter()
     for index, run in enumerate(todo, 1):
         began = time.perf_counter()
+        emit(f"run {run.name}")
         outcome = do(run, cache, debug)
         now = time.perf_counter()
         remaining = (now - start) / index * (len(todo) - index)

@@ -38,7 +38,7 @@ def malloc_trim() -> None:
         libc.malloc_trim(0)
 
 
-def available() -> int:
+def available(cgroup: Path = CGROUP) -> int:
     """Return the bytes that this process can still get from the machine or its container."""
     free = psutil.virtual_memory().available
     for limit, used, kinds in (
@@ -46,10 +46,10 @@ def available() -> int:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         try:
-            left = int((CGROUP / limit).read_text()) - int((CGROUP / used).read_text())
+            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
         except (OSError, ValueError):  # none such, or "max"
             continue
-        free = min(free, left + _page_cache(CGROUP / kinds))
+        free = min(free, left + _page_cache(cgroup / kinds))
     return max(0, free)
 
 

@@ -10,11 +10,9 @@ from itertools import count
 
 from tqdm import tqdm
 
-LOG_SECONDS = 30  # between two lines where stderr is not a terminal
+from lib.util.events import emit
 
-# called with what is done, as "pruning", and how often it was reported: 0 at its beginning, then
-# after each block or step; for programs that follow a run, or end one at a certain moment
-hooks: list[Callable[[str, int], None]] = []
+LOG_SECONDS = 30  # between two lines where stderr is not a terminal
 
 
 @contextmanager
@@ -24,7 +22,8 @@ def progress(
     """Yield a function that advances a progress bar on stderr by a number of units.
 
     `total` is None where the end is not known. The function also takes a short note, which is
-    printed at the end of the bar.
+    printed at the end of the bar. Its beginning, and each call, is an event (events.py) called
+    `what`, with the number of calls.
     """
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(
@@ -38,18 +37,13 @@ def progress(
     ) as bar:
         reports = count()
 
-        def call_hooks() -> None:
-            number = next(reports)
-            for hook in hooks:
-                hook(what, number)
-
         def on_progress(done: int, note: str = "") -> None:
             if note:
                 bar.set_postfix_str(note, refresh=False)
             bar.update(done)
-            call_hooks()
+            emit(what, next(reports))
 
-        call_hooks()
+        emit(what, next(reports))
         yield on_progress
 
 

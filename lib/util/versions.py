@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from functools import cache
 from importlib import metadata
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
@@ -10,10 +11,12 @@ PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes
 
 def versions() -> dict[str, str | None]:
     """{package: version}, with `python`; None for what is not installed."""
-    by_package: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            by_package[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            by_package[package] = None
-    return by_package
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

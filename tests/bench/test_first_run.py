@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,13 +50,18 @@ run_steps(chosen, "cpu", Size(False, folder), results, 5, {}, lambda *_: None)
 
 
 def run(
-    folder: Path, chosen: list[Step], minutes: float = 5, resume: bool = False, only: tuple = ()
+    folder: Path,
+    chosen: list[Step],
+    minutes: float = 5,
+    resume: bool = False,
+    only: tuple = (),
+    **limits: float,
 ) -> dict:
     """{step: report} as gpu.json has them, after the steps."""
     results = Results(folder / "gpu.json", {"device": "cpu"}, resume)
     size = Size(small=False, work=str(folder))
     todo = in_order(chosen, results, list(only))
-    run_steps(todo, "cpu", size, results, minutes, {}, lambda *_: None)
+    run_steps(todo, "cpu", size, results, minutes, {}, lambda *_: None, **limits)
     return json.loads((folder / "gpu.json").read_text("utf-8"))["steps"]
 
 
@@ -63,10 +69,7 @@ def run(
 def done(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """All steps, in turn, with a time-out of two seconds for those that take longer than that."""
     folder = tmp_path_factory.mktemp("steps")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "LEAST_LIMIT", 2)
-        patch.setattr(steps, "LONGER", 2)
-        return SimpleNamespace(folder=folder, reports=run(folder, ALL))
+    return SimpleNamespace(folder=folder, reports=run(folder, ALL, least_limit=2, longer=2))
 
 
 def test_every_step_has_a_report_whatever_happens(done: SimpleNamespace) -> None:
@@ -176,12 +179,9 @@ def is_step(pid: int) -> bool:
     return b"one_step.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_the_command_in_a_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(first_run, "STEPS", [GOOD, BAD, ABSENT])
+def test_the_command_in_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     argv = ["--device", "cpu", "--small", "--save", str(tmp_path / "there")]
-    assert command.run(first_run.main, argv) == 1
+    assert command.run(partial(first_run.main, known=[GOOD, BAD, ABSENT]), argv) == 1
     out, err = capsys.readouterr()
     assert err == f"error: failed: bad; tracebacks are in {tmp_path}/there/gpu.json\n"
     assert "3 of 3 checks, 25 minutes" in out and "1/3  good" in out
@@ -189,8 +189,8 @@ def test_the_command_in_a_table(
     rows = [(name.removeprefix("| "), result.strip()) for name, result, *_ in cells[1:]]
     expected = [("good", "ok"), ("good: cases", "|"), ("bad", "failed"), ("absent", "skipped")]
     assert rows == expected
-    monkeypatch.setattr(first_run, "STEPS", [GOOD])
-    assert command.run(first_run.main, [*argv[:-1], str(tmp_path / "other")]) == 0
+    main = partial(first_run.main, known=[GOOD])
+    assert command.run(main, [*argv[:-1], str(tmp_path / "other")]) == 0
 
 
 def test_without_a_gpu_the_way_out_is_told(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import content, results
+from support import content, launched, results
 
 from lib.compress import compress, plan
 from lib.run.flag_checks import check_flags
@@ -41,16 +41,15 @@ def test_main_takes_the_flags_of_every_plan(target: str, tokens: int) -> None:
     assert args.recover == (tokens or None)
 
 
-def test_a_model_is_compressed_and_compared(trained: Path, capfd) -> None:
+def test_a_model_is_compressed_and_compared(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 40, 8)
-    flags = ["dense", "small", "--data", "uk", "--minutes", "0.2", "--device", "cpu"]
+    flags = ["--data", "uk", "--recover", "1024", "--device", "cpu"]
     flags += ["--", "--nsamples", "8", "--seqlen", "32", "--prompts", "1"]
-    assert run(compress.main, flags) == 0
-    out = capfd.readouterr().out
+    out = launched(["compress", "dense", "small"], tmp_path, *flags)
     dense, small = results("out/compress/dense"), results("out/compress/compressed")
     assert dense["method"] == "dense" and small["sparsity"]["overall"] == pytest.approx(0.5, 1e-3)
-    assert small["packed"]["bits"] == 8 and small["recovery"]["tokens"] >= 16 * 32
+    assert small["packed"]["bits"] == 8 and small["recovery"]["tokens"] == 1024
     # the printed command is the whole of it: it gives the same model
     line = next(line for line in out.splitlines() if "--prune_method" in line)
     assert "--allocation error" in line and "--save_model small" in line
@@ -61,6 +60,15 @@ def test_a_model_is_compressed_and_compared(trained: Path, capfd) -> None:
     assert before != after
     assert Path("out/compress/compressed.png").stat().st_size > 10_000
     assert content("small")
+
+
+def test_the_time_that_is_left_is_what_minutes_give_at_the_dense_models_speed() -> None:
+    dense = {"evaluation": [{"tokens": 600, "seqlen": 32}, {"tokens": 400, "seqlen": 32}]}
+    settings = build_parser().parse_args(["--model", "m", "--eval_only", "--nsamples", "8"])
+    budget = compress._budget(dense | {"seconds": {"eval": 0.5}}, 60, settings)
+    assert budget == plan.Budget(
+        seconds=60, tokens_per_second=2000, test_tokens=1000, nsamples=8, seqlen=32
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import huggingface_hub
 import pyarrow
 import pytest
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from pyarrow import parquet
-from support import start
+from support import LIMIT, start
 from tiny import write_texts
 
 from lib.data import documents
@@ -224,7 +224,7 @@ def test_local_rows_need_no_library(tmp_path):
         "with open_documents(source, 'train') as (texts, _): print(*texts)\n"
         "print('transformers' in sys.modules)"
     )
-    out, err = start(["-c", code, str(folder)], tmp_path).communicate(timeout=60)
+    out, err = start(["-c", code, str(folder)], tmp_path).communicate(timeout=LIMIT)
     assert out == "один два\nFalse\n", err
 
 
@@ -339,8 +339,7 @@ def test_c4_reads_one_file_of_each_split(hub):
     ]
 
 
-def test_streams(hub, monkeypatch):
-    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 2)
+def test_streams(hub):
     hub.sets[("allenai/c4", "uk")] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
     source = parse_source("c4:uk", FLAG)
     assert read(source) == [(0, "a")] and read(source, "test") == [(0, "v")]
@@ -348,18 +347,25 @@ def test_streams(hub, monkeypatch):
     check_source(source, "train")
 
 
-def test_a_set_without_test_is_parted(hub, monkeypatch):
-    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 2)
-    hub.sets[("owner/name", "x")] = {"train": {"text": list("abcd")}}
+def test_a_set_without_test_is_parted(hub):
+    """The first 1,100 documents are the test."""
+    texts = [str(number) for number in range(1102)]
+    hub.sets[("owner/name", "x")] = {"train": {"text": texts}}
     source = parse_source("owner/name:x", FLAG)
-    assert read(source) == [(2, "c"), (3, "d")]
-    assert read(source, "test")[:2] == [(0, "a"), (1, "b")]
-    assert len(read(parse_source("owner/name:x:train", FLAG))) == 4
-    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 4)
+    assert read(source) == [(1100, "1100"), (1101, "1101")]
+    assert read(source, "test")[:2] == [(0, "0"), (1, "1")]
+    assert len(read(parse_source("owner/name:x:train", FLAG))) == 1102
+    hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
     check_source(source, "train")
-    assert "holds 4 rows, of which the first 4 are the test" in message(read, source)
-    monkeypatch.setattr(datasets.IterableDataset, "__iter__", lambda self: iter([]))
+    assert "holds 1100 rows, of which the first 1100 are the test" in message(read, source)
+    hub.sets[("owner/name", "x")] = {"train": {"text": []}}
     assert "holds 0 rows" in message(check_source, source, "train")
+
+
+def test_a_split_without_rows_is_refused(hub):
+    hub.sets[("mshamrai/lang-pruning-uk-uber-text-2",)] = {"train": {"text": []}}
+    line = message(check_source, parse_source("ubertext", FLAG), "train")
+    assert line.endswith("the split 'train' is empty; name another")
 
 
 def test_what_the_hub_set_lacks(hub):
@@ -386,6 +392,13 @@ def test_configs_are_named(hub, monkeypatch):
         assert line.endswith("can't be loaded: what it says")
 
 
+def test_a_hub_that_refuses_is_said_in_one_line(hub):
+    answer = SimpleNamespace(status_code=429, headers={}, request=None)
+    hub.error = HfHubHTTPError("429 Too Many Requests\nmore", response=answer)
+    line = message(check_source, parse_source("owner/name", FLAG), "train")
+    assert line.endswith("the hub refused: 429 Too Many Requests; try again later")
+
+
 @pytest.mark.parametrize(
     "error",
     [DatasetNotFoundError("x\ny"), RuntimeError("scripts\nx"), FileNotFoundError("no file")],
@@ -395,24 +408,20 @@ def test_what_datasets_raises_is_one_line(hub, error):
     assert message(check_source, parse_source("owner/name", FLAG), "train")
 
 
-def test_a_stream_that_breaks_is_one_line(hub, monkeypatch):
-    def broken(self):
+def test_a_stream_that_breaks_is_one_line(hub):
+    def broken():
         yield {"text": "a"}
         raise HTTPError("slow")
 
-    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": {"text": ["a"]}}
-    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    train = datasets.IterableDataset.from_generator(broken)
+    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": train}
     assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
 
 
 @pytest.fixture
 def unreachable(hub, monkeypatch, tmp_path):
     """A hub that does not answer; load_dataset finds what was downloaded before."""
-
-    def dataset_info(self, name, timeout):
-        raise HTTPError("no route")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    hub.unreachable = HTTPError("no route")
     scan = huggingface_hub.scan_cache_dir
     monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: scan(tmp_path / "hub"))
     return hub
@@ -438,12 +447,9 @@ def test_what_was_downloaded_serves_without_the_hub(unreachable, tmp_path):
     assert "can't be reached (no route)" in message(check_source, stream, "train")
 
 
-def test_unknown_set_is_neither_local_nor_on_the_hub(hub, monkeypatch):
-    def dataset_info(self, name, timeout):
-        answer = SimpleNamespace(status_code=401, headers={}, request=None)
-        raise RepositoryNotFoundError("401", response=answer)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+def test_unknown_set_is_neither_local_nor_on_the_hub(hub):
+    answer = SimpleNamespace(status_code=401, headers={}, request=None)
+    hub.unreachable = RepositoryNotFoundError("401", response=answer)
     line = message(check_source, parse_source("owner/name", FLAG), "train")
     assert "no data set owner/name on the hub" in line and "no local folder" in line
 

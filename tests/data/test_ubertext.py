@@ -2,13 +2,14 @@
 
 import bz2
 import json
+from functools import partial
 
 import pytest
-from support import content, start
+from support import content, launched, raising
 
 from lib.data import ubertext
 from lib.data.sources import parse_source
-from lib.data.ubertext import GENRES, build, documents, find_dumps
+from lib.data.ubertext import GENRES, Rule, documents, find_dumps
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -17,12 +18,7 @@ def long_document(genre, number):
     return f"Документ {number}  жанру\t{genre},\n\nз порожнім рядком\n" + "слово " * (20 + number)
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """Four training and two test documents of over 100 characters."""
-    monkeypatch.setattr(ubertext, "MIN_LENGTH", 100)
-    monkeypatch.setattr(ubertext, "TRAIN", 4)
-    monkeypatch.setattr(ubertext, "TEST", 2)
+build = partial(ubertext.build, rule=Rule(min_length=100, train=4, test=2))
 
 
 @pytest.fixture
@@ -49,12 +45,10 @@ def rows(path):
 
 
 def test_the_published_rule():
-    assert (ubertext.DIVIDER, ubertext.MIN_LENGTH) == (3, 8192)
-    assert (ubertext.TRAIN, ubertext.TEST) == (1000, 50)
+    assert ubertext.DIVIDER == 3 and Rule() == Rule(min_length=8192, train=1000, test=50)
     assert GENRES == ("court", "fiction", "news", "social", "wiki")
 
 
-@pytest.mark.usefixtures("small")
 def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     out = tmp_path / "out"
     build(find_dumps(dumps), out)
@@ -91,7 +85,6 @@ def test_the_published_count_adds_blank_lines_up():
     assert list(documents(lines)) == ["a\nb\nc\nd\n", "e\n"]
 
 
-@pytest.mark.usefixtures("small")
 def test_longer_means_longer(tmp_path):
     dump = tmp_path / "court.txt"
     dump.write_text("x" * 99 + "\n\n\n\n" + "y" * 100 + "\n\n\n\n" + "z" * 101)
@@ -101,30 +94,20 @@ def test_longer_means_longer(tmp_path):
     assert (tmp_path / "out" / "test.jsonl").read_text() == ""
 
 
-@pytest.mark.usefixtures("small")
-def test_an_interrupted_build_leaves_nothing_and_an_earlier_one_stays(dumps, tmp_path, monkeypatch):
-    def interrupted(lines, add_up):
-        yield from list(documents(lines, add_up))[:2]
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ubertext, "documents", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            build(find_dumps(dumps), tmp_path / "out")
+def test_an_interrupted_build_leaves_nothing_and_an_earlier_one_stays(dumps, tmp_path):
+    with raising(KeyboardInterrupt(), "documents", 2), pytest.raises(KeyboardInterrupt):
+        build(find_dumps(dumps), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     build(find_dumps(dumps), tmp_path / "out")
     train = tmp_path / "out" / "train.jsonl"
     before, written = content(tmp_path / "out"), train.read_bytes()
-    with monkeypatch.context() as patched:
-        patched.setattr(ubertext, "documents", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            build(find_dumps(dumps), tmp_path / "out")
+    with raising(KeyboardInterrupt(), "documents", 2), pytest.raises(KeyboardInterrupt):
+        build(find_dumps(dumps), tmp_path / "out")
     assert content(tmp_path / "out") == before
     build(find_dumps(dumps), tmp_path / "out")
     assert train.read_bytes() == written
 
 
-@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["out/mine.txt", "out.partial/mine.txt"])
 def test_files_of_the_user_stay(dumps, tmp_path, name):
     (tmp_path / name).parent.mkdir()
@@ -137,8 +120,7 @@ def test_files_of_the_user_stay(dumps, tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-@pytest.mark.usefixtures("small")
-def test_bad_dumps(dumps, tmp_path, monkeypatch):
+def test_bad_dumps(dumps, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         find_dumps(tmp_path / "nowhere")
     court = {"court": find_dumps(dumps)["court"]}
@@ -154,7 +136,6 @@ def test_bad_dumps(dumps, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="several files with 'court'"):
         find_dumps(dumps)
     court["court"].unlink()
-    monkeypatch.setattr(ubertext, "MIN_LENGTH", 10**6)
     (dumps / "court.txt").write_text("a b")
     with pytest.raises(UserError, match="longest has 3"):
         build(find_dumps(dumps), tmp_path / "out")
@@ -164,11 +145,9 @@ def test_bad_dumps(dumps, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("small")
-def test_too_few_documents_are_reported(dumps, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ubertext, "TRAIN", 7)
-    monkeypatch.setattr(ubertext, "TEST", 5)
-    build({"court": find_dumps(dumps)["court"]}, tmp_path / "out")
+def test_too_few_documents_are_reported(dumps, tmp_path, capsys):
+    rule = Rule(min_length=100, train=7, test=5)
+    build({"court": find_dumps(dumps)["court"]}, tmp_path / "out", rule=rule)
     assert "only 7 training and 1 test documents" in capsys.readouterr().err
 
 
@@ -177,10 +156,9 @@ def test_the_command(dumps, tmp_path):
         path.unlink()
     for genre in GENRES:
         (dumps / f"{genre}.txt").write_text("\n\n\n\n".join(["слово " * 1400] * 3))
-    process = start(["-m", "lib.data.ubertext", str(dumps), str(tmp_path / "out")], tmp_path)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    out = launched(["ubertext", dumps, "out"], tmp_path)
     assert "15 train, 0 test documents of 5 genres" in out
+    assert len(rows(tmp_path / "out/train.jsonl")) == 15
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

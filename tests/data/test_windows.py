@@ -3,12 +3,12 @@
 import random
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from tiny import sentences, tiny_tokenizer, write_texts
 
 from lib.data import windows as data
+from lib.data.hub import TEST_DOCUMENTS
 from lib.data.sources import parse_source, parse_sources
 from lib.util.errors import UserError
 
@@ -210,9 +210,8 @@ def test_one_source_with_a_weight_is_itself(tmp_path, tokenizer):
 # --- streams
 
 
-def test_stream_is_shuffled_with_the_seed(hub, tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "BUFFER", 8)
-    texts = mixed(60)
+def test_stream_is_shuffled_with_the_seed(hub, tokenizer):
+    texts = mixed(data.BUFFER + 60)
     hub.sets[("allenai/c4", "uk")] = {"train": {"text": texts}, "validation": {"text": texts}}
     sources = [parse_source("c4:uk", FLAG)]
     windows, record = data.calibration_windows(sources, tokenizer, 6, SEQLEN, 0)
@@ -226,8 +225,7 @@ def test_stream_is_shuffled_with_the_seed(hub, tokenizer, monkeypatch):
     )
 
 
-def test_stream_reads_no_more_than_it_needs(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "BUFFER", 8)
+def test_stream_reads_no_more_than_it_needs(hub, tokenizer, monkeypatch):
     read = []
 
     class Endless:
@@ -238,11 +236,10 @@ def test_stream_reads_no_more_than_it_needs(tokenizer, monkeypatch):
                 read.append(1)
                 yield {"text": sentences(1)[0]}
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: {"train": Endless(), "test": []})
-    monkeypatch.setattr("lib.data.hub.revision", lambda source: None)
+    hub.sets[("owner/name",)] = {"train": Endless(), "test": {"text": []}}
     sources = [parse_source("owner/name", FLAG)]
     data.calibration_windows(sources, tokenizer, 5, SEQLEN, 0)
-    assert len(read) == 8 + 6
+    assert len(read) == data.BUFFER + 6
     monkeypatch.setattr(data, "STREAM_LIMIT", 20)
     line = message(data.calibration_windows, sources, tokenizer, 30, SEQLEN, 0)
     assert "its 20 texts can give only 20 windows" in line
@@ -291,18 +288,19 @@ def test_test_text_shorter_than_a_window(tmp_path, tokenizer):
 
 
 def test_large_sets_are_measured_in_part(hub, tokenizer, monkeypatch):
-    monkeypatch.setattr("lib.data.hub.TEST_DOCUMENTS", 10)
-    texts = sentences(30)
+    """The first 1,100 documents, or those up to 4 million characters; of these 256 windows."""
+    texts = sentences(TEST_DOCUMENTS + 20, words=3)
     hub.sets[("allenai/c4",)] = {"validation": {"text": texts}}
+    found = data.test_set(parse_source("c4", FLAG), tokenizer, 100)
+    windows = stream_windows(texts[:TEST_DOCUMENTS], tokenizer, 100, " ")
+    assert len(windows) < 256 and torch.equal(found.windows, windows)
     found = data.test_set(parse_source("c4", FLAG), tokenizer, SEQLEN)
-    assert torch.equal(found.windows, stream_windows(texts[:10], tokenizer, SEQLEN, " "))
-    monkeypatch.setattr(data, "TEST_WINDOWS", 3)
-    assert len(data.test_set(parse_source("c4", FLAG), tokenizer, SEQLEN).windows) == 3
+    windows = stream_windows(texts[:TEST_DOCUMENTS], tokenizer, SEQLEN, " ")
+    assert len(windows) > 256 and torch.equal(found.windows, windows[:256])
     monkeypatch.setattr(data, "TEST_CHARACTERS", len(texts[0]) + 1)
     hub.sets[("owner/name",)] = {"train": {"text": texts}}
-    monkeypatch.setattr(data, "TEST_WINDOWS", 1000)
-    found = data.test_set(parse_source("owner/name", FLAG), tokenizer, SEQLEN)
-    assert torch.equal(found.windows, stream_windows(texts[:2], tokenizer, SEQLEN))
+    found = data.test_set(parse_source("owner/name", FLAG), tokenizer, 5)
+    assert torch.equal(found.windows, stream_windows(texts[:2], tokenizer, 5))
 
 
 @pytest.mark.parametrize("bos", [None, 0])
@@ -341,7 +339,7 @@ def test_empty_text_gives_integers():
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_a_long_text_is_tokenised_in_parts_to_the_same_ids(monkeypatch, add_bos):
+def test_a_long_text_is_tokenised_in_parts_to_the_same_ids(add_bos):
     tokenizer = tiny_tokenizer(add_bos=add_bos)
     text = "\n".join(mixed(40)) + "\n\n  two  \n\nlines\n"
     whole = ids(tokenizer, text)[0]
@@ -351,16 +349,14 @@ def test_a_long_text_is_tokenised_in_parts_to_the_same_ids(monkeypatch, add_bos)
         lengths.append(len(text))
         return tokenizer(text, **options)
 
-    monkeypatch.setattr(data, "CONTEXT", 60)
-    monkeypatch.setattr(data, "LONG_TEXT", 400)
-    assert torch.equal(data.tokenise(counted, text), whole)
+    assert torch.equal(data.tokenise(counted, text, long_text=400, context=60), whole)
     assert max(lengths) < len(text) / 2  # a part ends with its line
 
 
-def test_a_text_whose_parts_would_be_cut_otherwise_stays_whole(monkeypatch, tokenizer):
+def test_a_text_whose_parts_would_be_cut_otherwise_stays_whole(tokenizer):
     def with_blank(text, **options):  # as tokenizers of SentencePiece's kind begin a text
         return tokenizer(" " + text, **options)
 
     text = "\n".join(mixed(40))
-    monkeypatch.setattr(data, "LONG_TEXT", 400)
-    assert torch.equal(data.tokenise(with_blank, text), ids(tokenizer, " " + text)[0])
+    found = data.tokenise(with_blank, text, long_text=400)
+    assert torch.equal(found, ids(tokenizer, " " + text)[0])

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from support import raising
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.demo import model as demo_model
@@ -47,12 +48,8 @@ def test_tokenizer_begins_a_text_and_gives_it_back(tmp_path, texts):
     assert len(tokenizer) == model.config.vocab_size
 
 
-def test_an_interrupted_training_leaves_nothing(tmp_path, texts, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demo_model, "_draw", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupted_training_leaves_nothing(tmp_path, texts):
+    with raising(KeyboardInterrupt(), "training", 1), pytest.raises(KeyboardInterrupt):
         train_model(tmp_path / "model", texts, TINY)
     assert not list(tmp_path.iterdir())
 

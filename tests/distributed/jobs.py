@@ -12,7 +12,7 @@ SPARSEGPT = ["--prune_method", "sparsegpt", "--calibration_data", "uk"]
 MAGNITUDE = ["--prune_method", "magnitude"]
 BY_ERROR = ["--sparsity_ratio", "0.6", "--allocation", "error"]
 CASES = {
-    "wanda": ["llama", *WANDA],
+    "wanda": ["llama", *WANDA, "--prompts", "3"],
     "wanda 2:4": ["llama", *WANDA, "--sparsity_type", "2:4"],
     "sparsegpt": ["llama", *SPARSEGPT],
     "sparsegpt 4:8": ["llama", *SPARSEGPT, "--sparsity_type", "4:8"],

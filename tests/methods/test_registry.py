@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import CPU, start
+from support import CPU, LIMIT, start
 
 from lib.methods.registry import METHODS, MethodSpec
 
 
 def test_flags_cost_no_torch(tmp_path: Path) -> None:
     code = "import sys, lib.methods.registry, lib.methods.sparsity; print('torch' in sys.modules)"
-    out, _ = start(["-c", code], tmp_path).communicate(timeout=60)
+    out, _ = start(["-c", code], tmp_path).communicate(timeout=LIMIT)
     assert out.strip() == "False"
 
 

@@ -16,7 +16,18 @@ import pytest
 import tiny
 import torch
 from late import Gpu
-from support import CPU, QUICK, Done, call, prune_, results, runner_of, weights, windows
+from support import (
+    CPU,
+    QUICK,
+    Done,
+    call,
+    no_file_larger_than,
+    prune_,
+    results,
+    runner_of,
+    weights,
+    windows,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 from lib.distributed.context import DistContext
@@ -37,7 +48,7 @@ from lib.model.staging import Staging
 from lib.model.weights import BlockWeights
 from lib.pruning import check
 from lib.sparse import check_same_outputs, swap_linears_
-from lib.util import progress
+from lib.util.events import listening
 
 Disk = namedtuple("Disk", "total used free")
 MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
@@ -135,9 +146,10 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--offload", "--save_model", "--resume"])
-def test_a_folder_without_room(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_room(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Disk(10**6, 10**6 - 1000, 1000))
-    monkeypatch.setattr("lib.model.pretrained.load_model", lambda *_, **__: pytest.fail("loaded"))
     data = ["--calibration_data", "uk", "--eval_data", "uk", "--save", tmp_path / "run"]
     flags = [*QUICK, *data, "--prune_method", "wanda", flag, tmp_path / "away"]
     (line,) = call("--model", "tied", *flags).complaints
@@ -158,12 +170,9 @@ def test_experts_that_are_fused_need_more_room() -> None:
     assert blocks < mixtral <= 3 * blocks
 
 
-def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_, file: Path, header: dict) -> None:
-        raise OSError(28, "No space left on device", str(file))
-
-    monkeypatch.setattr("lib.model.work_folder.save_file", full)
-    done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+def test_a_disk_that_fills_up(tmp_path: Path) -> None:
+    with no_file_larger_than(10_000):
+        done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
     (line,) = done.complaints
     assert "error: --offload" in line and "block 0 can't be written" in line
     assert not (tmp_path / "away").exists() and not (tmp_path / "model").exists()
@@ -171,7 +180,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
-    damage: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    damage: str, place: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(place / "sharded", tmp_path / "sharded")
     index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
@@ -185,12 +194,21 @@ def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
             if damage == "cut":
                 file.write_bytes(data[:2000])
 
-    monkeypatch.setattr(progress, "hooks", [damaging])
-    done = prune(tmp_path / "sharded", tmp_path, "--offload", tmp_path / "away")
+    with listening(damaging):
+        done = prune(tmp_path / "sharded", tmp_path, "--offload", tmp_path / "away")
     assert done.status == 1
     (line,) = done.complaints
     assert name in line and "can't be read from" in line
     assert not (tmp_path / "model").exists() and not (tmp_path / "away").exists()
+
+
+def test_blocks_that_share_weights_are_not_offloaded(tmp_path: Path) -> None:
+    """As Zamba 2's do: one can't be brought without the other."""
+    tiny.write_model("sharing", tiny.HYBRIDS["Zamba2"]())
+    done = prune("sharing", tmp_path, "--offload", tmp_path / "away")
+    assert done.status == 1 and done.complaints == [
+        "error: --offload: the model's blocks share weights; it must fit in memory"
+    ]
 
 
 def test_quantising_is_not_offloaded(tmp_path: Path) -> None:
@@ -201,11 +219,12 @@ def test_quantising_is_not_offloaded(tmp_path: Path) -> None:
 
 @pytest.fixture
 def in_files(tmp_path: Path) -> Iterator[Callable[[PreTrainedModel], BlockRunner]]:
-    """Makes a runner of a model whose blocks stay in files."""
+    """Makes a runner of a model whose blocks stay in files, to be brought as to a GPU, at a cost,
+    unless these are `in_memory`."""
     with ExitStack() as at_end:
         alone, number = DistContext(CPU, alone=True), count()
 
-        def make(model: PreTrainedModel) -> BlockRunner:
+        def make(model: PreTrainedModel, in_memory: bool = True) -> BlockRunner:
             folder = tmp_path / f"checkpoint-{next(number)}"
             model.save_pretrained(folder)
             checkpoint = Checkpoint(str(folder))
@@ -224,7 +243,7 @@ def in_files(tmp_path: Path) -> Iterator[Callable[[PreTrainedModel], BlockRunner
                 alone,
                 CPU,
                 shared=False,
-                in_memory=True,
+                in_memory=in_memory,
             )
             assert not any(hasattr(module, "_hf_hook") for module in model.modules())
             weights = BlockWeights(decoder_blocks(model)[1], CPU, files)
@@ -289,11 +308,10 @@ def test_blocks_in_files_are_packed(architecture: str, in_files: Callable, tmp_p
     assert all(torch.equal(plain[name], fetched[name]) for name in plain)
 
 
-@pytest.mark.usefixtures("dear")
 def test_states_are_kept_where_the_run_says(
     in_files: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = in_files(tiny.tiny_llama())
+    runner = in_files(tiny.tiny_llama(), in_memory=False)
     asked, own = [], runner.capture
     monkeypatch.setattr(
         runner, "capture", lambda ids, size, where: asked.append(where) or own(ids, size, CPU)
@@ -302,19 +320,12 @@ def test_states_are_kept_where_the_run_says(
     assert asked == ["somewhere"] * 2
 
 
-@pytest.fixture
-def dear(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that cost something to bring, as to a GPU."""
-    monkeypatch.setattr(BlockWeights, "zero_copy", False)
-
-
-@pytest.mark.usefixtures("dear")
 def test_the_next_block_comes_while_one_computes(
     in_files: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And is waited for: by a stream that copies no sooner than it must."""
     expected = perplexity(runner_of(tiny.tiny_llama(num_hidden_layers=4)), windows(5), 2)
-    runner = in_files(tiny.tiny_llama(num_hidden_layers=4))
+    runner = in_files(tiny.tiny_llama(num_hidden_layers=4), in_memory=False)
     Gpu(monkeypatch, eager=True, eager_side=False)
     staging = runner.weights._staging = Staging(CPU)
     assert perplexity(runner, windows(5), 2) == expected
@@ -326,9 +337,8 @@ def test_several_sets_are_measured_at_once(
     resident: bool, in_files: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each as if alone; where blocks are fetched, each of them once."""
-    if not resident:
-        monkeypatch.setattr(BlockWeights, "zero_copy", False)
-    runner = runner_of(tiny.tiny_llama()) if resident else in_files(tiny.tiny_llama())
+    model = tiny.tiny_llama()
+    runner = runner_of(model) if resident else in_files(model, in_memory=False)
     sets = [windows(count, seed=count) for count in (5, 2, 3)]
     alone = [perplexity(runner, one, 2) for one in sets]
     on_device, told, original = [], [], runner.on_device

@@ -29,6 +29,8 @@ from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
 from lib.model.quantised import check_format, stored_bits
+from lib.report.comparison import compare_masks
+from lib.util.errors import UserError
 
 KINDS = {"unstructured": HALF, "2:4": Sparsity(0.5, 2, 4)}
 ONLY_DROPS = ("wanda", "magnitude")
@@ -150,6 +152,24 @@ def test_a_checkpoint_that_is_already_quantised(loaded: nn.Module, tmp_path: Pat
     for more in (["--load_bit", "4"], ["--offload", str(tmp_path / "away")]):
         (line,) = prune(tmp_path / "quantised", tmp_path / "run", *flags, *more).complaints
         assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantised" in line
+
+
+def test_a_quantised_model_is_neither_recovered_nor_a_teacher_nor_compared(
+    loaded: nn.Module, tmp_path: Path
+) -> None:
+    quantised = str(tmp_path / "quantised")
+    loaded.save_pretrained(quantised)
+    tiny.tiny_tokenizer().save_pretrained(quantised)
+    recover = ["--recover", "64"]
+    (line,) = prune(quantised, tmp_path / "run", "--teacher", "model", *recover).complaints
+    assert (
+        line == f"error: --recover 64: {quantised} is quantised, and its weights can't be trained"
+    )
+    (line,) = prune("model", tmp_path / "run", "--teacher", quantised, *recover).complaints
+    assert line == f"error: --teacher {quantised}: is quantised; name the unquantised model"
+    if stored_bits(loaded.config) == "4":
+        with pytest.raises(UserError, match="q_proj.weight is stored in 4 bits, where zeros can't"):
+            compare_masks([quantised, quantised])
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])

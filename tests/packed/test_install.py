@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import ROOT, prune_
+from support import LIMIT, ROOT, prune_
 from transformers import AutoModelForCausalLM
 
 from lib.model.pretrained import decoder_blocks
@@ -46,7 +46,7 @@ def outside(command: list[str], installed: Path, folder: Path) -> subprocess.Com
     """Run a command that sees what was installed, and not the repository."""
     environment = os.environ | {"PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from skips import NO_COMPILER
-from support import ROOT
+from support import LIMIT, ROOT
 
 from lib.packed import kernels
 from lib.packed.errors import PackedWarning
@@ -342,7 +342,7 @@ def test_of_processes_that_start_together_one_builds(tmp_path):
         subprocess.Popen([sys.executable, "-c", code, tmp_path, str(i)], cwd=ROOT, env=environment)
         for i in range(2)
     ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=LIMIT) for process in processes] == [0, 0]
     assert len(list(tmp_path.glob("built-*"))) == 1
 
 

@@ -25,10 +25,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
-@pytest.fixture(autouse=True)
-def slow_path(monkeypatch):
-    """Without the kernels, which are compared with it in tests of their own."""
-    monkeypatch.setattr(kernels, "ready", lambda: False)
+# the kernels are compared with this path in tests of their own
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 def dense_linear(rows=24, columns=40, bias=True, dtype=torch.float32, share=0.5):

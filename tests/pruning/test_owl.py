@@ -97,12 +97,16 @@ def test_a_run(method: str) -> None:
     assert second - first == pytest.approx(ALLOCATION_SPAN, abs=1e-5)
     assert f"sparsity of the blocks: {first} to {second}" in done.out
     assert found["seconds"].keys() >= {"allocate", "prune"}
+    total = rows = size = 0
     for name, weight in weights("new").items():
         if "layers" in name and weight.dim() == 2:
-            share = (weight == 0).float().mean().item()
-            asked = first if ".0." in name else second
-            assert share == pytest.approx(asked, abs=1 / min(weight.shape))
-    assert found["sparsity"]["overall"] == pytest.approx(0.6, abs=0.02)
+            zeros, asked = int((weight == 0).sum()), first if ".0." in name else second
+            # wanda has a whole number of them in each row, ADMM in each linear
+            step = len(weight) if method == "wanda" else 1
+            assert 0 <= asked * weight.numel() - zeros + 1e-3 < step + 1e-2, name
+            total, rows, size = total + zeros, rows + step, size + weight.numel()
+    assert found["sparsity"]["overall"] == total / size
+    assert 0 <= 0.6 * size - total < rows + 1  # as many as were asked for
 
 
 def test_a_block_that_no_token_reached_has_no_outliers() -> None:

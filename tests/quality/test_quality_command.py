@@ -99,10 +99,7 @@ def test_a_model_that_can_not_generate(tmp_path: Path, monkeypatch: pytest.Monke
     assert "fidelity: none, LlamaForCausalLM can't generate (no cache)" in done.out
 
 
-def test_pairs_are_read_before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "lib.model.pretrained.load_model", lambda *_, **__: pytest.fail("weights were loaded")
-    )
+def test_pairs_are_read_before_the_model(no_weights: None) -> None:
     done = call(*BASE, "--eval_only", "--pairs", "nowhere.jsonl")
     assert done.status == 1 and len(done.complaints) == 1
     assert done.complaints[0].startswith("error: --pairs nowhere.jsonl: can't be read")

@@ -194,6 +194,7 @@ def test_a_model_pruned_before_is_compared_with_what_it_was_made_of(place: Path)
     prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]
     assert call(*prune).status == 0
     again = ["--model", "new", *QUICK, *CALIBRATED, "--eval_only", "--teacher", "model"]
+    again += ["--prompts", "1"]
     done = call(*again, "--save", "two")
     assert done.status == 0, done.err
     for before, after in zip(figures("one"), figures("two"), strict=True):

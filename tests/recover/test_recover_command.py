@@ -13,7 +13,6 @@ import torch
 from support import QUICK, ROOT, Done, call, results, weights
 from transformers import AutoModelForCausalLM
 
-import lib.model.pretrained
 from lib.report.results import load_runs
 from lib.report.write import report_text
 
@@ -165,10 +164,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused_in_one_line_before_anything_slow(
-    case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(lib.model.pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
+def test_refused_in_one_line_before_anything_slow(case: str, no_weights: None) -> None:
     argv, status, words = REFUSED[case]
     found = call(*BASE, *argv)
     assert found.status == status, found
@@ -176,11 +172,11 @@ def test_refused_in_one_line_before_anything_slow(
     assert words in line
 
 
-def test_a_dense_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("main.recover", lambda *_: pytest.fail("trained"))
+def test_a_dense_model_is_refused(events: list[str]) -> None:
     found = call(*BASE, "--teacher", "model", *RECOVER)
     assert found.status == 1
     assert "--model model: 0.0% of its blocks' weights are zero" in found.complaints[0]
+    assert "step load" in events and "step recover" not in events
 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,16 @@ SEQLEN = 16
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-def drawn(texts: list[str], count: int, seed: int = 0, bos: int | None = None, tests=()):
+def drawn(
+    texts: list[str],
+    count: int,
+    seed: int = 0,
+    bos: int | None = None,
+    tests: Sequence[Tensor] = (),
+    seqlen: int = SEQLEN,
+) -> TrainingText:
     sources = parse_sources(texts, "--calibration_data", mixture=True)
-    return training_windows(sources, tiny.tiny_tokenizer(), count, SEQLEN, seed, bos, tests)
+    return training_windows(sources, tiny.tiny_tokenizer(), count, seqlen, seed, bos, tests)
 
 
 def rows(windows: Tensor) -> set[tuple[int, ...]]:
@@ -41,12 +49,12 @@ def two(tmp_path: Path) -> list[str]:
     return ["uk", "en"]
 
 
-def cut(sentences: list[str]) -> set[tuple[int, ...]]:
+def cut(sentences: list[str], seqlen: int = SEQLEN) -> set[tuple[int, ...]]:
     """Every window that documents can give."""
     found = set()
     for text in sentences:
         ids = tokenise(tiny.tiny_tokenizer(), text)
-        found |= rows(ids[: len(ids) // SEQLEN * SEQLEN].view(-1, SEQLEN))
+        found |= rows(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))
     return found
 
 
@@ -82,21 +90,22 @@ def test_a_short_text_is_read_again_in_another_order() -> None:
     assert len(text.held_out) == 1 and not rows(text.held_out) & rows(text.windows)
 
 
-def test_nothing_of_the_test_text_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_of_the_test_text_is_trained_on() -> None:
     """Wherever in a document it stands, and however windows fall."""
-    monkeypatch.setattr(f"{__name__}.SEQLEN", 64)  # chance makes shorter passages alike
+    seqlen = 64  # chance makes shorter passages alike
     train, test = tiny.sentences(30, 1, words=120), tiny.sentences(3, 5, words=120)
     draw = random.Random(0)
     stolen = [f"{' '.join(draw.choices(tiny.WORDS, k=5))} {text}" for text in test]
     tiny.write_texts("mixed", train=train + stolen, test=test)
     (source,) = parse_sources(["mixed"], "--eval_data")
-    known = data.test_set(source, tiny.tiny_tokenizer(), SEQLEN).windows
-    plain, text = drawn(["mixed"], 9999), drawn(["mixed"], 9999, tests=[known])
+    known = data.test_set(source, tiny.tiny_tokenizer(), seqlen).windows
+    plain = drawn(["mixed"], 9999, seqlen=seqlen)
+    text = drawn(["mixed"], 9999, tests=[known], seqlen=seqlen)
     every, left = (rows(one.windows) | rows(one.held_out) for one in (plain, text))
     dropped = every - left
-    assert dropped <= cut(stolen) and text.facts["sources"][0]["dropped"] == len(dropped)
+    assert dropped <= cut(stolen, seqlen) and text.facts["sources"][0]["dropped"] == len(dropped)
     # a document's first window may hold too little of the passage to be recognised
-    assert len(left - cut(train)) <= len(stolen)
+    assert len(left - cut(train, seqlen)) <= len(stolen)
 
 
 def test_with_bos(two: list[str]) -> None:
@@ -123,7 +132,7 @@ def test_too_short(texts: list[str]) -> None:
         drawn(["short"], 5)
 
 
-def test_passages_are_found_as_by_a_slow_search(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passages_are_found_as_by_a_slow_search() -> None:
     generator = torch.Generator().manual_seed(0)
     tests = torch.randint(7, (5, SEQLEN), generator=generator)
     windows = torch.randint(7, (400, SEQLEN), generator=generator)
@@ -142,8 +151,7 @@ def test_passages_are_found_as_by_a_slow_search(monkeypatch: pytest.MonkeyPatch)
         assert 0 < sum(expected) < 400
         found = Passages([tests], SEQLEN, bos)
         assert found.found_in(windows).tolist() == expected
-        monkeypatch.setattr("lib.data.training.CHUNK", 7 * SEQLEN)
-        assert found.found_in(windows).tolist() == expected
+        assert found.found_in(windows, chunk=7 * SEQLEN).tolist() == expected
     assert not Passages([], SEQLEN, None).found_in(windows).any()
     assert found.found_in(windows[:0]).tolist() == []
 

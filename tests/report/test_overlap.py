@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import start
 
 from lib.packed.checkpoint import PackedConfig
 from lib.packed.layout import pack
 from lib.report.comparison import compare_masks
 from lib.report.names import block_and_linear
 from lib.report.overlap import main, write_overlap
+from lib.util import command
 from lib.util.bits import to_hex
 from lib.util.errors import UserError
 
@@ -217,10 +217,9 @@ def test_the_command(languages, capsys):
         main([uk, en, "--out", str(next(languages["uk", 0].iterdir()))])
 
 
-def test_the_command_in_a_process_of_its_own(languages):
-    process = start(["-m", "lib.report.overlap", str(languages["uk", 0])], Path.cwd())
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_a_mistake_is_one_line(languages, capsys):
+    assert command.run(main, [str(languages["uk", 0])]) == 1
+    err = capsys.readouterr().err
     assert err.count("\n") == 1 and "name two or more" in err
 
 

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from support import content, start
+from support import content
 
 from lib.report.__main__ import main
 from lib.report.plots import style
@@ -14,6 +14,7 @@ from lib.report.plots.cost import saving
 from lib.report.results import load_runs
 from lib.report.tables import comparable_tables
 from lib.report.write import report_csv, report_text, write_report
+from lib.util import command
 from lib.util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -260,10 +261,9 @@ def test_the_command(sweep, capsys):
     assert Path("report/report.md").read_text(encoding="utf-8").startswith("### models/tiny")
 
 
-def test_the_command_in_a_process_of_its_own():
-    process = start(["-m", "lib.report", "nowhere"], Path.cwd())
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+def test_a_mistake_is_one_line(capsys):
+    assert command.run(main, ["nowhere"]) == 1
+    err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no such folder" in err
 
 

@@ -13,7 +13,7 @@ from support import QUICK, call, results
 
 from lib.report.results import FailedRun, Measured, Results, load_runs, write_results
 
-BASE = ["--model", "model", *QUICK, "--eval_data", "uk"]
+BASE = ["--model", "model", *QUICK, "--prompts", "3", "--eval_data", "uk"]
 EVERYTHING = ["--prune_method", "wanda", "--calibration_data", "uk", "--sparsity_type", "2:4"]
 EVERYTHING += ["--recover", "640", "--trim_vocabulary", "--replace_sparse_layers"]
 RUNS = {

@@ -17,7 +17,6 @@ import torch
 from support import QUICK, Done, call
 from transformers import LlamaPreTrainedModel, T5Config, T5ForConditionalGeneration
 
-import lib.model.pretrained
 from lib.methods.registry import METHODS
 from lib.util.errors import UserError
 
@@ -35,16 +34,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_texts(tmp_path_factory.mktemp("texts") / "texts")
-
-
-@pytest.fixture
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading weights fails the test."""
-
-    def load_model(*_, **__):
-        pytest.fail("weights were loaded before the mistake was found")
-
-    monkeypatch.setattr(lib.model.pretrained, "load_model", load_model)
 
 
 def complaint(done: Done, status: int, *words: object) -> str:
@@ -126,8 +115,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("name", FLAGS)
-def test_flags(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("main.check", None)  # nothing is begun
+def test_flags(name: str) -> None:
     given, words = FLAGS[name]
     complaint(call("--model", "M", "--prune_method", "wanda", *given), 2, *words)
 
@@ -149,10 +137,7 @@ def test_flags(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_flags_that_need_each_other(
-    given: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("main.check", None)
+def test_flags_that_need_each_other(given: list[str], words: list[str]) -> None:
     complaint(call(*given), 2, *words)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import QUICK, ROOT, Done, content, results, start
+from support import LIMIT, QUICK, ROOT, Done, content, results, start
 
 INSTALLED = ("torch", "transformers", "accelerate")
 LEFT_OUT = {"datasets", "bitsandbytes", "matplotlib", "pytest", "pyarrow"}
@@ -61,7 +61,7 @@ def missing() -> str:
 
 def bare(argv: list[object], folder: Path) -> Done:
     process = start(["-c", BARE, missing(), *map(str, argv)], folder)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LIMIT)
     return Done(process.returncode, out, err)
 
 

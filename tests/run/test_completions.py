@@ -16,7 +16,7 @@ from lib.report.completion_tables import completions_of_runs
 from lib.report.results import load_runs
 from lib.run.completions import NEW_TOKENS, continue_greedily, decode, decode_completion
 
-BASE = ["--model", "model", *QUICK, "--eval_data", "uk", "en"]
+BASE = ["--model", "model", *QUICK, "--prompts", "3", "--eval_data", "uk", "en"]
 PRUNE = ["--prune_method", "wanda", "--calibration_data", "uk", "--sparsity_type", "2:4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,11 +52,7 @@ def test_the_share_of_cross_entropy_changes_what_is_learned(trained: Path, uk: P
     run(trained, *flags, "--recover_ce", "0.2", saved="same")
     run(trained, *flags, "--recover_ce", "0.9", saved="text", save="text-out")
     assert results("text-out")["recovery"]["cross_entropy"] == 0.9
-    default, same, text = (
-        load_file(f"{name}/model.safetensors") for name in ("default", "same", "text")
-    )
-    assert all(torch.equal(default[name], same[name]) for name in default)
-    assert not all(torch.equal(default[name], text[name]) for name in default)
+    assert same("default", "same") and not same("default", "text")
 
 
 def test_bos_is_put_before_windows_where_the_model_needs_it(
@@ -95,6 +93,55 @@ def test_another_share_of_zeros_is_reached_and_costs_more(
     assert more["perplexity"]["uk"] > 1.1 * half["perplexity"]["uk"]
 
 
+def test_as_many_windows_are_drawn_as_are_asked_for(trained: Path, uk: Path) -> None:
+    flags = ["--prune_method", "wanda", "--calibration_data", uk]
+    for count in (3, 8):
+        run(trained, *flags, "--nsamples", count, save=f"{count}-out", saved=str(count))
+        assert results(f"{count}-out")["calibration"]["windows"] == count
+    assert not same("3", "8")
+
+
+def test_larger_batches_need_more_memory(trained: Path, uk: Path) -> None:
+    works = []
+    for size in (1, 64):
+        done = run(trained, "--eval_only", "--eval_data", uk, "--batch_size", size, saved=None)
+        [line] = [line for line in done.out.splitlines() if line.startswith("memory: about")]
+        works.append(line.partition("work ")[2])
+    assert works[0] != works[1]
+
+
+def test_the_blend_decides_how_much_of_earlier_errors_is_repaired(trained: Path, uk: Path) -> None:
+    flags = ["--prune_method", "admm", "--calibration_data", uk]
+    for name, more in (("whole", []), ("one", ["--blend", "1"]), ("none", ["--blend", "0"])):
+        run(trained, *flags, *more, saved=name)
+    assert same("whole", "one") and not same("whole", "none")
+
+
+def test_a_higher_rate_moves_weights_further(trained: Path, uk: Path) -> None:
+    flags = ["--prune_method", "wanda", "--calibration_data", uk]
+    run(trained, *flags, saved="pruned")
+    start, moved = load_file("pruned/model.safetensors"), []
+    for rate in ("0.0001", "0.001"):
+        run(trained, *flags, "--recover", "512", "--recover_rate", rate, saved=rate)
+        assert results()["recovery"]["rate"] == float(rate)
+        end = load_file(f"{rate}/model.safetensors")
+        moved.append(sum((end[name] - start[name]).norm().item() for name in start))
+    assert 5 < moved[1] / moved[0] < 15  # AdamW's steps are of about the rate
+
+
+def test_neurons_left_are_a_multiple(trained: Path, uk: Path) -> None:
+    flags = ["--prune_method", "wanda", "--calibration_data", uk, "--sparsity_type", "neurons"]
+    for multiple, left in ((8, 40), (16, 32)):  # of 64, near 0.6 of them
+        run(trained, *flags, "--sparsity_ratio", "0.4", "--neurons_multiple", multiple)
+        assert json.loads(Path("new/config.json").read_text())["intermediate_size"] == left
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two saved models have the same weights, bit for bit."""
+    tensors = (load_file(f"{name}/model.safetensors") for name in (one, other))
+    return all(map(torch.equal, *(found.values() for found in tensors)))
+
+
 REMOTE = """
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -116,9 +163,6 @@ class OddForCausalLM(LlamaForCausalLM):
 @pytest.fixture
 def remote(trained: Path, tmp_path: Path) -> Path:
     """The trained model with code of its own beside it, which doubles the logits."""
-    import json
-    import shutil
-
     folder = tmp_path / "odd"
     shutil.copytree(trained, folder)
     (folder / "modeling_odd.py").write_text(REMOTE)
@@ -132,9 +176,7 @@ def remote(trained: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_remote_code_runs_only_where_it_is_trusted(
-    remote: Path, trained: Path, uk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_remote_code_runs_only_where_it_is_trusted(remote: Path, trained: Path, uk: Path) -> None:
     flags = ["--eval_only", "--eval_data", uk]
     refused = call("--model", remote, *QUICK, *flags)
     assert refused.status == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 from safetensors.torch import load_file, save_file
-from support import QUICK, start
+from support import LIMIT, QUICK, start
 
 from lib.run.check import check
 from lib.run.code_digest import ROOT, code_digest, run_files
@@ -91,9 +91,8 @@ def test_every_flag_has_a_role_and_these_tests_know_it() -> None:
 
 
 def test_flags_that_change_the_result_and_only_these_change_the_fingerprint(
-    base: list[str], monkeypatch: pytest.MonkeyPatch
+    base: list[str], harness: None
 ) -> None:
-    monkeypatch.setattr("lib.quality.tasks.check_tasks", lambda *_: None)
     before = made_of(base)
     assert made_of(base) == before
     for name, value in OTHER.items():
@@ -267,7 +266,7 @@ def test_what_a_run_imports_is_among_its_files(tmp_path: Path) -> None:
     )
     argv = ["--model", "model", *BASE, "--calibration_data", "uk", "--save_model", "new"]
     process = start(["-c", code, *argv, "--recover", "64", "--replace_sparse_layers"], tmp_path)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
     used = {Path(line) for line in out.splitlines() if line.endswith(".py")}
     assert len(used) > 50 and used <= set(run_files(ROOT))

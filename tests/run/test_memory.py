@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -17,6 +19,7 @@ import torch
 from support import (
     ALONE,
     CPU,
+    LIMIT,
     QUICK,
     call,
     prune_,
@@ -45,7 +48,6 @@ from lib.model.pretrained import (
 )
 from lib.model.quantised import packed_linears
 from lib.model.shapes import PackedLinears, Workload, shapes
-from lib.packed import kernels
 from lib.pruning.by_error import allocation_bytes, by_error
 from lib.recover import Grid, Recoverer, TrainSchedule
 from lib.run import memory
@@ -123,9 +125,8 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-def test_packed_linears_take_what_was_said(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_linears_take_what_was_said(bits: int, without_kernels: None) -> None:
     """What stands of them exactly; what packing and unpacking take, no more than was said."""
-    monkeypatch.setattr(kernels, "ready", lambda: False)
     size = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=2, vocab_size=300)
     model, ids = tiny.tiny_llama(**size), windows(8, 32)
     prune_(model, "magnitude", ids=ids)
@@ -165,7 +166,6 @@ def test_tensors_of_a_recovery_take_what_was_said(
     saved: torch.dtype,
     checkpointed: bool,
     bits: int | None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within a quarter; the state that is kept for an interruption is on its way to the disk."""
     size = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, vocab_size=2000)
@@ -175,7 +175,6 @@ def test_tensors_of_a_recovery_take_what_was_said(
     runner = runner_of(model)
     prune_(runner, "magnitude")
     ids = windows(8, 32)
-    monkeypatch.setattr("lib.recover.LEAST", 4 * 32)  # two steps: AdamW begins in the first
     training = Training(rank, 4, False, checkpointed)
     need = needed(of(model, method_spec=None, training=training, saved=saved, pack_bits=bits))
     weights = packed_weights(runner.blocks, runner.name) if bits else {}
@@ -184,7 +183,9 @@ def test_tensors_of_a_recovery_take_what_was_said(
     there = [*model.parameters(), *model.buffers(), ids]
     with Alive(there) as alive:
         teacher = runner_of(fresh_copy(model))
-        known = runner, teacher, TrainSchedule(8 * 32, 32, 1e-3, rank), text, 4
+        # two steps: AdamW begins in the first
+        schedule = TrainSchedule(8 * 32, 32, 1e-3, rank, least=4 * 32)
+        known = runner, teacher, schedule, text, 4
         measure = lambda one, ids: perplexity(one, ids, 4).value  # noqa: E731
         more = dict(dist=ALONE, checkpointed=checkpointed, grids=grids)
         Recoverer(*known, measure, saved, **more).run()
@@ -285,11 +286,13 @@ def test_what_makes_it_grow_and_shrink() -> None:
     assert probed.hidden == (6 + 1) * 90 * 32 * 32 * 4
 
 
-def test_too_little_memory_on_the_host(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "available", lambda: 10**5)
-    monkeypatch.setattr("lib.model.pretrained.load_model", lambda *_, **__: pytest.fail("loaded"))
+def test_too_little_memory_on_the_host(place: Path, tmp_path: Path, no_weights: None) -> None:
+    vast = shutil.copytree(place / "tiny", tmp_path / "vast")
+    config = json.loads((vast / "config.json").read_text("utf-8"))
+    config["intermediate_size"] = 2**36  # 8 TiB of float32
+    (vast / "config.json").write_text(json.dumps(config), "utf-8")
     data = ["--calibration_data", place / "uk", "--eval_data", place / "uk"]
-    done = call("--model", place / "tiny", *QUICK, *data, "--prune_method", "wanda")
+    done = call("--model", vast, *QUICK, *data, "--prune_method", "wanda")
     assert done.status == 1
     (line,) = done.complaints
     assert line.startswith("error: --model: the run needs about ")
@@ -297,21 +300,17 @@ def test_too_little_memory_on_the_host(place: Path, monkeypatch: pytest.MonkeyPa
         assert way in line
 
 
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "CGROUP", tmp_path)
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("100\n")
-    assert host.available() > 10**6
+    assert host.available(tmp_path) > 10**6
     (tmp_path / "memory.max").write_text("5000\n")
-    assert host.available() == 4900
+    assert host.available(tmp_path) == 4900
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_files_that_a_container_has_read_do_not_count(
-    version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_a_container_has_read_do_not_count(version: int, tmp_path: Path) -> None:
     """Their pages go when memory is needed; those of shared memory do not."""
-    monkeypatch.setattr(host, "CGROUP", tmp_path)
     kinds = "anon 100\nfile 900\nshmem 200\ninactive_file 500\nactive_file 200\n"
     if version == 1:
         (tmp_path / "memory").mkdir()
@@ -321,7 +320,7 @@ def test_files_that_a_container_has_read_do_not_count(
         names = "memory.max", "memory.current", "memory.stat"
     for name, text in zip(names, ("5000\n", "1000\n", kinds), strict=True):
         (tmp_path / name).write_text(text)
-    assert host.available() == 4700 + 10 * (version == 1)
+    assert host.available(tmp_path) == 4700 + 10 * (version == 1)
 
 
 @pytest.fixture
@@ -439,7 +438,7 @@ def test_freed_activations_are_not_faulted_in_again(tmp_path: Path) -> None:
         "turn(); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
     plain, kept = (
-        int(start(["-c", code, *more], tmp_path).communicate(timeout=60)[0])
+        int(start(["-c", code, *more], tmp_path).communicate(timeout=LIMIT)[0])
         for more in ([], ["keep"])
     )
     assert kept < plain / 10

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, call
+from support import QUICK, call, raising
 
 from lib.methods.wanda import Wanda
 from lib.packed.linear import SparseLinear
-from lib.prune import Pruner
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -56,14 +55,10 @@ def test_a_linear_that_falls_short_is_named(
     assert ("0.5 was requested" if kind == "unstructured" else "groups are not 2:4") in line
 
 
-def test_a_lack_of_memory_is_one_line_with_a_way_out(
-    given: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_, **__) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr(Pruner, "run", full)
-    done = call(*given)
+def test_a_lack_of_memory_is_one_line_with_a_way_out(given: list) -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    with raising(full, "pruning"):
+        done = call(*given)
     assert done.status == 1
     [line] = [line for line in done.complaints if line.startswith("error: ")]
     assert "out of memory" in line and "--batch_size" in line

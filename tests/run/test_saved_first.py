@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import tiny
-from support import QUICK, ROOT, Done, call, results, start, weights
+from support import LIMIT, QUICK, ROOT, Done, call, full_disk, raising, results, start, weights
 
+import main
+from lib.util import command
 from lib.util.folders import locked_results
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -22,13 +26,6 @@ def given(tmp_path: Path) -> list[object]:
     return ["--model", model, *pruned, *QUICK]
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
-    def fails(*_, **__):
-        raise error
-
-    monkeypatch.setattr(name, fails)
-
-
 def check_saved(done: Done, *words: str) -> None:
     """The run failed in one line that holds the words and says where the pruned model is."""
     assert done.status == 1, done
@@ -38,112 +35,104 @@ def check_saved(done: Done, *words: str) -> None:
     assert sum(int((weight == 0).sum()) for weight in weights("new").values()) > 1000
 
 
-def test_a_log_that_can_not_be_written(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "lib.run.record.write_log", OSError(28, "No space left on device"))
-    check_saved(call(*given), "--save out", "No space left on device")
-    assert results()["perplexity"]
+@pytest.mark.parametrize("file", ["log_wanda.txt", "results.json"])
+def test_a_log_and_results_that_can_not_be_written(given: list, file: str) -> None:
+    Path("out", file).mkdir(parents=True)
+    check_saved(call(*given), "--save out", "directory")
+    if file == "log_wanda.txt":
+        assert results()["perplexity"]
 
 
-def test_results_that_can_not_be_written(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "lib.report.results.write_text", OSError(28, "No space left on device"))
-    check_saved(call(*given), "--save out", "No space left on device")
-
-
-def test_a_task_that_fails(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.quality.tasks.check_tasks", lambda *_: None)
-    failing(
-        monkeypatch, "lib.quality.tasks.run_tasks", ConnectionError("data set can't be downloaded")
-    )
-    done = call(*given, "--tasks", "arc_easy")
+def test_a_task_that_fails(given: list, harness: None) -> None:
+    with raising(ConnectionError("data set can't be downloaded"), "step tasks"):
+        done = call(*given, "--tasks", "arc_easy")
     check_saved(done, "--tasks arc_easy", "data set can't be downloaded")
     assert "Traceback" not in done.err
     assert results()["perplexity"]
 
 
-def test_a_picture_that_fails(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "lib.report.plots.recovery.recovery_curve", ValueError("no font"))
-    check_saved(call(*given, "--recover", "64"), "recovery.png", "no font")
+def test_a_picture_that_fails(given: list) -> None:
+    with raising(ValueError("no font"), "recovery.png"):
+        done = call(*given, "--recover", "64")
+    check_saved(done, "recovery.png", "no font")
     assert results()["recovery"]
 
 
-def test_a_summary_that_fails(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "lib.run.record.print_summary", ValueError("a defect"))
-    check_saved(call(*given), "a defect")
+@pytest.mark.parametrize("step", ["summary", "card"])
+def test_a_summary_or_card_that_fails(given: list, step: str) -> None:
+    with raising(KeyError("a defect"), step):
+        check_saved(call(*given), step, "a defect")
     assert results()["perplexity"]
 
 
-def test_a_card_that_fails(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "lib.run.card.model_card", KeyError("a defect"))
-    check_saved(call(*given), "card", "a defect")
-    assert results()["perplexity"]
-
-
-@pytest.mark.parametrize("step", ["evaluate", "pack"])
-def test_an_evaluation_that_fails(given: list, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    failing(monkeypatch, f"main.{step}", RuntimeError("out of registers"))
-    done = call(*given, *(["--replace_sparse_layers"] if step == "pack" else []))
+@pytest.mark.parametrize("event", ["pack", "step eval"])
+def test_an_evaluation_that_fails(given: list, event: str) -> None:
+    with raising(RuntimeError("out of registers"), event):
+        done = call(*given, *(["--replace_sparse_layers"] if event == "pack" else []))
     check_saved(done, "out of registers")
+    assert "Traceback" in done.err
     assert not Path("out/results.json").exists()
 
 
-def test_a_defect_keeps_its_traceback(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, "main.evaluate", RuntimeError("a defect"))
-    assert "Traceback" in call(*given).err
-
-
-def test_a_model_that_can_not_be_saved_keeps_its_blocks_and_figures(
-    given: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(monkeypatch, "lib.model.pretrained.save_model", OSError(28, "No space left on device"))
-    done = call(*given, "--resume", "blocks")
+def test_a_model_that_can_not_be_saved_keeps_its_blocks_and_figures(given: list) -> None:
+    with full_disk("step save"):
+        done = call(*given, "--resume", "blocks")
     assert done.status == 1 and len(done.complaints) == 1
     assert "--save_model new: can't be saved" in done.complaints[0]
     assert "saved in" not in done.complaints[0]
     assert results()["perplexity"] and Path("blocks/job.json").is_file()
 
 
-def test_a_step_that_fails_keeps_the_blocks_where_no_model_is_saved(
-    given: list, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    failing(monkeypatch, "lib.run.record.write_log", OSError(28, "No space left on device"))
+def test_a_step_that_fails_keeps_the_blocks_where_no_model_is_saved(given: list) -> None:
     saves = given.index("--save_model")
+    Path("out/log_wanda.txt").mkdir(parents=True)
     done = call(*given[:saves], *given[saves + 2 :], "--resume", "blocks")
     assert done.status == 1 and "saved in" not in done.complaints[-1]
     assert Path("blocks/job.json").is_file()
 
 
-@pytest.mark.parametrize("both", [False, True])
-def test_a_reader_that_has_gone(given: list, both: bool, tmp_path: Path) -> None:
-    process = start([str(ROOT / "main.py"), *map(str, given)], tmp_path)
+def test_a_reader_that_has_gone_from_a_terminal_without_the_letters(
+    given: list, tmp_path: Path
+) -> None:
+    argv = [str(ROOT / "main.py"), *map(str, given)]
+    process = start(argv, tmp_path, PYTHONIOENCODING="ascii:strict")
     process.stdout.readline()
     process.stdout.close()
-    if both:
-        process.stderr.close()
-    process.wait(timeout=240)
+    process.stderr.close()
+    assert process.wait(timeout=LIMIT) == 0
     assert weights("new") and results()["perplexity"]
-    assert process.returncode == 0
 
 
-@pytest.mark.parametrize("letters", ["ascii", "ascii:strict"])
-def test_a_terminal_without_the_letters(given: list, letters: str, tmp_path: Path) -> None:
-    argv = [str(ROOT / "main.py"), *map(str, given)]
-    process = start(argv, tmp_path, PYTHONIOENCODING=letters)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert "perplexity \\u0443\\u043a\\u0440: " in out
+def told(given: list, out: TextIO) -> None:
+    """Run main.py in this process with `out` as its terminal; it succeeds and saves."""
+    with redirect_stdout(out), redirect_stderr(out):
+        assert command.run(main.main, [str(part) for part in given]) == 0
     assert weights("new") and list(results()["perplexity"]) == ["укр"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1", "cp1252", "cp1251", "cp866"])
+def test_letters_that_a_terminal_lacks_are_escaped(given: list, encoding: str) -> None:
+    """As consoles of Windows, and logs in the C locale."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding, errors="strict", write_through=True)
+    told(given, out)
+    text = out.buffer.getvalue().decode(encoding)
+    assert f"perplexity {escaped('укр', encoding)}: " in text
+
+
+def escaped(text: str, encoding: str) -> str:
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
-def test_output_to_a_full_disk(given: list, tmp_path: Path) -> None:
-    code = (
-        "import os, sys; full = os.open('/dev/full', os.O_WRONLY); os.dup2(full, 1); "
-        "import main; from lib.util import command; sys.exit(command.run(main.main))"
-    )
-    process = start(["-c", code, *map(str, given)], tmp_path)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert json.loads(Path("new/config.json").read_text()) and results()["perplexity"]
+@pytest.mark.parametrize("goes", ["a full disk", "a reader that has gone"])
+def test_what_can_not_be_printed_stops_nothing(given: list, goes: str) -> None:
+    if goes == "a full disk":
+        end = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, end = os.pipe()
+        os.close(reader)
+    with suppress(OSError), os.fdopen(end, "w", encoding="utf-8", buffering=1) as out:
+        told(given, out)
 
 
 def test_results_that_no_run_wrote_are_not_replaced(given: list) -> None:

@@ -78,10 +78,8 @@ def test_these_sweeps_have_every_flag() -> None:
 
 @pytest.mark.parametrize("flags", SWEEPS.values(), ids=SWEEPS)
 def test_a_sweep_with_every_flag(
-    flags: dict[str, list[str]], argv: list[str], monkeypatch: pytest.MonkeyPatch
+    flags: dict[str, list[str]], argv: list[str], harness: None
 ) -> None:
-    monkeypatch.setattr("lib.quality.tasks.check_tasks", lambda *_: None)
-    monkeypatch.setattr("lib.quality.tasks.run_tasks", lambda *_, **__: {"arc_easy": {"acc": 0.5}})
     if "neurons_multiple" in flags:
         argv += ["--types", "neurons", "--ratios", "0.25"]
     passed = [*QUICK, *(word for name, value in flags.items() for word in (f"--{name}", *value))]

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from support import QUICK, ROOT, Done, call, content, results
+from support import QUICK, ROOT, Done, call, content, launched, results
 
-import lib.sweep.runs
-import main
 from lib.model import pretrained
 from lib.model.access import Checkpoint
 from lib.report.results import load_runs
 from lib.run import fingerprint
-from lib.run.completions import Completions
 from lib.sweep import languages
 from lib.sweep import sweep as command_of_sweep
 from lib.sweep.plan import plan
 from lib.util import command
+from lib.util.events import listening
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 WANDA = ["--methods", "wanda", "--types", "unstructured"]
@@ -51,31 +50,44 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loads() -> Iterator[list[str]]:
     """The models whose weights were read, in order."""
     seen: list[str] = []
-    original = pretrained.load_model
 
-    def load_model(checkpoint, *args, **kwargs):
-        seen.append(checkpoint.name)
-        return original(checkpoint, *args, **kwargs)
+    def listen(event: str, _: int) -> None:
+        if event.startswith("weights of "):
+            seen.append(event.removeprefix("weights of "))
 
-    monkeypatch.setattr(pretrained, "load_model", load_model)
-    return seen
+    with listening(listen):
+        yield seen
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The run folders that were worked on, in order, by their last part."""
+def runs() -> Iterator[list[str]]:
+    """The runs that were worked on, in order, without their model's name."""
     seen: list[str] = []
-    original = lib.sweep.runs.do
 
-    def do(run, *more):
-        seen.append(run.folder.name)
-        return original(run, *more)
+    def listen(event: str, _: int) -> None:
+        if event.startswith("run "):
+            seen.append(event.rpartition("/")[2])
 
-    monkeypatch.setattr(lib.sweep.runs, "do", do)
-    return seen
+    with listening(listen):
+        yield seen
+
+
+@contextmanager
+def failing(run: str, step: str, error: BaseException) -> Iterator[None]:
+    """Inside, a run fails at the beginning of a step."""
+    running = ""
+
+    def listen(event: str, _: int) -> None:
+        nonlocal running
+        running = event if event.startswith("run ") else running
+        if event == f"step {step}" and running == f"run {run}":
+            raise error
+
+    with listening(listen):
+        yield
 
 
 def sweep(*argv: object, main=command_of_sweep.main) -> Done:
@@ -195,21 +207,27 @@ def test_a_mistake_is_told_before_the_first_run(model, runs, argv, status, words
 # --- each run is as if alone
 
 
-@pytest.mark.parametrize(("checkpoint", "sets"), [("model", 2), ("bfloat16", 1)])
-def test_every_run_gives_what_main_gives(checkpoint, sets, request, texts, loads, tmp_path):
+@pytest.mark.parametrize(
+    ("checkpoint", "method", "kind", "sets"),
+    [("model", "wanda", "unstructured", 2), ("bfloat16", "sparsegpt", "2:4", 1)],
+)
+def test_every_run_gives_what_main_gives(
+    checkpoint, method, kind, sets, request, texts, loads, tmp_path
+):
     name = request.getfixturevalue(checkpoint)
     done = sweep(
-        *["--models", name, "--methods", "wanda", "sparsegpt", "magnitude"],
-        *["--types", "unstructured", "2:4", "--calibration", *texts[:sets]],
-        *["--eval_data", *texts, "--save_models", "--out", "runs", *PASSED],
+        *["--models", name, "--methods", method, "magnitude", "--types", kind],
+        *["--calibration", *texts[:sets], "--eval_data", *texts, "--save_models"],
+        *["--out", "runs", *PASSED, "--prompts", "1"],
     )
     assert done.status == 0, done
     assert loads == [str(name)]
     found = load_runs(["runs"])
-    assert len(found) == 3 + 4 * sets
+    assert len(found) == 2 + sets  # dense and magnitude read no text
     for index, run in enumerate(found):
         flags = run.results["flags"]
-        argv = ["--model", name, *QUICK, "--eval_data", *texts, "--save", tmp_path / f"s{index}"]
+        argv = ["--model", name, *QUICK, "--prompts", "1", "--eval_data", *texts]
+        argv += ["--save", tmp_path / f"s{index}"]
         if flags["eval_only"]:
             argv += ["--eval_only"]
         else:
@@ -256,16 +274,14 @@ def test_each_model_is_read_once(model, bfloat16, texts, loads):
     assert loads == [str(model), str(bfloat16)]
 
 
-def test_the_dense_model_generates_once(model, texts, monkeypatch):
-    calls = []
-    own = Completions._generate
-    monkeypatch.setattr(Completions, "_generate", lambda *args: calls.append(args) or own(*args))
+def test_the_dense_model_generates_once(model, texts, events):
     argv = ["--models", model, *WANDA, "--calibration", *texts, "--seeds", 0, 1]
-    assert sweep(*argv, *PASSED).status == 0
-    assert len(calls) == 5 + 1  # every run's own model, and the dense one beside the prunings
+    assert sweep(*argv, *PASSED, "--prompts", 1).status == 0
+    # every run's own model, and the dense one beside the prunings
+    assert events.count("step completions") == 5 + 1
     assert "### Completions: uk" in Path("runs/report.md").read_text("utf-8")
     assert sweep(*argv, *PASSED, "--prompts", 0).status == 0
-    assert len(calls) == 6  # nothing is done again for it
+    assert events.count("step completions") == 6  # nothing is done again for it
 
 
 def test_an_offloaded_model_is_read_by_every_run(model, texts, loads):
@@ -345,21 +361,13 @@ def test_results_of_other_packages_are_made_again_and_those_of_other_code_kept(
     assert len(runs) == 2 and "version of torch was" in done.out
 
 
-@pytest.mark.parametrize("step", ["prune", "evaluate", "save"])
-def test_goes_on_after_an_interruption(model, texts, runs, monkeypatch, step):
+@pytest.mark.parametrize("step", ["prune", "eval", "save"])
+def test_goes_on_after_an_interruption(model, texts, runs, step):
     argv = ["--models", model, "--methods", "wanda", "--types", "unstructured", "2:4"]
     argv += ["--calibration", texts[0], "--save_models", *PASSED]
-    original = getattr(main, step)
-
-    def stopped(job, *more, **named):
-        if job.args.sparsity_type == "2:4":
-            raise KeyboardInterrupt
-        return original(job, *more, **named)
-
-    monkeypatch.setattr(main, step, stopped)
-    done = sweep(*argv)
+    with failing("tiny/wanda-2of4-uk-seed0", step, KeyboardInterrupt()):
+        done = sweep(*argv)
     assert (done.status, done.complaints) == (130, ["interrupted"])
-    monkeypatch.setattr(main, step, original)
     runs.clear()
     done = sweep(*argv)
     assert done.status == 0 and runs == ["wanda-2of4-uk-seed0"]
@@ -390,19 +398,10 @@ def test_a_failure_is_recorded_and_does_not_stop_the_rest(model, texts, runs, tm
     assert not Path("runs/tiny/wanda-50-few-seed0/error.json").exists()
 
 
-def test_a_defect_in_one_run_shows_its_traceback_and_does_not_stop_the_rest(
-    model, texts, monkeypatch
-):
-    original = main.prune
-
-    def prune(job, loaded):
-        if job.args.seed == 0:
-            raise RuntimeError("a defect")
-        return original(job, loaded)
-
-    monkeypatch.setattr(main, "prune", prune)
+def test_a_defect_in_one_run_shows_its_traceback_and_does_not_stop_the_rest(model, texts):
     argv = ["--models", model, *WANDA, "--calibration", texts[0], "--seeds", 0, 1]
-    done = sweep(*argv, *PASSED)
+    with failing("tiny/wanda-50-uk-seed0", "prune", RuntimeError("a defect")):
+        done = sweep(*argv, *PASSED)
     assert done.status == 1 and "Traceback" in done.err
     failed = json.loads(Path("runs/tiny/wanda-50-uk-seed0/error.json").read_text("utf-8"))
     assert failed["error"] == "RuntimeError: a defect"
@@ -429,39 +428,33 @@ def test_results_that_can_not_be_checked_are_kept(model, texts, runs, tmp_path):
     }
 
 
-def test_a_run_that_fails_again_keeps_its_figures(model, texts, runs, monkeypatch):
+def test_a_run_that_fails_again_keeps_its_figures(model, texts, runs):
     argv = ["--models", model, *WANDA, "--calibration", texts[0]]
     assert sweep(*argv, *PASSED).status == 0
     folder = Path("runs/tiny/wanda-50-uk-seed0")
     before = results(folder)
-
-    def fails(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(main, "prune", fails)
-    done = sweep(*argv, *PASSED, "--nsamples", 9)
+    full = OSError(28, "No space left on device")
+    with failing("tiny/wanda-50-uk-seed0", "prune", full):
+        done = sweep(*argv, *PASSED, "--nsamples", 9)
     assert done.status == 1 and results(folder) == before
     assert "No space left" in json.loads((folder / "error.json").read_text("utf-8"))["error"]
     assert "| wanda" in done.out and "**Failed runs: 1**" in done.out
-    monkeypatch.undo()
     runs.clear()
     assert sweep(*argv, *PASSED, "--nsamples", 9).status == 0
     assert not (folder / "error.json").exists() and results(folder)["settings"]["nsamples"] == 9
 
 
-def test_a_model_that_changes_between_two_runs_is_read_again(model, texts, monkeypatch, tmp_path):
+def test_a_model_that_changes_between_two_runs_is_read_again(model, texts, tmp_path):
     folder = shutil.copytree(model, tmp_path / "changing")
     other = tiny.write_model(tmp_path / "other", tiny.tiny_llama(seed=5))
-    original = lib.sweep.runs.do
 
-    def do(run, *more):
-        done = original(run, *more)
-        shutil.copy(other / "model.safetensors", folder)
-        return done
+    def change(event: str, _: int) -> None:
+        if event == "run changing/wanda-50-uk-seed0":
+            shutil.copy(other / "model.safetensors", folder)
 
-    monkeypatch.setattr(lib.sweep.runs, "do", do)
     argv = ["--models", folder, *WANDA, "--calibration", texts[0]]
-    assert sweep(*argv, *PASSED).status == 0
+    with listening(change):
+        assert sweep(*argv, *PASSED).status == 0
     pruned = ["--prune_method", "wanda", "--calibration_data", texts[0], *QUICK]
     assert call("--model", other, *pruned).status == 0
     swept = results("runs/changing/wanda-50-uk-seed0")
@@ -484,32 +477,11 @@ def test_seeds_are_averaged_in_the_report_and_time_left_is_told(model, texts):
 # --- launch.sh, and languages compared
 
 
-def launch(*argv: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", str(ROOT / "launch.sh"), *map(str, argv)], capture_output=True, text=True
-    )
-
-
-def test_launch_alone_lists_everything():
-    done = launch()
-    assert done.returncode == 0 and not done.stderr
-    for name in "demo unstructured semistructured c4 dense sweep languages report unpack".split():
-        assert f"\n  {name} " in done.stdout
-    assert "\n  bench" in done.stdout
-
-
-@pytest.mark.parametrize("argv", [["nosuch"], ["dense"], ["unstructured", "--device", "cpu"]])
-def test_launch_refuses_in_one_line(argv):
-    done = launch(*argv)
-    assert done.returncode == 2 and not done.stdout
-    assert done.stderr.count("\n") == 1 and argv[0] in done.stderr
-
-
-def test_recipes_hand_on_their_flags(tmp_path, monkeypatch):
+def test_recipes_hand_on_their_flags(tmp_path):
     shown = tmp_path / "python"
     shown.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
     shown.chmod(0o755)
-    monkeypatch.setenv("PYTHON", str(shown))
+    by = partial(launched, folder=tmp_path, PYTHON=str(shown))
     recipes = {
         "unstructured": ["--prune_method", "sparsegpt"],
         "semistructured": [
@@ -520,16 +492,10 @@ def test_recipes_hand_on_their_flags(tmp_path, monkeypatch):
         "dense": ["--eval_only"],
     }
     for name, flags in recipes.items():
-        said = launch(name, "a model", "--seed", "1").stdout.splitlines()
+        said = by([name, "a model", "--seed", "1"]).splitlines()
         ends = ["--save", f"out/{name}", "--seed", "1"]
         assert said == [str(ROOT / "main.py"), "--model", "a model", *flags, *ends]
-    assert launch("sweep", "--models", "m").stdout.split() == [
-        "-P",
-        "-m",
-        "lib.sweep",
-        "--models",
-        "m",
-    ]
+    assert by(["sweep", "--models", "m"]).split() == "-P -m lib.sweep --models m".split()
 
 
 def test_languages_prunes_twice_for_each_and_compares(model, texts, runs):

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import start
+from support import LIMIT, start
 
 from lib.util import command
 from lib.util.errors import UserError
@@ -52,7 +52,7 @@ def test_printing_never_raises(encoding: str, tmp_path: Path) -> None:
         "sys.exit(command.run(main))"
     )
     process = start(["-c", code], tmp_path, PYTHONIOENCODING=encoding)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert out == rf"{escaped('тест')}: 1.5 GiB" + "\n"
     assert err == f"error: --save {escaped('тека')}: is a file\n"

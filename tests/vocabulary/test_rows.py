@@ -137,6 +137,13 @@ def test_refused() -> None:
     longer.lm_head = torch.nn.Linear(32, 384, bias=False)
     with pytest.raises(UserError, match="320 rows in its embedding, 384 in its head"):
         trimmable_rows(longer, Checkpoint("m"))
+    other = tiny.tiny_llama()
+    other.lm_head = torch.nn.Bilinear(8, 4, 320)
+    with pytest.raises(UserError, match="has an output head of the class Bilinear; the vocab"):
+        trimmable_rows(other, Checkpoint("m"))
+    other.model.embed_tokens = torch.nn.EmbeddingBag(320, 32)
+    with pytest.raises(UserError, match="has an embedding of the class EmbeddingBag; the vocab"):
+        trimmable_rows(other, Checkpoint("m"))
     packed = tiny.tiny_llama()
     packed.model.embed_tokens.weight = torch.nn.Parameter(
         torch.zeros(320, 32, dtype=torch.uint8), requires_grad=False

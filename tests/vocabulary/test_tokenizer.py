@@ -265,12 +265,12 @@ RECURSIVE = (
 
 
 @pytest.mark.parametrize("template", [NESTED, RECURSIVE])
-def test_a_chat_template_without_end_is_one_line(template: str, uk: Path, monkeypatch) -> None:
-    monkeypatch.setattr("lib.data.tokenizer.TEMPLATE_SECONDS", 0.2)
+def test_a_chat_template_without_end_is_one_line(template: str) -> None:
     tokenizer, tracer = kinds.byte_level(), sys.gettrace()
     tokenizer.chat_template = template
+    tokens = TrimmableTokenizer(tokenizer, "--model m")
     with pytest.raises(UserError, match="the chat template of --model m takes longer than 0.2"):
-        trimmed(tokenizer, uk)
+        tokens.template_ids(seconds=0.2)
     assert sys.gettrace() is tracer
 
 
@@ -333,6 +333,10 @@ def test_refused() -> None:
     ends = Tokenizer(models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
     with pytest.raises(UserError, match="BPE with end_of_word_suffix"):
         TrimmableTokenizer(PreTrainedTokenizerFast(tokenizer_object=ends), "--model m")
+
+    twice = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("a", -2.0)], 0))
+    with pytest.raises(UserError, match="one with duplicate tokens"):
+        TrimmableTokenizer(PreTrainedTokenizerFast(tokenizer_object=twice), "--model m")
 
     class Slow:
         is_fast = False

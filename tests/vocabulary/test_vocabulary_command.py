@@ -13,12 +13,16 @@ import pytest
 import tiny
 import torch
 from kinds import EN, UK
-from support import QUICK, ROOT, Done, call, results, start, weights
+from support import QUICK, Done, call, launched, results, weights
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ByT5Tokenizer,
+    PreTrainedTokenizerFast,
+)
 
 import lib.data.tokenizer
-import lib.model.pretrained
 from lib.report.results import load_runs
 from lib.report.write import report_csv, report_text
 from lib.sweep import sweep
@@ -113,27 +117,8 @@ def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
 
 
 def test_by_its_name(place: Path, tmp_path: Path) -> None:
-    shell = [
-        "-c",
-        "import os, sys; os.execvp('bash', sys.argv[1:])",
-        "bash",
-        str(ROOT / "launch.sh"),
-    ]
-    process = start(
-        [
-            *shell,
-            "vocabulary",
-            str(place / "model"),
-            "OUT",
-            "--vocabulary_data",
-            str(place / "uk"),
-            str(place / "en"),
-            *QUICK,
-        ],
-        tmp_path,
-    )
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
+    texts = ["--vocabulary_data", place / "uk", place / "en"]
+    out = launched(["vocabulary", place / "model", "OUT", *texts], tmp_path, *QUICK)
     assert "uk: all 9 test" in out and "en: all 9 test" in out
     assert (tmp_path / "OUT/tokenizer.json").exists()
     assert results(tmp_path / "out/vocabulary")["vocabulary"]["sources"] == [
@@ -183,6 +168,21 @@ def test_quantised_on_loading(tmp_path: Path) -> None:
     rows = results(tmp_path / "out")["vocabulary"]["rows"]
     assert len(weights(tmp_path / "model")[EMBEDDING]) == rows
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_a_size_is_kept_and_rare_tokens_go(alone: tuple[Done, Path], tmp_path: Path) -> None:
+    _, folder = alone
+    rows = results(folder / "out")["vocabulary"]["rows"]
+    argv = [*TRIM, "--vocabulary_data", "uk", "--save", tmp_path / "out"]
+    for flags, expected in (
+        (["--vocabulary_size", rows - 64], rows - 64),
+        (["--vocabulary_minimum", 10**6, "--vocabulary_size", rows - 64], rows - 64),
+        (["--vocabulary_minimum", 10**6], 320),  # bytes and special tokens
+    ):
+        done = call(*argv, *flags, "--save_model", tmp_path / "model")
+        assert done.status == 0, done.err
+        assert results(tmp_path / "out")["vocabulary"]["rows"] == expected
+        assert len(weights(tmp_path / "model")[EMBEDDING]) == expected
 
 
 def test_interrupted_and_the_same_bytes(place: Path, tmp_path: Path) -> None:
@@ -270,23 +270,21 @@ BAD = {
     "zero": (["--vocabulary_size", "0"], 2, "--vocabulary_size 0: must be at least 1"),
     "minimum": (["--vocabulary_minimum", "-1"], 2, "--vocabulary_minimum -1: must be at least 1"),
     "weight": (["--vocabulary_data", "uk=0.5"], 1, "--vocabulary_data uk: takes no weight"),
-    "teacherless": (["--model", "slow"], 1, "is a slow one (Slowly, without a tokenizer.json)"),
+    "teacherless": (
+        ["--model", "slow"],
+        1,
+        "is a slow one (ByT5Tokenizer, without a tokenizer",
+    ),
     "words": (["--model", "words"], 1, "the tokenizer of --model words is of the kind WordLevel"),
     "few rows": (["--model", "few"], 1, "but the embedding of --model few has 512 rows"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lib.model.pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
+def test_bad_input(case: str, place: Path, no_weights: None) -> None:
     argv, status, words = BAD[case]
     if "slow" in argv:
-        shutil.copytree(place / "model", place / "slow", dirs_exist_ok=True)
-        own = lib.model.pretrained.load_tokenizer
-        slow = type("Slowly", (), {"is_fast": False, "__call__": None})
-        monkeypatch.setattr(
-            lib.model.pretrained, "load_tokenizer", lambda *known: own(*known) and slow()
-        )
+        tiny.write_model("slow", tokenizer=ByT5Tokenizer())
     if "words" in argv:
         words_only = Tokenizer(models.WordLevel({"a": 0, "text": 1, "?": 2}, unk_token="?"))
         tiny.write_model("words", tokenizer=PreTrainedTokenizerFast(tokenizer_object=words_only))
@@ -328,7 +326,9 @@ def test_reserved_tokens_go_with_their_rows_and_a_flag_keeps_them(tmp_path: Path
     assert rows[True] - rows[False] in (64, 128)
 
 
-def test_a_text_that_reads_otherwise_stops_the_run(tmp_path: Path, monkeypatch) -> None:
+def test_a_text_that_reads_otherwise_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
     own = lib.data.tokenizer.TrimmableTokenizer.trimmed_json
 
     def broken(self, kept):
@@ -337,7 +337,6 @@ def test_a_text_that_reads_otherwise_stops_the_run(tmp_path: Path, monkeypatch) 
         return data
 
     monkeypatch.setattr(lib.data.tokenizer.TrimmableTokenizer, "trimmed_json", broken)
-    monkeypatch.setattr(lib.model.pretrained, "load_model", lambda *_, **__: pytest.fail("loaded"))
     found = call(*TRIM, "--vocabulary_data", "uk", "--save_model", tmp_path / "model")
     assert found.status == 1 and "decodes differently with the trimmed" in found.complaints[0]
     assert not (tmp_path / "model").exists()

@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str], known: Sequence[Step] = STEPS) -> None:
     args = build_parser().parse_args(argv)
     check_device(args.device, args.small)
     if args.model and not (Path(args.model) / "config.json").is_file():
@@ -96,8 +97,8 @@ def main(argv: list[str]) -> None:
     model = str(Path(args.model).absolute()) if args.model else None
     setting = {"device": args.device, "small": args.small, "model": model}
     results = Results(folder / "gpu.json", setting, args.resume)
-    steps = in_order(STEPS, results, args.only or [])
-    print(f"{len(steps)} of {len(STEPS)} checks, {args.minutes:g} minutes; {results.file}\n")
+    steps = in_order(known, results, args.only or [])
+    print(f"{len(steps)} of {len(known)} checks, {args.minutes:g} minutes; {results.file}\n")
     size = Size(args.small, str(folder / "made"), model)
 
     def told(number: int, step: Step, report: dict[str, Any], left: float) -> None:
@@ -107,8 +108,8 @@ def main(argv: list[str]) -> None:
         print(f"{line} {report['seconds']:6.1f} s  {clock}  {about}", flush=True)
 
     run_steps(steps, args.device, size, results, args.minutes, settings(args.device), told)
-    print("\n" + "\n".join(table(results)))
-    if all(results.of(step).get("result") in (DONE, "skipped") for step in STEPS):
+    print("\n" + "\n".join(table(results, known)))
+    if all(results.of(step).get("result") in (DONE, "skipped") for step in known):
         shutil.rmtree(size.work, ignore_errors=True)  # nothing is left to be done with it
     conclude(results)
 
@@ -147,11 +148,11 @@ def listed(figures: dict[str, Any]) -> str:
     return "; ".join(f"{name}: {value}" for name, value in figures.items())
 
 
-def table(results: Results) -> list[str]:
+def table(results: Results, steps: Sequence[Step]) -> list[str]:
     """Markdown: a row for each check, and for each case of those that have several."""
     rows = ["| check | result | s | figures, or why not |", "|---|---|---|---|"]
     known = results.known["steps"]
-    for step in (step for step in STEPS if step.name in known):
+    for step in (step for step in steps if step.name in known):
         report = known[step.name]
         cells = [step.name, report["result"], f"{report.get('seconds', 0):.0f}"]
         cases = report.get("figures", {})

@@ -197,6 +197,8 @@ def run_steps(
     minutes: float,
     settings: dict[str, str],
     told: Callable[[int, Step, dict[str, Any], float], None],
+    least_limit: float = LEAST_LIMIT,
+    longer: float = LONGER,
 ) -> None:
     """Run the steps in `minutes`; what no longer fits is noted as such.
 
@@ -213,7 +215,7 @@ def run_steps(
                 results.note(step, report)
         else:
             results.note(step, {"result": BEGUN, "reason": "the run was ended in it"})
-            limit = min(left, max(LEAST_LIMIT, LONGER * expected))
+            limit = min(left, max(least_limit, longer * expected))
             report = in_own_process(step, device, size, limit, settings)
             results.note(step, report)
         told(number, step, report, max(0.0, deadline - time.monotonic()))
