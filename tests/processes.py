@@ -16,7 +16,6 @@ from support import LIMIT, ROOT, Done, start
 
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
 ACCELERATE += ["--main_process_port", "0"]
-NOTICE_SECONDS = 2  # of the first process, to tell that another is gone; torchrun gives it 0.1
 
 
 class Worker:
@@ -94,7 +93,8 @@ def ended(workers: list[Worker]) -> list[Done]:
         failed = any(process.exitcode for process in left)
         left = [process for process in left if process.exitcode is None]
         if failed:
-            wait([workers[0].process.sentinel], NOTICE_SECONDS)  # where it tells that one is gone
+            # the first tells that another is gone, for which torchrun gives it 0.1 seconds
+            wait([workers[0].process.sentinel], LIMIT)
             for process in left:
                 process.terminate()
             break

@@ -13,7 +13,8 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,9 @@ CPU = torch.device("cpu")
 ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
 LIMIT = 600  # seconds after which a process that a test waits for hangs, on a busy machine too
+# how many times slower than a quiet machine this one may be: what tests wait for in vain, they wait
+# for so much longer
+PATIENCE = max(1, min(8, round(os.getloadavg()[0] / (os.cpu_count() or 1))))
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--prompts", "0"]
 
 
@@ -118,6 +122,14 @@ def start(code: list[str], folder: Path, **environment: str) -> subprocess.Popen
         text=True,
         preexec_fn=_hear_ctrl_c,
     )
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Until something is so that another process does; the test fails where it never comes."""
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.02)
 
 
 def _environment(folder: Path) -> dict[str, str]:

@@ -18,8 +18,6 @@ from lib.util import command
 from lib.util.errors import UserError
 from lib.util.events import listeners
 
-LONG_SECONDS = 4
-
 
 def work(
     commands: list[list[str]],
@@ -33,9 +31,9 @@ def work(
 
     `fault`, as `1:SIGKILL`, sends this process the signal when it comes to block 1, as
     `step 1:SIGKILL` when it comes to step 1 of the recovery, as `neurons 1:SIGKILL` to block 1
-    where whole neurons go. `1:long` makes it solve for
-    LONG_SECONDS there, `1:patient` expects others to; another word is raised as an error. What is
-    said goes to the files `out` and `err`.
+    where whole neurons go. `1:long 4` makes it solve for four
+    seconds there, `1:patient` expects others to; another word is raised as an error. What is said
+    goes to the files `out` and `err`.
     """
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
@@ -58,15 +56,21 @@ def _break_at(what: str, number: int, how: str, event: str, reports: int) -> Non
         return
     if how in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[how])
-    elif how == "long":
-        listeners.append(_solve_slowly)
+    elif how.startswith("long "):
+        listeners.append(_SlowSolve(float(how.removeprefix("long "))))
     elif how == "patient":
-        prune.SLOWEST = {"cpu": 1e4}  # costs of a second or more, in so small a model
+        prune.SLOWEST = {"cpu": 1e3}  # costs of ten seconds or more, in so small a model
     else:
         raise RuntimeError(how) if how == "defect" else UserError(how)
 
 
-def _solve_slowly(event: str, _: int) -> None:
-    if event.startswith("solve "):
-        listeners.remove(_solve_slowly)
-        time.sleep(LONG_SECONDS)
+class _SlowSolve:
+    """Makes the next solution, and no other, take some seconds more."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self, event: str, _: int) -> None:
+        if event.startswith("solve "):
+            listeners.remove(self)
+            time.sleep(self.seconds)

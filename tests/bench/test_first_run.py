@@ -7,14 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import ROOT
+from support import PATIENCE, ROOT, wait_until
 
 sys.path.insert(0, str(ROOT / "tests" / "bench" / "gpu"))
 
@@ -26,6 +25,7 @@ from steps import Results, Step, in_order, run_steps
 from lib.util import command
 from lib.util.errors import UserError
 
+LIMIT = 2 * PATIENCE  # seconds
 GOOD = Step("good", "tiny_steps:check_good", 1)
 BAD = Step("bad", "tiny_steps:check_bad", 1)
 ABSENT = Step("absent", "tiny_steps:check_absent", 1)
@@ -67,9 +67,9 @@ def run(
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """All steps, in turn, with a time-out of two seconds for those that take longer than that."""
+    """All steps, in turn, with a time-out of a few seconds for the one that hangs."""
     folder = tmp_path_factory.mktemp("steps")
-    return SimpleNamespace(folder=folder, reports=run(folder, ALL, least_limit=2, longer=2))
+    return SimpleNamespace(folder=folder, reports=run(folder, ALL, least_limit=LIMIT, longer=LIMIT))
 
 
 def test_every_step_has_a_report_whatever_happens(done: SimpleNamespace) -> None:
@@ -98,13 +98,9 @@ def test_a_failure_tells_its_reason_in_a_line_and_all_of_it_in_the_file(
 
 
 def test_what_hangs_is_ended_with_all_that_it_started(done: SimpleNamespace) -> None:
-    assert done.reports["hanging"]["reason"] == "ended after 2 s without an answer"
+    assert done.reports["hanging"]["reason"] == f"ended after {LIMIT} s without an answer"
     pid = int((done.folder / "pid").read_text("utf-8"))
-    for _ in range(50):  # its new parent buries it
-        if not alive(pid):
-            break
-        time.sleep(0.1)
-    assert not alive(pid)
+    wait_until(lambda: not alive(pid))  # its new parent buries it
 
 
 def alive(pid: int) -> bool:
@@ -158,20 +154,14 @@ def test_a_killed_runner_loses_nothing_and_takes_the_step_with_it(tmp_path: Path
     path = os.pathsep.join(map(str, steps.FOLDERS))
     code = [sys.executable, "-c", RUNNER, str(tmp_path)]
     process = subprocess.Popen(code, env=os.environ | {"PYTHONPATH": path})
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until((tmp_path / "pid").exists)
     (step,) = (pid for pid in steps.descendants(process.pid) if is_step(pid))
     process.send_signal(signal.SIGKILL)
     process.wait()
     os.kill(int((tmp_path / "pid").read_text("utf-8")), signal.SIGKILL)
     known = json.loads((tmp_path / "gpu.json").read_text("utf-8"))["steps"]
     assert known["good"]["result"] == "ok" and known["hanging"]["result"] == "begun"
-    for _ in range(50):
-        if not alive(step):
-            break
-        time.sleep(0.1)
-    assert not alive(step)
+    wait_until(lambda: not alive(step))
     assert in_order([GOOD, HANGING], Results(tmp_path / "gpu.json", {"device": "cpu"}, True), [])
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-import worker
 from jobs import BASE, flags
 from processes import ended, kept_port, launched, together
-from support import ROOT, Done, call, results
+from support import PATIENCE, ROOT, Done, call, results
 
 from lib.distributed.context import DistContext
 from lib.util import command, launch
@@ -24,6 +23,8 @@ from lib.util.errors import UserError
 from lib.util.folders import staged_folder
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TIMEOUT = f"{0.05 * PATIENCE:g}"  # minutes
+LONG = 4 * PATIENCE  # seconds, longer than that
 SECOND_IS_GONE = r"error: process 0 of \d: process 1 is gone \(.*\); all end, and the first to .*"
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -65,12 +66,13 @@ def test_without_a_launcher_the_others_end_by_themselves(place: Path, tmp_path: 
 
 
 def test_a_stopped_process_ends_the_others(place: Path, tmp_path: Path) -> None:
-    argv = [*flags("wanda", tmp_path), "--timeout", "0.05"]
+    argv = [*flags("wanda", tmp_path), "--timeout", TIMEOUT]
     first, second = together(2, [argv], place, {1: "1:SIGSTOP"})
     done = first.end()
     assert done.status == FAILED
     assert done.complaints == [
-        "error: process 0 of 2: process 1 did not answer; it hangs, or --timeout 0.05 is too short"
+        f"error: process 0 of 2: process 1 did not answer; it hangs, or --timeout {TIMEOUT} is too "
+        "short"
     ]
     second.process.terminate()
     os.kill(second.process.pid, signal.SIGCONT)
@@ -80,10 +82,10 @@ def test_a_stopped_process_ends_the_others(place: Path, tmp_path: Path) -> None:
 
 
 def test_a_long_solve_is_waited_for(place: Path, tmp_path: Path) -> None:
-    argv = [*flags("wanda", tmp_path), "--timeout", "0.05"]
-    done = ended(together(2, [argv], place, {0: "1:long", 1: "1:patient"}))
+    argv = [*flags("wanda", tmp_path), "--timeout", TIMEOUT]
+    done = ended(together(2, [argv], place, {0: f"1:long {LONG}", 1: "1:patient"}))
     assert [one.status for one in done] == [0, 0], complaints(done)
-    assert results(tmp_path / "wanda" / "run")["seconds"]["prune"] > worker.LONG_SECONDS
+    assert results(tmp_path / "wanda" / "run")["seconds"]["prune"] > LONG
 
 
 @pytest.mark.parametrize("rank", [0, 1])

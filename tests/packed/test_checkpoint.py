@@ -1,13 +1,12 @@
 """Packed checkpoints: saved, sharded, loaded in fresh processes, damaged, and unpacked again."""
 
 import json
-import time
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from support import start
+from support import start, wait_until
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -404,9 +403,7 @@ def test_killed_unpack_leaves_nothing_behind(folders, tmp_path):
         "unpack_folder(sys.argv[1], sys.argv[2])\n"
     )
     process = start(["-c", code, str(folders[1]), str(out), str(ready)], tmp_path)
-    deadline = time.monotonic() + 120
-    while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: ready.exists() or process.poll() is not None)
     process.kill()
     process.communicate()
     assert ready.exists() and not out.exists()
