@@ -83,7 +83,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package in place of lm-eval that knows one task, see harness.py."""
+    """A package in place of lm-eval that knows two tasks, see harness.py."""
     from harness import installed
 
     yield from installed(monkeypatch)

@@ -99,7 +99,7 @@ def test_dense_measures_a_model_of_the_cache_while_the_hub_refuses(
         hub.status = None
     found, pruned = results("out/dense"), results("out/unstructured")
     assert found["method"] == "dense" and found["sparsity"]["overall"] < 0.01
-    assert found["perplexity"]["uk"] < 0.9 * pruned["perplexity"]["ubertext"]  # of the same text
+    assert found["perplexity"]["uk"] < pruned["perplexity"]["ubertext"]  # of the same text
 
 
 def test_c4_calibrates_on_english_and_measures_on_ubertext(hub: Hub, place: Path) -> None:

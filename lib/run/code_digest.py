@@ -89,7 +89,8 @@ def _code_text(file: Path) -> str:
         lines = C_COMMENT.sub("", file.read_text("utf-8")).splitlines()
         return "\n".join(line.strip() for line in lines if line.strip())
     # optimize=2 leaves docstrings out
-    return _instructions(compile(_parsed(file), "", "exec", dont_inherit=True, optimize=2))
+    text = file.read_text("utf-8")
+    return _instructions(compile(text, "", "exec", dont_inherit=True, optimize=2))
 
 
 def _instructions(code: CodeType) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import LIMIT, QUICK, start
 
 from lib.run.check import check
-from lib.run.code_digest import ROOT, code_digest, run_files
+from lib.run.code_digest import ROOT, code_digest, files_digest, run_files
 from lib.run.fingerprint import CODE, differences
 from lib.run.flag import INPUT, PLACE, RESULT, SHOWN, SPEED
 from lib.run.flags import FLAGS, build_parser, settings
@@ -223,34 +224,42 @@ def digest_of(root: Path) -> str:
     return code_digest(root)
 
 
+@pytest.fixture(scope="module")
+def before(program: Path) -> str:
+    return digest_of(program)
+
+
 COUNTS = "main.py lib/run/check.py lib/methods/wanda.py lib/packed/kernels.cpp lib/util/files.py"
 
 
-@pytest.mark.parametrize("name", COUNTS.split())
-def test_code_that_a_run_uses_counts(name: str, program: Path) -> None:
-    before, file = digest_of(program), program / name
-    text = file.read_text("utf-8")
-    file.write_text(text + ("\nint more;\n" if file.suffix == ".cpp" else "\nmore = 1\n"), "utf-8")
-    assert digest_of(program) != before
-    file.write_text(text, "utf-8")
-    assert digest_of(program) == before
+def with_more_code(text: str, suffix: str) -> str:
+    return text + ("\nint more;\n" if suffix == ".cpp" else "\nmore = 1\n")
 
 
-@pytest.mark.parametrize("name", COUNTS.split())
-def test_what_code_says_of_itself_does_not_count(name: str, program: Path) -> None:
-    before, file = digest_of(program), program / name
-    text = file.read_text("utf-8")
-    if file.suffix == ".cpp":
-        changed = "// a remark\n/* and another\n*/\n\n" + text
-    else:
-        changed = text.replace('"""', '"""Said otherwise. ', 1) + "\n\n# a remark\n"
-    file.write_text(changed, "utf-8")
-    assert changed != text and digest_of(program) == before
-    file.write_text(text, "utf-8")
+def with_remarks(text: str, suffix: str) -> str:
+    if suffix == ".cpp":
+        return "// a remark\n/* and another\n*/\n\n" + text
+    return text.replace('"""', '"""Said otherwise. ', 1) + "\n\n# a remark\n"
 
 
-def test_code_that_no_run_uses_does_not_count(program: Path) -> None:
-    before = digest_of(program)
+@pytest.mark.parametrize("change", [with_more_code, with_remarks])
+def test_code_that_a_run_uses_counts_and_what_it_says_of_itself_does_not(
+    change: Callable[[str, str], str], program: Path, before: str
+) -> None:
+    files = [program / name for name in COUNTS.split()]
+    assert set(files) <= set(run_files(program))
+    texts = {file: file.read_text("utf-8") for file in files}
+    for file, text in texts.items():
+        one = files_digest([file])
+        file.write_text(change(text, file.suffix), "utf-8")
+        assert file.read_text("utf-8") != text
+        assert (files_digest([file]) != one) == (change is with_more_code), file
+    assert (digest_of(program) != before) == (change is with_more_code)
+    for file, text in texts.items():
+        file.write_text(text, "utf-8")
+
+
+def test_code_that_no_run_uses_does_not_count(program: Path, before: str) -> None:
     for name in ("report/report.py", "data/ubertext.py", "sweep/runs.py", "demo/demo.py"):
         (program / "lib" / name).write_text("more = 1\n", "utf-8")
     assert digest_of(program) == before

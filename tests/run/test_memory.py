@@ -124,9 +124,17 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
     assert covers(need.total, taken), need.total / taken
 
 
-@pytest.mark.parametrize("bits", [16, 8])
-def test_packed_linears_take_what_was_said(bits: int, without_kernels: None) -> None:
-    """What stands of them exactly; what packing and unpacking take, no more than was said."""
+@pytest.mark.parametrize(
+    ("bits", "packing", "unpacking"), [(16, 2.68, 1.58), (8, 2.25, 1.79), (4, 1.71, 1.51)]
+)
+def test_packed_linears_take_what_was_said(
+    bits: int, packing: float, unpacking: float, without_kernels: None
+) -> None:
+    """What stands of them exactly; what packing and unpacking take, no more than was said.
+
+    What is said is `packing` and `unpacking` times what this model takes, within a tenth: dense
+    values are counted where kept ones are packed, and scratch tensors as if all were there at once.
+    """
     size = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=2, vocab_size=300)
     model, ids = tiny.tiny_llama(**size), windows(8, 32)
     prune_(model, "magnitude", ids=ids)
@@ -135,15 +143,14 @@ def test_packed_linears_take_what_was_said(bits: int, without_kernels: None) -> 
         swap_linears_(model, decoder_blocks(model)[1], bits=bits)
     packed = PackedLinears.of(*packed_linears(model.config))
     standing = packed.nbytes(4)
-    assert (
-        alive.most - standing <= sum(packing_bytes(plan.load, bits)) <= 4 * (alive.most - standing)
-    )
+    said = sum(packing_bytes(plan.load, bits))
+    assert said / (alive.most - standing) == pytest.approx(packing, rel=0.1)
     need = needed(of(model, method_spec=None, packed=packed))
     buffers = sum(one.nbytes for name, one in model.named_buffers() if "inv_freq" in name)
     assert need.weights == footprint(model) - buffers
     with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
         perplexity(runner_of(model), ids[:4], 4)
-    assert alive.most <= need.hidden + need.work <= 3 * alive.most
+    assert (need.hidden + need.work) / alive.most == pytest.approx(unpacking, rel=0.1)
 
 
 @pytest.mark.parametrize(
