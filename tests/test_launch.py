@@ -165,15 +165,15 @@ def test_report_has_a_row_for_each_run(pruned_twice: str, place: Path) -> None:
     said = launched(["report", "languages", "--out", "told"], place)
     assert said.count("\n| wanda ") == 2 and said.count("\n| dense ") == 1
     assert said.strip() in Path("told/report.md").read_text("utf-8")
-    assert Path("told/report.csv").read_text("utf-8").count("\n") == 1 + 5
+    assert Path("told/report.csv").read_text("utf-8").count("\n") == 1 + 3 * 2
 
 
 def test_sweep_runs_what_is_asked_for(place: Path) -> None:
-    argv = ["sweep", "--models", "model", "--methods", "magnitude", "--types", "2:4", "4:8"]
+    argv = ["sweep", "--models", "model", "--methods", "magnitude", "--types", "2:4"]
     said = launched([*argv, "--calibration", "uk"], place, "--", *QUICK)
     names = {file.parent.name for file in Path("runs").rglob("results.json")}
-    assert names == {"dense", "magnitude-2of4", "magnitude-4of8"}
-    assert said.count("\n| magnitude ") == 2 and "3 runs, 0 of them finished before" in said
+    assert names == {"dense", "magnitude-2of4"}
+    assert said.count("\n| magnitude ") == 1 and "2 runs, 0 of them finished before" in said
 
 
 # --- benchmarks
@@ -193,13 +193,11 @@ def test_bench_sparse_splits_the_time_of_a_token(place: Path) -> None:
 
 
 def test_gpu_checks_what_a_cpu_can_do(place: Path) -> None:
-    argv = ["gpu", "--device", "cpu", "--small", "--only", "machine", "masks", "--save", "gpu"]
+    argv = ["gpu", "--device", "cpu", "--small", "--only", "masks", "--save", "gpu"]
     said = launched(argv, place)
-    report = json.loads(Path("gpu/gpu.json").read_text("utf-8"))["steps"]
-    assert {name: one["result"] for name, one in report.items()} == dict.fromkeys(
-        ("machine", "masks"), "done"
-    )
-    assert "| masks | done |" in said
+    report = json.loads(Path("gpu/gpu.json").read_text("utf-8"))["steps"]["masks"]
+    assert report["result"] == "ok" and report["figures"]
+    assert "| masks | ok |" in said
 
 
 # --- the list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from lib import prune
 from lib.util import command
 from lib.util.errors import UserError
 from lib.util.events import listeners
+
+gc.freeze()  # in processes that fork off, what is imported is not looked through for garbage
 
 
 def work(

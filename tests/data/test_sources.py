@@ -358,7 +358,8 @@ def test_a_set_without_test_is_parted(hub):
     hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
     check_source(source, "train")
     assert "holds 1100 rows, of which the first 1100 are the test" in message(read, source)
-    hub.sets[("owner/name", "x")] = {"train": {"text": []}}
+    nothing = datasets.IterableDataset.from_generator(lambda: iter([]))
+    hub.sets[("owner/name", "x")] = {"train": nothing}
     assert "holds 0 rows" in message(check_source, source, "train")
 
 

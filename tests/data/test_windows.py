@@ -236,7 +236,7 @@ def test_stream_reads_no_more_than_it_needs(hub, tokenizer, monkeypatch):
                 read.append(1)
                 yield {"text": sentences(1)[0]}
 
-    hub.sets[("owner/name",)] = {"train": Endless(), "test": {"text": []}}
+    hub.sets[("owner/name",)] = {"train": Endless(), "test": {"text": ["a"]}}
     sources = [parse_source("owner/name", FLAG)]
     data.calibration_windows(sources, tokenizer, 5, SEQLEN, 0)
     assert len(read) == data.BUFFER + 6

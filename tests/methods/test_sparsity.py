@@ -77,6 +77,7 @@ def test_n_of_m(n, m, ties):
     groups = score.view(-1, m).tolist()
     expected = torch.tensor([by_sorting(group, n) for group in groups]).view(9, 24)
     assert torch.equal(n_of_m(score, n, m), expected)
+    assert torch.equal(Sparsity(n / m, n, m).mask(score), expected)
     first = score.view(-1, m).T  # (m, groups)
     assert torch.equal(n_of_first(first, n), expected.view(-1, m).T)
 

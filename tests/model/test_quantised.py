@@ -168,7 +168,7 @@ def test_a_quantised_model_is_neither_recovered_nor_a_teacher_nor_compared(
     (line,) = prune("model", tmp_path / "run", "--teacher", quantised, *recover).complaints
     assert line == f"error: --teacher {quantised}: is quantised; name the unquantised model"
     if stored_bits(loaded.config) == "4":
-        with pytest.raises(UserError, match="q_proj.weight is stored in 4 bits, where zeros can't"):
+        with pytest.raises(UserError, match="proj.weight is stored in 4 bits, where zeros can't"):
             compare_masks([quantised, quantised])
 
 

@@ -176,7 +176,6 @@ def test_a_size_is_kept_and_rare_tokens_go(alone: tuple[Done, Path], tmp_path: P
     argv = [*TRIM, "--vocabulary_data", "uk", "--save", tmp_path / "out"]
     for flags, expected in (
         (["--vocabulary_size", rows - 64], rows - 64),
-        (["--vocabulary_minimum", 10**6, "--vocabulary_size", rows - 64], rows - 64),
         (["--vocabulary_minimum", 10**6], 320),  # bytes and special tokens
     ):
         done = call(*argv, *flags, "--save_model", tmp_path / "model")

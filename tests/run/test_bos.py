@@ -1,0 +1,58 @@
+"""What `--bos auto` measures: perplexity that is 1.5 times as high without BOS, and not less."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from support import runner_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from lib import eval as measuring
+
+BOS = 0
+
+
+@pytest.fixture(scope="module")
+def windows() -> Tensor:
+    tokenizer = tiny.tiny_tokenizer(add_bos=False)
+    ids = tokenizer(" ".join(tiny.sentences(20, seed=3)), return_tensors="pt").input_ids[0]
+    return ids[: 4 * 32].view(4, 32)
+
+
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1]
+    return math.exp(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def ratio(model: nn.Module, windows: Tensor) -> float:
+    """Perplexity of bare windows over that of the same ones after BOS, by whole forward passes."""
+    begun = torch.cat([torch.full((4, 1), BOS), windows[:, :-1]], 1)
+    return perplexity(model, windows) / perplexity(model, begun)
+
+
+@pytest.mark.parametrize(("wanted", "needs"), [(1.35, False), (1.45, False), (1.55, True)])
+def test_a_model_needs_bos_from_one_and_a_half_times_the_perplexity_on(
+    wanted: float, needs: bool, model: nn.Module, windows: Tensor
+) -> None:
+    embedding = model.get_input_embeddings().weight.data
+    whole, other = embedding[BOS].clone(), embedding[3:].mean(0)
+    low, high = 0.0, 1.0  # how much of BOS is left: the less, the less it helps
+    for _ in range(30):
+        share = (low + high) / 2
+        embedding[BOS] = other + share * (whole - other)
+        low, high = (share, high) if ratio(model, windows) < wanted else (low, share)
+    assert ratio(model, windows) == pytest.approx(wanted, rel=1e-3)
+    assert measuring.needs_bos(runner_of(model), windows, BOS) == needs
+
+
+@pytest.fixture
+def model(needs_bos: Path) -> nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(needs_bos, dtype=torch.float32).eval()
+    return model.requires_grad_(False)
