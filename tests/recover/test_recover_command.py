@@ -10,7 +10,7 @@ import processes
 import pytest
 import tiny
 import torch
-from support import QUICK, ROOT, Done, call, results, weights
+from support import QUICK, Done, call, results, weights
 from transformers import AutoModelForCausalLM
 
 from lib.report.results import load_runs
@@ -210,14 +210,6 @@ def test_two_processes_as_one(done: tuple[Done, Path], place: Path, tmp_path: Pa
     assert (first.status, second.status) == (0, 0), first.err + second.err
     said = [line for line in second.out.splitlines() if not line.startswith("[Gloo]")]
     assert (said, second.err) == ([], "")  # older releases of torch tell who is connected
-    _same_course(results(folder / "out"), results(tmp_path / "out"))
-
-
-def test_accelerate_launch(done: tuple[Done, Path], place: Path, tmp_path: Path) -> None:
-    _, folder = done
-    argv = [*BASE, *PRUNE, *RECOVER, "--save", tmp_path / "out"]
-    found = processes.launched([*processes.ACCELERATE, ROOT / "main.py", *argv], place)
-    assert found.status == 0, found.err
     _same_course(results(folder / "out"), results(tmp_path / "out"))
 
 

@@ -267,7 +267,7 @@ def test_killed_and_the_same_bytes(place: Path, tmp_path: Path) -> None:
     argv = ["--model", "model", *BASE, *PRUNE, *RECOVER]
     assert call(*argv, *packing(4, tmp_path / "whole")).status == 0
     argv += [*packing(4, tmp_path / "again"), "--resume", tmp_path / "kept"]
-    assert processes.run(argv, place, "step 33:SIGKILL").status == -signal.SIGKILL
+    assert processes.run(argv, place, "step 17:SIGKILL").status == -signal.SIGKILL
     assert (tmp_path / "kept/recovery.safetensors").exists()
     found = call(*argv)
     assert found.status == 0, found.err
