@@ -53,9 +53,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
-from lib.methods.damping import cholesky, rising
+from lib.methods.damping import cholesky, inverse_, rising
 from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
-from lib.methods.obs import choose_rows, solve_rows
+from lib.methods.obs import choose_rows, removal_bytes, solve_rows
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, threshold
 from lib.util.errors import UserError
 
@@ -143,6 +143,15 @@ class Admm(PruningMethod):
         # A and its inverse; W S or T, B, U - Z, what B has in V, masks, and parts of Z and |T|
         return sums, 2 * self.hessian.nbytes + 8 * row * sum(rows)
 
+    def removal_bytes_needed(self, outputs: int, kept: int) -> tuple[int, int]:
+        square, matrix = self.hessian.nbytes, self.hessian[0].nbytes * outputs
+        if not self.blend:
+            return square, removal_bytes(len(self.hessian), outputs, kept)
+        # with A and its inverse beside the sums: F until B holds it; or G to the end, which is
+        # known once the first batch is seen
+        later = square + matrix + removal_bytes(len(self.hessian), outputs, kept)
+        return 2 * square, max(4 * square, later) - 2 * square
+
     def prune_(
         self,
         weights: Sequence[Tensor],
@@ -173,10 +182,12 @@ class Admm(PruningMethod):
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Remove columns stage by stage (lib/methods/obs.py) from the minimum of (1)."""
-        problem = self._problem([weight])
-        inverse = torch.cholesky_inverse(cholesky(problem.hessian))
-        kept = choose_rows(inverse @ problem.target, inverse, count)
-        solution = solve_rows(problem.hessian, problem.target, kept) / problem.scale[kept]
+        _, target, hessian, scale, _ = self._problem([weight])
+        self.input_error_gram = None  # B holds it
+        inverse = inverse_(cholesky(hessian))
+        kept = choose_rows(inverse @ target, inverse, count)
+        del inverse
+        solution = solve_rows(hessian, target, kept).div_(scale[kept])
         weight.zero_()[:, kept] = solution.T
         return kept
 
@@ -187,12 +198,15 @@ class Admm(PruningMethod):
             share = self.damping * len(self.hessian) / self.tokens
             hessian, unexplained, scale, dead = scaled(self.hessian, share)
         across = scale[:, None]
-        start = torch.cat([weight.T for weight in weights], 1).mul_(across)
-        target = hessian @ start
+        start = torch.cat([weight.T for weight in weights], 1)
+        error = None  # what a multiplies in B
         if self.residual_error_gram is not None:
-            target.add_(self.residual_error_gram.T / across, alpha=self.blend)
+            error = self.residual_error_gram.T / across
         elif self.input_error_gram is not None:
-            target.addmm_((self.input_error_gram / scale / across).T, start, alpha=self.blend)
+            error = (self.input_error_gram.T @ start).div_(across)
+        target = hessian @ start.mul_(across)
+        if error is not None:
+            target.add_(error, alpha=self.blend)
         start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
         target[dead] = 0
         return Problem(start, target, hessian, across, unexplained)
@@ -246,7 +260,7 @@ def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
         added, factor = floor, cholesky(hessian)
         if factor is not None:
             break
-    unexplained = (1 / torch.cholesky_inverse(factor).diagonal()).mean().item()
+    unexplained = (1 / inverse_(factor).diagonal()).mean().item()
     hessian.diagonal().add_(share * unexplained)
     return hessian, (1 + share) * unexplained, scale, dead
 
@@ -353,7 +367,7 @@ def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
     del stiff
     if factor is None:  # it could be without rho: what is not finite
         raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
-    return torch.cholesky_inverse(factor)
+    return inverse_(factor)
 
 
 def conjugate_gradients_(

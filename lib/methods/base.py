@@ -52,6 +52,10 @@ class PruningMethod:
         sums = sum(statistic.nbytes for statistic in self.statistics())
         return sums, choosing_bytes(self.width * max(rows))
 
+    def removal_bytes_needed(self, outputs: int, kept: int) -> tuple[int, int]:
+        """Bytes of the statistics, and beside them for `remove_neurons_` of a matrix (out, in)."""
+        return sum(statistic.nbytes for statistic in self.statistics()), 0
+
     def prune_(
         self,
         weights: Sequence[Tensor],
@@ -69,6 +73,7 @@ class PruningMethod:
         """Zero whole columns of a down projection (out, in) in place, until `count` are left.
 
         `gains` (in,): the product of the norms of the rows that make each neuron. Methods that
-        repair change the columns that stay. Returns their indices (count,) in rising order.
+        repair change the columns that stay, and may drop statistics on the way: it is called once.
+        Returns the indices of these columns (count,) in rising order.
         """
         raise NotImplementedError

@@ -46,3 +46,8 @@ def cholesky(matrix: Tensor) -> Tensor | None:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     # what is not finite in a row reaches the diagonal
     return None if failed.any() | ~factor.diagonal().isfinite().all() else factor
+
+
+def inverse_(factor: Tensor) -> Tensor:
+    """(L L^T)^-1 (n, n) in the memory of a `factor` L that `cholesky` has returned."""
+    return torch.cholesky_inverse(factor, out=factor)

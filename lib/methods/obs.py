@@ -17,6 +17,7 @@ from lib.methods.damping import cholesky
 from lib.util.errors import UserError
 
 STAGE = 16  # rows that go at a time
+FLOAT = 4  # bytes
 
 
 @torch.no_grad()
@@ -29,12 +30,12 @@ def choose_rows(solution: Tensor, inverse: Tensor, count: int, stage: int = STAG
     removed = torch.zeros(len(solution), dtype=torch.bool, device=solution.device)
     left = len(solution) - count
     while left:
-        score = solution.square().sum(1) / inverse.diagonal().clamp_min(tiny)
+        score = solution.norm(dim=1).square_() / inverse.diagonal().clamp_min(tiny)
         score[removed] = torch.inf
         rows = score.argsort(stable=True)[: min(stage, left)].sort().values
         columns, own = inverse[:, rows].clone(), inverse[rows[:, None], rows]
-        solution.sub_(columns @ torch.linalg.solve(own, solution[rows]))
-        inverse.sub_(columns @ torch.linalg.solve(own, columns.T))
+        solution.addmm_(columns, torch.linalg.solve(own, solution[rows]), alpha=-1)
+        inverse.addmm_(columns, torch.linalg.solve(own, columns.T), alpha=-1)
         removed[rows] = True
         left -= len(rows)
     return (~removed).nonzero().flatten()
@@ -49,6 +50,17 @@ def solve_rows(hessian: Tensor, target: Tensor, kept: Tensor) -> Tensor:
     if factor is None:
         raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
     return torch.cholesky_solve(target[kept], factor)
+
+
+def removal_bytes(width: int, outputs: int, kept: int) -> int:
+    """Bytes at the peak of choosing among `width` rows and solving for `kept` of them, in float32.
+
+    Q and B have `outputs` columns; A is among the bytes, what it is made of is not.
+    """
+    square, matrix = width * width, width * outputs
+    choosing = 2 * square + 2 * matrix  # A and its inverse, Q and B
+    solving = square + 2 * kept * kept + 2 * matrix  # A, its part and that one's factor, B and Q
+    return FLOAT * max(choosing, solving)
 
 
 def keep_lowest_loss(score: Tensor, count: int) -> Tensor:

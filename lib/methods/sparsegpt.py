@@ -42,9 +42,9 @@ from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
 from lib.methods.column_loop import column_loop
-from lib.methods.damping import cholesky, rising
+from lib.methods.damping import cholesky, inverse_, rising
 from lib.methods.gram import add_upper_gram_, mirror_
-from lib.methods.obs import choose_rows, solve_rows
+from lib.methods.obs import choose_rows, removal_bytes, solve_rows
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
@@ -89,6 +89,9 @@ class SparseGPT(PruningMethod):
         solving = size * (width * outputs + block * (5 * outputs + block))
         return sums, sums + max(sums, solving)
 
+    def removal_bytes_needed(self, outputs: int, kept: int) -> tuple[int, int]:
+        return self.hessian.nbytes, removal_bytes(len(self.hessian), outputs, kept)
+
     def prune_(
         self,
         weights: Sequence[Tensor],
@@ -132,7 +135,8 @@ class SparseGPT(PruningMethod):
             added, factor = -share * mean, cholesky(hessian)
             if factor is not None:
                 break
-        kept = choose_rows(weight.T.clone(), torch.cholesky_inverse(factor), count)
+        kept = choose_rows(weight.T.clone(), inverse_(factor), count)
+        del factor
         solution = solve_rows(hessian, hessian @ weight.T, kept)
         weight.zero_()[:, kept] = solution.T
         return kept

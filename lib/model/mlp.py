@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
-from lib.model.linears import find_linears
+from lib.model.linears import find_linears, first_argument
 from lib.model.pretrained import skeleton
 from lib.model.quantised import stored_bits
 from lib.util.errors import UserError
@@ -227,13 +227,22 @@ def check_removable(
     `run(block)` returns a block's outputs. Without every other neuron they must be, to rounding,
     those of the block whose down projection ignores these neurons.
     """
-    kept = torch.arange(0, width, 2)
-    ignoring, smaller = copy.deepcopy(block), copy.deepcopy(block)
-    weight = ignoring.get_submodule(mlp.down).weight.data
-    (weight if isinstance(ignoring.get_submodule(mlp.down), Conv1D) else weight.T)[1::2] = 0
-    keep_neurons_(smaller, mlp, kept)
-    expected, out = run(ignoring).float(), run(smaller).float()
-    tolerance = max(TOLERANCE, 4 * torch.finfo(weight.dtype).eps)
+    ignored = torch.arange(width) % 2 == 1
+    smaller = copy.deepcopy(block)
+    keep_neurons_(smaller, mlp, (~ignored).nonzero().flatten())
+    down = block.get_submodule(mlp.down)
+
+    def ignore(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        x = first_argument(args, kwargs)
+        return (x.masked_fill(ignored.to(x.device), 0),), {}
+
+    handle = down.register_forward_pre_hook(ignore, with_kwargs=True)
+    try:
+        expected = run(block).float()
+    finally:
+        handle.remove()
+    out = run(smaller).float()
+    tolerance = max(TOLERANCE, 4 * torch.finfo(down.weight.dtype).eps)
     if (out - expected).norm() > tolerance * expected.norm():
         raise UserError(
             f"--sparsity_type neurons: {name}: its MLP does more than multiply by neurons, so that "

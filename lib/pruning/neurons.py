@@ -25,12 +25,25 @@ from lib.model.blocks import BlockRunner, HiddenStates, run_block
 from lib.model.finite import all_finite, check_weight
 from lib.model.matrix import PrunableLinear
 from lib.model.mlp import BlockMlp, MlpLayout, check_removable, fit_sizes_, keep_neurons_
+from lib.model.shapes import FLOAT, META, BlockShape, Shapes, StepBytes, Workload
 from lib.pruning.inputs import Group, merge
 from lib.pruning.observe import DenseBlock, observe, own_windows
 from lib.pruning.ordered import BlockOrder, OrderedBlock
 from lib.pruning.residual import ResidualProjections
 from lib.util.errors import RunWarning, UserError
+from lib.util.host import malloc_trim
 from lib.util.products import exact_products
+
+CHECKED = 16  # tokens of the check of a block where no text is observed
+
+
+@dataclass(frozen=True)
+class Removal:
+    """How many neurons of each MLP stay, and the shapes of the model that has no others."""
+
+    width: int
+    left: int
+    shapes: Shapes
 
 
 def count_left(width: int, ratio: float, multiple: int) -> int:
@@ -179,7 +192,7 @@ class NeuronPruner:
             return
         self.checked.add(type(block))
         if states is None:
-            ids = torch.arange(16, device=self.runner.device)[None]
+            ids = torch.arange(CHECKED, device=self.runner.device)[None]
             states = self.runner.capture(ids, 1, self.runner.device)
         hidden = self.runner.transfer.fetch(states.hidden, states.batches[0])
         args, kwargs = states.block_args[index][0]
@@ -210,21 +223,23 @@ class NeuronPruner:
 
     def _prune_(self, index: int, mlp: BlockMlp, down: PrunableLinear, group: Group) -> None:
         """Choose and repair on the main process, and make the block smaller on all."""
-        kept = torch.zeros(self.left, dtype=torch.long, device=self.runner.device)
-        matrix, caught = down.empty_matrix(self.rounding), []
+        caught = []
         if self.dist.is_main:
-            kept, solved, caught = self._solve(group, _gains(self.runner.blocks[index], mlp))
-            matrix = down.to_saved_dtype(solved, self.rounding)
+            kept, matrix, caught = self._solve(group, _gains(self.runner.blocks[index], mlp))
+        else:
+            kept = torch.empty(self.left, dtype=torch.long, device=self.runner.device)
+            matrix = down.empty_matrix(self.rounding)
         kept, matrix = self.dist.broadcast_(kept, 0), self.dist.broadcast_(matrix, 0)
         notes = self.dist.all_gather_object(caught)[0]
         down.set_weight_(matrix)
         keep_neurons_(self.runner.blocks[index], mlp, kept)
+        malloc_trim()  # weights lie in heaps of the threads that read them, which none else fills
         self._report({"kept": kept.tolist(), "warnings": notes})
         self.runner.weights.save(index, {"kept": kept.tolist(), "warnings": notes})
 
     @exact_products()
     def _solve(self, group: Group, gains: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """Neurons that stay (left,), down's matrix (out, in), 0 elsewhere, and warnings."""
+        """Neurons that stay (left,), down's matrix (out, in) as it is saved, and warnings."""
         [down] = group.linears
         for statistic in group.method.statistics():
             if not all_finite(statistic):
@@ -244,7 +259,7 @@ class NeuronPruner:
             else f"{down.name}: {warning.message}"
             for warning in caught
         ]
-        return kept, matrix, messages
+        return kept, down.to_saved_dtype(matrix, self.rounding), messages
 
     def _restore_(self, index: int, mlp: BlockMlp) -> bool:
         """Load the block if an interrupted run has finished it; whether it has."""
@@ -260,15 +275,48 @@ class NeuronPruner:
         self.done.warnings += notes["warnings"]
 
 
+def neuron_pruning_bytes(load: Workload, method_spec: MethodSpec, removal: Removal) -> StepBytes:
+    """Memory of removing neurons: hidden states of all calibration windows, and the work on a
+    block."""
+    cls, blocks = method_spec.cls, zip(load.shapes.blocks, removal.shapes.blocks, strict=True)
+    streams = 2 if cls.dense_stream else 1
+    hidden = streams * load.hidden_states(load.windows if cls.observes else 0)
+    work = max(_block_bytes(load, method_spec, removal, *block) for block in blocks)
+    return StepBytes(hidden, work)
+
+
+def _block_bytes(
+    load: Workload,
+    method_spec: MethodSpec,
+    removal: Removal,
+    block: BlockShape,
+    smaller: BlockShape,
+) -> int:
+    """The largest of checking a block, a batch on its way, and removing its neurons."""
+    cls, size, width = method_spec.cls, load.working.itemsize, removal.width
+    matrix = width * max(sum(each.outputs) for each in block.inputs if each.width == width)
+    statistics, solving = method_spec(width, META).removal_bytes_needed(
+        matrix // width, removal.left
+    )
+    solving = FLOAT * matrix + max(solving, load.saved.itemsize * matrix)
+    untouched = block.weights * size if cls.dense_stream else 0
+    batch = passing = load.activations(block)  # of one stream: what passes in the other is dropped
+    if not cls.observes:
+        batch, passing = batch * CHECKED // (load.batch_size * load.seqlen), 0
+    half = (block.weights - smaller.weights) * (width // 2) // (width - removal.left)
+    copying = (block.weights + matrix // 2) * size
+    checking = max(copying, (block.weights - half) * size + batch)
+    return untouched + max(checking, statistics + max(passing, solving))
+
+
 def _gains(block: nn.Module, mlp: BlockMlp) -> Tensor:
     """The product of the norms of the rows that make each neuron (width,), float32."""
     gains: Tensor | float = 1.0
     for producer in mlp.producers:
         linear = block.get_submodule(producer.path)
-        weight = linear.weight.data.float()
-        rows = weight.T if isinstance(linear, Conv1D) else weight  # (parts * width, in)
-        for part in rows.chunk(producer.parts):
-            gains = gains * part.norm(dim=1)
+        weight = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
+        for part in weight.chunk(producer.parts):  # (width, in)
+            gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
     return gains
 
 

@@ -140,6 +140,7 @@ class Job:
     teacher: Checkpoint | None = None
     teacher_config: Any = None
     teacher_rows: Tensor | None = None  # rows of the teacher's vocabulary that a smaller model has
+    teacher_weights: tuple[int, int] = (0, 0)  # of --teacher as it is read, and in those rows
     smaller: bool = False  # the model has fewer neurons than the teacher
     texts: Texts | None = None
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)

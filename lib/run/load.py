@@ -7,6 +7,7 @@ Nothing heavy is imported before it is needed.
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from lib.model.weights import BlockFiles
     from lib.model.work_folder import WorkFolder
+    from lib.pruning.neurons import Removal
     from lib.run.memory import MemoryDecision, Training
 
 
@@ -221,6 +223,7 @@ def _check_memory(job: Job, shared: bool) -> MemoryDecision:
     plan = Plan(
         load=load,
         method_spec=job.method_spec,
+        removal=_removal(job),
         load_bit=args.load_bit or stored_bits(job.config),
         stored=None if stored == working else stored,
         on_disk=bool(args.offload),
@@ -230,7 +233,8 @@ def _check_memory(job: Job, shared: bool) -> MemoryDecision:
         packed=PackedLinears.of(packed, bits),
         pack_bits=args.pack_bits if args.replace_sparse_layers else None,
         probed=max(1, probed) if args.allocation == "error" else 0,
-        teacher=bool(args.teacher) and not job.schedule,
+        teacher=job.teacher_weights[1],
+        teacher_read=job.teacher_weights[0],
         compared=_compared_bytes(job, working),
     )
     decision = check_memory(plan, job.device, lambda fetched: any(dist.all_gather_object(fetched)))
@@ -260,5 +264,18 @@ def _training(job: Job) -> Training | None:
     return Training(
         rank=job.schedule.rank,
         batch_size=min(job.batch_size, share),
-        beside=bool(job.args.teacher),
     )
+
+
+def _removal(job: Job) -> Removal | None:
+    """Return how many neurons go, with the shapes of what is left; None where none go."""
+    from lib.model.pretrained import skeleton
+    from lib.model.shapes import shapes
+    from lib.pruning.neurons import Removal
+
+    if not job.mlps:
+        return None
+    config = copy.deepcopy(job.config)
+    job.mlps.set_width(config, job.neurons_left)
+    smaller = shapes(skeleton(config, job.checkpoint), job.blocks_name)
+    return Removal(job.mlps.width, job.neurons_left, smaller)

@@ -18,6 +18,7 @@ from lib.methods.registry import MethodSpec
 from lib.model.shapes import PackedLinears, StepBytes, Workload
 from lib.prune import pruning_bytes
 from lib.pruning.by_error import allocation_bytes
+from lib.pruning.neurons import Removal, neuron_pruning_bytes
 from lib.recover import recovery_bytes
 from lib.sparse import packing_bytes, unpacking_bytes
 from lib.util.errors import UserError
@@ -35,7 +36,6 @@ class Training:
 
     rank: int | None
     batch_size: int
-    beside: bool  # the teacher is a whole model of its own
     checkpointed: bool = False
 
 
@@ -45,6 +45,7 @@ class Plan:
 
     load: Workload
     method_spec: MethodSpec | None
+    removal: Removal | None = None  # of whole neurons, in place of weights
     load_bit: str | None = None
     stored: torch.dtype | None = None  # dtype of the weight files, if they are cast on reading
     on_disk: bool = False  # blocks stay on disk
@@ -56,7 +57,8 @@ class Plan:
     pack_bits: int | None = None  # bits of the packed linears, if the run packs them
     probed: int = 0  # windows that --allocation error looks at, in this process
     cache_inputs: bool = True  # of the linears of a block; saves passes through it
-    teacher: bool = False  # a dense model is measured first, and nothing is trained
+    teacher: int = 0  # weights of the model of --teacher
+    teacher_read: int = 0  # the same before the rows are dropped that the model's vocabulary lacks
     compared: int = 0  # bytes of the dense model's hidden states, which stay on the host
 
     def blocks(self, size: int) -> int:
@@ -103,13 +105,16 @@ class Need:
 
 def needed(plan: Plan) -> Need:
     """Return the bytes of a run whose weights, states and work are in the same memory."""
-    hidden, work = max(steps(plan).values(), key=sum)
-    hidden += plan.compared if plan.load.device == "cpu" else 0
+    compared = plan.compared if plan.load.device == "cpu" else 0
     loading = 0
     if plan.stored and not plan.fetched:  # files are mapped beside the cast weights
         outside = plan.load.shapes.outside * plan.stored.itemsize
         loading = plan.blocks(plan.stored.itemsize) + outside
-    return Need(weight_bytes(plan), hidden, int(MARGIN * work), loading)
+    needs = []
+    for step, (hidden, work) in steps(plan).items():
+        weights = weight_bytes(plan, removed=step == "recovery")
+        needs.append(Need(weights, hidden + compared, int(MARGIN * work), loading))
+    return max(needs, key=lambda need: need.total)
 
 
 def steps(plan: Plan) -> dict[str, StepBytes]:
@@ -119,13 +124,18 @@ def steps(plan: Plan) -> dict[str, StepBytes]:
     step_bytes = {
         "evaluation": evaluation_bytes(load, plan.fetched and not free_copies, plan.compared > 0)
     }
-    if plan.method_spec:
+    if plan.teacher:
+        dropped = (plan.teacher_read - plan.teacher) * load.working.itemsize
+        step_bytes["reading the teacher"] = StepBytes(0, dropped)
+    if plan.removal:
+        step_bytes["pruning"] = neuron_pruning_bytes(load, plan.method_spec, plan.removal)
+    elif plan.method_spec:
         step_bytes["pruning"] = pruning_bytes(load, plan.method_spec, plan.cache_inputs)
     if plan.probed:
         step_bytes["allocation"] = allocation_bytes(load, plan.probed)
     if training:
         step_bytes["recovery"] = recovery_bytes(
-            load=load,
+            load=replace(load, shapes=plan.removal.shapes) if plan.removal else load,
             rank=training.rank,
             batch_size=training.batch_size,
             checkpointed=training.checkpointed,
@@ -140,20 +150,23 @@ def steps(plan: Plan) -> dict[str, StepBytes]:
     return step_bytes
 
 
-def weight_bytes(plan: Plan) -> int:
-    """Return the bytes of the weights that are on the device at a time."""
+def weight_bytes(plan: Plan, removed: bool = False) -> int:
+    """Return the bytes of the weights that are on the device at a time.
+
+    `removed`: once whole neurons are gone, if the run removes any.
+    """
     shapes, size = plan.load.shapes, plan.load.working.itemsize
     inside = plan.blocks(size)
+    if removed and plan.removal:
+        inside = plan.removal.shapes.in_blocks * size
     if plan.load_bit:
         inside = int(shapes.in_blocks * BITS[plan.load_bit] / 8)
     if plan.fetched:  # a GPU receives the next block while the current one computes
         largest = max(block.weights for block in shapes.blocks)
         inside = largest * size * (2 if plan.load.device == "cuda" else 1)
-    if plan.training:  # the teacher
+    inside += plan.teacher * size
+    if plan.training and not plan.teacher:  # the teacher is a copy of the dense blocks
         inside += shapes.in_blocks * size
-        inside += shapes.outside * size if plan.training.beside else 0
-    if plan.teacher:
-        inside += (shapes.in_blocks + shapes.outside) * size
     mapped = plan.shared and plan.fetched and plan.load.device == "cpu"
     return inside + (0 if mapped else shapes.outside * size)
 

@@ -39,6 +39,7 @@ def set_teacher(job: Job) -> None:
     if job.vocabulary:
         keep_rows_(student, job.vocabulary.rows)
     rows = _teacher_rows(job, checkpoint, student)
+    read = _weights(skeleton)
     if rows is not None:
         trimmable_rows(skeleton, checkpoint)
         keep_rows_(skeleton, rows)
@@ -53,10 +54,15 @@ def set_teacher(job: Job) -> None:
                 "was made of"
             )
     job.teacher, job.teacher_config, job.teacher_rows = checkpoint, config, rows
+    job.teacher_weights = read, _weights(skeleton)
 
 
 def _shapes(model: nn.Module) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _weights(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _narrowed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -30,14 +31,17 @@ from support import (
     start,
     windows,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from lib.data.training import TrainingText
 from lib.eval import perplexity
 from lib.methods.registry import METHODS, MethodSpec
 from lib.methods.sparsity import Sparsity
+from lib.model.access import Checkpoint
+from lib.model.mlp import MlpLayout, find_mlps
 from lib.model.pretrained import (
     decoder_blocks,
     default_batch_size,
@@ -49,6 +53,7 @@ from lib.model.pretrained import (
 from lib.model.quantised import packed_linears
 from lib.model.shapes import PackedLinears, Workload, shapes
 from lib.pruning.by_error import allocation_bytes, by_error
+from lib.pruning.neurons import NeuronPruner, Removal
 from lib.recover import Grid, Recoverer, TrainSchedule
 from lib.run import memory
 from lib.run.memory import Plan, Training, check_memory, lay_out, needed
@@ -85,6 +90,11 @@ class Alive(TorchDispatchMode):
         super().__init__()
         self.known = {tensor.untyped_storage()._cdata for tensor in there}
         self.now = self.most = 0
+
+    def count(self, there: Iterable[Tensor]) -> None:
+        """Count what was there before as well, as long as it lives."""
+        for tensor in there:
+            self._note(tensor.untyped_storage())
 
     def __torch_dispatch__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -182,7 +192,7 @@ def test_tensors_of_a_recovery_take_what_was_said(
     runner = runner_of(model)
     prune_(runner, "magnitude")
     ids = windows(8, 32)
-    training = Training(rank, 4, False, checkpointed)
+    training = Training(rank, 4, checkpointed)
     need = needed(of(model, method_spec=None, training=training, saved=saved, pack_bits=bits))
     weights = packed_weights(runner.blocks, runner.name) if bits else {}
     grids = {name: Grid(bits, transposed) for name, transposed in weights.items()}
@@ -198,6 +208,78 @@ def test_tensors_of_a_recovery_take_what_was_said(
         Recoverer(*known, measure, saved, **more).run()
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
     assert covers(need.total, taken), need.total / taken
+
+
+def without_neurons(model: PreTrainedModel, left: int) -> tuple[MlpLayout, Removal]:
+    """The model's MLPs, and the plan to leave `left` neurons in each."""
+    bare, config = skeleton(model.config), copy.deepcopy(model.config)
+    layout = find_mlps(config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
+    layout.set_width(config, left)
+    smaller = skeleton(config)
+    return layout, Removal(layout.width, left, shapes(smaller, decoder_blocks(smaller)[0]))
+
+
+def storage_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in set(model.parameters()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("llama", torch.float32), ("gemma3_text", torch.bfloat16), ("gpt2", torch.float32)],
+)
+def test_tensors_of_removing_neurons_take_what_was_said(
+    name: str, dtype: torch.dtype, method: str
+) -> None:
+    """Within a quarter; the dense weights are among what is counted, and go one by one."""
+    size = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=3, vocab_size=300)
+    size |= {"gpt2": dict(n_inner=352), "gemma3_text": tiny.WIDE}.get(name, {})
+    model = tiny.build(name, **size).to(dtype).requires_grad_(False)
+    layout, removal = without_neurons(model, 256)
+    ids, method_spec = windows(8, 32), MethodSpec(method)
+    plan = of(model, method_spec=method_spec, removal=removal, working=dtype, saved=dtype)
+    runner, need = runner_of(model), needed(plan)
+    there = Alive([*model.buffers(), ids])
+    there.count(model.parameters())
+    with there as alive:
+        pruner = NeuronPruner(runner, method_spec, layout, 256, dist=ALONE, rounding=dtype)
+        pruner.run(ids if method_spec.cls.observes else None, 4)
+    assert covers(need.total, alive.most), need.total / alive.most
+
+
+@pytest.mark.parametrize("left", [256, 64])
+def test_a_recovery_after_removing_neurons_takes_what_was_said(
+    left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the smaller model, beside the whole teacher."""
+    size = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, vocab_size=300)
+    model = tiny.build("llama", **size).requires_grad_(False)
+    layout, removal = without_neurons(model, left)
+    ids, method_spec = windows(8, 32), MethodSpec("magnitude")
+    training = Training(None, 4)
+    need = needed(of(model, method_spec=method_spec, removal=removal, training=training))
+    there = Alive([*model.buffers(), ids])
+    there.count(model.parameters())
+    with there as alive:
+        runner, teacher = runner_of(model), runner_of(fresh_copy(model))
+        NeuronPruner(runner, method_spec, layout, left, dist=ALONE).run(None, 4)
+        text = TrainingText(ids, torch.arange(8), ids[:4], {"sources": []})
+        # two steps: AdamW begins in the first
+        schedule = TrainSchedule(8 * 32, 32, 1e-3, None, least=4 * 32)
+        known = runner, teacher, schedule, text, 4
+        measure = lambda one, ids: perplexity(one, ids, 4).value  # noqa: E731
+        Recoverer(*known, measure, torch.float32, whole=True, dist=ALONE).run()
+    assert covers(need.total, alive.most), need.total / alive.most
+
+
+def test_the_teacher_of_another_folder_is_counted_as_it_is() -> None:
+    """Read with its whole vocabulary, then with the model's rows; as wide as it is."""
+    model = tiny.tiny_llama(num_hidden_layers=6)
+    read, kept = storage_bytes(model) // 4 + 10**6, storage_bytes(model) // 4
+    plan = of(model, method_spec=None, teacher=kept, teacher_read=read)
+    alone = needed(of(model, method_spec=None))
+    assert needed(plan).weights == alone.weights + 4 * kept
+    assert needed(plan).work == int(memory.MARGIN * 4 * 10**6)
 
 
 @pytest.mark.parametrize("hidden, vocabulary", [(32, 2000), (128, 300), (256, 300)])
@@ -365,9 +447,9 @@ def test_a_narrow_model_takes_more_tokens_on_a_gpu() -> None:
 
 def test_a_recovery_computes_activations_again_before_it_gives_up(gpu: SimpleNamespace) -> None:
     model, cuda = tiny.tiny_llama(num_hidden_layers=8), dict(device="cuda")
-    plan = of(model, training=Training(None, 4, False), **cuda)
+    plan = of(model, training=Training(None, 4), **cuda)
     need = needed(plan)
-    less = needed(of(model, training=Training(None, 4, False, checkpointed=True), **cuda))
+    less = needed(of(model, training=Training(None, 4, checkpointed=True), **cuda))
     gpu.free = 2 * need.total
     assert not check_memory(plan, CUDA).checkpointed
     gpu.free = int(1.13 * less.total)
@@ -377,7 +459,7 @@ def test_a_recovery_computes_activations_again_before_it_gives_up(gpu: SimpleNam
     gpu.free = less.total // 2
     with pytest.raises(UserError, match="--device cuda:0: .* --recover_rank 16, which trains"):
         check_memory(plan, CUDA)
-    low = of(model, training=Training(4, 4, False), **cuda)
+    low = of(model, training=Training(4, 4), **cuda)
     assert needed(low).work < need.work
 
 
