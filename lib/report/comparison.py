@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Pruned = PrunedCheckpoint | PrunedNeurons
+Pair = tuple[str, str]  # the labels of two runs
 FIELDS = ("weights", "kept", "overlap", "chance", "noise", "excess")  # of a cell, in the files
 
 
@@ -67,6 +68,13 @@ def count_masks(first: Tensor, second: Tensor) -> MaskCounts:
     )
 
 
+def _total(counts: Iterable[MaskCounts]) -> MaskCounts:
+    total = MaskCounts()
+    for each in counts:
+        total += each
+    return total
+
+
 @dataclass
 class Cell:
     """Counts between the runs, and between seeds where those were given."""
@@ -102,7 +110,25 @@ class Comparison:
     runs: list[str]
     noise: list[str]
     matrices: dict[str, Cell]
-    pairs: dict[tuple[str, str], MaskCounts]
+    by_pair: dict[Pair, dict[str, MaskCounts]]  # of each pair of masks, by matrix
+
+    @property
+    def pairs(self) -> dict[Pair, MaskCounts]:
+        """Counts of each pair of masks, those of two seeds included."""
+        return {pair: _total(counts.values()) for pair, counts in self.by_pair.items()}
+
+    def pair_blocks(self, pair: Pair) -> dict[int, MaskCounts]:
+        """Counts of a pair of masks by block."""
+        blocks: dict[int, MaskCounts] = {}
+        for name, counts in self.by_pair[pair].items():
+            sums = blocks.setdefault(block_and_linear(name)[0], MaskCounts())
+            sums += counts
+        return blocks
+
+    @property
+    def unit(self) -> str:
+        """What the masks keep or drop: `neurons` or `weights`."""
+        return "neurons" if all(name.endswith(".neurons") for name in self.matrices) else "weights"
 
     def by(self, key: Callable[[BlockLinear], Any]) -> dict[Any, Cell]:
         """Cells summed by `key` of a matrix's (block, linear)."""
@@ -123,8 +149,8 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        kind = "Neurons" if all(name.endswith(".neurons") for name in self.matrices) else "Weights"
-        return f"{kind} that the masks of {', '.join(self.runs[:-1])} and {self.runs[-1]} share"
+        masks = f"{', '.join(self.runs[:-1])} and {self.runs[-1]}"
+        return f"{self.unit.capitalize()} that the masks of {masks} share"
 
     @property
     def whole(self) -> Cell:
@@ -168,8 +194,7 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
                     counts = count_masks(kept[i], kept[j])
                     sums = cell.between if j < len(runs) else cell.seeds
                     sums += counts
-                    pair = result.pairs.setdefault((labels[i], labels[j]), MaskCounts())
-                    pair += counts
+                    result.by_pair.setdefault((labels[i], labels[j]), {})[name] = counts
     if not result.matrices:
         raise UserError(
             f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models, or where whole "

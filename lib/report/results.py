@@ -21,6 +21,7 @@ from lib.util.files import write_text
 RESULTS = "results.json"
 ERROR = "error.json"  # of a run of a sweep whose last try failed, beside figures of an earlier one
 NONE = "none"  # calibrated on nothing: the dense model, magnitude
+NEURONS = "neurons"  # the sparsity type of whole ones
 STRICTNESS = ("unstructured", "4:8", "2:4")  # sparsity types, from the loosest to the strictest
 
 
@@ -337,7 +338,7 @@ class Run:
         kind = self.results["sparsity_type"]
         if kind is None:  # pruned before
             return f"{self.results['sparsity']['overall']:.0%}"
-        if kind == "neurons":
+        if kind == NEURONS:
             return f"{self.ratio * 100:g}% neurons"
         return f"{self.ratio * 100:g}%" if kind == STRICTNESS[0] else kind
 
@@ -346,6 +347,12 @@ class Run:
         if self.results["method"] != "dense" and self.results.get("sparsity_type") is None:
             return self.results.get("sparsity", {}).get("overall", 0.0)
         return self.results.get("sparsity_ratio") or 0.0
+
+    @property
+    def removed(self) -> float:
+        """Share of the blocks' weights that the run pruned: as asked for, or gone with neurons."""
+        neurons = self.results.get("neurons")
+        return 1 - neurons["weights_after"] / neurons["weights_before"] if neurons else self.ratio
 
     @property
     def seed(self) -> int:

@@ -37,14 +37,30 @@ class Row:
         return self.runs[0].ratio
 
     @property
+    def kind(self) -> str | None:
+        """The sparsity type; None of a dense model, or one that was pruned before."""
+        return self.runs[0].results.get("sparsity_type")
+
+    @property
+    def removed(self) -> float:
+        """Share of the blocks' weights that were pruned, or went with their neurons."""
+        return self.runs[0].removed
+
+    @property
+    def saved_bytes(self) -> float | None:
+        """Bytes of the saved model's files, mean over the runs that saved it."""
+        sizes = [run.results["saved_bytes"] for run in self.runs if "saved_bytes" in run.results]
+        return statistics.fmean(sizes) if sizes else None
+
+    @property
     def settings(self) -> dict[str, Any]:
         return self.runs[0].settings
 
     @property
     def order(self) -> tuple[float, int]:
         """A key that sorts targets from the loosest to the strictest."""
-        kind = self.runs[0].results.get("sparsity_type")
-        return self.ratio, STRICTNESS.index(kind) if kind in STRICTNESS else len(STRICTNESS)
+        strictness = STRICTNESS.index(self.kind) if self.kind in STRICTNESS else len(STRICTNESS)
+        return self.ratio, strictness
 
     def values(self, test: str, key: str = "perplexity") -> list[float]:
         """The runs' values of a figure, such as `perplexity` or `kl`, on a test set."""

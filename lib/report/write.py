@@ -33,10 +33,12 @@ PICTURES = {
 }
 MEASURES = ("perplexity", "standard_error", "bits_per_byte")  # of every run, in report.csv
 ROW_COLUMNS = (
-    "table model method type ratio calibrated_on zeros seeds measured_on digest rise".split()
+    "table model method type ratio calibrated_on zeros seeds saved_bytes".split()
+    + "measured_on digest rise".split()
 )
 COMPARED = ("kl", "kl_standard_error", "top1_agreement", "top1_agreement_standard_error")
 NOTES = {  # by what a column's title ends with
+    "saved": "saved: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
     "s.e.": "s.e.: standard error of the perplexity over the test windows, mean over seeds.",
     "rise": "rise: perplexity over the dense model's.",
@@ -133,6 +135,7 @@ def _line(table: Table, row: Row) -> dict[str, str]:
         "calibrated on": row.label,
         "zeros": EMPTY if row.sparsity is None else f"{row.sparsity:.2%}",
         "seeds": EMPTY if is_dense else str(len(row.runs)),
+        "saved": EMPTY if row.saved_bytes is None else f"{row.saved_bytes / 1e6:,.1f} MB",
     }
     for name in table.varying:
         value = row.settings.get(name)
@@ -203,6 +206,7 @@ def _csv_line(
         "calibrated_on": row.label,
         "zeros": row.sparsity,
         "seeds": len(row.runs),
+        "saved_bytes": row.saved_bytes,
         "measured_on": test,
         "digest": table.tests[test],
         "rise": table.rise(row, test),

@@ -551,7 +551,8 @@ def build_parser() -> argparse.ArgumentParser:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that change the result and have no other field in results.json.
 
-    For the dense model only the flags that load or trim it count.
+    For the dense model only the flags that load or trim it count, and for a sparsity type only
+    those that are for it.
     """
     dense = args.prune_method is None and args.recover is None
     return {
@@ -560,6 +561,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         if flag.role == RESULT
         and not flag.recorded
         and (flag.group in ("model", "vocabulary") or not dense)
+        and (not flag.types or args.sparsity_type in flag.types)
     }
 
 

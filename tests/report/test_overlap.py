@@ -245,5 +245,23 @@ def test_neurons_that_two_runs_share_by_block(tmp_path: Path) -> None:
     assert blocks[0].noise == 1 and blocks[1].noise == pytest.approx(4 / 5)
     assert blocks[0].between.chance == pytest.approx(5 / 8)
     assert found.whole.between.weights == 16
-    main([str(first), str(second), "--out", str(tmp_path / "overlap")])
-    assert (tmp_path / "overlap" / "overlap.md").read_text("utf-8").count("neurons") >= 1
+
+
+def test_neurons_of_three_runs_pair_by_pair(tmp_path: Path) -> None:
+    """In words, in the table by block and in the JSON; nothing speaks of weights."""
+    removed = {"uk": [{0, 1, 2}, {5, 6, 7}], "en": [{0, 1, 3}, {0, 1, 2}], "half": [{0, 1, 2}] * 2}
+    runs = [run_of_neurons(tmp_path / name, name, each) for name, each in removed.items()]
+    main([*map(str, runs), "--out", str(tmp_path / "overlap")])
+    text = (tmp_path / "overlap" / "overlap.md").read_text("utf-8")
+    assert "- kept: share of the neurons; both keep: share of the kept neurons" in text
+    assert "weights" not in text and "| linear" not in text
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
+    assert ["0", "80.0%", "100.0%", "80.0%", "62.5%"] in lines
+    assert ["1", "40.0%", "40.0%", "100.0%", "62.5%"] in lines
+    found = json.loads((tmp_path / "overlap" / "overlap.json").read_text("utf-8"))["pairs"]
+    assert found["uk (seed 0) and half (seed 0)"] == {
+        "overlap": pytest.approx(0.7),
+        "chance": pytest.approx(0.625),
+        "blocks": {"0": 1.0, "1": pytest.approx(0.4)},
+    }
+    assert (tmp_path / "overlap" / "overlap.png").read_bytes().startswith(b"\x89PNG")

@@ -17,6 +17,7 @@ from lib.report.plots.depth import kl_by_depth
 from lib.report.plots.mask_overlap import mask_overlap
 from lib.report.plots.perplexity import perplexity_against_sparsity
 from lib.report.plots.recovery import recovery_curve
+from lib.report.plots.shared_neurons import shared_neurons
 from lib.report.plots.sparsity_by_linear import sparsity_by_linear
 from lib.report.results import Run
 from lib.report.tables import Table, comparable_tables
@@ -118,6 +119,22 @@ def test_perplexity_against_sparsity(table: Table) -> None:
     ]
 
 
+def test_whole_neurons_have_a_line_of_their_own_at_the_weights_that_went() -> None:
+    runs = [run("dense", {"uk": 20.0}), run("wanda", {"uk": 30.0}, on="uk")]
+    for ratio, share, value in ((0.25, 0.2, 24.0), (0.5, 0.4, 28.0)):
+        runs.append(run("wanda", {"uk": value}, on="uk", kind="neurons", ratio=ratio))
+        runs[-1].results["neurons"] = {"weights_before": 1000, "weights_after": 1000 - 1000 * share}
+    (only,) = comparable_tables(runs)
+    figure = perplexity_against_sparsity(only)
+    (uk,) = panels(figure)
+    lines = [line.get_xydata().tolist() for line in uk.lines if line.get_marker() == "o"]
+    assert lines == [[[50, 30]], [[pytest.approx(20), 24], [pytest.approx(40), 28]]]
+    labels = [label.get_text() for label in uk.get_xticklabels()]
+    assert sorted(labels) == ["20", "40", "50"]
+    legend = [text.get_text() for text in figure.legends[0].texts]
+    assert legend[-2:] == ["whole neurons, any method", "dense"]
+
+
 def test_pruning_cost(table: Table) -> None:
     uk, en = panels(pruning_cost(table))
     assert [tick.get_text() for tick in uk.get_yticklabels()] == ["wanda 50%", "wanda 2:4"]
@@ -157,6 +174,8 @@ def test_recovery() -> None:
     figure = recovery_curve(made)
     held_out, uk = panels(figure)
     assert figure.get_suptitle() == "tiny, admm 2:4: recovery by training"
+    title = recovery_curve(made | {"sparsity_type": "neurons"}).get_suptitle()
+    assert title == "tiny, admm 50% neurons: recovery by training"
     assert points(held_out) == {"o": [(0, 90.0), (1024, 50.0)]}
     assert points(uk) == {"s": [(0, 80.0), (1024, 40.0)]}
     assert dashed(held_out, 1) == [30.0] and dashed(uk, 1) == [20.0]
@@ -181,6 +200,33 @@ def test_what_masks_share() -> None:
         )
     )
     assert heats(alone) == [pytest.approx([60])]
+
+
+def test_what_neurons_pairs_share_by_block() -> None:
+    """A line for each pair, then chance; the seeds of one language are grey."""
+    names = ["layers.0.neurons", "layers.1.neurons"]
+
+    def counts(*both: int) -> dict[str, MaskCounts]:
+        shared = zip(names, both, strict=True)
+        return {name: MaskCounts(20, 10, 10, each, 5.0) for name, each in shared}
+
+    by_pair = {
+        ("uk", "en"): counts(6, 4),
+        ("uk", "half"): counts(8, 7),
+        ("uk", "uk1"): counts(9, 9),
+    }
+    cells = {name: Cell(MaskCounts(40, 20, 20, 14, 10.0)) for name in names}
+    comparison = Comparison(["uk", "en", "half"], ["uk1"], cells, by_pair)
+    (axes,) = panels(figure := shared_neurons(comparison))
+    assert figure.get_suptitle() == "Neurons that the masks of uk, en and half share"
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn == {
+        "uk and en": [[0, 60], [1, 40]],
+        "uk and half": [[0, 80], [1, 70]],
+        "uk and uk1": [[0, 90], [1, 90]],
+        "chance": [[0, 50], [1, 50]],
+    }
+    assert [line.get_color() for line in axes.lines].count("#555555") == 1
 
 
 def test_what_is_chosen_against_what_is_written() -> None:

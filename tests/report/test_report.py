@@ -103,6 +103,17 @@ def test_seeds_are_averaged_and_the_rise_is_over_dense(sweep):
     assert "not to be compared" not in text
 
 
+def test_bytes_of_saved_models_are_a_column_where_there_are_any(sweep):
+    assert "saved" not in report_text(load_runs([sweep]))
+    for seed, size in ((0, 1_000_000), (1, 2_000_000)):
+        more = {"kind": "neurons", "on": "uk", "seed": seed, "saved_bytes": size}
+        write_run(sweep / f"small{seed}", "wanda", {"uk": 22.0, "en": 23.0}, **more)
+    text = report_text(load_runs([sweep]))
+    assert cells(text, "wanda", "50% neurons", "uk")[5] == "1.5 MB"
+    assert cells(text, "wanda", "50%", "uk")[5] == "–"
+    assert "- saved: bytes of the saved model's files, in millions." in text
+
+
 def test_csv_holds_the_same_figures_unrounded(sweep, tmp_path):
     paths = write_report(load_runs([sweep]), tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out" / "report.csv").open(encoding="utf-8")))

@@ -11,7 +11,16 @@ import pytest
 from support import ROOT, call
 
 from lib.run.flag import Flag, Span
-from lib.run.flags import BEGIN, END, FLAGS, build_parser, method_options, table, write_table
+from lib.run.flags import (
+    BEGIN,
+    END,
+    FLAGS,
+    build_parser,
+    method_options,
+    settings,
+    table,
+    write_table,
+)
 
 
 def test_the_readmes_table_is_this_one() -> None:
@@ -65,6 +74,13 @@ def test_spans(span: Span, inside: list[float], outside: list[float], text: str)
     assert all(value in span for value in inside)
     assert not any(value in span for value in [*outside, float("nan")])
     assert str(span) == text
+
+
+def test_settings_of_a_run_are_those_of_its_sparsity_type() -> None:
+    for kind, has in (("neurons", True), ("unstructured", False), ("2:4", False)):
+        args = ["--model", "M", "--prune_method", "wanda", "--sparsity_type", kind]
+        found = settings(build_parser().parse_args(args))
+        assert ("neurons_multiple" in found) == has and "nsamples" in found
 
 
 def test_options_of_the_method_are_those_that_are_given() -> None:

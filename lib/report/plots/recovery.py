@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lib.report.plots import style as plot_style
 from lib.report.plots.style import COLOURS, GREY, MARKERS
-from lib.report.results import Results
+from lib.report.results import NEURONS, Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,8 @@ def _method_and_target(results: Results) -> str:
     if kind is None:
         return method
     share = f"{100 * results['sparsity_ratio']:g}%"
-    return f"{method} {share if kind == 'unstructured' else kind}"
+    targets = {"unstructured": share, NEURONS: f"{share} {NEURONS}"}
+    return f"{method} {targets.get(kind, kind)}"
 
 
 def _panel(axes, name: str, points: list[tuple[int, float]], dense: float, style: int) -> None:

@@ -18,7 +18,7 @@ CONSTANT = 0.002  # sparsity that varies less over the linears is not worth a fi
 
 
 def sparsity_by_linear(table: Table) -> Figure | None:
-    """Draw measured sparsity in percent, a axes per row of the table where it is not constant.
+    """Draw measured sparsity in percent, axes for each row of the table where it is not constant.
 
     The colour is a cell's distance from the target sparsity. None where all are constant.
     """
