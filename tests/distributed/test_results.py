@@ -59,13 +59,6 @@ def test_as_one_process(case: str, alone: str, shared: tuple[str, list[Done]]) -
     before, after = weights(case, alone), weights(case, where)
     assert before.keys() == after.keys()
     differ = sum(int(((before[k] == 0) != (after[k] == 0)).sum()) for k in before)
-    zeros = sum(int((tensor == 0).sum()) for tensor in before.values())
-    off = max(
-        (before[k].float() - after[k].float()).norm() / before[k].float().norm() for k in before
-    )
-    open("/work/runs/tests/masks.txt", "a").write(
-        f"{where} {case} {differ} {zeros} {differ / zeros:.5f} off {off:.2g} ppl {many['perplexity']['uk'] / one['perplexity']['uk'] - 1:.2g}\n"
-    )
     if case in EXACT:
         assert differ <= 1e-4 * sum(tensor.numel() for tensor in before.values())
 

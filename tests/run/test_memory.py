@@ -249,7 +249,7 @@ def test_tensors_of_removing_neurons_take_what_was_said(
 
 @pytest.mark.parametrize("left", [256, 64])
 def test_a_recovery_after_removing_neurons_takes_what_was_said(
-    left: int, monkeypatch: pytest.MonkeyPatch
+    left: int,
 ) -> None:
     """Of the smaller model, beside the whole teacher."""
     size = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, vocab_size=300)
