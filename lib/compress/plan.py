@@ -41,8 +41,9 @@ class Budget:
 def flags(target: str, recovery_tokens: int) -> list[str]:
     """Return main.py's flags that say how a model is made smaller for `target`.
 
-    A CPU takes any pattern: half of the weights wherever they cost least, packed. A GPU's kernels
-    take 2:4. llama.cpp makes no use of zeros, so whole neurons go instead.
+    A CPU takes any pattern: half of the weights wherever they cost least, packed at 8 bits, or at 4
+    where a recovery trains the integers. A GPU's kernels take 2:4. llama.cpp makes no use of zeros,
+    so whole neurons go instead.
     """
     chosen = ["--trim_vocabulary", "--prune_method", "admm"]
     chosen += {
@@ -53,7 +54,8 @@ def flags(target: str, recovery_tokens: int) -> list[str]:
     if recovery_tokens:
         chosen += ["--recover", str(recovery_tokens)]
     packing = {
-        CPU: ["--replace_sparse_layers", "--pack_bits", "8"],
+        # training on the integers gives back most of what 4 bits cost
+        CPU: ["--replace_sparse_layers", "--pack_bits", "4" if recovery_tokens else "8"],
         GPU: ["--replace_sparse_layers"],
         LLAMA_CPP: [],
     }

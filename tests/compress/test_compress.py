@@ -49,7 +49,7 @@ def test_a_model_is_compressed_and_compared(trained: Path, tmp_path: Path) -> No
     out = launched(["compress", "dense", "small"], tmp_path, *flags)
     dense, small = results("out/compress/dense"), results("out/compress/compressed")
     assert dense["method"] == "dense" and small["sparsity"]["overall"] == pytest.approx(0.5, 1e-3)
-    assert small["packed"]["bits"] == 8 and small["recovery"]["tokens"] == 1024
+    assert small["packed"]["bits"] == 4 and small["recovery"]["tokens"] == 1024
     # the printed command is the whole of it: it gives the same model
     line = next(line for line in out.splitlines() if "--prune_method" in line)
     assert "--allocation error" in line and "--save_model small" in line
