@@ -48,7 +48,7 @@ def test_a_model_is_compressed_and_compared(trained: Path, tmp_path: Path) -> No
     flags += ["--", "--nsamples", "8", "--seqlen", "32", "--prompts", "1"]
     out = launched(["compress", "dense", "small"], tmp_path, *flags)
     dense, small = results("out/compress/dense"), results("out/compress/compressed")
-    assert dense["method"] == "dense" and small["sparsity"]["overall"] == pytest.approx(0.5, 1e-3)
+    assert dense["method"] == "dense" and 0.5 <= small["sparsity"]["overall"] < 0.51
     assert small["packed"]["bits"] == 4 and small["recovery"]["tokens"] == 1024
     # the printed command is the whole of it: it gives the same model
     line = next(line for line in out.splitlines() if "--prune_method" in line)
