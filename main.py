@@ -84,6 +84,8 @@ def run(job: Job) -> Results:
         if job.schedule:
             figures |= recover(job, loaded, teacher)
         del teacher
+        if job.rounding:
+            figures |= round_weights(job, loaded, figures.get("notes", []))
         return finish(
             job,
             loaded,
@@ -384,6 +386,34 @@ def recover(job: Job, loaded: LoadedModel, teacher: BlockRunner) -> Measured:
     return {"sparsity": after.shares(), "recovery": record}
 
 
+def round_weights(job: Job, loaded: LoadedModel, notes: list[str]) -> Measured:
+    """Round what will be packed to integers, on calibration text; `notes` are those of pruning."""
+    from lib.eval import COMPARED_POSITIONS, some_logits
+    from lib.pruning.check import measure
+    from lib.round import Rounder
+    from lib.util.progress import progress
+
+    dist, runner, blocks = job.dist, loaded.runner, len(loaded.blocks)
+    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
+    with exact_products():
+        loaded.unrounded = some_logits(loaded.model, window)
+    rounder = Rounder(runner, job.rounding, dist=dist)
+    with job.timed("round"), progress(blocks, "rounding", "block", dist.is_main) as bar:
+        rounder.run(
+            job.texts.windows,
+            job.batch_size,
+            state_device=loaded.state_device,
+            on_progress=bar,
+            cache_inputs=loaded.cache_inputs,
+        )
+    loaded.scales = rounder.scales
+    if not dist.is_main:
+        return {}
+    print(*rounder.summary(), sep="\n")
+    measured = measure(runner, loaded.sparsity, loaded.left_dense)
+    return {"sparsity": measured.shares(), "notes": notes + rounder.summary()[1:]}
+
+
 @exact_products()
 def pack(job: Job, loaded: LoadedModel) -> Measured:
     """Pack every sparse linear, and check on one window that the outputs are the same."""
@@ -421,7 +451,8 @@ def pack(job: Job, loaded: LoadedModel) -> Measured:
     for dense, packed in zip(reference, after, strict=True):
         check_same_outputs(dense, packed)
     saved = packed_size(model, saved_dtype(args.dtype, job.config))
-    record = packing_record(saved, len(report.dense), before=before[-1], after=after[-1])
+    unrounded = before[-1] if loaded.unrounded is None else loaded.unrounded
+    record = packing_record(saved, len(report.dense), before=unrounded, after=after[-1])
     if job.dist.is_main:
         print(report, packed_line(record), sep="\n")
         print(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")

@@ -307,12 +307,10 @@ class Pruner:
                 raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
         with record_function("moving"):
             matrices = [linear.matrix() for linear in group.linears]
-        sparsities = [self.allocation.sparsity[linear.name] for linear in group.linears]
-        costs = [self.allocation.output_costs.get(linear.name) for linear in group.linears]
         with record_function("solve"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                group.solver().prune_(matrices, sparsities, costs)
+                self._change_(group, matrices)
             except UserError as error:
                 raise UserError(f"{group.names}: {error}") from error
         for warning in caught:
@@ -325,6 +323,12 @@ class Pruner:
                 )
         solved = zip(group.linears, matrices, strict=True)
         return [linear.to_saved_dtype(matrix, self.rounding) for linear, matrix in solved]
+
+    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
+        """Prune the matrices (out, in) of a group in place."""
+        sparsities = [self.allocation.sparsity[linear.name] for linear in group.linears]
+        costs = [self.allocation.output_costs.get(linear.name) for linear in group.linears]
+        group.solver().prune_(matrices, sparsities, costs)
 
     def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
         linear.set_weight_(matrix)

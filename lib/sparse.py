@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.linears import find_linears
+from lib.model.matrix import PrunableLinear
 from lib.model.shapes import FLOAT, StepBytes, Workload
 from lib.packed import checkpoint, kernels
 from lib.packed.checkpoint import METHOD, mark_packed_
@@ -39,6 +40,7 @@ __all__ = [
     "SwapReport",
     "check_same_outputs",
     "decoding",
+    "is_packed",
     "pack_embeddings_",
     "packed_size",
     "packed_weights",
@@ -159,6 +161,11 @@ def packed_weights(blocks: Iterable[nn.Module], blocks_name: str) -> dict[str, b
         for path, module in block.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and not _why_not_packed(module)
     }
+
+
+def is_packed(linear: PrunableLinear) -> bool:
+    """Return whether `swap_linears_` packs a linear, whose weight is in memory."""
+    return linear.expert is None and not _why_not_packed(linear.module)
 
 
 def pack_embeddings_(model: PreTrainedModel) -> list[str]:

@@ -23,7 +23,7 @@ STATED = {
     "lib.pruning.by_error:LEAST_KEPT": 1 / 3,
     "lib.pruning.by_error:WINDOWS": 8,
     "lib.methods.admm:LEAST_COST": 0.01,
-    "lib.methods.admm:FLOOR": 0.01,
+    "lib.methods.least_squares:FLOOR": 0.01,
     "lib.methods.admm:STIFFENING": 2.5,
     # tests/bench/README.md: recovery
     "lib.recover:RATE": 0.6,

@@ -20,6 +20,7 @@ from lib.util.errors import UserError
 from lib.util.events import listeners
 
 gc.freeze()  # in processes that fork off, what is imported is not looked through for garbage
+PASSES = {"": "pruning", "step": "recovering", "round": "rounding"}
 
 
 def work(
@@ -33,8 +34,8 @@ def work(
     """Run main.py with each command line in turn, under its settings of the environment.
 
     `fault`, as `1:SIGKILL`, sends this process the signal when it comes to block 1, as
-    `step 1:SIGKILL` when it comes to step 1 of the recovery, as `neurons 1:SIGKILL` to block 1
-    where whole neurons go. `1:long 4` makes it solve for four
+    `step 1:SIGKILL` when it comes to step 1 of the recovery, as `round 1:SIGKILL` to block 1 of
+    the rounding. `1:long 4` makes it solve for four
     seconds there, `1:patient` expects others to; another word is raised as an error. What is said
     goes to the files `out` and `err`.
     """
@@ -43,10 +44,9 @@ def work(
     os.chdir(folder)
     if fault:
         at, _, kind = fault.partition(":")
-        step = at.startswith("step ")
-        what = "recovering" if step else "pruning"
-        number = int(at.removeprefix("step ")) + step  # the first report is where it begins
-        listeners.append(partial(_break_at, what, number, kind))
+        what, _, number = at.rpartition(" ")
+        reports = int(number) + (what == "step")  # the first report is where it begins
+        listeners.append(partial(_break_at, PASSES[what], reports, kind))
     status = 0
     for argv, variables in zip(commands, settings, strict=True):
         os.environ.update(variables)

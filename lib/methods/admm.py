@@ -1,26 +1,7 @@
 """ADMM: choose masks and weights together, and aim at what the untouched model computes.
 
-*The problem.* A linear with weights W (out, in) receives X (tokens, in) from the blocks pruned so
-far; the untouched model would feed it D (tokens, in). Where its outputs are added to a residual
-stream, L (tokens, out) is the error of that stream: how far the untouched model's is ahead.
-Wanted is the masked matrix Q that minimises
-
-    |X Q^T - X W^T - a ((D - X) W^T + L)|^2 + damping |(Q - W) S|^2                        (1)
-
-With blend a = 0 a linear keeps its own outputs, as in SparseGPT; with a = 1 it also repairs what
-the linears before it broke, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
-Qronos, arXiv 2505.11695, both for quantisation) and in the stream it writes to. (1) needs sums over
-tokens: A = X^T X, F = (D - X)^T X of the input's error and G = L^T X of the stream's. The
-differences are summed because they are small: D^T X would drown them in rounding.
-
-*Scaling.* S = diag(A)^1/2 are the norms of the inputs. In terms of W S and S^-1 A S^-1, which has
-a unit diagonal, magnitudes of weights compare across inputs as Wanda's scores do. From here on all
-is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + a F) + a G.
-
-*Damping.* What least squares finds in T tokens that isn't there grows with in / T and with the
-share u of an input's variance that the others do not explain, the mean of 1 / (A^-1)_jj: the
-damping is FLOOR + `damping` u in / T. A fixed share that suits one model and number of windows
-spoils another: errors can be fitted to few tokens all too well.
+The problem, its scaling and its damping are those of lib/methods/least_squares.py: find the masked
+matrix Q (out, in) with the least tr(Q A Q^T) - 2 tr(B Q^T).
 
 *The iterations* (Boza 2024, arXiv 2401.02938, section 3). Split Q into a free matrix V and a masked
 one Z that must agree, with scaled dual U. In terms of T = V + U an iteration reads
@@ -38,7 +19,7 @@ paper, each because it measured better (the error of linears of two models on he
     along a cubic takes iterations and ends higher.
   - Unstructured masks compare the weights of a whole linear, not of a row; each is weighed by what
     an error in its output costs, where that is known (`--allocation error`).
-  - Conjugate gradients on (1) end the solution, every row on its own mask.
+  - Conjugate gradients on the problem end the solution, every row on its own mask.
 
 Run: `python main.py --model MODEL --prune_method admm`.
 """
@@ -52,14 +33,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lib.methods.base import PruningMethod
-from lib.methods.damping import cholesky, inverse_, rising
-from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
+from lib.methods.damping import cholesky, inverse_
+from lib.methods.least_squares import LeastSquares, conjugate_gradients_
 from lib.methods.obs import choose_rows, removal_bytes, solve_rows
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, threshold
 from lib.util.errors import UserError
 
-FLOOR = 0.01  # of an input's variance: the least damping
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
 EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends where no more changes
 LEAST_COST = 0.01  # of the mean cost of outputs' errors: none counts for less
@@ -67,17 +46,13 @@ SETTLED_STEPS = 0.6  # of the refinements, where masks settled
 CACHED = 2**17  # weights that stay in the cache between operations
 
 
-class Admm(PruningMethod):
+class Admm(LeastSquares):
     """The sums of one input of a block, and the solver for the linears that receive it.
 
     At most `exploring` and then `agreeing` iterations choose the mask, `refinements` steps of
-    conjugate gradients end on it. `rho` is a share of an input's unexplained variance, `damping`
-    that share's multiple per token and input, `blend` is a in (1), from 0 to 1.
+    conjugate gradients end on it. `rho` is a share of an input's unexplained variance; `damping`
+    and `blend` as `LeastSquares`.
     """
-
-    in_order = True
-    dense_stream = True
-    inverts_gram = True
 
     def __init__(
         self,
@@ -90,58 +65,18 @@ class Admm(PruningMethod):
         damping: float = 6.0,
         blend: float = 1.0,
     ) -> None:
-        super().__init__(width, device)
-        assert exploring > 0 and rho > 0 and damping >= 0 and 0 <= blend <= 1
-        self.hessian = torch.zeros(width, width, device=device)  # A (in, in), upper triangle
-        # F (in, in)
-        self.input_error_gram = torch.zeros(width, width, device=device) if blend else None
-        self.residual_error_gram: Tensor | None = None  # G (out, in)
+        super().__init__(width, device, damping, blend)
+        assert exploring > 0 and rho > 0
         self.exploring = exploring
         self.agreeing = agreeing
         self.refinements = refinements
         self.rho = rho
-        self.damping = damping
-        self.blend = blend
-
-    def observe(
-        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
-    ) -> None:
-        """Add x (tokens, in), and where known how the same tokens stand in the untouched model.
-
-        Either `dense` (tokens, in), its x; or, for a linear that has its input to itself,
-        `residual_error` (tokens, out), float32: how far the untouched model's stream is ahead once
-        the outputs that the linear has with the weights W are added. That is L + (D - X) W^T of
-        (1), and all of it.
-        """
-        super().observe(x)
-        add_upper_gram_(self.hessian, x)
-        if self.input_error_gram is None and self.residual_error_gram is None:
-            return
-        if residual_error is not None:
-            if self.residual_error_gram is None:
-                self.input_error_gram = None
-                self.residual_error_gram = x.new_zeros(
-                    residual_error.shape[1], x.shape[1], dtype=torch.float32
-                )
-            add_cross_(self.residual_error_gram, residual_error, x)
-        elif dense is not None:
-            add_cross_(self.input_error_gram, dense.float() - x.float(), x)
-
-    def statistics(self) -> list[Tensor]:
-        sums = self.hessian, self.input_error_gram, self.residual_error_gram
-        return [tensor for tensor in sums if tensor is not None]
-
-    def square_sums(self) -> Tensor:
-        return self.hessian.diagonal()
 
     def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
         """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
-        row = self.hessian.element_size() * len(self.hessian)
-        # a linear alone most often adds to the stream
-        beside = row * (rows[0] if len(rows) == 1 else len(self.hessian)) if self.blend else 0
-        sums = self.hessian.nbytes + beside
+        matrices = self.hessian.element_size() * len(self.hessian) * sum(rows)
         # A and its inverse; W S or T, B, U - Z, what B has in V, masks, and parts of Z and |T|
-        return sums, 2 * self.hessian.nbytes + 8 * row * sum(rows)
+        return self.bytes_of_sums(rows), 2 * self.hessian.nbytes + 8 * matrices
 
     def removal_bytes_needed(self, outputs: int, kept: int) -> tuple[int, int]:
         square, matrix = self.hessian.nbytes, self.hessian[0].nbytes * outputs
@@ -160,7 +95,9 @@ class Admm(PruningMethod):
     ) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         rows = [len(weight) for weight in weights]
-        start, target, hessian, across, unexplained = self._problem(weights)
+        problem = self.problem(weights)
+        problem.drop_dead_()
+        start, target, hessian, across, unexplained, _ = problem
         weighting = error_weighting(output_costs, rows, start.device)  # (out,) or None
         if weighting is not None:
             start *= weighting
@@ -181,8 +118,11 @@ class Admm(PruningMethod):
             weight.copy_(part.T)
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
-        """Remove columns stage by stage (lib/methods/obs.py) from the minimum of (1)."""
-        _, target, hessian, scale, _ = self._problem([weight])
+        """Remove columns stage by stage (lib/methods/obs.py) from the minimum."""
+        problem = self.problem([weight])
+        problem.drop_dead_()
+        _, target, hessian, scale, *_ = problem
+        del problem
         self.input_error_gram = None  # B holds it
         inverse = inverse_(cholesky(hessian))
         kept = choose_rows(inverse @ target, inverse, count)
@@ -190,36 +130,6 @@ class Admm(PruningMethod):
         solution = solve_rows(hessian, target, kept).div_(scale[kept])
         weight.zero_()[:, kept] = solution.T
         return kept
-
-    def _problem(self, weights: Sequence[Tensor]) -> Problem:
-        """(1) of matrices (out_i, in) that share the input, scaled. UserError as `prune_`."""
-        assert self.tokens > 0 and (self.residual_error_gram is None or len(weights) == 1)
-        with record_function("factorisation"):
-            share = self.damping * len(self.hessian) / self.tokens
-            hessian, unexplained, scale, dead = scaled(self.hessian, share)
-        across = scale[:, None]
-        start = torch.cat([weight.T for weight in weights], 1)
-        error = None  # what a multiplies in B
-        if self.residual_error_gram is not None:
-            error = self.residual_error_gram.T / across
-        elif self.input_error_gram is not None:
-            error = (self.input_error_gram.T @ start).div_(across)
-        target = hessian @ start.mul_(across)
-        if error is not None:
-            target.add_(error, alpha=self.blend)
-        start[dead] = 0  # an input that was always 0 says nothing of its weights: they go
-        target[dead] = 0
-        return Problem(start, target, hessian, across, unexplained)
-
-
-class Problem(NamedTuple):
-    """(1) scaled: W S and B (in, out), A (in, in), S (in, 1), and the unexplained share."""
-
-    start: Tensor
-    target: Tensor
-    hessian: Tensor
-    scale: Tensor
-    unexplained: float
 
 
 def error_weighting(
@@ -239,30 +149,6 @@ def error_weighting(
         share = costs / mean if mean > 0 else torch.ones_like(costs)
         weighting.append(share.clamp_min(LEAST_COST).sqrt().to(device))
     return torch.cat(weighting)
-
-
-def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
-    """A = S^-1 (sums) S^-1 + damping (in, in), the unexplained share, S (in,), and dead inputs.
-
-    The damping is FLOOR and `share` of the unexplained share, which is that of the damped matrix.
-    Reads the upper triangle of `sums`. The floor rises where it must; UserError where that does not
-    help.
-    """
-    hessian = sums.clone()
-    mirror_(hessian)
-    dead = hessian.diagonal() == 0
-    scale = hessian.diagonal().sqrt().masked_fill_(dead, 1)
-    hessian /= scale
-    hessian /= scale[:, None]
-    added = 0.0
-    for floor in rising(FLOOR):
-        hessian.diagonal().add_(floor - added)
-        added, factor = floor, cholesky(hessian)
-        if factor is not None:
-            break
-    unexplained = (1 / inverse_(factor).diagonal()).mean().item()
-    hessian.diagonal().add_(share * unexplained)
-    return hessian, (1 + share) * unexplained, scale, dead
 
 
 class Phase(NamedTuple):
@@ -368,22 +254,3 @@ def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
     if factor is None:  # it could be without rho: what is not finite
         raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
     return inverse_(factor)
-
-
-def conjugate_gradients_(
-    solution: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int
-) -> None:
-    """Lower (1) from Q = `solution` (in, out), each column on its own mask."""
-    tiny = torch.finfo(solution.dtype).tiny
-    keep = (~mask).float()  # cheaper to multiply with than a mask is to fill
-    residual = torch.addmm(target, hessian, solution, alpha=-1).mul_(keep)
-    direction = residual.clone()
-    norm = residual.square().sum(0)  # (out,)
-    for _ in range(steps):
-        image = hessian @ direction
-        curvature = (direction * image).sum(0)
-        step = norm / curvature.clamp_min(tiny)  # 0 where a column is solved or wholly pruned
-        solution.addcmul_(direction, step)
-        residual.addcmul_(image, step, value=-1).mul_(keep)
-        before, norm = norm, residual.square().sum(0)
-        direction.mul_(norm / before.clamp_min(tiny)).add_(residual)

@@ -107,18 +107,21 @@ def check_format(
     checkpoint: Checkpoint,
     config: Any,
     load_bit: str | None,
-    pruning: bool,
+    changes: str | None,
     offload: str | None = None,
 ) -> None:
-    """Raise UserError if the checkpoint's format can't be pruned or loaded as the flags say."""
+    """Raise UserError if the checkpoint's format can't be pruned or loaded as the flags say.
+
+    `changes` is the flag by which the run changes weights, None if none does.
+    """
     _, method = _stored(config)
     if method is None:
         return
     if method == packed.METHOD:
-        if pruning or load_bit:
-            flag = "--prune_method" if pruning else "--load_bit"
+        if changes or load_bit:
             raise UserError(
-                f"{checkpoint}: its linears are packed, which {flag} can't work on; "
+                f"{checkpoint}: its linears are packed, which {changes or '--load_bit'} can't work "
+                "on; "
                 "make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
             )
         return

@@ -82,6 +82,7 @@ class BlockWeights:
         self.rounding, self.exact = rounding, exact
         self.finished, self.resumes = finished, resumes
         self.dist = dist or DistContext(device, alone=True)
+        self.stage = "block"  # begins the names of the files of finished blocks
         self._finished_block: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._kept = False  # the block on the device is the one in the folder of --resume
         self._versions: dict[int, int] = {}  # how often each block was written as scratch
@@ -143,7 +144,7 @@ class BlockWeights:
         if not self.resumes:
             return False
         if self.finished:
-            name, then = _file_name(index), "its block is pruned again"
+            name, then = self._finished_name(index), "its block is computed again"
             self._finished_block = self.finished.read(name, then)
         return self.dist.all_gather_object(self._finished_block is not None)[0]
 
@@ -189,7 +190,7 @@ class BlockWeights:
             for path, tensor in self._tensors(index):
                 if path not in quantised:
                     held[path] = self._narrowed(index, path, tensor)
-            self.finished.write(_file_name(index), held, notes, f"block {index}")
+            self.finished.write(self._finished_name(index), held, notes, f"block {index}")
         self._kept = True
         self.dist.barrier()
 
@@ -259,7 +260,7 @@ class BlockWeights:
         places = old = None
         if self._writes:
             if kept:
-                file = self.finished.folder / f"{_file_name(index)}.safetensors"
+                file = self.finished.folder / f"{self._finished_name(index)}.safetensors"
             else:
                 number = self._versions.get(index, 0)
                 self._versions[index] = number + 1
@@ -274,6 +275,9 @@ class BlockWeights:
         files.places[index] = self.dist.all_gather_object(places)[files.owner]
         if old:
             old.unlink(missing_ok=True)
+
+    def _finished_name(self, index: int) -> str:
+        return f"{self.stage}-{index:05d}"
 
     def _tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield path and tensor of every weight of the block on the device."""
@@ -326,7 +330,3 @@ def set_tensor(module: nn.Module, path: str, tensor: Tensor) -> None:
 def _tensor(module: nn.Module, path: str) -> Tensor:
     parent, _, name = path.rpartition(".")
     return getattr(module.get_submodule(parent), name).detach()
-
-
-def _file_name(index: int) -> str:
-    return f"block-{index:05d}"

@@ -26,7 +26,7 @@ from lib.util.locks import exclusive_lock
 
 JOB = "job.json"
 CONVERTED = "converted"  # where transformers writes weights that it converts on loading
-NAMES = ("block-*", "allocation", "recovery", "rest", f"{CONVERTED}/*")
+NAMES = ("block-*", "rounded-*", "allocation", "recovery", "rest", f"{CONVERTED}/*")
 OWN = ("*.partial", *(f"{name}.safetensors" for name in NAMES))
 
 

@@ -26,6 +26,7 @@ GROUP = 64
 SCALE_DTYPE = {8: torch.float32, 4: torch.bfloat16}
 LARGEST = 127  # code at 8 bits
 LOWEST, HIGHEST = -8, 7  # codes at 4 bits
+LIMITS = {8: (-LARGEST, LARGEST), 4: (LOWEST, HIGHEST)}
 SMALLEST = torch.finfo(torch.float32).tiny
 DROPPED_BITS = 19  # of a float32: with these zero, five significant bits are left
 CANDIDATES = 28  # steps of five significant bits that lead from any number to its threefold
@@ -38,6 +39,7 @@ def quantise(
     bits: int = 4,
     group: int | None = GROUP,
     scales: Tensor | None = None,
+    costs: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The grid nearest to `matrix` (out, in): int8 codes (out, in) and scales (out, groups).
 
@@ -65,12 +67,11 @@ def quantise(
             raise PackedError(f"{bits} bits: a weight is nan or inf, which integers can't hold")
         if given is not None:
             steps = spread_scales(scales[part].float(), group, width)
-            limits = (-LARGEST, LARGEST) if bits == 8 else (LOWEST, HIGHEST)
-            codes[part] = tile.div(steps).round_().clamp_(*limits)
+            codes[part] = tile.div(steps).round_().clamp_(*LIMITS[bits])
         elif bits == 8:
             codes[part], scales[part] = _quantise_rows(tile)
         else:
-            codes[part], scales[part] = _quantise_groups(tile, group)
+            codes[part], scales[part] = _quantise_groups(tile, group, costs)
     return codes, scales
 
 
@@ -120,11 +121,13 @@ def _quantise_rows(tile: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scale
 
 
-def _quantise_groups(tile: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def _quantise_groups(tile: Tensor, group: int, costs: Tensor | None) -> tuple[Tensor, Tensor]:
     """4 bits: codes (rows, in) and scales (rows, groups)."""
     rows, width = tile.shape
     groups = n_groups(width, group)
     weights = F.pad(tile, (0, groups * group - width)).view(rows, groups, group)
+    if costs is not None:
+        costs = F.pad(costs.float(), (0, groups * group - width)).view(groups, group)
     largest = weights.abs().amax(2, keepdim=True)  # (rows, groups, 1)
     first = (largest / 12).clamp_min(SMALLEST).view(torch.int32) >> DROPPED_BITS
     best = torch.ones_like(largest)
@@ -132,7 +135,8 @@ def _quantise_groups(tile: Tensor, group: int) -> tuple[Tensor, Tensor]:
     for step in range(CANDIDATES):
         scale = (first + step << DROPPED_BITS).view(torch.float32)
         error = (weights / scale).round_().clamp_(LOWEST, HIGHEST).mul_(scale).sub_(weights)
-        error = error.square_().sum(2, keepdim=True)
+        error.square_()
+        error = (error if costs is None else error.mul_(costs)).sum(2, keepdim=True)
         better = error < least
         best = torch.where(better, scale, best)
         least = torch.where(better, error, least)

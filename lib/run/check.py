@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import NEURONS, Sparsity
 from lib.report.results import RESULTS
 from lib.run.flag import INPUT, RESULT
@@ -24,6 +25,7 @@ from lib.run.texts import (
     named_sources,
     read_texts,
     reads_train,
+    rounding_of,
     same_texts,
 )
 from lib.util.errors import UserError
@@ -34,7 +36,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
 
     Raises UserError, in one line, for what can't be done.
     """
-    method_spec = method_of(args)
+    method_spec, rounding = method_of(args), rounding_of(args)
     _check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
     train_sources = list(sources) if reads_train(args) else []
@@ -64,7 +66,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
         checkpoint,
         config,
         load_bit=args.load_bit,
-        pruning=bool(method_spec or args.recover),
+        changes=_changing_flag(args, method_spec, rounding),
         offload=args.offload,
     )
     tokenizer = pretrained.load_tokenizer(checkpoint)
@@ -102,6 +104,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
         blocks_name=blocks_name,
         method_spec=method_spec,
         sparsity=sparsity,
+        rounding=rounding,
         mlps=mlps,
         neurons_left=neurons_left,
     )
@@ -116,6 +119,17 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     _check_tokens(job)
     _compare_fingerprints(job)
     return job
+
+
+def _changing_flag(
+    args: argparse.Namespace, method_spec: MethodSpec | None, rounding: MethodSpec | None
+) -> str | None:
+    """Return the flag by which the run changes the linears' weights; None if it does not."""
+    if method_spec:
+        return "--prune_method"
+    if args.recover:
+        return "--recover"
+    return "--rounding" if rounding else None
 
 
 def _check_outputs(args: argparse.Namespace) -> None:
@@ -236,7 +250,7 @@ def _compare_fingerprints(job: Job) -> None:
     job.fingerprint = fingerprint(job)
     pruning = job.fingerprint["pruning"]
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
-    changes = job.method_spec or job.schedule
+    changes = job.method_spec or job.schedule or job.rounding
     if not (changes and job.args.resume and job.dist.is_main):
         return
     folder = WorkFolder("--resume", job.args.resume)

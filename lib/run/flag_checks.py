@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib.methods.registry import METHODS
 from lib.methods.sparsity import ALLOCATION_SPAN, NEURONS, UNSTRUCTURED, Sparsity
-from lib.run.flags import FLAGS
+from lib.run.flags import FLAGS, HESSIAN, rounds
 
 FEWEST_ZEROS = 1 / 16  # of 16-bit weights: they pay for the packed form's one bit per weight
 
@@ -30,8 +30,14 @@ def _mistakes(args: argparse.Namespace) -> Iterator[str]:
     for flag in FLAGS.values():
         if misfit := flag.misfit(args, FLAGS):
             yield misfit
-    if not (args.prune_method or args.eval_only or args.recover or args.trim_vocabulary):
+    does_something = args.prune_method or args.eval_only or args.recover or args.trim_vocabulary
+    if not (does_something or rounds(args)):
         yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
+    if args.rounding == HESSIAN and args.eval_only:
+        yield (
+            f"--rounding {HESSIAN}: reads calibration text, which --eval_only does not; leave out "
+            "--eval_only"
+        )
     yield from _ratio_mistakes(args)
     if args.save_model:
         yield from _target_mistakes(args)

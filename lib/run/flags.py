@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lib.methods.registry import METHODS
+from lib.methods.registry import METHODS, MethodSpec
 from lib.methods.sparsity import ALLOCATIONS, NEURONS, TYPES, UNSTRUCTURED
 from lib.run.flag import INPUT, PLACE, RESULT, SHOWN, SPEED, Flag, Span
 from lib.util.command import Parser
@@ -24,6 +24,8 @@ from lib.util.command import Parser
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
 them on text of that language, measure what it cost, save a smaller model."""
+
+HESSIAN, NEAREST = "hessian", "nearest"  # values of --rounding
 
 BEGIN, END = "<!-- flags -->", "<!-- /flags -->"  # around the table in README.md
 
@@ -306,6 +308,17 @@ PRUNING = (
         needs=("replace_sparse_layers",),
     ),
     Flag(
+        "rounding",
+        "pruning",
+        RESULT,
+        "how kept values become integers: hessian, column by column on calibration text, each "
+        "linear making up for what earlier ones lost to rounding; nearest: each by itself",
+        default_text="hessian where the run reads calibration text, nearest with --eval_only",
+        options={"choices": (HESSIAN, NEAREST)},
+        needs=("pack_bits",),
+        dense=False,
+    ),
+    Flag(
         "pack_embeddings",
         "pruning",
         RESULT,
@@ -333,6 +346,7 @@ RECOVERY = (
         "dense model that it was made of",
         excludes={
             "eval_only": "--eval_only changes no weight",
+            "rounding": "the weights are trained as the integers that are packed",
             "load_bit": "quantised weights can't be trained",
             "offload": "blocks on disk can't be trained",
         },
@@ -554,7 +568,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
     For the dense model only the flags that load or trim it count, and for a sparsity type only
     those that are for it.
     """
-    dense = args.prune_method is None and args.recover is None
+    dense = args.prune_method is None and args.recover is None and not rounds(args)
     return {
         name: getattr(args, name)
         for name, flag in FLAGS.items()
@@ -572,6 +586,20 @@ def method_options(args: argparse.Namespace) -> dict[str, Any]:
         for flag in FLAGS.values()
         if flag.method_option and flag.is_given(args)
     }
+
+
+def observes(args: argparse.Namespace) -> bool:
+    """Return whether pruning reads calibration text."""
+    method = args.prune_method
+    return bool(method and (MethodSpec(method).cls.observes or args.allocation != "uniform"))
+
+
+def rounds(args: argparse.Namespace) -> bool:
+    """Return whether the run rounds kept weights on calibration text before it packs them."""
+    if not args.replace_sparse_layers or args.pack_bits == 16 or args.eval_only or args.recover:
+        return False
+    named = args.calibration_data or args.prune_on_c4
+    return args.rounding == HESSIAN or (args.rounding is None and bool(named or observes(args)))
 
 
 def values(args: argparse.Namespace, groups: Iterable[str], roles: Iterable[str]) -> tuple:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.run.flag import INPUT, PLACE, RESULT
-from lib.run.flags import values
+from lib.run.flags import observes, values
 from lib.util.events import emit
 
 if TYPE_CHECKING:
@@ -133,6 +133,7 @@ class Job:
     blocks_name: str
     method_spec: MethodSpec | None
     sparsity: Sparsity
+    rounding: MethodSpec | None = None  # of kept weights, before they are packed
     mlps: MlpLayout | None = None  # whose neurons are removed
     neurons_left: int | None = None  # in each of them
     vocabulary: TrimmedVocabulary | None = None
@@ -149,9 +150,8 @@ class Job:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method or the allocation observes calibration text."""
-        spec = self.method_spec
-        return bool(spec and (spec.cls.observes or self.args.allocation != "uniform"))
+        """Whether pruning or rounding observes calibration text."""
+        return bool(self.rounding or observes(self.args))
 
     @property
     def model_key(self) -> tuple:
@@ -197,7 +197,8 @@ class LoadedModel:
     cache_inputs: bool = True  # of the linears of a block; saves passes through it
     sparsity: dict[str, Sparsity] | None = None  # by linear, if it must be reached
     left_dense: frozenset[str] = frozenset()  # names of linears
-    scales: dict[str, Tensor] | None = None  # by weight, of the grids that recovery trained on
+    scales: dict[str, Tensor] | None = None  # by weight, of grids that the weights are on
+    unrounded: Tensor | None = None  # logits of the model before its weights were put on grids
     reference: DenseReference | None = None  # for the divergence
     after_block: Callable[[], None] | None = None  # called when one more was pruned
     products: str | None = None  # bfloat16 where products round float32 operands to it

@@ -58,7 +58,7 @@ def load(job: Job, at_end: ExitStack) -> LoadedModel:
         rounding=pretrained.saved_dtype(job.args.dtype, job.config),
         exact=frozenset(model._keep_in_fp32_modules_strict or ()),
         finished=job.finished,
-        resumes=bool(job.args.resume and job.method_spec),
+        resumes=bool(job.args.resume and (job.method_spec or job.rounding)),
         dist=job.dist,
     )
     runner = BlockRunner(model, job.device, weights)
@@ -83,7 +83,7 @@ def _check_outputs_room(job: Job) -> None:
     from lib.util.files import check_room
 
     args, skeleton = job.args, job.skeleton
-    if not job.dist.is_main or not (job.method_spec or job.schedule):
+    if not job.dist.is_main or not (job.method_spec or job.schedule or job.rounding):
         return
     saved = saved_dtype(args.dtype, job.config).itemsize
     inside = sum(p.numel() for p in skeleton.get_submodule(job.blocks_name).parameters())
@@ -92,6 +92,8 @@ def _check_outputs_room(job: Job) -> None:
         check_room("--save_model", args.save_model, total * saved)
     if job.finished:
         needed = inside * (4 if args.load_bit else saved) if job.method_spec else 0
+        if job.rounding:
+            needed += inside * _kept_dtype(job).itemsize
         if job.schedule:  # trained weights, AdamW's two averages, and the best weights so far
             needed += inside * (3 * 4 + saved) if job.schedule.rank is None else inside * saved
         check_room("--resume", args.resume, needed - job.finished.size())
@@ -101,7 +103,7 @@ def _scratch_bytes(job: Job) -> int:
     """Return the bytes of the files of all blocks, for blocks that do not stay on the device."""
     from lib.model.access import stored_names
     from lib.model.offload import scratch_bytes
-    from lib.model.pretrained import pick_dtype, saved_dtype
+    from lib.model.pretrained import pick_dtype
 
     args = job.args
     return scratch_bytes(
@@ -109,8 +111,17 @@ def _scratch_bytes(job: Job) -> int:
         job.blocks_name,
         stored=stored_names(job.checkpoint) if Path(args.model).is_dir() else {},
         loaded=pick_dtype(args.dtype, job.config, job.device),
-        rounding=saved_dtype(args.dtype, job.config),
+        rounding=_kept_dtype(job),
     )
+
+
+def _kept_dtype(job: Job) -> torch.dtype:
+    """Return the dtype in which the blocks' changed weights are kept until they are saved."""
+    from lib.model.pretrained import pick_dtype, saved_dtype
+
+    if job.rounding and job.args.pack_bits == 8:  # integers times scales, which 16 bits can't hold
+        return pick_dtype(job.args.dtype, job.config, job.device)
+    return saved_dtype(job.args.dtype, job.config)
 
 
 def _place_of_blocks(job: Job, size: int) -> tuple[Path | None, bool]:
@@ -224,6 +235,7 @@ def _check_memory(job: Job, shared: bool) -> MemoryDecision:
         load=load,
         method_spec=job.method_spec,
         removal=_removal(job),
+        rounding=job.rounding,
         load_bit=args.load_bit or stored_bits(job.config),
         stored=None if stored == working else stored,
         on_disk=bool(args.offload),

@@ -46,6 +46,7 @@ class Plan:
     load: Workload
     method_spec: MethodSpec | None
     removal: Removal | None = None  # of whole neurons, in place of weights
+    rounding: MethodSpec | None = None  # of kept weights, before they are packed
     load_bit: str | None = None
     stored: torch.dtype | None = None  # dtype of the weight files, if they are cast on reading
     on_disk: bool = False  # blocks stay on disk
@@ -131,6 +132,8 @@ def steps(plan: Plan) -> dict[str, StepBytes]:
         step_bytes["pruning"] = neuron_pruning_bytes(load, plan.method_spec, plan.removal)
     elif plan.method_spec:
         step_bytes["pruning"] = pruning_bytes(load, plan.method_spec, plan.cache_inputs)
+    if plan.rounding:
+        step_bytes["rounding"] = pruning_bytes(load, plan.rounding, plan.cache_inputs)
     if plan.probed:
         step_bytes["allocation"] = allocation_bytes(load, plan.probed)
     if training:

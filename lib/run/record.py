@@ -51,6 +51,7 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
     from lib.vocabulary import vocabulary_record
 
     args, method_spec = job.args, job.method_spec
+    pruned_before = job.has_dense or job.rounding
     tests = measured["evaluation"]
     trimmed: dict[str, Any] = {}
     if vocabulary := vocabulary_record(job.vocabulary, job.config):
@@ -58,7 +59,7 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
         trimmed = {"vocabulary": vocabulary, "bits_per_byte": bits}  # before perplexity
     return {
         "model": args.model,
-        "method": args.prune_method or ("pruned before" if job.has_dense else "dense"),
+        "method": args.prune_method or ("pruned before" if pruned_before else "dense"),
         "sparsity_type": args.sparsity_type if method_spec else None,
         "sparsity_ratio": args.sparsity_ratio if method_spec else None,
         "options": method_spec.settings if method_spec else {},

@@ -31,7 +31,7 @@ def set_teacher(job: Job) -> None:
     checkpoint = replace(job.checkpoint, name=args.teacher, flag="--teacher", revision=None)
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    check_format(checkpoint, config, load_bit=None, pruning=True)
+    check_format(checkpoint, config, load_bit=None, changes="--recover")
     if stored_bits(config):
         raise UserError(f"{checkpoint}: is quantised; name the unquantised model")
     skeleton = copy.deepcopy(pretrained.skeleton(config, checkpoint))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lib.methods.registry import MethodSpec
+from lib.methods.registry import ROUNDING, MethodSpec
 from lib.run.flag import INPUT, RESULT
-from lib.run.flags import method_options, values
+from lib.run.flags import method_options, observes, rounds, values
 from lib.run.job import Job, LoadedModel, TextRequest, Texts
 
 if TYPE_CHECKING:
@@ -21,11 +21,14 @@ def method_of(args: argparse.Namespace) -> MethodSpec | None:
     return MethodSpec(args.prune_method, method_options(args)) if args.prune_method else None
 
 
+def rounding_of(args: argparse.Namespace) -> MethodSpec | None:
+    """Return what rounds kept weights before they are packed; None where nothing does."""
+    return MethodSpec(ROUNDING, {"bits": args.pack_bits}) if rounds(args) else None
+
+
 def reads_train(args: argparse.Namespace) -> bool:
     """Return whether the run reads the train text of the calibration sources."""
-    method_spec = method_of(args)
-    observes = method_spec and (method_spec.cls.observes or args.allocation != "uniform")
-    return bool(args.recover or observes)
+    return bool(args.recover or observes(args) or rounds(args))
 
 
 def named_sources(

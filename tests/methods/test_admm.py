@@ -8,7 +8,8 @@ import torch
 from support import CPU
 
 from lib.methods import admm
-from lib.methods.admm import FLOOR, Admm
+from lib.methods.admm import Admm
+from lib.methods.least_squares import FLOOR
 from lib.methods.sparsegpt import SparseGPT
 from lib.methods.sparsity import Sparsity
 from lib.util.errors import UserError

@@ -8,7 +8,8 @@ import torch
 from support import CPU
 from torch import Tensor
 
-from lib.methods.admm import FLOOR, Admm
+from lib.methods.admm import Admm
+from lib.methods.least_squares import FLOOR
 from lib.methods.magnitude import Magnitude
 from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsegpt import SparseGPT

@@ -188,5 +188,5 @@ def test_other_formats_are_refused(method: str, place: Path, tmp_path: Path) -> 
 
 def test_an_unquantised_checkpoint_passes(place: Path) -> None:
     config = load_config(Checkpoint(str(place / "model")))
-    check_format(Checkpoint("model"), config, "4", True)
+    check_format(Checkpoint("model"), config, "4", "--prune_method")
     assert stored_bits(config) is None

@@ -23,23 +23,26 @@ def short_scales(least, most):
     return [number for number in numbers if least <= number <= most]
 
 
-def slow_error(weights, scale):
+def slow_error(weights, scale, costs):
     codes = torch.tensor([min(7, max(-8, round(w / scale))) for w in weights.tolist()])
-    return float((codes * scale - weights.double()).square().sum())
+    return float((costs * (codes * scale - weights.double()).square()).sum())
 
 
+@pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("width", [5, 64, 70])
-def test_the_scale_with_the_least_error_is_taken(width):
+def test_the_scale_with_the_least_error_is_taken(width, weighed):
     weight = random_matrix(3, width)
-    codes, scales = quantise(weight)
+    costs = torch.logspace(-3, 3, width)[torch.randperm(width)] if weighed else torch.ones(width)
+    codes, scales = quantise(weight, costs=costs if weighed else None)
     dense = dequantise(codes, scales, 64)
     for row in range(3):
         for index, begin in enumerate(range(0, width, 64)):
-            weights = weight[row, begin : begin + 64]
+            here = slice(begin, begin + 64)
+            weights, counted = weight[row, here], costs[here].double()
             largest = float(weights.abs().max())
             tried = short_scales(largest / 12, largest / 4) if largest else [1.0]
-            best = min(slow_error(weights, scale) for scale in tried)
-            error = float((dense[row, begin : begin + 64] - weights).square().sum())
+            best = min(slow_error(weights, scale, counted) for scale in tried)
+            error = float((counted * (dense[row, here] - weights).square()).sum())
             assert error <= best * (1 + 1e-4) + 1e-12
             assert has_short_scales(scales[row, index])
 

@@ -41,6 +41,7 @@ OTHER = {
     "blend": ["0.5"],
     "replace_sparse_layers": [],
     "pack_bits": ["8"],
+    "rounding": ["nearest"],
     "pack_embeddings": ["8"],
     "neurons_multiple": ["32"],
     "recover": ["99"],
@@ -50,6 +51,7 @@ OTHER = {
     "eval_only": [],
     "abilities": [],
     "fidelity": [],
+    "depth": [],
     "tasks": ["arc"],
 }
 SAME = {

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel
 
 from lib.data.training import TrainingText
 from lib.eval import perplexity
-from lib.methods.registry import METHODS, MethodSpec
+from lib.methods.registry import METHODS, ROUNDING, MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
 from lib.model.mlp import MlpLayout, find_mlps
@@ -55,6 +55,7 @@ from lib.model.shapes import PackedLinears, Workload, shapes
 from lib.pruning.by_error import allocation_bytes, by_error
 from lib.pruning.neurons import NeuronPruner, Removal
 from lib.recover import Grid, Recoverer, TrainSchedule
+from lib.round import Rounder
 from lib.run import memory
 from lib.run.memory import Plan, Training, check_memory, lay_out, needed
 from lib.sparse import packed_weights, packing_bytes, swap_linears_
@@ -130,6 +131,19 @@ def test_tensors_of_a_run_take_what_was_said(name: str, method: str) -> None:
     with Alive(there) as alive:
         pruner_of(runner_of(model), method_spec).run(ids if method_spec.cls.observes else None, 4)
         perplexity(runner_of(model), ids[:4], 4)
+    taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
+    assert covers(need.total, taken), need.total / taken
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_tensors_of_a_rounding_take_what_was_said(bits: int) -> None:
+    size = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2, vocab_size=300)
+    model, ids = tiny.tiny_llama(**size), windows(8, 32)
+    prune_(model, "magnitude", ids=ids)
+    rounding = MethodSpec(ROUNDING, {"bits": bits})
+    need = needed(of(model, method_spec=None, rounding=rounding))
+    with Alive([*model.parameters(), *model.buffers(), ids]) as alive:
+        Rounder(runner_of(model), rounding, dist=ALONE).run(ids, 4)
     taken = sum(weight.nbytes for weight in set(model.parameters())) + alive.most
     assert covers(need.total, taken), need.total / taken
 

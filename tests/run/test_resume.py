@@ -236,7 +236,7 @@ def test_a_damaged_shard_is_done_again(
     if damage == "wrong":  # whole, but not what was written
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     done = finished(call(*argv))
-    assert f"{file.name} is damaged; its block is pruned again" in done.out
+    assert f"{file.name} is damaged; its block is computed again" in done.out
     assert content(tmp_path / "model") == whole["sparsegpt"]
 
 
@@ -311,7 +311,7 @@ def test_a_block_of_another_run_is_not_taken(whole: dict, place: Path, tmp_path:
         (tmp_path / "other" / "kept" / file).read_bytes()
     )
     done = finished(call(*argv))
-    assert f"{file} is of a run with other flags; its block is pruned again" in done.out
+    assert f"{file} is of a run with other flags; its block is computed again" in done.out
     assert content(tmp_path / "own" / "model") == whole["sparsegpt"]
 
 

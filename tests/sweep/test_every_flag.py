@@ -50,6 +50,7 @@ SWEEPS = {
         "keep_reserved_tokens": [],
         "replace_sparse_layers": [],
         "pack_bits": ["8"],
+        "rounding": ["hessian"],
         "pack_embeddings": ["8"],
     },
     "recovered": {

@@ -1,0 +1,182 @@
+"""The least squares problem of a linear that aims at what the untouched model computes.
+
+*The problem.* A linear with weights W (out, in) receives X (tokens, in) from the blocks pruned so
+far; the untouched model would feed it D (tokens, in). Where its outputs are added to a residual
+stream, L (tokens, out) is the error of that stream: how far the untouched model's is ahead.
+Wanted is the masked matrix Q that minimises
+
+    |X Q^T - X W^T - a ((D - X) W^T + L)|^2 + damping |(Q - W) S|^2                        (1)
+
+With blend a = 0 a linear keeps its own outputs, as in SparseGPT; with a = 1 it also repairs what
+the linears before it broke, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
+Qronos, arXiv 2505.11695, both for quantisation) and in the stream it writes to. (1) needs sums over
+tokens: A = X^T X, F = (D - X)^T X of the input's error and G = L^T X of the stream's. The
+differences are summed because they are small: D^T X would drown them in rounding.
+
+*Scaling.* S = diag(A)^1/2 are the norms of the inputs. In terms of W S and S^-1 A S^-1, which has
+a unit diagonal, magnitudes of weights compare across inputs as Wanda's scores do. From here on all
+is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + a F) + a G.
+
+*Damping.* What least squares finds in T tokens that isn't there grows with in / T and with the
+share u of an input's variance that the others do not explain, the mean of 1 / (A^-1)_jj: the
+damping is FLOOR + `damping` u in / T. A fixed share that suits one model and number of windows
+spoils another: errors can be fitted to few tokens all too well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from lib.methods.base import PruningMethod
+from lib.methods.damping import cholesky, inverse_, rising
+from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
+
+FLOOR = 0.01  # of an input's variance: the least damping
+
+
+class LeastSquares(PruningMethod):
+    """The sums of one input of a block that the problem of its linears is made of.
+
+    `damping` is a multiple of the unexplained share per token and input, `blend` is a in (1), from
+    0 to 1.
+    """
+
+    in_order = True
+    dense_stream = True
+    inverts_gram = True
+
+    def __init__(self, width: int, device: torch.device, damping: float, blend: float) -> None:
+        super().__init__(width, device)
+        assert damping >= 0 and 0 <= blend <= 1
+        self.hessian = torch.zeros(width, width, device=device)  # A (in, in), upper triangle
+        # F (in, in)
+        self.input_error_gram = torch.zeros(width, width, device=device) if blend else None
+        self.residual_error_gram: Tensor | None = None  # G (out, in)
+        self.damping = damping
+        self.blend = blend
+
+    def observe(
+        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
+    ) -> None:
+        """Add x (tokens, in), and where known how the same tokens stand in the untouched model.
+
+        Either `dense` (tokens, in), its x; or, for a linear that has its input to itself,
+        `residual_error` (tokens, out), float32: how far the untouched model's stream is ahead once
+        the outputs that the linear has with the weights W are added. That is L + (D - X) W^T of
+        (1), and all of it.
+        """
+        super().observe(x)
+        add_upper_gram_(self.hessian, x)
+        if self.input_error_gram is None and self.residual_error_gram is None:
+            return
+        if residual_error is not None:
+            if self.residual_error_gram is None:
+                self.input_error_gram = None
+                self.residual_error_gram = x.new_zeros(
+                    residual_error.shape[1], x.shape[1], dtype=torch.float32
+                )
+            add_cross_(self.residual_error_gram, residual_error, x)
+        elif dense is not None:
+            add_cross_(self.input_error_gram, dense.float() - x.float(), x)
+
+    def statistics(self) -> list[Tensor]:
+        sums = self.hessian, self.input_error_gram, self.residual_error_gram
+        return [tensor for tensor in sums if tensor is not None]
+
+    def square_sums(self) -> Tensor:
+        return self.hessian.diagonal()
+
+    def bytes_of_sums(self, rows: list[int]) -> int:
+        """Bytes of the statistics of an input whose linears have `rows` outputs."""
+        row = self.hessian.element_size() * len(self.hessian)
+        # a linear alone most often adds to the stream
+        beside = row * (rows[0] if len(rows) == 1 else len(self.hessian)) if self.blend else 0
+        return self.hessian.nbytes + beside
+
+    def problem(self, weights: Sequence[Tensor]) -> Problem:
+        """(1) of matrices (out_i, in) that share the input, scaled.
+
+        UserError where A can't be factored.
+        """
+        assert self.tokens > 0 and (self.residual_error_gram is None or len(weights) == 1)
+        with record_function("factorisation"):
+            share = self.damping * len(self.hessian) / self.tokens
+            hessian, unexplained, scale, dead = scaled(self.hessian, share)
+        across = scale[:, None]
+        start = torch.cat([weight.T for weight in weights], 1)
+        error = None  # what a multiplies in B
+        if self.residual_error_gram is not None:
+            error = self.residual_error_gram.T / across
+        elif self.input_error_gram is not None:
+            error = (self.input_error_gram.T @ start).div_(across)
+        target = hessian @ start.mul_(across)
+        if error is not None:
+            target.add_(error, alpha=self.blend)
+        return Problem(start, target, hessian, across, unexplained, dead)
+
+
+class Problem(NamedTuple):
+    """(1) scaled: W S and B (in, out), A (in, in), S (in, 1), the unexplained share, dead (in,).
+
+    An input that was always 0 is dead: it tells nothing of its weights.
+    """
+
+    start: Tensor
+    target: Tensor
+    hessian: Tensor
+    scale: Tensor
+    unexplained: float
+    dead: Tensor
+
+    def drop_dead_(self) -> None:
+        """Let the weights of dead inputs go."""
+        self.start[self.dead] = 0
+        self.target[self.dead] = 0
+
+
+def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
+    """A = S^-1 (sums) S^-1 + damping (in, in), the unexplained share, S (in,), and dead inputs.
+
+    The damping is FLOOR and `share` of the unexplained share, which is that of the damped matrix.
+    Reads the upper triangle of `sums`. The floor rises where it must; UserError where that does not
+    help.
+    """
+    hessian = sums.clone()
+    mirror_(hessian)
+    dead = hessian.diagonal() == 0
+    scale = hessian.diagonal().sqrt().masked_fill_(dead, 1)
+    hessian /= scale
+    hessian /= scale[:, None]
+    added = 0.0
+    for floor in rising(FLOOR):
+        hessian.diagonal().add_(floor - added)
+        added, factor = floor, cholesky(hessian)
+        if factor is not None:
+            break
+    unexplained = (1 / inverse_(factor).diagonal()).mean().item()
+    hessian.diagonal().add_(share * unexplained)
+    return hessian, (1 + share) * unexplained, scale, dead
+
+
+def conjugate_gradients_(
+    solution: Tensor, target: Tensor, hessian: Tensor, mask: Tensor, steps: int
+) -> None:
+    """Lower (1) from Q = `solution` (in, out), each column on its own mask."""
+    tiny = torch.finfo(solution.dtype).tiny
+    keep = (~mask).float()  # cheaper to multiply with than a mask is to fill
+    residual = torch.addmm(target, hessian, solution, alpha=-1).mul_(keep)
+    direction = residual.clone()
+    norm = residual.square().sum(0)  # (out,)
+    for _ in range(steps):
+        image = hessian @ direction
+        curvature = (direction * image).sum(0)
+        step = norm / curvature.clamp_min(tiny)  # 0 where a column is solved or wholly pruned
+        solution.addcmul_(direction, step)
+        residual.addcmul_(image, step, value=-1).mul_(keep)
+        before, norm = norm, residual.square().sum(0)
+        direction.mul_(norm / before.clamp_min(tiny)).add_(residual)
