@@ -160,7 +160,15 @@ def test_other_architectures_reach_what_was_allocated(name: str) -> None:
     target = allocation.sparsity
     measured = measure(runner, target, frozenset(done.left_dense))
     asked = sum(target[name].ratio * size for name, size in measured.sizes.items())
-    assert 0 <= asked - sum(measured.zeros.values()) <= len(target)  # a whole number in each
+    rows = {
+        linear.name: linear.shape[0]
+        for index in range(len(runner.blocks))
+        for linear in runner.linears(index)
+    }
+    experts = [names for notes in done.notes for names in sum(notes.fallbacks.values(), [])]
+    by_row = sum(rows[name] for names in experts for name in names.split(", "))
+    # a whole number in each, and in each row of experts that few tokens reached, by Wanda
+    assert 0 <= asked - sum(measured.zeros.values()) <= len(target) + by_row
     if name != "shared blocks":  # there names count a weight more than once
         assert asked == pytest.approx(0.6 * sum(measured.sizes.values()), rel=1e-6)
     if name == "shared blocks":
