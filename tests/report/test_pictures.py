@@ -210,20 +210,18 @@ def test_what_neurons_pairs_share_by_block() -> None:
         shared = zip(names, both, strict=True)
         return {name: MaskCounts(20, 10, 10, each, 5.0) for name, each in shared}
 
-    by_pair = {
-        ("uk", "en"): counts(6, 4),
-        ("uk", "half"): counts(8, 7),
-        ("uk", "uk1"): counts(9, 9),
-    }
+    runs, again = ["uk (seed 0)", "en (seed 0)", "half (seed 0)"], "uk (seed 1)"
+    by_pair = {(runs[0], runs[1]): counts(6, 4), (runs[0], runs[2]): counts(8, 7)}
+    by_pair[runs[0], again] = counts(9, 9)
     cells = {name: Cell(MaskCounts(40, 20, 20, 14, 10.0)) for name in names}
-    comparison = Comparison(["uk", "en", "half"], ["uk1"], cells, by_pair)
+    comparison = Comparison(runs, [again], cells, by_pair)
     (axes,) = panels(figure := shared_neurons(comparison))
-    assert figure.get_suptitle() == "Neurons that the masks of uk, en and half share"
+    assert figure.get_suptitle() == "Neurons that are kept for uk, en and half"
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert drawn == {
         "uk and en": [[0, 60], [1, 40]],
         "uk and half": [[0, 80], [1, 70]],
-        "uk and uk1": [[0, 90], [1, 90]],
+        "two seeds of one text": [[0, 90], [1, 90]],
         "chance": [[0, 50], [1, 50]],
     }
     assert [line.get_color() for line in axes.lines].count("#555555") == 1
