@@ -17,11 +17,19 @@ from contextlib import contextmanager
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 by instructions of its own (AVX-512 or AMX)."""
+    """Whether the processor has bfloat16 products, and torch rounds float32 operands for them.
+
+    Without AMX torch may leave such operands as they are: nothing would be gained.
+    """
     import torch
 
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    if not (able.get("amx_bf16") or able.get("avx512_bf16")):
+        return False
+    tried = torch.linspace(-1, 1, 2**16).view(256, 256)
+    exact = tried @ tried
+    with bfloat16_products():
+        return not torch.allclose(tried @ tried, exact, rtol=1e-5, atol=1e-2)
 
 
 @contextmanager
