@@ -129,7 +129,7 @@ def _quantise_groups(tile: Tensor, group: int, costs: Tensor | None) -> tuple[Te
     if costs is not None:
         costs = F.pad(costs.float(), (0, groups * group - width)).view(groups, group)
     largest = weights.abs().amax(2, keepdim=True)  # (rows, groups, 1)
-    first = (largest / 12).clamp_min(SMALLEST).view(torch.int32) >> DROPPED_BITS
+    first = (largest / (-1.5 * LOWEST)).clamp_min(SMALLEST).view(torch.int32) >> DROPPED_BITS
     best = torch.ones_like(largest)
     least = torch.full_like(largest, torch.inf)
     for step in range(CANDIDATES):

@@ -1,4 +1,4 @@
-"""The whole tool on one model: dense, trimmed, pruned, recovered, packed at 16 and at 8 bits.
+"""The whole tool on one model: dense, trimmed, pruned, recovered, packed at 16, 8 and 4 bits.
 
     python tests/bench/bench_whole.py MODEL --data uk --out whole -- --device cpu
     python tests/bench/bench_whole.py MODEL --data uk --out whole --picture .github/images/whole.png
@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from stages import Stage, do
 from transformers import AutoModelForCausalLM
 
 import lib.sparse  # noqa: F401  the packed form is known to transformers
-import main as command_line
 from lib.compress.measure import decoding_speed, disk_size
 from lib.report.markdown import padded_table
 from lib.report.plots.bars import bars
 from lib.report.plots.style import save_figure
 from lib.report.results import load_runs
-from lib.run.check import check
-from lib.run.flag_checks import check_flags
 from lib.run.flags import build_parser
 from lib.util.command import add_debug_flag, run
 from lib.util.host import gib
@@ -38,75 +35,34 @@ from lib.util.progress import quiet
 PANELS = ("MB on disk", "bits per byte", "tokens a second")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A run of main.py: its name, what it is called in the table, and its flags."""
-
-    name: str
-    told: str
-    flags: list[str]
-
-
 def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[Stage]:
     """In their order; each works on what one before it has saved."""
-    saved = {
-        name: str(folder / name / "model")
-        for name in ("trimmed", "pruned", "recovered", "packed-16", "packed-8")
-    }
-    pack = ["--model", saved["recovered"], "--eval_only", "--replace_sparse_layers"]
+    names = ("trimmed", "pruned", "recovered", "packed-16", "packed-8", "packed-4")
+    saved = {name: str(folder / name / "model") for name in names}
     train = ["--calibration_data", *data]
+
+    def packed(bits: int) -> list[str]:
+        flags = ["--model", saved["recovered"], "--replace_sparse_layers", "--pack_bits", str(bits)]
+        return flags if bits == 16 else [*flags, "--pack_embeddings", "8", *train]
+
+    prune = ["--model", saved["trimmed"], "--prune_method", "admm", "--allocation", "error", *train]
+    again = ["--model", saved["pruned"], "--teacher", saved["trimmed"], *train]
+    trim = ["--model", model, "--trim_vocabulary", "--vocabulary_data", *data]
     flags = {
         "dense": ("dense", ["--model", model, "--eval_only"]),
-        "trimmed": (
-            "+ vocabulary trimmed",
-            ["--model", model, "--trim_vocabulary", "--vocabulary_data", *data],
-        ),
-        "pruned": (
-            "+ pruned to 2:4 by admm",
-            [
-                "--model",
-                saved["trimmed"],
-                "--prune_method",
-                "admm",
-                "--sparsity_type",
-                "2:4",
-                *train,
-            ],
-        ),
-        "recovered": (
-            f"+ recovered, {tokens:,} tokens",
-            [
-                "--model",
-                saved["pruned"],
-                "--teacher",
-                saved["trimmed"],
-                "--recover",
-                str(tokens),
-                *train,
-            ],
-        ),
-        "packed-16": ("+ packed, 16 bits", [*pack, "--pack_bits", "16"]),
-        "packed-8": ("+ packed, 8 bits", [*pack, "--pack_bits", "8"]),
+        "trimmed": ("+ vocabulary trimmed", trim),
+        "pruned": ("+ half pruned by admm", prune),
+        "recovered": (f"+ recovered, {tokens:,} tokens", [*again, "--recover", str(tokens)]),
+        "packed-16": ("+ packed, 16 bits", [*packed(16), "--eval_only"]),
+        "packed-8": ("+ packed, 8 bits, embedding too", packed(8)),
+        "packed-4": ("+ packed, 4 bits, embedding 8", packed(4)),
     }
     made = []
     for name, (told, own) in flags.items():
-        rest = ["--eval_data", *data, "--save", str(folder / name)]
+        rest = ["--eval_data", *data]
         rest += ["--save_model", saved[name]] if name in saved else []
         made.append(Stage(name, told, [*own, *rest]))
     return made
-
-
-def do(stage: Stage, folder: Path, passed_on: Sequence[str]) -> None:
-    """Unless it was done before."""
-    saved = "--save_model" not in stage.flags or (folder / stage.name / "model").is_dir()
-    if saved and (folder / stage.name / "results.json").is_file():
-        print(f"{stage.name}: done before", flush=True)
-        return
-    print(f"{stage.name}: main.py {' '.join([*stage.flags, *passed_on])}", flush=True)
-    parser = build_parser()
-    args = parser.parse_args([*stage.flags, *passed_on])
-    check_flags(parser, args)
-    command_line.run(check(args))
 
 
 def speeds(folders: Sequence[Path], device: str, rounds: int) -> list[float]:
