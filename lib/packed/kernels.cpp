@@ -48,8 +48,11 @@ constexpr int64_t WORD = 64;           // columns that one 64-bit word of the ma
 constexpr int SCALE_AT = WORD;         // where the scale of a word's integers stands
 constexpr int64_t FEW = 8;             // tokens, at most, in one pass over the packed bytes
 constexpr int64_t TILE = 8 << 20;      // bytes of unpacked rows that should stay in the cache
+constexpr int64_t UNPACKED = 8 << 10;  // bytes that 4-bit integers are unpacked to at a time,
+constexpr int64_t AT_ONCE = 32;        // of so many rows at most
 constexpr int64_t BEYOND = WORD;       // values that a load may read after those of its row
 constexpr int64_t AHEAD = 2048;        // bytes by which values are fetched before they are needed
+constexpr int ZERO_OF_4 = 8, ZERO_OF_8 = 128;  // by which integers are moved up to be unsigned
 constexpr float SMALL = 1.f / 16;      // of the largest input of a word: the small ones, whose
 constexpr float RANGE = 300;           // root mean square integers show that are so much larger
 
@@ -111,6 +114,12 @@ INLINE uint64_t mask_word(const uint8_t* mask, int64_t k, int64_t stride) {
   uint64_t bits = 0;
   const int64_t left = stride - k * 8;
   std::memcpy(&bits, mask + k * 8, left < 8 ? left : 8);
+  return bits;
+}
+
+INLINE uint64_t whole_word(const uint8_t* mask, int64_t k) {
+  uint64_t bits;
+  std::memcpy(&bits, mask + k * 8, 8);
   return bits;
 }
 
@@ -746,6 +755,172 @@ FOR_AVX512 void avx512_rows(
   }
 }
 
+// ------------------------------------------------------------------- one token, bytes by bytes
+//
+// An input is 256 times one signed byte plus another, and a weight, moved up by ZERO, an unsigned
+// one: dot products of bytes then take 64 columns at a time, without widening. A pruned weight is
+// ZERO, and what ZERO adds to a sum, which depends on the inputs alone, is taken off: 256ths of it
+// as what the sum begins with, and the rest, which is small, once for many words.
+
+constexpr float LARGEST = 127 * 256 + 127;  // that two signed bytes hold with either sign
+
+struct alignas(64) ByteWord {
+  int8_t high[WORD], low[WORD];
+  int32_t start[16];  // of the sums of four columns by `high`
+};
+
+struct ByteInputs {
+  std::vector<ByteWord> words;
+  std::vector<float> steps;      // what a word's integers are to be multiplied by
+  std::vector<float> rests, ends;  // left to add to the sums of a word, and of its last 32 columns
+};
+
+// The 64 weights of a word, moved up, by the inputs: sums of four columns each.
+FOR_AVX512 INLINE __m512 byte_products(__m512i weights, const ByteWord& x) {
+  const __m512i high = _mm512_dpbusd_epi32(
+      _mm512_load_si512(x.start), weights, _mm512_load_si512(x.high));
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(
+      _mm512_slli_epi32(high, 8), weights, _mm512_load_si512(x.low)));
+}
+
+// 8-bit integers. WHOLE: no weight is pruned, in any row.
+template <bool WHOLE>
+FOR_AVX512 void avx512_row_by_row(
+    const Weight<int8_t>& w, const ByteInputs& x, float* y, int64_t from, int64_t to) {
+  const int64_t stride = w.stride(), words = (stride + 7) / 8, whole = stride / 8;
+  const int64_t nnz = w.offsets[w.out];
+  const __m512i zero = _mm512_set1_epi8(ZERO_OF_8);
+  float rest = 0;
+  for (int64_t k = 0; k < words; k++) rest += x.rests[k];
+  std::vector<int8_t> copy;
+  for (int64_t r = from; r < to; r++) {
+    const bool last = w.offsets[r + 1] + BEYOND > nnz;
+    const int8_t* values = last ? with_room(w, r, copy) : w.values + w.offsets[r];
+    const uint8_t* mask = w.mask_of(r);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = 0; k < words; k++) {
+      __builtin_prefetch(values + AHEAD);
+      __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(values), zero);
+      if (WHOLE && (k + 1) * WORD <= w.in) {
+        values += WORD;
+      } else {
+        const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, stride);
+        if (!WHOLE) __builtin_prefetch(mask + k * 8 + AHEAD / 4);
+        weights = _mm512_mask_expand_epi8(zero, bits, weights);
+        values += __builtin_popcountll(bits);
+      }
+      sum = _mm512_fmadd_ps(byte_products(weights, x.words[k]), _mm512_set1_ps(x.steps[k]), sum);
+    }
+    y[r] = _mm512_reduce_add_ps(sum) + rest;
+  }
+}
+
+FOR_AVX512 INLINE __m512 widened_scales(__m256i scales) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scales), 16));
+}
+
+// For row r, what its words' integers are to be multiplied by: `first` of the first 32 columns of
+// each word and, HALVES, `second` of the others. Returns what its sums begin with.
+template <bool HALVES>
+FOR_AVX512 INLINE __m512 word_factors(
+    const FourBits& w, int64_t r, const ByteInputs& x, float* first, float* second) {
+  const int64_t groups = w.groups();
+  const auto* scales = w.scales_of(r);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k * WORD < w.in; k += 16) {
+    const int64_t at = k * WORD >> w.shift(), left = groups - at;
+    const __mmask32 some = left >= 32 ? ~0u : (1u << left) - 1;
+    const __m512 steps = _mm512_loadu_ps(x.steps.data() + k);
+    const __m512 rests = _mm512_loadu_ps(x.rests.data() + k);
+    if constexpr (HALVES) {
+      const __m512i pairs = _mm512_maskz_loadu_epi16(some, scales + at);
+      const __m512i odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
+      const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+      const __m512 two = _mm512_castsi512_ps(odd);
+      const __m512 ends = _mm512_loadu_ps(x.ends.data() + k);
+      _mm512_storeu_ps(first + k, _mm512_mul_ps(one, steps));
+      _mm512_storeu_ps(second + k, _mm512_mul_ps(two, steps));
+      sum = _mm512_fmadd_ps(one, _mm512_sub_ps(rests, ends), sum);
+      sum = _mm512_fmadd_ps(two, ends, sum);
+    } else {
+      const auto its = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(some), scales + at);
+      __m512 factors = widened_scales(its);
+      if (w.group == 2 * WORD) {
+        const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+        factors = _mm512_permutexvar_ps(twice, factors);
+      }
+      _mm512_storeu_ps(first + k, _mm512_mul_ps(factors, steps));
+      sum = _mm512_fmadd_ps(factors, rests, sum);
+    }
+  }
+  return sum;
+}
+
+// 4-bit integers, two in each of `bytes` bytes, moved up, one in a byte; writes 64 at a time.
+FOR_AVX512 INLINE void unsigned_codes(const uint8_t* values, int64_t bytes, uint8_t* codes) {
+  const __m512i order = _mm512_load_si512(FIELDS.bytes);
+  const __m512i shifts = _mm512_load_si512(FIELDS.shifts[0]);
+  const __m512i low = _mm512_set1_epi8(15), zero = _mm512_set1_epi8(ZERO_OF_4);
+  const auto spread = [&](__m256i its) __attribute__((always_inline)) FOR_AVX512 {
+    const __m512i pairs = _mm512_permutexvar_epi8(order, _mm512_castsi256_si512(its));
+    const __m512i fields = _mm512_multishift_epi64_epi8(shifts, pairs);
+    return _mm512_ternarylogic_epi32(fields, low, zero, 0x6a);  // (fields & low) ^ zero
+  };
+  int64_t i = 0;
+  for (; i + 32 <= bytes; i += 32) {
+    __builtin_prefetch(values + i + AHEAD);
+    const auto* its = reinterpret_cast<const __m256i*>(values + i);
+    _mm512_storeu_si512(codes + 2 * i, spread(_mm256_loadu_si256(its)));
+  }
+  const __mmask32 left = (1u << (bytes - i)) - 1;
+  _mm512_storeu_si512(codes + 2 * i, spread(_mm256_maskz_loadu_epi8(left, values + i)));
+}
+
+// 4-bit integers, of some rows at a time unpacked to bytes. HALVES: the columns of a word have two
+// scales.
+template <bool HALVES>
+FOR_AVX512 void avx512_row_by_row(
+    const FourBits& w, const ByteInputs& x, float* y, int64_t from, int64_t to) {
+  const int64_t stride = w.stride(), words = (stride + 7) / 8, whole = stride / 8;
+  const int64_t factors = (words + 15) / 16 * 16;  // of a row, and where there are two, of each
+  const __m512i zero = _mm512_set1_epi8(ZERO_OF_4);
+  std::vector<uint8_t> codes;
+  std::vector<float> first(AT_ONCE * factors), second(HALVES ? AT_ONCE * factors : 0);
+  __m512 sums[AT_ONCE];
+  for (int64_t r = from, rows; r < to; r += rows) {
+    const int64_t begin = w.offsets[r] / 2 * 2;
+    for (rows = 1; rows < AT_ONCE && r + rows < to; rows++)
+      if (w.offsets[r + rows + 1] - begin > UNPACKED) break;
+    const int64_t bytes = (w.offsets[r + rows] - begin + 1) / 2;
+    if (static_cast<int64_t>(codes.size()) < 2 * bytes + WORD + BEYOND)
+      codes.resize(std::max(2 * bytes, UNPACKED + 2) + WORD + BEYOND);
+    unsigned_codes(w.values + begin / 2, bytes, codes.data());
+    for (int64_t i = 0; i < rows; i++)
+      sums[i] = word_factors<HALVES>(
+          w, r + i, x, first.data() + i * factors, second.data() + (HALVES ? i * factors : 0));
+    for (int64_t i = 0; i < rows; i++) {
+      const uint8_t* values = codes.data() + (w.offsets[r + i] - begin);
+      const uint8_t* mask = w.mask_of(r + i);
+      const float* its = first.data() + i * factors;
+      const float* others = second.data() + (HALVES ? i * factors : 0);
+      __m512 sum = sums[i];
+      for (int64_t k = 0; k < words; k++) {
+        const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, stride);
+        __builtin_prefetch(mask + k * 8 + AHEAD / 4);
+        __m512i next = _mm512_loadu_si512(values);
+        asm("" : "+v"(next));  // expanding from memory takes longer
+        const __m512i weights = _mm512_mask_expand_epi8(zero, bits, next);
+        values += __builtin_popcountll(bits);
+        __m512 factor = _mm512_set1_ps(its[k]);
+        if constexpr (HALVES)
+          factor = _mm512_mask_mov_ps(factor, 0xff00, _mm512_set1_ps(others[k]));
+        sum = _mm512_fmadd_ps(byte_products(weights, x.words[k]), factor, sum);
+      }
+      y[r + i] = _mm512_reduce_add_ps(sum);
+    }
+  }
+}
+
 FOR_AVX2 void avx2_spread(const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
   int64_t next = 0;
   for (int64_t j = 0; j < in; j += 8) {
@@ -768,31 +943,93 @@ FOR_AVX512 void avx512_spread(
 
 // ------------------------------------------------------------------------------ one to 8 tokens
 
-// The inputs of a word as int16, and behind them the float that they are to be multiplied by. What
-// isn't finite makes all of it NaN. False where the largest input is so large beside the small ones
-// that their rounding would show.
+#if X86
 template <class From>
-bool as_integers(const From* from, int64_t columns, int16_t* word) {
-  float largest = 0, sum = 0;
-  for (int64_t j = 0; j < columns; j++) {
-    const float input = static_cast<float>(from[j]);
-    largest = std::max(largest, std::abs(input));
-    sum += input - input;  // NaN where it is not finite
+FOR_AVX512 INLINE __m512 widened_16(const From* from, __mmask16 some) {
+  if constexpr (std::is_same_v<From, float>) {
+    return _mm512_maskz_loadu_ps(some, from);
+  } else if constexpr (std::is_same_v<From, c10::Half>) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from));
+  } else {
+    return widened_scales(_mm256_maskz_loadu_epi16(some, from));
   }
-  const float scale = largest / INT16_MAX + sum;
-  std::memcpy(word + SCALE_AT, &scale, sizeof(scale));
-  if (!(scale >= std::numeric_limits<float>::min())) return true;  // too small to matter, or NaN
-  const float inverse = 1 / scale, below = SMALL * largest;
-  float squares = 0, count = 0;
-  for (int64_t j = 0; j < columns; j++) {
-    const float input = static_cast<float>(from[j]), size = std::abs(input);
-    const bool small = size < below && size > 0;
-    squares += small ? size * size : 0;
-    count += small;
-    word[j] = static_cast<int16_t>(std::lrintf(input * inverse));
-  }
-  return largest * largest * count <= RANGE * RANGE * squares;
 }
+
+// The inputs of a word as integers up to `limit`, which is what they are to be multiplied by for
+// that: what isn't finite makes `step` NaN. False where the largest input is so large beside the
+// small ones that their rounding would show.
+template <class From>
+FOR_AVX512 INLINE bool as_integers(
+    const From* from, int64_t columns, float limit, __m512i (&integers)[4], float& step) {
+  const uint64_t all = columns < WORD ? (1ull << columns) - 1 : ~0ull;
+  __m512 inputs[4], largest_of = _mm512_setzero_ps(), nothing = _mm512_setzero_ps();
+  for (int i = 0; i < 4; i++) {
+    inputs[i] = widened_16(from + 16 * i, static_cast<__mmask16>(all >> 16 * i));
+    integers[i] = _mm512_setzero_si512();
+    largest_of = _mm512_max_ps(_mm512_abs_ps(inputs[i]), largest_of);
+    nothing = _mm512_add_ps(nothing, _mm512_sub_ps(inputs[i], inputs[i]));  // NaN if not finite
+  }
+  const float largest = _mm512_reduce_max_ps(largest_of);
+  step = largest / limit + _mm512_reduce_add_ps(nothing);
+  if (!(step >= std::numeric_limits<float>::min())) return true;  // too small to matter, or NaN
+  const __m512 inverse = _mm512_set1_ps(1 / step), below = _mm512_set1_ps(SMALL * largest);
+  __m512 squares = _mm512_setzero_ps();
+  int count = 0;
+  for (int i = 0; i < 4; i++) {
+    const __m512 size = _mm512_abs_ps(inputs[i]);
+    const __mmask16 small = _mm512_cmp_ps_mask(size, below, _CMP_LT_OQ) &
+        _mm512_cmp_ps_mask(size, _mm512_setzero_ps(), _CMP_GT_OQ);
+    squares = _mm512_mask3_fmadd_ps(size, size, squares, small);
+    count += __builtin_popcount(small);
+    integers[i] = _mm512_cvtps_epi32(_mm512_mul_ps(inputs[i], inverse));
+  }
+  return largest * largest * count <= RANGE * RANGE * _mm512_reduce_add_ps(squares);
+}
+
+// As int16, and behind them the float that they are to be multiplied by.
+template <class From>
+FOR_AVX512 bool as_words(const From* from, int64_t columns, int16_t* word) {
+  __m512i integers[4];
+  float step;
+  const bool fine = as_integers(from, columns, INT16_MAX, integers, step);
+  std::memcpy(word + SCALE_AT, &step, sizeof(step));
+  for (int i = 0; i < 4; i++)
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(word + 16 * i), _mm512_cvtepi32_epi16(integers[i]));
+  return fine;
+}
+
+// One token's inputs (in,) for weights moved up by `zero`; none where integers can't hold them.
+template <class From>
+FOR_AVX512 ByteInputs as_bytes(const From* from, int64_t in, int zero) {
+  const int64_t words = (in + WORD - 1) / WORD;
+  const int64_t padded = (words + 15) / 16 * 16;
+  ByteInputs to;
+  to.words.resize(words);
+  for (auto* held : {&to.steps, &to.rests, &to.ends}) held->resize(padded);
+  const __m512i half = _mm512_set1_epi32(128), zeros = _mm512_set1_epi8(static_cast<char>(zero));
+  for (int64_t k = 0; k < words; k++) {
+    ByteWord& word = to.words[k];
+    __m512i integers[4];
+    const int64_t columns = std::min(WORD, in - k * WORD);
+    if (!as_integers(from + k * WORD, columns, LARGEST, integers, to.steps[k])) return {};
+    for (int i = 0; i < 4; i++) {
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(integers[i], half), 8);
+      _mm_store_si128(reinterpret_cast<__m128i*>(word.high) + i, _mm512_cvtepi32_epi8(high));
+      _mm_store_si128(reinterpret_cast<__m128i*>(word.low) + i, _mm512_cvtepi32_epi8(integers[i]));
+    }
+    __m512i sums = _mm512_dpbusd_epi32(
+        _mm512_setzero_si512(), zeros, _mm512_load_si512(word.high));
+    sums = _mm512_dpbusd_epi32(_mm512_slli_epi32(sums, 8), zeros, _mm512_load_si512(word.low));
+    sums = _mm512_sub_epi32(_mm512_setzero_si512(), sums);
+    _mm512_store_si512(word.start, _mm512_srai_epi32(sums, 8));
+    const __m512i rest = _mm512_and_si512(sums, _mm512_set1_epi32(255));
+    to.rests[k] = to.steps[k] * _mm512_reduce_add_epi32(rest);
+    to.ends[k] = to.steps[k] * _mm512_mask_reduce_add_epi32(0xff00, rest);
+  }
+  return to;
+}
+#endif
 
 // Inputs (tokens, in) as a step takes them: word by word of the mask, and there token by token,
 // (words, padded, Step::STRIDE), zeros behind the last. None where integers can't hold them.
@@ -808,7 +1045,7 @@ std::vector<typename Step::X> arranged(
       const From* from = x + t * in + k * WORD;
       const int64_t columns = std::min(WORD, in - k * WORD);
       if constexpr (std::is_same_v<X, int16_t>) {
-        if (!as_integers(from, columns, word)) return {};
+        if (!as_words(from, columns, word)) return {};
       } else if constexpr (Step::EVEN_FIRST) {
         for (int64_t j = 0; j < columns; j++)
           word[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = static_cast<X>(from[j]);
@@ -887,7 +1124,19 @@ void small_batch(
     if (path == AVX512_BF16 && (sizeof(V) == 2 || tokens > 4)) WITH(avx512_bf16, Bf16Step<V>)
   if constexpr (std::is_same_v<V, int8_t> && std::is_same_v<T, float>)
     if (path >= AVX512) WITH(avx512, WideBytesStep)
-  if (path >= AVX512) WITH(avx512, Avx512Step<V>)
+  if constexpr (std::is_same_v<V, int8_t>) {
+    if (path >= AVX512 && tokens == 1) {
+      const ByteInputs inputs = as_bytes(x, w.in, ZERO_OF_8);
+      const bool whole = w.one_mask && w.offsets[1] == w.in;
+      const auto rows = [&](int64_t from, int64_t to) {
+        if (whole) return avx512_row_by_row<true>(w, inputs, sums.get(), from, to);
+        avx512_row_by_row<false>(w, inputs, sums.get(), from, to);
+      };
+      if (!inputs.words.empty()) return over_rows(w.out, w.in, rows, finish);
+    }
+  }
+  const bool bytes = std::is_same_v<V, int8_t> && tokens == 1;  // tried already
+  if (path >= AVX512 && !bytes) WITH(avx512, Avx512Step<V>)
   if constexpr (std::is_same_v<V, int8_t>)
     if (path >= AVX512) WITH(avx512, WideBytesStep)
   if (path == AVX2) WITH(avx2, Avx2Step<V>)
@@ -927,7 +1176,14 @@ void small_batch(
 #if X86
   const int64_t padded = padded_tokens(tokens);
   if constexpr (!std::is_same_v<T, float>) {
-    if (path >= AVX512) {
+    if (path >= AVX512 && tokens == 1) {
+      const ByteInputs inputs = as_bytes(x, w.in, ZERO_OF_4);
+      const auto rows = [&](int64_t from, int64_t to) {
+        if (w.group < WORD) return avx512_row_by_row<true>(w, inputs, sums.get(), from, to);
+        avx512_row_by_row<false>(w, inputs, sums.get(), from, to);
+      };
+      if (!inputs.words.empty()) return over_rows(w.out, w.in, rows, finish);
+    } else if (path >= AVX512) {
       const auto inputs = arranged<Avx512Step<int8_t>>(x, tokens, w.in, padded);
       const auto rows = [&](int64_t from, int64_t to) {
         if (w.group < WORD) BY_TOKENS(avx512_rows, COMMA true)

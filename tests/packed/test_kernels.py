@@ -69,6 +69,44 @@ def test_products_are_those_of_the_dense_weight(path, dtype, bits, group):
                 assert off(y, exact) <= 2 * EPS[dtype], (rows, columns, share, tokens)
 
 
+@pytest.mark.parametrize("path", ["portable", "avx2", "avx512", None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits, group", [(8, 64), (4, 32), (4, 64), (4, 128)])
+def test_one_token_by_many_rows(path, dtype, bits, group):
+    """More rows, and wider ones, than are unpacked at a time; inputs whose mean is not zero."""
+    if path not in [*kernels.paths(), None]:
+        pytest.skip(f"this processor has no {path}")
+    torch.manual_seed(4)
+    for rows, columns in [(90, 70), (70, 1500), (3, 20011)]:
+        packed = pack(sparse(rows, columns, 0.3, dtype), bits, group)
+        dense = unpack(packed, columns, dtype=torch.float64).float().double()
+        for mean in (0, 5):
+            x = ((torch.randn(1, columns) + mean) / 16).to(dtype)
+            y = kernels.linear(x, *shuffled(packed), None, path)
+            assert off(y, x.double() @ dense.T) <= 2 * EPS[dtype], (rows, columns, mean)
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["portable", "avx2", "avx512", "avx512_bf16", None])
+@pytest.mark.parametrize("columns", [1, 63, 64, 100, 640])
+def test_one_mask_for_all_rows(path, dtype, columns):
+    """Of a head that keeps every weight; and one mask that does not."""
+    if path not in [*kernels.paths(), None]:
+        pytest.skip(f"this processor has no {path}")
+    torch.manual_seed(5)
+    codes = torch.randint(-127, 128, (40, columns)).to(torch.int8)
+    scale = torch.rand(40) + 0.5
+    for keep in (torch.ones(columns, dtype=torch.bool), torch.arange(columns) % 3 > 0):
+        mask = pack(keep[None].float()).mask
+        kept = int(keep.sum())
+        offsets = torch.arange(0, 40 * kept + 1, kept) if kept else torch.zeros(41).long()
+        dense = codes.double() * keep * scale[:, None].double()
+        for tokens in (1, 2, 5):
+            x = torch.randn(tokens, columns).to(dtype)
+            y = kernels.linear(x, mask, codes[:, keep].flatten(), offsets, scale, None, path)
+            assert off(y, x.double() @ dense.T) <= 2 * EPS[dtype], (kept, tokens)
+
+
 def shuffled(packed: Packed) -> tuple:
     """In the order of the kernel's arguments: mask, weight, offsets, scale."""
     return packed.mask, packed.weight, row_offsets(packed.mask), packed.scale
