@@ -167,12 +167,13 @@ class PackedHead(_PackedRows):
             if width % 8:
                 self._one_mask[0, -1] = (1 << width % 8) - 1
             self._offsets = torch.arange(0, (self.out_features + 1) * width, width)
-        mask, offsets = self._one_mask, self._offsets
+        weight, bias = self.weight.view(-1), self.bias
         parts = tokens.split(DECODED_TOKENS) if self.decoding else (tokens,)
-        weight, scale = self.weight.flatten(), self.scale
-        return torch.cat(
-            [kernels.linear(part, mask, weight, offsets, scale, self.bias) for part in parts]
-        )
+        products = [
+            kernels.linear(part, self._one_mask, weight, self._offsets, self.scale, bias)
+            for part in parts
+        ]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def _by_dense_rows(self, tokens: Tensor) -> Tensor:
         step = max(1, TILE_WEIGHTS // self.in_features)

@@ -18,7 +18,7 @@ import stat
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +37,7 @@ except ImportError:  # Windows
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+operator: Callable[..., Tensor]  # what `linear` calls, once `ready()`; without any lookup by name
 OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -45,7 +46,9 @@ def ready() -> bool:
     """Whether the kernels can be called; builds them on the first call on this machine."""
 
     def build() -> bool:
+        global operator
         _load()
+        operator = torch.ops.packed_bitmask.linear.default
         return True
 
     _, reason = try_kernel(build, check=lambda _: _multiplies_right())
@@ -70,7 +73,7 @@ def linear(
     (out + 1,), bias (out,). x is float32, bfloat16 or float16, on a CPU. Sums are float32. `path`
     is one of `paths()`, else the best of them; `ready()` must be true.
     """
-    return torch.ops.packed_bitmask.linear(x, mask, weight, offsets, scale, bias, path)
+    return operator(x, mask, weight, offsets, scale, bias, path)
 
 
 def paths() -> list[str]:

@@ -239,11 +239,12 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if self._by_kernel and not x.requires_grad and x.is_cpu:
-            mask, offsets, scale = (self._buffers[name] for name in ("mask", "offsets", "scale"))
-            weight = self._parameters["weight"]
-            if weight.is_cpu and offsets.is_cpu and x.dtype in kernels.DTYPES and x.numel():
-                return kernels.linear(x, mask, weight, offsets, scale, self.bias)
+        if self._by_kernel and x.is_cpu and x.dtype in kernels.DTYPES and not x.requires_grad:
+            parameters, buffers = self._parameters, self._buffers  # without nn.Module's __getattr__
+            weight, mask, offsets = parameters["weight"], buffers["mask"], buffers["offsets"]
+            if weight.is_cpu and offsets.is_cpu and x.numel():
+                scale, bias = buffers["scale"], parameters.get("bias")
+                return kernels.linear(x, mask, weight, offsets, scale, bias)
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError(
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
