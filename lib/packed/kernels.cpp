@@ -32,6 +32,7 @@
 
 #if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
 #define X86 1
+#include <cpuid.h>
 #include <immintrin.h>
 #define FOR_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 #define AVX512_SET "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt"
@@ -72,6 +73,20 @@ Path best_path() {
   if (avx2) return AVX2;
 #endif
   return PORTABLE;
+}
+
+// Whether processor and operating system let torch multiply bfloat16 matrices by AMX.
+bool has_amx() {
+#if X86
+  constexpr unsigned BF16 = 1u << 22, TILES = 3u << 17;  // in leaf 7; in the enabled states
+  unsigned a, b, c, d;
+  if (best_path() < AVX2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16)) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & TILES) == TILES;
+#else
+  return false;
+#endif
 }
 
 Path chosen_path(const std::optional<std::string>& name) {
@@ -1300,9 +1315,14 @@ at::Tensor scratch(int64_t count, const at::TensorOptions& options) {
   return held.narrow(0, 0, bytes).view(c10::typeMetaToScalarType(options.dtype()));
 }
 
-// Up to so many tokens passes of FEW at a time are faster than unpacking.
+// Up to so many tokens passes of FEW at a time are faster than unpacking: fewest where torch's
+// products are by AMX.
 template <class T>
-constexpr int64_t SEVERAL = sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
+int64_t several(Path path) {
+  static const bool amx = has_amx();
+  if (path == PORTABLE || (amx && std::is_same_v<T, c10::BFloat16>)) return FEW;
+  return sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
+}
 
 // x (tokens, in) -> y (tokens, out), tile by tile of the rows of W.
 template <class T, class W>
@@ -1326,7 +1346,7 @@ void large_batch(
 template <class T, class W>
 void product(const W& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
   const int64_t tokens = x.size(0);
-  if (tokens > (path == PORTABLE ? FEW : SEVERAL<T>)) return large_batch<T>(w, x, bias, y, path);
+  if (tokens > several<T>(path)) return large_batch<T>(w, x, bias, y, path);
   const T* added = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
   for (int64_t t = 0; t < tokens; t += FEW) {
     const T* from = x.const_data_ptr<T>() + t * w.in;
