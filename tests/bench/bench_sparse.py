@@ -248,8 +248,9 @@ def packed_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     for bits in (16, 8, 4):
         models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
         lib.sparse.swap_linears_(model, decoder_blocks(model)[1], bits=bits)
-    models["4 bits, embedding 8"] = model = copy.deepcopy(model)
-    lib.sparse.pack_embeddings_(model)
+    for bits in (8, 4):
+        models[f"{bits} bits, embedding 8"] = model = copy.deepcopy(models[f"packed, {bits} bits"])
+        lib.sparse.pack_embeddings_(model)
     return models
 
 
