@@ -316,6 +316,8 @@ def bench_model(args: argparse.Namespace) -> None:
     speeds["prefill"] = PREFILL / spent["dense"]
     for name, one in spent.items():
         found[name].append(f"{PREFILL / one:.0f} ({spent['dense'] / one:.2f}x)")
+    if args.scratch:
+        Path(args.scratch).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         for index, (name, model) in enumerate(models.items()):
             told = load_apart(model, Path(scratch) / str(index))
