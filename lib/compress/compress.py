@@ -25,7 +25,7 @@ from lib.report.results import Results
 from lib.run.check import check
 from lib.run.flag_checks import check_flags
 from lib.run.flags import build_parser
-from lib.util.command import add_debug_flag
+from lib.util.command import add_debug_flag, split_argv
 from lib.util.errors import UserError
 from lib.util.files import check_output_folder, write_text
 from lib.util.host import gib
@@ -36,9 +36,7 @@ TABLE, PICTURE = "compressed.md", "compressed.png"
 
 def main(argv: list[str]) -> None:
     """Run the command; what follows `--` goes to main.py, after the flags of the plan."""
-    own, passed_on = argv, []
-    if "--" in argv:
-        own, passed_on = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    own, passed_on = split_argv(argv)
     args = _parser().parse_args(own)
     if not args.minutes > 0:  # also refuses nan
         raise UserError(f"--minutes {args.minutes:g}: must be above 0")

@@ -18,11 +18,11 @@ WITHOUT = ", ".join(name for name, kind in reversed(TYPES.items()) if not kind.p
 REASON = re.compile(r"error|exception|fail|invalid|requires", re.IGNORECASE)
 
 
-def program(llama: str | None) -> Path | None:
-    """Return where the program is: in the checkout `llama`, else on PATH."""
-    places = [Path(llama) / place / PROGRAM for place in PLACES] if llama else []
+def program(llama: str | None, name: str = PROGRAM) -> Path | None:
+    """Return where a program of llama.cpp is: in the checkout `llama`, else on PATH."""
+    places = [Path(llama) / place / name for place in PLACES] if llama else []
     built = next((place for place in places if os.access(place, os.X_OK)), None)
-    on_path = shutil.which(PROGRAM)
+    on_path = shutil.which(name)
     return built or (Path(on_path) if on_path else None)
 
 

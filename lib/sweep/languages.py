@@ -21,7 +21,7 @@ from lib.util import command
 
 
 def main(argv: list[str]) -> None:
-    argv, passed_on = sweep.split_argv(argv)
+    argv, passed_on = command.split_argv(argv)
     parser = argparse.ArgumentParser(
         prog="python -m lib.sweep.languages",
         description=__doc__.split("\n")[0],

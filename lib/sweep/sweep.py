@@ -116,12 +116,6 @@ def report(out: str) -> None:
         print(f"wrote {path}", file=sys.stderr)
 
 
-def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Split the arguments at the first `--`."""
-    middle = argv.index("--") if "--" in argv else len(argv)
-    return argv[:middle], argv[middle + 1 :]
-
-
 def main(argv: list[str]) -> None:
-    own_argv, passed_on = split_argv(argv)
+    own_argv, passed_on = command.split_argv(argv)
     sweep(own_argv, passed_on)

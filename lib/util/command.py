@@ -34,6 +34,12 @@ class Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments at the first `--`."""
+    middle = argv.index("--") if "--" in argv else len(argv)
+    return argv[:middle], argv[middle + 1 :]
+
+
 def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
     """Declare `--debug`, which `run` reads, so that it is parsed and listed by `--help`."""
     return parser.add_argument(

@@ -20,19 +20,20 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stages import Stage, do
+from stages import Run, Stage, do
 
 from lib.gguf.quantiser import program
 from lib.report.markdown import padded_table
 from lib.report.plots import style
 from lib.report.results import load_runs
-from lib.util.command import add_debug_flag, run
+from lib.util.command import add_debug_flag, run, split_argv
 from lib.util.files import write_text
 
 HERE = Path(__file__).resolve().parent
@@ -75,15 +76,26 @@ def dense_bytes(folder: Path, bits: int) -> int:
     return tensor_bytes(folder) - tensor_bytes(folder, (".mask",)) - values
 
 
-def child(*command: str | Path) -> None:
+def child(*command: object) -> None:
     """Run a command, which says itself why it failed."""
     status = subprocess.run([str(part) for part in command]).returncode
     if status:
         sys.exit(status)
 
 
-def dequantised(file: Path, dense: Path, folder: Path) -> int:
-    """Write `dense` with the matrices of a GGUF file into `folder`; bytes of the file's tensors."""
+def in_child(flags: Sequence[str], script: tuple = (ROOT / "main.py",)) -> None:
+    child(sys.executable, *script, *flags)
+
+
+def file_bytes(file: Path) -> int:
+    """Bytes of the tensors of a GGUF file."""
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
+
+
+def dequantise(file: Path, dense: Path, folder: Path) -> None:
+    """Write `dense` with the matrices of a GGUF file into `folder`."""
     import torch
     from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map, quants
 
@@ -106,7 +118,6 @@ def dequantised(file: Path, dense: Path, folder: Path) -> int:
         state[own] = values
     shutil.copytree(dense, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return sum(tensor.n_bytes for tensor in reader.tensors)
 
 
 def in_halves(values, config: dict, name: str):
@@ -122,20 +133,20 @@ def own_points(args: argparse.Namespace, passed_on: Sequence[str]) -> Iterator[P
     data = ["--calibration_data", args.data, "--eval_data", args.data]
     pack = ["--replace_sparse_layers", "--pack_bits"]
 
-    def stage(name: str, flags: list[str], told: str, saved: bool = True) -> Path:
+    def stage(name: str, flags: list[str], told: str, how: Run = in_child) -> Path:
         model = args.out / name / "model"
-        keep = ["--save_model", str(model)] if saved else []
-        how = rounded_dense if name.startswith("dense-") else in_child
+        keep = ["--save_model", str(model)]
         do(Stage(name, told, [*flags, *keep]), args.out, passed_on, how)
         return model
 
     plain = ["--model", str(args.model), "--eval_only", "--eval_data", args.data]
-    stage("dense", plain, "dense", saved=False)
+    do(Stage("dense", "dense", plain), args.out, passed_on, in_child)
     yield Point("dense", "16 bits", "dense", tensor_bytes(args.model))
     for bits in DENSE_BITS:
         stored = str(max(bits, 4))
         flags = ["--model", str(args.model), *pack, stored, "--pack_embeddings", "8", *data]
-        folder = stage(f"dense-{bits}", flags, f"dense, {bits} bits")
+        how = partial(in_child, script=(HERE / "pack_dense.py", bits))
+        folder = stage(f"dense-{bits}", flags, f"dense, {bits} bits", how)
         yield Point("dense", f"{bits} bits", f"dense-{bits}", dense_bytes(folder, bits))
     for label, model in args.pruned:
         for bits in BITS:
@@ -149,15 +160,6 @@ def own_points(args: argparse.Namespace, passed_on: Sequence[str]) -> Iterator[P
             yield Point(label, f"{bits} bits", name, tensor_bytes(folder))
 
 
-def in_child(flags: Sequence[str]) -> None:
-    child(sys.executable, ROOT / "main.py", *flags)
-
-
-def rounded_dense(flags: Sequence[str]) -> None:
-    bits = Path(flags[flags.index("--save") + 1]).name.removeprefix("dense-")
-    child(sys.executable, HERE / "pack_dense.py", bits, *flags)
-
-
 def llama_points(args: argparse.Namespace, passed_on: Sequence[str]) -> Iterator[Point]:
     """DENSE by each of llama.cpp's types."""
     whole, matrix = args.out / "f16.gguf", args.out / "imatrix.gguf"
@@ -167,18 +169,22 @@ def llama_points(args: argparse.Namespace, passed_on: Sequence[str]) -> Iterator
         text = args.out / "train.txt"
         lines = Path(args.data, "train.jsonl").read_text("utf-8").splitlines()
         text.write_text("\n".join(json.loads(line)["text"] for line in lines)[:TEXT], "utf-8")
-        tool = program(str(args.llama)).parent / "llama-imatrix"
+        tool = program(str(args.llama), "llama-imatrix")
         child(tool, "-m", whole, "-f", text, "-o", matrix, "--chunks", str(CHUNKS), "-c", WINDOW)
     for kind in args.types:
         file, folder = args.out / f"{kind}.gguf", args.out / kind / "dequantised"
         if not file.is_file():
             child(program(str(args.llama)), "--imatrix", matrix, whole, file, kind)
-        shutil.rmtree(folder, ignore_errors=True)
-        size = dequantised(file, args.model, folder)
+
+        def measure(flags: Sequence[str], file: Path = file, folder: Path = folder) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            dequantise(file, args.model, folder)
+            in_child(flags)
+            shutil.rmtree(folder)
+
         flags = ["--model", str(folder), "--eval_only", "--eval_data", args.data]
-        do(Stage(kind, kind, flags), args.out, passed_on, in_child)
-        shutil.rmtree(folder)
-        yield Point("llama.cpp", kind.upper(), kind, size)
+        do(Stage(kind, kind, flags), args.out, passed_on, measure)
+        yield Point("llama.cpp", kind.upper(), kind, file_bytes(file))
 
 
 def report(args: argparse.Namespace, points: Sequence[Point]) -> None:
@@ -204,7 +210,7 @@ def report(args: argparse.Namespace, points: Sequence[Point]) -> None:
 
 
 def draw(rows: Sequence[tuple[Point, float, float]], title: str):
-    """A line for each series; points that lost more than twice the range of the rest fall out."""
+    """A line for each series; points more than 35% above the best one fall out."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = style.figure(8.5, 5.6)
@@ -251,9 +257,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("frontier"), help="models and results")
     parser.add_argument("--picture", type=Path, help="where it goes (default: into --out)")
     add_debug_flag(parser)
-    own, passed_on = argv, []
-    if "--" in argv:
-        own, passed_on = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    own, passed_on = split_argv(argv)
     args = parser.parse_args(own)
     args.out.mkdir(parents=True, exist_ok=True)
     points = [*own_points(args, passed_on)]

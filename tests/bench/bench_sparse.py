@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 import lib.gguf.command
 import lib.sparse
-from lib.gguf.quantiser import PLACES
+from lib.gguf.quantiser import PLACES, program
 from lib.model.pretrained import decoder_blocks
 from lib.packed import kernels
 from lib.packed.linear import SparseLinear
@@ -164,12 +164,11 @@ def compiled(model: nn.Module, batch: int, rounds: int) -> tuple[float, float]:
 
 def llama_bench(checkout: str, file: Path) -> dict[str, float]:
     """llama.cpp's tokens a second on torch's threads: of a prompt, and one after the other."""
-    places = [Path(checkout) / place / "llama-bench" for place in PLACES]
-    program = next((place for place in places if place.is_file()), None)
-    if program is None:
-        sys.exit(f"bench_sparse: --llama {checkout}: llama-bench is not built there ({places[0]})")
+    tool = program(checkout, "llama-bench")
+    if tool is None:
+        sys.exit(f"bench_sparse: --llama {checkout}: llama-bench is not built there ({PLACES[0]})")
     lengths = ["-p", str(PREFILL), "-n", str(LLAMA_NEW)]
-    command = [str(program), "-m", str(file), "-t", str(torch.get_num_threads()), *lengths]
+    command = [str(tool), "-m", str(file), "-t", str(torch.get_num_threads()), *lengths]
     done = subprocess.run([*command, "-o", "json"], check=True, capture_output=True, text=True)
     runs = json.loads(done.stdout)
     return {"generate" if run["n_gen"] else "prefill": run["avg_ts"] for run in runs}

@@ -28,7 +28,7 @@ from lib.report.plots.bars import bars
 from lib.report.plots.style import save_figure
 from lib.report.results import load_runs
 from lib.run.flags import build_parser
-from lib.util.command import add_debug_flag, run
+from lib.util.command import add_debug_flag, run, split_argv
 from lib.util.host import gib
 from lib.util.progress import quiet
 
@@ -118,9 +118,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--last", help="name of the last stage to do, such as recovered")
     parser.add_argument("--picture", type=Path, help="where it goes (default: into --out)")
     add_debug_flag(parser)
-    own, passed_on = argv, []
-    if "--" in argv:
-        own, passed_on = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    own, passed_on = split_argv(argv)
     args = parser.parse_args(own)
     quiet()
     planned = stages(args.model, args.data, args.out, args.recover)

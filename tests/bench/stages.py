@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import main as command_line
-from lib.run.check import check
-from lib.run.flag_checks import check_flags
-from lib.run.flags import build_parser
+
+Run = Callable[[list[str]], object]  # what takes main.py's flags and runs it
 
 
 @dataclass(frozen=True)
@@ -21,19 +20,11 @@ class Stage:
     flags: list[str]
 
 
-def main_py(flags: Sequence[str]) -> None:
-    """Run main.py in this process."""
-    parser = build_parser()
-    args = parser.parse_args(flags)
-    check_flags(parser, args)
-    command_line.run(check(args))
-
-
 def do(
     stage: Stage,
     folder: Path,
     passed_on: Sequence[str],
-    run: Callable[[Sequence[str]], None] = main_py,
+    run: Run = command_line.main,
 ) -> None:
     """Do a stage with the flags `passed_on` too, unless `folder` shows that it was done before."""
     here = folder / stage.name
