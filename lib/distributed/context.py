@@ -100,11 +100,13 @@ class DistContext:
         spent = time.monotonic() - self.last_barrier
         limit = timedelta(seconds=math.ceil(60 * self.minutes + spent + seconds))
         others = [rank for rank in range(self.size) if rank != self.rank]
-        with (
-            self.collective()
-        ):  # torch_dist.monitored_barrier heeds a limit in the first process only
-            receiving = [torch_dist.irecv(torch.empty(1), rank, self.group) for rank in others]
-            sending = [torch_dist.isend(torch.zeros(1), rank, self.group) for rank in others]
+        receiving, sending = [], []  # monitored_barrier heeds a limit in the first process only
+        for rank in others:
+            with self.collective(f"process {rank}"):
+                receiving.append(torch_dist.irecv(torch.empty(1), rank, self.group))
+        for rank in others:
+            with self.collective(f"process {rank}"):
+                sending.append(torch_dist.isend(torch.zeros(1), rank, self.group))
         for works in receiving, sending:
             for rank, work in zip(others, works, strict=True):
                 with self.collective(f"process {rank}"):
@@ -168,8 +170,9 @@ class DistContext:
             torch_dist.destroy_process_group()
 
     @contextmanager
-    def collective(self, who: str = "another process") -> Iterator[None]:
-        """Raise UserError where a call that needs `who`, made inside, fails."""
+    def collective(self, who: str = "") -> Iterator[None]:
+        """Raise UserError where a call that needs `who`, or all the others, fails inside."""
+        who = who or (f"process {1 - self.rank}" if self.size == 2 else "another process")
         try:
             yield
         except RuntimeError as error:
