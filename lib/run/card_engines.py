@@ -38,7 +38,12 @@ def engines(folder: str, packed: bool) -> list[str]:
             "--quantization int8`",
             "run with 4.8.5 on LLaMA folders, and on a trimmed Gemma 3 in float32",
         ),
-        ("vLLM", f"`vllm serve {dense}`", "not run"),
+        (
+            "vLLM",
+            f"`vllm serve {dense}`",
+            "run with 0.32.0 for CPUs on LLaMA folders with fewer neurons or unpacked, and on a "
+            "trimmed Gemma 3",
+        ),
     ]
     return ["## Engines", "", compact_table(["engine", "command", "was it run?"], rows)]
 
