@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     check_output_folder("--save", args.save)
     target = args.target or (plan.GPU if args.device.startswith("cuda") else plan.CPU)
     start = time.perf_counter()
-    shared = ["--device", args.device, *passed_on]
+    shared = ["--device", args.device, *passed_on]  # later flags replace earlier ones
     tests = ["--eval_data", *(args.eval_data or args.data)]
     texts = ["--calibration_data", *args.data, *tests]
 
@@ -51,6 +51,7 @@ def main(argv: list[str]) -> None:
     saving = ["--save", str(Path(args.save, "compressed")), "--save_model", args.out]
     _checked([*_pruned(args.model, target, 10**9), *texts, *saving, *shared])
 
+    shared = [*plan.windows(args.device, _longest(args.model, shared)), *shared]
     dense_flags = ["--model", args.model, "--eval_only", *tests]
     dense = _run([*dense_flags, "--save", str(Path(args.save, "dense")), *shared])
     settings = _parse([*dense_flags, *shared])
@@ -112,6 +113,18 @@ def _checked(flags: list[str]) -> argparse.Namespace:
     args = _parse(flags)
     check_flags(build_parser(), args)
     return args
+
+
+def _longest(model: str, shared: list[str]) -> int:
+    """Return the length in tokens that the model's windows can have at most."""
+    from lib.model import pretrained
+    from lib.model.access import Checkpoint
+
+    args = _parse(["--model", model, *shared])
+    checkpoint = Checkpoint(
+        model, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+    )
+    return pretrained.window_length(pretrained.load_config(checkpoint), None)
 
 
 def _run(flags: list[str]) -> Results:

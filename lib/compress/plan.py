@@ -11,6 +11,8 @@ from dataclasses import dataclass
 CPU, GPU, LLAMA_CPP = "cpu", "gpu", "llama.cpp"
 TARGETS = (CPU, GPU, LLAMA_CPP)
 LEAST_WINDOWS = 16  # of recovery: less is not worth the passes that measure it
+# of calibration on a CPU, where main.py's 128 of up to 4096 tokens would take most of the time
+CPU_WINDOWS, CPU_SEQLEN = 32, 512
 
 # costs in forward passes of one token through the model, as evaluation takes them
 RECOVERY_PASSES = 5  # of a trained token: teacher 1, student 1, its way back 2, the optimizer
@@ -36,6 +38,13 @@ class Budget:
         passes = self.seconds * self.tokens_per_second - fixed
         windows = int(passes / RECOVERY_PASSES / self.seqlen)
         return windows * self.seqlen if windows >= LEAST_WINDOWS else 0
+
+
+def windows(device: str, longest: int) -> list[str]:
+    """Return main.py's flags for windows of at most `longest` tokens: on a CPU few and short."""
+    if device.startswith("cuda"):
+        return []
+    return ["--nsamples", str(CPU_WINDOWS), "--seqlen", str(min(CPU_SEQLEN, longest))]
 
 
 def flags(target: str, recovery_tokens: int) -> list[str]:

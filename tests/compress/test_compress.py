@@ -41,12 +41,25 @@ def test_main_takes_the_flags_of_every_plan(target: str, tokens: int) -> None:
     assert args.recover == (tokens or None)
 
 
+def test_a_cpu_takes_few_and_short_windows_and_what_is_asked_for_instead() -> None:
+    def windows(device: str, longest: int, *passed_on: str) -> tuple[int, int | None]:
+        flags = [*plan.windows(device, longest), "--device", device, *passed_on]
+        args = build_parser().parse_args(["--model", "m", *flags])
+        return args.nsamples, args.seqlen
+
+    assert windows("cpu", 32_768) == (32, 512)
+    assert windows("cpu", 256) == (32, 256)
+    assert windows("cpu", 256, "--seqlen", "64") == (32, 64)
+    assert windows("cuda:0", 32_768) == (128, None)  # main.py's own
+
+
 def test_a_model_is_compressed_and_compared(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 40, 8)
     flags = ["--data", "uk", "--recover", "1024", "--device", "cpu"]
-    flags += ["--", "--nsamples", "8", "--seqlen", "32", "--prompts", "1"]
+    flags += ["--", "--nsamples", "8", "--prompts", "1"]
     out = launched(["compress", "dense", "small"], tmp_path, *flags)
+    assert "--nsamples 32 --seqlen 128 --device" in out  # as long as the model's windows can be
     dense, small = results("out/compress/dense"), results("out/compress/compressed")
     assert dense["method"] == "dense" and 0.5 <= small["sparsity"]["overall"] < 0.51
     assert small["packed"]["bits"] == 4 and small["recovery"]["tokens"] == 1024
