@@ -142,7 +142,11 @@ def test_another_number_of_processes(whole: dict, place: Path, tmp_path: Path) -
     before, after = load_file(tmp_path / "whole"), load_file(tmp_path / "resumed")
     differ = sum(int(((before[k] == 0) != (after[k] == 0)).sum()) for k in before)
     assert before.keys() == after.keys()
-    assert differ <= 0.02 * sum(tensor.numel() for tensor in before.values())
+    # sums by another number of processes differ in their last bits, which seldom moves a zero
+    assert differ <= 0.001 * sum(tensor.numel() for tensor in before.values())
+    for name, tensor in before.items():
+        change = (after[name].float() - tensor.float()).norm()
+        assert change <= 0.01 * tensor.float().norm(), name
 
 
 CHANGES = {
