@@ -38,6 +38,7 @@ __all__ = [
     "PackedSize",
     "SparseLinear",
     "SwapReport",
+    "check_embeddings",
     "check_same_outputs",
     "decoding",
     "is_packed",
@@ -168,15 +169,20 @@ def is_packed(linear: PrunableLinear) -> bool:
     return linear.expert is None and not _why_not_packed(linear.module)
 
 
+def check_embeddings(model: PreTrainedModel) -> None:
+    """Raise UserError if a model's embedding or output head are of classes that can't be packed."""
+    try:
+        checkpoint.check_embeddings(model)
+    except PackedError as error:
+        raise UserError(f"--pack_embeddings 8: {error}; leave out the flag") from None
+
+
 def pack_embeddings_(model: PreTrainedModel) -> list[str]:
     """Round embedding and output head of a packed model to int8, in place; return their names.
 
-    The model then saves them packed. Raises UserError if their classes can't be packed.
+    The model then saves them packed. `check_embeddings` must have let it pass.
     """
-    try:
-        names = checkpoint.pack_embeddings_(model)
-    except PackedError as error:
-        raise UserError(f"--pack_embeddings 8: {error}; leave out the flag") from None
+    names = checkpoint.pack_embeddings_(model)
     mark_packed_(model)
     return names
 

@@ -252,6 +252,18 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
     return names
 
 
+def check_embeddings(model: PreTrainedModel) -> None:
+    """Raise PackedError where embedding or head are of a class that can't be packed."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding | PackedEmbedding):
+        kind = type(embedding).__name__
+        raise PackedError(f"{type(model).__name__} has an embedding of class {kind}: not packed")
+    plain = head is None or type(head).forward in (nn.Linear.forward, PackedHead.forward)
+    if not plain:
+        kind = type(head).__name__
+        raise PackedError(f"{type(model).__name__} has a head of class {kind}: not packed")
+
+
 def _replace_embeddings_(
     model: PreTrainedModel, sizes: dict[str, list[int]] | None, tied: bool | None = None
 ) -> list[str]:
@@ -259,17 +271,12 @@ def _replace_embeddings_(
 
     `sizes`: [rows, width] of those that have rows of their own, as a checkpoint states them.
     """
+    check_embeddings(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
-    if not isinstance(embedding, nn.Embedding):
-        kind = type(embedding).__name__
-        raise PackedError(f"{type(model).__name__} has an embedding of class {kind}: not packed")
     packed = PackedEmbedding(embedding)
     modules = {names[embedding]: packed}
     if head is not None:
-        if type(head).forward is not nn.Linear.forward:
-            kind = type(head).__name__
-            raise PackedError(f"{type(model).__name__} has a head of class {kind}: not packed")
         if tied is None:
             tied = names[head] not in sizes
         modules[names[head]] = PackedHead(head, packed if tied else None)

@@ -51,6 +51,7 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
     from lib.pruning.neurons import count_left
+    from lib.sparse import check_embeddings
     from lib.util.progress import quiet
 
     quiet()
@@ -81,6 +82,8 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
         neurons_left = count_left(mlps.width, sparsity.ratio, args.neurons_multiple)
     elif method_spec:
         check_widths(blocks, blocks_name, sparsity)
+    if args.pack_embeddings:
+        check_embeddings(skeleton)
     if args.bos == "always":
         pretrained.required_bos_id(tokenizer)
     check_readable([(source, split) for source, split in splits if source.hub])

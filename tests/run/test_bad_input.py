@@ -306,6 +306,21 @@ def test_blocks_that_are_not_found(
     complaint(done, 1, "--model", "LlamaForCausalLM", "no lists of decoder blocks", "can't be")
 
 
+def test_a_head_that_cant_be_packed(
+    model: Path, texts: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    class Head(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    monkeypatch.setattr(
+        LlamaPreTrainedModel, "get_output_embeddings", lambda self: Head(8, 8, device="meta")
+    )
+    flags = ["--replace_sparse_layers", "--pack_embeddings", "8"]
+    done = call("--model", model, "--calibration_data", texts, *WANDA, *flags)
+    complaint(done, 1, "--pack_embeddings 8", "a head of class Head", "leave out the flag")
+
+
 def test_a_model_of_another_kind(texts: Path, tmp_path: Path, no_weights: None) -> None:
     small = T5Config(vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     folder = tiny.write_model(tmp_path / "t5", T5ForConditionalGeneration(small))
