@@ -68,12 +68,15 @@ def tensor_bytes(folder: Path, kinds: tuple[str, ...] = ()) -> int:
 
 
 def dense_bytes(folder: Path, bits: int) -> int:
-    """Of a model that pack_dense.py rounded: without masks, and at 3 bits without the fourth."""
-    values = 0
-    if bits == 3:
-        packed = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
-        values = sum(kept // 8 for _, _, kept in packed["linears"].values())
-    return tensor_bytes(folder) - tensor_bytes(folder, (".mask",)) - values
+    """Of a model that pack_dense.py rounded, in a dense form: no masks, every weight has `bits`.
+
+    What was rounded to zero has no value in the packed form, and at 3 bits the others have four.
+    """
+    config = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
+    missing = 0
+    for rows, width, kept in config["linears"].values():
+        missing += -(-rows * width * bits // 8) - -(-kept * config["bits"] // 8)
+    return tensor_bytes(folder) - tensor_bytes(folder, (".mask",)) + missing
 
 
 def child(*command: object) -> None:
