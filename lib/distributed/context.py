@@ -100,17 +100,14 @@ class DistContext:
         spent = time.monotonic() - self.last_barrier
         limit = timedelta(seconds=math.ceil(60 * self.minutes + spent + seconds))
         others = [rank for rank in range(self.size) if rank != self.rank]
-        receiving, sending = [], []  # monitored_barrier heeds a limit in the first process only
-        for rank in others:
-            with self.collective(f"process {rank}"):
-                receiving.append(torch_dist.irecv(torch.empty(1), rank, self.group))
-        for rank in others:
-            with self.collective(f"process {rank}"):
-                sending.append(torch_dist.isend(torch.zeros(1), rank, self.group))
-        for works in receiving, sending:
-            for rank, work in zip(others, works, strict=True):
+        works = []  # monitored_barrier heeds a limit in the first process only
+        for post in torch_dist.irecv, torch_dist.isend:
+            for rank in others:
                 with self.collective(f"process {rank}"):
-                    work.wait(limit)
+                    works.append((rank, post(torch.zeros(1), rank, self.group)))
+        for rank, work in works:
+            with self.collective(f"process {rank}"):
+                work.wait(limit)
         self.last_barrier = time.monotonic()
 
     def all_reduce_(self, tensors: Sequence[Tensor]) -> list[Handle]:
