@@ -49,9 +49,9 @@ def main(argv: list[str]) -> None:
 
     # the whole plan is checked before the dense model is measured
     saving = ["--save", str(Path(args.save, "compressed")), "--save_model", args.out]
-    _checked([*_pruned(args.model, target, 10**9), *texts, *saving, *shared])
+    checked = _checked([*_pruned(args.model, target, 10**9), *texts, *saving, *shared])
 
-    shared = [*plan.windows(args.device, _longest(args.model, shared)), *shared]
+    shared = [*plan.windows(args.device, _longest(checked)), *shared]
     dense_flags = ["--model", args.model, "--eval_only", *tests]
     dense = _run([*dense_flags, "--save", str(Path(args.save, "dense")), *shared])
     settings = _parse([*dense_flags, *shared])
@@ -92,7 +92,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=plan.TARGETS,
         help="where the model is to run (default: gpu with --device cuda:N, else cpu)",
     )
-    parser.add_argument("--device", default="cuda:0", help="where blocks are computed")
+    parser.add_argument(
+        "--device",
+        default="cuda:0",
+        help=f"where blocks are computed; on a CPU calibration takes {plan.CPU_WINDOWS} windows of "
+        f"{plan.CPU_SEQLEN} tokens at most, unless flags after -- say otherwise",
+    )
     parser.add_argument(
         "--save", default="out/compress", help="folder for table, picture and results.json"
     )
@@ -115,14 +120,13 @@ def _checked(flags: list[str]) -> argparse.Namespace:
     return args
 
 
-def _longest(model: str, shared: list[str]) -> int:
-    """Return the length in tokens that the model's windows can have at most."""
+def _longest(args: argparse.Namespace) -> int:
+    """Return the tokens in a window of the model of main.py's flags, where none says how many."""
     from lib.model import pretrained
     from lib.model.access import Checkpoint
 
-    args = _parse(["--model", model, *shared])
     checkpoint = Checkpoint(
-        model, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+        args.model, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
     )
     return pretrained.window_length(pretrained.load_config(checkpoint), None)
 
