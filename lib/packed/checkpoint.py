@@ -255,11 +255,10 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
 def check_embeddings(model: PreTrainedModel) -> None:
     """Raise PackedError where embedding or head are of a class that can't be packed."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding | PackedEmbedding):
+    if not isinstance(embedding, nn.Embedding):
         kind = type(embedding).__name__
         raise PackedError(f"{type(model).__name__} has an embedding of class {kind}: not packed")
-    plain = head is None or type(head).forward in (nn.Linear.forward, PackedHead.forward)
-    if not plain:
+    if head is not None and type(head).forward is not nn.Linear.forward:
         kind = type(head).__name__
         raise PackedError(f"{type(model).__name__} has a head of class {kind}: not packed")
 
