@@ -136,10 +136,10 @@ def own_points(args: argparse.Namespace, passed_on: Sequence[str]) -> Iterator[P
     data = ["--calibration_data", args.data, "--eval_data", args.data]
     pack = ["--replace_sparse_layers", "--pack_bits"]
 
-    def stage(name: str, flags: list[str], told: str, how: Run = in_child) -> Path:
+    def stage(name: str, flags: list[str], heading: str, how: Run = in_child) -> Path:
         model = args.out / name / "model"
         keep = ["--save_model", str(model)]
-        do(Stage(name, told, [*flags, *keep]), args.out, passed_on, how)
+        do(Stage(name, heading, [*flags, *keep]), args.out, passed_on, how)
         return model
 
     plain = ["--model", str(args.model), "--eval_only", "--eval_data", args.data]

@@ -58,10 +58,10 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
         "packed-4": ("+ packed, 4 bits, embedding 8", packed(4)),
     }
     made = []
-    for name, (told, own) in flags.items():
+    for name, (heading, own) in flags.items():
         rest = ["--eval_data", *data]
         rest += ["--save_model", saved[name]] if name in saved else []
-        made.append(Stage(name, told, [*own, *rest]))
+        made.append(Stage(name, heading, [*own, *rest]))
     return made
 
 
@@ -92,14 +92,14 @@ def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None
     ]
     head = ["", "on disk", *(f"{test}: bits per byte" for test in tests), "tokens a second"]
     body = [
-        [stage.told, gib(size), *(f"{value:.4f}" for value in its), f"{speed:.0f}"]
+        [stage.heading, gib(size), *(f"{value:.4f}" for value in its), f"{speed:.0f}"]
         for stage, size, its, speed in zip(done, sizes, bits, per_second, strict=True)
     ]
     text = padded_table(head, body)
     print(text)
     (args.out / "whole.md").write_text(text + "\n", "utf-8")
     columns: list[Any] = [[size / 1e6 for size in sizes], [its[0] for its in bits], per_second]
-    names = [stage.told for stage in done]
+    names = [stage.heading for stage in done]
     picture = args.picture or args.out / "whole.png"
     panels = dict(zip(PANELS, columns, strict=True))
     save_figure(bars(names, panels, f"{Path(args.model).name}, for {tests[0]}"), picture)

@@ -16,7 +16,7 @@ class Stage:
     """A run of main.py: its name, what it is called in the table, and its flags."""
 
     name: str
-    told: str
+    heading: str
     flags: list[str]
 
 
