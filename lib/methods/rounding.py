@@ -44,28 +44,13 @@ class Rounding(LeastSquares):
     steps of conjugate gradients; `sweeps`: of coordinate descent over all columns.
     """
 
-    def __init__(
-        self,
-        width: int,
-        device: torch.device,
-        bits: int = 4,
-        group: int = GROUP,
-        refinements: int = 5,
-        sweeps: int = 2,
-        damping: float = 6.0,
-        blend: float = 1.0,
-    ) -> None:
-        super().__init__(width, device, damping, blend)
-        self.bits = bits
-        self.group = group if bits == 4 else width
-        self.refinements = refinements
-        self.sweeps = sweeps
+    bits = 4
+    refinements = 5
+    sweeps = 2
 
-    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
-        """Bytes of the statistics, and beside them for rounding linears with `rows` outputs."""
-        matrices = self.hessian.element_size() * len(self.hessian) * sum(rows)
-        # A and its factor; W S, B, Q, D or B - A Q, what is kept, and as much again on the way
-        return self.bytes_of_sums(rows), 2 * self.hessian.nbytes + 8 * matrices
+    def __init__(self, width: int, device: torch.device) -> None:
+        super().__init__(width, device)
+        self.group = GROUP if self.bits == 4 else width
 
     def round_(self, weights: Sequence[Tensor]) -> None:
         """Round float32 matrices (out_i, in) in place. UserError where A can't be factored."""
