@@ -139,6 +139,14 @@ class BlockWeights:
             self._offload(block)
             block.forward = forward
 
+    def restore(self, index: int, stage: str = "block") -> dict[str, Any] | None:
+        """Replace the block on the device by the one that an interrupted run finished.
+
+        Returns its notes; None where it is not finished. Every process must call it.
+        """
+        self.stage = stage
+        return self.load(index) if self.has(index) else None
+
     def has(self, index: int) -> bool:
         """Return whether an interrupted run finished block `index`; every process must call it."""
         if not self.resumes:
@@ -175,13 +183,18 @@ class BlockWeights:
         return facts
 
     def save(
-        self, index: int, notes: Mapping[str, Any], matrices: Mapping[str, Tensor] | None = None
+        self,
+        index: int,
+        notes: Mapping[str, Any],
+        matrices: Mapping[str, Tensor] | None = None,
+        stage: str = "block",
     ) -> None:
         """Under `--resume`, save block `index`, which is on the device, with its notes.
 
         `matrices` holds {path of a quantised linear: its solved weight}. The main process writes,
         and all wait for it.
         """
+        self.stage = stage
         if not self.resumes:
             return
         if self.finished:

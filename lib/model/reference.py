@@ -1,9 +1,7 @@
 """The dense model's hidden states on test windows, which a pruned model is compared with.
 
-    # before pruning
-    reference = DenseReference(tail_of(runner), dense_states(runner, tests, batch_size))
-    # afterwards
-    perplexities(runner, tests, batch_size, reference=reference)
+    reference = DenseReference(tail_of(runner), dense_states(runner, tests))  # before pruning
+    perplexities(runner, tests, reference=reference)                          # afterwards
 
 The host keeps the states after the last block, in the model's dtype. Their logits are computed
 again when they are needed: `vocabulary / hidden` times as many numbers. The embedding, the final
@@ -34,16 +32,8 @@ def compared_windows(count: int) -> list[int]:
     return [index * count // chosen for index in range(chosen)]
 
 
-def reference_bytes(counts: Sequence[int], window: int, dist: DistContext) -> int:
-    """Return the bytes of host memory that the states take in this process.
-
-    `counts`: windows of each test set; `window`: bytes of one window's hidden states.
-    """
-    return window * sum(len(own_windows(count, dist)) for count in counts)
-
-
-def own_windows(count: int, dist: DistContext) -> list[int]:
-    """Return the compared windows that belong to this process."""
+def local_windows(count: int, dist: DistContext) -> list[int]:
+    """Return the compared windows that belong to this rank."""
     indices = range(count)[dist.share(count)]
     return [window for window in compared_windows(count) if window in indices]
 
@@ -80,35 +70,19 @@ class DenseReference:
 def dense_states(
     runner: BlockRunner,
     tests: Sequence[Tensor],
-    batch_size: int,
-    dist: DistContext | None = None,
     on_progress: Callable[[int], None] = lambda windows: None,
-    state_device: torch.device | str = "cpu",
 ) -> States:
-    """Compute hidden states after the last block, on the host, of this process's windows.
+    """Compute hidden states after the last block, on the host, of this rank's compared windows.
 
-    `runner`: of the dense model; `tests`: windows (n, tokens) of each test set. Where blocks are
-    fetched, each comes once for all windows, whose states are on `state_device` meanwhile.
-    `on_progress` is called with the number of windows that are done.
+    `runner`: of the dense model; `tests`: windows (n, tokens) of each test set.
     """
-    dist = dist or DistContext(runner.device, alone=True)
-    resident = runner.weights.zero_copy
-    chosen = [own_windows(len(test), dist) for test in tests]
-    step = batch_size if resident else COMPARED_WINDOWS
-    batches = [
-        (number, indices[start : start + step])
-        for number, indices in enumerate(chosen)
-        for start in range(0, len(indices), step)
-    ]
-    hidden_states: States = [{} for _ in tests]
-    where = runner.device if resident else state_device
-    for group in [[batch] for batch in batches] if resident or not batches else [batches]:
-        windows = [tests[number][indices] for number, indices in group]
-        all_states = runner.run_blocks(windows, batch_size, where)
-        for (number, indices), states in zip(group, all_states, strict=True):
-            hidden_states[number] |= zip(indices, states.hidden.cpu(), strict=True)
-        on_progress(sum(map(len, windows)))
-    return hidden_states
+    chosen = [local_windows(len(test), runner.dist) for test in tests]
+    local = [test[indices] for test, indices in zip(tests, chosen, strict=True)]
+    hidden: States = [{} for _ in tests]
+    for number, start, states in runner.iter_final_states(local, on_progress):
+        indices = chosen[number][start : start + len(states.windows)]
+        hidden[number] |= zip(indices, states.hidden.cpu(), strict=True)
+    return hidden
 
 
 @torch.no_grad()
