@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.data.training import TrainingText
-from lib.eval import perplexities
+from lib.eval import perplexity
 from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
 from lib.packed.errors import PackedError
@@ -103,8 +103,6 @@ class Grid:
     `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D.
     """
 
-    bits = 4
-
     def __init__(self, transposed: bool = False) -> None:
         self.transposed = transposed
         self.scales: Tensor | None = None  # (out, groups)
@@ -123,70 +121,35 @@ class Grid:
         return weight.T if self.transposed else weight
 
 
-@dataclass
-class Trainable:
-    """A parameter to train, and as what it will be saved."""
-
-    parameter: nn.Parameter
-    is_matrix: bool  # whose zeros stay; else a norm or a bias
-    dtype: torch.dtype
-    grid: Grid | None = None
-
-    @property
-    def kept_dtype(self) -> torch.dtype:
-        """In which nothing of what the parameter holds is lost."""
-        return self.parameter.dtype if self.grid else self.dtype
-
-
-def trainable_parameters(
-    runner: BlockRunner, whole: bool = False, grids: Mapping[str, Grid] | None = None
-) -> dict[str, Trainable]:
-    """Everything that recovery trains by its name, shared parameters once, and what it becomes.
-
-    These are the linears with zeros, all of them if `whole`, and the norms and biases of the
-    blocks; what the blocks share with embeddings or head is left alone. `grids`, by name, are of
-    those that will be packed as integers.
-    """
-    model, inside, linears = runner.model, f"{runner.name}.", set()
-    for block in runner.blocks:
-        for linear in find_linears(block, "")[0]:
-            if whole or bool((linear.raw_weight == 0).any()):
-                linears.add(id(getattr(linear.module, linear.parameter)))
-    every = model.named_parameters(remove_duplicate=False)
-    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
-    float32 = set(model._keep_in_fp32_modules_strict or ())
-    trained = {}
-    for path, parameter in runner.blocks.named_parameters():
-        name, is_matrix = inside + path, id(parameter) in linears
-        vector = parameter.dim() == 1 or name.endswith("bias")
-        if id(parameter) in outside or not parameter.is_floating_point():
-            continue
-        if is_matrix or vector:
-            dtype = runner.save_dtype or parameter.dtype
-            dtype = torch.float32 if float32.intersection(name.split(".")) else dtype
-            trained[name] = Trainable(parameter, is_matrix, dtype, (grids or {}).get(name))
-    return trained
-
-
 class Whole:
-    """Trains every weight of a parameter; in a matrix those that are not zero."""
+    """Trains every weight of a parameter; of a matrix those that are not zero.
 
-    def __init__(self, target: Trainable) -> None:
-        self.target, parameter = target, target.parameter
-        if target.grid:
-            target.grid.fit_(parameter.data)
-        exact = parameter.dtype == target.dtype == torch.float32 and not target.grid
-        self.master = parameter.data if exact else parameter.data.to(torch.float32, copy=True)
-        self.leaves = {"master": self.master}  # what is trained, float32
+    `dtype` or `grid` say as what it will be saved.
+    """
+
+    def __init__(
+        self, parameter: nn.Parameter, is_matrix: bool, dtype: torch.dtype, grid: Grid | None
+    ) -> None:
+        self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, grid
+        self.zeros = parameter.numel() - int(parameter.count_nonzero())
+        if grid:
+            grid.fit_(parameter.data)
+        self.leaves = self.start()  # what is trained, float32
+
+    def start(self) -> dict[str, Tensor]:
+        exact = self.parameter.dtype == self.dtype == torch.float32 and not self.grid
+        held = self.parameter.data
+        self.master = held if exact else held.to(torch.float32, copy=True)
+        return {"master": self.master}
 
     def take_gradient_(self) -> None:
         """Add the parameter's gradient to that of what is trained. A zero gets none, and AdamW
         without decay leaves what never had a gradient as it is, bit for bit."""
-        gradient = self.target.parameter.grad
-        if self.target.is_matrix:
+        gradient = self.parameter.grad
+        if self.is_matrix:
             gradient = gradient.masked_fill_(self.master == 0, 0)
         self.master.grad += gradient
-        self.target.parameter.grad = None
+        self.parameter.grad = None
 
     def values(self) -> Tensor:
         """What was trained, float32, before it is rounded."""
@@ -194,13 +157,18 @@ class Whole:
 
     def write_(self, refit: bool) -> None:
         """Put what was trained into the parameter, rounded; `refit`: by new scales of a grid."""
-        held, grid, values = self.target.parameter.data, self.target.grid, self.values()
-        if grid:
+        values, held = self.values(), self.parameter.data
+        if self.grid:
             if refit:
-                grid.fit_(values)
-            held.copy_(grid.rounded(values))
+                self.grid.fit_(values)
+            held.copy_(self.grid.rounded(values))
         elif values.data_ptr() != held.data_ptr():
-            held.copy_(values.to(self.target.dtype))
+            held.copy_(values.to(self.dtype))
+
+    def check_zeros(self, name: str) -> None:
+        """UserError where a weight was zero and is not any more."""
+        if self.is_matrix and self.parameter.numel() - self.parameter.count_nonzero() < self.zeros:
+            raise UserError(f"--recover: {name} has lost zeros in the training; nothing is saved")
 
 
 class LowRank(Whole):
@@ -209,26 +177,74 @@ class LowRank(Whole):
     A is drawn and scaled such that a step moves a weight about as far as if it were trained whole.
     """
 
-    def __init__(self, target: Trainable, rank: int, generator: torch.Generator) -> None:
-        self.target, parameter = target, target.parameter
-        if target.grid:
-            target.grid.fit_(parameter.data)
-        self.base = parameter.data.to(target.dtype, copy=True)
-        *stack, rows, columns = parameter.shape
-        down = torch.randn(*stack, rank, columns, generator=generator) / rank**0.5
-        self.down = down.to(parameter.device)  # A
-        self.up = torch.zeros(*stack, rows, rank, device=parameter.device)  # B
-        self.leaves = {"up": self.up, "down": self.down}
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        dtype: torch.dtype,
+        grid: Grid | None,
+        rank: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.rank, self.generator = rank, generator
+        super().__init__(parameter, True, dtype, grid)
+
+    def start(self) -> dict[str, Tensor]:
+        held, rank = self.parameter.data, self.rank
+        self.base = held.to(self.dtype, copy=True)
+        *stack, rows, columns = held.shape
+        down = torch.randn(*stack, rank, columns, generator=self.generator) / rank**0.5
+        self.down = down.to(held.device)  # A
+        self.up = torch.zeros(*stack, rows, rank, device=held.device)  # B
+        return {"up": self.up, "down": self.down}
 
     def take_gradient_(self) -> None:
-        gradient = self.target.parameter.grad.masked_fill_(self.base == 0, 0).float()
+        gradient = self.parameter.grad.masked_fill_(self.base == 0, 0).float()
         self.up.grad += gradient @ self.down.mT
         self.down.grad += self.up.mT @ gradient
-        self.target.parameter.grad = None
+        self.parameter.grad = None
 
     def values(self) -> Tensor:
         change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # which changes no zero
         return self.base.float() + change
+
+
+def trained_parts(
+    runner: BlockRunner,
+    whole: bool = False,
+    grids: Mapping[str, Grid] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+) -> dict[str, Whole]:
+    """All that recovery trains, by the parameters' names; parameters with two names once.
+
+    These are the linears with zeros, all of them if `whole`, and the norms and biases of the
+    blocks; what the blocks share with embeddings or head is left alone. `grids`, by name, are of
+    those that will be packed as integers, and matrices get updates of `rank` if there is one.
+    """
+    model, inside, linears = runner.model, f"{runner.name}.", set()
+    for block in runner.blocks:
+        for linear in find_linears(block, "")[0]:
+            if whole or bool((linear.raw_weight == 0).any()):
+                linears.add(id(getattr(linear.module, linear.parameter)))
+    every = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    strict = set(model._keep_in_fp32_modules_strict or ())
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for path, parameter in runner.blocks.named_parameters():
+        name, is_matrix = inside + path, id(parameter) in linears
+        vector = parameter.dim() == 1 or name.endswith("bias")
+        if id(parameter) in outside or not parameter.is_floating_point():
+            continue
+        if is_matrix or vector:
+            kept = runner.save_dtype or parameter.dtype
+            dtype = torch.float32 if strict.intersection(name.split(".")) else kept
+            grid = (grids or {}).get(name)
+            if is_matrix and rank:
+                parts[name] = LowRank(parameter, dtype, grid, rank, generator)
+            else:
+                parts[name] = Whole(parameter, is_matrix, dtype, grid)
+    return parts
 
 
 @dataclass
@@ -239,7 +255,6 @@ class Recovered:
     facts: dict[str, Any]  # of the text
     teacher: str
     trained: int  # weights
-    bits: int  # of the grid that was trained on; 16 without one
     curve: list[dict[str, float]] = field(default_factory=list)  # tokens, perplexity, loss
     best: int = 0  # of the curve
     tokens: int = 0
@@ -249,8 +264,7 @@ class Recovered:
         """What a user should know at the end."""
         first, best = self.curve[0]["perplexity"], self.curve[self.best]
         if not self.best:
-            stay = "stay as they were" if self.bits == 16 else f"are rounded to {self.bits} bits"
-            return f"recovery: nothing was better than the pruned weights, which {stay}"
+            return "recovery: nothing was better than what pruning left, which is kept"
         return (
             f"recovery: perplexity {first:.4f} to {best['perplexity']:.4f} on what was held out, "
             f"after {best['tokens']} of {self.tokens} tokens"
@@ -275,18 +289,13 @@ class Recovered:
         }
 
 
-def held_out_perplexity(runner: BlockRunner, windows: Tensor) -> float:
-    """Perplexity of windows (n, tokens), the same in every process."""
-    return perplexities(runner, [windows])[0].value
-
-
 class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
     `whole`: all linears of the blocks are trained, not only those with zeros. `grids`, by the
     parameters' names: of those that will be packed as integers. `checkpointed`: a block's
-    activations are computed again when they are needed, for less memory. `measure(runner, windows)`
-    decides which weights are kept: those with the lowest.
+    activations are computed again when they are needed, for less memory. Kept are the weights for
+    which `measure(runner, windows)` is lowest; it is the same in every process.
     """
 
     def __init__(
@@ -299,68 +308,40 @@ class Recoverer:
         whole: bool = False,
         grids: Mapping[str, Grid] | None = None,
         checkpointed: bool = False,
-        measure: Callable[[BlockRunner, Tensor], float] = held_out_perplexity,
+        measure: Callable[[BlockRunner, Tensor], float] = perplexity,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.checkpointed, self.measure = checkpointed, measure
-        targets = trainable_parameters(runner, whole, grids)
+        self.parts = trained_parts(runner, whole, grids, schedule.rank, schedule.seed)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
-            matrices = (one.parameter for one in targets.values() if one.is_matrix)
+            matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
             schedule = replace(schedule, rate=default_rate(matrices, width, len(runner.blocks)))
         self.schedule = schedule
-        generator = torch.Generator().manual_seed(schedule.seed)
-        self.parts = {
-            name: LowRank(target, schedule.rank, generator)
-            if target.is_matrix and schedule.rank
-            else Whole(target)
-            for name, target in targets.items()
-        }
-        self.targets = targets
-        self.zeros = {
-            name: _count_zeros(one.parameter) for name, one in targets.items() if one.is_matrix
-        }
-        self.grids = {name: one.grid for name, one in targets.items() if one.grid}
-        self.best_scales: dict[str, Tensor] = {}
+        self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
         self.strict = True  # until an operation is met that is not deterministic
         self.done = Recovered(
-            schedule,
-            text.facts,
-            teacher.model.name_or_path,
-            trained=sum(one.parameter.numel() for one in targets.values()),
-            bits=min((grid.bits for grid in self.grids.values()), default=16),
+            schedule=schedule,
+            facts=text.facts,
+            teacher=teacher.model.name_or_path,
+            trained=sum(part.parameter.numel() for part in self.parts.values()),
         )
 
-    def summary(self) -> list[str]:
-        """What is going to be done, a line each."""
-        schedule, weights = self.schedule, self.done.trained
+    def summary(self) -> str:
+        """What is going to be done, in a line."""
+        schedule = self.schedule
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
-        lines = [
-            f"recovery: {how} {weights:,} weights in {schedule.steps} steps of "
+        count = f"{len(self.grids)} of {len(self.parts)} tensors"
+        grids = f", {count} as the 4-bit integers that are packed," if self.grids else ""
+        return (
+            f"recovery: {how} {self.done.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
-        ]
-        if self.grids:
-            lines.append(
-                f"recovery: {len(self.grids)} of {len(self.parts)} tensors are trained as the "
-                f"{self.done.bits}-bit integers that will be packed"
-            )
-        if self.runner.dist.size > schedule.windows:
-            lines.append(
-                f"recovery: a step of {schedule.windows} windows keeps no more processes at work; "
-                "fewer would be as fast"
-            )
-        for source in self.text.facts["sources"]:
-            if source["passes"] > 1:
-                lines.append(
-                    f"recovery: {source['name']} has {source['windows']} windows of train text, "
-                    f"which are read {source['passes']} times"
-                )
-        return lines
+        )
 
     @property
     def scales(self) -> dict[str, Tensor]:
         """The scales of the grids of the best weights, by every name of a parameter."""
-        scales = {id(self.targets[name].parameter): one for name, one in self.best_scales.items()}
+        scales = {id(self.parts[name].parameter): one for name, one in self.best_scales.items()}
         parameters = self.runner.model.named_parameters(remove_duplicate=False)
         return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
 
@@ -368,53 +349,49 @@ class Recoverer:
         """Train, and leave the model with its best weights, rounded.
 
         `on_progress(tokens, note)` is called after each step. UserError where the loss is not
-        finite, or where a weight that was zero is not zero any more.
+        finite, or a weight that was zero is not zero any more.
         """
-        self.began = time.perf_counter()
-        self._set_up()
+        began = time.perf_counter()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
         finished = self.runner.weights.finished
-        if not self._resumed():
+        self._set_up()
+        state = self._resumed()
+        if not state:
             self._write_(refit=False)
             self._note(0, None)
-        on_progress(self.step * tokens)
+            state = {"step": 0, "losses": [], "seconds": 0.0}
+        first, losses, before = state["step"], state["losses"], state["seconds"]
+        on_progress(first * tokens)
         kept = time.monotonic()
         with self._gradients(), deterministic(self.runner.device, strict=False):
-            for step in range(self.step, steps):
-                loss = self._step(step)
-                self.losses.append(loss)
-                self.step = step + 1
-                measured = self.step in self.schedule.measured
+            for step in range(first, steps):
+                losses.append(self._step(step))
+                on_progress(tokens, f"loss {losses[-1]:.4f}")
+                measured = step + 1 in self.schedule.measured
                 if measured:
-                    self._note(self.step * tokens, sum(self.losses) / len(self.losses))
-                    self.losses = []
+                    self._note((step + 1) * tokens, sum(losses) / len(losses))
+                    losses = []
                 if finished and (measured or time.monotonic() - kept > KEEP_SECONDS):
-                    finished.write("recovery", self._state(), self._facts())
+                    seconds = before + time.perf_counter() - began
+                    state = {"step": step + 1, "losses": losses, "seconds": seconds}
+                    state |= {"curve": self.done.curve, "best": self.done.best}
+                    finished.write("recovery", self._state(), state)
                     kept = time.monotonic()
-                on_progress(tokens, f"loss {loss:.4f}")
-        for target, best in zip(self.targets.values(), self.best, strict=True):
-            target.parameter.data.copy_(best)
-        for name, zeros in self.zeros.items():
-            if _count_zeros(self.targets[name].parameter) < zeros:
-                raise UserError(f"--recover: {name} lost some of its zeros; nothing is saved")
+        for (name, part), best in zip(self.parts.items(), self.best, strict=True):
+            part.parameter.data.copy_(best)
+            part.check_zeros(name)
         self.done.tokens = steps * tokens
-        self.done.seconds = round(self._seconds(), 3)
+        self.done.seconds = round(before + time.perf_counter() - began, 3)
         return self.done
 
-    def _seconds(self) -> float:
-        return self.before + time.perf_counter() - self.began
-
     def _set_up(self) -> None:
-        leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
+        self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
+        sizes = [leaf.numel() for leaf in self.leaves]
         # all gradients stand in one row, for one sum over processes
-        size = sum(leaf.numel() for leaf in leaves)
-        self.gradient = torch.zeros(size, device=self.runner.device)
-        for leaf, row in zip(leaves, self.gradient.split([leaf.numel() for leaf in leaves])):
-            leaf.grad = row.view_as(leaf)
-        self.leaves = leaves
-        self.optimizer = torch.optim.AdamW(leaves, betas=BETAS, weight_decay=0.0, fused=True)
-        self.step, self.losses, self.before = 0, [], 0.0
-        self.best: list[Tensor] = []
+        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
+        for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
+            leaf.grad = gradient.view_as(leaf)
+        self.optimizer = torch.optim.AdamW(self.leaves, betas=BETAS, weight_decay=0.0, fused=True)
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -422,7 +399,7 @@ class Recoverer:
         handles = []
         try:
             for part in self.parts.values():
-                parameter = part.target.parameter.requires_grad_(True)
+                parameter = part.parameter.requires_grad_(True)
                 hook = parameter.register_post_accumulate_grad_hook(
                     lambda _, part=part: part.take_gradient_()
                 )
@@ -431,9 +408,9 @@ class Recoverer:
         finally:
             for handle in handles:
                 handle.remove()
-            for target in self.targets.values():
-                target.parameter.requires_grad_(False)
-                target.parameter.grad = None
+            for part in self.parts.values():
+                part.parameter.requires_grad_(False)
+                part.parameter.grad = None
             for leaf in self.leaves:
                 leaf.grad = None
 
@@ -441,13 +418,13 @@ class Recoverer:
         """One step of the optimizer; its loss, in nats a token."""
         schedule, dist = self.schedule, self.runner.dist
         try:
-            loss = self._accumulate(step)
+            loss = self._accumulate_(step)
         except RuntimeError as error:
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
             print(f"recovery: two runs may differ: {str(error).split(',')[0]}", flush=True)
-            loss = self._accumulate(step)
+            loss = self._accumulate_(step)
         dist.barrier()
         for handle in dist.all_reduce_([self.gradient, loss]):
             handle.wait()
@@ -475,13 +452,13 @@ class Recoverer:
         for part in self.parts.values():
             part.write_(refit)
 
-    def _accumulate(self, step: int) -> Tensor:
+    def _accumulate_(self, step: int) -> Tensor:
         """Gradients of this process's share of a step's windows, and its part of the loss (1,)."""
         runner, windows = self.runner, self.schedule.windows
         places = self.text.order[step * windows : (step + 1) * windows]
         own = self.text.windows[places[runner.dist.share(len(places))]]
-        for target in self.targets.values():
-            target.parameter.grad = None
+        for part in self.parts.values():
+            part.parameter.grad = None
         self.gradient.zero_()
         loss = torch.zeros(1, dtype=torch.float64, device=runner.device)
         for ids in own.split(runner.batch_size) if len(own) else ():
@@ -491,12 +468,8 @@ class Recoverer:
     def _backward(self, ids: Tensor, tokens: int) -> Tensor:
         """Gradients of windows (n, seqlen), one of a step's batches, and their part of its loss."""
         runner, teacher = self.runner, self.teacher
-        teacher_states, states = (
-            one.capture(ids, batch_size=len(ids), state_device=runner.device)
-            for one in (teacher, runner)
-        )
-        for index in range(len(teacher.blocks)):
-            teacher.advance_(teacher_states, index)
+        (teacher_states,) = teacher.run_blocks([ids], state_device=runner.device)
+        states = runner.capture(ids, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
         for block, ((args, kwargs),) in zip(runner.blocks, states.block_args, strict=True):
             if self.checkpointed:
@@ -517,19 +490,17 @@ class Recoverer:
 
     def _note(self, tokens: int, loss: float | None) -> None:
         """Measure the windows held out, and keep the weights if they are the best so far."""
-        perplexity = self.measure(self.runner, self.text.held_out)
+        figure = self.measure(self.runner, self.text.held_out)
         curve = self.done.curve
-        curve.append({"tokens": tokens, "perplexity": perplexity, "loss": loss})
-        if len(curve) == 1 or perplexity < curve[self.done.best]["perplexity"]:
+        curve.append({"tokens": tokens, "perplexity": figure, "loss": loss})
+        if len(curve) == 1 or figure < curve[self.done.best]["perplexity"]:
             self.done.best = len(curve) - 1
             self._take_best()
 
     def _take_best(self) -> None:
-        """Keep the trained parameters on the host, as they would be saved."""
-        self.best = [
-            one.parameter.detach().to("cpu", one.kept_dtype, copy=True)
-            for one in self.targets.values()
-        ]
+        """Keep the trained parameters on the host, rounded as they are."""
+        parameters = (part.parameter.detach() for part in self.parts.values())
+        self.best = [parameter.to("cpu", copy=True) for parameter in parameters]
         self.best_scales = {name: grid.scales.clone() for name, grid in self.grids.items()}
 
     def _state(self) -> dict[str, Tensor]:
@@ -546,18 +517,13 @@ class Recoverer:
             state[f"best scales of {name}"] = self.best_scales[name]
         return state
 
-    def _facts(self) -> dict[str, Any]:
-        curve, best = self.done.curve, self.done.best
-        facts = {"step": self.step, "losses": self.losses, "curve": curve, "best": best}
-        return facts | {"seconds": self._seconds()}
-
-    def _resumed(self) -> bool:
-        """Take the state of an interrupted run; whether there is one."""
+    def _resumed(self) -> dict[str, Any] | None:
+        """Take the state of an interrupted run, and return its facts; None if there is none."""
         finished, dist = self.runner.weights.finished, self.runner.dist
         kept = finished.read("recovery") if finished else None
         facts = dist.all_gather_object(kept and kept[1])[0]
         if facts is None:
-            return False
+            return None
         for leaf in self.leaves:  # as the optimizer would have it after a step
             zeros = {"exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
             self.optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device)} | zeros
@@ -566,13 +532,8 @@ class Recoverer:
             stored = kept[0][name] if kept else torch.empty_like(tensor)
             tensor.copy_(dist.broadcast_(stored, 0))
         self._write_(refit=False)
-        self.step, self.losses, self.before = facts["step"], facts["losses"], facts["seconds"]
         self.done.curve, self.done.best = facts["curve"], facts["best"]
-        return True
-
-
-def _count_zeros(parameter: Tensor) -> int:
-    return parameter.numel() - int(parameter.count_nonzero())
+        return facts
 
 
 def divergence_(
