@@ -31,7 +31,7 @@ from lib.eval import perplexity
 from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
 from lib.packed.errors import PackedError
-from lib.packed.grid import GROUP, dequantise, quantise
+from lib.packed.formats import FORMATS, Int4
 from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
 
@@ -98,24 +98,23 @@ def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
 
 
 class Grid:
-    """The 4-bit integers and the scales that a matrix will be packed as.
+    """The numbers of a packed format that a matrix can hold, by scales that are fitted to it.
 
     `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D.
     """
 
-    def __init__(self, transposed: bool = False) -> None:
-        self.transposed = transposed
+    def __init__(self, transposed: bool = False, form: Int4 = FORMATS[4]) -> None:
+        self.transposed, self.form = transposed, form
         self.scales: Tensor | None = None  # (out, groups)
 
     def fit_(self, weight: Tensor) -> None:
         """Take the scales that are nearest to a weight."""
-        _, scales = quantise(self._rows(weight))
+        scales = self.form.fit_scales(self._rows(weight))
         self.scales = scales if self.scales is None else self.scales.copy_(scales)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The values that the packed form of a weight stands for, float32."""
-        codes, _ = quantise(self._rows(weight), scales=self.scales)
-        return self._rows(dequantise(codes, self.scales, GROUP))
+        return self._rows(self.form.round_to(self._rows(weight), self.scales))
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
@@ -131,7 +130,6 @@ class Whole:
         self, parameter: nn.Parameter, is_matrix: bool, dtype: torch.dtype, grid: Grid | None
     ) -> None:
         self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, grid
-        self.zeros = parameter.numel() - int(parameter.count_nonzero())
         if grid:
             grid.fit_(parameter.data)
         self.leaves = self.start()  # what is trained, float32
@@ -164,11 +162,6 @@ class Whole:
             held.copy_(self.grid.rounded(values))
         elif values.data_ptr() != held.data_ptr():
             held.copy_(values.to(self.dtype))
-
-    def check_zeros(self, name: str) -> None:
-        """UserError where a weight was zero and is not any more."""
-        if self.is_matrix and self.parameter.numel() - self.parameter.count_nonzero() < self.zeros:
-            raise UserError(f"--recover: {name} has lost zeros in the training; nothing is saved")
 
 
 class LowRank(Whole):
@@ -211,15 +204,15 @@ class LowRank(Whole):
 def trained_parts(
     runner: BlockRunner,
     whole: bool = False,
-    grids: Mapping[str, Grid] | None = None,
+    packed: Mapping[str, bool] | None = None,
     rank: int | None = None,
     seed: int = 0,
 ) -> dict[str, Whole]:
     """All that recovery trains, by the parameters' names; parameters with two names once.
 
     These are the linears with zeros, all of them if `whole`, and the norms and biases of the
-    blocks; what the blocks share with embeddings or head is left alone. `grids`, by name, are of
-    those that will be packed as integers, and matrices get updates of `rank` if there is one.
+    blocks; what the blocks share with embeddings or head is left alone. What will be `packed`,
+    see `Recoverer`, is trained on its grid, and matrices get updates of `rank` if there is one.
     """
     model, inside, linears = runner.model, f"{runner.name}.", set()
     for block in runner.blocks:
@@ -239,7 +232,7 @@ def trained_parts(
         if is_matrix or vector:
             kept = runner.save_dtype or parameter.dtype
             dtype = torch.float32 if strict.intersection(name.split(".")) else kept
-            grid = (grids or {}).get(name)
+            grid = Grid(packed[name]) if packed and name in packed else None
             if is_matrix and rank:
                 parts[name] = LowRank(parameter, dtype, grid, rank, generator)
             else:
@@ -252,8 +245,6 @@ class Recovered:
     """How it went: what was held out, measured after some tokens, and what was kept."""
 
     schedule: TrainSchedule
-    facts: dict[str, Any]  # of the text
-    teacher: str
     trained: int  # weights
     curve: list[dict[str, float]] = field(default_factory=list)  # tokens, perplexity, loss
     best: int = 0  # of the curve
@@ -271,7 +262,7 @@ class Recovered:
         )
 
     def record(self) -> dict[str, Any]:
-        """The entry `recovery` of results.json, without perplexities before and of the teacher."""
+        """What results.json says of the training, besides its text and its teacher."""
         schedule = self.schedule
         return {
             "tokens": self.tokens,
@@ -282,8 +273,6 @@ class Recovered:
             "rank": schedule.rank,
             "cross_entropy": schedule.share,
             "weights": self.trained,
-            "teacher": self.teacher,
-            "text": self.facts,
             "curve": self.curve,
             "kept": self.curve[self.best],
         }
@@ -292,10 +281,9 @@ class Recovered:
 class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
-    `whole`: all linears of the blocks are trained, not only those with zeros. `grids`, by the
-    parameters' names: of those that will be packed as integers. `checkpointed`: a block's
-    activations are computed again when they are needed, for less memory. Kept are the weights for
-    which `measure(runner, windows)` is lowest; it is the same in every process.
+    `whole`: all linears of the blocks are trained, not only those with zeros. `packed`: the weights
+    that will be packed as 4-bit integers, {name: whether it is (in, out)}. Kept are the weights for
+    which `measure(runner, windows)` is lowest; it is the same in every rank.
     """
 
     def __init__(
@@ -306,13 +294,12 @@ class Recoverer:
         text: TrainingText,
         *,
         whole: bool = False,
-        grids: Mapping[str, Grid] | None = None,
-        checkpointed: bool = False,
+        packed: Mapping[str, bool] | None = None,
         measure: Callable[[BlockRunner, Tensor], float] = perplexity,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
-        self.checkpointed, self.measure = checkpointed, measure
-        self.parts = trained_parts(runner, whole, grids, schedule.rank, schedule.seed)
+        self.measure = measure
+        self.parts = trained_parts(runner, whole, packed, schedule.rank, schedule.seed)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
@@ -322,21 +309,24 @@ class Recoverer:
         self.strict = True  # until an operation is met that is not deterministic
         self.done = Recovered(
             schedule=schedule,
-            facts=text.facts,
-            teacher=teacher.model.name_or_path,
             trained=sum(part.parameter.numel() for part in self.parts.values()),
         )
 
-    def summary(self) -> str:
-        """What is going to be done, in a line."""
+    def summary(self) -> list[str]:
+        """What is going to be done, and a line on each text that is read again."""
         schedule = self.schedule
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
         grids = f", {count} as the 4-bit integers that are packed," if self.grids else ""
-        return (
+        return [
             f"recovery: {how} {self.done.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
-        )
+        ] + [
+            f"recovery: {source['name']} has {source['windows']} windows of train text, which are "
+            f"read {source['passes']} times"
+            for source in self.text.facts["sources"]
+            if source["passes"] > 1
+        ]
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -349,7 +339,7 @@ class Recoverer:
         """Train, and leave the model with its best weights, rounded.
 
         `on_progress(tokens, note)` is called after each step. UserError where the loss is not
-        finite, or a weight that was zero is not zero any more.
+        finite.
         """
         began = time.perf_counter()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
@@ -365,8 +355,8 @@ class Recoverer:
         kept = time.monotonic()
         with self._gradients(), deterministic(self.runner.device, strict=False):
             for step in range(first, steps):
-                losses.append(self._step(step))
-                on_progress(tokens, f"loss {losses[-1]:.4f}")
+                loss = self._step(step)
+                losses.append(loss)
                 measured = step + 1 in self.schedule.measured
                 if measured:
                     self._note((step + 1) * tokens, sum(losses) / len(losses))
@@ -377,9 +367,9 @@ class Recoverer:
                     state |= {"curve": self.done.curve, "best": self.done.best}
                     finished.write("recovery", self._state(), state)
                     kept = time.monotonic()
-        for (name, part), best in zip(self.parts.items(), self.best, strict=True):
+                on_progress(tokens, f"loss {loss:.4f}")
+        for part, best in zip(self.parts.values(), self.best, strict=True):
             part.parameter.data.copy_(best)
-            part.check_zeros(name)
         self.done.tokens = steps * tokens
         self.done.seconds = round(before + time.perf_counter() - began, 3)
         return self.done
@@ -472,7 +462,7 @@ class Recoverer:
         states = runner.capture(ids, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
         for block, ((args, kwargs),) in zip(runner.blocks, states.block_args, strict=True):
-            if self.checkpointed:
+            if runner.checkpointed:
                 hidden = checkpoint(run_block, block, hidden, args, kwargs, use_reentrant=False)
             else:
                 hidden = run_block(block, hidden, args, kwargs)

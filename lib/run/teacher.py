@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from operator import le
 from typing import TYPE_CHECKING
 
 from lib.run.job import Job, LoadedModel
@@ -58,7 +59,7 @@ def _is_smaller(
         ours, theirs = model.get(name), dense.get(name)
         if ours == theirs:
             continue
-        lost = ours and theirs and all(a <= b for a, b in zip(ours, theirs, strict=True))
+        lost = ours and theirs and len(ours) == len(theirs) and all(map(le, ours, theirs))
         if not lost or not name.startswith(f"{job.blocks_name}."):
             raise UserError(
                 f"{checkpoint}: its {name} is {theirs or 'missing'}, that of {job.checkpoint} "
