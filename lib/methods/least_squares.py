@@ -50,7 +50,7 @@ class LeastSquares(PruningMethod):
     dense_stream = True
     inverts_gram = True
 
-    def __init__(self, width: int, device: torch.device, damping: float, blend: float) -> None:
+    def __init__(self, width: int, device: torch.device, damping: float, blend: float = 1.0) -> None:
         super().__init__(width, device)
         assert damping >= 0 and 0 <= blend <= 1
         self.hessian = torch.zeros(width, width, device=device)  # A (in, in), upper triangle
