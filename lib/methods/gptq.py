@@ -1,8 +1,9 @@
-"""Round kept weights to integers with scales, and let the others make up for it.
+"""Quantise kept weights column by column, and let those that are left make up for it.
 
-A pruned matrix W (out, in) becomes Q on the grid of lib/packed/grid.py, zero where W is zero. As in
-ADMM it aims at what the untouched model computes, which is here the model before rounding: wanted
-is the least tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are three steps.
+A pruned matrix W (out, in) becomes Q on a grid of lib/packed/formats.py, zero where W is zero. As
+in ADMM it aims at what the untouched model computes, which is here the model before it is
+quantised: wanted is the least tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are
+three steps.
 
  1. Conjugate gradients take W to the best real values on its mask, for the inputs have changed.
  2. Columns are rounded from left to right, and those to the right make up for each as far as the
@@ -31,77 +32,67 @@ from torch.profiler import record_function
 from lib.methods.damping import cholesky
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
 from lib.methods.sparsegpt import unit_inverse
-from lib.packed.grid import GROUP, LIMITS, dequantise, quantise
+from lib.packed.formats import FORMATS, Int4
 from lib.util.errors import UserError
 
-BLOCK = 64  # columns that are settled before all others hear of them, where a row has one scale
 
+class GPTQ(LeastSquares):
+    """The sums of one input of a block, and what quantises the linears that receive it.
 
-class Rounding(LeastSquares):
-    """The sums of one input of a block, and what rounds the linears that receive it.
-
-    `bits`: 8, with a scale for each row, or 4, with one for each `group` of inputs. `refinements`:
-    steps of conjugate gradients; `sweeps`: of coordinate descent over all columns.
+    `fmt`: whose numbers the weights become. `refinements`: steps of conjugate gradients; `sweeps`:
+    of coordinate descent over all columns.
     """
 
-    bits = 4
     refinements = 5
     sweeps = 2
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, fmt: Int4 = FORMATS[4]) -> None:
         super().__init__(width, device)
-        self.group = GROUP if self.bits == 4 else width
+        self.fmt = fmt
 
-    def round_(self, weights: Sequence[Tensor]) -> None:
-        """Round float32 matrices (out_i, in) in place. UserError where A can't be factored."""
-        rows = [len(weight) for weight in weights]
+    def quantise_(self, weights: Sequence[Tensor]) -> None:
+        """Quantise float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         start, target, hessian, across, *_ = self.problem(weights)
         mask = start == 0
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
-        grid = ColumnGrid(across, keep=(~mask).float(), bits=self.bits, group=self.group)
-        if self.bits == 8:
-            row_scales = [quantise(weight, bits=8)[1] for weight in weights]
-            grid.scales.copy_(torch.cat(row_scales).T)
+        grid = ColumnGrid(self.fmt, across, keep=(~mask).float())
         solution = round_in_order(start, hessian, grid)
         descend_(solution, target, hessian, grid, self.sweeps)
-        for weight, part in zip(weights, grid.matrix(solution).split(rows), strict=True):
+        parts = grid.matrix(solution).split([len(weight) for weight in weights])
+        for weight, part in zip(weights, parts, strict=True):
             weight.copy_(part)
 
 
 class ColumnGrid:
-    """The grid of a solution (in, out): rows of integers times scales, times the norms of inputs.
+    """The grid of a solution (in, out): columns of integers times scales, times norms of inputs.
 
-    `across` (in, 1) are the norms; `keep` (in, out) is 1.0 where a weight is kept, else 0.0;
-    `group` inputs share a scale. `scales` (groups, out) are 1 until they are set.
+    `across` (in, 1) are the norms; `keep` (in, out) is 1.0 where a weight is kept, else 0.0.
+    `scales` (groups, out) are 1 until they are fitted, group by group.
     """
 
-    def __init__(self, across: Tensor, keep: Tensor, bits: int, group: int) -> None:
-        self.across, self.keep, self.bits, self.group = across, keep, bits, group
-        self.scales = keep.new_ones(-(-len(keep) // group), keep.shape[1])
-        size = group if bits == 4 else min(group, BLOCK)
-        starts = range(0, len(keep), size)
-        self.blocks = [slice(start, min(start + size, len(keep))) for start in starts]
+    def __init__(self, fmt: Int4, across: Tensor, keep: Tensor) -> None:
+        self.fmt, self.across, self.keep = fmt, across, keep
+        self.scales = keep.new_ones(fmt.n_groups(len(keep)), keep.shape[1])
+        starts = range(0, len(keep), fmt.group)
+        self.groups = [slice(start, min(start + fmt.group, len(keep))) for start in starts]
 
     def fit_(self, values: Tensor, here: slice) -> None:
         """Take the scales that suit the values (inputs, out) of a group of inputs."""
         across = self.across[here]
         matrix = values.mul(self.keep[here]).div_(across).T.contiguous()
-        costs = across.flatten().square()
-        _, scales = quantise(matrix, bits=self.bits, group=self.group, costs=costs)
-        self.scales[here.start // self.group] = scales.flatten()
+        scales = self.fmt.fit_scales(matrix, costs=across.flatten().square())
+        self.scales[here.start // self.fmt.group] = scales.flatten()
 
     def round_column(self, values: Tensor, column: int, out: Tensor) -> None:
         """Write the point of the grid that is nearest to a column's values (out,) into `out`."""
-        step = self.scales[column // self.group] * self.across[column]
+        step = self.scales[column // self.fmt.group] * self.across[column]
         torch.div(values, step, out=out)
-        out.round_().clamp_(*LIMITS[self.bits]).mul_(step).mul_(self.keep[column])
+        out.round_().clamp_(self.fmt.lowest, self.fmt.highest).mul_(step).mul_(self.keep[column])
 
     def matrix(self, solution: Tensor) -> Tensor:
         """A solution (in, out) on the grid as the matrix (out, in) that is packed, to the bit."""
-        scales = self.scales.T.contiguous()
         matrix = (solution / self.across).T.contiguous()
-        codes, _ = quantise(matrix, bits=self.bits, group=self.group, scales=scales)
-        return dequantise(codes, scales, self.group)
+        return self.fmt.round_to(matrix, self.scales.T.contiguous())
 
 
 def round_in_order(ideal: Tensor, hessian: Tensor, grid: ColumnGrid) -> Tensor:
@@ -116,14 +107,13 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: ColumnGrid) -> Tensor:
         factor = lower.flip(0, 1)
         factor.div_(factor.diagonal().clone())  # C
     solution, change = torch.empty_like(ideal), torch.empty_like(ideal)  # Q and D
-    for here in grid.blocks:
+    for here in grid.groups:
         inverse = unit_inverse(factor[here, here])
         values = ideal[here].clone()
         if here.start:
             push = factor[: here.start, here] @ inverse
             values.addmm_(push.T, change[: here.start])
-        if grid.bits == 4 and here.start % grid.group == 0:
-            grid.fit_(values, here)
+        grid.fit_(values, here)
         errors = torch.empty_like(values)
         for j, column in enumerate(range(here.start, here.stop)):
             if j:
@@ -141,7 +131,7 @@ def descend_(
     residual = torch.addmm(target, hessian, solution, alpha=-1)  # B - A Q
     diagonal = hessian.diagonal()
     for _ in range(sweeps):
-        for here in grid.blocks:
+        for here in grid.groups:
             own = hessian[here, here] / diagonal[here]
             before = solution[here].clone()
             best = (residual[here] / diagonal[here, None]).add_(before)
