@@ -191,8 +191,6 @@ def _set_vocabulary(job: Job) -> None:
             rows=rows,
             config_ids=config_token_ids(job.checkpoint, job.config),
             size=args.vocabulary_size,
-            minimum=args.vocabulary_minimum or 1,
-            keep_reserved=args.keep_reserved_tokens,
         )
 
     key = values(args, ["model", "vocabulary"], (RESULT, INPUT))
