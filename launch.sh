@@ -67,7 +67,7 @@ case $name in
     overlap) module lib.report.overlap "$@" ;;
     unpack) module lib.model.unpack "$@" ;;
     gguf) module lib.gguf "$@" ;;
-    ubertext) module lib.data.ubertext "$@" ;;
+    ubertext) module lib.commands.ubertext "$@" ;;
     bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;
     unstructured) recipe "--prune_method sparsegpt" "$@" ;;

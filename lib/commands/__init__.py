@@ -1,0 +1,1 @@
+"""What launch.sh starts beside a run of main.py."""
