@@ -29,13 +29,14 @@ from lib.util.events import emit
 from lib.util.folders import Target, locked_dir, locked_results
 from lib.util.products import exact_products
 
+Measured = Results = dict[str, Any]
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lib.model.blocks import BlockRunner
     from lib.pruning.allocation import Allocation
     from lib.quality.reference import DenseReference, States
-    from lib.report.results import Measured, Results
     from lib.run.completions import Completions
     from lib.run.quality import Quality
 
@@ -105,7 +106,7 @@ def finish(
     target: Target | None,
 ) -> Results:
     """Evaluate, save and record; a step that fails does not stop the steps after it."""
-    from lib.run.card import model_card, shows_prompts
+    from lib.run.card import model_card
     from lib.run.record import print_summary
 
     args, steps, results, card = job.args, Steps(), {}, None
@@ -129,8 +130,6 @@ def finish(
         with steps.attempt("card"):
             emit("card")
             card = model_card(results, read_sources(job))
-            if shows_prompts(results):
-                print("card: shows beginnings of test documents; without: --card_without_prompts")
     if target:
         with steps.attempt("--save_model"):
             size = save(job, loaded, card=card, target=target, steps=steps)
@@ -554,8 +553,8 @@ def save(job: Job, loaded: LoadedModel, card: str | None, target: Target, steps:
 
 def record(job: Job, results: Results) -> None:
     """Write results.json and log_METHOD.txt in place of those of an earlier run."""
-    from lib.report.results import write_results
     from lib.run.record import write_log
+    from lib.run.results import write_results
 
     folder = Path(job.args.save)
     folder.mkdir(parents=True, exist_ok=True)
@@ -567,12 +566,11 @@ def record(job: Job, results: Results) -> None:
 
 def draw(job: Job, results: Results) -> None:
     """Draw the curve of the recovery, if matplotlib is installed."""
-    from lib.report.plots.recovery import recovery_curve
-    from lib.report.plots.style import can_draw, save_figure
+    from lib.commands import plots
 
     emit("recovery.png")
-    if can_draw():
-        save_figure(recovery_curve(results), Path(job.args.save) / "recovery.png")
+    if plots.can_draw():
+        plots.save(plots.recovery_curve(results), Path(job.args.save) / "recovery.png")
 
 
 def read_sources(job: Job) -> list[str]:

@@ -1,30 +1,20 @@
-"""Tasks of lm-eval: the built-in ones, and those of a folder, which need no hub.
-
-A task is a YAML file. With your own data, in JSON lines beside it:
-
-    task: choices_uk
-    dataset_path: json
-    dataset_kwargs: {data_files: {test: /path/choices.jsonl}}
-    test_split: test
-    output_type: multiple_choice
-    doc_to_text: "{{context}}"
-    doc_to_choice: "{{options}}"
-    doc_to_target: 0
-    metric_list: [{metric: acc}]
-"""
+"""Tasks of lm-eval: its own, and those of a folder, such as lib/commands/tasks.py writes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.util.errors import UserError
+from lib.util.terminal import one_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+
+Figures = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
 
 
 def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
@@ -34,7 +24,7 @@ def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
         raise UserError(f"--tasks {given}: lm-eval is not installed; pip install lm-eval")
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"--include_path {include_path}: no such folder; name one with YAML files")
-    manager = _manager(names, include_path)
+    manager = _manager(tuple(names), include_path)
     for name in names:
         if not manager.match_tasks([name]) and not Path(name).is_file():
             where = f", nor has {include_path}" if include_path else ""
@@ -50,44 +40,49 @@ def run_tasks(
     batch_size: int,
     include_path: str | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Return {task: {metric: value}} of the model in memory, zero-shot as the tasks define it."""
+    """Return {task: {metric: value}} of the model in memory, as the tasks define it.
+
+    The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`.
+    """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(names),
-        task_manager=_manager(names, include_path),
+        task_manager=_manager(tuple(names), include_path),
     )["results"]
     return {
-        task: {
-            metric: value
-            for metric, value in metrics.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
+        task: {name: v for name, v in metrics.items() if type(v) in (int, float)}
         for task, metrics in results.items()
     }
 
 
-def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
-    """Return a manager of the folder's tasks alone if it has all `names`, else of all tasks."""
+@cache
+def _manager(names: tuple[str, ...], include_path: str | None) -> TaskManager:
+    """Return a manager of the folder's tasks alone if it has all `names`, else of all tasks.
+
+    All are thousands of files, which take seconds to read.
+    """
+    from lm_eval.tasks import TaskManager
+
     if include_path is not None:
-        manager = _tasks_of(include_path)
+        manager = TaskManager(include_path=include_path, include_defaults=False)
         if all(manager.match_tasks([name]) for name in names):
             return manager
-    return _all_tasks(include_path)
-
-
-@cache
-def _tasks_of(include_path: str) -> TaskManager:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path, include_defaults=False)
-
-
-@cache
-def _all_tasks(include_path: str | None) -> TaskManager:
-    """Return a manager of all tasks; it reads thousands of files, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
     return TaskManager(include_path=include_path)
+
+
+def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
+    """Yield a line for each figure, with its 95% interval, beside the dense model's if given."""
+    for task, metrics in tasks.items():
+        for metric in metrics:
+            if "_stderr" not in metric:
+                line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
+                before = dense[task] if dense else {}
+                yield line + (f" (dense {_figure(before, metric)})" if metric in before else "")
+
+
+def _figure(metrics: Mapping[str, float], metric: str) -> str:
+    error = metrics.get(metric.replace(",", "_stderr,"))
+    return f"{metrics[metric]:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}")

@@ -14,10 +14,10 @@ from typing import Any
 
 from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import NEURONS, Sparsity
-from lib.report.results import RESULTS
 from lib.run.flag import INPUT, RESULT
 from lib.run.flags import values
 from lib.run.job import Job, NoCache
+from lib.run.results import RESULTS
 from lib.run.teacher import set_teacher
 from lib.run.texts import (
     check_readable,
@@ -147,10 +147,6 @@ def _check_outputs(args: argparse.Namespace) -> None:
         from lib.quality.tasks import check_tasks
 
         check_tasks(args.tasks, args.include_path)
-    if args.pairs:
-        from lib.quality.questions import read_pairs
-
-        read_pairs(args.pairs)
 
 
 def _check_results(folder: str) -> None:

@@ -7,23 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.methods.registry import METHODS, MethodSpec
-from lib.report.completion_tables import terminal_lines
-from lib.report.quality_lines import ability_line, fidelity_line
-from lib.report.results import (
-    EvaluationRecord,
-    Measured,
-    NeuronsRecord,
-    PackedEmbeddingsRecord,
-    PackingRecord,
-    RecoveryRecord,
-    Results,
-)
 from lib.run.flags import settings
-from lib.util.bits import to_hex
 from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
 from lib.util.terminal import one_line
 from lib.util.versions import versions
+
+MODELS = {"dense": "dense model", "model": "this model"}
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +35,7 @@ def device_name(device: Any) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
+def results_of(job: Job, loaded: LoadedModel, measured: dict[str, Any]) -> dict[str, Any]:
     """Return the results.json record of a run; empty parts of `measured` are left out."""
     from lib.model.pretrained import footprint
     from lib.vocabulary import vocabulary_record
@@ -81,7 +71,7 @@ def results_of(job: Job, loaded: LoadedModel, measured: Measured) -> Results:
     }
 
 
-def evaluation_record(test: TestSet, measured: Perplexity) -> EvaluationRecord:
+def evaluation_record(test: TestSet, measured: Perplexity) -> dict[str, Any]:
     """Return the record of a test set, with the divergence from the dense model if there is one."""
     record = test.facts | {
         "perplexity": measured.value,
@@ -101,7 +91,7 @@ def evaluation_record(test: TestSet, measured: Perplexity) -> EvaluationRecord:
 
 def neurons_record(
     pruned: NeuronsPruned, field: str, multiple: int, sizes: tuple[int, int]
-) -> NeuronsRecord:
+) -> dict[str, Any]:
     """Return the record of removed neurons.
 
     `sizes` are the bytes of the model as saved, before and after.
@@ -116,13 +106,13 @@ def neurons_record(
         "weights_after": pruned.weights_after,
         "bytes_before": sizes[0],
         "bytes_after": sizes[1],
-        "removed": [to_hex(neurons.difference(kept), pruned.width) for kept in pruned.kept],
+        "removed": [sorted(neurons.difference(kept)) for kept in pruned.kept],
     }
 
 
 def packing_record(
     size: PackedSize, left_dense: int, before: Tensor, after: Tensor
-) -> PackingRecord:
+) -> dict[str, Any]:
     """Return the record of packing: sizes as saved, and how far the logits differ.
 
     `before` and `after` are logits of the same tokens, before and after packing.
@@ -141,7 +131,7 @@ def packing_record(
 
 def packed_embeddings_record(
     model: Any, modules: list[str], dtype: Any, before: Tensor, after: Tensor
-) -> PackedEmbeddingsRecord:
+) -> dict[str, Any]:
     """Return the record of a model's packed `modules`, compared with dense ones in `dtype`.
 
     `before` and `after` are logits of the same tokens, before and after packing.
@@ -159,7 +149,7 @@ def packed_embeddings_record(
     }
 
 
-def packed_embeddings_line(record: PackedEmbeddingsRecord) -> str:
+def packed_embeddings_line(record: dict[str, Any]) -> str:
     """Return the terminal's line on the size of the packed embedding and head."""
     share = record["bytes"] / record["dense_bytes"]
     return (
@@ -169,7 +159,7 @@ def packed_embeddings_line(record: PackedEmbeddingsRecord) -> str:
     )
 
 
-def packed_line(packed: PackingRecord) -> str:
+def packed_line(packed: dict[str, Any]) -> str:
     """Return the terminal's line on the size of the packed linears."""
     share = packed["bytes"] / packed["dense_bytes"]
     line = f"packed linears as saved: {gib(packed['bytes'])}, {share:.3f} of their dense size"
@@ -185,7 +175,7 @@ def recovery_record(
     *,
     dense: list[float],
     pruned: list[float],
-) -> RecoveryRecord:
+) -> dict[str, Any]:
     """Return the record of a recovery.
 
     `dense` and `pruned` are perplexities of the teacher and of the model before the recovery: first
@@ -211,21 +201,21 @@ def recovery_record(
     }
 
 
-def changed_options(results: Results) -> dict[str, Any]:
+def changed_options(results: dict[str, Any]) -> dict[str, Any]:
     """Return the options of the method that differ from its defaults."""
     method = results["method"]
     defaults = MethodSpec(method).settings if method in METHODS else {}
     return {name: v for name, v in results["options"].items() if v != defaults.get(name)}
 
 
-def method_in_words(results: Results) -> str:
+def method_in_words(results: dict[str, Any]) -> str:
     """Describe the method, such as `wanda`, `wanda (variant)` or `admm (blend 0.5)`."""
     options = changed_options(results).items()
     words = [name if value is True else f"{name} {value}" for name, value in options]
     return results["method"] + (f" ({', '.join(words)})" if words else "")
 
 
-def write_log(folder: Path, results: Results) -> Path:
+def write_log(folder: Path, results: dict[str, Any]) -> Path:
     """Write log_METHOD.txt: names, then one line of values, tab-separated.
 
     `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
@@ -246,12 +236,12 @@ def write_log(folder: Path, results: Results) -> Path:
     return path
 
 
-def print_summary(results: Results) -> None:
+def print_summary(results: dict[str, Any]) -> None:
     """Print the summary of a run; its last line ends with a perplexity."""
     print(*summary_lines(results), sep="\n")
 
 
-def _share_pruned(results: Results) -> str:
+def _share_pruned(results: dict[str, Any]) -> str:
     """Say how much of the blocks was pruned."""
     if neurons := results.get("neurons"):
         return (
@@ -261,14 +251,12 @@ def _share_pruned(results: Results) -> str:
     return f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"
 
 
-def summary_lines(results: Results) -> list[str]:
+def summary_lines(results: dict[str, Any]) -> list[str]:
     """Return the terminal summary of a run, one fact per line."""
     lines = [f"{method_in_words(results)}: {_share_pruned(results)}", _cost_line(results)]
     for test in results["evaluation"]:
         lines += [_test_line(test), *([_divergence_line(test)] if "kl" in test else [])]
-    lines += map(ability_line, results.get("abilities", []))
-    lines += map(fidelity_line, results.get("fidelity", []))
-    lines += terminal_lines(results.get("completions", []))
+    lines += completion_lines(results.get("completions", []))
     if vocabulary := results.get("vocabulary"):
         lines.append(vocabulary["note"])
         lines += [
@@ -285,14 +273,14 @@ def summary_lines(results: Results) -> list[str]:
     return lines
 
 
-def _cost_line(results: Results) -> str:
+def _cost_line(results: dict[str, Any]) -> str:
     memory = results["peak_memory"]
     times = ", ".join(f"{step} {value:.1f} s" for step, value in results["seconds"].items())
     line = f"time: {times}; peak memory: host {gib(memory['host'])}"
     return line + (f", device {gib(memory['device'])}" if memory["device"] else "")
 
 
-def _test_line(test: EvaluationRecord) -> str:
+def _test_line(test: dict[str, Any]) -> str:
     """Return the line on a test set: its size, bits per byte, and the error of its perplexity."""
     parts = [
         f"{test['windows']} windows, {test['tokens']} tokens",
@@ -303,7 +291,7 @@ def _test_line(test: EvaluationRecord) -> str:
     return f"{one_line(test['name'])}: {', '.join(parts)}"
 
 
-def _divergence_line(test: EvaluationRecord) -> str:
+def _divergence_line(test: dict[str, Any]) -> str:
     """Return the line on the divergence from the dense model on a test set."""
     return (
         f"{one_line(test['name'])}: KL {with_error(test, 'kl')} nats a token from the dense model, "
@@ -312,7 +300,19 @@ def _divergence_line(test: EvaluationRecord) -> str:
     )
 
 
-def with_error(test: EvaluationRecord, key: str, percent: bool = False) -> str:
+def completion_lines(completions: list[dict[str, Any]], width: int = 100) -> list[str]:
+    """Return the first prompt of each test set and a line for each model, cut to `width`."""
+    lines = []
+    for entry in {entry["test"]: entry for entry in reversed(completions)}.values():
+        texts = [(one_line(entry["test"]), entry["prompt"] + " ...")]
+        texts += [(f"  {name}", entry[key]) for key, name in MODELS.items() if key in entry]
+        for name, text in texts:
+            line = one_line(text)
+            lines.append(f"{name}: {line if len(line) <= width else line[:width] + ' ...'}")
+    return lines
+
+
+def with_error(test: dict[str, Any], key: str, percent: bool = False) -> str:
     """Format a figure of a test set, with its standard error if it has one: `0.123 ± 0.004`."""
     value, error = test[key], test.get(f"{key}_standard_error")
     form = ".2%" if percent else ".4f"
