@@ -368,7 +368,7 @@ def tasks(job: Job, runner: BlockRunner) -> None:
     """Run tasks of lm-eval on the model and, if it was changed, on the dense one; print figures."""
     from lib.run.results import write_results
 
-    from lib.quality.tasks import run_tasks, task_lines
+    from lib.run.tasks import run_tasks, task_lines
     from lib.run.load import load
 
     args, results = job.args, job.results

@@ -1,1 +1,1 @@
-"""What launch.sh starts beside a run of main.py."""
+"""What launch.sh starts: commands around main.py, and those that read what runs leave behind."""

@@ -67,7 +67,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
                 f"continue that by --resume {stage}, or remove it"
             )
     if args.tasks:
-        from lib.quality.tasks import check_tasks
+        from lib.run.tasks import check_tasks
 
         check_tasks(args.tasks, args.include_path)
 

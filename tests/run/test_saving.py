@@ -112,7 +112,7 @@ def test_what_fails_after_saving_leaves_the_model(
         raise OSError(28, "No space left on device", step)
 
     monkeypatch.setattr(main, step, fail)
-    monkeypatch.setattr("lib.quality.tasks.check_tasks", lambda *_: None)
+    monkeypatch.setattr("lib.run.tasks.check_tasks", lambda *_: None)
     check_saved(call(*given, "--tasks", "arc"), "No space left", step)
     assert Path("out/results.json").exists() == (step == "tasks")
 

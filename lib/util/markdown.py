@@ -1,10 +1,10 @@
-"""Markdown: any text as plain words in a cell, and tables, of ready cells or padded ones."""
+"""Markdown: any text as plain words in a cell, and tables that are also read as plain text."""
 
 from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from lib.util.terminal import one_line
 
@@ -14,19 +14,13 @@ _MARKUP = re.compile(r"[\\`*\[\]~#$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\
 
 
 def escape(text: str) -> str:
-    """Any text as plain words in a cell of a Markdown table: one line, no markup, no HTML."""
+    """Return any text as plain words in a cell of a table: one line, no markup, no HTML."""
     line = html.escape(_MARKUP.sub(r"\\\g<0>", one_line(text)), quote=False)
     return line.replace("|", "&#124;") or EMPTY
 
 
-def compact_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells that are Markdown already."""
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def padded_table(head: Sequence[str], body: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, padded to be read as plain text; the first `left` columns flush left."""
+    """Return a Markdown table; its first `left` columns are flush left, the others flush right."""
     cells = [[one_line(cell).replace("|", "\\|") for cell in line] for line in [head, *body]]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * w if i < left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib.eval import Divergence, compare_logits, perplexities, perplexity
 from lib.model.blocks import LOGIT_BYTES, BlockRunner
-from lib.quality.reference import (
+from lib.model.reference import (
     DenseReference,
     compared_windows,
     dense_states,
@@ -127,7 +127,7 @@ def test_at_most_64_windows_of_a_set_are_compared(count: int) -> None:
 
 
 def test_only_some_windows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib.quality.reference.COMPARED_WINDOWS", 3)
+    monkeypatch.setattr("lib.model.reference.COMPARED_WINDOWS", 3)
     dense, runner, ids = tiny.tiny_llama(), runner_of(tiny.tiny_llama()), windows(8)
     reference = reference_of(runner, ids)
     prune_(runner)
