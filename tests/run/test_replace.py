@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support import QUICK, call, results, weights
 
 from lib.model import pretrained
-from lib.model.unpack import unpack_folder
+from lib.commands.unpack import unpack_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

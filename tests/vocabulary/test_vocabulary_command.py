@@ -25,7 +25,7 @@ from transformers import (
 import lib.data.tokenizer
 from lib.report.results import load_runs
 from lib.report.write import report_csv, report_text
-from lib.sweep import sweep
+from lib.commands import sweep
 
 pytestmark = pytest.mark.usefixtures("at_place")
 ROWS = 640  # more than the tokenizer has
