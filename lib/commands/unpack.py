@@ -1,6 +1,6 @@
 """Convert a packed checkpoint to the plain dense one that any engine reads.
 
-python -m lib.model.unpack IN OUT
+python -m lib.commands.unpack IN OUT
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def unpack_folder(source: str, target: str) -> None:
     """Write the dense checkpoint of folder `source` to folder `target`, whole or not at all.
 
     The dense model must fit in host memory. Raises UserError if `source` is not packed or damaged,
-    or if `target` exists.
+    or if `target` exists and is not empty.
     """
     folder, out = Path(source), Path(target)
     if not (folder / "config.json").is_file():
         raise UserError(f"IN {source}: no model folder (it has no config.json)")
-    if out.exists():
-        raise UserError(f"OUT {target}: exists; name a new folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"OUT {target}: exists and is not empty; name a new folder")
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,7 +54,7 @@ def unpack_folder(source: str, target: str) -> None:
 
 
 def unpacked_card(card: str, bits: int) -> str:
-    """Return a packed model's card with a section on the dense weights for the packed one."""
+    """Return a packed model's card whose section on packed weights is one on dense weights."""
     from lib.packed.checkpoint import CARD_HEADING
 
     rounded = "" if bits == 16 else f"; the others were rounded to {bits}-bit integers"

@@ -9,18 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.util.folders import staged_folder
 from lib.util.progress import progress
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SETTINGS = "training.json"  # beside the weights: all that they depend on
@@ -51,19 +50,21 @@ def train_model(
 ) -> bool:
     """Train model and tokenizer on `texts`, documents by language, and save them in `folder`.
 
-    Unless `fresh`, a model that was trained with the same settings and texts is kept. An
-    interrupted training leaves the folder as it was. Returns whether it trained.
+    Unless `fresh`, a model that was trained with the same settings and texts is kept; anything else
+    in `folder` is removed. Returns whether it trained.
     """
-    settings = json.dumps(asdict(training) | {"text": _digest(texts)}, indent=1)
+    content = json.dumps(list(texts.items()), ensure_ascii=False, default=list)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    settings = json.dumps(asdict(training) | {"text": digest}, indent=1)
     file = folder / SETTINGS
     if not fresh and file.is_file() and file.read_text(encoding="utf-8") == settings:
         return False
+    shutil.rmtree(folder, ignore_errors=True)
     tokenizer = train_tokenizer(texts, training)
     model = train(tokenizer, texts, training)
-    with staged_folder(folder) as stage:
-        tokenizer.save_pretrained(stage)
-        model.save_pretrained(stage)
-        (stage / SETTINGS).write_text(settings, encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    file.write_text(settings, encoding="utf-8")  # the last file: with it the model is whole
     return True
 
 
@@ -99,20 +100,46 @@ def train(
     import torch
 
     rng = random.Random(training.seed)
-    streams = [_stream(tokenizer, documents) for documents in texts.values()]
+    streams = []  # all documents of a language as one row of ids (tokens,)
+    for documents in texts.values():
+        ids = tokenizer(list(documents), verbose=False).input_ids
+        streams.append(torch.tensor(list(chain.from_iterable(ids))))
     model = _new_model(tokenizer, training).train()
-    optimizer = _optimizer(model, training)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": training.decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     with progress(training.steps, "training", "step") as on_progress:
         for step in range(training.steps):
             for group in optimizer.param_groups:
-                group["lr"] = _rate(step, training)
-            windows = _draw(rng, streams, training)  # (batch, window)
+                group["lr"] = rate(step, training)
+            windows = draw(rng, streams, training)  # (batch, window)
             model(input_ids=windows, labels=windows).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             on_progress(1)
     return model.eval()
+
+
+def rate(step: int, training: DemoTraining) -> float:
+    """Return the rate of a step: short warm-up, level first half, linear decay."""
+    done = step / training.steps
+    warm = min(1.0, (step + 1) / training.warm_up)
+    return training.rate * warm * (1.0 if done < 0.5 else 0.05 + 1.9 * (1 - done))
+
+
+def draw(rng: random.Random, streams: Sequence[Tensor], training: DemoTraining) -> Tensor:
+    """Return windows (batch, window) drawn in turn from every stream."""
+    import torch
+
+    windows = []
+    for i in range(training.batch):
+        stream = streams[i % len(streams)]
+        start = rng.randint(0, len(stream) - training.window)
+        windows.append(stream[start : start + training.window])
+    return torch.stack(windows)
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast, training: DemoTraining) -> LlamaForCausalLM:
@@ -135,44 +162,3 @@ def _new_model(tokenizer: PreTrainedTokenizerFast, training: DemoTraining) -> Ll
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         return LlamaForCausalLM(config)
-
-
-def _optimizer(model: LlamaForCausalLM, training: DemoTraining) -> Optimizer:
-    import torch
-
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": training.decay}]
-    groups.append({"params": vectors, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-
-
-def _rate(step: int, training: DemoTraining) -> float:
-    """Return the rate of a step: short warm-up, level first half, linear decay."""
-    done = step / training.steps
-    warm = min(1.0, (step + 1) / training.warm_up)
-    return training.rate * warm * (1.0 if done < 0.5 else 0.05 + 1.9 * (1 - done))
-
-
-def _stream(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Tensor:
-    """Return all documents as one row of ids (tokens,)."""
-    import torch
-
-    ids = tokenizer(list(texts), verbose=False).input_ids
-    return torch.tensor([token for document in ids for token in document])
-
-
-def _draw(rng: random.Random, streams: Sequence[Tensor], training: DemoTraining) -> Tensor:
-    import torch
-
-    windows = []
-    for i in range(training.batch):
-        stream = streams[i % len(streams)]
-        start = rng.randint(0, len(stream) - training.window)
-        windows.append(stream[start : start + training.window])
-    return torch.stack(windows)  # (batch, window)
-
-
-def _digest(texts: Mapping[str, Sequence[str]]) -> str:
-    content = json.dumps(list(texts.items()), ensure_ascii=False, default=list)
-    return hashlib.sha256(content.encode()).hexdigest()

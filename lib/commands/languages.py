@@ -3,8 +3,8 @@
     bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
 
 It prunes MODEL once for each calibration set, and once more with another seed, which shows how much
-of a difference is chance. Then it measures how far the masks overlap (lib/report/overlap.py). What
-follows `--` goes to every run of main.py; finished runs are kept, as in lib/sweep/sweep.py.
+of a difference is chance. Then it measures how far the masks overlap (overlap.py). What follows
+`--` goes to every run of main.py; finished runs are kept, as in sweep.py.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from lib.commands import sweep
+from lib.commands.process import call
 from lib.methods.registry import METHODS, MethodSpec
 from lib.methods.sparsity import TYPES, UNSTRUCTURED
-from lib.report import overlap
-from lib.sweep import sweep
 from lib.util import command
+from lib.util.errors import UserError
 
 
 def main(argv: list[str]) -> None:
     argv, passed_on = command.split_argv(argv)
     parser = argparse.ArgumentParser(
-        prog="python -m lib.sweep.languages",
+        prog="python -m lib.commands.languages",
         description=__doc__.split("\n")[0],
         epilog=sweep.EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -49,12 +50,15 @@ def main(argv: list[str]) -> None:
     sweep_argv = ["--models", args.model, "--methods", args.method, "--types", args.type]
     sweep_argv += ["--ratios", str(args.ratio), "--calibration", *args.calibration]
     sweep_argv += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
-    planned = sweep.sweep([*sweep_argv, *["--debug"] * args.debug], passed_on)
+    runs = sweep.sweep([*sweep_argv, *["--debug"] * args.debug], passed_on)
     first, second = (
-        [str(run.folder) for run in planned if run.args.prune_method and run.args.seed == seed]
+        [run.folder for run in runs if run.args.prune_method and run.args.seed == seed]
         for seed in args.seeds
     )
-    overlap.main([*first, "--noise", *second, "--out", str(Path(args.out) / "overlap")])
+    out = Path(args.out) / "overlap"
+    status, _ = call("lib.commands.overlap", *first, "--noise", *second, "--out", out)
+    if status:
+        raise UserError(f"{out}: was not written, see above; the pruned models are kept")
 
 
 if __name__ == "__main__":
