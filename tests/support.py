@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import main
 from lib.distributed.context import DistContext
-from lib.methods.registry import MethodSpec
+from lib.methods.base import PruningMethod
+from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
@@ -191,21 +192,21 @@ def prune_(
     sparsity: Sparsity = HALF,
     ids: Tensor | None = None,
     batch_size: int = 3,
-    state_device: torch.device = CPU,
 ) -> Pruned:
     """Prune a model, or the one of a runner, in place; by default on five windows."""
     runner = model if isinstance(model, BlockRunner) else runner_of(model)
-    pruner = pruner_of(runner, MethodSpec(method), sparsity)
-    return pruner.run(windows(5) if ids is None else ids, batch_size, state_device)
+    runner.batch_size = batch_size
+    pruner = pruner_of(runner, method_of(method), sparsity)
+    return pruner.run(windows(5) if ids is None else ids)
 
 
 def pruner_of(
-    runner: BlockRunner, method_spec: MethodSpec, sparsity: Sparsity | Allocation = HALF
+    runner: BlockRunner, method: type[PruningMethod], sparsity: Sparsity | Allocation = HALF
 ) -> Pruner:
     """What prunes the runner's model in this process alone, all linears alike unless allocated."""
     if isinstance(sparsity, Sparsity):
         sparsity = uniform(runner, sparsity)
-    return Pruner(runner, method_spec, sparsity, dist=ALONE)
+    return Pruner(runner, method, sparsity)
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:
