@@ -32,10 +32,8 @@ def layout_of(model: nn.Module) -> MlpLayout:
 def pruned(
     model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2
 ) -> NeuronsPruned:
-    runner, method = runner_of(model), method_of(name)
-    runner.batch_size = batch_size
-    pruner = NeuronPruner(runner, method, layout_of(model), left)
-    return pruner.run(ids if method.observes else None)
+    runner = runner_of(model, batch_size)
+    return NeuronPruner(runner, method_of(name), layout_of(model), left).run(ids)
 
 
 @torch.no_grad()
