@@ -23,12 +23,12 @@ from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import decoder_blocks
+from lib.model.store import BlockStore
 from lib.model.transfer import Transfer
-from lib.model.weights import BlockWeights
 from lib.util.errors import UserError
 
 # of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
-LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
+LOGIT_BYTES, GPU_LOGIT_BYTES = 2**24, 2**29
 # with fewer positions in a product, reading the head takes longer than the arithmetic
 HEAD_POSITIONS = 128
 PROBE_TOKENS = 16
@@ -67,7 +67,7 @@ class BlockRunner:
         self,
         model: nn.Module,
         device: torch.device,
-        weights: BlockWeights | None = None,
+        weights: BlockStore | None = None,
         flag: str = "--model",
         *,
         dist: DistContext | None = None,
@@ -80,7 +80,7 @@ class BlockRunner:
         self.name, self.blocks = decoder_blocks(model)
         self.device = device
         self.dist = dist or DistContext(device, alone=True)
-        self.weights = weights or BlockWeights(self.blocks, device)
+        self.weights = weights or BlockStore(self.blocks, device, self.name)
         self.flag = flag
         self.batch_size = batch_size
         self.state_device = state_device or device
@@ -408,4 +408,5 @@ def positions_at_once(device: torch.device, vocabulary: int, windows: int, least
 
 def rows_at_once(device: torch.device, vocabulary: int) -> int:
     """Return how many float32 rows of logits (vocabulary,) fit into LOGIT_BYTES, at least one."""
-    return max(1, LOGIT_BYTES[device.type] // (4 * vocabulary))
+    size = LOGIT_BYTES if device.type == "cpu" else GPU_LOGIT_BYTES
+    return max(1, size // (4 * vocabulary))

@@ -11,15 +11,19 @@ norm and the head that do so are those of the dense model, whatever becomes of t
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import decoder_blocks
+from lib.util.files import PARTIAL
 
 COMPARED_WINDOWS = 64  # of each test set, at most
 
@@ -83,6 +87,24 @@ def dense_states(
         indices = chosen[number][start : start + len(states.windows)]
         hidden[number] |= zip(indices, states.hidden.cpu(), strict=True)
     return hidden
+
+
+def shared_states(folder: Path, key: str, compute: Callable[[], States]) -> States:
+    """Return the states that another run has left in `folder` under `key`, or compute them."""
+    file = folder / f"dense-{key}.safetensors"
+    if not file.is_file():
+        named = {
+            f"{number}.{window}": hidden
+            for number, states in enumerate(compute())
+            for window, hidden in states.items()
+        }
+        save_file(named, file.with_suffix(PARTIAL))
+        file.with_suffix(PARTIAL).replace(file)
+    states: dict[int, dict[int, Tensor]] = defaultdict(dict)
+    for name, hidden in load_file(file).items():
+        number, window = map(int, name.split("."))
+        states[number][window] = hidden
+    return [states[number] for number in sorted(states)]
 
 
 @torch.no_grad()
