@@ -12,7 +12,7 @@ What is stored is described in lib/packed/formats.py, the module in lib/packed/l
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,7 +41,7 @@ OWN_FORWARD = "has a forward of its own"
 FORWARDS = nn.Linear.forward, Conv1D.forward
 
 
-def check_packable(skeleton: PreTrainedModel, blocks_name: str, fmt: Values) -> None:
+def check_packable(skeleton: PreTrainedModel, blocks_name: str, bits: int) -> None:
     """Raise UserError if no linear of a model's blocks is of a class that can be packed.
 
     The skeleton's weights may be on the meta device.
@@ -49,7 +49,7 @@ def check_packable(skeleton: PreTrainedModel, blocks_name: str, fmt: Values) -> 
     modules = skeleton.get_submodule(blocks_name).modules()
     classes = {type(module) for module in modules if isinstance(module, nn.Linear | Conv1D)}
     if not any(cls.forward in FORWARDS for cls in classes):
-        flag = "--replace_sparse_layers" if fmt.bits == 16 else f"--pack_bits {fmt.bits}"
+        flag = "--replace_sparse_layers" if bits == 16 else f"--pack_bits {bits}"
         names = " and ".join(sorted(cls.__name__ for cls in classes)) or "none"
         raise UserError(
             f"{flag}: no linear of {type(skeleton).__name__} can be packed, their class ({names}) "
@@ -143,14 +143,15 @@ def swap_linears_(
     return paths
 
 
-def packed_weights(blocks: Iterable[nn.Module], blocks_name: str) -> dict[str, bool]:
+def packed_weights(runner: BlockRunner) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of the linears that `swap_linears_` packs."""
-    return {
-        f"{blocks_name}.{index}.{path}.weight": isinstance(module, Conv1D)
-        for index, block in enumerate(blocks)
-        for path, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not _why_not_packed(module)
-    }
+    names: dict[str, bool] = {}
+    for index, block in enumerate(runner.blocks):
+        with runner.on_device(index):
+            for path, module in block.named_modules():
+                if isinstance(module, nn.Linear | Conv1D) and not _why_not_packed(module):
+                    names[f"{runner.name}.{index}.{path}.weight"] = isinstance(module, Conv1D)
+    return names
 
 
 def is_packed(linear: PrunableLinear) -> bool:
