@@ -84,7 +84,7 @@ def test_any_ratio_has_its_total(ratio: float) -> None:
 def test_a_run(method: str) -> None:
     tiny.write_model("model")
     tiny.write_texts("uk", test=3)
-    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk"]
+    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk", "--save", "out"]
     flags += ["--sparsity_ratio", "0.6", "--allocation", "error", "--save_model", "pruned"]
     done = call("--model", "model", *flags)
     assert done.status == 0, done.err

@@ -165,10 +165,9 @@ def test_a_ratio_that_removes_nothing_is_refused() -> None:
 def test_a_run_saves_what_loads_anywhere(name: str, method: str) -> None:
     tiny.write_model("model", tiny.ALL[name]())
     tiny.write_texts("uk", test=3)
-    flags = ["--calibration_data", "uk", "--prune_method", method, "--sparsity_type", "neurons"]
-    done = call(
-        "--model", "model", *QUICK, *flags, "--sparsity_ratio", "0.25", "--save_model", "new"
-    )
+    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk", "--save", "out"]
+    flags += ["--sparsity_type", "neurons", "--sparsity_ratio", "0.25", "--save_model", "new"]
+    done = call("--model", "model", *flags)
     assert done.status == 0, done.err
     neurons = results()["neurons"]
     left = neurons["before"] * 3 // 4
