@@ -104,7 +104,7 @@ def trainer(
     runner.save_dtype = dtype
     runner.weights.finished = finished
     ids = windows(4, SEQLEN)
-    packed = packed_weights(runner.blocks, runner.name) if grid else {}
+    packed = packed_weights(runner) if grid else {}
     return Recoverer(
         runner=runner,
         teacher=teacher,
