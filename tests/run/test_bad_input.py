@@ -405,7 +405,7 @@ TEXTS = {
     ),
     "too few windows": (
         dict(train_jsonl=GOOD, test_jsonl=GOOD),
-        ["20 texts", "only 20 windows of 32 tokens", "21", "--nsamples", "--seqlen"],
+        ["20 texts", "only 20 windows of 32 tokens", "21", "--nsamples"],
     ),
     "all too short": (
         dict(train_jsonl='{"text": "сонце"}\n' * 3, test_jsonl=GOOD),
