@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import kinds
@@ -118,6 +119,26 @@ def test_words_of_the_chat_template_stay(uk: Path, several: bool) -> None:
         {"default": "{{ 1 // 0 }}{%", "rag": template} if several else template
     )
     assert trimmed(tokenizer, uk).tokenizer.get_vocab().keys() >= {quoted, plain}
+
+
+def test_parts_are_what_merges_go_through() -> None:
+    for make in (kinds.byte_level, kinds.byte_fallback):
+        tokenizer = make()
+        tokens = TrimmableTokenizer(tokenizer, "m")
+        ranks = {tuple(merge): n for n, merge in enumerate(tokens.data["model"]["merges"])}
+        for token, number in tokens.token_to_id.items():
+            if token[0] == "<" or token in tokenizer.all_special_tokens:
+                continue
+            letters, seen = list(token), set(token) | {token}
+            while any(pair in ranks for pair in pairwise(letters)):
+                best = min((pair for pair in pairwise(letters) if pair in ranks), key=ranks.get)
+                place = list(pairwise(letters)).index(best)
+                letters[place : place + 2] = ["".join(best)]
+                seen.add(letters[place])
+            if len(letters) == 1:
+                assert tokens.merge_parts(number) == {tokens.token_to_id[part] for part in seen}
+            else:
+                assert tokens.merge_parts(number) == {number}
 
 
 def test_every_token_used_stays_with_its_parts_and_the_rest_by_count(uk: Path) -> None:
