@@ -308,22 +308,6 @@ def test_what_the_hub_set_lacks(hub):
         assert words in message(check_source, parse_source(text, FLAG), "train")
 
 
-def test_configs_are_named(hub, monkeypatch):
-    names, default = [f"2023.{a}{b}" for a in "abcu" for b in "abck"], None
-    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda hub, revision: names)
-    monkeypatch.setattr(datasets, "get_dataset_default_config_name", lambda hub, revision: default)
-    hub.error = ValueError("what it says\nis of no matter")
-    line = message(check_source, parse_source("wikipedia:uk", FLAG), "train")
-    assert "no config '20231101.uk'" in line and "2023.uk" in line and "16 in all" in line
-    names = names[:2]
-    line = message(check_source, parse_source("owner/name", FLAG), "train")
-    assert "needs a config: 2023.aa, 2023.ab; name one as owner/name:CONFIG" in line
-    default = names[0]  # then the error is of another kind
-    for name in ("owner/name", f"owner/name:{names[1]}"):
-        line = message(check_source, parse_source(name, FLAG), "train")
-        assert line.endswith("can't be loaded: what it says")
-
-
 ANSWER = SimpleNamespace(status_code=429, headers={}, request=None)
 
 
@@ -340,8 +324,11 @@ ANSWER = SimpleNamespace(status_code=429, headers={}, request=None)
         ),
         (GatedRepoError("403", response=ANSWER), "accept their terms"),
         (HTTPError("no route"), "the hub can't be reached (no route); check the network"),
-        (DatasetNotFoundError("x\ny"), "can't be loaded: x"),
-        (RuntimeError("scripts\nx"), "can't be loaded: scripts"),
+        (DatasetNotFoundError("x\ny"), "can't be loaded: x y"),
+        (
+            ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"),
+            "not found. Available: ['a', 'b']; name a config as owner/name:CONFIG",
+        ),
         (FileNotFoundError("no file"), "can't be loaded: no file"),
     ],
 )
