@@ -43,17 +43,12 @@ class GPTQ(LeastSquares):
     of coordinate descent over all columns.
     """
 
-    def __init__(
-        self,
-        width: int,
-        device: torch.device,
-        fmt: Int4 = FORMATS[4],
-        refinements: int = 5,
-        sweeps: int = 2,
-        damping: float = 6.0,
-    ) -> None:
-        super().__init__(width, device, damping)
-        self.fmt, self.refinements, self.sweeps = fmt, refinements, sweeps
+    refinements = 5
+    sweeps = 2
+
+    def __init__(self, width: int, device: torch.device, fmt: Int4 = FORMATS[4]) -> None:
+        super().__init__(width, device)
+        self.fmt = fmt
 
     def quantise_(self, weights: Sequence[Tensor]) -> None:
         """Quantise float32 matrices (out_i, in) in place. UserError where A can't be factored."""

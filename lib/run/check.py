@@ -67,7 +67,7 @@ def _check_outputs(args: argparse.Namespace) -> None:
                 f"continue that by --resume {stage}, or remove it"
             )
     if args.tasks:
-        from lib.quality.tasks import check_tasks
+        from lib.run.tasks import check_tasks
 
         check_tasks(args.tasks, args.include_path)
 
@@ -89,7 +89,6 @@ def _open_model(args: argparse.Namespace) -> Job:
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
     from lib.pruning.neurons import count_left
-    from lib.sparse import check_packable
     from lib.util.progress import quiet
 
     quiet()
@@ -137,6 +136,8 @@ def _open_model(args: argparse.Namespace) -> Job:
     elif job.method:
         check_widths(blocks, blocks_name, job.sparsity)
     if args.replace_sparse_layers:
+        from lib.sparse import check_packable
+
         check_packable(skeleton, blocks_name, args.pack_bits)
     if args.device is None:
         job.print(f"device: {device}")

@@ -52,23 +52,15 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
 
 def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
     """Return a warning for each test set whose text is also calibrated on."""
-    read = {location for source in sources for location in _locations(source, "train")}
+    from lib.data.documents import locations
+
+    read = {place for source in sources for place in locations(source, "train")}
     return [
         f"--eval_data {test.text}: the model is calibrated on this text too, so it is measured "
         "better than on text that it has not seen"
         for test in tests
-        if read.intersection(_locations(test, "test"))
+        if read.intersection(locations(test, "test"))
     ]
-
-
-def _locations(source: Source, split: str) -> set[object]:
-    """Return the files, or the split of a hub set, that a source's texts are read from."""
-    from lib.data.sources import folder_files
-
-    if source.path is None:
-        return {(source.hub, source.config, source.split)} if source.split else set()
-    files = folder_files(source, split) if source.path.is_dir() else [source.path]
-    return {file.resolve() for file in files}
 
 
 def read_texts(job: Job, bos: int | None) -> Texts:

@@ -194,7 +194,7 @@ def test_killed_and_the_same_bytes(
     run(tmp_path / "whole", *argv)
     again = ["--save_model", tmp_path / "model", "--save", tmp_path / "out"]
     argv = [*BASE, *argv, *again, "--resume", tmp_path / "kept"]
-    assert processes.run(argv, place, f"step {step}:SIGKILL").status == -signal.SIGKILL
+    assert processes.run(argv, place, f"recovering {step + 1}:SIGKILL").status == -signal.SIGKILL
     assert (tmp_path / "kept/recovery.safetensors").exists() == (step > 0)
     done = call(*argv)
     assert done.status == 0, done.err
