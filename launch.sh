@@ -66,7 +66,7 @@ case $name in
     languages) module lib.sweep.languages "$@" ;;
     overlap) module lib.report.overlap "$@" ;;
     unpack) module lib.model.unpack "$@" ;;
-    gguf) module lib.gguf "$@" ;;
+    gguf) module lib.commands.gguf "$@" ;;
     ubertext) module lib.data.ubertext "$@" ;;
     bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;
