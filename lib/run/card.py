@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
+from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
 from lib.packed.checkpoint import CARD_HEADING, card_lines
@@ -45,6 +46,7 @@ Made by langprune{{ texts }}:
 {% endif %}```python
 {{ code }}
 ```
+
 """
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
@@ -67,7 +69,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
         title=f"{escape(_name_of(results['model']))}, {_what_was_done(results)}",
         texts=f" for the texts of {names}" if names else "",
         command=_command(results["flags"]),
-        table=padded_table(["", "dense", "this model"], list(_figures(results))),
+        table=_table(results),
         notes=[escape(note) for note in _notes(results)],
         heading=CARD_HEADING if is_packed else "## How to load it",
         packed=_packing(results, folder) if is_packed else "",
@@ -104,7 +106,7 @@ def _base_metadata(model: str) -> dict[str, Any]:
         file = try_to_load_from_cache(model, "README.md")
     try:
         return metadata_load(file) or {} if isinstance(file, str | Path) else {}
-    except (OSError, ValueError):  # there is none, or it is damaged
+    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
         return {}
 
 
@@ -116,6 +118,14 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     steps = {"recovery": "recovered", "vocabulary": "its vocabulary trimmed", "packed": "packed"}
     done += [words for key, words in steps.items() if results.get(key)]
     return ", ".join(done) or "saved as it was"
+
+
+def _table(results: Mapping[str, Any]) -> str:
+    """Return the table of figures, with the dense model's if any is known."""
+    rows = list(_figures(results))
+    shown = (0, 1, 2) if any(dense for _, dense, _ in rows) else (0, 2)
+    head, *body = ([row[i] for i in shown] for row in [("", "dense", "this model"), *rows])
+    return padded_table(head, body)
 
 
 def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -169,6 +179,7 @@ def _command(flags: Mapping[str, Any]) -> str:
         if name in NOT_SHOWN or value in (None, False) or value == parser.get_default(name):
             continue
         words.append(f"--{name}")
+        value = Path(value).name if name == "save_model" else value
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]
         words += [_public(str(each)) for each in values]
     return one_line(shlex.join(words))
