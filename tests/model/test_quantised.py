@@ -24,12 +24,12 @@ from support import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lib.commands.overlap import compare_masks
 from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
 from lib.model.quantised import check_format, stored_bits
-from lib.report.comparison import compare_masks
 from lib.util.errors import UserError
 
 KINDS = {"unstructured": HALF, "2:4": Sparsity(0.5, 2, 4)}

@@ -43,7 +43,7 @@ def test_a_card() -> None:
         "language": ["uk", "no", "ukr"],  # not the truth value that YAML makes of it
         "tags": ["langprune", "pruned", "wanda"],
     }
-    assert text.startswith("# owner/name, pruned to 50%\n")
+    assert text.startswith("# owner/name, pruned by wanda to 50%\n")
     assert "python main.py --model owner/name --prune_method wanda" in text and "--seed 3" in text
     assert "- Zeros among the blocks' weights: 0.4996.\n" in text
     assert text.endswith("model = AutoModelForCausalLM.from_pretrained('small')\n```\n")
@@ -60,7 +60,7 @@ def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
     recovery = {"dense": {"uk": 10.0}, "before": {"uk": 20.0}, "text": {"name": "uk"}}
     found = made(evaluation=[test], recovery=recovery, saved_bytes=5e6, dense_bytes=9e6)
     _, text = parsed(found)
-    assert text.startswith("# owner/name, pruned to 50%, recovered\n")
+    assert text.startswith("# owner/name, pruned by wanda to 50%, recovered\n")
     expected = [
         ["uk, bits per byte", "", "0.1235"],
         ["uk, perplexity", "10.0000", "12.3457"],
@@ -94,7 +94,7 @@ def test_what_was_removed_is_said() -> None:
     head, text = parsed(found)
     assert head["tags"] == ["langprune", "pruned", "wanda", "trimmed"]
     for part in (
-        "50% of its MLPs' neurons removed, its vocabulary trimmed",
+        "wanda to 50% fewer neurons, its vocabulary trimmed",
         "48 of its 64 neurons",
     ):
         assert part in text

@@ -12,8 +12,8 @@ from support import QUICK, call, content, results
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lib.report.completion_tables import completions_of_runs
-from lib.report.results import load_runs
+from lib.commands.report import completions as report_completions
+from lib.commands.report import load_runs
 from lib.run.completions import NEW_TOKENS, continue_greedily, decode, decode_completion
 
 BASE = ["--model", "model", *QUICK, "--prompts", "3", "--eval_data", "uk", "en"]
@@ -66,12 +66,10 @@ def test_each_model_continues_as_generate_does(tmp_path: Path) -> None:
         assert entry["model"] == by_generate(tmp_path / "new", entry)
     assert any(entry["dense"] != entry["model"] for entry in completions)
     assert found["seconds"]["completions"] > 0
-    for text in (
-        (tmp_path / "new/README.md").read_text("utf-8"),
-        completions_of_runs(load_runs([tmp_path])),
-    ):
-        for entry in completions:
-            assert entry["prompt"].replace("|", "&#124;") in text
+    text, card = report_completions(load_runs([tmp_path])), (tmp_path / "new/README.md").read_text()
+    for entry in completions:
+        prompt = entry["prompt"].replace("|", "&#124;")
+        assert prompt in text and prompt not in card
     assert f"uk: {completions[0]['prompt']} ..." in done.out
     assert done.out.count("  dense model: ") == done.out.count("  this model: ") == 2
 
@@ -88,21 +86,7 @@ def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
         assert found[0][key] == found[2][key], key
     without, beside = (content(tmp_path / str(count) / "new") for count in (0, 2))
     different = {name for name in without if without[name] != beside[name]}
-    assert without.keys() == beside.keys() and different == {"README.md", "manifest.json"}
-    assert "Beginnings" not in (tmp_path / "0/new/README.md").read_text("utf-8")
-    assert "Beginnings" in (tmp_path / "2/new/README.md").read_text("utf-8")
-
-
-def test_a_card_shows_prompts_with_a_warning_and_can_be_had_without(tmp_path: Path) -> None:
-    warning = "card: shows beginnings of test documents; without: --card_without_prompts"
-    for flags in ([], ["--card_without_prompts"]):
-        saved = ["--save", tmp_path / "run", "--save_model", tmp_path / "new"]
-        done = call(*BASE, *PRUNE, *saved, *flags)
-        assert done.status == 0, done.err
-        card = (tmp_path / "new/README.md").read_text("utf-8")
-        assert (warning in done.out.splitlines()) == ("Beginnings" in card) == (not flags)
-        assert len(results(tmp_path / "run")["completions"]) == 6
-        assert str(tmp_path) not in card
+    assert without.keys() == beside.keys() and not different - {"manifest.json"}
 
 
 def test_fewer_are_the_first_of_more(tmp_path: Path) -> None:

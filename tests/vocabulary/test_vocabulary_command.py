@@ -23,8 +23,7 @@ from transformers import (
 )
 
 import lib.data.tokenizer
-from lib.report.results import load_runs
-from lib.report.write import report_csv, report_text
+from lib.commands.report import load_runs, report_csv, report_text
 from lib.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -244,15 +243,16 @@ def test_a_sweep_has_one_vocabulary_and_reports_bits_first(tmp_path: Path) -> No
     ]
     sweep.main(argv)
     runs = load_runs([tmp_path / "runs"])
-    assert len({run.vocabulary["digest"] for run in runs}) == 1 and len(runs) == 4
+    assert len({run["vocabulary"]["digest"] for run in runs.values()}) == 1 and len(runs) == 4
     assert (
         call(*BASE, "--eval_only", "--eval_data", "uk", "en", "--save", tmp_path / "whole").status
         == 0
     )
-    text = report_text([*runs, *load_runs([tmp_path / "whole"])])
+    text = report_text(runs | load_runs([tmp_path / "whole"]))
     assert "2 tables, not to be compared" in text and text.count("different models or vocab") == 1
     first, second = text.split("### ")[1:]
-    assert f"of {ROWS} rows of its vocabulary" in first and runs[0].vocabulary["note"] in first
+    assert f"of {ROWS} rows of its vocabulary" in first
+    assert runs.popitem()[1]["vocabulary"]["note"] in first
     assert first.index("uk bits/byte") < first.index("uk perplexity")
     assert second.index("uk perplexity") < second.index("uk bits/byte")
     assert report_csv(runs).splitlines()[0].endswith("vocabulary,folders")
