@@ -25,7 +25,8 @@ from lib.commands.demo_model import DemoTraining, train_model
 from lib.commands.sweep import Run, build_sweep_parser, plan, run_all
 from lib.run.flags import build_parser
 from lib.util import command
-from lib.util.files import check_output_folder
+from lib.util.errors import UserError
+from lib.util.files import check_writable
 
 LANGUAGES = ("uk", "en")
 STORIES = Path(__file__).parent / "demo_texts"
@@ -65,7 +66,10 @@ def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -
     `fresh` trains the model again. Raises UserError if `folder` holds anything but a demo, and at
     the end if a run failed.
     """
-    check_output_folder("--folder", str(folder), mark=MARK)
+    check_writable("--folder", str(folder))
+    names = sorted(path.name for path in folder.glob("*"))
+    if names and MARK not in names:
+        raise UserError(f"--folder {folder}: holds {names[0]}, but no {MARK}; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text("Made by launch.sh demo, which may replace what is here.\n", "utf-8")
     _prepare(folder, scale, fresh)
