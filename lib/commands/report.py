@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 from lib.commands.plots import STRICTNESS
 from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
+from lib.util.command import one_line
 from lib.util.errors import UserError
 from lib.util.files import check_output_folder
 from lib.util.markdown import EMPTY, escape, padded_table
-from lib.util.command import one_line
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series

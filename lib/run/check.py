@@ -91,7 +91,6 @@ def _open_model(args: argparse.Namespace) -> Job:
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
     from lib.pruning.neurons import count_left
-    from lib.sparse import check_packable
     from lib.util.progress import quiet
 
     quiet()
@@ -139,6 +138,8 @@ def _open_model(args: argparse.Namespace) -> Job:
     elif job.method:
         check_widths(blocks, blocks_name, job.sparsity)
     if args.replace_sparse_layers:
+        from lib.sparse import check_packable
+
         check_packable(skeleton, blocks_name, args.pack_bits)
     if args.device is None:
         job.print(f"device: {device}")

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.util.errors import UserError
 from lib.util.command import one_line
+from lib.util.errors import UserError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
