@@ -40,6 +40,7 @@ class Scale:
 
     training: DemoTraining = DemoTraining()
     methods: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt", "admm")
+    languages: tuple[str, ...] = LANGUAGES  # of calibration
     types: tuple[str, ...] = ("unstructured", "2:4")
     train: int = 500  # stories of each language
     test: int = 25  # stories of each language
@@ -52,6 +53,7 @@ SMALL = Scale(
         vocabulary=300, window=32, width=16, inner=32, blocks=1, heads=2, batch=4, steps=2
     ),
     methods=("admm",),
+    languages=("uk",),
     types=("2:4",),
     train=10,
     test=1,
@@ -117,10 +119,11 @@ def write_texts(folder: Path, stories: Mapping[str, Sequence[str]], n_test: int)
 
 def _plan(folder: Path, scale: Scale, debug: bool) -> list[Run]:
     """Return the runs of a sweep, and some of them once more with recovery."""
-    texts = [str(folder / language) for language in LANGUAGES]
+    train = [str(folder / language) for language in scale.languages]
+    tests = [str(folder / language) for language in LANGUAGES]
     flags = ["--models", str(folder / "model"), "--methods", *scale.methods]
     flags += ["--types", *scale.types, "--ratios", "0.5"]
-    flags += ["--calibration", *texts, "--eval_data", *texts, "--out", str(folder / "runs")]
+    flags += ["--calibration", *train, "--eval_data", *tests, "--out", str(folder / "runs")]
     flags += ["--debug"] * debug
     run_flags = ["--device", "cpu", "--nsamples", str(scale.windows)]
     print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*flags, '--', *run_flags])}")
