@@ -1,277 +1,206 @@
-"""The model card of a pruned model: README.md with the hub's metadata at its head.
+"""The model card of a saved model: README.md with the hub's metadata at its head.
 
-A card may be published. It holds names, never paths, and every name that comes from a file or a
-flag is escaped.
+A card may be published. It holds names, never paths, no test text and no prompt, and every name
+that comes from a file or a flag is escaped.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
 
-from lib.data.sources import BUILT_IN
-from lib.methods.sparsity import NEURONS, UNSTRUCTURED
-from lib.report.completion_tables import completions_of_run
-from lib.report.markdown import compact_table, escape
-from lib.report.quality_tables import abilities_of_run, fidelity_of_run
-from lib.report.results import (
-    EvaluationRecord,
-    NeuronsRecord,
-    RecoveryRecord,
-    Results,
-    VocabularyRecord,
-)
-from lib.run.card_engines import engines, unpacking
-from lib.run.record import changed_options, with_error
+from lib.data.sources import BUILT_IN, parse_source
+from lib.packed.checkpoint import CARD_HEADING, card_lines
+from lib.run.flags import build_parser
+from lib.util.command import one_line
+from lib.util.errors import UserError
+from lib.util.markdown import escape, padded_table
 
+TEMPLATE = """\
+---
+{{ card_data }}
+---
+# {{ title }}
+
+Made by langprune{{ texts }}:
+
+```bash
+{{ command }}
+```
+
+{{ table }}
+{% for note in notes %}
+- {{ note }}
+{%- endfor %}
+
+{{ heading }}
+
+{% if packed %}{{ packed }}
+
+{% endif %}```python
+{{ code }}
+```
+"""
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
+# flags that decide neither weights nor figures, or that name a place on this machine
+NOT_SHOWN = set("save resume offload cache_dir device batch_size debug tasks include_path".split())
 
 
-def model_card(results: Results, sources: list[str]) -> str:
-    """Return the card: how the model was pruned, on which texts, and what that cost.
+def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
+    """Return the card: how the model was made, what that cost, and how to load it.
 
-    `sources` are the texts that it was calibrated, recovered or trimmed on. The completions are
-    left out under `--card_without_prompts`.
+    `results` as in lib/run/results.py; `sources` are the texts that the model was calibrated,
+    recovered or trimmed on.
     """
-    recovery, vocabulary = results.get("recovery"), results.get("vocabulary")
-    packed = results["flags"].get("replace_sparse_layers")
-    sections = [[f"# {escape(name_of(results['model']))}, {_how(results)}"]]
-    if is_sparse(results):
-        sections.append(_sparsity(results))
-    if neurons := results.get("neurons"):
-        sections.append(_neurons(neurons))
-    if vocabulary:
-        sections.append(_vocabulary(vocabulary))
-    if is_sparse(results) or neurons:
-        sections.append([compact_table(["", ""], _facts(results))])
-    if notes := results.get("notes"):
-        sections.append([f"- {escape(note)}" for note in notes])
-    sections.append([_evaluation(results["evaluation"], bool(vocabulary))])
-    if abilities := results.get("abilities"):
-        sections.append(["Answers to questions from test texts:", "", abilities_of_run(abilities)])
-    if fidelity := results.get("fidelity"):
-        sections.append(["Text that the models write:", "", fidelity_of_run(fidelity)])
-    if shows_prompts(results):
-        sections.append(_completions(results))
-    if recovery:
-        sections.append(_recovery(results, recovery))
-    if packed:
-        sections.append(_packing(results))
-    sections.append(how_to_run(results))
-    if folder := saved_name(results):
-        sections.append(engines(folder, bool(packed)))
-    body = "\n\n".join("\n".join(lines) for lines in sections if lines)
-    return f"---\n{_metadata(results, sources).to_yaml()}\n---\n{body}\n"
+    folder = Path(results["flags"].get("save_model") or "").name
+    is_packed = bool(results["flags"].get("replace_sparse_layers"))
+    plain = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM"
+    names = ", ".join(escape(_public(source)) for source in sources)
+    return ModelCard.from_template(
+        _metadata(results, sources, is_packed),
+        template_str=TEMPLATE,
+        title=f"{escape(_name_of(results['model']))}, {_what_was_done(results)}",
+        texts=f" for the texts of {names}" if names else "",
+        command=_command(results["flags"]),
+        table=padded_table(["", "dense", "this model"], list(_figures(results))),
+        notes=[escape(note) for note in _notes(results)],
+        heading=CARD_HEADING if is_packed else "## How to load it",
+        packed=_packing(results, folder) if is_packed else "",
+        code="\n".join(card_lines(folder)) if is_packed else f"{plain}.from_pretrained({folder!r})",
+    ).content
 
 
-def shows_prompts(results: Results) -> bool:
-    """Return whether the card shows beginnings of test documents."""
-    without = results["flags"].get("card_without_prompts")
-    return bool(results.get("completions")) and not without
-
-
-def is_sparse(results: Results) -> bool:
-    """Return whether linears of the model have zeros, from this run or an earlier one."""
-    if "neurons" in results:
-        return False
-    packed = results["flags"].get("replace_sparse_layers")
-    return bool(results["sparsity_type"] or "recovery" in results or packed)
-
-
-def _metadata(results: Results, sources: list[str]) -> ModelCardData:
-    model, pruned = results["model"], results["sparsity_type"]
-    tags = ["pruned", "sparse"] if is_sparse(results) else []
-    tags = ["pruned"] if "neurons" in results else tags
+def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: bool) -> ModelCardData:
+    """Return the metadata; licence and base model of a local model from its own README.md."""
+    model, base = results["model"], _base_metadata(results["model"])
+    method = results["method"] if results["sparsity_type"] else None
+    tags = ["langprune", "pruned" if method or "recovery" in results else None, method]
+    tags.append("trimmed" if results.get("vocabulary") else None)
+    base_model = model if _is_hub_id(model) else base.get("base_model")
+    relation = "quantized" if results.get("packed", {}).get("bits", 16) < 16 else "finetune"
     return ModelCardData(
-        library_name="transformers",
+        library_name=None if is_packed else "transformers",
         pipeline_tag="text-generation",
-        base_model=model if is_hub_id(model) else None,
-        language=languages_of(sources) or None,
-        tags=[*tags, *([results["method"]] if pruned else [])],
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
+        datasets=list(dict.fromkeys(filter(None, map(_hub_set, sources)))) or None,
+        language=_languages(sources) or None,
+        license=base.get("license"),
+        license_name=base.get("license_name"),
+        license_link=base.get("license_link"),
+        tags=list(filter(None, tags)),
     )
 
 
-def _how(results: Results) -> str:
-    """Say what the run did to the model, for the title."""
-    kind, method, flags = results["sparsity_type"], results["method"], results["flags"]
-    done = []
-    if kind:
-        share = f"{100 * results['sparsity_ratio']:g}%"
-        if kind == NEURONS:
-            done.append(f"{share} of its MLPs' neurons removed by {method}")
-        else:
-            target = f"{share} zeros" if kind == UNSTRUCTURED else kind
-            done.append(f"pruned by {method} to {target}")
-    if "recovery" in results:
-        done.append("recovered" if kind else "a pruned model recovered")
-    if not done and flags.get("replace_sparse_layers"):
-        done.append("its sparse linears packed")
-    how = " and ".join(done)
-    if flags.get("trim_vocabulary") or not how:
-        how += f"{', ' if how else ''}its vocabulary trimmed"
-    return how
+def _base_metadata(model: str) -> dict[str, Any]:
+    """Return the metadata of a model's own card, if it lies beside it or in the hub's cache."""
+    file = Path(model) / "README.md"
+    if _is_hub_id(model):
+        file = try_to_load_from_cache(model, "README.md")
+    try:
+        return metadata_load(file) or {} if isinstance(file, str | Path) else {}
+    except (OSError, ValueError):  # there is none, or it is damaged
+        return {}
 
 
-def _sparsity(results: Results) -> list[str]:
-    return [
-        "Linear layers of the decoder blocks are sparse; embeddings and the output head are dense. "
-        f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
-    ]
+def _what_was_done(results: Mapping[str, Any]) -> str:
+    kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
+    done = [f"{share} of its MLPs' neurons removed"] if kind == "neurons" else []
+    if kind and not done:
+        done.append(f"pruned to {share if kind == 'unstructured' else kind}")
+    steps = {"recovery": "recovered", "vocabulary": "its vocabulary trimmed", "packed": "packed"}
+    done += [words for key, words in steps.items() if results.get(key)]
+    return ", ".join(done) or "saved as it was"
 
 
-def _neurons(neurons: NeuronsRecord) -> list[str]:
-    """Say how many neurons are left, and how much that saves."""
-    share = 1 - neurons["bytes_after"] / neurons["bytes_before"]
-    return [
-        f"Each MLP has {neurons['after']} of its {neurons['before']} neurons "
-        f"(`{neurons['field']}`). All matrices are dense, and smaller: {share:.1%} of the model's "
-        "bytes are gone, whatever runs it."
-    ]
+def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of the table: a figure's name, the dense model's and this model's."""
+    recovery = results.get("recovery", {})
+    for test in results["evaluation"]:
+        dense = dict(test.get("dense") or {})
+        if test["name"] in recovery.get("dense", {}):
+            dense.setdefault("perplexity", recovery["dense"][test["name"]])
+        name = escape(test["name"])
+        for key, words in {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}.items():
+            yield f"{name}, {words}", _figure(dense.get(key)), _figure(test[key])
+        if "kl" in test:
+            yield f"{name}, KL from dense, nats a token", "", _figure(test["kl"])
+            yield f"{name}, same likeliest token", "", f"{test['top1_agreement']:.2%}"
+    if size := results.get("saved_bytes"):
+        dense_size = results.get("dense_bytes") or results.get("neurons", {}).get("bytes_before")
+        yield "MB", f"{dense_size / 1e6:,.1f}" if dense_size else "", f"{size / 1e6:,.1f}"
 
 
-def _vocabulary(vocabulary: VocabularyRecord) -> list[str]:
-    """Say how many tokens are left, and how much longer test texts become."""
-    sources = ", ".join(escape(Path(source).name) for source in vocabulary.get("sources", []))
-    used = f", those that the texts of {sources} use" if sources else ""
-    lines = [
-        f"Of {vocabulary['rows_before']} rows of its vocabulary {vocabulary['rows']} are left"
-        f"{used}. Other text is cut into more tokens, and reads the same.",
-        "",
-        vocabulary["note"],
-    ]
-    if tests := vocabulary.get("tests"):
-        head = ["test text", "documents cut alike", "rise in tokens"]
-        body = []
-        for test in tests:
-            alike = f"{test['alike']} of {test['documents']}"
-            body.append([escape(test["name"]), alike, f"{test['rise']:+.2%}"])
-        lines += ["", compact_table(head, body)]
-    return lines
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
-def _facts(results: Results) -> Iterable[tuple[str, str]]:
-    """Yield how the model was made, as rows of a table."""
-    yield "sparsity type", str(results["sparsity_type"])
-    yield "seed", str(results["seed"])
-    if calibration := results["calibration"]:
-        size = f"{calibration['windows']} windows of {calibration['seqlen']} tokens"
-        yield "calibrated on", f"{escape(calibration['name'])}, {size}"
-        yield "digest of the windows", f"`{calibration['digest']}`"
-    for name, value in changed_options(results).items():
-        yield f"{name} option", "yes" if value is True else str(value)
-    if results.get("allocation"):
-        yield "allocation of the zeros", results["settings"]["allocation"]
-    if recovery := results.get("recovery"):
-        yield "recovered on", f"{escape(recovery['text']['name'])}, {recovery['tokens']} tokens"
-        yield "teacher", escape(name_of(recovery["teacher"]))
-        yield "share of cross-entropy", f"{recovery['cross_entropy']:g}"
-        yield "time of the recovery", f"{recovery['seconds']:.0f} s"
+def _notes(results: Mapping[str, Any]) -> Iterator[str]:
+    if neurons := results.get("neurons"):
+        yield f"Each MLP has {neurons['after']} of its {neurons['before']} neurons, all dense."
+    elif results.get("sparsity"):
+        yield f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
+    if vocabulary := results.get("vocabulary"):
+        yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
+        yield vocabulary["note"]
+    yield from results.get("notes", [])
 
 
-def _evaluation(tests: list[EvaluationRecord], bits_first: bool) -> str:
-    """Return the table of figures, one row for each test set."""
-    head = ["test text", *(["bits per byte"] if bits_first else []), "perplexity"]
-    further = {"kl": "KL from dense, nats a token", "top1_agreement": "same most likely token"}
-    further = {key: title for key, title in further.items() if any(key in test for test in tests)}
-    body = []
-    for test in tests:
-        cells = [f"{test['bits_per_byte']:.4f}"] if bits_first else []
-        cells += [f"{test['perplexity']:.4f}"]
-        cells += [
-            with_error(test, key, percent=key != "kl") if key in test else "" for key in further
-        ]
-        body.append([escape(test["name"]), *cells, str(test["tokens"])])
-    return compact_table([*head, *further.values(), "tokens"], body)
-
-
-def _completions(results: Results) -> list[str]:
-    return [
-        "Beginnings of test documents, continued greedily:",
-        "",
-        completions_of_run(results["completions"]),
-    ]
-
-
-def _recovery(results: Results, recovery: RecoveryRecord) -> list[str]:
-    """Return the tables of perplexities before and after the recovery, and of its curve."""
-    before_and_after = (
-        [
-            escape(name),
-            *(f"{x:.4f}" for x in (recovery["dense"][name], recovery["before"][name], value)),
-        ]
-        for name, value in results["perplexity"].items()
+def _packing(results: Mapping[str, Any], folder: str) -> str:
+    bits = results.get("packed", {}).get("bits", 16)
+    values = "as they were" if bits == 16 else f"as {bits}-bit integers"
+    folder = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
+    return (
+        f"The sparse linears are stored packed, kept weights {values}. Install what reads them by "
+        "`pip install .` in the folder of the project that wrote them. Other engines read dense "
+        f"weights, which `bash launch.sh unpack {folder} {folder}-dense` makes."
     )
-    curve = ([str(point["tokens"]), f"{point['perplexity']:.4f}"] for point in recovery["curve"])
-    return [
-        "The weights that pruning kept were trained on, with the dense model as teacher:",
-        "",
-        compact_table(["test text", "dense", "pruned", "recovered"], before_and_after),
-        "",
-        compact_table(["tokens", "perplexity of training text held out"], curve),
-    ]
 
 
-def _packing(results: Results) -> list[str]:
-    """Say how large the packed linears are, and how to unpack them."""
-    from lib.packed.checkpoint import CARD_HEADING
-
-    size = ""
-    if packed := results.get("packed"):
-        values = "they were" if packed["bits"] == 16 else f"{packed['bits']}-bit integers"
-        share = packed["bytes"] / packed["dense_bytes"]
-        size = f", kept weights as {values}, in {share:.3f} of their dense size"
-    stored = f"The sparse linears are stored packed{size}."
-    if rows := results.get("packed_embeddings"):
-        names = " and ".join(f"`{name}`" for name in rows["modules"])
-        stored += f" {names}: 8-bit integers with a scale for each row."
-    return [CARD_HEADING, "", stored, "", unpacking(saved_name(results))]
+def _command(flags: Mapping[str, Any]) -> str:
+    """Return the command line, without defaults and with names for paths."""
+    parser, words = build_parser(), ["python", "main.py"]
+    for name, value in flags.items():
+        if name in NOT_SHOWN or value in (None, False) or value == parser.get_default(name):
+            continue
+        words.append(f"--{name}")
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        words += [_public(str(each)) for each in values]
+    return one_line(shlex.join(words))
 
 
-def how_to_run(results: Results) -> list[str]:
-    """Return the code that loads the saved folder, packed or plain."""
-    folder = saved_name(results)
-    if results["flags"].get("replace_sparse_layers"):
-        from lib.packed.checkpoint import card_lines
-
-        intro = (
-            "Install what reads them, with `pip install .` in the folder of the project that "
-            "wrote them; then:"
-        )
-        return [intro, "", "```python", *card_lines(folder), "```"]
-    return [
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
-        "```",
-    ]
+def _public(text: str) -> str:
+    """Return a flag's value unchanged, and of a path, also one with a weight, the name alone."""
+    path = text.rpartition("=")[0] or text
+    is_path = Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1
+    return text.rstrip("/").rpartition("/")[2] if is_path else text
 
 
-def saved_name(results: Results) -> str:
-    """Return the name of the folder that the model is saved to."""
-    return Path(results["flags"].get("save_model") or "").name
+def _name_of(model: str) -> str:
+    return model if _is_hub_id(model) else Path(model).resolve().name
 
 
-def name_of(model: str) -> str:
-    """Return a hub id unchanged, and of a local folder the name alone."""
-    return model if is_hub_id(model) else Path(model).resolve().name
-
-
-def is_hub_id(model: str) -> bool:
-    """Return whether `model` names a repository on the hub and not a folder."""
+def _is_hub_id(model: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
 
 
-def languages_of(sources: list[str]) -> list[str]:
+def _hub_set(source: str) -> str | None:
+    try:
+        return parse_source(source, "").hub
+    except UserError:  # a path that is gone
+        return None
+
+
+def _languages(sources: Sequence[str]) -> list[str]:
     """Return the codes of the languages that built-in sets such as `c4:de` name."""
     codes = []
     for source in sources:
         kind, _, language = source.partition(":")
-        code = LANGUAGE_OF_SET.get(source)
-        if language and f"{kind}:LANGUAGE" in BUILT_IN:
-            code = re.split("[_-]", language)[0]
-        if code and code not in codes:
-            codes.append(code)
-    return codes
+        named = language and f"{kind}:LANGUAGE" in BUILT_IN
+        codes.append(re.split("[_-]", language)[0] if named else LANGUAGE_OF_SET.get(source))
+    return list(dict.fromkeys(filter(None, codes)))

@@ -20,7 +20,7 @@ from lib.model.access import Checkpoint
 from lib.model.mlp import MlpLayout, find_mlps
 from lib.model.pretrained import decoder_blocks, skeleton
 from lib.pruning.neurons import NeuronPruner, count_left
-from lib.sweep import languages
+from lib.commands import languages
 from lib.util.bits import from_hex, to_hex
 from lib.util.errors import UserError
 

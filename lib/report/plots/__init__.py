@@ -1,1 +1,0 @@
-"""Pictures, one file each; matplotlib is imported only when something is drawn."""

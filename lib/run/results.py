@@ -1,0 +1,96 @@
+"""results.json: what a run leaves behind, one dictionary, filled where figures are measured.
+
+A run fills only the keys that it has figures for. What nobody reads any more in files of earlier
+versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by an example:
+
+    {
+        "model": "owner/name", "method": "admm",    # or "dense", or "pruned before"
+        "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
+        "options": {"variant": false},                      # of the method
+        "flags": {...}, "settings": {"nsamples": 128},      # all flags; those that change a result
+        "seed": 0, "versions": {"torch": "2.9"}, "device": "cpu (2 threads)", "bos": 2,
+        "calibration": {                                    # null where no text was read
+            "name": "uk", "windows": 128, "seqlen": 512, "digest": "...", "sources": [
+                {"name": "uk", "source": "texts/uk", "windows": 128, "share": 1.0}]},
+        "sparsity": {"overall": 0.5, "linears": {"model.layers.0.mlp.up_proj": 0.5}},
+        "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # what was asked for, if not uniform
+        "notes": ["..."],                                   # what was pruned in another way, or not
+        "neurons": {
+            "before": 2048, "after": 1536, "multiple": 256, "field": "intermediate_size",
+            "weights_before": 9, "weights_after": 8, "bytes_before": 9, "bytes_after": 8,
+            "removed": [[3, 17]]},                          # of each block, its removed neurons
+        "vocabulary": {"note": "...", "rows": 30000, "rows_before": 262144, "digest": "..."},
+        "recovery": {
+            "tokens": 300000, "seconds": 60.0, "teacher": "owner/name", "cross_entropy": 0.2,
+            "text": {...}, "curve": [{"tokens": 0, "perplexity": 30.0, "loss": null}],
+            "held_out": {"dense": 20.0, "before": 30.0},    # perplexities of training text held out
+            "dense": {"uk": 18.0}, "before": {"uk": 27.0}}, # and of each test set
+        "packed": {"bits": 4, "linears": 96, "bytes": 5, "dense_bytes": 16, "difference": 0.01},
+        "packed_embeddings": {"modules": ["lm_head"], "bits": 8, "bytes": 5, "dense_bytes": 16},
+        "evaluation": [{                                    # of each test set
+            "name": "uk", "source": "texts/uk", "windows": 64, "tokens": 32768, "digest": "...",
+            "perplexity": 20.1, "standard_error": 0.4, "bits_per_byte": 0.91,
+            "kl": 0.1, "kl_standard_error": 0.01,           # nats a token, from the dense model
+            "top1_agreement": 0.8, "top1_agreement_standard_error": 0.01, "compared_windows": 64,
+            "dense": {"perplexity": 18.0, "bits_per_byte": 0.88}}], # where it was measured
+        "perplexity": {"uk": 20.1},
+        "completions": [{"test": "uk", "prompt": "...", "dense": "...", "model": "..."}],
+        "tasks": {"uk_last_word": {"acc,none": 0.73, "acc_stderr,none": 0.03}},     # of lm-eval
+        "dense_tasks": {"uk_last_word": {"acc,none": 0.81, "acc_stderr,none": 0.02}},
+        "seconds": {"load": 1.0}, "peak_memory": {"host": 9, "device": null},       # bytes
+        "footprint": {"before": 9, "after": 5},             # bytes of the model in memory
+        "saved_bytes": 5, "dense_bytes": 9,                 # files saved; the base model
+        "fingerprint": {...}
+    }
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lib.util.errors import UserError
+from lib.util.files import write_text
+
+RESULTS = "results.json"
+ERROR = "error.json"  # {"error": "..."} of a run of a sweep whose last try failed
+NONE = "none"  # the name of the calibration text where there is none
+NEEDED = ("model", "method", "evaluation")
+
+
+def write_results(folder: str | Path, results: Mapping[str, Any], name: str = RESULTS) -> Path:
+    """Write results.json whole or not at all; nan and inf, which JSON lacks, become null."""
+    text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    # numbers in a list stand on one line; no string holds a line break as such
+    text = re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()), text)
+    path = Path(folder) / name
+    write_text(path, text + "\n")
+    return path
+
+
+def read_results(folder: str | Path) -> dict[str, Any]:
+    """Read a run's results.json. Raises UserError if there is none, or not of a run."""
+    file = Path(folder) / RESULTS
+    try:
+        results = json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"RUN {file}: can't be read ({error.strerror})") from error
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"RUN {file}: not valid JSON ({error}); remove it or run again") from error
+    if not isinstance(results, dict):
+        raise UserError(f"RUN {file}: not a run's results; remove it or run again")
+    if missing := [name for name in NEEDED if name not in results]:
+        raise UserError(f"RUN {file}: lacks {', '.join(missing)}; remove it or run again")
+    return results
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,127 @@
+"""Pictures: the figures that are handed to the axes, by made-up runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from made_up import LANGUAGES, results
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lib.commands import plots
+from lib.commands.report import tables
+
+ELEVEN = "uk en de fr es pl cs it pt ar hi".split()
+
+
+def table(*runs: dict):
+    (only,) = tables({Path(str(number)): run for number, run in enumerate(runs)})
+    return only
+
+
+@pytest.fixture
+def pruned() -> list[dict]:
+    """Wanda at 50% with two seeds, at 60% and 2:4 once; magnitude has burst on one text."""
+    runs = [results("dense", LANGUAGES)]
+    for seed, more in enumerate((0.0, 2.0)):
+        runs.append(results("wanda", {"uk": 24 + more, "en": 60 + more}, on="uk", seed=seed))
+        runs.append(results("wanda", {"uk": 30 + more, "en": 50 + more}, on="en", seed=seed))
+    runs.append(results("wanda", {"uk": 28.0, "en": 65.0}, on="uk", ratio=0.6))
+    runs.append(results("wanda", {"uk": 33.0, "en": 70.0}, on="uk", kind="2:4"))
+    return [*runs, results("magnitude", {"uk": None, "en": 99.0})]
+
+
+def marks(axes: Axes) -> list[tuple[str, list[float], list[float]]]:
+    """(marker, x, y) of each line with marks, x rounded to its place on the axis."""
+    lines = [line for line in axes.lines if line.get_marker() in plots.MARKERS]
+    return [
+        (line.get_marker(), [round(x) for x in line.get_xdata()], list(line.get_ydata()))
+        for line in lines
+    ]
+
+
+def drawn(figure: Figure, title: str) -> Axes:
+    (axes,) = [axes for axes in figure.axes if axes.get_title().startswith(title)]
+    return axes
+
+
+def test_perplexity_by_sparsity(pruned: list[dict]) -> None:
+    figure = plots.perplexity_by_sparsity(table(*pruned))
+    axes = drawn(figure, "measured on uk (dense 20)")
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["50%", "60%", "2:4"]
+    assert ("s", [0, 1], [25.0, 28.0]) in marks(axes)  # wanda on uk: a mean over seeds, then 60%
+    assert ("s", [0], [31.0]) in marks(axes) and ("s", [2], [33.0]) in marks(axes)
+    assert len(marks(axes)) == 3  # a perplexity that is not finite is left out
+    assert any(list(line.get_ydata()) == [20.0, 20.0] for line in axes.lines)
+    english = drawn(figure, "measured on en")
+    assert ("o", [0], [99.0]) in marks(english) and english.get_yscale() == "log"
+    legend = [text.get_text() for text in figure.legends[0].texts]
+    assert legend == [
+        "calibrated on uk",
+        "calibrated on en",
+        "no calibration",
+        "magnitude",
+        "wanda",
+        "dense",
+    ]
+    assert plots.perplexity_by_sparsity(table(pruned[0])) is None
+
+
+def cells(axes: Axes) -> list[list[str]]:
+    """The figures that stand in a heat map."""
+    rows, columns = axes.images[0].get_array().shape
+    by_place = {text.get_position(): text.get_text() for text in axes.texts}
+    return [[by_place.get((j, i), "") for j in range(columns)] for i in range(rows)]
+
+
+def test_cross_language(pruned: list[dict]) -> None:
+    figure = plots.cross_language(table(*pruned))
+    axes = drawn(figure, "wanda 50%")
+    assert cells(axes) == [["+25.0", "+52.5"], ["+55.0", "+27.5"]]  # uk, en by uk, en
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["uk", "en"]
+    assert cells(drawn(figure, "wanda 2:4")) == [["+65.0", "+75.0"], ["", ""]]
+    assert plots.cross_language(table(*pruned[1:])) is None  # no dense run
+    assert plots.cross_language(table(pruned[0], pruned[1])) is None  # a single text
+
+
+def test_eleven_languages_are_told_apart_and_fit() -> None:
+    dense = dict.fromkeys(ELEVEN, 10.0)
+    runs = [results("dense", dense)]
+    for method in ("wanda", "sparsegpt", "admm", "magnitude"):
+        runs += [results(method, {k: 20.0 for k in ELEVEN}, on=on) for on in ELEVEN]
+    both = table(*runs)
+    labels = plots.calibrations(both)
+    assert labels == ELEVEN
+    assert len({str(plots.calibration_style(labels, label)) for label in labels}) == 11
+    figure = plots.cross_language(both)
+    figure.draw_without_rendering()
+    assert figure.get_figwidth() <= plots.WIDEST
+    for axes in figure.axes[:4]:  # a figure in a cell is narrower than its cell
+        width = axes.get_window_extent().width / 11
+        assert max(text.get_window_extent().width for text in axes.texts) < width
+    assert plots.perplexity_by_sparsity(both).get_figwidth() <= plots.WIDEST
+
+
+def test_bytes_against_bits(pruned: list[dict]) -> None:
+    for number, run in enumerate(pruned[1:]):
+        run |= {"saved_bytes": 1e6 * (1 + number), "packed": {"bits": 4}}
+    (axes,) = plots.bytes_against_bits(table(*pruned)).axes
+    # wanda for uk at 50% (the mean of seeds 0 and 1), 60% and 2:4, by size
+    (wanda,) = [line for line in axes.lines if line.get_label() == "wanda"]
+    assert list(wanda.get_xdata()) == [2.0, 5.0, 6.0]
+    assert list(wanda.get_ydata()) == pytest.approx([0.25, 0.28, 0.33])
+    assert "60%, 4 bits" in [text.get_text() for text in axes.texts]
+    assert plots.bytes_against_bits(table(pruned[0])) is None
+
+
+def test_recovery_curve() -> None:
+    curve = [{"tokens": t, "perplexity": p} for t, p in ((0, 30.0), (64, 25.0), (128, None))]
+    recovery = {"tokens": 128, "curve": curve, "held_out": {"dense": 20.0, "before": 30.0}}
+    recovery |= {"dense": {"uk": 18.0}, "before": {"uk": 27.0}}
+    made = results("wanda", {"uk": 22.0}, recovery=recovery)
+    figure = plots.recovery_curve(made)
+    held_out, test = figure.axes
+    assert list(held_out.lines[0].get_xdata()) == [0, 64]
+    assert list(test.lines[0].get_ydata()) == [27.0, 22.0]
+    assert list(test.lines[1].get_ydata()) == [18.0, 18.0]
