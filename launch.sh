@@ -62,12 +62,11 @@ name=${1:-}
 [[ $# -eq 0 ]] || shift
 case $name in
     "" | help | -h | --help) list ;;
-    compress | demo | sweep | report) module "lib.$name" "$@" ;;
-    languages) module lib.sweep.languages "$@" ;;
+    report) module "lib.$name" "$@" ;;
+    compress | demo | languages | sweep | unpack) module "lib.commands.$name" "$@" ;;
     overlap) module lib.report.overlap "$@" ;;
-    unpack) module lib.model.unpack "$@" ;;
     gguf) module lib.gguf "$@" ;;
-    ubertext) module lib.data.ubertext "$@" ;;
+    ubertext) module lib.commands.ubertext "$@" ;;
     bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;
     unstructured) recipe "--prune_method sparsegpt" "$@" ;;

@@ -1,0 +1,3 @@
+"""Language-specific pruning of causal language models."""
+
+__version__ = "0.2.0"

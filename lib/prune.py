@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lib.distributed.context import DistContext
-from lib.methods.registry import MethodSpec
+from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.shapes import FLOAT, META, BlockShape, StepBytes, Workload
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, SharedWeights, merge
 from lib.pruning.observe import DenseBlock, find_stages, observe, own_windows
 from lib.pruning.ordered import BlockOrder, OrderedBlock
 from lib.pruning.residual import ResidualProjections
 from lib.util.errors import RunWarning, UserError
-from lib.util.events import emit
-from lib.util.products import exact_products
 
-# of Group.cost a second, by ADMM, the slowest method: a fifth of one busy core, and a thirtieth
-# of a large GPU
-SLOWEST = {"cpu": 1e8, "cuda": 1e10}
 UNREACHED = "no calibration token reached it, or it is used without being called"
 
 
@@ -40,6 +34,7 @@ class BlockNotes:
     pruned: list[str] = field(default_factory=list)  # linears
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
     warnings: list[str] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)  # neurons that stay, where whole ones go
 
 
 @dataclass
@@ -62,10 +57,6 @@ class Pruned:
     def summary(self) -> list[str]:
         """Lines for the user: nothing is left dense silently."""
         pruned, left = sum(self.pruned.values()), sum(self.left_dense.values())
-        lines = [
-            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
-            f"left {left:,} weights of the blocks dense"
-        ]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.reasons.items():
             by_reason.setdefault(f"left dense, {reason}", []).append(name)
@@ -73,110 +64,111 @@ class Pruned:
             for method, experts in notes.fallbacks.items():
                 reason = f"pruned by {method}, too few tokens were routed to them"
                 by_reason.setdefault(reason, []).extend(experts)
-        for reason, names in by_reason.items():
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"{reason}: {', '.join(names[:3])}{more}")
-        return lines + self.warnings
+        return [
+            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
+            f"left {left:,} weights of the blocks dense",
+            *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
+            *self.warnings,
+        ]
+
+
+def first_of(names: list[str]) -> str:
+    """Name the first three, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `allocation`: how sparse each linear becomes. `rounding`: the dtype in which the model will be
-    saved, to which pruned weights are rounded. `dist`: the processes that share the work.
-    The result is reported in `done`.
+    `method` makes an object for each input; `allocation`: how sparse each linear becomes. The
+    result is reported in `done`. This class walks the blocks; a subclass that does something else
+    to them says to which linears (`_linears`), and what (`_change_`).
     """
 
+    stage = "block"  # the name under which --resume keeps finished blocks
+
     def __init__(
-        self,
-        runner: BlockRunner,
-        method_spec: MethodSpec,
-        allocation: Allocation,
-        *,
-        dist: DistContext,
-        rounding: torch.dtype | None = None,
+        self, runner: BlockRunner, method: type[PruningMethod], allocation: Allocation
     ) -> None:
         self.runner = runner
-        self.method_spec = method_spec
+        self.method = method
         self.allocation = allocation
-        self.dist = dist
-        self.rounding = rounding
+        self.dist = runner.dist
+        self.save_dtype = runner.save_dtype  # to which what is pruned is rounded
         self.done = Pruned()
         self.shared = SharedWeights(runner.blocks)
-        self.projections = ResidualProjections(runner, dist)
+        self.projections = ResidualProjections(runner)
         self.stages: dict[tuple, tuple[list[list[int]], int]] = {}  # of classes of blocks
+        # from another memory they would take longer to come than to be computed again
+        on_device = torch.device(runner.state_device).type == runner.device.type
+        self.cache_inputs = runner.cache_inputs and on_device
+        self.states: HiddenStates | None = None  # before the next block
+        self.dense_states: HiddenStates | None = None  # the same in the untouched model
 
     @torch.no_grad()
     def run(
-        self,
-        windows: Tensor | None,
-        batch_size: int,
-        state_device: torch.device | str = "cpu",
-        on_progress: Callable[[int], None] | None = None,
-        cache_inputs: bool = True,
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> Pruned:
         """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
 
-        `state_device`: where hidden states are kept. `on_progress(1)` is called after each block.
-        `cache_inputs`: whether there is memory for inputs of a block that save passes through it.
-        Raises UserError where a weight or an activation is not finite, or a linear can't carry the
-        N:M pattern.
+        `on_progress(1)` is called after each block. Raises UserError where a weight or an
+        activation is not finite.
         """
-        # from another memory they would take longer to come than to be computed again
-        self.cache_inputs = (
-            cache_inputs and torch.device(state_device).type == self.runner.device.type
-        )
-        with eager_experts(self.runner.model):
-            states = dense = None
-            if self.method_spec.cls.observes:
+        runner = self.runner
+        with eager_experts(runner.model):
+            if self.method.observes:
                 own, self.idle = own_windows(windows, self.dist)
-                states = self.runner.capture(own, batch_size, state_device)
-            if self.method_spec.cls.dense_stream:
-                dense = replace(states, hidden=self.runner.transfer.copy(states.hidden))
-            for index in range(len(self.runner.blocks)):
-                with self.runner.on_device(index, write_back=True):
-                    self._block_(index, states, dense)
-                if on_progress:
-                    on_progress(1)
+                self.states = runner.capture(own)
+            if self.method.dense_stream:
+                hidden = runner.transfer.copy(self.states.hidden)
+                self.dense_states = replace(self.states, hidden=hidden)
+            for index in range(len(runner.blocks)):
+                with runner.on_device(index, write_back=True):
+                    self._block_(index)
+                on_progress(1)
         return self.done
 
-    def _block_(
-        self, index: int, states: HiddenStates | None, dense_states: HiddenStates | None
-    ) -> None:
+    def _block_(self, index: int) -> None:
         """Prune one block, or load it as it was finished, and take the streams through it."""
-        block, prefix = self.runner.blocks[index], f"{self.runner.name}.{index}"
-        linears = self._linears(index)
-        dense = DenseBlock.copy_of(dense_states, block, prefix) if dense_states else None
-        need_outputs = states is not None and index + 1 < len(self.runner.blocks)
+        runner, states = self.runner, self.states
+        dense = ordered = None
+        if self.dense_states:
+            block, prefix = runner.blocks[index], f"{runner.name}.{index}"
+            dense = DenseBlock.copy_of(self.dense_states, block, prefix)
+        need_outputs = states is not None and index + 1 < len(runner.blocks)
         self.done.notes.append(BlockNotes())
-        ordered = None
+        linears = self._linears(index)
         if not self._restore_(index, linears):
             if dense and linears:
                 ordered = OrderedBlock(
-                    runner=self.runner,
+                    runner=runner,
                     states=states,
                     index=index,
-                    order=self._order(index, linears, states),
+                    order=self._order(index, linears),
                     dense=dense,
-                    method_spec=self.method_spec,
+                    method=self.method,
                     cache_inputs=self.cache_inputs,
                     need_outputs=need_outputs,
                 )
-                written = self._prune_in_order_(ordered)
-            else:
-                written = self._prune_at_once_(index, linears, states)
-            notes = self.done.notes[-1]
-            notes.warnings = sum(self.dist.all_gather_object(notes.warnings), [])
+            written = self._prune_(index, linears, ordered)
+            self._finish_(index)
             self._keep(index, linears, written)
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
-        if need_outputs:
-            self._advance_(index, states, dense, ordered)
-            states.block_args[index] = []  # the block's recorded arguments are not needed again
+        if not need_outputs:
+            return
+        if ordered:
+            ordered.advance_()
+        else:
+            if dense:
+                runner.advance_(dense.states, index, dense.block)
+            runner.advance_(states, index)
+        states.block_args[index] = []  # the block's recorded arguments are not needed again
 
     def _linears(self, index: int) -> list[PrunableLinear]:
-        """The block's linears that are still to be pruned; the others are reported."""
+        """The block's linears that are still to be changed; the others are reported."""
         linears, left_dense = find_linears(self.runner.blocks[index], f"{self.runner.name}.{index}")
         for name, (size, reason) in left_dense.items():
             self.done.leave(name, size, reason)
@@ -188,15 +180,21 @@ class Pruner:
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         """Load the block and its notes if an interrupted run has finished it; whether it has."""
-        weights = self.runner.weights
-        if not weights.has(index):
+        facts = self.runner.weights.restore(index, stage=self.stage)
+        if facts is None:
             return False
-        notes = BlockNotes(**weights.load(index))
+        notes = BlockNotes(**facts)
         self.done.notes[-1] = replace(notes, pruned=[])
         for linear in linears:
             if linear.name in notes.pruned:
                 self._mark_pruned(linear)
         return True
+
+    def _finish_(self, index: int) -> None:
+        """Share the notes of all processes, once the block's linears are pruned."""
+        notes = self.done.notes[-1]
+        of_all = self.dist.all_gather_object((notes.warnings, notes.kept))
+        notes.warnings, notes.kept = (sum(lists, []) for lists in zip(*of_all, strict=True))
 
     def _keep(self, index: int, linears: list[PrunableLinear], written: dict[str, Tensor]) -> None:
         """Under --resume keep the block, and of quantised linears what their codes are made of."""
@@ -206,56 +204,38 @@ class Pruner:
             for linear in linears
             if linear.is_quantised and linear.name in written
         }
-        self.runner.weights.save(index, vars(self.done.notes[-1]), matrices)
+        notes = vars(self.done.notes[-1])
+        self.runner.weights.save(index, notes, matrices, stage=self.stage)
 
-    def _advance_(
-        self,
-        index: int,
-        states: HiddenStates,
-        dense: DenseBlock | None,
-        ordered: OrderedBlock | None,
-    ) -> None:
-        """Take the streams through the pruned block and the untouched one."""
-        if ordered:
-            ordered.advance_()
-            return
-        if dense:
-            self.runner.advance_(dense.states, index, dense.block)
-        self.runner.advance_(states, index)
-
-    def _order(self, index: int, linears: list[PrunableLinear], states: HiddenStates) -> BlockOrder:
+    def _order(self, index: int, linears: list[PrunableLinear]) -> BlockOrder:
         """The order in which the linears' inputs are taken, tried once for a class of blocks."""
         prefix = f"{self.runner.name}.{index}."
         names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
         key = type(self.runner.blocks[index]), *names
         if key not in self.stages:
             place = {linear: at for at, linear in enumerate(linears)}
-            stages, n_reached = find_stages(self.runner, states, index, linears)
-            places = [[place[linear] for linear in stage] for stage in stages]
-            self.stages[key] = places, n_reached
+            stages, n_reached = find_stages(self.runner, self.states, index, linears)
+            self.stages[key] = [[place[linear] for linear in stage] for stage in stages], n_reached
         places, n_reached = self.stages[key]
         stages = [[linears[at] for at in stage] for stage in places]
-        return BlockOrder.of(stages, n_reached, self.projections, states=states, index=index)
+        return BlockOrder.of(stages, n_reached, self.projections, states=self.states, index=index)
 
-    def _prune_in_order_(self, ordered: OrderedBlock) -> dict[str, Tensor]:
-        """Observe and prune stage by stage; {linear's name: what was stored in it}."""
+    def _prune_(
+        self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
+    ) -> dict[str, Tensor]:
+        """Observe and prune, stage by stage or all at once; {linear's name: what it now holds}."""
+        if self.states is None:
+            return self._solve_([self._group(linear) for linear in linears])
+        if ordered is None:
+            groups = observe(self.runner, self.states, index, linears, self.method)
+            return self._solve_observed_(groups, linears)
         written: dict[str, Tensor] = {}
         for place, stage in enumerate(ordered.order.stages):
             written |= self._solve_observed_(ordered.observe(place), stage)
         return written
 
-    def _prune_at_once_(
-        self, index: int, linears: list[PrunableLinear], states: HiddenStates | None
-    ) -> dict[str, Tensor]:
-        """Observe all inputs of the dense block, then prune; as `_prune_in_order_`."""
-        device = self.runner.device
-        if states is None:
-            groups = [
-                Group([linear], self.method_spec(linear.shape[1], device)) for linear in linears
-            ]
-            return self._solve_(groups)
-        groups = observe(self.runner, states, index, linears, self.method_spec)
-        return self._solve_observed_(groups, linears)
+    def _group(self, linear: PrunableLinear) -> Group:
+        return Group([linear], self.method(linear.shape[1], self.runner.device))
 
     def _solve_observed_(
         self, groups: list[Group], stage: list[PrunableLinear]
@@ -263,13 +243,12 @@ class Pruner:
         """Solve the groups that any process has observed."""
         for group in groups if self.idle else ():
             group.reset_()
-        return self._solve_(merge(groups, stage, self.method_spec, self.runner.device, self.dist))
+        return self._solve_(merge(groups, stage, self.method, self.runner))
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
         """Solve this process's groups, and store those of all processes."""
         sums = [self.dist.all_reduce_(group.method.statistics()) for group in groups]
-        costs = [group.cost for group in groups]
-        owners = self.dist.assign_owners(costs)
+        owners = self.dist.assign_owners([group.cost for group in groups])
         written: dict[str, Tensor] = {}
         for group, owner, handles in zip(groups, owners, sums, strict=True):
             for handle in handles:
@@ -280,31 +259,21 @@ class Pruner:
                 for linear, matrix in zip(group.linears, self._solved(group), strict=True):
                     self._store_(linear, matrix)
                     written[linear.name] = matrix
-        self.dist.barrier(self._longest(costs, owners))
+        self.dist.barrier()
         for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
             for linear in group.linears:
                 matrix = written.get(linear.name)
-                matrix = linear.empty_matrix(self.rounding) if matrix is None else matrix
+                if matrix is None:
+                    matrix = linear.empty_matrix(self.save_dtype)
                 matrix = self.dist.broadcast_(matrix, owner)
                 if owner != self.dist.rank:
                     self._store_(linear, matrix)
                 written[linear.name] = matrix
         return written
 
-    def _longest(self, costs: list[float], owners: list[int]) -> float:
-        """Seconds in which every process has solved what it owns, however slow it is."""
-        load = [0.0] * self.dist.size
-        for cost, owner in zip(costs, owners, strict=True):
-            load[owner] += cost
-        return max(load) / SLOWEST[self.runner.device.type]
-
-    @exact_products()
     def _solved(self, group: Group) -> list[Tensor]:
         """The group's matrices (out, in), pruned, in the dtype in which they are saved."""
-        emit(f"solve {group.names}")
-        for statistic in group.method.statistics():
-            if not all_finite(statistic):
-                raise UserError(f"{group.names}: activations are not finite; try --dtype float32")
+        _check_finite(group.method.statistics(), f"{group.names}: activations are not finite")
         with record_function("moving"):
             matrices = [linear.matrix() for linear in group.linears]
         with record_function("solve"), warnings.catch_warnings(record=True) as caught:
@@ -317,18 +286,15 @@ class Pruner:
             prefix = "" if issubclass(warning.category, RunWarning) else f"{group.names}: "
             self.done.notes[-1].warnings.append(f"{prefix}{warning.message}")
         for linear, matrix in zip(group.linears, matrices, strict=True):
-            if not all_finite(matrix):
-                raise UserError(
-                    f"{linear.name}: pruned weights are not finite; try --dtype float32"
-                )
+            _check_finite([matrix], f"{linear.name}: pruned weights are not finite")
         solved = zip(group.linears, matrices, strict=True)
-        return [linear.to_saved_dtype(matrix, self.rounding) for linear, matrix in solved]
+        return [linear.to_saved_dtype(matrix, self.save_dtype) for linear, matrix in solved]
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
         """Prune the matrices (out, in) of a group in place."""
-        sparsities = [self.allocation.sparsity[linear.name] for linear in group.linears]
-        costs = [self.allocation.output_costs.get(linear.name) for linear in group.linears]
-        group.solver().prune_(matrices, sparsities, costs)
+        names, solver = [linear.name for linear in group.linears], group.solver()
+        solver.output_costs = [self.allocation.output_costs.get(name) for name in names]
+        solver.prune_(matrices, [self.allocation.sparsity[name] for name in names])
 
     def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
         linear.set_weight_(matrix)
@@ -340,35 +306,6 @@ class Pruner:
         self.shared.mark_pruned(linear)
 
 
-def pruning_bytes(load: Workload, method_spec: MethodSpec, cache_inputs: bool = True) -> StepBytes:
-    """Memory of pruning: hidden states of all calibration windows, and the work on a block."""
-    cls = method_spec.cls
-    streams = 2 if cls.dense_stream else 1
-    hidden = streams * load.hidden_states(load.windows if cls.observes else 0)
-    if cls.dense_stream and cache_inputs:
-        channels = max(_cached_channels(block) for block in load.shapes.blocks)
-        hidden += load.windows * load.seqlen * channels * load.working.itemsize
-    return StepBytes(hidden, max(_block_bytes(load, method_spec, b) for b in load.shapes.blocks))
-
-
-def _block_bytes(load: Workload, method_spec: MethodSpec, block: BlockShape) -> int:
-    """Statistics of a block, with the larger of a batch on its way and the solver's needs."""
-    cls = method_spec.cls
-    statistics = solving = passing = 0
-    for each in block.inputs:
-        sums, work = method_spec(each.width, META).bytes_needed(each.outputs)
-        # inputs that are taken in order are forgotten one by one
-        statistics = max(statistics, sums) if cls.in_order else statistics + sums
-        solving = max(solving, FLOAT * each.width * sum(each.outputs) + work)
-    if cls.dense_stream:
-        statistics += block.weights * load.working.itemsize  # the untouched block
-    if cls.observes:
-        passing = (2 if cls.dense_stream else 1) * load.activations(block)
-    return statistics + max(passing, solving + block.pruned * load.saved.itemsize)
-
-
-def _cached_channels(block: BlockShape) -> int:
-    """Channels of each token that are cached of a block's inputs: its middle ones, or the last."""
-    widths = [each.width for each in block.inputs if not each.experts]
-    last = 0 if len(widths) < len(block.inputs) else widths.pop()  # of experts nothing is cached
-    return max(sum(widths[1:]), last)
+def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
+    if not all(map(all_finite, tensors)):
+        raise UserError(f"{what}; try --dtype float32")

@@ -6,9 +6,9 @@ Trained are the weights that pruning kept, and the norms and biases of the decod
 stay zeros. The loss is the Kullback-Leibler divergence from the teacher's next-token distribution
 to the model's, and a share of cross-entropy with the text, taken a few positions at a time, so that
 the logits of a whole batch never stand in memory. While it trains, the model holds its weights as
-they would be saved, rounded: to the dtype they are saved in, or to the integers and scales that
-they will be packed as (`Grid`). Float32 masters beside it keep what rounding would lose, and get
-the gradients of the rounded weights, so that what is measured on the way is what is saved. Where
+they will be saved: rounded to the dtype they are saved in, or to the integers and scales that they
+are packed as (`Grid`). Float32 masters beside it keep what rounding would lose, and get the
+gradients of the rounded weights, so that what is measured on the way is what is saved. Where
 masters do not fit, `rank` trains updates B A of every matrix instead, masked and merged into it (as
 PERP does, arXiv 2312.15230).
 """
@@ -20,21 +20,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.data.training import TrainingText
-from lib.distributed.context import DistContext
+from lib.eval import perplexity
 from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
-from lib.model.shapes import BACKWARD, FLOAT, StepBytes, Workload
-from lib.model.work_folder import WorkFolder
 from lib.packed.errors import PackedError
-from lib.packed.grid import GROUP, dequantise, quantise
+from lib.packed.formats import FORMATS, Int4
+from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
-from lib.util.products import exact_products
 
 STEPS = 256  # about so many, while a step's size is between these:
 LEAST, MOST = 2**8, 2**16  # tokens of a step
@@ -98,108 +97,75 @@ def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
     return RATE * (squares / max(count, 1)) ** 0.5 / (width**0.5 * blocks)
 
 
-@contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU adds up gradients in one order, so that a seed gives the same weights.
-
-    Where an operation has no deterministic implementation torch warns.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warns)
-
-
 class Grid:
-    """The integers of `bits` 8 or 4 and the scales that a matrix will be packed as.
+    """The numbers of a packed format that a matrix can hold, by scales that are fitted to it.
 
     `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D.
     """
 
-    def __init__(self, bits: int, transposed: bool = False) -> None:
-        self.bits, self.transposed = bits, transposed
-        self.group = GROUP if bits == 4 else None  # inputs that share a scale; None: all of a row
+    def __init__(self, transposed: bool = False, form: Int4 = FORMATS[4]) -> None:
+        self.transposed, self.form = transposed, form
         self.scales: Tensor | None = None  # (out, groups)
 
     def fit_(self, weight: Tensor) -> None:
         """Take the scales that are nearest to a weight."""
-        _, scales = quantise(self._rows(weight), bits=self.bits, group=self.group)
+        scales = self.form.fit_scales(self._rows(weight))
         self.scales = scales if self.scales is None else self.scales.copy_(scales)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The values that the packed form of a weight stands for, float32."""
-        matrix = self._rows(weight)
-        codes, _ = quantise(matrix, bits=self.bits, group=self.group, scales=self.scales)
-        return self._rows(dequantise(codes, self.scales, self.group))
+        return self._rows(self.form.round_to(self._rows(weight), self.scales))
 
     def _rows(self, weight: Tensor) -> Tensor:
         return weight.T if self.transposed else weight
 
 
-class Rounded:
-    """A parameter that holds what it would be saved as: in a dtype, or on a grid."""
+class Whole:
+    """Trains every weight of a parameter; of a matrix those that are not zero.
 
-    def __init__(self, parameter: nn.Parameter, rounding: torch.dtype, grid: Grid | None) -> None:
-        self.parameter, self.rounding, self.grid = parameter, rounding, grid
-        if grid:
-            grid.fit_(parameter.data)
-
-    @property
-    def kept_dtype(self) -> torch.dtype:
-        """In which nothing of what the parameter holds is lost."""
-        return self.parameter.dtype if self.grid else self.rounding
-
-    def put_(self, values: Tensor, refit: bool) -> None:
-        """Write float32 values into the parameter, rounded; `refit`: by new scales of a grid."""
-        if not self.grid:
-            self.parameter.data.copy_(values.to(self.rounding))
-            return
-        if refit:
-            self.grid.fit_(values)
-        self.parameter.data.copy_(self.grid.rounded(values))
-
-
-class Whole(Rounded):
-    """A parameter of which every weight that is not zero is trained."""
+    `dtype` or `grid` say as what it will be saved.
+    """
 
     def __init__(
-        self,
-        parameter: nn.Parameter,
-        sparse: bool,
-        rounding: torch.dtype,
-        grid: Grid | None = None,
+        self, parameter: nn.Parameter, is_matrix: bool, dtype: torch.dtype, grid: Grid | None
     ) -> None:
-        super().__init__(parameter, rounding, grid)
-        self.sparse = sparse
-        exact = parameter.dtype == rounding == torch.float32 and not grid
-        self.master = parameter.data if exact else parameter.data.to(torch.float32, copy=True)
+        self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, grid
+        if grid:
+            grid.fit_(parameter.data)
+        self.leaves = self.start()  # what is trained, float32
 
-    @property
-    def leaves(self) -> dict[str, Tensor]:
-        """What is trained, float32."""
+    def start(self) -> dict[str, Tensor]:
+        exact = self.parameter.dtype == self.dtype == torch.float32 and not self.grid
+        held = self.parameter.data
+        self.master = held if exact else held.to(torch.float32, copy=True)
         return {"master": self.master}
 
     def take_gradient_(self) -> None:
         """Add the parameter's gradient to that of what is trained. A zero gets none, and AdamW
         without decay leaves what never had a gradient as it is, bit for bit."""
         gradient = self.parameter.grad
-        if self.sparse:
+        if self.is_matrix:
             gradient = gradient.masked_fill_(self.master == 0, 0)
         self.master.grad += gradient
         self.parameter.grad = None
 
+    def values(self) -> Tensor:
+        """What was trained, float32, before it is rounded."""
+        return self.master
+
     def write_(self, refit: bool) -> None:
-        """Put what was trained into the parameter, rounded."""
-        if self.master.data_ptr() != self.parameter.data_ptr():
-            self.put_(self.master, refit)
+        """Put what was trained into the parameter, rounded; `refit`: by new scales of a grid."""
+        values, held = self.values(), self.parameter.data
+        if self.grid:
+            if refit:
+                self.grid.fit_(values)
+            held.copy_(self.grid.rounded(values))
+        elif values.data_ptr() != held.data_ptr():
+            held.copy_(values.to(self.dtype))
 
 
-class LowRank(Rounded):
-    """A sparse parameter (..., rows, columns) to which B A is added where it is not zero.
+class LowRank(Whole):
+    """Adds a trained B A to a matrix (..., rows, columns) where it is not zero.
 
     A is drawn and scaled such that a step moves a weight about as far as if it were trained whole.
     """
@@ -207,94 +173,117 @@ class LowRank(Rounded):
     def __init__(
         self,
         parameter: nn.Parameter,
+        dtype: torch.dtype,
+        grid: Grid | None,
         rank: int,
-        rounding: torch.dtype,
         generator: torch.Generator,
-        grid: Grid | None = None,
     ) -> None:
-        super().__init__(parameter, rounding, grid)
-        self.base = parameter.data.to(rounding, copy=True)
-        *stack, rows, columns = parameter.shape
-        down = torch.randn(*stack, rank, columns, generator=generator) / rank**0.5
-        self.down = down.to(parameter.device)  # A
-        self.up = torch.zeros(*stack, rows, rank, device=parameter.device)  # B
+        self.rank, self.generator = rank, generator
+        super().__init__(parameter, True, dtype, grid)
 
-    @property
-    def leaves(self) -> dict[str, Tensor]:
+    def start(self) -> dict[str, Tensor]:
+        held, rank = self.parameter.data, self.rank
+        self.base = held.to(self.dtype, copy=True)
+        *stack, rows, columns = held.shape
+        down = torch.randn(*stack, rank, columns, generator=self.generator) / rank**0.5
+        self.down = down.to(held.device)  # A
+        self.up = torch.zeros(*stack, rows, rank, device=held.device)  # B
         return {"up": self.up, "down": self.down}
 
     def take_gradient_(self) -> None:
         gradient = self.parameter.grad.masked_fill_(self.base == 0, 0).float()
-        with exact_products():
-            self.up.grad += gradient @ self.down.mT
-            self.down.grad += self.up.mT @ gradient
+        self.up.grad += gradient @ self.down.mT
+        self.down.grad += self.up.mT @ gradient
         self.parameter.grad = None
 
-    def write_(self, refit: bool) -> None:
-        with exact_products():
-            change = self.up @ self.down
-        change.masked_fill_(self.base == 0, -0.0)  # which changes no zero
-        self.put_(self.base.float() + change, refit)
+    def values(self) -> Tensor:
+        change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # which changes no zero
+        return self.base.float() + change
 
 
-def trained_parameters(
-    model: nn.Module, blocks_name: str, whole: bool = False
-) -> dict[str, tuple[nn.Parameter, bool]]:
-    """{name: (parameter, whether it is a linear's)}: what recovery trains, shared ones once.
+def trained_parts(
+    runner: BlockRunner,
+    whole: bool = False,
+    packed: Mapping[str, bool] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+) -> dict[str, Whole]:
+    """All that recovery trains, by the parameters' names; parameters with two names once.
 
-    These are the pruned linears, all of them if `whole`, and the norms and biases of the blocks;
-    what the blocks share with embeddings or head is left alone.
+    These are the linears with zeros, all of them if `whole`, and the norms and biases of the
+    blocks; what the blocks share with embeddings or head is left alone. What will be `packed`,
+    see `Recoverer`, is trained on its grid, and matrices get updates of `rank` if there is one.
     """
-    blocks = model.get_submodule(blocks_name)
-    inside, linears = f"{blocks_name}.", set()
-    for block in blocks:
+    model, inside, linears = runner.model, f"{runner.name}.", set()
+    for block in runner.blocks:
         for linear in find_linears(block, "")[0]:
             if whole or bool((linear.raw_weight == 0).any()):
                 linears.add(id(getattr(linear.module, linear.parameter)))
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    outside = {id(parameter) for name, parameter in parameters if not name.startswith(inside)}
-    trained = {}
-    for name, parameter in blocks.named_parameters():
+    every = model.named_parameters(remove_duplicate=False)
+    outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
+    strict = set(model._keep_in_fp32_modules_strict or ())
+    generator = torch.Generator().manual_seed(seed)
+    parts = {}
+    for path, parameter in runner.blocks.named_parameters():
+        name, is_matrix = inside + path, id(parameter) in linears
         vector = parameter.dim() == 1 or name.endswith("bias")
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
-        if id(parameter) in linears or vector:
-            trained[inside + name] = parameter, id(parameter) in linears
-    return trained
+        if is_matrix or vector:
+            kept = runner.save_dtype or parameter.dtype
+            dtype = torch.float32 if strict.intersection(name.split(".")) else kept
+            grid = Grid(packed[name]) if packed and name in packed else None
+            if is_matrix and rank:
+                parts[name] = LowRank(parameter, dtype, grid, rank, generator)
+            else:
+                parts[name] = Whole(parameter, is_matrix, dtype, grid)
+    return parts
 
 
 @dataclass
 class Recovered:
-    """How it went: (tokens seen, perplexity of what was held out) and losses; what was kept."""
+    """How it went: what was held out, measured after some tokens, and what was kept."""
 
-    curve: list[dict[str, float]] = field(default_factory=list)
+    schedule: TrainSchedule
+    trained: int  # weights
+    curve: list[dict[str, float]] = field(default_factory=list)  # tokens, perplexity, loss
     best: int = 0  # of the curve
-    trained: int = 0  # weights
     tokens: int = 0
     seconds: float = 0.0
-    bits: int = 16  # of the grid that was trained on
 
     def line(self) -> str:
         """What a user should know at the end."""
         first, best = self.curve[0]["perplexity"], self.curve[self.best]
         if not self.best:
-            stay = "stay as they were" if self.bits == 16 else f"are rounded to {self.bits} bits"
-            return f"recovery: nothing was better than the pruned weights, which {stay}"
+            return "recovery: nothing was better than what pruning left, which is kept"
         return (
             f"recovery: perplexity {first:.4f} to {best['perplexity']:.4f} on what was held out, "
             f"after {best['tokens']} of {self.tokens} tokens"
         )
 
+    def record(self) -> dict[str, Any]:
+        """What results.json says of the training, besides its text and its teacher."""
+        schedule = self.schedule
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "steps": schedule.steps,
+            "windows": schedule.windows,
+            "rate": schedule.rate,
+            "rank": schedule.rank,
+            "cross_entropy": schedule.share,
+            "weights": self.trained,
+            "curve": self.curve,
+            "kept": self.curve[self.best],
+        }
+
 
 class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
-    `rounding`: the dtype in which the model will be saved. `measure(runner, windows)` gives
-    perplexity, the same in every process of `dist`. `finished`, of the main process: keeps
-    where the training stands, and gives it back after an interruption. `checkpointed`: a block's
-    activations are computed again when they are needed, for less memory. `whole`: all linears of
-    the blocks are trained, not only those with zeros. `grids`, by the parameters' names: of those
-    that will be packed as integers.
+    `whole`: all linears of the blocks are trained, not only those with zeros. `packed`: the weights
+    that will be packed as 4-bit integers, {name: whether it is (in, out)}. Kept are the weights for
+    which `measure(runner, windows)` is lowest; it is the same in every rank.
     """
 
     def __init__(
@@ -303,70 +292,41 @@ class Recoverer:
         teacher: BlockRunner,
         schedule: TrainSchedule,
         text: TrainingText,
-        batch_size: int,
-        measure: Callable[[BlockRunner, Tensor], float],
-        rounding: torch.dtype,
         *,
-        dist: DistContext,
-        finished: WorkFolder | None = None,
-        checkpointed: bool = False,
         whole: bool = False,
-        grids: Mapping[str, Grid] | None = None,
+        packed: Mapping[str, bool] | None = None,
+        measure: Callable[[BlockRunner, Tensor], float] = perplexity,
     ) -> None:
-        self.runner, self.teacher = runner, teacher
-        self.text, self.batch_size = text, batch_size
+        self.runner, self.teacher, self.text = runner, teacher, text
         self.measure = measure
-        self.dist = dist
-        self.finished = finished
-        self.checkpointed = checkpointed
-        self.parts: dict[str, Whole | LowRank] = {}
-        strict = set(runner.model._keep_in_fp32_modules_strict or ())
-        generator = torch.Generator().manual_seed(schedule.seed)
-        trained = trained_parameters(runner.model, runner.name, whole)
+        self.parts = trained_parts(runner, whole, packed, schedule.rank, schedule.seed)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
-            matrices = (parameter for parameter, sparse in trained.values() if sparse)
+            matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
             schedule = replace(schedule, rate=default_rate(matrices, width, len(runner.blocks)))
         self.schedule = schedule
-        for name, (parameter, sparse) in trained.items():
-            dtype = torch.float32 if strict.intersection(name.split(".")) else rounding
-            grid = (grids or {}).get(name)
-            if sparse and schedule.rank:
-                self.parts[name] = LowRank(parameter, schedule.rank, dtype, generator, grid)
-            else:
-                self.parts[name] = Whole(parameter, sparse, dtype, grid)
         self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
-        self.best_scales: dict[str, Tensor] = {}
+        self.strict = True  # until an operation is met that is not deterministic
         self.done = Recovered(
+            schedule=schedule,
             trained=sum(part.parameter.numel() for part in self.parts.values()),
-            bits=min((grid.bits for grid in self.grids.values()), default=16),
         )
 
     def summary(self) -> list[str]:
-        """What is going to be done, a line each."""
-        schedule, weights = self.schedule, self.done.trained
+        """What is going to be done, and a line on each text that is read again."""
+        schedule = self.schedule
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
-        lines = [
-            f"recovery: {how} {weights:,} weights in {schedule.steps} steps of "
+        count = f"{len(self.grids)} of {len(self.parts)} tensors"
+        grids = f", {count} as the 4-bit integers that are packed," if self.grids else ""
+        return [
+            f"recovery: {how} {self.done.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
+        ] + [
+            f"recovery: {source['name']} has {source['windows']} windows of train text, which are "
+            f"read {source['passes']} times"
+            for source in self.text.facts["sources"]
+            if source["passes"] > 1
         ]
-        if self.grids:
-            lines.append(
-                f"recovery: {len(self.grids)} of {len(self.parts)} tensors are trained as the "
-                f"{self.done.bits}-bit integers that will be packed"
-            )
-        if self.dist.size > schedule.windows:
-            lines.append(
-                f"recovery: a step of {schedule.windows} windows keeps no more processes at work; "
-                "fewer would be as fast"
-            )
-        for source in self.text.facts["sources"]:
-            if source["passes"] > 1:
-                lines.append(
-                    f"recovery: {source['name']} has {source['windows']} windows of train text, "
-                    f"which are read {source['passes']} times"
-                )
-        return lines
 
     @property
     def scales(self) -> dict[str, Tensor]:
@@ -375,53 +335,53 @@ class Recoverer:
         parameters = self.runner.model.named_parameters(remove_duplicate=False)
         return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
 
-    def run(self, on_progress: Callable[..., None] | None = None) -> Recovered:
+    def run(self, on_progress: Callable[..., None] = lambda tokens, note="": None) -> Recovered:
         """Train, and leave the model with its best weights, rounded.
 
         `on_progress(tokens, note)` is called after each step. UserError where the loss is not
         finite.
         """
-        on_progress = on_progress or (lambda tokens, note="": None)
-        self.began = time.perf_counter()
-        self._set_up()
+        began = time.perf_counter()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
-        if not self._resumed():
+        finished = self.runner.weights.finished
+        self._set_up()
+        state = self._resumed()
+        if not state:
             self._write_(refit=False)
             self._note(0, None)
-        on_progress(self.step * tokens)
+            state = {"step": 0, "losses": [], "seconds": 0.0}
+        first, losses, before = state["step"], state["losses"], state["seconds"]
+        on_progress(first * tokens)
         kept = time.monotonic()
-        with self._gradients(), deterministic(self.runner.device):
-            for step in range(self.step, steps):
+        with self._gradients(), deterministic(self.runner.device, strict=False):
+            for step in range(first, steps):
                 loss = self._step(step)
-                self.losses.append(loss)
-                self.step = step + 1
-                measured = self.step in self.schedule.measured
+                losses.append(loss)
+                measured = step + 1 in self.schedule.measured
                 if measured:
-                    self._note(self.step * tokens, sum(self.losses) / len(self.losses))
-                    self.losses = []
-                if self.finished and (measured or time.monotonic() - kept > KEEP_SECONDS):
-                    self._keep()
+                    self._note((step + 1) * tokens, sum(losses) / len(losses))
+                    losses = []
+                if finished and (measured or time.monotonic() - kept > KEEP_SECONDS):
+                    seconds = before + time.perf_counter() - began
+                    state = {"step": step + 1, "losses": losses, "seconds": seconds}
+                    state |= {"curve": self.done.curve, "best": self.done.best}
+                    finished.write("recovery", self._state(), state)
                     kept = time.monotonic()
                 on_progress(tokens, f"loss {loss:.4f}")
         for part, best in zip(self.parts.values(), self.best, strict=True):
             part.parameter.data.copy_(best)
         self.done.tokens = steps * tokens
-        self.done.seconds = round(self.before + time.perf_counter() - self.began, 3)
+        self.done.seconds = round(before + time.perf_counter() - began, 3)
         return self.done
 
     def _set_up(self) -> None:
-        leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
-        device = self.runner.device
+        self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
+        sizes = [leaf.numel() for leaf in self.leaves]
         # all gradients stand in one row, for one sum over processes
-        self.gradient = torch.zeros(sum(leaf.numel() for leaf in leaves), device=device)
-        start = 0
-        for leaf in leaves:
-            leaf.grad = self.gradient[start : start + leaf.numel()].view_as(leaf)
-            start += leaf.numel()
-        self.leaves = leaves
-        self.optimizer = torch.optim.AdamW(leaves, betas=BETAS, weight_decay=0.0, fused=True)
-        self.step, self.losses, self.before = 0, [], 0.0
-        self.best: list[Tensor] = []
+        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
+        for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
+            leaf.grad = gradient.view_as(leaf)
+        self.optimizer = torch.optim.AdamW(self.leaves, betas=BETAS, weight_decay=0.0, fused=True)
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -446,15 +406,17 @@ class Recoverer:
 
     def _step(self, step: int) -> float:
         """One step of the optimizer; its loss, in nats a token."""
-        schedule, windows = self.schedule, self.schedule.windows
-        places = self.text.order[step * windows : (step + 1) * windows]
-        own = self.text.windows[places[self.dist.share(len(places))]]
-        self.gradient.zero_()
-        loss = torch.zeros(1, dtype=torch.float64, device=self.runner.device)
-        for ids in own.split(self.batch_size) if len(own) else ():
-            loss += self._backward(ids.to(self.runner.device), len(places) * schedule.seqlen)
-        self.dist.barrier()
-        for handle in self.dist.all_reduce_([self.gradient, loss]):
+        schedule, dist = self.schedule, self.runner.dist
+        try:
+            loss = self._accumulate_(step)
+        except RuntimeError as error:
+            if not self.strict or "deterministic" not in str(error):
+                raise
+            self.strict = False
+            print(f"recovery: two runs may differ: {str(error).split(',')[0]}", flush=True)
+            loss = self._accumulate_(step)
+        dist.barrier()
+        for handle in dist.all_reduce_([self.gradient, loss]):
             handle.wait()
         if not math.isfinite(loss.item()):
             raise self._diverged(step, "the loss is")
@@ -480,16 +442,27 @@ class Recoverer:
         for part in self.parts.values():
             part.write_(refit)
 
+    def _accumulate_(self, step: int) -> Tensor:
+        """Gradients of this process's share of a step's windows, and its part of the loss (1,)."""
+        runner, windows = self.runner, self.schedule.windows
+        places = self.text.order[step * windows : (step + 1) * windows]
+        own = self.text.windows[places[runner.dist.share(len(places))]]
+        for part in self.parts.values():
+            part.parameter.grad = None
+        self.gradient.zero_()
+        loss = torch.zeros(1, dtype=torch.float64, device=runner.device)
+        for ids in own.split(runner.batch_size) if len(own) else ():
+            loss += self._backward(ids.to(runner.device), len(places) * self.schedule.seqlen)
+        return loss
+
     def _backward(self, ids: Tensor, tokens: int) -> Tensor:
         """Gradients of windows (n, seqlen), one of a step's batches, and their part of its loss."""
         runner, teacher = self.runner, self.teacher
-        teacher_states = teacher.capture(ids, len(ids), runner.device)
-        for index in range(len(teacher.blocks)):
-            teacher.advance_(teacher_states, index)
+        (teacher_states,) = teacher.run_blocks([ids], state_device=runner.device)
         states = runner.capture(ids, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
         for block, ((args, kwargs),) in zip(runner.blocks, states.block_args, strict=True):
-            if self.checkpointed:
+            if runner.checkpointed:
                 hidden = checkpoint(run_block, block, hidden, args, kwargs, use_reentrant=False)
             else:
                 hidden = run_block(block, hidden, args, kwargs)
@@ -501,26 +474,24 @@ class Recoverer:
             tokens=tokens,
             share=self.schedule.share,
         )
-        hidden.backward(last.grad)
+        with deterministic(runner.device, self.strict):
+            hidden.backward(last.grad)
         return loss
 
     def _note(self, tokens: int, loss: float | None) -> None:
         """Measure the windows held out, and keep the weights if they are the best so far."""
-        perplexity = self.measure(self.runner, self.text.held_out)
+        figure = self.measure(self.runner, self.text.held_out)
         curve = self.done.curve
-        curve.append({"tokens": tokens, "perplexity": perplexity, "loss": loss})
-        if len(curve) == 1 or perplexity < curve[self.done.best]["perplexity"]:
+        curve.append({"tokens": tokens, "perplexity": figure, "loss": loss})
+        if len(curve) == 1 or figure < curve[self.done.best]["perplexity"]:
             self.done.best = len(curve) - 1
             self._take_best()
 
     def _take_best(self) -> None:
-        self.best = self._rounded()
+        """Keep the trained parameters on the host, rounded as they are."""
+        parameters = (part.parameter.detach() for part in self.parts.values())
+        self.best = [parameter.to("cpu", copy=True) for parameter in parameters]
         self.best_scales = {name: grid.scales.clone() for name, grid in self.grids.items()}
-
-    def _rounded(self) -> list[Tensor]:
-        """The trained parameters as they would be saved, on the host."""
-        parts = self.parts.values()
-        return [part.parameter.detach().to("cpu", part.kept_dtype, copy=True) for part in parts]
 
     def _state(self) -> dict[str, Tensor]:
         """All that the next step depends on, besides facts, and the best weights so far."""
@@ -536,53 +507,23 @@ class Recoverer:
             state[f"best scales of {name}"] = self.best_scales[name]
         return state
 
-    def _keep(self) -> None:
-        seconds = self.before + time.perf_counter() - self.began
-        facts = {"step": self.step, "losses": self.losses, "curve": self.done.curve}
-        facts |= {"best": self.done.best, "seconds": seconds}
-        self.finished.write("recovery", self._state(), facts, "the recovery's state")
-
-    def _resumed(self) -> bool:
-        """Take the state of an interrupted run; whether there is one."""
-        kept = None
-        if self.finished:
-            kept = self.finished.read("recovery", "the recovery begins again")
-        facts = self.dist.all_gather_object(kept and kept[1])[0]
+    def _resumed(self) -> dict[str, Any] | None:
+        """Take the state of an interrupted run, and return its facts; None if there is none."""
+        finished, dist = self.runner.weights.finished, self.runner.dist
+        kept = finished.read("recovery") if finished else None
+        facts = dist.all_gather_object(kept and kept[1])[0]
         if facts is None:
-            return False
+            return None
         for leaf in self.leaves:  # as the optimizer would have it after a step
             zeros = {"exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
             self.optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device)} | zeros
         self._take_best()
         for name, tensor in self._state().items():
             stored = kept[0][name] if kept else torch.empty_like(tensor)
-            tensor.copy_(self.dist.broadcast_(stored, 0))
+            tensor.copy_(dist.broadcast_(stored, 0))
         self._write_(refit=False)
-        self.step, self.losses, self.before = facts["step"], facts["losses"], facts["seconds"]
         self.done.curve, self.done.best = facts["curve"], facts["best"]
-        return True
-
-
-def recovery_bytes(
-    load: Workload, rank: int | None, batch_size: int, checkpointed: bool, on_grid: bool = False
-) -> StepBytes:
-    """Memory of training, besides the model and its teacher: what is trained, its gradient and
-    AdamW's two averages, with a batch on its way there and back. `on_grid`: see `Grid`."""
-    shapes, saved = load.shapes, load.saved.itemsize
-    if rank:
-        state = shapes.in_blocks * saved + 4 * FLOAT * rank * shapes.edges
-    else:
-        masters = on_grid or not load.working == load.saved == torch.float32
-        state = shapes.in_blocks * FLOAT * (4 if masters else 3)
-    # the best so far
-    state += shapes.in_blocks * (load.working.itemsize if on_grid else saved)
-    graph = int(BACKWARD * load.activations(batch=batch_size))
-    if checkpointed:  # of one block, and the states before each
-        graph += shapes.count * load.hidden_states(batch_size)
-    else:
-        graph *= shapes.count
-    logits = 5 * load.logits(batch_size)  # the teacher's, two distributions, the loss's gradient
-    return StepBytes(0, state + FLOAT * shapes.largest_group + graph + logits)
+        return facts
 
 
 def divergence_(
@@ -599,21 +540,23 @@ def divergence_(
     `logits` is computed from gets its gradient here, a chunk of positions at a time: of either
     loss, d / d logits is the difference of the model's distribution and what it should be.
     """
-    total, length = 0, ids.shape[1]
+    total, start, length = 0, 0, ids.shape[1]
     for positions, chunk in iter_logits(logits, length, ids.device):
+        # positions with a next token: a number, so that no chunk waits for the device
+        count = min(len(positions), length - 1 - start) if share else 0
         with torch.no_grad():
             log_p = chunk.float().log_softmax(-1)
             log_q = teacher_logits(positions).float().log_softmax(-1)
             q = log_q.exp()
             loss = (q * log_q.sub_(log_p)).sum(-1, dtype=torch.float64)  # (n, positions)
-            count = (positions + 1 < length).sum() if share else 0  # the last has no next token
             if count:
-                following = ids[:, positions[:count] + 1].unsqueeze(-1)
+                following = ids[:, start + 1 : start + 1 + count].unsqueeze(-1)
                 text = -log_p[:, :count].gather(-1, following).squeeze(-1)
                 loss[:, :count] += share * (text - loss[:, :count])
                 q[:, :count] *= 1 - share
                 q[:, :count].scatter_add_(-1, following, torch.full_like(text, share)[..., None])
             total += loss.sum() / tokens
             gradient = log_p.exp_().sub_(q).div_(tokens).to(chunk.dtype)
+        start += len(positions)
         chunk.backward(gradient)
     return total

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from lib.distributed.context import DistContext
-from lib.methods.registry import MethodSpec
+from lib.methods.rounding import Rounding
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.matrix import PrunableLinear
@@ -28,36 +26,29 @@ from lib.util.errors import UserError
 
 
 class Rounder(Pruner):
-    """Rounds in place, with `method_spec` of the method `rounding`; what a linear was is its aim.
+    """Rounds in place; what a linear was is its aim.
 
     The result is reported in `done`, as if it were pruned.
     """
 
-    def __init__(self, runner: BlockRunner, method_spec: MethodSpec, *, dist: DistContext) -> None:
-        # no dtype to round to besides: integers times scales are kept as they are
-        super().__init__(runner, method_spec, uniform(runner, Sparsity(0.0)), dist=dist)
-        self.bits = method_spec.options["bits"]
+    stage = "rounded"
+
+    def __init__(self, runner: BlockRunner, method: type[Rounding]) -> None:
+        super().__init__(runner, method, uniform(runner, Sparsity(0.0)))
+        self.save_dtype = None  # integers times scales are kept as they are
+        self.bits = method.bits
         self.row_scales: dict[str, Tensor] = {}  # at 8 bits, (out, 1)
 
     def run(
-        self,
-        windows: Tensor | None,
-        batch_size: int,
-        state_device: torch.device | str = "cpu",
-        on_progress: Callable[[int], None] | None = None,
-        cache_inputs: bool = True,
+        self, windows: Tensor | None, on_progress: Callable[[int], None] = lambda blocks: None
     ) -> Pruned:
-        """As `Pruner.run`; raises UserError too where nothing will be packed.
-
-        What `--resume` keeps has names of its own.
-        """
+        """As `Pruner.run`; raises UserError too where nothing will be packed."""
         if not any(map(self._is_packed_in, range(len(self.runner.blocks)))):
             raise UserError(
                 "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method "
                 "first"
             )
-        self.runner.weights.stage = "rounded"
-        return super().run(windows, batch_size, state_device, on_progress, cache_inputs)
+        return super().run(windows, on_progress)
 
     @property
     def scales(self) -> dict[str, Tensor]:

@@ -23,12 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.shapes import FLOAT, StepBytes, Workload
 from lib.packed import checkpoint, kernels
 from lib.packed.checkpoint import METHOD, mark_packed_
 from lib.packed.errors import PackedError
 from lib.packed.grid import GROUP, HIGHEST, LOWEST, spread_scales
-from lib.packed.layout import LARGE_TILE, is_smaller_packed, packed_bytes
+from lib.packed.layout import is_smaller_packed, packed_bytes
 from lib.packed.linear import SparseLinear, kernels_ready, set_all
 from lib.util.errors import UserError
 
@@ -327,20 +326,3 @@ def _counted(reasons: dict[str, str], what: str) -> str:
     counts = Counter(reasons.values()).most_common()
     why = "; ".join(reason if len(counts) == 1 else f"{n}: {reason}" for reason, n in counts)
     return f"{len(reasons)} {what} ({why})"
-
-
-def packing_bytes(load: Workload, bits: int) -> StepBytes:
-    """Return the bytes for packing the largest linear.
-
-    They are its packed form beside it, and at 8 and 4 bits the check of every weight.
-    """
-    largest = load.shapes.largest_matrix
-    tile = min(largest, LARGE_TILE)
-    checked = 3 * FLOAT * largest + UNPACKED * tile if bits < 16 else 0
-    return StepBytes(0, largest * load.working.itemsize + PACKED * tile + checked)
-
-
-def unpacking_bytes(load: Workload) -> int:
-    """Return the bytes for unpacking one packed linear that no kernel supports."""
-    largest = load.shapes.largest_matrix
-    return largest * load.working.itemsize + UNPACKED * min(largest, LARGE_TILE)

@@ -28,15 +28,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.counts import (
-    RARE_SIGNS,
-    TokenCounts,
-    compare_on_source,
-    compare_on_texts,
-    count_tokens,
-)
+from lib.data.counts import TokenCounts, TokenizerComparison, compare_tokenizers, count_tokens
+from lib.data.documents import open_documents
 from lib.data.sources import Source
 from lib.data.tokenizer import FLAG, TrimmableTokenizer
+from lib.data.windows import test_documents
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
 from lib.model.rows import TRIMMED_FROM, keep_rows_
@@ -46,6 +42,8 @@ COMMON_LETTER = 1e-4  # share of the texts' tokens that have a letter, from whic
 MULTIPLE = 64  # the number of rows is a multiple of this, for fast matrix products on GPUs
 # with these numbers of rows llama.cpp's converter mistakes a LLaMA for CodeLlama or Granite
 MISLEADING_ROWS = frozenset({32016, 49152})
+# scripts and signs that are rare in texts, some of them beyond the first 65,536
+RARE_SIGNS = "🦉🏳️‍🌈 漢字の書き方 한국어 ไทย ꙮ𝔘𐍈 ﷽ ⅷ\u200b\ufeff\t\r\n  \x00¤"
 PROOF_TOKENS = 256  # of a test window, for logits before and after
 NOTE = (
     "The vocabulary was trimmed: fewer tokens share the probability, so perplexity falls by "
@@ -79,15 +77,16 @@ class TrimmedVocabulary:
         Raises UserError if a text decodes differently.
         """
         texts = [RARE_SIGNS, *RARE_SIGNS]
-        rare = compare_on_texts(texts, self.original_tokenizer, self.tokenizer, self.rows)
-        if rare.damaged is not None:
+        damaged = self._compare(texts).damaged
+        if damaged is not None:
             raise UserError(
-                f"{FLAG}: {texts[rare.damaged - 1]!r}, which is in no text, decodes differently "
+                f"{FLAG}: {texts[damaged - 1]!r}, which is in no text, decodes differently "
                 "with the trimmed tokenizer; nothing is saved, leave the flag out"
             )
         lines, records = [], []
         for source in sources:
-            result = compare_on_source(source, self.original_tokenizer, self.tokenizer, self.rows)
+            with open_documents(source, "test") as (documents, _):
+                result = self._compare(test_documents(source, documents))
             if result.damaged is not None:
                 raise source.error(
                     f"its test document {result.damaged} decodes differently with the trimmed "
@@ -103,6 +102,9 @@ class TrimmedVocabulary:
             )
         self.facts["tests"] = records
         return lines
+
+    def _compare(self, texts: Iterable[str]) -> TokenizerComparison:
+        return compare_tokenizers(texts, self.original_tokenizer, self.tokenizer, self.rows)
 
     def summary(self) -> str:
         """Return the line on what was kept."""
@@ -150,24 +152,19 @@ def trim_vocabulary(
     rows: int,
     config_ids: set[int],
     size: int | None = None,
-    minimum: int = 1,
-    keep_reserved: bool = False,
 ) -> TrimmedVocabulary:
     """Count the train text of `sources`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
-    `size` rows stay, if given; tokens that occur less than `minimum` times are dropped. Reserved
-    tokens stay if `keep_reserved`. The processes of `dist` share the counting. Raises UserError if
-    the tokenizer can't be trimmed, or not so far.
+    `size` rows stay, if given. The processes of `dist` share the counting. Raises UserError if the
+    tokenizer can't be trimmed, or not so far.
     """
     start = time.perf_counter()
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     required = tokens.required_ids() | tokens.template_ids()
     required |= config_ids & tokens.id_to_token.keys()
     reserved = tokens.reserved_ids() - required
-    if keep_reserved:
-        required, reserved = required | reserved, set()
-    required = _closure(tokens, required)
+    required = {part for index in required for part in tokens.merge_parts(index)}
     unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
     if size is not None and len(required) + len(unnamed) > size:
         raise UserError(
@@ -183,18 +180,14 @@ def trim_vocabulary(
         counted.counts,
         required,
         reserved=reserved | {i for i in tokens.id_to_token if i >= rows},
+        size=None if size is None else size - len(unnamed),
         n_unnamed=len(unnamed),
-        size=size,
-        minimum=minimum,
     )
     kept = tokens.sort_ids(chosen)
     order = _row_order(tokens, kept, unnamed=unnamed, rows=rows, size=size)
     used = [i for i in counted.counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
-    trimmed = TrimmedVocabulary(
-        tokenizer,
-        tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code),
-        torch.tensor(order),
-    )
+    smaller = tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code)
+    trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order))
     trimmed.facts = {
         "note": NOTE,
         "rows": len(order),
@@ -249,34 +242,32 @@ def choose_tokens(
     required: set[int],
     *,
     reserved: set[int] | frozenset[int] = frozenset(),
-    n_unnamed: int = 0,
     size: int | None = None,
-    minimum: int = 1,
+    n_unnamed: int = 0,
 ) -> set[int]:
     """Return the tokens that stay: `required`, and those that texts use, by falling `counts`.
 
-    `required` is closed over merges; every other token comes with its parts. A token that does not
-    fit into `size` rows, beside `n_unnamed` rows without a token, is left out. The tokens of
-    `_fill_order` fill the vocabulary up to `size`, or to a multiple of MULTIPLE that is not
-    misleading if there is no size or tokens are left out for their `minimum`. Of the `reserved`
+    `required` is closed over merges; every other token comes with its parts, or not at all if
+    there are more than `size` then. The tokens of `_fill_order` fill the vocabulary up to `size`,
+    or with `n_unnamed` rows that have no token up to a multiple of MULTIPLE. Of the `reserved`
     tokens only those stay that texts use. `counts` is (tokens,).
     """
-    order = _fill_order(tokens, counts)
-    n_occurrences = counts.tolist()
     chosen = set(required)
-    limit = float("inf") if size is None else size - n_unnamed
-    for index in order:
-        if n_occurrences[index] < minimum:
-            break
-        _add_(chosen, tokens, index, limit)
-    filled = _round_up(len(chosen) + n_unnamed) - n_unnamed
-    if size is not None and minimum <= 1:
-        filled = max(filled, limit)
-    for index in order:
-        if len(chosen) >= filled:
-            break
-        if index not in reserved:
-            _add_(chosen, tokens, index, min(filled, limit))
+
+    def add(indices: Iterable[int], limit: float) -> None:
+        for index in indices:
+            if len(chosen) >= limit:
+                break
+            if index not in chosen:
+                new = tokens.merge_parts(index) - chosen
+                if len(chosen) + len(new) <= limit:
+                    chosen.update(new)
+
+    order = _fill_order(tokens, counts)
+    used = counts > 0
+    add((index for index in order if used[index]), float("inf") if size is None else size)
+    limit = _round_up(len(chosen) + n_unnamed) - n_unnamed if size is None else size
+    add((index for index in order if index not in reserved), limit)
     return chosen
 
 
@@ -301,18 +292,6 @@ def _round_up(rows: int) -> int:
     """Return the next multiple of MULTIPLE that is no MISLEADING_ROWS."""
     rounded = rows + -rows % MULTIPLE
     return rounded + MULTIPLE if rounded in MISLEADING_ROWS else rounded
-
-
-def _add_(chosen: set[int], tokens: TrimmableTokenizer, index: int, limit: float) -> None:
-    """Add a token with its parts, if they fit."""
-    if index not in chosen:
-        new = tokens.merge_parts(index) - chosen
-        if len(chosen) + len(new) <= limit:
-            chosen |= new
-
-
-def _closure(tokens: TrimmableTokenizer, ids: Iterable[int]) -> set[int]:
-    return {part for index in ids for part in tokens.merge_parts(index)}
 
 
 def _reduce_counts(counted: TokenCounts, dist: DistContext) -> TokenCounts:

@@ -60,26 +60,9 @@ def needs_bos(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def events() -> Iterator[list[str]]:
-    """What runs in this process tell of themselves, in order (lib/util/events.py)."""
-    from lib.util.events import listening
-
-    seen: list[str] = []
-    with listening(lambda event, number: seen.append(event)):
-        yield seen
-
-
-@pytest.fixture
-def no_weights() -> Iterator[None]:
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that reads weights fails the test."""
-    from lib.util.events import listening
-
-    def listen(event: str, _: int) -> None:
-        if event.startswith("weights of "):
-            pytest.fail("weights were read")
-
-    with listening(listen):
-        yield
+    monkeypatch.setattr("lib.run.load._read_model", lambda *_: pytest.fail("weights were read"))
 
 
 @pytest.fixture

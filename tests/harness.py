@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-import lib.quality.tasks
+import lib.run.tasks
 
 
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -40,4 +40,4 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forget() -> None:
     """The tasks that are known, of lm-eval or of what takes its place."""
-    lib.quality.tasks._read_tasks.cache_clear()
+    lib.run.tasks._read_tasks.cache_clear()

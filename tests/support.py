@@ -26,15 +26,14 @@ from torch import Tensor, nn
 
 import main
 from lib.distributed.context import DistContext
-from lib.methods.registry import MethodSpec
+from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.prune import Pruned, Pruner
 from lib.pruning.allocation import Allocation, uniform
-from lib.util import command
-from lib.util.events import listening
+from lib.util import command, progress
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -76,15 +75,40 @@ def call(*argv: object) -> Done:
 
 
 @contextmanager
-def raising(error: BaseException, event: str, number: int = 0) -> Iterator[None]:
-    """Inside, a run that comes to an event (lib/util/events.py) fails there by this error."""
+def at(what: str, number: int, act: Callable[[], object]) -> Iterator[None]:
+    """Inside, `act()` is called when the progress bar `what` has been told of `number` steps."""
+    before = progress.progress
 
-    def listen(*given: object) -> None:
-        if given == (event, number):
-            raise error
+    @contextmanager
+    def watched(total: int | None, label: str, unit: str, shown: bool = True):
+        with before(total, label, unit, shown) as on_progress:
+            steps = 0
 
-    with listening(listen):
+            def told(done: int, note: str = "") -> None:
+                nonlocal steps
+                on_progress(done, note)
+                steps += 1
+                if (label, steps) == (what, number):
+                    act()
+
+            if (label, number) == (what, 0):
+                act()
+            yield told
+
+    progress.progress = watched
+    try:
         yield
+    finally:
+        progress.progress = before
+
+
+def raising(error: BaseException, what: str, number: int = 0):
+    """Inside, a run that comes there, see `at`, fails by this error."""
+
+    def fail() -> None:
+        raise error
+
+    return at(what, number, fail)
 
 
 @contextmanager
@@ -99,16 +123,13 @@ def no_file_larger_than(size: int) -> Iterator[None]:
 
 
 @contextmanager
-def full_disk(event: str, number: int = 0, size: int = 10_000) -> Iterator[None]:
-    """Inside, from an event of a run on (lib/util/events.py), no file takes more than `size`."""
-    with ExitStack() as full:
-
-        def listen(*given: object) -> None:
-            if given == (event, number):
-                full.enter_context(no_file_larger_than(size))
-
-        with listening(listen):
-            yield
+def full_disk(what: str, number: int = 0, size: int = 10_000) -> Iterator[None]:
+    """Inside, from a moment of a run on, see `at`, no file takes more than `size`."""
+    with (
+        ExitStack() as full,
+        at(what, number, lambda: full.enter_context(no_file_larger_than(size))),
+    ):
+        yield
 
 
 def start(code: list[str], folder: Path, **environment: str) -> subprocess.Popen:
@@ -175,9 +196,9 @@ def windows(count: int, tokens: int = 24, seed: int = 0) -> Tensor:
     return torch.randint(3, 300, (count, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def runner_of(model: nn.Module) -> BlockRunner:
+def runner_of(model: nn.Module, batch_size: int = 3) -> BlockRunner:
     """The model's decoder blocks, run on the CPU."""
-    return BlockRunner(model, CPU)
+    return BlockRunner(model, CPU, batch_size=batch_size)
 
 
 def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
@@ -188,24 +209,15 @@ def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
 def prune_(
     model: nn.Module | BlockRunner,
     method: str = "wanda",
-    sparsity: Sparsity = HALF,
+    sparsity: Sparsity | Allocation = HALF,
     ids: Tensor | None = None,
-    batch_size: int = 3,
-    state_device: torch.device = CPU,
 ) -> Pruned:
     """Prune a model, or the one of a runner, in place; by default on five windows."""
     runner = model if isinstance(model, BlockRunner) else runner_of(model)
-    pruner = pruner_of(runner, MethodSpec(method), sparsity)
-    return pruner.run(windows(5) if ids is None else ids, batch_size, state_device)
-
-
-def pruner_of(
-    runner: BlockRunner, method_spec: MethodSpec, sparsity: Sparsity | Allocation = HALF
-) -> Pruner:
-    """What prunes the runner's model in this process alone, all linears alike unless allocated."""
     if isinstance(sparsity, Sparsity):
         sparsity = uniform(runner, sparsity)
-    return Pruner(runner, method_spec, sparsity, dist=ALONE)
+    pruner = Pruner(runner, method_of(method), sparsity)
+    return pruner.run(windows(5) if ids is None else ids)
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:

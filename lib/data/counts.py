@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from tokenizers import Tokenizer
@@ -13,17 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib.data.documents import open_documents
-from lib.data.hub import StreamedRows
 from lib.data.sources import Source
-from lib.data.windows import test_documents
 from lib.util.progress import progress
 
 HUB_CHARACTERS = 100_000_000  # counted of a hub set; local text is counted whole
 BATCH_CHARACTERS = 4_000_000  # tokenised at a time, on all cores
-LONGEST = 1_000_000  # characters tokenised as one text
-BREAK = re.compile(r"\n(?=\S)")  # no tokenizer joins a line's first letter to the line before
-# scripts and signs that are rare in texts, some of them beyond the first 65,536
-RARE_SIGNS = "🦉🏳️‍🌈 漢字の書き方 한국어 ไทย ꙮ𝔘𐍈 ﷽ ⅷ\u200b\ufeff\t\r\n  \x00¤"
 
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -44,64 +36,45 @@ class TokenCounts:
 
 
 def count_tokens(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    rank: int = 0,
-    size: int = 1,
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, rank: int = 0, size: int = 1
 ) -> TokenCounts:
     """Count the tokens of the sources' train text.
 
-    Process `rank` of `size` tokenises every `size`th text; process 0 shows the progress. Raises
-    UserError for whatever is wrong with the texts.
+    Process `rank` of `size` tokenises every `size`th text, and sees the number of documents and
+    characters of all; process 0 shows the progress. Raises UserError for whatever is wrong with
+    the texts.
     """
     backend = plain_backend(tokenizer)
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     total = TokenCounts(torch.zeros(n_tokens, dtype=torch.long))
+
+    def own_texts(texts: Iterable[str], limit: float) -> Iterator[str]:
+        read = 0
+        for number, text in enumerate(texts):
+            read += len(text)
+            total.documents += 1
+            total.characters += len(text)
+            if number % size == rank:
+                yield text
+            on_progress(1)
+            if read >= limit:
+                return
+
     for source in sources:
         with open_documents(source, "train") as (documents, _):
-            streamed = isinstance(documents, StreamedRows)
-            texts = (text for _, text in documents) if streamed else iter(documents)
             n_texts = None if source.hub else len(documents)
-            with progress(n_texts, f"counting tokens of {source.name}", "text", rank == 0) as bar:
-                share = _share(_limited(texts, source, total), rank, size, bar)
-                for batch in _batches(chain.from_iterable(map(_cut, share))):
+            what = f"counting tokens of {source.name}"
+            with progress(n_texts, what, "text", rank == 0) as on_progress:
+                texts = own_texts(documents, HUB_CHARACTERS if source.hub else float("inf"))
+                for batch in batches(texts):
                     encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
                     ids = torch.tensor([i for e in encodings for i in e.ids], dtype=torch.long)
                     total.counts += torch.bincount(ids, minlength=n_tokens)
     return total
 
 
-def _limited(texts: Iterable[str], source: Source, total: TokenCounts) -> Iterator[str]:
-    """Yield the texts of a source, at most HUB_CHARACTERS of a hub set, and add them to `total`."""
-    left = HUB_CHARACTERS if source.hub else None
-    for text in texts:
-        total.documents += 1
-        total.characters += len(text)
-        yield text
-        if left is not None:
-            left -= len(text)
-            if left <= 0:
-                return
-
-
-def _share(texts: Iterable[str], rank: int, size: int, bar: Callable[..., None]) -> Iterator[str]:
-    """Yield the texts of one process."""
-    for number, text in enumerate(texts):
-        if number % size == rank:
-            yield text
-        bar(1)
-
-
-def _cut(text: str) -> Iterator[str]:
-    """Yield the parts of a very long text, which are tokenised side by side."""
-    start = 0
-    while len(text) - start > LONGEST and (line := BREAK.search(text, start + LONGEST)):
-        yield text[start : line.end()]
-        start = line.end()
-    yield text[start:]
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield lists of at least BATCH_CHARACTERS characters, the last one with what is left."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
@@ -129,18 +102,7 @@ class TokenizerComparison:
         return self.after / max(self.before, 1) - 1
 
 
-def compare_on_source(
-    source: Source,
-    before: PreTrainedTokenizerBase,
-    after: PreTrainedTokenizerBase,
-    rows: Tensor,
-) -> TokenizerComparison:
-    """Compare two tokenizers on the test documents of a source; see `compare_on_texts`."""
-    with open_documents(source, "test") as (documents, _):
-        return compare_on_texts(test_documents(source, documents), before, after, rows)
-
-
-def compare_on_texts(
+def compare_tokenizers(
     texts: Iterable[str],
     before: PreTrainedTokenizerBase,
     after: PreTrainedTokenizerBase,
@@ -153,22 +115,17 @@ def compare_on_texts(
     """
     comparison, old_ids = TokenizerComparison(), rows.tolist()
     backends = plain_backend(before), plain_backend(after)
-    for batch in _batches(texts):
-        ids_before, ids_after = (
-            [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
-            for backend in backends
-        )
-        decoded_before, decoded_after = (
-            backend.decode_batch(ids, skip_special_tokens=False)
-            for backend, ids in zip(backends, (ids_before, ids_after), strict=True)
-        )
-        for text, other_text, ids, other_ids in zip(
-            decoded_before, decoded_after, ids_before, ids_after, strict=True
-        ):
+    for batch in batches(texts):
+        cut, read = [], []  # ids and decoded texts of both tokenizers
+        for backend in backends:
+            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
+            cut.append([encoding.ids for encoding in encodings])
+            read.append(backend.decode_batch(cut[-1], skip_special_tokens=False))
+        for ids, new_ids, text, new_text in zip(*cut, *read, strict=True):
             comparison.documents += 1
-            if text != other_text and comparison.damaged is None:
+            if text != new_text and comparison.damaged is None:
                 comparison.damaged = comparison.documents
-            comparison.alike += ids == [old_ids[index] for index in other_ids]
+            comparison.alike += ids == [old_ids[index] for index in new_ids]
             comparison.before += len(ids)
-            comparison.after += len(other_ids)
+            comparison.after += len(new_ids)
     return comparison

@@ -124,6 +124,17 @@ def folder_files(source: Source, split: str) -> list[Path]:
     return sorted(p for ending in ROWS for p in source.path.glob(f"{split}*{ending}"))
 
 
+def check_text(source: Source, text: object, place: str) -> str:
+    """Return the text of the row at `place`. Raises UserError if no tokenizer can take it."""
+    if not isinstance(text, str):
+        raise source.error(f"{place}: the text is of type {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise source.error(f"{place}: the text has half of a surrogate pair; repair it") from None
+    return text
+
+
 def has_test(source: Source) -> bool:
     """Return whether the source is a local folder with a test text."""
     return bool(source.path and source.path.is_dir() and folder_files(source, "test"))

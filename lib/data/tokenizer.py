@@ -13,17 +13,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -36,16 +32,8 @@ BYTES = [f"<0x{number:02X}>" for number in range(256)]
 LITERALS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 TAGS = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
 ROLES = "user assistant system tool".split()
-TEMPLATE_SECONDS = 10.0  # that a chat template may take for all of its conversations
-# what a template raises for a conversation that it does not support
-TEMPLATE_ERRORS = (
-    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
-    *(ArithmeticError, AssertionError, RuntimeError),
-)
 NUMBER = re.compile(r"\d+")
-RESERVED_FAMILY = (
-    4  # special tokens that differ in a number only, from which they count as reserved
-)
+RESERVED_FAMILY = 4  # so many special tokens that differ in a number only are reserved ones
 
 
 class TrimmableTokenizer:
@@ -146,22 +134,15 @@ class TrimmableTokenizer:
         padding = {self.data["padding"]["pad_id"]} if self.data["padding"] else set()
         return recorder.keys() | padding
 
-    def template_ids(self, seconds: float = TEMPLATE_SECONDS) -> set[int]:
-        """Return the tokens of the chat template: of its texts, and of short conversations.
-
-        Raises UserError if the template takes longer than `seconds`.
-        """
-        backend = self.tokenizer.backend_tokenizer
-        try:
-            with time_limit(seconds):
-                texts = list(_template_texts(self.tokenizer))
-        except TimeLimitExceeded:
-            raise UserError(
-                f"{FLAG}: the chat template of {self.name} takes longer than "
-                f"{seconds:g} seconds for a conversation of a few words; leave the flag "
-                "out, or remove the template"
-            ) from None
-        encodings = backend.encode_batch(texts, add_special_tokens=False)
+    def template_ids(self) -> set[int]:
+        """Return the tokens of the chat templates: of literals, text outside tags, and roles."""
+        templates = self.tokenizer.chat_template or {}
+        texts = list(ROLES) if templates else []
+        for template in templates.values() if isinstance(templates, dict) else [templates]:
+            literals = (single or double for single, double in LITERALS.findall(template))
+            texts += [literal.replace("\\n", "\n") for literal in literals]
+            texts += TAGS.split(template)
+        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return {index for encoding in encodings for index in encoding.ids}
 
     def sort_ids(self, kept: Iterable[int]) -> list[int]:
@@ -233,32 +214,6 @@ class TrimmableTokenizer:
         return trimmed
 
 
-class TimeLimitExceeded(BaseException):
-    """Python code ran past its time limit. No `except Exception` on the way catches it."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeLimitExceeded in the Python code that is called inside, once the time is over.
-
-    The limit is checked at every line, so it ends endless loops and recursion, in any thread and
-    without signals. A single long operation in C runs to its end.
-    """
-    deadline = time.monotonic() + seconds
-
-    def trace(frame: Any, event: str, argument: Any) -> Any:
-        if time.monotonic() > deadline:
-            raise TimeLimitExceeded
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)
-
-
 def _refused(name: str, what: str) -> UserError:
     return UserError(
         f"{FLAG}: the tokenizer of {name} is {what}; only fast ones of the kinds BPE and Unigram "
@@ -320,22 +275,3 @@ def _map_post_processor(value: Any, new_ids: dict[int, int]) -> Any:
             token, index = value[end]
             value[end] = [token, new_ids[index]]
     return value
-
-
-def _template_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield the literals of each chat template, the text outside its tags, and conversations."""
-    templates = tokenizer.chat_template or {}
-    for template in templates.values() if isinstance(templates, dict) else [templates]:
-        for single, double in LITERALS.findall(template):
-            yield (single or double).replace("\\n", "\n")
-        yield from TAGS.split(template)
-        yield from ROLES
-        user, reply = ({"role": role, "content": "."} for role in ROLES[:2])
-        system = {"role": "system", "content": "."}
-        for conversation in ([user], [user, reply, user], [system, user]):
-            try:
-                yield tokenizer.apply_chat_template(
-                    conversation, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
-            except TEMPLATE_ERRORS:
-                continue

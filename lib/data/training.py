@@ -61,99 +61,64 @@ def training_windows(
     another order. The sources are mixed by weight, and `bos` begins each window, as for
     `calibration_windows`. Raises UserError if a source has fewer than two windows.
     """
-    shares = apportion([source.weight or 1.0 for source in sources], count)
+    weights = [source.weight or 1.0 for source in sources]
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
-    held_out_shares = apportion([source.weight or 1.0 for source in sources], held_out)
-    passages = Passages(tests, seqlen, bos)
-    parts: list[_SourceWindows] = []
-    for source, share, held in zip(sources, shares, held_out_shares, strict=True):
+    shares, held_out_shares = apportion(weights, count), apportion(weights, held_out)
+    overlap = OverlapFilter(tests, seqlen, bos)
+    windows: list[Tensor] = []  # of each source, (windows, seqlen)
+    orders: list[Tensor] = []  # of each source, (share,): rows of its `windows`
+    held: list[Tensor] = []  # of each source, (held out, seqlen)
+    records = []
+    for source, share, n_held in zip(sources, shares, held_out_shares, strict=True):
         if not share:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
             continue
-        parts.append(
-            _windows_of(
-                source,
-                tokenizer,
-                share=share,
-                held_out=held,
-                total=count,
-                seqlen=seqlen,
-                seed=seed,
-                passages=passages,
-            )
+        cut, n_dropped, revision = _cut_windows(
+            source, tokenizer, share + n_held, seqlen=seqlen, seed=seed, overlap=overlap
         )
-    source_of = torch.tensor(interleave([len(part.order) for part in parts]))
+        if len(cut) < share + n_held:
+            n_held = min(n_held, max(1, int(HELD_OUT_SHARE * len(cut))))
+        size = len(cut) - n_held
+        n_passes = -(-share // size)
+        generator = torch.Generator().manual_seed(seed)
+        passes = [torch.randperm(size, generator=generator) for _ in range(n_passes)]
+        windows.append(cut[n_held:])
+        orders.append(torch.cat(passes)[:share])
+        held.append(cut[:n_held])
+        records.append(
+            {"name": source.name, "source": source.text, "revision": revision, "windows": size}
+            | {"held_out": n_held, "passes": n_passes, "dropped": n_dropped}
+            | {"share": share / count}
+        )
+    source_of = torch.tensor(interleave([len(order) for order in orders]))
     order = torch.empty(len(source_of), dtype=torch.long)
     offset = 0
-    for index, part in enumerate(parts):
-        order[source_of == index] = part.order + offset
-        offset += len(part.windows)
-    windows = torch.cat([part.windows for part in parts])
-    held = torch.cat([part.held_out for part in parts])
+    for index, (part, rows) in enumerate(zip(windows, orders, strict=True)):
+        order[source_of == index] = rows + offset
+        offset += len(part)
+    trained, out = torch.cat(windows), torch.cat(held)
     if bos is not None:
-        windows, held = with_bos(windows, bos), with_bos(held, bos)
+        trained, out = with_bos(trained, bos), with_bos(out, bos)
     facts = {
         "name": mixture_name(sources),
-        "sources": [part.facts for part in parts],
+        "sources": records,
         "windows": len(order),
-        "held_out": len(held),
+        "held_out": len(out),
         "seqlen": seqlen,
         "bos": bos,
-        "digest": digest(torch.cat([windows[order], held])),
+        "digest": digest(torch.cat([trained[order], out])),
     }
-    return TrainingText(windows, order, held, facts)
-
-
-@dataclass(frozen=True, eq=False)
-class _SourceWindows:
-    """One source's part of a TrainingText."""
-
-    windows: Tensor  # (windows, seqlen)
-    order: Tensor  # (share,): rows of `windows`
-    held_out: Tensor  # (held out, seqlen)
-    facts: dict
-
-
-def _windows_of(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    share: int,
-    held_out: int,
-    total: int,
-    seqlen: int,
-    seed: int,
-    passages: Passages,
-) -> _SourceWindows:
-    """Cut `share` of `total` windows, and `held_out` more, from one source."""
-    cut = _cut_windows(source, tokenizer, share + held_out, seqlen, seed, passages)
-    windows, n_dropped, revision = cut
-    if len(windows) < share + held_out:
-        held_out = min(held_out, max(1, int(HELD_OUT_SHARE * len(windows))))
-    size = len(windows) - held_out
-    n_passes = -(-share // size)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(size, generator=generator) for _ in range(n_passes)])
-    facts = {
-        "name": source.name,
-        "source": source.text,
-        "revision": revision,
-        "windows": size,
-        "held_out": held_out,
-        "passes": n_passes,
-        "dropped": n_dropped,
-        "share": share / total,
-    }
-    return _SourceWindows(windows[held_out:], order[:share], windows[:held_out], facts)
+    return TrainingText(trained, order, out, facts)
 
 
 def _cut_windows(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
+    *,
     seqlen: int,
     seed: int,
-    passages: Passages,
+    overlap: OverlapFilter,
 ) -> tuple[Tensor, int, str | None]:
     """Cut at most `limit` windows (n, seqlen), in an order drawn by `seed`.
 
@@ -167,7 +132,7 @@ def _cut_windows(
             ids = tokenise(tokenizer, text)
             n_tried, longest = n_tried + 1, max(longest, len(ids))
             cut = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
-            clean = cut[~passages.found_in(cut)]
+            clean = cut[~overlap.found_in(cut)]
             n_dropped += len(cut) - len(clean)
             windows += clean
             if len(windows) >= limit:
@@ -185,10 +150,10 @@ def _cut_windows(
     return torch.stack(windows), n_dropped, revision
 
 
-def _shuffled_texts(source: Source, documents: Iterable, rng: random.Random) -> Iterator[str]:
+def _shuffled_texts(source: Source, documents: Iterable[str], rng: random.Random) -> Iterator[str]:
     """Yield the texts of a source in an order drawn by `rng`."""
     if source.stream:
-        yield from (text for _, text in shuffle_stream(islice(documents, STREAM_LIMIT), rng))
+        yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
     elif source.draw == JOINED:
         yield " ".join(documents)
     else:
@@ -196,8 +161,8 @@ def _shuffled_texts(source: Source, documents: Iterable, rng: random.Random) -> 
         yield from (documents[row] for row in rows[:STREAM_LIMIT])
 
 
-class Passages:
-    """Passages of test windows, to be recognised wherever they stand in other windows.
+class OverlapFilter:
+    """Finds passages of test windows, wherever they stand in other windows.
 
     A passage is known by a sum of its tokens times fixed random factors, modulo 2^64.
     """

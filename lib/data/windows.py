@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lib.data import hub
 from lib.data.documents import open_documents
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
+from lib.util.errors import UserError
 
 BUFFER = 1_000  # documents of a stream that are shuffled among each other
 STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
@@ -31,9 +31,7 @@ TEST_CHARACTERS = 4_000_000  # read of a large set's test text: 256 windows of 4
 TEST_WINDOWS = 256  # measured of a large set
 PROMPT = 16  # tokens of a prompt
 PROMPT_CHARACTERS = 50 * PROMPT  # of a document that are tokenised for its prompt
-LONG_TEXT = 2_000_000  # characters; a longer text is tokenised in parts of at least half of it
-CONTEXT = 1_000  # characters on each side of a cut that show whether it changes a token
-LINE_BREAK = re.compile(r"\n(?=\S)")  # most tokenizers join no letter to the line before
+REUSE = 4  # windows of a text file that a token may be in, on average
 log = logging.getLogger(__name__)
 
 
@@ -60,18 +58,13 @@ def calibration_windows(
     for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
         if count == 0:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
-        draw, revision = draw_windows(source, tokenizer, count, seqlen, seed)
-        windows[order == index] = draw.windows
-        drawn.append(
-            {"name": source.name, "source": source.text, "revision": revision}
-            | {"windows": count, "share": count / nsamples}
-            | {"rows": draw.rows, "starts": draw.starts}
-        )
+        windows[order == index], record = _draw_windows(source, tokenizer, count, seqlen, seed)
+        drawn.append(record | {"share": count / nsamples})
     if bos is not None:
         windows = with_bos(windows, bos)
-    facts = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
-    facts |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
-    return windows, facts
+    record = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
+    record |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
+    return windows, record
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -91,118 +84,99 @@ def interleave(counts: Sequence[int]) -> list[int]:
     return [i for _, i in sorted(positions)]
 
 
-@dataclass
-class Draw:
-    """The windows drawn from one source."""
-
-    windows: Tensor  # (windows, seqlen)
-    rows: list[int]
-    starts: list[int]  # index of the window's first token in its document
-    longest: int = 0  # tokens of the longest document that was too short
-
-    def add(self, ids: Tensor, row: int, rng: random.Random) -> None:
-        seqlen = self.windows.shape[1]
-        start = rng.randint(0, len(ids) - seqlen - 1)
-        self.windows[len(self.rows)] = ids[start : start + seqlen]
-        self.rows.append(row)
-        self.starts.append(start)
-
-    @property
-    def full(self) -> bool:
-        return len(self.rows) == len(self.windows)
-
-
-def draw_windows(
+def _draw_windows(
     source: Source, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
-) -> tuple[Draw, str | None]:
-    """Draw `count` windows of `seqlen` tokens; also returns the source's revision.
+) -> tuple[Tensor, dict]:
+    """Draw windows (count, seqlen) from one source, and record where each was drawn from.
 
     The published loops search endlessly where too few texts are long enough. This one raises
-    UserError once every text was tried, with the number of windows that the texts can give or the
-    length of the longest text.
+    UserError once every text was tried.
     """
-    draw = Draw(torch.empty(count, seqlen, dtype=torch.long), [], [])
+    windows = torch.empty(count, seqlen, dtype=torch.long)
+    rows: list[int] = []
+    starts: list[int] = []
+    lengths: dict[int, int] = {}  # tokens of each text that was tried
     rng = random.Random(seed)
     with open_documents(source, "train") as (documents, revision):
-        if source.stream:
-            n_tried = _draw_from_stream(draw, documents, tokenizer, rng)
-        elif source.draw == JOINED:
-            n_tried = _draw_from_joined(draw, documents, tokenizer, rng)
-        else:
-            n_tried = _draw_from_rows(draw, documents, tokenizer, rng, source.draw == AGAIN)
-    if draw.full:
-        return draw, revision
-    if not draw.rows:
-        raise source.error(
-            f"all {n_tried} texts are too short for a window of {seqlen} tokens, the longest has "
-            f"{draw.longest}; use --seqlen {max(draw.longest - 1, 1)} or less"
+        for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng) if count else ():
+            lengths[row] = len(ids)
+            if len(ids) <= seqlen:
+                continue
+            start = rng.randint(0, len(ids) - seqlen - 1)
+            windows[len(rows)] = ids[start : start + seqlen]
+            rows.append(row)
+            starts.append(start)
+            if len(rows) == count:
+                break
+    if len(rows) < count:
+        raise _too_few(source, lengths, len(rows), count, seqlen)
+    if source.draw == JOINED and source.path and count * seqlen > REUSE * sum(lengths.values()):
+        raise _too_little(source, sum(lengths.values()), count, seqlen)
+    record = {"name": source.name, "source": source.text, "revision": revision}
+    return windows, record | {"windows": count, "rows": rows, "starts": starts}
+
+
+def _drawn_texts(
+    source: Source,
+    documents: Sequence[str] | hub.StreamedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    rng: random.Random,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield row and token ids (tokens,) of texts in the order of the source's published loop.
+
+    It ends once no text is left that may give another window.
+    """
+    if isinstance(documents, hub.StreamedRows):  # as they come, each once
+        texts = islice(enumerate(documents, documents.first), STREAM_LIMIT)
+        for row, text in shuffle_stream(texts, rng):
+            yield row, tokenise(tokenizer, text)
+    elif source.draw == JOINED:
+        ids = tokenise(tokenizer, " ".join(documents))
+        yield 0, ids
+        while len(ids) > seqlen:
+            yield 0, ids
+    else:
+        done: set[int] = set()
+        while len(done) < len(documents):
+            row = rng.randint(0, len(documents) - 1)
+            if row in done:
+                continue
+            ids = tokenise(tokenizer, documents[row])
+            if len(ids) <= seqlen or source.draw != AGAIN:
+                done.add(row)
+            yield row, ids
+
+
+def _too_few(
+    source: Source, lengths: dict[int, int], drawn: int, count: int, seqlen: int
+) -> UserError:
+    """Return an error that says what `lengths` (tokens of each text) are enough for."""
+    longest = sorted(lengths.values(), reverse=True)
+    needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window fits into
+    way_out = "use a smaller --nsamples or more texts"
+    if len(longest) >= needed and longest[needed - 1] > 2:
+        way_out = f"--seqlen {longest[needed - 1] - 1} gives {count} windows"
+    elif not drawn and longest[0] > 2:
+        way_out = f"use --seqlen {longest[0] - 1} or less and a smaller --nsamples"
+    if drawn:
+        return source.error(
+            f"its {len(longest)} texts can give only {drawn} windows of {seqlen} tokens, {count} "
+            f"are wanted; {way_out}"
         )
-    raise source.error(
-        f"its {n_tried} texts can give only {len(draw.rows)} windows of {seqlen} tokens, {count} "
-        f"are needed; use a smaller --nsamples or --seqlen"
+    return source.error(
+        f"all {len(longest)} texts are too short for a window of {seqlen} tokens, the longest has "
+        f"{longest[0]}; {way_out}"
     )
 
 
-def _draw_from_rows(
-    draw: Draw,
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    rng: random.Random,
-    again: bool,
-) -> int:
-    """Draw by UberText's loop, or by C4's if a document may be used `again`.
-
-    Returns the number of texts that were tried.
-    """
-    seqlen = draw.windows.shape[1]
-    short, used = set(), set()
-    while not draw.full and len(short) + len(used) < len(texts):
-        row = rng.randint(0, len(texts) - 1)
-        if row in short or row in used:
-            continue
-        ids = tokenise(tokenizer, texts[row])
-        if len(ids) <= seqlen:
-            short.add(row)
-            draw.longest = max(draw.longest, len(ids))
-            continue
-        draw.add(ids, row, rng)
-        if not again:
-            used.add(row)
-    return len(texts)
-
-
-def _draw_from_joined(
-    draw: Draw, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, rng: random.Random
-) -> int:
-    """Draw by WikiText-2's loop: windows start anywhere in the one long text. Returns 1."""
-    ids = tokenise(tokenizer, " ".join(texts))
-    draw.longest = len(ids)
-    while len(ids) > draw.windows.shape[1] and not draw.full:
-        draw.add(ids, 0, rng)
-    return 1
-
-
-def _draw_from_stream(
-    draw: Draw,
-    texts: Iterable[tuple[int, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    rng: random.Random,
-) -> int:
-    """Draw one window from each document that is long enough, as they come.
-
-    Returns the number of texts that were tried.
-    """
-    n_tried = 0
-    for row, text in shuffle_stream(islice(texts, STREAM_LIMIT), rng):
-        if draw.full:
-            break
-        ids = tokenise(tokenizer, text)
-        n_tried += 1
-        if len(ids) > draw.windows.shape[1]:
-            draw.add(ids, row, rng)
-        else:
-            draw.longest = max(draw.longest, len(ids))
-    return n_tried
+def _too_little(source: Source, tokens: int, count: int, seqlen: int) -> UserError:
+    """Return an error for a text file whose windows would be nearly the same ones."""
+    return source.error(
+        f"its {tokens} tokens are too few for {count} windows of {seqlen}, which take at least "
+        f"{-(-count * seqlen // REUSE)}; give a longer text, --nsamples {REUSE * tokens // seqlen} "
+        f"or --seqlen {max(REUSE * tokens // count, 2)}"
+    )
 
 
 def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
@@ -223,17 +197,16 @@ def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
 class TestSet:
     """Test windows and the text that they cover.
 
-    `tokens` counts the tokens of the windows. `bytes` counts the UTF-8 bytes of the tokens that
-    are predicted, all but the first of each window: the text's length times the share of its
-    tokens that are predicted. So bits per byte = summed loss / ln 2 / bytes, whatever the
-    tokenizer does inside a word. `facts` is the record for results.json. `prompts` are beginnings
-    of documents.
+    `bytes` counts the UTF-8 bytes of the tokens that are predicted, all but the first of each
+    window: the text's length times the share of its tokens that are predicted. So bits per byte =
+    summed loss / ln 2 / bytes, whatever the tokenizer does inside a word. `facts` is the record
+    for results.json. `prompts` are beginnings of documents.
     """
 
     __test__ = False  # not a class of tests, whatever pytest makes of its name
     name: str
     windows: Tensor  # (windows, seqlen), int64
-    tokens: int
+    tokens: int  # of the windows
     bytes: int
     facts: dict
     prompts: Tensor  # (prompts, tokens), int64
@@ -279,23 +252,15 @@ def test_set(
         starts = windows[:: max(1, count // n_prompts), :length]
         prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
     shown = torch.stack(prompts[:n_prompts]) if n_prompts else windows[:0, :length]
-    return TestSet(
-        name=source.name,
-        windows=windows,
-        tokens=windows.numel(),
-        bytes=covered,
-        facts=facts,
-        prompts=shown,
-    )
+    return TestSet(source.name, windows, windows.numel(), bytes=covered, facts=facts, prompts=shown)
 
 
-def test_documents(source: Source, documents: Iterable) -> Sequence[str]:
+def test_documents(source: Source, documents: Iterable[str]) -> Sequence[str]:
     """Return the documents of an open test split to measure on: the first ones of a large set."""
     if not source.sampled:
         return documents
     selected, length = [], 0
-    texts = (item[1] if source.stream else item for item in documents)
-    for text in islice(texts, hub.TEST_DOCUMENTS):
+    for text in islice(documents, hub.TEST_DOCUMENTS):
         selected.append(text)
         length += len(text)
         if length > TEST_CHARACTERS:
@@ -327,61 +292,14 @@ def _prompts(
     return prompts
 
 
-def tokenise(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    long_text: int = LONG_TEXT,
-    context: int = CONTEXT,
-) -> Tensor:
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens.
 
-    They equal `tokenizer(text, return_tensors="pt").input_ids[0]`. Its warning about texts longer
-    than the model's window is left out, since the text is cut into windows afterwards. A text of
-    more than `long_text` characters is tokenised in parts, because a tokenizer takes several
-    hundred bytes for each token; `context` characters beside a cut show whether it changes one.
+    The tokenizer's warning about texts longer than the model's window is left out, since the text
+    is cut into windows afterwards.
     """
-    parts = _parts(tokenizer, text, long_text, context)
-    if len(parts) == 1:
-        return _encode(tokenizer, text)
-    sample = parts[0][:context]
-    ids, bare = _encode(tokenizer, sample), _encode(tokenizer, sample, special=False)
-    for start in range(len(ids) - len(bare) + 1):  # special tokens stand before and after
-        end = start + len(bare)
-        if ids[start:end].equal(bare):
-            encoded = [_encode(tokenizer, part, special=False) for part in parts]
-            return torch.cat([ids[:start], *encoded, ids[end:]])
-    return _encode(tokenizer, text)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = True) -> Tensor:
-    options = {} if special else {"add_special_tokens": False}
-    encoding = tokenizer(
-        text, return_tensors="pt", return_attention_mask=False, verbose=False, **options
-    )
+    encoding = tokenizer(text, return_tensors="pt", return_attention_mask=False, verbose=False)
     return encoding.input_ids[0].long()  # an empty text comes as float
-
-
-def _parts(
-    tokenizer: PreTrainedTokenizerBase, text: str, long_text: int, context: int
-) -> list[str]:
-    """Split a text longer than `long_text` between lines, where that changes no token.
-
-    A cut is checked with the text around it. A tokenizer that begins every text with a blank
-    fails the check, and the text stays whole.
-    """
-    parts, start = [], 0
-    while len(text) - start > long_text:
-        line = LINE_BREAK.search(text, start + long_text // 2)
-        if not line:
-            break
-        end = line.end()
-        left, right = text[max(start, end - context) : end], text[end : end + context]
-        both, *sides = (_encode(tokenizer, t, special=False) for t in (left + right, left, right))
-        if not torch.cat(sides).equal(both):
-            return [text]
-        parts.append(text[start:end])
-        start = end
-    return [*parts, text[start:]]
 
 
 def prepend(windows: Tensor, bos: int) -> Tensor:

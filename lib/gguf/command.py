@@ -216,7 +216,7 @@ def unpacked(source: Source, folder: Path) -> Path:
     """Return a folder with dense weights: the source itself, or its packed weights unpacked."""
     if not source.packed:
         return source.folder
-    from lib.model.unpack import unpack_folder
+    from lib.commands.unpack import unpack_folder
 
     unpack_folder(str(source.folder), str(folder))
     return folder

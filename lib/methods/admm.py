@@ -35,7 +35,7 @@ from torch.profiler import record_function
 
 from lib.methods.damping import cholesky, inverse_
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
-from lib.methods.obs import choose_rows, removal_bytes, solve_rows
+from lib.methods.obs import UNFACTORED, choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, threshold
 from lib.util.errors import UserError
 
@@ -49,63 +49,28 @@ CACHED = 2**17  # weights that stay in the cache between operations
 class Admm(LeastSquares):
     """The sums of one input of a block, and the solver for the linears that receive it.
 
-    At most `exploring` and then `agreeing` iterations choose the mask, `refinements` steps of
-    conjugate gradients end on it. `rho` is a share of an input's unexplained variance; `damping`
-    and `blend` as `LeastSquares`.
+    At most `iterations` and then as many stiffer ones choose the mask, `refinements` steps of
+    conjugate gradients end on it. `rho` is a share of an input's unexplained variance.
     """
 
-    def __init__(
-        self,
-        width: int,
-        device: torch.device,
-        exploring: int = 10,
-        agreeing: int = 10,
-        refinements: int = 5,
-        rho: float = 1.5,
-        damping: float = 6.0,
-        blend: float = 1.0,
-    ) -> None:
-        super().__init__(width, device, damping, blend)
-        assert exploring > 0 and rho > 0
-        self.exploring = exploring
-        self.agreeing = agreeing
-        self.refinements = refinements
-        self.rho = rho
+    iterations = 10
+    refinements = 5
+    rho = 1.5
 
-    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
-        """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
-        matrices = self.hessian.element_size() * len(self.hessian) * sum(rows)
-        # A and its inverse; W S or T, B, U - Z, what B has in V, masks, and parts of Z and |T|
-        return self.bytes_of_sums(rows), 2 * self.hessian.nbytes + 8 * matrices
-
-    def removal_bytes_needed(self, outputs: int, kept: int) -> tuple[int, int]:
-        square, matrix = self.hessian.nbytes, self.hessian[0].nbytes * outputs
-        if not self.blend:
-            return square, removal_bytes(len(self.hessian), outputs, kept)
-        # with A and its inverse beside the sums: F until B holds it; or G to the end, which is
-        # known once the first batch is seen
-        later = square + matrix + removal_bytes(len(self.hessian), outputs, kept)
-        return 2 * square, max(4 * square, later) - 2 * square
-
-    def prune_(
-        self,
-        weights: Sequence[Tensor],
-        sparsities: Sequence[Sparsity],
-        output_costs: Sequence[Tensor | None] | None = None,
-    ) -> None:
+    def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         rows = [len(weight) for weight in weights]
         problem = self.problem(weights)
         problem.drop_dead_()
         start, target, hessian, across, unexplained, _ = problem
-        weighting = error_weighting(output_costs, rows, start.device)  # (out,) or None
+        weighting = error_weighting(self.output_costs, rows, start.device)  # (out,) or None
         if weighting is not None:
             start *= weighting
             target *= weighting
         rho = self.rho * unexplained
         phases = [
-            Phase(rho, self.exploring, EXPLORED),
-            Phase(STIFFENING * rho, self.agreeing, AGREED),
+            Phase(rho, self.iterations, EXPLORED),
+            Phase(STIFFENING * rho, self.iterations, AGREED),
         ]
         choice = MaskChoice(rows, list(sparsities))
         solution, mask, settled = alternate(start, target, hessian, phases, choice)
@@ -252,5 +217,5 @@ def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
     factor = cholesky(stiff)
     del stiff
     if factor is None:  # it could be without rho: what is not finite
-        raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
+        raise UserError(UNFACTORED)
     return inverse_(factor)

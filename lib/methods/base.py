@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity, choosing_bytes
+from lib.methods.sparsity import Sparsity
 
 
 class PruningMethod:
@@ -16,26 +16,27 @@ class PruningMethod:
 
     One object is made for each distinct input. It observes what flows there, batch after batch;
     its statistics are added up over processes; then it prunes the linears that receive the input.
+
+    `output_costs`, set before `prune_` where they are known: of each linear, what the square of an
+    error in its outputs costs (out_i,).
     """
 
     observes: ClassVar[bool] = True  # it needs calibration windows
-    in_order: ClassVar[bool] = False  # each input is taken after the linears before it are pruned
-    dense_stream: ClassVar[bool] = False  # `observe` also gets what the untouched model computes
+    dense_stream: ClassVar[bool] = False  # it takes inputs in order, beside the untouched model's
     inverts_gram: ClassVar[bool] = False  # it solves with X^T X, singular from few tokens
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.width = width
         self.device = device
         self.tokens = 0  # observed, by all processes once their statistics are added up
+        self.output_costs: Sequence[Tensor | None] | None = None
 
-    def observe(
-        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
-    ) -> None:
+    def observe(self, x: Tensor) -> None:
         """Add x (tokens, in) to the statistics.
 
-        With `dense_stream`, also one of these, float32 or as x: `dense` (tokens, in), the same
-        input in the untouched model; `residual_error` (tokens, out), how far the residual stream
-        that a single linear adds to is behind the untouched model's.
+        With `dense_stream` it takes one of two more arguments, float32 or as x: `dense`
+        (tokens, in), the same input in the untouched model; `residual_error` (tokens, out), how far
+        the residual stream that a single linear adds to is behind the untouched model's.
         """
         self.tokens += len(x)
 
@@ -47,25 +48,10 @@ class PruningMethod:
         """Sum of squares of each input channel (in,)."""
         raise NotImplementedError(f"{type(self).__name__} does not observe its input")
 
-    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
-        """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
-        sums = sum(statistic.nbytes for statistic in self.statistics())
-        return sums, choosing_bytes(self.width * max(rows))
-
-    def removal_bytes_needed(self, outputs: int, kept: int) -> tuple[int, int]:
-        """Bytes of the statistics, and beside them for `remove_neurons_` of a matrix (out, in)."""
-        return sum(statistic.nbytes for statistic in self.statistics()), 0
-
-    def prune_(
-        self,
-        weights: Sequence[Tensor],
-        sparsities: Sequence[Sparsity],
-        output_costs: Sequence[Tensor | None] | None = None,
-    ) -> None:
+    def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in), each to its own sparsity of one pattern, in place.
 
-        `output_costs`: of each linear, what the square of an error in its outputs costs (out_i,),
-        where that is known. UserError where the statistics do not suffice.
+        UserError where the statistics do not suffice.
         """
         raise NotImplementedError
 

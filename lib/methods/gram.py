@@ -12,13 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.util.products import exact_products
-
 PANEL = 128  # rows of a panel on a CPU; narrower products are slower than what they save
 HALVES = (torch.float16, torch.bfloat16)
 
 
-@exact_products()
 def add_upper_gram_(hessian: Tensor, x: Tensor) -> None:
     """Add X^T X of x (tokens, in), in any float dtype, to the float32 sum `hessian` (in, in).
 
@@ -43,7 +40,6 @@ def mirror_(hessian: Tensor) -> None:
         hessian[end:, start:end] = hessian[start:end, end:].T
 
 
-@exact_products()
 def add_cross_(total: Tensor, left: Tensor, x: Tensor) -> None:
     """Add L^T X of `left` (tokens, out), float32, and x (tokens, in) to the float32 `total`.
 

@@ -5,17 +5,17 @@ far; the untouched model would feed it D (tokens, in). Where its outputs are add
 stream, L (tokens, out) is the error of that stream: how far the untouched model's is ahead.
 Wanted is the masked matrix Q that minimises
 
-    |X Q^T - X W^T - a ((D - X) W^T + L)|^2 + damping |(Q - W) S|^2                        (1)
+    |X Q^T - D W^T - L|^2 + damping |(Q - W) S|^2                                          (1)
 
-With blend a = 0 a linear keeps its own outputs, as in SparseGPT; with a = 1 it also repairs what
-the linears before it broke, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
+Where SparseGPT keeps a linear's own outputs X W^T, this also repairs what the linears before it
+broke, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
 Qronos, arXiv 2505.11695, both for quantisation) and in the stream it writes to. (1) needs sums over
 tokens: A = X^T X, F = (D - X)^T X of the input's error and G = L^T X of the stream's. The
 differences are summed because they are small: D^T X would drown them in rounding.
 
 *Scaling.* S = diag(A)^1/2 are the norms of the inputs. In terms of W S and S^-1 A S^-1, which has
 a unit diagonal, magnitudes of weights compare across inputs as Wanda's scores do. From here on all
-is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + a F) + a G.
+is scaled and A includes the damping: (1) is tr(Q A Q^T) - 2 tr(B Q^T) with B = W (A + F) + G.
 
 *Damping.* What least squares finds in T tokens that isn't there grows with in / T and with the
 share u of an input's variance that the others do not explain, the mean of 1 / (A^-1)_jj: the
@@ -42,23 +42,18 @@ FLOOR = 0.01  # of an input's variance: the least damping
 class LeastSquares(PruningMethod):
     """The sums of one input of a block that the problem of its linears is made of.
 
-    `damping` is a multiple of the unexplained share per token and input, `blend` is a in (1), from
-    0 to 1.
+    `damping` is a multiple of the unexplained share per token and input.
     """
 
-    in_order = True
     dense_stream = True
     inverts_gram = True
+    damping = 6.0
 
-    def __init__(self, width: int, device: torch.device, damping: float, blend: float) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
-        assert damping >= 0 and 0 <= blend <= 1
         self.hessian = torch.zeros(width, width, device=device)  # A (in, in), upper triangle
-        # F (in, in)
-        self.input_error_gram = torch.zeros(width, width, device=device) if blend else None
+        self.input_error_gram: Tensor | None = torch.zeros_like(self.hessian)  # F (in, in)
         self.residual_error_gram: Tensor | None = None  # G (out, in)
-        self.damping = damping
-        self.blend = blend
 
     def observe(
         self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
@@ -72,8 +67,6 @@ class LeastSquares(PruningMethod):
         """
         super().observe(x)
         add_upper_gram_(self.hessian, x)
-        if self.input_error_gram is None and self.residual_error_gram is None:
-            return
         if residual_error is not None:
             if self.residual_error_gram is None:
                 self.input_error_gram = None
@@ -91,13 +84,6 @@ class LeastSquares(PruningMethod):
     def square_sums(self) -> Tensor:
         return self.hessian.diagonal()
 
-    def bytes_of_sums(self, rows: list[int]) -> int:
-        """Bytes of the statistics of an input whose linears have `rows` outputs."""
-        row = self.hessian.element_size() * len(self.hessian)
-        # a linear alone most often adds to the stream
-        beside = row * (rows[0] if len(rows) == 1 else len(self.hessian)) if self.blend else 0
-        return self.hessian.nbytes + beside
-
     def problem(self, weights: Sequence[Tensor]) -> Problem:
         """(1) of matrices (out_i, in) that share the input, scaled.
 
@@ -109,14 +95,11 @@ class LeastSquares(PruningMethod):
             hessian, unexplained, scale, dead = scaled(self.hessian, share)
         across = scale[:, None]
         start = torch.cat([weight.T for weight in weights], 1)
-        error = None  # what a multiplies in B
         if self.residual_error_gram is not None:
             error = self.residual_error_gram.T / across
-        elif self.input_error_gram is not None:
+        else:
             error = (self.input_error_gram.T @ start).div_(across)
-        target = hessian @ start.mul_(across)
-        if error is not None:
-            target.add_(error, alpha=self.blend)
+        target = (hessian @ start.mul_(across)).add_(error)
         return Problem(start, target, hessian, across, unexplained, dead)
 
 

@@ -19,13 +19,7 @@ class Magnitude(PruningMethod):
 
     observes = False
 
-    def prune_(
-        self,
-        weights: Sequence[Tensor],
-        sparsities: Sequence[Sparsity],
-        output_costs: Sequence[Tensor | None] | None = None,
-    ) -> None:
-        """Zero the lowest-scored entries of every (out, in) matrix in place."""
+    def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         for weight, sparsity in zip(weights, sparsities, strict=True):
             score = weight.abs()
             if sparsity.pattern:

@@ -17,27 +17,31 @@ from lib.methods.damping import cholesky
 from lib.util.errors import UserError
 
 STAGE = 16  # rows that go at a time
-FLOAT = 4  # bytes
+UNFACTORED = "X^T X can't be factored; use more calibration tokens (--nsamples)"
 
 
 @torch.no_grad()
 def choose_rows(solution: Tensor, inverse: Tensor, count: int, stage: int = STAGE) -> Tensor:
     """Indices (count,) in rising order of the rows that stay; both arguments are overwritten.
 
-    `solution` (in, out) is Q of all rows, `inverse` (in, in) is A^-1.
+    `solution` (in, out) is Q of all rows, `inverse` (in, in) is A^-1. UserError where they stop
+    being finite.
     """
     tiny = torch.finfo(solution.dtype).tiny
     removed = torch.zeros(len(solution), dtype=torch.bool, device=solution.device)
     left = len(solution) - count
     while left:
         score = solution.norm(dim=1).square_() / inverse.diagonal().clamp_min(tiny)
-        score[removed] = torch.inf
+        score.masked_fill_(removed, torch.inf)
         rows = score.argsort(stable=True)[: min(stage, left)].sort().values
         columns, own = inverse[:, rows].clone(), inverse[rows[:, None], rows]
-        solution.addmm_(columns, torch.linalg.solve(own, solution[rows]), alpha=-1)
-        inverse.addmm_(columns, torch.linalg.solve(own, columns.T), alpha=-1)
+        # unlike solve, solve_ex does not wait for an accelerator to say that `own` is singular
+        solution.addmm_(columns, torch.linalg.solve_ex(own, solution[rows])[0], alpha=-1)
+        inverse.addmm_(columns, torch.linalg.solve_ex(own, columns.T)[0], alpha=-1)
         removed[rows] = True
         left -= len(rows)
+    if not solution.isfinite().all():
+        raise UserError(UNFACTORED)
     return (~removed).nonzero().flatten()
 
 
@@ -48,19 +52,8 @@ def solve_rows(hessian: Tensor, target: Tensor, kept: Tensor) -> Tensor:
     """
     factor = cholesky(hessian[kept[:, None], kept])
     if factor is None:
-        raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
+        raise UserError(UNFACTORED)
     return torch.cholesky_solve(target[kept], factor)
-
-
-def removal_bytes(width: int, outputs: int, kept: int) -> int:
-    """Bytes at the peak of choosing among `width` rows and solving for `kept` of them, in float32.
-
-    Q and B have `outputs` columns; A is among the bytes, what it is made of is not.
-    """
-    square, matrix = width * width, width * outputs
-    choosing = 2 * square + 2 * matrix  # A and its inverse, Q and B
-    solving = square + 2 * kept * kept + 2 * matrix  # A, its part and that one's factor, B and Q
-    return FLOAT * max(choosing, solving)
 
 
 def keep_lowest_loss(score: Tensor, count: int) -> Tensor:

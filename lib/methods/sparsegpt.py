@@ -19,7 +19,7 @@ columns, when its turn has come, what the paper's algorithm 1 pushes into all la
 *Within a block.* By (*) again, column j takes the value w_j = V_j + D_P C_Pj, where P are now the
 block's columns before it. In terms of the errors e_j = w_j - q_j, which are e_j = D_j + D_P C_Pj
 or E = D C, this reads w_j = V_j - E_P B_Pj with B = C_NN^-1: the paper's update. It is done in
-steps of 16 columns, after a product with those before the step; on CUDA by one kernel.
+steps of 16 columns, after a product with those before the step.
 
 *The masks.* The error of pruning w_j is w_j^2 / [H_FF^-1]_jj (equation 2), and [H_FF^-1]_jj is
 1 / R_jj^2: the score is (w_j R_jj)^2. Unstructured, the lowest scores of a linear's block of 128
@@ -41,10 +41,9 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
-from lib.methods.column_loop import column_loop
 from lib.methods.damping import cholesky, inverse_, rising
 from lib.methods.gram import add_upper_gram_, mirror_
-from lib.methods.obs import choose_rows, removal_bytes, solve_rows
+from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
@@ -58,19 +57,14 @@ class SparseGPT(PruningMethod):
     """
 
     inverts_gram = True
+    damping = 0.01
+    block_size = 128
 
-    def __init__(
-        self, width: int, device: torch.device, damping: float = 0.01, block_size: int = 128
-    ) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
         self.hessian = torch.zeros(width, width, device=device)  # (in, in), upper triangle
-        self.damping = damping
-        self.block_size = block_size
 
-    def observe(
-        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
-    ) -> None:
-        """Add X^T X of x (tokens, in)."""
+    def observe(self, x: Tensor) -> None:
         super().observe(x)
         add_upper_gram_(self.hessian, x)
 
@@ -80,24 +74,7 @@ class SparseGPT(PruningMethod):
     def square_sums(self) -> Tensor:
         return self.hessian.diagonal()
 
-    def bytes_needed(self, rows: list[int]) -> tuple[int, int]:
-        """Bytes of the statistics, and beside them for solving linears with `rows` outputs."""
-        sums, size = self.hessian.nbytes, self.hessian.element_size()
-        width, outputs = len(self.hessian), sum(rows)
-        # R and what it is made of; or R, D, and of a block V, E, its mask, scores and their choice
-        block = min(self.block_size, width)
-        solving = size * (width * outputs + block * (5 * outputs + block))
-        return sums, sums + max(sums, solving)
-
-    def removal_bytes_needed(self, outputs: int, kept: int) -> tuple[int, int]:
-        return self.hessian.nbytes, removal_bytes(len(self.hessian), outputs, kept)
-
-    def prune_(
-        self,
-        weights: Sequence[Tensor],
-        sparsities: Sequence[Sparsity],
-        output_costs: Sequence[Tensor | None] | None = None,
-    ) -> None:
+    def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
         with record_function("factorisation"):
             factor, scale, dead = factorise(self.hessian, self.damping)
@@ -189,10 +166,8 @@ class ColumnBlock:
         self.mask = torch.empty_like(self.values)  # 1.0 where a weight is pruned
         self.inverse = torch.empty(size, size, device=device)  # B
         self.scale = torch.empty(size, 1, device=device)  # diag(R)
-        self.fused = column_loop(device)
         width = self.sparsity.m or math.gcd(size, STEP)
-        starts = range(0, 0 if self.fused else size, width)
-        self.steps = [self._step(start, start + width) for start in starts]
+        self.steps = [self._step(start, start + width) for start in range(0, size, width)]
 
     def _step(self, start: int, end: int) -> tuple:
         values, errors, mask = self.values, self.errors, self.mask
@@ -208,9 +183,6 @@ class ColumnBlock:
         """Take the columns of V one after another to their last values; note their errors."""
         if not self.sparsity.m:
             self._choose()
-        if self.fused:
-            buffers = self.values, self.errors, self.mask, self.inverse, self.scale
-            self.fused(*buffers, self.sparsity)
         for values, before, push, scale, mask, columns in self.steps:
             if len(before):
                 values.addmm_(push, before, alpha=-1)

@@ -16,8 +16,7 @@ UNSTRUCTURED = "unstructured"
 NEURONS = "neurons"  # whole ones, of the MLPs
 RATIO_TYPES = (UNSTRUCTURED, NEURONS)  # whose ratio is free
 TYPES = (UNSTRUCTURED, "2:4", "4:8", NEURONS)
-ALLOCATIONS = ("uniform", "owl", "error")
-ALLOCATION_SPAN = 0.16  # between the sparsest and the densest block, 2 lambda of OWL
+ALLOCATIONS = ("uniform", "error")
 SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
 STRIDE = 31  # between scores of the sample; prime, to meet all columns
 MARGIN = 2.5  # of the square root of the sample: five standard deviations of a rank, at most
@@ -60,11 +59,6 @@ class Sparsity:
         if self.m:
             return n_of_m(score, self.n, self.m)
         return lowest_per_row(score, int(score.shape[-1] * self.ratio))
-
-
-def choosing_bytes(scores: int) -> int:
-    """Bytes that choosing a mask takes: float32 scores, the same in order, and two masks."""
-    return (4 + 4 + 2) * scores
 
 
 def lowest_per_row(score: Tensor, count: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 The score of weight W[i, j] is |W[i, j]| * ||X[:, j]||, the norm of input channel j over all
 calibration tokens. Scores are compared within one output row (section 3), or within N:M groups;
-`variant` instead gives every row its own share of zeros (section 4.2 of the authors' code).
+`WandaVariant` instead gives every row its own share of zeros (section 4.2 of the authors' code).
 Run: `python main.py --model MODEL --prune_method wanda [--use_variant]`.
 """
 
@@ -28,15 +28,11 @@ class Wanda(PruningMethod):
     whatever the batch size and the number of processes, if windows are a multiple of `TOKENS`.
     """
 
-    def __init__(self, width: int, device: torch.device, variant: bool = False) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         super().__init__(width, device)
         self.square_sum = torch.zeros(width, device=device, dtype=torch.float64)  # (in,)
-        self.variant = variant
 
-    def observe(
-        self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
-    ) -> None:
-        """Add the squares of x (tokens, in)."""
+    def observe(self, x: Tensor) -> None:
         super().observe(x)
         squares = squares_read_once if x.is_cuda else squares_added
         whole = len(x) // TOKENS * TOKENS
@@ -50,26 +46,26 @@ class Wanda(PruningMethod):
     def square_sums(self) -> Tensor:
         return self.square_sum
 
-    def score(self, weight: Tensor) -> Tensor:
-        """Saliency (out, in) of weight (out, in)."""
-        return weight.abs() * self.square_sum.sqrt().float()
-
-    def prune_(
-        self,
-        weights: Sequence[Tensor],
-        sparsities: Sequence[Sparsity],
-        output_costs: Sequence[Tensor | None] | None = None,
-    ) -> None:
-        """Zero the lowest-scored entries of every (out, in) matrix in place."""
+    def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         for weight, sparsity in zip(weights, sparsities, strict=True):
-            score = self.score(weight)
-            mask = variant_mask(score, sparsity.ratio) if self.variant else sparsity.mask(score)
-            weight.masked_fill_(mask, 0)
+            score = weight.abs() * self.square_sum.sqrt().float()
+            weight.masked_fill_(self.mask(score, sparsity), 0)
+
+    def mask(self, score: Tensor, sparsity: Sparsity) -> Tensor:
+        """The mask of the lowest scores (out, in)."""
+        return sparsity.mask(score)
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Score |W_j| |X_j|: what neuron j adds to the outputs, inputs taken as uncorrelated."""
         score = weight.norm(dim=0) * self.square_sum.sqrt().float()
         return zero_others_(weight, keep_lowest_loss(score, count))
+
+
+class WandaVariant(Wanda):
+    """Wanda whose rows have shares of zeros of their own, as with --use_variant."""
+
+    def mask(self, score: Tensor, sparsity: Sparsity) -> Tensor:
+        return variant_mask(score, sparsity.ratio)
 
 
 def squares_added(x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 
 from lib.packed.errors import PackedError
-from lib.util.errors import UserError
+from lib.util.errors import UserError, first_line
 
 TIMEOUT = 10.0  # seconds for the hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -195,7 +195,7 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
     if missing:
         raise UserError(
             f"{checkpoint}: {len(missing)} tensors are missing from its weights, the first is "
-            f"{missing[0]}; download it again, or mend its config.json"
+            f"{missing[0]}; download it again, or fix its config.json"
         )
     if misfits:
         tensor, stored, expected = misfits[0]
@@ -206,12 +206,6 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
     unused = sorted(info["unexpected_keys"])
     if unused:
         log.warning("%s: %d tensors are not used: %s ...", checkpoint, len(unused), unused[0])
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without final punctuation, or its class."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:, ")[:300]
 
 
 def stored_names(checkpoint: Checkpoint) -> dict[str, str]:

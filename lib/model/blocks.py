@@ -9,6 +9,7 @@ forward runs with the blocks replaced by the buffer's contents, which gives exac
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -18,15 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import decoder_blocks
+from lib.model.store import BlockStore
 from lib.model.transfer import Transfer
-from lib.model.weights import BlockWeights
 from lib.util.errors import UserError
 
 # of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
-LOGIT_BYTES = {"cpu": 2**24, "cuda": 2**29}
+LOGIT_BYTES, GPU_LOGIT_BYTES = 2**24, 2**29
 # with fewer positions in a product, reading the head takes longer than the arithmetic
 HEAD_POSITIONS = 128
 PROBE_TOKENS = 16
@@ -53,23 +55,45 @@ class BlockRunner:
     """A model's decoder blocks, run one at a time on `device`.
 
     `name` is the blocks' name in the model, such as `model.layers`; `flag` is the flag that named
-    the model. The model must be in eval mode. Patches are undone after exceptions too.
+    the model, which must be in eval mode. Patches are undone after exceptions too.
+
+    It carries what every pass needs: `dist`, the processes that share the work; `batch_size`, the
+    windows per forward pass; `state_device`, which holds hidden states between two blocks;
+    `cache_inputs`, whether there is memory for inputs of a block that save passes through it; and
+    `save_dtype`, in which the model will be saved (None: as it is).
     """
 
     def __init__(
         self,
         model: nn.Module,
         device: torch.device,
-        weights: BlockWeights | None = None,
+        weights: BlockStore | None = None,
         flag: str = "--model",
+        *,
+        dist: DistContext | None = None,
+        batch_size: int = 1,
+        state_device: torch.device | None = None,
+        cache_inputs: bool = True,
+        save_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.name, self.blocks = decoder_blocks(model)
         self.device = device
-        self.weights = weights or BlockWeights(self.blocks, device)
+        self.dist = dist or DistContext(device, alone=True)
+        self.weights = weights or BlockStore(self.blocks, device, self.name)
         self.flag = flag
+        self.batch_size = batch_size
+        self.state_device = state_device or device
+        self.cache_inputs = cache_inputs
+        self.save_dtype = save_dtype
         self.transfer = Transfer(device)
         self.tuples = self._probe()
+
+    def alone(self, batch_size: int) -> BlockRunner:
+        """Return the same runner for this rank alone, with another batch size."""
+        other = copy.copy(self)
+        other.dist, other.batch_size = DistContext(self.device, alone=True), batch_size
+        return other
 
     def on_device(self, index: int, write_back: bool = False) -> AbstractContextManager:
         """Inside, block `index` is on the device; `write_back` keeps changes of its weights."""
@@ -85,12 +109,14 @@ class BlockRunner:
 
     @torch.no_grad()
     def capture(
-        self, windows: Tensor, batch_size: int, state_device: torch.device | str
+        self,
+        windows: Tensor,
+        batch_size: int | None = None,
+        state_device: torch.device | str | None = None,
     ) -> HiddenStates:
-        """Embed the windows (n, tokens) and record every block's own arguments for each batch.
-
-        `state_device` holds the hidden states between two blocks.
-        """
+        """Embed the windows (n, tokens) and record every block's own arguments for each batch."""
+        batch_size = batch_size or self.batch_size
+        state_device = state_device or self.state_device
         states = HiddenStates(windows, batch_size, block_args=[[] for _ in self.blocks])
         tensors = TensorDeduplicator()
         received: list[Tensor] = []  # hidden states that the blocks of this batch received
@@ -149,21 +175,43 @@ class BlockRunner:
     def run_blocks(
         self,
         sets: Sequence[Tensor],
-        batch_size: int,
-        state_device: torch.device | str,
         on_block: Callable[[int], None] = lambda index: None,
+        state_device: torch.device | str | None = None,
     ) -> list[HiddenStates]:
         """Return hidden states after the last block for each set of windows (n, tokens).
 
         Each block is fetched once. `on_block` is called with its index when it is done.
         """
-        all_states = [self.capture(windows, batch_size, state_device) for windows in sets]
+        all_states = [self.capture(windows, state_device=state_device) for windows in sets]
         for index in range(len(self.blocks)):
             with self.on_device(index):
                 for states in all_states:
                     self.advance_(states, index)
             on_block(index)
         return all_states
+
+    def iter_final_states(
+        self, sets: Sequence[Tensor], on_progress: Callable[[int], None] = lambda windows: None
+    ) -> Iterator[tuple[int, int, HiddenStates]]:
+        """Yield hidden states after the last block: number of the set, first window, states.
+
+        Where bringing a block costs nothing, each batch goes through all blocks and few states are
+        kept; where blocks are fetched, each sees all sets before the next one is. `on_progress` is
+        called with the number of windows that are done.
+        """
+        resident, blocks = self.weights.zero_copy, len(self.blocks)
+        step = self.batch_size if resident else max(map(len, sets), default=0)
+        parts = [(n, start) for n, each in enumerate(sets) for start in range(0, len(each), step)]
+        for group in [[part] for part in parts] if resident else [parts] if parts else []:
+            windows = [sets[number][start : start + step] for number, start in group]
+            total = sum(map(len, windows))
+
+            def on_block(index: int, total=total) -> None:
+                on_progress(total * (index + 1) // blocks - total * index // blocks)
+
+            where = self.device if resident else self.state_device
+            for part, states in zip(group, self.run_blocks(windows, on_block, where), strict=True):
+                yield *part, states
 
     @torch.no_grad()
     def logits(self, states: HiddenStates, batch: slice) -> Callable[[Tensor], Tensor]:
@@ -360,4 +408,5 @@ def positions_at_once(device: torch.device, vocabulary: int, windows: int, least
 
 def rows_at_once(device: torch.device, vocabulary: int) -> int:
     """Return how many float32 rows of logits (vocabulary,) fit into LOGIT_BYTES, at least one."""
-    return max(1, LOGIT_BYTES[device.type] // (4 * vocabulary))
+    size = LOGIT_BYTES if device.type == "cpu" else GPU_LOGIT_BYTES
+    return max(1, size // (4 * vocabulary))

@@ -1,26 +1,21 @@
-"""The neurons of the blocks' MLPs in any architecture: their rows and columns.
+"""The neurons of the blocks' MLPs: their rows and columns, in every architecture that names them.
 
 A neuron is an input of an MLP's down projection, with the row of each linear that makes this input
-(gate and up, or one linear before the activation), and their biases. Which linears these are, the
-config itself shows: each field that may set the MLP's width is changed, and the model is built
-again without weights. If exactly one linear of every block then loses inputs,
-others in the block lose as many outputs each, and nothing else in the model changes, the field says
-how wide the MLPs are, and a narrower model loads as any other.
-
-`check_removable` checks on the weights that each neuron depends on its own rows alone.
+(gate and up, or one linear before the activation), and their biases. Linears are known by their
+names, their width by a field of the config; a model that is built with a narrower field, without
+weights, shows that the field means them and nothing else, so that the smaller model loads as any
+other. `check_removable` checks on the weights that each neuron depends on its own rows alone.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
@@ -29,6 +24,16 @@ from lib.model.pretrained import skeleton
 from lib.model.quantised import stored_bits
 from lib.util.errors import UserError
 
+# {name of a down projection: names of the linears beside it that may make its inputs}
+NAMES = {
+    "down_proj": ("gate_proj", "up_proj", "gate_up_proj"),
+    "fc2": ("fc1",),
+    "c_proj": ("c_fc",),
+    "dense_4h_to_h": ("dense_h_to_4h",),
+    "fc_out": ("fc_in",),
+    "feed_forward.value": ("key",),
+}
+FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more, see `check_removable`
 
 
@@ -65,9 +70,7 @@ class MlpLayout:
 
     def set_width(self, config: Any, width: int) -> None:
         """Write another width into a config."""
-        part = getattr(config, self.section) if self.section else config
-        value = getattr(part, self.field)
-        setattr(part, self.field, [width] * len(value) if isinstance(value, list) else width)
+        setattr(getattr(config, self.section) if self.section else config, self.field, width)
 
 
 def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> MlpLayout:
@@ -81,24 +84,19 @@ def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) 
     blocks = model.get_submodule(name)
     if any(linear.expert is not None for block in blocks for linear in find_linears(block, "")[0]):
         raise _refused(checkpoint, "its MLPs are experts")
-    shapes = _parameter_shapes(model)
-    for width in _possible_widths(blocks[0]):
-        for section, field in _fields(config, width):
-            narrow = width - 1 if width % 2 else width - 2
-            layout = MlpLayout(width, section, field, ())
-            changed = _changed_shapes(config, checkpoint, shapes, layout=layout, narrow=narrow)
-            if changed is None:
-                continue
-            mlps = _mlps(changed, model, name, width=width, narrow=narrow)
-            if mlps is not None:
-                return MlpLayout(width, section, field, mlps)
+    found = [_mlps(block) for block in blocks]
+    widths = {width for mlps in found for width, _ in mlps}
+    if len(widths) == 1 and all(len(mlps) == 1 for mlps in found):
+        [width], text = widths, config.get_text_config(decoder=True)
+        section = next((key for key, value in vars(config).items() if value is text), None)
+        for field in FIELDS:
+            if getattr(text, field, 0) in (width, None):
+                layout = MlpLayout(width, section, field, tuple(mlp for [(_, mlp)] in found))
+                if _narrows(layout, config, checkpoint, model, name):
+                    return layout
     raise _refused(
         checkpoint, "no field of its config sets the width of one MLP in each block and of it alone"
     )
-
-
-def _parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {path: tuple(parameter.shape) for path, parameter in model.named_parameters()}
 
 
 def _refused(checkpoint: Checkpoint, reason: str) -> UserError:
@@ -107,85 +105,43 @@ def _refused(checkpoint: Checkpoint, reason: str) -> UserError:
     )
 
 
-def _possible_widths(block: nn.Module) -> Iterator[int]:
-    """Yield input widths of linears that another linear's outputs may fill, widest first."""
-    shapes = [linear.shape for linear in find_linears(block, "")[0]]
-    widths = {
-        inner
-        for out, inner in shapes
-        if any(rows % inner == 0 and columns == out for rows, columns in shapes)
-    }
-    yield from sorted(widths, reverse=True)
+def _mlps(block: nn.Module) -> list[tuple[int, BlockMlp]]:
+    """The width and the linears of what may be MLPs."""
+    shapes = {linear.name.lstrip("."): linear.shape for linear in find_linears(block, "")[0]}
+    mlps = []
+    for down, (_, width) in shapes.items():
+        known = next((names for key, names in NAMES.items() if f".{down}".endswith(f".{key}")), ())
+        beside = [down.removesuffix(down.rpartition(".")[2]) + name for name in known]
+        rows = {path: shapes[path][0] for path in beside if path in shapes}
+        if rows and not any(count % width for count in rows.values()):
+            producers = (Producer(path, count // width) for path, count in rows.items())
+            mlps.append((width, BlockMlp(down, tuple(producers))))
+    return mlps
 
 
-def _fields(config: Any, width: int) -> Iterator[tuple[str | None, str]]:
-    """Yield (section, name) of the config's fields that may set `width`: equal to it, or None."""
-    text = config.get_text_config(decoder=True)
-    section = next((key for key, value in vars(config).items() if value is text), None)
-    common = vars(PreTrainedConfig()).keys()
-    specific = {key: value for key, value in vars(text).items() if key not in common}
-    for wanted in (lambda value: value == width, lambda value: value is None):
-        for key, value in specific.items():
-            is_list = isinstance(value, list) and value
-            if not isinstance(value, bool) and (
-                all(map(wanted, value)) if is_list else wanted(value)
-            ):
-                yield section, key
-
-
-def _changed_shapes(
-    config: Any,
-    checkpoint: Checkpoint,
-    shapes: dict[str, tuple[int, ...]],
-    layout: MlpLayout,
-    narrow: int,
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]] | None:
-    """Return {parameter: (shape, shape with `narrow` MLPs)}; None if no such model can be built."""
-    config = copy.deepcopy(config)
+def _narrows(
+    layout: MlpLayout, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
+) -> bool:
+    """Return whether a narrower field narrows the MLPs of all blocks, and nothing else."""
+    narrow, smaller = layout.width - 2, copy.deepcopy(config)
     try:
-        layout.set_width(config, narrow)
-        model = skeleton(config, checkpoint)
+        layout.set_width(smaller, narrow)
+        built = skeleton(smaller, checkpoint)
     except Exception:  # any model's class may reject the value in its own way
-        return None
-    after = _parameter_shapes(model)
-    if after.keys() != shapes.keys():
-        return None
-    return {path: (shapes[path], after[path]) for path in shapes if shapes[path] != after[path]}
-
-
-def _mlps(
-    changed: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
-    model: nn.Module,
-    name: str,
-    width: int,
-    narrow: int,
-) -> tuple[BlockMlp, ...] | None:
-    """Return the MLP of each block, if the `changed` parameters are one MLP in each and no more."""
-    downs: dict[int, list[str]] = defaultdict(list)
-    producers: dict[int, dict[str, int]] = defaultdict(dict)
-    for path, (before, after) in changed.items():
-        number, _, inner = path.removeprefix(f"{name}.").partition(".")
-        if not (path.startswith(f"{name}.") and number.isdecimal()):
-            return None
-        linear, _, kind = inner.rpartition(".")
-        module = model.get_submodule(f"{name}.{number}.{linear}")
-        if not isinstance(module, nn.Linear | Conv1D):
-            return None
-        if isinstance(module, Conv1D) and kind == "weight":
-            before, after = before[::-1], after[::-1]  # (out, in)
-        if len(before) == 2 and (before[1], after[1]) == (width, narrow) and before[0] == after[0]:
-            downs[int(number)].append(linear)
-        elif before[0] % width == 0 and after[0] == before[0] // width * narrow:
-            producers[int(number)][linear] = before[0] // width
-        else:
-            return None
-    blocks = []
-    for index in range(len(model.get_submodule(name))):
-        if len(downs[index]) != 1 or not producers[index]:
-            return None
-        inputs = tuple(Producer(path, parts) for path, parts in producers[index].items())
-        blocks.append(BlockMlp(downs[index][0], inputs))
-    return tuple(blocks)
+        return False
+    expected = {path: list(parameter.shape) for path, parameter in model.named_parameters()}
+    for index, mlp in enumerate(layout.blocks):
+        producers = [(producer.path, producer.parts) for producer in mlp.producers]
+        for path, parts in [(mlp.down, 0), *producers]:
+            prefix = f"{name}.{index}.{path}"
+            if f"{prefix}.weight" not in expected:  # another block has it too
+                return False
+            outputs = 1 if isinstance(model.get_submodule(prefix), Conv1D) else 0
+            dim = outputs if parts else 1 - outputs
+            expected[f"{prefix}.weight"][dim] = narrow * max(1, parts)
+            if parts and f"{prefix}.bias" in expected:
+                expected[f"{prefix}.bias"] = [narrow * parts]
+    return expected == {path: list(p.shape) for path, p in built.named_parameters()}
 
 
 def keep_neurons_(block: nn.Module, mlp: BlockMlp, kept: Tensor) -> None:

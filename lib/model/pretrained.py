@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
-import warnings
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 
 from lib.model.access import (
+    INDEX,
+    WEIGHTS,
     Checkpoint,
     as_user_error,
     check_complete,
@@ -23,42 +30,46 @@ from lib.model.access import (
 from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
-from lib.util.events import emit
 
 LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OFFLOADED_SHARD = "500MB"
-BATCH_TOKENS = {"cpu": 1024, "cuda": 8192}  # in one forward pass, roughly; on CUDA at least
+BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # in one forward pass, roughly
 NARROW = 4096  # width below which that many tokens do not keep a GPU busy
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device of `--device`. Raises UserError if this machine does not have it."""
+def pick_device(name: str | None) -> torch.device:
+    """Return the device of `--device`, by default the first GPU if there is one, else the CPU.
+
+    Raises UserError if this machine does not have it.
+    """
+    if name is None:
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name}: unknown device; use cuda:0 or cpu") from None
     if device.type == "cpu":
         return device
-    if device.type != "cuda":
+    if device.type == "mps":
+        raise UserError(f"--device {name}: has no float64, which sums need; use --device cpu")
+    here = torch.accelerator.current_accelerator()
+    if here is None or here.type != device.type or not torch.accelerator.is_available():
+        raise UserError(f"--device {name}: no such device was found; use --device cpu")
+    count = torch.accelerator.device_count()
+    if (device.index or 0) >= count:
         raise UserError(
-            f"--device {name}: only CUDA devices and cpu are supported; use cuda:0 or cpu"
+            f"--device {name}: devices here are {device.type}:0 to {device.type}:{count - 1}"
         )
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: no CUDA device was found; use --device cpu")
-    if (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: CUDA devices here are cuda:0 to cuda:{torch.cuda.device_count() - 1}"
-        )
-    return torch.device("cuda", device.index or 0)
+    return torch.device(device.type, device.index or 0)
 
 
 def set_current_device(device: torch.device) -> None:
-    """Make `device` the default for CUDA calls that name none, in any library."""
-    if device.type == "cuda":
+    """Make `device` the default for calls that name none, and products on it exact."""
+    if device.type != "cpu":
         # read when cuBLAS starts: without it products need not add up in the same order twice
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = "ieee"  # an environment may ask for TF32
+        torch.accelerator.set_device_index(device.index)
 
 
 def load_config(checkpoint: Checkpoint) -> Any:
@@ -93,10 +104,10 @@ def window_length(config, requested: int | None) -> int:
 
 def default_batch_size(device: torch.device, seqlen: int, width: int) -> int:
     """Return the windows per forward pass that keep the device busy without much memory."""
-    tokens = BATCH_TOKENS[device.type]
-    if device.type == "cuda" and width < NARROW:
-        tokens = tokens * NARROW // width  # as many activations as at that width
-    return max(1, tokens // seqlen)
+    tokens = BATCH_TOKENS
+    if device.type != "cpu":
+        tokens = GPU_BATCH_TOKENS * max(1, NARROW / width)  # as many activations as at that width
+    return max(1, int(tokens) // seqlen)
 
 
 def checkpoint_dtype(config) -> torch.dtype:
@@ -111,10 +122,18 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
-    """Return the working dtype; `auto` is the checkpoint's on CUDA, float32 on a CPU for speed."""
+    """Return the working dtype.
+
+    `auto` is the checkpoint's on a GPU, but float32 for bfloat16 on one that would emulate it, and
+    float32 on a CPU, which is faster there.
+    """
     if name != "auto":
         return DTYPES[name]
-    return checkpoint_dtype(config) if device.type == "cuda" else torch.float32
+    dtype = checkpoint_dtype(config) if device.type != "cpu" else torch.float32
+    if dtype == torch.bfloat16 and device.type == "cuda":
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.float32
+    return dtype
 
 
 def saved_dtype(name: str, config) -> torch.dtype:
@@ -145,7 +164,6 @@ def load_model(
 ) -> nn.Module:
     """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged."""
     checkpoint = checkpoint.pinned(config)
-    emit(f"weights of {checkpoint.name}")
     with as_user_error(checkpoint, "its weights", "are they complete? download them again"):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.name,
@@ -187,11 +205,50 @@ def fresh_copy(dense: nn.Module) -> nn.Module:
 
 
 def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Write the model into `folder` in `dtype`, as safetensors, shard by shard where offloaded.
+    """Write the model into `folder` in `dtype`, as safetensors.
 
     Modules that the architecture always keeps in float32 (some routers) stay so. The model's own
     dtypes are restored afterwards.
     """
+    with _cast(model, dtype):
+        model.save_pretrained(folder, max_shard_size="5GB")
+
+
+def save_in_shards(
+    model: nn.Module, folder: Path, dtype: torch.dtype, shards: dict[Path, list[str]]
+) -> dict[str, str] | None:
+    """As `save_model`, but move the files of finished blocks, {file: names}, into it as its shards.
+
+    Returns {file: its name in the folder}; None, having written nothing, where the names in a
+    checkpoint of this model differ from those in the files.
+    """
+    names = [name for each in shards.values() for name in each]
+    empty = {name: torch.empty(1, device="meta") for name in names}
+    if getattr(model, "hf_quantizer", None) or set(names) != set(
+        revert_weight_conversion(model, empty)
+    ):
+        return None
+    inside = set(names)
+    with _cast(model, dtype):
+        rest = {name: value for name, value in model.state_dict().items() if name not in inside}
+        model.save_pretrained(folder, state_dict=rest)
+    count = len(shards) + 1
+    weight_map, size, moved = {}, 0, {}
+    for number, file in enumerate([folder / WEIGHTS, *shards], 1):
+        shard = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
+        shutil.move(file, shard)
+        moved[str(file)] = shard.name
+        with safe_open(shard, "pt") as stored:
+            weight_map |= dict.fromkeys(stored.keys(), shard.name)
+        size += shard.stat().st_size
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+    return moved
+
+
+@contextmanager
+def _cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the model's floating-point parameters have the dtype in which they are saved."""
     strict = set(model._keep_in_fp32_modules_strict or ())
     before = {parameter: parameter.dtype for parameter in model.parameters()}
     config_dtype = model.config.dtype
@@ -200,10 +257,7 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
             if parameter.is_floating_point() and not strict.intersection(name.split(".")):
                 parameter.data = parameter.data.to(dtype)
         model.config.dtype = dtype
-        on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
-        with warnings.catch_warnings():  # offloaded shards pass through memory, as intended
-            warnings.simplefilter("ignore", UserWarning)
-            model.save_pretrained(folder, max_shard_size=OFFLOADED_SHARD if on_disk else "5GB")
+        yield
     finally:
         model.config.dtype = config_dtype
         for parameter, working in before.items():

@@ -25,8 +25,8 @@ class Transfer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.stored: deque[torch.cuda.Event] = deque()  # the last copies to the host
+        self.side = torch.Stream(device) if device.type != "cpu" else None
+        self.stored: deque[torch.Event] = deque()  # the last copies to the host
 
     def buffer(self, count: int, hidden: Tensor, state_device: torch.device | str) -> Tensor:
         """Return a buffer on `state_device` for `count` windows of the shape of `hidden`."""
@@ -44,13 +44,13 @@ class Transfer:
     def batches(self, buffer: Tensor, cuts: Sequence[slice]) -> Iterator[Tensor]:
         """Yield each cut of the buffer on the device, while the next one is being copied."""
         coming = [self._send_for(buffer, cut) for cut in cuts[:1]]
-        computed: deque[torch.cuda.Event] = deque()
+        computed: deque[torch.Event] = deque()
         for index in range(len(cuts)):
             coming += [self._send_for(buffer, cut) for cut in cuts[index + 1 : index + 2]]
             tensor, sent = coming.pop(0)
             yield self._arrived(tensor, sent)
             if self._apart(buffer):
-                _wait_for_older(computed, torch.cuda.current_stream(self.device))
+                _wait_for_older(computed, torch.accelerator.current_stream(self.device))
 
     def fetch(self, buffer: Tensor, cut: slice) -> Tensor:
         """Return one cut of the buffer on the device."""
@@ -62,8 +62,8 @@ class Transfer:
         if not self._apart(buffer):
             buffer[cut] = value
             return
-        self.side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.side):
+        self.side.wait_stream(torch.accelerator.current_stream(self.device))
+        with self.side:
             buffer[cut].copy_(value, non_blocking=True)
         value.record_stream(self.side)  # or its memory is reused before it was read
         _wait_for_older(self.stored, self.side)
@@ -71,21 +71,21 @@ class Transfer:
     def _apart(self, buffer: Tensor) -> bool:
         return self.side is not None and buffer.device.type == "cpu"
 
-    def _send_for(self, buffer: Tensor, cut: slice) -> tuple[Tensor, torch.cuda.Event | None]:
+    def _send_for(self, buffer: Tensor, cut: slice) -> tuple[Tensor, torch.Event | None]:
         if not self._apart(buffer):
             return buffer[cut].to(self.device), None
-        with torch.cuda.stream(self.side):
+        with self.side:
             return buffer[cut].to(self.device, non_blocking=True), self.side.record_event()
 
-    def _arrived(self, tensor: Tensor, sent: torch.cuda.Event | None) -> Tensor:
+    def _arrived(self, tensor: Tensor, sent: torch.Event | None) -> Tensor:
         if sent is not None:
-            stream = torch.cuda.current_stream(self.device)
+            stream = torch.accelerator.current_stream(self.device)
             stream.wait_event(sent)
             tensor.record_stream(stream)
         return tensor
 
 
-def _wait_for_older(events: deque[torch.cuda.Event], stream: torch.cuda.Stream) -> None:
+def _wait_for_older(events: deque[torch.Event], stream: torch.Stream) -> None:
     """Record an event on `stream`, and wait for the event recorded AHEAD calls ago."""
     events.append(stream.record_event())
     if len(events) > AHEAD:

@@ -11,11 +11,12 @@ The format, the paths and the kernels are described in README.md beside this fil
 
 from .checkpoint import PackedConfig, PackedQuantizer, card_lines, mark_packed_
 from .errors import PackedError, PackedWarning
-from .grid import dequantise, quantise
-from .layout import Packed, pack, unpack
+from .formats import FORMATS
+from .layout import Packed
 from .linear import SparseLinear
 
 __all__ = [
+    "FORMATS",
     "Packed",
     "PackedConfig",
     "PackedError",
@@ -23,9 +24,5 @@ __all__ = [
     "PackedWarning",
     "SparseLinear",
     "card_lines",
-    "dequantise",
     "mark_packed_",
-    "pack",
-    "quantise",
-    "unpack",
 ]

@@ -8,6 +8,7 @@ costs no memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import kernels
 from .embedding import PackedEmbedding, PackedHead
-from .errors import PackedError
-from .grid import GROUP, GROUPS
-from .layout import packed_shapes
+from .errors import PackedError, PackedWarning
+from .formats import FORMATS
 from .linear import SparseLinear
 
 PACKAGE = "packed_bitmask"  # the name under which pip installs this package
@@ -37,16 +38,15 @@ VERSION = 2
 # printed by a transformers that doesn't know the format: "Unknown quantization type, got ..."
 METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
 CARD_HEADING = "## Packed weights"  # of the card's section on the packed form
-BITS = (4, 8, 16)  # of a kept value; 16: in the dtype of the model, whichever it is
-FLOATS = ("BF16", "F16", "F32", "F64")  # of the values in files, at 16
+FLOATS = ("BF16", "F16", "F32", "F64")  # of the values in files, at 16 bits
 
 
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint.
 
     It holds the format, its version, the bits of a kept value, at 4 bits how many inputs share a
-    scale (`group`) and, by module path, [out, in, kept weights] of every packed linear. Where
-    embedding and head are packed too, [rows, width] of each of them that has rows of its own.
+    scale (`group`, always 64) and, by module path, [out, in, kept weights] of every packed linear.
+    Where embedding and head are packed too, [rows, width] of each that has rows of its own.
     """
 
     def __init__(
@@ -71,11 +71,17 @@ class PackedConfig(QuantizationConfigMixin):
                 f"{FORMAT!r} has only `linears`, `bits`, `group` and `embeddings`"
             )
         damaged = "the config is damaged, save the model again"
-        if bits not in BITS:
-            raise PackedError(f"quantization_config: `bits` is {bits!r}, not 4, 8 or 16; {damaged}")
-        if group not in (GROUPS if bits == 4 else (None,)):
-            allowed = "not 32, 64 or 128" if bits == 4 else f"which {bits} bits have not"
-            raise PackedError(f"quantization_config: `group` is {group!r}, {allowed}; {damaged}")
+        if bits == 8:
+            raise PackedError(
+                "quantization_config: `bits` is 8, which only langprune 0.1 reads; make a dense "
+                "checkpoint of it there: bash launch.sh unpack IN OUT"
+            )
+        if bits not in FORMATS:
+            raise PackedError(f"quantization_config: `bits` is {bits!r}, not 4 or 16; {damaged}")
+        if group != FORMATS[bits].group:
+            raise PackedError(
+                f"quantization_config: `group` is {group!r}, not {FORMATS[bits].group}; {damaged}"
+            )
         if embeddings is not None and not _are_rows(embeddings):
             raise PackedError(
                 "quantization_config: `embeddings` must give [rows, width] for every packed "
@@ -108,7 +114,7 @@ class PackedQuantizer(HfQuantizer):
         config = self.quantization_config
         for name, (out_features, in_features, nnz) in config.linears.items():
             linear = _find_linear(model, name)
-            sparse = SparseLinear.skeleton(linear, nnz, config.bits, config.group or GROUP)
+            sparse = SparseLinear(linear, nnz, FORMATS[config.bits])
             if (sparse.out_features, sparse.in_features) != (out_features, in_features):
                 raise PackedError(
                     f"{name} is {out_features} x {in_features} in quantization_config, but "
@@ -129,6 +135,14 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, SparseLinear):
                 module.count_rows_()
         model.requires_grad_(False)
+        packed = [m for m in model.modules() if isinstance(m, SparseLinear)]
+        if not kernels.supported() and all(m.weight.is_cpu for m in packed):
+            warnings.warn(
+                "packed weights become dense: their kernels are for x86-64 processors with AVX2",
+                PackedWarning,
+                stacklevel=2,
+            )
+            self.dequantize(model)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         """Every packed linear dense again, embedding and head too, in the dtype of the model."""
@@ -174,12 +188,12 @@ register()
 def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
     """The file of each packed tensor. PackedError unless safetensors files hold the tensors that
     `config` names, whole, of the right shapes and kinds. Reads the headers alone."""
-    values = {8: ("I8",), 4: ("U8",)}.get(config.bits, FLOATS)
-    kinds = {"mask": ("U8",), "weight": values, "scale": ("F32" if config.bits == 8 else "BF16",)}
+    values = ("U8",) if config.bits == 4 else FLOATS
+    kinds = {"mask": ("U8",), "weight": values, "scale": ("BF16",)}
     wanted = {
         f"{name}.{part}": (shape, kinds[part])
         for name, size in config.linears.items()
-        for part, shape in packed_shapes(*size, config.bits, config.group or GROUP).items()
+        for part, shape in FORMATS[config.bits].shapes(*size).items()
     }
     for name, (rows, width) in (config.embeddings or {}).items():
         wanted[f"{name}.weight"] = (rows, width), ("I8",)
@@ -219,14 +233,14 @@ def _check_header(
 def mark_packed_(model: PreTrainedModel) -> None:
     """Make `model.save_pretrained` write the packed checkpoint, configuration included."""
     packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
-    ((bits, group),) = {(module.bits, module.group) for module in packed.values()}
+    (bits,) = {module.fmt.bits for module in packed.values()}
     linears = {n: [m.out_features, m.in_features, m.nnz] for n, m in packed.items()}
     embeddings = {
         name: list(module.weight.shape)
         for name, module in model.named_modules()
         if isinstance(module, PackedEmbedding) or isinstance(module, PackedHead) and not module.tied
     }
-    config = PackedConfig(linears, bits, group if bits == 4 else None, embeddings or None)
+    config = PackedConfig(linears, bits, FORMATS[bits].group, embeddings or None)
     quantizer = PackedQuantizer(config)
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = METHOD

@@ -15,10 +15,38 @@ from torch.nn import functional as F
 
 from . import kernels
 from .errors import PackedError
-from .grid import dequantise, quantise
+from .layout import tiles
 from .linear import DECODED_TOKENS, TILE_WEIGHTS, kernels_ready
 
-BITS = 8
+LARGEST = 127  # integer
+SMALLEST = torch.finfo(torch.float32).tiny
+
+
+def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers nearest to a matrix (rows, width), int8, and the scales (rows,), float32.
+
+    A row's scale is its largest weight over 127. PackedError where the matrix holds nan or inf.
+    """
+    if not bool(matrix.isfinite().all()):
+        raise PackedError("8 bits: a weight is nan or inf, which integers can't hold")
+    codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
+    scales = matrix.new_empty(len(matrix), dtype=torch.float32)
+    for part in tiles(*matrix.shape, matrix.device):
+        tile = matrix[part].float()
+        largest = tile.abs().amax(1, keepdim=True)
+        scale = (largest / LARGEST).clamp_min(SMALLEST)
+        rounded = (tile / scale).round_().clamp_(-LARGEST, LARGEST)
+        # the scale of a row that is on a grid can be a neighbour of the largest weight over 127
+        for neighbour in (scale.nextafter(torch.zeros_like(scale)), scale.nextafter(scale * 2)):
+            exact = (rounded * neighbour == tile).all(1, keepdim=True) & (largest > 0)
+            scale = torch.where(exact, neighbour, scale)
+        codes[part], scales[part] = rounded, scale.squeeze(1)
+    return codes, scales
+
+
+def dense_rows(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 matrix (rows, width) that integers and scales stand for."""
+    return codes.float().mul_(scales[:, None])
 
 
 class _PackedRows(nn.Module):
@@ -46,15 +74,15 @@ class _PackedRows(nn.Module):
 
     def quantise_(self, weight: Tensor) -> None:
         """Hold the integers nearest to `weight` (rows, width)."""
-        codes, scales = quantise(weight.detach(), bits=BITS)
+        codes, scales = quantise_rows(weight.detach())
         self.weight.data.copy_(codes)  # in place: a tied head has the same parameter
-        self.scale.copy_(scales.flatten())
+        self.scale.copy_(scales)
         self.checked = True
 
     def dense(self) -> Tensor:
         """The matrix (rows, width) in the model's dtype."""
         self.check()
-        return dequantise(self.weight, self.scale[:, None]).to(self._dense_dtype)
+        return dense_rows(self.weight, self.scale).to(self._dense_dtype)
 
     def check(self) -> None:
         """PackedError, naming the module, where its tensors are not what they have to be."""
@@ -182,7 +210,7 @@ class PackedHead(_PackedRows):
         parts = []
         for start in range(0, self.out_features, step):
             part = slice(start, start + step)
-            rows = dequantise(self.weight[part], self.scale[part, None]).to(tokens.dtype)
+            rows = dense_rows(self.weight[part], self.scale[part]).to(tokens.dtype)
             parts.append(F.linear(tokens, rows, None if self.bias is None else self.bias[part]))
         return torch.cat(parts, 1)
 

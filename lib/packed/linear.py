@@ -3,8 +3,7 @@
 On a CPU every product goes through the kernels of kernels.cpp, if there is a compiler to build
 them. On CUDA a 2:4 weight, of a shape and dtype that torch's kernels take, is replaced by torch's
 semi-structured tensor at the first forward and packed again whenever the linear is moved or saved.
-Anything else on CUDA multiplies a few tokens by the kernel of bitmask_kernel.py, where
-kernel_dispatch.py finds it faster, or unpacks the one weight it needs at every forward.
+Anything else unpacks the one weight it needs at every forward.
 """
 
 from __future__ import annotations
@@ -19,18 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from . import cuda, kernels
 from .errors import PackedError
-from .grid import GROUP, SCALE_DTYPE
-from .kernel_dispatch import small_batch_kernel
-from .layout import (
-    STORED_DTYPE,
-    Packed,
-    check_packed,
-    is_two_of_four,
-    pack,
-    packed_shapes,
-    row_offsets,
-    unpack,
-)
+from .formats import FORMATS, Values
+from .layout import Packed, is_two_of_four, row_offsets
 
 TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache is multiplied fast
 DECODED_TOKENS = 4  # at a time, at most, where a model decodes: the kernels' path for few tokens
@@ -42,73 +31,42 @@ def kernels_ready() -> bool:
     return kernels.ready()
 
 
-def packed_linear(x: Tensor, packed: Packed, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """x (tokens, in) -> (tokens, out) by the fastest way that there is for them here."""
-    if x.device.type == "cpu" and x.dtype in kernels.DTYPES and len(x) and kernels_ready():
-        return kernels.linear(x, packed.mask, packed.weight, offsets, packed.scale, bias)
-    multiply = small_batch_kernel(x, packed, offsets)
-    if multiply is not None:
-        return multiply(x, packed, offsets, bias)
-    return unpacked_linear(x, packed, offsets, bias)
-
-
-def unpacked_linear(x: Tensor, packed: Packed, offsets: Tensor, bias: Tensor | None) -> Tensor:
-    """x (tokens, in) -> (tokens, out) by the dense weight; on a CPU some rows of it at a time."""
-    out_features, width = len(packed.mask), x.shape[-1]
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.linear(x, unpack(packed, width, offsets, x.dtype), bias)
-    rows = max(1, TILE_WEIGHTS * torch.get_num_threads() // width)
-    y = x.new_empty(len(x), out_features)
-    for start in range(0, out_features, rows):
-        part = slice(start, min(out_features, start + rows))
-        tile = unpack(packed, width, offsets, x.dtype, part)
-        y[:, part] = F.linear(x, tile, None if bias is None else bias[part])
-    return y
-
-
 class SparseLinear(nn.Module):
     """y = x W^T + b with W (out, in) packed.
 
-    `mask`, `weight` and, at 8 and 4 bits, `scale` are what layout.py describes, and what is saved;
+    `mask`, `weight` and, beside integers, `scale` are what formats.py describes, and what is saved;
     `offsets` is counted from the mask. The name `weight` makes a loader that doesn't know the
     packed form stop at the shape, instead of filling in random numbers.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        nnz: int,
-        bits: int = 16,
-        group: int = GROUP,
-        bias: bool = True,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        transposed: bool = False,
-    ) -> None:
-        """`nnz`: kept weights. `bits`: 16 for values in `dtype`, whichever it is, 8 or 4.
+    def __init__(self, linear: nn.Module, nnz: int, fmt: Values = FORMATS[16]) -> None:
+        """Of the size, dtype and device of an `nn.Linear` or `Conv1D`; tensors are not filled.
 
-        `group`: inputs that share a scale at 4 bits. `transposed`: the dense checkpoint keeps this
-        weight (in, out), as GPT-2's Conv1D. Tensors are not filled.
+        `nnz`: kept weights, which `fmt` stores.
         """
         super().__init__()
-        self.in_features, self.out_features, self.nnz = in_features, out_features, nnz
-        self.bits, self.group, self.transposed = bits, group, transposed
-        self._dense_dtype = dtype or torch.get_default_dtype()
-        shapes = packed_shapes(out_features, in_features, nnz, bits, group)
-
-        def empty(name: str, dtype: torch.dtype | None) -> Tensor:
-            return torch.empty(shapes[name], dtype=dtype, device=device)
-
-        self.weight = nn.Parameter(
-            empty("weight", STORED_DTYPE.get(bits, dtype)), requires_grad=False
-        )
-        self.register_buffer("mask", empty("mask", torch.uint8))
-        self.register_buffer("scale", empty("scale", SCALE_DTYPE[bits]) if bits < 16 else None)
-        offsets = torch.empty(out_features + 1, dtype=torch.int64, device=device)
+        self.transposed = isinstance(linear, Conv1D)  # the dense checkpoint keeps it (in, out)
+        rows, columns = linear.weight.shape
+        self.in_features = rows if self.transposed else columns
+        self.out_features = columns if self.transposed else rows
+        self.nnz, self.fmt = nnz, fmt
+        dtype, device = linear.weight.dtype, linear.weight.device
+        self._dense_dtype = dtype
+        shapes = fmt.shapes(self.out_features, self.in_features, nnz)
+        weight = torch.empty(shapes["weight"], dtype=fmt.stored or dtype, device=device)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        mask = torch.empty(shapes["mask"], dtype=torch.uint8, device=device)
+        self.register_buffer("mask", mask)
+        scale = None
+        if "scale" in shapes:
+            scale = torch.empty(shapes["scale"], dtype=torch.bfloat16, device=device)
+        self.register_buffer("scale", scale)
+        offsets = torch.empty(self.out_features + 1, dtype=torch.int64, device=device)
         self.register_buffer("offsets", offsets, persistent=False)
-        row = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self.bias = None if row is None else nn.Parameter(row, requires_grad=False)
+        row = None
+        if linear.bias is not None:
+            row = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), False)
+        self.bias = row
         self.semi_structured: Tensor | None = None  # torch's tensor in place of the packed ones
         self.reason: str | None = None  # why not semi-structured; None: not tried on this device
         self.force_dense = False  # multiply by the dense weight, whatever would be faster
@@ -119,43 +77,19 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Module,
-        bits: int = 16,
-        group: int = GROUP,
-        scales: Tensor | None = None,
+        cls, linear: nn.Module, fmt: Values = FORMATS[16], scales: Tensor | None = None
     ) -> SparseLinear:
-        """From an `nn.Linear` or `Conv1D`; shares the bias. `scales` (out, groups): of `pack`."""
+        """From an `nn.Linear` or `Conv1D`; shares the bias. `scales` (out, groups): of `encode`."""
         weight = linear.weight.detach()
         weight = weight.T if isinstance(linear, Conv1D) else weight
-        packed = pack(weight, bits, group, scales)
-        with torch.device("meta"):
-            sparse = cls.skeleton(linear, int(torch.count_nonzero(weight)), bits, group)
+        packed = fmt.encode(weight, scales)
+        sparse = cls(linear, int(torch.count_nonzero(weight)), fmt)
         sparse._set_packed(packed)
         sparse.count_rows_()
         sparse.checked = True
         if linear.bias is not None:
             sparse.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return sparse
-
-    @classmethod
-    def skeleton(
-        cls, linear: nn.Module, nnz: int, bits: int = 16, group: int = GROUP
-    ) -> SparseLinear:
-        """Of the size, dtype and device of an `nn.Linear` or `Conv1D`; tensors not filled."""
-        rows, columns = linear.weight.shape
-        transposed = isinstance(linear, Conv1D)
-        return cls(
-            in_features=rows if transposed else columns,
-            out_features=columns if transposed else rows,
-            nnz=nnz,
-            bits=bits,
-            group=group,
-            bias=linear.bias is not None,
-            dtype=linear.weight.dtype,
-            device=linear.weight.device,
-            transposed=transposed,
-        )
 
     def to_linear(self) -> nn.Module:
         """The dense linear of the class that this one came from."""
@@ -175,18 +109,18 @@ class SparseLinear(nn.Module):
         if self.semi_structured is not None:
             return self.semi_structured.to_dense().to(dtype)
         self.check()
-        return unpack(self.packed, self.in_features, dtype=dtype).to(dtype)
+        return self.fmt.decode(self.packed, self.in_features, dtype=dtype).to(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weight where it is dense."""
-        return self.weight.dtype if self.bits == 16 else self._dense_dtype
+        return self._dense_dtype if self.fmt.stored else self.weight.dtype
 
     @property
     def packed(self) -> Packed:
         """The packed tensors; packed again where torch's tensor stands in their place."""
         if self.semi_structured is not None:
-            return pack(self.semi_structured.to_dense())
+            return self.fmt.encode(self.semi_structured.to_dense())
         return Packed(self.mask, self.weight, self.scale)
 
     def check(self) -> None:
@@ -198,14 +132,7 @@ class SparseLinear(nn.Module):
         if self.checked or self.mask.is_meta or self.weight.is_meta:
             return
         try:
-            check_packed(
-                self.packed,
-                out_features=self.out_features,
-                in_features=self.in_features,
-                bits=self.bits,
-                nnz=self.nnz,
-                group=self.group,
-            )
+            self.fmt.check(self.packed, self.out_features, self.in_features, self.nnz)
         except PackedError as error:
             raise PackedError(f"{self.source}: {error}" if self.source else str(error)) from None
         self.checked = True
@@ -231,11 +158,11 @@ class SparseLinear(nn.Module):
     def why_not_semi_structured(self, device: torch.device) -> str | None:
         """Why torch's kernels would not take the weight on `device`; None where they may."""
         if self.semi_structured is None and device.type == "cuda":
-            if self.bits != 16:
-                return f"torch's kernels read no {self.bits}-bit values"
+            if self.fmt.stored:
+                return f"torch's kernels read no {self.fmt.bits}-bit values"
             if not self.mask.is_meta and not is_two_of_four(self.mask):
                 return "torch's kernels are for 2:4 alone"
-        return cuda.why_not((self.out_features, self.in_features), self.dtype, device)
+        return cuda.why_not(self.dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -270,17 +197,35 @@ class SparseLinear(nn.Module):
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
-        multiply = unpacked_linear if self.force_dense else packed_linear
-        plain = not (self.force_dense or self.decoding or torch.compiler.is_compiling())
-        self._by_kernel = plain and tokens.is_cpu and kernels_ready()
-        packed = Packed(self.mask, self.weight, self.scale)
+        by_kernel = tokens.is_cpu and tokens.dtype in kernels.DTYPES and not self.force_dense
+        by_kernel = by_kernel and kernels_ready()
+        self._by_kernel = by_kernel and not (self.decoding or torch.compiler.is_compiling())
+        multiply = self._by_kernels if by_kernel else self._by_dense_rows
         parts = tokens.split(DECODED_TOKENS) if self.decoding else (tokens,)
-        products = [multiply(part, packed, self.offsets, self.bias) for part in parts]
+        products = [multiply(part) for part in parts]
         return products[0] if len(products) == 1 else torch.cat(products)
+
+    def _by_kernels(self, tokens: Tensor) -> Tensor:
+        packed = self.mask, self.weight, self.offsets, self.scale
+        return kernels.linear(tokens, *packed, self.bias)
+
+    def _by_dense_rows(self, tokens: Tensor) -> Tensor:
+        """By the dense weight; on a CPU by some rows of it at a time."""
+        step = max(1, TILE_WEIGHTS * torch.get_num_threads() // self.in_features)
+        if not tokens.is_cpu or torch.compiler.is_compiling():
+            step = self.out_features
+        packed, products = Packed(self.mask, self.weight, self.scale), []
+        for start in range(0, self.out_features, step):
+            rows = slice(start, min(self.out_features, start + step))
+            weight = self.fmt.decode(packed, self.in_features, self.offsets, tokens.dtype, rows)
+            products.append(
+                F.linear(tokens, weight, None if self.bias is None else self.bias[rows])
+            )
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{size}, nnz={self.nnz}, bits={self.bits}, bias={self._has_bias}"
+        return f"{size}, nnz={self.nnz}, bits={self.fmt.bits}, bias={self._has_bias}"
 
     @property
     def _has_bias(self) -> bool:

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from lib.distributed.context import DistContext
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts
-from lib.model.shapes import BACKWARD, FLOAT, StepBytes, Workload
 from lib.pruning.allocation import Allocation
 from lib.pruning.fisher import BackwardPass, FisherDiagonal
 from lib.pruning.inputs import first_names
@@ -59,19 +59,16 @@ class WeightCosts:
 def by_error(
     runner: BlockRunner,
     windows: Tensor,
-    batch_size: int,
     ratio: float,
-    dist: DistContext,
-    state_device: torch.device | str = "cpu",
     seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
 ) -> Allocation:
     """Allocate by the dense model's predictions on the first of windows (n, tokens).
 
-    `state_device`: where hidden states are kept. `seed`: draws labels. `on_progress(1)` is called
-    after each block, in the forward pass and in the backward pass.
+    `seed`: draws labels. `on_progress(1)` is called after each block, in the forward pass and in
+    the backward pass.
     """
-    windows = windows[:WINDOWS]
+    windows, dist = windows[:WINDOWS], runner.dist
     generator = torch.Generator().manual_seed(seed)
     uniforms, _ = own_windows(torch.rand(windows.shape, generator=generator), dist)
     own, idle = own_windows(windows, dist)
@@ -79,7 +76,7 @@ def by_error(
     weights: dict[str, WeightCosts] = {}
     output_costs: dict[str, Tensor] = {}
     with eager_experts(runner.model):
-        backward = BackwardPass(runner, own, batch_size, uniforms, state_device, on_progress)
+        backward = BackwardPass(runner, own, uniforms, on_progress)
         for index in reversed(range(len(runner.blocks))):
             with runner.on_device(index):
                 linears = runner.linears(index)
@@ -92,8 +89,7 @@ def by_error(
                         weight.cost = weight.cost + costs(linear.matrix(), diagonal, ratio)
                         mean = diagonal.grad_sq / diagonal.tokens
                         output_costs[name] = output_costs.get(name, 0) + mean
-            if on_progress:
-                on_progress(1)
+            on_progress(1)
     ratios = dist.all_gather_object(choose(list(weights.values()), ratio))[0]
     return Allocation(
         {name: Sparsity(ratios.get(first[name], ratio)) for name in first},
@@ -120,23 +116,13 @@ def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
     each = weight.float().square()
     each *= diagonal.inputs.float()  # a sum: an expert counts as often as it is asked
     each *= (diagonal.grad_sq / diagonal.tokens).float()[:, None]
-    sums = each.flatten().sort().values.double().cumsum_(0)
+    # of a row: along the only dimension of a vector, GPUs add up in no fixed order
+    sums = each.flatten().sort().values.double()[None].cumsum_(1)[0]
     counts = torch.tensor([int(share * len(sums)) for share in (ratio, *span(ratio))])
     at_counts = sums[(counts - 1).clamp_min(0).to(sums.device)].cpu() * (counts > 0)
     least = max(FAINT * float(sums[-1]), torch.finfo(torch.float64).tiny)
     usual, dropped = at_counts[0].clamp_min(least), at_counts[1:]
     return usual * (dropped / usual) ** GROWTH
-
-
-def allocation_bytes(load: Workload, windows: int) -> StepBytes:
-    """Memory of `by_error` in this process: hidden states before every block, and the largest of a
-    batch on its way back, logits with their probabilities and sums, and a matrix's costs in order.
-    """
-    hidden = (load.shapes.count + 1) * load.hidden_states(windows)
-    batch = min(load.batch_size, windows)
-    graph = int(BACKWARD * load.activations(batch=batch))
-    ordered = 5 * FLOAT * load.shapes.largest_matrix  # float64 sums are two
-    return StepBytes(hidden, max(graph, 3 * load.logits(batch), ordered))
 
 
 def span(ratio: float) -> list[float]:

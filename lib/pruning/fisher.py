@@ -15,8 +15,11 @@ graph of one block at a time; blocks may be fetched one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import watch_outputs
 from lib.model.matrix import PrunableLinear
 from lib.pruning.observe import rows
+from lib.util.errors import RunWarning
 
 
 @dataclass
@@ -45,15 +49,15 @@ class FisherDiagonal:
         return cls(*zeros)
 
     def add_gradient(self, gradient: Tensor) -> None:
-        """Add a gradient (..., out); a hook of autograd's, which leaves it as it is."""
+        """Add a gradient (..., out): a hook of autograd's."""
         self.grad_sq += _square_sums(gradient)
 
 
 class BackwardPass:
     """Windows (n, tokens) taken through the dense model, to come back block by block.
 
-    `uniforms` (n, tokens): in [0, 1), by which labels are drawn. `state_device`: where hidden
-    states are kept. `on_progress(1)` is called after each block.
+    `uniforms` (n, tokens): in [0, 1), by which labels are drawn. `on_progress(1)` is called after
+    each block.
     """
 
     @torch.no_grad()
@@ -61,20 +65,17 @@ class BackwardPass:
         self,
         runner: BlockRunner,
         windows: Tensor,
-        batch_size: int,
         uniforms: Tensor,
-        state_device: torch.device | str = "cpu",
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], Any] = lambda blocks: None,
     ) -> None:
         self.runner = runner
-        self.states = runner.capture(windows, batch_size, state_device)
+        self.states = runner.capture(windows)
         self.before: list[Tensor] = []  # hidden states before each block that is still to come
         for index in range(len(runner.blocks)):
             self.before.append(runner.transfer.copy(self.states.hidden))
             with runner.on_device(index):
                 runner.advance_(self.states, index)
-            if on_progress:
-                on_progress(1)
+            on_progress(1)
         for batch in self.states.batches:
             self._loss_backward(batch, uniforms[batch].to(runner.device))
 
@@ -95,6 +96,19 @@ class BackwardPass:
 
         Linears that no token reached are among them.
         """
+        try:
+            with deterministic(self.runner.device):
+                diagonals = self._through(index, linears)
+        except RuntimeError as error:  # of the first batch, before anything was stored
+            if "deterministic" not in str(error):
+                raise
+            line = f"--allocation error: another run may give other weights: {error}"
+            warnings.warn(line.split("\n")[0], RunWarning, stacklevel=2)
+            diagonals = self._through(index, linears)
+        self.before.pop()
+        return diagonals
+
+    def _through(self, index: int, linears: list[PrunableLinear]) -> dict[str, FisherDiagonal]:
         runner, transfer, device = self.runner, self.runner.transfer, self.runner.device
         diagonals = {linear.name: FisherDiagonal.zeros(linear, device) for linear in linears}
 
@@ -105,7 +119,7 @@ class BackwardPass:
             if out.requires_grad:
                 out.register_hook(diagonal.add_gradient)
 
-        before = replace(self.states, hidden=self.before.pop())
+        before = replace(self.states, hidden=self.before[-1])
         arriving = transfer.batches(before.hidden, before.batches)
         calls = before.block_args[index]
         with torch.enable_grad(), watch_outputs(linears, see):
@@ -115,6 +129,25 @@ class BackwardPass:
                 end.backward(transfer.fetch(self.states.hidden, batch))
                 transfer.store_(self.states.hidden, batch, start.grad)
         return diagonals
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Inside, a GPU adds up gradients in one order; RuntimeError where an operation can't.
+
+    In the mode that only warns, attention's backward would stay as it is.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # else each empty is a fill
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _square_sums(x: Tensor) -> Tensor:

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lib.distributed.context import DistContext
 from lib.methods.base import PruningMethod
 from lib.methods.magnitude import Magnitude
-from lib.methods.registry import MethodSpec
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
@@ -41,7 +39,6 @@ class Group:
         return self.width**2 * (self.width + sum(linear.shape[0] for linear in self.linears))
 
     def reset_(self) -> None:
-        """Forget what was observed."""
         for statistic in self.method.statistics():
             statistic.zero_()
         self.method.tokens = 0
@@ -74,9 +71,8 @@ class Group:
 def merge(
     groups: list[Group],
     stage: list[PrunableLinear],
-    method_spec: MethodSpec,
-    device: torch.device,
-    dist: DistContext,
+    method: type[PruningMethod],
+    runner: BlockRunner,
 ) -> list[Group]:
     """The groups that any process has, in one order, with empty statistics where this one lacks it.
 
@@ -86,7 +82,7 @@ def merge(
     by_name = {linear.name: linear for linear in stage}
     members: dict[str, list[str]] = {}
     tokens: Counter = Counter()
-    for of_process in dist.all_gather_object(
+    for of_process in runner.dist.all_gather_object(
         [([linear.name for linear in group.linears], group.method.tokens) for group in groups]
     ):
         for names, count in of_process:
@@ -103,7 +99,7 @@ def merge(
     merged = []
     for key, names in members.items():
         linears = [by_name[name] for name in names]
-        group = own.get(key) or Group(linears, method_spec(linears[0].shape[1], device))
+        group = own.get(key) or Group(linears, method(linears[0].shape[1], runner.device))
         group.method.tokens = tokens[key]
         merged.append(group)
     return merged
@@ -118,7 +114,6 @@ class SharedWeights:
         self.pruned: set[tuple[int, int | None]] = set()
 
     def is_pruned(self, linear: PrunableLinear) -> bool:
-        """Whether the linear's weight was pruned with an earlier block."""
         return weight_key(linear) in self.pruned
 
     def mark_pruned(self, linear: PrunableLinear) -> None:

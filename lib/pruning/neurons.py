@@ -8,71 +8,69 @@ Run: `python main.py --model MODEL --prune_method sparsegpt --sparsity_type neur
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 from transformers.pytorch_utils import Conv1D
 
-from lib.distributed.context import DistContext
-from lib.methods.registry import MethodSpec
-from lib.model.blocks import BlockRunner, HiddenStates, run_block
-from lib.model.finite import all_finite, check_weight
+from lib.methods.base import PruningMethod
+from lib.model.blocks import BlockRunner, run_block
+from lib.model.finite import check_weight
 from lib.model.matrix import PrunableLinear
 from lib.model.mlp import BlockMlp, MlpLayout, check_removable, fit_sizes_, keep_neurons_
-from lib.model.shapes import FLOAT, META, BlockShape, Shapes, StepBytes, Workload
-from lib.pruning.inputs import Group, merge
-from lib.pruning.observe import DenseBlock, observe, own_windows
-from lib.pruning.ordered import BlockOrder, OrderedBlock
-from lib.pruning.residual import ResidualProjections
-from lib.util.errors import RunWarning, UserError
+from lib.prune import UNREACHED, Pruned, Pruner
+from lib.pruning.allocation import Allocation
+from lib.pruning.inputs import Group
+from lib.util.errors import UserError
 from lib.util.host import malloc_trim
-from lib.util.products import exact_products
 
 CHECKED = 16  # tokens of the check of a block where no text is observed
+MULTIPLE = 256  # of neurons, that fast kernels like
+STEPS = 8  # multiples that the width has at least
 
 
-@dataclass(frozen=True)
-class Removal:
-    """How many neurons of each MLP stay, and the shapes of the model that has no others."""
-
-    width: int
-    left: int
-    shapes: Shapes
+def multiple_of(width: int) -> int:
+    """The number of which the neurons that stay are a multiple: an eighth of the width at most."""
+    return min(MULTIPLE, 2 ** max(0, (width // STEPS).bit_length() - 1))
 
 
-def count_left(width: int, ratio: float, multiple: int) -> int:
-    """How many of `width` neurons stay: about 1 - `ratio` of them, a multiple of `multiple`.
+def count_left(width: int, ratio: float) -> int:
+    """How many of `width` neurons stay: about 1 - `ratio` of them, a multiple of `multiple_of`.
 
     UserError where that removes none.
     """
+    multiple = multiple_of(width)
     left = max(1, round((1 - ratio) * width / multiple)) * multiple
     if left >= width:
         raise UserError(
             f"--sparsity_ratio {ratio:g}: of {width} neurons in each block none can go and leave a "
-            f"multiple of {multiple}; give a higher ratio, or a smaller --neurons_multiple"
+            f"multiple of {multiple}; use a higher ratio"
         )
     return left
 
 
 @dataclass
-class NeuronsPruned:
-    """Which neurons of each block stay, indices in rising order; sizes in weights; warnings."""
+class NeuronsPruned(Pruned):
+    """Which neurons went; sizes in weights of the blocks, and in bytes of the saved model."""
 
-    width: int
-    left: int
-    kept: list[list[int]] = field(default_factory=list)
-    weights_before: int = 0  # of the blocks
+    width: int = 0
+    left: int = 0
+    field: str = ""  # of the config, that holds the width
+    weights_before: int = 0
     weights_after: int = 0
-    warnings: list[str] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    @property
+    def kept(self) -> list[list[int]]:
+        """Neurons that stay in each block, indices in rising order."""
+        return [notes.kept for notes in self.notes]
 
     def summary(self) -> list[str]:
-        """Lines for the user."""
         share = 1 - self.weights_after / self.weights_before
         line = (
             f"removed {self.width - self.left} of {self.width} neurons in each of {len(self.kept)} "
@@ -80,114 +78,71 @@ class NeuronsPruned:
         )
         return [line, *self.warnings]
 
+    def record(self) -> dict[str, Any]:
+        """The record for results.json."""
+        neurons = set(range(self.width))
+        return {
+            "before": self.width,
+            "after": self.left,
+            "multiple": multiple_of(self.width),
+            "field": self.field,
+            "weights_before": self.weights_before,
+            "weights_after": self.weights_after,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "removed": [sorted(neurons.difference(kept)) for kept in self.kept],
+        }
 
-class NeuronPruner:
+
+class NeuronPruner(Pruner):
     """Makes the MLPs of a runner's model narrower, in place, and its config say so.
 
-    `left`: how many neurons stay in each block. `rounding`: the dtype in which the model will be
-    saved. `dist`: the processes that share the work.
+    `left`: how many neurons stay in each block.
     """
 
     def __init__(
-        self,
-        runner: BlockRunner,
-        method_spec: MethodSpec,
-        layout: MlpLayout,
-        left: int,
-        *,
-        dist: DistContext,
-        rounding: torch.dtype | None = None,
+        self, runner: BlockRunner, method: type[PruningMethod], layout: MlpLayout, left: int
     ) -> None:
-        self.runner = runner
-        self.method_spec = method_spec
+        super().__init__(runner, method, Allocation({}))
         self.layout = layout
         self.left = left
-        self.dist = dist
-        self.rounding = rounding
-        self.projections = ResidualProjections(runner, dist)
+        self.cache_inputs = False  # they would have the wrong width once neurons are removed
         self.checked: set[type] = set()  # classes of blocks
-        self.done = NeuronsPruned(layout.width, left)
+        self.done = NeuronsPruned(width=layout.width, left=left, field=layout.field)
 
-    @torch.no_grad()
     def run(
-        self,
-        windows: Tensor | None,
-        batch_size: int,
-        state_device: torch.device | str = "cpu",
-        on_progress: Callable[[int], None] | None = None,
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> NeuronsPruned:
-        """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
-
-        `state_device`: where hidden states are kept. `on_progress(1)` is called after each block.
-        Raises UserError where a weight or an activation is not finite, or where a block's MLP is
-        more than its linears and activation.
-        """
-        states = dense = None
-        if windows is not None:
-            own, self.idle = own_windows(windows, self.dist)
-            states = self.runner.capture(own, batch_size, state_device)
-        if self.method_spec.cls.dense_stream:
-            dense = replace(states, hidden=self.runner.transfer.copy(states.hidden))
-        for index in range(len(self.runner.blocks)):
-            with self.runner.on_device(index, write_back=True):
-                self._block_(index, states, dense)
-            if on_progress:
-                on_progress(1)
+        """As `Pruner.run`; UserError too where an MLP is more than linears and activation."""
+        done = self.done
+        done.weights_before, done.bytes_before = self._sizes()
+        super().run(windows, on_progress)
+        done.weights_after, done.bytes_after = self._sizes()
         self.layout.set_width(self.runner.model.config, self.left)
-        return self.done
+        return done
 
-    def _block_(
-        self, index: int, states: HiddenStates | None, dense_states: HiddenStates | None
-    ) -> None:
-        """Make one block smaller, or load it finished, and take the streams through it."""
-        runner, block = self.runner, self.runner.blocks[index]
-        mlp, prefix = self.layout.blocks[index], f"{runner.name}.{index}"
-        [down] = [one for one in runner.linears(index) if one.name == f"{prefix}.{mlp.down}"]
-        self.done.weights_before += _weights(block)
-        dense = DenseBlock.copy_of(dense_states, block, prefix) if dense_states else None
-        need_outputs = states is not None and index + 1 < len(runner.blocks)
-        ordered = None
-        if not self._restore_(index, mlp):
-            if not runner.weights.resident:  # otherwise it was checked when it was loaded
-                for linear in runner.linears(index):
-                    check_weight(linear, runner.named)
-            self._check_once(index, mlp, states)
-            if dense:
-                ordered = self._ordered(index, down, states, dense, need_outputs)
-            self._prune_(index, mlp, down, self._observe(index, down, states, ordered))
-        self.done.weights_after += _weights(block)
-        if need_outputs:
-            if ordered:
-                ordered.advance_()
-            else:
-                if dense:
-                    runner.advance_(dense.states, index, dense.block)
-                runner.advance_(states, index)
-            states.block_args[index] = []  # the block's recorded arguments are not needed again
+    def _sizes(self) -> tuple[int, int]:
+        """Weights of the blocks, and bytes of the whole model as it is saved."""
+        weights = sum(p.numel() for block in self.runner.blocks for p in block.parameters())
+        sizes = [
+            p.numel() * (self.save_dtype or p.dtype if p.is_floating_point() else p.dtype).itemsize
+            for p in self.runner.model.parameters()
+        ]
+        return weights, sum(sizes)
 
-    def _ordered(
-        self,
-        index: int,
-        down: PrunableLinear,
-        states: HiddenStates,
-        dense: DenseBlock,
-        need_outputs: bool,
-    ) -> OrderedBlock:
-        """The block beside the untouched one, with down's input as the only one to be taken."""
-        return OrderedBlock(
-            runner=self.runner,
-            states=states,
-            index=index,
-            order=BlockOrder.of([[down]], 1, self.projections, states=states, index=index),
-            dense=dense,
-            method_spec=self.method_spec,
-            cache_inputs=False,  # they would have the wrong width once neurons are removed
-            need_outputs=need_outputs,
-        )
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        """The down projection, once the block's weights and its MLP are checked."""
+        linears, mlp = self.runner.linears(index), self.layout.blocks[index]
+        if not self.runner.weights.resident:  # otherwise they were checked when they were loaded
+            for linear in linears:
+                check_weight(linear, self.runner.named)
+        self._check_once(index, mlp)
+        self.index = index
+        return [one for one in linears if one.name == f"{self.runner.name}.{index}.{mlp.down}"]
 
-    def _check_once(self, index: int, mlp: BlockMlp, states: HiddenStates | None) -> None:
+    def _check_once(self, index: int, mlp: BlockMlp) -> None:
         """Check each class of blocks on a batch, or on a few tokens where no text is observed."""
-        block = self.runner.blocks[index]
+        block, states = self.runner.blocks[index], self.states
         if type(block) in self.checked:
             return
         self.checked.add(type(block))
@@ -199,114 +154,26 @@ class NeuronPruner:
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
         check_removable(block, mlp, self.layout.width, run, f"{self.runner.name}.{index}")
 
-    def _observe(
-        self,
-        index: int,
-        down: PrunableLinear,
-        states: HiddenStates | None,
-        ordered: OrderedBlock | None,
-    ) -> Group:
-        """What all processes have observed of down's input."""
-        runner, spec = self.runner, self.method_spec
-        if states is None:
-            return Group([down], spec(down.shape[1], runner.device))
-        if ordered:
-            groups = ordered.observe(0)
-        else:
-            groups = observe(runner, states, index, [down], spec)
-        for group in groups if self.idle else ():
-            group.reset_()
-        [group] = merge(groups, [down], spec, runner.device, self.dist)
-        for handle in self.dist.all_reduce_(group.method.statistics()):
-            handle.wait()
-        return group
+    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
+        restored = super()._restore_(index, linears)
+        if restored:
+            fit_sizes_(self.runner.blocks[index], self.layout.blocks[index])
+        return restored
 
-    def _prune_(self, index: int, mlp: BlockMlp, down: PrunableLinear, group: Group) -> None:
-        """Choose and repair on the main process, and make the block smaller on all."""
-        caught = []
-        if self.dist.is_main:
-            kept, matrix, caught = self._solve(group, _gains(self.runner.blocks[index], mlp))
-        else:
-            kept = torch.empty(self.left, dtype=torch.long, device=self.runner.device)
-            matrix = down.empty_matrix(self.rounding)
-        kept, matrix = self.dist.broadcast_(kept, 0), self.dist.broadcast_(matrix, 0)
-        notes = self.dist.all_gather_object(caught)[0]
-        down.set_weight_(matrix)
-        keep_neurons_(self.runner.blocks[index], mlp, kept)
+    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
+        gains = _gains(self.runner.blocks[self.index], self.layout.blocks[self.index])
+        kept = group.method.remove_neurons_(matrices[0], gains, self.left)
+        self.done.notes[-1].kept = kept.tolist()
+
+    def _finish_(self, index: int) -> None:
+        """Make the block smaller in all processes."""
+        super()._finish_(index)
+        block, mlp = self.runner.blocks[index], self.layout.blocks[index]
+        kept = self.done.kept[index]
+        if not kept:
+            raise UserError(f"{self.runner.name}.{index}.{mlp.down}: {UNREACHED}")
+        keep_neurons_(block, mlp, torch.tensor(kept, device=self.runner.device))
         malloc_trim()  # weights lie in heaps of the threads that read them, which none else fills
-        self._report({"kept": kept.tolist(), "warnings": notes})
-        self.runner.weights.save(index, {"kept": kept.tolist(), "warnings": notes})
-
-    @exact_products()
-    def _solve(self, group: Group, gains: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-        """Neurons that stay (left,), down's matrix (out, in) as it is saved, and warnings."""
-        [down] = group.linears
-        for statistic in group.method.statistics():
-            if not all_finite(statistic):
-                raise UserError(f"{down.name}: activations are not finite; try --dtype float32")
-        matrix = down.matrix()
-        with record_function("solve"), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                kept = group.method.remove_neurons_(matrix, gains, self.left)
-            except UserError as error:
-                raise UserError(f"{down.name}: {error}") from error
-        if not all_finite(matrix):
-            raise UserError(f"{down.name}: pruned weights are not finite; try --dtype float32")
-        messages = [
-            str(warning.message)
-            if issubclass(warning.category, RunWarning)
-            else f"{down.name}: {warning.message}"
-            for warning in caught
-        ]
-        return kept, down.to_saved_dtype(matrix, self.rounding), messages
-
-    def _restore_(self, index: int, mlp: BlockMlp) -> bool:
-        """Load the block if an interrupted run has finished it; whether it has."""
-        weights = self.runner.weights
-        if not weights.has(index):
-            return False
-        self._report(weights.load(index))
-        fit_sizes_(self.runner.blocks[index], mlp)
-        return True
-
-    def _report(self, notes: dict[str, Any]) -> None:
-        self.done.kept.append(notes["kept"])
-        self.done.warnings += notes["warnings"]
-
-
-def neuron_pruning_bytes(load: Workload, method_spec: MethodSpec, removal: Removal) -> StepBytes:
-    """Memory of removing neurons: hidden states of all calibration windows, and the work on a
-    block."""
-    cls, blocks = method_spec.cls, zip(load.shapes.blocks, removal.shapes.blocks, strict=True)
-    streams = 2 if cls.dense_stream else 1
-    hidden = streams * load.hidden_states(load.windows if cls.observes else 0)
-    work = max(_block_bytes(load, method_spec, removal, *block) for block in blocks)
-    return StepBytes(hidden, work)
-
-
-def _block_bytes(
-    load: Workload,
-    method_spec: MethodSpec,
-    removal: Removal,
-    block: BlockShape,
-    smaller: BlockShape,
-) -> int:
-    """The largest of checking a block, a batch on its way, and removing its neurons."""
-    cls, size, width = method_spec.cls, load.working.itemsize, removal.width
-    matrix = width * max(sum(each.outputs) for each in block.inputs if each.width == width)
-    statistics, solving = method_spec(width, META).removal_bytes_needed(
-        matrix // width, removal.left
-    )
-    solving = FLOAT * matrix + max(solving, load.saved.itemsize * matrix)
-    untouched = block.weights * size if cls.dense_stream else 0
-    batch = passing = load.activations(block)  # of one stream: what passes in the other is dropped
-    if not cls.observes:
-        batch, passing = batch * CHECKED // (load.batch_size * load.seqlen), 0
-    half = (block.weights - smaller.weights) * (width // 2) // (width - removal.left)
-    copying = (block.weights + matrix // 2) * size
-    checking = max(copying, (block.weights - half) * size + batch)
-    return untouched + max(checking, statistics + max(passing, solving))
 
 
 def _gains(block: nn.Module, mlp: BlockMlp) -> Tensor:
@@ -318,7 +185,3 @@ def _gains(block: nn.Module, mlp: BlockMlp) -> Tensor:
         for part in weight.chunk(producer.parts):  # (width, in)
             gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
     return gains
-
-
-def _weights(block: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in block.parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from lib.distributed.context import DistContext
-from lib.methods.registry import MethodSpec
+from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
 from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
-from lib.pruning.inputs import Group, merge
+from lib.pruning.inputs import Group
 
 
 @dataclass
@@ -53,13 +54,13 @@ class Observation:
     def __init__(
         self,
         linears: list[PrunableLinear],
-        method_spec: MethodSpec,
+        method: type[PruningMethod],
         device: torch.device,
         shared: bool = False,
     ) -> None:
         self.linears = linears
         self.shared = shared  # they receive one input: the first of them shows it
-        self.method_spec = method_spec
+        self.method = method
         self.device = device
         self.groups: list[Group] = []
         self.group_of: dict[PrunableLinear, Group] = {}
@@ -80,7 +81,7 @@ class Observation:
         group = self.group_of.get(linear)
         shared = next((g for tensor, g in self.inputs if same(tensor, x)), None)
         if group is None:
-            group = shared or Group([], self.method_spec(linear.shape[1], self.device))
+            group = shared or Group([], self.method(linear.shape[1], self.device))
             if shared is None:
                 self.groups.append(group)
             self.group_of[linear] = group
@@ -90,7 +91,9 @@ class Observation:
             if linear is group.linears[0]:
                 with record_function("statistics"):
                     dense = self.dense.get(linear.name)
-                    group.method.observe(rows(x), None if dense is None else rows(dense))
+                    group.method.observe(
+                        rows(x), **({} if dense is None else dict(dense=rows(dense)))
+                    )
         self.seen.add(linear)
         if len(self.seen) == len(self.linears):
             raise Stop
@@ -102,13 +105,13 @@ def observe(
     states: HiddenStates,
     index: int,
     linears: list[PrunableLinear],
-    method_spec: MethodSpec,
+    method: type[PruningMethod],
 ) -> list[Group]:
     """Run block `index` over all batches, no further than the last input of `linears`.
 
     Returns the linears that were reached, grouped by shared input, with its statistics.
     """
-    observation = Observation(linears, method_spec, runner.device)
+    observation = Observation(linears, method, runner.device)
     with watch_inputs(linears, observation.see), record_function("forward"):
         for _, run in runner.iter_batches(states, index):
             observation.start_pass({})
@@ -149,11 +152,8 @@ def find_stages(
 
 
 def run_until_stop(run: Callable[[], object]) -> None:
-    """Call `run`, which may end early by raising Stop."""
-    try:
+    with suppress(Stop):
         run()
-    except Stop:
-        return
 
 
 def rows(x: Tensor) -> Tensor:
@@ -166,23 +166,3 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a is b or (
         a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
     )
-
-
-def observe_together(
-    runner: BlockRunner,
-    states: HiddenStates,
-    index: int,
-    linears: list[PrunableLinear],
-    method_spec: MethodSpec,
-    dist: DistContext,
-    idle: bool,
-) -> list[Group]:
-    """Observe the inputs of block `index` in all processes; see `own_windows` for `idle`."""
-    groups = observe(runner, states, index, linears, method_spec)
-    for group in groups if idle else ():
-        group.reset_()
-    groups = merge(groups, linears, method_spec, runner.device, dist)
-    for group in groups:
-        for handle in dist.all_reduce_(group.method.statistics()):
-            handle.wait()
-    return groups

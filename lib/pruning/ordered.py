@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lib.methods.registry import MethodSpec
+from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
 from lib.model.linears import watch_inputs, watch_outputs
 from lib.model.matrix import PrunableLinear
@@ -191,12 +191,12 @@ class OrderedBlock:
         index: int,
         order: BlockOrder,
         dense: DenseBlock,
-        method_spec: MethodSpec,
+        method: type[PruningMethod],
         cache_inputs: bool,
         need_outputs: bool,
     ) -> None:
         self.runner, self.states, self.index = runner, states, index
-        self.order, self.dense, self.method_spec = order, dense, method_spec
+        self.order, self.dense, self.method = order, dense, method
         self.cache_inputs, self.need_outputs = cache_inputs, need_outputs
         self.dense_pass = DensePass(
             runner=runner,
@@ -218,7 +218,7 @@ class OrderedBlock:
         if projection := self.order.projections[place]:
             return [self._observe_projection(place, projection)]
         stage, shared = self.order.stages[place], self.order.shared[place]
-        observation = Observation(stage, self.method_spec, self.runner.device, shared)
+        observation = Observation(stage, self.method, self.runner.device, shared)
         with watch_inputs(stage, observation.see), record_function("forward"):
             for batch, needs, _, run in self._iter_batches(place):
                 observation.start_pass(needs)
@@ -229,7 +229,7 @@ class OrderedBlock:
     def _observe_projection(self, place: int, projection: ResidualProjection) -> Group:
         """The statistics of a single linear, with the stream's error once its outputs are added."""
         [linear], transfer = self.order.stages[place], self.runner.transfer
-        group = Group([linear], self.method_spec(linear.shape[1], self.runner.device))
+        group = Group([linear], self.method(linear.shape[1], self.runner.device))
         for batch, needs, cut, run in self._iter_batches(place):
             with record_function("forward"), self._skip_done_modules(place, batch):
                 if projection.last:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner, HiddenStates, replaced
 from lib.model.linears import first_argument, watch_inputs
 from lib.model.matrix import PrunableLinear
@@ -39,9 +38,8 @@ class ResidualProjection:
 class ResidualProjections:
     """Which linears add to the residual stream: tried once for each class of blocks."""
 
-    def __init__(self, runner: BlockRunner, dist: DistContext) -> None:
+    def __init__(self, runner: BlockRunner) -> None:
         self.runner = runner
-        self.dist = dist
         self.by_class: dict[tuple[type, str, bool], ResidualProjection | None] = {}
 
     @torch.no_grad()
@@ -72,7 +70,7 @@ class ResidualProjections:
                     raise
                 projection = None
             # rounding could divide processes
-            self.by_class[key] = self.dist.all_gather_object(projection)[0]
+            self.by_class[key] = self.runner.dist.all_gather_object(projection)[0]
         return self.by_class[key]
 
 
@@ -163,10 +161,10 @@ def _holds(module: nn.Module, linear: PrunableLinear) -> bool:
 @contextmanager
 def replayed_outputs(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -> Iterator[None]:
     """Inside, modules of `block` by name return a tensor, in a tuple of that length if not 0."""
-    in_order = list(outputs.values())
+    values = list(outputs.values())
 
     def make(index: int) -> Callable:
-        out, length = in_order[index]
+        out, length = values[index]
         return lambda *args, **kwargs: (out, *[None] * (length - 1)) if length else out
 
     with replaced([block.get_submodule(path) for path in outputs], make):

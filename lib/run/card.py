@@ -18,9 +18,9 @@ from yaml import YAMLError
 from lib.data.sources import BUILT_IN, parse_source
 from lib.packed.checkpoint import CARD_HEADING, card_lines
 from lib.run.flags import build_parser
+from lib.util.command import one_line
 from lib.util.errors import UserError
 from lib.util.markdown import escape, padded_table
-from lib.util.terminal import one_line
 
 TEMPLATE = """\
 ---

@@ -8,42 +8,80 @@ Nothing heavy is imported before it is needed.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from lib.methods.registry import MethodSpec
+from lib.methods.registry import method_of
 from lib.methods.sparsity import NEURONS, Sparsity
-from lib.run.flag import INPUT, RESULT
-from lib.run.flags import values
-from lib.run.job import Job, NoCache
-from lib.run.results import RESULTS
+from lib.run.flags import default_save, quantises, reads_train, shown
+from lib.run.job import Job
 from lib.run.teacher import set_teacher
-from lib.run.texts import (
-    check_readable,
-    method_of,
-    named_sources,
-    read_texts,
-    reads_train,
-    rounding_of,
-    same_texts,
-)
+from lib.run.texts import named_sources, read_texts, same_texts
 from lib.util.errors import UserError
+from lib.util.files import check_new_folder, check_writable, partial_of
 
 
-def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
+def check(args: argparse.Namespace) -> Job:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
     Raises UserError, in one line, for what can't be done.
     """
-    method_spec, rounding = method_of(args), rounding_of(args)
     _check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
-    train_sources = list(sources) if reads_train(args) else []
-    train_sources += [source for source in vocabulary_sources if source not in train_sources]
-    splits = [(source, "train") for source in train_sources]
-    splits += [(source, "test") for source in tests]
-    check_readable([(source, split) for source, split in splits if not source.hub])
+    read = [(source, "train") for source in sources] if reads_train(args) else []
+    read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
+    read += [(source, "test") for source in tests]
+    _check_readable(read, hub=False)
+    job = _open_model(args)
+    job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
+    _check_readable(read, hub=True)
+    if reads_train(args):
+        job.print(*same_texts(sources, tests))
+    if args.recover:
+        _set_schedule(job)
+    if args.trim_vocabulary:
+        _set_vocabulary(job)
+    if args.teacher:
+        set_teacher(job)
+    bos = None
+    if args.bos == "always":
+        from lib.model.pretrained import required_bos_id
+
+        bos = required_bos_id(job.tokenizer)
+    job.texts = read_texts(job, bos)
+    _check_tokens(job)
+    _open_store(job)
+    return job
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    args.save = args.save or default_save(args)
+    check_writable("--save", args.save)
+    if args.save_model:
+        check_new_folder("--save_model", args.save_model)
+        stage = partial_of(args.save_model)
+        is_resumed = args.resume and Path(args.resume).resolve() == stage.resolve()
+        if stage.exists() and not is_resumed:
+            raise UserError(
+                f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
+                f"continue that by --resume {stage}, or remove it"
+            )
+    if args.tasks:
+        from lib.run.tasks import check_tasks
+
+        check_tasks(args.tasks, args.include_path)
+
+
+def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
+    from lib.data.documents import check_source
+
+    for source, split in sources:
+        if bool(source.hub) == hub:
+            check_source(source, split)
+
+
+def _open_model(args: argparse.Namespace) -> Job:
+    """Read config and tokenizer, and check that the flags fit the model's shape."""
     from lib.distributed.context import DistContext, local_device
     from lib.model import pretrained
     from lib.model.access import Checkpoint
@@ -51,118 +89,59 @@ def check(args: argparse.Namespace, cache: NoCache | None = None) -> Job:
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
     from lib.pruning.neurons import count_left
-    from lib.sparse import check_embeddings
     from lib.util.progress import quiet
 
     quiet()
     device = local_device(pretrained.pick_device(args.device))
     pretrained.set_current_device(device)
-    dist = DistContext(device, minutes=args.timeout)
+    dist = DistContext(device)
     checkpoint = Checkpoint(
         args.model, cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
     )
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
+    changes = [name for name in ("prune_method", "recover") if getattr(args, name)]
+    changes += ["pack_bits"] if quantises(args) else []
     check_format(
         checkpoint,
         config,
         load_bit=args.load_bit,
-        changes=_changing_flag(args, method_spec, rounding),
+        changes=f"--{changes[0]}" if changes else None,
         offload=args.offload,
     )
-    tokenizer = pretrained.load_tokenizer(checkpoint)
     seqlen = pretrained.window_length(config, args.seqlen)
     width = config.get_text_config(decoder=True).hidden_size
     skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
-    sparsity = Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
-    mlps = neurons_left = None
-    if method_spec and args.sparsity_type == NEURONS:
-        mlps = find_mlps(config, checkpoint, skeleton, blocks_name)
-        neurons_left = count_left(mlps.width, sparsity.ratio, args.neurons_multiple)
-    elif method_spec:
-        check_widths(blocks, blocks_name, sparsity)
-    if args.pack_embeddings:
-        check_embeddings(skeleton)
-    if args.bos == "always":
-        pretrained.required_bos_id(tokenizer)
-    check_readable([(source, split) for source, split in splits if source.hub])
-    if dist.is_main and reads_train(args):
-        for line in same_texts(sources, tests):
-            print(line, flush=True)
     job = Job(
         args=args,
-        cache=cache or NoCache(),
-        sources=sources,
-        vocabulary_sources=vocabulary_sources,
-        tests=tests,
+        sources=[],
+        vocabulary_sources=[],
+        tests=[],
         device=device,
         dist=dist,
         checkpoint=checkpoint,
         config=config,
-        tokenizer=tokenizer,
+        tokenizer=pretrained.load_tokenizer(checkpoint),
         seqlen=seqlen,
         batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen, width),
         skeleton=skeleton,
         blocks_name=blocks_name,
-        method_spec=method_spec,
-        sparsity=sparsity,
-        rounding=rounding,
-        mlps=mlps,
-        neurons_left=neurons_left,
+        method=method_of(args.prune_method, args.use_variant) if args.prune_method else None,
+        sparsity=Sparsity.parse(args.sparsity_type, args.sparsity_ratio),
     )
-    if args.recover:
-        _set_schedule(job)
-    if args.trim_vocabulary:
-        _set_vocabulary(job)
-    if args.teacher:
-        set_teacher(job)
-    bos = pretrained.required_bos_id(job.tokenizer) if args.bos == "always" else None
-    job.texts = read_texts(job, bos)
-    _check_tokens(job)
-    _compare_fingerprints(job)
+    if job.method and args.sparsity_type == NEURONS:
+        job.mlps = find_mlps(config, checkpoint, skeleton, blocks_name)
+        job.neurons_left = count_left(job.mlps.width, job.sparsity.ratio)
+    elif job.method:
+        check_widths(blocks, blocks_name, job.sparsity)
+    if args.replace_sparse_layers:
+        from lib.sparse import check_packable
+
+        check_packable(skeleton, blocks_name, args.pack_bits)
+    if args.device is None:
+        job.print(f"device: {device}")
     return job
-
-
-def _changing_flag(
-    args: argparse.Namespace, method_spec: MethodSpec | None, rounding: MethodSpec | None
-) -> str | None:
-    """Return the flag by which the run changes the linears' weights; None if it does not."""
-    if method_spec:
-        return "--prune_method"
-    if args.recover:
-        return "--recover"
-    return "--rounding" if rounding else None
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    from lib.util.files import check_output_folder
-    from lib.util.folders import check_replaceable
-
-    check_output_folder("--save", args.save)
-    _check_results(args.save)
-    if args.save_model:
-        check_replaceable("--save_model", args.save_model)
-    if args.tasks:
-        from lib.quality.tasks import check_tasks
-
-        check_tasks(args.tasks, args.include_path)
-
-
-def _check_results(folder: str) -> None:
-    """Raise UserError if the results would replace a file that no run wrote."""
-    file = Path(folder) / RESULTS
-    if not file.is_file():
-        return
-    try:
-        is_record = "flags" in json.loads(file.read_text("utf-8"))
-    except (ValueError, TypeError):
-        is_record = False
-    if not is_record:
-        raise UserError(
-            f"--save {folder}: holds a {RESULTS} that no run wrote, which would be lost; name "
-            "another folder"
-        )
 
 
 def _set_vocabulary(job: Job) -> None:
@@ -172,13 +151,11 @@ def _set_vocabulary(job: Job) -> None:
     differently.
     """
     from lib.model.rows import config_token_ids, trimmable_rows
-    from lib.vocabulary import TrimmedVocabulary, trim_vocabulary
+    from lib.vocabulary import trim_vocabulary
 
-    args = job.args
     rows = trimmable_rows(job.skeleton, job.checkpoint)
-
-    def make() -> TrimmedVocabulary:
-        return trim_vocabulary(
+    with job.timed("vocabulary"):
+        job.vocabulary = trim_vocabulary(
             job.tokenizer,
             job.checkpoint,
             config=job.config,
@@ -186,19 +163,11 @@ def _set_vocabulary(job: Job) -> None:
             dist=job.dist,
             rows=rows,
             config_ids=config_token_ids(job.checkpoint, job.config),
-            size=args.vocabulary_size,
-            minimum=args.vocabulary_minimum or 1,
-            keep_reserved=args.keep_reserved_tokens,
+            size=job.args.vocabulary_size,
         )
-
-    key = values(args, ["model", "vocabulary"], (RESULT, INPUT))
-    key += tuple(sorted(source.text for source in job.vocabulary_sources))
-    with job.timed("vocabulary"):
-        job.vocabulary = job.cache.vocabulary(key, make)
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)
-    if job.dist.is_main:
-        print(job.vocabulary.summary(), *lines, sep="\n", flush=True)
+    job.print(job.vocabulary.summary(), *lines)
 
 
 def _set_schedule(job: Job) -> None:
@@ -206,14 +175,14 @@ def _set_schedule(job: Job) -> None:
     from lib.model.quantised import stored_bits
     from lib.recover import CROSS_ENTROPY, TrainSchedule
 
-    args, given = job.args, f"--recover {job.args.recover}"
+    args, flag = job.args, shown(job.args, "recover")
     if args.recover < job.seqlen:
         raise UserError(
-            f"{given}: less than one step, a window of {job.seqlen} tokens; give at least "
+            f"{flag}: less than one step, a window of {job.seqlen} tokens; give at least "
             f"{job.seqlen}, or a smaller --seqlen"
         )
     if stored_bits(job.config):
-        raise UserError(f"{given}: {args.model} is quantised, and its weights can't be trained")
+        raise UserError(f"{flag}: {args.model} is quantised, and its weights can't be trained")
     job.schedule = TrainSchedule(
         tokens=args.recover,
         seqlen=job.seqlen,
@@ -241,45 +210,36 @@ def _check_tokens(job: Job) -> None:
         )
 
 
-def _compare_fingerprints(job: Job) -> None:
-    """Raise UserError if an interrupted run, or another process, has another fingerprint."""
-    from lib.model.work_folder import WorkFolder
-    from lib.run.fingerprint import CODE, differences, fingerprint
+def _open_store(job: Job) -> None:
+    """Open the folder of finished blocks: --resume, --offload, or beside --save_model.
 
-    job.fingerprint = fingerprint(job)
+    Raises UserError if an interrupted run, or another rank, has another fingerprint.
+    """
+    from lib.model.run_folder import RunFolder
+    from lib.run.fingerprint import differences, fingerprint
+
+    args, changes = job.args, job.changes
+    places = [("--resume", args.resume if changes else None), ("--offload", args.offload)]
+    if changes and args.save_model:
+        places.append(("--save_model", str(partial_of(args.save_model))))
+    flag, path = next(((flag, path) for flag, path in places if path), (None, None))
+    job.fingerprint = fingerprint(job, weights=bool(path and changes) or job.shared is not None)
     pruning = job.fingerprint["pruning"]
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
-    changes = job.method_spec or job.schedule or job.rounding
-    if not (changes and job.args.resume and job.dist.is_main):
+    if not path or not job.dist.is_main:
         return
-    folder = WorkFolder("--resume", job.args.resume)
-    try:
-        changed = differences(folder.begun, pruning) if folder.begun else {}
-        _check_resumable(job, changed)
-    except BaseException:
-        folder.close()
-        raise
-    if CODE in changed:  # finished blocks are read only under the fingerprint they were begun with
-        job.fingerprint["pruning"] = folder.begun
-    folder.begin(job.fingerprint["pruning"])
-    job.finished = folder
-
-
-def _check_resumable(job: Job, changed: dict[str, tuple[Any, Any]]) -> None:
-    """Raise UserError if the run in `--resume` was begun in a way that it can't be continued."""
-    from lib.run.fingerprint import CODE
-
-    folder = job.args.resume
-    for name, (before, now) in changed.items():
-        if name != CODE:
-            raise UserError(
-                f"--resume {folder}: was begun with {name} {before!r}, now it is {now!r}; give the "
-                "same again, or another folder"
-            )
-    if CODE in changed and not job.args.resume_anyway:
-        raise UserError(
-            f"--resume {folder}: was begun by another version of this program; give "
-            "--resume_anyway to continue with this one, or another folder"
-        )
-    if CODE in changed:
-        print(f"--resume {folder}: continued by another version of this program", flush=True)
+    store = RunFolder(flag, path)
+    changed = differences(store.begun, pruning) if store.begun else {}
+    name, (before, now) = next(iter(changed.items()), (None, (None, None)))
+    problem = None
+    if store.begun is not None and flag != "--resume":
+        problem = f"holds what an unfinished run has done; add --resume {path} to continue that, "
+        problem += "or remove it"
+    elif name:
+        problem = f"was begun with {name} {before!r}, now it is {now!r}; give the same again, or "
+        problem += "another folder"
+    if problem:
+        store.close()
+        raise UserError(f"{flag} {path}: {problem}")
+    store.begin(pruning)
+    job.store = store

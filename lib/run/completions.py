@@ -1,9 +1,9 @@
 """Beginnings of test documents, continued greedily by the dense and by the pruned model.
 
-    completions = Completions(job, loaded)
-    completions.generate("dense", loaded.model)     # before pruning
-    completions.generate("model", loaded.model)     # after the run
-    completions.records()                           # both beside each prompt, for results.json
+    completions = Completions(job, runner)
+    completions.generate("dense", model)      # before pruning
+    completions.generate("model", model)      # after the run
+    completions.records()                     # both beside each prompt, for results.json
 
 Decoding is greedy, so that a model always gives the same text. The model and its generation
 settings stay as they are.
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lib.model.access import first_line
 from lib.model.pretrained import window_length
-from lib.util.products import exact_products
+from lib.util.errors import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lib.run.job import Job, LoadedModel
+    from lib.model.blocks import BlockRunner
+    from lib.run.job import Job
 
 NEW_TOKENS = 40  # generated after each prompt
 REPLACEMENT = "\ufffd"  # tokenizers decode half a character to it
@@ -34,40 +34,28 @@ REPLACEMENT = "\ufffd"  # tokenizers decode half a character to it
 class Completions:
     """Continues the prompts of every test set, `--prompts` of each, by one model after another.
 
-    Every process of a job generates all of them, so that none waits for another. If a model
-    can't generate, one line says why and the run continues without completions.
+    Every rank of a job generates all of them, so that none waits for another. If a model can't
+    generate, one line says why and the run continues without completions.
     """
 
-    def __init__(self, job: Job, loaded: LoadedModel) -> None:
+    def __init__(self, job: Job, runner: BlockRunner) -> None:
         self.job = job
         self.texts: dict[str, list[str]] = {}  # {"dense" or "model": one text for each prompt}
         self.prompts = [
             (test.name, ids) for test in job.texts.tests for ids in test.prompts if job.args.prompts
         ]
-        if self.prompts and not loaded.runner.weights.zero_copy:
+        if self.prompts and not runner.weights.zero_copy:
             self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
 
     def generate(self, name: str, model: nn.Module) -> None:
-        """Continue every prompt by `model`.
-
-        `name`: `dense` for the dense model, whose completions all runs of a sweep share, or
-        `model` for the pruned one.
-        """
+        """Continue every prompt by `model`; `name`: `dense`, or `model` for the pruned one."""
         if not self.prompts:
             return
-        key = (*self.job.dense_key, [ids.tolist() for _, ids in self.prompts])
-
-        def generate() -> list[str]:
-            with self.job.timed("completions"):
-                return self._generate(model)
-
         try:
-            is_dense = name == "dense"
-            texts = self.job.cache.dense_outputs(key, generate) if is_dense else generate()
+            with self.job.timed("completions"):
+                self.texts[name] = self._generate(model)
         except Exception as error:  # raised by any model's own code; the pruned model must be saved
             self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
-        else:
-            self.texts[name] = texts
 
     def records(self) -> list[dict[str, str]]:
         """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
@@ -95,11 +83,9 @@ class Completions:
 
     def _skip(self, reason: str) -> None:
         self.prompts = []
-        if self.job.dist.is_main:
-            print(f"completions: none, {reason}", flush=True)
+        self.job.print(f"completions: none, {reason}")
 
 
-@exact_products()
 def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[int]]:
     """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily."""
     with _default_generation(model) as eos_ids:

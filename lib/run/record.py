@@ -1,222 +1,101 @@
-"""The records of a run: results.json, log_METHOD.txt in wanda's format, and the summary."""
+"""What a run leaves beside the model: results.json's common part, the log, the summary."""
 
 from __future__ import annotations
 
 import math
+import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.methods.registry import METHODS, MethodSpec
-from lib.run.flags import settings
-from lib.util.files import write_text
+import lib
+from lib.run.fingerprint import versions
+from lib.util.command import one_line
+from lib.util.files import move_aside, write_text
 from lib.util.host import gib, peak_memory
-from lib.util.terminal import one_line
-from lib.util.versions import versions
-
-MODELS = {"dense": "dense model", "model": "this model"}
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lib.data.windows import TestSet
-    from lib.eval import Perplexity
-    from lib.pruning.neurons import NeuronsPruned
-    from lib.recover import Recovered, TrainSchedule
-    from lib.run.job import Job, LoadedModel
-    from lib.sparse import PackedSize
+    from lib.model.blocks import BlockRunner
+    from lib.run.job import Job
+
+
+def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
+    """Return what is known of a run before its first step; see lib/run/results.py."""
+    from lib.model.pretrained import footprint
+
+    args, method = job.args, job.args.prune_method
+    changed = job.has_dense or job.quantises
+    return {
+        "model": args.model,
+        "method": method or ("pruned before" if changed else "dense"),
+        "sparsity_type": args.sparsity_type if method else None,
+        "sparsity_ratio": args.sparsity_ratio if method else None,
+        "options": {"variant": args.use_variant} if method == "wanda" else {},
+        "flags": vars(args),
+        "seed": args.seed,
+        "versions": {"langprune": lib.__version__} | versions(),
+        "device": device_name(job.device),
+        "processor": processor(),
+        "footprint": {"before": footprint(runner.model)},
+        "fingerprint": job.fingerprint,
+    }
+
+
+def finish_results(job: Job, runner: BlockRunner) -> None:
+    """Add what is known at the end."""
+    from lib.model.pretrained import footprint
+    from lib.vocabulary import NOTE, vocabulary_record
+
+    results = job.results
+    results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
+    if vocabulary := vocabulary_record(job.vocabulary, job.config):
+        results["vocabulary"] = vocabulary | {"note": NOTE}
+    results["bits_per_byte"] = {
+        each["name"]: each["bits_per_byte"] for each in results["evaluation"]
+    }
+    results["footprint"]["after"] = footprint(runner.model)
+    results |= {"seconds": job.seconds, "peak_memory": peak_memory(job.device)}
 
 
 def device_name(device: Any) -> str:
     """Describe a device, such as `cuda:0 (NVIDIA H100)` or `cpu (2 threads)`."""
     import torch
 
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    if device.type == "cpu":
+        return f"{device} ({torch.get_num_threads()} threads)"
+    return f"{device} ({torch.get_device_module(device).get_device_name(device)})"
 
 
-def results_of(job: Job, loaded: LoadedModel, measured: dict[str, Any]) -> dict[str, Any]:
-    """Return the results.json record of a run; empty parts of `measured` are left out."""
-    from lib.model.pretrained import footprint
-    from lib.vocabulary import vocabulary_record
-
-    args, method_spec = job.args, job.method_spec
-    pruned_before = job.has_dense or job.rounding
-    tests = measured["evaluation"]
-    trimmed: dict[str, Any] = {}
-    if vocabulary := vocabulary_record(job.vocabulary, job.config):
-        bits = {test["name"]: test["bits_per_byte"] for test in tests}
-        trimmed = {"vocabulary": vocabulary, "bits_per_byte": bits}  # before perplexity
-    return {
-        "model": args.model,
-        "method": args.prune_method or ("pruned before" if pruned_before else "dense"),
-        "sparsity_type": args.sparsity_type if method_spec else None,
-        "sparsity_ratio": args.sparsity_ratio if method_spec else None,
-        "options": method_spec.settings if method_spec else {},
-        "flags": vars(args),
-        "settings": settings(args),
-        "seed": args.seed,
-        "versions": versions(),
-        "device": device_name(job.device),
-        **({"products": loaded.products} if loaded.products else {}),
-        "bos": job.texts.bos,
-        "calibration": job.texts.calibration,
-        **trimmed,
-        **{key: value for key, value in measured.items() if value},
-        "perplexity": {test["name"]: test["perplexity"] for test in tests},
-        "seconds": job.seconds,
-        "peak_memory": peak_memory(job.device),
-        "footprint": {"before": loaded.footprint, "after": footprint(loaded.model)},
-        "fingerprint": job.fingerprint,
-    }
+def processor() -> str:
+    """Describe the processor, whose kind decides how sums are rounded."""
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def evaluation_record(test: TestSet, measured: Perplexity) -> dict[str, Any]:
-    """Return the record of a test set, with the divergence from the dense model if there is one."""
-    record = test.facts | {
-        "perplexity": measured.value,
-        "standard_error": measured.standard_error,
-        "bits_per_byte": measured.bits_per_byte(test.bytes),
-    }
-    if divergence := measured.divergence:
-        record |= {
-            "kl": divergence.kl,
-            "kl_standard_error": divergence.kl_standard_error,
-            "top1_agreement": divergence.top1_agreement,
-            "top1_agreement_standard_error": divergence.top1_agreement_standard_error,
-            "compared_windows": divergence.windows,
-        }
+def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any]:
+    """Return the record of a test set: what it is, and its figures (lib/eval.py)."""
+    record = test.facts | {name: figures[name] for name in figures if "nats" not in name}
+    record["bits_per_byte"] = figures["nats"] / math.log(2) / test.bytes
+    if "dense_nats" in figures:
+        nats = figures["dense_nats"]
+        record["dense"] = {"perplexity": math.exp(nats) if nats < 700 else math.inf}
+        if figures["compared_windows"] == len(test.windows):
+            predicted = test.windows.numel() - len(test.windows)
+            record["dense"]["bits_per_byte"] = nats * predicted / math.log(2) / test.bytes
     return record
 
 
-def neurons_record(
-    pruned: NeuronsPruned, field: str, multiple: int, sizes: tuple[int, int]
-) -> dict[str, Any]:
-    """Return the record of removed neurons.
-
-    `sizes` are the bytes of the model as saved, before and after.
-    """
-    neurons = set(range(pruned.width))
-    return {
-        "before": pruned.width,
-        "after": pruned.left,
-        "multiple": multiple,
-        "field": field,
-        "weights_before": pruned.weights_before,
-        "weights_after": pruned.weights_after,
-        "bytes_before": sizes[0],
-        "bytes_after": sizes[1],
-        "removed": [sorted(neurons.difference(kept)) for kept in pruned.kept],
-    }
-
-
-def packing_record(
-    size: PackedSize, left_dense: int, before: Tensor, after: Tensor
-) -> dict[str, Any]:
-    """Return the record of packing: sizes as saved, and how far the logits differ.
-
-    `before` and `after` are logits of the same tokens, before and after packing.
-    """
-    from lib.sparse import relative_difference
-
-    return {
-        "bits": size.bits,
-        "linears": size.linears,
-        "left_dense": left_dense,
-        "bytes": size.packed,
-        "dense_bytes": size.dense,
-        "difference": relative_difference(before, after),
-    }
-
-
-def packed_embeddings_record(
-    model: Any, modules: list[str], dtype: Any, before: Tensor, after: Tensor
-) -> dict[str, Any]:
-    """Return the record of a model's packed `modules`, compared with dense ones in `dtype`.
-
-    `before` and `after` are logits of the same tokens, before and after packing.
-    """
-    from lib.sparse import relative_difference
-
-    packed = [model.get_submodule(name) for name in modules]
-    untied = [module for module in packed if not module.tied]
-    return {
-        "bits": 8,
-        "modules": modules,
-        "bytes": sum(module.weight.nbytes + module.scale.nbytes for module in untied),
-        "dense_bytes": sum(module.weight.numel() * dtype.itemsize for module in untied),
-        "difference": relative_difference(before, after),
-    }
-
-
-def packed_embeddings_line(record: dict[str, Any]) -> str:
-    """Return the terminal's line on the size of the packed embedding and head."""
-    share = record["bytes"] / record["dense_bytes"]
-    return (
-        f"packed {' and '.join(record['modules'])} as saved: {gib(record['bytes'])}, {share:.3f} "
-        f"of their dense size; {record['bits']} bits change the logits by "
-        f"{record['difference']:.2%}"
-    )
-
-
-def packed_line(packed: dict[str, Any]) -> str:
-    """Return the terminal's line on the size of the packed linears."""
-    share = packed["bytes"] / packed["dense_bytes"]
-    line = f"packed linears as saved: {gib(packed['bytes'])}, {share:.3f} of their dense size"
-    if packed["bits"] < 16:
-        line += f"; {packed['bits']} bits change the logits by {packed['difference']:.2%}"
-    return line
-
-
-def recovery_record(
-    job: Job,
-    schedule: TrainSchedule,
-    recovered: Recovered,
-    *,
-    dense: list[float],
-    pruned: list[float],
-) -> dict[str, Any]:
-    """Return the record of a recovery.
-
-    `dense` and `pruned` are perplexities of the teacher and of the model before the recovery: first
-    on the held-out training text, then on every test set.
-    """
-    names = [test.name for test in job.texts.tests]
-    return {
-        "tokens": recovered.tokens,
-        "seconds": recovered.seconds,
-        "steps": schedule.steps,
-        "windows": schedule.windows,
-        "rate": schedule.rate,
-        "rank": schedule.rank,
-        "cross_entropy": schedule.share,
-        "weights": recovered.trained,
-        "teacher": job.args.teacher or job.args.model,
-        "text": job.texts.training.facts,
-        "curve": recovered.curve,
-        "kept": recovered.curve[recovered.best],
-        "held_out": {"dense": dense[0], "before": pruned[0]},
-        "dense": dict(zip(names, dense[1:], strict=True)),
-        "before": dict(zip(names, pruned[1:], strict=True)),
-    }
-
-
-def changed_options(results: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of the method that differ from its defaults."""
-    method = results["method"]
-    defaults = MethodSpec(method).settings if method in METHODS else {}
-    return {name: v for name, v in results["options"].items() if v != defaults.get(name)}
-
-
 def method_in_words(results: dict[str, Any]) -> str:
-    """Describe the method, such as `wanda`, `wanda (variant)` or `admm (blend 0.5)`."""
-    options = changed_options(results).items()
-    words = [name if value is True else f"{name} {value}" for name, value in options]
-    return results["method"] + (f" ({', '.join(words)})" if words else "")
+    """Describe the method, such as `wanda` or `wanda (variant)`."""
+    return results["method"] + (" (variant)" if results["options"].get("variant") else "")
 
 
-def write_log(folder: Path, results: dict[str, Any]) -> Path:
-    """Write log_METHOD.txt: names, then one line of values, tab-separated.
+def write_log(folder: Path, results: dict[str, Any]) -> None:
+    """Write log_METHOD.txt in wanda's format: names, then one line of values, tab-separated.
 
     `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
     vocabulary was trimmed, bits per byte come before them, and a third line says why.
@@ -233,44 +112,59 @@ def write_log(folder: Path, results: dict[str, Any]) -> Path:
     lines += [f"# {vocabulary['note']}"] if vocabulary else []
     path = folder / f"log_{method.replace(' ', '_')}.txt"
     write_text(path, "\n".join(lines) + "\n")
-    return path
+
+
+def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
+    """Move the results of another run in the folder aside."""
+    from lib.run.results import RESULTS, read_results
+
+    try:
+        before = read_results(folder).get("fingerprint")
+    except (OSError, ValueError, AttributeError):
+        before = None
+    sections = ("pruning", "measuring")
+    same = before and all(before.get(name) == fingerprint[name] for name in sections)
+    if not same:
+        for file in [folder / RESULTS, *folder.glob("log_*.txt"), folder / "recovery.png"]:
+            move_aside(file)
 
 
 def print_summary(results: dict[str, Any]) -> None:
-    """Print the summary of a run; its last line ends with a perplexity."""
-    print(*summary_lines(results), sep="\n")
+    """Print the summary of a run, one fact a line; its last line ends with a perplexity."""
+    lines = [f"{method_in_words(results)}: {_share_pruned(results)}", _cost_line(results)]
+    for test in results["evaluation"]:
+        lines += _test_lines(test)
+    for each in results["completions"]:
+        lines.append(f"{one_line(each['test'])}: {one_line(each['prompt'])!r}")
+        lines += [
+            f"  {name}: {one_line(each[name])!r}" for name in ("dense", "model") if name in each
+        ]
+    if vocabulary := results.get("vocabulary"):
+        lines.append(vocabulary["note"])
+        for name, value in results["bits_per_byte"].items():
+            lines.append(f"bits per byte {one_line(name)}: {value:.4f}")
+    recovery = results.get("recovery")
+    for test in results["evaluation"]:
+        name, value = one_line(test["name"]), test["perplexity"]
+        if recovery:
+            dense, before = (recovery[key][test["name"]] for key in ("dense", "before"))
+            lines.append(f"{name}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}")
+        elif "dense" in test:
+            some = f" on {test['compared_windows']} windows" * (
+                "bits_per_byte" not in test["dense"]
+            )
+            lines.append(f"{name}: dense {test['dense']['perplexity']:.4f}{some}")
+        lines.append(f"perplexity {name}: {value:.4f}")
+    print(*lines, sep="\n")
 
 
 def _share_pruned(results: dict[str, Any]) -> str:
-    """Say how much of the blocks was pruned."""
     if neurons := results.get("neurons"):
         return (
             f"{neurons['after']} of {neurons['before']} neurons are left in each MLP, "
             f"{neurons['weights_after'] / neurons['weights_before']:.4f} of the blocks' weights"
         )
     return f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"
-
-
-def summary_lines(results: dict[str, Any]) -> list[str]:
-    """Return the terminal summary of a run, one fact per line."""
-    lines = [f"{method_in_words(results)}: {_share_pruned(results)}", _cost_line(results)]
-    for test in results["evaluation"]:
-        lines += [_test_line(test), *([_divergence_line(test)] if "kl" in test else [])]
-    lines += completion_lines(results.get("completions", []))
-    if vocabulary := results.get("vocabulary"):
-        lines.append(vocabulary["note"])
-        lines += [
-            f"bits per byte {one_line(name)}: {value:.4f}"
-            for name, value in results["bits_per_byte"].items()
-        ]
-    recovery = results.get("recovery")
-    for test, value in results["perplexity"].items():
-        name = one_line(test)
-        if recovery:
-            dense, before = recovery["dense"][test], recovery["before"][test]
-            lines.append(f"{name}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}")
-        lines.append(f"perplexity {name}: {value:.4f}")
-    return lines
 
 
 def _cost_line(results: dict[str, Any]) -> str:
@@ -280,35 +174,20 @@ def _cost_line(results: dict[str, Any]) -> str:
     return line + (f", device {gib(memory['device'])}" if memory["device"] else "")
 
 
-def _test_line(test: dict[str, Any]) -> str:
-    """Return the line on a test set: its size, bits per byte, and the error of its perplexity."""
-    parts = [
-        f"{test['windows']} windows, {test['tokens']} tokens",
-        f"{test['bits_per_byte']:.4f} bits per byte",
-    ]
+def _test_lines(test: dict[str, Any]) -> list[str]:
+    """Lines on a test set: its size, bits per byte, errors, and divergence from the dense model."""
+    name = one_line(test["name"])
+    parts = [f"{test['windows']} windows, {test['tokens']} tokens"]
+    parts.append(f"{test['bits_per_byte']:.4f} bits per byte")
     if math.isfinite(test["standard_error"]):  # nan for a single window
         parts.append(f"standard error of the perplexity {test['standard_error']:.2f}")
-    return f"{one_line(test['name'])}: {', '.join(parts)}"
-
-
-def _divergence_line(test: dict[str, Any]) -> str:
-    """Return the line on the divergence from the dense model on a test set."""
-    return (
-        f"{one_line(test['name'])}: KL {with_error(test, 'kl')} nats a token from the dense model, "
-        f"the same most likely token at {with_error(test, 'top1_agreement', percent=True)} of the "
-        f"positions of {test['compared_windows']} windows"
-    )
-
-
-def completion_lines(completions: list[dict[str, Any]], width: int = 100) -> list[str]:
-    """Return the first prompt of each test set and a line for each model, cut to `width`."""
-    lines = []
-    for entry in {entry["test"]: entry for entry in reversed(completions)}.values():
-        texts = [(one_line(entry["test"]), entry["prompt"] + " ...")]
-        texts += [(f"  {name}", entry[key]) for key, name in MODELS.items() if key in entry]
-        for name, text in texts:
-            line = one_line(text)
-            lines.append(f"{name}: {line if len(line) <= width else line[:width] + ' ...'}")
+    lines = [f"{name}: {', '.join(parts)}"]
+    if "kl" in test:
+        lines.append(
+            f"{name}: KL {with_error(test, 'kl')} nats a token from the dense model, the same most "
+            f"likely token at {with_error(test, 'top1_agreement', percent=True)} of the positions "
+            f"of {test['compared_windows']} windows"
+        )
     return lines
 
 

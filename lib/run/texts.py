@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lib.methods.registry import ROUNDING, MethodSpec
-from lib.run.flag import INPUT, RESULT
-from lib.run.flags import method_options, observes, rounds, values
-from lib.run.job import Job, LoadedModel, TextRequest, Texts
+from lib.run.flags import reads_train
+from lib.run.job import Job, Texts
 
 if TYPE_CHECKING:
     from lib.data.sources import Source
-
-
-def method_of(args: argparse.Namespace) -> MethodSpec | None:
-    """Return the pruning method that the flags name, with its options; None without one."""
-    return MethodSpec(args.prune_method, method_options(args)) if args.prune_method else None
-
-
-def rounding_of(args: argparse.Namespace) -> MethodSpec | None:
-    """Return what rounds kept weights before they are packed; None where nothing does."""
-    return MethodSpec(ROUNDING, {"bits": args.pack_bits}) if rounds(args) else None
-
-
-def reads_train(args: argparse.Namespace) -> bool:
-    """Return whether the run reads the train text of the calibration sources."""
-    return bool(args.recover or observes(args) or rounds(args))
+    from lib.model.blocks import BlockRunner
 
 
 def named_sources(
@@ -69,62 +52,50 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
 
 def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
     """Return a warning for each test set whose text is also calibrated on."""
-    read = {location for source in sources for location in _locations(source, "train")}
+    from lib.data.documents import locations
+
+    read = {place for source in sources for place in locations(source, "train")}
     return [
         f"--eval_data {test.text}: the model is calibrated on this text too, so it is measured "
         "better than on text that it has not seen"
         for test in tests
-        if read.intersection(_locations(test, "test"))
+        if read.intersection(locations(test, "test"))
     ]
-
-
-def _locations(source: Source, split: str) -> set[object]:
-    """Return the files, or the split of a hub set, that a source's texts are read from."""
-    from lib.data.sources import folder_files
-
-    if source.path is None:
-        return {(source.hub, source.config, source.split)} if source.split else set()
-    files = folder_files(source, split) if source.path.is_dir() else [source.path]
-    return {file.resolve() for file in files}
-
-
-def check_readable(sources: list[tuple[Source, str]]) -> None:
-    from lib.data.documents import check_source
-
-    for source, split in sources:
-        check_source(source, split)
 
 
 def read_texts(job: Job, bos: int | None) -> Texts:
     """Return the windows for calibration, evaluation and recovery, each after `bos` if given."""
-    args, schedule = job.args, job.schedule
-    trimmed = job.vocabulary.digest if job.vocabulary else None
-    request = TextRequest(
-        tokenizer=(*values(args, ["model"], (RESULT, INPUT)), trimmed),
-        tests=tuple(job.tests),
-        seqlen=job.seqlen,
-        bos=bos,
-        n_prompts=args.prompts,
-    )
-    if job.calibrated or schedule:
-        request = replace(
-            request,
-            sources=tuple(job.sources),
-            seed=args.seed,
-            nsamples=args.nsamples if job.calibrated else None,
-            n_training=schedule.steps * schedule.windows if schedule else None,
+    from lib.data.training import training_windows
+    from lib.data.windows import calibration_windows, test_set
+
+    args, texts = job.args, Texts(bos)
+    common = dict(seqlen=job.seqlen, bos=bos)
+    if job.calibrated:
+        texts.windows, texts.calibration = calibration_windows(
+            job.sources, job.tokenizer, nsamples=args.nsamples, seed=args.seed, **common
         )
-    return job.cache.texts(request, job.tokenizer)
+    texts.tests = [
+        test_set(test, job.tokenizer, n_prompts=args.prompts, **common) for test in job.tests
+    ]
+    if job.schedule:
+        texts.training = training_windows(
+            job.sources,
+            job.tokenizer,
+            count=job.schedule.steps * job.schedule.windows,
+            seed=args.seed,
+            tests=[test.windows for test in texts.tests],
+            **common,
+        )
+    return texts
 
 
-def resolve_bos(job: Job, loaded: LoadedModel) -> None:
+def resolve_bos(job: Job, runner: BlockRunner) -> None:
     """Under `--bos auto`, check whether the dense model needs BOS before every window."""
     from lib.eval import needs_bos
     from lib.model.pretrained import default_bos_id
 
     bos = default_bos_id(job.tokenizer) if job.args.bos == "auto" else None
-    if bos is not None and needs_bos(loaded.runner, job.texts.tests[0].windows, bos):
-        if job.dist.is_main:
-            print("the model collapses without its BOS token: every window begins with it")
+    if bos is not None and needs_bos(runner, job.texts.tests[0].windows, bos):
+        job.print("the model collapses without its BOS token: every window begins with it")
         job.texts = read_texts(job, bos)
     job.dist.check_equal({"BOS": job.texts.bos})  # each has decided for itself

@@ -9,29 +9,40 @@ Importing this file imports nothing heavy.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NoReturn, TextIO
+from contextlib import contextmanager
+from typing import NoReturn
 
 from lib.util.errors import UserError
-from lib.util.launch import defer_to_rank0, environment_number
-from lib.util.terminal import one_line, replace_unencodable
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
 TERMINATED = 128 + signal.SIGTERM  # as launchers and batch systems end what they started
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+TURN_SECONDS = 3
+JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
 class Parser(argparse.ArgumentParser):
-    """Of several processes with the same mistake in their flags, only the first reports it."""
+    """Reports a wrong flag in one line; `retired`: {flag that is gone: what to use instead}."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.retired: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
-        super().error(message)
+        flag = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        if flag in self.retired:
+            message = f"{flag}: is gone; {self.retired[flag]}"
+        elif flag:
+            message += "; --help lists all flags"
+        self.exit(2, f"error: {message}\n")
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -47,17 +58,33 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
     )
 
 
+def environment_number(name: str, default: int) -> int:
+    """Read RANK, LOCAL_RANK or WORLD_SIZE from the environment, as torchrun sets it."""
+    return int(os.environ.get(name) or default)
+
+
+def defer_to_rank0() -> None:
+    """Wait before another rank than the first reports an error.
+
+    Most errors are the same in all ranks, or follow from another's; the launcher ends this one when
+    the first has reported its own.
+    """
+    if environment_number("RANK", 0) > 0:
+        time.sleep(TURN_SECONDS)
+
+
 def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int:
     """Call `main(argv)` and return the exit status: 0, 1 (an error) or 130 (Ctrl-C).
 
     SIGTERM and SIGHUP (a closed terminal) end it with status 143 and 129, silently, after the
-    `finally` blocks of `main`.
-    UserError, OSError (a full disk, a folder that can't be read) and a lack of memory become one
-    line on stderr. With `--debug` among the arguments they are raised as they are. Any other
+    `finally` blocks of `main`. UserError, OSError (a full disk, a folder that can't be read) and a
+    lack of memory become one line on stderr, unless `--debug` is among the arguments. Any other
     exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
-    replace_unencodable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a Ukrainian name on an ASCII terminal
+            stream.reconfigure(errors="backslashreplace")
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
@@ -67,60 +94,18 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         except BrokenPipeError:  # `command | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
-        except (KeyboardInterrupt, Exception) as error:
+        except KeyboardInterrupt:
             defer_to_rank0()
-            status = None if "--debug" in argv else _report(error)
-            if status is None:
+            print("interrupted", file=sys.stderr, flush=True)
+            return INTERRUPTED
+        except Exception as error:
+            defer_to_rank0()
+            line = None if "--debug" in argv else describe_error(error)
+            if line is None:
                 raise
-            return status
+            print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+            return FAILED
     return 0
-
-
-@contextmanager
-def unfailing_output() -> Iterator[None]:
-    """Inside, nothing that is printed raises an error.
-
-    Letters that a terminal lacks are escaped; what can't be written, to a full disk or to a reader
-    that has gone, is dropped.
-    """
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_UnfailingStream(stream) for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
-
-
-class _UnfailingStream:
-    """A text stream whose `write` and `flush` never fail; in all else it is `stream`."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        try:
-            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):  # ValueError: it was closed
-            self._drop()
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except (OSError, ValueError):
-            self._drop()
-
-    def _drop(self) -> None:
-        """Send everything that is still to come nowhere: its buffer fails at each further write."""
-        with suppress(OSError, ValueError):
-            descriptor = self._stream.fileno()
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
 
 
 @contextmanager
@@ -143,26 +128,20 @@ def _terminable() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _report(error: BaseException) -> int | None:
-    """Print one line for an error that a user can fix and return the exit status.
-
-    Returns None for a defect of the program.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    line = describe_error(error)
-    if line is None:
-        return None
-    print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
-    return FAILED
-
-
 def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None where the error is a defect of the program."""
-    name = type(error).__name__
-    if isinstance(error, UserError | OSError) or name == "PackedError":
+    torch, packed = sys.modules.get("torch"), sys.modules.get("lib.packed.errors")
+    if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
-    if name in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(error):
-        return f"out of memory ({error}); try a smaller --batch_size or --seqlen"
+    lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
+    if isinstance(error, lacking) or "can't allocate memory" in str(error):
+        return (
+            f"out of memory ({error}); try --batch_size 1, a smaller --seqlen or --nsamples, "
+            "--offload FOLDER, or with --recover --recover_rank 16"
+        )
     return None
+
+
+def one_line(text: str) -> str:
+    """Any text on one line, without control, directional and invisible characters."""
+    return "".join(c for c in " ".join(text.split()) if c.isprintable() or c in JOINERS)

@@ -11,3 +11,9 @@ class UserError(ValueError):
 
 class RunWarning(UserWarning):
     """Concerns the whole run, not the linears that are being pruned when it is raised."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without final punctuation, or its class."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:, ")[:300]

@@ -1,99 +1,114 @@
-"""Small files written whole or not at all, and checks of an output before anything is written."""
+"""Files and folders written whole or not at all, and checks of an output before that."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from lib.util.errors import UserError
-from lib.util.host import gib
+
+PARTIAL = ".partial"  # ends the name of what is not yet complete
 
 
-def check_output_folder(flag: str, path: str, mark: str | None = None) -> None:
-    """Raise UserError where a run could not write its output into folder `path`; create nothing.
-
-    `mark` names a file that every folder of an earlier run holds; a non-empty folder without it is
-    refused.
-    """
-    folder = Path(path)
+def check_writable(flag: str, path: str) -> None:
+    """Raise UserError where a run could not write into folder `path`; create nothing."""
+    folder = Path(path).absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file; name a folder")
-    names = sorted(item.name for item in folder.iterdir()) if folder.is_dir() else []
-    if mark and names and mark not in names:
-        raise UserError(f"{flag} {path}: holds {names[0]}, but no {mark}; name another folder")
-    check_writable(flag, path, folder)
-
-
-def check_writable(flag: str, path: str, folder: Path) -> None:
-    """Raise UserError where `folder`, or the folder to create it in, is not writable."""
+    while not folder.exists():
+        folder = folder.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=nearest(folder)):
+        with tempfile.NamedTemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(f"{flag} {path}: can't be written: {error.strerror}") from error
 
 
-def check_room(flag: str, path: str, needed: int) -> None:
-    """Raise UserError where the disk of `path` has less than `needed` bytes free."""
-    free = room(Path(path))
-    if free < needed:
-        raise UserError(
-            f"{flag} {path}: needs about {gib(needed)}, but only {gib(free)} are free; "
-            "name a folder on another disk"
-        )
+def check_new_folder(flag: str, path: str) -> None:
+    """Raise UserError where `path` exists and is not an empty folder, or can't be written."""
+    check_writable(flag, path)
+    folder = Path(path)
+    if folder.is_dir() and (first := next(folder.iterdir(), None)):
+        raise UserError(f"{flag} {path}: holds {first.name}; name a new folder")
 
 
-def nearest(path: Path) -> Path:
-    """Return the path, or the nearest folder above it that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+def partial_of(path: str | Path) -> Path:
+    """Return the folder beside `path` in which it is written."""
+    path = Path(path)
+    return path.with_name(f"{path.name}{PARTIAL}")
+
+
+@contextmanager
+def staged_folder(path: str | Path, flag: str) -> Iterator[Path]:
+    """Yield a folder beside the new folder `path`, which it becomes at the end; else it goes."""
+    check_new_folder(flag, str(path))
+    stage = partial_of(path)
+    stage.mkdir(parents=True, exist_ok=True)
+    try:
+        yield stage
+        put_in_place(stage, Path(path))
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def put_in_place(stage: Path, target: Path) -> None:
+    """Give a complete folder its name, once all of it has reached the disk."""
+    for path in stage.rglob("*"):
+        if path.is_file():
+            sync(path)
+    if target.is_dir():
+        target.rmdir()  # it was empty; a target that somebody has filled meanwhile stays
+    stage.rename(target)
+    sync(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}", delete=False
-    ) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.chmod(file.name, 0o666 & ~umask())
-    os.replace(file.name, path)
-    sync_folder(path.parent)
-
-
-def umask() -> int:
-    """Return the permission bits that this process's files do without."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    stage = path.with_name(f".{path.name}{PARTIAL}")
+    stage.write_text(text, "utf-8")
+    sync(stage)
+    stage.replace(path)
 
 
 def sync(path: Path) -> None:
-    """Wait until a file is on the disk, not only in the system's memory."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk; Windows offers no such call."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows offers no such call
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def room(path: Path) -> int:
-    """Return the free bytes of the disk that `path` is on, or would be."""
-    return shutil.disk_usage(nearest(path)).free
+@contextmanager
+def exclusive_lock(path: Path, held: str) -> Iterator[None]:
+    """Hold the lock file `path` meanwhile; UserError `held` where another process holds it."""
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(held) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees it go
+        lock.release()
+
+
+def move_aside(file: Path) -> None:
+    """Rename a file to NAME.1.SUFFIX, or the next number that is free, and say so."""
+    if not file.exists():
+        return
+    number = 1
+    while (other := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
+        number += 1
+    file.rename(other)
+    print(f"{file}: is of another run, and is now {other.name}")

@@ -1,8 +1,4 @@
-"""The host's memory: how much is available, how much was used at most, how it is freed.
-
-glibc hands a large block back to the system as soon as it is freed, and the next tensor of that
-size starts with a page fault for every 4 KiB: a fifth of a forward pass of a small model.
-"""
+"""The host's memory: how much is available, how much was used at most, how it is freed."""
 
 from __future__ import annotations
 
@@ -14,19 +10,18 @@ from typing import Any
 
 import psutil
 
-CGROUP = Path("/sys/fs/cgroup")  # a container's limits, Linux
-M_TRIM_THRESHOLD = -1  # of mallopt(3)
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 UNUSED_HEAP = 2**28  # bytes that may stay unused at the end of the heap
 LARGEST_IN_HEAP = 2**25  # bytes, glibc's limit; the weights of large models are mapped instead
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to reuse the memory of freed activations; other C libraries are left alone."""
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    """Ask glibc to reuse the memory of freed activations; other C libraries are left alone.
+
+    It hands a large block back to the system as soon as it is freed, and the next tensor of that
+    size starts with a page fault for every 4 KiB: a fifth of a forward pass of a small model.
+    """
+    if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         malloc_trim()  # reading and tokenising texts has left much
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)
         libc.mallopt(M_TRIM_THRESHOLD, UNUSED_HEAP)
@@ -38,29 +33,17 @@ def malloc_trim() -> None:
         libc.malloc_trim(0)
 
 
-def available(cgroup: Path = CGROUP) -> int:
+def available() -> int:
     """Return the bytes that this process can still get from the machine or its container."""
-    free = psutil.virtual_memory().available
-    for limit, used, kinds in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        try:
-            left = int((cgroup / limit).read_text()) - int((cgroup / used).read_text())
-        except (OSError, ValueError):  # none such, or "max"
-            continue
-        free = min(free, left + _page_cache(cgroup / kinds))
-    return max(0, free)
-
-
-def _page_cache(kinds: Path) -> int:
-    """Return the bytes of cached files in a container, which the system gives up on demand."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
     try:
-        lines = dict(line.split() for line in kinds.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    below = "total_" if "total_active_file" in lines else ""  # version 1: with the groups inside
-    return sum(int(lines.get(f"{below}{name}_file", 0)) for name in ("active", "inactive"))
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):  # no container, or "max"
+        return free
+    cached = ("active_file ", "inactive_file ")  # which the system gives up on demand
+    limit += sum(int(line.split()[1]) for line in lines if line.startswith(cached))
+    return max(0, min(free, limit - used))
 
 
 def gib(size: float) -> str:
@@ -90,8 +73,8 @@ def peak_host_memory() -> int:
 def peak_memory(device: Any) -> dict[str, int | None]:
     """Return the peak bytes of the process on the host and of tensors on the device."""
     on_device = None
-    if device.type == "cuda":
+    if device.type != "cpu":
         import torch
 
-        on_device = torch.cuda.max_memory_allocated(device)
+        on_device = torch.accelerator.max_memory_allocated(device)
     return {"host": peak_host_memory(), "device": on_device}

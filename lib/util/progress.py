@@ -6,11 +6,8 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
 
 from tqdm import tqdm
-
-from lib.util.events import emit
 
 LOG_SECONDS = 30  # between two lines where stderr is not a terminal
 
@@ -22,8 +19,7 @@ def progress(
     """Yield a function that advances a progress bar on stderr by a number of units.
 
     `total` is None where the end is not known. The function also takes a short note, which is
-    printed at the end of the bar. Its beginning, and each call, is an event (events.py) called
-    `what`, with the number of calls.
+    printed at the end of the bar.
     """
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     with tqdm(
@@ -35,15 +31,12 @@ def progress(
         smoothing=0.1,
         disable=not shown,
     ) as bar:
-        reports = count()
 
         def on_progress(done: int, note: str = "") -> None:
             if note:
                 bar.set_postfix_str(note, refresh=False)
             bar.update(done)
-            emit(what, next(reports))
 
-        emit(what, next(reports))
         yield on_progress
 
 

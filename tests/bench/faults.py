@@ -124,7 +124,7 @@ def kills_while_saving(kills: int, rng: random.Random) -> Iterator[Row]:
 
 def kills_of_a_sweep(kills: int, rng: random.Random) -> Iterator[Row]:
     flags = "--models llama --methods wanda sparsegpt --types unstructured 2:4 --save_models"
-    own = ["-m", "lib.sweep", *flags.split(), "--calibration", "uk"]
+    own = ["-m", "lib.commands.sweep", *flags.split(), "--calibration", "uk"]
 
     def command(out: str) -> list[str]:
         return [*own, "--out", out, "--", *QUICK[:6]]
@@ -204,7 +204,7 @@ def inputs(_: int, __: random.Random) -> Iterator[Row]:
     again, _, _ = ran(*begun)
     yield "a text changed, then --resume", f"status {status}: {said}", f"put back: status {again}"
     flags = "--models llama --methods wanda --types unstructured --calibration uk --out texts"
-    sweep = ["-m", "lib.sweep", *flags.split(), "--", *QUICK[:6]]
+    sweep = ["-m", "lib.commands.sweep", *flags.split(), "--", *QUICK[:6]]
     ran(*sweep)
     with changed(Path("uk/train.jsonl"), lambda data: data.replace("сонце", "місяць")):
         status, out, _ = ran(*sweep)
@@ -275,7 +275,7 @@ def output_without_a_reader(argv: list[str]) -> Row:
 
 def sweep_without_its_model() -> Row:
     flags = "--models llama --methods wanda --types unstructured --calibration uk --out moved"
-    sweep = ["-m", "lib.sweep", *flags.split(), "--", *QUICK[:6]]
+    sweep = ["-m", "lib.commands.sweep", *flags.split(), "--", *QUICK[:6]]
     ran(*sweep)
     before = content("moved")
     Path("llama").rename("elsewhere")

@@ -7,6 +7,8 @@ import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
+import lib.data.hub
+
 
 @pytest.fixture
 def hub(monkeypatch):
@@ -38,6 +40,7 @@ def hub(monkeypatch):
             raise hub.unreachable
         return SimpleNamespace(sha="c0ffee")
 
+    monkeypatch.setattr(lib.data.hub, "load", lib.data.hub.load.__wrapped__)  # never remembered
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     return hub

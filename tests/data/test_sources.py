@@ -1,8 +1,6 @@
 """What a user names becomes a source and its texts, or one line that says why not."""
 
-import errno
 import gzip
-import io
 import json
 from types import SimpleNamespace
 
@@ -11,14 +9,18 @@ import huggingface_hub
 import pyarrow
 import pytest
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
 from pyarrow import parquet
-from support import LIMIT, start
 from tiny import write_texts
 
 from lib.data import documents
-from lib.data.documents import check_source, open_documents
-from lib.data.sources import AGAIN, BUILT_IN, JOINED, has_test, parse_source, parse_sources
+from lib.data.documents import check_source, locations, open_documents
+from lib.data.sources import AGAIN, BUILT_IN, JOINED, ONCE, has_test, parse_source, parse_sources
 from lib.util.errors import UserError
 
 FLAG = "--calibration_data"
@@ -41,44 +43,31 @@ def read(source, split="train"):
 # --- names
 
 
-def test_built_in_names():
-    uber = parse_source("ubertext", FLAG)
-    assert (uber.hub, uber.column, uber.stream) == (
-        "mshamrai/lang-pruning-uk-uber-text-2",
-        "text",
-        False,
-    )
-    c4 = parse_source("c4", FLAG)
-    assert (c4.hub, c4.train_file, c4.draw) == (
-        "allenai/c4",
-        "en/c4-train.00000-of-01024.json.gz",
-        AGAIN,
-    )
-    assert parse_source("wikitext2", FLAG).draw == JOINED
-    for text, hub, config in [
-        ("c4:uk", "allenai/c4", "uk"),
-        ("fineweb2:ukr_Cyrl", "HuggingFaceFW/fineweb-2", "ukr_Cyrl"),
-        ("wikipedia:uk", "wikimedia/wikipedia", "20231101.uk"),
-    ]:
-        source = parse_source(text, FLAG)
-        assert (source.hub, source.config, source.stream) == (hub, config, True)
-        assert source.name == text and source.draw != AGAIN and source.train_file is None
+UBERTEXT = "mshamrai/lang-pruning-uk-uber-text-2"
+NAMES = {  # what is written: hub id, config, split, column, rule of drawing, whether streamed
+    "ubertext": (UBERTEXT, None, None, "text", ONCE, False),
+    UBERTEXT: (UBERTEXT, None, None, "text", ONCE, False),
+    "c4": ("allenai/c4", None, None, "text", AGAIN, False),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", JOINED, False),
+    "Salesforce/wikitext:wikitext-2-raw-v1": (
+        *("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", JOINED, False),
+    ),
+    "c4:uk": ("allenai/c4", "uk", None, "text", ONCE, True),
+    "allenai/c4:en": ("allenai/c4", "en", None, "text", ONCE, True),
+    "fineweb2:ukr_Cyrl": ("HuggingFaceFW/fineweb-2", "ukr_Cyrl", None, "text", ONCE, True),
+    "wikipedia:uk": ("wikimedia/wikipedia", "20231101.uk", None, "text", ONCE, True),
+    "owner/name": ("owner/name", None, None, "text", ONCE, True),
+    "owner/name:uk::body": ("owner/name", "uk", None, "body", ONCE, True),
+    "owner/name::dev": ("owner/name", None, "dev", "text", ONCE, True),
+}
 
 
-def test_hub_ids():
-    source = parse_source("owner/name", FLAG)
-    assert (source.hub, source.config, source.split, source.column) == (
-        "owner/name",
-        None,
-        None,
-        "text",
-    )
-    source = parse_source("owner/name:uk::body", FLAG)
-    assert (source.config, source.split, source.column) == ("uk", None, "body")
-    assert source.stream and source.name == "name:uk::body"
-    assert not parse_source("mshamrai/lang-pruning-uk-uber-text-2", FLAG).stream
-    assert parse_source("Salesforce/wikitext:wikitext-2-raw-v1", FLAG).draw == JOINED
-    assert parse_source("allenai/c4:en", FLAG).draw != AGAIN
+@pytest.mark.parametrize("text", NAMES)
+def test_names_of_the_hub(text):
+    source = parse_source(text, FLAG)
+    found = (source.hub, source.config, source.split, source.column, source.draw, source.stream)
+    assert found == NAMES[text] and source.name == (text.partition("/")[2] or text)
+    assert (source.train_file is None) == (text != "c4")
 
 
 def test_local_names(tmp_path, monkeypatch):
@@ -111,11 +100,6 @@ def test_unknown_names_list_those_that_exist(text):
 @pytest.mark.parametrize("text", ["/no/such", "./no", "../no", "a/b/c", "no.jsonl", "a/b.txt"])
 def test_missing_local_path(text):
     assert f"{FLAG} {text}: no such file" in message(parse_source, text, FLAG)
-
-
-def test_unknown_file_type(tmp_path):
-    (tmp_path / "a.csv").write_text("text\n")
-    assert ".parquet" in message(parse_source, str(tmp_path / "a.csv"), FLAG)
 
 
 # --- mixtures and names told apart
@@ -155,7 +139,7 @@ def test_equal_names_are_told_apart(tmp_path):
 
 
 def rows(*texts: str) -> str:
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def test_folder_rows_in_order(tmp_path):
@@ -166,12 +150,10 @@ def test_folder_rows_in_order(tmp_path):
     (tmp_path / "test.jsonl").write_text(rows("t"))
     source = parse_source(str(tmp_path), FLAG)
     assert read(source) == ["1", "ґ2", "3", "4", "5"] and read(source, "test") == ["t"]
-    with open_documents(source, "train") as (texts, _):
-        assert [texts[i] for i in (4, 0, 3, 1, 2)] == ["5", "1", "4", "ґ2", "3"]
 
 
 def test_single_files(tmp_path):
-    texts = ["один", "два\n\n", "three"]
+    texts = ["один", "два\n\n", "three\u2028four\u0085five\x0bsix\rseven"]  # a row each
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
     (tmp_path / "a.jsonl").write_text(rows(*texts), encoding="utf-8")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows(*texts).encode()))
@@ -182,12 +164,21 @@ def test_single_files(tmp_path):
     assert read(parse_source(str(tmp_path / "a.txt"), FLAG)) == ["один\n\nдва"]
 
 
+def test_a_very_long_text_file_is_read_in_part(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(documents, "TEXT_CHARACTERS", 5)
+    for text, words in (("сонце", ""), ("сонце і", "only its first 5 characters")):
+        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+        assert read(parse_source(str(tmp_path / "a.txt"), FLAG)) == ["сонце"]
+        assert words in caplog.text and bool(words) == bool(caplog.text)
+
+
 BAD_LINES = {
     b"{text}": "not JSON",
     b'["text"]': "not an object",
     b'{"title": "a", "id": 1}': "no column 'text'; the row has: title, id",
     b'{"text": null}': "NoneType",
-    b'{"text": "\\ud800"}': "surrogate",
+    b'{"text": "\\ud800"}': "half of a surrogate pair",
+    b'{"text": "\xed\xa0\x80"}': "half of a surrogate pair",
     b'{"text": "\xff"}': "not JSON",
 }
 
@@ -196,7 +187,7 @@ BAD_LINES = {
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_malformed_lines_name_file_and_line(tmp_path, line, packed):
     (tmp_path / "train_0.jsonl").write_text(rows("fine"))
-    bad = rows("fine", "fine").encode() + b"\n" + line + b"\n"
+    bad = rows("fine", "fine\u2028").encode() + b"\n" + line + b"\n"
     file = tmp_path / f"train_1.jsonl{'.gz' * packed}"
     file.write_bytes(gzip.compress(bad) if packed else bad)
     problem = message(read, parse_source(str(tmp_path), FLAG))
@@ -205,27 +196,11 @@ def test_malformed_lines_name_file_and_line(tmp_path, line, packed):
 
 def test_check_reads_the_first_row_of_each_file(tmp_path):
     (tmp_path / "train_0.jsonl").write_text("\n" + rows("1") + "{")
-    (tmp_path / "train_1.jsonl.gz").write_bytes(gzip.compress(rows("1").encode() * 9)[:-1])
     source = parse_source(str(tmp_path), FLAG)
     check_source(source, "train")
     assert "train_0.jsonl, line 3" in message(read, source)
     (tmp_path / "train_2.jsonl").write_text("\n{")
     assert "train_2.jsonl, line 2" in message(check_source, source, "train")
-
-
-def test_local_rows_need_no_library(tmp_path):
-    folder = write_texts(tmp_path / "uk", ["один", "два"])
-    code = (
-        "import sys; sys.modules |= dict.fromkeys(['datasets', 'pyarrow', 'torch', 'numpy'])\n"
-        "from lib.data.documents import check_source, open_documents\n"
-        "from lib.data.sources import parse_source\n"
-        "source = parse_source(sys.argv[1], '--eval_data')\n"
-        "check_source(source, 'train')\n"
-        "with open_documents(source, 'train') as (texts, _): print(*texts)\n"
-        "print('transformers' in sys.modules)"
-    )
-    out, err = start(["-c", code, str(folder)], tmp_path).communicate(timeout=LIMIT)
-    assert out == "один два\nFalse\n", err
 
 
 def test_folders_without_rows(tmp_path):
@@ -235,97 +210,52 @@ def test_folders_without_rows(tmp_path):
     assert "no train*.jsonl" in line and "valid.jsonl" in line
     assert "no test*.jsonl" in message(check_source, source, "test")
     (tmp_path / "train.jsonl").write_text("\n\n")
-    assert "holds no text" in message(check_source, source, "train")
+    for look in (check_source, read):
+        assert "holds no text" in message(look, source, "train")
 
 
-def test_damaged_files_are_named(tmp_path):
+def parquet_bytes(tmp_path, **columns) -> bytes:
+    parquet.write_table(pyarrow.table(columns), tmp_path / "made")
+    return (tmp_path / "made").read_bytes()
+
+
+def test_bad_files_are_named(tmp_path):
     packed = gzip.compress(rows(*"abc" * 100).encode())
-    for name, content in {
-        "short.jsonl.gz": packed[:-20],
-        "none.jsonl.gz": b"not gzip",
-        "bad.jsonl.gz": packed[:20] + b"\xff\xff\xff" + packed[23:],
-        "bad.parquet": b"PAR1 no PAR1",
-        "empty.parquet": b"",
-        "bad.txt": b"\xff\xfe\x00",
-    }.items():
+    whole = parquet_bytes(tmp_path, text=["текст"] * 50 + list("abcdef"))
+    binary = pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False)
+    for name, content, words in [
+        ("a.csv", b"text", ".parquet"),
+        ("short.jsonl.gz", packed[:-20], "is it damaged?"),
+        ("none.jsonl.gz", b"not gzip", "is it damaged?"),
+        ("bad.jsonl.gz", packed[:20] + b"\xff\xff\xff" + packed[23:], "is it damaged?"),
+        ("bad.parquet", b"PAR1 no PAR1", "is it damaged?"),
+        ("empty.parquet", b"", "is it damaged?"),
+        ("inside.parquet", whole[:4] + b"\xff" * 36 + whole[40:], "is it damaged?"),
+        ("letters.parquet", parquet_bytes(tmp_path, text=binary), "is it damaged?"),
+        ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "the file has: id, body"),
+        ("null.parquet", parquet_bytes(tmp_path, text=["a", None]), "null.parquet, row 1: the"),
+        (
+            "none.parquet",
+            parquet_bytes(tmp_path, text=pyarrow.array([], pyarrow.string())),
+            "holds no text",
+        ),
+        ("bad.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("blank.txt", b" \n", "holds no text"),
+    ]:
         (tmp_path / name).write_bytes(content)
-        source = parse_source(str(tmp_path / name), FLAG)
-        assert name in message(read, source)
-        if name != "short.jsonl.gz":  # its first row is whole
-            assert name in message(check_source, source, "train")
-
-
-def test_rows_are_checked_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
-    (tmp_path / "train_0.jsonl").write_text(rows("1", "2"))
-    (tmp_path / "train_1.jsonl.gz").write_bytes(gzip.compress(rows("3", "4").encode()))
-    source = parse_source(str(tmp_path), FLAG)
-    assert read(source) == ["1", "2", "3", "4"]
-    checked = []
-    monkeypatch.setattr(documents.JsonLines, "_check", lambda *given: checked.append(given))
-    with open_documents(source, "train") as (texts, _):
-        assert [texts[row] for row in (3, 0, 2, 1)] == ["4", "1", "3", "2"] and not checked
-    (tmp_path / "train_0.jsonl").write_text(rows("one", "2", "5"))
-    assert read(source) == ["one", "2", "5", "3", "4"] and len(checked) == 3
-
-
-def test_what_does_not_fit_unpacked_is_one_line(tmp_path, monkeypatch):
-    file = tmp_path / "train.jsonl.gz"
-    file.write_bytes(gzip.compress(rows("текст").encode()))
-    source = parse_source(str(tmp_path), FLAG)
-    with monkeypatch.context() as patched:
-        patched.setattr(documents.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-        line = message(read, source)
-    assert f"{file} does not fit into the temporary folder" in line and "set TMPDIR" in line
-
-    class Full(io.BytesIO):
-        def flush(self):
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(documents.tempfile, "TemporaryFile", Full)
-    assert "set TMPDIR" in message(read, source)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_line_without_end_is_one_line(tmp_path, monkeypatch, packed):
-    monkeypatch.setattr(documents, "LONGEST_LINE", 50)
-    text = (rows("a") + rows("б" * 50)).encode()
-    file = tmp_path / f"train.jsonl{'.gz' * packed}"
-    file.write_bytes(gzip.compress(text) if packed else text)
-    assert f"{file}, line 2: longer than" in message(read, parse_source(str(tmp_path), FLAG))
-
-
-def test_damaged_inside_of_a_parquet(tmp_path):
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"text": ["текст"] * 50 + list("abcdef")}), file)
-    content = bytearray(file.read_bytes())
-    content[4:40] = b"\xff" * 36
-    file.write_bytes(content)
-    assert "a.parquet" in message(check_source, parse_source(str(file), FLAG), "train")
-
-
-def test_parquet_columns(tmp_path):
-    file = tmp_path / "a.parquet"
-    parquet.write_table(pyarrow.table({"id": [1], "body": ["a"]}), file)
-    assert "id, body" in message(check_source, parse_source(str(file), FLAG), "train")
-    parquet.write_table(pyarrow.table({"text": [None, "a"]}), file)
-    assert "row 0" in message(check_source, parse_source(str(file), FLAG), "train")
-    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), file)
-    assert "holds no text" in message(check_source, parse_source(str(file), FLAG), "train")
-    (tmp_path / "a.txt").write_text(" \n")
-    text = parse_source(str(tmp_path / "a.txt"), FLAG)
-    assert "holds no text" in message(check_source, text, "train")
+        line = message(lambda name=name: read(parse_source(str(tmp_path / name), FLAG)))
+        assert name in line and words in line
 
 
 # --- the hub
 
 
-def test_ubertext_is_loaded_whole_and_pinned(hub):
-    name = "mshamrai/lang-pruning-uk-uber-text-2"
-    hub.sets[(name,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
+def test_sets_are_loaded_whole_and_pinned(hub):
+    hub.sets[(UBERTEXT,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
     with open_documents(parse_source("ubertext", FLAG), "train") as (texts, revision):
         assert list(texts) == ["a", "b"] and revision == "c0ffee"
     assert read(parse_source("ubertext", FLAG), "test") == ["c"]
-    assert hub.calls[0] == ((name,), {"revision": "c0ffee"})
+    assert hub.calls[0] == ((UBERTEXT,), {"revision": "c0ffee"})
 
 
 def test_c4_reads_one_file_of_each_split(hub):
@@ -342,7 +272,7 @@ def test_c4_reads_one_file_of_each_split(hub):
 def test_streams(hub):
     hub.sets[("allenai/c4", "uk")] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
     source = parse_source("c4:uk", FLAG)
-    assert read(source) == [(0, "a")] and read(source, "test") == [(0, "v")]
+    assert read(source) == ["a"] and read(source, "test") == ["v"]
     assert hub.calls[0][1]["streaming"] is True
     check_source(source, "train")
 
@@ -352,8 +282,7 @@ def test_a_set_without_test_is_parted(hub):
     texts = [str(number) for number in range(1102)]
     hub.sets[("owner/name", "x")] = {"train": {"text": texts}}
     source = parse_source("owner/name:x", FLAG)
-    assert read(source) == [(1100, "1100"), (1101, "1101")]
-    assert read(source, "test")[:2] == [(0, "0"), (1, "1")]
+    assert read(source) == ["1100", "1101"] and read(source, "test")[:2] == ["0", "1"]
     assert len(read(parse_source("owner/name:x:train", FLAG))) == 1102
     hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
     check_source(source, "train")
@@ -363,18 +292,58 @@ def test_a_set_without_test_is_parted(hub):
     assert "holds 0 rows" in message(check_source, source, "train")
 
 
-def test_a_split_without_rows_is_refused(hub):
-    hub.sets[("mshamrai/lang-pruning-uk-uber-text-2",)] = {"train": {"text": []}}
-    line = message(check_source, parse_source("ubertext", FLAG), "train")
-    assert line.endswith("the split 'train' is empty; name another")
+@pytest.mark.parametrize(
+    ("calibration", "test", "splits", "shared"),
+    [
+        ("o/s", "o/s", "train", False),  # parted
+        ("o/s:c:train", "o/s:c", "train", True),
+        ("o/s", "o/s::train", "train", False),
+        ("o/s", "o/s::train", "train test", True),
+        ("o/s", "o/s", "train test", False),
+        ("o/s::validation", "o/s", "train validation", True),
+        ("o/s::validation", "o/s", "train validation test", False),
+        ("o/s:c", "o/s:d", "train", False),
+        ("c4", "c4", "train validation", False),
+    ],
+)
+def test_text_that_is_calibrated_on_and_measured_is_seen(hub, calibration, test, splits, shared):
+    for key in [("o/s",), ("o/s", "c"), ("o/s", "d"), ("allenai/c4",)]:
+        hub.sets[key] = {split: {"text": ["a"]} for split in splits.split()}
+    places = locations(parse_source(calibration, FLAG), "train")
+    assert bool(places & locations(parse_source(test, "--eval_data"), "test")) == shared
+
+
+def test_local_text_that_is_calibrated_on_and_measured_is_seen(tmp_path):
+    write_texts(tmp_path / "uk")
+    folder = parse_source(str(tmp_path / "uk"), FLAG)
+    file = parse_source(str(tmp_path / "uk/../uk/test.jsonl"), FLAG)
+    assert locations(file, "train") == locations(folder, "test") != locations(folder, "train")
 
 
 def test_what_the_hub_set_lacks(hub):
     hub.sets[("owner/name",)] = {"dev": {"body": ["a"]}, "train": {"body": ["a"], "id": [1]}}
-    assert "dev, train" in message(check_source, parse_source("owner/name::tset", FLAG), "test")
-    assert "body, id" in message(check_source, parse_source("owner/name", FLAG), "train")
-    assert "int, not text" in message(read, parse_source("owner/name:::id", FLAG))
-    check_source(parse_source("owner/name:::body", FLAG), "train")
+    hub.sets[(UBERTEXT,)] = {"train": {"text": []}}
+    for text, words in {
+        "owner/name::tset": "no split 'tset'; there are: dev, train",
+        "owner/name": "no column 'text'; there are: body, id",
+        "owner/name:::id": "row 0, column 'id': the text is of type int",
+        "ubertext": "the split 'train' is empty; name another",
+    }.items():
+        assert words in message(check_source, parse_source(text, FLAG), "train")
+
+
+def test_half_a_letter_on_the_hub(hub):
+    def rows_of_a_stream():
+        yield {"text": "fine"}
+        yield {"text": "\ud800"}
+
+    class Stream:
+        column_names = ["text"]
+        __iter__ = staticmethod(rows_of_a_stream)
+
+    hub.sets[("owner/name",)] = {"train": Stream(), "test": {"text": ["a"]}}
+    line = message(read, parse_source("owner/name", FLAG))
+    assert "row 1, column 'text': the text has half of a surrogate pair" in line
 
 
 def test_configs_are_named(hub, monkeypatch):
@@ -393,20 +362,34 @@ def test_configs_are_named(hub, monkeypatch):
         assert line.endswith("can't be loaded: what it says")
 
 
-def test_a_hub_that_refuses_is_said_in_one_line(hub):
-    answer = SimpleNamespace(status_code=429, headers={}, request=None)
-    hub.error = HfHubHTTPError("429 Too Many Requests\nmore", response=answer)
-    line = message(check_source, parse_source("owner/name", FLAG), "train")
-    assert line.endswith("the hub refused: 429 Too Many Requests; try again later")
+ANSWER = SimpleNamespace(status_code=429, headers={}, request=None)
 
 
 @pytest.mark.parametrize(
-    "error",
-    [DatasetNotFoundError("x\ny"), RuntimeError("scripts\nx"), FileNotFoundError("no file")],
+    ("error", "words"),
+    [
+        (
+            HfHubHTTPError("429 Too Many\nmore", response=ANSWER),
+            "the hub refused: 429 Too Many; try",
+        ),
+        (
+            RepositoryNotFoundError("401", response=ANSWER),
+            "no such data set on the hub, or it needs",
+        ),
+        (GatedRepoError("403", response=ANSWER), "accept their terms"),
+        (HTTPError("no route"), "the hub can't be reached (no route); check the network"),
+        (DatasetNotFoundError("x\ny"), "can't be loaded: x"),
+        (RuntimeError("scripts\nx"), "can't be loaded: scripts"),
+        (FileNotFoundError("no file"), "can't be loaded: no file"),
+    ],
 )
-def test_what_datasets_raises_is_one_line(hub, error):
+def test_what_fails_on_the_hub_is_one_line(hub, error, words):
+    source = parse_source("owner/name", FLAG)
     hub.error = error
-    assert message(check_source, parse_source("owner/name", FLAG), "train")
+    assert words in message(check_source, source, "train")
+    if isinstance(error, HTTPError):
+        hub.unreachable, hub.error = error, None
+        assert words in message(check_source, source, "train") and len(hub.calls) == 1
 
 
 def test_a_stream_that_breaks_is_one_line(hub):
@@ -419,44 +402,21 @@ def test_a_stream_that_breaks_is_one_line(hub):
     assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
 
 
-@pytest.fixture
-def unreachable(hub, monkeypatch, tmp_path):
-    """A hub that does not answer; load_dataset finds what was downloaded before."""
+def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.unreachable = HTTPError("no route")
-    scan = huggingface_hub.scan_cache_dir
-    monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: scan(tmp_path / "hub"))
-    return hub
-
-
-def test_a_hub_out_of_reach_is_said_at_once(unreachable, tmp_path):
-    source = parse_source("ubertext", FLAG)
-    assert "can't be reached (no route)" in message(check_source, source, "train")
-    (tmp_path / "hub").mkdir()
-    assert "can't be reached (no route)" in message(check_source, source, "train")
-    assert not unreachable.calls
-
-
-def test_what_was_downloaded_serves_without_the_hub(unreachable, tmp_path):
-    for name in ("mshamrai/lang-pruning-uk-uber-text-2", "owner/name"):
-        place = tmp_path / "hub" / f"datasets--{name.replace('/', '--')}" / "snapshots" / "c0ffee"
-        place.mkdir(parents=True)
-        unreachable.sets[(name,)] = {"train": {"text": ["a"]}}
+    for name in (UBERTEXT, "owner/name"):
+        assert "(no route)" in message(check_source, parse_source(name, FLAG), "train")
+        (tmp_path / f"datasets--{name.replace('/', '--')}").mkdir()
+        hub.sets[(name,)] = {"train": {"text": ["a"]}}
     with open_documents(parse_source("ubertext", FLAG), "train") as (texts, revision):
         assert list(texts) == ["a"] and revision is None
-    assert unreachable.calls == [(("mshamrai/lang-pruning-uk-uber-text-2",), {})]
+    assert hub.calls == [((UBERTEXT,), {})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
     assert "can't be reached (no route)" in message(check_source, stream, "train")
 
 
-def test_unknown_set_is_neither_local_nor_on_the_hub(hub):
-    answer = SimpleNamespace(status_code=401, headers={}, request=None)
-    hub.unreachable = RepositoryNotFoundError("401", response=answer)
-    line = message(check_source, parse_source("owner/name", FLAG), "train")
-    assert "no data set owner/name on the hub" in line and "no local folder" in line
-
-
 def test_offline_without_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    source = parse_source("ubertext", FLAG)
-    assert "can't be reached" in message(check_source, source, "train")
-    assert not list(tmp_path.iterdir())
+    line = message(check_source, parse_source("ubertext", FLAG), "train")
+    assert "can't be" in line and not list(tmp_path.iterdir())

@@ -2,27 +2,31 @@
 
 import bz2
 import json
-from functools import partial
 
 import pytest
-from support import content, launched, raising
+from support import launched
 
-from lib.data import ubertext
-from lib.data.sources import parse_source
-from lib.data.ubertext import GENRES, Rule, documents, find_dumps
+from lib.commands import ubertext
+from lib.commands.ubertext import GENRES, build, documents, find_dumps
 from lib.util import command
 from lib.util.errors import UserError
 
 
 def long_document(genre, number):
-    return f"Документ {number}  жанру\t{genre},\n\nз порожнім рядком\n" + "слово " * (20 + number)
-
-
-build = partial(ubertext.build, rule=Rule(min_length=100, train=4, test=2))
+    return f"Документ {number}  жанру\t{genre},\n\nз порожнім\u2028рядком\n" + "слово " * (
+        20 + number
+    )
 
 
 @pytest.fixture
-def dumps(tmp_path):
+def short(monkeypatch):
+    """Documents of more than 100 characters, four to train and two to test."""
+    for name, value in {"MIN_LENGTH": 100, "TRAIN": 4, "TEST": 2}.items():
+        monkeypatch.setattr(ubertext, name, value)
+
+
+@pytest.fixture
+def dumps(tmp_path, short):
     """Eight long documents of each genre, a short one after each; bz2 but for one."""
     folder = tmp_path / "dumps"
     folder.mkdir()
@@ -41,12 +45,7 @@ def dumps(tmp_path):
 
 
 def rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def test_the_published_rule():
-    assert ubertext.DIVIDER == 3 and Rule() == Rule(min_length=8192, train=1000, test=50)
-    assert GENRES == ("court", "fiction", "news", "social", "wiki")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
@@ -57,67 +56,38 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
         for genre in GENRES
         for number in range(6)
     ]
-    train = [row for i, row in enumerate(expected) if i % 6 < 4]
-    test = [row for i, row in enumerate(expected) if i % 6 >= 4]
-    assert rows(out / "train.jsonl") == train
-    assert rows(out / "test.jsonl") == test
+    assert rows(out / "train.jsonl") == [row for i, row in enumerate(expected) if i % 6 < 4]
+    assert rows(out / "test.jsonl") == [row for i, row in enumerate(expected) if i % 6 >= 4]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dumps", "out"]
-    assert parse_source(str(out), "--calibration_data").path == out
+    with pytest.raises(UserError, match="^OUT .*out: exists already"):
+        build(find_dumps(dumps), out)
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "expected", "added_up"),
     [
-        ("a\n\n\n\nb\n", ["a\n", "b\n"]),
-        ("a\n\n\nb\n", ["a\nb\n"]),  # two blank lines do not divide
-        ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"]),  # nor do more of them make empty documents
-        ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"]),  # white space alone is a blank line
-        ("", []),
+        ("a\n\n\n\nb\n", ["a\n", "b\n"], None),
+        ("a\n\n\nb\n", ["a\nb\n"], None),  # two blank lines do not divide
+        ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"], None),  # nor make more of them documents
+        ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"], None),  # white space is a blank line
+        ("a\n\nb\n\nc\n\nd\n\n\n\ne\n", ["a\nb\nc\nd\n", "e\n"], ["a\nb\nc\n", "d\n", "e\n"]),
     ],
 )
-def test_dividers(text, expected):
-    assert list(documents(text.splitlines(keepends=True))) == expected
+def test_dividers(text, expected, added_up):
+    lines = text.splitlines(keepends=True)
+    assert list(documents(lines)) == expected
+    if added_up:  # as the published builder counts
+        assert list(documents(lines, add_up=True)) == added_up
 
 
-def test_the_published_count_adds_blank_lines_up():
-    lines = "a\n\nb\n\nc\n\nd\n\n\n\ne\n".splitlines(keepends=True)
-    assert list(documents(lines, add_up=True)) == ["a\nb\nc\n", "d\n", "e\n"]
-    assert list(documents(lines)) == ["a\nb\nc\nd\n", "e\n"]
-
-
-def test_longer_means_longer(tmp_path):
+def test_longer_means_longer(short, tmp_path, capsys):
     dump = tmp_path / "court.txt"
     dump.write_text("x" * 99 + "\n\n\n\n" + "y" * 100 + "\n\n\n\n" + "z" * 101)
     build({"court": dump}, tmp_path / "out")
     # counted with line ends, before folding: 100, 101, 101
     assert [row["text"][0] for row in rows(tmp_path / "out" / "train.jsonl")] == ["y", "z"]
     assert (tmp_path / "out" / "test.jsonl").read_text() == ""
-
-
-def test_an_interrupted_build_leaves_nothing_and_an_earlier_one_stays(dumps, tmp_path):
-    with raising(KeyboardInterrupt(), "documents", 2), pytest.raises(KeyboardInterrupt):
-        build(find_dumps(dumps), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    build(find_dumps(dumps), tmp_path / "out")
-    train = tmp_path / "out" / "train.jsonl"
-    before, written = content(tmp_path / "out"), train.read_bytes()
-    with raising(KeyboardInterrupt(), "documents", 2), pytest.raises(KeyboardInterrupt):
-        build(find_dumps(dumps), tmp_path / "out")
-    assert content(tmp_path / "out") == before
-    build(find_dumps(dumps), tmp_path / "out")
-    assert train.read_bytes() == written
-
-
-@pytest.mark.parametrize("name", ["out/mine.txt", "out.partial/mine.txt"])
-def test_files_of_the_user_stay(dumps, tmp_path, name):
-    (tmp_path / name).parent.mkdir()
-    (tmp_path / name).write_text("mine")
-    if name.startswith("out/"):
-        with pytest.raises(UserError, match="^OUT .*out: holds mine.txt"):
-            build(find_dumps(dumps), tmp_path / "out")
-    else:
-        build(find_dumps(dumps), tmp_path / "out")
-    assert (tmp_path / name).read_text() == "mine"
+    assert "only 2 training and 0 test documents" in capsys.readouterr().err
 
 
 def test_bad_dumps(dumps, tmp_path):
@@ -125,45 +95,34 @@ def test_bad_dumps(dumps, tmp_path):
         find_dumps(tmp_path / "nowhere")
     court = {"court": find_dumps(dumps)["court"]}
     whole = court["court"].read_bytes()
-    for damaged in (whole[:-20], whole[:60] + b"????" + whole[64:]):
-        court["court"].write_bytes(damaged)
-        with pytest.raises(UserError, match=r"court\S+: damaged bz2"):
+    for content, problem in (
+        (whole[:-20], r"court\S+: damaged bz2"),
+        (whole[:60] + b"????" + whole[64:], r"court\S+: damaged bz2"),
+        ("слово".encode("cp1251") * 99, "not UTF-8"),
+        (b"a b", "longest has 3"),
+    ):
+        court["court"].write_bytes(content)
+        with pytest.raises(UserError, match=problem):
             build(court, tmp_path / "out")
-    court["court"].write_bytes("слово".encode("cp1251") * 99)
-    with pytest.raises(UserError, match="not UTF-8"):
-        build(court, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["dumps"]
     (dumps / "court.txt").write_text("")
     with pytest.raises(UserError, match="several files with 'court'"):
         find_dumps(dumps)
-    court["court"].unlink()
-    (dumps / "court.txt").write_text("a b")
-    with pytest.raises(UserError, match="longest has 3"):
-        build(find_dumps(dumps), tmp_path / "out")
-    (dumps / "court.txt").unlink()
+    for path in dumps.glob("*court*"):
+        path.unlink()
     with pytest.raises(UserError, match="no file with 'court' in the name"):
         find_dumps(dumps)
-    assert not (tmp_path / "out").exists()
 
 
-def test_too_few_documents_are_reported(dumps, tmp_path, capsys):
-    rule = Rule(min_length=100, train=7, test=5)
-    build({"court": find_dumps(dumps)["court"]}, tmp_path / "out", rule=rule)
-    assert "only 7 training and 1 test documents" in capsys.readouterr().err
-
-
-def test_the_command(dumps, tmp_path):
-    for path in dumps.iterdir():
-        path.unlink()
+def test_the_command(tmp_path, capsys):
+    dumps = tmp_path / "dumps"
+    dumps.mkdir()
     for genre in GENRES:
         (dumps / f"{genre}.txt").write_text("\n\n\n\n".join(["слово " * 1400] * 3))
     out = launched(["ubertext", dumps, "out"], tmp_path)
     assert "15 train, 0 test documents of 5 genres" in out
     assert len(rows(tmp_path / "out/train.jsonl")) == 15
-
-
-def test_mistakes_are_one_line(tmp_path, capsys):
-    nowhere, out = str(tmp_path / "nowhere"), str(tmp_path / "out")
-    assert command.run(ubertext.main, [nowhere, out]) == 1
+    nowhere = str(tmp_path / "nowhere")
+    assert command.run(ubertext.main, [nowhere, str(tmp_path / "new")]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: FOLDER_OF_DUMPS {nowhere}: ") and err.count("\n") == 1
-    assert not (tmp_path / "out").exists()

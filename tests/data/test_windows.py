@@ -106,11 +106,21 @@ def test_wikitext_is_drawn_as_published(hub, tokenizer, seed):
     assert torch.equal(test.windows, stream_windows(texts, tokenizer, SEQLEN))
 
 
-def test_text_file_gives_many_windows(tmp_path, tokenizer):
-    (tmp_path / "book.txt").write_text("\n".join(sentences(5)), encoding="utf-8")
+def test_text_file_gives_many_windows_but_not_all_the_same(tmp_path, tokenizer):
+    text = "\n".join(sentences(5))
+    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     source = parse_source(str(tmp_path / "book.txt"), FLAG)
-    windows, record = data.calibration_windows([source], tokenizer, 9, SEQLEN, 0)
-    assert windows.shape == (9, SEQLEN) and len(set(record["sources"][0]["starts"])) > 1
+    count = ids(tokenizer, text).numel()
+    most = 4 * count // SEQLEN
+    windows, record = data.calibration_windows([source], tokenizer, most, SEQLEN, 0)
+    assert windows.shape == (most, SEQLEN) and len(set(record["sources"][0]["starts"])) > 1
+    line = message(data.calibration_windows, [source], tokenizer, most + 1, SEQLEN, 0)
+    need = -(-(most + 1) * SEQLEN // 4)
+    assert f"its {count} tokens are too few for {most + 1} windows of {SEQLEN}, which" in line
+    assert (
+        f"at least {need}; give a longer text, --nsamples {most} or --seqlen {SEQLEN - 1}" in line
+    )
+    assert len(data.calibration_windows([source], tokenizer, most + 1, SEQLEN - 1, 0)[0]) > most
 
 
 def test_same_seed_same_bytes(tmp_path, tokenizer):
@@ -132,31 +142,34 @@ def test_only_drawn_documents_are_tokenised(tmp_path, tokenizer):
         return tokenizer(text, **options)
 
     _, record = data.calibration_windows([source], counted, 5, SEQLEN, 0)
-    assert len(seen) == len(set(seen)) < 40
+    assert len(seen) < 12 and len(set(seen)) == len(seen)
 
 
-def test_no_warning_about_length(tmp_path, caplog):
-    short = tiny_tokenizer()
-    short.model_max_length = 4
-    source = folder(tmp_path / "uk")
-    data.calibration_windows([source], short, 4, SEQLEN, 0)
-    data.test_set(source, short, SEQLEN)
-    assert not caplog.records
-
-
-def test_too_few_windows_end_the_search(tmp_path, tokenizer, hub):
-    texts = ["a", *sentences(3), "b"]
+def test_too_few_windows_say_which_length_gives_them(hub, tmp_path, tokenizer):
+    texts = ["a", *mixed(12), "b"]
     source = folder(tmp_path / "uk", texts)
-    assert len(data.calibration_windows([source], tokenizer, 3, SEQLEN, 0)[0]) == 3
-    line = message(data.calibration_windows, [source], tokenizer, 4, SEQLEN, 0)
-    assert line.startswith(f"{FLAG} {source.text}: ") and "only 3 windows" in line
-    line = message(data.calibration_windows, [source], tokenizer, 1, 10_000, 0)
-    longest = max(ids(tokenizer, text).shape[1] for text in texts)
-    assert f"the longest has {longest}; use --seqlen {longest - 1} or less" in line
-    assert len(data.calibration_windows([source], tokenizer, 1, longest - 1, 0)[0]) == 1
-    hub.sets[("allenai/c4",)] = {"train": {"text": ["a", "b"]}}
+    lengths = sorted((ids(tokenizer, text).numel() for text in texts), reverse=True)
+    some = sum(length > SEQLEN for length in lengths)
+    assert 3 < some < 12
+    assert len(data.calibration_windows([source], tokenizer, some, SEQLEN, 0)[0]) == some
+    line = message(data.calibration_windows, [source], tokenizer, some + 1, SEQLEN, 0)
+    fits = lengths[some] - 1
+    assert line.startswith(f"{FLAG} {source.text}: its 14 texts can give only {some} windows")
+    assert line.endswith(f"{some + 1} are wanted; --seqlen {fits} gives {some + 1} windows")
+    assert len(data.calibration_windows([source], tokenizer, some + 1, fits, 0)[0]) == some + 1
+    with pytest.raises(UserError):
+        data.calibration_windows([source], tokenizer, some + 1, fits + 1, 0)
+    line = message(data.calibration_windows, [source], tokenizer, 2, 10_000, 0)
+    assert f"the longest has {lengths[0]}; --seqlen {lengths[1] - 1} gives 2 windows" in line
+    line = message(data.calibration_windows, [source], tokenizer, 15, 10_000, 0)
+    assert f"use --seqlen {lengths[0] - 1} or less and a smaller --nsamples" in line
+    line = message(data.calibration_windows, [source], tokenizer, 15, 4, 0)
+    assert "use a smaller --nsamples or more texts" in line
+    hub.sets[("allenai/c4",)] = {"train": {"text": texts}}  # which are drawn more than once
     c4 = parse_source("c4", "--prune_on_c4")
-    assert "too short" in message(data.calibration_windows, [c4], tokenizer, 1, SEQLEN, 0)
+    line = message(data.calibration_windows, [c4], tokenizer, 99, 10_000, 0)
+    assert f"--seqlen {lengths[0] - 1} gives 99 windows" in line
+    assert len(data.calibration_windows([c4], tokenizer, 99, lengths[0] - 1, 0)[0]) == 99
 
 
 def test_bos_begins_every_window_once(tmp_path):
@@ -199,14 +212,6 @@ def test_mixture_interleaves_what_each_would_give_alone(tmp_path, tokenizer):
     assert [s["share"] for s in record["sources"]] == [0.75, 0.25]
 
 
-def test_one_source_with_a_weight_is_itself(tmp_path, tokenizer):
-    source = folder(tmp_path / "uk")
-    weighted = parse_sources([f"{source.text}=0.3"], FLAG, mixture=True)
-    bare = data.calibration_windows([source], tokenizer, 8, SEQLEN, 0)
-    same = data.calibration_windows(weighted, tokenizer, 8, SEQLEN, 0)
-    assert torch.equal(bare[0], same[0]) and bare[1] == same[1]
-
-
 # --- streams
 
 
@@ -239,7 +244,7 @@ def test_stream_reads_no_more_than_it_needs(hub, tokenizer, monkeypatch):
     hub.sets[("owner/name",)] = {"train": Endless(), "test": {"text": ["a"]}}
     sources = [parse_source("owner/name", FLAG)]
     data.calibration_windows(sources, tokenizer, 5, SEQLEN, 0)
-    assert len(read) == data.BUFFER + 6
+    assert len(read) == data.BUFFER + 5
     monkeypatch.setattr(data, "STREAM_LIMIT", 20)
     line = message(data.calibration_windows, sources, tokenizer, 30, SEQLEN, 0)
     assert "its 20 texts can give only 20 windows" in line
@@ -273,10 +278,15 @@ def test_test_windows_with_bos(tmp_path, add_bos):
     texts = mixed(20)
     tokenizer = tiny_tokenizer(add_bos=add_bos)
     source = folder(tmp_path / "uk", test=texts)
-    windows = data.test_set(source, tokenizer, SEQLEN, bos=0).windows
+    found = data.test_set(source, tokenizer, SEQLEN, bos=0)
+    windows = found.windows
     assert windows.shape[1] == SEQLEN and (windows[:, 0] == 0).all()
     bare = stream_windows(texts, tiny_tokenizer(add_bos=False), SEQLEN - 1)
     assert torch.equal(windows[:, 1:], bare)
+    # every token of the text is predicted, from BOS on
+    text = "\n\n".join(texts)
+    total = ids(tiny_tokenizer(add_bos=False), text).numel()
+    assert found.bytes == found.facts["bytes"] == round(len(text.encode()) * bare.numel() / total)
 
 
 def test_test_text_shorter_than_a_window(tmp_path, tokenizer):
@@ -336,27 +346,3 @@ def test_prompts_of_a_single_document_are_those_of_its_windows(tmp_path, tokeniz
 def test_empty_text_gives_integers():
     plain = SimpleNamespace(input_ids=torch.zeros(1, 0))
     assert data.tokenise(lambda *a, **k: plain, "").dtype == torch.int64
-
-
-@pytest.mark.parametrize("add_bos", [False, True])
-def test_a_long_text_is_tokenised_in_parts_to_the_same_ids(add_bos):
-    tokenizer = tiny_tokenizer(add_bos=add_bos)
-    text = "\n".join(mixed(40)) + "\n\n  two  \n\nlines\n"
-    whole = ids(tokenizer, text)[0]
-    lengths = []
-
-    def counted(text, **options):
-        lengths.append(len(text))
-        return tokenizer(text, **options)
-
-    assert torch.equal(data.tokenise(counted, text, long_text=400, context=60), whole)
-    assert max(lengths) < len(text) / 2  # a part ends with its line
-
-
-def test_a_text_whose_parts_would_be_cut_otherwise_stays_whole(tokenizer):
-    def with_blank(text, **options):  # as tokenizers of SentencePiece's kind begin a text
-        return tokenizer(" " + text, **options)
-
-    text = "\n".join(mixed(40))
-    found = data.tokenise(with_blank, text, long_text=400)
-    assert torch.equal(found, ids(tokenizer, " " + text)[0])

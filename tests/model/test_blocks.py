@@ -10,11 +10,10 @@ import tiny
 import torch
 from support import CPU, linears_of, prune_, runner_of, windows
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lib.eval import cross_entropy, perplexity
-from lib.methods.registry import MethodSpec
-from lib.model.blocks import HEAD_POSITIONS, LOGIT_BYTES, BlockRunner, positions_at_once
+from lib.eval import cross_entropy, perplexities, perplexity
+from lib.methods.registry import method_of
+from lib.model.blocks import HEAD_POSITIONS, BlockRunner, positions_at_once
 from lib.pruning.observe import observe
 from lib.util.errors import UserError
 
@@ -80,19 +79,19 @@ def test_they_are_refused_although_a_token_has_a_damaged_embedding(name: str) ->
 
 
 def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, ids = runner_of(tiny.tiny_llama()), windows(4)
+    runner, ids = runner_of(tiny.tiny_llama(), 2), windows(4)
     with torch.no_grad():
         logits = runner.model(input_ids=ids).logits[:, :-1].double()
     losses = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
     expected = losses.mean().exp().item()
     row = 4 * tiny.VOCAB  # bytes
     for room, least in ((2**28, 1), (row * 2 * 5, 1), (1, 1), (row, 6), (1, 128)):
-        monkeypatch.setitem(LOGIT_BYTES, "cpu", room)
+        monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", room)
         monkeypatch.setattr("lib.eval.HEAD_POSITIONS", least)
-        found = perplexity(runner, ids, 2)
-        assert found.value == pytest.approx(expected, rel=1e-5)
+        [found] = perplexities(runner, [ids])
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
     deviation = losses.std().item() / 2  # of the mean of four
-    assert found.standard_error == pytest.approx(expected * deviation, rel=1e-4)
+    assert found["standard_error"] == pytest.approx(expected * deviation, rel=1e-4)
 
 
 def test_a_gpu_makes_logits_in_few_calls() -> None:
@@ -118,38 +117,14 @@ def test_cross_entropy_in_pieces_is_that_of_the_whole(
     draw = torch.Generator().manual_seed(0)
     logits = (8 * torch.randn(13, 40, generator=draw)).to(dtype)
     targets = torch.randint(40, (13,), generator=draw)
-    monkeypatch.setitem(LOGIT_BYTES, "cpu", 3 * 4 * 40)
+    monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", 3 * 4 * 40)
     whole = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     assert torch.equal(cross_entropy(logits, targets), whole)
 
 
-def test_a_batch_comes_to_the_device_once_for_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner, ids = runner_of(tiny.tiny_llama()), windows(4)
-    fetched, own = [], runner.transfer.fetch
-    monkeypatch.setattr(
-        runner.transfer, "fetch", lambda buffer, cut: fetched.append(cut) or own(buffer, cut)
-    )
-    monkeypatch.setitem(LOGIT_BYTES, "cpu", 1)
-    perplexity(runner, ids, 2)
-    assert len(fetched) == 2
-
-
-def test_arguments_are_compared_once_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not for each block: comparing waits for the device."""
-    runner = runner_of(tiny.tiny_llama(num_hidden_layers=4))
-    compared, own = [], torch.equal
-    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(a) or own(a, b))
-    states = runner.capture(windows(6), 2, CPU)
-    distinct = {id(one) for _, kwargs in states.block_args[0] for one in tree_leaves(kwargs)
-                if isinstance(one, torch.Tensor)}  # fmt: skip
-    assert len(compared) <= 3 * 2 * len(distinct)
-    first = [tree_leaves(calls[0]) for calls in states.block_args]
-    assert all(a is b for a, b in zip(first[0], first[-1], strict=True) if torch.is_tensor(a))
-
-
 def test_perplexity_in_one_batch_is_as_in_many() -> None:
-    runner, ids = runner_of(tiny.ARCHITECTURES["Gemma 2"]()), windows(5)
-    values = [perplexity(runner, ids, size).value for size in (1, 2, 5)]
+    model, ids = tiny.ARCHITECTURES["Gemma 2"](), windows(5)
+    values = [perplexity(runner_of(model, size), ids) for size in (1, 2, 5)]
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)
 
 
@@ -175,9 +150,9 @@ def test_nothing_stays_patched_after_an_exception(work: str, place: str) -> None
     jobs: dict[str, Callable] = {
         "build": lambda: BlockRunner(model, CPU),
         "advance": lambda: runner.advance_(states, 1),
-        "observe": lambda: observe(runner, states, 1, linears_of(runner, 1), MethodSpec("wanda")),
+        "observe": lambda: observe(runner, states, 1, linears_of(runner, 1), method_of("wanda")),
         "prune": lambda: prune_(runner, ids=ids),
-        "measure": lambda: perplexity(runner, ids, 2),
+        "measure": lambda: perplexity(runner, ids),
     }
     if place == "mlp.down_proj" and work in ("observe", "prune"):
         jobs[work]()  # of the last block, only what this linear receives is wanted

@@ -24,13 +24,11 @@ from support import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lib.commands.overlap import compare_masks
 from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
 from lib.model.quantised import check_format, stored_bits
-from lib.util.errors import UserError
 
 KINDS = {"unstructured": HALF, "2:4": Sparsity(0.5, 2, 4)}
 ONLY_DROPS = ("wanda", "magnitude")
@@ -87,7 +85,7 @@ def scales(linear: PrunableLinear) -> list[Tensor]:
 def test_masks_survive(method: str, kind: str, loaded: nn.Module) -> None:
     model, sparsity = copy.deepcopy(loaded), KINDS[kind]
     before = {one.name: (codes(one), scales(one), one.matrix()) for one in all_linears(model)}
-    prune_(model, method, sparsity, windows(6), 3)
+    prune_(model, method, sparsity, windows(6))
     for linear in all_linears(model):
         old_codes, old_scales, old = before[linear.name]
         zero = linear.matrix() == 0
@@ -167,9 +165,6 @@ def test_a_quantised_model_is_neither_recovered_nor_a_teacher_nor_compared(
     )
     (line,) = prune("model", tmp_path / "run", "--teacher", quantised, *recover).complaints
     assert line == f"error: --teacher {quantised}: is quantised; name the unquantised model"
-    if stored_bits(loaded.config) == "4":
-        with pytest.raises(UserError, match="proj.weight is stored in 4 bits, where zeros can't"):
-            compare_masks([quantised, quantised])
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors"])

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 import lib.sparse
 from lib.methods.sparsity import n_of_m
 from lib.model.pretrained import decoder_blocks
-from lib.model.unpack import main as unpack_main
-from lib.model.unpack import unpack_folder
+from lib.commands.unpack import main as unpack_main
+from lib.commands.unpack import unpack_folder
 from lib.packed import kernels
 from lib.packed.checkpoint import CARD_HEADING, METHOD, PackedConfig
 from lib.packed.errors import PackedError
@@ -395,7 +395,7 @@ def test_killed_unpack_leaves_nothing_behind(folders, tmp_path):
     out, ready = tmp_path / "out", tmp_path / "ready"
     code = (
         "import sys, time, pathlib, transformers.modeling_utils as m\n"
-        "from lib.model.unpack import unpack_folder\n"
+        "from lib.commands.unpack import unpack_folder\n"
         "def hang(*_, **__):\n"
         "    pathlib.Path(sys.argv[3]).touch()\n"
         "    time.sleep(600)\n"

@@ -20,7 +20,8 @@ from lib.model.access import Checkpoint
 from lib.model.mlp import MlpLayout, find_mlps
 from lib.model.pretrained import decoder_blocks, skeleton
 from lib.pruning.neurons import NeuronPruner, count_left
-from lib.sweep import languages
+from lib.commands import languages
+from lib.util.bits import from_hex, to_hex
 from lib.util.errors import UserError
 
 NAMES = ["Llama", "Gemma 3", "Qwen2", "GPT-2", "Phi", "GPT-NeoX", "Phi-3", "Gemma 3 multimodal"]
@@ -133,6 +134,14 @@ def test_a_ratio_that_removes_nothing_is_refused() -> None:
         count_left(64, 0.25, 64)
 
 
+def test_sets_of_neurons_as_text() -> None:
+    for numbers, size in (({0, 5, 63}, 64), (set(), 3), ({2}, 3), (set(range(10)), 10)):
+        text = to_hex(numbers, size)
+        assert from_hex(text) == numbers and len(text) == -(-size // 4)
+    with pytest.raises(ValueError):
+        from_hex("xyz")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
@@ -177,8 +186,8 @@ def test_a_run_saves_what_loads_anywhere(
     neurons = found["neurons"]
     assert (neurons["after"], neurons["field"]) == (left, field)
     assert neurons["before"] == (128 if name == "GPT-2" else 64)
-    for removed in neurons["removed"]:
-        assert len(set(removed)) == neurons["before"] - left
+    for text in neurons["removed"]:
+        assert len(from_hex(text)) == neurons["before"] - left
     assert f"removed {neurons['before'] - left} of {neurons['before']} neurons" in done.out
     assert f"{method}: {left} of {neurons['before']} neurons are left in each MLP" in done.out
     saved = sum(tensor.nbytes for tensor in weights(tmp_path / "new").values())

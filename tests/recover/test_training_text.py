@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from lib.data import windows as data
 from lib.data.sources import parse_sources
-from lib.data.training import Passages, TrainingText, training_windows
+from lib.data.training import OverlapFilter, TrainingText, training_windows
 from lib.data.windows import tokenise
 from lib.util.errors import UserError
 
@@ -149,17 +149,17 @@ def test_passages_are_found_as_by_a_slow_search() -> None:
             for row in windows
         ]
         assert 0 < sum(expected) < 400
-        found = Passages([tests], SEQLEN, bos)
+        found = OverlapFilter([tests], SEQLEN, bos)
         assert found.found_in(windows).tolist() == expected
         assert found.found_in(windows, chunk=7 * SEQLEN).tolist() == expected
-    assert not Passages([], SEQLEN, None).found_in(windows).any()
+    assert not OverlapFilter([], SEQLEN, None).found_in(windows).any()
     assert found.found_in(windows[:0]).tolist() == []
 
 
 def test_a_long_document_takes_little_memory_to_look_through() -> None:
     """Beyond the windows themselves: a few buffers of a chunk, however long the document is."""
     windows = torch.randint(9000, (40_000, 256))  # 10 million tokens, 82 MB
-    passages = Passages([windows[:100]], 256, None)
+    passages = OverlapFilter([windows[:100]], 256, None)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         found = passages.found_in(windows)
     allocated = [event.cpu_memory_usage for event in profiler.events()]

@@ -71,7 +71,17 @@ def test_prunes_recovers_and_saves(tmp_path: Path) -> None:
     tiny.write_model("llama")
     tiny.write_texts("uk")
     pruned = ["--prune_method", "sparsegpt", "--calibration_data", "uk", "--save_model", "saved"]
-    argv = [ROOT / "main.py", "--model", "llama", *QUICK, *pruned, "--recover", "64"]
+    argv = [
+        ROOT / "main.py",
+        "--model",
+        "llama",
+        *QUICK,
+        *pruned,
+        "--recover",
+        "64",
+        "--save",
+        "out",
+    ]
     done = bare(argv, tmp_path)
     assert done.status == 0, done.err
     assert not Path("out/recovery.png").exists() and "matplotlib" in done.err

@@ -117,36 +117,37 @@ def test_fields_that_name_tokens() -> None:
     assert unmoved.items() <= moved.items() and len(unmoved) == 7
 
 
-def test_refused() -> None:
-    with torch.device("meta"):
-        per_layer = tiny.REFUSED["Gemma 3n"]
-    with pytest.raises(UserError, match="has a tensor .*embed_tokens_per_layer.weight"):
-        trimmable_rows(per_layer(), Checkpoint("m"))
-    with pytest.raises(UserError, match=r"embed_tokens_per_layer.weight \[256, "):
-        trimmable_rows(per_layer(vocab_size_per_layer_input=256), Checkpoint("m"))
+def with_part(place: str, part: torch.nn.Module) -> PreTrainedModel:
     model = tiny.tiny_llama()
-    model.model.layers[0].mlp.register_buffer("bias_of_tokens", torch.zeros(tiny.VOCAB))
-    with pytest.raises(UserError, match="a tensor model.layers.0.mlp.bias_of_tokens"):
-        trimmable_rows(model, Checkpoint("m"))
+    model.set_submodule(place, part)
+    return model
+
+
+def test_refused() -> None:
     shared = tiny.tiny_llama()
     shared.model.layers[1].own = torch.nn.Embedding(4, 4)
     shared.model.layers[1].own.weight = shared.model.embed_tokens.weight
-    with pytest.raises(UserError, match="layers.1.own.weight"):
-        trimmable_rows(shared, Checkpoint("m"))
-    longer = tiny.tiny_llama()
-    longer.lm_head = torch.nn.Linear(32, 384, bias=False)
-    with pytest.raises(UserError, match="320 rows in its embedding, 384 in its head"):
-        trimmable_rows(longer, Checkpoint("m"))
-    other = tiny.tiny_llama()
-    other.lm_head = torch.nn.Bilinear(8, 4, 320)
-    with pytest.raises(UserError, match="has an output head of the class Bilinear; the vocab"):
-        trimmable_rows(other, Checkpoint("m"))
-    other.model.embed_tokens = torch.nn.EmbeddingBag(320, 32)
-    with pytest.raises(UserError, match="has an embedding of the class EmbeddingBag; the vocab"):
-        trimmable_rows(other, Checkpoint("m"))
-    packed = tiny.tiny_llama()
-    packed.model.embed_tokens.weight = torch.nn.Parameter(
+    buffer = tiny.tiny_llama()
+    buffer.model.layers[0].mlp.register_buffer("bias_of_tokens", torch.zeros(tiny.VOCAB))
+    with torch.device("meta"):
+        whole, smaller = (
+            tiny.REFUSED["Gemma 3n"](**sizes) for sizes in ({}, {"vocab_size_per_layer_input": 256})
+        )
+    head = torch.nn.Linear(32, 384, bias=False)
+    for model, words in (
+        (whole, "has a tensor .*embed_tokens_per_layer.weight"),
+        (smaller, r"embed_tokens_per_layer.weight \[256, "),
+        (buffer, "a tensor model.layers.0.mlp.bias_of_tokens"),
+        (shared, "layers.1.own.weight"),
+        (with_part("lm_head", head), "320 rows in its embedding, 384 in its head"),
+        (with_part("lm_head", torch.nn.Bilinear(8, 4, 320)), "head of the class Bilinear; the"),
+        (with_part("model.embed_tokens", torch.nn.EmbeddingBag(320, 32)), "class EmbeddingBag"),
+    ):
+        with pytest.raises(UserError, match=words):
+            trimmable_rows(model, Checkpoint("m"))
+    quantised = tiny.tiny_llama()
+    quantised.model.embed_tokens.weight = torch.nn.Parameter(
         torch.zeros(320, 32, dtype=torch.uint8), requires_grad=False
     )
     with pytest.raises(UserError, match="quantised to torch.uint8"):
-        keep_rows_(packed, ROWS)
+        keep_rows_(quantised, ROWS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,14 +13,14 @@ from kinds import EN, KINDS, RESERVED, UK
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from lib.data.counts import RARE_SIGNS, compare_on_texts, count_tokens, plain_backend
+from lib.data.counts import compare_tokenizers, count_tokens, plain_backend
 from lib.data.sources import parse_sources
 from lib.data.tokenizer import TrimmableTokenizer
 from lib.data.tokenizer_model import CHECK, check_of
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
 from lib.util.errors import UserError
-from lib.vocabulary import TrimmedVocabulary, choose_tokens, trim_vocabulary
+from lib.vocabulary import RARE_SIGNS, TrimmedVocabulary, choose_tokens, trim_vocabulary
 
 ALONE = DistContext(torch.device("cpu"), alone=True)
 UNHEARD = [
@@ -106,7 +104,21 @@ def test_numbers_follow(kind: str, uk: Path) -> None:
     assert after.convert_tokens_to_ids(kinds.USER) != after.unk_token_id
     talk = [{"role": "user", "content": "тихо"}]
     one, other = (t.apply_chat_template(talk)["input_ids"] for t in (before, after))
-    assert [rows[number] for number in other] == one  # "Q", which no text has, is a token still
+    assert [rows[number] for number in other] == one
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_words_of_the_chat_template_stay(uk: Path, several: bool) -> None:
+    tokenizer = kinds.byte_level()
+    left = trimmed(tokenizer, uk).tokenizer.get_vocab().keys()
+    gone = [t for t in tokenizer.get_vocab() if t not in left and t[0] == "Ġ" and t[1:].isascii()]
+    quoted, plain = sorted(gone, key=len)[-2:]
+    template = "{% for m in messages %}{{ 'WORD' + m['content'] }}{% endfor %} PLAIN"
+    template = template.replace("WORD", quoted.replace("Ġ", " ")).replace("PLAIN", plain[1:])
+    tokenizer.chat_template = (
+        {"default": "{{ 1 // 0 }}{%", "rag": template} if several else template
+    )
+    assert trimmed(tokenizer, uk).tokenizer.get_vocab().keys() >= {quoted, plain}
 
 
 def test_parts_are_what_merges_go_through() -> None:
@@ -138,8 +150,6 @@ def test_every_token_used_stays_with_its_parts_and_the_rest_by_count(uk: Path) -
     used = set(counts.nonzero().flatten().tolist())
     assert used <= everything and len(everything) % 64 == 0
     assert all(tokens.merge_parts(number) <= everything for number in everything)
-    often = choose_tokens(tokens, counts, needed, minimum=20)
-    assert {n for n in used if counts[n] >= 20} <= often and len(often) < len(everything)
     for size in (300, 400):
         capped = choose_tokens(tokens, counts, needed, size=size)
         assert needed <= capped and len(capped) <= size < len(everything)
@@ -154,36 +164,25 @@ def test_what_no_text_uses_fills_up_by_the_letters_of_the_texts(uk: Path) -> Non
     counts = torch.zeros(len(tokens.id_to_token), dtype=torch.long)
     for letter in {letter for word in UK for letter in word} | {"▁"}:
         counts[tokens.token_to_id[letter]] = 100
-    counts[tokens.token_to_id["x" if "x" in tokens.token_to_id else "a"]] = 0
     required = tokens.required_ids()
     base = choose_tokens(tokens, counts, required)
     more = choose_tokens(tokens, counts, required, size=len(base) + 40)
     assert len(more) == len(base) + 40 and base <= more
-    added = more - required
-    assert added and not added & latin
-    whole = choose_tokens(tokens, counts, required, size=10**6)
-    assert whole == tokens.id_to_token.keys()
-    rare = choose_tokens(tokens, counts, required, size=len(base) + 40, minimum=2)
-    assert rare == choose_tokens(tokens, counts, required, minimum=2)
+    assert more - required and not (more - required) & latin
+    assert choose_tokens(tokens, counts, required, size=10**6) == tokens.id_to_token.keys()
 
 
-def test_long_texts_are_counted_in_parts_and_processes_share(uk: Path, monkeypatch) -> None:
+def test_processes_share_the_counting(uk: Path, monkeypatch) -> None:
     tokenizer, sources = kinds.byte_level(), parse_sources([str(uk)], "--vocabulary_data")
-    whole = count_tokens(sources, tokenizer)
-    alone = sum(
-        torch.bincount(
-            torch.tensor(tokenizer(text, add_special_tokens=False).input_ids),
-            minlength=len(whole.counts),
-        )
-        for text in kinds.texts(UK, 40, 1)
-    )
-    assert torch.equal(whole.counts, alone)
-    shares = [count_tokens(sources, tokenizer, rank, 3) for rank in range(3)]
-    assert torch.equal(sum(one.counts for one in shares), whole.counts)
-    assert {(one.documents, one.characters) for one in shares} == {(40, whole.characters)}
-    monkeypatch.setattr("lib.data.counts.LONGEST", 50)
+    texts = kinds.texts(UK, 40, 1)
+    numbers = [n for text in texts for n in tokenizer(text, add_special_tokens=False).input_ids]
+    whole = torch.bincount(torch.tensor(numbers), minlength=len(tokenizer))
     monkeypatch.setattr("lib.data.counts.BATCH_CHARACTERS", 90)
-    assert torch.equal(count_tokens(sources, tokenizer).counts, whole.counts)
+    for size in (1, 3):
+        shares = [count_tokens(sources, tokenizer, rank, size) for rank in range(size)]
+        assert torch.equal(sum(one.counts for one in shares), whole)
+        characters = sum(map(len, texts))
+        assert {(one.documents, one.characters) for one in shares} == {(40, characters)}
 
 
 def test_what_configs_name_stays_even_past_the_tokenizer(uk: Path) -> None:
@@ -215,15 +214,9 @@ def test_what_the_post_processor_and_padding_name_stays(uk: Path) -> None:
 def test_reserved_tokens_go_unless_they_are_used_or_named(
     kind: str, uk: Path, tmp_path: Path
 ) -> None:
-    before = kinds.WITH_RESERVED[kind]()
-    result = trimmed(before, uk)
+    result = trimmed(kinds.WITH_RESERVED[kind](), uk)
     assert not result.tokenizer.get_vocab().keys() & set(RESERVED)
     assert result.facts["reserved"] == 70 and "70 reserved ones go" in result.summary()
-    whole = trimmed(kinds.WITH_RESERVED[kind](), uk, keep_reserved=True)
-    assert whole.tokenizer.get_vocab().keys() >= set(RESERVED)
-    assert whole.facts["reserved"] == 0 and "reserved" not in whole.summary()
-    for text in kinds.texts(UK, 9, 4):
-        assert cut(result.tokenizer, text) == cut(whole.tokenizer, text)
     for text in ("тихо <unused3> river", "<unused12>"):  # no longer special
         assert result.tokenizer.decode(cut_ids(result.tokenizer, text)) == text
 
@@ -258,91 +251,45 @@ def test_a_special_token_without_a_row_stays_where_no_text_has_it(uk: Path) -> N
     assert originals[index] not in tokenizer("тихо river", add_special_tokens=False).input_ids
 
 
-NESTED = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-RECURSIVE = (
-    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"
-)
-
-
-@pytest.mark.parametrize("template", [NESTED, RECURSIVE])
-def test_a_chat_template_without_end_is_one_line(template: str) -> None:
-    tokenizer, tracer = kinds.byte_level(), sys.gettrace()
-    tokenizer.chat_template = template
-    tokens = TrimmableTokenizer(tokenizer, "--model m")
-    with pytest.raises(UserError, match="the chat template of --model m takes longer than 0.2"):
-        tokens.template_ids(seconds=0.2)
-    assert sys.gettrace() is tracer
-
-
-def test_a_template_that_refuses_every_conversation_is_no_error(uk: Path) -> None:
-    for template in ("{{ 1 // 0 }}", "{{ raise_exception('no') }}", "{{ messages[9].x.y }}", "{%"):
-        tokenizer = kinds.byte_level()
-        tokenizer.chat_template = template
-        trimmed(tokenizer, uk)
-
-
-def test_an_alarm_reaches_the_caller_through_a_template(uk: Path) -> None:
-    class Alarm(Exception):
-        pass
-
-    def ring(*_: object) -> None:
-        raise Alarm
-
-    tokenizer = kinds.byte_level()
-    tokenizer.chat_template = NESTED
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        with pytest.raises(Alarm):
-            TrimmableTokenizer(tokenizer, "m").template_ids()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def test_proof(uk: Path) -> None:
     before = kinds.byte_level()
     found = trimmed(before, uk)
     (line,) = found.prove(parse_sources([str(uk)], "--eval_data"))
     assert "all 9 test documents read the same" in line
-    (told,) = found.facts["tests"]
-    assert (
-        told["documents"] == 9
-        and 0 < told["alike"] <= 9
-        and told["tokens"] >= told["tokens_before"]
-    )
-    lossy = kinds.byte_level(300)
-    seen = compare_on_texts(["тихо river", "漢"], before, lossy, torch.arange(400))
-    assert seen.damaged is None and seen.alike < 2
+    (record,) = found.facts["tests"]
+    assert record["documents"] == 9 and 0 < record["alike"] <= 9
+    assert record["tokens"] >= record["tokens_before"]
+    lossy = compare_tokenizers(["тихо", "漢"], before, kinds.byte_level(300), torch.arange(400))
+    assert lossy.damaged is None and lossy.alike < 2
     backend = Tokenizer(models.BPE({"т": 0, "<unk>": 1}, [], unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     deaf = PreTrainedTokenizerFast(tokenizer_object=backend)
-    assert compare_on_texts(["тихо", "漢"], before, deaf, torch.arange(2)).damaged == 1
+    assert compare_tokenizers(["тихо", "漢"], before, deaf, torch.arange(2)).damaged == 1
     found.tokenizer = deaf
     with pytest.raises(UserError, match="which is in no text, decodes differently"):
         found.prove([])
 
 
-def test_refused() -> None:
-    word = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece({"a": 0})))
-    with pytest.raises(UserError, match="of the kind WordPiece"):
-        TrimmableTokenizer(word, "--model m")
-    level = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
-    with pytest.raises(UserError, match="of the kind WordLevel"):
-        TrimmableTokenizer(level, "--model m")
-    ends = Tokenizer(models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"))
-    with pytest.raises(UserError, match="BPE with end_of_word_suffix"):
-        TrimmableTokenizer(PreTrainedTokenizerFast(tokenizer_object=ends), "--model m")
+class Slow:
+    is_fast = False
 
-    twice = Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0), ("a", -2.0)], 0))
-    with pytest.raises(UserError, match="one with duplicate tokens"):
-        TrimmableTokenizer(PreTrainedTokenizerFast(tokenizer_object=twice), "--model m")
 
-    class Slow:
-        is_fast = False
+REFUSED = {
+    "of the kind WordPiece": models.WordPiece({"a": 0}),
+    "of the kind WordLevel": models.WordLevel({"a": 0}),
+    "BPE with end_of_word_suffix": models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"),
+    "one with duplicate tokens": models.Unigram([("<unk>", 0.0), ("a", -1.0), ("a", -2.0)], 0),
+    r"a slow one \(Slow, without": None,
+}
 
-    with pytest.raises(UserError, match=r"a slow one \(Slow, without"):
-        TrimmableTokenizer(Slow(), "--model m")
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused(words: str) -> None:
+    model = REFUSED[words]
+    with pytest.raises(UserError, match=words):
+        if model:
+            tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+        TrimmableTokenizer(tokenizer if model else Slow(), "--model m")
 
 
 @pytest.mark.parametrize("size", [None, 384])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import kinds
@@ -23,8 +22,6 @@ from transformers import (
 )
 
 import lib.data.tokenizer
-from lib.commands.report import load_runs, report_csv, report_text
-from lib.sweep import sweep
 
 pytestmark = pytest.mark.usefixtures("at_place")
 ROWS = 640  # more than the tokenizer has
@@ -60,32 +57,21 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, 
     return found, folder
 
 
-def test_what_is_said_and_left(alone: tuple[Done, Path]) -> None:
-    said, folder = alone
+def test_what_is_said_and_recorded(alone: tuple[Done, Path]) -> None:
+    done, folder = alone
     found = results(folder / "out")
-    its = found["vocabulary"]
-    assert its["rows"] % 64 == 0 and its["rows"] < its["rows_before"] == ROWS
-    assert its["used"] <= its["tokens"] == its["rows"] and its["bytes_dropped"] > 0
-    (test,) = its["tests"]
+    record = found["vocabulary"]
+    assert record["rows"] % 64 == 0 and record["rows"] < record["rows_before"] == ROWS
+    assert record["used"] <= record["tokens"] == record["rows"] and record["bytes_dropped"] > 0
+    (test,) = record["tests"]
     assert test["documents"] == 9 and test["alike"] > 4 and test["rise"] < 0.05
-    assert its["logits_differ"] < 1e-5
-    lines = said.out.splitlines()
-    assert f"vocabulary: {its['rows']} of {ROWS} rows stay" in said.out
-    assert "uk: all 9 test documents read the same" in said.out
-    place_of = [
-        next(i for i, line in enumerate(lines) if line.startswith(word))
-        for word in ("The vocabulary was trimmed", "bits per byte uk: ", "perplexity uk: ")
-    ]
-    assert place_of == sorted(place_of)
-    names = list(found)
-    assert names.index("bits_per_byte") < names.index("perplexity")
-    head, values, why = (folder / "out/log_dense.txt").read_text("utf-8").splitlines()
-    assert head.split("\t")[2:] == ["bits_per_byte_test", "ppl_test"]
-    assert values.split("\t")[2] == f"{found['bits_per_byte']['uk']:.4f}" and "trimmed" in why
+    assert record["logits_differ"] < 1e-5
+    assert f"vocabulary: {record['rows']} of {ROWS} rows stay" in done.out
+    assert "uk: all 9 test documents read the same" in done.out
+    assert done.out.index("bits per byte uk: ") < done.out.index("perplexity uk: ")
+    assert json.dumps(found["fingerprint"]).count(record["digest"]) == 1
     card = (folder / "model/README.md").read_text("utf-8")
-    assert "its vocabulary trimmed" in card and "sparse" not in card
-    assert "| test text | bits per byte | perplexity | tokens |" in card and its["note"] in card
-    assert f"| uk | {test['alike']} of 9 |" in card
+    assert record["note"] in card and "sparse" not in card
 
 
 def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
@@ -150,16 +136,6 @@ def test_trimmed_first_then_all_as_on_a_model_trimmed_before(
     assert any("SparseLinear" in type(module).__name__ for module in model.modules())
 
 
-def test_with_blocks_on_disk(tmp_path: Path) -> None:
-    argv = [*TRIM, *PRUNE, "--save", tmp_path / "out"]
-    assert call(*argv, "--save_model", tmp_path / "one").status == 0
-    found = call(*argv, "--save_model", tmp_path / "two", "--offload", tmp_path / "away")
-    assert found.status == 0, found.err
-    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert before.keys() == after.keys()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-
-
 def test_quantised_on_loading(tmp_path: Path) -> None:
     argv = [*TRIM, *PRUNE, "--load_bit", "8", "--save", tmp_path / "out"]
     found = call(*argv, "--save_model", tmp_path / "model")
@@ -169,32 +145,16 @@ def test_quantised_on_loading(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
-def test_a_size_is_kept_and_rare_tokens_go(alone: tuple[Done, Path], tmp_path: Path) -> None:
+def test_a_size_is_kept(alone: tuple[Done, Path], tmp_path: Path) -> None:
     _, folder = alone
     rows = results(folder / "out")["vocabulary"]["rows"]
-    argv = [*TRIM, "--vocabulary_data", "uk", "--save", tmp_path / "out"]
-    for flags, expected in (
-        (["--vocabulary_size", rows - 64], rows - 64),
-        (["--vocabulary_minimum", 10**6], 320),  # bytes and special tokens
-    ):
-        done = call(*argv, *flags, "--save_model", tmp_path / "model")
+    for size, expected in ((rows - 64, rows - 64), (9999, 576)):  # padding goes in any case
+        argv = [*TRIM, "--vocabulary_data", "uk", "--vocabulary_size", size]
+        argv += ["--save", tmp_path / "out", "--save_model", tmp_path / f"model-{size}"]
+        done = call(*argv)
         assert done.status == 0, done.err
         assert results(tmp_path / "out")["vocabulary"]["rows"] == expected
-        assert len(weights(tmp_path / "model")[EMBEDDING]) == expected
-
-
-def test_interrupted_and_the_same_bytes(place: Path, tmp_path: Path) -> None:
-    argv = [*TRIM, *PRUNE, "--save", tmp_path / "out", "--save_model", tmp_path / "model"]
-    kept = ["--resume", tmp_path / "kept"]
-    assert processes.run([*argv, *kept], place, "1:SIGKILL").status == -signal.SIGKILL
-    other = call(*argv, *kept, "--vocabulary_minimum", "9")
-    assert other.status == 1 and "begun with --vocabulary_minimum None" in other.complaints[0]
-    more = call(*argv, *kept, "--vocabulary_data", "en")
-    assert more.status == 1 and "tokens of --trim_vocabulary" in more.complaints[0]
-    assert call(*argv, *kept).status == 0
-    first = (tmp_path / "model/model.safetensors").read_bytes()
-    assert call(*argv, "--save_model", tmp_path / "whole").status == 0
-    assert (tmp_path / "whole/model.safetensors").read_bytes() == first
+        assert len(weights(tmp_path / f"model-{size}")[EMBEDDING]) == expected
 
 
 def test_two_processes_choose_the_same(
@@ -222,40 +182,11 @@ def test_a_teacher_with_more_tokens(alone: tuple[Done, Path], tmp_path: Path) ->
         assert found.status == 0, found.err
         losses.append([one["loss"] for one in results(tmp_path / "out")["recovery"]["curve"]])
     assert losses[0] == losses[1]
-    both = call(*argv, "--trim_vocabulary", "--vocabulary_minimum", 30, "--teacher", "model")
+    both = call(*argv, "--trim_vocabulary", "--vocabulary_size", 330, "--teacher", "model")
     assert both.status == 0, both.err  # trimmed once more, further
-    its = results()["vocabulary"]
-    assert its["rows"] < its["rows_before"] == results(folder / "out")["vocabulary"]["rows"]
-
-
-def test_a_sweep_has_one_vocabulary_and_reports_bits_first(tmp_path: Path) -> None:
-    argv = ["--models", "model", "--methods", "magnitude", "wanda", "--calibration", "uk", "en"]
-    argv += [
-        "--types",
-        "unstructured",
-        "--ratios",
-        "0.5",
-        "--out",
-        str(tmp_path / "runs"),
-        "--",
-        *QUICK,
-        "--trim_vocabulary",
-    ]
-    sweep.main(argv)
-    runs = load_runs([tmp_path / "runs"])
-    assert len({run["vocabulary"]["digest"] for run in runs.values()}) == 1 and len(runs) == 4
-    assert (
-        call(*BASE, "--eval_only", "--eval_data", "uk", "en", "--save", tmp_path / "whole").status
-        == 0
-    )
-    text = report_text(runs | load_runs([tmp_path / "whole"]))
-    assert "2 tables, not to be compared" in text and text.count("different models or vocab") == 1
-    first, second = text.split("### ")[1:]
-    assert f"of {ROWS} rows of its vocabulary" in first
-    assert runs.popitem()[1]["vocabulary"]["note"] in first
-    assert first.index("uk bits/byte") < first.index("uk perplexity")
-    assert second.index("uk perplexity") < second.index("uk bits/byte")
-    assert report_csv(runs).splitlines()[0].endswith("vocabulary,folders")
+    record = results()["vocabulary"]
+    assert record["rows"] == 330
+    assert record["rows_before"] == results(folder / "out")["vocabulary"]["rows"]
 
 
 BAD = {
@@ -267,7 +198,6 @@ BAD = {
     ),
     "small": (["--vocabulary_size", "99"], 1, "--vocabulary_size 99: bytes, special tokens and"),
     "zero": (["--vocabulary_size", "0"], 2, "--vocabulary_size 0: must be at least 1"),
-    "minimum": (["--vocabulary_minimum", "-1"], 2, "--vocabulary_minimum -1: must be at least 1"),
     "weight": (["--vocabulary_data", "uk=0.5"], 1, "--vocabulary_data uk: takes no weight"),
     "teacherless": (
         ["--model", "slow"],
@@ -297,34 +227,6 @@ def test_bad_input(case: str, place: Path, no_weights: None) -> None:
     assert words in line
 
 
-def test_flags_that_need_it() -> None:
-    for flag in (
-        ["--vocabulary_data", "uk"],
-        ["--vocabulary_size", 9],
-        ["--vocabulary_minimum", 2],
-        ["--keep_reserved_tokens"],
-    ):
-        found = call(*BASE, "--eval_only", *flag)
-        assert found.status == 2 and "is for --trim_vocabulary" in found.complaints[0]
-
-
-def test_reserved_tokens_go_with_their_rows_and_a_flag_keeps_them(tmp_path: Path) -> None:
-    tokenizer = kinds.WITH_RESERVED["byte-level"]()
-    numbers = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3, vocab_size=ROWS)
-    tiny.write_model("reserved", tiny.tiny_llama(**numbers), tokenizer)
-    rows = {}
-    for flags in ([], ["--keep_reserved_tokens"]):
-        argv = ["--model", "reserved", *QUICK, "--trim_vocabulary", "--vocabulary_data", "uk"]
-        done = call(*argv, *flags, "--save", tmp_path / "out", "--save_model", tmp_path / "model")
-        assert done.status == 0, done.err
-        record = results(tmp_path / "out")["vocabulary"]
-        tokens = AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()
-        assert (kinds.RESERVED[7] in tokens) == bool(flags)
-        assert record["reserved"] == (0 if flags else 70)
-        rows[bool(flags)] = record["rows"]
-    assert rows[True] - rows[False] in (64, 128)
-
-
 def test_a_text_that_reads_otherwise_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
@@ -349,12 +251,3 @@ def test_logits_that_differ_stop_the_run(tmp_path: Path, monkeypatch) -> None:
         found.status == 1 and "logits of the whole and of the trimmed model" in found.complaints[0]
     )
     assert not (tmp_path / "model").exists()
-
-
-def test_nothing_to_trim_and_settings(tmp_path: Path) -> None:
-    argv = [*TRIM, "--vocabulary_data", "uk", "en", "--eval_only", "--vocabulary_size", 9999]
-    assert call(*argv, "--save", tmp_path / "out").status == 0
-    found = results(tmp_path / "out")
-    assert found["vocabulary"]["rows"] == 576 - 576 % 64  # padding up to the next multiple goes too
-    assert found["settings"]["trim_vocabulary"] and found["settings"]["vocabulary_size"] == 9999
-    assert json.dumps(found["fingerprint"]).count(found["vocabulary"]["digest"]) == 1

@@ -145,7 +145,7 @@ def check_sweep(device: str, size: Size) -> dict[str, Any]:
         flags = ["--models", str(model), "--methods", *METHODS, "--types", "unstructured"]
         flags += ["--calibration", str(text), "--out", str(folder / "runs"), "--"]
         flags += ["--device", device, "--seqlen", str(seqlen), "--nsamples", str(windows)]
-        command = [sys.executable, "-m", "lib.sweep", *flags]
+        command = [sys.executable, "-m", "lib.commands.sweep", *flags]
         start = time.perf_counter()
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         spent = time.perf_counter() - start

@@ -1,0 +1,79 @@
+"""What a saved model takes: bytes on disk, tokens a second, memory.
+
+    python -m lib.commands.compress_measure MODEL [--device cpu]     # one line of JSON
+
+In a process of its own, so that its memory is what a user would see.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lib.util.command import run
+
+PROMPT, STEPS = 16, 48  # tokens
+ROUNDS = 3  # of decoding, after one that does not count
+FILES = ("*.safetensors", "tokenizer*.json", "tokenizer.model")
+
+
+def disk_size(folder: Path) -> int:
+    """Return the bytes of a model's weights and tokenizer."""
+    return sum(file.stat().st_size for kind in FILES for file in folder.glob(kind))
+
+
+def decoding_speed(model: Any) -> float:
+    """Return the tokens a second of a causal language model that generates one after another."""
+    import torch
+
+    with torch.inference_mode():
+        ids = torch.arange(1, 1 + PROMPT, device=model.device)[None]
+        cache = model(ids, use_cache=True).past_key_values
+        last = ids[:, -1:]
+        start = time.perf_counter()
+        for _ in range(STEPS):
+            logits = model(last, past_key_values=cache, use_cache=True).logits
+            last = logits[:, -1:].argmax(-1)
+        last.cpu()  # waits for the device
+        return STEPS / (time.perf_counter() - start)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL", help="a saved model, or its hub id")
+    parser.add_argument("--device", default="cpu", help="where it generates")
+    parser.add_argument("--cache_dir", help="folder for weights from the hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's code")
+    args = parser.parse_args(argv)
+    import psutil
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import cached_file
+
+    import lib.sparse  # noqa: F401  transformers then loads the packed form
+    from lib.util.host import malloc_trim
+    from lib.util.progress import quiet
+
+    quiet()
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
+    source = dict(cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", **source)
+    model = model.to(args.device).eval()
+    speeds = [decoding_speed(model) for _ in range(ROUNDS + 1)][1:]
+    malloc_trim()
+    memory = psutil.Process().memory_info().rss  # resident, once the model has generated
+    if torch.device(args.device).type != "cpu":
+        memory = torch.accelerator.max_memory_allocated(torch.device(args.device))
+    config = cached_file(args.model, "config.json", cache_dir=args.cache_dir)
+    size, speed = disk_size(Path(config).parent), statistics.median(speeds)
+    print(json.dumps({"bytes": size, "tokens_per_second": speed, "memory": memory}))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

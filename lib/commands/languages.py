@@ -1,0 +1,65 @@
+"""Compare which weights a model needs for each language, by pruning it on each of them.
+
+    bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
+
+It prunes MODEL once for each calibration set, and once more with another seed, which shows how much
+of a difference is chance. Then it measures how far the masks overlap (overlap.py). What follows
+`--` goes to every run of main.py; finished runs are kept, as in sweep.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib.commands import sweep
+from lib.commands.process import call
+from lib.methods.registry import METHODS, MethodSpec
+from lib.methods.sparsity import TYPES, UNSTRUCTURED
+from lib.util import command
+from lib.util.errors import UserError
+
+
+def main(argv: list[str]) -> None:
+    argv, passed_on = command.split_argv(argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m lib.commands.languages",
+        description=__doc__.split("\n")[0],
+        epilog=sweep.EPILOG,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="hub id or local folder")
+    parser.add_argument(
+        "calibration", nargs="+", metavar="SOURCE", help="calibration sets, two or more"
+    )
+    parser.add_argument("--method", choices=tuple(METHODS), default="wanda", help="how to prune")
+    parser.add_argument("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
+    parser.add_argument("--ratio", type=float, default=0.5, help="share, if not N:M")
+    parser.add_argument(
+        "--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="seeds of the drawn windows"
+    )
+    parser.add_argument("--out", default="languages", help="folder for the runs and the files")
+    command.add_debug_flag(parser)
+    args = parser.parse_args(argv)
+    if len(args.calibration) < 2:
+        parser.error(f"SOURCE {args.calibration[0]}: name two or more to compare")
+    if not MethodSpec(args.method).cls.observes:
+        parser.error(f"--method {args.method}: looks at no text; use another one")
+    sweep_argv = ["--models", args.model, "--methods", args.method, "--types", args.type]
+    sweep_argv += ["--ratios", str(args.ratio), "--calibration", *args.calibration]
+    sweep_argv += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
+    runs = sweep.sweep([*sweep_argv, *["--debug"] * args.debug], passed_on)
+    first, second = (
+        [run.folder for run in runs if run.args.prune_method and run.args.seed == seed]
+        for seed in args.seeds
+    )
+    out = Path(args.out) / "overlap"
+    status, _ = call("lib.commands.overlap", *first, "--noise", *second, "--out", out)
+    if status:
+        raise UserError(f"{out}: was not written, see above; the pruned models are kept")
+
+
+if __name__ == "__main__":
+    sys.exit(command.run(main))

@@ -1,0 +1,135 @@
+"""The dense model's hidden states on test windows, which a pruned model is compared with.
+
+    reference = DenseReference(tail_of(runner), dense_states(runner, tests))  # before pruning
+    perplexities(runner, tests, reference=reference)                          # afterwards
+
+The host keeps the states after the last block, in the model's dtype. Their logits are computed
+again when they are needed: `vocabulary / hidden` times as many numbers. The embedding, the final
+norm and the head that do so are those of the dense model, whatever becomes of the pruned one's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lib.distributed.context import DistContext
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import decoder_blocks
+from lib.util.files import PARTIAL
+
+COMPARED_WINDOWS = 64  # of each test set, at most
+
+States = list[dict[int, Tensor]]  # for each test set {window: hidden states (tokens, hidden)}
+
+
+def compared_windows(count: int) -> list[int]:
+    """Return the numbers of the compared windows, spread evenly over the `count` of a test set."""
+    chosen = min(count, COMPARED_WINDOWS)
+    return [index * count // chosen for index in range(chosen)]
+
+
+def local_windows(count: int, dist: DistContext) -> list[int]:
+    """Return the compared windows that belong to this rank."""
+    indices = range(count)[dist.share(count)]
+    return [window for window in compared_windows(count) if window in indices]
+
+
+@dataclass
+class DenseReference:
+    """Computes the dense model's logits on the compared windows."""
+
+    tail: BlockRunner  # its blocks have no weights
+    states: States
+
+    def logits(
+        self, test: int, first: int, ids: Tensor
+    ) -> tuple[list[int], Callable[[Tensor], Tensor]]:
+        """Return which of windows `ids` (n, tokens) are compared, and a function for their logits.
+
+        `first`: the number of the first window in its test set. The second value turns positions
+        into logits (compared, len(positions), vocabulary).
+        """
+        states = self.states[test]
+        rows = [row for row in range(len(ids)) if first + row in states]
+        if not rows:
+            return rows, lambda positions: ids.new_empty(0)
+        hidden = torch.stack([states[first + row] for row in rows]).to(ids.device)
+        compared = ids[rows]
+
+        @torch.no_grad()
+        def logits(positions: Tensor) -> Tensor:
+            return self.tail.logits_from_hidden(compared, lambda: hidden, positions)
+
+        return rows, logits
+
+
+def dense_states(
+    runner: BlockRunner,
+    tests: Sequence[Tensor],
+    on_progress: Callable[[int], None] = lambda windows: None,
+) -> States:
+    """Compute hidden states after the last block, on the host, of this rank's compared windows.
+
+    `runner`: of the dense model; `tests`: windows (n, tokens) of each test set.
+    """
+    chosen = [local_windows(len(test), runner.dist) for test in tests]
+    local = [test[indices] for test, indices in zip(tests, chosen, strict=True)]
+    hidden: States = [{} for _ in tests]
+    for number, start, states in runner.iter_final_states(local, on_progress):
+        indices = chosen[number][start : start + len(states.windows)]
+        hidden[number] |= zip(indices, states.hidden.cpu(), strict=True)
+    return hidden
+
+
+def shared_states(folder: Path, key: str, compute: Callable[[], States]) -> States:
+    """Return the states that another run has left in `folder` under `key`, or compute them."""
+    file = folder / f"dense-{key}.safetensors"
+    if not file.is_file():
+        named = {
+            f"{number}.{window}": hidden
+            for number, states in enumerate(compute())
+            for window, hidden in states.items()
+        }
+        save_file(named, file.with_suffix(PARTIAL))
+        file.with_suffix(PARTIAL).replace(file)
+    states: dict[int, dict[int, Tensor]] = defaultdict(dict)
+    for name, hidden in load_file(file).items():
+        number, window = map(int, name.split("."))
+        states[number][window] = hidden
+    return [states[number] for number in sorted(states)]
+
+
+@torch.no_grad()
+def tail_of(runner: BlockRunner) -> BlockRunner:
+    """Return a runner with a copy of the model whose blocks have no weights.
+
+    Matrices outside the blocks share memory with the model's; vectors are copied, since they may be
+    trained.
+    """
+    inside = {id(tensor) for block in runner.blocks for tensor in _tensors(block)}
+    memo: dict[int, Tensor] = {}
+    for tensor in _tensors(runner.model):
+        if id(tensor) in inside:
+            value = torch.empty_like(tensor, device="meta")
+        elif tensor.dim() > 1:
+            value = tensor.data
+        else:
+            continue
+        parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if parameter else value
+    tail = copy.copy(runner)
+    tail.model = copy.deepcopy(runner.model, memo)
+    tail.blocks = decoder_blocks(tail.model)[1]
+    return tail
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

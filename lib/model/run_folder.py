@@ -1,0 +1,119 @@
+"""A locked folder for what a run has finished, so that it can be continued.
+
+It holds job.json, which says what the run's result depends on, and a safetensors file for each
+finished block. A file is written beside its place and renamed, with a digest of job.json; only
+such files are ever read back or deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lib.util.errors import UserError, first_line
+from lib.util.files import PARTIAL, check_writable, exclusive_lock, sync, write_text
+
+JOB, LOCK = "job.json", ".lock"
+KEPT = ("block-*", "quantised-*", "changed-*", "allocation", "recovery")  # without endings
+CONVERTED = "converted"  # where transformers writes weights that it converts on loading
+
+
+class RunFolder:
+    """Finished blocks in folder `path`, which `flag` named.
+
+    `begun` is the content of job.json, None for a new folder. Raises UserError if another run uses
+    the folder, or if it holds other files. Call `close` at the end, after errors too.
+    """
+
+    def __init__(self, flag: str, path: str | Path) -> None:
+        self.label, self.folder = f"{flag} {path}", Path(path)
+        self.digest = ""
+        self._lock = ExitStack()
+        check_writable(flag, str(path))
+        names = sorted(each.name for each in self.folder.glob("*") if each.name != LOCK)
+        if names and JOB not in names:
+            raise UserError(f"{self.label}: holds {names[0]}, but no {JOB}; name another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        held = f"{self.label}: another run uses it; name another folder, or wait for its end"
+        self._lock.enter_context(exclusive_lock(self.folder / LOCK, held))
+        self.begun: dict[str, Any] | None = None
+        if names:
+            try:
+                self.begun = dict(json.loads((self.folder / JOB).read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                self.close()
+                reason = f"{JOB} can't be read ({first_line(error)})"
+                raise UserError(f"{self.label}: {reason}; name another folder") from error
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        """Write what the run's result depends on; files of other jobs are not read."""
+        text = json.dumps(job, indent=2, ensure_ascii=False, sort_keys=True)
+        write_text(self.folder / JOB, text)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
+        """Write tensors and plain facts into `name`.safetensors, whole or not at all."""
+        file = self.folder / f"{name}.safetensors"
+        stage = file.with_suffix(PARTIAL)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        header = {"format": "pt", "job": self.digest, "facts": json.dumps(facts)}
+        try:
+            save_file(tensors, stage, header)
+            sync(stage)
+            stage.replace(file)
+        except (SafetensorError, OSError) as error:
+            with suppress(OSError):
+                stage.unlink()
+            raise UserError(
+                f"{self.label}: {file.name} can't be written ({first_line(error)}); what was "
+                "written before it is kept: make room and run the same command again"
+            ) from error
+        return file
+
+    def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Return tensors and facts of a file; None if it is missing, damaged or of another run."""
+        file = self.folder / f"{name}.safetensors"
+        if not file.is_file():
+            return None
+        try:
+            with safe_open(file, "pt") as stored:
+                header = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        except (SafetensorError, OSError) as error:
+            print(f"{self.label}: {file.name} is damaged ({first_line(error)}); it is made again")
+            return None
+        if header.get("job") != self.digest:
+            print(f"{self.label}: {file.name} is of a run with other flags; it is made again")
+            return None
+        return tensors, json.loads(header["facts"])
+
+    def files(self) -> list[Path]:
+        """Return the files with what a run would have to do again."""
+        return [file for name in KEPT for file in self.folder.glob(f"{name}.safetensors")]
+
+    def clear(self) -> None:
+        """Remove the files of runs, and the folder if nothing else is in it; unlock it."""
+        if (self.folder / JOB).is_file():
+            shutil.rmtree(self.folder / CONVERTED, ignore_errors=True)
+            for file in [*self.files(), *self.folder.glob(f"*{PARTIAL}")]:
+                file.unlink(missing_ok=True)
+            (self.folder / JOB).unlink(missing_ok=True)
+        self._lock.close()
+        with suppress(OSError):  # it has other files, or is gone
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Unlock the folder; remove it if no block was finished."""
+        if self.files():
+            self._lock.close()
+        else:
+            self.clear()

@@ -1,0 +1,224 @@
+"""How kept weights are stored: in the model's own dtype, or as 4-bit integers times scales.
+
+A format is one object. What packs a matrix, what trains on the grid of its numbers and what
+quantises hold the same one, and only it knows which numbers a matrix can hold.
+
+`Int4` has integers from -8 to 7, two in a byte, the first in the low bits, and a bfloat16 scale for
+each `group` of inputs of a row. Scales have five significant bits, so that a product of code and
+scale, at most eight bits long, is a bfloat16 number: rounded weights lose nothing in any dtype, and
+rounding them again gives the same values. Of all such scales from 1/12 to 1/4 of the group's
+largest weight the one with the least squared error is taken; smaller ones clip the largest weight
+where that helps the others. Pruned weights have code 0, and a kept weight may round to 0 too.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import PackedError
+from .layout import Packed, keep, row_offsets, spread, tiles
+
+SMALLEST = torch.finfo(torch.float32).tiny
+DROPPED_BITS = 19  # of a float32: with these zero, five significant bits are left
+CANDIDATES = 28  # steps of five significant bits that lead from any number to its threefold
+DAMAGED = "the file is damaged or was not written by this package; save it again"
+
+
+class Values:
+    """Kept weights as they are, in the matrix's dtype."""
+
+    bits = 16
+    group: int | None = None  # inputs that share a scale
+    stored: torch.dtype | None = None  # of `weight`; None: the matrix's own
+
+    def shapes(self, out_features: int, in_features: int, nnz: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of a packed matrix with `nnz` kept weights, by name."""
+        return {"mask": (out_features, (in_features + 7) // 8), "weight": (nnz,)}
+
+    def nbytes(self, out_features: int, in_features: int, nnz: int, itemsize: int = 2) -> int:
+        """Bytes of a packed matrix as it is saved; `itemsize`: of a value that is no integer."""
+        sizes = {"mask": 1, "weight": self.stored.itemsize if self.stored else itemsize, "scale": 2}
+        shapes = self.shapes(out_features, in_features, nnz)
+        return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
+
+    def encode(self, matrix: Tensor, scales: Tensor | None = None) -> Packed:
+        """The packed form of a matrix (out, in)."""
+        return Packed(*keep(matrix, matrix))
+
+    def decode(
+        self,
+        packed: Packed,
+        in_features: int,
+        offsets: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        rows: slice = slice(None),
+    ) -> Tensor:
+        """The dense matrix (out, in), or some of its rows: the inverse of `encode`.
+
+        `offsets`: of `row_offsets`, counted here where they are not given. `dtype`: of the result
+        where the values are integers (default: float32).
+        """
+        mask, weight, scale = packed
+        offsets = row_offsets(mask) if offsets is None else offsets
+        mask, scale = mask[rows], None if scale is None else scale[rows]
+        dtype = (dtype or torch.float32) if self.stored else weight.dtype
+        dense = weight.new_empty(len(mask), in_features, dtype=dtype)
+        count = weight.numel() * (2 if self.stored else 1)
+        if not count:
+            return dense.zero_()
+
+        def take(index: Tensor) -> Tensor:
+            return self._take(weight, index)
+
+        for part, tile in spread(mask, in_features, offsets[:-1][rows], take, count):
+            dense[part] = tile if scale is None else self._scaled(tile, scale[part])
+        return dense
+
+    def check(self, packed: Packed, out_features: int, in_features: int, nnz: int) -> None:
+        """PackedError where tensors are no packed form of an (out, in) matrix with `nnz` kept."""
+        mask, weight, _ = packed
+        for name, shape in self.shapes(out_features, in_features, nnz).items():
+            tensor = getattr(packed, name)
+            if tensor is None or tuple(tensor.shape) != shape:
+                actual = "missing" if tensor is None else tuple(tensor.shape)
+                raise PackedError(
+                    f"packed {name} is {actual}: a matrix of {out_features} x {in_features} at "
+                    f"{self.bits} bits has {shape}"
+                )
+        if mask.dtype != torch.uint8:
+            raise PackedError(f"packed mask is {mask.dtype}, not uint8")
+        if weight.dtype != self.stored if self.stored else not weight.is_floating_point():
+            raise PackedError(f"packed weight is {weight.dtype}, which are not {self.bits} bits")
+        if in_features % 8 and bool((mask[:, -1] >> in_features % 8).any()):
+            raise PackedError(
+                f"packed mask has bits beyond the row's {in_features} weights: {DAMAGED}"
+            )
+        kept = int(row_offsets(mask)[-1])
+        if kept != nnz:
+            raise PackedError(f"packed mask keeps {kept} weights, of {nnz}: {DAMAGED}")
+
+    def _take(self, weight: Tensor, index: Tensor) -> Tensor:
+        return weight.index_select(0, index)
+
+
+class Int4(Values):
+    """Integers of four bits, with a scale for each `group` inputs of a row."""
+
+    bits = 4
+    group = 64
+    stored = torch.uint8
+    lowest, highest = -8, 7
+
+    def shapes(self, out_features: int, in_features: int, nnz: int) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes(out_features, in_features, nnz)
+        return shapes | {
+            "weight": ((nnz + 1) // 2,),
+            "scale": (out_features, self.n_groups(in_features)),
+        }
+
+    def n_groups(self, in_features: int) -> int:
+        """How many scales a row has."""
+        return max(1, -(-in_features // self.group))
+
+    def spread_scales(self, scales: Tensor, in_features: int) -> Tensor:
+        """Scales (out, groups) repeated for each input, float32 (out, in)."""
+        return scales.float().repeat_interleave(self.group, 1)[:, :in_features]
+
+    def fit_scales(
+        self, matrix: Tensor, mask: Tensor | None = None, costs: Tensor | None = None
+    ) -> Tensor:
+        """The scales (out, groups), bfloat16, of the grid nearest to a matrix (out, in).
+
+        `mask` (out, in) is True where a weight is pruned and does not count. `costs` (in,) weigh
+        the squared error of each input. A matrix that `round_to` has given has the very same
+        values on the grid fitted to it. PackedError where the matrix holds nan or inf.
+        """
+        if mask is not None:
+            matrix = matrix.masked_fill(mask, 0)
+        self._check_finite(matrix)
+        rows, width = matrix.shape
+        scales = matrix.new_empty(rows, self.n_groups(width), dtype=torch.bfloat16)
+        if costs is not None:
+            costs = F.pad(costs.float(), (0, scales.shape[1] * self.group - width))
+            costs = costs.view(-1, self.group)
+        for part in tiles(rows, width, matrix.device):
+            scales[part] = self._fit(matrix[part].float(), costs)
+        return scales
+
+    def codes(self, matrix: Tensor, scales: Tensor) -> Tensor:
+        """The integers, int8 (out, in), that are nearest to a matrix on the grid of `scales`."""
+        self._check_finite(matrix)
+        codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
+        for part in tiles(*matrix.shape, matrix.device):
+            steps = self.spread_scales(scales[part], matrix.shape[1])
+            tile = matrix[part].float().div(steps)
+            codes[part] = tile.round_().clamp_(self.lowest, self.highest)
+        return codes
+
+    def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
+        """A matrix (out, in) on the grid of `scales`, float32: what its packed form stands for."""
+        return self.codes(matrix, scales).float().mul_(self.spread_scales(scales, matrix.shape[1]))
+
+    def encode(self, matrix: Tensor, scales: Tensor | None = None) -> Packed:
+        """The packed form of a matrix (out, in), on the grid of `scales` or the nearest one.
+
+        PackedError where the matrix holds nan or inf.
+        """
+        scales = self.fit_scales(matrix) if scales is None else scales.to(torch.bfloat16)
+        mask, codes = keep(matrix, self.codes(matrix, scales))
+        pairs = F.pad(codes, (0, len(codes) % 2)).view(torch.uint8).view(-1, 2)
+        return Packed(mask, (pairs[:, 0] & 15) | (pairs[:, 1] << 4), scales)
+
+    def check(self, packed: Packed, out_features: int, in_features: int, nnz: int) -> None:
+        super().check(packed, out_features, in_features, nnz)
+        if nnz % 2 and int(packed.weight[-1]) > 15:
+            raise PackedError(f"packed weight has a value after its last: {DAMAGED}")
+        scale = packed.scale
+        if scale.dtype != torch.bfloat16:
+            raise PackedError(f"packed scale is {scale.dtype}, not {torch.bfloat16}")
+        if not bool((scale.isfinite() & (scale > 0)).all()):
+            raise PackedError(f"packed scale is not finite and above 0: {DAMAGED}")
+        if bool((scale.view(torch.int16) & ((1 << (DROPPED_BITS - 16)) - 1)).any()):
+            raise PackedError(f"packed scale has more than five significant bits: {DAMAGED}")
+
+    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
+        """Scales (rows, groups) of a float32 tile (rows, in); `costs` (groups, group)."""
+        rows, width = tile.shape
+        groups = self.n_groups(width)
+        weights = F.pad(tile, (0, groups * self.group - width)).view(rows, groups, self.group)
+        largest = weights.abs().amax(2, keepdim=True)  # (rows, groups, 1)
+        # divided by a power of two, so that squares neither over- nor underflow
+        unit = ((largest.view(torch.int32) >> 23).clamp(27, 227) << 23).view(torch.float32)
+        weights, largest = weights / unit, largest / unit
+        first = (largest / (-1.5 * self.lowest)).clamp_min(SMALLEST / unit)
+        first = first.view(torch.int32) >> DROPPED_BITS
+        best = torch.ones_like(largest)
+        least = torch.full_like(largest, torch.inf)
+        for step in range(CANDIDATES):
+            scale = (first + step << DROPPED_BITS).view(torch.float32)
+            error = (weights / scale).round_().clamp_(self.lowest, self.highest)
+            error = error.mul_(scale).sub_(weights).square_()
+            error = (error if costs is None else error.mul_(costs)).sum(2, keepdim=True)
+            better = error < least
+            best = torch.where(better, scale, best)
+            least = torch.where(better, error, least)
+        return torch.where(largest > 0, best * unit, 1).squeeze(2)
+
+    def _check_finite(self, matrix: Tensor) -> None:
+        if not bool(matrix.isfinite().all()):
+            raise PackedError("4 bits: a weight is nan or inf, which integers can't hold")
+
+    def _take(self, weight: Tensor, index: Tensor) -> Tensor:
+        pairs = weight.index_select(0, index >> 1)
+        codes = (pairs >> (index & 1).mul_(4).to(torch.uint8)) & 15
+        return (codes ^ 8).view(torch.int8).sub_(8)
+
+    def _scaled(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return codes.float().mul_(self.spread_scales(scales, codes.shape[1]))
+
+
+FORMATS: dict[int, Values | Int4] = {16: Values(), 4: Int4()}  # by the bits of a kept value

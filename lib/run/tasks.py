@@ -1,0 +1,92 @@
+"""Tasks of lm-eval: its own, and those of a folder, such as lib/commands/tasks.py writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.util.command import one_line
+from lib.util.errors import UserError
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+
+def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
+    """Raise UserError if lm-eval is not installed or lacks a task, before anything slow."""
+    given = ",".join(names)
+    if find_spec("lm_eval") is None:
+        raise UserError(f"--tasks {given}: lm-eval is not installed; pip install lm-eval")
+    if include_path and not Path(include_path).is_dir():
+        raise UserError(f"--include_path {include_path}: no such folder; name one with YAML files")
+    manager = _manager(names, include_path)
+    for name in names:
+        if not manager.match_tasks([name]) and not Path(name).is_file():
+            where = f", nor has {include_path}" if include_path else ""
+            raise UserError(
+                f"--tasks {name}: lm-eval has no such task{where}; `lm-eval ls tasks` lists all"
+            )
+
+
+def run_tasks(
+    model: Any,
+    tokenizer: Any,
+    names: Sequence[str],
+    batch_size: int,
+    include_path: str | None = None,
+) -> dict[str, dict[str, float]]:
+    """Return {task: {metric: value}} of the model in memory, as the tasks define it.
+
+    The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    results = simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(names),
+        task_manager=_manager(names, include_path),
+    )["results"]
+    return {
+        task: {
+            name: float(value)
+            for name, value in metrics.items()
+            if "," in name and isinstance(value, int | float)
+        }
+        for task, metrics in results.items()
+    }
+
+
+def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
+    """Return a manager of the folder's tasks alone if it has all `names`, else of all tasks."""
+    if include_path is not None:
+        manager = _read_tasks(include_path, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in names):
+            return manager
+    return _read_tasks(include_path, include_defaults=True)
+
+
+@cache
+def _read_tasks(include_path: str | None, include_defaults: bool) -> TaskManager:
+    """Read the tasks; lm-eval's own are thousands of files, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
+def task_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each figure of `tasks`, with its 95% interval, beside `dense_tasks`."""
+    for task, metrics in results["tasks"].items():
+        before = results.get("dense_tasks", {}).get(task, {})
+        for metric in metrics:
+            if "_stderr" not in metric:
+                line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
+                yield line + (f" (dense {_figure(before, metric)})" if metric in before else "")
+
+
+def _figure(metrics: Mapping[str, float], metric: str) -> str:
+    error = metrics.get(metric.replace(",", "_stderr,"))
+    return f"{metrics[metric]:.4f}" + ("" if error is None else f" ± {1.96 * error:.4f}")

@@ -1,1 +1,0 @@
-"""Many runs of main.py by one command."""

@@ -1,0 +1,38 @@
+"""Errors of the Hugging Face hub's client in the words of one line, for models and data sets."""
+
+from __future__ import annotations
+
+
+def hub_problem(error: Exception, kind: str) -> str | None:
+    """Return what is wrong and the way out; None for an error that is not the hub's.
+
+    `kind` is what was looked for: `model` or `data set`.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "its owners give access on request; accept their terms, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"no such {kind} on the hub, or it needs a login (`hf auth login`), and no local "
+            "folder or file of that name; check the name"
+        )
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub refused: {first_line(error)}; try again later"
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
+        return (
+            f"the hub can't be reached ({first_line(error)}); check the network, or the path if "
+            "a local folder or file is meant"
+        )
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without final punctuation, or its class."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:, ")[:300]

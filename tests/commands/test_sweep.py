@@ -1,0 +1,274 @@
+"""Many runs by one command: which there are, which are done again, and that each is as if alone."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import tiny
+from support import LIMIT, QUICK, ROOT, Done, call, results, wait_until
+
+from lib.commands import languages, sweep, sweep_run
+from lib.run.flags import build_parser
+from lib.util import command
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+WANDA = ["--methods", "wanda", "--types", "unstructured"]
+PASSED = ["--", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    english = tiny.sentences(20, seed=9)
+    return tiny.write_texts(folder / "uk"), tiny.write_texts(folder / "en", english, english[:8])
+
+
+def done(main: Callable[[list[str]], None], *argv: object) -> Done:
+    """Run a command in this process; its runs have processes of their own all the same."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = command.run(main, [str(part) for part in argv])
+        except SystemExit as left:
+            status = left.code
+    return Done(status, out.getvalue(), err.getvalue())
+
+
+def planned(*argv: object, passed_on: Sequence[str] = ()) -> dict[str, sweep.Run]:
+    args = sweep.build_sweep_parser().parse_args([str(part) for part in argv])
+    return {run.name: run for run in sweep.plan(args, passed_on)}
+
+
+# --- which runs there are
+
+
+def test_the_product_leaves_out_what_makes_no_sense(texts) -> None:
+    uk, en = texts
+    names = planned(
+        *["--models", "a/one", "two", "--methods", "magnitude", "wanda"],
+        *["--types", "unstructured", "4:8", "neurons", "--ratios", 0.5, 0.7],
+        *["--calibration", uk, f"{uk}=0.75,{en}=0.25", "--seeds", 0, 3],
+    )
+    settings = ["50", "70", "4of8", "50-neurons", "70-neurons"]
+    drawn = [f"{text}-seed{seed}" for text in ("uk", "uk=0.75+en=0.25") for seed in (0, 3)]
+    each = ["dense", *(f"magnitude-{setting}" for setting in settings)]
+    each += [f"wanda-{setting}-{text}" for setting in settings for text in drawn]
+    assert list(names) == [f"{folder}/{name}" for folder in ("one", "two") for name in each]
+
+
+def test_flags_of_a_run(texts) -> None:
+    uk, en = texts
+    argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]
+    passed_on = ["--nsamples", "7", "--resume", "r", "--trim_vocabulary"]
+    runs = planned(*argv, "--save_models", passed_on=passed_on)
+    dense, wanda = (run.args for run in runs.values())
+    assert dense.eval_only and not dense.save_model and not dense.resume
+    assert dense.eval_data == wanda.eval_data == [str(uk), str(en)]
+    assert wanda.calibration_data == [f"{uk}=3", f"{en}=1"]
+    assert (wanda.seed, wanda.sparsity_ratio, wanda.nsamples) == (5, 0.5, 7)
+    name = "m/wanda-50-uk=0.75+en=0.25-seed5"
+    assert wanda.save == f"o/{name}" and wanda.save_model == f"o/{name}/model"
+    assert wanda.resume == f"r/{name}"  # finished blocks of two runs do not meet
+    assert dense.vocabulary_data == wanda.vocabulary_data == [str(uk), str(en)]
+    assert vars(build_parser().parse_args(runs[name].flags)) == vars(wanda)
+
+
+def test_flags_for_prunings_do_not_go_to_the_dense_model(texts) -> None:
+    passed_on = ["--recover", "999", "--recover_ce", "0.5", "--allocation", "error"]
+    passed_on += ["--replace_sparse_layers", "--pack_bits", "4", "--nsamples", "5"]
+    argv = ["--models", "m", "--methods", "magnitude", "--types", "unstructured"]
+    runs = planned(*argv, "--calibration", texts[0], passed_on=passed_on)
+    dense, pruned = (run.args for run in runs.values())
+    assert (dense.recover, dense.allocation, dense.nsamples) == (None, "uniform", 5)
+    assert not dense.replace_sparse_layers and dense.pack_bits == 16
+    assert (pruned.recover, pruned.recover_ce, pruned.pack_bits) == (999, 0.5, 4)
+    assert pruned.calibration_data == [str(texts[0])]  # magnitude reads it with these flags
+
+
+def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) -> None:
+    for parent in "ab":
+        tiny.write_texts(tmp_path / parent / "uk", 1, 1)
+    names = planned("--models", "x/m", "y/m", *WANDA, "--calibration", "a/uk", "b/uk")
+    prunings = ["dense", "wanda-50-a_uk-seed0", "wanda-50-b_uk-seed0"]
+    assert list(names) == [f"{model}/{name}" for model in ("x_m", "y_m") for name in prunings]
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["--methods", "nosuch"], 2, ["--methods", "nosuch"]),
+        (["--ratios", "1.5"], 2, ["--sparsity_ratio 1.5"]),
+        (["--types", "2:4", "--ratios", "0.7"], 2, ["--ratios 0.7", "--types unstructured"]),
+        (["--", "--seed", "1"], 2, ["--seed after '--'"]),
+        (["--", "--prune_method=wanda"], 2, ["--prune_method after '--'"]),
+        (["--", "--nosuch"], 2, ["--nosuch"]),
+        (["--methods", "magnitude", "--", "--use_variant"], 2, ["magnitude-", "--use_variant"]),
+        (["--", "--recover_ce", "0.5"], 2, ["--recover_ce 0.5", "--recover,"]),
+        (["--", "--teacher", "big"], 2, ["--teacher big"]),
+        (["--calibration", "no/such/folder"], 1, ["--calibration no/such/folder"]),
+        (["--calibration", "c4=-1,ubertext=1"], 1, ["--calibration c4=-1", "above 0"]),
+        (["--eval_data", "no/such/folder"], 1, ["--eval_data no/such/folder"]),
+        (["--ratios", "0.5", "0.5"], 1, ["--out", "-50-ubertext-seed0", "twice"]),
+        (["--out", "mine"], 1, ["--out mine", "tiny/dense holds thesis.txt"]),
+        (["--out", "mine/tiny/dense/thesis.txt"], 1, ["--out mine", "is a file"]),
+    ],
+)
+def test_a_mistake_is_told_before_the_first_run(model, argv, status, words) -> None:
+    Path("mine/tiny/dense").mkdir(parents=True)
+    Path("mine/tiny/dense/thesis.txt").write_text("mine")
+    said = done(sweep.main, "--models", model, *argv)
+    assert said.status == status and not Path("runs").exists()
+    assert len(said.complaints) == 1
+    assert all(word in said.complaints[0] for word in words), said.complaints
+
+
+def test_a_sweep_is_one_process(model, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = done(sweep.main, "--models", model)
+    assert said.status == 1 and "one process" in said.complaints[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"), [(["uk"], "SOURCE uk"), (["a", "b", "--method", "magnitude"], "no text")]
+)
+def test_languages_refuses_what_can_not_be_compared(model, argv, word) -> None:
+    said = done(languages.main, model, *argv)
+    assert said.status == 2 and word in said.complaints[0]
+
+
+# --- each run is as if alone; failed ones are recorded and tried again, finished ones kept
+
+
+def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts, tmp_path) -> None:
+    few = tiny.write_texts(tmp_path / "few", 3, 8)
+    argv = ["--models", model, *WANDA, "--save_models", "--eval_data", few, texts[0]]
+    first = done(sweep.main, *argv, "--calibration", few, texts[0], *PASSED)
+    assert first.status == 1
+    failed, finished = Path("runs/tiny/wanda-50-few-seed0"), Path("runs/tiny/wanda-50-uk-seed0")
+    assert first.complaints[-1].startswith("error: 1 of 3 runs failed: tiny/wanda-50-few-seed0;")
+    record = json.loads((failed / "error.json").read_text("utf-8"))
+    assert "can give only 3 windows" in record["error"] and record["flags"]["nsamples"] == 8
+    assert "[3/3] tiny/wanda-50-uk-seed0: few " in first.out and first.out.count(" left\n") == 2
+    assert Path("runs/report.md").is_file() and not list(Path("runs").glob("dense-*"))
+    assert "perplexity uk" in (finished / "output.txt").read_text("utf-8")
+
+    tests = ["--eval_data", few, texts[0]]
+    own = {"runs/tiny/dense": ["--eval_only"], finished: ["--prune_method", "wanda"]}
+    own[finished] += ["--calibration_data", texts[0], "--save_model", "alone"]
+    for folder, flags in own.items():
+        assert call("--model", model, *flags, *tests, *QUICK).status == 0
+        for key in ("perplexity", "evaluation", "sparsity", "calibration"):
+            assert results(folder)[key] == results()[key], (folder, key)
+    weights = "model.safetensors"
+    assert Path("alone", weights).read_bytes() == (finished / "model" / weights).read_bytes()
+
+    tiny.write_texts(few, 20, 8)
+    second = done(sweep.main, *argv, "--calibration", few, *PASSED)
+    assert second.status == 0 and not (failed / "error.json").exists()
+    assert "[1/2] tiny/dense: finished before" in second.out
+    assert results(failed)["perplexity"] and second.out.count("\n| wanda ") == 2  # in the report
+
+
+@pytest.fixture
+def run_again(texts, tmp_path, capsys) -> Callable[..., str]:
+    """A run as a sweep does it, of a model and texts that a test may change."""
+    llama = tiny.write_model(tmp_path / "llama", tiny.tiny_llama(seed=1))
+    uk = shutil.copytree(texts[0], tmp_path / "uk")
+    folder = Path("runs/llama/wanda")
+    argv = ["--model", str(llama), "--prune_method", "wanda", "--calibration_data", str(uk), *QUICK]
+    argv += ["--save", str(folder), "--save_model", str(folder / "model")]
+
+    def run(*more: str) -> str:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / sweep_run.OUTPUT).touch()
+        sweep_run.run(build_parser().parse_args([*argv, *more]), Path("shared"))
+        return capsys.readouterr().out
+
+    assert run() == ""
+    return run
+
+
+def test_what_stands_behind_a_flag_counts_not_its_name(run_again, tmp_path) -> None:
+    """One word of a text, one shard of the weights: no number of before is shown as today's."""
+    finished = "finished before\n"
+    assert run_again() == finished
+    assert run_again("--batch_size", "3", "--cache_dir", "other") == finished
+    assert "--nsamples was 8, is 9; it is run again" in run_again("--nsamples", "9")
+    assert results("runs/llama/wanda")["flags"]["nsamples"] == 9
+    assert "--nsamples was 9, is 8" in run_again()
+    for split, name in (("train", "--calibration_data"), ("test", "--eval_data")):
+        file = tmp_path / f"uk/{split}.jsonl"
+        file.write_text(file.read_text("utf-8").replace("ріка", "гора", 40), "utf-8")
+        assert f"windows of {name}" in run_again() and run_again() == finished
+    other = tiny.write_model(tmp_path / "other", tiny.tiny_llama(seed=2))
+    shutil.copy(other / "model.safetensors", tmp_path / "llama")  # of the same size
+    assert "weights of --model was" in run_again() and run_again() == finished
+    shutil.rmtree("runs/llama/wanda/model")
+    assert "its model was not kept" in run_again() and run_again() == finished
+    Path("runs/llama/wanda/results.json").unlink()  # as where it was killed after it had saved
+    assert run_again() == "" and run_again() == finished
+
+
+def test_a_run_that_can_not_be_done_again_keeps_its_figures(run_again) -> None:
+    before = results("runs/llama/wanda")
+    with pytest.raises(Exception, match="can give only"):
+        run_again("--nsamples", "900")
+    assert results("runs/llama/wanda") == before
+    assert Path("runs/llama/wanda/model/config.json").is_file()
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
+    """A run that is killed is a failed one; one whose sweep is killed ends; Ctrl-C ends both."""
+
+    def started() -> tuple[subprocess.Popen, int]:
+        """Start the sweep; return it and the process of its first run that works."""
+        argv = [sys.executable, "-m", "lib.commands.sweep", "--models", str(model), *WANDA]
+        process = subprocess.Popen(
+            [*argv, "--calibration", str(texts[0]), *PASSED],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        wait_until(lambda: children(process.pid))
+        return process, children(process.pid)[0]
+
+    process, run = started()
+    os.kill(run, signal.SIGKILL)
+    wait_until(lambda: [each for each in children(process.pid) if each != run])
+    (run,) = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
+    assert "tiny/dense: failed: its process ended with signal 9" in out
+    assert "signal 9" in json.loads(Path("runs/tiny/dense/error.json").read_text())["error"]
+    assert not list(Path("runs").glob("dense-*"))
+
+    process, run = started()
+    wait_until(lambda: len(os.listdir(f"/proc/{run}/task")) > 1)  # it watches the sweep
+    process.kill()
+    process.communicate(timeout=LIMIT)
+    wait_until(lambda: not Path(f"/proc/{run}").exists())
+    assert not list(Path("runs").rglob("results.json"))

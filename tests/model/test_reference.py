@@ -1,0 +1,206 @@
+"""Divergence from the dense model: against full softmaxes in float64, whatever comes between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from support import QUICK, call, prune_, results, runner_of, windows
+from torch import Tensor, nn
+
+from lib.eval import Divergence, compare_logits, perplexities, perplexity
+from lib.model.blocks import LOGIT_BYTES, BlockRunner
+from lib.model.reference import (
+    DenseReference,
+    compared_windows,
+    dense_states,
+    reference_bytes,
+    tail_of,
+)
+
+FIGURES = "kl", "kl_standard_error", "top1_agreement", "top1_agreement_standard_error"
+CALIBRATED = ["--calibration_data", "uk", "--eval_data", "uk", "en"]
+
+
+def reference_of(runner: BlockRunner, *tests: Tensor, batch_size: int = 2) -> DenseReference:
+    return DenseReference(tail_of(runner), dense_states(runner, tests, batch_size))
+
+
+def divergence(
+    runner: BlockRunner, reference: DenseReference, *tests: Tensor, batch_size: int = 2
+) -> list[Divergence]:
+    found = perplexities(runner, tests, batch_size, reference=reference)
+    return [one.divergence for one in found]
+
+
+@torch.no_grad()
+def slow(dense: nn.Module, own: nn.Module, ids: Tensor) -> dict[str, float]:
+    """By whole forward passes and full softmaxes in float64."""
+    q, p = (model(input_ids=ids).logits[:, :-1].double() for model in (dense, own))
+    log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean(1)
+    same = (q.argmax(-1) == p.argmax(-1)).double().mean(1)
+    errors = [(one.std() / len(one) ** 0.5).item() for one in (kl, same)]
+    values = kl.mean().item(), errors[0], same.mean().item(), errors[1]
+    return dict(zip(FIGURES, values, strict=True))
+
+
+def assert_like(found: Divergence, expected: dict[str, float]) -> None:
+    for name, value in expected.items():
+        assert getattr(found, name) == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-2", "Mixtral", "Cohere", "Mamba"])
+def test_as_by_whole_forward_passes(name: str) -> None:
+    dense, pruned = tiny.ALL[name](), tiny.ALL[name]()
+    tests = windows(5), windows(3, tokens=17, seed=4)
+    runner = runner_of(pruned)
+    reference = reference_of(runner, *tests)
+    prune_(runner)
+    found = divergence(runner, reference, *tests)
+    for one, ids in zip(found, tests, strict=True):
+        assert_like(one, slow(dense, pruned, ids))
+        assert one.kl > 0.01 and one.top1_agreement < 1
+
+
+@pytest.mark.parametrize("room", [1, 4 * tiny.VOCAB * 5, 2**24])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_and_chunks_change_nothing(
+    batch_size: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOGIT_BYTES, "cpu", room)
+    monkeypatch.setattr("lib.eval.HEAD_POSITIONS", 7)
+    dense, runner, ids = tiny.tiny_llama(), runner_of(tiny.tiny_llama()), windows(7)
+    reference = reference_of(runner, ids, batch_size=batch_size)
+    before = perplexity(runner, ids, batch_size)
+    prune_(runner)
+    found = divergence(runner, reference, ids, batch_size=batch_size)
+    assert_like(found[0], slow(dense, runner.model, ids))
+    assert before.divergence is None
+    with_reference = perplexities(runner, [ids], batch_size, reference=reference)[0]
+    assert with_reference.value == perplexity(runner, ids, batch_size).value
+
+
+def test_a_model_that_is_the_dense_one_differs_by_nothing() -> None:
+    runner, ids = runner_of(tiny.ARCHITECTURES["Gemma 2"]()), windows(4)
+    (found,) = divergence(runner, reference_of(runner, ids), ids)
+    assert found == Divergence(0.0, 0.0, 1.0, 0.0, 4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "OLMo 2"])
+def test_the_dense_tail_stays_when_the_model_gets_another(name: str) -> None:
+    dense, own = tiny.ALL[name](), tiny.ALL[name]()
+    runner, ids = runner_of(own), windows(4)
+    reference = reference_of(runner, ids)
+    blocks = {id(p) for block in runner.blocks for p in block.parameters()}
+    with torch.no_grad():
+        for parameter in own.parameters():
+            if id(parameter) in blocks:
+                continue
+            if parameter.dim() == 1:
+                parameter.mul_(1.5)  # as a recovery would train a norm
+            else:
+                parameter.data = parameter.data.bfloat16().float()  # as saving or rounding does
+    (found,) = divergence(runner, reference, ids)
+    assert_like(found, slow(dense, own, ids))
+    assert found.kl > 0
+
+
+def test_the_tail_holds_no_second_copy_of_the_model() -> None:
+    runner = runner_of(tiny.tiny_llama())
+    model = tail_of(runner).model
+    own = {p.data_ptr() for p in runner.model.parameters()}
+    assert all(p.is_meta for block in model.model.layers for p in block.parameters())
+    shared = [p for p in model.parameters() if not p.is_meta and p.data_ptr() in own]
+    assert len(shared) == 2 and all(p.dim() == 2 for p in shared)
+    assert not any(p.is_meta for p in runner.model.parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 1000])
+def test_at_most_64_windows_of_a_set_are_compared(count: int) -> None:
+    chosen = compared_windows(count)
+    assert len(chosen) == len(set(chosen)) == min(count, 64) and chosen[0] == 0
+    steps = [after - before for before, after in zip(chosen, chosen[1:], strict=False)]
+    assert all(step in (count // len(chosen), count // len(chosen) + 1) for step in steps)
+
+
+def test_only_some_windows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.model.reference.COMPARED_WINDOWS", 3)
+    dense, runner, ids = tiny.tiny_llama(), runner_of(tiny.tiny_llama()), windows(8)
+    reference = reference_of(runner, ids)
+    prune_(runner)
+    (found,) = divergence(runner, reference, ids)
+    assert_like(found, slow(dense, runner.model, ids[[0, 2, 5]]))
+    assert found.windows == 3
+    kept = sum(hidden.nbytes for hidden in reference.states[0].values())
+    alone = type("Alone", (), {"share": staticmethod(lambda count: slice(0, count))})
+    assert kept == reference_bytes([8], window=24 * 32 * 4, dist=alone)
+
+
+def test_rows_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    dense, own = (5 * torch.randn(11, 40, generator=draw) for _ in range(2))
+    monkeypatch.setitem(LOGIT_BYTES, "cpu", 4 * 40 * 3)
+    kl, same = compare_logits(dense.bfloat16(), own.bfloat16())
+    q, p = (one.bfloat16().double().log_softmax(-1) for one in (dense, own))
+    torch.testing.assert_close(kl.double(), (q.exp() * (q - p)).sum(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(same, q.argmax(-1) == p.argmax(-1))
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tiny.write_model(tmp_path / "model")
+    tiny.write_texts(tmp_path / "uk")
+    tiny.write_texts(tmp_path / "en", test=tiny.sentences(5, seed=7))
+    return tmp_path
+
+
+def figures(folder: Path | str) -> list[list[float]]:
+    return [[one[name] for name in FIGURES] for one in results(folder)["evaluation"]]
+
+
+def test_a_run_records_and_prints_it(place: Path) -> None:
+    base = ["--model", "model", *QUICK, *CALIBRATED]
+    prune = [*base, "--prune_method", "wanda"]
+    done = call(*prune, "--save", "plain", "--save_model", "new")
+    assert done.status == 0, done.err
+    for kl, kl_error, same, same_error in figures("plain"):
+        assert kl > kl_error > 0 and 0 < same < 1 and same_error > 0
+    assert done.out.count("nats a token from the dense model") == 2
+    assert call(*prune, "--save", "away", "--offload", "folder").status == 0
+    assert call(*base, "--eval_only", "--save", "dense").status == 0
+    for one, two in zip(figures("plain"), figures("away"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    assert "kl" not in results("dense")["evaluation"][0]
+    assert call(*prune, "--sparsity_ratio", 0, "--save", "zero").status == 0
+    assert figures("zero") == [[0, 0, 1, 0]] * 2
+
+
+def test_a_recovered_model_is_compared_with_its_teacher(place: Path) -> None:
+    base = ["--model", "model", *QUICK, *CALIBRATED]
+    prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]
+    assert call(*prune).status == 0
+    again = ["--model", "new", *base[2:], "--teacher", "model", "--recover", 320, "--save", "two"]
+    assert call(*again, "--recover_rate", 1e-9).status == 0
+    for before, after in zip(figures("one"), figures("two"), strict=True):
+        assert after == pytest.approx(before, rel=1e-3)
+
+
+def test_a_model_pruned_before_is_compared_with_what_it_was_made_of(place: Path) -> None:
+    base = ["--model", "model", *QUICK, *CALIBRATED, "--trim_vocabulary"]
+    prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]
+    assert call(*prune).status == 0
+    again = ["--model", "new", *QUICK, *CALIBRATED, "--eval_only", "--teacher", "model"]
+    again += ["--prompts", "1"]
+    done = call(*again, "--save", "two")
+    assert done.status == 0, done.err
+    for before, after in zip(figures("one"), figures("two"), strict=True):
+        assert after == pytest.approx(before, rel=1e-4)
+    assert results("two")["method"] == "pruned before"
+    assert "recovery" not in results("two")
+    assert all("dense" in one for one in results("two")["completions"])
+    done = call(*again, "--offload", "away")
+    assert done.status == 2 and "held in memory whole" in done.err

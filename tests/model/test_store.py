@@ -1,0 +1,125 @@
+"""Blocks that come from disk one at a time: the same bytes, one copy a machine, no traces left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from support import QUICK, Done, at, call, no_file_larger_than, results, weights
+from transformers import AutoModelForCausalLM
+
+MODELS = ("sharded", "tied", "mixtral", "bfloat16", "gpt2")
+pytestmark = pytest.mark.usefixtures("at_place")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    sharded = tiny.write_model(folder / "sharded", tiny.tiny_llama(num_hidden_layers=3))
+    tiny.tiny_llama(num_hidden_layers=3).save_pretrained(sharded, max_shard_size="60KB")
+    (sharded / "model.safetensors").unlink()
+    tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
+    tiny.write_model(folder / "mixtral", tiny.ARCHITECTURES["Mixtral"]())
+    tiny.write_model(folder / "bfloat16", tiny.tiny_llama().bfloat16())
+    tiny.write_model(folder / "gpt2", tiny.ARCHITECTURES["GPT-2"]())
+    tiny.write_texts(folder / "uk", test=3)
+    return folder
+
+
+def prune(model: str | Path, folder: Path, *more: object, method: str = "wanda") -> Done:
+    data = ["--calibration_data", "uk", "--eval_data", "uk", "--save", folder / "run"]
+    flags = [*QUICK, *data, "--prune_method", method, "--save_model", folder / "model"]
+    return call("--model", model, *flags, *more)
+
+
+@pytest.mark.parametrize("packs", [[], ["--replace_sparse_layers", "--pack_bits", "4"]])
+@pytest.mark.parametrize("model", MODELS)
+def test_the_same_weights_and_figures_as_without(
+    model: str, packs: list[str], tmp_path: Path
+) -> None:
+    method = "sparsegpt" if model == "sharded" else "wanda"
+    for where, flags in (("plain", []), ("offloaded", ["--offload", tmp_path / "away"])):
+        done = prune(model, tmp_path / where, *flags, *packs, method=method)
+        assert done.status == 0, done.err
+        assert done.complaints == []
+        assert {path.name for path in (tmp_path / where).iterdir()} == {"run", "model"}
+    plain, offloaded = (weights(tmp_path / where / "model") for where in ("plain", "offloaded"))
+    assert plain.keys() == offloaded.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, offloaded[name]) and tensor.dtype == offloaded[name].dtype, name
+    one, other = (
+        results(tmp_path / where / "run")["evaluation"][0] for where in ("plain", "offloaded")
+    )
+    for name in ("perplexity", "kl", "top1_agreement"):
+        assert other[name] == pytest.approx(one[name], rel=1e-4)
+    assert not (tmp_path / "away").exists()
+    if not packs:
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "offloaded" / "model")
+        tied = reloaded.lm_head.weight is reloaded.get_input_embeddings().weight
+        assert tied == (model in ("tied", "gpt2"))
+
+
+def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
+    """Nothing is written twice."""
+    done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+    assert done.status == 0, done.err
+    index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
+    by_file: dict[str, set[str]] = {}
+    for name, file in index["weight_map"].items():
+        by_file.setdefault(file, set()).add(".".join(name.split(".")[:3]))
+    assert len(by_file) == 4  # three blocks, and what is outside them
+    assert all(len(blocks) == 1 for blocks in by_file.values() if "model.layers.0" in blocks)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_folder_that_holds_something_is_refused(begun: bool, tmp_path: Path) -> None:
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / "block-00000.safetensors").write_bytes(b"mine")
+    if begun:
+        (away / "job.json").write_text("{}")
+    [line] = prune("tied", tmp_path, "--offload", away).complaints
+    assert f"--offload {away}: " in line
+    assert ("add --resume" if begun else "but no job.json") in line
+    assert (away / "block-00000.safetensors").read_bytes() == b"mine"
+
+
+def test_a_disk_that_fills_up_keeps_what_is_finished(tmp_path: Path) -> None:
+    with no_file_larger_than(10_000):
+        done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
+    [line] = done.complaints
+    assert "error: --offload" in line and "block-00000.safetensors can't be written" in line
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_shard_that_is_damaged_in_the_middle_of_the_run(
+    damage: str, place: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(place / "sharded", tmp_path / "sharded")
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    name = index["weight_map"]["model.layers.2.mlp.up_proj.weight"]
+    file = tmp_path / "sharded" / name
+
+    def break_it() -> None:
+        data = file.read_bytes()
+        file.unlink()
+        if damage == "cut":
+            file.write_bytes(data[:2000])
+
+    with at("pruning", 1, break_it):
+        done = prune(tmp_path / "sharded", tmp_path, "--offload", tmp_path / "away")
+    [line] = done.complaints
+    assert done.status == 1 and name in line and "can't be read from" in line
+    assert not (tmp_path / "model").exists() and (tmp_path / "away" / "job.json").exists()
+
+
+def test_blocks_that_share_weights_are_not_offloaded(tmp_path: Path) -> None:
+    """As Zamba 2's do: one can't be brought without the other."""
+    tiny.write_model("sharing", tiny.HYBRIDS["Zamba2"]())
+    done = prune("sharing", tmp_path, "--offload", tmp_path / "away")
+    assert done.status == 1 and "share weights" in done.complaints[0]

@@ -1,0 +1,357 @@
+"""What bad input gets: one line that names flag, value and way out, before weights are read."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from support import QUICK, Done, call, raising
+from transformers import LlamaPreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from lib.methods.registry import METHODS
+from lib.run.flags import RETIRED
+from lib.util.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+WANDA = ["--prune_method", "wanda", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "model")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_texts(tmp_path_factory.mktemp("texts") / "texts")
+
+
+def complaint(done: Done, status: int, *words: object) -> None:
+    """The one line that a mistake gave must hold all the words."""
+    assert done.status == status, done
+    assert "Traceback" not in done.err and "usage" not in done.err
+    assert len(done.complaints) == 1, done.err
+    for word in map(str, words):
+        assert word in done.complaints[0], f"{word!r} is not in {done.complaints[0]!r}"
+
+
+# flags after `--model M --prune_method wanda`, and words of the line that they get
+FLAGS = [
+    ("--sparsity_ratio -0.1", "--sparsity_ratio -0.1", "at least 0"),
+    ("--sparsity_ratio 1", "--sparsity_ratio 1", "below 1"),
+    ("--sparsity_ratio nan", "--sparsity_ratio nan", "below 1"),
+    ("--sparsity_ratio half", "--sparsity_ratio", "'half'"),
+    ("--sparsity_type 2:4 --sparsity_ratio 0.6", "0.6", "2:4", "use --sparsity_ratio 0.5"),
+    ("--sparsity_type 4:8 --sparsity_ratio 0.25", "0.25", "4:8", "use --sparsity_ratio 0.5"),
+    ("--sparsity_type nosuch", "--sparsity_type", "nosuch", "2:4"),
+    ("--prune_method nosuch", "--prune_method", "nosuch", "wanda"),
+    ("--use_variant --sparsity_type 2:4", "--use_variant", "unstructured", "2:4"),
+    ("--use_variant --prune_method admm", "--use_variant", "wanda", "admm"),
+    ("--allocation error --sparsity_type 2:4", "--allocation error", "2:4"),
+    ("--replace_sparse_layers --sparsity_ratio 0.06", "ratio 0.06", "more than 0.0625"),
+    ("--pack_bits 4", "--pack_bits 4", "--replace_sparse_layers"),
+    ("--replace_sparse_layers --pack_bits 5", "--pack_bits", "5", "4, 16"),
+    ("--nsamples 0", "--nsamples", "0: must be at least 1"),
+    ("--nsamples many", "--nsamples", "'many'"),
+    ("--seqlen 1", "--seqlen", "1: must be at least 2"),
+    ("--batch_size 0", "--batch_size", "0: must be at least 1"),
+    ("--recover 9 --recover_rate 1", "--recover_rate", "1: must be above 0 and below 1"),
+    ("--recover 9 --recover_ce nan", "--recover_ce", "nan: must be at least 0 and below 1"),
+    ("--recover_rank 4", "--recover_rank 4", "--recover"),
+    ("--recover 64 --sparsity_ratio 0", "--recover 64", "nothing to recover"),
+    ("--recover 64 --load_bit 8", "--recover 64", "--load_bit 8"),
+    ("--recover 64 --offload away", "--recover 64", "--offload away"),
+    ("--recover 64 --teacher T", "--teacher T", "--prune_method wanda"),
+    ("--replace_sparse_layers --load_bit 4", "--replace_sparse_layers", "--load_bit 4"),
+    ("--offload away --load_bit 4", "--offload away", "--load_bit 4"),
+    ("--sparsity_type neurons --load_bit 4", "neurons", "--load_bit 4"),
+    ("--sparsity_type neurons --replace_sparse_layers", "neurons", "--replace_sparse_layers"),
+    ("--sparsity_type neurons --sparsity_ratio 0", "--sparsity_ratio 0", "no neuron"),
+    ("--dtype float64", "--dtype", "float64", "bfloat16"),
+    ("--load_bit 3", "--load_bit", "'3'", "8"),
+    ("--prune_on_c4 --calibration_data uk", "--prune_on_c4", "--calibration_data"),
+    ("--vocabulary_data uk", "--vocabulary_data uk", "--trim_vocabulary"),
+    ("--vocabulary_size 64", "--vocabulary_size 64", "--trim_vocabulary"),
+    ("--eval_only", "--eval_only", "--prune_method wanda"),
+    ("--save=", "--save", "empty"),
+    ("--tasks ,", "--tasks", "names no task"),
+    ("--include_path tasks", "--include_path tasks", "--tasks"),
+    ("--nosuch", "--nosuch", "--help"),
+    ("--nsample 8", "--nsample", "--help"),
+    ("--save_model M", "--save_model M", "--model M"),
+    ("--save_model out --save out/log", "--save_model out", "--save out/log"),
+]
+
+
+@pytest.mark.parametrize("row", FLAGS, ids=lambda row: row[0])
+def test_flags(row: tuple[str, ...]) -> None:
+    flags, *words = row
+    complaint(call("--model", "M", "--prune_method", "wanda", *flags.split()), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--prune_method wanda", ["--model"]),
+        ("--model M", ["--prune_method", "wanda", "--eval_only"]),
+        ("--model M --use_variant --eval_only", ["--use_variant", "wanda"]),
+        ("--model M --eval_only --save_model new", ["--save_model new", "--eval_only"]),
+        ("--model M --recover 64", ["--recover 64", "--prune_method", "--teacher"]),
+        ("--model M --eval_only --allocation error", ["--allocation error", "--prune_method"]),
+    ],
+)
+def test_flags_that_need_each_other(flags: str, words: list[str]) -> None:
+    complaint(call(*flags.split()), 2, *words)
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_a_retired_flag_says_what_to_use_instead(name: str) -> None:
+    complaint(call("--model", "M", "--eval_only", f"--{name}"), 2, f"--{name}: is gone; ")
+
+
+# --- the model: status 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("owner/nosuch", ["no such folder", "the hub can't be reached", "check"]),
+        ("./nosuch", ["no such folder"]),
+        ("a/b/c", ["no such folder"]),
+        ("not:an:id", ["no such folder", "owner/name"]),
+    ],
+)
+def test_unknown_models(name: str, words: list[str], texts: Path, no_weights: None) -> None:
+    done = call("--model", name, "--calibration_data", texts, *WANDA)
+    complaint(done, 1, f"--model {name}: ", *words)
+
+
+def test_a_hub_that_answers_with_an_error(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import errors
+
+    # the hub's client brings its own: httpx, or in later releases httpx2
+    httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
+    answer = httpx.Response(500, request=httpx.Request("GET", "http://hub"))
+    for number, (error, word) in enumerate(
+        [
+            (errors.RepositoryNotFoundError("404", response=answer), "no such model on the hub"),
+            (errors.GatedRepoError("403", response=answer), "access on request"),
+            (errors.HfHubHTTPError("500 broken", response=answer), "500 broken"),
+            (httpx.ConnectError("no route"), "can't be reached (no route)"),
+        ]
+    ):
+
+        def model_info(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+        done = call("--model", f"owner/name{number}", "--calibration_data", texts, *WANDA)
+        complaint(done, 1, f"--model owner/name{number}: ", word)
+
+
+def config(model: Path, **changes: object) -> bytes:
+    """The model's config.json with fields changed."""
+    return json.dumps(json.loads((model / "config.json").read_text()) | changes).encode()
+
+
+def cut(file: Path) -> bytes:
+    return file.read_bytes()[:-100]
+
+
+BROKEN = {  # file: what it becomes (None: it is missing), and words of the line
+    "config missing": ("config.json", lambda m: None, "no config.json"),
+    "config cut short": ("config.json", lambda m: b"{", "not a valid JSON"),
+    "unknown kind": ("config.json", lambda m: config(m, model_type="nosuch"), "nosuch"),
+    "a block more": (
+        "config.json",
+        lambda m: config(m, num_hidden_layers=3),
+        "tensors are missing",
+    ),
+    "wider": ("config.json", lambda m: config(m, intermediate_size=128), "[32, 128]"),
+    "weights missing": ("model.safetensors", lambda m: None, "safetensors only"),
+    "weights cut short": ("model.safetensors", lambda m: cut(m / "model.safetensors"), "cut short"),
+    "no header": ("model.safetensors", lambda m: bytes(4000), "download it again"),
+    "tokenizer cut short": (
+        "tokenizer.json",
+        lambda m: cut(m / "tokenizer.json"),
+        "put the tokenizer's files beside the weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_models(name: str, model: Path, texts: Path, tmp_path: Path) -> None:
+    file, change, words = BROKEN[name]
+    folder = shutil.copytree(model, tmp_path / "broken")
+    content = change(model)
+    (folder / file).unlink()
+    if content is not None:
+        (folder / file).write_bytes(content)
+    done = call("--model", folder, "--calibration_data", texts, *WANDA)
+    complaint(done, 1, f"--model {folder}: ", words)
+
+
+def test_a_lost_shard(texts: Path, tmp_path: Path, no_weights: None) -> None:
+    folder = tmp_path / "sharded"
+    tiny.tiny_llama().save_pretrained(folder, max_shard_size="60KB")
+    tiny.tiny_tokenizer().save_pretrained(folder)
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    done = call("--model", folder, "--calibration_data", texts, *WANDA)
+    complaint(done, 1, f"--model {folder}: ", lost.name, "download")
+
+
+def test_weights_that_are_not_used_are_told(
+    model: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(model, tmp_path / "more")
+    (folder / "config.json").write_bytes(config(model, num_hidden_layers=1))
+    done = call("--model", folder, "--calibration_data", texts, *WANDA)
+    assert done.status == 0
+    assert f"--model {folder}: 9 tensors are not used: model.layers.1" in caplog.text
+
+
+def test_models_that_cant_be_pruned(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    small = T5Config(vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    t5 = tiny.write_model(tmp_path / "t5", T5ForConditionalGeneration(small))
+    narrow = tiny.tiny_llama(hidden_size=36, num_attention_heads=6, intermediate_size=60)
+    narrow = tiny.write_model(tmp_path / "narrow", narrow)
+    given = ["--calibration_data", texts, *WANDA]
+    complaint(call("--model", t5, *given), 1, "T5Config", "causal language model")
+    done = call("--model", narrow, *given, "--sparsity_type", "4:8")
+    complaint(done, 1, "4:8", "q_proj", "36", "unstructured")
+    done = call("--model", model, *given, "--seqlen", "129")
+    complaint(done, 1, "--seqlen 129", "128")
+    monkeypatch.setattr(LlamaPreTrainedModel, "_no_split_modules", [])
+    complaint(call("--model", model, *given), 1, "LlamaForCausalLM", "no lists of decoder blocks")
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("nosuch", ["unknown device", "cpu"]),
+        ("mps", ["float64", "cpu"]),
+        ("meta", ["no such device", "cpu"]),
+        ("cuda:7", ["no such device was found", "use --device cpu"]),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there a device is found")
+def test_devices(device: str, words: list[str], model: Path, texts: Path, no_weights: None) -> None:
+    done = call("--model", model, "--calibration_data", texts, *WANDA, "--device", device)
+    complaint(done, 1, f"--device {device}: ", *words)
+
+
+def test_tokens_for_which_the_embedding_has_no_row(
+    texts: Path, tmp_path: Path, no_weights: None
+) -> None:
+    folder = tiny.write_model(tmp_path / "short", tiny.tiny_llama(vocab_size=200))
+    done = call("--model", folder, "--calibration_data", texts, *WANDA)
+    complaint(done, 1, f"--model {folder}: ", "embedding has 200 rows", "resize_token_embeddings")
+
+
+# --- texts: status 1
+
+GOOD = "".join(json.dumps({"text": text}) + "\n" for text in tiny.sentences(20))
+TEXTS = [  # files of a folder, the flag that is complained of, words
+    ({}, "--calibration_data", ["no train*.jsonl"]),
+    ({"train": "", "test": GOOD}, "--calibration_data", ["no text"]),
+    ({"train": GOOD + "{oops\n", "test": GOOD}, "--calibration_data", ["line 21", "not JSON"]),
+    ({"train": GOOD + '{"body": 1}\n', "test": GOOD}, "--calibration_data", ["line 21", "'text'"]),
+    ({"train": GOOD + '{"text": 5}\n', "test": GOOD}, "--calibration_data", ["line 21", "string"]),
+    ({"train": GOOD, "test": GOOD}, "--calibration_data", ["20", "21", "--nsamples", "--seqlen"]),
+    ({"train": '{"text": "сонце"}\n' * 3, "test": GOOD}, "--calibration_data", ["too short"]),
+    ({"train": GOOD}, "--eval_data", ["no test*.jsonl"]),
+    ({"train": GOOD, "test": "{\n"}, "--eval_data", ["test.jsonl, line 1", "not JSON"]),
+    ({"train": GOOD, "test": '{"text": "сонце"}\n'}, "--eval_data", ["tokens", "--seqlen"]),
+]
+
+
+@pytest.mark.parametrize("row", TEXTS, ids=lambda row: f"{row[1]} {row[2][0]}")
+def test_texts(row: tuple, model: Path, tmp_path: Path, no_weights: None) -> None:
+    files, flag, words = row
+    folder = tmp_path / "uk"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / f"{name}.jsonl").write_text(content, "utf-8")
+    given = ["--calibration_data", folder, "--eval_data", folder, *WANDA]
+    more = ["--nsamples", 21] if flag == "--calibration_data" else []
+    complaint(call("--model", model, *given, *more), 1, f"{flag} {folder}: ", *words)
+
+
+@pytest.mark.parametrize("flag", ["--calibration_data", "--eval_data"])
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nosuch", ["no such name", "ubertext"]),
+        ("nosuch.jsonl", ["no such file or folder"]),
+        ("owner/nosuch", ["the hub can't be reached"]),
+    ],
+)
+def test_unknown_sources(
+    flag: str, source: str, words: list[str], model: Path, texts: Path, no_weights: None
+) -> None:
+    data = {"--calibration_data": texts, "--eval_data": texts} | {flag: source}
+    given = [part for pair in data.items() for part in pair]
+    complaint(call("--model", model, *given, *WANDA), 1, f"{flag} {source}: ", *words)
+
+
+def test_calibrating_and_measuring_on_one_text_is_noted(model: Path, texts: Path) -> None:
+    given = ["--model", model, "--calibration_data", texts, *WANDA, "--eval_data"]
+    for own in (texts / "train.jsonl", texts):
+        done = call(*given, own)
+        assert done.status == 0
+        assert (f"--eval_data {own}: the model is calibrated on" in done.out) == own.is_file()
+
+
+# --- what is found on the way: status 1
+
+
+@pytest.mark.parametrize("offload", [[], ["--offload", "away"]])
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_are_not_finite(
+    method: str, offload: list[str], texts: Path, tmp_path: Path
+) -> None:
+    damaged = tiny.tiny_llama()
+    damaged.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    folder = tiny.write_model(tmp_path / "damaged", damaged)
+    given = ["--calibration_data", texts, *QUICK, "--save_model", "new", *offload]
+    done = call("--model", folder, "--prune_method", method, *given)
+    complaint(done, 1, "model.layers.1.mlp.up_proj", "nan or inf")
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "magnitude"])
+def test_activations_that_become_infinite(method: str, texts: Path, tmp_path: Path) -> None:
+    damaged = tiny.tiny_llama()
+    damaged.model.layers[1].mlp.gate_proj.weight.data *= 1e38  # finite, but no product with it is
+    folder = tiny.write_model(tmp_path / "damaged", damaged)
+    done = call("--model", folder, "--prune_method", method, "--calibration_data", texts, *QUICK)
+    complaint(done, 1, "model.layers.1.mlp.down_proj", "not finite", "--dtype float32")
+    done = call("--model", folder, "--eval_only", "--eval_data", texts, *QUICK)
+    complaint(done, 1, "model.layers.1.mlp.down_proj: activations are not")
+
+
+def test_a_lack_of_memory_names_flags(model: Path, texts: Path) -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    with raising(full, "pruning"):
+        done = call("--model", model, "--calibration_data", texts, *WANDA)
+    complaint(done, 1, "out of memory", "--batch_size", "--offload")
+
+
+def test_debug_shows_the_traceback(model: Path) -> None:
+    with pytest.raises(UserError):
+        call("--model", model, "--calibration_data", "nosuch", *WANDA, "--debug")
+
+
+def test_nothing_is_left_by_a_refused_run(model: Path, tmp_path: Path, no_weights: None) -> None:
+    done = call("--model", model, "--calibration_data", tmp_path / "nosuch", *WANDA)
+    assert done.status == 1
+    assert not [path for path in tmp_path.iterdir() if path.name != "cache"]

@@ -1,0 +1,180 @@
+"""A model is saved before it is measured, into a new folder; what fails loses nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import processes
+import pytest
+import tiny
+from support import LIMIT, QUICK, ROOT, Done, call, content, full_disk, raising, results, start
+from support import weights as saved_weights
+
+import main
+from lib.packed.linear import SparseLinear
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> list[object]:
+    model = tiny.write_model(tmp_path / "model", tiny.tiny_llama(num_hidden_layers=3))
+    texts = tiny.write_texts(tmp_path / "укр")
+    pruned = ["--prune_method", "sparsegpt", "--calibration_data", texts, "--save_model", "new"]
+    return ["--model", model, *pruned, *QUICK, "--save", "out"]
+
+
+def check_saved(done: Done, *words: str) -> None:
+    """The run failed in one line that holds the words, and the pruned model is there, alone."""
+    assert done.status == 1, done
+    lines = [line for line in done.complaints if line.startswith("error: ")]
+    assert len(lines) == 1 and all(word in lines[0] for word in words), done.err
+    assert "saved: new" in done.out
+    assert sum(int((weight == 0).sum()) for weight in saved_weights("new").values()) > 1000
+    assert not Path("new.partial").exists()
+
+
+@pytest.mark.parametrize("content", ["file", "folder"])
+def test_a_target_that_is_not_new_is_refused_at_once(
+    content: str, given: list, no_weights: None
+) -> None:
+    if content == "file":
+        Path("new").write_text("thesis")
+    else:
+        Path("new").mkdir()
+        Path("new/thesis.tex").write_text("mine")
+    done = call(*given)
+    assert done.status == 1 and len(done.complaints) == 1
+    assert "--save_model new: " in done.complaints[0]
+    assert ("is a file" if content == "file" else "holds thesis.tex") in done.complaints[0]
+
+
+def test_an_empty_folder_is_a_target(given: list) -> None:
+    Path("new").mkdir()
+    assert call(*given).status == 0 and saved_weights("new")
+
+
+@pytest.mark.parametrize("flag", ["--save", "--save_model", "--resume"])
+def test_places_that_can_not_be_written(flag: str, given: list, no_weights: None) -> None:
+    Path("file").write_text("kept")
+    done = call(*given, flag, "file/below")  # no folder can be made there, not even by root
+    assert done.status == 1 and f"{flag} file/below: can't be written" in done.complaints[0]
+    assert Path("file").read_text() == "kept"
+
+
+def test_what_fails_before_saving_keeps_the_blocks_and_continues(given: list) -> None:
+    assert call(*given).status == 0
+    Path("new").rename("whole")
+    with raising(MemoryError("none left"), "pruning", 2):
+        done = call(*given)
+    assert done.status == 1 and "out of memory" in done.complaints[0]
+    assert "add --resume new.partial to continue" in done.out and not Path("new").exists()
+    assert len(list(Path("new.partial").glob("block-*"))) == 2
+    again = call(*given)  # nothing of it is overwritten
+    assert again.status == 1 and "--resume new.partial" in again.complaints[0]
+    assert call(*given, "--resume", "new.partial").status == 0
+    assert content("new")["model.safetensors"] == content("whole")["model.safetensors"]
+    assert not Path("new.partial").exists() and "job.json" not in content("new")
+
+
+def test_a_packed_product_that_is_wrong_is_not_saved(
+    given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = SparseLinear.forward
+    monkeypatch.setattr(SparseLinear, "forward", lambda self, x: 1.05 * own(self, x))
+    done = call(*given, "--replace_sparse_layers")
+    assert done.status == 1 and "differ" in done.complaints[0]
+    assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
+
+
+def test_packing_that_breaks_off_is_not_saved(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, calls = SparseLinear.from_linear.__func__, []
+
+    def third_fails(cls, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("none left")
+        return own(cls, *args, **kwargs)
+
+    monkeypatch.setattr(SparseLinear, "from_linear", classmethod(third_fails))
+    done = call(*given, "--replace_sparse_layers")
+    assert done.status == 1 and "out of memory" in done.complaints[0]
+    assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
+
+
+@pytest.mark.parametrize("step", ["evaluate", "record", "tasks"])
+def test_what_fails_after_saving_leaves_the_model(
+    step: str, given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_) -> None:
+        raise OSError(28, "No space left on device", step)
+
+    monkeypatch.setattr(main, step, fail)
+    monkeypatch.setattr("lib.run.tasks.check_tasks", lambda *_: None)
+    check_saved(call(*given, "--tasks", "arc"), "No space left", step)
+    assert Path("out/results.json").exists() == (step == "tasks")
+
+
+def test_a_full_disk_for_the_results(given: list) -> None:
+    with full_disk("perplexity", size=500):
+        check_saved(call(*given), "File too large")
+
+
+def test_a_full_disk_while_saving_keeps_the_blocks(given: list) -> None:
+    with full_disk("pruning", 3, size=30_000):
+        done = call(*given)
+    assert done.status == 1 and len(done.complaints) == 1
+    assert not Path("new").exists() and len(list(Path("new.partial").glob("block-*"))) == 3
+    assert call(*given, "--resume", "new.partial").status == 0 and saved_weights("new")
+
+
+def test_a_reader_that_has_gone_leaves_the_model(given: list, tmp_path: Path) -> None:
+    argv = [str(ROOT / "main.py"), *map(str, given)]
+    process = start(argv, tmp_path, PYTHONIOENCODING="ascii:strict")
+    for line in process.stdout:
+        if line.startswith("saved: "):
+            break
+    process.stdout.close()
+    process.stderr.read()
+    assert process.wait(timeout=LIMIT) == 1 and saved_weights("new")
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_run_that_is_ended_leaves_blocks_and_no_model(
+    sent: str, given: list, tmp_path: Path
+) -> None:
+    done = processes.run(given, tmp_path, f"pruning 2:{sent}")
+    signals = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}
+    assert done.status == signals[sent] and not Path("new").exists()
+    assert len(list(Path("new.partial").glob("block-*"))) == 2
+
+
+def test_results_of_another_run_are_moved_aside(given: list) -> None:
+    assert call(*given).status == 0
+    first = Path("out/results.json").read_bytes()
+    Path("out/log_thesis.txt").write_text("mine")
+    given[given.index("new")] = "newer"
+    done = call(*given, "--seed", 1)
+    assert done.status == 0 and "results.1.json" in done.out
+    assert Path("out/results.1.json").read_bytes() == first
+    assert "mine" in {file.read_text() for file in Path("out").glob("log_thesis*")}
+    assert results()["seed"] == 1
+    given[given.index("newer")] = "newest"
+    assert call(*given, "--seed", 1).status == 0  # the same run: its results are replaced
+    assert not Path("out/results.2.json").exists()
+
+
+def test_the_default_folder_of_results_names_model_and_method(given: list) -> None:
+    given = given[: given.index("--save")]
+    assert call(*given).status == 0
+    assert results("out/model-sparsegpt-unstructured-0.5")["perplexity"]
+
+
+def test_results_are_json_whatever_was_measured(given: list, tmp_path: Path) -> None:
+    one = tiny.write_texts(tmp_path / "one", test=tiny.sentences(1, words=10))
+    done = call(*given, "--eval_data", one)
+    assert done.status == 0, done.err
+    text = Path("out/results.json").read_text("utf-8")
+    assert json.loads(text)["evaluation"][0]["standard_error"] is None and "NaN" not in text
