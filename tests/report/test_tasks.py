@@ -112,7 +112,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def evaluate(place: Path, names: str, *more: object):
-    flags = ["--eval_only", "--eval_data", place / "uk", "--tasks", names, *more]
+    flags = ["--eval_only", "--eval_data", place / "uk", "--tasks", names, "--save", "out", *more]
     return call("--model", place / "model", *QUICK, *flags)
 
 
@@ -150,6 +150,7 @@ def test_lm_eval_runs_the_tasks_offline(place: Path) -> None:
         assert found[name]["acc_stderr,none"] >= 0
     said = {"exact_match,first_word": 0.0, "exact_match_stderr,first_word": 0.0}
     assert found["uk_last_word_said"] == said  # the model is random
+    assert "uk_last_word, acc: 0." in done.out and " ± 0." in done.out
 
 
 def test_a_word_that_is_written_counts(place: Path) -> None:
