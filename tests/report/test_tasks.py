@@ -112,7 +112,8 @@ def place(tmp_path: Path) -> Path:
 
 
 def evaluate(place: Path, names: str, *more: object):
-    flags = ["--eval_only", "--eval_data", place / "uk", "--tasks", names, "--save", "out", *more]
+    flags = ["--calibration_data", place / "uk", "--prune_method", "wanda", "--save_model", "new"]
+    flags += ["--save", "out", "--tasks", names, *more]
     return call("--model", place / "model", *QUICK, *flags)
 
 
@@ -137,20 +138,21 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def test_lm_eval_runs_the_tasks_offline(place: Path) -> None:
+def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
     names = ("uk_last_word", "uk_last_word_said", "uk_pairs")
     done = evaluate(place, ",".join(names), "--include_path", place / "tasks")
     assert done.status == 0, done.err
-    found = results()["tasks"]
-    assert set(found) == set(names)
-    for name, before in (("uk_last_word", " "), ("uk_pairs", "")):
-        questions = read(place / "tasks" / f"{name}.jsonl")
-        expected = chosen(place / "model", questions, before)
-        assert found[name]["acc,none"] == pytest.approx(expected)
-        assert found[name]["acc_stderr,none"] >= 0
-    said = {"exact_match,first_word": 0.0, "exact_match_stderr,first_word": 0.0}
-    assert found["uk_last_word_said"] == said  # the model is random
-    assert "uk_last_word, acc: 0." in done.out and " ± 0." in done.out
+    for key, folder in {"tasks": Path("new"), "dense_tasks": place / "model"}.items():
+        found = results()[key]
+        assert set(found) == set(names)
+        for name, before in (("uk_last_word", " "), ("uk_pairs", "")):
+            questions = read(place / "tasks" / f"{name}.jsonl")
+            expected = chosen(folder, questions, before)
+            assert found[name]["acc,none"] == pytest.approx(expected)
+            assert found[name]["acc_stderr,none"] >= 0
+        said = {"exact_match,first_word": 0.0, "exact_match_stderr,first_word": 0.0}
+        assert found["uk_last_word_said"] == said  # the model is random
+    assert "uk_last_word, acc: 0." in done.out and " (dense 0." in done.out
 
 
 def test_a_word_that_is_written_counts(place: Path) -> None:
