@@ -281,7 +281,6 @@ def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
 def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
     """Pack every sparse linear; raises UserError if the outputs on a window are not the same."""
     from lib.packed.formats import FORMATS
-
     from lib.sparse import pack_
 
     window = job.texts.tests[0].windows[:1].to(job.device)
@@ -342,10 +341,9 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
 
 def record(job: Job, runner: BlockRunner) -> None:
     """Write results.json, log_METHOD.txt, the picture of a recovery and the saved model's card."""
-    from lib.run.results import write_results
-
     from lib.run.card import model_card
     from lib.run.record import finish_results, keep_other_results, write_log
+    from lib.run.results import write_results
 
     folder = Path(job.args.save)
     folder.mkdir(parents=True, exist_ok=True)
@@ -359,17 +357,17 @@ def record(job: Job, runner: BlockRunner) -> None:
         card = model_card(job.results, sources)
         (Path(job.args.save_model) / "README.md").write_text(card, "utf-8")
     if "recovery" in job.results:
-        from lib.commands.plots import recovery_picture
+        from lib.commands.plots import can_draw, recovery_curve, save
 
-        recovery_picture(job.results, folder / "recovery.png")
+        if can_draw():
+            save(recovery_curve(job.results), folder / "recovery.png")
 
 
 def tasks(job: Job, runner: BlockRunner) -> None:
     """Run tasks of lm-eval on the model and, if it was changed, on the dense one; print figures."""
-    from lib.run.results import write_results
-
-    from lib.run.tasks import run_tasks, task_lines
     from lib.run.load import load
+    from lib.run.results import write_results
+    from lib.run.tasks import run_tasks, task_lines
 
     args, results = job.args, job.results
     options = dict(batch_size=job.batch_size, include_path=args.include_path)

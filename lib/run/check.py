@@ -21,10 +21,11 @@ from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, partial_of
 
 
-def check(args: argparse.Namespace) -> Job:
+def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
-    Raises UserError, in one line, for what can't be done.
+    `shared` is the folder in which the runs of a sweep keep what the dense model computes. Raises
+    UserError, in one line, for what can't be done.
     """
     _check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
@@ -33,6 +34,7 @@ def check(args: argparse.Namespace) -> Job:
     read += [(source, "test") for source in tests]
     _check_readable(read, hub=False)
     job = _open_model(args)
+    job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
     if reads_train(args):
@@ -89,7 +91,6 @@ def _open_model(args: argparse.Namespace) -> Job:
     from lib.model.quantised import check_format
     from lib.pruning.inputs import check_widths
     from lib.pruning.neurons import count_left
-    from lib.sparse import check_packable
     from lib.util.progress import quiet
 
     quiet()
@@ -137,6 +138,8 @@ def _open_model(args: argparse.Namespace) -> Job:
     elif job.method:
         check_widths(blocks, blocks_name, job.sparsity)
     if args.replace_sparse_layers:
+        from lib.sparse import check_packable
+
         check_packable(skeleton, blocks_name, args.pack_bits)
     if args.device is None:
         job.print(f"device: {device}")

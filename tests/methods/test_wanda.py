@@ -7,12 +7,14 @@ import copy
 import pytest
 import tiny
 import torch
-from support import CPU, pruner_of, runner_of, windows
+from support import CPU, runner_of, windows
 from torch import Tensor, nn
 
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda, WandaVariant, squares_added, squares_read_once
+from lib.prune import Pruner
+from lib.pruning.allocation import uniform
 
 KINDS = [("unstructured", ratio) for ratio in (0.0, 0.3, 0.5, 0.99)] + [("2:4", 0.5), ("4:8", 0.5)]
 
@@ -164,7 +166,8 @@ def test_a_whole_model(kind: str) -> None:
         return published_mask(weight, norms, sparsity)
 
     by_hooks(reference, ids, mask_of)
-    pruner_of(runner_of(model), method_of("wanda", variant), sparsity).run(ids)
+    runner = runner_of(model)
+    Pruner(runner, method_of("wanda", variant), uniform(runner, sparsity)).run(ids)
     expected = dict(reference.named_parameters())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, expected[name]), name

@@ -8,10 +8,9 @@ from math import prod
 import pytest
 import tiny
 import torch
-from support import CPU, QUICK, call, pruner_of, results, runner_of, weights, windows
+from support import CPU, QUICK, call, prune_, results, runner_of, weights, windows
 from torch import Tensor
 
-from lib.methods.registry import method_of
 from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
 from lib.pruning import by_error as module
@@ -85,7 +84,7 @@ def test_any_ratio_has_its_total(ratio: float) -> None:
 def test_a_run(method: str) -> None:
     tiny.write_model("model")
     tiny.write_texts("uk", test=3)
-    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk"]
+    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk", "--save", "out"]
     flags += ["--sparsity_ratio", "0.6", "--allocation", "error", "--save_model", "pruned"]
     done = call("--model", "model", *flags)
     assert done.status == 0, done.err
@@ -123,7 +122,7 @@ def test_architectures_reach_what_was_allocated(name: str) -> None:
     """Experts, transposed weights, and weights that several blocks share: allocated once."""
     runner = runner_of(tiny.ALL[name]().requires_grad_(False))
     allocation = by_error(runner, windows(6), 0.6)
-    done = pruner_of(runner, method_of("admm"), allocation).run(windows(6))
+    done = prune_(runner, "admm", allocation, windows(6))
     target = allocation.sparsity
     measured = measure(runner, target, frozenset(done.left_dense))
     asked = sum(target[name].ratio * size for name, size in measured.sizes.items())

@@ -18,7 +18,8 @@ MODELS = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Falcon", "GPT-OSS", "Mamba", 
 def sensed(
     runner: BlockRunner, ids: Tensor, uniforms: Tensor, batch_size: int
 ) -> dict[str, FisherDiagonal]:
-    found, runner.batch_size = {}, batch_size
+    found: dict[str, FisherDiagonal] = {}
+    runner.batch_size = batch_size
     with eager_experts(runner.model):
         way = BackwardPass(runner, ids, uniforms)
         for index in reversed(range(len(runner.blocks))):

@@ -32,10 +32,8 @@ def layout_of(model: nn.Module) -> MlpLayout:
 def pruned(
     model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2
 ) -> NeuronsPruned:
-    runner, method = runner_of(model), method_of(name)
-    runner.batch_size = batch_size
-    pruner = NeuronPruner(runner, method, layout_of(model), left)
-    return pruner.run(ids if method.observes else None)
+    runner = runner_of(model, batch_size)
+    return NeuronPruner(runner, method_of(name), layout_of(model), left).run(ids)
 
 
 @torch.no_grad()
@@ -167,10 +165,9 @@ def test_a_ratio_that_removes_nothing_is_refused() -> None:
 def test_a_run_saves_what_loads_anywhere(name: str, method: str) -> None:
     tiny.write_model("model", tiny.ALL[name]())
     tiny.write_texts("uk", test=3)
-    flags = ["--calibration_data", "uk", "--prune_method", method, "--sparsity_type", "neurons"]
-    done = call(
-        "--model", "model", *QUICK, *flags, "--sparsity_ratio", "0.25", "--save_model", "new"
-    )
+    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk", "--save", "out"]
+    flags += ["--sparsity_type", "neurons", "--sparsity_ratio", "0.25", "--save_model", "new"]
+    done = call("--model", "model", *flags)
     assert done.status == 0, done.err
     neurons = results()["neurons"]
     left = neurons["before"] * 3 // 4

@@ -19,9 +19,9 @@ NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "BLOOM", "Mixtral", "Falcon"
 
 
 def pruned(name: str, cache_inputs: bool) -> dict[str, Tensor]:
-    runner = runner_of(tiny.ARCHITECTURES[name]())
+    runner = runner_of(tiny.ARCHITECTURES[name](), batch_size=2)
     runner.cache_inputs = cache_inputs
-    prune_(runner, "admm", batch_size=2)
+    prune_(runner, "admm")
     return runner.model.state_dict()
 
 

@@ -2,56 +2,37 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import warnings
-from typing import Any
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from support import CPU, HALF, prune_, pruner_of, runner_of, windows
+from support import CPU, HALF, prune_, runner_of, windows
 
-from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import decoder_blocks
-from lib.model.weights import BlockWeights
+from lib.model.run_folder import RunFolder
+from lib.model.store import BlockStore
 from lib.pruning.check import measure
 from lib.util.errors import RunWarning, UserError
 
 
-class Kept(BlockWeights):
-    """Keeps finished blocks in memory, as --resume does in files."""
-
-    kept: dict[tuple[str, int], tuple[dict, str]] = {}
-
-    def save(self, index: int, notes: Any, matrices: Any = None, stage: str = "block") -> None:
-        state = copy.deepcopy(self.blocks[index].state_dict())
-        self.kept[stage, index] = state, json.dumps(dict(notes))
-
-    def restore(self, index: int, stage: str = "block") -> dict | None:
-        state, notes = self.kept.get((stage, index), (None, None))
-        if state is None:
-            return None
-        for name, parameter in self.blocks[index].named_parameters():
-            parameter.data = state[name]
-        return json.loads(notes)
-
-
 @pytest.mark.parametrize("method", ["sparsegpt", "admm"])
-def test_finished_blocks_keep_what_they_reported(
-    method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Kept, "kept", {})
+def test_finished_blocks_keep_what_they_reported(method: str, tmp_path: Path) -> None:
+    folder = RunFolder("--resume", tmp_path / "blocks")
+    folder.begin({})
     found = []
-    for _ in range(3):  # the second run finds the first block finished, the third all
+    for _ in range(2):  # the second run finds the first block finished
         model = tiny.ARCHITECTURES["Mixtral"]()
-        runner = BlockRunner(model, CPU, Kept(decoder_blocks(model)[1], CPU), batch_size=2)
-        done = pruner_of(runner, method_of(method)).run(windows(2, 8))
+        store = BlockStore(decoder_blocks(model)[1], CPU, finished=folder, resumes=True)
+        runner = BlockRunner(model, CPU, store)
+        done = prune_(runner, method, ids=windows(2, 8))
         found.append((done.summary(), model.state_dict()))
-        Kept.kept.pop(("block", 1), None) if len(found) == 1 else None
+        (tmp_path / "blocks" / "block-00001.safetensors").unlink()
+    folder.close()
     assert any("too few tokens were routed" in line for line in found[0][0])
     for summary, state in found[1:]:
         assert summary == found[0][0]
@@ -73,7 +54,7 @@ def test_whose_a_warning_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.summary()[1:] == ["a kernel is missing", f"{names}: is singular"]
 
 
-class Fetched(BlockWeights):
+class Fetched(BlockStore):
     resident = False  # as blocks in files: not checked when the model was loaded
 
 

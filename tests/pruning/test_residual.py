@@ -106,7 +106,8 @@ def test_stream_of_a_llama_block() -> None:
     _, run = next(runner.iter_batches(states, 0))
     _, [o_proj], _, [down_proj] = stages
     hidden = states.hidden[:2]
-    x, before = stream_at(run, o_proj, after(stages, 1))
+    with zeroed_outputs(after(stages, 1)):
+        x, before = stream_at(run, o_proj)
     assert torch.equal(before, hidden)
     y, between = stream_at(run, down_proj)
     assert torch.allclose(between, hidden + o_proj.module(x), atol=1e-6)
