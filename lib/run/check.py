@@ -21,10 +21,11 @@ from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, partial_of
 
 
-def check(args: argparse.Namespace) -> Job:
+def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
-    Raises UserError, in one line, for what can't be done.
+    `shared` is the folder in which the runs of a sweep keep what the dense model computes. Raises
+    UserError, in one line, for what can't be done.
     """
     _check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
@@ -33,6 +34,7 @@ def check(args: argparse.Namespace) -> Job:
     read += [(source, "test") for source in tests]
     _check_readable(read, hub=False)
     job = _open_model(args)
+    job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
     if reads_train(args):

@@ -62,15 +62,15 @@ def test_seeds_are_averaged_and_the_rise_is_over_dense(sweep: Path) -> None:
     text = report_text(load_runs([sweep]))
     wanda = row(text, "wanda", "50%", "uk")
     assert wanda["seeds"] == "3" and wanda["uk perplexity"] == "28.00 ± 1.00"
-    assert wanda["uk rise"] == "+40%" and wanda["en perplexity"] == "31.00 ± 1.00"
+    assert wanda["uk rise"] == "+40.0%" and wanda["en perplexity"] == "31.00 ± 1.00"
     assert wanda["uk bits/byte"] == "0.280 ± 0.010" and wanda["uk s.e."] == "2.00"
-    dense = row(text, "dense", "–", "none")
+    dense = row(text, "dense", "dense", "none")
     assert dense["uk perplexity"] == "20.00" and dense["uk rise"] == "–"
     magnitude = row(text, "magnitude", "50%", "none")
-    assert magnitude["uk rise"] == "+200%" and magnitude["en perplexity"] == "1,234"
+    assert magnitude["uk rise"] == "+200.0%" and magnitude["en perplexity"] == "1,234.50"
     assert row(text, "wanda variant", "50%", "uk")["uk perplexity"] == "26.00"
-    assert [line["type"] for line in rows(text)][:4] == ["–", "50%", "50%", "50%"]
-    assert "not to be compared" not in text and "saved" not in text and "KL" not in text
+    assert [line["type"] for line in rows(text)] == ["dense", *["50%"] * 3, *["2:4"] * 2, "50%"]
+    assert "not to be compared" not in text and "MB" not in text and "KL" not in text
 
 
 def test_csv_holds_the_same_figures_unrounded(sweep: Path) -> None:
@@ -101,7 +101,7 @@ def test_another_test_text_of_the_same_name_has_columns_of_its_own(tmp_path: Pat
             write_run(folder, method, values, on="uk", digest=digest)
     text = report_text(load_runs([tmp_path]))
     wanda = row(text, "wanda", "50%", "uk")
-    assert wanda["uk (uk-11111) perplexity"] == "3.00" and wanda["uk (uk-22222) rise"] == "-60%"
+    assert wanda["uk (uk-11111) perplexity"] == "3.00" and wanda["uk (uk-22222) rise"] == "-60.0%"
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,10 @@ def test_further_figures_have_columns_where_they_were_measured(tmp_path: Path) -
         write_results(tmp_path / str(seed), made)
     text = report_text(load_runs([tmp_path]))
     admm = row(text, "admm", "50%", "uk")
-    assert admm["uk KL"] == "0.200 ± 0.141" and admm["uk agreement"] == "95.0 ± 14.1%"
-    assert admm["words acc,none"] == "0.2000" and admm["saved"] == "3.0 MB" and "en KL" not in admm
+    assert admm["uk KL"] == "0.200 ± 0.141" and admm["uk agreement"] == "95.0% ± 14.1%"
+    assert (
+        admm["words acc,none"] == "0.2000 ± 0.1414" and admm["MB"] == "3.0" and "en KL" not in admm
+    )
     (line, _) = csv.DictReader(report_csv(load_runs([tmp_path])).splitlines())
     assert float(line["top1_agreement"]) == pytest.approx(0.95)
     assert float(line["words acc,none"]) == pytest.approx(0.2)

@@ -1,34 +1,35 @@
 """The folder to convert: checks of it, and a view of it for the converter.
 
-The view is a folder of links, with what transformers' folders lack: a tokenizer.model that merges
-as tokenizer.json does (a folder's own may rank runs of blanks otherwise), the special tokens, and
-config fields under the names that the converter reads.
+The view is a folder of links to the weights, with what transformers' folders lack: a
+tokenizer.model that merges as tokenizer.json does (a folder's own may rank runs of blanks
+otherwise), the special tokens, and config fields under the names that the converter reads.
+
+The converter loads tokenizers with trust_remote_code, so the view holds no code of the folder and
+nothing that names code: weights are linked, the rest is written anew from what was read as data.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from lib.commands.gguf.pre_tokenizer import named_by_parts
 from lib.data.tokenizer_model import (
-    FILE,
     begins_with_blank,
     check_of,
     is_byte_level,
     is_sentencepiece,
     write_tokenizer_model,
 )
-from lib.gguf.pre_tokenizer import named_by_parts
 from lib.packed.checkpoint import METHOD
 from lib.util.errors import UserError
 
-# written for the view, never linked: the converter prefers them to tokenizer.json
-MADE = frozenset({FILE, "added_tokens.json", "tokenizer_config.json", "config.json"})
+LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
+CODE = "auto_map"  # field that names code to run, of the folder or of a repository
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Source:
     """A folder with its config and tokenizer; `data` is the content of tokenizer.json."""
 
     folder: Path
-    config: dict[str, Any]
+    config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, Any]
 
     @property
     def packed(self) -> bool:
-        return _quantised_by(self.config) == METHOD
+        return quantised_by(self.config) == METHOD
 
     @property
     def bytes(self) -> int:
@@ -63,15 +64,15 @@ class Source:
         """Make the view in the new `folder`, with the weight files of the folder `weights`."""
         folder.mkdir()
         self.tokenizer.save_pretrained(folder)
-        for file in weights.iterdir():
-            if file.name not in MADE and file.is_file() and not (folder / file.name).exists():
-                os.symlink(file.resolve(), folder / file.name)
-        config = json.loads((weights / "config.json").read_text("utf-8"))
+        for pattern in LINKED:
+            for file in weights.glob(pattern):
+                (folder / file.name).symlink_to(file.resolve())
+        config = read_json(weights / "config.json")
         if "n_positions" in config:  # GPT-2's, under its older name
             config.setdefault("n_ctx", config["n_positions"])
         _write(folder / "config.json", config)
         settings = folder / "tokenizer_config.json"
-        fields = json.loads(settings.read_text("utf-8")) | self._ends()
+        fields = read_json(settings) | self._ends()
         if is_sentencepiece(self.data):
             write_tokenizer_model(self.tokenizer, folder)
             fields |= self._added()
@@ -104,14 +105,15 @@ def open_source(path: str) -> Source:
     if not (folder / "config.json").is_file():
         raise UserError(f"IN {path}: no model folder (it has no config.json)")
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        given = dict(local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, **given)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"IN {path}: its config or tokenizer can't be read: {reason}") from error
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"IN {path}: holds no weights (*.safetensors)")
-    method = _quantised_by(config)
+    method = quantised_by(config)
     if method not in (None, METHOD):
         raise UserError(
             f"IN {path}: its weights are quantised by {method}; convert the model that it was made "
@@ -128,10 +130,18 @@ def open_source(path: str) -> Source:
     return Source(folder, config, tokenizer, data)
 
 
-def _quantised_by(config: dict[str, Any]) -> str | None:
-    return (config.get("quantization_config") or {}).get("quant_method")
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file's fields, at any depth without those that name code to run."""
+
+    def without_code(fields: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if name != CODE}
+
+    return json.loads(path.read_text("utf-8"), object_hook=without_code)
+
+
+def quantised_by(config: PretrainedConfig) -> str | None:
+    return (getattr(config, "quantization_config", None) or {}).get("quant_method")
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
-    path.unlink(missing_ok=True)  # replaces a link, not the file behind it
     path.write_text(json.dumps(fields, ensure_ascii=False, indent=2), "utf-8")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lib.commands.gguf.llama_cpp import ask
 from lib.data.documents import open_documents
 from lib.data.sources import Source
 from lib.data.windows import test_documents
-from lib.gguf.llama_cpp import ask
 from lib.model.pretrained import window_length
 from lib.util.errors import UserError
 
-WINDOW = 256  # tokens
+SHORT = 256  # tokens of the shorter window
 LINES = [
     "Річка тече повз старе місто; пам'ять про під'їзд, ґанок і їжака не згасла.",
     "It's what they've said: the river doesn't wait, we'LL see. I'm sure, you'd agree?",
@@ -104,16 +104,27 @@ def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], llama_ids: l
     )
 
 
-def window_of(
+def windows_of(
     tokenizer: PreTrainedTokenizerBase, texts: dict[str, list[str]], config: Any
-) -> Tensor:
-    """Return the first tokens (1, tokens) of the longest of the first documents.
+) -> dict[str, list[Tensor]]:
+    """Return two windows (tokens,) of each source.
 
-    They are at most WINDOW, and fewer than the model's limit, since llama.cpp generates one more.
+    One has the model's full length, as far as the documents go, and begins with the first of them;
+    one is short and begins with the last. Full is one less than the model's limit, since llama.cpp
+    generates one more.
     """
-    text = max((documents[0] for documents in texts.values()), key=len)
-    most = min(WINDOW, window_length(config, None) - 1)
-    return torch.tensor([tokenizer(text).input_ids[:most]])
+    full = window_length(config, None) - 1
+    windows: dict[str, list[Tensor]] = {}
+    for name, documents in texts.items():
+        for ordered, most in ((documents, full), (documents[::-1], min(SHORT, full))):
+            ids: list[int] = []
+            for text in ordered:
+                ids += tokenizer(text, add_special_tokens=not ids).input_ids
+                if len(ids) >= most:
+                    break
+            if ids:
+                windows.setdefault(name, []).append(torch.tensor(ids[:most]))
+    return windows
 
 
 def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
