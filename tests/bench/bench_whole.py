@@ -22,7 +22,7 @@ from stages import Stage, do
 from transformers import AutoModelForCausalLM
 
 import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
-from lib.commands import plots
+from lib.run import plots
 from lib.commands.compress_measure import decoding_speed, disk_size
 from lib.model.pretrained import pick_device
 from lib.run.flags import build_parser
