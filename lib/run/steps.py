@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
 from lib.methods.sparsity import NEURONS
@@ -212,11 +214,14 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     if job.dist.is_main:
         stage.mkdir(parents=True, exist_ok=True)
         with job.timed("save"):
-            shards = weights.shards()
-            names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
-            if not names:
-                with runner.mapped():
-                    save_model(runner.model, stage, runner.save_dtype)
+            try:
+                shards = weights.shards()
+                names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
+                if not names:
+                    with runner.mapped():
+                        save_model(runner.model, stage, runner.save_dtype)
+            except SafetensorError as error:
+                raise UserError(f"--save_model {target}: can't be saved ({error})") from error
             job.tokenizer.save_pretrained(stage)
             write_tokenizer_model(job.tokenizer, stage)
             moved = {old: str(target / name) for old, name in (names or {}).items()}
