@@ -24,7 +24,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
   report RUN ...                 table and pictures of finished runs
   overlap RUN_A RUN_B ...        what the masks of pruned models share
-  tasks DATA OUT                 tasks for lm-eval from your own documents
+  tasks DATA OUT                 tasks for lm-eval from documents, for --tasks and --include_path
   unpack IN OUT                  a packed model as a plain dense one
   gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
   ubertext DUMPS OUT             the published data set from raw dumps
@@ -63,10 +63,9 @@ name=${1:-}
 [[ $# -eq 0 ]] || shift
 case $name in
     "" | help | -h | --help) list ;;
-    compress | demo | languages | overlap | report | sweep | tasks | ubertext | unpack)
+    compress | demo | gguf | languages | overlap | report | sweep | tasks | ubertext | unpack)
         module "lib.commands.$name" "$@"
         ;;
-    gguf) module lib.gguf "$@" ;;
     bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;
     unstructured) recipe "--prune_method sparsegpt" "$@" ;;

@@ -257,17 +257,16 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
 
 
 def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
-    """Round what will be packed on calibration text; return its grids, and logits from before."""
-    from lib.pruning.quantise import Quantiser
-
+    """Round what will be packed on calibration text; return no grids, and logits from before."""
     from lib.eval import COMPARED_POSITIONS, some_logits
     from lib.pruning.check import measure
+    from lib.pruning.quantise import Quantiser
     from lib.util.progress import progress
 
     is_main, blocks = job.dist.is_main, len(runner.blocks)
     window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
     unrounded = some_logits(runner.model, window)
-    quantiser = Quantiser(runner, job.args.pack_bits)
+    quantiser = Quantiser(runner)
     with job.timed("quantise"), progress(blocks, "quantising", "block", is_main) as bar:
         quantiser.run(job.texts.windows, bar)
     if is_main:
@@ -275,7 +274,7 @@ def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
         job.results["notes"] = job.results.get("notes", []) + quantiser.summary()[1:]
         measured = measure(runner, pruned.sparsity, pruned.left_dense)
         job.results["sparsity"] = measured.shares()
-    return quantiser.scales, unrounded
+    return None, unrounded
 
 
 def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:

@@ -1,166 +1,157 @@
 """Swaps the linears of a pruned model for packed ones, which save and load packed.
 
-    report = swap_linears_(model, blocks)                # after pruning, of any pattern
+    figures = pack_(runner, FORMATS[4], window)          # after pruning, of any pattern
     model.save_pretrained(folder)                        # writes the packed checkpoint
 
     import lib.packed                                    # registers the format with transformers
     model = AutoModelForCausalLM.from_pretrained(folder)
 
-The packed form is described in lib/packed/layout.py, the module in lib/packed/linear.py.
+What is stored is described in lib/packed/formats.py, the module in lib/packed/linear.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lib.eval import some_logits
+from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.packed import checkpoint, kernels
-from lib.packed.checkpoint import METHOD, mark_packed_
+from lib.model.pretrained import footprint
+from lib.packed import kernels
+from lib.packed.checkpoint import check_embeddings, mark_packed_, pack_embeddings_
 from lib.packed.errors import PackedError
-from lib.packed.grid import GROUP, HIGHEST, LOWEST, spread_scales
-from lib.packed.layout import is_smaller_packed, packed_bytes
+from lib.packed.formats import FORMATS, Int4, Values
 from lib.packed.linear import SparseLinear, kernels_ready, set_all
 from lib.util.errors import UserError
+from lib.util.host import gib
 
-PACKED, UNPACKED = 4, 16  # bytes for each weight of a tile, on the way to the packed form and back
-
-__all__ = [
-    "PackedSize",
-    "SparseLinear",
-    "SwapReport",
-    "check_embeddings",
-    "check_same_outputs",
-    "decoding",
-    "is_packed",
-    "pack_embeddings_",
-    "packed_size",
-    "packed_weights",
-    "relative_difference",
-    "swap_block_",
-    "swap_linears_",
-    "unpacking",
-]
+NOTHING_TO_PACK = (
+    "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method first"
+)
+OWN_FORWARD = "has a forward of its own"
+FORWARDS = nn.Linear.forward, Conv1D.forward
 
 
-@dataclass
-class SwapReport:
-    """How each linear of the blocks runs; names are module paths in the model."""
+def check_packable(skeleton: PreTrainedModel, blocks_name: str, bits: int) -> None:
+    """Raise UserError if no linear of a model's blocks is of a class that can be packed.
 
-    bits: int = 16  # of a kept value; 16: in the model's dtype
-    semi_structured: dict[str, str] = field(default_factory=dict)  # by torch: {name: library}
-    kernels: dict[str, str] = field(
-        default_factory=dict
-    )  # by this project's kernels: {name: where}
-    unpacked: dict[str, str] = field(
-        default_factory=dict
-    )  # unpacked at each forward: {name: reason}
-    dense: dict[str, str] = field(default_factory=dict)  # not packed: {name: reason}
+    The skeleton's weights may be on the meta device.
+    """
+    modules = skeleton.get_submodule(blocks_name).modules()
+    classes = {type(module) for module in modules if isinstance(module, nn.Linear | Conv1D)}
+    if not any(cls.forward in FORWARDS for cls in classes):
+        flag = "--replace_sparse_layers" if bits == 16 else f"--pack_bits {bits}"
+        names = " and ".join(sorted(cls.__name__ for cls in classes)) or "none"
+        raise UserError(
+            f"{flag}: no linear of {type(skeleton).__name__} can be packed, their class ({names}) "
+            f"{OWN_FORWARD}; remove the flag"
+        )
 
-    @property
-    def packed(self) -> int:
-        """The number of packed linears."""
-        return len(self.semi_structured) + len(self.kernels) + len(self.unpacked)
 
-    def __str__(self) -> str:
-        """Return one line with the number of linears on each path, and the reasons."""
-        parts = [
-            _counted(self.semi_structured, "on torch's 2:4 kernels"),
-            _counted(self.kernels, "by the kernels for packed weights"),
-            _counted(self.unpacked, "unpacked at each forward"),
-            _counted(self.dense, "left dense"),
-        ]
-        bits = "" if self.bits == 16 else f" at {self.bits} bits"
-        return f"packed linears{bits}: " + ", ".join(part for part in parts if part)
+@torch.no_grad()
+def pack_(
+    runner: BlockRunner,
+    fmt: Values,
+    window: Tensor,
+    scales: Mapping[str, Tensor] | None = None,
+    unrounded: Tensor | None = None,
+) -> dict[str, Any]:
+    """Pack every sparse linear in place, and check on a window (1, tokens) that outputs are equal.
+
+    The model then saves itself packed. Linears with too few zeros to become smaller stay dense, and
+    a line says so. At 4 bits embedding and output head become int8 where they can be packed.
+    `scales` has those of weights that are on the grid of `fmt` already, by the weights' names;
+    `unrounded` are the logits before they were: with them the packed model is compared in the
+    record. Returns the records `packed` and, where it applies, `packed_embeddings`.
+
+    Raises UserError if no linear becomes smaller, a matrix is not what was packed, or outputs
+    differ by more than rounding. After an error some of the linears may be packed: the model is not
+    to be saved.
+    """
+    model, window = runner.model, window.to(runner.device)
+
+    def logits() -> list[Tensor]:
+        """Of the whole window, and of its start computed as in decoding."""
+        whole = some_logits(model, window)
+        with decoding(model):
+            return [whole, some_logits(model, window[:, : whole.shape[1]])]
+
+    before, size = logits(), footprint(model)
+    paths = swap_linears_(runner, fmt, scales)
+    runner.dist.barrier()  # all are packed
+    after, reference = logits(), before
+    record = _record(runner)
+    if record["bits"] < 16:  # rounded to integers it is another model, whose dense outputs count
+        with unpacking(model):
+            reference = logits()
+    for dense, packed in zip(reference, after, strict=True):
+        check_same_outputs(dense, packed)
+    record["left_dense"] = sum("left dense" in path for path in paths.values())
+    unrounded = before[-1] if unrounded is None else unrounded
+    record["difference"] = relative_difference(unrounded, after[-1])
+    bits = "" if record["bits"] == 16 else f" at {record['bits']} bits"
+    counts = ", ".join(f"{n} {path}" for path, n in Counter(paths.values()).most_common())
+    lines = [f"packed linears{bits}: {counts}", _line("linears", record)]
+    figures = {"packed": record}
+    if fmt.bits == 4:
+        try:
+            check_embeddings(model)
+            figures["packed_embeddings"] = embeddings = _pack_embeddings_(runner, window)
+            lines.append(_line(" and ".join(embeddings["modules"]), embeddings))
+        except PackedError as error:
+            lines.append(f"embedding and output head stay as they are: {error}")
+    if runner.dist.is_main:
+        lines.append(f"footprint: {gib(size)} dense, {gib(footprint(model))} packed")
+        print(*lines, sep="\n")
+    return figures
 
 
 def swap_linears_(
-    model: PreTrainedModel,
-    blocks: Iterable[nn.Module],
-    device: torch.device | None = None,
-    on_device: Callable[[int], AbstractContextManager] = lambda index: nullcontext(),
-    bits: int = 16,
-    group: int = GROUP,
-    scales: Mapping[str, Tensor] | None = None,
-) -> SwapReport:
-    """Replace every sparse linear of `blocks` by a `SparseLinear`, in place, block by block.
-
-    The model then saves itself packed: kept values in its dtype, or as integers of `bits` 8 or 4,
-    at 4 with a scale for each `group` of inputs; `scales` has those of weights that are on a grid
-    already, by the weights' names. Linears with too few zeros to become smaller stay dense and are
-    reported. `device` is where the blocks will run, by default where they are. Inside
-    `on_device(i)` the weights of block i are in memory, and changes to them are kept. Raises
-    UserError if no linear becomes smaller, or if the weights are quantised.
-    """
-    if getattr(model, "quantization_method", METHOD) != METHOD:
-        raise UserError(
-            f"--replace_sparse_layers: the weights are quantised ({model.quantization_method}), "
-            "only 32- and 16-bit ones are packed; run without --load_bit"
-        )
-    before = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if before and before[0].bits <= bits:  # more bits can't restore what rounding has lost
-        bits, group = before[0].bits, before[0].group
-    names = {module: name for name, module in model.named_modules()}
-    report = SwapReport(bits)
-    for index, block in enumerate(blocks):
-        with on_device(index):
-            report.dense |= swap_block_(block, names[block], bits, group, scales)
-            _note_paths(block, f"{names[block]}.", device, report)
-    if not report.packed:
-        reasons = _counted(report.dense, "stay dense") or "the blocks have no linear layers"
-        raise UserError(
-            f"--replace_sparse_layers: no linear is smaller packed ({reasons}); "
-            "prune with --prune_method first"
-        )
-    mark_packed_(model)
-    return report
-
-
-def swap_block_(
-    block: nn.Module,
-    name: str,
-    bits: int = 16,
-    group: int = GROUP,
-    scales: Mapping[str, Tensor] | None = None,
+    runner: BlockRunner, fmt: Values = FORMATS[16], scales: Mapping[str, Tensor] | None = None
 ) -> dict[str, str]:
-    """Pack the sparse linears of the block `name`, whose weights are in memory.
+    """Replace every sparse linear of the blocks by a `SparseLinear`; {linear's name: how it runs}.
 
-    Returns {name: reason} of the linears that stay dense. Linears that are already packed at more
-    than `bits` are repacked.
+    Arguments and errors as those of `pack_`. Linears that are already packed are packed again where
+    `fmt` has fewer bits: more bits can't restore what rounding has lost.
     """
-    dense = {}
-    for path, module in list(block.named_modules()):
-        full_name = f"{name}.{path}"
-        if isinstance(module, SparseLinear):
-            if module.bits > bits:
-                block.set_submodule(path, _packed(full_name, module.to_linear(), bits, group))
-        elif isinstance(module, nn.Linear | Conv1D):
-            why = _why_not_packed(module)
-            if why:
-                dense[full_name] = why
-            else:
-                given = (scales or {}).get(f"{full_name}.weight")
-                block.set_submodule(path, _packed(full_name, module, bits, group, given))
-    experts = (linear for linear in find_linears(block, name)[0] if linear.expert is not None)
-    return dense | {linear.name: "experts in one tensor" for linear in experts}
+    for module in runner.model.modules():
+        if isinstance(module, SparseLinear) and module.fmt.bits < fmt.bits:
+            fmt = FORMATS[module.fmt.bits]
+    paths: dict[str, str] = {}
+    for index, block in enumerate(runner.blocks):
+        with runner.on_device(index, write_back=True):
+            name = f"{runner.name}.{index}"
+            for path, module in list(block.named_modules()):
+                if isinstance(module, nn.Linear | Conv1D | SparseLinear):
+                    paths[f"{name}.{path}"] = _swap_(
+                        block, path, f"{name}.{path}", fmt, scales or {}, runner.device
+                    )
+            experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
+            paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
+    if all("left dense" in path for path in paths.values()):
+        raise UserError(NOTHING_TO_PACK)
+    mark_packed_(runner.model)
+    return paths
 
 
-def packed_weights(blocks: Iterable[nn.Module], blocks_name: str) -> dict[str, bool]:
+def packed_weights(runner: BlockRunner) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of the linears that `swap_linears_` packs."""
-    return {
-        f"{blocks_name}.{index}.{path}.weight": isinstance(module, Conv1D)
-        for index, block in enumerate(blocks)
-        for path, module in block.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and not _why_not_packed(module)
-    }
+    names: dict[str, bool] = {}
+    for index, block in enumerate(runner.blocks):
+        with runner.on_device(index):
+            for path, module in block.named_modules():
+                if isinstance(module, nn.Linear | Conv1D) and not _why_not_packed(module):
+                    names[f"{runner.name}.{index}.{path}.weight"] = isinstance(module, Conv1D)
+    return names
 
 
 def is_packed(linear: PrunableLinear) -> bool:
@@ -168,91 +159,25 @@ def is_packed(linear: PrunableLinear) -> bool:
     return linear.expert is None and not _why_not_packed(linear.module)
 
 
-def check_embeddings(model: PreTrainedModel) -> None:
-    """Raise UserError if a model's embedding or output head are of classes that can't be packed."""
-    try:
-        checkpoint.check_embeddings(model)
-    except PackedError as error:
-        raise UserError(f"--pack_embeddings 8: {error}; leave out the flag") from None
+def is_smaller_packed(weight: Tensor) -> bool:
+    """Return whether a matrix (out, in) has enough zeros to be smaller packed, at 16 bits a value.
 
-
-def pack_embeddings_(model: PreTrainedModel) -> list[str]:
-    """Round embedding and output head of a packed model to int8, in place; return their names.
-
-    The model then saves them packed. `check_embeddings` must have let it pass.
+    The offsets that are counted on loading are part of the size.
     """
-    names = checkpoint.pack_embeddings_(model)
-    mark_packed_(model)
-    return names
-
-
-def _note_paths(
-    part: nn.Module, prefix: str, device: torch.device | None, report: SwapReport
-) -> None:
-    """Record in `report` how the packed linears of a part run; `prefix` begins their names."""
-    for path, module in part.named_modules():
-        if not isinstance(module, SparseLinear):
-            continue
-        name = prefix + path
-        report.bits = module.bits
-        current = module.weight.device
-        target = device or current
-        if target.type == "cpu":
-            if module.dtype not in kernels.DTYPES:
-                report.unpacked[name] = f"{module.dtype}: the kernels are for 32 and 16 bits"
-            elif kernels_ready():
-                report.kernels[name] = "on cpu"
-            else:
-                report.unpacked[name] = "the kernels could not be built"
-            continue
-        why = module.why_not_semi_structured(target)
-        if why is None and target == current:
-            why = None if module.use_semi_structured_() else module.reason
-        if why is None:
-            report.semi_structured[name] = module.reason or ""
-        else:
-            report.unpacked[name] = why
-
-
-@dataclass(frozen=True)
-class PackedSize:
-    """The bytes of a model's packed linears as saved, and of the same linears saved dense."""
-
-    linears: int
-    bits: int
-    packed: int  # bytes
-    dense: int
-
-
-def packed_size(model: nn.Module, dtype: torch.dtype) -> PackedSize:
-    """Return the sizes of the packed linears of a model that is saved in `dtype`."""
-    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    bits = min((module.bits for module in linears), default=16)
-    packed = [
-        packed_bytes(
-            m.out_features,
-            m.in_features,
-            nnz=m.nnz,
-            bits=m.bits,
-            itemsize=dtype.itemsize,
-            group=m.group,
-        )
-        for m in linears
-    ]
-    dense = [m.out_features * m.in_features * dtype.itemsize for m in linears]
-    return PackedSize(len(linears), bits, sum(packed), sum(dense))
+    nnz, offsets = int(torch.count_nonzero(weight)), 8 * (len(weight) + 1)
+    return FORMATS[16].nbytes(*weight.shape, nnz) + offsets < 2 * weight.numel()
 
 
 def unpacking(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, every packed linear multiplies by its dense weight, in plain torch.
+    """Inside, every packed module multiplies by its dense weight, in plain torch.
 
-    This is the reference for the kernels, and at 8 and 4 bits the rounded model.
+    This is the reference for the kernels, and of integers the rounded model.
     """
     return set_all(model, "force_dense")
 
 
 def decoding(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, every packed linear multiplies a few tokens at a time, as it does in decoding.
+    """Inside, every packed module multiplies a few tokens at a time, as it does in decoding.
 
     The kernels for few tokens are other ones than those for whole windows.
     """
@@ -276,53 +201,129 @@ def check_same_outputs(before: Tensor, after: Tensor) -> float:
     if not ratio <= limit:
         raise UserError(
             f"--replace_sparse_layers: packed and dense outputs differ by {ratio:.2g} "
-            f"(rounding explains {limit:.2g}); nothing was saved, run without the flag"
+            f"(rounding explains {limit:.2g}); run without the flag"
         )
     return ratio
 
 
+def _record(runner: BlockRunner) -> dict[str, Any]:
+    """Sizes of a model's packed linears, and of the same linears dense, as they will be saved."""
+    linears = [module for module in runner.model.modules() if isinstance(module, SparseLinear)]
+    itemsize = (runner.save_dtype or runner.model.dtype).itemsize
+    return {
+        "bits": linears[0].fmt.bits,
+        "linears": len(linears),
+        "left_dense": 0,
+        "bytes": sum(
+            m.fmt.nbytes(m.out_features, m.in_features, m.nnz, itemsize=itemsize) for m in linears
+        ),
+        "dense_bytes": sum(m.out_features * m.in_features * itemsize for m in linears),
+    }
+
+
+def _pack_embeddings_(runner: BlockRunner, window: Tensor) -> dict[str, Any]:
+    """Round embedding and output head to int8 in place; return the record of that."""
+    model = runner.model
+    before = some_logits(model, window)
+    modules = pack_embeddings_(model)
+    mark_packed_(model)
+    with decoding(model):
+        after = some_logits(model, window)
+    with unpacking(model):
+        check_same_outputs(some_logits(model, window), after)
+    itemsize = (runner.save_dtype or model.dtype).itemsize
+    untied = [one for one in map(model.get_submodule, modules) if not one.tied]
+    return {
+        "bits": 8,
+        "modules": modules,
+        "bytes": sum(module.weight.nbytes + module.scale.nbytes for module in untied),
+        "dense_bytes": sum(module.weight.numel() * itemsize for module in untied),
+        "difference": relative_difference(before, after),
+    }
+
+
+def _line(what: str, record: Mapping[str, Any]) -> str:
+    size, share = gib(record["bytes"]), record["bytes"] / record["dense_bytes"]
+    line = f"packed {what} as saved: {size}, {share:.3f} of their dense size"
+    if record["bits"] < 16:
+        line += f"; {record['bits']} bits change the logits by {record['difference']:.2%}"
+    return line
+
+
+def _swap_(
+    block: nn.Module,
+    path: str,
+    name: str,
+    fmt: Values,
+    scales: Mapping[str, Tensor],
+    device: torch.device,
+) -> str:
+    """Pack the linear at `path`, unless it is or has to stay dense; return how it runs there."""
+    module = block.get_submodule(path)
+    if not isinstance(module, SparseLinear):
+        if why := _why_not_packed(module):
+            return f"left dense ({why})"
+        module = _packed(name, module, fmt, scales.get(f"{name}.weight"))
+    elif module.fmt.bits > fmt.bits:
+        module = _packed(name, module.to_linear(), fmt)
+    block.set_submodule(path, module)
+    return _path(module, device)
+
+
+def _path(module: SparseLinear, target: torch.device) -> str:
+    """Return how a packed linear runs on a device."""
+    if target.type == "cpu":
+        if module.dtype not in kernels.DTYPES:
+            why = f"{module.dtype}: the kernels are for 32 and 16 bits"
+        elif kernels_ready():
+            return "by the kernels for packed weights"
+        else:
+            built = kernels.supported()
+            why = "the kernels could not be built" if built else "no kernels for this processor"
+    else:
+        why = module.why_not_semi_structured(target)
+        if why is None and target == module.weight.device:
+            why = None if module.use_semi_structured_() else module.reason
+        if why is None:
+            return "on torch's 2:4 kernels"
+    return f"unpacked at each forward ({why})"
+
+
 def _packed(
-    name: str, linear: nn.Module, bits: int, group: int, scales: Tensor | None = None
+    name: str, linear: nn.Module, fmt: Values, scales: Tensor | None = None
 ) -> SparseLinear:
-    """Pack a linear. Raises UserError if a weight is off by more than half a step of its grid."""
+    """Pack a linear. Raises UserError if a weight is off by more than half a step of its grid, or
+    at all where its scales are given."""
     try:
-        sparse = SparseLinear.from_linear(linear, bits, group, scales)
+        sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
-        raise UserError(f"--pack_bits {bits}: {name}: {error}") from None
-    if bits < 16 and not _is_on_grid(sparse, linear):
-        raise UserError(f"--pack_bits {bits}: {name} is not what was packed; run without the flag")
+        raise UserError(f"--pack_bits {fmt.bits}: {name}: {error}") from None
+    if isinstance(fmt, Int4) and not _is_what_was_packed(sparse, linear, exact=scales is not None):
+        raise UserError(
+            f"--pack_bits {fmt.bits}: {name} is not what was packed; run without the flag"
+        )
     return sparse
 
 
-def _is_on_grid(sparse: SparseLinear, linear: nn.Module) -> bool:
+def _is_what_was_packed(sparse: SparseLinear, linear: nn.Module, exact: bool) -> bool:
     """Return whether each weight is off by half a step at most, or clipped to the grid's end."""
-    weight = linear.weight.detach()
+    weight, dense = linear.weight.detach(), sparse.dense(torch.float32)
     weight = (weight.T if isinstance(linear, Conv1D) else weight).float()
-    dense = sparse.dense(torch.float32)
-    if sparse.bits == 8:
-        step = sparse.scale[:, None]
-        return bool(((dense - weight).abs_() <= 0.501 * step).all())
-    step = spread_scales(sparse.scale.float(), sparse.group, sparse.in_features)
-    clipped = weight.clamp(LOWEST * step, HIGHEST * step)
+    if exact:
+        return torch.equal(dense, weight)
+    step = sparse.fmt.spread_scales(sparse.scale, sparse.in_features)
+    clipped = weight.clamp(sparse.fmt.lowest * step, sparse.fmt.highest * step)
     return bool(((dense - clipped).abs_() <= 0.501 * step).all())
 
 
 def _why_not_packed(linear: nn.Module) -> str:
     """Return why a linear is not packed, or an empty string if it should be."""
     weight = linear.weight
-    if type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
-        return f"{type(linear).__name__} has a forward of its own"
+    if type(linear).forward not in FORWARDS:
+        return f"{type(linear).__name__} {OWN_FORWARD}"
     if weight.is_meta:
         return "not in memory"
     if not weight.is_floating_point():
         return f"quantised to {weight.dtype}"
     matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
     return "" if is_smaller_packed(matrix) else "too few zeros to be smaller packed"
-
-
-def _counted(reasons: dict[str, str], what: str) -> str:
-    if not reasons:
-        return ""
-    counts = Counter(reasons.values()).most_common()
-    why = "; ".join(reason if len(counts) == 1 else f"{n}: {reason}" for reason, n in counts)
-    return f"{len(reasons)} {what} ({why})"

@@ -24,6 +24,7 @@ Run: `python main.py --model MODEL --prune_method admm --replace_sparse_layers -
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,18 +38,11 @@ from lib.util.errors import UserError
 
 
 class GPTQ(LeastSquares):
-    """The sums of one input of a block, and what quantises the linears that receive it.
+    """The sums of one input of a block, and what quantises the linears that receive it."""
 
-    `fmt`: whose numbers the weights become. `refinements`: steps of conjugate gradients; `sweeps`:
-    of coordinate descent over all columns.
-    """
-
-    refinements = 5
-    sweeps = 2
-
-    def __init__(self, width: int, device: torch.device, fmt: Int4 = FORMATS[4]) -> None:
-        super().__init__(width, device)
-        self.fmt = fmt
+    fmt: ClassVar[Int4] = FORMATS[4]  # whose numbers the weights become
+    refinements: ClassVar[int] = 5  # steps of conjugate gradients
+    sweeps: ClassVar[int] = 2  # of coordinate descent over all columns
 
     def quantise_(self, weights: Sequence[Tensor]) -> None:
         """Quantise float32 matrices (out_i, in) in place. UserError where A can't be factored."""

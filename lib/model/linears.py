@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
 from math import prod
 
 import torch
@@ -25,7 +24,7 @@ NARROWEST = 8  # inputs or outputs of a matrix worth pruning
 def find_linears(
     block: nn.Module, prefix: str
 ) -> tuple[list[PrunableLinear], dict[str, tuple[int, str]]]:
-    """Return the prunable matrices of a block, and {name: (weights, reason)} of the others."""
+    """The prunable matrices of a block, and {name: (weights, reason)} of the others."""
     linears, dense = [], {}
     experts_of = _expert_counts(block)
     for path, module in block.named_modules():
@@ -75,13 +74,13 @@ class PackedView(PrunableLinear):
 
 
 def _holds_experts(module: nn.Module, weight: Tensor) -> bool:
-    """Return whether a parameter is a stack of matrices, one for each expert."""
+    """Whether a parameter is a stack of matrices, one for each expert."""
     stacked = weight.dim() == 3 and len(weight) > 1 and min(weight.shape[1:]) >= NARROWEST
     return stacked and not isinstance(module, _ConvNd)
 
 
 def _expert_counts(block: nn.Module) -> dict[str, int]:
-    """Return {path: number of experts} for the parents of experts and all their children."""
+    """{path: number of experts} for the parents of experts and all their children."""
     counts: dict[str, int] = {}
     for path, module in block.named_modules():
         stacks = [len(w) for w in module.parameters(recurse=False) if _holds_experts(module, w)]
@@ -138,8 +137,7 @@ def watch_inputs(
     def hook(linear: PrunableLinear) -> Callable:
         return lambda _, args, kwargs: see(linear, first_argument(args, kwargs))
 
-    products = partial(_ExpertProducts, before=see)
-    return _hooked(linears, nn.Module.register_forward_pre_hook, hook, products)
+    return _hooked(linears, nn.Module.register_forward_pre_hook, hook, before=see)
 
 
 def watch_outputs(
@@ -153,12 +151,11 @@ def watch_outputs(
     def hook(linear: PrunableLinear) -> Callable:
         return lambda _, args, kwargs, out: see(linear, first_argument(args, kwargs), out)
 
-    products = partial(_ExpertProducts, after=see)
-    return _hooked(linears, nn.Module.register_forward_hook, hook, products)
+    return _hooked(linears, nn.Module.register_forward_hook, hook, after=see)
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
-    """Return a linear module's input, which its forward may call `input`, or `x` as in GPT-2."""
+    """A linear module's input, which its forward may call `input`, or `x` as in GPT-2."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
@@ -167,9 +164,9 @@ def _hooked(
     linears: Sequence[PrunableLinear],
     register: Callable,
     hook: Callable[[PrunableLinear], Callable],
-    products: Callable[[list[PrunableLinear]], _ExpertProducts],
+    **products: Callable,
 ) -> Iterator[None]:
-    """Inside, every linear's module has its hook, and `products` sees those of experts."""
+    """Inside, every linear's module has its hook, and experts' products are seen by `products`."""
     experts = [linear for linear in linears if linear.expert is not None]
     with ExitStack() as stack:
         for linear in linears:
@@ -177,7 +174,7 @@ def _hooked(
                 handle = register(linear.module, hook(linear), with_kwargs=True)
                 stack.callback(handle.remove)
         if experts:
-            stack.enter_context(products(experts))
+            stack.enter_context(_ExpertProducts(experts, **products))
         yield
 
 

@@ -43,24 +43,20 @@ class PrunableLinear:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def matrix(self) -> Tensor:
-        """Return a contiguous float32 copy (out, in) on the weight's device."""
+        """A contiguous float32 copy (out, in) on the weight's device."""
         weight = self.raw_weight.T if self.transposed else self.raw_weight
         return weight.to(torch.float32, copy=True).contiguous()
 
-    def saved_dtype(self, rounding: torch.dtype | None = None) -> torch.dtype:
-        """Return the dtype in which the matrix is sent to other processes and saved.
+    def saved_dtype(self, save_dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype in which ranks send the matrix, and save it; None: the weight's own."""
+        return save_dtype or self.raw_weight.dtype
 
-        That is `rounding`, or without it the weight's own dtype.
-        """
-        return rounding or self.raw_weight.dtype
+    def to_saved_dtype(self, matrix: Tensor, save_dtype: torch.dtype | None) -> Tensor:
+        return matrix.to(self.saved_dtype(save_dtype))
 
-    def to_saved_dtype(self, matrix: Tensor, rounding: torch.dtype | None = None) -> Tensor:
-        """Return a matrix (out, in) rounded to the dtype in which it will be saved."""
-        return matrix.to(self.saved_dtype(rounding))
-
-    def empty_matrix(self, rounding: torch.dtype | None = None) -> Tensor:
-        """Return an empty (out, in) tensor that can receive the result of `to_saved_dtype`."""
-        dtype = self.saved_dtype(rounding)
+    def empty_matrix(self, save_dtype: torch.dtype | None) -> Tensor:
+        """An empty (out, in) tensor that can receive what another rank solved."""
+        dtype = self.saved_dtype(save_dtype)
         return torch.empty(self.shape, dtype=dtype, device=self.raw_weight.device)
 
     def set_weight_(self, matrix: Tensor) -> None:

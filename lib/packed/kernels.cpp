@@ -1,11 +1,10 @@
-// y = x W^T by a packed weight W (out, in) on CPUs; the form is that of layout.py.
+// y = x W^T by a packed weight W (out, in) on x86-64; the form is that of layout.py and formats.py.
 //
 // One to eight tokens take one pass over the packed bytes: a row's mask says where its kept values
 // go, they are spread out in registers, widened and multiplied. More tokens: a tile of rows is
 // unpacked into a buffer that stays in the cache, and torch multiplies by it.
 //
-// Three ways to spread values, chosen when running by what the processor can do:
-//   portable  one kept value at a time
+// Two ways to spread values, chosen when running by what the processor can do:
 //   avx2      eight weights at a time, by a table of permutations
 //   avx512    16 to 64 at a time, by the expand instructions of AVX-512 VBMI2; with the bfloat16
 //             dot product where there is one ("avx512_bf16")
@@ -30,17 +29,15 @@
 #include <type_traits>
 #include <vector>
 
-#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
-#define X86 1
+#if !defined(__x86_64__) || !(defined(__GNUC__) || defined(__clang__))
+#error "these kernels are for x86-64 and for gcc or clang"
+#endif
 #include <cpuid.h>
 #include <immintrin.h>
 #define FOR_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 #define AVX512_SET "avx512f,avx512bw,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni,avx2,fma,f16c,popcnt"
 #define FOR_AVX512 __attribute__((target(AVX512_SET)))
 #define FOR_AVX512_BF16 __attribute__((target(AVX512_SET ",avx512bf16")))
-#else
-#define X86 0
-#endif
 #define INLINE inline __attribute__((always_inline))
 
 namespace {
@@ -57,11 +54,12 @@ constexpr int ZERO_OF_4 = 8, ZERO_OF_8 = 128;  // by which integers are moved up
 constexpr float SMALL = 1.f / 16;      // of the largest input of a word: the small ones, whose
 constexpr float RANGE = 300;           // root mean square integers show that are so much larger
 
-enum Path { PORTABLE, AVX2, AVX512, AVX512_BF16 };
-const std::array<const char*, 4> NAMES = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr int64_t GROUP = WORD;        // inputs of a row that share a scale at 4 bits
+
+enum Path { NONE = -1, AVX2, AVX512, AVX512_BF16 };
+const std::array<const char*, 3> NAMES = {"avx2", "avx512", "avx512_bf16"};
 
 Path best_path() {
-#if X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
@@ -70,34 +68,29 @@ Path best_path() {
       __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
       __builtin_cpu_supports("avx512vnni");
   if (avx512) return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
-  if (avx2) return AVX2;
-#endif
-  return PORTABLE;
+  return avx2 ? AVX2 : NONE;
 }
 
 // Whether processor and operating system let torch multiply bfloat16 matrices by AMX.
 bool has_amx() {
-#if X86
   constexpr unsigned BF16 = 1u << 22, TILES = 3u << 17;  // in leaf 7; in the enabled states
   unsigned a, b, c, d;
   if (best_path() < AVX2 || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16)) return false;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (low & TILES) == TILES;
-#else
-  return false;
-#endif
 }
 
 Path chosen_path(const std::optional<std::string>& name) {
   static const Path best = best_path();
-  if (!name) return best;
+  if (!name && best != NONE) return best;
   for (int path = 0; path <= best; path++)
     if (*name == NAMES[path]) return static_cast<Path>(path);
-  TORCH_CHECK(false, "no path ", *name, " on this processor");
+  TORCH_CHECK(false, "no path ", name.value_or("at all"), " on this processor");
 }
 
-// A weight as the kernels see it: V is float, c10::BFloat16, c10::Half or int8_t.
+// A weight as the kernels see it: V is float, c10::BFloat16 or c10::Half; or int8_t, of which every
+// weight is kept, so that all rows have the first one's mask.
 template <class V>
 struct Weight {
   const uint8_t* mask;      // (out, stride)
@@ -105,22 +98,22 @@ struct Weight {
   const int64_t* offsets;   // (out + 1,)
   const float* scale;       // (out,), of int8 alone
   int64_t out, in;
-  bool one_mask;            // all rows have the first one's
   int64_t stride() const { return (in + 7) / 8; }
-  const uint8_t* mask_of(int64_t r) const { return mask + (one_mask ? 0 : r * stride()); }
+  const uint8_t* mask_of(int64_t r) const {
+    return mask + (std::is_same_v<V, int8_t> ? 0 : r * stride());
+  }
 };
 
-// A weight of 4-bit integers, two in a byte, with a scale for every `group` inputs of a row.
+// A weight of 4-bit integers, two in a byte, with a scale for every GROUP inputs of a row.
 struct FourBits {
   const uint8_t* mask;         // (out, stride)
   const uint8_t* values;       // (ceil(nnz / 2),)
   const int64_t* offsets;      // (out + 1,), in values
   const c10::BFloat16* scale;  // (out, groups())
-  int64_t out, in, group;
+  int64_t out, in;
   int64_t stride() const { return (in + 7) / 8; }
-  int64_t groups() const { return std::max<int64_t>(1, (in + group - 1) / group); }
+  int64_t groups() const { return std::max<int64_t>(1, (in + GROUP - 1) / GROUP); }
   const uint8_t* mask_of(int64_t r) const { return mask + r * stride(); }
-  int shift() const { return group == 32 ? 5 : group == 64 ? 6 : 7; }
   const c10::BFloat16* scales_of(int64_t r) const { return scale + r * groups(); }
 };
 
@@ -151,10 +144,6 @@ const V* with_room(const Weight<V>& w, int64_t r, std::vector<V>& copy) {
 struct Integers {
   const uint8_t* values;
   bool odd;
-  int at(int64_t i) const {
-    i += odd;
-    return ((values[i / 2] >> i % 2 * 4 & 15) ^ 8) - 8;
-  }
 };
 
 // Those of row r, in `copy` where loads may read on behind the last.
@@ -167,67 +156,11 @@ Integers integers_of(const FourBits& w, int64_t r, std::vector<uint8_t>& copy) {
   return {copy.data(), odd};
 }
 
-// ---------------------------------------------------------------------------------- portable
-
-struct PortableStep {
-  using X = float;
-  static constexpr int STRIDE = WORD;
-  static constexpr bool EVEN_FIRST = false;
-};
-
 template <class V>
-void portable_rows(
-    const Weight<V>& w, const float* x, int64_t tokens, float* y, int64_t from, int64_t to) {
-  for (int64_t r = from; r < to; r++) {
-    float sums[FEW] = {};
-    const V* value = w.values + w.offsets[r];
-    const uint8_t* mask = w.mask_of(r);
-    for (int64_t byte = 0; byte < w.stride(); byte++) {
-      const float* inputs = x + byte / 8 * WORD * tokens + byte % 8 * 8;
-      for (int bit = 0; bit < 8; bit++) {
-        if (!(mask[byte] >> bit & 1)) continue;
-        const float weight = static_cast<float>(*value++);
-        for (int64_t t = 0; t < tokens; t++) sums[t] += weight * inputs[t * WORD + bit];
-      }
-    }
-    for (int64_t t = 0; t < tokens; t++) y[t * w.out + r] = sums[t];
-  }
-}
-
-void portable_rows(
-    const FourBits& w, const float* x, int64_t tokens, float* y, int64_t from, int64_t to) {
-  const int shift = w.shift();
-  for (int64_t r = from; r < to; r++) {
-    float sums[FEW] = {};
-    const Integers integers = {w.values + w.offsets[r] / 2, w.offsets[r] % 2 != 0};
-    const uint8_t* mask = w.mask_of(r);
-    const c10::BFloat16* scales = w.scales_of(r);
-    int64_t next = 0;
-    for (int64_t byte = 0; byte < w.stride(); byte++) {
-      const float scale = scales[byte * 8 >> shift];
-      const float* inputs = x + byte / 8 * WORD * tokens + byte % 8 * 8;
-      for (int bit = 0; bit < 8; bit++) {
-        if (!(mask[byte] >> bit & 1)) continue;
-        const float weight = scale * integers.at(next++);
-        for (int64_t t = 0; t < tokens; t++) sums[t] += weight * inputs[t * WORD + bit];
-      }
-    }
-    for (int64_t t = 0; t < tokens; t++) y[t * w.out + r] = sums[t];
-  }
-}
-
-void portable_spread(const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
-  int64_t next = 0;
-  for (int64_t j = 0; j < in; j++)
-    row[j] = mask[j / 8] >> j % 8 & 1 ? static_cast<int8_t>(integers.at(next++)) : 0;
-}
-
-template <class V>
-void portable_unpack(const V* value, const uint8_t* mask, int64_t in, V* row) {
+void unpack_plainly(const V* value, const uint8_t* mask, int64_t in, V* row) {
   for (int64_t j = 0; j < in; j++) row[j] = mask[j / 8] >> j % 8 & 1 ? *value++ : V(0);
 }
 
-#if X86
 // ------------------------------------------------------------------------- spreading values out
 //
 // spread<V>(bits, values): the next kept values at the columns whose bit is set, zeros elsewhere.
@@ -555,7 +488,7 @@ FOR_AVX2 void avx2_unpack(const V* values, const uint8_t* mask, int64_t in, V* r
     }
     values += __builtin_popcount(bits);
   }
-  portable_unpack(values, mask + in / 8, in % 8, row + in / 8 * 8);
+  unpack_plainly(values, mask + in / 8, in % 8, row + in / 8 * 8);
 }
 
 // Integers times `scale`, rounded to T: as many as fill vectors; how many.
@@ -609,7 +542,7 @@ FOR_AVX512 void avx512_unpack(const V* values, const uint8_t* mask, int64_t in, 
       values += __builtin_popcountll(its);
     }
   }
-  portable_unpack(values, mask + j / 8, in - j, row + j);
+  unpack_plainly(values, mask + j / 8, in - j, row + j);
 }
 
 // --------------------------------------------------------------------------------- 4-bit weights
@@ -664,7 +597,6 @@ FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, u
 template <int TOKENS>
 FOR_AVX2 void avx2_rows(
     const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
-  const int shift = w.shift();
   std::vector<uint8_t> copy;
   for (int64_t r = from; r < to; r++) {
     const Integers integers = integers_of(w, r, copy);
@@ -676,7 +608,7 @@ FOR_AVX2 void avx2_rows(
     for (int64_t byte = 0; byte < w.stride(); byte++) {
       const __m128i codes = four_bits_8(integers, next, mask[byte]);
       next += __builtin_popcount(mask[byte]);
-      const __m256 scale = _mm256_set1_ps(scales[byte * 8 >> shift]);
+      const __m256 scale = _mm256_set1_ps(scales[byte * 8 / GROUP]);
       const __m256 weights = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), scale);
       const float* inputs = x + byte / 8 * WORD * TOKENS + byte % 8 * 8;
       _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
@@ -686,13 +618,12 @@ FOR_AVX2 void avx2_rows(
   }
 }
 
-// By inputs as integers, see Avx512Step<int8_t>. HALVES: the columns of a word have two scales.
-template <int TOKENS, bool HALVES>
+// By inputs as integers, see Avx512Step<int8_t>. The columns of a word have one scale.
+template <int TOKENS>
 FOR_AVX512 void avx512_rows(
     const FourBits& w, const int16_t* x, float* y, int64_t from, int64_t to) {
   constexpr int STRIDE = Avx512Step<int8_t>::STRIDE;
   const int64_t words = (w.stride() + 7) / 8, whole = w.stride() / 8;
-  const int shift = w.shift();
   std::vector<uint8_t> copy;
   for (int64_t r = from; r < to; r++) {
     const Integers integers = integers_of(w, r, copy);
@@ -713,24 +644,15 @@ FOR_AVX512 void avx512_rows(
       next += __builtin_popcountll(bits);
       const __m512i first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes));
       const __m512i second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1));
-      const float scale = scales[k * WORD >> shift];
-      float later = scale;
-      if (HALVES && k * WORD + 32 < w.in) later = scales[(k * WORD + 32) >> shift];
       const int16_t* word = x + k * TOKENS * STRIDE;
       _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++, word += STRIDE) {
         float step;
         std::memcpy(&step, word + SCALE_AT, sizeof(step));
-        const __m512i zero = _mm512_setzero_si512();
-        __m512i products = _mm512_dpwssd_epi32(zero, first, _mm512_loadu_si512(word));
-        if constexpr (HALVES) {
-          const __m512 part = _mm512_cvtepi32_ps(products);
-          sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * scale), sums[t]);
-          products = _mm512_dpwssd_epi32(zero, second, _mm512_loadu_si512(word + 32));
-        } else {
-          products = _mm512_dpwssd_epi32(products, second, _mm512_loadu_si512(word + 32));
-        }
+        __m512i products = _mm512_setzero_si512();
+        products = _mm512_dpwssd_epi32(products, first, _mm512_loadu_si512(word));
+        products = _mm512_dpwssd_epi32(products, second, _mm512_loadu_si512(word + 32));
         const __m512 part = _mm512_cvtepi32_ps(products);
-        sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * later), sums[t]);
+        sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * scales[k]), sums[t]);
       }
     }
     for (int t = 0; t < TOKENS; t++) y[t * w.out + r] = _mm512_reduce_add_ps(sums[t]);
@@ -742,7 +664,6 @@ template <int TOKENS>
 FOR_AVX512 void avx512_rows(
     const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
   const int64_t words = (w.stride() + 7) / 8;
-  const int shift = w.shift();
   std::vector<uint8_t> copy;
   for (int64_t r = from; r < to; r++) {
     const Integers integers = integers_of(w, r, copy);
@@ -756,11 +677,11 @@ FOR_AVX512 void avx512_rows(
       alignas(64) int8_t codes[WORD];
       _mm512_store_si512(codes, four_bits_64(integers, next, bits));
       next += __builtin_popcountll(bits);
+      const __m512 scale = _mm512_set1_ps(scales[k]);
       const float* word = x + k * TOKENS * WORD;
       _Pragma("GCC unroll 4") for (int64_t c = 0; c < WORD; c += 16) {
         if (k * WORD + c >= w.in) break;
         const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + c));
-        const __m512 scale = _mm512_set1_ps(scales[(k * WORD + c) >> shift]);
         const __m512 weights = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)), scale);
         _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
             sums[t] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(word + t * WORD + c), sums[t]);
@@ -786,8 +707,8 @@ struct alignas(64) ByteWord {
 
 struct ByteInputs {
   std::vector<ByteWord> words;
-  std::vector<float> steps;      // what a word's integers are to be multiplied by
-  std::vector<float> rests, ends;  // left to add to the sums of a word, and of its last 32 columns
+  std::vector<float> steps;  // what a word's integers are to be multiplied by
+  std::vector<float> rests;  // left to add to the sums of a word
 };
 
 // The 64 weights of a word, moved up, by the inputs: sums of four columns each.
@@ -798,12 +719,10 @@ FOR_AVX512 INLINE __m512 byte_products(__m512i weights, const ByteWord& x) {
       _mm512_slli_epi32(high, 8), weights, _mm512_load_si512(x.low)));
 }
 
-// 8-bit integers. WHOLE: no weight is pruned, in any row.
-template <bool WHOLE>
+// 8-bit integers.
 FOR_AVX512 void avx512_row_by_row(
     const Weight<int8_t>& w, const ByteInputs& x, float* y, int64_t from, int64_t to) {
-  const int64_t stride = w.stride(), words = (stride + 7) / 8, whole = stride / 8;
-  const int64_t nnz = w.offsets[w.out];
+  const int64_t stride = w.stride(), words = (stride + 7) / 8, nnz = w.offsets[w.out];
   const __m512i zero = _mm512_set1_epi8(ZERO_OF_8);
   float rest = 0;
   for (int64_t k = 0; k < words; k++) rest += x.rests[k];
@@ -811,19 +730,13 @@ FOR_AVX512 void avx512_row_by_row(
   for (int64_t r = from; r < to; r++) {
     const bool last = w.offsets[r + 1] + BEYOND > nnz;
     const int8_t* values = last ? with_room(w, r, copy) : w.values + w.offsets[r];
-    const uint8_t* mask = w.mask_of(r);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t k = 0; k < words; k++) {
       __builtin_prefetch(values + AHEAD);
       __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(values), zero);
-      if (WHOLE && (k + 1) * WORD <= w.in) {
-        values += WORD;
-      } else {
-        const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, stride);
-        if (!WHOLE) __builtin_prefetch(mask + k * 8 + AHEAD / 4);
-        weights = _mm512_mask_expand_epi8(zero, bits, weights);
-        values += __builtin_popcountll(bits);
-      }
+      if ((k + 1) * WORD > w.in)
+        weights = _mm512_mask_expand_epi8(zero, mask_word(w.mask, k, stride), weights);
+      values += WORD;
       sum = _mm512_fmadd_ps(byte_products(weights, x.words[k]), _mm512_set1_ps(x.steps[k]), sum);
     }
     y[r] = _mm512_reduce_add_ps(sum) + rest;
@@ -834,39 +747,17 @@ FOR_AVX512 INLINE __m512 widened_scales(__m256i scales) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(scales), 16));
 }
 
-// For row r, what its words' integers are to be multiplied by: `first` of the first 32 columns of
-// each word and, HALVES, `second` of the others. Returns what its sums begin with.
-template <bool HALVES>
+// For row r, what its words' integers are to be multiplied by; returns what its sums begin with.
 FOR_AVX512 INLINE __m512 word_factors(
-    const FourBits& w, int64_t r, const ByteInputs& x, float* first, float* second) {
-  const int64_t groups = w.groups();
+    const FourBits& w, int64_t r, const ByteInputs& x, float* factors) {
   const auto* scales = w.scales_of(r);
   __m512 sum = _mm512_setzero_ps();
   for (int64_t k = 0; k * WORD < w.in; k += 16) {
-    const int64_t at = k * WORD >> w.shift(), left = groups - at;
-    const __mmask32 some = left >= 32 ? ~0u : (1u << left) - 1;
-    const __m512 steps = _mm512_loadu_ps(x.steps.data() + k);
-    const __m512 rests = _mm512_loadu_ps(x.rests.data() + k);
-    if constexpr (HALVES) {
-      const __m512i pairs = _mm512_maskz_loadu_epi16(some, scales + at);
-      const __m512i odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
-      const __m512 one = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-      const __m512 two = _mm512_castsi512_ps(odd);
-      const __m512 ends = _mm512_loadu_ps(x.ends.data() + k);
-      _mm512_storeu_ps(first + k, _mm512_mul_ps(one, steps));
-      _mm512_storeu_ps(second + k, _mm512_mul_ps(two, steps));
-      sum = _mm512_fmadd_ps(one, _mm512_sub_ps(rests, ends), sum);
-      sum = _mm512_fmadd_ps(two, ends, sum);
-    } else {
-      const auto its = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(some), scales + at);
-      __m512 factors = widened_scales(its);
-      if (w.group == 2 * WORD) {
-        const __m512i twice = _mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-        factors = _mm512_permutexvar_ps(twice, factors);
-      }
-      _mm512_storeu_ps(first + k, _mm512_mul_ps(factors, steps));
-      sum = _mm512_fmadd_ps(factors, rests, sum);
-    }
+    const int64_t left = w.groups() - k;
+    const __mmask16 some = left >= 16 ? 0xffff : (1u << left) - 1;
+    const __m512 its = widened_scales(_mm256_maskz_loadu_epi16(some, scales + k));
+    _mm512_storeu_ps(factors + k, _mm512_mul_ps(its, _mm512_loadu_ps(x.steps.data() + k)));
+    sum = _mm512_fmadd_ps(its, _mm512_loadu_ps(x.rests.data() + k), sum);
   }
   return sum;
 }
@@ -891,16 +782,14 @@ FOR_AVX512 INLINE void unsigned_codes(const uint8_t* values, int64_t bytes, uint
   _mm512_storeu_si512(codes + 2 * i, spread(_mm256_maskz_loadu_epi8(left, values + i)));
 }
 
-// 4-bit integers, of some rows at a time unpacked to bytes. HALVES: the columns of a word have two
-// scales.
-template <bool HALVES>
+// 4-bit integers, of some rows at a time unpacked to bytes.
 FOR_AVX512 void avx512_row_by_row(
     const FourBits& w, const ByteInputs& x, float* y, int64_t from, int64_t to) {
   const int64_t stride = w.stride(), words = (stride + 7) / 8, whole = stride / 8;
-  const int64_t factors = (words + 15) / 16 * 16;  // of a row, and where there are two, of each
+  const int64_t padded = (words + 15) / 16 * 16;  // factors of a row
   const __m512i zero = _mm512_set1_epi8(ZERO_OF_4);
   std::vector<uint8_t> codes;
-  std::vector<float> first(AT_ONCE * factors), second(HALVES ? AT_ONCE * factors : 0);
+  std::vector<float> factors(AT_ONCE * padded);
   __m512 sums[AT_ONCE];
   for (int64_t r = from, rows; r < to; r += rows) {
     const int64_t begin = w.offsets[r] / 2 * 2;
@@ -911,13 +800,11 @@ FOR_AVX512 void avx512_row_by_row(
       codes.resize(std::max(2 * bytes, UNPACKED + 2) + WORD + BEYOND);
     unsigned_codes(w.values + begin / 2, bytes, codes.data());
     for (int64_t i = 0; i < rows; i++)
-      sums[i] = word_factors<HALVES>(
-          w, r + i, x, first.data() + i * factors, second.data() + (HALVES ? i * factors : 0));
+      sums[i] = word_factors(w, r + i, x, factors.data() + i * padded);
     for (int64_t i = 0; i < rows; i++) {
       const uint8_t* values = codes.data() + (w.offsets[r + i] - begin);
       const uint8_t* mask = w.mask_of(r + i);
-      const float* its = first.data() + i * factors;
-      const float* others = second.data() + (HALVES ? i * factors : 0);
+      const float* its = factors.data() + i * padded;
       __m512 sum = sums[i];
       for (int64_t k = 0; k < words; k++) {
         const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, stride);
@@ -926,10 +813,8 @@ FOR_AVX512 void avx512_row_by_row(
         asm("" : "+v"(next));  // expanding from memory takes longer
         const __m512i weights = _mm512_mask_expand_epi8(zero, bits, next);
         values += __builtin_popcountll(bits);
-        __m512 factor = _mm512_set1_ps(its[k]);
-        if constexpr (HALVES)
-          factor = _mm512_mask_mov_ps(factor, 0xff00, _mm512_set1_ps(others[k]));
-        sum = _mm512_fmadd_ps(byte_products(weights, x.words[k]), factor, sum);
+        sum = _mm512_fmadd_ps(
+            byte_products(weights, x.words[k]), _mm512_set1_ps(its[k]), sum);
       }
       y[r + i] = _mm512_reduce_add_ps(sum);
     }
@@ -954,11 +839,8 @@ FOR_AVX512 void avx512_spread(
     next += __builtin_popcountll(bits);
   }
 }
-#endif
-
 // ------------------------------------------------------------------------------ one to 8 tokens
 
-#if X86
 template <class From>
 FOR_AVX512 INLINE __m512 widened_16(const From* from, __mmask16 some) {
   if constexpr (std::is_same_v<From, float>) {
@@ -1021,7 +903,7 @@ FOR_AVX512 ByteInputs as_bytes(const From* from, int64_t in, int zero) {
   const int64_t padded = (words + 15) / 16 * 16;
   ByteInputs to;
   to.words.resize(words);
-  for (auto* held : {&to.steps, &to.rests, &to.ends}) held->resize(padded);
+  to.steps.resize(padded), to.rests.resize(padded);
   const __m512i half = _mm512_set1_epi32(128), zeros = _mm512_set1_epi8(static_cast<char>(zero));
   for (int64_t k = 0; k < words; k++) {
     ByteWord& word = to.words[k];
@@ -1040,11 +922,9 @@ FOR_AVX512 ByteInputs as_bytes(const From* from, int64_t in, int zero) {
     _mm512_store_si512(word.start, _mm512_srai_epi32(sums, 8));
     const __m512i rest = _mm512_and_si512(sums, _mm512_set1_epi32(255));
     to.rests[k] = to.steps[k] * _mm512_reduce_add_epi32(rest);
-    to.ends[k] = to.steps[k] * _mm512_mask_reduce_add_epi32(0xff00, rest);
   }
   return to;
 }
-#endif
 
 // Inputs (tokens, in) as a step takes them: word by word of the mask, and there token by token,
 // (words, padded, Step::STRIDE), zeros behind the last. None where integers can't hold them.
@@ -1082,7 +962,6 @@ void over_rows(int64_t out, int64_t in, const Sums& sums, const Finish& finish) 
   });
 }
 
-#if X86
 // Tokens for which there is a loop: others are made up to them by zeros.
 int64_t padded_tokens(int64_t tokens) {
   return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8;
@@ -1104,7 +983,6 @@ int64_t padded_tokens(int64_t tokens) {
 DEFINE_BY_TOKENS(avx2)
 DEFINE_BY_TOKENS(avx512)
 DEFINE_BY_TOKENS(avx512_bf16)
-#endif
 
 // x (tokens, in), at most FEW tokens -> y (tokens, out), both T.
 template <class V, class T>
@@ -1121,7 +999,6 @@ void small_batch(
       }
     }
   };
-#if X86
 #define WITH(NAME, STEP)                                                                        \
   {                                                                                             \
     const int64_t padded = padded_tokens(tokens);                                               \
@@ -1142,10 +1019,8 @@ void small_batch(
   if constexpr (std::is_same_v<V, int8_t>) {
     if (path >= AVX512 && tokens == 1) {
       const ByteInputs inputs = as_bytes(x, w.in, ZERO_OF_8);
-      const bool whole = w.one_mask && w.offsets[1] == w.in;
       const auto rows = [&](int64_t from, int64_t to) {
-        if (whole) return avx512_row_by_row<true>(w, inputs, sums.get(), from, to);
-        avx512_row_by_row<false>(w, inputs, sums.get(), from, to);
+        avx512_row_by_row(w, inputs, sums.get(), from, to);
       };
       if (!inputs.words.empty()) return over_rows(w.out, w.in, rows, finish);
     }
@@ -1156,25 +1031,16 @@ void small_batch(
     if (path >= AVX512) WITH(avx512, WideBytesStep)
   if (path == AVX2) WITH(avx2, Avx2Step<V>)
 #undef WITH
-#endif
-  const auto inputs = arranged<PortableStep>(x, tokens, w.in, tokens);
-  const auto rows = [&](int64_t from, int64_t to) {
-    portable_rows(w, inputs.data(), tokens, sums.get(), from, to);
-  };
-  over_rows(w.out, w.in, rows, finish);
 }
 
-#if X86
-// By the loop of so many tokens; HALVES is for integer inputs alone.
-#define BY_TOKENS(ROWS, ...)                                                                    \
+// By the loop of so many tokens.
+#define BY_TOKENS(ROWS)                                                                    \
   switch (padded) {                                                                             \
-    case 1: return ROWS<1 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                 \
-    case 2: return ROWS<2 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                 \
-    case 4: return ROWS<4 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                 \
-    default: return ROWS<8 __VA_ARGS__>(w, inputs.data(), sums.get(), from, to);                \
+    case 1: return ROWS<1>(w, inputs.data(), sums.get(), from, to);                 \
+    case 2: return ROWS<2>(w, inputs.data(), sums.get(), from, to);                 \
+    case 4: return ROWS<4>(w, inputs.data(), sums.get(), from, to);                 \
+    default: return ROWS<8>(w, inputs.data(), sums.get(), from, to);                \
   }
-#define COMMA ,
-#endif
 
 template <class T>
 void small_batch(
@@ -1188,41 +1054,29 @@ void small_batch(
       }
     }
   };
-#if X86
   const int64_t padded = padded_tokens(tokens);
   if constexpr (!std::is_same_v<T, float>) {
     if (path >= AVX512 && tokens == 1) {
       const ByteInputs inputs = as_bytes(x, w.in, ZERO_OF_4);
       const auto rows = [&](int64_t from, int64_t to) {
-        if (w.group < WORD) return avx512_row_by_row<true>(w, inputs, sums.get(), from, to);
-        avx512_row_by_row<false>(w, inputs, sums.get(), from, to);
+        avx512_row_by_row(w, inputs, sums.get(), from, to);
       };
       if (!inputs.words.empty()) return over_rows(w.out, w.in, rows, finish);
     } else if (path >= AVX512) {
       const auto inputs = arranged<Avx512Step<int8_t>>(x, tokens, w.in, padded);
       const auto rows = [&](int64_t from, int64_t to) {
-        if (w.group < WORD) BY_TOKENS(avx512_rows, COMMA true)
-        BY_TOKENS(avx512_rows, COMMA false)
+        BY_TOKENS(avx512_rows)
       };
       if (!inputs.empty()) return over_rows(w.out, w.in, rows, finish);
     }
   }
-  if (path >= AVX2) {
-    const auto inputs = arranged<Avx2Step<float>>(x, tokens, w.in, padded);
-    const auto rows = [&](int64_t from, int64_t to) {
-      if (path >= AVX512) BY_TOKENS(avx512_rows)
-      BY_TOKENS(avx2_rows)
-    };
-    return over_rows(w.out, w.in, rows, finish);
-  }
-#undef BY_TOKENS
-#undef COMMA
-#endif
-  const auto inputs = arranged<PortableStep>(x, tokens, w.in, tokens);
+  const auto inputs = arranged<Avx2Step<float>>(x, tokens, w.in, padded);
   const auto rows = [&](int64_t from, int64_t to) {
-    portable_rows(w, inputs.data(), tokens, sums.get(), from, to);
+    if (path >= AVX512) BY_TOKENS(avx512_rows)
+    BY_TOKENS(avx2_rows)
   };
   over_rows(w.out, w.in, rows, finish);
+#undef BY_TOKENS
 }
 
 // ---------------------------------------------------------------------------------- more tokens
@@ -1245,22 +1099,13 @@ void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path pat
         to_spread = spread.data();
       }
       if (w.offsets[r + 1] + BEYOND > nnz) values = with_room(w, r, copy);
-#if X86
       if (path >= AVX512) {
         avx512_unpack(values, mask, w.in, to_spread);
-      } else if (path == AVX2) {
-        avx2_unpack(values, mask, w.in, to_spread);
       } else {
-        portable_unpack(values, mask, w.in, to_spread);
+        avx2_unpack(values, mask, w.in, to_spread);
       }
-#else
-      portable_unpack(values, mask, w.in, to_spread);
-#endif
       if constexpr (!std::is_same_v<V, T>) {
-        int64_t j = 0;
-#if X86
-        if (path >= AVX2) j = avx2_scaled(to_spread, w.in, w.scale[r], row);
-#endif
+        int64_t j = avx2_scaled(to_spread, w.in, w.scale[r], row);
         for (; j < w.in; j++)
           row[j] = static_cast<T>(static_cast<float>(to_spread[j]) * w.scale[r]);
       }
@@ -1277,26 +1122,17 @@ void unpack_rows(const FourBits& w, int64_t from, int64_t to, T* rows, Path path
     std::vector<uint8_t> copy;
     for (int64_t r = first; r < last; r++) {
       const Integers integers = integers_of(w, r, copy);
-#if X86
       if (path >= AVX512) {
         avx512_spread(integers, w.mask_of(r), w.in, spread.data());
-      } else if (path == AVX2) {
-        avx2_spread(integers, w.mask_of(r), w.in, spread.data());
       } else {
-        portable_spread(integers, w.mask_of(r), w.in, spread.data());
+        avx2_spread(integers, w.mask_of(r), w.in, spread.data());
       }
-#else
-      portable_spread(integers, w.mask_of(r), w.in, spread.data());
-#endif
-      for (int64_t begin = 0; begin < w.in; begin += w.group) {
-        const int64_t count = std::min(w.group, w.in - begin);
+      for (int64_t begin = 0; begin < w.in; begin += GROUP) {
+        const int64_t count = std::min(GROUP, w.in - begin);
         const int8_t* codes = spread.data() + begin;
-        const float scale = w.scales_of(r)[begin / w.group];
+        const float scale = w.scales_of(r)[begin / GROUP];
         T* row = rows + (r - from) * w.in + begin;
-        int64_t j = 0;
-#if X86
-        if (path >= AVX2) j = avx2_scaled(codes, count, scale, row);
-#endif
+        int64_t j = avx2_scaled(codes, count, scale, row);
         for (; j < count; j++) row[j] = static_cast<T>(static_cast<float>(codes[j]) * scale);
       }
     }
@@ -1320,7 +1156,7 @@ at::Tensor scratch(int64_t count, const at::TensorOptions& options) {
 template <class T>
 int64_t several(Path path) {
   static const bool amx = has_amx();
-  if (path == PORTABLE || (amx && std::is_same_v<T, c10::BFloat16>)) return FEW;
+  if (amx && std::is_same_v<T, c10::BFloat16>) return FEW;
   return sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
 }
 
@@ -1364,22 +1200,15 @@ bool are_offsets(const at::Tensor& offsets) {
   return ordered;
 }
 
-// Inputs that share a scale, by how many scales a row has; where two fit they mean the same.
-int64_t group_size(int64_t in, int64_t groups) {
-  for (int64_t group = 32; group <= 128; group *= 2)
-    if (std::max<int64_t>(1, (in + group - 1) / group) == groups) return group;
-  TORCH_CHECK(false, "scale: ", groups, " for ", in, " inputs are none for 32, 64 or 128 of them");
-}
-
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& mask, const at::Tensor& weight,
     const at::Tensor& offsets, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& bias, std::optional<std::string> path) {
   TORCH_CHECK(mask.is_cpu() && weight.is_cpu() && offsets.is_cpu(), "not in memory");
   TORCH_CHECK(x.dim() > 0 && mask.dim() == 2 && offsets.dim() == 1, "x, mask, offsets: shapes");
+  TORCH_CHECK(x.size(-1) > 0, "x: no inputs");
   const int64_t out = offsets.size(0) - 1, in = x.size(-1);
-  const bool one_mask = mask.size(0) == 1 && out != 1;
-  TORCH_CHECK((mask.size(0) == out || one_mask) && mask.size(1) == (in + 7) / 8, "mask: shape");
+  TORCH_CHECK(mask.size(1) == (in + 7) / 8, "mask: shape");
   TORCH_CHECK(mask.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong, "dtypes");
   TORCH_CHECK(weight.dim() == 1 && mask.is_contiguous() && weight.is_contiguous(), "not packed");
   const bool four = weight.scalar_type() == at::kByte, eight = weight.scalar_type() == at::kChar;
@@ -1387,13 +1216,15 @@ at::Tensor linear(
   TORCH_CHECK(offsets.is_contiguous(), "offsets");
   const int64_t nnz = offsets.const_data_ptr<int64_t>()[out];
   TORCH_CHECK((four ? (nnz + 1) / 2 : nnz) == weight.size(0) && are_offsets(offsets), "offsets");
-  TORCH_CHECK((four || eight) == scale.has_value() && !(four && one_mask), "scale or mask");
+  TORCH_CHECK((four || eight) == scale.has_value(), "scale");
+  TORCH_CHECK(mask.size(0) == (eight ? 1 : out) && (!eight || nnz == out * in), "mask: rows");
   at::Tensor factors, added;
   if (eight) factors = scale->to(at::kFloat).contiguous();
   TORCH_CHECK(!eight || factors.numel() == out, "scale: shape");
   if (four) factors = scale->contiguous();
   TORCH_CHECK(
       !four || (factors.dim() == 2 && factors.size(0) == out &&
+                factors.size(1) == std::max<int64_t>(1, (in + GROUP - 1) / GROUP) &&
                 factors.scalar_type() == at::kBFloat16), "scale: shape or dtype");
   if (bias) added = bias->to(x.scalar_type()).contiguous();
   TORCH_CHECK(!bias || added.numel() == out, "bias: shape");
@@ -1410,17 +1241,15 @@ at::Tensor linear(
     const Path by = chosen_path(path);
     if (four) {
       const auto* scales = factors.const_data_ptr<c10::BFloat16>();
-      const int64_t group = group_size(in, factors.size(1));
       const auto* values = weight.const_data_ptr<uint8_t>();
-      product<T>(FourBits{masks, values, starts, scales, out, in, group}, inputs, added, y, by);
+      product<T>(FourBits{masks, values, starts, scales, out, in}, inputs, added, y, by);
     } else if (eight) {
       const auto* scales = factors.const_data_ptr<float>();
       const auto* values = weight.const_data_ptr<int8_t>();
-      product<T>(
-          Weight<int8_t>{masks, values, starts, scales, out, in, one_mask}, inputs, added, y, by);
+      product<T>(Weight<int8_t>{masks, values, starts, scales, out, in}, inputs, added, y, by);
     } else {
       const auto* values = weight.const_data_ptr<T>();
-      product<T>(Weight<T>{masks, values, starts, nullptr, out, in, one_mask}, inputs, added, y, by);
+      product<T>(Weight<T>{masks, values, starts, nullptr, out, in}, inputs, added, y, by);
     }
   };
   switch (x.scalar_type()) {

@@ -152,4 +152,5 @@ def _compiler_error(error: Exception) -> str:
         return one_line(error)
     lines = [line.strip() for line in str(error).splitlines()[1:]]
     lines = [line for line in lines if "error:" in line or "not found" in line]
-    return f"{lines[0] if lines else 'the compiler failed'}; install a C++ compiler (g++)"
+    line = lines[0] if lines else "the compiler failed"
+    return f"{line}; install a C++ compiler (g++)" if "not found" in line else line

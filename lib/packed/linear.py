@@ -211,9 +211,9 @@ class SparseLinear(nn.Module):
 
     def _by_dense_rows(self, tokens: Tensor) -> Tensor:
         """By the dense weight; on a CPU by some rows of it at a time."""
-        step = max(1, TILE_WEIGHTS * torch.get_num_threads() // self.in_features)
-        if not tokens.is_cpu or torch.compiler.is_compiling():
-            step = self.out_features
+        step = self.out_features
+        if tokens.is_cpu and not torch.compiler.is_compiling():
+            step = max(1, TILE_WEIGHTS * torch.get_num_threads() // self.in_features)
         packed, products = Packed(self.mask, self.weight, self.scale), []
         for start in range(0, self.out_features, step):
             rows = slice(start, min(self.out_features, start + step))

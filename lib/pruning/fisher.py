@@ -16,8 +16,7 @@ graph of one block at a time; blocks may be fetched one by one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import watch_outputs
 from lib.model.matrix import PrunableLinear
 from lib.pruning.observe import rows
+from lib.util.deterministic import deterministic
 from lib.util.errors import RunWarning
 
 
@@ -97,7 +97,7 @@ class BackwardPass:
         Linears that no token reached are among them.
         """
         try:
-            with deterministic(self.runner.device):
+            with deterministic(self.runner.device, strict=True):
                 diagonals = self._through(index, linears)
         except RuntimeError as error:  # of the first batch, before anything was stored
             if "deterministic" not in str(error):
@@ -129,25 +129,6 @@ class BackwardPass:
                 end.backward(transfer.fetch(self.states.hidden, batch))
                 transfer.store_(self.states.hidden, batch, start.grad)
         return diagonals
-
-
-@contextmanager
-def deterministic(device: torch.device) -> Iterator[None]:
-    """Inside, a GPU adds up gradients in one order; RuntimeError where an operation can't.
-
-    In the mode that only warns, attention's backward would stay as it is.
-    """
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    if device.type == "cuda":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # else each empty is a fill
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _square_sums(x: Tensor) -> Tensor:

@@ -3,26 +3,23 @@
 A method that takes inputs in order prunes a block stage by stage: q, k and v, then o, then gate and
 up, then down. Of each stage it needs what the linears receive now and in the untouched model, or,
 for a residual projection, its input and how far the untouched stream is ahead once its outputs are
-added. Computed from the block's input each time, that takes a pass or most of one for every stage,
-in two streams. Here
+added. A pass or most of one for every stage, in two streams, is saved by what is kept:
 
-  - the untouched block runs once, and what later stages need of it is kept: the inputs of the
-    middle stages, and of a residual projection the stream after it, which is the block's input and
-    its outputs;
+  - the untouched block runs once; kept are the inputs of the middle stages, and of a residual
+    projection the stream after it;
   - a pass through the pruned block stops at the last input wanted. The input of a residual
     projection is kept, and once it is pruned, its outputs: the module that ends in it (attention)
     is not run again;
   - with the stream before the last projection in place of the hidden states, and its input kept,
     the block's output is that stream and one product.
 
-Where memory is short (`cache_inputs` false) nothing of this is kept, and passes start at the
-block's input each time, with the same results.
+Where memory is short (`cache_inputs` false) nothing of this is kept, with the same results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -101,82 +98,6 @@ class BlockOrder:
         return {0: places}
 
 
-class DensePass:
-    """What the stages of a block need of the untouched block, computed in as few runs as can be.
-
-    `need_outputs`: whether the untouched block's outputs will be wanted; once they were computed
-    with the last need, `advanced` is true and its hidden states are those after the block.
-    """
-
-    def __init__(
-        self,
-        runner: BlockRunner,
-        index: int,
-        order: BlockOrder,
-        dense: DenseBlock,
-        cache_inputs: bool,
-        need_outputs: bool,
-    ) -> None:
-        self.runner, self.index, self.order, self.dense = runner, index, order, dense
-        self.rounds = order.dense_rounds(cache_inputs)
-        self.to_the_end = bool(need_outputs or order.projections[order.last])
-        self.cache: list[Needs] = [{} for _ in dense.states.batches]
-        self.advanced = False
-
-    def iter_needs(self, place: int) -> Iterator[Needs]:
-        """For each batch, what stage `place` needs of the untouched block."""
-        own = [linear.name for linear in self.order.dense_needs(place)]
-        wanted = [
-            linear
-            for later in self.rounds.get(place, ())
-            for linear in self.order.dense_needs(later)
-        ]
-        to_the_end = place == max(self.rounds) and self.to_the_end
-        if not (wanted or to_the_end):
-            for cached in self.cache:
-                yield {name: cached.pop(name) for name in own if name in cached}
-            return
-        states, transfer = self.dense.states, self.runner.transfer
-        for batch, (cut, run) in enumerate(
-            self.runner.iter_batches(states, self.index, self.dense.block)
-        ):
-            with record_function("forward"):
-                needs, out = self._run(run, cut, wanted, to_the_end)
-            if to_the_end:
-                transfer.store_(states.hidden, cut, out)
-            now = {name: needs.pop(name) for name in own if name in needs}
-            if needs:
-                self.cache[batch] = {name: owned(tensor) for name, tensor in needs.items()}
-            yield now
-        self.advanced = to_the_end
-
-    def _run(
-        self, run: Callable[[], Tensor], cut: slice, wanted: list[PrunableLinear], to_the_end: bool
-    ) -> tuple[Needs, Tensor | None]:
-        """What `wanted` need of one batch, and the block's outputs where it runs to its end."""
-        needs: Needs = {}
-        stages = zip(self.order.stages, self.order.projections, strict=True)
-        adding = {stage[0].name for stage, projection in stages if projection}
-
-        def note(linear: PrunableLinear, tensor: Tensor) -> None:
-            needs.setdefault(linear.name, tensor)
-            if len(needs) == len(wanted) and not to_the_end:
-                raise Stop
-
-        def note_stream(linear: PrunableLinear, _: Tensor, out: Tensor) -> None:
-            note(linear, self.runner.transfer.fetch(self.dense.states.hidden, cut) + out)
-
-        linears = [self.dense.linears[linear.name] for linear in wanted]
-        out: list[Tensor] = []
-        with ExitStack() as stack:
-            inputs = [linear for linear in linears if linear.name not in adding]
-            outputs = [linear for linear in linears if linear.name in adding]
-            stack.enter_context(watch_inputs(inputs, note))
-            stack.enter_context(watch_outputs(outputs, note_stream))
-            run_until_stop(lambda: out.append(run()))
-        return needs, out[0] if out else None
-
-
 class OrderedBlock:
     """Block `index` of a method that takes inputs in order.
 
@@ -198,15 +119,11 @@ class OrderedBlock:
         self.runner, self.states, self.index = runner, states, index
         self.order, self.dense, self.method = order, dense, method
         self.cache_inputs, self.need_outputs = cache_inputs, need_outputs
-        self.dense_pass = DensePass(
-            runner=runner,
-            index=index,
-            order=order,
-            dense=dense,
-            cache_inputs=cache_inputs,
-            need_outputs=need_outputs,
-        )
         final = order.projections[order.last]
+        self.dense_rounds = order.dense_rounds(cache_inputs)
+        self.dense_to_the_end = bool(need_outputs or final)
+        self.dense_advanced = False  # its hidden states are those after the block
+        self.needs: list[Needs] = [{} for _ in states.batches]  # kept for later stages
         # the block's outputs are the stream that is kept then, and one product
         self.finish_from_stream = bool(cache_inputs and need_outputs and final and final.exact)
         # of projections, by place: inputs, then outputs once they are pruned
@@ -254,7 +171,7 @@ class OrderedBlock:
     def advance_(self) -> None:
         """Take both streams through the pruned block and the untouched one."""
         states, transfer, last = self.states, self.runner.transfer, self.order.last
-        if not self.dense_pass.advanced:
+        if not self.dense_advanced:
             self.runner.advance_(self.dense.states, self.index, self.dense.block)
         if not self.finish_from_stream:
             with record_function("forward"):
@@ -286,9 +203,56 @@ class OrderedBlock:
     def _iter_batches(self, place: int) -> Iterator[tuple[int, Needs, slice, Callable[[], Tensor]]]:
         """For each batch: its number, what is needed of the untouched block, its slice, its run."""
         runs = self.runner.iter_batches(self.states, self.index)
-        needs = self.dense_pass.iter_needs(place)
+        needs = self._iter_needs(place)
         for batch, (of_batch, (cut, run)) in enumerate(zip(needs, runs, strict=True)):
             yield batch, of_batch, cut, run
+
+    def _iter_needs(self, place: int) -> Iterator[Needs]:
+        """For each batch, what stage `place` needs of the untouched block."""
+        own = [linear.name for linear in self.order.dense_needs(place)]
+        places = self.dense_rounds.get(place, ())
+        wanted = [linear for later in places for linear in self.order.dense_needs(later)]
+        to_the_end = place == max(self.dense_rounds) and self.dense_to_the_end
+        if not (wanted or to_the_end):
+            for kept in self.needs:
+                yield {name: kept.pop(name) for name in own if name in kept}
+            return
+        states = self.dense.states
+        runs = self.runner.iter_batches(states, self.index, self.dense.block)
+        for batch, (cut, run) in enumerate(runs):
+            with record_function("forward"):
+                needs, out = self._run_dense(run, cut, wanted, to_the_end)
+            if to_the_end:
+                self.runner.transfer.store_(states.hidden, cut, out)
+            now = {name: needs.pop(name) for name in own if name in needs}
+            if needs:
+                self.needs[batch] = {name: owned(tensor) for name, tensor in needs.items()}
+            yield now
+        self.dense_advanced = to_the_end
+
+    def _run_dense(
+        self, run: Callable[[], Tensor], cut: slice, wanted: list[PrunableLinear], to_the_end: bool
+    ) -> tuple[Needs, Tensor | None]:
+        """What `wanted` need of one batch, and the untouched block's outputs if `to_the_end`."""
+        needs: Needs = {}
+        stages = zip(self.order.stages, self.order.projections, strict=True)
+        adding = {stage[0].name for stage, projection in stages if projection}
+
+        def note(linear: PrunableLinear, tensor: Tensor) -> None:
+            needs.setdefault(linear.name, tensor)
+            if len(needs) == len(wanted) and not to_the_end:
+                raise Stop
+
+        def note_stream(linear: PrunableLinear, _: Tensor, out: Tensor) -> None:
+            note(linear, self.runner.transfer.fetch(self.dense.states.hidden, cut) + out)
+
+        linears = [self.dense.linears[linear.name] for linear in wanted]
+        inputs = [linear for linear in linears if linear.name not in adding]
+        outputs = [linear for linear in linears if linear.name in adding]
+        out: list[Tensor] = []
+        with watch_inputs(inputs, note), watch_outputs(outputs, note_stream):
+            run_until_stop(lambda: out.append(run()))
+        return needs, out[0] if out else None
 
 
 def run_to_outputs(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor, Tensor]:

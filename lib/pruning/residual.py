@@ -66,7 +66,7 @@ class ResidualProjections:
             try:
                 projection = as_residual_projection(block, run, linear, later, hidden)
             except RuntimeError as error:  # a block whose shapes depend on what the linears give
-                if out_of_memory(error):
+                if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
                     raise
                 projection = None
             # rounding could divide processes
@@ -130,7 +130,11 @@ def module_ending_in(
     replayed.
     """
     returned: dict[str, Tensor | tuple] = {}
-    paths = [path for path, inner in block.named_modules() if path and _holds(inner, linear)]
+    paths = [
+        path
+        for path, inner in block.named_modules()
+        if path and any(part is linear.module for part in inner.modules())
+    ]
     handles = [
         block.get_submodule(path).register_forward_hook(
             lambda _, args, out, path=path: returned.update({path: out})
@@ -154,10 +158,6 @@ def module_ending_in(
     return None, 0
 
 
-def _holds(module: nn.Module, linear: PrunableLinear) -> bool:
-    return any(inner is linear.module for inner in module.modules())
-
-
 @contextmanager
 def replayed_outputs(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -> Iterator[None]:
     """Inside, modules of `block` by name return a tensor, in a tuple of that length if not 0."""
@@ -171,12 +171,10 @@ def replayed_outputs(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -
         yield
 
 
-def stream_at(
-    run: Callable[[], Tensor], linear: PrunableLinear, later: Sequence[PrunableLinear] = ()
-) -> tuple[Tensor, Tensor]:
-    """The linear's input (..., in), and the stream (..., hidden) that its outputs are added to."""
+def stream_at(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor, Tensor]:
+    """The last linear's input (..., in), and the stream (..., hidden) that it adds to."""
     inputs: list[Tensor] = []
-    with watch_inputs([linear], lambda _, x: inputs.append(x)), zeroed_outputs([linear, *later]):
+    with watch_inputs([linear], lambda _, x: inputs.append(x)), zeroed_outputs([linear]):
         stream = run()
     return inputs[0], stream
 
@@ -201,8 +199,3 @@ def zeroed_outputs(linears: Sequence[PrunableLinear]) -> Iterator[None]:
 
     with replaced([linear.module for linear in first.values()], make):
         yield
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch ran out of memory, on a GPU or, where only the text says so, on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.methods.damping import TRIES, cholesky, rising
+from lib.methods.damping import cholesky, rising
 from lib.util.errors import UserError
 
 
@@ -11,15 +11,9 @@ def test_it_rises_tenfold_with_a_warning_and_not_for_ever():
     seen = []
     with pytest.warns(UserWarning) as warned, pytest.raises(UserError, match="even with .* 10;"):
         for damping in rising(0.01):
+            assert len(warned) == len(seen)  # none where the first is enough
             seen.append(damping)
-    assert seen == pytest.approx([0.01, 0.1, 1, 10]) and len(seen) == TRIES
-    said = [str(one.message) for one in warned]
-    assert [one.rpartition("; ")[2] for one in said] == ["trying 0.1", "trying 1", "trying 10"]
-
-
-@pytest.mark.filterwarnings("error")
-def test_one_that_is_enough_is_not_told():
-    assert next(rising(0.01)) == 0.01
+    assert seen == pytest.approx([0.01, 0.1, 1, 10])
 
 
 def test_a_factor_gives_the_matrix_back():
@@ -31,10 +25,8 @@ def test_a_factor_gives_the_matrix_back():
 
 
 @pytest.mark.parametrize("wrong", [-1.0, 0.0, float("nan"), float("inf")])
-def test_what_is_not_positive_definite_has_none(wrong):
+@pytest.mark.parametrize("place", [(3, 3), (4, 1)])
+def test_what_is_not_positive_definite_has_none(wrong, place):
     hessian = torch.eye(5)
-    hessian[3, 3] = wrong
-    assert cholesky(hessian) is None
-    hessian = torch.eye(5)
-    hessian[4, 1] = wrong or 2.0
+    hessian[place] = wrong if wrong or place == (3, 3) else 2.0
     assert cholesky(hessian) is None

@@ -36,8 +36,7 @@ def by_brute_force(
     """
 
     def best(rows: list[int]) -> tuple[float, numpy.ndarray]:
-        inner = hessian[numpy.ix_(rows, rows)]
-        solution = numpy.linalg.solve(inner, target[rows])
+        solution = numpy.linalg.solve(hessian[numpy.ix_(rows, rows)], target[rows])
         return float(-(target[rows] * solution).sum()), solution
 
     rows = list(range(len(hessian)))
@@ -51,7 +50,7 @@ def damped(x: Tensor, share: float = 0.01) -> numpy.ndarray:
     return hessian + share * numpy.diag(hessian).mean() * numpy.eye(len(hessian))
 
 
-@pytest.mark.parametrize("count", [1, 15, 30, 39])
+@pytest.mark.parametrize("count", [1, 15, 39])
 def test_one_at_a_time_is_the_greedy_best(count: int) -> None:
     x, weight, _ = problem()
     hessian = damped(x)
@@ -87,43 +86,34 @@ def test_sparsegpt_repairs_what_stays(count: int) -> None:
     assert len(kept) == count and (kept.diff() > 0).all()
     gone = sorted(set(range(40)) - set(kept.tolist()))
     assert (pruned[:, gone] == 0).all()
-    hessian = damped(x)
+    hessian, rows = damped(x), kept.tolist()
     target = hessian @ weight.T.double().numpy()
-    rows = kept.tolist()
     best = numpy.linalg.solve(hessian[numpy.ix_(rows, rows)], target[rows])
     assert numpy.allclose(pruned[:, kept].T.numpy(), best, atol=1e-3)
 
-    def error(matrix: Tensor) -> float:
-        return ((matrix - weight) @ x.T).square().sum().item()
 
-    dropped = weight.clone()
-    dropped[:, gone] = 0
-    assert error(pruned) < 0.8 * error(dropped)
-
-
-@pytest.mark.parametrize("blend", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("by_stream", [False, True])
-def test_admm_aims_at_the_dense_model(blend: float, by_stream: bool) -> None:
+def test_admm_aims_at_the_dense_model(by_stream: bool) -> None:
     """Against least squares on the outputs that the dense model has, and what is ahead."""
     x, weight, gains = problem()
     generator = torch.Generator().manual_seed(1)
     dense = x + 0.2 * torch.randn(x.shape, generator=generator)
-    ahead = 0.3 * torch.randn(len(x), 12, generator=generator)
-    method, pruned = Admm(40, CPU, blend=blend, damping=0.0), weight.clone()
+    ahead = 0.3 * torch.randn(len(x), 12, generator=generator) * by_stream
+    method, pruned = Admm(40, CPU), weight.clone()
+    method.damping = 0.0
     if by_stream:
         method.observe(x, residual_error=ahead + (dense - x) @ weight.T)
     else:
         method.observe(x, dense)
-        ahead = torch.zeros_like(ahead)
     kept = method.remove_neurons_(pruned, gains, 25)
-    aim = x @ weight.T + blend * ((dense - x) @ weight.T + ahead)
+    aim = dense @ weight.T + ahead
     scale = x.norm(dim=0)
     # damping is a few more rows of the least squares, which pull towards the weights as they were
     tall = torch.cat([x, FLOOR**0.5 * scale.diag()]).double()
     right = torch.cat([aim, FLOOR**0.5 * (scale * weight).T]).double()
     best = torch.linalg.lstsq(tall[:, kept], right).solution
     assert torch.allclose(pruned[:, kept].T.double(), best, atol=2e-3)
-    scaled = tall / torch.cat([scale, scale])[None, :40].double()
+    scaled = tall / scale.double()
     rows, _ = by_brute_force((scaled.T @ scaled).numpy(), (scaled.T @ right).numpy(), 25)
     assert len(set(kept.tolist()) & set(rows)) >= 22  # a stage is several at once
 
@@ -133,9 +123,9 @@ def test_scores_of_magnitude_and_wanda_by_hand() -> None:
     gains, x = torch.tensor([0.1, 1.0, 1.0]), torch.tensor([[0.1, 0.4, 0.9]])
     magnitude, wanda = Magnitude(3, CPU), Wanda(3, CPU)
     wanda.observe(x)
-    for method, expected in ((magnitude, [1, 2]), (wanda, [1, 2])):
+    for method in (magnitude, wanda):
         pruned = weight.clone()
-        assert method.remove_neurons_(pruned, gains, 2).tolist() == expected
+        assert method.remove_neurons_(pruned, gains, 2).tolist() == [1, 2]
         assert torch.equal(pruned, weight * torch.tensor([0.0, 1.0, 1.0]))
     assert magnitude.remove_neurons_(weight.clone(), torch.ones(3), 1).tolist() == [0]
     assert wanda.remove_neurons_(weight.clone(), gains, 1).tolist() == [2]
@@ -152,6 +142,8 @@ def test_neurons_that_are_never_active_go_first(method: type) -> None:
     assert torch.allclose(x @ pruned.T, x @ weight.T, atol=0.05)
 
 
-def test_what_can_not_be_factored_is_told() -> None:
+def test_what_can_not_be_factored_is_an_error() -> None:
     with pytest.raises(UserError, match="can't be factored"):
         solve_rows(-torch.eye(4), torch.ones(4, 2), torch.tensor([0, 2]))
+    with pytest.raises(UserError, match="can't be factored"):
+        choose_rows(torch.ones(4, 2), torch.ones(4, 4), 1)  # singular

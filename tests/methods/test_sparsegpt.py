@@ -11,6 +11,8 @@ from lib.methods.sparsegpt import SparseGPT
 from lib.methods.sparsity import Sparsity
 from lib.util.errors import UserError
 
+KINDS = pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8"])
+
 
 def reference(weight, hessian, sparsity: Sparsity, damping=0.01, block_size=128):
     """Algorithm 1 of arXiv 2301.00774, with exactly the asked number of weights pruned."""
@@ -52,72 +54,64 @@ def problem(width: int, *outputs: int, tokens: int = 400, seed: int = 0):
     return x, [torch.randn(out, width, generator=generator) for out in outputs]
 
 
-def solve(x, weights, sparsity: Sparsity, **options):
-    method = SparseGPT(x.shape[1], CPU, **options)
-    method.observe(x)
+def solve(x, weights, sparsity: Sparsity, **settings):
+    method = SparseGPT(x.shape[1], CPU)
+    for name, value in settings.items():
+        setattr(method, name, value)
+    for batch in x.split(150):
+        method.observe(batch)
+    assert method.tokens == len(x)
     pruned = [weight.clone() for weight in weights]
     method.prune_(pruned, [sparsity] * len(pruned))
     return pruned
 
 
-def assert_as_reference(pruned, weight, x, sparsity: Sparsity, **options):
-    expected, mask = reference(weight, x.double().T @ x.double(), sparsity, **options)
+def assert_as_reference(weight, x, sparsity: Sparsity, **settings):
+    [pruned] = solve(x, [weight], sparsity, **settings)
+    expected, mask = reference(weight, x.double().T @ x.double(), sparsity, **settings)
     assert torch.equal(pruned == 0, torch.from_numpy(mask))
     assert torch.allclose(pruned.double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-4)
+    return pruned
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.99])
-@pytest.mark.parametrize("width", [16, 128, 129, 200, 300])
+@pytest.mark.parametrize("width", [16, 128, 129, 300])
 def test_unstructured(width, ratio):
     x, [weight] = problem(width, 24)
-    sparsity = Sparsity.parse("unstructured", ratio)
-    [pruned] = solve(x, [weight], sparsity)
-    assert_as_reference(pruned, weight, x, sparsity)
+    pruned = assert_as_reference(weight, x, Sparsity(ratio))
     for block in pruned.split(128, dim=1):
         assert (block == 0).sum() == int(block.numel() * ratio)
 
 
-@pytest.mark.parametrize("kind", ["2:4", "4:8"])
+@pytest.mark.parametrize("n, m", [(2, 4), (4, 8)])
 @pytest.mark.parametrize("width", [8, 128, 136, 304])
-def test_n_of_m(width, kind):
+def test_n_of_m(width, n, m):
     x, [weight] = problem(width, 24)
-    sparsity = Sparsity.parse(kind, 0.5)
-    [pruned] = solve(x, [weight], sparsity)
-    assert_as_reference(pruned, weight, x, sparsity)
-    assert ((pruned.view(24, -1, sparsity.m) == 0).sum(-1) == sparsity.n).all()
+    pruned = assert_as_reference(weight, x, Sparsity(0.5, n, m))
+    assert ((pruned.view(24, -1, m) == 0).sum(-1) == n).all()
 
 
 @pytest.mark.parametrize("block_size, damping", [(64, 0.01), (48, 0.1), (1000, 0.01)])
-def test_options(block_size, damping):
+def test_settings(block_size, damping):
     x, [weight] = problem(200, 24)
-    sparsity = Sparsity(0.5)
-    options = {"block_size": block_size, "damping": damping}
-    [pruned] = solve(x, [weight], sparsity, **options)
-    assert_as_reference(pruned, weight, x, sparsity, **options)
+    assert_as_reference(weight, x, Sparsity(0.5), block_size=block_size, damping=damping)
 
 
-@pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8"])
+@KINDS
 def test_dead_inputs_lose_their_weights_and_change_no_others(kind):
     x, [weight] = problem(160, 24)
     x[:, [3, 50, 131]] = 0
-    sparsity = Sparsity.parse(kind, 0.5)
-    [pruned] = solve(x, [weight], sparsity)
+    pruned = assert_as_reference(weight, x, Sparsity.parse(kind, 0.5))
     assert (pruned[:, [3, 50, 131]] == 0).all()
-    assert_as_reference(pruned, weight, x, sparsity)
+    [nothing] = solve(torch.zeros(10, 160), [weight], Sparsity(0.5))
+    assert (nothing == 0).all()
 
 
-def test_all_inputs_dead():
-    _, [weight] = problem(32, 8)
-    [pruned] = solve(torch.zeros(10, 32), [weight], Sparsity(0.5))
-    assert (pruned == 0).all()
-
-
-@pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8"])
+@KINDS
 def test_linears_with_a_shared_input_are_as_each_alone(kind):
     x, weights = problem(200, 24, 8, 40)
     sparsity = Sparsity.parse(kind, 0.5)
-    together = solve(x, weights, sparsity)
-    for weight, pruned in zip(weights, together, strict=True):
+    for weight, pruned in zip(weights, solve(x, weights, sparsity), strict=True):
         [alone] = solve(x, [weight], sparsity)
         assert torch.equal(alone == 0, pruned == 0)
         assert torch.allclose(alone, pruned, rtol=1e-4, atol=1e-5)
@@ -125,15 +119,14 @@ def test_linears_with_a_shared_input_are_as_each_alone(kind):
 
 def test_equal_scores_go_from_the_left():
     # uncorrelated inputs of one size: the score is the square of the weight
-    x = torch.eye(16)
-    weight = torch.ones(2, 16)
+    x, weight = torch.eye(16), torch.ones(2, 16)
     [rows] = solve(x, [weight], Sparsity(0.25))
     assert (rows == 0).int().tolist() == [[1] * 4 + [0] * 12] * 2
     [groups] = solve(x, [weight], Sparsity.parse("2:4", 0.5))
     assert (groups == 0).int().tolist() == [[1, 1, 0, 0] * 4] * 2
 
 
-@pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8"])
+@KINDS
 def test_ill_conditioned_inputs(kind):
     """Fewer tokens than inputs, of sizes far apart: the loss is as small as the reference's."""
     x, [weight] = problem(160, 24, tokens=40)
@@ -148,53 +141,17 @@ def test_ill_conditioned_inputs(kind):
     assert loss(pruned) == pytest.approx(loss(torch.from_numpy(expected)), rel=0.01)
 
 
-@pytest.mark.parametrize("kind", ["unstructured", "2:4"])
-def test_the_rest_makes_up_for_what_is_pruned(kind):
-    x, [weight] = problem(160, 24)
-    [pruned] = solve(x, [weight], Sparsity.parse(kind, 0.5))
-    masked = weight.masked_fill(pruned == 0, 0)
-
-    def loss(matrix):
-        return ((matrix - weight) @ x.T).square().sum()
-
-    assert loss(pruned) < 0.8 * loss(masked)
-
-
-def test_batches_add_up():
-    x, [weight] = problem(160, 24)
-    whole, parts = SparseGPT(160, CPU), SparseGPT(160, CPU)
-    whole.observe(x)
-    for batch in x.split(90):
-        parts.observe(batch)
-    assert whole.tokens == parts.tokens == 400
-    assert torch.allclose(whole.hessian.triu(), parts.hessian.triu(), rtol=1e-4, atol=1e-3)
-    assert parts.statistics()[0] is parts.hessian
-
-
-def test_same_input_same_bytes():
-    x, weights = problem(200, 24, 8)
-    first = solve(x, weights, Sparsity(0.5))
-    second = solve(x, weights, Sparsity(0.5))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_a_failed_factorisation_raises_the_damping():
+def test_a_failed_factorisation_raises_the_damping_or_is_an_error():
     x = torch.ones(50, 64) * torch.linspace(1, 100, 64)  # rank 1
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="not positive definite") as warned:
         [pruned] = solve(x, [weight], Sparsity(0.5), damping=1e-8)
     assert "damping 1e-08; trying 1e-07" in str(warned[0].message)
-    assert (pruned == 0).sum() == 8 * 32
-    assert pruned.isfinite().all()
-
-
-def test_a_hopeless_factorisation_is_an_error():
-    method = SparseGPT(8, CPU)
-    method.hessian.copy_(-torch.eye(8))
-    with pytest.raises(UserError, match="even with damping"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        method.prune_([torch.ones(2, 8)], [Sparsity(0.5)])
-    method.hessian.fill_(float("nan"))
-    with pytest.raises(UserError, match="--nsamples"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        method.prune_([torch.ones(2, 8)], [Sparsity(0.5)])
+    assert (pruned == 0).sum() == 8 * 32 and pruned.isfinite().all()
+    for hopeless in (-torch.eye(8), torch.full((8, 8), float("nan"))):
+        method = SparseGPT(8, CPU)
+        method.hessian.copy_(hopeless)
+        with pytest.raises(UserError, match="even with damping.*--nsamples"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                method.prune_([torch.ones(2, 8)], [Sparsity(0.5)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -15,35 +14,21 @@ from support import prune_, runner_of, windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lib.methods.registry import METHODS
 from lib.model.pretrained import decoder_blocks
 from lib.prune import Pruned
 
-METHODS = ("wanda", "sparsegpt", "admm", "magnitude")
-
-
-@dataclass(frozen=True)
-class Example:
-    """A model pruned to a half, what was told of it, and its logits on the calibration windows."""
-
-    model: PreTrainedModel
-    done: Pruned
-    logits: Tensor
-
 
 @cache
-def dense(name: str) -> Example:
-    """A model before it is pruned: made once for all tests, which leave it as it is."""
-    model = tiny.ALL[name]()
-    runner_of(model).verify()
-    return Example(model, Pruned(), logits(model))
-
-
-@cache
-def example(name: str, method: str) -> Example:
-    """A copy of it, pruned by a method."""
-    model = copy.deepcopy(dense(name).model)
-    done = prune_(model, method)
-    return Example(model, done, logits(model))
+def example(name: str, method: str | None) -> tuple[PreTrainedModel, Pruned, Tensor]:
+    """A model pruned to a half, or dense; what is reported, and its logits. Not to be changed."""
+    if method is None:
+        model, done = tiny.ALL[name](), Pruned()
+        runner_of(model).verify()
+    else:
+        model = copy.deepcopy(example(name, None)[0])
+        done = prune_(model, method)
+    return model, done, logits(model)
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -65,7 +50,7 @@ def matrices(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: w for name, w in found.items() if not any(word in name for word in routers)}
 
 
-def told_of(parameter: str, names: Iterable[str]) -> bool:
+def is_among(parameter: str, names: Iterable[str]) -> bool:
     """Whether a parameter, its linear or its first expert is among the names."""
     known = (parameter, parameter.removesuffix(".weight"), f"{parameter}.0")
     return not set(names).isdisjoint(known)
@@ -73,59 +58,50 @@ def told_of(parameter: str, names: Iterable[str]) -> bool:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", tiny.ALL)
-def test_half_of_every_matrix_goes_or_it_is_told_why_not(name: str, method: str) -> None:
-    found, done = matrices(example(name, method).model), example(name, method).done
-    left = {parameter for parameter in found if told_of(parameter, done.left_dense)}
+def test_half_of_every_matrix_goes_or_it_is_reported(name: str, method: str) -> None:
+    model, done, _ = example(name, method)
+    found = matrices(model)
+    left = {parameter for parameter in found if is_among(parameter, done.left_dense)}
     assert len(left) < len(found) / 3 if name in tiny.HYBRIDS else not left
     for parameter in found.keys() - left:
         assert (found[parameter] == 0).sum() * 2 == found[parameter].numel(), parameter
     assert all(done.reasons[name] for name in done.left_dense)
-    for part in example(name, method).model.modules():
+    for part in model.modules():
         assert "forward" not in vars(part), part
-
-
-@pytest.mark.parametrize("name", tiny.ALL)
-def test_nothing_is_skipped_silently(name: str) -> None:
-    model, done = dense(name).model, example(name, "magnitude").done
     blocks_name, blocks = decoder_blocks(model)
     for parameter, weight in blocks.named_parameters(prefix=blocks_name):
         if weight.dim() > 1 and not parameter.endswith("bias"):
-            assert told_of(parameter, [*done.pruned, *done.left_dense]), parameter
+            assert is_among(parameter, [*done.pruned, *done.left_dense]), parameter
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_the_more_a_method_makes_up_for_the_nearer_the_dense_model(name: str) -> None:
     """SparseGPT corrects the weights that stay; ADMM solves for them, in order, beside the dense
     model. So neither mixes up inputs, in any kind of block."""
-    before = dense(name).logits
-    off = {method: float((example(name, method).logits - before).norm()) for method in METHODS}
+    before = example(name, None)[2]
+    off = {method: float((example(name, method)[2] - before).norm()) for method in METHODS}
     assert off["admm"] < 0.95 * off["sparsegpt"] and off["sparsegpt"] < off["magnitude"]
     assert off["magnitude"] > 0.1 * float(before.norm())
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_a_pruned_model_survives_a_reload(name: str, tmp_path: Path) -> None:
-    pruned = example(name, "sparsegpt")
-    pruned.model.save_pretrained(tmp_path)
+    pruned, _, expected = example(name, "sparsegpt")
+    pruned.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(pruned.model)
-    torch.testing.assert_close(logits(again), pruned.logits, rtol=1e-6, atol=1e-6)
-    original, saved, found = (
-        model.state_dict() for model in (dense(name).model, pruned.model, again)
-    )
+    assert type(again) is type(pruned)
+    torch.testing.assert_close(logits(again), expected, rtol=1e-6, atol=1e-6)
+    original, saved = (model.state_dict() for model in (example(name, None)[0], pruned))
     touched = matrices(again)
-    for parameter, tensor in found.items():
-        expected = saved if parameter in touched else original
-        assert torch.equal(tensor, expected[parameter]), parameter
+    for parameter, tensor in again.state_dict().items():
+        assert torch.equal(tensor, (saved if parameter in touched else original)[parameter])
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen2-MoE", "GPT-OSS"])
 def test_each_expert_is_pruned_by_the_tokens_routed_to_it(name: str) -> None:
-    model, pruned = dense(name).model, example(name, "wanda").model
-    path, experts = next(
-        (path, module) for path, module in model.named_modules() if path.endswith("experts")
-    )
-    calls = []
+    model, pruned = example(name, None)[0], example(name, "wanda")[0]
+    path = next(path for path, _ in model.named_modules() if path.endswith("experts"))
+    experts, calls = model.get_submodule(path), []
     handle = experts.register_forward_pre_hook(lambda _, args: calls.append(args))
     logits(model)
     handle.remove()

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import itertools
 from math import prod
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from support import (
-    ALONE,
-    CPU,
-    QUICK,
-    call,
-    linears_of,
-    pruner_of,
-    results,
-    runner_of,
-    weights,
-    windows,
-)
+from support import CPU, QUICK, call, prune_, results, runner_of, weights, windows
+from torch import Tensor
 
-from lib.methods.registry import MethodSpec
 from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
 from lib.pruning import by_error as module
-from lib.pruning.by_error import GROWTH, WeightCosts, by_error, choose, costs, span
+from lib.pruning.by_error import WeightCosts, by_error, choose, costs, span
 from lib.pruning.check import measure
 from lib.pruning.fisher import FisherDiagonal
 
@@ -42,34 +30,25 @@ def sensed(out: int, width: int, tokens: int = 10) -> FisherDiagonal:
 
 
 def test_parts_that_cost_more_keep_more_at_an_equal_total() -> None:
-    parts = [part("a", 100, 4.0), part("b", 300, 1.0), part("c", 50, 0.1)]
+    parts = [part("a", 100, 4.0), part("b", 300, 1.0), part("c", 50, 0.1), part("d", 50, 0.1)]
     found = choose(parts, 0.6)
-    assert found["a"] < found["b"] < found["c"]
-    assert sum(found[p.name] * p.size for p in parts) == pytest.approx(0.6 * 450)
-
-
-def test_parts_that_are_alike_are_as_sparse() -> None:
-    found = choose([part("a", 100, 2.0), part("b", 100, 2.0)], 0.6)
-    assert found == {"a": pytest.approx(0.6), "b": pytest.approx(0.6)}
+    assert found["a"] < found["b"] < found["c"] == found["d"]
+    assert sum(found[p.name] * p.size for p in parts) == pytest.approx(0.6 * 500)
 
 
 def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every choice of three parts that has as many zeros."""
     monkeypatch.setattr(module, "STEPS", 20)
     monkeypatch.setattr(module, "BELOW", 0.4 * 2 / 3)  # as far on either side
-    shares = span(0.6)
-    parts = [part(name, 1, error) for name, error in (("a", 3), ("b", 1), ("c", 0.5))]
+    errors = (3, 1, 0.5)
 
     def cost(choice) -> float:
-        return sum(error * s**3 for error, s in zip((3, 1, 0.5), choice, strict=True))
+        return sum(error * s**3 for error, s in zip(errors, choice, strict=True))
 
-    best = min(
-        cost(choice)
-        for choice in itertools.product(shares, repeat=3)
-        if sum(choice) == pytest.approx(1.8)
-    )
-    found = list(choose(parts, 0.6).values())
-    assert cost(found) <= best * 1.002
+    choices = itertools.product(span(0.6), repeat=3)
+    best = min(cost(choice) for choice in choices if sum(choice) == pytest.approx(1.8))
+    found = choose([part(str(error), 1, error) for error in errors], 0.6)
+    assert cost(found.values()) <= best * 1.002
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.5, 0.98])
@@ -81,9 +60,9 @@ def test_costs_are_summed_in_order(ratio: float) -> None:
     usual = sum(each[: int(ratio * 80)])
     found = costs(weight, one, ratio)
     assert found.isfinite().all() and (found.diff() >= 0).all()
-    if usual:
+    if usual:  # they grow by the square
         sums = [sum(each[: int(share * 80)]) for share in span(ratio)]
-        assert found.tolist() == pytest.approx([usual * (s / usual) ** GROWTH for s in sums])
+        assert found.tolist() == pytest.approx([s**2 / usual for s in sums])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.5, 0.98])
@@ -94,26 +73,25 @@ def test_any_ratio_has_its_total(ratio: float) -> None:
         one = costs(torch.randn(size, 10, generator=draw), sensed(size, 10), ratio)
         parts.append(WeightCosts(name, size * 10, one))
     found = choose(parts, ratio)
-    assert all(0 <= share < 1 for share in found.values())
+    kept = 1 - ratio
+    assert all(0 <= share <= 1 - 0.33 * kept for share in found.values())
     total = sum(found[p.name] * p.size for p in parts)
     assert total == pytest.approx(ratio * 1380, abs=1e-3 * 1380)
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "admm"])
+@pytest.mark.parametrize("method", ["wanda", "admm"])
 def test_a_run(method: str) -> None:
     tiny.write_model("model")
     tiny.write_texts("uk", test=3)
-    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk"]
+    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk", "--save", "out"]
     flags += ["--sparsity_ratio", "0.6", "--allocation", "error", "--save_model", "pruned"]
     done = call("--model", "model", *flags)
     assert done.status == 0, done.err
     found = results()
     shares = found["allocation"]
     assert shares.keys() == found["sparsity"]["linears"].keys()
-    assert min(shares.values()) >= span(0.6)[0] - 0.01
-    assert max(shares.values()) <= span(0.6)[-1] + 0.01
-    assert len(set(shares.values())) > 1
+    assert 0.19 < min(shares.values()) < max(shares.values()) < 0.88
     total = rows = size = 0
     for name, weight in weights("pruned").items():
         if (linear := name.removesuffix(".weight")) in shares:
@@ -124,39 +102,27 @@ def test_a_run(method: str) -> None:
             total, rows, size = total + zeros, rows + step, size + weight.numel()
     assert found["sparsity"]["overall"] == total / size
     assert 0 <= 0.6 * size - total < rows + 1  # as many as were asked for
-    assert found["seconds"].keys() >= {"allocate", "prune"}
-    assert "| allocation of the zeros | error |" in Path("pruned/README.md").read_text("utf-8")
 
 
-def test_as_many_zeros_as_uniform_and_the_same_twice() -> None:
+def test_the_same_twice_and_another_by_another_seed() -> None:
     runner = runner_of(tiny.tiny_llama().requires_grad_(False))
-    found = by_error(runner, windows(3), 2, 0.7, ALONE)
-    sizes = {
-        f"{runner.name}.{linear.name}": prod(linear.shape)
-        for index in range(len(runner.blocks))
-        for linear in linears_of(runner, index)
-    }
-    total = sum(found.sparsity[name].ratio * size for name, size in sizes.items())
-    assert total == pytest.approx(0.7 * sum(sizes.values()))
-    again = by_error(runner, windows(3), 2, 0.7, ALONE)
+    found, again = (by_error(runner, windows(3), 0.7) for _ in range(2))
     assert found.sparsity == again.sparsity
     assert same(found.output_costs, again.output_costs)
-    other = by_error(runner, windows(3), 2, 0.7, ALONE, seed=1)
+    other = by_error(runner, windows(3), 0.7, seed=1)
     assert not same(found.output_costs, other.output_costs)
 
 
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "shared blocks"])
-def test_other_architectures_reach_what_was_allocated(name: str) -> None:
+@pytest.mark.parametrize("name", ["Llama", "Mixtral", "GPT-2", "Zamba2"])
+def test_architectures_reach_what_was_allocated(name: str) -> None:
     """Experts, transposed weights, and weights that several blocks share: allocated once."""
-    make = tiny.HYBRIDS["Zamba2"] if name == "shared blocks" else tiny.ARCHITECTURES[name]
-    model = make().requires_grad_(False)
-    runner = runner_of(model)
-    allocation = by_error(runner, windows(6), 2, 0.6, ALONE)
-    done = pruner_of(runner, MethodSpec("admm"), allocation).run(windows(6), 2)
+    runner = runner_of(tiny.ALL[name]().requires_grad_(False))
+    allocation = by_error(runner, windows(6), 0.6)
+    done = prune_(runner, "admm", allocation, windows(6))
     target = allocation.sparsity
     measured = measure(runner, target, frozenset(done.left_dense))
     asked = sum(target[name].ratio * size for name, size in measured.sizes.items())
@@ -169,27 +135,27 @@ def test_other_architectures_reach_what_was_allocated(name: str) -> None:
     by_row = sum(rows[name] for names in experts for name in names.split(", "))
     # a whole number in each, and in each row of experts that few tokens reached, by Wanda
     assert 0 <= asked - sum(measured.zeros.values()) <= len(target) + by_row
-    if name != "shared blocks":  # there names count a weight more than once
-        assert asked == pytest.approx(0.6 * sum(measured.sizes.values()), rel=1e-6)
-    if name == "shared blocks":
+    if name == "Zamba2":  # names count a weight more than once
         alike = [one.ratio for path, one in target.items() if "shared_transformer" in path]
         assert len(alike) > len(set(alike)) > 0
+    else:
+        assert asked == pytest.approx(0.6 * sum(measured.sizes.values()), rel=1e-6)
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_4_bit_linear_counts_by_its_weights_not_its_bytes() -> None:
     """Beside linears that are not quantised, of the same shapes."""
     tiny.write_model("model", tiny.tiny_llama(hidden_size=64, intermediate_size=192))
-    config = load_config(Checkpoint("model"))
+    checkpoint = Checkpoint("model")
     options = dict(dtype=torch.float32, device_map={"": CPU}, load_bit="4")
-    model = load_model(Checkpoint("model"), config, **options)
-    runner = runner_of(model)
-    for linear in linears_of(runner, 0):
+    runner = runner_of(load_model(checkpoint, load_config(checkpoint), **options))
+    for linear in runner.linears(0):
         plain = torch.nn.Linear(*reversed(linear.shape), bias=False)
         plain.weight.data.copy_(linear.matrix())
-        runner.blocks[0].set_submodule(linear.name.removeprefix("0."), plain.requires_grad_(False))
-    found = by_error(runner, windows(3), 2, 0.7, ALONE)
-    sizes = [prod(linear.shape) for index in (0, 1) for linear in linears_of(runner, index)]
+        path = linear.name.removeprefix(f"{runner.name}.0.")
+        runner.blocks[0].set_submodule(path, plain.requires_grad_(False))
+    found = by_error(runner, windows(3), 0.7)
+    sizes = [prod(linear.shape) for index in (0, 1) for linear in runner.linears(index)]
     ratios = [sparsity.ratio for sparsity in found.sparsity.values()]
     total = sum(ratio * size for ratio, size in zip(ratios, sizes, strict=True))
     assert total == pytest.approx(0.7 * sum(sizes))
