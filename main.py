@@ -258,10 +258,9 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
 
 def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
     """Round what will be packed on calibration text; return no grids, and logits from before."""
-    from lib.pruning.quantise import Quantiser
-
     from lib.eval import COMPARED_POSITIONS, some_logits
     from lib.pruning.check import measure
+    from lib.pruning.quantise import Quantiser
     from lib.util.progress import progress
 
     is_main, blocks = job.dist.is_main, len(runner.blocks)

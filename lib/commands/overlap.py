@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lib.run.results import NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.errors import UserError
-from lib.util.files import check_output_folder, write_text
+from lib.util.files import check_writable, write_text
 from lib.util.markdown import padded_table
 from lib.util.progress import progress
 
@@ -330,7 +330,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    check_output_folder("--out", args.out)
+    check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)
     for path in write_overlap(counts, args.out):
         print(f"wrote {path}", file=sys.stderr)

@@ -21,7 +21,7 @@ from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.command import one_line
 from lib.util.errors import UserError
-from lib.util.files import check_output_folder
+from lib.util.files import check_writable
 from lib.util.markdown import EMPTY, escape, padded_table
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Runs = Mapping[Path, Mapping[str, Any]]  # {folder: results}
 DENSE = "dense"  # the method and the type of a model that was not pruned
 SETTING, TASK = "setting ", "task "  # what the columns of settings and of tasks begin with
+WITH_COLUMN = set("seed prune_method sparsity_type sparsity_ratio use_variant".split())
+WITH_COLUMN |= {"prune_on_c4", "eval_only"}
 MEASURES = ["perplexity", "standard_error", "bits_per_byte", "kl", "kl_standard_error"]
 MEASURES += ["top1_agreement", "top1_agreement_standard_error"]
 RUN_COLUMNS = {"zeros": ("zeros", ".2%"), "seeds": ("seeds", "d"), "MB": ("saved_mb", ",.1f")}
@@ -120,12 +122,21 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "saved_bytes": results.get("saved_bytes"),
         "bits": results.get("packed", {}).get("bits"),
     }
-    for name, value in results.get("settings", {}).items():
+    for name, value in _settings_of(results).items():
         columns[SETTING + name] = None if value is None else str(value)
     for task, metrics in results.get("tasks", {}).items():
         numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}
         columns |= {f"{TASK}{task} {name}": float(value) for name, value in numbers.items()}
     return columns
+
+
+def _settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flags that change a result and have no column of their own."""
+    if "settings" in results:  # of an earlier version
+        return results["settings"]
+    deciding = results.get("fingerprint", {}).get("pruning", {})
+    flags = {name[2:]: value for name, value in deciding.items() if name.startswith("--")}
+    return {name: value for name, value in flags.items() if name not in WITH_COLUMN}
 
 
 def _settings(table: DataFrame) -> list[str]:
@@ -326,7 +337,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="report", help="folder for the files (default: report)")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    check_output_folder("--out", args.out)
+    check_writable("--out", args.out)
     report(args.runs, args.out)
 
 

@@ -7,7 +7,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "model": "owner/name", "method": "admm",    # or "dense", or "pruned before"
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
         "options": {"variant": false},                      # of the method
-        "flags": {...}, "settings": {"nsamples": 128},      # all flags; those that change a result
+        "flags": {...},                                     # all of the command line
         "seed": 0, "versions": {"torch": "2.9"}, "device": "cpu (2 threads)", "bos": 2,
         "calibration": {                                    # null where no text was read
             "name": "uk", "windows": 128, "seqlen": 512, "digest": "...", "sources": [
@@ -40,7 +40,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "seconds": {"load": 1.0}, "peak_memory": {"host": 9, "device": null},       # bytes
         "footprint": {"before": 9, "after": 5},             # bytes of the model in memory
         "saved_bytes": 5, "dense_bytes": 9,                 # files saved; the base model
-        "fingerprint": {...}
+        "fingerprint": {"pruning": {"--nsamples": 128}, "measuring": {}},
     }
 """
 

@@ -6,9 +6,8 @@
     bash launch.sh bench_sparse split --model FOLDER  # where the time of a token goes
 
 Run it on a quiet machine. Dense and packed take turns in the same run, figures are medians; loading
-and resident memory are those of a process of its own for each. `model --compiled` measures each
-kind once more with a static cache and a graph that torch.compile made, one after the other, and
-`model --model FOLDER --llama CHECKOUT` llama.cpp with the same weights, by its own program:
+and resident memory are those of a process of its own for each. `model --model FOLDER --llama BUILT`
+measures llama.cpp with the same weights too, by the llama-bench in that folder:
 
     llama-bench -m FILE -t THREADS -p 512 -n 64 -o json
 """
@@ -26,20 +25,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from measure import medians, random_llama, seconds, table
+from measure import medians, random_llama, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lib.gguf.command
-import lib.sparse
-from lib.gguf.quantiser import PLACES, program
+from lib.model.blocks import BlockRunner
 from lib.model.pretrained import decoder_blocks
 from lib.packed import kernels
+from lib.packed.checkpoint import pack_embeddings_
+from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
+from lib.sparse import swap_linears_
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 COPIES = 96 * 2**20  # bytes of weights that take turns: more than caches hold
@@ -63,9 +64,6 @@ def zeros_(weight: Tensor, share: float) -> None:
     """Make `share` of a matrix zeros, at random places."""
     for rows in weight.detach().split(512):
         rows.masked_fill_(torch.rand(rows.shape) < share, 0)
-
-
-# ------------------------------------------------------------------------------------- products
 
 
 def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
@@ -101,15 +99,14 @@ def bench_product(
     copies = max(1, COPIES // dense.weight.nbytes)
     weights = [dense.weight.clone() for _ in range(copies)]
     held = {}
-    for bits in (16, 8, 4):
-        packed = SparseLinear.from_linear(dense, bits)
+    for bits, fmt in FORMATS.items():
+        packed = SparseLinear.from_linear(dense, fmt)
         held[bits] = [copy.deepcopy(packed) for _ in range(2 * copies)]
     found: dict[str, list[float]] = {}
     for tokens in TOKENS:
         x = torch.randn(tokens, width).to(dtype)
         calls = {"dense": in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights])}
         calls["packed"] = by_kernel(held[16], x, None)
-        calls["packed, 8 bits"] = by_kernel(held[8], x, None)
         calls["packed, 4 bits"] = by_kernel(held[4], x, None)
         if "avx2" in kernels.paths():
             calls["packed, AVX2 only"] = by_kernel(held[16], x, "avx2")
@@ -135,43 +132,11 @@ def bench_products(args: argparse.Namespace) -> None:
         table(["out x in, zeros", "", *(f"{n} token{'s' * (n > 1)}" for n in TOKENS)], rows)
 
 
-# --------------------------------------------------------------------------------------- models
-
-
 @torch.inference_mode()
 def generate(model: nn.Module, batch: int, **settings: Any) -> None:
     ids = torch.arange(batch * PROMPT).view(batch, PROMPT) % 500 + 1
     settings |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
-
-
-def compiled(model: nn.Module, batch: int, rounds: int) -> tuple[float, float]:
-    """Seconds of `generate` with a static cache and a compiled graph, and of compiling it."""
-    from transformers import CompileConfig
-
-    torch._dynamo.reset()  # graphs of other models would be tried first at every call
-    config = CompileConfig(fullgraph=False, mode="default")
-    config._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
-    settings = {"cache_implementation": "static", "compile_config": config}
-    call = {"compiled": lambda: generate(model, batch, **settings)}
-    first = seconds(call["compiled"], CPU)
-    spent = medians(call, CPU, rounds)["compiled"]
-    return spent, first - spent
-
-
-# -------------------------------------------------------------------------------------- llama.cpp
-
-
-def llama_bench(checkout: str, file: Path) -> dict[str, float]:
-    """llama.cpp's tokens a second on torch's threads: of a prompt, and one after the other."""
-    tool = program(checkout, "llama-bench")
-    if tool is None:
-        sys.exit(f"bench_sparse: --llama {checkout}: llama-bench is not built there ({PLACES[0]})")
-    lengths = ["-p", str(PREFILL), "-n", str(LLAMA_NEW)]
-    command = [str(tool), "-m", str(file), "-t", str(torch.get_num_threads()), *lengths]
-    done = subprocess.run([*command, "-o", "json"], check=True, capture_output=True, text=True)
-    runs = json.loads(done.stdout)
-    return {"generate" if run["n_gen"] else "prefill": run["avg_ts"] for run in runs}
 
 
 def llama_rows(
@@ -181,10 +146,13 @@ def llama_rows(
     rows = {}
     for weight_type in LLAMA_TYPES:
         file = folder / f"{weight_type}.gguf"
-        is_whole = (Path(args.llama) / "conversion").is_dir()  # else an installed converter's
-        checkout = ["--llama", args.llama] if is_whole else []
-        lib.gguf.command.main([args.model, str(file), "--type", weight_type, *checkout])
-        speeds = llama_bench(args.llama, file)
+        convert = ["bash", ROOT / "launch.sh", "gguf", args.model, file, "--type", weight_type]
+        subprocess.run(convert, check=True)
+        command = [Path(args.llama, "llama-bench"), "-m", file, "-t", torch.get_num_threads()]
+        command += ["-p", PREFILL, "-n", LLAMA_NEW, "-o", "json"]
+        done = subprocess.run([str(word) for word in command], check=True, capture_output=True)
+        runs = json.loads(done.stdout)
+        speeds = {"generate" if run["n_gen"] else "prefill": run["avg_ts"] for run in runs}
         one, many = (f"{s:.1f} ({s / dense[what]:.2f}x)" for what, s in sorted(speeds.items()))
         rows[f"llama.cpp, {weight_type}"] = [one, "", many, f"{file.stat().st_size / 1e6:.0f} MB"]
         file.unlink()
@@ -244,12 +212,10 @@ def made(args: argparse.Namespace) -> nn.Module:
 def packed_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The dense model and, made of it, one of each packed kind."""
     models = {"dense": made(args)}
-    for bits in (16, 8, 4):
+    for bits, fmt in FORMATS.items():
         models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
-        lib.sparse.swap_linears_(model, decoder_blocks(model)[1], bits=bits)
-    for bits in (8, 4):
-        models[f"{bits} bits, embedding 8"] = model = copy.deepcopy(models[f"packed, {bits} bits"])
-        lib.sparse.pack_embeddings_(model)
+        swap_linears_(BlockRunner(model, CPU), fmt)
+    pack_embeddings_(model)  # at 4 bits, as --pack_bits 4 does
     return models
 
 
@@ -297,14 +263,9 @@ def bench_model(args: argparse.Namespace) -> None:
     models = packed_models(args)
     found: dict[str, list[str]] = {name: [] for name in models}
     speeds: dict[str, float] = {}  # of the dense model
-    compiling: list[float] = []
     for batch in BATCHES:
         calls = {name: lambda m=m, b=batch: generate(m, b) for name, m in models.items()}
         spent = medians(calls, CPU, args.rounds)
-        if args.compiled:
-            for name, model in models.items():
-                spent[f"{name}, compiled"], first = compiled(model, batch, args.rounds)
-                compiling.append(first)
         if batch == 1:
             speeds["generate"] = NEW / spent["dense"]
         for name, one in spent.items():
@@ -331,8 +292,6 @@ def bench_model(args: argparse.Namespace) -> None:
     header = ["weights", *generated, f"prefill of {PREFILL}", "files", "loading", "resident"]
     empty = [""] * len(header)
     table(header, [[name, *cells, *empty][: len(header)] for name, cells in found.items()])
-    if compiling:
-        print(f"compiling one model for one batch: {min(compiling):.0f} to {max(compiling):.0f} s")
 
 
 def main() -> None:
@@ -342,12 +301,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7], help="of zeros")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--compiled", action="store_true", help="model: by static cache and compiled graph too"
-    )
-    parser.add_argument(
-        "--llama", metavar="CHECKOUT", help="model: llama.cpp too, whose llama-bench is built there"
-    )
+    parser.add_argument("--llama", metavar="BUILT", help="model: folder with llama.cpp's programs")
     parser.add_argument("--scratch", help="folder for models that are loaded again")
     args = parser.parse_args()
     if args.llama and not (args.what == "model" and args.model):

@@ -148,7 +148,7 @@ def test_packed_checkpoints_count_like_dense_ones(tmp_path: Path) -> None:
         (tmp_path / f"{index}").mkdir()
         weight = score.masked_fill(score < 0.4, 0)
         plain.append(save(tmp_path / f"{index}" / "plain", {Q.format(0): weight}))
-        mask, values, *_ = FORMATS[16].encode(weight)
+        mask, values, _ = FORMATS[16].encode(weight)
         tensors = {f"{name}.weight": values, f"{name}.mask": mask}
         packed.append(save(tmp_path / f"{index}" / "packed", tensors))
         config = PackedConfig({name: [6, 13, len(values)]}, 16).to_dict()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import tasks
 from lib.commands.tasks import WORD, last_words, main, read_pairs
-from lib.quality.tasks import task_lines
+from lib.run.tasks import task_lines
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -112,7 +112,8 @@ def place(tmp_path: Path) -> Path:
 
 
 def evaluate(place: Path, names: str, *more: object):
-    flags = ["--eval_only", "--eval_data", place / "uk", "--tasks", names, *more]
+    flags = ["--calibration_data", place / "uk", "--prune_method", "wanda", "--save_model", "new"]
+    flags += ["--save", "out", "--tasks", names, *more]
     return call("--model", place / "model", *QUICK, *flags)
 
 
@@ -137,19 +138,21 @@ def read(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def test_lm_eval_runs_the_tasks_offline(place: Path) -> None:
+def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
     names = ("uk_last_word", "uk_last_word_said", "uk_pairs")
     done = evaluate(place, ",".join(names), "--include_path", place / "tasks")
     assert done.status == 0, done.err
-    found = results()["tasks"]
-    assert set(found) == set(names)
-    for name, before in (("uk_last_word", " "), ("uk_pairs", "")):
-        questions = read(place / "tasks" / f"{name}.jsonl")
-        expected = chosen(place / "model", questions, before)
-        assert found[name]["acc,none"] == pytest.approx(expected)
-        assert found[name]["acc_stderr,none"] >= 0
-    said = {"exact_match,first_word": 0.0, "exact_match_stderr,first_word": 0.0}
-    assert found["uk_last_word_said"] == said  # the model is random
+    for key, folder in {"tasks": Path("new"), "dense_tasks": place / "model"}.items():
+        found = results()[key]
+        assert set(found) == set(names)
+        for name, before in (("uk_last_word", " "), ("uk_pairs", "")):
+            questions = read(place / "tasks" / f"{name}.jsonl")
+            expected = chosen(folder, questions, before)
+            assert found[name]["acc,none"] == pytest.approx(expected)
+            assert found[name]["acc_stderr,none"] >= 0
+        said = {"exact_match,first_word": 0.0, "exact_match_stderr,first_word": 0.0}
+        assert found["uk_last_word_said"] == said  # the model is random
+    assert "uk_last_word, acc: 0." in done.out and " (dense 0." in done.out
 
 
 def test_a_word_that_is_written_counts(place: Path) -> None:
@@ -183,11 +186,11 @@ def test_a_word_that_is_written_counts(place: Path) -> None:
 def test_lines_have_intervals_and_the_dense_models_figures() -> None:
     tasks = {"uk": {"acc,none": 0.5, "acc_stderr,none": 0.1, "words,none": 3.0}}
     dense = {"uk": {"acc,none": 0.6, "acc_stderr,none": 0.1}}
-    assert list(task_lines(tasks, dense)) == [
+    assert list(task_lines({"tasks": tasks, "dense_tasks": dense})) == [
         "uk, acc: 0.5000 ± 0.1960 (dense 0.6000 ± 0.1960)",
         "uk, words: 3.0000",
     ]
-    assert list(task_lines(tasks))[0] == "uk, acc: 0.5000 ± 0.1960"
+    assert list(task_lines({"tasks": tasks}))[0] == "uk, acc: 0.5000 ± 0.1960"
 
 
 def test_what_is_missing_is_refused_before_the_model_is_read(
@@ -199,6 +202,6 @@ def test_what_is_missing_is_refused_before_the_model_is_read(
     ):
         done = evaluate(place, names, *more)
         assert done.status == 1 and len(done.complaints) == 1 and words in done.complaints[0]
-    monkeypatch.setattr("lib.quality.tasks.find_spec", lambda name: None)
+    monkeypatch.setattr("lib.run.tasks.find_spec", lambda name: None)
     done = evaluate(place, "arc_easy")
     assert done.status == 1 and "pip install lm-eval" in done.complaints[0]
