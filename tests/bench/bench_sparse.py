@@ -6,10 +6,8 @@
     bash launch.sh bench_sparse split --model FOLDER  # where the time of a token goes
 
 Run it on a quiet machine. Dense and packed take turns in the same run, figures are medians; loading
-and resident memory are those of a process of its own for each. `model --model FOLDER --llama BUILT`
-measures llama.cpp with the same weights too, by the llama-bench in that folder:
-
-    llama-bench -m FILE -t THREADS -p 512 -n 64 -o json
+and resident memory are those of a process of its own for each. llama.cpp beside it, by its own
+program: `llama-bench -m FILE -t THREADS -p 512 -n 64`.
 """
 
 from __future__ import annotations
@@ -40,12 +38,10 @@ from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
 from lib.sparse import swap_linears_
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 COPIES = 96 * 2**20  # bytes of weights that take turns: more than caches hold
 PROMPT, NEW, PREFILL, BATCHES = 16, 16, 512, (1, 4)
-LLAMA_TYPES, LLAMA_NEW = ("f16", "q8_0", "q4_0"), 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
 
@@ -137,26 +133,6 @@ def generate(model: nn.Module, batch: int, **settings: Any) -> None:
     ids = torch.arange(batch * PROMPT).view(batch, PROMPT) % 500 + 1
     settings |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
-
-
-def llama_rows(
-    args: argparse.Namespace, folder: Path, dense: dict[str, float]
-) -> dict[str, list[str]]:
-    """Cells of the table of models; `dense` has the dense model's tokens a second."""
-    rows = {}
-    for weight_type in LLAMA_TYPES:
-        file = folder / f"{weight_type}.gguf"
-        convert = ["bash", ROOT / "launch.sh", "gguf", args.model, file, "--type", weight_type]
-        subprocess.run(convert, check=True)
-        command = [Path(args.llama, "llama-bench"), "-m", file, "-t", torch.get_num_threads()]
-        command += ["-p", PREFILL, "-n", LLAMA_NEW, "-o", "json"]
-        done = subprocess.run([str(word) for word in command], check=True, capture_output=True)
-        runs = json.loads(done.stdout)
-        speeds = {"generate" if run["n_gen"] else "prefill": run["avg_ts"] for run in runs}
-        one, many = (f"{s:.1f} ({s / dense[what]:.2f}x)" for what, s in sorted(speeds.items()))
-        rows[f"llama.cpp, {weight_type}"] = [one, "", many, f"{file.stat().st_size / 1e6:.0f} MB"]
-        file.unlink()
-    return rows
 
 
 @torch.inference_mode()
@@ -262,18 +238,14 @@ def bench_split(args: argparse.Namespace) -> None:
 def bench_model(args: argparse.Namespace) -> None:
     models = packed_models(args)
     found: dict[str, list[str]] = {name: [] for name in models}
-    speeds: dict[str, float] = {}  # of the dense model
     for batch in BATCHES:
         calls = {name: lambda m=m, b=batch: generate(m, b) for name, m in models.items()}
         spent = medians(calls, CPU, args.rounds)
-        if batch == 1:
-            speeds["generate"] = NEW / spent["dense"]
         for name, one in spent.items():
             cell = f"{batch * NEW / one:.1f} ({spent['dense'] / one:.2f}x)"
             found.setdefault(name, []).append(cell)
     calls = {name: lambda m=m: prefill(m) for name, m in models.items()}
     spent = medians(calls, CPU, max(1, args.rounds // 2))
-    speeds["prefill"] = PREFILL / spent["dense"]
     for name, one in spent.items():
         found[name].append(f"{PREFILL / one:.0f} ({spent['dense'] / one:.2f}x)")
     if args.scratch:
@@ -283,8 +255,6 @@ def bench_model(args: argparse.Namespace) -> None:
             told = load_apart(model, Path(scratch) / str(index))
             size, memory = told["bytes"] / 1e6, told["resident"] / 1e6
             found[name] += [f"{size:.0f} MB", f"{told['seconds']:.1f} s", f"{memory:.0f} MB"]
-        if args.llama:
-            found |= llama_rows(args, Path(scratch), speeds)
     size = sum(one.numel() for one in models["dense"].parameters())
     what = Path(args.model).name if args.model else "a random LLaMA"
     print(f"{what}, {size / 1e6:.0f} million parameters, {args.dtypes[0]}, {args.shares[0]:.0%}\n")
@@ -301,11 +271,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7], help="of zeros")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--llama", metavar="BUILT", help="model: folder with llama.cpp's programs")
     parser.add_argument("--scratch", help="folder for models that are loaded again")
     args = parser.parse_args()
-    if args.llama and not (args.what == "model" and args.model):
-        parser.error("--llama: goes with `model --model FOLDER`, whose tokenizer the file needs")
     if args.what == "load":
         print(json.dumps(loaded(args.model)))
         return

@@ -31,6 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from measure import medians, random_llama  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import main as command_line  # noqa: E402
 from lib.methods.admm import Admm, stiff_inverse  # noqa: E402
@@ -167,9 +168,13 @@ class Runs:
         return json.loads((out / "out/results.json").read_text("utf-8"))
 
     def digest(self) -> str:
-        """Return the digest of the weights that the last run saved."""
-        files = sorted((self.folder / f"run-{self.number}/model").glob("*.safetensors"))
-        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        """Return the digest of the tensors that the last run saved, in whatever files."""
+        tensors, total = {}, hashlib.sha256()
+        for file in (self.folder / f"run-{self.number}/model").glob("*.safetensors"):
+            tensors |= load_file(file)
+        for name, tensor in sorted(tensors.items()):
+            total.update(name.encode() + tensor.view(torch.uint8).numpy().tobytes())
+        return total.hexdigest()
 
     def loaded_again(self, *flags: str) -> dict[str, Any]:
         """Run, and compare perplexity with that of the saved model."""
