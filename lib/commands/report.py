@@ -65,7 +65,7 @@ def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
         if not path.is_dir():
             raise UserError(f"RUN {path}: no such folder; name a run's --save folder or its parent")
         files = [path / RESULTS] if (path / RESULTS).is_file() else sorted(path.rglob(RESULTS))
-        if not files:
+        if not files and not any(path.rglob(ERROR)):  # of a run that has failed
             raise UserError(f"RUN {path}: holds no {RESULTS}; name a run's --save folder")
         folders.update((file.parent.resolve(), file.parent) for file in files)
     return {folder: read_results(folder) for folder in folders.values()}
@@ -292,7 +292,7 @@ def completions(runs: Runs) -> str:
 def _failures(paths: Iterable[str | Path]) -> str:
     """Return the runs whose last try failed, below the paths, and why."""
     lines = []
-    for file in (file for path in paths for file in sorted(Path(path).rglob(ERROR))):
+    for file in dict.fromkeys(file for path in paths for file in sorted(Path(path).rglob(ERROR))):
         reason = json.loads(file.read_text("utf-8")).get("error")
         lines.append(f"- {file.parent}: {one_line(str(reason))}")
     return "\n".join([f"**Failed runs: {len(lines)}**", "", *lines, ""]) if lines else ""

@@ -208,14 +208,17 @@ def test_any_text_is_plain_words(text: str) -> None:
 
 def test_the_command(sweep: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     (sweep / "variant" / "error.json").write_text('{"error": "out of\\nmemory"}')
+    (sweep / "never").mkdir()
+    (sweep / "never" / "error.json").write_text('{"error": "no such model"}')
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    main([str(sweep)])
+    main([str(sweep), str(sweep / "never")])
     said = capsys.readouterr()
     written = Path("report/report.md").read_text("utf-8")
     assert said.out.startswith("### models/tiny") and "![" not in written
     assert "no pictures: matplotlib" in said.err
     for text in (said.out, written):
         assert f"- {sweep}/variant: out of memory" in text
+        assert f"- {sweep}/never: no such model" in text
 
 
 @pytest.mark.parametrize(
