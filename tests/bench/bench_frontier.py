@@ -25,11 +25,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from bench_gguf import program
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stages import Run, Stage, do
 
-from lib.gguf.quantiser import program
 from lib.report.markdown import padded_table
 from lib.report.plots import style
 from lib.report.results import load_runs

@@ -29,13 +29,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import torch
+from bench_gguf import PLACES, program
 from measure import medians, random_llama, seconds, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lib.gguf.command
+import lib.commands.gguf.command
 import lib.sparse
-from lib.gguf.quantiser import PLACES, program
 from lib.model.pretrained import decoder_blocks
 from lib.packed import kernels
 from lib.packed.linear import SparseLinear
@@ -181,9 +181,7 @@ def llama_rows(
     rows = {}
     for weight_type in LLAMA_TYPES:
         file = folder / f"{weight_type}.gguf"
-        is_whole = (Path(args.llama) / "conversion").is_dir()  # else an installed converter's
-        checkout = ["--llama", args.llama] if is_whole else []
-        lib.gguf.command.main([args.model, str(file), "--type", weight_type, *checkout])
+        lib.commands.gguf.command.main([args.model, str(file), "--type", weight_type])
         speeds = llama_bench(args.llama, file)
         one, many = (f"{s:.1f} ({s / dense[what]:.2f}x)" for what, s in sorted(speeds.items()))
         rows[f"llama.cpp, {weight_type}"] = [one, "", many, f"{file.stat().st_size / 1e6:.0f} MB"]
