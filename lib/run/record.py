@@ -25,10 +25,10 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     from lib.model.pretrained import footprint
 
     args, method = job.args, job.args.prune_method
-    if args.teacher or args.replace_sparse_layers:
+    if args.teacher or (job.quantises and not args.quantize):
         done = "pruned before"
     else:
-        done = "recovered" if args.recover else args.quantize or "dense"
+        done = args.quantize or ("recovered" if args.recover else "dense")
     return {
         "model": args.model,
         "method": method or done,
@@ -151,7 +151,8 @@ def print_summary(results: dict[str, Any]) -> None:
         name, value = one_line(test["name"]), test["perplexity"]
         if recovery:
             dense, before = (recovery[key][test["name"]] for key in ("dense", "before"))
-            pruned = "" if results["method"] == "recovered" else f" pruned {before:.4f},"
+            was_pruned = results["sparsity_type"] or results["method"] == "pruned before"
+            pruned = f" pruned {before:.4f}," if was_pruned else ""
             lines.append(f"{name}: dense {dense:.4f},{pruned} recovered {value:.4f}")
         elif "dense" in test:
             some = f" on {test['compared_windows']} windows" * (

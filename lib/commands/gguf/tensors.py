@@ -25,16 +25,20 @@ OUTER = ("token_embd.weight", "output.weight")
 class Tensors:
     """What was compared: tensors of each type, rows of embedding and head with the checkpoint's.
 
-    `changed` is the number of values in each tensor that rounding to its type has changed.
+    `changed` is the number of values in each tensor that rounding to its type has changed; `q4_0`
+    how many these are in all tensors of that type, and how many values these have.
     """
 
     types: dict[str, int]
     rows: dict[str, int]
     changed: dict[str, int]
+    q4_0: tuple[int, int]
 
     def line(self) -> str:
         kinds = ", ".join(f"{count} in {name.lower()}" for name, count in self.types.items())
-        return f"tensors are the checkpoint's: {kinds}; rounding changed {self.total} values"
+        line = f"tensors are the checkpoint's: {kinds}; rounding changed {self.total} values"
+        changed, values = self.q4_0
+        return line + (f"\nq4_0: {changed:,} of {values:,} values change" if values else "")
 
     @property
     def total(self) -> int:
@@ -59,8 +63,14 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     _compare_fields(file, exact)
     changed = changed_values(file, exact)
     types = Counter(tensor.tensor_type.name for tensor in file.tensors)
+    sizes = {each.name: int(each.n_elements) for each in file.tensors if is_q4_0(each)}
+    q4_0 = sum(changed[name] for name in sizes), sum(sizes.values())
     rows = _compare_rows(exact, Path(request["weights"]))
-    return {"types": dict(types.most_common()), "rows": rows, "changed": changed}
+    return {"types": dict(types.most_common()), "rows": rows, "changed": changed, "q4_0": q4_0}
+
+
+def is_q4_0(tensor: Any) -> bool:
+    return tensor.tensor_type.name == "Q4_0"
 
 
 def changed_values(file: Any, exact: Any) -> dict[str, int]:
