@@ -34,7 +34,7 @@ from lib.data.documents import check_source
 from lib.model.pretrained import checkpoint_dtype
 from lib.util.command import add_debug_flag
 from lib.util.errors import UserError
-from lib.util.files import check_room, check_writable, sync, sync_folder, write_text
+from lib.util.files import check_writable, sync, sync_folder, write_text
 from lib.util.host import available, gib
 from lib.util.progress import quiet
 
@@ -57,8 +57,6 @@ def main(arguments: list[str]) -> None:
     source = open_source(args.source)
     weight_type = weight_type or stored_type(source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # beside 16 bits for each weight a file in 32, and the weights unpacked
-    check_room("OUT", args.out, source.bytes * (16 if source.packed else 3))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         stage = Path(folder)
         weights = unpacked(source, stage / "dense")

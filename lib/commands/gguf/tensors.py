@@ -24,7 +24,8 @@ def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, dict[str,
     """Compare all tensors and fields; raises UserError at the first that differs.
 
     Returns how many tensors have which type (`types`), how many `rows` of embedding and head are
-    the checkpoint's, and how many values of each tensor its type has rounded (`changed`).
+    the checkpoint's, how many values of each tensor its type has rounded (`changed`), and how many
+    these are, and of how many values, in all tensors of q4_0 (`q4_0`).
     """
     request = {"file": str(file), "exact": str(exact), "weights": str(weights)}
     try:
@@ -42,8 +43,14 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     _compare_fields(file, exact)
     changed = changed_values(file, exact)
     types = Counter(tensor.tensor_type.name for tensor in file.tensors)
+    sizes = {each.name: int(each.n_elements) for each in file.tensors if is_q4_0(each)}
+    q4_0 = sum(changed[name] for name in sizes), sum(sizes.values())
     rows = _compare_rows(exact, Path(request["weights"]))
-    return {"types": dict(types.most_common()), "rows": rows, "changed": changed}
+    return {"types": dict(types.most_common()), "rows": rows, "changed": changed, "q4_0": q4_0}
+
+
+def is_q4_0(tensor: Any) -> bool:
+    return tensor.tensor_type.name == "Q4_0"
 
 
 def changed_values(file: Any, exact: Any) -> dict[str, int]:
