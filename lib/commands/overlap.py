@@ -289,7 +289,7 @@ def draw(counts: DataFrame) -> Any:
 
     Where seeds were compared it shows the excess, in points.
     """
-    from lib.commands import plots
+    from lib.run import plots
 
     if _unit(counts) == "neurons":
         named = counts.assign(pair=counts["a"] + "\n" + counts["b"])
@@ -306,7 +306,7 @@ def draw(counts: DataFrame) -> Any:
 
 def write_overlap(counts: DataFrame, out: str | Path) -> list[Path]:
     """Write overlap.md, .csv and .png into folder `out`; return their paths."""
-    from lib.commands import plots
+    from lib.run import plots
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

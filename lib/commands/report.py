@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.commands import plots
+from lib.run import plots
 from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.command import one_line

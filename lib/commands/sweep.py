@@ -240,8 +240,9 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
                 line += f", about {tqdm.format_interval(left)} left"
             print(line, flush=True)
             failed += [run.name] if (run.folder / ERROR).is_file() else []
-    folders = [run.folder for run in runs] if report else [out]
-    status, _ = call("lib.commands.report", *folders, "--out", report or out)
+    done = [run.folder for run in runs if (run.folder / RESULTS).is_file()]
+    folders = done if report or not done else [out]  # with what earlier sweeps have left there
+    status = call("lib.commands.report", *folders, "--out", report or out)[0] if folders else 0
     if failed:
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command "

@@ -40,7 +40,8 @@ def unpack_folder(source: str, target: str) -> None:
     if stored.get("quant_method") != METHOD:
         raise UserError(f"IN {source}: not a packed checkpoint, nothing to unpack")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model.dequantize()
+    if model.is_quantized:  # without kernels for this processor it is dense already
+        model.dequantize()
     with staged_folder(out, "OUT") as stage:
         model.save_pretrained(stage)
         for path in folder.iterdir():  # tokenizer, model card, ...

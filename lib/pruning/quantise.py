@@ -30,7 +30,7 @@ class Quantiser(Pruner):
     The result is reported in `done`, as if it were pruned.
     """
 
-    stage = "rounded"
+    stage = "quantised"
 
     def __init__(self, runner: BlockRunner, method: type[GPTQ] = GPTQ) -> None:
         super().__init__(runner, method, Allocation({}))

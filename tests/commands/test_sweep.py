@@ -167,7 +167,7 @@ def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts,
     assert Path("runs/report.md").is_file() and not list(Path("runs").glob("dense-*"))
     assert "perplexity uk" in (finished / "output.txt").read_text("utf-8")
 
-    tests = ["--eval_data", few, texts[0]]
+    tests = ["--eval_data", few, texts[0], "--save", "out"]
     own = {"runs/tiny/dense": ["--eval_only"], finished: ["--prune_method", "wanda"]}
     own[finished] += ["--calibration_data", texts[0], "--save_model", "alone"]
     for folder, flags in own.items():

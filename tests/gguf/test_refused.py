@@ -78,15 +78,13 @@ def test_what_the_converter_does_not_know(llama: Path, tmp_path: Path, monkeypat
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
 def test_code_of_a_model_folder_is_never_run(place: str, tmp_path: Path) -> None:
-    """QWen's part of the converter loads the tokenizer with trust_remote_code."""
-    model = tiny.write_model(tmp_path / "model", tokenizer=kinds.byte_level())
+    """For this architecture the converter loads the tokenizer with trust_remote_code."""
+    model = whole.write_whole(tmp_path / "model", "llama", whole.WIDTHS, kinds.byte_level())
     named = {"AutoTokenizer": [None, "evil.Evil"], "AutoConfig": "evil.Evil"}
-    folder = with_fields(model, tmp_path / "evil", place, auto_map=named)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["architectures"] = ["QWenLMHeadModel"]
-    (folder / "config.json").write_text(json.dumps(config))
+    dream = with_fields(model, tmp_path / "dream", architectures=["DreamModel"])
+    folder = with_fields(dream, tmp_path / "evil", place, auto_map=named)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    with pytest.raises(UserError, match="IN "):
+    with pytest.raises(UserError, match="OUT .* not written"):  # converted, but not continued alike
         main([str(folder), str(tmp_path / "model.gguf")])
     assert not (tmp_path / "ran").exists()
 

@@ -9,7 +9,7 @@ from made_up import LANGUAGES, results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.commands import plots
+from lib.run import plots
 from lib.commands.report import tables
 
 ELEVEN = "uk en de fr es pl cs it pt ar hi".split()
