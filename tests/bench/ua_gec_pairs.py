@@ -1,4 +1,4 @@
-"""Pairs for `launch.sh tasks --pairs`: right and wrong sentences of UA-GEC's test part (CC BY 4.0).
+"""Pairs for `launch.sh tasks --pairs`: sentences of UA-GEC's test part, right and wrong.
 
     pip install ua-gec
     python tests/bench/ua_gec_pairs.py ua-gec.jsonl

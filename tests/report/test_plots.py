@@ -9,8 +9,8 @@ from made_up import LANGUAGES, results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.run import plots
 from lib.commands.report import tables
+from lib.run import plots
 
 ELEVEN = "uk en de fr es pl cs it pt ar hi".split()
 

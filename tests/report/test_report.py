@@ -13,8 +13,8 @@ import pytest
 from made_up import LANGUAGES, results, write_run
 from support import content
 
-from lib.run import plots
 from lib.commands.report import completions, load_runs, main, report_csv, report_text, write_report
+from lib.run import plots
 from lib.run.results import read_results, write_results
 from lib.util import command
 from lib.util.command import one_line
