@@ -116,9 +116,17 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
     for file in (ROOT / "lib").rglob("*"):
         if file.suffix not in (".pyc", ".md") and file.is_file():
             assert (installed / "langprune" / file.relative_to(ROOT)).is_file(), file
-    done = outside([str(installed / "bin" / "langprune"), "--help"], installed, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: langprune") and "--prune_method" in done.stdout
+    command = str(installed / "bin" / "langprune")
+    for argv, word in (
+        (["prune", "--help"], "--prune_method"),
+        (["report", "--help"], "RUN"),
+        (["gguf", "--help"], "OUT"),
+        (["--version"], f"langprune {PROJECT['project']['version']}"),
+        ([], "NAME is one of: prune, compress"),
+    ):
+        done = outside([command, *argv], installed, tmp_path)
+        assert done.returncode == 0 and word in done.stdout, (argv, done.stderr)
+    assert outside([command, "nosuch"], installed, tmp_path).returncode == 2
 
 
 def test_requirements_are_those_of_the_package() -> None:
