@@ -226,13 +226,13 @@ def save_in_shards(
     Returns {file: its name in the folder}; None, having written nothing, where the names in a
     checkpoint of this model differ from those in the files.
     """
-    names = [name for each in shards.values() for name in each]
-    empty = {name: torch.empty(1, device="meta") for name in names}
-    if getattr(model, "hf_quantizer", None) or set(names) != set(
-        revert_weight_conversion(model, empty)
+    inside = {name for each in shards.values() for name in each}
+    held = {name: each.to("meta") for name, each in model.state_dict().items() if name in inside}
+    if (
+        getattr(model, "hf_quantizer", None)
+        or revert_weight_conversion(model, held).keys() != inside
     ):
         return None
-    inside = set(names)
     with cast(model, dtype):
         rest = {name: value for name, value in model.state_dict().items() if name not in inside}
         model.save_pretrained(folder, state_dict=rest)

@@ -16,7 +16,6 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -152,7 +151,9 @@ def convert(
         facts = run_child("lib.commands.gguf.converter", request)
     except ChildError as error:
         raise UserError(f"IN {args.source}: llama.cpp's converter: {error}") from error
-    return facts | {"type": list(files)[-1], "converter": f"{PACKAGE} {metadata.version(PACKAGE)}"}
+    installed = [PACKAGE, RUNNER] if find_spec(RUNNER) else [PACKAGE]
+    versions = {name: metadata.version(name) for name in installed}
+    return facts | {"type": list(files)[-1], "versions": versions}
 
 
 def prove(
@@ -165,22 +166,30 @@ def prove(
     """
     file, missing = list(files.values())[-1], []
     tensors = prove_tensors(file, files["f32"], weights)
-    yield tensors.line(), "tensors", asdict(tensors)
+    kinds = ", ".join(f"{count} in {name.lower()}" for name, count in tensors["types"].items())
+    changed = sum(tensors["changed"].values())
+    line = f"tensors are the checkpoint's: {kinds}; rounding changed {changed:,} values"
+    yield line, "tensors", tensors
     needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
         documents = documents_of(texts, source.begins_with_blank)
         cuts = prove_tokens(file, source.tokenizer, documents)
-        yield "\n".join(cut.line() for cut in cuts), "tokens", [asdict(cut) for cut in cuts]
+        alike = "{name}: llama.cpp cuts all {documents} documents alike"
+        yield "\n".join(alike.format(**cut) for cut in cuts), "tokens", cuts
         if needed > available():
             missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
         else:
             windows = windows_of(source.tokenizer, documents, source.config)
             letter = letter_of(source.tokenizer)
             predictions = prove_predictions(weights, files, windows, letter)
-            yield predictions.line(), "predictions", asdict(predictions)
-            longest = max(max(lengths) for lengths in predictions.windows.values())
+            differ = ", ".join(
+                f"{far:.2g} in {name}" for name, far in predictions["distances"].items()
+            )
+            line = f"predictions after {predictions['places']} beginnings differ by {differ}"
+            yield line, "predictions", predictions
+            longest = max(max(lengths) for lengths in predictions["windows"].values())
             missing.append(f"texts past {longest} tokens")
     missing += [] if texts else ["languages of the model (no --data)"]
     missing.append("the chat template")

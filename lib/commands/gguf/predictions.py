@@ -9,8 +9,8 @@ transformers does. A file of another type has the same fields and the same weigh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,26 +25,14 @@ TOP = 256  # likeliest tokens compared after each beginning
 LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2}
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Distance of llama.cpp's log-probabilities from the model's by type, after `places`."""
-
-    windows: dict[str, list[int]]
-    places: int
-    distances: dict[str, float]
-
-    def line(self) -> str:
-        differ = ", ".join(f"{distance:.2g} in {name}" for name, distance in self.distances.items())
-        return f"predictions after {self.places} beginnings differ by {differ}"
-
-
 def prove_predictions(
     weights: Path, files: Mapping[str, Path], windows: Mapping[str, Sequence[Tensor]], letter: int
-) -> Predictions:
+) -> dict[str, Any]:
     """Compare what each file predicts (type: file) with the model in the folder `weights`.
 
     `windows` (name: each (tokens,)) are what it reads, `letter` is the id of a token of letters.
-    Raises UserError if llama.cpp differs by more than the type's limit.
+    Returns the tokens of each window, the number of `places` and the `distances` by type. Raises
+    UserError if llama.cpp differs by more than the type's limit.
     """
     prompts, expected = [], []
     model = AutoModelForCausalLM.from_pretrained(
@@ -69,7 +57,7 @@ def prove_predictions(
                 f"{LIMITS[weight_type]}: llama.cpp computes this model otherwise"
             )
     lengths = {name: [len(window) for window in its] for name, its in windows.items()}
-    return Predictions(lengths, len(prompts), distances)
+    return {"windows": lengths, "places": len(prompts), "distances": distances}
 
 
 def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) -> float:

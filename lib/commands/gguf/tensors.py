@@ -10,7 +10,6 @@ means the same model as the folder is proven by running it (predictions.py).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +20,16 @@ BY_TYPE = {"general.file_type", "general.quantization_version"}
 OUTER = ("token_embd.weight", "output.weight")
 
 
-@dataclass(frozen=True)
-class Tensors:
-    """What was compared: tensors of each type, rows of embedding and head with the checkpoint's.
+def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, dict[str, int]]:
+    """Compare all tensors and fields; raises UserError at the first that differs.
 
-    `changed` is the number of values in each tensor that rounding to its type has changed; `q4_0`
-    how many these are in all tensors of that type, and how many values these have.
+    Returns how many tensors have which type (`types`), how many `rows` of embedding and head are
+    the checkpoint's, how many values of each tensor its type has rounded (`changed`), and how many
+    these are, and of how many values, in all tensors of q4_0 (`q4_0`).
     """
-
-    types: dict[str, int]
-    rows: dict[str, int]
-    changed: dict[str, int]
-    q4_0: tuple[int, int]
-
-    def line(self) -> str:
-        kinds = ", ".join(f"{count} in {name.lower()}" for name, count in self.types.items())
-        line = f"tensors are the checkpoint's: {kinds}; rounding changed {self.total} values"
-        changed, values = self.q4_0
-        return line + (f"\nq4_0: {changed:,} of {values:,} values change" if values else "")
-
-    @property
-    def total(self) -> int:
-        return sum(self.changed.values())
-
-
-def prove_tensors(file: Path, exact: Path, weights: Path) -> Tensors:
-    """Compare all tensors and fields. Raises UserError at the first that differs."""
     request = {"file": str(file), "exact": str(exact), "weights": str(weights)}
     try:
-        return Tensors(**run_child("lib.commands.gguf.tensors", request))
+        return run_child("lib.commands.gguf.tensors", request)
     except ChildError as error:
         raise UserError(str(error)) from error
 

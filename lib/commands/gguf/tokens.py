@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,6 @@ LINES = [
 ]
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A text that was tokenised alike: its name, and how many documents and tokens it has."""
-
-    name: str
-    documents: int
-    tokens: int
-
-    def line(self) -> str:
-        return f"{self.name}: llama.cpp cuts all {self.documents} documents alike"
-
-
 def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str, list[str]]:
     """Return the test documents of each source, and built-in lines in many scripts.
 
@@ -65,10 +52,11 @@ def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str
 
 def prove_tokens(
     file: Path, tokenizer: PreTrainedTokenizerBase, texts: dict[str, list[str]]
-) -> list[Cut]:
+) -> list[dict[str, Any]]:
     """Compare the tokens of all `texts`; the first of each is compared with special tokens too.
 
-    Raises UserError at the first difference, and if llama.cpp does not read the file.
+    Returns the name of each text with the numbers of its documents and tokens. Raises UserError at
+    the first difference, and if llama.cpp does not read the file.
     """
     places, expected = [], []
     for name, documents in texts.items():
@@ -84,10 +72,10 @@ def prove_tokens(
         if ids != llama_ids:
             where = f"document {number} of {name}{' with special tokens' if special else ''}"
             raise UserError(f"{where}: {_difference(tokenizer, ids, llama_ids)}")
-    totals: dict[str, int] = {}
+    totals = dict.fromkeys(texts, 0)
     for (name, *_, special), ids in zip(places, expected, strict=True):
-        totals[name] = totals.get(name, 0) + (0 if special else len(ids))
-    return [Cut(name, len(documents), totals[name]) for name, documents in texts.items()]
+        totals[name] += 0 if special else len(ids)
+    return [{"name": name, "documents": len(texts[name]), "tokens": totals[name]} for name in texts]
 
 
 def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], llama_ids: list[int]) -> str:
