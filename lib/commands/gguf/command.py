@@ -34,7 +34,7 @@ from lib.data.documents import check_source
 from lib.model.pretrained import checkpoint_dtype
 from lib.util.command import add_debug_flag
 from lib.util.errors import UserError
-from lib.util.files import check_writable, sync, sync_folder, write_text
+from lib.util.files import check_writable, sync, write_text
 from lib.util.host import available, gib
 from lib.util.progress import quiet
 
@@ -209,7 +209,7 @@ def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> No
     write_text(record_of(out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     try:
         file.rename(out)
-        sync_folder(out.parent)
+        sync(out.parent)
     except OSError:
         record_of(out).unlink()
         raise
