@@ -24,6 +24,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
   report RUN ...                 table and pictures of finished runs
   overlap RUN_A RUN_B ...        what the masks of pruned models share
+  tasks DATA OUT                 tasks for lm-eval from documents, for --tasks and --include_path
   unpack IN OUT                  a packed model as a plain dense one
   gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
   ubertext DUMPS OUT             the published data set from raw dumps
@@ -62,11 +63,9 @@ name=${1:-}
 [[ $# -eq 0 ]] || shift
 case $name in
     "" | help | -h | --help) list ;;
-    report) module "lib.$name" "$@" ;;
-    compress | demo | languages | sweep | unpack) module "lib.commands.$name" "$@" ;;
-    overlap) module lib.report.overlap "$@" ;;
-    gguf) module lib.gguf "$@" ;;
-    ubertext) module lib.commands.ubertext "$@" ;;
+    compress | demo | gguf | languages | overlap | report | sweep | tasks | ubertext | unpack)
+        module "lib.commands.$name" "$@"
+        ;;
     bench | bench_sparse) exec "$python" "$here/tests/bench/$name.py" "$@" ;;
     gpu) exec "$python" "$here/tests/bench/gpu/first_run.py" "$@" ;;
     unstructured) recipe "--prune_method sparsegpt" "$@" ;;

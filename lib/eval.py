@@ -25,7 +25,7 @@ from lib.model.finite import first_overflow
 from lib.model.reference import DenseReference, compared_windows
 from lib.util.errors import UserError
 
-FIGURES = "loss", "kl", "agreement"  # of each window
+FIGURES = "loss", "dense_loss", "kl", "agreement"  # of each window
 COMPARED_POSITIONS = 64  # of a window, before and after linears are packed
 TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS token
 COLLAPSE = 1.5  # perplexity without BOS over that with it, from which on a model needs it
@@ -46,9 +46,10 @@ def perplexities(
 
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
-    predicted tokens together. With `reference`: `kl`, the mean KL(dense || model) in nats a token,
-    and `top1_agreement`, the share of positions where both have the same most likely token, each
-    with its standard error, over `compared_windows` windows.
+    predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats`, the
+    dense model's mean negative log-likelihood of a token; `kl`, the mean KL(dense || model) in nats
+    a token, and `top1_agreement`, the share of positions where both have the same most likely
+    token, each with its standard error.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
@@ -80,7 +81,7 @@ def _means(
     runner: BlockRunner, windows: Tensor, by_window: Tensor, compared: bool
 ) -> dict[str, float]:
     """Means over windows (n, tokens) of FIGURES (figures, n)."""
-    losses, *divergences = by_window
+    losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
         where = first_overflow(runner, windows[~losses.isfinite().cpu()][:1])
@@ -97,6 +98,7 @@ def _means(
             means[name] = values[chosen].mean().item()
             means[f"{name}_standard_error"] = _standard_error(values[chosen])
         means["compared_windows"] = len(chosen)
+        means["dense_nats"] = dense[chosen].mean().item()
     return means
 
 
@@ -120,21 +122,21 @@ def _figures(
     predicted = ids.shape[1] - 1
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
-    losses, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=runner.device)
+    losses, dense, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=ids.device)
     rows, dense_logits = compare(ids) if compare else ([], None)
     logits_at = runner.logits(states, batch)
     for positions, logits in iter_logits(logits_at, predicted, runner.device, chunk):
-        loss = cross_entropy(logits.flatten(0, 1), ids[:, positions + 1].flatten())
-        losses += loss.view(len(ids), -1).sum(1)
+        targets = ids[:, positions + 1]
+        losses += cross_entropy(logits.flatten(0, 1), targets.flatten()).view(len(ids), -1).sum(1)
         if rows:
             own = logits if len(rows) == len(ids) else logits[rows]
             del logits
-            divergence, same = compare_logits(
-                dense_logits(positions).flatten(0, 1), own.flatten(0, 1)
-            )
-            kl[rows] += divergence.view(len(rows), -1).sum(1)
-            agreement[rows] += same.view(len(rows), -1).sum(1)
-            del own
+            expected = dense_logits(positions).flatten(0, 1)
+            divergence, same = compare_logits(expected, own.flatten(0, 1))
+            loss = cross_entropy(expected, targets[rows].flatten())
+            for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
+                figure[rows] += values.view(len(rows), -1).sum(1)
+            del own, expected
         else:
             del logits  # before the next ones come
     return total / predicted

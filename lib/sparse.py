@@ -292,25 +292,28 @@ def _path(module: SparseLinear, target: torch.device) -> str:
 def _packed(
     name: str, linear: nn.Module, fmt: Values, scales: Tensor | None = None
 ) -> SparseLinear:
-    """Pack a linear. Raises UserError if a weight is off by more than half a step of its grid."""
+    """Pack a linear. Raises UserError if a weight is off by more than half a step of its grid, or
+    at all where its scales are given."""
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
         raise UserError(f"--pack_bits {fmt.bits}: {name}: {error}") from None
-    if isinstance(fmt, Int4) and not _is_on_grid(sparse, linear):
+    if isinstance(fmt, Int4) and not _is_what_was_packed(sparse, linear, exact=scales is not None):
         raise UserError(
             f"--pack_bits {fmt.bits}: {name} is not what was packed; run without the flag"
         )
     return sparse
 
 
-def _is_on_grid(sparse: SparseLinear, linear: nn.Module) -> bool:
+def _is_what_was_packed(sparse: SparseLinear, linear: nn.Module, exact: bool) -> bool:
     """Return whether each weight is off by half a step at most, or clipped to the grid's end."""
-    weight = linear.weight.detach()
+    weight, dense = linear.weight.detach(), sparse.dense(torch.float32)
     weight = (weight.T if isinstance(linear, Conv1D) else weight).float()
+    if exact:
+        return torch.equal(dense, weight)
     step = sparse.fmt.spread_scales(sparse.scale, sparse.in_features)
     clipped = weight.clamp(sparse.fmt.lowest * step, sparse.fmt.highest * step)
-    return bool(((sparse.dense(torch.float32) - clipped).abs_() <= 0.501 * step).all())
+    return bool(((dense - clipped).abs_() <= 0.501 * step).all())
 
 
 def _why_not_packed(linear: nn.Module) -> str:

@@ -1,13 +1,12 @@
-"""Every recipe of launch.sh, by its name in a shell, to its end, and what it leaves."""
+"""Every name of launch.sh reaches its command, and the recipes for main.py run to their ends."""
 
 from __future__ import annotations
 
-import ast
 import gzip
-import json
 import re
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,26 +16,14 @@ from hub import Hub
 from support import QUICK, ROOT, launch, launched, results, weights
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.usefixtures("at_place")
+from lib.run.flags import build_parser, check_flags
 
-TESTS = {
-    "demo": "demo/test_demo.py",
-    "unstructured": "test_launch.py",
-    "semistructured": "test_launch.py",
-    "c4": "test_launch.py",
-    "dense": "test_launch.py",
-    "vocabulary": "vocabulary/test_vocabulary_command.py",
-    "compress": "compress/test_compress.py",
-    "sweep": "test_launch.py",
-    "languages": "test_launch.py",
-    "report": "test_launch.py",
-    "overlap": "test_launch.py",
-    "unpack": "test_launch.py",
-    "gguf": "gguf/test_llama_cpp.py",
-    "ubertext": "data/test_ubertext.py",
-    "bench": "test_launch.py",
-    "bench_sparse": "test_launch.py",
-    "gpu": "test_launch.py",
+pytestmark = pytest.mark.usefixtures("at_place")
+RECIPES = {  # of main.py: their flags
+    "unstructured": "--prune_method sparsegpt",
+    "semistructured": "--prune_method sparsegpt --sparsity_type 2:4 --replace_sparse_layers",
+    "c4": "--prune_method sparsegpt --prune_on_c4",
+    "dense": "--eval_only",
 }
 
 
@@ -47,7 +34,52 @@ def place(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_texts(folder / "uk", train=30, test=4)
     english = tiny.sentences(30, seed=9)
     tiny.write_texts(folder / "en", train=english, test=english[:4])
+    shown = folder / "python"  # prints its arguments
+    shown.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    shown.chmod(0o755)
     return folder
+
+
+def started(place: Path, *argv: str) -> list[str]:
+    """Return the arguments that launch.sh gives to Python."""
+    return launched(list(argv), place, PYTHON=str(place / "python")).splitlines()
+
+
+def test_every_name_reaches_a_command_that_is_there(place: Path) -> None:
+    names = set(re.findall(r"^  (\w+)", launched([], place), re.MULTILINE))
+    cases = (ROOT / "launch.sh").read_text("utf-8").partition("case $name in")[2]
+    cases = re.findall(r"^    ([\w| ]+)\)", cases, re.MULTILINE)
+    assert {name for line in cases for name in line.split(" | ")} - {"help"} == names
+    for name in names - RECIPES.keys():
+        argv = started(place, name, "a model", "b")
+        if argv[0] == "-P":
+            assert argv[1] == "-m" and find_spec(argv[2]), name
+            assert argv[3:] == ["a model", "b"]
+        else:
+            assert Path(argv[0]).is_file(), name
+
+
+@pytest.mark.parametrize(("name", "flags"), RECIPES.items())
+def test_recipes_hand_on_their_flags(name: str, flags: str, place: Path) -> None:
+    main, *argv = started(place, name, "a model", "--nsamples", "3")
+    assert main == str(ROOT / "main.py")
+    assert argv[:2] == ["--model", "a model"] and argv[-2:] == ["--nsamples", "3"]
+    assert flags in " ".join(argv)
+    args = build_parser().parse_args(argv)
+    check_flags(build_parser(), args)
+    assert args.save == f"out/{name}"
+
+
+@pytest.mark.parametrize(
+    "argv", [["nosuch"], ["dense"], ["unstructured", "--device", "cpu"], ["vocabulary", "model"]]
+)
+def test_a_mistake_is_refused_in_one_line(argv: list[str], place: Path) -> None:
+    done = launch(argv, place)
+    assert done.status == 2 and not done.out
+    assert done.err.count("\n") == 1 and argv[0] in done.err
+
+
+# --- recipes on a hub, in a cache, packed and unpacked
 
 
 @pytest.fixture(scope="module")
@@ -68,112 +100,67 @@ def hub(place: Path) -> Iterator[Hub]:
         yield found
 
 
-# --- runs of main.py
-
-
-@pytest.fixture(scope="module")
-def downloaded(hub: Hub, place: Path) -> str:
-    """What `unstructured` says; it has left the model in the cache `weights`."""
+def test_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> None:
     argv = ["unstructured", "owner/name", "--cache_dir", "weights", "--save_model", "pruned"]
-    return launched(argv, place, *QUICK, **hub.environment(place))
-
-
-def test_unstructured_prunes_half_on_ubertext(downloaded: str, place: Path) -> None:
-    found = results("out/unstructured")
-    assert (found["method"], found["sparsity_type"]) == ("sparsegpt", "unstructured")
-    assert found["sparsity"]["overall"] == 0.5
-    assert found["calibration"]["name"] == "ubertext" and list(found["perplexity"]) == ["ubertext"]
-    assert "perplexity ubertext: " in downloaded
+    said = launched(argv, place, *QUICK, **hub.environment(place))
+    pruned = results("out/unstructured")
+    assert pruned["sparsity"]["overall"] == 0.5 and pruned["calibration"]["name"] == "ubertext"
+    assert "perplexity ubertext: " in said
     assert list(Path("weights/models--owner--name/snapshots").glob("*/model.safetensors"))
     assert "base_model: owner/name\n" in Path("pruned/README.md").read_text("utf-8")
 
-
-def test_dense_measures_a_model_of_the_cache_while_the_hub_refuses(
-    downloaded: str, hub: Hub, place: Path
-) -> None:
-    argv = ["dense", "owner/name", "--cache_dir", "weights", "--eval_data", "uk"]
-    hub.status = 500
+    hub.status = 500  # the model is in the cache
     try:
+        argv = ["dense", "owner/name", "--cache_dir", "weights", "--eval_data", "uk"]
         launched(argv, place, *QUICK, **hub.environment(place))
     finally:
         hub.status = None
-    found, pruned = results("out/dense"), results("out/unstructured")
-    assert found["method"] == "dense" and found["sparsity"]["overall"] < 0.01
-    assert found["perplexity"]["uk"] < pruned["perplexity"]["ubertext"]  # of the same text
+    dense = results("out/dense")
+    assert dense["method"] == "dense" and dense["sparsity"]["overall"] < 0.01
+    assert dense["perplexity"]["uk"] < pruned["perplexity"]["ubertext"]  # of the same text
 
 
 def test_c4_calibrates_on_english_and_measures_on_ubertext(hub: Hub, place: Path) -> None:
     launched(["c4", "model"], place, *QUICK, **hub.environment(place))
     found = results("out/c4")
-    assert (found["method"], found["sparsity_type"]) == ("sparsegpt", "unstructured")
     assert found["calibration"]["name"] == "c4" and list(found["perplexity"]) == ["ubertext"]
     assert any(path.endswith("en/c4-train.00000-of-01024.json.gz") for path in hub.asked)
 
 
-@pytest.fixture(scope="module")
-def packed(place: Path) -> str:
+def test_2_of_4_packed_and_unpacked(place: Path) -> None:
     argv = ["semistructured", "model", "--calibration_data", "uk", "--save_model", "packed"]
-    return launched(argv, place, *QUICK)
-
-
-def test_semistructured_packs_2_of_4(packed: str) -> None:
+    launched(argv, place, *QUICK)
     found = results("out/semistructured")
-    assert (found["method"], found["sparsity_type"]) == ("sparsegpt", "2:4")
     assert found["sparsity"]["overall"] == 0.5 and found["packed"]["bits"] == 16
     assert any(name.endswith("q_proj.mask") for name in weights("packed"))
-    assert "packed linears: " in packed
-
-
-def test_unpack_gives_a_dense_model_of_the_same_weights(packed: str, place: Path) -> None:
     assert launched(["unpack", "packed", "plain"], place) == "unpacked: plain\n"
     plain = AutoModelForCausalLM.from_pretrained("plain")
     groups = plain.model.layers[0].mlp.down_proj.weight.view(-1, 4)
     assert ((groups == 0).sum(1) == 2).all()
-    assert not any(name.endswith(".mask") for name in weights("plain"))
     kept = torch.cat([one[one != 0] for one in weights("plain").values()])
     assert kept.isfinite().all() and len(kept) > 10_000
+    assert launch(["unpack", "packed", "plain"], place).status == 1  # it is not empty
 
 
-# --- several runs
+# --- several runs, and what compares them
 
 
-@pytest.fixture(scope="module")
-def pruned_twice(place: Path) -> str:
-    return launched(["languages", "model", "uk", "en"], place, "--", *QUICK)
+def test_languages_overlap_and_report(place: Path) -> None:
+    said = launched(["languages", "model", "uk", "en"], place, "--", *QUICK)
+    assert "about" in said and said.count("\n| wanda ") == 2 and said.count("\n| dense ") == 1
+    text = Path("languages/overlap/overlap.md").read_text("utf-8")
+    shares = pair_row(text)
+    assert "uk (seed 0)" in text and "en (seed 0)" in text and "excess" in text
+    assert 50 < shares[1] < 100 and shares[2] < 60  # both keep; chance
 
-
-def test_languages_shows_what_two_masks_share(pruned_twice: str) -> None:
-    said = json.loads(Path("languages/overlap/overlap.json").read_text("utf-8"))
-    assert said["runs"] == ["uk (seed 0)", "en (seed 0)"]
-    assert 0.5 < said["overall"]["overlap"] < 1 and said["overall"]["chance"] < 0.6
-    assert "share\n" in pruned_twice and "| excess" in pruned_twice
-
-
-def test_overlap_compares_pruned_models(pruned_twice: str, place: Path) -> None:
     runs = [f"languages/model/wanda-50-{name}-seed0" for name in ("uk", "en")]
-    said = launched(["overlap", *runs, "--out", "shared"], place)
-    before, after = (
-        json.loads(Path(folder, "overlap.json").read_text("utf-8"))
-        for folder in ("languages/overlap", "shared")
-    )
-    assert after["overall"]["overlap"] == before["overall"]["overlap"]
-    assert f"{after['overall']['overlap']:.1%}" in said
-    assert Path("shared/overlap.png").stat().st_size > 10_000
+    assert pair_row(launched(["overlap", *runs, "--out", "shared"], place)) == shares
 
 
-def test_report_has_a_row_for_each_run(pruned_twice: str, place: Path) -> None:
-    said = launched(["report", "languages", "--out", "told"], place)
-    assert said.count("\n| wanda ") == 2 and said.count("\n| dense ") == 1
-    assert said.strip() in Path("told/report.md").read_text("utf-8")
-    assert Path("told/report.csv").read_text("utf-8").count("\n") == 1 + 3 * 2
-
-
-def test_sweep_runs_what_is_asked_for(place: Path) -> None:
-    argv = ["sweep", "--models", "model", "--methods", "magnitude", "--types", "2:4"]
-    said = launched([*argv, "--calibration", "uk"], place, "--", *QUICK)
-    names = {file.parent.name for file in Path("runs").rglob("results.json")}
-    assert names == {"dense", "magnitude-2of4"}
-    assert said.count("\n| magnitude ") == 1 and "2 runs, 0 of them finished before" in said
+def pair_row(text: str) -> list[float]:
+    """Return the percentages of the first pair of runs in a table of overlaps."""
+    row = next(line for line in text.splitlines() if line.startswith("| uk") and "and en" in line)
+    return [float(share) for share in re.findall(r"([\d.]+)%", row)]
 
 
 # --- benchmarks
@@ -190,39 +177,3 @@ def test_bench_sparse_splits_the_time_of_a_token(place: Path) -> None:
     argv = ["bench_sparse", "split", "--model", "model", "--rounds", "1"]
     said = launched([*argv, "--dtypes", "float32", "--shares", "0.5"], place)
     assert "milliseconds a token" in said and "| dense" in said
-
-
-def test_gpu_checks_what_a_cpu_can_do(place: Path) -> None:
-    argv = ["gpu", "--device", "cpu", "--small", "--only", "masks", "--save", "gpu"]
-    said = launched(argv, place)
-    report = json.loads(Path("gpu/gpu.json").read_text("utf-8"))["steps"]["masks"]
-    assert report["result"] == "ok" and report["figures"]
-    assert "| masks | ok |" in said
-
-
-# --- the list
-
-
-def test_launch_alone_lists_every_recipe(place: Path) -> None:
-    said = launched([], place)
-    assert set(re.findall(r"^  (\w+)", said, re.MULTILINE)) == TESTS.keys()
-
-
-def test_every_recipe_is_launched_by_a_test() -> None:
-    cases = (ROOT / "launch.sh").read_text("utf-8").partition("case $name in")[2]
-    names = re.findall(r"^    ([\w| ]+)\)", cases, re.MULTILINE)
-    assert {name for line in names for name in line.split(" | ")} - {"help"} == TESTS.keys()
-    for recipe, file in TESTS.items():
-        tree = ast.parse((ROOT / "tests" / file).read_text("utf-8"))
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.List) and node.elts]
-        firsts = {ast.unparse(word) for call in calls for word in call.elts[:6]}
-        assert repr(recipe) in firsts, recipe
-
-
-@pytest.mark.parametrize(
-    "argv", [["nosuch"], ["dense"], ["unstructured", "--device", "cpu"], ["vocabulary", "model"]]
-)
-def test_a_mistake_is_refused_in_one_line(argv: list[str], place: Path) -> None:
-    done = launch(argv, place)
-    assert done.status == 2 and not done.out
-    assert done.err.count("\n") == 1 and argv[0] in done.err

@@ -24,13 +24,12 @@ from typing import Any
 
 from lib.commands.process import call
 from lib.commands.sweep import for_dense
-from lib.report.markdown import padded_table
-from lib.run.flag_checks import check_flags
-from lib.run.flags import build_parser
+from lib.run.flags import build_parser, check_flags
 from lib.util.command import add_debug_flag, run, split_argv
 from lib.util.errors import UserError
-from lib.util.files import check_output_folder
+from lib.util.files import check_new_folder, check_writable, partial_of
 from lib.util.host import gib
+from lib.util.markdown import padded_table
 
 CPU, GPU, LLAMA_CPP = "cpu", "gpu", "llama.cpp"
 PLANS = {  # a GPU's kernels take 2:4; llama.cpp makes no use of zeros, so whole neurons go
@@ -55,9 +54,9 @@ def main(argv: list[str]) -> None:
     own, passed_on = split_argv(argv)
     args = _parser().parse_args(own)
     start = time.perf_counter()
-    on_gpu = args.device.startswith("cuda")
+    on_gpu, args.device = _device(args.device)
     target = args.target or (GPU if on_gpu else CPU)
-    _check_own(args, target)
+    _check_own(args, target, passed_on)
     tests = ["--eval_data", *(args.eval_data or args.data)]
     dense = ["--model", args.model, "--eval_only", *tests, "--device", args.device]
     dense += ["--save", str(Path(args.save, "dense"))]
@@ -128,26 +127,41 @@ def _parser() -> argparse.ArgumentParser:
         "--for",
         dest="target",
         choices=PLANS,
-        help="where the model is to run (default: gpu with --device cuda:N, else cpu)",
+        help="where the model is to run (default: gpu where --device is one, else cpu)",
     )
     parser.add_argument(
         "--device",
-        default="cuda:0",
-        help=f"where blocks are computed; on a CPU calibration takes {CPU_WINDOWS} windows of "
-        f"{CPU_SEQLEN} tokens at most, unless flags after -- say otherwise",
+        help="where blocks are computed (default: the first GPU if there is one, else cpu); on a "
+        f"CPU calibration takes {CPU_WINDOWS} windows of {CPU_SEQLEN} tokens at most, unless flags "
+        "after -- say otherwise",
     )
     parser.add_argument("--save", default="out/compress", help="folder for table and results.json")
     add_debug_flag(parser)
     return parser
 
 
-def _check_own(args: argparse.Namespace, target: str) -> None:
+def _device(name: str | None) -> tuple[bool, str]:
+    """Return whether blocks are computed on a GPU, and the name of the device."""
+    from lib.model.pretrained import pick_device
+
+    device = pick_device(name)
+    return device.type != "cpu", str(device)
+
+
+def _check_own(args: argparse.Namespace, target: str, passed_on: list[str]) -> None:
     """Raise UserError for the command's own flags and outputs."""
     if not 0 < args.minutes < math.inf:  # nan is neither
         raise UserError(f"--minutes {args.minutes:g}: must be above 0 and finite")
     if args.recover is not None and args.recover < 0:
         raise UserError(f"--recover {args.recover}: must be at least 0")
-    check_output_folder("--save", args.save)
+    check_writable("--save", args.save)
+    check_new_folder("OUT", args.out)
+    partial = partial_of(args.out)
+    if partial.exists() and "--resume" not in passed_on:
+        raise UserError(
+            f"OUT {args.out}: {partial} holds what an unfinished run has done; remove it, or go on "
+            f"with its --recover and -- --resume {partial}"
+        )
     if target == LLAMA_CPP:
         if Path(_gguf(args)).exists():
             raise UserError(f"OUT {args.out}: {_gguf(args)} exists; name another OUT")
@@ -161,7 +175,6 @@ def _check_own(args: argparse.Namespace, target: str) -> None:
 def _parsed(flags: list[str]) -> argparse.Namespace:
     """Parse main.py's flags; exit with status 2 where they contradict each other."""
     parser = build_parser()
-    parser.prog = "main.py"
     args = parser.parse_args(flags)
     check_flags(parser, args)
     return args
@@ -178,7 +191,7 @@ def _window_length(pruned: list[str], recover: int | None) -> int:
     # how long a recovery will be that is still to be planned does not matter here
     args = _parsed([*pruned, *_recovery(10**9 if recover is None else recover)])
     args.recover = recover or None
-    args.resume = None  # nothing is to be locked or begun
+    args.resume = args.offload = args.save_model = None  # nothing is to be begun
     with redirect_stdout(io.StringIO()):  # the run will say it
         return check(args).seqlen
 
@@ -208,7 +221,8 @@ def _report(
     args: argparse.Namespace, dense: dict[str, Any], compressed: dict[str, Any], trust: bool
 ) -> None:
     """Print the table that compares both models, and write it into `--save`."""
-    more = ["--device", args.device, "--cache_dir", dense["flags"]["cache_dir"]]
+    cache = dense["flags"]["cache_dir"]
+    more = ["--device", args.device, *(["--cache_dir", cache] if cache else [])]
     more += ["--trust_remote_code"] * trust
     figures = [_measured(model, more) for model in (args.model, args.out)]
     rows = [

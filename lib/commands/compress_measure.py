@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     from transformers import AutoModelForCausalLM
     from transformers.utils import cached_file
 
-    import lib.sparse  # noqa: F401  transformers then loads the packed form
+    import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
     from lib.util.host import malloc_trim
     from lib.util.progress import quiet
 

@@ -25,7 +25,8 @@ from lib.commands.demo_model import DemoTraining, train_model
 from lib.commands.sweep import Run, build_sweep_parser, plan, run_all
 from lib.run.flags import build_parser
 from lib.util import command
-from lib.util.files import check_output_folder
+from lib.util.errors import UserError
+from lib.util.files import check_writable
 
 LANGUAGES = ("uk", "en")
 STORIES = Path(__file__).parent / "demo_texts"
@@ -39,6 +40,7 @@ class Scale:
 
     training: DemoTraining = DemoTraining()
     methods: tuple[str, ...] = ("magnitude", "wanda", "sparsegpt", "admm")
+    languages: tuple[str, ...] = LANGUAGES  # of calibration
     types: tuple[str, ...] = ("unstructured", "2:4")
     train: int = 500  # stories of each language
     test: int = 25  # stories of each language
@@ -51,6 +53,7 @@ SMALL = Scale(
         vocabulary=300, window=32, width=16, inner=32, blocks=1, heads=2, batch=4, steps=2
     ),
     methods=("admm",),
+    languages=("uk",),
     types=("2:4",),
     train=10,
     test=1,
@@ -65,7 +68,10 @@ def demo(folder: Path, scale: Scale, fresh: bool = False, debug: bool = False) -
     `fresh` trains the model again. Raises UserError if `folder` holds anything but a demo, and at
     the end if a run failed.
     """
-    check_output_folder("--folder", str(folder), mark=MARK)
+    check_writable("--folder", str(folder))
+    names = sorted(path.name for path in folder.glob("*"))
+    if names and MARK not in names:
+        raise UserError(f"--folder {folder}: holds {names[0]}, but no {MARK}; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text("Made by launch.sh demo, which may replace what is here.\n", "utf-8")
     _prepare(folder, scale, fresh)
@@ -113,10 +119,11 @@ def write_texts(folder: Path, stories: Mapping[str, Sequence[str]], n_test: int)
 
 def _plan(folder: Path, scale: Scale, debug: bool) -> list[Run]:
     """Return the runs of a sweep, and some of them once more with recovery."""
-    texts = [str(folder / language) for language in LANGUAGES]
+    train = [str(folder / language) for language in scale.languages]
+    tests = [str(folder / language) for language in LANGUAGES]
     flags = ["--models", str(folder / "model"), "--methods", *scale.methods]
     flags += ["--types", *scale.types, "--ratios", "0.5"]
-    flags += ["--calibration", *texts, "--eval_data", *texts, "--out", str(folder / "runs")]
+    flags += ["--calibration", *train, "--eval_data", *tests, "--out", str(folder / "runs")]
     flags += ["--debug"] * debug
     run_flags = ["--device", "cpu", "--nsamples", str(scale.windows)]
     print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*flags, '--', *run_flags])}")

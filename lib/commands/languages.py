@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.commands import sweep
 from lib.commands.process import call
-from lib.methods.registry import METHODS, MethodSpec
+from lib.methods.registry import METHODS, method_of
 from lib.methods.sparsity import TYPES, UNSTRUCTURED
 from lib.util import command
 from lib.util.errors import UserError
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if len(args.calibration) < 2:
         parser.error(f"SOURCE {args.calibration[0]}: name two or more to compare")
-    if not MethodSpec(args.method).cls.observes:
+    if not method_of(args.method).observes:
         parser.error(f"--method {args.method}: looks at no text; use another one")
     sweep_argv = ["--models", args.model, "--methods", args.method, "--types", args.type]
     sweep_argv += ["--ratios", str(args.ratio), "--calibration", *args.calibration]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from lib.run.results import NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.errors import UserError
-from lib.util.files import check_output_folder, write_text
+from lib.util.files import check_writable, write_text
 from lib.util.markdown import padded_table
 from lib.util.progress import progress
 
@@ -228,14 +228,14 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
     """Return shares of the counts summed `by` columns.
 
-    `kept` of the weights, mean of both masks; of the kept weights `shared` by both, and the share
-    that `chance` gives; where seeds were compared the share that those have (`seeds`), and how much
-    more that is (`excess`).
+    `kept` of the weights, mean of both masks; of the kept weights those that `both keep`, and the
+    share that `chance` gives; where seeds were compared, the share that those have (`seeds`) and
+    how much more that is (`excess`).
     """
     between = _shares(counts[~counts["seeds"]], by)
     if counts["seeds"].any():
-        between["seeds"] = _shares(counts[counts["seeds"]], by)["shared"]
-        between["excess"] = between["seeds"] - between["shared"]
+        between["seeds"] = _shares(counts[counts["seeds"]], by)["both keep"]
+        between["excess"] = between["seeds"] - between["both keep"]
     return between
 
 
@@ -244,46 +244,28 @@ def _shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
 
     sums = counts.groupby(by, sort=False)[COUNTS].sum()
     kept = sums["kept_a"] + sums["kept_b"]
-    shared = {name: 2 * sums[of] / kept.clip(lower=1) for name, of in SHARED.items()}
-    return pandas.DataFrame({"kept": kept / (2 * sums["weights"])} | shared)
-
-
-SHARED = {"shared": "both", "chance": "chance"}
+    both, chance = (2 * sums[name] / kept.clip(lower=1) for name in ("both", "chance"))
+    columns = {"kept": kept / (2 * sums["weights"]), "both keep": both, "chance": chance}
+    return pandas.DataFrame(columns)
 
 
 def _unit(counts: DataFrame) -> str:
     return "neurons" if (counts["linear"] == "neurons").all() else "weights"
 
 
-def _names(counts: DataFrame) -> list[str]:
+def _title(counts: DataFrame) -> str:
     between = counts[~counts["seeds"]]
-    return list(dict.fromkeys([*between["a"], *between["b"]]))
+    *first, last = dict.fromkeys([*between["a"], *between["b"]])
+    return f"{_unit(counts).capitalize()} that the masks of {', '.join(first)} and {last} share"
 
 
 def overlap_text(counts: DataFrame) -> str:
     """Return a comparison as Markdown: by pair, by block and by linear."""
-    pairs = _shares(counts, ["seeds", "a", "b"])
-    body = [
-        [f"{a} and {b}" + " (seeds)" * seeds, *(f"{share:.1%}" for share in line)]
-        for (seeds, a, b), line in zip(pairs.index, pairs.to_numpy(), strict=True)
-    ]
-    parts = [f"### {_title(counts)}", padded_table(["pair", *TITLES[:3]], body)]
-    by = ["block"] if _unit(counts) == "neurons" else ["block", "linear"]
-    for name in by:
-        found = shares(counts, name)
-        points = [column == "excess" for column in found]
-        body = [
-            [
-                str(key),
-                *(
-                    f"{100 * x:+.1f}" if signed else f"{x:.1%}"
-                    for x, signed in zip(line, points, strict=True)
-                ),
-            ]
-            for key, line in zip(found.index, found.to_numpy(), strict=True)
-        ]
-        parts.append(padded_table([name, *TITLES[: len(found.columns)]], body))
     unit = _unit(counts)
+    pair = counts["a"] + " and " + counts["b"] + counts["seeds"].map({True: " (seeds)", False: ""})
+    parts = [f"### {_title(counts)}", _table("pair", _shares(counts.assign(pair=pair), "pair"))]
+    by = ["block"] if unit == "neurons" else ["block", "linear"]
+    parts += [_table(name, shares(counts, name)) for name in by]
     notes = [
         f"- kept: share of the {unit}; both keep: share of the kept {unit}, mean of the two masks, "
         "that both keep; chance: the same for independent masks."
@@ -291,17 +273,15 @@ def overlap_text(counts: DataFrame) -> str:
     if counts["seeds"].any():
         notes.append(
             "- seeds: share that two seeds of one language both keep; excess: seeds minus both "
-            "keep, the part of the difference that is due to the language, in points."
+            "keep, the part of the difference that is due to the language."
         )
     return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
 
-TITLES = ["kept", "both keep", "chance", "seeds", "excess"]
-
-
-def _title(counts: DataFrame) -> str:
-    *first, last = _names(counts)
-    return f"{_unit(counts).capitalize()} that the masks of {', '.join(first)} and {last} share"
+def _table(name: str, found: DataFrame) -> str:
+    lines = zip(found.index, found.to_numpy(), strict=True)
+    body = [[str(key), *(f"{share:.1%}" for share in line)] for key, line in lines]
+    return padded_table([name, *found.columns], body)
 
 
 def draw(counts: DataFrame) -> Any:
@@ -309,15 +289,15 @@ def draw(counts: DataFrame) -> Any:
 
     Where seeds were compared it shows the excess, in points.
     """
-    from lib.commands import plots
+    from lib.run import plots
 
     if _unit(counts) == "neurons":
         named = counts.assign(pair=counts["a"] + "\n" + counts["b"])
-        cells = _shares(named, ["block", "pair"])["shared"].unstack(sort=False)
+        cells = _shares(named, ["block", "pair"])["both keep"].unstack(sort=False)
         return plots.overlap(100 * cells, _title(counts), "kept by both, %")
     found = shares(counts, ["block", "linear"])
     has_seeds = "excess" in found
-    cells = 100 * found["excess" if has_seeds else "shared"].unstack(sort=False)
+    cells = 100 * found["excess" if has_seeds else "both keep"].unstack(sort=False)
     short = [name.rpartition(".")[2] for name in cells.columns]
     cells.columns = short if len(set(short)) == len(short) else cells.columns
     label = "seeds share more than languages, points" if has_seeds else "kept by both, %"
@@ -326,7 +306,7 @@ def draw(counts: DataFrame) -> Any:
 
 def write_overlap(counts: DataFrame, out: str | Path) -> list[Path]:
     """Write overlap.md, .csv and .png into folder `out`; return their paths."""
-    from lib.commands import plots
+    from lib.run import plots
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -350,7 +330,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    check_output_folder("--out", args.out)
+    check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)
     for path in write_overlap(counts, args.out):
         print(f"wrote {path}", file=sys.stderr)

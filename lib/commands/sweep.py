@@ -11,7 +11,6 @@ after an interruption and retries failed runs. At the end comes the report on al
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -26,13 +25,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.commands.process import call
-from lib.commands.sweep_run import ERROR, FINISHED, OUTPUT, RESULTS, read_json, write_error
+from lib.commands.sweep_run import FINISHED, OUTPUT, read_json
 from lib.data.sources import mixture_name, parse_sources
 from lib.methods.registry import METHODS
 from lib.methods.sparsity import NEURONS, RATIO_TYPES, TYPES, UNSTRUCTURED
-from lib.run.flag_checks import check_flags
-from lib.run.flags import build_parser
-from lib.run.texts import default_tests, reads_train
+from lib.run.flags import build_parser, check_flags, reads_train
+from lib.run.results import ERROR, RESULTS, write_results
+from lib.run.texts import default_tests
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -126,7 +125,6 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     sources that make no sense.
     """
     parser = build_parser()
-    parser.prog = "main.py"
     for flag in (word.split("=")[0] for word in passed_on):
         if flag in OWN_FLAGS:
             parser.error(f"{flag} after '--': the sweep sets it; use the sweep's own flags")
@@ -152,7 +150,6 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
             flags = ["--model", model, *point, "--eval_data", *tests, "--save", str(folder)]
             if args.save_models and "--prune_method" in point:
                 flags += ["--save_model", str(folder / "model")]
-            parser.prog = f"main.py ({name})"
             parsed = parser.parse_args(flags)
             if parsed.trim_vocabulary and not parsed.vocabulary_data:
                 flags += ["--vocabulary_data", *texts]  # only runs of the same tokens compare
@@ -243,8 +240,9 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
                 line += f", about {tqdm.format_interval(left)} left"
             print(line, flush=True)
             failed += [run.name] if (run.folder / ERROR).is_file() else []
-    folders = [run.folder for run in runs] if report else [out]
-    status, _ = call("lib.commands.report", *folders, "--out", report or out)
+    done = [run.folder for run in runs if (run.folder / RESULTS).is_file()]
+    folders = done if report or not done else [out]  # with what earlier sweeps have left there
+    status = call("lib.commands.report", *folders, "--out", report or out)[0] if folders else 0
     if failed:
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command "
@@ -282,8 +280,8 @@ def _do(run: Run, shared: str) -> str:
         return ", ".join(f"{name} {value or math.nan:.2f}" for name, value in figures.items())
     if not (run.folder / ERROR).is_file():
         ended = f"signal {-status}" if status < 0 else f"status {status}"
-        write_error(run.args, f"its process ended with {ended}")
-    return f"failed: {json.loads((run.folder / ERROR).read_text('utf-8'))['error']}"
+        write_results(run.folder, {"error": f"its process ended with {ended}"}, ERROR)
+    return f"failed: {read_json(run.folder / ERROR)['error']}"
 
 
 def main(argv: list[str]) -> None:

@@ -19,12 +19,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from lib.run.flag_checks import check_flags
-from lib.run.flags import build_parser
+from lib.run.flags import build_parser, check_flags
+from lib.run.results import ERROR, RESULTS, write_results
 from lib.util import command
-from lib.util.terminal import one_line
+from lib.util.files import partial_of
 
-RESULTS, ERROR = "results.json", "error.json"
 OUTPUT = "output.txt"  # what main.py prints; every folder of a sweep has it
 FINISHED = "finished before"
 
@@ -37,11 +36,11 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     import main
     from lib.run.check import check
 
-    folder, printed = Path(args.save), io.StringIO()
+    folder = Path(args.save)
     if before := read_json(folder / RESULTS):
-        outputs = dict(save_model=None, resume=None)
-        with redirect_stdout(printed):
-            job = check(argparse.Namespace(**vars(args) | outputs))
+        outputs = dict(save_model=None, resume=None, offload=None)
+        with redirect_stdout(io.StringIO()):
+            job = check(argparse.Namespace(**vars(args) | outputs), shared)
         reason = _difference(before.get("fingerprint", {}), job.fingerprint)
         if not reason and args.save_model and not Path(args.save_model, "config.json").is_file():
             reason = "its model was not kept"
@@ -50,27 +49,20 @@ def run(args: argparse.Namespace, shared: Path) -> None:
             return
         print(f"{reason}; it is run again", flush=True)
     if args.save_model == str(folder / "model") and (folder / OUTPUT).is_file():
-        shutil.rmtree(args.save_model, ignore_errors=True)  # of an earlier run of the sweep
+        for earlier in (args.save_model, partial_of(args.save_model)):
+            shutil.rmtree(earlier, ignore_errors=True)
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
-        job = check(args)
-        job.shared = shared
-        main.run(job)
+        main.run(check(args, shared))
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Return in what the fingerprints of two runs differ first; None if they are the same."""
-    before, now = _flat(before), _flat(json.loads(json.dumps(now, default=str)))
-    for name in {**now, **before}:
-        if before.get(name) != now.get(name):
-            return f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+    from lib.run.fingerprint import differences
+
+    for section, facts in now.items():
+        for name, (old, new) in differences(before.get(section, {}), facts).items():
+            return f"{name} was {old!r}, is {new!r}"
     return None
-
-
-def _flat(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    entries = {}
-    for name, value in fingerprint.items():
-        entries |= value if isinstance(value, dict) else {name: value}
-    return entries
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -80,14 +72,6 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def write_error(args: argparse.Namespace, reason: str) -> None:
-    """Write error.json into the run's folder: what was run, and why it failed."""
-    failure = {"model": args.model, "method": args.prune_method or "dense"}
-    failure |= {"flags": vars(args), "error": reason}
-    text = json.dumps(failure, indent=2, ensure_ascii=False, default=str)
-    (Path(args.save) / ERROR).write_text(text + "\n", "utf-8")
 
 
 def _end_with_the_sweep() -> None:
@@ -107,7 +91,7 @@ def main(argv: list[str]) -> None:
         run(args, Path(shared))
     except Exception as error:  # the other runs do not depend on this one
         reason = command.describe_error(error) or f"{type(error).__name__}: {error}"
-        write_error(args, one_line(reason))
+        write_results(args.save, {"error": command.one_line(reason)}, ERROR)
         raise
 
 

@@ -31,7 +31,7 @@ from lib.data.documents import open_documents
 from lib.data.sources import parse_source
 from lib.util import command
 from lib.util.errors import UserError
-from lib.util.files import check_output_folder, write_text
+from lib.util.files import check_writable, write_text
 
 QUESTIONS = 300  # where the text has so many
 CHOICES = 4
@@ -201,8 +201,7 @@ def write_tasks(
     """
     source = parse_source(data, "DATA")
     with open_documents(source, "test") as (documents, _):
-        texts = (each if isinstance(each, str) else each[1] for each in documents)
-        questions = last_words(texts, seed)
+        questions = last_words(documents, seed)
     if not questions:
         raise source.error(
             "holds no sentence whose last word can be asked for; give more text, of a language "
@@ -233,7 +232,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pairs", metavar="FILE", help="JSON lines with `good` and `bad`")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    check_output_folder("OUT", args.out)
+    check_writable("OUT", args.out)
     names = write_tasks(args.data, args.out, args.language, args.seed, args.pairs)
     print(f"run them: python main.py --tasks {','.join(names)} --include_path {args.out} ...")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib.util.command import add_debug_flag, run
 from lib.util.errors import UserError
-from lib.util.folders import staged_folder
+from lib.util.files import check_new_folder, staged_folder
 
 CARD = "README.md"
 
@@ -27,8 +27,7 @@ def unpack_folder(source: str, target: str) -> None:
     folder, out = Path(source), Path(target)
     if not (folder / "config.json").is_file():
         raise UserError(f"IN {source}: no model folder (it has no config.json)")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"OUT {target}: exists and is not empty; name a new folder")
+    check_new_folder("OUT", target)
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -41,7 +40,8 @@ def unpack_folder(source: str, target: str) -> None:
     if stored.get("quant_method") != METHOD:
         raise UserError(f"IN {source}: not a packed checkpoint, nothing to unpack")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    model.dequantize()
+    if model.is_quantized:  # without kernels for this processor it is dense already
+        model.dequantize()
     with staged_folder(out, "OUT") as stage:
         model.save_pretrained(stage)
         for path in folder.iterdir():  # tokenizer, model card, ...
@@ -61,7 +61,7 @@ def unpacked_card(card: str, bits: int) -> str:
     section = f"Unpacked from a packed checkpoint: zeros are stored as weights{rounded}."
     heading = re.escape(CARD_HEADING)
     card = re.sub(rf"(?ms)^{heading}\n.*?(?=^#|\Z)", "", card)
-    card = re.sub(r"(?m)^(# .*), its sparse linears packed", r"\1, its linears unpacked", card)
+    card = re.sub(r"(?m)^(# .*), packed\b", r"\1, unpacked", card)
     return f"{card.rstrip()}\n\n## Weights\n\n{section}\n"
 
 

@@ -6,7 +6,6 @@ a few windows cost a few megabytes. The current commit is looked up first, and t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from lib.data.sources import Source, check_text
 from lib.util.errors import UserError
-from lib.util.hub import first_line, hub_problem
+from lib.util.hub import hub_problem
 
 TEST_DOCUMENTS = 1_100  # the first documents of a large set, which are its test text
 TIMEOUT = 10.0  # seconds for the hub's first answer
@@ -82,12 +81,7 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
             train = {"train": source.train_file}
             options["data_files"] = train if split == "train" else {"validation": source.test_file}
         options = {key: value for key, value in options.items() if value is not None}
-        try:
-            sets = load_dataset(source.hub, *filter(None, [source.config]), **options)
-        except ValueError:
-            if commit:  # the hub answers
-                _check_config(source, commit)
-            raise
+        sets = load_dataset(source.hub, *filter(None, [source.config]), **options)
         name = _split(source, split, list(sets))
         rows = sets[name]
         columns = rows.column_names  # None for a stream of files without a schema
@@ -137,7 +131,9 @@ def _as_user_error(source: Source) -> Iterator[None]:
     except UserError:
         raise
     except (DatasetsError, HTTPError, OSError, ValueError, RuntimeError) as error:
-        problem = hub_problem(error, "data set") or f"can't be loaded: {first_line(error)}"
+        reason = " ".join(str(error).split())[:300]  # names the configs where one is missing
+        hint = f"; name a config as {source.hub}:CONFIG" if "onfig" in reason else ""
+        problem = hub_problem(error, "data set") or f"can't be loaded: {reason}{hint}"
         raise source.error(problem) from error
 
 
@@ -150,7 +146,7 @@ def _split(source: Source, split: str, names: list[str]) -> str:
         if name in names:
             return name
     raise source.error(
-        f"no split {candidates[0]!r}; there are: {_closest(candidates[0], names)}; name one as "
+        f"no split {candidates[0]!r}; there are: {', '.join(names)}; name one as "
         f"{source.hub}:{source.config or ''}:SPLIT"
     )
 
@@ -160,23 +156,3 @@ def _text(source: Source, row: dict, number: int) -> str:
     if source.column not in row:
         raise source.error(f"no column {source.column!r}; there are: {', '.join(row)}")
     return check_text(source, row[source.column], f"row {number}, column {source.column!r}")
-
-
-def _check_config(source: Source, commit: str) -> None:
-    """Raise UserError if the set needs a config, or has none of the given name."""
-    from datasets import get_dataset_config_names, get_dataset_default_config_name
-
-    names = get_dataset_config_names(source.hub, revision=commit)
-    listed = _closest(source.config or "", names)
-    if source.config and source.config not in names:
-        raise source.error(f"no config {source.config!r}; there are: {listed}")
-    if not source.config and not get_dataset_default_config_name(source.hub, revision=commit):
-        raise source.error(f"needs a config: {listed}; name one as {source.hub}:CONFIG")
-
-
-def _closest(name: str, names: list[str]) -> str:
-    """List all names if they are few, else those most similar to `name` and their number."""
-    if len(names) <= 12:
-        return ", ".join(names)
-    similar = difflib.get_close_matches(name, names, n=8, cutoff=0.3) or names[:8]
-    return f"{', '.join(similar)}, ... ({len(names)} in all)"

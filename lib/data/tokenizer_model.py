@@ -8,7 +8,8 @@ is the negated rank of the first merge that makes it.
 Byte-level tokenizers are told apart by the converter through the ids that a certain text is cut
 into. Trimming changes the ids, so the tokenizer's config remembers those of the whole vocabulary.
 
-The file's format: sentencepiece_model.proto of google/sentencepiece, written here field by field.
+The file's format is sentencepiece_model.proto of google/sentencepiece, written here field by field:
+the package's own classes refuse any protobuf but the newest.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CHECK_TEXT = (
 
 
 def check_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """How the whole vocabulary cuts CHECK_TEXT: the text's digest and the ids.
+    """Return how the whole vocabulary cuts CHECK_TEXT: the text's digest and the ids.
 
     None for a tokenizer that is not byte-level. One that was trimmed before keeps what it has.
     """
@@ -55,14 +56,14 @@ def digest(text: str) -> str:
 
 
 def is_byte_level(data: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json, read to `data`, is byte-level BPE."""
+    """Return whether a tokenizer.json, read to `data`, is byte-level BPE."""
     return data["model"].get("type") == "BPE" and '"ByteLevel"' in json.dumps(
         [data["pre_tokenizer"], data["normalizer"]]
     )
 
 
 def is_sentencepiece(data: dict[str, Any]) -> bool:
-    """Whether a tokenizer.json, read to `data`, is BPE whose letters fall back to byte tokens."""
+    """Return whether a tokenizer.json, read to `data`, is BPE whose letters fall back to bytes."""
     model = data["model"]
     return (
         model.get("type") == "BPE"
@@ -73,12 +74,11 @@ def is_sentencepiece(data: dict[str, Any]) -> bool:
 
 
 def _unknown(model: dict[str, Any]) -> str:
-    """The token for what can't be cut, which SentencePiece always has."""
     return model.get("unk_token") or "<unk>"
 
 
 def begins_with_blank(data: dict[str, Any]) -> bool:
-    """Whether the tokenizer puts a blank before a text."""
+    """Return whether the tokenizer puts a blank before a text."""
     parts = json.dumps([data["normalizer"], data["pre_tokenizer"]])
     return (
         '"Prepend"' in parts
@@ -88,18 +88,15 @@ def begins_with_blank(data: dict[str, Any]) -> bool:
 
 
 def write_tokenizer_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Write FILE into `folder` if the tokenizer is of SentencePiece's kind; whether it is."""
-    if not getattr(tokenizer, "is_fast", False):
-        return False
-    data = _data(tokenizer)
-    if not is_sentencepiece(data):
+    """Write FILE into `folder` and return True if the tokenizer is of SentencePiece's kind."""
+    if not getattr(tokenizer, "is_fast", False) or not is_sentencepiece(data := _data(tokenizer)):
         return False
     (folder / FILE).write_bytes(_model_proto(data, pieces(data)))
     return True
 
 
 def pieces(data: dict[str, Any]) -> list[tuple[str, float, int]]:
-    """Text, score and type of every token of a tokenizer.json, by id; unused ids are filled."""
+    """Return text, score and type of every token of a tokenizer.json by id, without gaps."""
     model = data["model"]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
@@ -125,8 +122,7 @@ def _data(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> bytes:
-    """A ModelProto: pieces, and as much of the trainer's and the normalizer's settings as engines
-    read."""
+    """Return a ModelProto: pieces, and as much of the other settings as engines read."""
     unknown = _unknown(data["model"])
     number = next(i for i, (_, _, kind) in enumerate(listed) if kind == UNKNOWN)
     trainer = _number(3, 2) + _number(4, len(listed)) + _number(35, 1)  # BPE, size, byte fallback

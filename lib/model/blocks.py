@@ -86,6 +86,7 @@ class BlockRunner:
         self.state_device = state_device or device
         self.cache_inputs = cache_inputs
         self.save_dtype = save_dtype
+        self.checkpointed = False  # a block's activations are computed again in training
         self.transfer = Transfer(device)
         self.tuples = self._probe()
 

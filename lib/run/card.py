@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
+from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
 from lib.packed.checkpoint import CARD_HEADING, card_lines
 from lib.run.flags import build_parser
+from lib.util.command import one_line
 from lib.util.errors import UserError
 from lib.util.markdown import escape, padded_table
-from lib.util.command import one_line
 
 TEMPLATE = """\
 ---
@@ -38,17 +39,26 @@ Made by langprune{{ texts }}:
 - {{ note }}
 {%- endfor %}
 
-{{ heading }}
+{% if is_packed %}{{ packed_heading }}
 
-{% if packed %}{{ packed }}
+The sparse linears are stored packed, kept weights {{ values }}. Install what reads them by
+`pip install .` in the folder of the project that wrote them. Other engines read dense weights,
+which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
+{%- else %}## How to load it
+{%- endif %}
 
-{% endif %}```python
+```python
 {{ code }}
 ```
+
 """
+PLAIN = """\
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({!r})"""
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
-NOT_SHOWN = set("save resume offload cache_dir device batch_size debug tasks include_path".split())
+NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
+NOT_SHOWN |= {"prompts", "tasks", "include_path"}
 
 
 def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
@@ -59,7 +69,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
     """
     folder = Path(results["flags"].get("save_model") or "").name
     is_packed = bool(results["flags"].get("replace_sparse_layers"))
-    plain = "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM"
+    bits = results.get("packed", {}).get("bits", 16)
     names = ", ".join(escape(_public(source)) for source in sources)
     return ModelCard.from_template(
         _metadata(results, sources, is_packed),
@@ -67,11 +77,13 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
         title=f"{escape(_name_of(results['model']))}, {_what_was_done(results)}",
         texts=f" for the texts of {names}" if names else "",
         command=_command(results["flags"]),
-        table=padded_table(["", "dense", "this model"], list(_figures(results))),
+        table=_table(results),
         notes=[escape(note) for note in _notes(results)],
-        heading=CARD_HEADING if is_packed else "## How to load it",
-        packed=_packing(results, folder) if is_packed else "",
-        code="\n".join(card_lines(folder)) if is_packed else f"{plain}.from_pretrained({folder!r})",
+        is_packed=is_packed,
+        packed_heading=CARD_HEADING,
+        values="as they were" if bits == 16 else f"as {bits}-bit integers",
+        name=folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER",
+        code="\n".join(card_lines(folder)) if is_packed else PLAIN.format(folder),
     ).content
 
 
@@ -82,62 +94,70 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
     tags = ["langprune", "pruned" if method or "recovery" in results else None, method]
     tags.append("trimmed" if results.get("vocabulary") else None)
     base_model = model if _is_hub_id(model) else base.get("base_model")
-    relation = "quantized" if results.get("packed", {}).get("bits", 16) < 16 else "finetune"
+    bits = 4 if results.get("quantized") else results.get("packed", {}).get("bits", 16)
+    relation = "quantized" if bits < 16 else "finetune"
+    licence = {name: base.get(name) for name in ("license", "license_name", "license_link")}
     return ModelCardData(
         library_name=None if is_packed else "transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=list(dict.fromkeys(filter(None, map(_hub_set, sources)))) or None,
-        language=_languages(sources) or None,
-        license=base.get("license"),
-        license_name=base.get("license_name"),
-        license_link=base.get("license_link"),
+        language=list(dict.fromkeys(filter(None, map(_language, sources)))) or None,
         tags=list(filter(None, tags)),
+        **licence,
     )
 
 
 def _base_metadata(model: str) -> dict[str, Any]:
     """Return the metadata of a model's own card, if it lies beside it or in the hub's cache."""
-    file = Path(model) / "README.md"
-    if _is_hub_id(model):
-        file = try_to_load_from_cache(model, "README.md")
+    is_hub_id = _is_hub_id(model)
+    file = try_to_load_from_cache(model, "README.md") if is_hub_id else Path(model) / "README.md"
     try:
         return metadata_load(file) or {} if isinstance(file, str | Path) else {}
-    except (OSError, ValueError):  # there is none, or it is damaged
+    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
         return {}
 
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
-    done = [f"{share} of its MLPs' neurons removed"] if kind == "neurons" else []
-    if kind and not done:
-        done.append(f"pruned to {share if kind == 'unstructured' else kind}")
-    steps = {"recovery": "recovered", "vocabulary": "its vocabulary trimmed", "packed": "packed"}
+    done = []
+    if kind:
+        goal = {"unstructured": share, "neurons": f"{share} fewer neurons"}.get(kind, kind)
+        done.append(f"pruned by {results['method']} to {goal}")
+    steps = {
+        "recovery": "recovered",
+        "vocabulary": "its vocabulary trimmed",
+        "packed": "its sparse linears packed",
+        "quantized": "its linears as llama.cpp's q4_0",
+    }
     done += [words for key, words in steps.items() if results.get(key)]
     return ", ".join(done) or "saved as it was"
 
 
+def _table(results: Mapping[str, Any]) -> str:
+    """Return the table of figures, with the dense model's if any is known."""
+    rows = list(_figures(results))
+    shown = (0, 1, 2) if any(dense for _, dense, _ in rows) else (0, 2)
+    head, *body = ([row[i] for i in shown] for row in [("", "dense", "this model"), *rows])
+    return padded_table(head, body)
+
+
 def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the rows of the table: a figure's name, the dense model's and this model's."""
-    recovery = results.get("recovery", {})
+    """Yield (name of a figure, the dense model's, this model's)."""
+    perplexities = results.get("recovery", {}).get("dense", {})
     for test in results["evaluation"]:
-        dense = dict(test.get("dense") or {})
-        if test["name"] in recovery.get("dense", {}):
-            dense.setdefault("perplexity", recovery["dense"][test["name"]])
-        name = escape(test["name"])
+        name, dense = escape(test["name"]), test.get("dense") or {}
+        dense = {"perplexity": perplexities.get(test["name"])} | dense
         for key, words in {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}.items():
-            yield f"{name}, {words}", _figure(dense.get(key)), _figure(test[key])
+            before = dense.get(key)
+            yield f"{name}, {words}", f"{before:.4f}" if before else "", f"{test[key]:.4f}"
         if "kl" in test:
-            yield f"{name}, KL from dense, nats a token", "", _figure(test["kl"])
+            yield f"{name}, KL from dense, nats a token", "", f"{test['kl']:.4f}"
             yield f"{name}, same likeliest token", "", f"{test['top1_agreement']:.2%}"
     if size := results.get("saved_bytes"):
-        dense_size = results.get("dense_bytes") or results.get("neurons", {}).get("bytes_before")
-        yield "MB", f"{dense_size / 1e6:,.1f}" if dense_size else "", f"{size / 1e6:,.1f}"
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+        before = results.get("dense_bytes") or results.get("neurons", {}).get("bytes_before")
+        yield "MB", f"{before / 1e6:,.1f}" if before else "", f"{size / 1e6:,.1f}"
 
 
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:
@@ -151,26 +171,15 @@ def _notes(results: Mapping[str, Any]) -> Iterator[str]:
     yield from results.get("notes", [])
 
 
-def _packing(results: Mapping[str, Any], folder: str) -> str:
-    bits = results.get("packed", {}).get("bits", 16)
-    values = "as they were" if bits == 16 else f"as {bits}-bit integers"
-    folder = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
-    return (
-        f"The sparse linears are stored packed, kept weights {values}. Install what reads them by "
-        "`pip install .` in the folder of the project that wrote them. Other engines read dense "
-        f"weights, which `bash launch.sh unpack {folder} {folder}-dense` makes."
-    )
-
-
 def _command(flags: Mapping[str, Any]) -> str:
     """Return the command line, without defaults and with names for paths."""
     parser, words = build_parser(), ["python", "main.py"]
     for name, value in flags.items():
         if name in NOT_SHOWN or value in (None, False) or value == parser.get_default(name):
             continue
-        words.append(f"--{name}")
+        value = Path(value).name if name == "save_model" else value
         values = value if isinstance(value, list | tuple) else [] if value is True else [value]
-        words += [_public(str(each)) for each in values]
+        words += [f"--{name}", *(_public(str(each)) for each in values)]
     return one_line(shlex.join(words))
 
 
@@ -196,11 +205,8 @@ def _hub_set(source: str) -> str | None:
         return None
 
 
-def _languages(sources: Sequence[str]) -> list[str]:
-    """Return the codes of the languages that built-in sets such as `c4:de` name."""
-    codes = []
-    for source in sources:
-        kind, _, language = source.partition(":")
-        named = language and f"{kind}:LANGUAGE" in BUILT_IN
-        codes.append(re.split("[_-]", language)[0] if named else LANGUAGE_OF_SET.get(source))
-    return list(dict.fromkeys(filter(None, codes)))
+def _language(source: str) -> str | None:
+    """Return the code of the language that a built-in set such as `c4:de` names."""
+    kind, _, language = source.partition(":")
+    is_named = language and f"{kind}:LANGUAGE" in BUILT_IN
+    return re.split("[_-]", language)[0] if is_named else LANGUAGE_OF_SET.get(source)

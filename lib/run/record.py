@@ -25,10 +25,13 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     from lib.model.pretrained import footprint
 
     args, method = job.args, job.args.prune_method
-    changed = job.has_dense or job.quantises
+    if args.teacher or (job.quantises and not args.quantize):
+        done = "pruned before"
+    else:
+        done = args.quantize or ("recovered" if args.recover else "dense")
     return {
         "model": args.model,
-        "method": method or ("pruned before" if changed else "dense"),
+        "method": method or done,
         "sparsity_type": args.sparsity_type if method else None,
         "sparsity_ratio": args.sparsity_ratio if method else None,
         "options": {"variant": args.use_variant} if method == "wanda" else {},
@@ -78,12 +81,15 @@ def processor() -> str:
 
 def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any]:
     """Return the record of a test set: what it is, and its figures (lib/eval.py)."""
-    bits = figures["nats"] / math.log(2) / test.bytes
-    return (
-        test.facts
-        | {name: figures[name] for name in figures if name != "nats"}
-        | {"bits_per_byte": bits}
-    )
+    record = test.facts | {name: figures[name] for name in figures if "nats" not in name}
+    record["bits_per_byte"] = figures["nats"] / math.log(2) / test.bytes
+    if "dense_nats" in figures:
+        nats = figures["dense_nats"]
+        record["dense"] = {"perplexity": math.exp(nats) if nats < 700 else math.inf}
+        if figures["compared_windows"] == len(test.windows):
+            predicted = test.windows.numel() - len(test.windows)
+            record["dense"]["bits_per_byte"] = nats * predicted / math.log(2) / test.bytes
+    return record
 
 
 def method_in_words(results: dict[str, Any]) -> str:
@@ -141,11 +147,18 @@ def print_summary(results: dict[str, Any]) -> None:
         for name, value in results["bits_per_byte"].items():
             lines.append(f"bits per byte {one_line(name)}: {value:.4f}")
     recovery = results.get("recovery")
-    for test, value in results["perplexity"].items():
-        name = one_line(test)
+    for test in results["evaluation"]:
+        name, value = one_line(test["name"]), test["perplexity"]
         if recovery:
-            dense, before = recovery["dense"][test], recovery["before"][test]
-            lines.append(f"{name}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}")
+            dense, before = (recovery[key][test["name"]] for key in ("dense", "before"))
+            was_pruned = results["sparsity_type"] or results["method"] == "pruned before"
+            pruned = f" pruned {before:.4f}," if was_pruned else ""
+            lines.append(f"{name}: dense {dense:.4f},{pruned} recovered {value:.4f}")
+        elif "dense" in test:
+            some = f" on {test['compared_windows']} windows" * (
+                "bits_per_byte" not in test["dense"]
+            )
+            lines.append(f"{name}: dense {test['dense']['perplexity']:.4f}{some}")
         lines.append(f"perplexity {name}: {value:.4f}")
     print(*lines, sep="\n")
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from operator import le
 from typing import TYPE_CHECKING
 
-from lib.run.job import Job, LoadedModel
+from lib.run.job import Job
 from lib.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _teacher_rows(job: Job, checkpoint: Checkpoint, model: nn.Module) -> Tensor 
     return torch.tensor([teacher_ids[token] for token, _ in tokens])
 
 
-def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
+def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
     """Load the teacher: `--teacher`, or a copy of the model as it is before pruning.
 
     UserError if a model that was pruned before is to be recovered, but has no zeros.
@@ -104,11 +104,12 @@ def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
     from lib.model.rows import keep_rows_
     from lib.pruning.check import measure
 
-    passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=loaded.state_device)
+    passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
     if not job.teacher:
-        return BlockRunner(pretrained.fresh_copy(loaded.model), job.device, **passes)
-    zeros = measure(loaded.runner).overall
-    if job.schedule and zeros < LEAST_ZEROS and not job.smaller:
+        return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
+    zeros = measure(runner).overall
+    trains = job.schedule and not job.args.quantize
+    if trains and zeros < LEAST_ZEROS and not job.smaller:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover; prune it by --prune_method, without --teacher"
@@ -120,6 +121,6 @@ def load_teacher(job: Job, loaded: LoadedModel) -> BlockRunner:
         )
         if job.teacher_rows is not None:
             keep_rows_(model, job.teacher_rows)
-        runner = BlockRunner(model, job.device, flag=job.teacher.flag, **passes)
-        check_finite(runner)
-    return runner
+        teacher = BlockRunner(model, job.device, flag=job.teacher.flag, **passes)
+        check_finite(teacher)
+    return teacher

@@ -11,8 +11,7 @@ import tiny
 from support import content, launched, results
 
 from lib.commands import compress, compress_measure
-from lib.run.flag_checks import check_flags
-from lib.run.flags import build_parser
+from lib.run.flags import build_parser, check_flags
 from lib.util.command import run
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

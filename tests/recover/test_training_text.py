@@ -10,13 +10,11 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from lib.data import windows as data
 from lib.data.sources import parse_sources
 from lib.data.training import OverlapFilter, TrainingText, training_windows
 from lib.data.windows import tokenise
-from lib.util.errors import UserError
 
 SEQLEN = 16
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -117,21 +115,6 @@ def test_with_bos(two: list[str]) -> None:
         assert torch.equal(one[~begun, 1:], other[~begun, :-1])
 
 
-def test_one_long_text() -> None:
-    Path("book.txt").write_text(" ".join(tiny.sentences(40)), "utf-8")
-    text = drawn(["book.txt"], 30)
-    assert rows(seen(text)) <= cut([" ".join(tiny.sentences(40))]) and len(rows(seen(text))) == 30
-
-
-@pytest.mark.parametrize("texts", [["a b"] * 5, [tiny.sentences(1, words=5)[0]]])
-def test_too_short(texts: list[str]) -> None:
-    tiny.write_texts("short", train=texts)
-    with pytest.raises(
-        UserError, match=r"--calibration_data short: its \d texts give [01] windows"
-    ):
-        drawn(["short"], 5)
-
-
 def test_passages_are_found_as_by_a_slow_search() -> None:
     generator = torch.Generator().manual_seed(0)
     tests = torch.randint(7, (5, SEQLEN), generator=generator)
@@ -154,13 +137,3 @@ def test_passages_are_found_as_by_a_slow_search() -> None:
         assert found.found_in(windows, chunk=7 * SEQLEN).tolist() == expected
     assert not OverlapFilter([], SEQLEN, None).found_in(windows).any()
     assert found.found_in(windows[:0]).tolist() == []
-
-
-def test_a_long_document_takes_little_memory_to_look_through() -> None:
-    """Beyond the windows themselves: a few buffers of a chunk, however long the document is."""
-    windows = torch.randint(9000, (40_000, 256))  # 10 million tokens, 82 MB
-    passages = OverlapFilter([windows[:100]], 256, None)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        found = passages.found_in(windows)
-    allocated = [event.cpu_memory_usage for event in profiler.events()]
-    assert found[:100].all() and max(allocated) <= 8 * 2**20 + 2**16

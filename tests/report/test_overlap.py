@@ -53,7 +53,7 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
         "weights": 8, "kept_a": 4, "kept_b": 6, "both": 4, "chance": 4 * 6 / 8,
     }  # fmt: skip
     found = shares(counts, "block").loc[0]
-    assert found.to_dict() == pytest.approx({"kept": 5 / 8, "shared": 4 / 5, "chance": 3 / 5})
+    assert found.to_dict() == pytest.approx({"kept": 5 / 8, "both keep": 4 / 5, "chance": 3 / 5})
 
 
 def test_sums_by_block_equal_counting_everything(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_sums_by_block_equal_counting_everything(tmp_path: Path) -> None:
         names = [name.format(block) for name in (Q, UP)]
         a, b = (torch.cat([model[name] for name in names]) != 0 for model in (first, second))
         shared = (a & b).sum() / ((a.sum() + b.sum()) / 2)
-        assert found.loc[block, "shared"] == pytest.approx(shared.item())
+        assert found.loc[block, "both keep"] == pytest.approx(shared.item())
     assert set(compare_masks(runs)["linear"]) == {"self_attn.q_proj", "mlp.up_proj"}
 
 
@@ -92,7 +92,7 @@ def test_the_noise_floor_singles_out_the_specific_block(languages: dict) -> None
     )
     found = shares(counts, "block")
     assert found["excess"].idxmax() == 1 and found.loc[1, "excess"] > 0.3
-    assert found.loc[0, "shared"] == 1.0 and found.loc[0, "excess"] < 0
+    assert found.loc[0, "both keep"] == 1.0 and found.loc[0, "excess"] < 0
     (axes, _) = draw(counts).axes
     heat = 100 * shares(counts, ["block", "linear"])["excess"].unstack(sort=False)
     assert axes.images[0].get_array().data == pytest.approx(heat.to_numpy())
@@ -148,7 +148,7 @@ def test_packed_checkpoints_count_like_dense_ones(tmp_path: Path) -> None:
         (tmp_path / f"{index}").mkdir()
         weight = score.masked_fill(score < 0.4, 0)
         plain.append(save(tmp_path / f"{index}" / "plain", {Q.format(0): weight}))
-        mask, values, *_ = FORMATS[16].encode(weight)
+        mask, values, _ = FORMATS[16].encode(weight)
         tensors = {f"{name}.weight": values, f"{name}.mask": mask}
         packed.append(save(tmp_path / f"{index}" / "packed", tensors))
         config = PackedConfig({name: [6, 13, len(values)]}, 16).to_dict()

@@ -55,10 +55,7 @@ def test_tied_untied_and_a_copy_that_shares() -> None:
         keep_rows_(copy, ROWS)
         assert is_tied(copy) == bool(options)
         assert torch.equal(copy.get_input_embeddings().weight, whole[ROWS])
-        assert (
-            dense.config.vocab_size == tiny.VOCAB
-            and len(dense.get_output_embeddings().weight) == 320
-        )
+        assert dense.config.vocab_size == tiny.VOCAB
         assert torch.equal(dense.get_input_embeddings().weight, whole)
         keep_rows_(copy, torch.arange(9))
         assert getattr(copy.config, TRIMMED_FROM) == tiny.VOCAB  # what it was at first

@@ -259,11 +259,9 @@ def test_proof(uk: Path) -> None:
     (record,) = found.facts["tests"]
     assert record["documents"] == 9 and 0 < record["alike"] <= 9
     assert record["tokens"] >= record["tokens_before"]
-    lossy = compare_tokenizers(["тихо", "漢"], before, kinds.byte_level(300), torch.arange(400))
-    assert lossy.damaged is None and lossy.alike < 2
-    backend = Tokenizer(models.BPE({"т": 0, "<unk>": 1}, [], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    deaf = PreTrainedTokenizerFast(tokenizer_object=backend)
+    deaf = Tokenizer(models.BPE({"т": 0, "<unk>": 1}, [], unk_token="<unk>"))
+    deaf.pre_tokenizer = pre_tokenizers.Whitespace()
+    deaf = PreTrainedTokenizerFast(tokenizer_object=deaf)
     assert compare_tokenizers(["тихо", "漢"], before, deaf, torch.arange(2)).damaged == 1
     found.tokenizer = deaf
     with pytest.raises(UserError, match="which is in no text, decodes differently"):

@@ -127,22 +127,9 @@ def test_trimmed_first_then_all_as_on_a_model_trimmed_before(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
-    found = results(tmp_path / "one")
-    assert found["recovery"]["dense"]["uk"] < found["recovery"]["before"]["uk"]
-    assert len(before[EMBEDDING]) == found["vocabulary"]["rows"]
-    card = (tmp_path / "first/README.md").read_text("utf-8")
-    assert "wanda to 2:4 and recovered, its vocabulary trimmed" in card
+    assert len(before[EMBEDDING]) == results(tmp_path / "one")["vocabulary"]["rows"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert any("SparseLinear" in type(module).__name__ for module in model.modules())
-
-
-def test_quantised_on_loading(tmp_path: Path) -> None:
-    argv = [*TRIM, *PRUNE, "--load_bit", "8", "--save", tmp_path / "out"]
-    found = call(*argv, "--save_model", tmp_path / "model")
-    assert found.status == 0, found.err
-    rows = results(tmp_path / "out")["vocabulary"]["rows"]
-    assert len(weights(tmp_path / "model")[EMBEDDING]) == rows
-    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_a_size_is_kept(alone: tuple[Done, Path], tmp_path: Path) -> None:

@@ -1,0 +1,169 @@
+"""Whole models whose linears are swapped: what is packed, what stays, what is refused."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+from support import prune_, runner_of, windows
+from torch import nn
+
+from lib import sparse
+from lib.model.pretrained import decoder_blocks
+from lib.packed import kernels
+from lib.packed.embedding import PackedEmbedding
+from lib.packed.formats import FORMATS
+from lib.packed.linear import SparseLinear
+from lib.sparse import check_packable, pack_, swap_linears_
+from lib.util.errors import UserError
+
+WINDOW = windows(1)
+BITS = [16, 4]
+
+
+def pruned(name="Llama", dtype=torch.float32):
+    runner = runner_of(tiny.ARCHITECTURES[name]().eval().to(dtype).requires_grad_(False))
+    prune_(runner, "magnitude")
+    return runner
+
+
+def packed_linears(runner):
+    return [m for m in runner.model.modules() if isinstance(m, SparseLinear)]
+
+
+@torch.no_grad()
+def logits(runner):
+    return runner.model(WINDOW).logits
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("built", [True, False])
+def test_outputs_stay_and_the_record_tells_sizes(bits, built, monkeypatch, capsys):
+    if not built:  # as on a processor for which there are none: what is packed stays so
+        monkeypatch.setattr(kernels, "ready", lambda: False)
+        monkeypatch.setattr(kernels, "supported", lambda: False)
+    runner = pruned()
+    dense = runner.blocks[0].self_attn.q_proj
+    dense.weight[dense.weight == 0] = 1  # the first is not sparse
+    before = logits(runner)
+    figures = pack_(runner, FORMATS[bits], WINDOW)
+    packed, out = figures["packed"], capsys.readouterr().out
+    assert packed["bits"] == bits and packed["linears"] == 13 and packed["left_dense"] == 1
+    held = [part.nbytes for m in packed_linears(runner) for part in m.packed if part is not None]
+    assert packed["bytes"] == sum(held) < packed["dense_bytes"]
+    way = (
+        "by the kernels for packed weights" if built and kernels.ready() else "no kernels for this"
+    )
+    at = " at 4 bits" if bits == 4 else ""
+    assert out.startswith(f"packed linears{at}: 13 ") and way in out
+    assert "1 left dense (too few zeros to be smaller packed)" in out and "footprint" in out
+    assert ("packed_embeddings" in figures) == (bits == 4)
+    difference = sparse.relative_difference(before, logits(runner))
+    assert difference < 1e-5 if bits == 16 else 0 < difference < 0.5
+    again = pack_(runner, FORMATS[bits], WINDOW)
+    assert again.keys() == figures.keys() and again["packed"]["bytes"] == packed["bytes"]
+
+
+def test_embedding_and_head_are_packed_where_they_can_be(capsys):
+    class Head(nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    runner = pruned()
+    record = pack_(runner, FORMATS[4], WINDOW)["packed_embeddings"]
+    assert record["bits"] == 8 and record["modules"] == ["model.embed_tokens", "lm_head"]
+    assert record["bytes"] == 2 * 320 * (32 + 4) and record["dense_bytes"] == 2 * 320 * 32 * 4
+    assert 0 < record["difference"] < 0.1
+    assert isinstance(runner.model.get_input_embeddings(), PackedEmbedding)
+    runner = pruned()
+    head = runner.model.lm_head
+    runner.model.lm_head = Head(32, 320, bias=False)
+    runner.model.lm_head.weight = head.weight
+    assert "packed_embeddings" not in pack_(runner, FORMATS[4], WINDOW)
+    assert "stay as they are: LlamaForCausalLM has a head of class Head" in capsys.readouterr().out
+    assert type(runner.model.lm_head) is Head
+
+
+def test_a_model_packed_at_16_bits_is_packed_again_at_four_and_not_back():
+    one, two = pruned("GPT-2"), pruned("GPT-2")
+    for fmt in (16, 4, 16):
+        swap_linears_(one, FORMATS[fmt])
+    swap_linears_(two, FORMATS[4])
+    first, second = one.model.state_dict(), two.model.state_dict()
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert one.model.hf_quantizer.quantization_config.bits == 4
+
+
+@torch.no_grad()
+def test_scales_of_another_matrix_are_refused():
+    """What was trained on a grid is packed as it is, or not at all."""
+    runner, scales = pruned(), {}
+    for name in sparse.packed_weights(runner):
+        weight = runner.model.get_parameter(name)
+        weight *= 1 + 0.2 * torch.rand(weight.shape)
+        scales[name] = FORMATS[4].fit_scales(weight) * 1.125
+        weight.copy_(FORMATS[4].round_to(weight, scales[name]))
+    other = runner_of(copy.deepcopy(runner.model))
+    weights = {name: runner.model.get_parameter(name).clone() for name in scales}
+    swap_linears_(runner, FORMATS[4], scales)
+    for name, weight in weights.items():
+        module = runner.model.get_submodule(name.removesuffix(".weight"))
+        assert torch.equal(module.dense(), weight) and torch.equal(module.scale, scales[name])
+    scales["model.layers.1.mlp.up_proj.weight"] *= 2
+    with pytest.raises(UserError, match="4: model.layers.1.mlp.up_proj is not what was packed"):
+        swap_linears_(other, FORMATS[4], scales)
+
+
+def test_a_wrong_packing_names_the_linear(monkeypatch):
+    right = SparseLinear.dense
+    monkeypatch.setattr(SparseLinear, "dense", lambda *args: right(*args).roll(1))
+    with pytest.raises(UserError, match="--pack_bits 4: model.layers.0.self_attn.q_proj is not"):
+        swap_linears_(pruned(), FORMATS[4])
+
+
+def test_experts_in_one_tensor_stay_and_are_counted():
+    paths = swap_linears_(pruned("Mixtral"))
+    dense = [path for path in paths.values() if "left dense" in path]
+    assert set(dense) == {"left dense (experts in one tensor)"} and len(paths) > len(dense)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_what_is_not_sparse_is_refused(bits):
+    runner = runner_of(tiny.ARCHITECTURES["Llama"]())
+    with pytest.raises(UserError, match="no linear is smaller packed; prune with --prune_method"):
+        pack_(runner, FORMATS[bits], WINDOW)
+
+
+@pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
+def test_a_class_that_can_not_be_packed_is_told_by_the_skeleton(name):
+    model = tiny.ARCHITECTURES[name]().to("meta")
+    blocks_name, _ = decoder_blocks(model)
+    if name == "Falcon":
+        with pytest.raises(UserError, match="--pack_bits 4: no linear of FalconForCausalLM"):
+            check_packable(model, blocks_name, 4)
+        with pytest.raises(UserError, match="--replace_sparse_layers: .*FalconLinear"):
+            check_packable(model, blocks_name, 16)
+    else:
+        check_packable(model, blocks_name, 4)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_wrong_product_is_noticed(bits, monkeypatch):
+    own, runner = SparseLinear.forward, pruned()
+    monkeypatch.setattr(
+        SparseLinear,
+        "forward",
+        lambda self, x: own(self, x) * (1 if self.force_dense else 1.05),
+    )
+    with pytest.raises(UserError, match="packed and dense outputs differ by"):
+        pack_(runner, FORMATS[bits], WINDOW)
+
+
+def test_outputs_that_differ_stop_the_run():
+    outputs = torch.randn(1, 5, 7)
+    assert 0 < sparse.check_same_outputs(outputs, outputs * (1 + 1e-6)) < 1e-5
+    for wrong in (outputs + 0.01, outputs * float("nan")):
+        with pytest.raises(UserError, match="outputs differ"):
+            sparse.check_same_outputs(outputs, wrong)
+    half = outputs.to(torch.bfloat16)
+    sparse.check_same_outputs(half, half * (1 + 1 / 64))

@@ -1,0 +1,155 @@
+"""The model card, as the hub reads it: names and figures, no paths, no texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from huggingface_hub import ModelCard
+from made_up import results
+from support import QUICK, call
+
+from lib.run.card import model_card
+from lib.util.markdown import escape
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
+def made(**changes: Any) -> dict[str, Any]:
+    flags = {"model": "owner/name", "prune_method": "wanda", "save_model": "out/small", "seed": 3}
+    found = results("wanda", {"uk": 12.34567}, on="uk", model="owner/name", seed=3)
+    return found | {"flags": flags, "sparsity": {"overall": 0.4996}} | changes
+
+
+def parsed(results: dict[str, Any], *sources: str) -> tuple[dict[str, Any], str]:
+    found = ModelCard(model_card(results, sources))
+    return found.data.to_dict(), found.text.lstrip()
+
+
+def test_a_card() -> None:
+    head, text = parsed(made(), "ubertext", "c4:no", "fineweb2:ukr_Cyrl")
+    assert head == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "owner/name",
+        "base_model_relation": "finetune",
+        "datasets": [
+            "mshamrai/lang-pruning-uk-uber-text-2",
+            "allenai/c4",
+            "HuggingFaceFW/fineweb-2",
+        ],
+        "language": ["uk", "no", "ukr"],  # not the truth value that YAML makes of it
+        "tags": ["langprune", "pruned", "wanda"],
+    }
+    assert text.startswith("# owner/name, pruned by wanda to 50%\n")
+    assert "python main.py --model owner/name --prune_method wanda" in text and "--seed 3" in text
+    assert "- Zeros among the blocks' weights: 0.4996.\n" in text
+    assert text.endswith("model = AutoModelForCausalLM.from_pretrained('small')\n```\n")
+
+
+def cells(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines][2:]
+
+
+def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
+    (test,) = made()["evaluation"]
+    test |= {"kl": 0.12345, "top1_agreement": 0.87654}
+    recovery = {"dense": {"uk": 10.0}, "before": {"uk": 20.0}, "text": {"name": "uk"}}
+    found = made(evaluation=[test], recovery=recovery, saved_bytes=5e6, dense_bytes=9e6)
+    _, text = parsed(found)
+    assert text.startswith("# owner/name, pruned by wanda to 50%, recovered\n")
+    expected = [
+        ["uk, bits per byte", "", "0.1235"],
+        ["uk, perplexity", "10.0000", "12.3457"],
+        ["uk, KL from dense, nats a token", "", "0.1235"],
+        ["uk, same likeliest token", "", "87.65%"],
+        ["MB", "9.0", "5.0"],
+    ]
+    assert cells(text) == expected
+    test["dense"] = {"perplexity": 9.0, "bits_per_byte": 0.1}
+    assert cells(parsed(found)[1])[:2] == [
+        ["uk, bits per byte", "0.1000", "0.1235"],
+        ["uk, perplexity", "9.0000", "12.3457"],
+    ]
+    assert cells(parsed(made())[1])[0] == ["uk, bits per byte", "0.1235"]
+
+
+def test_a_packed_folder_tells_how_it_is_loaded_and_unpacked() -> None:
+    found = made(packed={"bits": 4})
+    found["flags"] = found["flags"] | {"replace_sparse_layers": True, "pack_bits": 4}
+    head, text = parsed(found)
+    assert "library_name" not in head and head["base_model_relation"] == "quantized"
+    assert "## Packed weights" in text and "kept weights as 4-bit integers" in text
+    assert "import packed_bitmask" in text and "from_pretrained('small')" in text
+    assert "launch.sh unpack small small-dense" in text and "--pack_bits 4" in text
+
+
+def test_what_was_removed_is_said() -> None:
+    neurons = {"before": 64, "after": 48}
+    vocabulary = {"rows": 3000, "rows_before": 9000, "note": "Fewer tokens."}
+    found = made(sparsity_type="neurons", neurons=neurons, vocabulary=vocabulary, notes=["a|b"])
+    head, text = parsed(found)
+    assert head["tags"] == ["langprune", "pruned", "wanda", "trimmed"]
+    for part in (
+        "wanda to 50% fewer neurons, its vocabulary trimmed",
+        "48 of its 64 neurons",
+    ):
+        assert part in text
+    assert "3,000 of 9,000 rows of the vocabulary" in text and "- a&#124;b\n" in text
+
+
+def test_a_local_model_hands_on_licence_and_base(tmp_path: Path) -> None:
+    card = "---\nlicense: gemma\nbase_model: google/gemma\n---\n# Base\n"
+    (tmp_path / "README.md").write_text(card)
+    head, text = parsed(made(model=str(tmp_path)))
+    assert head["license"] == "gemma" and head["base_model"] == "google/gemma"
+    assert text.startswith(f"# {escape(tmp_path.name)}, pruned")
+    (tmp_path / "README.md").write_text("---\n[\n---\n")
+    head, _ = parsed(made(model=str(tmp_path)))
+    assert "license" not in head and "base_model" not in head
+
+
+def test_a_card_holds_names_and_no_paths_and_no_texts(tmp_path: Path) -> None:
+    for name in ("uk", "pruned", "dense"):
+        (tmp_path / name).mkdir()
+    private = f"{tmp_path}/"
+    flags = {"model": f"{private}pruned", "teacher": f"{private}dense", "resume": f"{private}r"}
+    flags |= {"calibration_data": [f"{private}uk=0.5", "c4=0.5"], "save_model": f"{private}small"}
+    found = made(model=f"{private}pruned", flags=flags)
+    found["completions"] = [{"test": "uk", "prompt": "Private words", "model": "here"}]
+    text = model_card(found, [f"{private}uk", f"{private}gone"])
+    assert private not in text and tmp_path.name not in text and "Private" not in text
+    for part in (
+        "# pruned, ",
+        "--teacher dense",
+        "uk=0.5 c4=0.5",
+        "('small')",
+        "texts of uk, gone",
+    ):
+        assert part in text, part
+
+
+def test_names_in_a_card_are_plain_words() -> None:
+    nasty = "u|k <img src=x> [a](b)\u200b\n```"
+    (test,) = made()["evaluation"]
+    found = made(evaluation=[test | {"name": nasty}], notes=[nasty])
+    found["flags"] = found["flags"] | {"eval_data": [nasty]}
+    text = model_card(found, [nasty])
+    before, _, after = text.partition("```bash\n")
+    command, _, after = after.partition("\n```\n")
+    assert "\n" not in command and after.count("```") == 2
+    assert "<img" not in before + after and "[a]" not in before + after and "\u200b" not in text
+
+
+def test_a_run_writes_a_card_that_the_hub_reads(tmp_path: Path) -> None:
+    model, texts = tiny.write_model(tmp_path / "model"), tiny.write_texts(tmp_path / "uk")
+    flags = ["--prune_method", "wanda", "--calibration_data", texts, "--save_model", "small"]
+    done = call("--model", model, *QUICK, *flags)
+    assert done.status == 0, done.err
+    card = ModelCard.load("small/README.md")
+    assert card.data.tags == ["langprune", "pruned", "wanda"]
+    assert "--calibration_data uk" in card.text and str(tmp_path) not in card.content
+    assert "| uk, perplexity" in card.text

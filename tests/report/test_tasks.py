@@ -1,0 +1,214 @@
+"""Tasks for lm-eval: fair questions of a text, and lm-eval's own figures for them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from support import QUICK, call, results
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lib.commands import tasks
+from lib.commands.tasks import WORD, last_words, main, read_pairs
+from lib.run.tasks import task_lines
+from lib.util import command
+from lib.util.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+WORDS = "місто річка дерево сонце вікно книга дорога пташка хмара камінь зірка листя".split()
+
+
+def document(seed: int, sentences: int = 12) -> str:
+    draw = random.Random(seed)
+    rows = [" ".join(draw.choices(WORDS, k=9)).capitalize() + "." for _ in range(sentences)]
+    return " ".join(rows[:6]) + "\n" + " ".join(rows[6:])
+
+
+TEXTS = [document(seed) for seed in range(30)]
+
+
+def test_last_words_are_among_words_of_their_kind() -> None:
+    questions = last_words(TEXTS, 0)
+    counts = Counter(w for text in TEXTS for w in re.findall(WORD, text) if w.islower())
+    assert len(questions) > 100
+    for question in questions:
+        words, right = question["options"], question["options"][question["answer"]]
+        assert len(set(words)) == 4 and len({len(word) for word in words}) == 1
+        assert len({counts[word].bit_length() for word in words}) == 1
+        assert any(f"{question['context']} {right}." in text for text in TEXTS)
+        assert tasks.LEAST_CONTEXT <= len(question["context"]) <= tasks.CONTEXT
+    places = Counter(question["answer"] for question in questions)
+    assert min(places.values()) > len(questions) / 8 and len(places) == 4
+
+
+def test_the_seed_decides() -> None:
+    one = last_words(TEXTS, 0)
+    assert one == last_words(TEXTS, 0) and one != last_words(TEXTS, 1)
+    assert last_words(TEXTS, 0, count=20) == one[:20]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("", "holds no pair"),
+        ("{", "line 1: not JSON"),
+        ("[]", "line 1: needs two texts"),
+        ('{"good": "a"}', "line 1: needs two texts"),
+        ('{"good": "a", "bad": " "}', "line 1: needs two texts"),
+        ('\n{"good": "a", "bad": "a "}', "line 2: both texts are the same"),
+    ],
+)
+def test_pairs_that_are_none(tmp_path: Path, line: str, words: str) -> None:
+    (tmp_path / "pairs.jsonl").write_text(line)
+    with pytest.raises(UserError, match=words):
+        read_pairs(str(tmp_path / "pairs.jsonl"), 0)
+
+
+def write_documents(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir()
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (folder / "test.jsonl").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+def test_texts_without_questions_and_bad_paths_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    short = write_documents(tmp_path / "short", ["Мало слів."])
+    for argv, words in (
+        ([str(short), "out"], f"DATA {short}: holds no sentence"),
+        ([str(tmp_path / "nowhere"), "out"], "no such file or folder"),
+        ([str(short), str(short / "test.jsonl")], "is a file; name a folder"),
+    ):
+        assert command.run(main, argv) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and words in err
+
+
+def sentence(number: int) -> str:
+    """Words of tiny's texts, then in turn one of four that are as long and as frequent."""
+    words = random.Random(number).choices("сонце ріка тихо пливе".split(), k=14)
+    return " ".join([*words, "міст ліси тихе село".split()[number % 4]]) + "."
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A tiny model, its texts, and tasks made of them by the command."""
+    pytest.importorskip("lm_eval", reason="needs the package lm-eval")
+    tiny.write_model(tmp_path / "model")
+    tiny.write_texts(tmp_path / "uk")
+    data = write_documents(tmp_path / "words", [sentence(number) for number in range(40)])
+    pairs = [{"good": f"ріка пливе {i}", "bad": f"пливе ріка {i}"} for i in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    main([str(data), str(tmp_path / "tasks"), "--language", "uk", "--pairs", "pairs.jsonl"])
+    return tmp_path
+
+
+def evaluate(place: Path, names: str, *more: object):
+    flags = ["--calibration_data", place / "uk", "--prune_method", "wanda", "--save_model", "new"]
+    flags += ["--save", "out", "--tasks", names, *more]
+    return call("--model", place / "model", *QUICK, *flags)
+
+
+@torch.no_grad()
+def chosen(folder: Path, questions: list[dict], before: str) -> float:
+    """Share of questions whose answer is the likeliest, by a forward pass for each option."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    right = 0
+    for question in questions:
+        context, values = question.get("context", ""), []
+        for option in question["options"]:
+            start = tokenizer(context, return_tensors="pt").input_ids.shape[1]
+            ids = tokenizer(context + before + option, return_tensors="pt").input_ids
+            log_p = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            values.append(log_p.gather(-1, ids[0, start:, None]).sum().item())
+        right += values.index(max(values)) == question["answer"]
+    return right / len(questions)
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
+    names = ("uk_last_word", "uk_last_word_said", "uk_pairs")
+    done = evaluate(place, ",".join(names), "--include_path", place / "tasks")
+    assert done.status == 0, done.err
+    for key, folder in {"tasks": Path("new"), "dense_tasks": place / "model"}.items():
+        found = results()[key]
+        assert set(found) == set(names)
+        for name, before in (("uk_last_word", " "), ("uk_pairs", "")):
+            questions = read(place / "tasks" / f"{name}.jsonl")
+            expected = chosen(folder, questions, before)
+            assert found[name]["acc,none"] == pytest.approx(expected)
+            assert found[name]["acc_stderr,none"] >= 0
+        said = {"exact_match,first_word": 0.0, "exact_match_stderr,first_word": 0.0}
+        assert found["uk_last_word_said"] == said  # the model is random
+    assert "uk_last_word, acc: 0." in done.out and " (dense 0." in done.out
+
+
+def test_a_word_that_is_written_counts(place: Path) -> None:
+    """A model in memory that always writes the answer, and goes on after it."""
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    questions = read(place / "tasks" / "uk_last_word_said.jsonl")
+    answers = {q["context"]: q["options"][q["answer"]] for q in questions}
+    number = len(answers) // 2  # of questions with this many contexts the answer is given
+
+    class Writer(LM):
+        def generate_until(self, requests):
+            known = list(answers)[:number]
+            contexts = [request.args[0] for request in requests]
+            assert all(request.args[1]["max_gen_toks"] == 32 for request in requests)
+            return [f" {answers[c]} і ще" if c in known else f" {answers[c]}а" for c in contexts]
+
+        def loglikelihood(self, requests): ...
+
+        def loglikelihood_rolling(self, requests): ...
+
+    manager = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
+    found = simple_evaluate(model=Writer(), tasks=["uk_last_word_said"], task_manager=manager)
+    right = sum(question["context"] in list(answers)[:number] for question in questions)
+    share = found["results"]["uk_last_word_said"]["exact_match,first_word"]
+    assert share == pytest.approx(right / len(questions)) and 0 < share < 1
+
+
+def test_lines_have_intervals_and_the_dense_models_figures() -> None:
+    tasks = {"uk": {"acc,none": 0.5, "acc_stderr,none": 0.1, "words,none": 3.0}}
+    dense = {"uk": {"acc,none": 0.6, "acc_stderr,none": 0.1}}
+    assert list(task_lines(tasks, dense)) == [
+        "uk, acc: 0.5000 ± 0.1960 (dense 0.6000 ± 0.1960)",
+        "uk, words: 3.0000",
+    ]
+    assert list(task_lines(tasks))[0] == "uk, acc: 0.5000 ± 0.1960"
+
+
+def test_what_is_missing_is_refused_before_the_model_is_read(
+    place: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    few = partial(TaskManager, include_defaults=False)  # all are thousands of files
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda include_path, **_: few(include_path=include_path)
+    )
+    for names, more, words in (
+        ("uk_pairs", ["--include_path", place / "nowhere"], "nowhere: no such folder; name one"),
+        ("uk_pairs,nosuch", ["--include_path", place / "tasks"], "lm-eval has no such task, nor"),
+    ):
+        done = evaluate(place, names, *more)
+        assert done.status == 1 and len(done.complaints) == 1 and words in done.complaints[0]
+    monkeypatch.setattr("lib.run.tasks.find_spec", lambda name: None)
+    done = evaluate(place, "arc_easy")
+    assert done.status == 1 and "pip install lm-eval" in done.complaints[0]
