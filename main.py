@@ -53,6 +53,7 @@ def run(job: Job) -> dict[str, Any]:
             reference = steps.dense_reference(job, dense)
             del dense  # with a teacher, the memory of a whole model
         reached, grids, unrounded = steps.Reached(), None, None
+        before = steps.first_logits(job, runner) if args.quantize else None
         if job.method:
             reached = steps.prune(job, runner)
         if job.schedule:
@@ -60,6 +61,8 @@ def run(job: Job) -> dict[str, Any]:
         del teacher
         if job.quantises:
             grids, unrounded = steps.quantise(job, runner, reached)
+        if args.quantize:
+            steps.check_quantized(job, runner, before)
         if args.replace_sparse_layers:
             steps.pack(job, runner, grids, unrounded)
         if args.save_model:

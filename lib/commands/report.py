@@ -105,13 +105,14 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     vocabulary = results.get("vocabulary") or {}
     text = results.get("calibration") or results.get("recovery", {}).get("text") or {}
     variant = " variant" if results.get("flags", {}).get("use_variant") else ""
+    trained = "recovery" in results and results["method"] != "recovered"
     columns = {
         "folder": folder,
         "model": results["model"].rstrip("/"),
         "vocabulary": f"{vocabulary.get('rows', '')} {vocabulary.get('digest', '')}".strip(),
         "vocabulary_note": vocabulary.get("note"),
         "rows": f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,}" if vocabulary else None,
-        "method": results["method"] + variant + (" + recovery" if "recovery" in results else ""),
+        "method": results["method"] + variant + (" + recovery" if trained else ""),
         "kind": kind,
         "type": DENSE if is_dense else names.get(kind, kind),
         "ratio": share,

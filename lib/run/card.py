@@ -94,7 +94,8 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
     tags = ["langprune", "pruned" if method or "recovery" in results else None, method]
     tags.append("trimmed" if results.get("vocabulary") else None)
     base_model = model if _is_hub_id(model) else base.get("base_model")
-    relation = "quantized" if results.get("packed", {}).get("bits", 16) < 16 else "finetune"
+    bits = 4 if results.get("quantized") else results.get("packed", {}).get("bits", 16)
+    relation = "quantized" if bits < 16 else "finetune"
     licence = {name: base.get(name) for name in ("license", "license_name", "license_link")}
     return ModelCardData(
         library_name=None if is_packed else "transformers",
@@ -128,6 +129,7 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
         "recovery": "recovered",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linears packed",
+        "quantized": "its linears as llama.cpp's q4_0",
     }
     done += [words for key, words in steps.items() if results.get(key)]
     return ", ".join(done) or "saved as it was"

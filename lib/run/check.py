@@ -102,7 +102,7 @@ def _open_model(args: argparse.Namespace) -> Job:
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
     changes = [name for name in ("prune_method", "recover") if getattr(args, name)]
-    changes += ["pack_bits"] if quantises(args) else []
+    changes += ["quantize" if args.quantize else "pack_bits"] if quantises(args) else []
     check_format(
         checkpoint,
         config,

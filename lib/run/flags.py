@@ -239,13 +239,23 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(4, 16),
     )
 
+    flag(
+        "quantize",
+        RESULT,
+        "hold the linears of the blocks as values of llama.cpp's q4_0 that a GGUF file keeps "
+        "exactly: with --recover trained as them, else rounded on calibration text; saved in 16 "
+        "bits",
+        choices=("q4_0",),
+    )
+
     section("recovery")
     flag(
         "recover",
         RESULT,
         "after pruning, train the kept weights on this many tokens of the calibration sources' "
         "train text, with the dense model as teacher; zeros stay zeros, and with --pack_bits 4 the "
-        "model is trained as the integers that will be packed",
+        "model is trained as the integers that will be packed; without --prune_method all weights "
+        "of the blocks",
         type=POSITIVE,
         metavar="TOKENS",
     )
@@ -385,6 +395,9 @@ EXCLUDES = (  # two flags, and why not both
     ("offload", "load_bit", "blocks can't be quantised on their way from disk"),
     ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
     ("replace_sparse_layers", "load_bit", "quantised weights can't be packed"),
+    ("quantize", "eval_only", "--eval_only changes no weight"),
+    ("quantize", "load_bit", "weights are quantised once"),
+    ("quantize", "replace_sparse_layers", "llama.cpp runs no packed weights"),
     ("recover", "eval_only", "--eval_only changes no weight"),
     ("recover", "load_bit", "quantised weights can't be trained"),
     ("recover", "offload", "blocks on disk can't be trained"),
@@ -418,10 +431,6 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
     for name in ("use_variant", "allocation") if kind != UNSTRUCTURED else ():
         if given(args, name):
             yield f"{shown(args, name)}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
-    if args.recover and not (method or args.teacher):
-        yield f"{shown(args, 'recover')}: give --prune_method, or for a model that was pruned " + (
-            "before --teacher MODEL, the dense model that it was made of"
-        )
     if method and kind == NEURONS:
         neurons = f"--sparsity_type {NEURONS}"
         if ratio == 0:
@@ -457,7 +466,9 @@ def observes(args: argparse.Namespace) -> bool:
 
 
 def quantises(args: argparse.Namespace) -> bool:
-    """Return whether the run rounds kept weights on calibration text before it packs them."""
+    """Return whether the run rounds kept weights on calibration text."""
+    if args.quantize:
+        return not args.recover
     if not args.replace_sparse_layers or args.pack_bits == 16 or args.eval_only or args.recover:
         return False
     return bool(args.calibration_data or args.prune_on_c4 or observes(args))
@@ -472,7 +483,7 @@ def default_save(args: argparse.Namespace) -> str:
     """Return the folder of the results where --save is not given."""
     model = Path(args.model).name or "model"
     if not args.prune_method:
-        return f"out/{model}-{'recovered' if args.recover else 'dense'}"
+        return f"out/{model}-{'recovered' if args.recover else args.quantize or 'dense'}"
     share = f"{args.sparsity_ratio:g}" if args.sparsity_type in (UNSTRUCTURED, NEURONS) else ""
     parts = [model, args.prune_method, args.sparsity_type.replace(":", "of"), share]
     return "out/" + "-".join(part for part in parts if part)

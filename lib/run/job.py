@@ -75,7 +75,7 @@ class Job:
 
     @property
     def quantises(self) -> bool:
-        """Whether kept weights are rounded on calibration text before they are packed."""
+        """Whether kept weights are rounded on calibration text, to be packed or by --quantize."""
         return quantises(self.args)
 
     @property
@@ -91,7 +91,7 @@ class Job:
     @property
     def has_dense(self) -> bool:
         """Whether the run compares with a dense model: the model itself, or its teacher."""
-        return bool(self.method or self.schedule or self.args.teacher)
+        return bool(self.method or self.schedule or self.args.teacher or self.args.quantize)
 
     @property
     def dense_key(self) -> str:

@@ -42,7 +42,10 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
             model, files = _read_in_files(job, cleanup)
         else:
             model, files = _read_model(job, {"": job.device}), None
-    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config)
+    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config, job.args.quantize)
+    if job.args.quantize and not plan.fetched:
+        with pretrained.cast(model, save_dtype):
+            pass  # the model is measured as it will be saved
     name, blocks = pretrained.decoder_blocks(model)
     weights = BlockStore(
         blocks,

@@ -25,10 +25,13 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     from lib.model.pretrained import footprint
 
     args, method = job.args, job.args.prune_method
-    changed = job.has_dense or job.quantises
+    if args.teacher or (job.quantises and not args.quantize):
+        done = "pruned before"
+    else:
+        done = args.quantize or ("recovered" if args.recover else "dense")
     return {
         "model": args.model,
-        "method": method or ("pruned before" if changed else "dense"),
+        "method": method or done,
         "sparsity_type": args.sparsity_type if method else None,
         "sparsity_ratio": args.sparsity_ratio if method else None,
         "options": {"variant": args.use_variant} if method == "wanda" else {},
@@ -148,7 +151,9 @@ def print_summary(results: dict[str, Any]) -> None:
         name, value = one_line(test["name"]), test["perplexity"]
         if recovery:
             dense, before = (recovery[key][test["name"]] for key in ("dense", "before"))
-            lines.append(f"{name}: dense {dense:.4f}, pruned {before:.4f}, recovered {value:.4f}")
+            was_pruned = results["sparsity_type"] or results["method"] == "pruned before"
+            pruned = f" pruned {before:.4f}," if was_pruned else ""
+            lines.append(f"{name}: dense {dense:.4f},{pruned} recovered {value:.4f}")
         elif "dense" in test:
             some = f" on {test['compared_windows']} windows" * (
                 "bits_per_byte" not in test["dense"]

@@ -4,7 +4,7 @@ A run fills only the keys that it has figures for. What nobody reads any more in
 versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by an example:
 
     {
-        "model": "owner/name", "method": "admm",    # or "dense", or "pruned before"
+        "model": "owner/name", "method": "admm",    # or "dense", "recovered", ...
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
         "options": {"variant": false},                      # of the method
         "flags": {...},                                     # all of the command line
@@ -27,6 +27,9 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "dense": {"uk": 18.0}, "before": {"uk": 27.0}}, # and of each test set
         "packed": {"bits": 4, "linears": 96, "bytes": 5, "dense_bytes": 16, "difference": 0.01},
         "packed_embeddings": {"modules": ["lm_head"], "bits": 8, "bytes": 5, "dense_bytes": 16},
+        "quantized": {
+            "format": "q4_0", "tensors": 126, "difference": 0.1,    # of logits, by all changes
+            "left": ["model.layers.0.mlp.down_proj.weight"]},       # at 16 bits
         "evaluation": [{                                    # of each test set
             "name": "uk", "source": "texts/uk", "windows": 64, "tokens": 32768, "digest": "...",
             "perplexity": 20.1, "standard_error": 0.4, "bits_per_byte": 0.91,

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
@@ -17,13 +18,13 @@ from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
 from lib.model.reference import DenseReference, dense_states, local_windows, shared_states, tail_of
 from lib.model.rows import keep_rows_
-from lib.packed.formats import FORMATS
-from lib.prune import Pruner
+from lib.packed.formats import FORMATS, Q4_0
+from lib.prune import Pruner, first_of
 from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
 from lib.pruning.by_error import by_error
 from lib.pruning.check import measure
 from lib.pruning.neurons import NeuronPruner
-from lib.pruning.quantise import Quantiser
+from lib.pruning.quantise import LlamaCppQuantiser, Quantiser, check_q4_0, q4_0_weights
 from lib.recover import Recoverer
 from lib.run import plots, tasks
 from lib.run.card import model_card
@@ -33,7 +34,7 @@ from lib.run.record import evaluation_record, finish_results, keep_other_results
 from lib.run.results import write_results
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
-from lib.sparse import check_same_outputs, pack_, packed_weights
+from lib.sparse import check_same_outputs, pack_, packed_weights, relative_difference
 from lib.util.errors import UserError
 from lib.util.files import partial_of, put_in_place
 from lib.util.host import gib
@@ -157,14 +158,20 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
         for each in (teacher, runner):
             figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
             bar(1)
-    packs = args.replace_sparse_layers and args.pack_bits < 16
+    untouched = not (job.method or args.teacher)
+    packed, form = {}, FORMATS[4]
+    if args.quantize:
+        packed, form = q4_0_weights(runner)[0], Q4_0()
+    elif args.replace_sparse_layers and args.pack_bits < 16:
+        packed = packed_weights(runner)
     recoverer = Recoverer(
         runner,
         teacher,
         schedule,
         text,
-        whole=bool(job.mlps or job.smaller),
-        packed=packed_weights(runner) if packs else {},
+        whole=bool(job.mlps or job.smaller or untouched or args.quantize),
+        packed=packed,
+        form=form,
     )
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     job.print(*recoverer.summary())
@@ -187,11 +194,10 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
 
 
 def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
-    """Round what will be packed on calibration text; return no grids, and logits from before."""
+    """Round linears on calibration text; return no grids, and logits from before."""
     is_main, blocks = job.dist.is_main, len(runner.blocks)
-    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
-    unrounded = some_logits(runner.model, window)
-    quantiser = Quantiser(runner)
+    unrounded = first_logits(job, runner)
+    quantiser = (LlamaCppQuantiser if job.args.quantize else Quantiser)(runner)
     with job.timed("quantise"), progress(blocks, "quantising", "block", is_main) as bar:
         quantiser.run(job.texts.windows, bar)
     if is_main:
@@ -200,6 +206,25 @@ def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
         measured = measure(runner, pruned.sparsity, pruned.left_dense)
         job.results["sparsity"] = measured.shares()
     return None, unrounded
+
+
+def first_logits(job: Job, runner: BlockRunner) -> Tensor:
+    """Return logits on the beginning of the first test window."""
+    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS]
+    return some_logits(runner.model, window.to(job.device))
+
+
+def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
+    """Check and record that conversion to q4_0 will change no linear; `before`: `first_logits`."""
+    record = check_q4_0(runner)
+    record["difference"] = relative_difference(before, first_logits(job, runner))
+    job.results["quantized"] = record
+    job.print(
+        f"q4_0: conversion by llama.cpp will change no value of {record['tensors']} tensors; "
+        f"logits have changed by {record['difference']:.2%}"
+    )
+    if left := record["left"]:
+        job.print(f"left at 16 bits, rows are no multiple of 32: {first_of(left)}")
 
 
 def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
@@ -279,7 +304,7 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
     options = dict(batch_size=job.batch_size, include_path=args.include_path)
     with job.timed("tasks"):
         results["tasks"] = tasks.run_tasks(runner.model, job.tokenizer, args.tasks, **options)
-        if job.method:
+        if job.changes and not args.teacher:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
             runner.model.to("meta")  # its memory is the dense model's now
             with ExitStack() as cleanup:

@@ -14,6 +14,8 @@ from lib.util.errors import UserError
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
+Figures = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
+
 
 def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
     """Raise UserError if lm-eval is not installed or lacks a task, before anything slow."""
@@ -77,10 +79,10 @@ def _read_tasks(include_path: str | None, include_defaults: bool) -> TaskManager
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
-def task_lines(results: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for each figure of `tasks`, with its 95% interval, beside `dense_tasks`."""
-    for task, metrics in results["tasks"].items():
-        before = results.get("dense_tasks", {}).get(task, {})
+def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
+    """Yield a line for each figure, with its 95% interval, beside the dense model's if given."""
+    for task, metrics in tasks.items():
+        before = (dense or {}).get(task, {})
         for metric in metrics:
             if "_stderr" not in metric:
                 line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"

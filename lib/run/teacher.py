@@ -108,7 +108,8 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
     if not job.teacher:
         return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
     zeros = measure(runner).overall
-    if job.schedule and zeros < LEAST_ZEROS and not job.smaller:
+    trains = job.schedule and not job.args.quantize
+    if trains and zeros < LEAST_ZEROS and not job.smaller:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover; prune it by --prune_method, without --teacher"

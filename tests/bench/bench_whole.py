@@ -22,9 +22,9 @@ from stages import Stage, do
 from transformers import AutoModelForCausalLM
 
 import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
-from lib.run import plots
 from lib.commands.compress_measure import decoding_speed, disk_size
 from lib.model.pretrained import pick_device
+from lib.run import plots
 from lib.run.flags import build_parser
 from lib.run.results import read_results
 from lib.util.command import add_debug_flag, run, split_argv

@@ -74,7 +74,7 @@ def test_the_converters_table_knows_a_whole_vocabulary_by_its_ids() -> None:
 
 
 def test_mistral_with_a_tokenizer_model_of_its_own(texts: Path, tmp_path: Path) -> None:
-    """Its own ranks runs of blanks otherwise than tokenizer.json; it is neither used nor touched."""
+    """Its own ranks runs of blanks otherwise than tokenizer.json; it stays as it is."""
     tokenizer = whole.mistral(tmp_path / "source")
     folder = whole.write_whole(tmp_path / "whole", "mistral", whole.WIDTHS, tokenizer)
     shutil.copy(whole.mistral_file(), folder / FILE)
@@ -164,7 +164,7 @@ def rewrite(name: str, value: float) -> Callable:
 def test_other_weights_and_fields(
     weight_type: str, change: Callable, words: str, files: dict, llama: Path, tmp_path: Path
 ) -> None:
-    assert sum(prove_tensors(files[weight_type], files["f32"], llama).rows.values()) == 2 * 462
+    assert sum(prove_tensors(files[weight_type], files["f32"], llama)["rows"].values()) == 2 * 462
     with pytest.raises(UserError, match=words):
         file = changed(files[weight_type], tmp_path / "file", change)
         prove_tensors(file, files["f32"], llama)
@@ -197,7 +197,7 @@ def test_another_model_predicts_otherwise(
 ) -> None:
     windows = {"some": [torch.arange(5, 105)]}
     letter = letter_of(open_source(str(llama)).tokenizer)
-    proven = prove_predictions(llama, files, windows, letter).distances
+    proven = prove_predictions(llama, files, windows, letter)["distances"]
     assert proven["f32"] < 1e-4 < proven["f16"] < proven["q8_0"] < proven["q4_0"]
     file = changed(files[weight_type], tmp_path / "file", change)
     with pytest.raises(UserError, match=f"in {weight_type} predictions differ by .* this model"):

@@ -103,13 +103,13 @@ def test_what_came_to_lie_at_out_meanwhile_stays(tmp_path: Path) -> None:
 
 def test_a_child_that_hangs_or_dies_is_ended_with_a_line(tmp_path: Path) -> None:
     with pytest.raises(ChildError, match="it did not end within 0 s"):
-        run_child("lib.commands.gguf.converter", {}, seconds=0.01)
+        run_child("lib.commands.gguf.llama_cpp", {}, seconds=0.01)
     with pytest.raises(
         ChildError, match="it ended with status 1; its last line: .*No module named"
     ):
         run_child("lib.commands.gguf.none", {})
-    with pytest.raises(ChildError, match="KeyError: 'folder'"):
-        run_child("lib.commands.gguf.converter", {})
+    with pytest.raises(ChildError, match="KeyError: 'model'"):
+        run_child("lib.commands.gguf.llama_cpp", {})
 
 
 def test_pre_tokenizers_are_known_by_their_parts() -> None:

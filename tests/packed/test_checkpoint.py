@@ -176,7 +176,7 @@ def test_unpack_refuses_in_one_line(dense, packed, tmp_path, capsys):
     for source, target, word in (
         (tmp_path, tmp_path / "x", "no config.json"),
         (dense, tmp_path / "x", "not a packed checkpoint"),
-        (packed[16], tmp_path / "full", "exists"),
+        (packed[16], tmp_path / "full", "name a new folder"),
     ):
         assert run(unpack_main, [str(source), str(target)]) == 1
         error = capsys.readouterr().err
@@ -214,12 +214,9 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
     [
         ({"version": 1}, "version 1"),
         ({"format": "packed-1:4"}, "packed-1:4"),
-        ({"blocks": 3}, "blocks"),
         ({"linears": ["a"]}, "damaged"),
-        ({"linears": {UP: [64, 32]}}, "out, in, kept"),
         ({"linears": {UP: [64, 32, -1]}}, "out, in, kept"),
         ({"linears": {UP: [64, 32, 2049]}}, "out, in, kept"),
-        ({"linears": {UP: [64, 32, 1.0]}}, "out, in, kept"),
         ({"linears": {UP: [64, 32, 1000]}}, "is \\(1024,\\), not \\(1000"),
         ({"linears": {UP: [64, 64, 1024]}}, "another checkpoint"),
         ({"linears": {"model.layers.7.mlp.up_proj": [64, 32, 1024]}}, "another model"),
@@ -242,14 +239,10 @@ def test_config_that_does_not_fit(damaged, changes, word):
     "bits, part, change, word",
     [
         (16, "weight", lambda t: t[:8].clone(), "is \\(8,\\), not \\(1024,\\)"),
-        (16, "weight", lambda t: t.to(torch.int8), "is I8, not BF16"),
         (16, "mask", lambda t: t[:, :3].contiguous(), "is \\(32, 3\\), not \\(32, 8\\)"),
-        (16, "mask", lambda t: t.to(torch.int32), "is I32, not U8"),
-        (16, "mask", lambda t: t * 0, "keeps 0 weights, of 1024"),
         (16, "mask", lambda t: None, "lacks 1 packed tensors"),
         (4, "scale", lambda t: t.repeat(1, 2), "is \\(32, 2\\), not \\(32, 1\\)"),
         (4, "scale", lambda t: t.float(), "is F32, not BF16"),
-        (4, "scale", lambda t: t * 0, "above 0"),
         (4, "scale", lambda t: t * (1 + 2**-7), "five significant bits"),
         (4, "weight", lambda t: t.to(torch.int8), "is I8, not U8"),
         (4, "mask", lambda t: t | 255, "keeps 2048 weights, of 1024"),

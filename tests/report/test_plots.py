@@ -9,8 +9,8 @@ from made_up import LANGUAGES, results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.run import plots
 from lib.commands.report import tables
+from lib.run import plots
 
 ELEVEN = "uk en de fr es pl cs it pt ar hi".split()
 
@@ -88,7 +88,7 @@ def test_cross_language(pruned: list[dict]) -> None:
 def test_eleven_languages_are_told_apart_and_fit() -> None:
     dense = dict.fromkeys(ELEVEN, 10.0)
     runs = [results("dense", dense)]
-    for method in ("wanda", "sparsegpt", "admm", "magnitude"):
+    for method in ("wanda", "admm"):
         runs += [results(method, {k: 20.0 for k in ELEVEN}, on=on) for on in ELEVEN]
     both = table(*runs)
     labels = plots.calibrations(both)
@@ -97,7 +97,7 @@ def test_eleven_languages_are_told_apart_and_fit() -> None:
     figure = plots.cross_language(both)
     figure.draw_without_rendering()
     assert figure.get_figwidth() <= plots.WIDEST
-    for axes in figure.axes[:4]:  # a figure in a cell is narrower than its cell
+    for axes in figure.axes[:2]:  # a figure in a cell is narrower than its cell
         width = axes.get_window_extent().width / 11
         assert max(text.get_window_extent().width for text in axes.texts) < width
     assert plots.perplexity_by_sparsity(both).get_figwidth() <= plots.WIDEST

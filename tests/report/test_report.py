@@ -13,8 +13,8 @@ import pytest
 from made_up import LANGUAGES, results, write_run
 from support import content
 
-from lib.run import plots
 from lib.commands.report import completions, load_runs, main, report_csv, report_text, write_report
+from lib.run import plots
 from lib.run.results import read_results, write_results
 from lib.util import command
 from lib.util.command import one_line
@@ -122,8 +122,9 @@ def test_other_models_and_vocabularies_stand_in_tables_of_their_own(
     assert "uk rise" not in admm  # never against the other table's dense run
     first = "uk bits/byte" if "vocabulary" in other else "uk perplexity"
     assert list(admm)[5] == first
-    names = {path.name for path in write_report(runs, tmp_path / "out")}
-    assert {"perplexity-1.png", "perplexity-2.png", "languages-1.png"} <= names
+    if "model" in other:
+        names = {path.name for path in write_report(runs, tmp_path / "out")}
+        assert {"perplexity-1.png", "perplexity-2.png", "languages-1.png"} <= names
 
 
 def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path: Path) -> None:

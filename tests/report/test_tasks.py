@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -186,16 +187,22 @@ def test_a_word_that_is_written_counts(place: Path) -> None:
 def test_lines_have_intervals_and_the_dense_models_figures() -> None:
     tasks = {"uk": {"acc,none": 0.5, "acc_stderr,none": 0.1, "words,none": 3.0}}
     dense = {"uk": {"acc,none": 0.6, "acc_stderr,none": 0.1}}
-    assert list(task_lines({"tasks": tasks, "dense_tasks": dense})) == [
+    assert list(task_lines(tasks, dense)) == [
         "uk, acc: 0.5000 ± 0.1960 (dense 0.6000 ± 0.1960)",
         "uk, words: 3.0000",
     ]
-    assert list(task_lines({"tasks": tasks}))[0] == "uk, acc: 0.5000 ± 0.1960"
+    assert list(task_lines(tasks))[0] == "uk, acc: 0.5000 ± 0.1960"
 
 
 def test_what_is_missing_is_refused_before_the_model_is_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, no_weights: None
 ) -> None:
+    from lm_eval.tasks import TaskManager
+
+    few = partial(TaskManager, include_defaults=False)  # all are thousands of files
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda include_path, **_: few(include_path=include_path)
+    )
     for names, more, words in (
         ("uk_pairs", ["--include_path", place / "nowhere"], "nowhere: no such folder; name one"),
         ("uk_pairs,nosuch", ["--include_path", place / "tasks"], "lm-eval has no such task, nor"),
