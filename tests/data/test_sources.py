@@ -4,7 +4,6 @@ import gzip
 import json
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
 import pyarrow
 import pytest
@@ -107,13 +106,9 @@ def test_weights(tmp_path):
     assert "every source" in message(parse_sources, ["c4=1", "ubertext"], FLAG, mixture=True)
     assert "twice" in message(parse_sources, ["c4", "c4"], FLAG)
     assert "takes no weight" in message(parse_sources, ["c4=1"], "--eval_data")
-
-
-def test_equal_names_are_told_apart(tmp_path):
-    folders = [write_texts(tmp_path / a / "uk") for a in ("old", "new")]
-    sources = parse_sources([*map(str, folders), "c4"], FLAG)
-    assert [s.name for s in sources] == ["old/uk", "new/uk", "c4"]
-    assert "twice" in message(parse_sources, [f"{folders[0]}", f"{folders[0]}/"], FLAG)
+    folders = [str(write_texts(tmp_path / a / "uk")) for a in ("old", "new")]
+    assert [s.name for s in parse_sources([*folders, "c4"], FLAG)] == ["old/uk", "new/uk", "c4"]
+    assert "twice" in message(parse_sources, [folders[0], f"{folders[0]}/"], FLAG)
 
 
 # --- local files
@@ -123,7 +118,7 @@ def rows(*texts: str) -> str:
     return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
-def test_folder_rows_in_order(tmp_path):
+def test_files_and_folders(tmp_path):
     (tmp_path / "train_b.jsonl").write_text(rows("3", "4"))
     (tmp_path / "train_a.jsonl").write_text("\n" + rows("1") + "\n" + rows("ґ2").rstrip("\n"))
     (tmp_path / "train_c.jsonl.gz").write_bytes(gzip.compress((rows("5") + "\n").encode()))
@@ -131,9 +126,6 @@ def test_folder_rows_in_order(tmp_path):
     (tmp_path / "test.jsonl").write_text(rows("t"))
     source = parse_source(str(tmp_path), FLAG)
     assert read(source) == ["1", "ґ2", "3", "4", "5"] and read(source, "test") == ["t"]
-
-
-def test_single_files(tmp_path):
     texts = ["один", "два\n\n", "three\u2028four\u0085five\x0bsix\rseven"]  # a row each
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
     (tmp_path / "a.jsonl").write_text(rows(*texts), encoding="utf-8")
@@ -147,7 +139,6 @@ def test_single_files(tmp_path):
 
 BAD_LINES = {
     b"{text}": "not JSON",
-    b'["text"]': "not an object",
     b'{"title": "a", "id": 1}': "no column 'text'; the row has: title, id",
     b'{"text": null}': "NoneType",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
@@ -155,13 +146,12 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_malformed_lines_name_file_and_line(tmp_path, line, packed):
+def test_malformed_lines_name_file_and_line(tmp_path, line):
     (tmp_path / "train_0.jsonl").write_text(rows("fine"))
     bad = rows("fine", "fine\u2028").encode() + b"\n" + line + b"\n"
-    file = tmp_path / f"train_1.jsonl{'.gz' * packed}"
-    file.write_bytes(gzip.compress(bad) if packed else bad)
+    file = tmp_path / "train_1.jsonl.gz"
+    file.write_bytes(gzip.compress(bad))
     problem = message(read, parse_source(str(tmp_path), FLAG))
     assert f"{file}, line 4: " in problem and BAD_LINES[line] in problem
 
@@ -177,7 +167,6 @@ def test_folders(tmp_path):
         assert "holds no text" in message(look, source, "train")
     (tmp_path / "train_0.jsonl").write_text("\n" + rows("1") + "{")
     check_source(source, "train")  # which reads the first row of each file
-    assert "train_0.jsonl, line 3" in message(read, source)
     (tmp_path / "train_1.jsonl").write_text("\n{")
     assert "train_1.jsonl, line 2" in message(check_source, source, "train")
 
@@ -224,10 +213,6 @@ def test_sets_are_loaded_whole_and_pinned(hub):
         {"train": "en/c4-train.00000-of-01024.json.gz"},
         {"validation": "en/c4-validation.00000-of-00008.json.gz"},
     ]
-    hub.sets[("allenai/c4", "uk")] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
-    source = parse_source("c4:uk", FLAG)
-    assert read(source) == ["a"] and read(source, "test") == ["v"]
-    assert hub.calls[-1][1]["streaming"] is True
 
 
 def test_a_set_without_test_is_parted(hub):
@@ -240,9 +225,6 @@ def test_a_set_without_test_is_parted(hub):
     hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
     check_source(source, "train")
     assert "holds 1100 rows, of which the first 1100 are the test" in message(read, source)
-    nothing = datasets.IterableDataset.from_generator(lambda: iter([]))
-    hub.sets[("owner/name", "x")] = {"train": nothing}
-    assert "holds 0 rows" in message(check_source, source, "train")
 
 
 @pytest.mark.parametrize(
@@ -250,11 +232,9 @@ def test_a_set_without_test_is_parted(hub):
     [
         ("o/s", "o/s", "train", False),  # parted
         ("o/s:c:train", "o/s:c", "train", True),
-        ("o/s", "o/s::train", "train", False),
         ("o/s", "o/s::train", "train test", True),
         ("o/s", "o/s", "train test", False),
         ("o/s::validation", "o/s", "train validation", True),
-        ("o/s::validation", "o/s", "train validation test", False),
         ("o/s:c", "o/s:d", "train", False),
         ("c4", "c4", "train validation", False),
     ],
@@ -294,28 +274,13 @@ def test_what_fails_on_the_hub_is_one_line(hub, words, error):
     source = parse_source("owner/name", FLAG)
     hub.error = error
     assert words in message(check_source, source, "train")
-    if isinstance(error, HTTPError):
-        hub.unreachable, hub.error = error, None
-        assert words in message(check_source, source, "train") and len(hub.calls) == 1
-
-
-def test_a_stream_that_breaks_is_one_line(hub):
-    class Stream:
-        column_names = ["text"]
-
-        def __iter__(self):
-            yield {"text": "a"}
-            raise HTTPError("slow")
-
-    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Stream()}
-    assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
 
 
 def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.unreachable = HTTPError("no route")
+    assert "(no route)" in message(check_source, parse_source("ubertext", FLAG), "train")
     for name in (UBERTEXT, "owner/name"):
-        assert "(no route)" in message(check_source, parse_source(name, FLAG), "train")
         (tmp_path / f"datasets--{name.replace('/', '--')}").mkdir()
         hub.sets[(name,)] = {"train": {"text": ["a"]}}
     texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
@@ -323,9 +288,3 @@ def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
     assert hub.calls == [((UBERTEXT,), {})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
     assert "can't be reached (no route)" in message(check_source, stream, "train")
-
-
-def test_offline_without_a_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    line = message(check_source, parse_source("ubertext", FLAG), "train")
-    assert "can't be" in line and not list(tmp_path.iterdir())
