@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,12 @@ DENSE = "dense"  # the method and the type of a model that was not pruned
 SETTING, TASK = "setting ", "task "  # what the columns of settings and of tasks begin with
 WITH_COLUMN = set("seed prune_method sparsity_type sparsity_ratio use_variant".split())
 WITH_COLUMN |= {"prune_on_c4", "eval_only"}
-MEASURES = ["perplexity", "standard_error", "bits_per_byte", "kl", "kl_standard_error"]
-MEASURES += ["top1_agreement", "top1_agreement_standard_error"]
-RUN_COLUMNS = {"zeros": ("zeros", ".2%"), "seeds": ("seeds", "d"), "MB": ("saved_mb", ",.1f")}
-TEST_COLUMNS = {  # title: figure, format
+RUN_COLUMNS = {  # title: figure, format, unit
+    "zeros": ("zeros", ".2%"),
+    "seeds": ("seeds", ".0f"),
+    "MB": ("saved_bytes", ",.1f", 1e6),
+}
+TEST_COLUMNS = {
     "perplexity": ("perplexity", ",.2f"),
     "s.e.": ("standard_error", ",.2f"),
     "rise": ("rise", "+,.1%"),
@@ -43,6 +45,8 @@ TEST_COLUMNS = {  # title: figure, format
     "KL": ("kl", ".3f"),
     "agreement": ("top1_agreement", ".1%"),
 }
+MEASURES = [name for name, _ in TEST_COLUMNS.values() if name != "rise"]
+INTERNAL = "folder vocabulary_note rows kind sources seed test is_pruned target place".split()
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
@@ -86,7 +90,7 @@ def tables(runs: Runs) -> list[DataFrame]:
         for test in results["evaluation"]:
             identity = test.get("digest") or f"{test.get('source')} {test.get('tokens')}"
             line = run | {"test": test["name"], "measured_on": test["name"], "digest": identity}
-            lines.append(line | {name: test.get(name) for name in ("tokens", *MEASURES)})
+            lines.append(line | {name: test.get(name) for name in MEASURES})
     if not lines:
         return []
     frame = pandas.DataFrame(lines).astype(dict.fromkeys([*MEASURES, "saved_bytes"], float))
@@ -96,8 +100,7 @@ def tables(runs: Runs) -> list[DataFrame]:
 def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that all lines of a run have in common."""
     kind, share = results.get("sparsity_type"), results.get("sparsity_ratio") or 0.0
-    zeros = (results.get("sparsity") or {}).get("overall")
-    is_dense = results["method"] == DENSE
+    zeros, is_dense = (results.get("sparsity") or {}).get("overall"), results["method"] == DENSE
     if kind is None and not is_dense:  # pruned before
         share = zeros or 0.0
     names = {None: f"{share:.0%}", "unstructured": f"{100 * share:g}%"}
@@ -113,7 +116,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "vocabulary_note": vocabulary.get("note"),
         "rows": f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,}" if vocabulary else None,
         "method": results["method"] + variant + (" + recovery" if trained else ""),
-        "kind": kind,
+        "kind": kind or "",
         "type": DENSE if is_dense else names.get(kind, kind),
         "ratio": share,
         "calibrated_on": text.get("name") or NONE,
@@ -123,74 +126,61 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "saved_bytes": results.get("saved_bytes"),
         "bits": results.get("packed", {}).get("bits"),
     }
-    for name, value in _settings_of(results).items():
-        columns[SETTING + name] = None if value is None else str(value)
+    settings = results.get("settings")  # of version 0.1
+    if settings is None:
+        deciding = results.get("fingerprint", {}).get("pruning", {}).items()
+        settings = {name[2:]: value for name, value in deciding if name.startswith("--")}
+    for name, value in settings.items():
+        if name not in WITH_COLUMN and value is not None:
+            columns[SETTING + name] = str(value)
     for task, metrics in results.get("tasks", {}).items():
         numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}
         columns |= {f"{TASK}{task} {name}": float(value) for name, value in numbers.items()}
     return columns
 
 
-def _settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that change a result and have no column of their own."""
-    if "settings" in results:  # of an earlier version
-        return results["settings"]
-    deciding = results.get("fingerprint", {}).get("pruning", {})
-    flags = {name[2:]: value for name, value in deciding.items() if name.startswith("--")}
-    return {name: value for name, value in flags.items() if name not in WITH_COLUMN}
-
-
-def _settings(table: DataFrame) -> list[str]:
-    return [name for name in table if name.startswith(SETTING)]
-
-
 def _keys(table: DataFrame) -> list[str]:
     """Return the columns that name a row."""
-    return ["method", "type", "calibrated_on", *_settings(table)]
+    return ["method", "type", "calibrated_on", *(n for n in table if n.startswith(SETTING))]
 
 
 def _summarised(lines: DataFrame) -> DataFrame:
     """Average the runs of one model that differ in nothing but the seed."""
     pruned = lines[lines["type"] != DENSE]
     counts = (lines if pruned.empty else pruned).nunique()
-    unused = [name for name in lines if lines[name].isna().all() and name != "kind"]
-    lines = lines.drop(columns={*unused, *(n for n in _settings(lines) if counts[n] < 2)})
-    lines = lines.fillna(dict.fromkeys(_settings(lines), EMPTY))
+    same = [name for name in lines if name.startswith(SETTING) and counts[name] < 2]
+    lines = lines.drop(columns=same).dropna(axis="columns", how="all")
+    keys = [*_keys(lines), "measured_on"]
+    lines = lines.fillna(dict.fromkeys(keys, EMPTY))
     digests = lines["digest"].str[:8]
     lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"], digests)
     lines["calibrated_on"] = _unique_names(lines["calibrated_on"], lines["sources"])
-    keys = [*_keys(lines), "measured_on"]
-    means = {*MEASURES, "zeros", "saved_bytes", *(n for n in lines if n.startswith(TASK))}
-    means = [name for name in lines if name in means]
-    spread = [n for n in means if n not in ("zeros", "saved_bytes") and "standard" not in n]
-    first = lines.columns.difference([*keys, *means], sort=False)
+    spread = {*MEASURES, *(name for name in lines if name.startswith(TASK))}
+    means = [name for name in lines if name in spread | {"zeros", "saved_bytes"}]
     groups = lines.drop_duplicates([*keys, "seed"]).groupby(keys, sort=False)
-    table = groups.agg(
-        **{name: (name, "first") for name in first},
-        **{name: (name, "mean") for name in means},
-        **{f"{name}_deviation": (name, "std") for name in spread},
-        seeds=("seed", "nunique"),
-        folders=("folder", lambda folders: " ".join(map(str, folders))),
-    ).reset_index()
-    dense = table[table["type"] == DENSE].drop_duplicates("measured_on").set_index("measured_on")
+    table = groups.first()
+    table[means] = groups[means].mean()
+    spread = [name for name in means if name in spread and "standard_error" not in name]
+    table = table.join(groups[spread].std().add_suffix("_deviation"))
+    table["seeds"] = groups["seed"].nunique()
+    table["folders"] = groups["folder"].agg(lambda folders: " ".join(map(str, folders)))
+    table = table.reset_index()
+    is_dense = table["type"] == DENSE
+    dense = table[is_dense].drop_duplicates("measured_on").set_index("measured_on")
     if "perplexity" in table:
         rise = table["perplexity"] / table["measured_on"].map(dense["perplexity"]) - 1
-        table["rise"] = rise.where(table["type"] != DENSE)
-    tests = list(lines["measured_on"].unique())
-    order = {
-        "is_pruned": table["type"] != DENSE,
-        "target": table["type"].map(plots.targets(table).index),
-        "place": table["measured_on"].map(tests.index),
-    }
-    by = ["is_pruned", "method", "target", "calibrated_on", *_settings(table), "place"]
-    return table.assign(**order).sort_values(by, kind="stable", ignore_index=True)
+        table["rise"] = rise.mask(is_dense)
+    target = table["type"].map(plots.targets(table).index)
+    place = table["measured_on"].map(list(lines["measured_on"].unique()).index)
+    by = ["is_pruned", "method", "target", *keys[2:-1], "place"]
+    table = table.assign(is_pruned=~is_dense, target=target, place=place)
+    return table.sort_values(by, kind="stable", ignore_index=True)
 
 
 def _unique_names(names: Series, identities: Series, shown: Series | None = None) -> Series:
     """Return the names, with what tells them apart where one name is of several things."""
     several = identities.groupby(names).transform("nunique") > 1
-    shown = identities if shown is None else shown
-    return names.where(~several, names + " (" + shown + ")")
+    return names.where(~several, names + " (" + (identities if shown is None else shown) + ")")
 
 
 def report_text(runs: Runs) -> str:
@@ -205,22 +195,13 @@ def report_text(runs: Runs) -> str:
     for table in all_tables:
         columns = _columns(table)
         titles |= {title.rpartition(" ")[2] for title in columns}
-        parts.append(_heading(table))
+        left = f", {table['rows'][0]} rows of its vocabulary" if "rows" in table else ""
+        tests = ", ".join(dict.fromkeys(table["measured_on"]))
+        parts.append(f"### {one_line(table['model'][0])}{left}, measured on {one_line(tests)}")
         parts += [table["vocabulary_note"][0]] if "vocabulary_note" in table else []
         parts.append(padded_table(list(columns), list(zip(*columns.values(), strict=True)), left=3))
     parts.append("\n".join(f"- {note}" for title, note in NOTES.items() if title in titles))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _heading(table: DataFrame) -> str:
-    """Return a table's heading: the model, what is left of its vocabulary, and the test sets."""
-    tests = []
-    for _, line in table.drop_duplicates("measured_on").iterrows():
-        size = line.get("tokens", 0)
-        about = f" ({size:,.0f} tokens, digest {line['digest'][:8]})" if size > 0 else ""
-        tests.append(line["measured_on"] + about)
-    left = f", {table['rows'][0]} rows of its vocabulary" if "rows" in table else ""
-    return f"### {one_line(table['model'][0])}{left}, measured on {one_line(', '.join(tests))}"
 
 
 def _columns(table: DataFrame) -> dict[str, list[str]]:
@@ -228,27 +209,25 @@ def _columns(table: DataFrame) -> dict[str, list[str]]:
     keys = _keys(table)
     rows = table.drop_duplicates(keys).set_index(keys, drop=False)
     named = {name.removeprefix(SETTING).replace("_", " "): list(rows[name]) for name in keys}
-    if "saved_bytes" in rows:
-        rows["saved_mb"] = rows["saved_bytes"] / 1e6
-    columns = {title: _text(rows, *of) for title, of in RUN_COLUMNS.items()}
+    columns = {title: _cells(rows, *of) for title, of in RUN_COLUMNS.items()}
     titles = list(TEST_COLUMNS)
     if "vocabulary_note" in table:  # perplexities fall with the number of tokens
         titles.insert(0, titles.pop(titles.index("bits/byte")))
     for test in dict.fromkeys(table["measured_on"]):
         lines = table[table["measured_on"] == test].set_index(keys).reindex(rows.index)
-        columns |= {f"{test} {title}": _text(lines, *TEST_COLUMNS[title]) for title in titles}
+        columns |= {f"{test} {title}": _cells(lines, *TEST_COLUMNS[title]) for title in titles}
     for name in table:
         if name.startswith(TASK) and not name.endswith("_deviation"):
-            columns[name.removeprefix(TASK)] = _text(rows, name, ".4f")
+            columns[name.removeprefix(TASK)] = _cells(rows, name, ".4f")
     return named | {title: cells for title, cells in columns.items() if set(cells) != {EMPTY}}
 
 
-def _text(lines: DataFrame, name: str, form: str) -> list[str]:
+def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]:
     """Return a figure of each line as text, `±` its deviation over seeds; `–` for none."""
     cells = []
     for _, line in lines.iterrows():
         value, spread = line.get(name), line.get(f"{name}_deviation", 0)
-        text = EMPTY if value is None or value != value else format(value, form)
+        text = EMPTY if value is None or value != value else format(value / unit, form)
         cells.append(text + (f" ± {format(spread, form)}" if spread > 0 else ""))
     return cells
 
@@ -259,38 +238,31 @@ def report_csv(runs: Runs) -> str:
 
     numbered = [table.assign(table=number) for number, table in enumerate(tables(runs), 1)]
     frame = pandas.concat(numbered) if numbered else pandas.DataFrame()
-    columns = "table model method type ratio calibrated_on zeros seeds saved_bytes".split()
-    columns += ["measured_on", "digest", "rise"]
-    columns += [name + more for name in MEASURES for more in ("", "_deviation")]
-    columns += [name for name in frame if name.startswith((SETTING, TASK))]
-    columns = [name for name in [*columns, "vocabulary", "folders"] if name in frame]
-    short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in columns}
-    return frame[columns].rename(columns=short).to_csv(index=False, lineterminator="\n")
+    frame = frame.drop(columns=[name for name in INTERNAL if name in frame])
+    short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
+    return frame.rename(columns=short).to_csv(index=False, lineterminator="\n")
 
 
 def completions(runs: Runs) -> str:
     """Return what models have made of the prompts, as Markdown; of several seeds, the first's."""
-    parts = []
+    parts: dict[str, dict[str, str]] = {}  # {heading and prompt: {model: text}}
     for table in tables(runs):
-        texts: dict[tuple[str, str], dict[str, str]] = {}  # {(test, prompt): {model: text}}
         for _, line in table.iterrows():
-            words = [line[name] for name in _keys(table)]
-            name = DENSE if line["type"] == DENSE else ", ".join(words)
+            name = DENSE if line["type"] == DENSE else ", ".join(line[n] for n in _keys(table))
+            about = f"{escape(plots.model_name(table))}, {escape(line['measured_on'])}"
             for entry in runs[line["folder"]].get("completions") or []:
                 if entry["test"] == line["test"]:
-                    of_prompt = texts.setdefault((line["measured_on"], entry["prompt"]), {})
+                    texts = parts.setdefault(f"### {about}\n\n> {escape(entry['prompt'])} …", {})
                     for key, model in (("dense", DENSE), ("model", name)):
                         if key in entry:
-                            of_prompt.setdefault(model, entry[key])
-        for (test, prompt), of_prompt in texts.items():
-            heading = f"### Completions: {escape(plots.model_name(table))}, {escape(test)}"
-            parts += [] if heading in parts else [heading]
-            lines = (f"- {escape(name)}: {escape(text)}" for name, text in of_prompt.items())
-            parts += [f"> {escape(prompt)} …", "\n".join(lines)]
-    return "\n\n".join(parts)
+                            texts.setdefault(model, entry[key])
+    return "\n\n".join(
+        "\n".join([head, "", *(f"- {escape(name)}: {escape(text)}" for name, text in of.items())])
+        for head, of in parts.items()
+    )
 
 
-def _failures(paths: Iterable[str | Path]) -> str:
+def failed_runs(paths: Iterable[str | Path]) -> str:
     """Return the runs whose last try failed, below the paths, and why."""
     lines = []
     for file in dict.fromkeys(file for path in paths for file in sorted(Path(path).rglob(ERROR))):
@@ -322,14 +294,6 @@ def write_report(runs: Runs, out: str | Path, failures: str = "") -> list[Path]:
     return [out / "report.md", out / "report.csv", *drawn]
 
 
-def report(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Print the table of all runs in or below the paths, and write it with its pictures."""
-    runs, failures = load_runs(paths), _failures(paths)
-    for path in write_report(runs, out, failures):
-        print(f"wrote {path}", file=sys.stderr)
-    print(report_text(runs) + (f"\n{failures}" if failures else ""))
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m lib.commands.report", description=__doc__.split("\n")[0]
@@ -339,7 +303,10 @@ def main(argv: list[str]) -> None:
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
-    report(args.runs, args.out)
+    runs, failures = load_runs(args.runs), failed_runs(args.runs)
+    for path in write_report(runs, args.out, failures):
+        print(f"wrote {path}", file=sys.stderr)
+    print(report_text(runs) + (f"\n{failures}" if failures else ""))
 
 
 if __name__ == "__main__":
