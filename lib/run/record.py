@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     """Return what is known of a run before its first step; see lib/run/results.py."""
-    from lib.model.pretrained import footprint
+    from lib.model.pretrained import footprint, parameter_bytes
 
     args, method = job.args, job.args.prune_method
     if args.teacher or (job.quantises and not args.quantize):
@@ -41,6 +41,7 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "device": device_name(job.device),
         "processor": processor(),
         "footprint": {"before": footprint(runner.model)},
+        "dense_bytes": parameter_bytes(runner.model, runner.save_dtype or runner.model.dtype),
         "fingerprint": job.fingerprint,
     }
 
@@ -92,11 +93,6 @@ def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any
     return record
 
 
-def method_in_words(results: dict[str, Any]) -> str:
-    """Describe the method, such as `wanda` or `wanda (variant)`."""
-    return results["method"] + (" (variant)" if results["options"].get("variant") else "")
-
-
 def write_log(folder: Path, results: dict[str, Any]) -> None:
     """Write log_METHOD.txt in wanda's format: names, then one line of values, tab-separated.
 
@@ -134,7 +130,8 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 def print_summary(results: dict[str, Any]) -> None:
     """Print the summary of a run, one fact a line; its last line ends with a perplexity."""
-    lines = [f"{method_in_words(results)}: {_share_pruned(results)}", _cost_line(results)]
+    variant = " (variant)" if results["options"].get("variant") else ""
+    lines = [f"{results['method']}{variant}: {_share_pruned(results)}", _cost_line(results)]
     for test in results["evaluation"]:
         lines += _test_lines(test)
     for each in results["completions"]:
