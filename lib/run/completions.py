@@ -1,22 +1,16 @@
 """Beginnings of test documents, continued greedily by the dense and by the pruned model.
 
-    completions = Completions(job, runner)
-    completions.generate("dense", model)      # before pruning
-    completions.generate("model", model)      # after the run
-    completions.records()                     # both beside each prompt, for results.json
-
 Decoding is greedy, so that a model always gives the same text. The model and its generation
 settings stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from lib.model.pretrained import window_length
 from lib.util.errors import first_line
@@ -71,14 +65,14 @@ class Completions:
         prompts = torch.stack([ids for _, ids in self.prompts])  # (prompts, tokens)
         tokens = min(NEW_TOKENS, window_length(job.config, None) - prompts.shape[1])
         batch_size = max(1, job.batch_size * job.seqlen // (prompts.shape[1] + tokens))
-        new_ids = [
-            row
-            for batch in prompts.split(batch_size)
-            for row in continue_greedily(model, batch.to(job.device), tokens)
-        ]
         return [
-            decode_completion(job.tokenizer, ids, new)
-            for ids, new in zip(prompts.tolist(), new_ids, strict=True)
+            decode_completion(job.tokenizer, ids, new_ids)
+            for batch in prompts.split(batch_size)
+            for ids, new_ids in zip(
+                batch.tolist(),
+                continue_greedily(model, batch.to(job.device), tokens),
+                strict=True,
+            )
         ]
 
     def _skip(self, reason: str) -> None:
@@ -87,9 +81,16 @@ class Completions:
 
 
 def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[int]]:
-    """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily."""
-    with _default_generation(model) as eos_ids:
-        options = {"eos_token_id": eos_ids, "pad_token_id": eos_ids[0]} if eos_ids else {}
+    """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily.
+
+    The model's own generation settings (penalties, temperature) do not apply.
+    """
+    settings = model.generation_config
+    ends = settings.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    model.generation_config = GenerationConfig()
+    try:
+        options = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -97,25 +98,10 @@ def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[i
             do_sample=False,
             **options,
         )
-    rows = output[:, ids.shape[1] :].tolist()
-    return [row[: next((i for i, id in enumerate(row) if id in eos_ids), None)] for row in rows]
-
-
-@contextmanager
-def _default_generation(model: nn.Module) -> Iterator[list[int]]:
-    """Inside, the model's own generation settings (penalties, temperature) do not apply.
-
-    Yields the model's end-of-text ids.
-    """
-    from transformers import GenerationConfig
-
-    settings = model.generation_config
-    eos = settings.eos_token_id
-    model.generation_config = GenerationConfig()
-    try:
-        yield [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     finally:
         model.generation_config = settings
+    rows = output[:, ids.shape[1] :].tolist()
+    return [row[: next((i for i, id in enumerate(row) if id in ends), None)] for row in rows]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:

@@ -34,12 +34,8 @@ def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
 
 
 def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    names: Sequence[str],
-    batch_size: int,
-    include_path: str | None = None,
-) -> dict[str, dict[str, float]]:
+    model: Any, tokenizer: Any, names: Sequence[str], batch_size: int, include_path: str | None
+) -> Figures:
     """Return {task: {metric: value}} of the model in memory, as the tasks define it.
 
     The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`.
@@ -83,10 +79,9 @@ def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
     """Yield a line for each figure, with its 95% interval, beside the dense model's if given."""
     for task, metrics in tasks.items():
         before = (dense or {}).get(task, {})
-        for metric in metrics:
-            if "_stderr" not in metric:
-                line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
-                yield line + (f" (dense {_figure(before, metric)})" if metric in before else "")
+        for metric in (metric for metric in metrics if "_stderr" not in metric):
+            line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
+            yield line + (f" (dense {_figure(before, metric)})" if metric in before else "")
 
 
 def _figure(metrics: Mapping[str, float], metric: str) -> str:
