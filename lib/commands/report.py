@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.command import one_line
 from lib.util.errors import UserError
-from lib.util.files import check_writable
+from lib.util.files import check_writable, write_text
 from lib.util.markdown import EMPTY, escape, padded_table
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ TEST_COLUMNS = {
     "agreement": ("top1_agreement", ".1%"),
 }
 MEASURES = [name for name, _ in TEST_COLUMNS.values() if name != "rise"]
-INTERNAL = "folder vocabulary_note rows kind sources seed test is_pruned target place".split()
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
@@ -71,7 +70,7 @@ def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
         files = [path / RESULTS] if (path / RESULTS).is_file() else sorted(path.rglob(RESULTS))
         if not files and not any(path.rglob(ERROR)):  # of a run that has failed
             raise UserError(f"RUN {path}: holds no {RESULTS}; name a run's --save folder")
-        folders.update((file.parent.resolve(), file.parent) for file in files)
+        folders |= {file.parent.resolve(): file.parent for file in files}
     return {folder: read_results(folder) for folder in folders.values()}
 
 
@@ -84,13 +83,14 @@ def tables(runs: Runs) -> list[DataFrame]:
     """
     import pandas
 
-    lines = []
-    for folder, results in runs.items():
-        run = _run_columns(folder, results)
-        for test in results["evaluation"]:
-            identity = test.get("digest") or f"{test.get('source')} {test.get('tokens')}"
-            line = run | {"test": test["name"], "measured_on": test["name"], "digest": identity}
-            lines.append(line | {name: test.get(name) for name in MEASURES})
+    lines = [
+        _run_columns(folder, results)
+        | {"test": test["name"], "measured_on": test["name"]}
+        | {"digest": (test.get("digest") or f"{test.get('source')} {test.get('tokens')}")[:8]}
+        | {name: test.get(name) for name in MEASURES}
+        for folder, results in runs.items()
+        for test in results["evaluation"]
+    ]
     if not lines:
         return []
     frame = pandas.DataFrame(lines).astype(dict.fromkeys([*MEASURES, "saved_bytes"], float))
@@ -99,25 +99,27 @@ def tables(runs: Runs) -> list[DataFrame]:
 
 def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that all lines of a run have in common."""
-    kind, share = results.get("sparsity_type"), results.get("sparsity_ratio") or 0.0
-    zeros, is_dense = (results.get("sparsity") or {}).get("overall"), results["method"] == DENSE
-    if kind is None and not is_dense:  # pruned before
+    kind, share = results.get("sparsity_type"), results.get("sparsity_ratio")
+    zeros = (results.get("sparsity") or {}).get("overall")
+    if share is None:  # dense, or pruned before
         share = zeros or 0.0
     names = {None: f"{share:.0%}", "unstructured": f"{100 * share:g}%"}
     names["neurons"] = f"{100 * share:g}% neurons"
-    vocabulary = results.get("vocabulary") or {}
+    vocabulary, rows = results.get("vocabulary") or {}, ""
+    if vocabulary:
+        rows = f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of its vocabulary"
+        rows += f" ({vocabulary.get('digest')})"
     text = results.get("calibration") or results.get("recovery", {}).get("text") or {}
     variant = " variant" if results.get("flags", {}).get("use_variant") else ""
     trained = "recovery" in results and results["method"] != "recovered"
     columns = {
         "folder": folder,
         "model": results["model"].rstrip("/"),
-        "vocabulary": f"{vocabulary.get('rows', '')} {vocabulary.get('digest', '')}".strip(),
-        "vocabulary_note": vocabulary.get("note"),
-        "rows": f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,}" if vocabulary else None,
+        "vocabulary": rows,
+        "note": vocabulary.get("note"),
         "method": results["method"] + variant + (" + recovery" if trained else ""),
         "kind": kind or "",
-        "type": DENSE if is_dense else names.get(kind, kind),
+        "type": DENSE if results["method"] == DENSE else names.get(kind, kind),
         "ratio": share,
         "calibrated_on": text.get("name") or NONE,
         "sources": ", ".join(source["source"] for source in text.get("sources", [])),
@@ -152,8 +154,7 @@ def _summarised(lines: DataFrame) -> DataFrame:
     lines = lines.drop(columns=same).dropna(axis="columns", how="all")
     keys = [*_keys(lines), "measured_on"]
     lines = lines.fillna(dict.fromkeys(keys, EMPTY))
-    digests = lines["digest"].str[:8]
-    lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"], digests)
+    lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"])
     lines["calibrated_on"] = _unique_names(lines["calibrated_on"], lines["sources"])
     spread = {*MEASURES, *(name for name in lines if name.startswith(TASK))}
     means = [name for name in lines if name in spread | {"zeros", "saved_bytes"}]
@@ -170,35 +171,37 @@ def _summarised(lines: DataFrame) -> DataFrame:
     if "perplexity" in table:
         rise = table["perplexity"] / table["measured_on"].map(dense["perplexity"]) - 1
         table["rise"] = rise.mask(is_dense)
-    target = table["type"].map(plots.targets(table).index)
-    place = table["measured_on"].map(list(lines["measured_on"].unique()).index)
-    by = ["is_pruned", "method", "target", *keys[2:-1], "place"]
-    table = table.assign(is_pruned=~is_dense, target=target, place=place)
-    return table.sort_values(by, kind="stable", ignore_index=True)
+    targets, tests = plots.targets(table), list(lines["measured_on"].unique())
+
+    def place(index: int) -> tuple[Any, ...]:
+        row = table.loc[index]
+        dense, test = row["type"] == DENSE, tests.index(row["measured_on"])
+        return (not dense, row["method"], targets.index(row["type"]), *row[keys[2:-1]], test)
+
+    return table.loc[sorted(table.index, key=place)].reset_index(drop=True)
 
 
-def _unique_names(names: Series, identities: Series, shown: Series | None = None) -> Series:
+def _unique_names(names: Series, identities: Series) -> Series:
     """Return the names, with what tells them apart where one name is of several things."""
     several = identities.groupby(names).transform("nunique") > 1
-    return names.where(~several, names + " (" + (identities if shown is None else shown) + ")")
+    return names.where(~several, names + " (" + identities + ")")
 
 
-def report_text(runs: Runs) -> str:
+def report_text(tables: Sequence[DataFrame]) -> str:
     """Return all runs as Markdown: one table, or one for each model and vocabulary."""
-    all_tables = tables(runs)
     parts, titles = [], set()
-    if len(all_tables) > 1:
+    if len(tables) > 1:
         parts.append(
-            f"**{len(all_tables)} tables, not to be compared with each other:** "
+            f"**{len(tables)} tables, not to be compared with each other:** "
             "their runs are of different models or vocabularies."
         )
-    for table in all_tables:
+    for table in tables:
         columns = _columns(table)
         titles |= {title.rpartition(" ")[2] for title in columns}
-        left = f", {table['rows'][0]} rows of its vocabulary" if "rows" in table else ""
         tests = ", ".join(dict.fromkeys(table["measured_on"]))
-        parts.append(f"### {one_line(table['model'][0])}{left}, measured on {one_line(tests)}")
-        parts += [table["vocabulary_note"][0]] if "vocabulary_note" in table else []
+        about = [table["model"][0], *filter(None, table["vocabulary"][:1]), f"measured on {tests}"]
+        parts.append(f"### {one_line(', '.join(about))}")
+        parts += list(table["note"][:1]) if "note" in table else []
         parts.append(padded_table(list(columns), list(zip(*columns.values(), strict=True)), left=3))
     parts.append("\n".join(f"- {note}" for title, note in NOTES.items() if title in titles))
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -211,7 +214,7 @@ def _columns(table: DataFrame) -> dict[str, list[str]]:
     named = {name.removeprefix(SETTING).replace("_", " "): list(rows[name]) for name in keys}
     columns = {title: _cells(rows, *of) for title, of in RUN_COLUMNS.items()}
     titles = list(TEST_COLUMNS)
-    if "vocabulary_note" in table:  # perplexities fall with the number of tokens
+    if "note" in table:  # perplexities fall with the number of tokens
         titles.insert(0, titles.pop(titles.index("bits/byte")))
     for test in dict.fromkeys(table["measured_on"]):
         lines = table[table["measured_on"] == test].set_index(keys).reindex(rows.index)
@@ -232,34 +235,22 @@ def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]
     return cells
 
 
-def report_csv(runs: Runs) -> str:
-    """Return the same figures as CSV, unrounded: a line for each row and test set."""
-    import pandas
-
-    numbered = [table.assign(table=number) for number, table in enumerate(tables(runs), 1)]
-    frame = pandas.concat(numbered) if numbered else pandas.DataFrame()
-    frame = frame.drop(columns=[name for name in INTERNAL if name in frame])
-    short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
-    return frame.rename(columns=short).to_csv(index=False, lineterminator="\n")
-
-
-def completions(runs: Runs) -> str:
+def completions(runs: Runs, tables: Sequence[DataFrame]) -> str:
     """Return what models have made of the prompts, as Markdown; of several seeds, the first's."""
     parts: dict[str, dict[str, str]] = {}  # {heading and prompt: {model: text}}
-    for table in tables(runs):
-        for _, line in table.iterrows():
-            name = DENSE if line["type"] == DENSE else ", ".join(line[n] for n in _keys(table))
-            about = f"{escape(plots.model_name(table))}, {escape(line['measured_on'])}"
-            for entry in runs[line["folder"]].get("completions") or []:
-                if entry["test"] == line["test"]:
-                    texts = parts.setdefault(f"### {about}\n\n> {escape(entry['prompt'])} …", {})
-                    for key, model in (("dense", DENSE), ("model", name)):
-                        if key in entry:
-                            texts.setdefault(model, entry[key])
-    return "\n\n".join(
-        "\n".join([head, "", *(f"- {escape(name)}: {escape(text)}" for name, text in of.items())])
-        for head, of in parts.items()
-    )
+    for _, line in (line for table in tables for line in table.iterrows()):
+        name = DENSE if line["type"] == DENSE else ", ".join(line[["method", *_keys(line)[1:]]])
+        about = f"### {escape(Path(line['model']).name)}, {escape(line['measured_on'])}"
+        for entry in runs[line["folder"]].get("completions") or []:
+            if entry["test"] == line["test"]:
+                texts = parts.setdefault(f"{about}\n\n> {escape(entry['prompt'])} …\n", {})
+                for key, model in (("dense", DENSE), ("model", name)):
+                    if key in entry:
+                        texts.setdefault(model, entry[key])
+    lists = {
+        head: [f"- {escape(n)}: {escape(t)}" for n, t in of.items()] for head, of in parts.items()
+    }
+    return "\n\n".join("\n".join([head, *lines]) for head, lines in lists.items())
 
 
 def failed_runs(paths: Iterable[str | Path]) -> str:
@@ -271,27 +262,29 @@ def failed_runs(paths: Iterable[str | Path]) -> str:
     return "\n".join([f"**Failed runs: {len(lines)}**", "", *lines, ""]) if lines else ""
 
 
-def write_report(runs: Runs, out: str | Path, failures: str = "") -> list[Path]:
-    """Write report.md, report.csv and the pictures into folder `out`; return their paths."""
-    out = Path(out)
+def write_report(runs: Runs, out: Path, failures: str = "") -> str:
+    """Write report.md, report.csv and the pictures into folder `out`; return the tables' text."""
+    import pandas
+
     out.mkdir(parents=True, exist_ok=True)
+    found, drawn = tables(runs), []
     draw = {
         "perplexity": plots.perplexity_by_sparsity,
         "languages": plots.cross_language,
         "bytes": plots.bytes_against_bits,
     }
-    all_tables, drawn = tables(runs), []
-    for number, table in enumerate(all_tables if plots.can_draw() else (), 1):
-        suffix = f"-{number}" if len(all_tables) > 1 else ""
+    for number, table in enumerate(found if plots.can_draw() else (), 1):
+        suffix = f"-{number}" if len(found) > 1 else ""
         for name, picture in draw.items():
             if figure := picture(table):
                 drawn.append(plots.save(figure, out / f"{name}{suffix}.png"))
-    parts = [report_text(runs), failures, completions(runs)]
-    parts += [f"![{path.stem}]({path.name})" for path in drawn]
-    text = "\n\n".join(part.strip() for part in parts if part) + "\n"
-    for name, content in {"report.md": text, "report.csv": report_csv(runs)}.items():
-        (out / name).write_text(content, encoding="utf-8")
-    return [out / "report.md", out / "report.csv", *drawn]
+    text = "\n".join(filter(None, [report_text(found), failures]))
+    parts = [text, completions(runs, found), *(f"![{path.stem}]({path.name})" for path in drawn)]
+    write_text(out / "report.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
+    frame = pandas.concat(found) if found else pandas.DataFrame()
+    short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
+    write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
+    return text
 
 
 def main(argv: list[str]) -> None:
@@ -303,10 +296,8 @@ def main(argv: list[str]) -> None:
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
-    runs, failures = load_runs(args.runs), failed_runs(args.runs)
-    for path in write_report(runs, args.out, failures):
-        print(f"wrote {path}", file=sys.stderr)
-    print(report_text(runs) + (f"\n{failures}" if failures else ""))
+    print(write_report(load_runs(args.runs), Path(args.out), failed_runs(args.runs)))
+    print(f"wrote {args.out}/report.md", file=sys.stderr)
 
 
 if __name__ == "__main__":

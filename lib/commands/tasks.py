@@ -24,7 +24,6 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,12 @@ def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[
     All are of one script, have the same number of letters and occur about as often: their counts
     have the same logarithm of base 2, rounded down. The place of the right one is drawn.
     """
-    lengths = accumulate(map(len, texts := list(texts)), initial=0)
-    texts = [text for text, before in zip(texts, lengths, strict=False) if before < CHARACTERS]
+    given, texts, length = texts, [], 0
+    for text in given:
+        texts.append(text)
+        length += len(text)
+        if length >= CHARACTERS:
+            break
     words = (word for text in texts for word in re.findall(WORD, text))
     counts = Counter(word for word in words if word.islower())
 
