@@ -77,7 +77,8 @@ def _log_ticks(axis: Axis) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    few = (1, 2, 5) if high / low < 1000 else (1,)
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if high / low < 10 else few))
     axis.set_major_formatter("{x:,.10g}")
     axis.set_minor_locator(NullLocator())
 
@@ -92,7 +93,7 @@ def _heat_map(axes: Any, cells: DataFrame, form: str, size: float, **options: An
     for row, line in enumerate(cells.to_numpy(float)) if cells.size <= MOST_FIGURES else ():
         for column, value in enumerate(line):
             if math.isfinite(value):
-                dark = sum(image.cmap(image.norm(value))[:3]) < 1.5
+                dark = sum(image.cmap(image.norm(value))[:3]) < 1.35
                 look = {"color": "white" if dark else "black", "fontsize": size}
                 axes.text(column, row, format(value, form), ha="center", va="center", **look)
     axes.grid(False)
@@ -120,7 +121,7 @@ def line_style(index: int) -> dict[str, Any]:
     return {"color": COLOURS[index % 6], "linestyle": LINES[(index + index // 6) % 6]}
 
 
-def model_name(table: DataFrame) -> str:
+def _model(table: DataFrame) -> str:
     return Path(table["model"].iloc[0]).name
 
 
@@ -137,7 +138,7 @@ def perplexity_by_sparsity(table: DataFrame) -> Figure | None:
         return None
     tests, labels = list(dict.fromkeys(table["measured_on"])), calibrations(table)
     places, methods = targets(pruned), list(dict.fromkeys(pruned["method"]))
-    title, columns = f"{model_name(table)}: perplexity by sparsity", min(len(tests), 4)
+    title, columns = f"{_model(table)}: perplexity by sparsity", min(len(tests), 4)
     figure, panels = _panels(title, len(tests), columns, 4.4, 4.2)
     named: dict[str, Any] = {}  # {name of a series: its handle in the legend}
     for axes, test in zip(panels, tests, strict=True):
@@ -164,8 +165,8 @@ def perplexity_by_sparsity(table: DataFrame) -> Figure | None:
         axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
         axes.set_xlim(-0.5, len(places) - 0.5)
         _log_ticks(axes.yaxis)
-        handles, names = axes.get_legend_handles_labels()
-        named = dict(zip(reversed(names), reversed(handles), strict=True)) | named
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
     panels[0].set_ylabel("perplexity per token (log scale)")
     figure.legend(named.values(), named, loc="outside lower center", ncols=2 + columns)
     return figure
@@ -192,7 +193,7 @@ def cross_language(table: DataFrame) -> Figure | None:
     names = [name for name in names if name in groups]
     width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
     columns = max(1, min(rows["method"].nunique(), PANELS_IN_A_ROW, int(WIDEST / width)))
-    title = f"{model_name(table)}: rise of perplexity, by calibration and test text"
+    title = f"{_model(table)}: rise of perplexity, by calibration and test text"
     figure, panels = _panels(title, len(names), columns, width, height)
     percents = (100 * rows["rise"]).clip(lower=0.1)
     norm = LogNorm(percents.min() / 1.05, percents.max() * 1.05, clip=True)
@@ -218,16 +219,19 @@ def bytes_against_bits(table: DataFrame) -> Figure | None:
     here = table[table["measured_on"] == test]
     saved = here[here["saved_bytes"].notna()]
     own = saved[saved["calibrated_on"].isin([test, NONE])]
-    points = []
-    for _, row in (saved if own.empty else own).iterrows():
-        bits = row.get("bits") or 0
-        label = row["type"] + (f", {bits:.0f} bits" if bits > 0 else "")
-        points.append((row["method"], label, row["saved_bytes"], row["bits_per_byte"]))
+    points = [
+        (
+            row["method"],
+            row["type"] + (f", {row['bits']:.0f} bits" if row.get("bits", 0) > 0 else ""),
+            row["saved_bytes"],
+            row["bits_per_byte"],
+        )
+        for _, row in (saved if own.empty else own).iterrows()
+    ]
     if len(points) < 2:
         return None
     dense = here[here["type"] == "dense"]["bits_per_byte"]
-    title = f"{model_name(table)}: bytes against bits per byte of {test}"
-    return frontier(points, title, dense=None if dense.empty else dense.iloc[0])
+    return frontier(points, f"{_model(table)}: bytes against bits per byte of {test}", *dense[:1])
 
 
 def frontier(
