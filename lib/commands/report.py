@@ -141,9 +141,9 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def _keys(table: DataFrame) -> list[str]:
+def _keys(names: Iterable[str]) -> list[str]:
     """Return the columns that name a row."""
-    return ["method", "type", "calibrated_on", *(n for n in table if n.startswith(SETTING))]
+    return ["method", "type", "calibrated_on", *(n for n in names if n.startswith(SETTING))]
 
 
 def _summarised(lines: DataFrame) -> DataFrame:
@@ -239,7 +239,7 @@ def completions(runs: Runs, tables: Sequence[DataFrame]) -> str:
     """Return what models have made of the prompts, as Markdown; of several seeds, the first's."""
     parts: dict[str, dict[str, str]] = {}  # {heading and prompt: {model: text}}
     for _, line in (line for table in tables for line in table.iterrows()):
-        name = DENSE if line["type"] == DENSE else ", ".join(line[["method", *_keys(line)[1:]]])
+        name = DENSE if line["type"] == DENSE else ", ".join(line[_keys(line.index)])
         about = f"### {escape(Path(line['model']).name)}, {escape(line['measured_on'])}"
         for entry in runs[line["folder"]].get("completions") or []:
             if entry["test"] == line["test"]:

@@ -38,8 +38,7 @@ def random_model(seed: int, blocks: int = 3, width: int = 16) -> dict:
     for block in range(blocks):
         tensors[f"model.layers.{block}.norm.weight"] = torch.zeros(width)
         for name in (Q, UP):
-            keep = torch.rand(24, width, generator=generator) < 0.5
-            tensors[name.format(block)] = keep.to(torch.bfloat16)
+            tensors[name.format(block)] = (torch.rand(24, width, generator=generator) < 0.5).float()
     return tensors
 
 
@@ -54,17 +53,6 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     }  # fmt: skip
     found = shares(counts, "block").loc[0]
     assert found.to_dict() == pytest.approx({"kept": 5 / 8, "both keep": 4 / 5, "chance": 3 / 5})
-
-
-def test_sums_by_block_equal_counting_everything(tmp_path: Path) -> None:
-    first, second = random_model(1), random_model(2)
-    runs = [save(tmp_path / "a", first, shards=3), save(tmp_path / "b", second)]
-    found = shares(compare_masks(runs), "block")
-    for block in range(3):
-        names = [name.format(block) for name in (Q, UP)]
-        a, b = (torch.cat([model[name] for name in names]) != 0 for model in (first, second))
-        shared = (a & b).sum() / ((a.sum() + b.sum()) / 2)
-        assert found.loc[block, "both keep"] == pytest.approx(shared.item())
 
 
 @pytest.fixture
@@ -89,37 +77,26 @@ def test_the_noise_floor_singles_out_the_specific_block(languages: dict) -> None
     found = shares(counts, "block")
     assert found["excess"].idxmax() == 1 and found.loc[1, "excess"] > 0.3
     assert found.loc[0, "both keep"] == 1.0 and found.loc[0, "excess"] < 0
-    (axes, _) = draw(counts).axes
     heat = 100 * shares(counts, ["block", "linear"])["excess"].unstack(sort=False)
-    assert axes.images[0].get_array().data == pytest.approx(heat.to_numpy())
+    assert draw(counts).axes[0].images[0].get_array().data == pytest.approx(heat.to_numpy())
 
 
 def test_run_folders_lead_to_their_saved_models(languages: dict, tmp_path: Path) -> None:
-    runs = {}
-    for language in ("uk", "en"):
-        flags = {"save_model": str(languages[language, 0])}
-        runs[language] = write_run(tmp_path / f"run-{language}", "wanda", {}, on=language)
-        results = json.loads((runs[language] / "results.json").read_text())
-        (runs[language] / "results.json").write_text(json.dumps(results | {"flags": flags}))
-    counts = compare_masks(list(runs.values()))
+    runs = []
+    for on in ("uk", "en"):
+        flags = {"save_model": str(languages[on, 0])}
+        runs.append(write_run(tmp_path / f"run-{on}", "wanda", {}, on=on, flags=flags))
+    counts = compare_masks(runs)
     assert {*counts["a"], *counts["b"]} == {"uk (seed 0)", "en (seed 0)"}
-    refused("calibrated on en, but", *runs.values(), noise=(runs["en"],))
-    gone = write_run(tmp_path / "none", "wanda", {}, on="uk")
-    refused("--save_model", gone, runs["en"])
+    refused("calibrated on en, but", *runs, noise=(runs[1],))
+    refused("--save_model", write_run(tmp_path / "none", "wanda", {}, on="uk"), runs[1])
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.layers.3.self_attn.q_proj.weight", (3, "self_attn.q_proj")),
-        ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
-        ("model.layers.0.mlp.experts.7.w1.weight", (0, "mlp.experts.*.w1")),
-        ("model.layers.0.experts.gate_up_proj.5", (0, "experts.gate_up_proj")),
-        ("lm_head.weight", None),
-    ],
-)
-def test_places(name: str, place: tuple[int, str] | None) -> None:
-    assert block_and_linear(name) == place
+def test_places() -> None:
+    assert block_and_linear("transformer.h.11.attn.c_attn") == (11, "attn.c_attn")
+    assert block_and_linear("model.layers.0.mlp.experts.7.w1.weight") == (0, "mlp.experts.*.w1")
+    assert block_and_linear("model.layers.0.experts.gate_up_proj.5") == (0, "experts.gate_up_proj")
+    assert block_and_linear("lm_head.weight") is None
 
 
 def test_fused_experts_count_and_single_ones_are_added_up(tmp_path: Path) -> None:
@@ -133,10 +110,9 @@ def test_fused_experts_count_and_single_ones_are_added_up(tmp_path: Path) -> Non
 
 def test_packed_checkpoints_count_like_dense_ones(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = [torch.rand(6, 13, generator=generator) for _ in range(2)]
     plain, packed, name = [], [], Q.format(0).removesuffix(".weight")
-    for index, score in enumerate(scores):
-        (tmp_path / f"{index}").mkdir()
+    for index in range(2):
+        score = torch.rand(6, 13, generator=generator)
         weight = score.masked_fill(score < 0.4, 0)
         plain.append(save(tmp_path / f"{index}" / "plain", {Q.format(0): weight}))
         mask, values, _ = FORMATS[16].encode(weight)
@@ -180,8 +156,6 @@ def test_the_command(languages: dict, capsys: pytest.CaptureFixture) -> None:
     assert "| uk0 and uk1 (seeds)" in said and "| self_attn.q_proj" in said
     assert said.strip() in Path("overlap/overlap.md").read_text("utf-8")
     assert len(list(csv.DictReader(Path("overlap/overlap.csv").open()))) == 2 * 6
-    with pytest.raises(UserError, match="--out .*uk0/model.*: is a file"):
-        main([uk, en, "--out", str(next(languages["uk", 0].iterdir()))])
     assert command.run(main, [uk]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "name two or more" in err
