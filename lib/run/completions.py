@@ -45,34 +45,27 @@ class Completions:
         """Continue every prompt by `model`; `name`: `dense`, or `model` for the pruned one."""
         if not self.prompts:
             return
-        try:
-            with self.job.timed("completions"):
-                self.texts[name] = self._generate(model)
-        except Exception as error:  # raised by any model's own code; the pruned model must be saved
-            self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
-
-    def records(self) -> list[dict[str, str]]:
-        """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
-        tokenizer = self.job.tokenizer
-        return [
-            {"test": test, "prompt": decode(tokenizer, ids)}
-            | {name: texts[index] for name, texts in self.texts.items()}
-            for index, (test, ids) in enumerate(self.prompts)
-        ]
-
-    def _generate(self, model: nn.Module) -> list[str]:
         job = self.job
         prompts = torch.stack([ids for _, ids in self.prompts])  # (prompts, tokens)
         tokens = min(NEW_TOKENS, window_length(job.config, None) - prompts.shape[1])
         batch_size = max(1, job.batch_size * job.seqlen // (prompts.shape[1] + tokens))
+        new_ids = []
+        try:
+            with job.timed("completions"):
+                for batch in prompts.split(batch_size):
+                    new_ids += continue_greedily(model, batch.to(job.device), tokens)
+        except Exception as error:  # raised by any model's own code; the pruned model must be saved
+            self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
+        else:
+            pairs = zip(prompts.tolist(), new_ids, strict=True)
+            self.texts[name] = [decode_completion(job.tokenizer, *pair) for pair in pairs]
+
+    def records(self) -> list[dict[str, str]]:
+        """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
         return [
-            decode_completion(job.tokenizer, ids, new_ids)
-            for batch in prompts.split(batch_size)
-            for ids, new_ids in zip(
-                batch.tolist(),
-                continue_greedily(model, batch.to(job.device), tokens),
-                strict=True,
-            )
+            {"test": test, "prompt": decode(self.job.tokenizer, ids)}
+            | {name: texts[index] for name, texts in self.texts.items()}
+            for index, (test, ids) in enumerate(self.prompts)
         ]
 
     def _skip(self, reason: str) -> None:
@@ -115,8 +108,8 @@ def decode_completion(
 ) -> str:
     """Return what `new_ids` add to the text of `prompt`.
 
-    Both are decoded together, because some tokenizers drop a blank before a first token, and a
-    character may begin in `prompt` and end in `new_ids`.
+    Both are decoded together: some tokenizers drop a blank before a first token, and a character
+    may begin in `prompt` and end in `new_ids`.
     """
     prompt_text, text = decode(tokenizer, prompt), decode(tokenizer, [*prompt, *new_ids])
     if text.startswith(prompt_text):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,35 +219,27 @@ def bytes_against_bits(table: DataFrame) -> Figure | None:
     here = table[table["measured_on"] == test]
     saved = here[here["saved_bytes"].notna()]
     own = saved[saved["calibrated_on"].isin([test, NONE])]
-    points = [
-        (
-            row["method"],
-            row["type"] + (f", {row['bits']:.0f} bits" if row.get("bits", 0) > 0 else ""),
-            row["saved_bytes"],
-            row["bits_per_byte"],
-        )
-        for _, row in (saved if own.empty else own).iterrows()
-    ]
-    if len(points) < 2:
+    saved = saved if own.empty else own
+    if len(saved) < 2:
         return None
+    bits = [f", {n:.0f} bits" if n > 0 else "" for n in saved.get("bits", [0] * len(saved))]
+    saved = saved.assign(label=saved["type"] + bits, series=saved["method"])
     dense = here[here["type"] == "dense"]["bits_per_byte"]
-    return frontier(points, f"{_model(table)}: bytes against bits per byte of {test}", *dense[:1])
+    return frontier(saved, f"{_model(table)}: bytes against bits per byte of {test}", *dense[:1])
 
 
-def frontier(
-    points: Sequence[tuple[str, str, float, float]], title: str, dense: float | None = None
-) -> Figure:
-    """Draw models (series, label, bytes, bits per byte), a line for each series.
+def frontier(models: DataFrame, title: str, dense: float | None = None) -> Figure:
+    """Draw models with columns series, label, saved_bytes, bits_per_byte: a line for each series.
 
     `dense`: the dense model's bits per byte, a dashed line.
     """
     figure, (axes,) = _panels(title, 1, 1, 8.5, 4.8)
-    for index, series in enumerate(dict.fromkeys(point[0] for point in points)):
-        its = sorted((p[1:] for p in points if p[0] == series), key=lambda point: point[1])
+    models = models.assign(mb=models["saved_bytes"] / 1e6).sort_values("mb", kind="stable")
+    for index, (series, its) in enumerate(models.groupby("series")):
         look = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": ":"}
-        axes.plot([x / 1e6 for _, x, _ in its], [y for *_, y in its], label=series, **look)
-        for label, size, bits in its:
-            axes.annotate(label, (size / 1e6, bits), (5, 5), textcoords="offset points", fontsize=8)
+        axes.plot(its["mb"], its["bits_per_byte"], label=series, **look)
+    for label, *place in models[["label", "mb", "bits_per_byte"]].to_numpy():
+        axes.annotate(label, place, (5, 5), textcoords="offset points", fontsize=8)
     if dense is not None:
         axes.axhline(dense, **DENSE_LINE)
     axes.set(xscale="log", xlabel="MB saved (log scale)")
