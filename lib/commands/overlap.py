@@ -158,10 +158,10 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
         for name, kept in _pruned_matrices(masks):
             block, linear = block_and_linear(name)
             for i, j in [*combinations(range(len(runs)), 2), *seeds]:
-                line = {"a": labels[i], "b": labels[j], "seeds": (i, j) in seeds}
-                line |= {"block": block, "linear": linear, "weights": kept[i].numel()}
-                line |= {"kept_a": int(kept[i].sum()), "kept_b": int(kept[j].sum())}
-                line["both"] = int((kept[i] & kept[j]).sum())
+                a, b = kept[i], kept[j]
+                line = {"a": labels[i], "b": labels[j], "seeds": (i, j) in seeds, "block": block}
+                line |= {"linear": linear, "weights": a.numel(), "kept_a": int(a.sum())}
+                line |= {"kept_b": int(b.sum()), "both": int((a & b).sum())}
                 line["chance"] = line["kept_a"] * line["kept_b"] / line["weights"]
                 lines.append(line)
     if not lines:
@@ -177,13 +177,13 @@ def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]
     """Yield (name, a mask of each run) of the matrices that are pruned in all, block by block."""
     shapes = [{name: shape for name, (shape, _) in each.matrices.items()} for each in masks]
     for run, its in zip(masks, shapes, strict=True):
-        for name in sorted(shapes[0].keys() | its.keys()):
-            here, there = its.get(name), shapes[0].get(name)
-            if here != there:
-                raise UserError(
-                    f"RUN {run.path}: tensor {name} is {here or 'missing'} here but "
-                    f"{there or 'missing'} in {masks[0].path}; compare prunings of one model"
-                )
+        if differing := shapes[0].items() ^ its.items():
+            name = min(differing)[0]
+            here, there = (shape.get(name, "missing") for shape in (its, shapes[0]))
+            raise UserError(
+                f"RUN {run.path}: tensor {name} is {here} here but {there} in {masks[0].path}; "
+                "compare prunings of one model"
+            )
     with progress(len(shapes[0]), "comparing", "matrix") as advance:
         for name in sorted(shapes[0], key=lambda name: (block_and_linear(name)[0], name)):
             kept = [each.matrices[name][1]() for each in masks]
@@ -193,12 +193,7 @@ def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]
 
 
 def shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
-    """Return shares of the counts summed `by` columns.
-
-    `kept` of the weights, mean of both masks; of the kept weights those that `both keep`, and the
-    share that `chance` gives; where seeds were compared, the share that those have (`seeds`) and
-    how much more that is (`excess`).
-    """
+    """Return shares of the counts summed `by` columns, with `seeds` where those were compared."""
     by = ["seeds", by] if isinstance(by, str) else ["seeds", *by]
     sums = counts.groupby(by, sort=False)[COUNTS].sum()
     kept = sums["kept_a"] + sums["kept_b"]
@@ -241,9 +236,9 @@ def overlap_text(counts: DataFrame) -> str:
 
 
 def draw(counts: DataFrame) -> Any:
-    """Return the heat map: what masks share by block and linear, of neurons by block and pair.
+    """Return the heat map: by block and linear, in points over the seeds where those were compared.
 
-    Where seeds were compared it shows the excess, in points.
+    Of neurons by block and pair.
     """
     column, label = "both keep", "kept by both, %"
     if (counts["linear"] == "neurons").all():

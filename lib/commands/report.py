@@ -237,20 +237,17 @@ def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]
 
 def completions(runs: Runs, tables: Sequence[DataFrame]) -> str:
     """Return what models have made of the prompts, as Markdown; of several seeds, the first's."""
-    parts: dict[str, dict[str, str]] = {}  # {heading and prompt: {model: text}}
+    parts: dict[str, dict[str, str]] = {}  # {model, test set and prompt: {model: text}}
     for _, line in (line for table in tables for line in table.iterrows()):
         name = DENSE if line["type"] == DENSE else ", ".join(line[_keys(line.index)])
-        about = f"### {escape(Path(line['model']).name)}, {escape(line['measured_on'])}"
+        about = f"**{escape(Path(line['model']).name)}, {escape(line['measured_on'])}**"
         for entry in runs[line["folder"]].get("completions") or []:
             if entry["test"] == line["test"]:
-                texts = parts.setdefault(f"{about}\n\n> {escape(entry['prompt'])} …\n", {})
+                texts = parts.setdefault(f"{about}: {escape(entry['prompt'])} …\n", {})
                 for key, model in (("dense", DENSE), ("model", name)):
                     if key in entry:
-                        texts.setdefault(model, entry[key])
-    lists = {
-        head: [f"- {escape(n)}: {escape(t)}" for n, t in of.items()] for head, of in parts.items()
-    }
-    return "\n\n".join("\n".join([head, *lines]) for head, lines in lists.items())
+                        texts.setdefault(model, f"- {escape(model)}: {escape(entry[key])}")
+    return "\n\n".join("\n".join([head, *texts.values()]) for head, texts in parts.items())
 
 
 def failed_runs(paths: Iterable[str | Path]) -> str:
@@ -282,6 +279,7 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
     parts = [text, completions(runs, found), *(f"![{path.stem}]({path.name})" for path in drawn)]
     write_text(out / "report.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
     frame = pandas.concat(found) if found else pandas.DataFrame()
+    frame = frame.drop(columns=["folder", "kind", "seed", "test"], errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
     return text

@@ -55,6 +55,12 @@ which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
 PLAIN = """\
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({!r})"""
+FIGURES = {
+    "bits_per_byte": ("bits per byte", ".4f"),
+    "perplexity": ("perplexity", ".4f"),
+    "kl": ("KL from dense, nats a token", ".4f"),
+    "top1_agreement": ("same likeliest token", ".2%"),
+}
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
 NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
@@ -70,11 +76,12 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
     folder = Path(results["flags"].get("save_model") or "").name
     is_packed = bool(results["flags"].get("replace_sparse_layers"))
     bits = results.get("packed", {}).get("bits", 16)
-    model = results["model"] if _is_hub_id(results["model"]) else Path(results["model"]).resolve()
+    model = results["model"]
+    model = model if _is_hub_id(model) else Path(model).resolve().name
     return ModelCard.from_template(
         _metadata(results, sources, is_packed),
         template_str=TEMPLATE,
-        title=f"{escape(getattr(model, 'name', model))}, {_what_was_done(results)}",
+        title=f"{escape(model)}, {_what_was_done(results)}",
         texts=", ".join(escape(_public(source)) for source in sources),
         command=_command(results["flags"]),
         table=_table(results),
@@ -101,9 +108,7 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
     base_model = model if is_hub_id else base.get("base_model")
     bits = 4 if results.get("quantized") else results.get("packed", {}).get("bits", 16)
     relation = "quantized" if bits < 16 else "finetune"
-    hub_sets, languages = (
-        zip(*map(_set_and_language, sources), strict=True) if sources else ((), ())
-    )
+    hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
         library_name=None if is_packed else "transformers",
         pipeline_tag="text-generation",
@@ -118,35 +123,32 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
-    done = []
-    if kind:
-        goal = {"unstructured": share, "neurons": f"{share} fewer neurons"}.get(kind, kind)
-        done.append(f"pruned by {results['method']} to {goal}")
+    goal = {"unstructured": share, "neurons": f"{share} fewer neurons"}.get(kind, kind)
     steps = {
+        "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linears packed",
         "quantized": "its linears as llama.cpp's q4_0",
     }
-    done += [words for key, words in steps.items() if results.get(key)]
-    return ", ".join(done) or "saved as it was"
+    return ", ".join(words for key, words in steps.items() if results.get(key)) or "saved as it was"
 
 
 def _table(results: Mapping[str, Any]) -> str:
     """Return the table of figures: their names, the dense model's where it is known, this one's."""
     rows, trained = [], results.get("recovery", {}).get("dense", {})
     for test in results["evaluation"]:
-        name = escape(test["name"])
         dense = {"perplexity": trained.get(test["name"])} | (test.get("dense") or {})
-        for key, words in {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}.items():
-            before = dense.get(key)
-            rows.append([f"{name}, {words}", f"{before:.4f}" if before else "", f"{test[key]:.4f}"])
-        if "kl" in test:
-            rows.append([f"{name}, KL from dense, nats a token", "", f"{test['kl']:.4f}"])
-            rows.append([f"{name}, same likeliest token", "", f"{test['top1_agreement']:.2%}"])
-    if size := results.get("saved_bytes"):
-        before = results.get("dense_bytes")
-        rows.append(["MB", f"{before / 1e6:,.1f}" if before else "", f"{size / 1e6:,.1f}"])
+        for key, (words, form) in FIGURES.items():
+            if key in test:
+                pair = (
+                    "" if each.get(key) is None else format(each[key], form)
+                    for each in (dense, test)
+                )
+                rows.append([f"{escape(test['name'])}, {words}", *pair])
+    if "saved_bytes" in results:
+        sizes = (results.get(name) for name in ("dense_bytes", "saved_bytes"))
+        rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
     return padded_table(["", "dense", "this model"], rows)
 
 

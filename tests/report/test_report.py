@@ -181,9 +181,7 @@ def test_completions_stand_below_each_other(tmp_path: Path) -> None:
         write_run(tmp_path / name, "wanda", {"uk": 9.0}, **more)
     runs = load_runs([tmp_path])
     assert completions(runs, tables(runs)).splitlines() == [
-        "### tiny, uk",
-        "",
-        "> Був …",
+        "**tiny, uk**: Був …",
         "",
         "- dense: собі дід",
         "- wanda, 4:8, uk: a&#124;b",
