@@ -27,7 +27,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lib.data.documents import open_documents
+from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.util import command
 from lib.util.errors import UserError
@@ -200,8 +200,7 @@ def write_tasks(
     words.
     """
     source = parse_source(data, "DATA")
-    with open_documents(source, "test") as (documents, _):
-        questions = last_words(documents, seed)
+    questions = last_words(read_documents(source, "test")[0], seed)
     if not questions:
         raise source.error(
             "holds no sentence whose last word can be asked for; give more text, of a language "

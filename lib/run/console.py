@@ -26,5 +26,7 @@ def main() -> None:
 
         print(f"langprune {__version__}")
     else:
-        print(f"langprune NAME ..., where NAME is one of: {', '.join(NAMES)}; NAME --help says more")
+        print(
+            f"langprune NAME ..., where NAME is one of: {', '.join(NAMES)}; NAME --help says more"
+        )
         sys.exit(0 if name in ("-h", "--help", "help") else 2)

@@ -17,6 +17,7 @@ from lib.methods.sparsity import NEURONS
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
 from lib.model.reference import DenseReference, dense_states, local_windows, shared_states, tail_of
+from lib.model.rows import keep_rows_
 from lib.packed.formats import FORMATS, Q4_0
 from lib.prune import Pruner, first_of
 from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
@@ -33,12 +34,12 @@ from lib.run.record import evaluation_record, finish_results, keep_other_results
 from lib.run.results import write_results
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
-from lib.sparse import pack_, packed_weights, relative_difference
+from lib.sparse import check_same_outputs, pack_, packed_weights, relative_difference
 from lib.util.errors import UserError
 from lib.util.files import partial_of, put_in_place
 from lib.util.host import gib
 from lib.util.progress import progress
-from lib.vocabulary import PROOF_TOKENS, check_same_logits
+from lib.vocabulary import PROOF_TOKENS
 
 __all__ = ["load", "load_teacher", "resolve_bos"]  # steps of main.run too
 
@@ -68,9 +69,11 @@ def trim(job: Job, runner: BlockRunner) -> None:
     window = job.texts.tests[0].windows[:1, :PROOF_TOKENS].to(job.device)
     with job.timed("trim"):
         size = footprint(model)
-        before = some_logits(model, vocabulary.original_ids(window))
-        vocabulary.keep_rows_(model)
-        difference = check_same_logits(vocabulary.select_logits(before), some_logits(model, window))
+        rows = vocabulary.rows.to(job.device)
+        before = some_logits(model, rows[window]).index_select(-1, rows)
+        keep_rows_(model, vocabulary.rows)
+        after, what = some_logits(model, window), "--trim_vocabulary: whole and trimmed"
+        difference = check_same_outputs(before, after, what, least=1e-5)
     saved = size - footprint(model)
     vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
     job.print(

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.commands.gguf.command import main as convert  # noqa: E402
 from lib.commands.gguf.llama_cpp import DIRECT, start  # noqa: E402
-from lib.data.documents import open_documents  # noqa: E402
+from lib.data.documents import read_documents  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
 
 BEGINNING = 24  # tokens
@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="that are written after each")
     parser.add_argument("--out", required=True, metavar="JSON")
     args = parser.parse_args()
-    with open_documents(parse_source(args.data[0], "--data"), "test") as (documents, _):
-        texts = [documents[i] for i in range(args.beginnings)]
+    documents, _ = read_documents(parse_source(args.data[0], "--data"), "test")
+    texts = [documents[i] for i in range(args.beginnings)]
     files = []
     for entry in args.models:
         name, _, folder = entry.partition("=")

@@ -6,7 +6,7 @@
 `record` runs the main.py of a checkout and adds to OUT.json, for each kind, digests of every saved
 tensor and of the zeros, and the figures of results.json. Models and texts are made once, in place/
 beside OUT.json, so that two commits recorded side by side read the same; what the runs leave stays
-in OUT-runs/. PROGRAM runs a Python program with a CUDA device where PRETENDED_CUDA is set; else
+in OUT-runs/. PROGRAM runs a Python program on a CUDA device where PRETENDED_CUDA is set; without it
 kinds for CUDA are left out. Every run is forked off one process that has imported everything:
 six minutes of one core. `compare` names what differs, with status 1 if anything does; figures that
 only AFTER has are no difference.

@@ -47,7 +47,7 @@ def started(*argv: str) -> subprocess.Popen:
 def run(*argv: str) -> tuple[str, str]:
     """Return status and last line on stderr but progress, and stdout."""
     process = started(*argv)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1800)
     lines = [line for line in err.strip().splitlines() if "%|" not in line]
     return f"status {process.returncode} {lines[-1] if lines else ''}".strip(), out
 

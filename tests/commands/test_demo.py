@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import demo, demo_model
 from lib.commands.demo_model import DemoTraining, train_model
-from lib.data.documents import open_documents
+from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.util.errors import UserError
 
@@ -82,8 +82,7 @@ def test_texts_are_written_as_main_reads_them(tmp_path: Path) -> None:
     for language, texts in stories.items():
         source = parse_source(str(tmp_path / language), "--eval_data")
         for split, part in (("train", texts[:7]), ("test", texts[7:])):
-            with open_documents(source, split) as (documents, _):
-                assert list(documents) == part
+            assert read_documents(source, split)[0] == part
 
 
 def test_a_model_is_kept_that_would_come_out_the_same(tmp_path: Path, texts) -> None:
