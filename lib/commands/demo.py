@@ -75,8 +75,6 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
             other = saved.with_name(f"{saved.name}-recovered")
             more = [*recover, "--save", str(other)]
             runs.append(Run(f"{name}-recovered", other, [*of_run, *more]))
-    # figures do not depend on the number of cores, and such small matrices gain nothing from more
-    os.environ["OMP_NUM_THREADS"] = "1"
     run_all(runs, str(folder / "runs"), report=str(folder))
     print(f"table: {folder / 'report.md'}")
 
@@ -97,7 +95,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--small", action="store_true", help="in seconds: hardly train it")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+    # read when torch and transformers are imported; matrices this small gain nothing from threads
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     demo(Path(args.folder), args.small, args.debug)
     print(f"done in {time.perf_counter() - start:.0f} s")
