@@ -40,8 +40,11 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
 
     `small`: a model that hardly learns, and few runs.
     """
+    import torch
+
     from lib.util.progress import quiet
 
+    torch.set_num_threads(1)  # matrices this small gain nothing from more
     if not (folder / MARK).is_file():
         check_new_folder("--folder", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,8 +98,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--small", action="store_true", help="in seconds: hardly train it")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    # read when torch and transformers are imported; matrices this small gain nothing from threads
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the runs
     start = time.perf_counter()
     demo(Path(args.folder), args.small, args.debug)
     print(f"done in {time.perf_counter() - start:.0f} s")
