@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +45,20 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "seed": args.seed,
         "versions": {"langprune": lib.__version__} | versions(),
         "device": f"{device} ({about})",
+        "processor": processor(),
         "footprint": {"before": footprint(runner.model)},
         "dense_bytes": None if args.teacher else parameter_bytes(runner.model, dtype),
         "fingerprint": job.fingerprint,
     }
+
+
+def processor() -> str:
+    """Return the name of the processor, whose kind decides how sums are rounded."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def finish_results(job: Job, runner: BlockRunner) -> None:

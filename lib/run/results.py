@@ -7,7 +7,8 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "model": "owner/name", "method": "admm",    # or "dense", "recovered", ...
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
         "flags": {...},                                     # all of the command line
-        "seed": 0, "versions": {"torch": "2.9"}, "device": "cpu (2 threads)", "bos": 2,
+        "seed": 0, "versions": {"torch": "2.9"}, "bos": 2,
+        "device": "cpu (2 threads)", "processor": "AMD EPYC 9654",
         "calibration": {                                    # null where no text was read
             "name": "uk", "windows": 128, "seqlen": 512, "digest": "...", "sources": [
                 {"name": "uk", "source": "texts/uk", "windows": 128, "share": 1.0}]},
