@@ -9,379 +9,75 @@ what fails afterwards can lose nothing.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lib.methods.sparsity import NEURONS
-from lib.run.check import check
 from lib.run.flags import build_parser, check_flags
-from lib.run.job import Job
-from lib.run.load import load
-from lib.run.teacher import load_teacher
-from lib.run.texts import resolve_bos
 from lib.util import command
-from lib.util.files import partial_of, put_in_place
 
 if TYPE_CHECKING:
-    from lib.model.blocks import BlockRunner
-    from lib.model.reference import DenseReference
-    from lib.pruning.allocation import Allocation
+    from lib.run.job import Job
 
 
 def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
+    from lib.run.check import (
+        check,  # imports torch and transformers, which --help need not wait for
+    )
+
     run(check(args))
 
 
 def run(job: Job) -> dict[str, Any]:
     """Run the job and return what results.json holds, in the main rank."""
+    from lib.run import steps
     from lib.run.completions import Completions
     from lib.run.record import base_results, print_summary
 
     args, results = job.args, job.results
     with ExitStack() as cleanup:
-        cleanup.callback(close_store, job)
-        runner = load(job, cleanup)
+        cleanup.callback(steps.close_store, job)
+        runner = steps.load(job, cleanup)
         results |= base_results(job, runner)
         if job.vocabulary:
-            trim(job, runner)
-        resolve_bos(job, runner)
-        teacher = load_teacher(job, runner) if job.schedule or args.teacher else None
+            steps.trim(job, runner)
+        steps.resolve_bos(job, runner)
+        teacher = steps.load_teacher(job, runner) if job.schedule or args.teacher else None
         completions, reference = Completions(job, runner), None
         if job.has_dense:
             dense = teacher if args.teacher else runner
             completions.generate("dense", dense.model)
-            reference = dense_reference(job, dense)
+            reference = steps.dense_reference(job, dense)
             del dense  # with a teacher, the memory of a whole model
-        pruned, grids, unrounded = Reached(), None, None
+        reached, grids, unrounded = steps.Reached(), None, None
+        before = steps.first_logits(job, runner) if args.quantize else None
         if job.method:
-            pruned = prune(job, runner)
+            reached = steps.prune(job, runner)
         if job.schedule:
-            grids = recover(job, runner, teacher, pruned)
+            grids = steps.recover(job, runner, teacher, reached)
         del teacher
         if job.quantises:
-            grids, unrounded = quantise(job, runner, pruned)
+            grids, unrounded = steps.quantise(job, runner, reached)
+        if args.quantize:
+            steps.check_quantized(job, runner, before)
         if args.replace_sparse_layers:
-            pack(job, runner, grids, unrounded)
+            steps.pack(job, runner, grids, unrounded)
         if args.save_model:
-            save(job, runner, cleanup)
-        evaluate(job, runner, reference)
+            steps.save(job, runner, cleanup)
+        steps.evaluate(job, runner, reference)
         completions.generate("model", runner.model)
         job.dist.close()
         if not job.dist.is_main:
             return {}
         results["completions"] = completions.records()
-        record(job, runner)
+        steps.record(job, runner)
         print_summary(results)
         if args.tasks:
-            tasks(job, runner)
+            steps.run_tasks(job, runner)
     return results
-
-
-class Reached:
-    """What pruning reached, for checks of later steps."""
-
-    sparsity = None  # by linear, if it must be reached
-    left_dense: frozenset[str] = frozenset()  # names of linears
-
-
-def close_store(job: Job) -> None:
-    """Remove the folder of finished blocks, or say how to go on where the run ended early."""
-    if not job.store:
-        return
-    if "saved_bytes" in job.results or ("seconds" in job.results and not job.args.save_model):
-        job.store.clear()
-        return
-    job.store.close()
-    if job.store.files():
-        print(f"kept what is finished: add --resume {job.store.folder} to continue", flush=True)
-
-
-def trim(job: Job, runner: BlockRunner) -> None:
-    """Remove the rows of dropped tokens, and check that the others keep their logits."""
-    from lib.eval import some_logits
-    from lib.model.pretrained import footprint
-    from lib.util.host import gib
-    from lib.vocabulary import PROOF_TOKENS, check_same_logits
-
-    model, vocabulary = runner.model, job.vocabulary
-    window = job.texts.tests[0].windows[:1, :PROOF_TOKENS].to(job.device)
-    with job.timed("trim"):
-        size = footprint(model)
-        before = some_logits(model, vocabulary.original_ids(window))
-        vocabulary.keep_rows_(model)
-        difference = check_same_logits(vocabulary.select_logits(before), some_logits(model, window))
-    saved = size - footprint(model)
-    vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
-    job.print(
-        f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {difference:.1g}"
-    )
-
-
-def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
-    """Return the dense model's hidden states on the test windows, which evaluation compares with.
-
-    The runs of a sweep compute them once.
-    """
-    from lib.model.reference import (
-        DenseReference,
-        dense_states,
-        local_windows,
-        shared_states,
-        tail_of,
-    )
-    from lib.util.progress import progress
-
-    dist, sets = job.dist, [test.windows for test in job.texts.tests]
-    windows = sum(len(local_windows(len(each), dist)) for each in sets)
-
-    def compute():
-        with job.timed("dense"), progress(windows, "dense", "window", dist.is_main) as bar:
-            return dense_states(dense, sets, bar)
-
-    if job.shared and dist.size == 1:
-        return DenseReference(tail_of(dense), shared_states(job.shared, job.dense_key, compute))
-    return DenseReference(tail_of(dense), compute())
-
-
-def prune(job: Job, runner: BlockRunner) -> Reached:
-    """Prune the linears of the blocks, or the neurons of their MLPs, and check what was reached."""
-    from lib.model.pretrained import parameter_bytes
-    from lib.prune import Pruner
-    from lib.pruning.check import measure
-    from lib.pruning.neurons import NeuronPruner
-    from lib.util.progress import progress
-
-    args, is_main, reached, size = job.args, job.dist.is_main, Reached(), 0
-    if args.sparsity_type == NEURONS:
-        size = parameter_bytes(runner.model, runner.save_dtype)
-        pruner = NeuronPruner(runner, job.method, job.mlps, job.neurons_left)
-    else:
-        allocation = allocate(job, runner)
-        pruner = Pruner(runner, job.method, allocation)
-        if not args.use_variant:  # which only comes near the ratio
-            reached.sparsity = allocation.sparsity
-    with job.timed("prune"), progress(len(runner.blocks), "pruning", "block", is_main) as bar:
-        pruned = pruner.run(job.texts.windows, bar)
-    if not is_main:
-        return reached
-    print(*pruned.summary(), sep="\n", flush=True)
-    job.results["notes"] = pruned.summary()[1:]
-    if args.sparsity_type == NEURONS:
-        job.results["neurons"] = pruned.record() | {
-            "bytes_before": size,
-            "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
-        }
-    else:
-        reached.left_dense = frozenset(pruned.left_dense)
-    measured = measure(runner, reached.sparsity, reached.left_dense)
-    job.results["sparsity"] = measured.shares()
-    return reached
-
-
-def allocate(job: Job, runner: BlockRunner) -> Allocation:
-    """Return the sparsity of every linear."""
-    from lib.pruning.allocation import keep_allocation, kept_allocation, uniform
-    from lib.pruning.by_error import by_error
-    from lib.util.progress import progress
-
-    args = job.args
-    if args.allocation == "uniform":
-        return uniform(runner, job.sparsity)
-    allocation = kept_allocation(runner)
-    if allocation is None:
-        passes = 2 * len(runner.blocks)
-        with (
-            job.timed("allocate"),
-            progress(passes, "measuring errors", "block", job.dist.is_main) as bar,
-        ):
-            windows, ratio = job.texts.windows, args.sparsity_ratio
-            allocation = by_error(runner, windows, ratio, seed=args.seed, on_progress=bar)
-        keep_allocation(runner, allocation)
-    shares = {name: round(each.ratio, 6) for name, each in allocation.sparsity.items()}
-    job.print(f"sparsity of the linears: {min(shares.values())} to {max(shares.values())}")
-    job.results["allocation"] = shares
-    return allocation
-
-
-def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached) -> Any:
-    """Train the kept weights, check that every zero is still zero, and return their grids."""
-    from lib.eval import perplexities
-    from lib.pruning.check import measure
-    from lib.recover import Recoverer
-    from lib.sparse import packed_weights
-    from lib.util.errors import UserError
-    from lib.util.progress import progress
-
-    args, schedule, text = job.args, job.schedule, job.texts.training
-    before = measure(runner)
-    sets = [text.held_out, *(test.windows for test in job.texts.tests)]
-    figures = []
-    with job.timed("measure before"), progress(2, "perplexity", "model", job.dist.is_main) as bar:
-        for each in (teacher, runner):
-            figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
-            bar(1)
-    packs = args.replace_sparse_layers and args.pack_bits < 16
-    recoverer = Recoverer(
-        runner,
-        teacher,
-        schedule,
-        text,
-        whole=bool(job.mlps or job.smaller),
-        packed=packed_weights(runner) if packs else {},
-    )
-    tokens = schedule.steps * schedule.windows * schedule.seqlen
-    job.print(*recoverer.summary())
-    with job.timed("recover"), progress(tokens, "recovering", "token", job.dist.is_main) as bar:
-        recovered = recoverer.run(bar)
-    after = measure(runner, pruned.sparsity, pruned.left_dense)
-    if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
-        raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
-    job.print(recovered.line())
-    names, (dense, pruned_before) = [test.name for test in job.texts.tests], figures
-    job.results["sparsity"] = after.shares()
-    job.results["recovery"] = recovered.record() | {
-        "teacher": args.teacher or args.model,
-        "text": text.facts,
-        "held_out": {"dense": dense[0], "before": pruned_before[0]},
-        "dense": dict(zip(names, dense[1:], strict=True)),
-        "before": dict(zip(names, pruned_before[1:], strict=True)),
-    }
-    return recoverer.scales
-
-
-def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
-    """Round what will be packed on calibration text; return no grids, and logits from before."""
-    from lib.pruning.quantise import Quantiser
-
-    from lib.eval import COMPARED_POSITIONS, some_logits
-    from lib.pruning.check import measure
-    from lib.util.progress import progress
-
-    is_main, blocks = job.dist.is_main, len(runner.blocks)
-    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
-    unrounded = some_logits(runner.model, window)
-    quantiser = Quantiser(runner)
-    with job.timed("quantise"), progress(blocks, "quantising", "block", is_main) as bar:
-        quantiser.run(job.texts.windows, bar)
-    if is_main:
-        print(*quantiser.summary(), sep="\n", flush=True)
-        job.results["notes"] = job.results.get("notes", []) + quantiser.summary()[1:]
-        measured = measure(runner, pruned.sparsity, pruned.left_dense)
-        job.results["sparsity"] = measured.shares()
-    return None, unrounded
-
-
-def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
-    """Pack every sparse linear; raises UserError if the outputs on a window are not the same."""
-    from lib.packed.formats import FORMATS
-    from lib.sparse import pack_
-
-    window = job.texts.tests[0].windows[:1].to(job.device)
-    with job.timed("pack"):
-        record = pack_(runner, FORMATS[job.args.pack_bits], window, grids, unrounded)
-    job.results |= record
-
-
-def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
-    """Save model and tokenizer as a new folder; where blocks are in files, these are moved."""
-    from lib.data.tokenizer_model import write_tokenizer_model
-    from lib.model.pretrained import save_in_shards, save_model
-
-    weights, moved = runner.weights, {}
-    stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
-    if job.dist.is_main:
-        stage.mkdir(parents=True, exist_ok=True)
-        with job.timed("save"):
-            shards = weights.shards()
-            names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
-            if not names:
-                with runner.mapped():
-                    save_model(runner.model, stage, runner.save_dtype)
-            job.tokenizer.save_pretrained(stage)
-            write_tokenizer_model(job.tokenizer, stage)
-            moved = {old: str(target / name) for old, name in (names or {}).items()}
-            if job.store and (weights.resident or job.store.folder.resolve() == stage.resolve()):
-                if not weights.resident:  # what is still read goes elsewhere until the end
-                    other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-                    for file in job.store.files():
-                        moved[str(file)] = shutil.move(file, other)
-                job.store.clear()
-                job.store = None
-            put_in_place(stage, target)
-        files = [file for file in target.rglob("*") if file.is_file()]
-        job.results["saved_bytes"] = sum(file.stat().st_size for file in files)
-        print(f"saved: {target}", flush=True)
-    weights.moved(job.dist.all_gather_object(moved)[0])
-
-
-def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) -> None:
-    """Measure perplexity and the divergence from the dense model on every test set, in one pass."""
-    from lib.eval import perplexities
-    from lib.pruning.check import measure
-    from lib.run.record import evaluation_record
-    from lib.util.progress import progress
-
-    tests, dist = job.texts.tests, job.dist
-    windows = sum(len(range(len(test.windows))[dist.share(len(test.windows))]) for test in tests)
-    with job.timed("eval"), progress(windows, "perplexity", "window", dist.is_main) as bar:
-        figures = perplexities(runner, [test.windows for test in tests], bar, reference)
-    records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]
-    job.results["evaluation"] = records
-    job.results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
-    if "sparsity" not in job.results:
-        job.results["sparsity"] = measure(runner).shares()
-
-
-def record(job: Job, runner: BlockRunner) -> None:
-    """Write results.json, log_METHOD.txt, the picture of a recovery and the saved model's card."""
-    from lib.run.card import model_card
-    from lib.run.record import finish_results, keep_other_results, write_log
-    from lib.run.results import write_results
-
-    folder = Path(job.args.save)
-    folder.mkdir(parents=True, exist_ok=True)
-    keep_other_results(folder, job.fingerprint)
-    finish_results(job, runner)
-    write_results(folder, job.results)
-    write_log(folder, job.results)
-    if job.args.save_model:
-        sources = [source.text for source in job.sources if job.calibrated or job.schedule]
-        sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
-        card = model_card(job.results, sources)
-        (Path(job.args.save_model) / "README.md").write_text(card, "utf-8")
-    if "recovery" in job.results:
-        from lib.commands.plots import can_draw, recovery_curve, save
-
-        if can_draw():
-            save(recovery_curve(job.results), folder / "recovery.png")
-
-
-def tasks(job: Job, runner: BlockRunner) -> None:
-    """Run tasks of lm-eval on the model and, if it was changed, on the dense one; print figures."""
-    from lib.run.load import load
-    from lib.run.results import write_results
-    from lib.run.tasks import run_tasks, task_lines
-
-    args, results = job.args, job.results
-    options = dict(batch_size=job.batch_size, include_path=args.include_path)
-    with job.timed("tasks"):
-        results["tasks"] = run_tasks(runner.model, job.tokenizer, args.tasks, **options)
-        if job.method:
-            original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
-            runner.model.to("meta")  # its memory is the dense model's now
-            with ExitStack() as cleanup:
-                job.store = None
-                dense = load(job, cleanup).model
-                results["dense_tasks"] = run_tasks(dense, original, args.tasks, **options)
-    write_results(Path(args.save), results)
-    print(*task_lines(results), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

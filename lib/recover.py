@@ -7,10 +7,10 @@ stay zeros. The loss is the Kullback-Leibler divergence from the teacher's next-
 to the model's, and a share of cross-entropy with the text, taken a few positions at a time, so that
 the logits of a whole batch never stand in memory. While it trains, the model holds its weights as
 they will be saved: rounded to the dtype they are saved in, or to the integers and scales that they
-are packed as (`Grid`). Float32 masters beside it keep what rounding would lose, and get the
-gradients of the rounded weights, so that what is measured on the way is what is saved. Where
-masters do not fit, `rank` trains updates B A of every matrix instead, masked and merged into it (as
-PERP does, arXiv 2312.15230).
+are packed as or that llama.cpp runs (`Grid`). Float32 masters beside it keep what rounding would
+lose, and get the gradients of the rounded weights, so that what is measured on the way is what is
+saved. Where masters do not fit, `rank` trains updates B A of every matrix instead, masked and
+merged into it (as PERP does, arXiv 2312.15230).
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
 
 
 class Grid:
-    """The numbers of a packed format that a matrix can hold, by scales that are fitted to it.
+    """The numbers of a format that a matrix can hold, by scales that are fitted to it.
 
-    `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D.
+    `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D. Of a stack of matrices, as
+    of experts, the rows of all count as those of one.
     """
 
     def __init__(self, transposed: bool = False, form: Int4 = FORMATS[4]) -> None:
@@ -109,15 +110,17 @@ class Grid:
 
     def fit_(self, weight: Tensor) -> None:
         """Take the scales that are nearest to a weight."""
-        scales = self.form.fit_scales(self._rows(weight))
+        scales = self.form.fit_scales(self._oriented(weight).flatten(0, -2))
         self.scales = scales if self.scales is None else self.scales.copy_(scales)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """The values that the packed form of a weight stands for, float32."""
-        return self._rows(self.form.round_to(self._rows(weight), self.scales))
+        """The values on the grid that stand for a weight, float32."""
+        rows = self._oriented(weight)
+        values = self.form.round_to(rows.flatten(0, -2), self.scales)
+        return self._oriented(values.view(rows.shape))
 
-    def _rows(self, weight: Tensor) -> Tensor:
-        return weight.T if self.transposed else weight
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
 
 
 class Whole:
@@ -207,12 +210,14 @@ def trained_parts(
     packed: Mapping[str, bool] | None = None,
     rank: int | None = None,
     seed: int = 0,
+    form: Int4 = FORMATS[4],
 ) -> dict[str, Whole]:
     """All that recovery trains, by the parameters' names; parameters with two names once.
 
     These are the linears with zeros, all of them if `whole`, and the norms and biases of the
     blocks; what the blocks share with embeddings or head is left alone. What will be `packed`,
-    see `Recoverer`, is trained on its grid, and matrices get updates of `rank` if there is one.
+    see `Recoverer`, is trained on the grid of `form`, and matrices get updates of `rank` if there
+    is one.
     """
     model, inside, linears = runner.model, f"{runner.name}.", set()
     for block in runner.blocks:
@@ -232,7 +237,7 @@ def trained_parts(
         if is_matrix or vector:
             kept = runner.save_dtype or parameter.dtype
             dtype = torch.float32 if strict.intersection(name.split(".")) else kept
-            grid = Grid(packed[name]) if packed and name in packed else None
+            grid = Grid(packed[name], form) if packed and name in packed else None
             if is_matrix and rank:
                 parts[name] = LowRank(parameter, dtype, grid, rank, generator)
             else:
@@ -255,7 +260,7 @@ class Recovered:
         """What a user should know at the end."""
         first, best = self.curve[0]["perplexity"], self.curve[self.best]
         if not self.best:
-            return "recovery: nothing was better than what pruning left, which is kept"
+            return "recovery: nothing was better than the model before it, which is kept"
         return (
             f"recovery: perplexity {first:.4f} to {best['perplexity']:.4f} on what was held out, "
             f"after {best['tokens']} of {self.tokens} tokens"
@@ -282,8 +287,8 @@ class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
     `whole`: all linears of the blocks are trained, not only those with zeros. `packed`: the weights
-    that will be packed as 4-bit integers, {name: whether it is (in, out)}. Kept are the weights for
-    which `measure(runner, windows)` is lowest; it is the same in every rank.
+    that will be held as 4-bit integers of `form`, {name: whether it is (in, out)}. Kept are the
+    weights for which `measure(runner, windows)` is lowest; it is the same in every rank.
     """
 
     def __init__(
@@ -295,11 +300,13 @@ class Recoverer:
         *,
         whole: bool = False,
         packed: Mapping[str, bool] | None = None,
+        form: Int4 = FORMATS[4],
         measure: Callable[[BlockRunner, Tensor], float] = perplexity,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.measure = measure
-        self.parts = trained_parts(runner, whole, packed, schedule.rank, schedule.seed)
+        self.parts = trained_parts(runner, whole, packed, schedule.rank, schedule.seed, form)
+        self.form = form
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
@@ -317,7 +324,7 @@ class Recoverer:
         schedule = self.schedule
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
-        grids = f", {count} as the 4-bit integers that are packed," if self.grids else ""
+        grids = f", {count} as {self.form.name}," if self.grids else ""
         return [
             f"recovery: {how} {self.done.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"

@@ -191,17 +191,23 @@ def relative_difference(before: Tensor, after: Tensor) -> float:
     return float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny))
 
 
-def check_same_outputs(before: Tensor, after: Tensor) -> float:
-    """Return the relative difference of the outputs of a model before and after packing.
+def check_same_outputs(
+    before: Tensor,
+    after: Tensor,
+    what: str = "--replace_sparse_layers: packed and dense",
+    least: float = 1e-4,
+) -> float:
+    """Return the relative difference of the outputs of a model before and after a change.
 
-    Raises UserError if it is beyond rounding: over eight roundings of the dtype, or over 1e-4.
+    Raises UserError, beginning with `what`, if it is beyond rounding: over eight roundings of the
+    dtype, or over `least`.
     """
     ratio = relative_difference(before, after)
-    limit = max(8 * torch.finfo(before.dtype).eps, 1e-4)
+    limit = max(8 * torch.finfo(before.dtype).eps, least)
     if not ratio <= limit:
         raise UserError(
-            f"--replace_sparse_layers: packed and dense outputs differ by {ratio:.2g} "
-            f"(rounding explains {limit:.2g}); run without the flag"
+            f"{what} outputs differ by {ratio:.2g} (rounding explains {limit:.2g}); run without "
+            "the flag"
         )
     return ratio
 

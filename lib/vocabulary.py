@@ -10,32 +10,31 @@ texts' letters, most frequent first. Special tokens that are merely reserved go,
 template or a config uses them. All other rows of the embedding and the head are removed, which
 makes the model smaller in every engine.
 
-    trimmed = trim_vocabulary(...)    before any weight is read: the smaller tokenizer
-    trimmed.prove(sources)            test texts decode to the same text
-    trimmed.keep_rows_(model)         and check_same_logits: the model computes the same
+    trimmed = trim_vocabulary(...)      before any weight is read: the smaller tokenizer
+    trimmed.prove(sources)              test texts decode to the same text
+    keep_rows_(model, trimmed.rows)     and check_same_outputs: the model computes the same
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.counts import TokenCounts, TokenizerComparison, compare_tokenizers, count_tokens
-from lib.data.documents import open_documents
+from lib.data.counts import compare_tokenizers, count_tokens
+from lib.data.documents import read_documents
 from lib.data.sources import Source
 from lib.data.tokenizer import FLAG, TrimmableTokenizer
 from lib.data.windows import test_documents
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
-from lib.model.rows import TRIMMED_FROM, keep_rows_
+from lib.model.rows import TRIMMED_FROM
 from lib.util.errors import UserError
 
 COMMON_LETTER = 1e-4  # share of the texts' tokens that have a letter, from which it is common
@@ -76,58 +75,39 @@ class TrimmedVocabulary:
 
         Raises UserError if a text decodes differently.
         """
+        given = self.original_tokenizer, self.tokenizer, self.rows
         texts = [RARE_SIGNS, *RARE_SIGNS]
-        damaged = self._compare(texts).damaged
-        if damaged is not None:
+        _, damaged = compare_tokenizers(texts, *given)
+        if damaged:
             raise UserError(
                 f"{FLAG}: {texts[damaged - 1]!r}, which is in no text, decodes differently "
-                "with the trimmed tokenizer; nothing is saved, leave the flag out"
+                "with the trimmed tokenizer; leave the flag out"
             )
-        lines, records = [], []
+        lines, self.facts["tests"] = [], []
         for source in sources:
-            with open_documents(source, "test") as (documents, _):
-                result = self._compare(test_documents(source, documents))
-            if result.damaged is not None:
+            texts = test_documents(source, read_documents(source, "test")[0])
+            test, damaged = compare_tokenizers(texts, *given)
+            if damaged:
                 raise source.error(
-                    f"its test document {result.damaged} decodes differently with the trimmed "
-                    f"tokenizer; nothing is saved, leave {FLAG} out"
+                    f"its test document {damaged} decodes differently with the trimmed tokenizer; "
+                    f"leave {FLAG} out"
                 )
-            records.append(
-                {"name": source.name, "documents": result.documents, "alike": result.alike}
-                | {"tokens_before": result.before, "tokens": result.after, "rise": result.rise}
-            )
+            self.facts["tests"].append({"name": source.name} | test)
             lines.append(
-                f"{source.name}: all {result.documents} test documents read the same, "
-                f"{result.alike} are cut alike, {result.rise:+.2%} tokens"
+                f"{source.name}: all {test['documents']} test documents read the same, "
+                f"{test['alike']} are cut alike, {test['rise']:+.2%} tokens"
             )
-        self.facts["tests"] = records
         return lines
-
-    def _compare(self, texts: Iterable[str]) -> TokenizerComparison:
-        return compare_tokenizers(texts, self.original_tokenizer, self.tokenizer, self.rows)
 
     def summary(self) -> str:
         """Return the line on what was kept."""
         facts = self.facts
-        reserved = f", {facts['reserved']} reserved ones go" if facts.get("reserved") else ""
+        reserved = f", {facts['reserved']} reserved ones go" if facts["reserved"] else ""
         return (
             f"vocabulary: {facts['rows']} of {facts['rows_before']} rows stay, "
-            f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts "
-            f"({facts['documents']} documents, {facts['characters']} characters) use "
-            f"{facts['used']}; {facts['seconds']:.1f} s"
+            f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts use "
+            f"{facts['used']}"
         )
-
-    def original_ids(self, ids: Tensor) -> Tensor:
-        """Return the ids that the original vocabulary has for `ids`."""
-        return self.rows.to(ids.device)[ids]
-
-    def select_logits(self, logits: Tensor) -> Tensor:
-        """Return the logits (..., rows) of the rows that stay from logits (..., rows before)."""
-        return logits.index_select(-1, self.rows.to(logits.device))
-
-    def keep_rows_(self, model: nn.Module) -> None:
-        """Reduce embedding and head of the model to the rows that stay."""
-        keep_rows_(model, self.rows)
 
 
 def vocabulary_record(trimmed: TrimmedVocabulary | None, config: Any) -> dict[str, Any] | None:
@@ -159,7 +139,6 @@ def trim_vocabulary(
     `size` rows stay, if given. The processes of `dist` share the counting. Raises UserError if the
     tokenizer can't be trimmed, or not so far.
     """
-    start = time.perf_counter()
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     required = tokens.required_ids() | tokens.template_ids()
     required |= config_ids & tokens.id_to_token.keys()
@@ -173,19 +152,31 @@ def trim_vocabulary(
         )
     if size in MISLEADING_ROWS:
         size -= 1
-    counted = _reduce_counts(count_tokens(sources, tokenizer, dist.rank, dist.size), dist)
-    _check_rows(tokens, counted.counts, rows, checkpoint)
+    counts = count_tokens(sources, tokenizer, dist.rank, dist.size)
+    if dist.size > 1:
+        dist.barrier()
+        shared = counts.to(dist.device)
+        for handle in dist.all_reduce_([shared]):
+            handle.wait()
+        counts = shared.cpu()
+    used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
+    if used and used[-1] >= rows:
+        raise UserError(
+            f"{FLAG}: the texts use token {tokens.id_to_token[used[-1]]!r} with the id {used[-1]}, "
+            f"but the embedding of {checkpoint} has {rows} rows; resize the embedding to the "
+            "tokenizer, or remove the tokens that were added to it"
+        )
     chosen = choose_tokens(
         tokens,
-        counted.counts,
+        counts,
         required,
         reserved=reserved | {i for i in tokens.id_to_token if i >= rows},
         size=None if size is None else size - len(unnamed),
         n_unnamed=len(unnamed),
     )
-    kept = tokens.sort_ids(chosen)
+    model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
+    kept = sorted(chosen, key=lambda index: (index not in model_ids, index))  # added tokens last
     order = _row_order(tokens, kept, unnamed=unnamed, rows=rows, size=size)
-    used = [i for i in counted.counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     smaller = tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code)
     trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order))
     trimmed.facts = {
@@ -196,27 +187,10 @@ def trim_vocabulary(
         "tokens_before": len(tokens.id_to_token),
         "used": len(used),
         "reserved": len(reserved - chosen),
-        "counted": int(counted.counts.sum()),
-        "documents": counted.documents,
-        "characters": counted.characters,
         "sources": [source.text for source in sources],
         "digest": trimmed.digest,
-        "seconds": round(time.perf_counter() - start, 3),
     }
     return trimmed
-
-
-def _check_rows(
-    tokens: TrimmableTokenizer, counts: Tensor, rows: int, checkpoint: Checkpoint
-) -> None:
-    """Raise UserError if the texts use a token that the embedding has no row for."""
-    beyond = [i for i in counts.nonzero().flatten().tolist() if i >= rows]
-    if beyond:
-        raise UserError(
-            f"{FLAG}: the texts use token {tokens.id_to_token[beyond[0]]!r} with the id "
-            f"{beyond[0]}, but the embedding of {checkpoint} has {rows} rows; resize the "
-            "embedding to the tokenizer, or remove the tokens that were added to it"
-        )
 
 
 def _row_order(
@@ -292,31 +266,3 @@ def _round_up(rows: int) -> int:
     """Return the next multiple of MULTIPLE that is no MISLEADING_ROWS."""
     rounded = rows + -rows % MULTIPLE
     return rounded + MULTIPLE if rounded in MISLEADING_ROWS else rounded
-
-
-def _reduce_counts(counted: TokenCounts, dist: DistContext) -> TokenCounts:
-    """Sum the counts of all processes; each has seen all documents and characters."""
-    if dist.size > 1:
-        dist.barrier()
-        counts = counted.counts.to(dist.device)
-        for handle in dist.all_reduce_([counts]):
-            handle.wait()
-        counted.counts = counts.cpu()
-    return counted
-
-
-def check_same_logits(before: Tensor, after: Tensor) -> float:
-    """Return the relative difference of logits (1, positions, rows) of the kept tokens.
-
-    Raises UserError if it is beyond rounding: over eight roundings of the dtype, or over 1e-5.
-    """
-    assert before.shape == after.shape
-    limit = max(8 * torch.finfo(before.dtype).eps, 1e-5)
-    before, after = before.double(), after.double()
-    ratio = float((after - before).norm() / before.norm().clamp_min(1e-300))
-    if not ratio <= limit:
-        raise UserError(
-            f"{FLAG}: logits of the whole and of the trimmed model differ by {ratio:.2g} (rounding "
-            f"explains {limit:.2g}); nothing is saved, leave the flag out"
-        )
-    return ratio

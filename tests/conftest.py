@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 # before the first import of torch, transformers or datasets; commands run by tests inherit it
@@ -73,14 +72,6 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed linears are multiplied by torch alone, as where there is no compiler."""
     monkeypatch.setattr("lib.packed.kernels.ready", lambda: False)
-
-
-@pytest.fixture
-def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package in place of lm-eval that knows two tasks, see harness.py."""
-    from harness import installed
-
-    yield from installed(monkeypatch)
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.prune import Pruned, Pruner
 from lib.pruning.allocation import Allocation, uniform
-from lib.util import command, progress
+from lib.run import steps
+from lib.util import command
+from lib.util.progress import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -77,11 +79,10 @@ def call(*argv: object) -> Done:
 @contextmanager
 def at(what: str, number: int, act: Callable[[], object]) -> Iterator[None]:
     """Inside, `act()` is called when the progress bar `what` has been told of `number` steps."""
-    before = progress.progress
 
     @contextmanager
     def watched(total: int | None, label: str, unit: str, shown: bool = True):
-        with before(total, label, unit, shown) as on_progress:
+        with progress(total, label, unit, shown) as on_progress:
             steps = 0
 
             def told(done: int, note: str = "") -> None:
@@ -95,11 +96,11 @@ def at(what: str, number: int, act: Callable[[], object]) -> Iterator[None]:
                 act()
             yield told
 
-    progress.progress = watched
+    steps.progress = watched
     try:
         yield
     finally:
-        progress.progress = before
+        steps.progress = progress
 
 
 def raising(error: BaseException, what: str, number: int = 0):

@@ -1,10 +1,10 @@
 """The same job done in another way leaves the same model: killed and resumed, offloaded, reloaded.
 
-Every kind of run in RUNS is done in every way of WAYS, by processes that get nothing but a command
+Every kind of run in KINDS is done in every way of WAYS, by processes that get nothing but a command
 line, and compared with the run that nothing disturbs. Several processes and other batches add the
-same numbers in another order: there a share of the weights must be alike. What breaks that share,
-tried by hand: statistics that are not summed over the processes (at most 0.94 of the weights of
-wanda are alike, 0.96 of sparsegpt's), and a batch that is counted as one window.
+same numbers in another order: there a share of the weights must be alike. Tried by hand: where
+statistics are not summed over two processes, 0.967 of wanda's weights are alike, 0.946 of packed
+ones, 0.705 of sparsegpt's and 0.354 of those without neurons.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KINDS = {
     "neurons": ["--model", "wide", *SPARSEGPT, "--sparsity_type", "neurons"],
     "recovered": ["--model", "bfloat16", *WANDA, *HALF, "--recover", "2600"],
     "packed": ["--model", "bfloat16", *WANDA, *HALF, "--replace_sparse_layers"],
-    "4 bits": ["--model", "bfloat16", *WANDA, "--replace_sparse_layers", "--pack_bits", "4"],
+    "4 bits": ["--model", "bfloat16", *WANDA, *HALF, "--replace_sparse_layers", "--pack_bits", "4"],
     "trimmed": ["--model", "bfloat16", *WANDA, "--trim_vocabulary"],
     "quantised": ["--model", "deep", *WANDA, "--load_bit", "8"],
 }
@@ -155,6 +155,5 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
         assert one.keys() == two.keys()
         assert not [name for name in one if not torch.equal(one[name], two[name])]
     else:
-        print("alike", kind, way, alike(one, two))
-        assert figures(tmp_path) == pytest.approx(figures(plain), rel=5e-3, abs=2e-3)
         assert alike(one, two) >= ALIKE
+        assert figures(tmp_path) == pytest.approx(figures(plain), rel=5e-3, abs=2e-3)

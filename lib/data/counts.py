@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.documents import open_documents
+from lib.data.documents import read_documents
 from lib.data.sources import Source
 from lib.util.progress import progress
 
@@ -26,59 +27,40 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     return backend
 
 
-@dataclass
-class TokenCounts:
-    """How often each token occurs, (tokens,) int64, in so many documents and characters."""
-
-    counts: Tensor
-    documents: int = 0
-    characters: int = 0
-
-
 def count_tokens(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, rank: int = 0, size: int = 1
-) -> TokenCounts:
-    """Count the tokens of the sources' train text.
+) -> Tensor:
+    """Return how often each token occurs in the sources' train text: (tokens,) int64.
 
-    Process `rank` of `size` tokenises every `size`th text, and sees the number of documents and
-    characters of all; process 0 shows the progress. Raises UserError for whatever is wrong with
+    Process `rank` of `size` counts every `size`th text. Raises UserError for whatever is wrong with
     the texts.
     """
     backend = plain_backend(tokenizer)
     n_tokens = max(tokenizer.get_vocab().values()) + 1
-    total = TokenCounts(torch.zeros(n_tokens, dtype=torch.long))
-
-    def own_texts(texts: Iterable[str], limit: float) -> Iterator[str]:
-        read = 0
-        for number, text in enumerate(texts):
-            read += len(text)
-            total.documents += 1
-            total.characters += len(text)
-            if number % size == rank:
-                yield text
-            on_progress(1)
-            if read >= limit:
-                return
-
+    counts = torch.zeros(n_tokens, dtype=torch.long)
     for source in sources:
-        with open_documents(source, "train") as (documents, _):
-            n_texts = None if source.hub else len(documents)
-            what = f"counting tokens of {source.name}"
-            with progress(n_texts, what, "text", rank == 0) as on_progress:
-                texts = own_texts(documents, HUB_CHARACTERS if source.hub else float("inf"))
-                for batch in batches(texts):
-                    encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
-                    ids = torch.tensor([i for e in encodings for i in e.ids], dtype=torch.long)
-                    total.counts += torch.bincount(ids, minlength=n_tokens)
-    return total
+        documents, _ = read_documents(source, "train")
+        total, limit = (None, HUB_CHARACTERS) if source.hub else (len(documents), math.inf)
+        what = f"counting tokens of {source.name}"
+        with progress(total, what, "text", rank == 0) as on_progress:
+            for batch in batches(documents, limit):
+                own = batch[rank::size]
+                encodings = backend.encode_batch_fast(own, add_special_tokens=False)
+                ids = torch.tensor([i for e in encodings for i in e.ids], dtype=torch.long)
+                counts += torch.bincount(ids, minlength=n_tokens)
+                on_progress(len(batch))
+    return counts
 
 
-def batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Yield lists of at least BATCH_CHARACTERS characters, the last one with what is left."""
+def batches(texts: Iterable[str], limit: float = math.inf) -> Iterator[list[str]]:
+    """Yield lists of at least BATCH_CHARACTERS characters until `limit` characters were read."""
     batch, size = [], 0
     for text in texts:
         batch.append(text)
         size += len(text)
+        limit -= len(text)
+        if limit <= 0:
+            break
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0
@@ -86,34 +68,21 @@ def batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-@dataclass
-class TokenizerComparison:
-    """How two tokenizers cut the same documents."""
-
-    documents: int = 0
-    alike: int = 0  # documents that are cut into the same tokens
-    before: int = 0  # tokens by the first tokenizer
-    after: int = 0  # tokens by the second one
-    damaged: int | None = None  # number of the first document that decodes to another text
-
-    @property
-    def rise(self) -> float:
-        """The additional tokens as a share of those before."""
-        return self.after / max(self.before, 1) - 1
-
-
 def compare_tokenizers(
     texts: Iterable[str],
     before: PreTrainedTokenizerBase,
     after: PreTrainedTokenizerBase,
     rows: Tensor,
-) -> TokenizerComparison:
+) -> tuple[dict[str, Any], int | None]:
     """Compare how two tokenizers cut and decode texts.
 
     `rows` (tokens,) holds, for each id of the second tokenizer, the id of the same token in the
-    first one.
+    first one. Returns how many documents there are, how many are cut into the same tokens, and the
+    tokens by both, whose rise is a share; and the number of the first document that decodes to
+    another text, if any.
     """
-    comparison, old_ids = TokenizerComparison(), rows.tolist()
+    n_documents = n_alike = n_before = n_after = 0
+    damaged, old_ids = None, rows.tolist()
     backends = plain_backend(before), plain_backend(after)
     for batch in batches(texts):
         cut, read = [], []  # ids and decoded texts of both tokenizers
@@ -122,10 +91,12 @@ def compare_tokenizers(
             cut.append([encoding.ids for encoding in encodings])
             read.append(backend.decode_batch(cut[-1], skip_special_tokens=False))
         for ids, new_ids, text, new_text in zip(*cut, *read, strict=True):
-            comparison.documents += 1
-            if text != new_text and comparison.damaged is None:
-                comparison.damaged = comparison.documents
-            comparison.alike += ids == [old_ids[index] for index in new_ids]
-            comparison.before += len(ids)
-            comparison.after += len(new_ids)
-    return comparison
+            n_documents += 1
+            if text != new_text and damaged is None:
+                damaged = n_documents
+            n_alike += ids == [old_ids[index] for index in new_ids]
+            n_before += len(ids)
+            n_after += len(new_ids)
+    record = {"documents": n_documents, "alike": n_alike, "tokens_before": n_before}
+    rise = n_after / max(n_before, 1) - 1
+    return record | {"tokens": n_after, "rise": rise}, damaged

@@ -9,33 +9,31 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 from lib.data import hub
 from lib.data.sources import Source, check_text, folder_files
 
 TEXT_CHARACTERS = 2**25  # read of a .txt file, whose tokens are in memory at once
+EMPTY = "holds no text; give a source with at least one row"
 log = logging.getLogger(__name__)
 
 
-@contextmanager
-def open_documents(
+def read_documents(
     source: Source, split: str
-) -> Iterator[tuple[Sequence[str] | hub.StreamedRows, str | None]]:
-    """Yield the documents of a split (`train` or `test`) and their revision (hub commit or None).
+) -> tuple[list[str] | hub.Column | hub.StreamedRows, str | None]:
+    """Return the documents of a split (`train` or `test`) and their revision (hub commit or None).
 
     The documents are a sequence of texts, or of a streamed set an iterable of them. Raises
     UserError for whatever is wrong with the data.
     """
     if source.hub:
-        yield hub.load(source, split)
-        return
+        return hub.load(source, split)
     texts = [text for path in _files_of(source, split) for text in _read(source, path)]
     if not texts:
-        raise _empty(source)
-    yield texts, None
+        raise source.error(EMPTY)
+    return texts, None
 
 
 def check_source(source: Source, split: str) -> None:
@@ -45,12 +43,11 @@ def check_source(source: Source, split: str) -> None:
     Hub sets are looked up, with config, split and column.
     """
     if source.hub:
-        documents, _ = hub.load(source, split)
-        documents.check()
+        hub.load(source, split)[0].check()
         return
     first_rows = [next(_read(source, path), None) for path in _files_of(source, split)]
-    if first_rows == [None] * len(first_rows):
-        raise _empty(source)
+    if not any(row is not None for row in first_rows):
+        raise source.error(EMPTY)
 
 
 def locations(source: Source, split: str) -> set[object]:
@@ -63,23 +60,19 @@ def locations(source: Source, split: str) -> set[object]:
     return {path.resolve() for path in _files_of(source, split)}
 
 
-def _empty(source: Source) -> Exception:
-    return source.error("holds no text; give a source with at least one row")
-
-
 def _files_of(source: Source, split: str) -> list[Path]:
     if not source.path.is_dir():
         return [source.path]
     paths = folder_files(source, split)
     if not paths:
         names = ", ".join(sorted(p.name for p in source.path.iterdir())[:8]) or "nothing"
-        problem = f"no {split}*.jsonl or {split}*.jsonl.gz in this folder (it holds: {names})"
-        raise source.error(f"{problem}; add one, rows with 'text'")
+        raise source.error(
+            f"no {split}*.jsonl or {split}*.jsonl.gz in this folder (it holds: {names}); add one"
+        )
     return paths
 
 
 def _read(source: Source, path: Path) -> Iterator[str]:
-    """Yield the texts of one file."""
     read = {".parquet": _parquet, ".txt": _plain_text}.get(path.suffix, _json_lines)
     try:
         yield from read(source, path)

@@ -80,7 +80,16 @@ def parse_source(text: str, flag: str) -> Source:
     """
     if "=" in text and not Path(text).expanduser().exists():
         text, _, weight = text.rpartition("=")
-        return replace(parse_source(text, flag), weight=_weight(text, weight, flag))
+        try:
+            value = float(weight)
+        except ValueError:
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise UserError(
+                f"{flag} {text}={weight}: the weight must be a finite number above 0, such as "
+                f"{text}=0.5"
+            )
+        return replace(parse_source(text, flag), weight=value)
     source = _built_in(text, flag) or _local(text, flag) or _on_hub(text, flag)
     if source:
         return source
@@ -140,21 +149,6 @@ def has_test(source: Source) -> bool:
     return bool(source.path and source.path.is_dir() and folder_files(source, "test"))
 
 
-def _weight(text: str, weight: str, flag: str) -> float:
-    try:
-        value = float(weight)
-    except ValueError:
-        raise UserError(
-            f"{flag} {text}={weight}: the weight {weight!r} is not a number; write {text}=0.5"
-        ) from None
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(
-            f"{flag} {text}={weight}: a weight must be a finite number above 0; "
-            f"leave out a source that is not wanted"
-        )
-    return value
-
-
 def _local(text: str, flag: str) -> Source | None:
     path = Path(text).expanduser()
     if path.is_dir():
@@ -186,15 +180,10 @@ def _on_hub(text: str, flag: str) -> Source | None:
     hub, *parts = text.split(":")
     config, split, column = [part or None for part in (*parts, "", "", "")[:3]]
     place = {"hub": hub, "config": config} if config else {"hub": hub}
-    rules = next((e for e in BUILT_IN.values() if place == _whole_set(e)), STREAMED)
-    rules = rules | place | dict(split=split, column=column or "text")
+    entries = [e for e in BUILT_IN.values() if "train_file" not in e]
+    same = (e for e in entries if place == {k: e[k] for k in ("hub", "config") if k in e})
+    rules = next(same, STREAMED) | place | dict(split=split, column=column or "text")
     return Source(text, flag, text.partition("/")[2], **rules)
-
-
-def _whole_set(entry: dict) -> dict:
-    """Return hub id and config of a table entry; nothing for one that is a single file."""
-    keys = () if "train_file" in entry else ("hub", "config")
-    return {key: entry[key] for key in keys if key in entry}
 
 
 def _with_unique_names(sources: list[Source]) -> list[Source]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.documents import open_documents
+from lib.data.documents import read_documents
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
     STREAM_LIMIT,
@@ -120,30 +120,26 @@ def _cut_windows(
     seed: int,
     overlap: OverlapFilter,
 ) -> tuple[Tensor, int, str | None]:
-    """Cut at most `limit` windows (n, seqlen), in an order drawn by `seed`.
-
-    Also returns how many were dropped for what they share with a test text, and the revision.
-    """
+    """Return at most `limit` windows (n, seqlen), how many were dropped, and the revision."""
     rng = random.Random(seed)
     windows: list[Tensor] = []
     n_tried = n_dropped = longest = 0
-    with open_documents(source, "train") as (documents, revision):
-        for text in _shuffled_texts(source, documents, rng):
-            ids = tokenise(tokenizer, text)
-            n_tried, longest = n_tried + 1, max(longest, len(ids))
-            cut = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
-            clean = cut[~overlap.found_in(cut)]
-            n_dropped += len(cut) - len(clean)
-            windows += clean
-            if len(windows) >= limit:
-                break
+    documents, revision = read_documents(source, "train")
+    for text in _shuffled_texts(source, documents, rng):
+        ids = tokenise(tokenizer, text)
+        n_tried, longest = n_tried + 1, max(longest, len(ids))
+        cut = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+        clean = cut[~overlap.found_in(cut)]
+        n_dropped += len(cut) - len(clean)
+        windows += clean
+        if len(windows) >= limit:
+            break
     if len(windows) < 2:
         if n_dropped:
             raise source.error("its train text is part of the test text; recover on other texts")
         raise source.error(
             f"its {n_tried} texts give {len(windows)} windows of {seqlen} tokens to recover on, "
-            f"two are needed; the longest text has {longest}; use a smaller --seqlen or longer "
-            "texts"
+            f"two are needed; the longest has {longest}, use a smaller --seqlen or longer texts"
         )
     del windows[limit:]
     rng.shuffle(windows)
@@ -151,7 +147,6 @@ def _cut_windows(
 
 
 def _shuffled_texts(source: Source, documents: Iterable[str], rng: random.Random) -> Iterator[str]:
-    """Yield the texts of a source in an order drawn by `rng`."""
     if source.stream:
         yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
     elif source.draw == JOINED:

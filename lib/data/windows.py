@@ -21,9 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib.data import hub
-from lib.data.documents import open_documents
+from lib.data.documents import read_documents
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
-from lib.util.errors import UserError
 
 BUFFER = 1_000  # documents of a stream that are shuffled among each other
 STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
@@ -97,21 +96,33 @@ def _draw_windows(
     starts: list[int] = []
     lengths: dict[int, int] = {}  # tokens of each text that was tried
     rng = random.Random(seed)
-    with open_documents(source, "train") as (documents, revision):
-        for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng) if count else ():
-            lengths[row] = len(ids)
-            if len(ids) <= seqlen:
-                continue
-            start = rng.randint(0, len(ids) - seqlen - 1)
-            windows[len(rows)] = ids[start : start + seqlen]
-            rows.append(row)
-            starts.append(start)
-            if len(rows) == count:
-                break
+    documents, revision = read_documents(source, "train")
+    for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng) if count else ():
+        lengths[row] = len(ids)
+        if len(ids) <= seqlen:
+            continue
+        start = rng.randint(0, len(ids) - seqlen - 1)
+        windows[len(rows)] = ids[start : start + seqlen]
+        rows.append(row)
+        starts.append(start)
+        if len(rows) == count:
+            break
     if len(rows) < count:
-        raise _too_few(source, lengths, len(rows), count, seqlen)
-    if source.draw == JOINED and source.path and count * seqlen > REUSE * sum(lengths.values()):
-        raise _too_little(source, sum(lengths.values()), count, seqlen)
+        longest = sorted(lengths.values(), reverse=True)
+        needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window fits into
+        way_out = "use a smaller --nsamples or more texts"
+        if len(longest) >= needed and longest[needed - 1] > 2:
+            way_out = f"--seqlen {longest[needed - 1] - 1} gives {count} windows"
+        raise source.error(
+            f"its {len(longest)} texts can give only {len(rows)} windows of {seqlen} tokens, "
+            f"{count} are wanted; the longest has {longest[0]} tokens, {way_out}"
+        )
+    tokens = sum(lengths.values())
+    if source.draw == JOINED and source.path and count * seqlen > REUSE * tokens:
+        raise source.error(  # they would be nearly the same ones
+            f"its {tokens} tokens are too few for {count} windows of {seqlen}; give a longer text, "
+            f"--nsamples {REUSE * tokens // seqlen} or --seqlen {max(REUSE * tokens // count, 2)}"
+        )
     record = {"name": source.name, "source": source.text, "revision": revision}
     return windows, record | {"windows": count, "rows": rows, "starts": starts}
 
@@ -148,37 +159,6 @@ def _drawn_texts(
             yield row, ids
 
 
-def _too_few(
-    source: Source, lengths: dict[int, int], drawn: int, count: int, seqlen: int
-) -> UserError:
-    """Return an error that says what `lengths` (tokens of each text) are enough for."""
-    longest = sorted(lengths.values(), reverse=True)
-    needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window fits into
-    way_out = "use a smaller --nsamples or more texts"
-    if len(longest) >= needed and longest[needed - 1] > 2:
-        way_out = f"--seqlen {longest[needed - 1] - 1} gives {count} windows"
-    elif not drawn and longest[0] > 2:
-        way_out = f"use --seqlen {longest[0] - 1} or less and a smaller --nsamples"
-    if drawn:
-        return source.error(
-            f"its {len(longest)} texts can give only {drawn} windows of {seqlen} tokens, {count} "
-            f"are wanted; {way_out}"
-        )
-    return source.error(
-        f"all {len(longest)} texts are too short for a window of {seqlen} tokens, the longest has "
-        f"{longest[0]}; {way_out}"
-    )
-
-
-def _too_little(source: Source, tokens: int, count: int, seqlen: int) -> UserError:
-    """Return an error for a text file whose windows would be nearly the same ones."""
-    return source.error(
-        f"its {tokens} tokens are too few for {count} windows of {seqlen}, which take at least "
-        f"{-(-count * seqlen // REUSE)}; give a longer text, --nsamples {REUSE * tokens // seqlen} "
-        f"or --seqlen {max(REUSE * tokens // count, 2)}"
-    )
-
-
 def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
     """Yield the items in an order drawn by `rng`, each within a buffer of BUFFER items."""
     buffer = []
@@ -206,7 +186,6 @@ class TestSet:
     __test__ = False  # not a class of tests, whatever pytest makes of its name
     name: str
     windows: Tensor  # (windows, seqlen), int64
-    tokens: int  # of the windows
     bytes: int
     facts: dict
     prompts: Tensor  # (prompts, tokens), int64
@@ -227,10 +206,10 @@ def test_set(
     window.
     """
     length = min(PROMPT, seqlen // 2)
-    with open_documents(source, "test") as (documents, revision):
-        texts = test_documents(source, documents)
-        text = source.separator.join(texts)
-        prompts = _prompts(texts, tokenizer, n_prompts, length, bos)
+    documents, revision = read_documents(source, "test")
+    texts = test_documents(source, documents)
+    text = source.separator.join(texts)
+    prompts = _prompts(texts, tokenizer, n_prompts, length, bos)
     ids = tokenise(tokenizer, text)
     if bos is not None and len(ids) and ids[0] == bos:
         ids = ids[1:]
@@ -252,7 +231,7 @@ def test_set(
         starts = windows[:: max(1, count // n_prompts), :length]
         prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
     shown = torch.stack(prompts[:n_prompts]) if n_prompts else windows[:0, :length]
-    return TestSet(source.name, windows, windows.numel(), bytes=covered, facts=facts, prompts=shown)
+    return TestSet(source.name, windows, bytes=covered, facts=facts, prompts=shown)
 
 
 def test_documents(source: Source, documents: Iterable[str]) -> Sequence[str]:

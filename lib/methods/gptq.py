@@ -33,7 +33,7 @@ from torch.profiler import record_function
 from lib.methods.damping import cholesky
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
 from lib.methods.sparsegpt import unit_inverse
-from lib.packed.formats import FORMATS, Int4
+from lib.packed.formats import FORMATS, Q4_0, Int4
 from lib.util.errors import UserError
 
 
@@ -55,6 +55,12 @@ class GPTQ(LeastSquares):
         parts = grid.matrix(solution).split([len(weight) for weight in weights])
         for weight, part in zip(weights, parts, strict=True):
             weight.copy_(part)
+
+
+class GPTQForLlamaCpp(GPTQ):
+    """GPTQ to the values of llama.cpp's q4_0."""
+
+    fmt = Q4_0()
 
 
 class ColumnGrid:

@@ -16,18 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 
 from lib.packed.errors import PackedError
 from lib.util.errors import UserError, first_line
+from lib.util.hub import hub_problem
 
 TIMEOUT = 10.0  # seconds for the hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -117,37 +111,17 @@ def local_only(checkpoint: Checkpoint) -> bool:
         return True
     try:
         HfApi().model_info(checkpoint.name, timeout=TIMEOUT)
+        return False
     except HFValidationError:
         raise UserError(f"{checkpoint}: no such folder, nor a hub id like owner/name") from None
-    except GatedRepoError as error:
-        raise UserError(
-            f"{checkpoint}: its owners give access on request; accept their terms on the hub, "
-            "then `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{checkpoint}: no such folder, and no such model on the hub, or it needs a login "
-            "(`hf auth login`); check the name"
-        ) from error
-    except HfHubHTTPError as error:
-        if not _is_cached(checkpoint):
-            raise UserError(
-                f"{checkpoint}: the hub refused: {first_line(error)}; try again later"
-            ) from error
+    except Exception as error:
+        cached = try_to_load_from_cache(checkpoint.name, "config.json", checkpoint.cache_dir)
+        problem = hub_problem(error, "model")
+        if problem is None:
+            raise
+        if isinstance(error, RepositoryNotFoundError) or not isinstance(cached, str):
+            raise UserError(f"{checkpoint}: {problem}") from error
         return True
-    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
-        if not _is_cached(checkpoint):
-            raise UserError(
-                f"{checkpoint}: no such folder, none in --cache_dir {checkpoint.cache_dir}, and "
-                f"the hub can't be reached ({first_line(error)}); check the name and the network"
-            ) from error
-        return True
-    return False
-
-
-def _is_cached(checkpoint: Checkpoint) -> bool:
-    file = try_to_load_from_cache(checkpoint.name, "config.json", cache_dir=checkpoint.cache_dir)
-    return isinstance(file, str)
 
 
 def quantisation(load_bit: str | None) -> dict:

@@ -52,9 +52,13 @@ def first_overflow(runner: BlockRunner, windows: Tensor) -> str:
 
     states = runner.capture(windows, len(windows), runner.device)
     for index in range(len(runner.blocks)):
-        with runner.on_device(index), watch_inputs(runner.linears(index), see):
-            try:
-                runner.advance_(states, index)
-            except Stop:
-                return names[0]
+        with runner.on_device(index):
+            linears = runner.linears(index)
+            for linear in linears:  # of blocks that are fetched, nobody has looked at them
+                check_weight(linear, runner.named)
+            with watch_inputs(linears, see):
+                try:
+                    runner.advance_(states, index)
+                except Stop:
+                    return names[0]
     return "the output head"

@@ -136,9 +136,13 @@ def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def saved_dtype(name: str, config) -> torch.dtype:
-    """Return the dtype in which a pruned model is saved; `auto` is the checkpoint's."""
-    return checkpoint_dtype(config) if name == "auto" else DTYPES[name]
+def saved_dtype(name: str, config, quantize: str | None = None) -> torch.dtype:
+    """Return the dtype in which a changed model is saved; `auto` is the checkpoint's.
+
+    What is quantised needs 16 bits: bfloat16 in place of float32.
+    """
+    dtype = checkpoint_dtype(config) if name == "auto" else DTYPES[name]
+    return torch.bfloat16 if quantize and dtype == torch.float32 else dtype
 
 
 def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
@@ -210,7 +214,7 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     Modules that the architecture always keeps in float32 (some routers) stay so. The model's own
     dtypes are restored afterwards.
     """
-    with _cast(model, dtype):
+    with cast(model, dtype):
         model.save_pretrained(folder, max_shard_size="5GB")
 
 
@@ -222,14 +226,14 @@ def save_in_shards(
     Returns {file: its name in the folder}; None, having written nothing, where the names in a
     checkpoint of this model differ from those in the files.
     """
-    names = [name for each in shards.values() for name in each]
-    empty = {name: torch.empty(1, device="meta") for name in names}
-    if getattr(model, "hf_quantizer", None) or set(names) != set(
-        revert_weight_conversion(model, empty)
+    inside = {name for each in shards.values() for name in each}
+    held = {name: each.to("meta") for name, each in model.state_dict().items() if name in inside}
+    if (
+        getattr(model, "hf_quantizer", None)
+        or revert_weight_conversion(model, held).keys() != inside
     ):
         return None
-    inside = set(names)
-    with _cast(model, dtype):
+    with cast(model, dtype):
         rest = {name: value for name, value in model.state_dict().items() if name not in inside}
         model.save_pretrained(folder, state_dict=rest)
     count = len(shards) + 1
@@ -247,8 +251,11 @@ def save_in_shards(
 
 
 @contextmanager
-def _cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, the model's floating-point parameters have the dtype in which they are saved."""
+def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the model's floating-point parameters have the dtype in which they are saved.
+
+    Afterwards they have their own again, with values that were rounded to it.
+    """
     strict = set(model._keep_in_fp32_modules_strict or ())
     before = {parameter: parameter.dtype for parameter in model.parameters()}
     config_dtype = model.config.dtype

@@ -50,7 +50,7 @@ class RunFolder:
             try:
                 self.begun = dict(json.loads((self.folder / JOB).read_text("utf-8")))
             except (ValueError, TypeError) as error:
-                self.close()
+                self._lock.close()
                 reason = f"{JOB} can't be read ({first_line(error)})"
                 raise UserError(f"{self.label}: {reason}; name another folder") from error
 

@@ -456,11 +456,9 @@ def place_blocks(
     return places
 
 
-def device_map(
-    model: nn.Module, blocks_name: str, device: torch.device
-) -> dict[str, str | int | torch.device]:
+def device_map(model: nn.Module, blocks_name: str, device: torch.device) -> dict[str, str]:
     """Return the map for from_pretrained: every block on disk, everything else on `device`."""
-    where: dict[str, str | torch.device] = {}
+    where: dict[str, str] = {}
     above = {blocks_name}
     while (parent := blocks_name.rpartition(".")[0]) not in above:
         above.add(parent)
@@ -468,9 +466,9 @@ def device_map(
     for name in sorted(above):
         module = model.get_submodule(name)
         for key, _ in (*module.named_parameters("", False), *module.named_buffers("", False)):
-            where[f"{name}.{key}".strip(".")] = device
+            where[f"{name}.{key}".strip(".")] = str(device)
         for child, _ in module.named_children():
             path = f"{name}.{child}".strip(".")
             if path not in above:
-                where[path] = "disk" if isinstance(module, nn.ModuleList) else device
+                where[path] = "disk" if isinstance(module, nn.ModuleList) else str(device)
     return where

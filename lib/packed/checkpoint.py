@@ -38,6 +38,7 @@ VERSION = 2
 # printed by a transformers that doesn't know the format: "Unknown quantization type, got ..."
 METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
 CARD_HEADING = "## Packed weights"  # of the card's section on the packed form
+HEAD_FORWARDS = nn.Linear.forward, PackedHead.forward
 FLOATS = ("BF16", "F16", "F32", "F64")  # of the values in files, at 16 bits
 
 
@@ -65,33 +66,24 @@ class PackedConfig(QuantizationConfigMixin):
                 f"quantization_config names format {format!r}, version {version!r}: this code "
                 f"reads {FORMAT!r}, version {VERSION}; update it, or save the model again"
             )
-        if unknown:
-            raise PackedError(
-                f"quantization_config has unknown entries {sorted(unknown)}: version {VERSION} of "
-                f"{FORMAT!r} has only `linears`, `bits`, `group` and `embeddings`"
-            )
-        damaged = "the config is damaged, save the model again"
         if bits == 8:
             raise PackedError(
                 "quantization_config: `bits` is 8, which only langprune 0.1 reads; make a dense "
                 "checkpoint of it there: bash launch.sh unpack IN OUT"
             )
-        if bits not in FORMATS:
-            raise PackedError(f"quantization_config: `bits` is {bits!r}, not 4 or 16; {damaged}")
-        if group != FORMATS[bits].group:
-            raise PackedError(
-                f"quantization_config: `group` is {group!r}, not {FORMATS[bits].group}; {damaged}"
-            )
-        if embeddings is not None and not _are_rows(embeddings):
-            raise PackedError(
-                "quantization_config: `embeddings` must give [rows, width] for every packed "
-                f"embedding or head; {damaged}"
-            )
-        if not isinstance(linears, dict) or not all(_is_size(size) for size in linears.values()):
-            raise PackedError(
-                "quantization_config: `linears` must give [out, in, kept] for every packed "
-                f"linear; {damaged}"
-            )
+        known = type(bits) is int and bits in FORMATS
+        expected = FORMATS[bits].group if known else None
+        for wrong, what in (
+            (unknown, f"has unknown entries {sorted(unknown)}"),
+            (not known, f"`bits` is {bits!r}, not 4 or 16"),
+            (group != expected, f"`group` is {group!r}, not {expected}"),
+            (not _are_sizes(linears, 3), "`linears` must give [out, in, kept] for each of them"),
+            (not _are_sizes(embeddings or {}, 2), "`embeddings` must give [rows, width] for each"),
+        ):
+            if wrong:
+                raise PackedError(
+                    f"quantization_config: {what}; the config is damaged, save the model again"
+                )
         self.quant_method, self.format, self.version = quant_method, format, version
         self.bits, self.group = bits, group
         self.embeddings = embeddings and {name: list(size) for name, size in embeddings.items()}
@@ -107,11 +99,12 @@ class PackedQuantizer(HfQuantizer):
 
     requires_calibration = True  # only checkpoints that are packed already can be loaded
     quantization_config: PackedConfig
+    loads = False  # a checkpoint; else it saves a model that was packed here
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        config = self.quantization_config
+        config, self.loads = self.quantization_config, True
         for name, (out_features, in_features, nnz) in config.linears.items():
             linear = _find_linear(model, name)
             sparse = SparseLinear(linear, nnz, FORMATS[config.bits])
@@ -135,8 +128,8 @@ class PackedQuantizer(HfQuantizer):
             if isinstance(module, SparseLinear):
                 module.count_rows_()
         model.requires_grad_(False)
-        packed = [m for m in model.modules() if isinstance(m, SparseLinear)]
-        if not kernels.supported() and all(m.weight.is_cpu for m in packed):
+        on_cpu = all(m.weight.is_cpu for m in model.modules() if isinstance(m, SparseLinear))
+        if self.loads and on_cpu and not kernels.supported():
             warnings.warn(
                 "packed weights become dense: their kernels are for x86-64 processors with AVX2",
                 PackedWarning,
@@ -269,12 +262,14 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
 def check_embeddings(model: PreTrainedModel) -> None:
     """Raise PackedError where embedding or head are of a class that can't be packed."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding):
-        kind = type(embedding).__name__
-        raise PackedError(f"{type(model).__name__} has an embedding of class {kind}: not packed")
-    if head is not None and type(head).forward is not nn.Linear.forward:
-        kind = type(head).__name__
-        raise PackedError(f"{type(model).__name__} has a head of class {kind}: not packed")
+    fine = {
+        "an embedding": (embedding, isinstance(embedding, nn.Embedding | PackedEmbedding)),
+        "a head": (head, getattr(type(head), "forward", None) in HEAD_FORWARDS or head is None),
+    }
+    for what, (module, can_be_packed) in fine.items():
+        if not can_be_packed:
+            kind = type(module).__name__
+            raise PackedError(f"{type(model).__name__} has {what} of class {kind}: not packed")
 
 
 def _replace_embeddings_(
@@ -313,22 +308,15 @@ def card_lines(folder: str) -> list[str]:
     ]
 
 
-def _is_size(size: object) -> bool:
-    return (
+def _are_sizes(sizes: object, length: int) -> bool:
+    """Whether these are {name: [rows, columns, how many are kept]} with `length` numbers each."""
+    return isinstance(sizes, dict) and all(
         isinstance(size, list | tuple)
-        and len(size) == 3
+        and len(size) == length
         and all(type(n) is int for n in size)
         and min(size[:2]) > 0
-        and 0 <= size[2] <= size[0] * size[1]
-    )
-
-
-def _are_rows(embeddings: object) -> bool:
-    return isinstance(embeddings, dict) and all(
-        isinstance(size, list | tuple)
-        and len(size) == 2
-        and all(type(n) is int and n > 0 for n in size)
-        for size in embeddings.values()
+        and all(0 <= n <= size[0] * size[1] for n in size[2:])
+        for size in sizes.values()
     )
 
 

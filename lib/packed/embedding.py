@@ -11,12 +11,12 @@ import copy
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from . import kernels
 from .errors import PackedError
+from .formats import FORMATS
 from .layout import tiles
-from .linear import DECODED_TOKENS, TILE_WEIGHTS, kernels_ready
+from .linear import by_dense_rows, by_kernels, kernels_ready
 
 LARGEST = 127  # integer
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -180,39 +180,31 @@ class PackedHead(_PackedRows):
         if not self.checked:
             self.check()
         tokens = x.reshape(-1, self.in_features)
-        by_kernel = x.device.type == "cpu" and x.dtype in kernels.DTYPES and len(tokens)
-        if by_kernel and not self.force_dense and kernels_ready():
-            y = self._multiply(tokens)
-        else:
-            y = self._by_dense_rows(tokens)
+        if (
+            tokens.is_cpu
+            and tokens.dtype in kernels.DTYPES
+            and len(tokens)
+            and not self.force_dense
+        ):
+            if kernels_ready():
+                y = self._by_kernels(tokens)
+                return y.view(*x.shape[:-1], self.out_features)
+
+        def rows(part: slice) -> Tensor:
+            return dense_rows(self.weight[part], self.scale[part]).to(tokens.dtype)
+
+        y = by_dense_rows(tokens, rows, self.out_features, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _multiply(self, tokens: Tensor) -> Tensor:
+    def _by_kernels(self, tokens: Tensor) -> Tensor:
         """A product with a matrix that keeps every weight, so that all rows have one mask."""
         if self._one_mask is None:
             width = self.in_features
-            self._one_mask = torch.full((1, (width + 7) // 8), 255, dtype=torch.uint8)
-            if width % 8:
-                self._one_mask[0, -1] = (1 << width % 8) - 1
+            self._one_mask = FORMATS[16].encode(torch.ones(1, width)).mask
             self._offsets = torch.arange(0, (self.out_features + 1) * width, width)
-        weight, bias = self.weight.view(-1), self.bias
-        parts = tokens.split(DECODED_TOKENS) if self.decoding else (tokens,)
-        products = [
-            kernels.linear(part, self._one_mask, weight, self._offsets, self.scale, bias)
-            for part in parts
-        ]
-        return products[0] if len(products) == 1 else torch.cat(products)
-
-    def _by_dense_rows(self, tokens: Tensor) -> Tensor:
-        step = max(1, TILE_WEIGHTS // self.in_features)
-        if tokens.device.type != "cpu" or torch.compiler.is_compiling():
-            step = self.out_features
-        parts = []
-        for start in range(0, self.out_features, step):
-            part = slice(start, start + step)
-            rows = dense_rows(self.weight[part], self.scale[part]).to(tokens.dtype)
-            parts.append(F.linear(tokens, rows, None if self.bias is None else self.bias[part]))
-        return torch.cat(parts, 1)
+        weight = self.weight.view(-1)
+        packed = self._one_mask, weight, self._offsets, self.scale, self.bias
+        return by_kernels(tokens, packed, self.decoding)
 
     def to_linear(self) -> nn.Linear:
         """The dense head."""

@@ -24,6 +24,8 @@ from .layout import Packed, keep, row_offsets, spread, tiles
 
 SMALLEST = torch.finfo(torch.float32).tiny
 DROPPED_BITS = 19  # of a float32: with these zero, five significant bits are left
+TO_TOP = 13  # such steps lead from a twelfth of a number to what rounds to an eighth of it
+LARGEST = 2.0**12  # eight times this is a float16 number
 CANDIDATES = 28  # steps of five significant bits that lead from any number to its threefold
 DAMAGED = "the file is damaged or was not written by this package; save it again"
 
@@ -108,6 +110,7 @@ class Values:
 class Int4(Values):
     """Integers of four bits, with a scale for each `group` inputs of a row."""
 
+    name = "the 4-bit integers that are packed"
     bits = 4
     group = 64
     stored = torch.uint8
@@ -219,6 +222,64 @@ class Int4(Values):
 
     def _scaled(self, codes: Tensor, scales: Tensor) -> Tensor:
         return codes.float().mul_(self.spread_scales(scales, codes.shape[1]))
+
+
+class Q4_0(Int4):
+    """llama.cpp's q4_0, in numbers that its own rule finds again; nothing is packed by it.
+
+    That rule takes for a block of 32 inputs d = (the value of largest magnitude) / -8 in float16,
+    and the nearest codes. Here a scale is a float16 number of either sign with five significant
+    bits, and one code of every block is -8, unless all its values are 0. bfloat16 holds the values,
+    and whatever converts them finds the same scales and codes: conversion changes no value. Of such
+    scales the one of least squared error is taken, which is nearer to the weights than the rule's.
+    """
+
+    name = "llama.cpp's q4_0"
+    group = 32
+
+    def takes(self, in_features: int) -> bool:
+        """Whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
+        return in_features % self.group == 0
+
+    def nearest(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) on the grid nearest to it, float32."""
+        return self.round_to(matrix, self.fit_scales(matrix))
+
+    def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
+        """A matrix (out, in) on the grid of `scales`, float32, with a code -8 in every block.
+
+        A block that has moved away from its scale since this was fitted gets the nearest one.
+        """
+        self._check_finite(matrix)
+        rounded = matrix.new_empty(matrix.shape, dtype=torch.float32)
+        for part in tiles(*matrix.shape, matrix.device):
+            blocks = matrix[part].float().reshape(-1, self.group)
+            steps = scales[part].float().reshape(-1, 1)
+            codes = blocks / steps
+            far = codes.amin(1) > self.lowest / 2
+            steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
+            lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
+            codes.round_().clamp_(self.lowest, self.highest)
+            least = codes.gather(1, place).masked_fill_(lowest <= self.lowest / 2, self.lowest)
+            rounded[part] = codes.scatter_(1, place, least).mul_(steps).view(-1, matrix.shape[1])
+        return rounded
+
+    def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
+        blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
+        top = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))  # (rows, groups, 1)
+        first = (top / (1.5 * self.lowest)).view(torch.int32) >> DROPPED_BITS
+        best = torch.ones_like(top)  # where all is 0, or rounds to 0 in float16
+        least = torch.full_like(top, torch.inf)
+        for step in range(TO_TOP):
+            scale = (first + step << DROPPED_BITS).view(torch.float32)
+            scale = scale.clamp_(-LARGEST, LARGEST).half().float()
+            error = (blocks / scale).round_().clamp_(self.lowest, self.highest)
+            error = error.mul_(scale).sub_(blocks).square_()
+            error = (error if costs is None else error.mul_(costs)).sum(2, keepdim=True)
+            better = (error < least) & (top / scale <= self.lowest + 0.5) & (scale != 0)
+            best = torch.where(better, scale, best)
+            least = torch.where(better, error, least)
+        return best.squeeze(2)
 
 
 FORMATS: dict[int, Values | Int4] = {16: Values(), 4: Int4()}  # by the bits of a kept value

@@ -8,7 +8,7 @@ Anything else unpacks the one weight it needs at every forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,6 +29,28 @@ DECODED_TOKENS = 4  # at a time, at most, where a model decodes: the kernels' pa
 def kernels_ready() -> bool:
     """Whether the CPU's kernels can be used; builds them on the first call."""
     return kernels.ready()
+
+
+def by_kernels(tokens: Tensor, packed: tuple, decoding: bool) -> Tensor:
+    """tokens (n, in) -> (n, out); `packed`: what the kernels take besides; `decoding`: some tokens
+    at a time."""
+    if not decoding:
+        return kernels.linear(tokens, *packed)
+    return torch.cat([kernels.linear(part, *packed) for part in tokens.split(DECODED_TOKENS)])
+
+
+def by_dense_rows(
+    tokens: Tensor, rows_of: Callable[[slice], Tensor], out_features: int, bias: Tensor | None
+) -> Tensor:
+    """tokens (n, in) -> (n, out) by dense rows of the weight; on a CPU by some at a time."""
+    step = out_features
+    if tokens.is_cpu and not torch.compiler.is_compiling():
+        step = max(1, TILE_WEIGHTS * torch.get_num_threads() // tokens.shape[1])
+    products = []
+    for start in range(0, out_features, step):
+        part = slice(start, min(out_features, start + step))
+        products.append(F.linear(tokens, rows_of(part), None if bias is None else bias[part]))
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
 class SparseLinear(nn.Module):
@@ -63,10 +85,8 @@ class SparseLinear(nn.Module):
         self.register_buffer("scale", scale)
         offsets = torch.empty(self.out_features + 1, dtype=torch.int64, device=device)
         self.register_buffer("offsets", offsets, persistent=False)
-        row = None
-        if linear.bias is not None:
-            row = nn.Parameter(torch.empty(self.out_features, dtype=dtype, device=device), False)
-        self.bias = row
+        bias = torch.empty(self.out_features, dtype=dtype, device=device)
+        self.bias = None if linear.bias is None else nn.Parameter(bias, requires_grad=False)
         self.semi_structured: Tensor | None = None  # torch's tensor in place of the packed ones
         self.reason: str | None = None  # why not semi-structured; None: not tried on this device
         self.force_dense = False  # multiply by the dense weight, whatever would be faster
@@ -95,11 +115,15 @@ class SparseLinear(nn.Module):
         """The dense linear of the class that this one came from."""
         size = (self.out_features, self.in_features)
         with torch.device("meta"):
-            linear = Conv1D(*size) if self.transposed else nn.Linear(*size[::-1], self._has_bias)
+            linear = (
+                Conv1D(*size)
+                if self.transposed
+                else nn.Linear(*size[::-1], (self.bias is not None))
+            )
         dense = self.dense()
         dense = dense.T.contiguous() if self.transposed else dense
         linear.weight = nn.Parameter(dense)
-        if self._has_bias:
+        if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach())
         return linear
 
@@ -200,36 +224,19 @@ class SparseLinear(nn.Module):
         by_kernel = tokens.is_cpu and tokens.dtype in kernels.DTYPES and not self.force_dense
         by_kernel = by_kernel and kernels_ready()
         self._by_kernel = by_kernel and not (self.decoding or torch.compiler.is_compiling())
-        multiply = self._by_kernels if by_kernel else self._by_dense_rows
-        parts = tokens.split(DECODED_TOKENS) if self.decoding else (tokens,)
-        products = [multiply(part) for part in parts]
-        return products[0] if len(products) == 1 else torch.cat(products)
+        if by_kernel:
+            packed = self.mask, self.weight, self.offsets, self.scale, self.bias
+            return by_kernels(tokens, packed, self.decoding)
 
-    def _by_kernels(self, tokens: Tensor) -> Tensor:
-        packed = self.mask, self.weight, self.offsets, self.scale
-        return kernels.linear(tokens, *packed, self.bias)
+        def rows(part: slice) -> Tensor:
+            packed = Packed(self.mask, self.weight, self.scale)
+            return self.fmt.decode(packed, self.in_features, self.offsets, tokens.dtype, part)
 
-    def _by_dense_rows(self, tokens: Tensor) -> Tensor:
-        """By the dense weight; on a CPU by some rows of it at a time."""
-        step = self.out_features
-        if tokens.is_cpu and not torch.compiler.is_compiling():
-            step = max(1, TILE_WEIGHTS * torch.get_num_threads() // self.in_features)
-        packed, products = Packed(self.mask, self.weight, self.scale), []
-        for start in range(0, self.out_features, step):
-            rows = slice(start, min(self.out_features, start + step))
-            weight = self.fmt.decode(packed, self.in_features, self.offsets, tokens.dtype, rows)
-            products.append(
-                F.linear(tokens, weight, None if self.bias is None else self.bias[rows])
-            )
-        return products[0] if len(products) == 1 else torch.cat(products, 1)
+        return by_dense_rows(tokens, rows, self.out_features, self.bias)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{size}, nnz={self.nnz}, bits={self.fmt.bits}, bias={self._has_bias}"
-
-    @property
-    def _has_bias(self) -> bool:
-        return self.bias is not None
+        return f"{size}, nnz={self.nnz}, bits={self.fmt.bits}, bias={self.bias is not None}"
 
     @property
     def _offloaded(self) -> bool:

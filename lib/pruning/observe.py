@@ -91,9 +91,8 @@ class Observation:
             if linear is group.linears[0]:
                 with record_function("statistics"):
                     dense = self.dense.get(linear.name)
-                    group.method.observe(
-                        rows(x), **({} if dense is None else dict(dense=rows(dense)))
-                    )
+                    known = {} if dense is None else {"dense": rows(dense)}
+                    group.method.observe(rows(x), **known)
         self.seen.add(linear)
         if len(self.seen) == len(self.linears):
             raise Stop

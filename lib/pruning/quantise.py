@@ -1,10 +1,12 @@
-"""Quantise what a pruned model keeps to the integers that it will be packed as, block by block.
+"""Quantise what a model keeps to integers that it will be packed as, or that llama.cpp runs.
 
     python main.py --model MODEL --prune_method admm --replace_sparse_layers --pack_bits 4 ...
+    python main.py --model MODEL --quantize q4_0 ...
 
 One more pass over the blocks with calibration text: each linear receives what the quantised blocks
 before it give, and aims at what the model computes without them (lib/methods/gptq.py). Quantised
-are the linears that lib/sparse.py packs; zeros stay zeros.
+are the linears that lib/sparse.py packs, or all whose rows are whole blocks of q4_0; zeros stay
+zeros.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lib.methods.gptq import GPTQ
+from lib.methods.gptq import GPTQ, GPTQForLlamaCpp
 from lib.model.blocks import BlockRunner
 from lib.model.matrix import PrunableLinear
 from lib.prune import UNREACHED, Pruned, Pruner, first_of
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group
+from lib.pruning.ordered import OrderedBlock
 from lib.sparse import NOTHING_TO_PACK, is_packed
 from lib.util.errors import UserError
 
@@ -30,7 +34,7 @@ class Quantiser(Pruner):
     The result is reported in `done`, as if it were pruned.
     """
 
-    stage = "rounded"
+    stage = "quantised"
 
     def __init__(self, runner: BlockRunner, method: type[GPTQ] = GPTQ) -> None:
         super().__init__(runner, method, Allocation({}))
@@ -62,3 +66,67 @@ class Quantiser(Pruner):
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
         group.method.quantise_(matrices)
+
+
+class LlamaCppQuantiser(Quantiser):
+    """Quantises every linear whose rows are whole blocks of q4_0, experts too, all in place.
+
+    Those that no token reaches, and experts that fewer reach than they have inputs, are rounded to
+    nearest.
+    """
+
+    def __init__(self, runner: BlockRunner) -> None:
+        super().__init__(runner, GPTQForLlamaCpp)
+
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        linears = Pruner._linears(self, index)
+        return [linear for linear in linears if self.fmt.takes(linear.shape[1])]
+
+    def _is_packed_in(self, index: int) -> bool:
+        return True
+
+    def _prune_(
+        self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
+    ) -> dict[str, Tensor]:
+        written = super()._prune_(index, linears, ordered)
+        for linear in linears:
+            if linear.name not in written:
+                linear.set_weight_(self.fmt.nearest(linear.matrix()))
+        return written
+
+    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
+        if not group.fallback:
+            return super()._change_(group, matrices)
+        for matrix in matrices:
+            matrix.copy_(self.fmt.nearest(matrix))
+
+
+def q4_0_weights(runner: BlockRunner) -> tuple[dict[str, bool], list[str]]:
+    """{weight's name: whether it is (in, out)} of all that q4_0 can hold, and names of the rest."""
+    names: dict[str, bool] = {}
+    left: dict[str, None] = {}
+    for index in range(len(runner.blocks)):
+        with runner.on_device(index):
+            for linear in runner.linears(index):
+                stack = linear.expert is not None
+                name = linear.stage if stack else f"{linear.name}.{linear.parameter}"
+                if GPTQForLlamaCpp.fmt.takes(linear.shape[1]):
+                    names[name] = linear.transposed
+                else:
+                    left[name] = None
+    return names, list(left)
+
+
+def check_q4_0(runner: BlockRunner) -> dict[str, Any]:
+    """The record of a quantised model. UserError where conversion to q4_0 would change a value."""
+    fmt = GPTQForLlamaCpp.fmt
+    names, left = q4_0_weights(runner)
+    for index in range(len(runner.blocks)):
+        with runner.on_device(index):
+            for linear in runner.linears(index):
+                matrix = linear.matrix()
+                if fmt.takes(linear.shape[1]) and not torch.equal(fmt.nearest(matrix), matrix):
+                    raise UserError(
+                        f"--quantize q4_0: {linear.name} is not on the grid; report this"
+                    )
+    return {"format": "q4_0", "tensors": len(names), "left": left}

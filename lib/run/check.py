@@ -1,8 +1,6 @@
 """The checks of a run before any weight is read.
 
-    job = check(args)  # everything that can fail cheaply fails here
-
-Nothing heavy is imported before it is needed.
+job = check(args)  # everything that can fail cheaply fails here
 """
 
 from __future__ import annotations
@@ -11,14 +9,30 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from lib.data.documents import check_source
+from lib.distributed.context import DistContext, local_device
 from lib.methods.registry import method_of
 from lib.methods.sparsity import NEURONS, Sparsity
+from lib.model import pretrained
+from lib.model.access import Checkpoint
+from lib.model.mlp import find_mlps
+from lib.model.quantised import check_format, stored_bits
+from lib.model.rows import config_token_ids, trimmable_rows
+from lib.model.run_folder import RunFolder
+from lib.pruning.inputs import check_widths
+from lib.pruning.neurons import count_left
+from lib.recover import CROSS_ENTROPY, TrainSchedule
+from lib.run.fingerprint import differences, fingerprint
 from lib.run.flags import default_save, quantises, reads_train, shown
 from lib.run.job import Job
+from lib.run.tasks import check_tasks
 from lib.run.teacher import set_teacher
 from lib.run.texts import named_sources, read_texts, same_texts
+from lib.sparse import check_packable
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, partial_of
+from lib.util.progress import quiet
+from lib.vocabulary import trim_vocabulary
 
 
 def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
@@ -27,7 +41,7 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     `shared` is the folder in which the runs of a sweep keep what the dense model computes. Raises
     UserError, in one line, for what can't be done.
     """
-    _check_outputs(args)
+    check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
     read = [(source, "train") for source in sources] if reads_train(args) else []
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
@@ -47,16 +61,15 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
         set_teacher(job)
     bos = None
     if args.bos == "always":
-        from lib.model.pretrained import required_bos_id
-
-        bos = required_bos_id(job.tokenizer)
+        bos = pretrained.required_bos_id(job.tokenizer)
     job.texts = read_texts(job, bos)
     _check_tokens(job)
     _open_store(job)
     return job
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise UserError where the run could not write what it is to save."""
     args.save = args.save or default_save(args)
     check_writable("--save", args.save)
     if args.save_model:
@@ -69,14 +82,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
                 f"continue that by --resume {stage}, or remove it"
             )
     if args.tasks:
-        from lib.run.tasks import check_tasks
-
         check_tasks(args.tasks, args.include_path)
 
 
 def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
-    from lib.data.documents import check_source
-
     for source, split in sources:
         if bool(source.hub) == hub:
             check_source(source, split)
@@ -84,15 +93,6 @@ def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
 
 def _open_model(args: argparse.Namespace) -> Job:
     """Read config and tokenizer, and check that the flags fit the model's shape."""
-    from lib.distributed.context import DistContext, local_device
-    from lib.model import pretrained
-    from lib.model.access import Checkpoint
-    from lib.model.mlp import find_mlps
-    from lib.model.quantised import check_format
-    from lib.pruning.inputs import check_widths
-    from lib.pruning.neurons import count_left
-    from lib.util.progress import quiet
-
     quiet()
     device = local_device(pretrained.pick_device(args.device))
     pretrained.set_current_device(device)
@@ -103,7 +103,7 @@ def _open_model(args: argparse.Namespace) -> Job:
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
     changes = [name for name in ("prune_method", "recover") if getattr(args, name)]
-    changes += ["pack_bits"] if quantises(args) else []
+    changes += ["quantize" if args.quantize else "pack_bits"] if quantises(args) else []
     check_format(
         checkpoint,
         config,
@@ -138,8 +138,6 @@ def _open_model(args: argparse.Namespace) -> Job:
     elif job.method:
         check_widths(blocks, blocks_name, job.sparsity)
     if args.replace_sparse_layers:
-        from lib.sparse import check_packable
-
         check_packable(skeleton, blocks_name, args.pack_bits)
     if args.device is None:
         job.print(f"device: {device}")
@@ -152,9 +150,6 @@ def _set_vocabulary(job: Job) -> None:
     Raises UserError if the model or its tokenizer can't be trimmed, or if a text would decode
     differently.
     """
-    from lib.model.rows import config_token_ids, trimmable_rows
-    from lib.vocabulary import trim_vocabulary
-
     rows = trimmable_rows(job.skeleton, job.checkpoint)
     with job.timed("vocabulary"):
         job.vocabulary = trim_vocabulary(
@@ -174,9 +169,6 @@ def _set_vocabulary(job: Job) -> None:
 
 def _set_schedule(job: Job) -> None:
     """Set the schedule of the recovery. Raises UserError if the model can't be recovered."""
-    from lib.model.quantised import stored_bits
-    from lib.recover import CROSS_ENTROPY, TrainSchedule
-
     args, flag = job.args, shown(job.args, "recover")
     if args.recover < job.seqlen:
         raise UserError(
@@ -217,9 +209,6 @@ def _open_store(job: Job) -> None:
 
     Raises UserError if an interrupted run, or another rank, has another fingerprint.
     """
-    from lib.model.run_folder import RunFolder
-    from lib.run.fingerprint import differences, fingerprint
-
     args, changes = job.args, job.changes
     places = [("--resume", args.resume if changes else None), ("--offload", args.offload)]
     if changes and args.save_model:

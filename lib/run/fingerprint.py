@@ -44,7 +44,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         if role == RESULT and (job.calibrated or name not in CALIBRATION)
     }
     working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
-    saved = dtype_name(saved_dtype(args.dtype, job.config))
+    saved = dtype_name(saved_dtype(args.dtype, job.config, args.quantize))
     pruning = counted | {
         "--seed": args.seed if job.calibrated or texts.training else None,
         "--dtype": f"{working}, saved as {saved}",

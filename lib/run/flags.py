@@ -47,45 +47,29 @@ RETIRED = {
 ROLES: dict[str, str] = {}  # of every flag, filled by build_parser
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
-    return value
+def _number(kind: type, test: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
+    """Return a type of argparse: a number that must be what `test` says."""
+
+    def parse(text: str) -> Any:
+        if not test(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text}: must be {must}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it: invalid int value
+    return parse
 
 
-def _natural(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0")
-    return value
-
-
-def _share(text: str) -> float:
-    if not 0 <= (value := float(text)) < 1:  # nan is refused too
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 0 and below 1")
-    return value
-
-
-def _rate(text: str) -> float:
-    if not 0 < (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0 and below 1")
-    return value
-
-
-def _window(text: str) -> int:
-    if (value := int(text)) < 2:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 2")
-    return value
+POSITIVE = _number(int, lambda value: value >= 1, "at least 1")
+NATURAL = _number(int, lambda value: value >= 0, "at least 0")
+WINDOW = _number(int, lambda value: value >= 2, "at least 2")
+SHARE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
+RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
 
 def _names(text: str) -> list[str]:
     if not (names := [name for name in text.split(",") if name]):
         raise argparse.ArgumentTypeError(f"{text!r}: names no task")
     return names
-
-
-for _type, _word in ((_positive, "int"), (_natural, "int"), (_window, "int"), (_share, "float")):
-    _type.__name__ = _word  # argparse names it in its message: invalid int value
-_rate.__name__ = "float"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -135,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         "seqlen",
         RESULT,
         "length of a calibration or test window in tokens",
-        type=_window,
+        type=WINDOW,
         shown="the model's limit, at most 4096",
     )
     flag(
@@ -150,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
         "batch_size",
         OTHER,
         "windows per forward pass; changes speed and memory, and results only by rounding",
-        type=_positive,
+        type=POSITIVE,
         shown="windows of about 1024 tokens on a CPU, 8192 on a GPU, more for a narrow model",
     )
     flag(
@@ -168,7 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     section("calibration")
     flag("seed", RESULT, "seed of the random draw of the windows", type=int, default=0)
-    flag("nsamples", RESULT, "calibration windows", type=_positive, default=128)
+    flag("nsamples", RESULT, "calibration windows", type=POSITIVE, default=128)
     flag(
         "calibration_data",
         INPUT,
@@ -207,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
         RESULT,
         "keep this many tokens, the most frequent first; if the texts use fewer, add the most "
         "frequent other tokens of the same letters",
-        type=_positive,
+        type=POSITIVE,
         metavar="N",
         shown="all used tokens, filled up to a multiple of 64",
     )
@@ -255,14 +239,24 @@ def build_parser() -> argparse.ArgumentParser:
         choices=(4, 16),
     )
 
+    flag(
+        "quantize",
+        RESULT,
+        "hold the linears of the blocks as values of llama.cpp's q4_0 that a GGUF file keeps "
+        "exactly: with --recover trained as them, else rounded on calibration text; saved in 16 "
+        "bits",
+        choices=("q4_0",),
+    )
+
     section("recovery")
     flag(
         "recover",
         RESULT,
         "after pruning, train the kept weights on this many tokens of the calibration sources' "
         "train text, with the dense model as teacher; zeros stay zeros, and with --pack_bits 4 the "
-        "model is trained as the integers that will be packed",
-        type=_positive,
+        "model is trained as the integers that will be packed; without --prune_method all weights "
+        "of the blocks",
+        type=POSITIVE,
         metavar="TOKENS",
     )
     flag(
@@ -277,7 +271,7 @@ def build_parser() -> argparse.ArgumentParser:
         RESULT,
         "train updates of this rank of every pruned matrix, merged into it at the end, in place "
         "of all its kept weights: for a fraction of the memory",
-        type=_positive,
+        type=POSITIVE,
         metavar="R",
         shown="all weights",
     )
@@ -285,7 +279,7 @@ def build_parser() -> argparse.ArgumentParser:
         "recover_rate",
         RESULT,
         "peak learning rate of the recovery",
-        type=_rate,
+        type=RATE,
         metavar="RATE",
         shown="0.6 times the root mean square of the pruned weights, over the square root of the "
         "model's width, over its blocks",
@@ -296,7 +290,7 @@ def build_parser() -> argparse.ArgumentParser:
         "share of cross-entropy with the text itself in the loss: teaches the model more of this "
         "text, and less of what the teacher knows of others, or of answering in a chat; 0: the "
         "teacher alone",
-        type=_share,
+        type=SHARE,
         metavar="SHARE",
         shown="0.2",
     )
@@ -316,7 +310,7 @@ def build_parser() -> argparse.ArgumentParser:
         OTHER,
         "beginnings of documents of each test set that the dense and the pruned model continue "
         "greedily, for results.json and report; none where blocks are fetched",
-        type=_natural,
+        type=NATURAL,
         default=3,
         metavar="N",
     )
@@ -344,10 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
         shown="out/MODEL-METHOD",
     )
     flag(
-        "save_model",
-        OTHER,
-        "new folder for the pruned model, tokenizer and card",
-        metavar="FOLDER",
+        "save_model", OTHER, "new folder for the pruned model, tokenizer and card", metavar="FOLDER"
     )
     flag(
         "resume",
@@ -398,20 +389,20 @@ NEEDS = {  # a flag: others of which one must be given
     "recover_rate": ("recover",),
     "recover_ce": ("recover",),
     "include_path": ("tasks",),
+    "allocation": ("prune_method",),
 }
 EXCLUDES = (  # two flags, and why not both
     ("offload", "load_bit", "blocks can't be quantised on their way from disk"),
     ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
     ("replace_sparse_layers", "load_bit", "quantised weights can't be packed"),
+    ("quantize", "eval_only", "--eval_only changes no weight"),
+    ("quantize", "load_bit", "weights are quantised once"),
+    ("quantize", "replace_sparse_layers", "llama.cpp runs no packed weights"),
     ("recover", "eval_only", "--eval_only changes no weight"),
     ("recover", "load_bit", "quantised weights can't be trained"),
     ("recover", "offload", "blocks on disk can't be trained"),
     ("teacher", "offload", "the teacher is held in memory whole"),
-    (
-        "teacher",
-        "prune_method",
-        "with --prune_method the model itself, before it is pruned, is the teacher",
-    ),
+    ("teacher", "prune_method", "the model itself, before it is pruned, is the teacher"),
     ("eval_only", "prune_method", "prunes nothing"),
 )
 
@@ -433,80 +424,37 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
             names = " or ".join(f"--{other}" for other in needed)
             yield f"{shown(args, name)}: is for {names}, which is not given"
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
-    works = method or args.eval_only or args.recover or args.trim_vocabulary or quantises(args)
-    neurons = bool(method) and kind == NEURONS
-    zeros = bool(method) and kind == UNSTRUCTURED
-    rules: list[tuple[Any, Callable[[], str]]] = [
-        (
-            not works,
-            lambda: f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only",
-        ),
-        (
-            args.use_variant and method != "wanda",
-            lambda: f"--use_variant: is for wanda, not for {method or 'the dense model'}",
-        ),
-        (
-            args.allocation != "uniform" and not method,
-            lambda: f"{shown(args, 'allocation')}: is for --prune_method, which is not given",
-        ),
-        (
-            neurons and ratio == 0,
-            lambda: f"--sparsity_ratio 0: with --sparsity_type {NEURONS} no neuron would go",
-        ),
-        (
-            neurons and args.load_bit,
-            lambda: (
-                f"--sparsity_type {NEURONS}: quantised weights can't be cut; leave out "
-                f"--load_bit {args.load_bit}"
-            ),
-        ),
-        (
-            neurons and args.replace_sparse_layers,
-            lambda: (
-                f"--sparsity_type {NEURONS}: leaves no zeros for --replace_sparse_layers; "
-                "leave it out, or prune the smaller model by a second run"
-            ),
-        ),
-        (
-            args.recover and not (method or args.teacher),
-            lambda: (
-                f"{shown(args, 'recover')}: give --prune_method, or for a model that was "
-                "pruned before --teacher MODEL, the dense model that it was made of"
-            ),
-        ),
-        (
-            args.recover and zeros and ratio == 0,
-            lambda: (
-                f"{shown(args, 'recover')}: with --sparsity_ratio 0 there is nothing to recover"
-            ),
-        ),
-        (
-            args.replace_sparse_layers and zeros and ratio <= FEWEST_ZEROS,
-            lambda: (
-                f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller "
-                f"packed; give more than {FEWEST_ZEROS:g}, or leave it out"
-            ),
-        ),
-        (
-            args.save_model
-            and args.eval_only
-            and not (args.replace_sparse_layers or args.trim_vocabulary),
-            lambda: f"{shown(args, 'save_model')}: --eval_only changes no weight; leave it out",
-        ),
-    ]
-    yield from (message() for wrong, message in rules if wrong)
+    if not (method or args.eval_only or args.recover or args.trim_vocabulary or quantises(args)):
+        yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
+    if args.use_variant and method != "wanda":
+        yield f"--use_variant: is for wanda, not for {method or 'the dense model'}"
     for name in ("use_variant", "allocation") if kind != UNSTRUCTURED else ():
         if given(args, name):
             yield f"{shown(args, name)}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
-    for name in ("save", "model", "offload", "resume", "teacher") if args.save_model else ():
-        yield from _inside(args, name)
-
-
-def _inside(args: argparse.Namespace, name: str) -> Iterator[str]:
-    """Yield the mistake of a folder that lies in the new folder of --save_model."""
-    target, value = Path(args.save_model).resolve(), getattr(args, name)
-    if value and Path(value).resolve().is_relative_to(target):
-        yield f"{shown(args, 'save_model')}: must be a new folder, but --{name} {value} is in it"
+    if method and kind == NEURONS:
+        neurons = f"--sparsity_type {NEURONS}"
+        if ratio == 0:
+            yield f"--sparsity_ratio 0: with {neurons} no neuron would go"
+        if args.load_bit:
+            yield f"{neurons}: quantised weights can't be cut; leave out --load_bit {args.load_bit}"
+        if args.replace_sparse_layers:
+            yield f"{neurons}: leaves no zeros for --replace_sparse_layers; leave that out"
+    if method and kind == UNSTRUCTURED:
+        if args.recover and ratio == 0:
+            yield f"{shown(args, 'recover')}: with --sparsity_ratio 0 there is nothing to recover"
+        if args.replace_sparse_layers and ratio <= FEWEST_ZEROS:
+            yield (
+                f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller "
+                + (f"packed; give more than {FEWEST_ZEROS:g}, or leave it out")
+            )
+    if args.save_model:
+        target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
+        if args.eval_only and not (args.replace_sparse_layers or args.trim_vocabulary):
+            yield f"{saved}: --eval_only changes no weight; leave it out"
+        for name in ("save", "model", "offload", "resume", "teacher"):
+            value = getattr(args, name)
+            if value and Path(value).resolve().is_relative_to(target):
+                yield f"{saved}: must be a new folder, but --{name} {value} is in it"
 
 
 def observes(args: argparse.Namespace) -> bool:
@@ -518,7 +466,9 @@ def observes(args: argparse.Namespace) -> bool:
 
 
 def quantises(args: argparse.Namespace) -> bool:
-    """Return whether the run rounds kept weights on calibration text before it packs them."""
+    """Return whether the run rounds kept weights on calibration text."""
+    if args.quantize:
+        return not args.recover
     if not args.replace_sparse_layers or args.pack_bits == 16 or args.eval_only or args.recover:
         return False
     return bool(args.calibration_data or args.prune_on_c4 or observes(args))
@@ -533,7 +483,7 @@ def default_save(args: argparse.Namespace) -> str:
     """Return the folder of the results where --save is not given."""
     model = Path(args.model).name or "model"
     if not args.prune_method:
-        return f"out/{model}-{'recovered' if args.recover else 'dense'}"
+        return f"out/{model}-{'recovered' if args.recover else args.quantize or 'dense'}"
     share = f"{args.sparsity_ratio:g}" if args.sparsity_type in (UNSTRUCTURED, NEURONS) else ""
     parts = [model, args.prune_method, args.sparsity_type.replace(":", "of"), share]
     return "out/" + "-".join(part for part in parts if part)

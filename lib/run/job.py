@@ -10,25 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor, device, nn
+
+from lib.data.sources import Source
+from lib.data.training import TrainingText
+from lib.data.windows import TestSet
+from lib.distributed.context import DistContext
+from lib.methods.base import PruningMethod
 from lib.methods.sparsity import Sparsity
+from lib.model.access import Checkpoint
+from lib.model.mlp import MlpLayout
+from lib.model.run_folder import RunFolder
+from lib.recover import TrainSchedule
 from lib.run.flags import observes, quantises
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from lib.data.sources import Source
-    from lib.data.training import TrainingText
-    from lib.data.windows import TestSet
-    from lib.distributed.context import DistContext
-    from lib.methods.base import PruningMethod
-    from lib.model.access import Checkpoint
-    from lib.model.mlp import MlpLayout
-    from lib.model.run_folder import RunFolder
-    from lib.recover import TrainSchedule
-    from lib.vocabulary import TrimmedVocabulary
+from lib.vocabulary import TrimmedVocabulary
 
 
 @dataclass
@@ -50,7 +47,7 @@ class Job:
     sources: list[Source]  # of the calibration
     vocabulary_sources: list[Source]  # whose tokens are kept; none if nothing is trimmed
     tests: list[Source]
-    device: torch.device
+    device: device
     dist: DistContext
     checkpoint: Checkpoint
     config: Any
@@ -78,7 +75,7 @@ class Job:
 
     @property
     def quantises(self) -> bool:
-        """Whether kept weights are rounded on calibration text before they are packed."""
+        """Whether kept weights are rounded on calibration text, to be packed or by --quantize."""
         return quantises(self.args)
 
     @property
@@ -94,7 +91,7 @@ class Job:
     @property
     def has_dense(self) -> bool:
         """Whether the run compares with a dense model: the model itself, or its teacher."""
-        return bool(self.method or self.schedule or self.args.teacher)
+        return bool(self.method or self.schedule or self.args.teacher or self.args.quantize)
 
     @property
     def dense_key(self) -> str:

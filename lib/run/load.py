@@ -12,18 +12,19 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
+from lib.model import pretrained
+from lib.model.access import stored_names
+from lib.model.blocks import BlockRunner
+from lib.model.finite import check_finite
+from lib.model.run_folder import RunFolder
+from lib.model.store import CONVERTED, BlockStore, Files, are_apart, device_map, place_blocks
 from lib.run.job import Job
 from lib.util.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from lib.model.blocks import BlockRunner
-    from lib.model.run_folder import RunFolder
-    from lib.model.store import Files
+from lib.util.host import available, gib, keep_freed_memory
 
 BITS = {"4": 4.5, "8": 8.1}  # for each weight of --load_bit, scales included
 TRAINED = 16  # bytes of a trained weight: float32, gradient and AdamW's two averages
@@ -34,12 +35,6 @@ MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
 def load(job: Job, cleanup: ExitStack) -> BlockRunner:
     """Load the dense model where it fits; `cleanup` closes and removes what that needs."""
-    from lib.model import pretrained
-    from lib.model.blocks import BlockRunner
-    from lib.model.finite import check_finite
-    from lib.model.store import BlockStore
-    from lib.util.host import keep_freed_memory
-
     keep_freed_memory()
     plan = plan_memory(job)
     with job.timed("load"):
@@ -47,7 +42,10 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
             model, files = _read_in_files(job, cleanup)
         else:
             model, files = _read_model(job, {"": job.device}), None
-    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config)
+    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config, job.args.quantize)
+    if job.args.quantize and not plan.fetched:
+        with pretrained.cast(model, save_dtype):
+            pass  # the model is measured as it will be saved
     name, blocks = pretrained.decoder_blocks(model)
     weights = BlockStore(
         blocks,
@@ -89,15 +87,9 @@ class MemoryPlan:
 
 def plan_memory(job: Job) -> MemoryPlan:
     """Decide where blocks and hidden states are kept, and print one line on it."""
-    import torch
-
-    from lib.model.pretrained import pick_dtype
-    from lib.model.store import are_apart
-    from lib.util.host import available, gib
-
     args, dist, config = job.args, job.dist, job.config
     blocks = job.skeleton.get_submodule(job.blocks_name)
-    dtype = pick_dtype(args.dtype, config, job.device)
+    dtype = pretrained.pick_dtype(args.dtype, config, job.device)
     inside = sum(parameter.numel() for parameter in blocks.parameters())
     outside = sum(parameter.numel() for parameter in job.skeleton.parameters()) - inside
     gpu = job.device.type != "cpu"
@@ -136,8 +128,6 @@ def plan_memory(job: Job) -> MemoryPlan:
 
 def free_on(device: torch.device) -> int:
     """Return the bytes that this process can still allocate on a GPU, torch's cache included."""
-    import torch
-
     module, here = torch.get_device_module(device), torch.accelerator
     return module.mem_get_info(device)[0] + (
         here.memory_reserved(device) - here.memory_allocated(device)
@@ -146,9 +136,6 @@ def free_on(device: torch.device) -> int:
 
 def _read_in_files(job: Job, cleanup: ExitStack) -> tuple[nn.Module, Files]:
     """Load the dense model with its blocks in files, which the ranks of a machine share."""
-    from lib.model.access import stored_names
-    from lib.model.store import CONVERTED, Files, device_map, place_blocks
-
     folder = _block_folder(job, cleanup) if job.dist.is_local_main else None
     if folder:
         converted = folder.folder
@@ -163,8 +150,6 @@ def _read_in_files(job: Job, cleanup: ExitStack) -> tuple[nn.Module, Files]:
 
 def _block_folder(job: Job, cleanup: ExitStack) -> RunFolder:
     """Return where this machine keeps changed blocks: the run's own folder, or a temporary one."""
-    from lib.model.run_folder import RunFolder
-
     if job.store:
         return job.store
     if job.args.offload:
@@ -185,12 +170,10 @@ def _read_model(job: Job, where: dict, converted: str | None = None) -> nn.Modul
 
     Weights on disk that transformers converts on loading go into the folder `converted`.
     """
-    from lib.model.pretrained import load_model, pick_dtype
-
-    return load_model(
+    return pretrained.load_model(
         job.checkpoint,
         job.config,
-        dtype=pick_dtype(job.args.dtype, job.config, job.device),
+        dtype=pretrained.pick_dtype(job.args.dtype, job.config, job.device),
         device_map=where,
         offload=converted,
         load_bit=job.args.load_bit,

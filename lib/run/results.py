@@ -4,16 +4,15 @@ A run fills only the keys that it has figures for. What nobody reads any more in
 versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by an example:
 
     {
-        "model": "owner/name", "method": "admm",    # or "dense", or "pruned before"
+        "model": "owner/name", "method": "admm",    # or "dense", "recovered", ...
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
-        "options": {"variant": false},                      # of the method
-        "flags": {...}, "settings": {"nsamples": 128},      # all flags; those that change a result
+        "flags": {...},                                     # all of the command line
         "seed": 0, "versions": {"torch": "2.9"}, "device": "cpu (2 threads)", "bos": 2,
         "calibration": {                                    # null where no text was read
             "name": "uk", "windows": 128, "seqlen": 512, "digest": "...", "sources": [
                 {"name": "uk", "source": "texts/uk", "windows": 128, "share": 1.0}]},
         "sparsity": {"overall": 0.5, "linears": {"model.layers.0.mlp.up_proj": 0.5}},
-        "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # what was asked for, if not uniform
+        "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # asked for, if not uniform
         "notes": ["..."],                                   # what was pruned in another way, or not
         "neurons": {
             "before": 2048, "after": 1536, "multiple": 256, "field": "intermediate_size",
@@ -27,6 +26,9 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "dense": {"uk": 18.0}, "before": {"uk": 27.0}}, # and of each test set
         "packed": {"bits": 4, "linears": 96, "bytes": 5, "dense_bytes": 16, "difference": 0.01},
         "packed_embeddings": {"modules": ["lm_head"], "bits": 8, "bytes": 5, "dense_bytes": 16},
+        "quantized": {
+            "format": "q4_0", "tensors": 126, "difference": 0.1,    # of logits, by all changes
+            "left": ["model.layers.0.mlp.down_proj.weight"]},       # at 16 bits
         "evaluation": [{                                    # of each test set
             "name": "uk", "source": "texts/uk", "windows": 64, "tokens": 32768, "digest": "...",
             "perplexity": 20.1, "standard_error": 0.4, "bits_per_byte": 0.91,
@@ -40,7 +42,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "seconds": {"load": 1.0}, "peak_memory": {"host": 9, "device": null},       # bytes
         "footprint": {"before": 9, "after": 5},             # bytes of the model in memory
         "saved_bytes": 5, "dense_bytes": 9,                 # files saved; the base model
-        "fingerprint": {...}
+        "fingerprint": {"pruning": {"--nsamples": 128}, "measuring": {}},
     }
 """
 
@@ -65,10 +67,9 @@ NEEDED = ("model", "method", "evaluation")
 def write_results(folder: str | Path, results: Mapping[str, Any], name: str = RESULTS) -> Path:
     """Write results.json whole or not at all; nan and inf, which JSON lacks, become null."""
     text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
-    # numbers in a list stand on one line; no string holds a line break as such
-    text = re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()), text)
     path = Path(folder) / name
-    write_text(path, text + "\n")
+    # numbers in a list stand on one line; no string holds a line break as such
+    write_text(path, re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda it: "".join(it[0].split()), text) + "\n")
     return path
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from lib.data.documents import locations
+from lib.data.sources import Source, has_test, parse_sources
+from lib.data.training import training_windows
+from lib.data.windows import calibration_windows, test_set
+from lib.eval import needs_bos
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import default_bos_id
 from lib.run.flags import reads_train
 from lib.run.job import Job, Texts
-
-if TYPE_CHECKING:
-    from lib.data.sources import Source
-    from lib.model.blocks import BlockRunner
 
 
 def named_sources(
     args: argparse.Namespace,
 ) -> tuple[list[Source], list[Source], list[Source]]:
     """Return the sources for calibration, for the trimmed vocabulary, and for evaluation."""
-    from lib.data.sources import parse_sources
-
     names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
     sources = parse_sources(names, "--calibration_data", mixture=True)
     more = parse_sources(args.vocabulary_data or [], "--vocabulary_data")
@@ -39,8 +39,6 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
     UberText and C4 are measured on UberText, as published. Raises UserError if other sources
     have no test text: a model for one language is not measured on another's by default.
     """
-    from lib.data.sources import has_test
-
     names = list(dict.fromkeys(source.text for source in sources if has_test(source)))
     if names:
         return names
@@ -52,8 +50,6 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
 
 def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
     """Return a warning for each test set whose text is also calibrated on."""
-    from lib.data.documents import locations
-
     read = {place for source in sources for place in locations(source, "train")}
     return [
         f"--eval_data {test.text}: the model is calibrated on this text too, so it is measured "
@@ -65,9 +61,6 @@ def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
 
 def read_texts(job: Job, bos: int | None) -> Texts:
     """Return the windows for calibration, evaluation and recovery, each after `bos` if given."""
-    from lib.data.training import training_windows
-    from lib.data.windows import calibration_windows, test_set
-
     args, texts = job.args, Texts(bos)
     common = dict(seqlen=job.seqlen, bos=bos)
     if job.calibrated:
@@ -91,9 +84,6 @@ def read_texts(job: Job, bos: int | None) -> Texts:
 
 def resolve_bos(job: Job, runner: BlockRunner) -> None:
     """Under `--bos auto`, check whether the dense model needs BOS before every window."""
-    from lib.eval import needs_bos
-    from lib.model.pretrained import default_bos_id
-
     bos = default_bos_id(job.tokenizer) if job.args.bos == "auto" else None
     if bos is not None and needs_bos(runner, job.texts.tests[0].windows, bos):
         job.print("the model collapses without its BOS token: every window begins with it")

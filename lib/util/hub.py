@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from lib.util.errors import first_line
+
 
 def hub_problem(error: Exception, kind: str) -> str | None:
     """Return what is wrong and the way out; None for an error that is not the hub's.
@@ -30,9 +32,3 @@ def hub_problem(error: Exception, kind: str) -> str | None:
             "a local folder or file is meant"
         )
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message without final punctuation, or its class."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:, ")[:300]

@@ -3,9 +3,7 @@
     bash launch.sh bench --model MODEL --calibration_data DIR
 
 Prints medians over rounds of the seconds of pruning alone, their ratio, the peak resident memory
-and the perplexity of both, and the measured limit (bench_limit.py). llm-compressor is installed
-into an environment of its own on first use. `--profile` shows where the seconds go, `--scaling`
-how they grow (bench_growth.py).
+and the perplexity of both. llm-compressor is installed into an environment of its own on first use.
 """
 
 from __future__ import annotations
@@ -41,8 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--save", default="out/bench", help="folder for results and charts")
     parser.add_argument("--peer_env", help="llm-compressor's environment (default: SAVE/peer-env)")
     parser.add_argument("--no_peer", action="store_true", help="measure this project alone")
-    parser.add_argument("--profile", action="store_true", help="where the seconds of a run go")
-    parser.add_argument("--scaling", action="store_true", help="growth with windows, tokens, width")
     add_debug_flag(parser)
     return parser
 
@@ -54,16 +50,7 @@ def main(argv: list[str]) -> None:
     for name in ("model", "calibration_data"):  # the runs start in the project's folder
         if Path(getattr(args, name)).exists():
             setattr(args, name, str(Path(getattr(args, name)).absolute()))
-    if args.profile or args.scaling:
-        import bench_growth
-
-        if args.profile:
-            bench_growth.profile(args, folder)
-        if args.scaling:
-            bench_growth.scaling(args, folder)
-        return
     bench = Bench(args, folder)
-    bench.print_limit()
     print(HEAD)
     for method in args.methods:
         for kind in args.types:
@@ -132,17 +119,6 @@ class Bench:
         given = [self.args.model, self.windows, method, kind, "0.5", report, *save]
         call([self.peer, HERE / "bench_peer.py", *given])
         return json.loads(report.read_text("utf-8"))
-
-    def print_limit(self) -> None:
-        report = self.folder / "limit.json"
-        flags = self.flags("sparsegpt", "unstructured")
-        call([sys.executable, HERE / "bench_limit.py", report, *flags])
-        limit = json.loads(report.read_text("utf-8"))
-        print(
-            f"limit: two forward passes {limit['forward']:.1f} s, and for sparsegpt "
-            f"X^T X {limit['gram']:.1f} s at {limit['gflops']:.0f} GFLOP/s\n",
-            flush=True,
-        )
 
 
 def call(command: list) -> None:

@@ -1,7 +1,7 @@
 """GGUF files of models: bytes, and greedy words of llama.cpp beside transformers'.
 
     python tests/bench/bench_gguf.py NAME=FOLDER ... --types f16 q8_0 q4_0 --data SOURCE \\
-        --files FOLDER --out JSON [--llama FOLDER]
+        --files FOLDER --out JSON
 
 Every file is converted and proven by `launch.sh gguf` first, unless FOLDER has it already. Then
 both go on greedily after the beginnings of test documents. llama.cpp's own program measures speed:
@@ -13,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shutil
 import sys
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -22,13 +25,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.data.documents import open_documents  # noqa: E402
+from lib.commands.gguf.command import main as convert  # noqa: E402
+from lib.commands.gguf.llama_cpp import DIRECT, start  # noqa: E402
+from lib.data.documents import read_documents  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
-from lib.gguf.command import is_ours, record_of  # noqa: E402
-from lib.gguf.command import main as convert  # noqa: E402
-from lib.gguf.llama_cpp import ask  # noqa: E402
 
 BEGINNING = 24  # tokens
+PLACES = ("build/bin", "bin", ".")  # of a checkout of llama.cpp
+
+
+def program(checkout: str, name: str = "llama-quantize") -> Path | None:
+    """Where a program of llama.cpp is: in the checkout, else on PATH."""
+    places = [Path(checkout) / place / name for place in PLACES]
+    built = next((place for place in places if os.access(place, os.X_OK)), None)
+    return built or ((on_path := shutil.which(name)) and Path(on_path))
 
 
 def main() -> None:
@@ -37,29 +47,30 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["f16", "q8_0", "q4_0"])
     parser.add_argument("--data", nargs="+", required=True, metavar="SOURCE")
     parser.add_argument("--files", required=True, type=Path, metavar="FOLDER")
-    parser.add_argument("--llama", metavar="FOLDER", help="for types of llama-quantize")
     parser.add_argument("--beginnings", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32, help="that are written after each")
     parser.add_argument("--out", required=True, metavar="JSON")
     args = parser.parse_args()
-    with open_documents(parse_source(args.data[0], "--data"), "test") as (documents, _):
-        texts = [documents[i] for i in range(args.beginnings)]
-    found = {"beginnings": args.beginnings, "tokens": args.tokens, "files": []}
+    documents, _ = read_documents(parse_source(args.data[0], "--data"), "test")
+    texts = [documents[i] for i in range(args.beginnings)]
+    files = []
     for entry in args.models:
         name, _, folder = entry.partition("=")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         prompts = [tokenizer(text).input_ids[:BEGINNING] for text in texts]
         expected = greedy(folder, prompts, args.tokens)
-        for weight_type in args.types:
-            file = args.files / f"{name}-{weight_type}.gguf"
-            measured = measure(args, folder, file, prompts=prompts, expected=expected)
-            found["files"].append({"model": name} | measured)
-            print(json.dumps({"model": name} | measured, ensure_ascii=False), flush=True)
-            for words in zip(prompts, expected, measured["completions"], strict=True):
-                beginning, theirs, ours = (tokenizer.decode(ids) for ids in words)
-                print(f"{beginning!r}\n  transformers: {theirs!r}\n  llama.cpp:    {ours!r}")
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    Path(args.out).write_text(text + "\n", "utf-8")
+        for kind in args.types:
+            file = args.files / f"{name}-{kind}.gguf"
+            if not file.is_file():
+                convert([folder, str(file), "--type", kind, "--data", *args.data])
+            pairs = list(zip(by_llama_cpp(file, prompts, args.tokens), expected, strict=True))
+            figures = {"model": name, "type": kind, "bytes": file.stat().st_size}
+            figures["same_completions"] = sum(ours == theirs for ours, theirs in pairs)
+            figures["same_tokens"] = sum(alike(*pair) for pair in pairs) / len(pairs)
+            files.append(figures)
+            print(json.dumps(figures), flush=True)
+    found = {"beginnings": args.beginnings, "tokens": args.tokens, "files": files}
+    Path(args.out).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
 
 
 @torch.no_grad()
@@ -67,43 +78,25 @@ def greedy(folder: str, prompts: list[list[int]], tokens: int) -> list[list[int]
     """What transformers writes after each prompt, in float32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     settings = dict(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+    inputs = (torch.tensor([ids]) for ids in prompts)
+    written = (model.generate(i, attention_mask=torch.ones_like(i), **settings) for i in inputs)
+    return [ids[0, -tokens:].tolist() for ids in written]
+
+
+def by_llama_cpp(file: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    server = start(str(file), BEGINNING + tokens + 8)
+    fields = {"n_predict": tokens, "temperature": 0, "return_tokens": True, "ignore_eos": True}
     written = []
     for ids in prompts:
-        given = torch.tensor([ids])
-        out = model.generate(given, attention_mask=torch.ones_like(given), **settings)
-        written.append(out[0, len(ids) :].tolist())
+        body = json.dumps(fields | {"prompt": ids, "cache_prompt": False}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.listening_address}/completion", body, headers)
+        with DIRECT.open(request) as answer:
+            written.append(json.load(answer)["tokens"])
     return written
 
 
-def measure(
-    args: argparse.Namespace,
-    folder: str,
-    file: Path,
-    *,
-    prompts: list[list[int]],
-    expected: list[list[int]],
-) -> dict:
-    """Convert and prove one file if it is not there, and run it."""
-    weight_type = file.stem.rpartition("-")[2]
-    if not is_ours(file):
-        more = ["--llama", args.llama] if args.llama else []
-        convert([folder, str(file), "--type", weight_type, "--data", *args.data, *more])
-    record = json.loads(record_of(file).read_text("utf-8"))
-    assert record["type"] == weight_type, file
-    request = {"prompts": prompts, "continued": args.tokens}
-    completions = ask(file, request | {"context": BEGINNING + args.tokens + 8})["completions"]
-    pairs = list(zip(completions, expected, strict=True))
-    return {
-        "type": weight_type,
-        "bytes": file.stat().st_size,
-        "same_completions": sum(ours == theirs for ours, theirs in pairs),
-        "same_tokens": sum(_alike(ours, theirs) for ours, theirs in pairs) / len(pairs),
-        "proof": record["proof"],
-        "completions": completions,
-    }
-
-
-def _alike(ours: list[int], theirs: list[int]) -> int:
+def alike(ours: list[int], theirs: list[int]) -> int:
     """Tokens before the first that differs."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(ours), len(theirs)))

@@ -6,11 +6,8 @@
     bash launch.sh bench_sparse split --model FOLDER  # where the time of a token goes
 
 Run it on a quiet machine. Dense and packed take turns in the same run, figures are medians; loading
-and resident memory are those of a process of its own for each. `model --compiled` measures each
-kind once more with a static cache and a graph that torch.compile made, one after the other, and
-`model --model FOLDER --llama CHECKOUT` llama.cpp with the same weights, by its own program:
-
-    llama-bench -m FILE -t THREADS -p 512 -n 64 -o json
+and resident memory are those of a process of its own for each. llama.cpp beside it, by its own
+program: `llama-bench -m FILE -t THREADS -p 512 -n 64`.
 """
 
 from __future__ import annotations
@@ -26,25 +23,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from measure import medians, random_llama, seconds, table
+from measure import medians, random_llama, table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lib.gguf.command
-import lib.sparse
-from lib.gguf.quantiser import PLACES, program
+from lib.model.blocks import BlockRunner
 from lib.model.pretrained import decoder_blocks
 from lib.packed import kernels
+from lib.packed.checkpoint import pack_embeddings_
+from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
+from lib.sparse import swap_linears_
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008)]
 TOKENS = (1, 2, 4, 8, 16, 64, 512)
 COPIES = 96 * 2**20  # bytes of weights that take turns: more than caches hold
 PROMPT, NEW, PREFILL, BATCHES = 16, 16, 512, (1, 4)
-LLAMA_TYPES, LLAMA_NEW = ("f16", "q8_0", "q4_0"), 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CPU = torch.device("cpu")
 
@@ -63,9 +60,6 @@ def zeros_(weight: Tensor, share: float) -> None:
     """Make `share` of a matrix zeros, at random places."""
     for rows in weight.detach().split(512):
         rows.masked_fill_(torch.rand(rows.shape) < share, 0)
-
-
-# ------------------------------------------------------------------------------------- products
 
 
 def in_turn(calls: list[Callable[[], Tensor]]) -> Callable[[], Tensor]:
@@ -101,15 +95,14 @@ def bench_product(
     copies = max(1, COPIES // dense.weight.nbytes)
     weights = [dense.weight.clone() for _ in range(copies)]
     held = {}
-    for bits in (16, 8, 4):
-        packed = SparseLinear.from_linear(dense, bits)
+    for bits, fmt in FORMATS.items():
+        packed = SparseLinear.from_linear(dense, fmt)
         held[bits] = [copy.deepcopy(packed) for _ in range(2 * copies)]
     found: dict[str, list[float]] = {}
     for tokens in TOKENS:
         x = torch.randn(tokens, width).to(dtype)
         calls = {"dense": in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights])}
         calls["packed"] = by_kernel(held[16], x, None)
-        calls["packed, 8 bits"] = by_kernel(held[8], x, None)
         calls["packed, 4 bits"] = by_kernel(held[4], x, None)
         if "avx2" in kernels.paths():
             calls["packed, AVX2 only"] = by_kernel(held[16], x, "avx2")
@@ -135,60 +128,11 @@ def bench_products(args: argparse.Namespace) -> None:
         table(["out x in, zeros", "", *(f"{n} token{'s' * (n > 1)}" for n in TOKENS)], rows)
 
 
-# --------------------------------------------------------------------------------------- models
-
-
 @torch.inference_mode()
 def generate(model: nn.Module, batch: int, **settings: Any) -> None:
     ids = torch.arange(batch * PROMPT).view(batch, PROMPT) % 500 + 1
     settings |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
     model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **settings)
-
-
-def compiled(model: nn.Module, batch: int, rounds: int) -> tuple[float, float]:
-    """Seconds of `generate` with a static cache and a compiled graph, and of compiling it."""
-    from transformers import CompileConfig
-
-    torch._dynamo.reset()  # graphs of other models would be tried first at every call
-    config = CompileConfig(fullgraph=False, mode="default")
-    config._compile_all_devices = True  # transformers compiles on GPUs alone otherwise
-    settings = {"cache_implementation": "static", "compile_config": config}
-    call = {"compiled": lambda: generate(model, batch, **settings)}
-    first = seconds(call["compiled"], CPU)
-    spent = medians(call, CPU, rounds)["compiled"]
-    return spent, first - spent
-
-
-# -------------------------------------------------------------------------------------- llama.cpp
-
-
-def llama_bench(checkout: str, file: Path) -> dict[str, float]:
-    """llama.cpp's tokens a second on torch's threads: of a prompt, and one after the other."""
-    tool = program(checkout, "llama-bench")
-    if tool is None:
-        sys.exit(f"bench_sparse: --llama {checkout}: llama-bench is not built there ({PLACES[0]})")
-    lengths = ["-p", str(PREFILL), "-n", str(LLAMA_NEW)]
-    command = [str(tool), "-m", str(file), "-t", str(torch.get_num_threads()), *lengths]
-    done = subprocess.run([*command, "-o", "json"], check=True, capture_output=True, text=True)
-    runs = json.loads(done.stdout)
-    return {"generate" if run["n_gen"] else "prefill": run["avg_ts"] for run in runs}
-
-
-def llama_rows(
-    args: argparse.Namespace, folder: Path, dense: dict[str, float]
-) -> dict[str, list[str]]:
-    """Cells of the table of models; `dense` has the dense model's tokens a second."""
-    rows = {}
-    for weight_type in LLAMA_TYPES:
-        file = folder / f"{weight_type}.gguf"
-        is_whole = (Path(args.llama) / "conversion").is_dir()  # else an installed converter's
-        checkout = ["--llama", args.llama] if is_whole else []
-        lib.gguf.command.main([args.model, str(file), "--type", weight_type, *checkout])
-        speeds = llama_bench(args.llama, file)
-        one, many = (f"{s:.1f} ({s / dense[what]:.2f}x)" for what, s in sorted(speeds.items()))
-        rows[f"llama.cpp, {weight_type}"] = [one, "", many, f"{file.stat().st_size / 1e6:.0f} MB"]
-        file.unlink()
-    return rows
 
 
 @torch.inference_mode()
@@ -244,12 +188,10 @@ def made(args: argparse.Namespace) -> nn.Module:
 def packed_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The dense model and, made of it, one of each packed kind."""
     models = {"dense": made(args)}
-    for bits in (16, 8, 4):
+    for bits, fmt in FORMATS.items():
         models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
-        lib.sparse.swap_linears_(model, decoder_blocks(model)[1], bits=bits)
-    for bits in (8, 4):
-        models[f"{bits} bits, embedding 8"] = model = copy.deepcopy(models[f"packed, {bits} bits"])
-        lib.sparse.pack_embeddings_(model)
+        swap_linears_(BlockRunner(model, CPU), fmt)
+    pack_embeddings_(model)  # at 4 bits, as --pack_bits 4 does
     return models
 
 
@@ -296,23 +238,14 @@ def bench_split(args: argparse.Namespace) -> None:
 def bench_model(args: argparse.Namespace) -> None:
     models = packed_models(args)
     found: dict[str, list[str]] = {name: [] for name in models}
-    speeds: dict[str, float] = {}  # of the dense model
-    compiling: list[float] = []
     for batch in BATCHES:
         calls = {name: lambda m=m, b=batch: generate(m, b) for name, m in models.items()}
         spent = medians(calls, CPU, args.rounds)
-        if args.compiled:
-            for name, model in models.items():
-                spent[f"{name}, compiled"], first = compiled(model, batch, args.rounds)
-                compiling.append(first)
-        if batch == 1:
-            speeds["generate"] = NEW / spent["dense"]
         for name, one in spent.items():
             cell = f"{batch * NEW / one:.1f} ({spent['dense'] / one:.2f}x)"
             found.setdefault(name, []).append(cell)
     calls = {name: lambda m=m: prefill(m) for name, m in models.items()}
     spent = medians(calls, CPU, max(1, args.rounds // 2))
-    speeds["prefill"] = PREFILL / spent["dense"]
     for name, one in spent.items():
         found[name].append(f"{PREFILL / one:.0f} ({spent['dense'] / one:.2f}x)")
     if args.scratch:
@@ -322,8 +255,6 @@ def bench_model(args: argparse.Namespace) -> None:
             told = load_apart(model, Path(scratch) / str(index))
             size, memory = told["bytes"] / 1e6, told["resident"] / 1e6
             found[name] += [f"{size:.0f} MB", f"{told['seconds']:.1f} s", f"{memory:.0f} MB"]
-        if args.llama:
-            found |= llama_rows(args, Path(scratch), speeds)
     size = sum(one.numel() for one in models["dense"].parameters())
     what = Path(args.model).name if args.model else "a random LLaMA"
     print(f"{what}, {size / 1e6:.0f} million parameters, {args.dtypes[0]}, {args.shares[0]:.0%}\n")
@@ -331,8 +262,6 @@ def bench_model(args: argparse.Namespace) -> None:
     header = ["weights", *generated, f"prefill of {PREFILL}", "files", "loading", "resident"]
     empty = [""] * len(header)
     table(header, [[name, *cells, *empty][: len(header)] for name, cells in found.items()])
-    if compiling:
-        print(f"compiling one model for one batch: {min(compiling):.0f} to {max(compiling):.0f} s")
 
 
 def main() -> None:
@@ -342,16 +271,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=DTYPES)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.7], help="of zeros")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--compiled", action="store_true", help="model: by static cache and compiled graph too"
-    )
-    parser.add_argument(
-        "--llama", metavar="CHECKOUT", help="model: llama.cpp too, whose llama-bench is built there"
-    )
     parser.add_argument("--scratch", help="folder for models that are loaded again")
     args = parser.parse_args()
-    if args.llama and not (args.what == "model" and args.model):
-        parser.error("--llama: goes with `model --model FOLDER`, whose tokenizer the file needs")
     if args.what == "load":
         print(json.dumps(loaded(args.model)))
         return

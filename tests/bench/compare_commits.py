@@ -6,9 +6,10 @@
 `record` runs the main.py of a checkout and adds to OUT.json, for each kind, digests of every saved
 tensor and of the zeros, and the figures of results.json. Models and texts are made once, in place/
 beside OUT.json, so that two commits recorded side by side read the same; what the runs leave stays
-in OUT-runs/. PROGRAM runs a Python program with a CUDA device where PRETENDED_CUDA is set; without
-it kinds for CUDA are left out. Every run is forked off one process that has imported everything:
-six minutes of one core. `compare` names what differs, with status 1 if anything does.
+in OUT-runs/. PROGRAM runs a Python program on a CUDA device where PRETENDED_CUDA is set; without it
+kinds for CUDA are left out. Every run is forked off one process that has imported everything:
+six minutes of one core. `compare` names what differs, with status 1 if anything does; figures that
+only AFTER has are no difference.
 
 kinds.txt lists the kinds, beside those of METHODS and ARCHITECTURES. There `@name` is a model or
 text of place/, and flags in braces, which have since been retired, are tried first. A step begins
@@ -217,9 +218,9 @@ def differences(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
     odd = [name for name in names if one["weights"].get(name) != two["weights"].get(name)]
     told = [f"{len(odd)} of {len(names)} tensors: {', '.join(odd[:3])}"] if odd else []
     told += ["masks"] if one["masks"] != two["masks"] else []
-    for name in {**one["figures"], **two["figures"]}:
-        values = one["figures"].get(name), two["figures"].get(name)
-        told += [f"{name} {values[0]} / {values[1]}"] if values[0] != values[1] else []
+    for name in one["figures"]:
+        values = one["figures"].get(name, []), two["figures"].get(name, [])
+        told += [] if {*values[0]} <= {*values[1]} else [f"{name} {values[0]} / {values[1]}"]
     return told
 
 

@@ -3,9 +3,9 @@
     python tests/bench/faults.py [--kills 20] [--seed 0]
 
 Kills main.py and a sweep with SIGKILL at random moments, fills the disk, changes a text, cuts a
-shard, takes away the right to write, starts two runs in one folder, edits what was saved; after
-each, the same command is run again. Prints a table.
-Full and read-only disks are small tmpfs, which take root to mount; without it they are left out.
+shard, names folders that are not empty, starts two runs in one folder, closes the reader of the
+output, damages what was saved; after each, the same command is run again. Prints a table. Full and
+read-only disks are small tmpfs, which take root to mount; without it they are left out.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny  # noqa: E402
-from support import content  # noqa: E402
-
-from lib.util.folders import MANIFEST, unexpected_file  # noqa: E402
 
 Row = tuple[str, str, str]
-QUICK = "--device cpu --seqlen 32 --nsamples 8 --prune_method sparsegpt".split()
-QUICK += ["--calibration_data", "uk"]
+MAIN = str(ROOT / "main.py")
+FLAGS = "--device cpu --seqlen 32 --nsamples 8 --prune_method sparsegpt --calibration_data uk"
+PRUNE = [MAIN, "--model", "llama", *FLAGS.split()]
+SWEEP = "-m lib.commands.sweep --models llama --types unstructured 2:4 --calibration uk".split()
 
 
 def started(*argv: str) -> subprocess.Popen:
@@ -43,275 +44,194 @@ def started(*argv: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, *argv], env=os.environ | settings, **pipes)
 
 
-def ran(*argv: str) -> tuple[int, str, str]:
-    """Exit status, stdout, and what stands last on stderr but progress."""
+def run(*argv: str) -> tuple[str, str]:
+    """Return status and last line on stderr but progress, and stdout."""
     process = started(*argv)
-    out, said = process.communicate(timeout=300)
-    lines = [line for line in said.strip().splitlines() if "%|" not in line]
-    return process.returncode, out, lines[-1] if lines else ""
+    out, err = process.communicate(timeout=1800)
+    lines = [line for line in err.strip().splitlines() if "%|" not in line]
+    return f"status {process.returncode} {lines[-1] if lines else ''}".strip(), out
 
 
-def at_work(process: subprocess.Popen, word: str) -> float:
-    """The moment in which the process prints a line with the word: what it had to import is in."""
+def wait_for_line(process: subprocess.Popen, word: str) -> float:
+    """Return the moment in which the process prints a line with the word: imports are done."""
     while line := process.stdout.readline():
         if word in line:
             break
     return time.perf_counter()
 
 
-def time_at_work(word: str, argv: Callable[[str], list[str]]) -> float:
-    """The shortest of three, each with its own output: most kills are to come before the end."""
-    times = []
-    for number in range(3):
-        process = started(*argv(f"timed-{number}"))
-        begin = at_work(process, word)
-        process.communicate()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def killed(seconds: float, word: str, *argv: str) -> bool:
-    """Whether the command still ran when it was killed, so long after it came to work."""
+def kill(seconds: float, word: str, *argv: str) -> None:
+    """Start a command and kill it so many seconds after it has printed the word."""
     process = started(*argv)
-    at_work(process, word)
+    wait_for_line(process, word)
     time.sleep(seconds)
-    over = process.poll() is not None
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    return not over
 
 
-def state_of(model: Path, known: dict[str, dict[str, str]]) -> str:
-    """Which whole model stands there."""
-    for path in (model, model.with_name(f"{model.name}.being-replaced")):
-        if path.is_dir() and not unexpected_file(path) and (path / MANIFEST).is_file():
-            weights = {"model.safetensors": content(path).get("model.safetensors")}
-            names = [name for name, files in known.items() if weights.items() <= files.items()]
-            return (names or ["an unknown model"])[0] + ("" if path == model else ", put aside")
-    return "NO WHOLE MODEL"
+def time_at_work(word: str, argv: list[str]) -> float:
+    process = started(*argv)
+    begin = wait_for_line(process, word)
+    process.communicate()
+    return time.perf_counter() - begin
+
+
+def saved(folder: str) -> bytes:
+    """Return the saved weights, whatever their files are."""
+    return b"".join(file.read_bytes() for file in sorted(Path(folder).glob("*.safetensors")))
+
+
+def told(left: Counter) -> str:
+    return "; ".join(f"{count} x {what}" for what, count in left.most_common())
 
 
 def kills_while_saving(kills: int, rng: random.Random) -> Iterator[Row]:
-    argv = [str(ROOT / "main.py"), "--model", "llama", *QUICK]
-    old = [*argv, "--seed", "1", "--save_model", "saved"]
-    again = [*argv, "--save_model", "saved", "--resume", "kept"]
-    ran(*argv, "--save_model", "whole")
-    ran(*old)
-    known = {"the old model": content("saved"), "the new model": content("whole")}
-    whole = time_at_work("memory:", lambda out: [*argv, "--save_model", out, "--resume", "k"])
+    again = [*PRUNE, "--save_model", "new", "--resume", "kept"]
+    whole = time_at_work("memory:", [*PRUNE, "--save_model", "whole", "--resume", "timed"])
     left: Counter = Counter()
     for _ in range(kills):
-        killed(rng.uniform(0, 0.5 * whole), "memory:", *again)  # the rest is taking leave
-        found = state_of(Path("saved"), known)
-        left[
-            f"{found}, blocks kept: {'some' if list(Path('kept').glob('block-*')) else 'none'}"
-        ] += 1
-        if found == "the new model":  # so that the next kill meets the old one
-            shutil.rmtree("saved")
-            shutil.rmtree("kept", ignore_errors=True)
-            ran(*old)
-    status, _, said = ran(*again)
-    same = content("saved")["model.safetensors"] == content("whole")["model.safetensors"]
-    rest = [
-        path.name for path in Path().iterdir() if ".partial" in path.name or "lock" in path.name
-    ]
+        kill(rng.uniform(0, whole), "memory:", *again)
+        state = "no model"
+        if Path("new").exists():
+            state = "the whole model" if saved("new") == saved("whole") else "NO WHOLE MODEL"
+            shutil.rmtree("new")  # so that the next run has something to do
+        blocks = "some" if list(Path("kept").glob("block-*")) else "none"
+        left[f"{state}, blocks kept: {blocks}"] += 1
+    status, _ = run(*again)
+    rest = [path.name for path in Path().iterdir() if "partial" in path.name or "lock" in path.name]
     yield (
-        f"SIGKILL at {kills} random moments; --save_model over a model, --resume",
+        f"SIGKILL at {kills} random moments; --save_model, --resume",
         told(left),
-        f"status {status} {said}; bytes of an uninterrupted run: {same}; left over: {rest}",
+        f"{status}; bytes of an uninterrupted run: {saved('new') == saved('whole')}; left: {rest}",
     )
 
 
 def kills_of_a_sweep(kills: int, rng: random.Random) -> Iterator[Row]:
-    flags = "--models llama --methods wanda sparsegpt --types unstructured 2:4 --save_models"
-    own = ["-m", "lib.commands.sweep", *flags.split(), "--calibration", "uk"]
-
     def command(out: str) -> list[str]:
-        return [*own, "--out", out, "--", *QUICK[:6]]
+        own = [*SWEEP, "--methods", "wanda", "sparsegpt", "--save_models", "--out", out]
+        return [*own, "--", *FLAGS.split()[:6]]
 
-    ran(*command("whole"))
-    whole = time_at_work("runs,", command)
+    def table(folder: str) -> list[str]:
+        text = Path(folder, "report.md").read_text("utf-8")
+        return [line for line in text.splitlines() if line.startswith("|")]
+
+    whole = time_at_work("runs,", command("whole-sweep"))
     left: Counter = Counter()
     for _ in range(kills):
-        if len(list(Path("runs").rglob("results.json"))) == 5:
+        kill(rng.uniform(0, whole), "runs,", *command("runs"))
+        finished = len(list(Path("runs").rglob("results.json")))
+        left[f"{finished} of 5 runs finished"] += 1
+        if finished == 5:
             shutil.rmtree("runs")
-        killed(rng.uniform(0, whole), "runs,", *command("runs"))
-        left[f"{len(list(Path('runs').rglob('results.json')))} of 5 runs finished"] += 1
-    status, out, _ = ran(*command("runs"))
-    said = next(line for line in out.splitlines() if " finished before" in line)
-    yield (
-        f"SIGKILL at {kills} random moments of a sweep of 5 runs",
-        told(left),
-        f"status {status}: {said}; the table of one not killed: {table('runs') == table('whole')}",
-    )
-
-
-def table(folder: str) -> list[str]:
-    """The report's rows."""
-    text = Path(folder, "report.md").read_text("utf-8")
-    return [line for line in text.splitlines() if line.startswith("|")]
+    status, out = run(*command("runs"))
+    said = [line for line in out.splitlines() if " finished before" in line][:1]
+    same = table("runs") == table("whole-sweep")
+    name = f"SIGKILL at {kills} random moments of a sweep of 5 runs"
+    yield name, told(left), f"{status} {said}; the table of one not killed: {same}"
 
 
 @contextmanager
 def mounted(*options: str) -> Iterator[Path | None]:
     place = Path(tempfile.mkdtemp(dir="."))
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", *options, "none", str(place)], capture_output=True
-    )
+    mount = ["mount", "-t", "tmpfs", *options, "none", str(place)]
+    failed = subprocess.run(mount, capture_output=True).returncode
     try:
-        yield None if done.returncode else place
+        yield None if failed else place
     finally:
-        if not done.returncode:
+        if not failed:
             subprocess.run(["umount", str(place)])
 
 
 def disks(_: int, __: random.Random) -> Iterator[Row]:
-    argv = [str(ROOT / "main.py"), "--model", "llama", *QUICK]
-    with mounted("-o", "size=400k") as place:
-        if place is None:
-            yield "disks that are full or read-only", "not tried: mount needs root", ""
-            return
-        for flag in ("--save_model", "--resume"):
-            status, _, said = ran(*argv, flag, str(place / "there"))
-            left = sorted(path.name for path in place.rglob("*") if path.is_file())
-            again, _, _ = ran(*argv, flag, "room")
-            yield (
-                f"{flag} on a disk that fills up",
-                f"status {status}: {said}; files: {left}",
-                f"with room: status {again}",
-            )
+    for kind, option in (("full", "size=400k"), ("read-only", "ro")):
+        for flag in ("--save_model", "--resume", "--save"):
+            with mounted("-o", option) as place:
+                if place is None:
+                    yield f"{flag} on a {kind} disk", "not tried: mount needs root", ""
+                    continue
+                status, _ = run(*PRUNE, flag, str(place / "there"))
+                left = sorted(path.name for path in place.rglob("*") if path.is_file())
+            again, _ = run(*PRUNE, flag, "room")
             shutil.rmtree("room", ignore_errors=True)
-            for path in place.iterdir():
-                shutil.rmtree(path, ignore_errors=True)
-    with mounted("-o", "ro") as place:
-        for flag in ("--save_model", "--save"):
-            start = time.perf_counter()
-            status, _, said = ran(*argv, flag, str(place / "there"))
-            spent = time.perf_counter() - start
-            yield f"{flag} on a read-only disk", f"status {status} after {spent:.1f} s: {said}", ""
+            yield f"{flag} on a {kind} disk", f"{status}; files: {left}", f"with room: {again}"
+
+
+@contextmanager
+def changed(file: Path, change: Callable[[bytes], bytes]) -> Iterator[None]:
+    before = file.read_bytes()
+    file.write_bytes(change(before))
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
+
+
+def other_words(text: bytes) -> bytes:
+    return text.replace("сонце".encode(), "місяць".encode())
 
 
 def inputs(_: int, __: random.Random) -> Iterator[Row]:
-    argv = [str(ROOT / "main.py"), "--model", "llama", *QUICK]
-    begun = [*argv, "--resume", "begun"]
-    process = started(*begun)
-    while not list(Path("begun").glob("block-*.safetensors")) and process.poll() is None:
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    with changed(Path("uk/train.jsonl"), lambda data: data.replace("сонце", "місяць")):
-        status, _, said = ran(*begun)
-    again, _, _ = ran(*begun)
-    yield "a text changed, then --resume", f"status {status}: {said}", f"put back: status {again}"
-    flags = "--models llama --methods wanda --types unstructured --calibration uk --out texts"
-    sweep = ["-m", "lib.commands.sweep", *flags.split(), "--", *QUICK[:6]]
-    ran(*sweep)
-    with changed(Path("uk/train.jsonl"), lambda data: data.replace("сонце", "місяць")):
-        status, out, _ = ran(*sweep)
+    begun, text = [*PRUNE, "--resume", "begun"], Path("uk/train.jsonl")
+    interrupt(begun, "begun", signal.SIGKILL).communicate()
+    with changed(text, other_words):
+        status, _ = run(*begun)
+    yield "a text changed, then --resume", status, f"put back: {run(*begun)[0]}"
+    sweep = [*SWEEP, "--methods", "wanda", "--out", "texts", "--", *FLAGS.split()[:6]]
+    run(*sweep)
+    with changed(text, other_words):
+        status, out = run(*sweep)
     lines = [line for line in out.splitlines() if "again" in line or "finished before" in line]
-    yield "a text changed between two sweeps", "; ".join(lines), f"status {status}"
-    shard = sorted(Path("sharded").glob("*.safetensors"))[1]
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2])
-    cut = [*argv, "--model", "sharded"]
-    status, _, said = ran(*cut)
-    shard.write_bytes(whole)
-    again, _, _ = ran(*cut)
-    yield "a shard cut short", f"status {status}: {said}", f"put back: status {again}"
+    yield "a text changed between two sweeps", "; ".join(lines), status
+    Path("llama").rename("elsewhere")
+    status, _ = run(*sweep)
+    Path("elsewhere").rename("llama")
+    kept = len(list(Path("texts").rglob("results.json")))
+    yield "a sweep again, its model moved", status, f"results kept: {kept} of 3"
+    with changed(sorted(Path("sharded").glob("*.safetensors"))[1], lambda data: data[: 10**5]):
+        status, _ = run(*PRUNE, "--model", "sharded")
+    yield "a shard cut short", status, f"put back: {run(*PRUNE, '--model', 'sharded')[0]}"
+
+
+def interrupt(argv: list[str], folder: str, how: signal.Signals) -> subprocess.Popen:
+    """Send a signal to a run that has finished a block."""
+    process = started(*argv)
+    while not list(Path(folder).glob("block-*.safetensors")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(how)
+    return process
 
 
 def losses(_: int, __: random.Random) -> Iterator[Row]:
     """What a user could lose, or be given wrongly without a word."""
-    argv = [str(ROOT / "main.py"), "--model", "llama", *QUICK]
-    yield two_runs_in_one_folder(argv)
-    save = [*argv, "--save_model", "trained"]
-    ran(*save)
-    file = Path("trained/model.safetensors")
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    status, _, message = ran(*save)
-    kept = file.read_bytes() == bytes(data)
-    yield "weights trained in place, as long as before", f"status {status}: {message}", f"{kept=}"
-    mine = Path("away/process-0/thesis.txt")
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
-    status, _, message = ran(*argv, "--offload", "away")
-    yield "a user's file in --offload", f"status {status} {message}", f"kept: {mine.exists()}"
-    yield output_without_a_reader(argv)
-    yield sweep_without_its_model()
-    yield damaged_mask(argv)
-
-
-def two_runs_in_one_folder(argv: list[str]) -> Row:
-    ran(*argv, "--save_model", "alone")
-    first = started(*argv, "--save_model", "first", "--resume", "both")
-    while not list(Path("both").glob("block-*")) and first.poll() is None:
-        time.sleep(0.001)
-    first.send_signal(signal.SIGSTOP)  # so that it is at work all the while
-    status, _, message = ran(*argv, "--seed", "1", "--save_model", "second", "--resume", "both")
+    run(*PRUNE, "--save_model", "alone")
+    first = interrupt([*PRUNE, "--save_model", "a", "--resume", "both"], "both", signal.SIGSTOP)
+    status, _ = run(*PRUNE, "--seed", "1", "--save_model", "b", "--resume", "both")
     first.send_signal(signal.SIGCONT)
     first.communicate()
-    same = content("alone")["model.safetensors"] == content("first")["model.safetensors"]
-    return (
-        "another run in the same --resume",
-        f"the second: status {status}: {message}",
-        f"the first: status {first.returncode}, bytes as alone: {same}",
-    )
-
-
-def output_without_a_reader(argv: list[str]) -> Row:
-    command = [sys.executable, *argv, "--save_model", "unread"]
-    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONIOENCODING="ascii")
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | settings
-    )
+    same = saved("a") == saved("alone")
+    yield "another run in the same --resume", status, f"the first's bytes as alone: {same}"
+    for flag in ("--save_model", "--offload", "--save"):
+        mine = Path("mine", "log_book.txt")
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+        status, _ = run(*PRUNE, flag, "mine")
+        kept = [file.name for file in mine.parent.iterdir() if file.read_bytes() == b"mine"]
+        yield f"a user's file in {flag}", status, f"kept as {kept}"
+        shutil.rmtree("mine")
+    yield "--save_model that exists", run(*PRUNE, "--save_model", "alone")[0], ""
+    process = started(*PRUNE, "--save_model", "unread")
     process.stdout.readline()
     process.stdout.close()
     status = process.wait()
-    saved = Path("unread/model.safetensors").is_file()
-    return "the reader of stdout goes, on an ASCII terminal", f"status {status}", f"saved: {saved}"
-
-
-def sweep_without_its_model() -> Row:
-    flags = "--models llama --methods wanda --types unstructured --calibration uk --out moved"
-    sweep = ["-m", "lib.commands.sweep", *flags.split(), "--", *QUICK[:6]]
-    ran(*sweep)
-    before = content("moved")
-    Path("llama").rename("elsewhere")
-    status, _, message = ran(*sweep)
-    Path("elsewhere").rename("llama")
-    figures = [name for name in before if name.endswith("results.json")]
-    kept = all(content("moved")[name] == before[name] for name in figures)
-    return "a sweep again, its model moved", f"status {status}: {message}", f"figures kept: {kept}"
-
-
-def damaged_mask(argv: list[str]) -> Row:
-    from safetensors.torch import load_file, save_file
-
-    ran(*argv, "--replace_sparse_layers", "--save_model", "packed")
+    left = [name for name in ("unread", "unread.partial") if list(Path(name).glob("*.safetensors"))]
+    yield "the reader of stdout goes", f"status {status}", f"model or blocks kept in {left}"
+    run(*PRUNE, "--replace_sparse_layers", "--save_model", "packed")
     file = Path("packed/model.safetensors")
     tensors = load_file(file)
-    name = next(name for name in tensors if name.endswith(".mask"))
-    tensors[name].flatten()[:8] |= 255
+    tensors[next(name for name in tensors if name.endswith(".mask"))].flatten()[:8] |= 255
     save_file(tensors, file, {"format": "pt"})
-    flags = ["--model", "packed", "--eval_only", "--eval_data", "uk", "--offload", "mask"]
-    status, _, message = ran(argv[0], *flags, *QUICK[:4])
-    return "a packed mask with more bits than values", f"status {status}: {message}", ""
-
-
-@contextmanager
-def changed(file: Path, change: Callable[[str], str]) -> Iterator[None]:
-    before = file.read_text("utf-8")
-    file.write_text(change(before), "utf-8")
-    try:
-        yield
-    finally:
-        file.write_text(before, "utf-8")
-
-
-def told(left: Counter) -> str:
-    return "; ".join(f"{count} x {what}" for what, count in left.most_common())
+    flags = [*FLAGS.split()[:4], "--eval_only", "--eval_data", "uk"]
+    yield "a packed mask with more bits than values", run(MAIN, "--model", "packed", *flags)[0], ""
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Pairs for `launch.sh tasks --pairs`: right and wrong Ukrainian sentences of UA-GEC's test part (CC BY 4.0).
+"""Pairs for `launch.sh tasks --pairs`: sentences of UA-GEC's test part, right and wrong.
 
     pip install ua-gec
     python tests/bench/ua_gec_pairs.py ua-gec.jsonl
 
 They are what an annotator corrected: grammar, spelling and words. Pairs that differ in punctuation
-and case alone are left out, and of the rest 300 are drawn.
+and case alone are left out, and of the rest 300 are drawn. UA-GEC is under CC BY 4.0.
 """
 
 from __future__ import annotations

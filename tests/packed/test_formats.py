@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from lib.methods.sparsity import n_of_m
 from lib.packed import layout
 from lib.packed.embedding import dense_rows, quantise_rows
 from lib.packed.errors import PackedError
 from lib.packed.formats import FORMATS
 from lib.packed.layout import Packed, is_two_of_four, kept_of, row_offsets
-from lib.sparse import is_smaller_packed
 
 VALUES, INT4 = FORMATS[16], FORMATS[4]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -91,22 +89,6 @@ def test_tiles_strides_and_parts_change_nothing(fmt, monkeypatch):
     for rows in (slice(3, 17), slice(0, 1), slice(49, 50), slice(7, 7)):
         part = fmt.decode(whole, 44, row_offsets(whole.mask), rows=rows)
         assert torch.equal(part, dense[rows])
-
-
-def test_where_packing_makes_smaller():
-    weight = torch.ones(64, 64)
-    weight.view(-1)[: 64 * 4] = 0  # what the mask takes
-    assert not is_smaller_packed(weight)
-    weight.view(-1)[: 64 * 4 + 64 * 4 + 5] = 0  # and what the offsets take
-    assert is_smaller_packed(weight) and is_smaller_packed(weight.bfloat16())
-
-
-def test_two_of_four():
-    weight = torch.ones(8, 24)
-    weight[n_of_m(torch.rand(8, 24), 2, 4)] = 0
-    assert is_two_of_four(VALUES.encode(weight).mask)
-    weight[3, 12:16] = torch.tensor([1.0, 0, 1, 1])
-    assert not is_two_of_four(VALUES.encode(weight).mask)
 
 
 def short_scales(least, most):

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import LIMIT, ROOT, prune_
+from support import LIMIT, ROOT, prune_, runner_of
 from transformers import AutoModelForCausalLM
 
-from lib.model.pretrained import decoder_blocks
-from lib.packed import PackedConfig, PackedQuantizer, card_lines, checkpoint
+from lib.packed import card_lines
 from lib.sparse import swap_linears_
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -52,9 +51,9 @@ def outside(command: list[str], installed: Path, folder: Path) -> subprocess.Com
 
 @pytest.fixture(scope="module")
 def packed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny.tiny_llama().eval()
+    model = tiny.tiny_llama().eval().requires_grad_(False)
     prune_(model)
-    swap_linears_(model, decoder_blocks(model)[1])
+    swap_linears_(runner_of(model))
     folder = tmp_path_factory.mktemp("packed")
     model.save_pretrained(folder)
     return folder
@@ -109,25 +108,25 @@ def test_both_names_can_be_imported(installed: Path, packed_folder: Path, tmp_pa
     assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
 
 
-def test_the_command_is_main(installed: Path, tmp_path: Path) -> None:
-    done = outside([str(installed / "bin" / "langprune"), "--help"], installed, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: langprune") and "--prune_method" in done.stdout
-    done = outside([str(installed / "bin" / "langprune"), "--model", "m"], installed, tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-
-
-def test_nothing_is_installed_under_a_name_that_others_use(installed: Path) -> None:
+def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
+    """The command, and two packages with nothing under a name that others use."""
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"bin", "langprune", "packed_bitmask"}
-    assert (installed / "langprune" / "main.py").is_file()
     assert (installed / "packed_bitmask" / "kernels.cpp").is_file()
-
-
-def test_every_folder_of_lib_and_its_data_are_installed(installed: Path) -> None:
     for file in (ROOT / "lib").rglob("*"):
         if file.suffix not in (".pyc", ".md") and file.is_file():
             assert (installed / "langprune" / file.relative_to(ROOT)).is_file(), file
+    command = str(installed / "bin" / "langprune")
+    for argv, word in (
+        (["prune", "--help"], "--prune_method"),
+        (["report", "--help"], "RUN"),
+        (["gguf", "--help"], "OUT"),
+        (["--version"], f"langprune {PROJECT['project']['version']}"),
+        ([], "NAME is one of: prune, compress"),
+    ):
+        done = outside([command, *argv], installed, tmp_path)
+        assert done.returncode == 0 and word in done.stdout, (argv, done.stderr)
+    assert outside([command, "nosuch"], installed, tmp_path).returncode == 2
 
 
 def test_requirements_are_those_of_the_package() -> None:
@@ -139,10 +138,3 @@ def test_requirements_are_those_of_the_package() -> None:
 def test_the_version_is_the_citations() -> None:
     citation = (ROOT / "CITATION.cff").read_text("utf-8")
     assert re.search(r"(?m)^version: (.*)$", citation)[1] == PROJECT["project"]["version"]
-
-
-def test_registering_twice_is_no_error() -> None:
-    checkpoint.register()
-    checkpoint.register()
-    assert checkpoint.AUTO_QUANTIZER_MAPPING[checkpoint.METHOD] is PackedQuantizer
-    assert checkpoint.AUTO_QUANTIZATION_CONFIG_MAPPING[checkpoint.METHOD] is PackedConfig

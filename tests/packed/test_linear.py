@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from lib.methods.sparsity import n_of_m
 from lib.packed import cuda, kernels
@@ -66,16 +65,6 @@ def test_linear_equals_dense(dtype, bias, columns, bits, monkeypatch):
     assert torch.equal(packed.to_linear().weight, dense.weight)
 
 
-def test_conv1d():
-    dense = Conv1D(24, 40).requires_grad_(False)
-    dense.weight.data = dense_linear(24, 40).weight.T.contiguous()
-    packed, x = from_linear(dense), torch.randn(2, 3, 40)
-    assert (packed.in_features, packed.out_features) == (40, 24)
-    torch.testing.assert_close(packed(x), dense(x))
-    again = packed.to_linear()
-    assert isinstance(again, Conv1D) and torch.equal(again.weight, dense.weight)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_casts_copies_and_state(bits):
     dense = dense_linear()
@@ -99,17 +88,6 @@ def test_casts_copies_and_state(bits):
     empty.load_state_dict(state)
     assert torch.equal(empty.offsets, row_offsets(packed.mask))
     assert torch.equal(empty.dense(), packed.dense())
-
-
-def test_a_mask_that_is_fetched_is_counted_again():
-    dense, x = dense_linear(), torch.randn(3, 40)
-    packed = from_linear(dense)
-    state = packed.state_dict()
-    packed.to("meta")
-    packed.weight = nn.Parameter(state["weight"], requires_grad=False)
-    packed.bias = nn.Parameter(state["bias"], requires_grad=False)
-    packed.mask = state["mask"]
-    assert packed.offsets.is_meta and torch.equal(packed(x), dense(x))
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -138,16 +116,6 @@ def test_a_second_call_goes_straight_to_the_kernels_where_it_may(bits, monkeypat
         packed(x)
     packed.weight = nn.Parameter(state["weight"], requires_grad=False)
     assert packed(x).shape == first.shape and not packed(x).is_meta
-
-
-def test_gradients_are_refused():
-    packed = from_linear(dense_linear())
-    assert not any(p.requires_grad for p in packed.parameters())
-    x = torch.randn(3, 40, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no gradients"):
-        packed(x)
-    with torch.no_grad():
-        packed(x)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -196,17 +164,6 @@ def test_semi_structured_drops_the_packed_tensors_and_gives_them_back(pretend_cu
     assert torch.equal(packed.to_linear().weight, dense.weight)
 
 
-def test_refused_semi_structured_is_tried_once(monkeypatch):
-    calls = []
-    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
-    monkeypatch.setattr(cuda, "build", lambda dense: (calls.append(1), (None, "too small"))[1])
-    dense = dense_linear()
-    packed, x = from_linear(dense), torch.randn(3, 40)
-    for _ in range(3):
-        assert torch.equal(packed(x), dense(x))
-    assert calls == [1] and packed.reason == "too small"
-
-
 def test_what_torchs_kernels_do_not_take(monkeypatch):
     there = torch.device("cuda", 0)
     assert "not on cpu" in cuda.why_not(torch.bfloat16, torch.device("cpu"))
@@ -221,11 +178,6 @@ def test_what_torchs_kernels_do_not_take(monkeypatch):
     assert "2:4 alone" in other.why_not_semi_structured(there)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     assert "cuSPARSELt" in cuda.why_not(torch.bfloat16, there)
-
-
-def test_what_can_not_be_built_is_a_reason():
-    tensor, reason = cuda.build(two_of_four_linear(8, 8).weight)  # on a CPU, and too small
-    assert tensor is None and reason.startswith("cusparselt: ") and "\n" not in reason
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

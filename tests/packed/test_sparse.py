@@ -14,7 +14,7 @@ from lib.packed import kernels
 from lib.packed.embedding import PackedEmbedding
 from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
-from lib.sparse import check_packable, pack_, swap_linears_, unpacking
+from lib.sparse import check_packable, pack_, swap_linears_
 from lib.util.errors import UserError
 
 WINDOW = windows(1)
@@ -39,8 +39,9 @@ def logits(runner):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("built", [True, False])
 def test_outputs_stay_and_the_record_tells_sizes(bits, built, monkeypatch, capsys):
-    if not built:
+    if not built:  # as on a processor for which there are none: what is packed stays so
         monkeypatch.setattr(kernels, "ready", lambda: False)
+        monkeypatch.setattr(kernels, "supported", lambda: False)
     runner = pruned()
     dense = runner.blocks[0].self_attn.q_proj
     dense.weight[dense.weight == 0] = 1  # the first is not sparse
@@ -50,15 +51,17 @@ def test_outputs_stay_and_the_record_tells_sizes(bits, built, monkeypatch, capsy
     assert packed["bits"] == bits and packed["linears"] == 13 and packed["left_dense"] == 1
     held = [part.nbytes for m in packed_linears(runner) for part in m.packed if part is not None]
     assert packed["bytes"] == sum(held) < packed["dense_bytes"]
-    way = "by the kernels for packed weights" if built and kernels.ready() else "could not be built"
+    way = (
+        "by the kernels for packed weights" if built and kernels.ready() else "no kernels for this"
+    )
     at = " at 4 bits" if bits == 4 else ""
     assert out.startswith(f"packed linears{at}: 13 ") and way in out
     assert "1 left dense (too few zeros to be smaller packed)" in out and "footprint" in out
     assert ("packed_embeddings" in figures) == (bits == 4)
     difference = sparse.relative_difference(before, logits(runner))
     assert difference < 1e-5 if bits == 16 else 0 < difference < 0.5
-    again = pack_(runner, FORMATS[bits], WINDOW)["packed"]
-    assert again["linears"] == 13 and again["bytes"] == packed["bytes"]
+    again = pack_(runner, FORMATS[bits], WINDOW)
+    assert again.keys() == figures.keys() and again["packed"]["bytes"] == packed["bytes"]
 
 
 def test_embedding_and_head_are_packed_where_they_can_be(capsys):
@@ -164,12 +167,3 @@ def test_outputs_that_differ_stop_the_run():
             sparse.check_same_outputs(outputs, wrong)
     half = outputs.to(torch.bfloat16)
     sparse.check_same_outputs(half, half * (1 + 1 / 64))
-
-
-def test_unpacking_is_left_as_it_was():
-    runner = pruned()
-    swap_linears_(runner)
-    with pytest.raises(ZeroDivisionError), unpacking(runner.model):
-        assert all(m.force_dense for m in packed_linears(runner))
-        raise ZeroDivisionError
-    assert not any(m.force_dense for m in packed_linears(runner))

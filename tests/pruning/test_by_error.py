@@ -14,6 +14,7 @@ from torch import Tensor
 from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
 from lib.pruning import by_error as module
+from lib.pruning.allocation import Allocation
 from lib.pruning.by_error import WeightCosts, by_error, choose, costs, span
 from lib.pruning.check import measure
 from lib.pruning.fisher import FisherDiagonal
@@ -111,6 +112,16 @@ def test_the_same_twice_and_another_by_another_seed() -> None:
     assert same(found.output_costs, again.output_costs)
     other = by_error(runner, windows(3), 0.7, seed=1)
     assert not same(found.output_costs, other.output_costs)
+
+
+def test_what_errors_cost_reaches_the_method() -> None:
+    models = [tiny.tiny_llama().requires_grad_(False) for _ in range(2)]
+    allocation = by_error(runner_of(models[0]), windows(3), 0.7)
+    prune_(models[0], "admm", allocation)
+    prune_(models[1], "admm", Allocation(allocation.sparsity))
+    first, second = (model.model.layers[0].self_attn.q_proj.weight for model in models)
+    assert not torch.equal(first == 0, second == 0)
+    assert (first == 0).sum() == (second == 0).sum()
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

@@ -10,7 +10,7 @@ import processes
 import pytest
 import tiny
 from safetensors.torch import load_file
-from support import QUICK, call, content
+from support import QUICK, call, content, weights
 
 from lib.model.run_folder import RunFolder
 
@@ -50,7 +50,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def check_same(folder: Path, whole: dict) -> None:
-    resumed = load_file(folder / "model" / "model.safetensors")
+    resumed = weights(folder / "model")
     assert all((resumed[name] == tensor).all() for name, tensor in whole.items())
 
 
@@ -66,6 +66,7 @@ def check_same(folder: Path, whole: dict) -> None:
 )
 def test_changed_flags_are_refused(change: str, word: str, begun: list, tmp_path: Path) -> None:
     kept = content(tmp_path / "kept")
+    kept.pop(".lock")  # of the run that was killed
     done = call(*begun, *change.split())
     assert done.status == 1 and len(done.complaints) == 1
     assert f"--resume {tmp_path / 'kept'}: was begun with " in done.complaints[0]

@@ -12,7 +12,6 @@ import tiny
 from support import LIMIT, QUICK, ROOT, Done, call, content, full_disk, raising, results, start
 from support import weights as saved_weights
 
-import main
 from lib.packed.linear import SparseLinear
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -104,17 +103,17 @@ def test_packing_that_breaks_off_is_not_saved(given: list, monkeypatch: pytest.M
     assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
 
 
-@pytest.mark.parametrize("step", ["evaluate", "record", "tasks"])
+@pytest.mark.parametrize("step", ["evaluate", "record", "run_tasks"])
 def test_what_fails_after_saving_leaves_the_model(
     step: str, given: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_) -> None:
         raise OSError(28, "No space left on device", step)
 
-    monkeypatch.setattr(main, step, fail)
-    monkeypatch.setattr("lib.run.tasks.check_tasks", lambda *_: None)
+    monkeypatch.setattr(f"lib.run.steps.{step}", fail)
+    monkeypatch.setattr("lib.run.check.check_tasks", lambda *_: None)
     check_saved(call(*given, "--tasks", "arc"), "No space left", step)
-    assert Path("out/results.json").exists() == (step == "tasks")
+    assert Path("out/results.json").exists() == (step == "run_tasks")
 
 
 def test_a_full_disk_for_the_results(given: list) -> None:

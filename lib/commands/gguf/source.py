@@ -17,7 +17,6 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lib.commands.gguf.pre_tokenizer import named_by_parts
 from lib.data.tokenizer_model import (
     begins_with_blank,
     check_of,
@@ -30,10 +29,19 @@ from lib.util.errors import UserError
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 CODE = "auto_map"  # field that names code to run, of the folder or of a repository
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS = (
+    r"{}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+OF_PATTERN = {
+    WORDS.format(CONTRACTIONS, "{1,3}"): "llama-bpe",  # Llama 3
+    WORDS.format(CONTRACTIONS, ""): "qwen2",
+}
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelFolder:
     """A folder with its config and tokenizer; `data` is the content of tokenizer.json."""
 
     folder: Path
@@ -42,18 +50,14 @@ class Source:
     data: dict[str, Any]
 
     @property
-    def packed(self) -> bool:
-        return quantised_by(self.config) == METHOD
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+    def quantised_by(self) -> str | None:
+        return (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
 
     @property
     def checks(self) -> dict[str, Any]:
         """What identifies the pre-tokenizer of a byte-level tokenizer to the converter."""
         if not is_byte_level(self.data):
-            return {"check": None, "parts": None}
+            return {}
         return {"check": check_of(self.tokenizer), "parts": named_by_parts(self.data)}
 
     @property
@@ -63,84 +67,89 @@ class Source:
     def view(self, folder: Path, weights: Path) -> Path:
         """Make the view in the new `folder`, with the weight files of the folder `weights`."""
         folder.mkdir()
-        self.tokenizer.save_pretrained(folder)
+        tokenizer = self.tokenizer
+        tokenizer.save_pretrained(folder)
         for pattern in LINKED:
             for file in weights.glob(pattern):
                 (folder / file.name).symlink_to(file.resolve())
-        config = read_json(weights / "config.json")
+        config = _without_code(weights / "config.json")
         if "n_positions" in config:  # GPT-2's, under its older name
             config.setdefault("n_ctx", config["n_positions"])
         _write(folder / "config.json", config)
-        settings = folder / "tokenizer_config.json"
-        fields = read_json(settings) | self._ends()
-        if is_sentencepiece(self.data):
-            write_tokenizer_model(self.tokenizer, folder)
-            fields |= self._added()
-        _write(settings, fields)
+        ids = tokenizer("a").input_ids  # with the special tokens that the tokenizer adds
+        settings = _without_code(folder / "tokenizer_config.json")
+        for name, added in (("bos", ids[0]), ("eos", ids[-1])):
+            own = getattr(tokenizer, f"{name}_token_id")
+            settings[f"add_{name}_token"] = own is not None and own == added
+        if is_sentencepiece(self.data):  # whose format lacks which added tokens are special
+            write_tokenizer_model(tokenizer, folder)
+            settings["add_prefix_space"] = begins_with_blank(self.data)
+            settings["added_tokens_decoder"] = {
+                str(token["id"]): {"content": token["content"], "special": token["special"]}
+                for token in self.data["added_tokens"]
+            }
+        _write(folder / "tokenizer_config.json", settings)
         return folder
 
-    def _ends(self) -> dict[str, bool]:
-        """Return which special tokens the tokenizer adds around a text."""
-        ids, tokenizer = self.tokenizer("a").input_ids, self.tokenizer
-        return {
-            "add_bos_token": tokenizer.bos_token_id is not None
-            and ids[0] == tokenizer.bos_token_id,
-            "add_eos_token": tokenizer.eos_token_id is not None
-            and ids[-1] == tokenizer.eos_token_id,
-        }
 
-    def _added(self) -> dict[str, Any]:
-        """Return what SentencePiece's format lacks: which added tokens are special."""
-        decoder = {
-            str(token["id"]): {"content": token["content"], "special": token["special"]}
-            for token in self.data["added_tokens"]
-        }
-        blank = begins_with_blank(self.data)
-        return {"add_prefix_space": blank, "added_tokens_decoder": decoder}
-
-
-def open_source(path: str) -> Source:
+def open_folder(path: str) -> ModelFolder:
     """Read config and tokenizer of a folder. Raises UserError if it can't be converted."""
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"IN {path}: no model folder (it has no config.json)")
     try:
-        given = dict(local_files_only=True, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, **given)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+        options = dict(local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"IN {path}: its config or tokenizer can't be read: {reason}") from error
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"IN {path}: holds no weights (*.safetensors)")
-    method = quantised_by(config)
-    if method not in (None, METHOD):
-        raise UserError(
-            f"IN {path}: its weights are quantised by {method}; convert the model that it was made "
-            "of"
-        )
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"IN {path}: its tokenizer has no tokenizer.json; only such are converted")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
+    opened = ModelFolder(folder, config, tokenizer, data)
+    if opened.quantised_by not in (None, METHOD):
+        raise UserError(
+            f"IN {path}: its weights are quantised by {opened.quantised_by}; convert the model "
+            "that it was made of"
+        )
     if not (is_byte_level(data) or is_sentencepiece(data)):
         raise UserError(
             f"IN {path}: its tokenizer is of the kind {data['model'].get('type')}, neither "
             "byte-level BPE nor BPE with a token for every byte; only such are converted"
         )
-    return Source(folder, config, tokenizer, data)
+    return opened
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def named_by_parts(data: dict[str, Any]) -> str | None:
+    """Return llama.cpp's name for how the tokenizer of a tokenizer.json, `data`, splits words.
+
+    None if its parts are uncommon. The converter looks tokenizers up by the ids of a check text;
+    one that its table lacks, such as a self-trained one, is identified by this name.
+    """
+    part = data["pre_tokenizer"] or {}
+    parts = part["pretokenizers"] if part.get("type") == "Sequence" else [part]
+    *splits, level = parts
+    if level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
+        return None
+    if not splits:
+        return "gpt-2" if level.get("use_regex", True) else None
+    if len(splits) == 1 and splits[0]["type"] == "Digits":
+        return "smollm" if splits[0]["individual_digits"] else None
+    if len(splits) == 1 and splits[0]["type"] == "Split" and not level.get("use_regex", True):
+        return OF_PATTERN.get(splits[0]["pattern"].get("Regex"))
+    return None
+
+
+def _without_code(path: Path) -> dict[str, Any]:
     """Read a file's fields, at any depth without those that name code to run."""
 
     def without_code(fields: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in fields.items() if name != CODE}
 
     return json.loads(path.read_text("utf-8"), object_hook=without_code)
-
-
-def quantised_by(config: PretrainedConfig) -> str | None:
-    return (getattr(config, "quantization_config", None) or {}).get("quant_method")
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:

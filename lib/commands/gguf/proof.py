@@ -1,0 +1,234 @@
+"""Proves that a GGUF file is the folder's model: its tensors, its tokens and its predictions.
+
+llama.cpp must cut every test document into the same tokens as the folder's tokenizer. After
+beginnings of several windows the log-probabilities of the likeliest tokens must be the model's. The
+file in 32 bits is compared strictly: it shows whether llama.cpp computes this model as transformers
+does. A file of another type has the same fields and the same weights, rounded; it is compared
+loosely, which shows that llama.cpp's code for the type works.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from lib.commands.gguf import llama_cpp
+from lib.commands.gguf.llama_cpp import run_child
+from lib.commands.gguf.source import ModelFolder
+from lib.data.documents import read_documents
+from lib.data.sources import Source
+from lib.data.windows import test_documents
+from lib.model.pretrained import window_length
+from lib.util.errors import UserError
+from lib.util.host import available, gib
+
+RUNNER = "xllamacpp"
+INSTALL = "pip install -r requirements-gguf.txt"
+RUNS = "llama.cpp does not run the file"
+SHORT = 256  # tokens of the shorter window
+PLACES = 8  # beginnings of each window
+TOP = 256  # likeliest tokens compared after each beginning
+# largest distances from the model; one matrix 10% too large makes 0.08, other weights make 1.4
+LIMITS = {"f32": 0.01, "f16": 0.05, "bf16": 0.2, "q8_0": 0.5, "q4_0": 1.2}
+LINES = [
+    "Річка тече повз старе місто; пам'ять про під'їзд, ґанок і їжака не згасла.",
+    "It's what they've said: the river doesn't wait, we'LL see. I'm sure, you'd agree?",
+    "Die Straße führt über Köln nach Österreich – für 12,50 € im Jahr 2024.",
+    "L'été dernier, où étiez-vous ? « À la mer », répondit-elle.",
+    "Zażółć gęślą jaźń; příliš žluťoučký kůň; árvíztűrő tükörfúrógép.",
+    "На востоке светает, ветер стихает, и слышен только шум воды.",
+    "河水流过古老的城市。川は古い町を流れる。 강은 오래된 도시를 지나 흐른다.",
+    "مرحبا بالعالم، שלום עולם, नमस्ते दुनिया, สวัสดีชาวโลก",
+    "🦉🏳️‍🌈👩‍👩‍👧 emoji, signs → ≠ ± §, ꙮ𝔘𐍈 and ﷽",
+    "def f(x):\n\treturn {'a': x**2, \"b\": [1, 22, 333, 4444, 55555]}\n\n\n    # end  \n",
+    "  two blanks,   three;\ttabs\t\tand\r\nlines\n\n\n\nof nothing   ",
+]
+
+
+def prove(
+    source: ModelFolder, weights: Path, files: Mapping[str, Path], texts: Sequence[Source]
+) -> dict[str, Any]:
+    """Prove the last of `files` (type: path), print a line on each part, and return the record.
+
+    `weights` is the folder with dense weights, `files` has the file in 32 bits first. Raises
+    UserError at the first difference.
+    """
+    file, missing = list(files.values())[-1], []
+    tensors = prove_tensors(file, files["f32"], weights)
+    types = ", ".join(f"{count} in {name.lower()}" for name, count in tensors["types"].items())
+    changed = sum(tensors["changed"].values())
+    print(f"tensors are the checkpoint's: {types}; rounding changed {changed:,} values", flush=True)
+    changed, count = tensors["q4_0"]
+    if count:
+        print(f"q4_0: {changed:,} of {count:,} values change", flush=True)
+    proof: dict[str, Any] = {"tensors": tensors}
+    needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
+    if find_spec(RUNNER) is None:
+        missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
+    else:
+        documents = documents_of(texts, source.begins_with_blank)
+        proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
+        for cut in proof["tokens"]:
+            print(f"{cut['name']}: llama.cpp cuts all {cut['documents']} documents alike")
+        if needed > available():
+            missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
+        else:
+            windows = windows_of(source.tokenizer, documents, source.config)
+            found = prove_predictions(weights, files, windows, letter_of(source.tokenizer))
+            differ = ", ".join(
+                f"{value:.2g} in {name}" for name, value in found["distances"].items()
+            )
+            print(f"predictions after {found['places']} beginnings differ by {differ}", flush=True)
+            proof["predictions"] = found
+            longest = max(max(lengths) for lengths in found["windows"].values())
+            missing.append(f"texts past {longest} tokens")
+    missing += [] if texts else ["languages of the model (no --data)"]
+    missing.append("the chat template")
+    print(f"not proven: {', '.join(missing)}", flush=True)
+    return proof | {"not_proven": missing}
+
+
+def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
+    """Compare all tensors and fields; see llama_cpp.compare. UserError at the first difference."""
+    paths = dict(file=str(file), exact=str(exact), weights=str(weights))
+    return run_child("tensors", llama_cpp.compare, **paths)
+
+
+def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str, list[str]]:
+    """Return the test documents of each source, and built-in lines in many scripts.
+
+    If the tokenizer `begins_with_blank`, leading blanks of texts are removed: llama.cpp adds one
+    more before them as SentencePiece does, tokenizers adds none.
+    """
+    texts = {"built-in lines": LINES}
+    for source in sources:
+        documents, _ = read_documents(source, "test")
+        texts[source.name] = list(test_documents(source, documents))
+    blanks = " " if begins_with_blank else ""
+    return {name: [text.lstrip(blanks) for text in texts[name]] for name in texts}
+
+
+def prove_tokens(
+    file: Path, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Compare the tokens of all `texts`; the first of each is compared with special tokens too.
+
+    Raises UserError at the first difference, and if llama.cpp does not read the file.
+    """
+    places = [
+        (name, number, text, special)
+        for name, documents in texts.items()
+        for number, text in enumerate(documents, start=1)
+        for special in ((False, True) if number == 1 else (False,))
+    ]
+    asked = [(text, special) for *_, text, special in places]
+    answer = run_child(RUNS, llama_cpp.run, model=str(file), context=64, texts=asked)
+    totals: Counter[str] = Counter()
+    for (name, number, text, special), theirs in zip(places, answer["tokens"], strict=True):
+        ids = tokenizer(text, add_special_tokens=special).input_ids
+        if ids != theirs:
+            where = f"document {number} of {name}{' with special tokens' if special else ''}"
+            raise UserError(f"{where}: {_difference(tokenizer, ids, theirs)}")
+        totals[name] += 0 if special else len(ids)
+    return [
+        {"name": name, "documents": len(documents), "tokens": totals[name]}
+        for name, documents in texts.items()
+    ]
+
+
+def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], theirs: list[int]) -> str:
+    pairs = enumerate(zip(ids, theirs, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(theirs)))
+    ours, other = (
+        f"{part} {tokenizer.convert_ids_to_tokens(part)}"
+        for part in (ids[place : place + 3], theirs[place : place + 3])
+    )
+    return f"at token {place + 1} llama.cpp has {other}, the folder's tokenizer {ours}"
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]], config: Any
+) -> dict[str, list[Tensor]]:
+    """Return two windows (tokens,) of each source.
+
+    One has the model's full length, as far as the documents go, and begins with the first of them;
+    one is short and begins with the last. Full is one less than the model's limit, since llama.cpp
+    generates one more.
+    """
+    full = window_length(config, None) - 1
+    windows: dict[str, list[Tensor]] = {}
+    for name, documents in texts.items():
+        for ordered, most in ((documents, full), (documents[::-1], min(SHORT, full))):
+            ids: list[int] = []
+            for text in ordered:
+                ids += tokenizer(text, add_special_tokens=not ids).input_ids
+                if len(ids) >= most:
+                    break
+            if ids:
+                windows.setdefault(name, []).append(torch.tensor(ids[:most]))
+    return windows
+
+
+def letter_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of a token of letters alone."""
+    special = set(tokenizer.all_special_ids)
+    ids = (index for index in range(len(tokenizer)) if index not in special)
+    return next(index for index in ids if tokenizer.decode([index]).isalpha())
+
+
+def prove_predictions(
+    weights: Path, files: Mapping[str, Path], windows: Mapping[str, Sequence[Tensor]], letter: int
+) -> dict[str, Any]:
+    """Compare what each file predicts (type: file) with the model in the folder `weights`.
+
+    `windows` (name: each (tokens,)) are what it reads, `letter` is the id of a token of letters.
+    Returns the windows' lengths, the number of places and the distances by type. Raises UserError
+    if llama.cpp differs by more than the type's limit.
+    """
+    prompts, expected = [], []
+    model = AutoModelForCausalLM.from_pretrained(
+        weights, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    ).eval()
+    for window in (window for its in windows.values() for window in its):
+        length = len(window)
+        ends = sorted({max(1, length * place // PLACES) for place in range(1, PLACES + 1)})
+        prompts += [window[:end].tolist() for end in ends]
+        with torch.no_grad():
+            last = torch.tensor(ends) - 1
+            logits = model(window[None], use_cache=False, logits_to_keep=last).logits[0]
+        expected.append(logits.double().log_softmax(-1))
+    del model
+    dense = torch.cat(expected)  # (places, rows)
+    distances = {}
+    for weight_type, file in files.items():
+        distances[weight_type] = distance = _distance(dense, file, prompts, letter)
+        if not distance <= LIMITS[weight_type]:
+            raise UserError(
+                f"in {weight_type} predictions differ by {distance:.2g}, more than "
+                f"{LIMITS[weight_type]}: llama.cpp computes this model otherwise"
+            )
+    lengths = {name: [len(window) for window in its] for name, its in windows.items()}
+    return {"windows": lengths, "places": len(prompts), "distances": distances}
+
+
+def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) -> float:
+    """Return the distance of log-probabilities relative to their spread, over all places.
+
+    `dense` (places, rows) is compared where llama.cpp names its likeliest tokens.
+    """
+    rows = dense.shape[-1]
+    options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
+    answer = run_child(RUNS, llama_cpp.run, model=str(file), prompts=prompts, **options)
+    distances = []
+    for own, pairs in zip(dense, answer["logprobs"], strict=True):
+        ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)
+        theirs, ours = torch.tensor(values, dtype=torch.float64), own[list(ids)]
+        distances.append((theirs - ours).norm() / (ours - ours.mean()).norm())
+    return float(torch.stack(distances).square().mean().sqrt())

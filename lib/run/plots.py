@@ -1,0 +1,295 @@
+"""All pictures, in one style; matplotlib is imported only where something is drawn.
+
+The colours of lines are Okabe and Ito's, those of heat maps matplotlib's `cividis` and `PuOr_r`:
+both are told apart by the colour-blind. The tables are those of lib/commands/report.py.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import textwrap
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.run.results import NONE
+
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "grid.color": "#DDDDDD",
+}
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P")
+DENSE_LINE = {"color": "#555555", "linestyle": "--", "linewidth": 1.2, "label": "dense"}
+PANELS_IN_A_ROW = 4
+WIDEST = 20.0  # inches
+STRICTNESS = ("unstructured", "4:8", "2:4", "neurons")  # the order of sparsity types
+MOST_FIGURES = 400  # in the cells of a heat map
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed; where not, a line on stderr says so."""
+    installed = find_spec("matplotlib") is not None
+    if not installed:
+        print("no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
+    return installed
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the PNG; the same figures give the same bytes."""
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+    return path
+
+
+def _panels(
+    title: str, count: int, columns: int, width: float, height: float
+) -> tuple[Figure, list[Any]]:
+    """Return a figure of no window and its axes, each of so many inches, `columns` in a row."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(count / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(7.0, columns * width), 0.8 + rows * height))
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    lines = textwrap.fill(title, int(9 * figure.get_figwidth()))
+    figure.suptitle(lines, fontsize=12, fontweight="bold")
+    return figure, list(panels[:count])
+
+
+def _log_ticks(axis: Axis) -> None:
+    """Put plain numbers on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    low, high = sorted(axis.get_view_interval())
+    few = (1, 2, 5) if high / low < 1000 else (1,)
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if high / low < 10 else few))
+    axis.set_major_formatter("{x:,.10g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _heat_map(axes: Any, cells: DataFrame, form: str, size: float, **options: Any) -> Any:
+    """Draw a table with its figures in format `form`; nan stays blank. `options` are imshow's."""
+    image = axes.imshow(cells.to_numpy(float), aspect="auto", **{"cmap": "cividis"} | options)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    long = max(len(str(name)) for name in cells.columns) > 4
+    axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
+    axes.set_yticks(range(cells.shape[0]), cells.index)
+    for row, line in enumerate(cells.to_numpy(float)) if cells.size <= MOST_FIGURES else ():
+        for column, value in enumerate(line):
+            if math.isfinite(value):
+                dark = sum(image.cmap(image.norm(value))[:3]) < 1.35
+                look = {"color": "white" if dark else "black", "fontsize": size}
+                axes.text(column, row, format(value, form), ha="center", va="center", **look)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return image
+
+
+def calibrations(table: DataFrame) -> list[str]:
+    """Return the texts calibrated on: the test sets in their order, then others, `none` last."""
+    labels = set(table.loc[table["type"] != "dense", "calibrated_on"])
+    first = [name for name in dict.fromkeys(table["measured_on"]) if name in labels]
+    return first + sorted(labels - set(first), key=lambda label: (label == NONE, label))
+
+
+def targets(table: DataFrame) -> list[str]:
+    """Return the types of a table, unstructured ratios first, each from loose to strict."""
+    order = table["kind"].map({kind: place for place, kind in enumerate(STRICTNESS)}).fillna(-1)
+    lines = table.assign(order=order).sort_values(["order", "ratio"], kind="stable")
+    return list(dict.fromkeys(lines["type"]))
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Return colour and line of the index-th series; no two of the first 36 have both alike."""
+    return {"color": COLOURS[index % 6], "linestyle": LINES[(index + index // 6) % 6]}
+
+
+def _model(table: DataFrame) -> str:
+    return Path(table["model"].iloc[0]).name
+
+
+def perplexity_by_sparsity(table: DataFrame) -> Figure | None:
+    """Draw axes for each test set, with a place on the x axis for each sparsity and type.
+
+    Methods differ by their marks, calibration texts by colour and by their place beside each other;
+    unstructured ratios are joined by lines, dense is dashed. None where nothing was pruned.
+    """
+    if "perplexity" not in table:
+        return None
+    pruned = table[(table["type"] != "dense") & table["perplexity"].map(math.isfinite)]
+    if pruned.empty:
+        return None
+    tests, labels = list(dict.fromkeys(table["measured_on"])), calibrations(table)
+    places, methods = targets(pruned), list(dict.fromkeys(pruned["method"]))
+    title, columns = f"{_model(table)}: perplexity by sparsity", min(len(tests), 4)
+    figure, panels = _panels(title, len(tests), columns, 4.4, 4.2)
+    named: dict[str, Any] = {}  # {name of a series: its handle in the legend}
+    for axes, test in zip(panels, tests, strict=True):
+        here = pruned[pruned["measured_on"] == test]
+        keys = [here["method"], here["calibrated_on"], here["kind"] == "unstructured"]
+        for (method, label, is_line), line in here.groupby(keys, sort=False):
+            index, line = labels.index(label), line.sort_values("ratio")
+            beside = 0.7 * ((index + 0.5) / len(labels) - 0.5)
+            spread = line["perplexity_deviation"]
+            axes.errorbar(
+                [places.index(target) + beside for target in line["type"]],
+                line["perplexity"],
+                yerr=spread if spread.notna().any() else None,
+                marker=MARKERS[methods.index(method) % 6],
+                capsize=2,
+                label=method if label == NONE else f"{method}, {label}",
+                **line_style(index) | ({} if is_line else {"linestyle": "none"}),
+            )
+        dense = table[(table["type"] == "dense") & (table["measured_on"] == test)]["perplexity"]
+        for value in filter(math.isfinite, dense):
+            axes.axhline(value, **DENSE_LINE)
+            test += f" (dense {value:,.4g})"
+        axes.set(title=f"measured on {test}", xlabel="weights pruned", yscale="log")
+        axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        _log_ticks(axes.yaxis)
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    panels[0].set_ylabel("perplexity per token (log scale)")
+    figure.legend(named.values(), named, loc="outside lower center", ncols=2 + columns)
+    return figure
+
+
+def cross_language(table: DataFrame) -> Figure | None:
+    """Draw the rise over dense in percent, calibrated on (rows) x measured on (columns).
+
+    Each type and method has axes of its own; their colours have one logarithmic scale. None where
+    fewer than two texts were calibrated on, or without a dense run.
+    """
+    from matplotlib.colors import LogNorm
+
+    labels = [label for label in calibrations(table) if label != NONE]
+    if "rise" not in table or len(labels) < 2:
+        return None
+    pruned = (table["type"] != "dense") & (table["calibrated_on"] != NONE)
+    rows = table[pruned & table["rise"].map(math.isfinite)]
+    if rows.empty:
+        return None
+    tests = [test for test in dict.fromkeys(table["measured_on"]) if test in set(rows.measured_on)]
+    groups = dict(list(rows.groupby(["type", "method"], sort=False)))
+    names = [(t, m) for t in targets(rows) for m in dict.fromkeys(rows["method"])]
+    names = [name for name in names if name in groups]
+    width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
+    columns = max(1, min(rows["method"].nunique(), PANELS_IN_A_ROW, int(WIDEST / width)))
+    title = f"{_model(table)}: rise of perplexity, by calibration and test text"
+    figure, panels = _panels(title, len(names), columns, width, height)
+    percents = (100 * rows["rise"]).clip(lower=0.1)
+    norm = LogNorm(percents.min() / 1.05, percents.max() * 1.05, clip=True)
+    for axes, name in zip(panels, names, strict=True):
+        cells = groups[name].pivot_table("rise", "calibrated_on", "measured_on", sort=False)
+        cells = 100 * cells.reindex(index=labels, columns=tests)
+        form = "+,.0f" if cells.max(axis=None) >= 99.5 else "+.1f"
+        image = _heat_map(axes, cells, form, 7.5 if len(tests) > 6 else 9, norm=norm)
+        axes.set(title=f"{name[1]} {name[0]}", ylabel="calibrated on", xlabel="measured on")
+    bar = figure.colorbar(image, ax=panels, aspect=40, label="perplexity over dense, % (log scale)")
+    _log_ticks(bar.ax.yaxis)
+    return figure
+
+
+def bytes_against_bits(table: DataFrame) -> Figure | None:
+    """Draw the saved models of a table by their bytes, and by bits per byte of its first test set.
+
+    Of models for several languages, those calibrated on that set's. None for fewer than two.
+    """
+    if "saved_bytes" not in table or "bits_per_byte" not in table:
+        return None
+    test = table["measured_on"].iloc[0]
+    here = table[table["measured_on"] == test]
+    saved = here[here["saved_bytes"].notna()]
+    own = saved[saved["calibrated_on"].isin([test, NONE])]
+    saved = saved if own.empty else own
+    if len(saved) < 2:
+        return None
+    bits = [f", {n:.0f} bits" if n > 0 else "" for n in saved.get("bits", [0] * len(saved))]
+    saved = saved.assign(label=saved["type"] + bits, series=saved["method"])
+    dense = here[here["type"] == "dense"]["bits_per_byte"]
+    return frontier(saved, f"{_model(table)}: bytes against bits per byte of {test}", *dense[:1])
+
+
+def frontier(models: DataFrame, title: str, dense: float | None = None) -> Figure:
+    """Draw models with columns series, label, saved_bytes, bits_per_byte: a line for each series.
+
+    `dense`: the dense model's bits per byte, a dashed line.
+    """
+    figure, (axes,) = _panels(title, 1, 1, 8.5, 4.8)
+    models = models.assign(mb=models["saved_bytes"] / 1e6).sort_values("mb", kind="stable")
+    for index, (series, its) in enumerate(models.groupby("series")):
+        look = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": ":"}
+        axes.plot(its["mb"], its["bits_per_byte"], label=series, **look)
+    for label, *place in models[["label", "mb", "bits_per_byte"]].to_numpy():
+        axes.annotate(label, place, (5, 5), textcoords="offset points", fontsize=8)
+    if dense is not None:
+        axes.axhline(dense, **DENSE_LINE)
+    axes.set(xscale="log", xlabel="MB saved (log scale)")
+    axes.set_ylabel("bits per byte of test text, lower is better")
+    axes.margins(x=0.15, y=0.1)
+    axes.legend()
+    _log_ticks(axes.xaxis)
+    return figure
+
+
+def recovery_curve(results: Mapping[str, Any]) -> Figure:
+    """Draw perplexity against tokens trained on: of training text held out, and of each test set.
+
+    Dense perplexities are dashed lines.
+    """
+    recovery, dense = results["recovery"], results["recovery"]["dense"]
+    curve = [(point["tokens"], point["perplexity"]) for point in recovery["curve"]]
+    drawn = [("training text, held out", curve, recovery["held_out"]["dense"])]
+    for name, after in results["perplexity"].items():
+        points = [(0, recovery["before"][name]), (recovery["tokens"], after)]
+        drawn.append((f"measured on {name}", points, dense[name]))
+    title = f"{Path(results['model']).name}, {results['method']}: recovery by training"
+    figure, panels = _panels(title, len(drawn), min(len(drawn), PANELS_IN_A_ROW), 4.2, 3.8)
+    for index, (axes, (name, points, of_dense)) in enumerate(zip(panels, drawn, strict=True)):
+        points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+        look = {"color": COLOURS[index > 0], "marker": "o", "linestyle": ":" if index else "-"}
+        axes.plot([x for x, _ in points], [y for _, y in points], **look)
+        if points:
+            name += f"\n{points[0][1]:,.4g} → {points[-1][1]:,.4g}"
+        if of_dense is not None:
+            axes.axhline(of_dense, **DENSE_LINE)
+            name += f" (dense {of_dense:,.4g})"
+        axes.set(title=name, xlabel="tokens trained on", yscale="log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params("x", nbins=4)
+        _log_ticks(axes.yaxis)
+    panels[0].set_ylabel("perplexity per token (log scale)")
+    return figure
+
+
+def overlap(cells: DataFrame, title: str, label: str, *, difference: bool = False) -> Figure:
+    """Draw what masks share, in percent: blocks (rows) x linears or pairs (columns).
+
+    `label` is that of the colour bar. A `difference`, in points, has colours around zero.
+    """
+    width, height = max(6.5, 2.6 + 0.65 * cells.shape[1]), 2.0 + 0.28 * len(cells)
+    figure, (axes,) = _panels(title, 1, 1, width, height)
+    reach = max(1e-6, cells.abs().max(axis=None))
+    scale = {"vmin": -reach, "vmax": reach, "cmap": "PuOr_r"} if difference else {}
+    image = _heat_map(axes, cells, "+.1f" if difference else ".0f", 8, **scale)
+    axes.set_ylabel("block")
+    figure.colorbar(image, ax=axes, label=label)
+    return figure

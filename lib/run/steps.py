@@ -1,0 +1,315 @@
+"""The steps of a run, in the order in which main.run takes them."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lib.data.tokenizer_model import write_tokenizer_model
+from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
+from lib.methods.sparsity import NEURONS
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
+from lib.model.reference import DenseReference, dense_states, local_windows, shared_states, tail_of
+from lib.model.rows import keep_rows_
+from lib.packed.formats import FORMATS, Q4_0
+from lib.prune import Pruner, first_of
+from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
+from lib.pruning.by_error import by_error
+from lib.pruning.check import measure
+from lib.pruning.neurons import NeuronPruner
+from lib.pruning.quantise import LlamaCppQuantiser, Quantiser, check_q4_0, q4_0_weights
+from lib.recover import Recoverer
+from lib.run import plots, tasks
+from lib.run.card import model_card
+from lib.run.job import Job
+from lib.run.load import load
+from lib.run.record import evaluation_record, finish_results, keep_other_results, write_log
+from lib.run.results import write_results
+from lib.run.teacher import load_teacher
+from lib.run.texts import resolve_bos
+from lib.sparse import check_same_outputs, pack_, packed_weights, relative_difference
+from lib.util.errors import UserError
+from lib.util.files import partial_of, put_in_place
+from lib.util.host import gib
+from lib.util.progress import progress
+from lib.vocabulary import PROOF_TOKENS
+
+__all__ = ["load", "load_teacher", "resolve_bos"]  # steps of main.run too
+
+
+class Reached:
+    """What pruning reached, for checks of later steps."""
+
+    sparsity = None  # by linear, if it must be reached
+    left_dense: frozenset[str] = frozenset()  # names of linears
+
+
+def close_store(job: Job) -> None:
+    """Remove the folder of finished blocks, or say how to go on where the run ended early."""
+    if not job.store:
+        return
+    if "saved_bytes" in job.results or ("seconds" in job.results and not job.args.save_model):
+        job.store.clear()
+        return
+    job.store.close()
+    if job.store.files():
+        print(f"kept what is finished: add --resume {job.store.folder} to continue", flush=True)
+
+
+def trim(job: Job, runner: BlockRunner) -> None:
+    """Remove the rows of dropped tokens, and check that the others keep their logits."""
+    model, vocabulary = runner.model, job.vocabulary
+    window = job.texts.tests[0].windows[:1, :PROOF_TOKENS].to(job.device)
+    with job.timed("trim"):
+        size = footprint(model)
+        rows = vocabulary.rows.to(job.device)
+        before = some_logits(model, rows[window]).index_select(-1, rows)
+        keep_rows_(model, vocabulary.rows)
+        after, what = some_logits(model, window), "--trim_vocabulary: whole and trimmed"
+        difference = check_same_outputs(before, after, what, least=1e-5)
+    saved = size - footprint(model)
+    vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
+    job.print(
+        f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {difference:.1g}"
+    )
+
+
+def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
+    """Return the dense model's hidden states on the test windows, which evaluation compares with.
+
+    The runs of a sweep compute them once.
+    """
+    dist, sets = job.dist, [test.windows for test in job.texts.tests]
+    windows = sum(len(local_windows(len(each), dist)) for each in sets)
+
+    def compute():
+        with job.timed("dense"), progress(windows, "dense", "window", dist.is_main) as bar:
+            return dense_states(dense, sets, bar)
+
+    if job.shared and dist.size == 1:
+        return DenseReference(tail_of(dense), shared_states(job.shared, job.dense_key, compute))
+    return DenseReference(tail_of(dense), compute())
+
+
+def prune(job: Job, runner: BlockRunner) -> Reached:
+    """Prune the linears of the blocks, or the neurons of their MLPs, and check what was reached."""
+    args, is_main, reached, size = job.args, job.dist.is_main, Reached(), 0
+    if args.sparsity_type == NEURONS:
+        size = parameter_bytes(runner.model, runner.save_dtype)
+        pruner = NeuronPruner(runner, job.method, job.mlps, job.neurons_left)
+    else:
+        allocation = allocate(job, runner)
+        pruner = Pruner(runner, job.method, allocation)
+        if not args.use_variant:  # which only comes near the ratio
+            reached.sparsity = allocation.sparsity
+    with job.timed("prune"), progress(len(runner.blocks), "pruning", "block", is_main) as bar:
+        pruned = pruner.run(job.texts.windows, bar)
+    if not is_main:
+        return reached
+    print(*pruned.summary(), sep="\n", flush=True)
+    job.results["notes"] = pruned.summary()[1:]
+    if args.sparsity_type == NEURONS:
+        job.results["neurons"] = pruned.record() | {
+            "bytes_before": size,
+            "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
+        }
+    else:
+        reached.left_dense = frozenset(pruned.left_dense)
+    measured = measure(runner, reached.sparsity, reached.left_dense)
+    job.results["sparsity"] = measured.shares()
+    return reached
+
+
+def allocate(job: Job, runner: BlockRunner) -> Allocation:
+    """Return the sparsity of every linear."""
+    args = job.args
+    if args.allocation == "uniform":
+        return uniform(runner, job.sparsity)
+    allocation = kept_allocation(runner)
+    if allocation is None:
+        passes = 2 * len(runner.blocks)
+        with (
+            job.timed("allocate"),
+            progress(passes, "measuring errors", "block", job.dist.is_main) as bar,
+        ):
+            windows, ratio = job.texts.windows, args.sparsity_ratio
+            allocation = by_error(runner, windows, ratio, seed=args.seed, on_progress=bar)
+        keep_allocation(runner, allocation)
+    shares = {name: round(each.ratio, 6) for name, each in allocation.sparsity.items()}
+    job.print(f"sparsity of the linears: {min(shares.values())} to {max(shares.values())}")
+    job.results["allocation"] = shares
+    return allocation
+
+
+def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached) -> Any:
+    """Train the kept weights, check that every zero is still zero, and return their grids."""
+    args, schedule, text = job.args, job.schedule, job.texts.training
+    before = measure(runner)
+    sets = [text.held_out, *(test.windows for test in job.texts.tests)]
+    figures = []
+    with job.timed("measure before"), progress(2, "perplexity", "model", job.dist.is_main) as bar:
+        for each in (teacher, runner):
+            figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
+            bar(1)
+    untouched = not (job.method or args.teacher)
+    packed, form = {}, FORMATS[4]
+    if args.quantize:
+        packed, form = q4_0_weights(runner)[0], Q4_0()
+    elif args.replace_sparse_layers and args.pack_bits < 16:
+        packed = packed_weights(runner)
+    recoverer = Recoverer(
+        runner,
+        teacher,
+        schedule,
+        text,
+        whole=bool(job.mlps or job.smaller or untouched or args.quantize),
+        packed=packed,
+        form=form,
+    )
+    tokens = schedule.steps * schedule.windows * schedule.seqlen
+    job.print(*recoverer.summary())
+    with job.timed("recover"), progress(tokens, "recovering", "token", job.dist.is_main) as bar:
+        recovered = recoverer.run(bar)
+    after = measure(runner, pruned.sparsity, pruned.left_dense)
+    if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
+        raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
+    job.print(recovered.line())
+    names, (dense, pruned_before) = [test.name for test in job.texts.tests], figures
+    job.results["sparsity"] = after.shares()
+    job.results["recovery"] = recovered.record() | {
+        "teacher": args.teacher or args.model,
+        "text": text.facts,
+        "held_out": {"dense": dense[0], "before": pruned_before[0]},
+        "dense": dict(zip(names, dense[1:], strict=True)),
+        "before": dict(zip(names, pruned_before[1:], strict=True)),
+    }
+    return recoverer.scales
+
+
+def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
+    """Round linears on calibration text; return no grids, and logits from before."""
+    is_main, blocks = job.dist.is_main, len(runner.blocks)
+    unrounded = first_logits(job, runner)
+    quantiser = (LlamaCppQuantiser if job.args.quantize else Quantiser)(runner)
+    with job.timed("quantise"), progress(blocks, "quantising", "block", is_main) as bar:
+        quantiser.run(job.texts.windows, bar)
+    if is_main:
+        print(*quantiser.summary(), sep="\n", flush=True)
+        job.results["notes"] = job.results.get("notes", []) + quantiser.summary()[1:]
+        measured = measure(runner, pruned.sparsity, pruned.left_dense)
+        job.results["sparsity"] = measured.shares()
+    return None, unrounded
+
+
+def first_logits(job: Job, runner: BlockRunner) -> Tensor:
+    """Return logits on the beginning of the first test window."""
+    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS]
+    return some_logits(runner.model, window.to(job.device))
+
+
+def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
+    """Check and record that conversion to q4_0 will change no linear; `before`: `first_logits`."""
+    record = check_q4_0(runner)
+    record["difference"] = relative_difference(before, first_logits(job, runner))
+    job.results["quantized"] = record
+    job.print(
+        f"q4_0: conversion by llama.cpp will change no value of {record['tensors']} tensors; "
+        f"logits have changed by {record['difference']:.2%}"
+    )
+    if left := record["left"]:
+        job.print(f"left at 16 bits, rows are no multiple of 32: {first_of(left)}")
+
+
+def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
+    """Pack every sparse linear; raises UserError if the outputs on a window are not the same."""
+    window = job.texts.tests[0].windows[:1].to(job.device)
+    with job.timed("pack"):
+        record = pack_(runner, FORMATS[job.args.pack_bits], window, grids, unrounded)
+    job.results |= record
+
+
+def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
+    """Save model and tokenizer as a new folder; where blocks are in files, these are moved."""
+    weights, moved = runner.weights, {}
+    stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
+    if job.dist.is_main:
+        stage.mkdir(parents=True, exist_ok=True)
+        with job.timed("save"):
+            try:
+                shards = weights.shards()
+                names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
+                if not names:
+                    with runner.mapped():
+                        save_model(runner.model, stage, runner.save_dtype)
+            except SafetensorError as error:
+                raise UserError(f"--save_model {target}: can't be saved ({error})") from error
+            job.tokenizer.save_pretrained(stage)
+            write_tokenizer_model(job.tokenizer, stage)
+            moved = {old: str(target / name) for old, name in (names or {}).items()}
+            if job.store and (weights.resident or job.store.folder.resolve() == stage.resolve()):
+                if not weights.resident:  # what is still read goes elsewhere until the end
+                    other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
+                    for file in job.store.files():
+                        moved[str(file)] = shutil.move(file, other)
+                job.store.clear()
+                job.store = None
+            put_in_place(stage, target)
+        files = [file for file in target.rglob("*") if file.is_file()]
+        job.results["saved_bytes"] = sum(file.stat().st_size for file in files)
+        print(f"saved: {target}", flush=True)
+    weights.moved(job.dist.all_gather_object(moved)[0])
+
+
+def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) -> None:
+    """Measure perplexity and the divergence from the dense model on every test set, in one pass."""
+    tests, dist = job.texts.tests, job.dist
+    windows = sum(len(range(len(test.windows))[dist.share(len(test.windows))]) for test in tests)
+    with job.timed("eval"), progress(windows, "perplexity", "window", dist.is_main) as bar:
+        figures = perplexities(runner, [test.windows for test in tests], bar, reference)
+    records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]
+    job.results["evaluation"] = records
+    job.results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
+    if "sparsity" not in job.results:
+        job.results["sparsity"] = measure(runner).shares()
+
+
+def record(job: Job, runner: BlockRunner) -> None:
+    """Write results.json, log_METHOD.txt, the picture of a recovery and the saved model's card."""
+    folder = Path(job.args.save)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_other_results(folder, job.fingerprint)
+    finish_results(job, runner)
+    write_results(folder, job.results)
+    write_log(folder, job.results)
+    if job.args.save_model:
+        sources = [source.text for source in job.sources if job.calibrated or job.schedule]
+        sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
+        card = model_card(job.results, sources)
+        (Path(job.args.save_model) / "README.md").write_text(card, "utf-8")
+    if "recovery" in job.results:
+        if plots.can_draw():
+            plots.save(plots.recovery_curve(job.results), folder / "recovery.png")
+
+
+def run_tasks(job: Job, runner: BlockRunner) -> None:
+    """Run tasks of lm-eval on the model and, if it was changed, on the dense one; print figures."""
+    args, results = job.args, job.results
+    options = dict(batch_size=job.batch_size, include_path=args.include_path)
+    with job.timed("tasks"):
+        results["tasks"] = tasks.run_tasks(runner.model, job.tokenizer, args.tasks, **options)
+        if job.changes and not args.teacher:
+            original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
+            runner.model.to("meta")  # its memory is the dense model's now
+            with ExitStack() as cleanup:
+                job.store = None
+                dense = load(job, cleanup).model
+                results["dense_tasks"] = tasks.run_tasks(dense, original, args.tasks, **options)
+    write_results(Path(args.save), results)
+    print(*tasks.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)

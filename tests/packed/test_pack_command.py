@@ -1,0 +1,112 @@
+"""--replace_sparse_layers and --pack_bits through main.py: packed, saved, loaded, packed again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+from support import QUICK, call, results, weights
+
+TEXTS = ["--calibration_data", "uk", "--eval_data", "uk"]
+WANDA = ["--prune_method", "wanda"]
+PACK = ["--replace_sparse_layers", "--pack_bits"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny.write_texts(folder / "uk", 40, 8)
+    tiny.write_texts(folder / "more", 200, 100)
+    tiny.write_model(folder / "model", tiny.tiny_llama(num_hidden_layers=2).bfloat16())
+    tiny.write_model(folder / "falcon", tiny.ARCHITECTURES["Falcon"]())
+    return folder
+
+
+pytestmark = pytest.mark.usefixtures("at_place")
+
+
+def run(model: Path | str, *flags: object, to: Path, saved: bool = True):
+    target = ["--save_model", to / "model"] if saved else []
+    done = call("--model", model, *QUICK, *TEXTS, *flags, "--save", to / "out", *target)
+    assert done.status == 0, done.err
+    return done
+
+
+def perplexity(folder: Path) -> float:
+    return next(iter(results(folder / "out")["perplexity"].values()))
+
+
+def size(folder: Path) -> int:
+    return sum(tensor.nbytes for tensor in weights(folder / "model").values())
+
+
+@pytest.mark.parametrize("kind", ["2:4", "4:8", "unstructured"])
+@pytest.mark.parametrize("bits", [16, 4])
+def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path) -> None:
+    run("model", *WANDA, "--sparsity_type", kind, to=tmp_path / "dense")
+    done = run("model", *WANDA, *PACK, bits, "--sparsity_type", kind, to=tmp_path / "packed")
+    assert "14 by the kernels" in done.out or "could not be built" in done.out
+    found = results(tmp_path / "packed/out")
+    assert found["packed"]["bits"] == bits and found["packed"]["linears"] == 14
+    assert ("packed_embeddings" in found) == (bits == 4)
+    assert size(tmp_path / "packed") < (0.8 if bits == 16 else 0.5) * size(tmp_path / "dense")
+    assert "import packed_bitmask" in (tmp_path / "packed/model/README.md").read_text()
+    ratio = perplexity(tmp_path / "packed") / perplexity(tmp_path / "dense")
+    assert ratio == pytest.approx(1, rel=1e-3 if bits == 16 else 0.1)
+    run(tmp_path / "packed/model", "--eval_only", to=tmp_path / "again", saved=False)
+    again = perplexity(tmp_path / "again")
+    assert again == pytest.approx(perplexity(tmp_path / "packed"), rel=1e-5)
+
+
+def test_a_trained_model_stays_far_nearer_than_by_rounding_to_nearest(
+    trained: Path, tmp_path: Path
+) -> None:
+    """By divergence: perplexity of so small a model also falls where weights move by chance."""
+    texts = ["--calibration_data", "more", "--eval_data", "more", "--nsamples", 200]
+    pruned, kl = tmp_path / "pruned/model", {}
+    run(trained, *WANDA, *texts, to=pruned.parent)
+    for name, how in (("text", []), ("nearest", ["--eval_only"])):
+        run(pruned, *PACK, 4, *how, *texts, to=tmp_path / name)
+        beside = ["--eval_only", "--teacher", pruned, *texts]
+        run(tmp_path / name / "model", *beside, to=tmp_path / f"{name} again", saved=False)
+        [test] = results(tmp_path / f"{name} again/out")["evaluation"]
+        kl[name] = test["kl"]
+    assert kl["text"] < 0.7 * kl["nearest"]
+
+
+def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
+    """Also of a model that was pruned before, and alike."""
+    run("model", *WANDA, to=tmp_path / "pruned")
+    done = run("model", *WANDA, *PACK, 4, to=tmp_path / "once")
+    assert "rounded 14 linears to 4 bits, column by column" in done.out
+    run(tmp_path / "pruned/model", *PACK, 4, to=tmp_path / "later")
+    one, two = weights(tmp_path / "once/model"), weights(tmp_path / "later/model")
+    assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
+    assert results(tmp_path / "later/out")["calibration"]["windows"] == 8
+    magnitude = ["--model", "model", *QUICK, "--eval_data", "uk", "--prune_method", "magnitude"]
+    for text, rounded in (([], False), (["--calibration_data", "uk"], True)):
+        done = call(*magnitude, *text, *PACK, 4, "--save", tmp_path / f"magnitude {rounded}")
+        assert done.status == 0 and ("column by column" in done.out) == rounded
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--model", "falcon", *WANDA, *PACK, 4], ["--pack_bits 4", "FalconLinear"]),
+        (["--model", "falcon", *WANDA, PACK[0]], ["--replace_sparse_layers", "FalconLinear"]),
+        (["--model", "model", *PACK, 4, "--eval_only"], ["no linear is smaller packed"]),
+        (["--model", "model", *PACK, 4], ["no linear is smaller packed; prune with"]),
+    ],
+)
+def test_refused_in_one_line(argv: list[object], words: list[str], tmp_path: Path) -> None:
+    done = call(*argv, *QUICK, *TEXTS, "--save", tmp_path, "--save_model", tmp_path / "model")
+    assert done.status == 1 and all(word in done.complaints[-1] for word in words)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_packed_model_is_not_pruned_again(tmp_path: Path) -> None:
+    run("model", *WANDA, PACK[0], to=tmp_path)
+    for flags in (WANDA, [*PACK, 4]):
+        done = call("--model", tmp_path / "model", *QUICK, *TEXTS, *flags)
+        assert done.status == 1 and "unpack" in done.complaints[-1]

@@ -1,0 +1,137 @@
+"""A pruned model quantised block by block, on every architecture: what is, and to what."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from support import CPU, prune_, runner_of, windows
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lib.methods.gptq import GPTQ
+from lib.methods.sparsity import Sparsity
+from lib.model.blocks import BlockRunner
+from lib.packed.formats import FORMATS
+from lib.packed.linear import SparseLinear
+from lib.prune import UNREACHED
+from lib.pruning.observe import rows
+from lib.pruning.quantise import Quantiser
+from lib.sparse import packed_weights, swap_linears_
+from lib.util.errors import UserError
+
+INT4 = FORMATS[4]
+
+
+def pruned(model: PreTrainedModel) -> BlockRunner:
+    runner = runner_of(model.requires_grad_(False))
+    prune_(runner, "wanda", Sparsity(0.5, 2, 4))
+    return runner
+
+
+def quantise_(runner: BlockRunner) -> Quantiser:
+    quantiser = Quantiser(runner)
+    quantiser.run(windows(5))
+    return quantiser
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter.data.clone() for name, parameter in named}
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_what_is_quantised_is_what_is_packed(name: str) -> None:
+    runner = pruned(tiny.ALL[name]())
+    before, names = parameters(runner.model), packed_weights(runner)
+    if name == "Falcon":  # its linears have a forward of their own, and none is packed
+        with pytest.raises(UserError, match="no linear is smaller packed"):
+            quantise_(runner)
+        return
+    quantiser = quantise_(runner)
+    after = parameters(runner.model)
+    reached = {f"{linear}.weight" for linear in quantiser.done.pruned}
+    assert reached <= names.keys() and len(reached) > len(names) / 2
+    places = {key: runner.model.get_parameter(key).data_ptr() for key in before}
+    shared = {places[key] for key in reached}
+    for key, weight in before.items():
+        assert torch.equal(after[key], weight) == (places[key] not in shared), key
+        if places[key] in shared:
+            assert bool((after[key][weight == 0] == 0).all()), key
+    swap_linears_(runner, INT4)
+    for key in reached:
+        module = runner.model.get_submodule(key.removesuffix(".weight"))
+        assert isinstance(module, SparseLinear) and module.fmt.bits == 4
+        dense = module.dense(torch.float32)
+        assert torch.equal(dense.T if module.transposed else dense, after[key]), key
+
+
+def test_the_first_linears_are_quantised_by_what_they_receive() -> None:
+    runner = pruned(tiny.tiny_llama())
+    attention = runner.blocks[0].self_attn
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
+    inputs: list[Tensor] = []
+    handle = linears[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        runner.model(input_ids=windows(5), use_cache=False)
+    handle.remove()
+    [x] = inputs
+    method = GPTQ(x.shape[-1], CPU)
+    method.observe(rows(x))
+    expected = [linear.weight.data.clone() for linear in linears]
+    method.quantise_(expected)
+    quantise_(runner)
+    for linear, weight in zip(linears, expected, strict=True):
+        assert torch.isclose(linear.weight.data, weight).float().mean() > 0.97
+
+
+@torch.no_grad()
+def test_later_linears_make_up_for_what_earlier_ones_lost() -> None:
+    """The model stays nearer to what it was than with every linear rounded by itself."""
+    runner = pruned(tiny.tiny_llama(num_hidden_layers=4))
+    ids = windows(5)
+    before = runner.model(input_ids=ids, use_cache=False).logits
+    weights = parameters(runner.model)
+    for key in packed_weights(runner):
+        parameter = runner.model.get_parameter(key)
+        parameter.copy_(INT4.round_to(parameter, INT4.fit_scales(parameter)))
+    nearest = runner.model(input_ids=ids, use_cache=False).logits
+    for key, weight in weights.items():
+        runner.model.get_parameter(key).copy_(weight)
+    quantise_(runner)
+    quantised = runner.model(input_ids=ids, use_cache=False).logits
+    assert (quantised - before).norm() < 0.8 * (nearest - before).norm()
+
+
+class Unused(nn.Module):
+    """A module with a linear that its forward never calls."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.never = inner, nn.Linear(64, 64)
+
+    def forward(self, *args: object) -> Tensor:
+        return self.inner(*args)
+
+
+@torch.no_grad()
+def test_what_stays_as_it_is() -> None:
+    """A linear with few zeros is left, and one that no token reaches is named."""
+    model = tiny.tiny_llama()
+    few = model.model.layers[1].mlp.up_proj
+    kept = few.weight.clone()
+    model.model.layers[0].mlp = Unused(model.model.layers[0].mlp)
+    never = model.model.layers[0].mlp.never.weight
+    never[:, ::2] = 0
+    unreached = never.clone()
+    runner = pruned(model)
+    few.weight.copy_(kept)
+    quantiser = quantise_(runner)
+    assert torch.equal(few.weight, kept) and torch.equal(never, unreached)
+    line = f"rounded to nearest, {UNREACHED}: model.layers.0.mlp.never"
+    assert quantiser.summary() == ["rounded 13 linears to 4 bits, column by column", line]
+
+
+def test_a_model_without_zeros_is_refused_before_any_text_is_read() -> None:
+    with pytest.raises(UserError, match="no linear is smaller packed; prune with --prune_method"):
+        Quantiser(runner_of(tiny.tiny_llama())).run(None)
