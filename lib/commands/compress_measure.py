@@ -1,13 +1,13 @@
 """What a saved model takes: bytes on disk, tokens a second, memory.
 
-    python -m lib.commands.compress_measure MODEL [--device cpu]     # one line of JSON
+    python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu"}'
 
-In a process of its own, so that its memory is what a user would see.
+The last argument has the device, and what from_pretrained needs to find and load the model. This is
+a process of its own, so that its memory is what a user would see.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -45,12 +45,6 @@ def decoding_speed(model: Any) -> float:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL", help="a saved model, or its hub id")
-    parser.add_argument("--device", default="cpu", help="where it generates")
-    parser.add_argument("--cache_dir", help="folder for weights from the hub")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the model's code")
-    args = parser.parse_args(argv)
     import psutil
     import torch
     from transformers import AutoModelForCausalLM
@@ -62,17 +56,19 @@ def main(argv: list[str]) -> None:
 
     quiet()
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
-    source = dict(cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto", **source)
-    model = model.to(args.device).eval()
-    speeds = [decoding_speed(model) for _ in range(ROUNDS + 1)][1:]
+    name, file, options = argv
+    source = json.loads(options)
+    device = torch.device(source.pop("device"))
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **source)
+    model = model.to(device).eval()
+    speed = statistics.median([decoding_speed(model) for _ in range(ROUNDS + 1)][1:])
     malloc_trim()
     memory = psutil.Process().memory_info().rss  # resident, once the model has generated
-    if torch.device(args.device).type != "cpu":
-        memory = torch.accelerator.max_memory_allocated(torch.device(args.device))
-    config = cached_file(args.model, "config.json", cache_dir=args.cache_dir)
-    size, speed = disk_size(Path(config).parent), statistics.median(speeds)
-    print(json.dumps({"bytes": size, "tokens_per_second": speed, "memory": memory}))
+    if device.type != "cpu":
+        memory = torch.accelerator.max_memory_allocated(device)
+    size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
+    figures = {"bytes": size, "tokens_per_second": speed, "memory": memory}
+    Path(file).write_text(json.dumps(figures), "utf-8")
 
 
 if __name__ == "__main__":

@@ -24,40 +24,34 @@ from lib.util.errors import UserError
 def main(argv: list[str]) -> None:
     argv, passed_on = command.split_argv(argv)
     parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.languages",
+        prog="languages",
         description=__doc__.split("\n")[0],
         epilog=sweep.EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("model", metavar="MODEL", help="hub id or local folder")
-    parser.add_argument(
-        "calibration", nargs="+", metavar="SOURCE", help="calibration sets, two or more"
-    )
-    parser.add_argument("--method", choices=tuple(METHODS), default="wanda", help="how to prune")
-    parser.add_argument("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
-    parser.add_argument("--ratio", type=float, default=0.5, help="share, if not N:M")
-    parser.add_argument(
-        "--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="seeds of the drawn windows"
-    )
-    parser.add_argument("--out", default="languages", help="folder for the runs and the files")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub id or local folder")
+    add("first", metavar="SOURCE", help="a calibration set")
+    add("others", nargs="+", metavar="SOURCE", help="what to compare it with")
+    add("--method", choices=tuple(METHODS), default="wanda", help="how to prune")
+    add("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
+    add("--ratio", default="0.5", help="share, if not N:M")
+    add("--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="of the drawn windows")
+    add("--out", default="languages", help="folder for the runs and the files")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    if len(args.calibration) < 2:
-        parser.error(f"SOURCE {args.calibration[0]}: name two or more to compare")
     if not method_of(args.method).observes:
         parser.error(f"--method {args.method}: looks at no text; use another one")
     sweep_argv = ["--models", args.model, "--methods", args.method, "--types", args.type]
-    sweep_argv += ["--ratios", str(args.ratio), "--calibration", *args.calibration]
+    sweep_argv += ["--ratios", args.ratio, "--calibration", args.first, *args.others]
     sweep_argv += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
     runs = sweep.sweep([*sweep_argv, *["--debug"] * args.debug], passed_on)
     first, second = (
-        [run.folder for run in runs if run.args.prune_method and run.args.seed == seed]
-        for seed in args.seeds
+        [run.folder for run in runs if run.name.endswith(f"-seed{seed}")] for seed in args.seeds
     )
-    out = Path(args.out) / "overlap"
-    status, _ = call("lib.commands.overlap", *first, "--noise", *second, "--out", out)
-    if status:
+    out = Path(args.out, "overlap")
+    if call("lib.commands.overlap", *first, "--noise", *second, "--out", out):
         raise UserError(f"{out}: was not written, see above; the pruned models are kept")
 
 

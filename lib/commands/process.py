@@ -14,24 +14,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def call(module: str, *argv: object, capture: bool = False) -> tuple[int, str]:
-    """Run `python -m MODULE ARGV...` to its end; return its exit status, and stdout if captured.
+def call(module: str, *argv: object) -> int:
+    """Run `python -m MODULE ARGV...` to its end and return its exit status.
 
     The process ends with this one: at Ctrl-C, which a terminal sends to both, it is waited for, and
     whatever else ends this process terminates it.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-P", "-m", module, *map(str, argv)]
+    # the end of its stdin tells it that this process is gone
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", module, *map(str, argv)],
-        env=os.environ | {"PYTHONPATH": path},
-        stdin=subprocess.PIPE,  # its end tells that this process is gone
-        stdout=subprocess.PIPE if capture else None,
-        encoding="utf-8",
-        errors="replace",
+        command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE
     ) as process:
         try:
-            out = process.stdout.read() if capture else ""
-            return process.wait(), out
+            return process.wait()
         except KeyboardInterrupt:
             process.wait()
             raise

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import shutil
 import signal
@@ -17,61 +16,54 @@ import sys
 import threading
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
-from lib.run.flags import build_parser, check_flags
-from lib.run.results import ERROR, RESULTS, write_results
+from lib.run.flags import build_parser
+from lib.run.results import ERROR, RESULTS, read_results, write_results
 from lib.util import command
 from lib.util.files import partial_of
 
-OUTPUT = "output.txt"  # what main.py prints; every folder of a sweep has it
-FINISHED = "finished before"
+OUTPUT = "output.txt"  # what main.py prints, and the mark of a folder that a sweep has made
 
 
 def run(args: argparse.Namespace, shared: Path) -> None:
-    """Run main.py with `args` and keep what it prints, unless its results are those of before.
-
-    The results of an earlier run stay until there are new ones.
-    """
+    """Run main.py with `args`, unless it has finished; earlier results stay until there are new."""
     import main
     from lib.run.check import check
 
-    folder = Path(args.save)
-    if before := read_json(folder / RESULTS):
-        outputs = dict(save_model=None, resume=None, offload=None)
-        with redirect_stdout(io.StringIO()):
-            job = check(argparse.Namespace(**vars(args) | outputs), shared)
-        reason = _difference(before.get("fingerprint", {}), job.fingerprint)
-        if not reason and args.save_model and not Path(args.save_model, "config.json").is_file():
-            reason = "its model was not kept"
+    folder, printed = Path(args.save), io.StringIO()
+    if (folder / RESULTS).is_file():
+        reason = _reason_to_run_again(args, shared)
         if not reason:
-            print(FINISHED)
+            print(f"{folder}: finished before")
             return
-        print(f"{reason}; it is run again", flush=True)
-    if args.save_model == str(folder / "model") and (folder / OUTPUT).is_file():
+        print(f"{folder}: {reason}; it is run again", flush=True)
+    if args.save_model and (folder / OUTPUT).is_file():
         for earlier in (args.save_model, partial_of(args.save_model)):
             shutil.rmtree(earlier, ignore_errors=True)
+    with redirect_stdout(printed):
+        job = check(args, shared)
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
-        main.run(check(args, shared))
+        file.write(printed.getvalue())
+        results = main.run(job)
+    figures = (f"{name} {value:.2f}" for name, value in results["perplexity"].items())
+    print(f"{folder}: {', '.join(figures)}")
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Return in what the fingerprints of two runs differ first; None if they are the same."""
+def _reason_to_run_again(args: argparse.Namespace, shared: Path) -> str | None:
+    """Return in what the run differs from the finished one in its folder; None if in nothing."""
+    from lib.run.check import check
     from lib.run.fingerprint import differences
 
+    outputs = dict(save_model=None, resume=None, offload=None)
+    with redirect_stdout(io.StringIO()):
+        now = check(argparse.Namespace(**vars(args) | outputs), shared).fingerprint
+    before = read_results(args.save).get("fingerprint", {})
     for section, facts in now.items():
         for name, (old, new) in differences(before.get(section, {}), facts).items():
             return f"{name} was {old!r}, is {new!r}"
+    if args.save_model and not Path(args.save_model, "config.json").is_file():
+        return "its model was not kept"
     return None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, {} if there is none that can be read."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _end_with_the_sweep() -> None:
@@ -83,10 +75,7 @@ def _end_with_the_sweep() -> None:
 
 def main(argv: list[str]) -> None:
     (shared,), flags = command.split_argv(argv)
-    parser = build_parser()
-    args = parser.parse_args(flags)
-    check_flags(parser, args)
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
+    args = build_parser().parse_args(flags)
     try:
         run(args, Path(shared))
     except Exception as error:  # the other runs do not depend on this one
@@ -96,4 +85,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     sys.exit(command.run(main))

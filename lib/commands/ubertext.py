@@ -14,16 +14,14 @@ from __future__ import annotations
 import argparse
 import bz2
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 from lib.util import command
 from lib.util.errors import UserError
-from lib.util.progress import progress
+from lib.util.files import check_new_folder, staged_folder
 
 GENRES = ("court", "fiction", "news", "social", "wiki")
 DIVIDER = 3  # blank lines between two documents
@@ -34,20 +32,13 @@ TRAIN, TEST = 1000, 50  # documents of each genre
 
 def find_dumps(folder: Path) -> dict[str, Path]:
     """Return the file of each genre. Raises UserError if one has none or several."""
-    if not folder.is_dir():
-        raise UserError(f"FOLDER_OF_DUMPS {folder}: no such folder; name the one with the dumps")
-    files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     dumps = {}
     for genre in GENRES:
-        matches = [file for file in files if genre in file.name.lower()]
-        if len(matches) != 1:
-            names = ", ".join(file.name for file in matches or files) or "nothing"
-            problem = "several files with" if matches else "no file with"
-            raise UserError(
-                f"FOLDER_OF_DUMPS {folder}: {problem} {genre!r} in the name ({names}); keep one "
-                "for each genre"
-            )
-        dumps[genre] = matches[0]
+        files = [path for path in folder.glob("[!.]*") if genre in path.name.lower()]
+        if len(files) != 1:
+            number = "several files" if files else "no file"
+            raise UserError(f"FOLDER_OF_DUMPS {folder}: {number} with {genre!r} in the name")
+        dumps[genre] = files[0]
     return dumps
 
 
@@ -76,67 +67,42 @@ def documents(lines: Iterable[str], add_up: bool = False) -> Iterator[str]:
 def long_documents(dump: Path, add_up: bool) -> Iterator[str]:
     """Yield the documents of a dump that are longer than MIN_LENGTH, white space folded.
 
-    Raises UserError if the dump is damaged, is not UTF-8, or has no such document.
+    Raises UserError if the dump is damaged or not UTF-8.
     """
     with dump.open("rb") as file:
         compressed = file.read(len(BZ2_MAGIC)) == BZ2_MAGIC
-    longest = 0
     try:
         with (bz2.open if compressed else open)(dump, "rt", encoding="utf-8-sig") as text:
             for document in documents(text, add_up):
-                longest = max(longest, len(document))
                 if len(document) > MIN_LENGTH:
                     yield " ".join(document.split())
-    except UnicodeDecodeError as error:
-        raise UserError(f"{dump}: not UTF-8 text, nor bz2; give the dump as published") from error
-    except (EOFError, OSError) as error:
-        if not compressed or getattr(error, "errno", None):  # an error of the disk, not of the file
-            raise
-        raise UserError(f"{dump}: damaged bz2 ({error}); fetch it again") from error
-    if longest <= MIN_LENGTH:
-        raise UserError(
-            f"{dump}: no document is longer than {MIN_LENGTH} characters, the longest has "
-            f"{longest}; give the dump as published"
-        )
+    except (UnicodeDecodeError, EOFError, OSError) as error:
+        raise UserError(f"{dump}: neither UTF-8 text nor whole bz2 ({error})") from error
 
 
 def build(dumps: dict[str, Path], out: Path, add_up: bool = False) -> None:
     """Write train.jsonl and test.jsonl into the new folder `out`, whole or not at all."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"OUT {out}: exists already; name a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    totals = {"train": 0, "test": 0}
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as parent:
-        stage = Path(parent) / out.name
-        stage.mkdir()
-        with progress(len(dumps), "dumps", "dump") as on_progress:
-            for genre, dump in dumps.items():
-                texts = list(islice(long_documents(dump, add_up), TRAIN + TEST))
-                parts = {"train": texts[:TRAIN], "test": texts[TRAIN:]}
-                for split, part in parts.items():
-                    totals[split] += len(part)
-                    with (stage / f"{split}.jsonl").open("a", encoding="utf-8") as file:
-                        for text in part:
-                            row = {"text": text, "genre": genre}
-                            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                if len(texts) < TRAIN + TEST:
-                    print(
-                        f"{dump.name}: only {len(parts['train'])} training and "
-                        f"{len(parts['test'])} test documents are longer than {MIN_LENGTH} "
-                        "characters",
-                        file=sys.stderr,
-                    )
-                on_progress(1)
-        os.rename(stage, out)
-    print(
-        f"wrote {out}: {totals['train']} train, {totals['test']} test documents of {len(dumps)} "
-        "genres"
-    )
+    check_new_folder("OUT", str(out))
+    train: list[str] = []
+    test: list[str] = []
+    for genre, dump in dumps.items():
+        texts = islice(long_documents(dump, add_up), TRAIN + TEST)
+        rows = ({"text": text, "genre": genre} for text in texts)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        if not lines:
+            raise UserError(f"{dump}: no document is longer than {MIN_LENGTH} characters")
+        train += lines[:TRAIN]
+        test += lines[TRAIN:]
+        print(f"{dump.name}: {len(lines)} of {TRAIN + TEST} documents", flush=True)
+    with staged_folder(out, "OUT") as stage:
+        (stage / "train.jsonl").write_text("".join(train), "utf-8")
+        (stage / "test.jsonl").write_text("".join(test), "utf-8")
+    print(f"wrote {out}: {len(train)} train, {len(test)} test documents")
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="launch.sh ubertext", description=__doc__.split("\n")[0], allow_abbrev=False
+        prog="ubertext", description=__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file per genre")
     parser.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")

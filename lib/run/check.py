@@ -41,7 +41,7 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     `shared` is the folder in which the runs of a sweep keep what the dense model computes. Raises
     UserError, in one line, for what can't be done.
     """
-    _check_outputs(args)
+    check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
     read = [(source, "train") for source in sources] if reads_train(args) else []
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
@@ -68,7 +68,8 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     return job
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raise UserError where the run could not write what it is to save."""
     args.save = args.save or default_save(args)
     check_writable("--save", args.save)
     if args.save_model:

@@ -8,20 +8,19 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import tiny
-from support import LIMIT, QUICK, ROOT, Done, call, results, wait_until
+from support import LIMIT, QUICK, Done, call, results, start, wait_until
 
 from lib.commands import languages, sweep, sweep_run
 from lib.run.flags import build_parser
 from lib.util import command
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 WANDA = ["--methods", "wanda", "--types", "unstructured"]
 PASSED = ["--", *QUICK]
 
@@ -39,7 +38,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def done(main: Callable[[list[str]], None], *argv: object) -> Done:
-    """Run a command in this process; its runs have processes of their own all the same."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -49,9 +47,10 @@ def done(main: Callable[[list[str]], None], *argv: object) -> Done:
     return Done(status, out.getvalue(), err.getvalue())
 
 
-def planned(*argv: object, passed_on: Sequence[str] = ()) -> dict[str, sweep.Run]:
+def planned(*argv: object, passed_on: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the flags of main.py of every run by name."""
     args = sweep.build_sweep_parser().parse_args([str(part) for part in argv])
-    return {run.name: run for run in sweep.plan(args, passed_on)}
+    return {run.name: run.flags for run in sweep.plan(args, passed_on)}
 
 
 # --- which runs there are
@@ -74,30 +73,21 @@ def test_the_product_leaves_out_what_makes_no_sense(texts) -> None:
 def test_flags_of_a_run(texts) -> None:
     uk, en = texts
     argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]
-    passed_on = ["--nsamples", "7", "--resume", "r", "--trim_vocabulary"]
-    runs = planned(*argv, "--save_models", passed_on=passed_on)
-    dense, wanda = (run.args for run in runs.values())
+    passed_on = ["--nsamples", "7", "--resume", "r", "--trim_vocabulary", "--recover", "999"]
+    passed_on += ["--recover_ce", "0.5", "--allocation", "error", "--replace_sparse_layers"]
+    runs = planned(*argv, "--save_models", passed_on=[*passed_on, "--pack_bits", "4"])
+    dense, wanda = map(build_parser().parse_args, runs.values())
     assert dense.eval_only and not dense.save_model and not dense.resume
+    assert (dense.recover, dense.allocation, dense.nsamples) == (None, "uniform", 7)
+    assert not dense.replace_sparse_layers and dense.pack_bits == 16
     assert dense.eval_data == wanda.eval_data == [str(uk), str(en)]
     assert wanda.calibration_data == [f"{uk}=3", f"{en}=1"]
     assert (wanda.seed, wanda.sparsity_ratio, wanda.nsamples) == (5, 0.5, 7)
+    assert (wanda.recover, wanda.recover_ce, wanda.pack_bits) == (999, 0.5, 4)
     name = "m/wanda-50-uk=0.75+en=0.25-seed5"
     assert wanda.save == f"o/{name}" and wanda.save_model == f"o/{name}/model"
     assert wanda.resume == f"r/{name}"  # finished blocks of two runs do not meet
     assert dense.vocabulary_data == wanda.vocabulary_data == [str(uk), str(en)]
-    assert vars(build_parser().parse_args(runs[name].flags)) == vars(wanda)
-
-
-def test_flags_for_prunings_do_not_go_to_the_dense_model(texts) -> None:
-    passed_on = ["--recover", "999", "--recover_ce", "0.5", "--allocation", "error"]
-    passed_on += ["--replace_sparse_layers", "--pack_bits", "4", "--nsamples", "5"]
-    argv = ["--models", "m", "--methods", "magnitude", "--types", "unstructured"]
-    runs = planned(*argv, "--calibration", texts[0], passed_on=passed_on)
-    dense, pruned = (run.args for run in runs.values())
-    assert (dense.recover, dense.allocation, dense.nsamples) == (None, "uniform", 5)
-    assert not dense.replace_sparse_layers and dense.pack_bits == 16
-    assert (pruned.recover, pruned.recover_ce, pruned.pack_bits) == (999, 0.5, 4)
-    assert pruned.calibration_data == [str(texts[0])]  # magnitude reads it with these flags
 
 
 def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) -> None:
@@ -111,44 +101,23 @@ def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("argv", "status", "words"),
     [
-        (["--methods", "nosuch"], 2, ["--methods", "nosuch"]),
         (["--ratios", "1.5"], 2, ["--sparsity_ratio 1.5"]),
-        (["--types", "2:4", "--ratios", "0.7"], 2, ["--ratios 0.7", "--types unstructured"]),
-        (["--", "--seed", "1"], 2, ["--seed after '--'"]),
         (["--", "--prune_method=wanda"], 2, ["--prune_method after '--'"]),
         (["--", "--nosuch"], 2, ["--nosuch"]),
         (["--methods", "magnitude", "--", "--use_variant"], 2, ["--use_variant", "wanda"]),
-        (["--", "--recover_ce", "0.5"], 2, ["--recover_ce 0.5", "--recover"]),
-        (["--", "--teacher", "big"], 2, ["--teacher big"]),
         (["--calibration", "no/such/folder"], 1, ["--calibration no/such/folder"]),
         (["--calibration", "c4=-1,ubertext=1"], 1, ["--calibration c4=-1", "above 0"]),
         (["--eval_data", "no/such/folder"], 1, ["--eval_data no/such/folder"]),
         (["--ratios", "0.5", "0.5"], 1, ["--out", "-50-ubertext-seed0", "twice"]),
-        (["--out", "mine"], 1, ["--out mine", "tiny/dense holds thesis.txt"]),
-        (["--out", "mine/tiny/dense/thesis.txt"], 1, ["--out mine", "is a file"]),
+        (["--out", "thesis.txt"], 1, ["--out thesis.txt: is a file"]),
     ],
 )
 def test_a_mistake_is_told_before_the_first_run(model, argv, status, words) -> None:
-    Path("mine/tiny/dense").mkdir(parents=True)
-    Path("mine/tiny/dense/thesis.txt").write_text("mine")
+    Path("thesis.txt").write_text("mine")
     said = done(sweep.main, "--models", model, *argv)
     assert said.status == status and not Path("runs").exists()
     assert len(said.complaints) == 1
     assert all(word in said.complaints[0] for word in words), said.complaints
-
-
-def test_a_sweep_is_one_process(model, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    said = done(sweep.main, "--models", model)
-    assert said.status == 1 and "one process" in said.complaints[0]
-
-
-@pytest.mark.parametrize(
-    ("argv", "word"), [(["uk"], "SOURCE uk"), (["a", "b", "--method", "magnitude"], "no text")]
-)
-def test_languages_refuses_what_can_not_be_compared(model, argv, word) -> None:
-    said = done(languages.main, model, *argv)
-    assert said.status == 2 and word in said.complaints[0]
 
 
 # --- each run is as if alone; failed ones are recorded and tried again, finished ones kept
@@ -163,77 +132,64 @@ def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts,
     assert first.complaints[-1].startswith("error: 1 of 3 runs failed: tiny/wanda-50-few-seed0;")
     record = json.loads((failed / "error.json").read_text("utf-8"))
     assert "can give only 3 windows" in record["error"]
-    assert "[3/3] tiny/wanda-50-uk-seed0: few " in first.out and first.out.count(" left\n") == 2
-    assert Path("runs/report.md").is_file() and not list(Path("runs").glob("dense-*"))
+    assert "[3/3] tiny/wanda-50-uk-seed0, about " in first.out
+    assert f"{finished}: few " in first.out and not list(Path("runs").rglob("*/*/dense-*"))
     assert "perplexity uk" in (finished / "output.txt").read_text("utf-8")
 
-    tests = ["--eval_data", few, texts[0], "--save", "out"]
-    own = {"runs/tiny/dense": ["--eval_only"], finished: ["--prune_method", "wanda"]}
-    own[finished] += ["--calibration_data", texts[0], "--save_model", "alone"]
-    for folder, flags in own.items():
-        assert call("--model", model, *flags, *tests, *QUICK).status == 0
-        for key in ("perplexity", "evaluation", "sparsity", "calibration"):
-            assert results(folder)[key] == results()[key], (folder, key)
+    own = ["--model", model, "--prune_method", "wanda", "--calibration_data", texts[0], *QUICK]
+    assert (
+        call(*own, "--eval_data", few, texts[0], "--save", "out", "--save_model", "m").status == 0
+    )
+    for key in ("perplexity", "evaluation", "sparsity", "calibration"):
+        assert results(finished)[key] == results()[key], key
     weights = "model.safetensors"
-    assert Path("alone", weights).read_bytes() == (finished / "model" / weights).read_bytes()
+    assert Path("m", weights).read_bytes() == (finished / "model" / weights).read_bytes()
 
     tiny.write_texts(few, 20, 8)
     second = done(sweep.main, *argv, "--calibration", few, *PASSED)
     assert second.status == 0 and not (failed / "error.json").exists()
-    assert "[1/2] tiny/dense: finished before" in second.out
+    assert "runs/tiny/dense: finished before" in second.out
     assert results(failed)["perplexity"]
     assert Path("runs/report.md").read_text("utf-8").count("\n| wanda ") == 2
 
 
-@pytest.fixture
-def run_again(texts, tmp_path, capsys) -> Callable[..., str]:
-    """A run as a sweep does it, of a model and texts that a test may change."""
-    llama = tiny.write_model(tmp_path / "llama", tiny.tiny_llama(seed=1))
-    uk = shutil.copytree(texts[0], tmp_path / "uk")
-    folder = Path("runs/llama/wanda")
+def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, capsys) -> None:
+    """One word of a text, one shard of the weights: no number of before is shown as today's."""
+    llama = tiny.write_model(Path("llama"), tiny.tiny_llama(seed=1))
+    uk = shutil.copytree(texts[0], Path("uk"))
+    folder, shared = Path("runs/llama/wanda"), Path("shared")
     argv = ["--model", str(llama), "--prune_method", "wanda", "--calibration_data", str(uk), *QUICK]
     argv += ["--save", str(folder), "--save_model", str(folder / "model")]
+    for path in (folder / "model", shared):
+        path.mkdir(parents=True)
 
-    def run(*more: str) -> str:
-        folder.mkdir(parents=True, exist_ok=True)
-        Path("shared").mkdir(exist_ok=True)
-        (folder / sweep_run.OUTPUT).touch()
-        sweep_run.run(build_parser().parse_args([*argv, *more]), Path("shared"))
+    def said(*more: str) -> str:
+        sweep_run.run(build_parser().parse_args([*argv, *more]), shared)
         return capsys.readouterr().out
 
-    assert run() == ""
-    return run
-
-
-def test_what_stands_behind_a_flag_counts_not_its_name(run_again, tmp_path) -> None:
-    """One word of a text, one shard of the weights: no number of before is shown as today's."""
-    finished = "finished before\n"
-    assert run_again() == finished
-    assert run_again("--batch_size", "3", "--cache_dir", "other") == finished
-    assert "--nsamples was 8, is 9; it is run again" in run_again("--nsamples", "9")
-    assert results("runs/llama/wanda")["flags"]["nsamples"] == 9
-    assert "--nsamples was 9, is 8" in run_again()
-    for split, name in (("train", "--calibration_data"), ("test", "--eval_data")):
-        file = tmp_path / f"uk/{split}.jsonl"
-        file.write_text(file.read_text("utf-8").replace("ріка", "гора", 40), "utf-8")
-        assert f"windows of {name}" in run_again() and run_again() == finished
-    assert len(list(Path("shared").iterdir())) == 2  # what the dense model makes of either test
-    other = tiny.write_model(tmp_path / "other", tiny.tiny_llama(seed=2))
-    shutil.copy(other / "model.safetensors", tmp_path / "llama")  # of the same size
-    assert "weights of --model was" in run_again() and run_again() == finished
-    assert len(list(Path("shared").iterdir())) == 3  # models of one shape do not share
-    shutil.rmtree("runs/llama/wanda/model")
-    assert "its model was not kept" in run_again() and run_again() == finished
-    Path("runs/llama/wanda/results.json").unlink()  # as where it was killed after it had saved
-    assert run_again() == "" and run_again() == finished
-
-
-def test_a_run_that_can_not_be_done_again_keeps_its_figures(run_again) -> None:
-    before = results("runs/llama/wanda")
+    (folder / "model/thesis.txt").touch()  # it is no model of a sweep
+    for _ in range(2):
+        with pytest.raises(Exception, match="holds thesis.txt"):
+            said()
+    (folder / "model/thesis.txt").unlink()
+    assert said().startswith(f"{folder}: uk ")
+    before = results(folder)
     with pytest.raises(Exception, match="can give only"):
-        run_again("--nsamples", "900")
-    assert results("runs/llama/wanda") == before
-    assert Path("runs/llama/wanda/model/config.json").is_file()
+        said("--nsamples", "900")
+    assert results(folder) == before and (folder / "model/config.json").is_file()
+    assert said("--batch_size", "3", "--cache_dir", "x") == f"{folder}: finished before\n"
+    assert "--nsamples was 8, is 9; it is run again" in said("--nsamples", "9")
+    assert results(folder)["flags"]["nsamples"] == 9
+    file = uk / "test.jsonl"
+    file.write_text(file.read_text("utf-8").replace("ріка", "гора", 40), "utf-8")
+    assert "windows of --eval_data" in said("--nsamples", "9")
+    assert len(list(shared.iterdir())) == 2  # what the dense model makes of either test
+    other = tiny.write_model(Path("other"), tiny.tiny_llama(seed=2))
+    shutil.copy(other / "model.safetensors", llama)  # of the same size
+    assert "weights of --model was" in said("--nsamples", "9")
+    assert len(list(shared.iterdir())) == 3  # models of one shape do not share
+    shutil.rmtree(folder / "model")
+    assert "its model was not kept" in said("--nsamples", "9")
 
 
 def children(pid: int) -> list[int]:
@@ -242,20 +198,12 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
 def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
-    """A run that is killed is a failed one; one whose sweep is killed ends; Ctrl-C ends both."""
+    """A run that is killed is a failed one; Ctrl-C ends both; one whose sweep is killed ends."""
 
     def started() -> tuple[subprocess.Popen, int]:
-        """Start the sweep; return it and the process of its first run that works."""
-        argv = [sys.executable, "-m", "lib.commands.sweep", "--models", str(model), *WANDA]
-        process = subprocess.Popen(
-            [*argv, "--calibration", str(texts[0]), *PASSED],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        """Start the sweep; return it and the process of its first run."""
+        argv = ["-m", "lib.commands.sweep", "--models", str(model), *WANDA]
+        process = start([*argv, "--calibration", str(texts[0]), *PASSED], tmp_path)
         wait_until(lambda: children(process.pid))
         return process, children(process.pid)[0]
 
@@ -263,12 +211,12 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     os.kill(run, signal.SIGKILL)
     wait_until(lambda: [each for each in children(process.pid) if each != run])
     (run,) = children(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
+    for each in (process.pid, run):  # as a terminal does
+        os.kill(each, signal.SIGINT)
     out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 130 and err.splitlines()[-1] == "interrupted"
-    assert "tiny/dense: failed: its process ended with signal 9" in out
-    assert "signal 9" in json.loads(Path("runs/tiny/dense/error.json").read_text())["error"]
-    assert not list(Path("runs").glob("dense-*"))
+    assert "runs/tiny/dense: failed with status -9" in out
+    assert "killed" in json.loads(Path("runs/tiny/dense/error.json").read_text())["error"]
 
     process, run = started()
     wait_until(lambda: len(os.listdir(f"/proc/{run}/task")) > 1)  # it watches the sweep
@@ -276,3 +224,24 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     process.communicate(timeout=LIMIT)
     wait_until(lambda: not Path(f"/proc/{run}").exists())
     assert not list(Path("runs").rglob("results.json"))
+
+
+# --- prunings for several languages
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"), [(["uk"], "SOURCE"), (["a", "b", "--method", "magnitude"], "no text")]
+)
+def test_languages_refuses_what_can_not_be_compared(model, argv, word) -> None:
+    said = done(languages.main, model, *argv)
+    assert said.status == 2 and word in said.complaints[-1]
+
+
+def test_languages(trained, texts) -> None:
+    said = done(languages.main, trained, *texts, "--out", "runs", *PASSED)
+    assert said.status == 0 and said.out.count("\n| wanda ") == 2
+    text = Path("runs/overlap/overlap.md").read_text("utf-8")
+    assert "uk (seed 0)" in text and "en (seed 0)" in text and "excess" in text
+    row = next(line for line in text.split("\n") if line.startswith("| uk") and "and en" in line)
+    shares = [float(cell.strip(" %")) for cell in row.split("|") if "%" in cell]
+    assert 50 < shares[1] < 100 and shares[2] < 60  # both keep; chance
