@@ -117,9 +117,3 @@ def test_bench_times_runs(place: Path) -> None:
     argv += ["--methods", "wanda", "--types", "2:4", "--nsamples", "2", "--seqlen", "32"]
     said = launched([*argv, "--save", "bench"], place)
     assert "| wanda | 2:4 |" in said.replace("  ", "")
-
-
-def test_bench_sparse_splits_the_time_of_a_token(place: Path) -> None:
-    argv = ["bench_sparse", "split", "--model", "model", "--rounds", "1"]
-    said = launched([*argv, "--dtypes", "float32", "--shares", "0.5"], place)
-    assert "milliseconds a token" in said and "| dense" in said
