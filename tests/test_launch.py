@@ -109,7 +109,6 @@ def test_recipes_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> Non
     on_c4 = results("out/c4")
     assert on_c4["calibration"]["name"] == "c4" and list(on_c4["perplexity"]) == ["ubertext"]
     assert any(path.endswith("en/c4-train.00000-of-01024.json.gz") for path in hub.asked)
-    assert on_c4["perplexity"]["ubertext"] > pruned["perplexity"]["ubertext"]
 
 
 def test_bench_times_runs(place: Path) -> None:
