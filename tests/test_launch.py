@@ -109,7 +109,6 @@ def test_recipes_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> Non
     on_c4 = results("out/c4")
     assert on_c4["calibration"]["name"] == "c4" and list(on_c4["perplexity"]) == ["ubertext"]
     assert any(path.endswith("en/c4-train.00000-of-01024.json.gz") for path in hub.asked)
-    assert on_c4["perplexity"]["ubertext"] > pruned["perplexity"]["ubertext"]
 
 
 def test_bench_times_runs(place: Path) -> None:
@@ -117,9 +116,3 @@ def test_bench_times_runs(place: Path) -> None:
     argv += ["--methods", "wanda", "--types", "2:4", "--nsamples", "2", "--seqlen", "32"]
     said = launched([*argv, "--save", "bench"], place)
     assert "| wanda | 2:4 |" in said.replace("  ", "")
-
-
-def test_bench_sparse_splits_the_time_of_a_token(place: Path) -> None:
-    argv = ["bench_sparse", "split", "--model", "model", "--rounds", "1"]
-    said = launched([*argv, "--dtypes", "float32", "--shares", "0.5"], place)
-    assert "milliseconds a token" in said and "| dense" in said

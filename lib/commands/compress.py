@@ -164,7 +164,7 @@ def _window_length(pruned: list[str], recover: int | None) -> int:
 
 
 def _run(flags: list[str], save: Path) -> dict[str, Any]:
-    """Run main.py with these flags, after its command was printed, and return results.json."""
+    """Print the command of main.py, run it, and return its results."""
     flags = [*flags, "--save", str(save)]
     print(f"python main.py {shlex.join(flags)}", flush=True)
     if status := call("main", *flags):  # it has said why

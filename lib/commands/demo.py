@@ -29,7 +29,7 @@ from lib.util.files import check_new_folder
 LANGUAGES = ("uk", "en")
 STORIES = Path(__file__).parent / "demo_texts"
 MARK = "demo.txt"  # in every folder that a demo has made
-RECOVERED = "sparsegpt-2of4", "admm-2of4"
+RECOVERED = "model/sparsegpt-2of4", "model/admm-2of4"
 SMALL = DemoTraining(
     vocabulary=300, window=32, width=16, inner=32, blocks=1, heads=2, batch=4, steps=2
 )
@@ -73,11 +73,11 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
     print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*flags, '--', *run_flags])}")
     print(f"   and once more with {' '.join(recover)}: {', '.join(RECOVERED)}", flush=True)
     runs = plan(build_sweep_parser().parse_args([*flags, *["--debug"] * debug]), run_flags)
-    for name, saved, of_run in list(runs):
-        if saved.name.startswith(RECOVERED):
-            other = saved.with_name(f"{saved.name}-recovered")
-            more = [*recover, "--save", str(other)]
-            runs.append(Run(f"{name}-recovered", other, [*of_run, *more]))
+    for name, _, of_run in list(runs):
+        if name.startswith(RECOVERED):
+            name = f"{name}-recovered"
+            saved = folder / "runs" / name
+            runs.append(Run(name, saved, [*of_run, *recover, "--save", str(saved)]))
     run_all(runs, str(folder / "runs"), report=str(folder))
     print(f"table: {folder / 'report.md'}")
 

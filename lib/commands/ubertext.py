@@ -16,7 +16,7 @@ import bz2
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from lib.util import command
@@ -49,19 +49,17 @@ def documents(lines: Iterable[str], add_up: bool = False) -> Iterator[str]:
     """
     document: list[str] = []
     n_blank = 0
-    for line in lines:
-        if not line.isspace():
+    for line in chain(lines, ["\n"] * DIVIDER):
+        if line.isspace():
+            n_blank += 1
+        else:
             n_blank = n_blank if add_up else 0
             document.append(line)
-            continue
-        n_blank += 1
         if n_blank == DIVIDER:
             n_blank = 0
             if document:
                 yield "".join(document)
             document = []
-    if document:
-        yield "".join(document)
 
 
 def long_documents(dump: Path, add_up: bool) -> Iterator[str]:

@@ -53,7 +53,9 @@ def test_a_model_is_compressed_and_compared(trained: Path, capfd: pytest.Capture
     assert vars(build_parser().parse_args(argv)) == after["flags"]
     table = Path("out/compress/compressed.md").read_text("utf-8")
     assert table in out
-    rows = {cells[1].strip(): cells[2:4] for cells in (row.split("|") for row in table.split("\n"))}
+    rows = {
+        cells[1].strip(): cells[2:4] for cells in (row.split("|") for row in table.splitlines())
+    }
     for name in ("on disk", "memory", "tokens a second", "bits per byte, uk"):
         dense, compressed = (cell.strip() for cell in rows[name])
         assert dense != compressed and "–" not in dense + compressed, name

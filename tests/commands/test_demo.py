@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import pytest
@@ -47,16 +46,6 @@ def test_what_is_not_a_demo_is_left_alone(file: str, complaint: str) -> None:
     with pytest.raises(UserError, match=f"--folder demo: {complaint}"):
         demo.demo(Path("demo"), small=True)
     assert content(".") == before
-
-
-def test_stories_are_whole_and_share_no_letter(tmp_path: Path) -> None:
-    stories = {name: demo.write_texts(tmp_path / name, 525, 0) for name in demo.LANGUAGES}
-    assert all(len(set(texts)) == 525 for texts in stories.values())
-    for text in [*stories["uk"], *stories["en"]]:
-        assert len(text) >= 1600 and re.search(r"[.!?”]$", text)
-        assert not re.search(r"[{}<>|/_]|  | [.,?!]", text)
-    assert not re.search("[A-Za-z]", "".join(stories["uk"]))
-    assert not re.search("[А-Яа-яІіЇїЄєҐґ]", "".join(stories["en"]))
 
 
 def test_a_model_learns_and_is_kept(tmp_path: Path) -> None:

@@ -226,17 +226,6 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     assert not list(Path("runs").rglob("results.json"))
 
 
-# --- prunings for several languages
-
-
-@pytest.mark.parametrize(
-    ("argv", "word"), [(["uk"], "SOURCE"), (["a", "b", "--method", "magnitude"], "no text")]
-)
-def test_languages_refuses_what_can_not_be_compared(model, argv, word) -> None:
-    said = done(languages.main, model, *argv)
-    assert said.status == 2 and word in said.complaints[-1]
-
-
 def test_languages(trained, texts) -> None:
     said = done(languages.main, trained, *texts, "--out", "runs", *PASSED)
     assert said.status == 0 and said.out.count("\n| wanda ") == 2
@@ -245,3 +234,5 @@ def test_languages(trained, texts) -> None:
     row = next(line for line in text.split("\n") if line.startswith("| uk") and "and en" in line)
     shares = [float(cell.strip(" %")) for cell in row.split("|") if "%" in cell]
     assert 50 < shares[1] < 100 and shares[2] < 60  # both keep; chance
+    refused = done(languages.main, trained, *texts, "--method", "magnitude")
+    assert refused.status == 2 and "no text" in refused.complaints[-1]

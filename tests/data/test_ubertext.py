@@ -8,12 +8,14 @@ from support import launched
 
 from lib.commands import ubertext
 from lib.commands.ubertext import GENRES, build, documents, find_dumps
+from lib.util import command
 from lib.util.errors import UserError
 
 
 def long_document(genre, number):
-    words = "слово " * (20 + number)
-    return f"Документ {number}  жанру\t{genre},\n\nз порожнім\u2028рядком\n{words}"
+    return f"Документ {number}  жанру\t{genre},\n\nз порожнім\u2028рядком\n" + "слово " * (
+        20 + number
+    )
 
 
 @pytest.fixture
@@ -56,13 +58,15 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     ]
     assert rows(out / "train.jsonl") == [row for i, row in enumerate(expected) if i % 6 < 4]
     assert rows(out / "test.jsonl") == [row for i, row in enumerate(expected) if i % 6 >= 4]
-    with pytest.raises(UserError, match="^OUT .*out: exists already"):
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dumps", "out"]
+    with pytest.raises(UserError, match="^OUT .*out: holds"):
         build(find_dumps(dumps), out)
 
 
 @pytest.mark.parametrize(
     ("text", "expected", "added_up"),
     [
+        ("a\n\n\n\nb\n", ["a\n", "b\n"], None),
         ("a\n\n\nb\n", ["a\nb\n"], None),  # two blank lines do not divide
         ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"], None),  # nor make more of them documents
         ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"], None),  # white space is a blank line
@@ -83,31 +87,40 @@ def test_longer_means_longer(short, tmp_path, capsys):
     # counted with line ends, before folding: 100, 101, 101
     assert [row["text"][0] for row in rows(tmp_path / "out" / "train.jsonl")] == ["y", "z"]
     assert (tmp_path / "out" / "test.jsonl").read_text() == ""
-    assert "only 2 training and 0 test documents" in capsys.readouterr().err
+    assert "2 train, 0 test documents" in capsys.readouterr().out
 
 
 def test_bad_dumps(dumps, tmp_path):
     court = {"court": find_dumps(dumps)["court"]}
     whole = court["court"].read_bytes()
     for content, problem in (
-        (whole[:-20], r"court\S+: damaged bz2"),
-        ("слово".encode("cp1251") * 99, "not UTF-8"),
-        (b"a b", "longest has 3"),
+        (whole[:-20], r"court\S+: neither UTF-8 text nor whole bz2"),
+        (whole[:60] + b"????" + whole[64:], r"court\S+: neither UTF-8 text nor whole bz2"),
+        ("слово".encode("cp1251") * 99, "neither UTF-8"),
+        (b"a b", "no document is longer"),
     ):
         court["court"].write_bytes(content)
         with pytest.raises(UserError, match=problem):
             build(court, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["dumps"]
+    (dumps / "court.txt").write_text("")
+    with pytest.raises(UserError, match="several files with 'court'"):
+        find_dumps(dumps)
     for path in dumps.glob("*court*"):
         path.unlink()
     with pytest.raises(UserError, match="no file with 'court' in the name"):
         find_dumps(dumps)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     dumps = tmp_path / "dumps"
     dumps.mkdir()
     for genre in GENRES:
         (dumps / f"{genre}.txt").write_text("\n\n\n\n".join(["слово " * 1400] * 3))
-    assert "15 train, 0 test documents of 5" in launched(["ubertext", dumps, "out"], tmp_path)
+    out = launched(["ubertext", dumps, "out"], tmp_path)
+    assert "15 train, 0 test documents" in out
     assert len(rows(tmp_path / "out/train.jsonl")) == 15
+    nowhere = str(tmp_path / "nowhere")
+    assert command.run(ubertext.main, [nowhere, str(tmp_path / "new")]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: FOLDER_OF_DUMPS {nowhere}: ") and err.count("\n") == 1
