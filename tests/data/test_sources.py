@@ -288,3 +288,15 @@ def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
     assert hub.calls == [((UBERTEXT,), {})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
     assert "can't be reached (no route)" in message(check_source, stream, "train")
+
+
+def test_a_stream_that_breaks_is_one_line(hub):
+    class Stream:
+        column_names = ["text"]
+
+        def __iter__(self):
+            yield {"text": "a"}
+            raise HTTPError("slow")
+
+    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Stream()}
+    assert "can't be reached" in message(read, parse_source("owner/name", FLAG))

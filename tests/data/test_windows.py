@@ -260,3 +260,11 @@ def test_prompts_are_beginnings_of_documents(tmp_path, bos, add_bos):
         assert test.prompts.shape == (count, 12)
         assert torch.equal(test.prompts, found[len(long)].prompts[:count])
     assert sorted(found[len(long)].prompts.tolist()) == sorted(long)
+
+
+def test_prompts_of_a_single_document_are_those_of_its_windows(tmp_path, tokenizer):
+    (tmp_path / "book.txt").write_text("\n".join(sentences(9)), encoding="utf-8")
+    found = data.test_set(parse_source(f"{tmp_path}/book.txt", FLAG), tokenizer, SEQLEN, None, 4)
+    begun = {tuple(window[:12].tolist()) for window in found.windows}
+    prompts = {tuple(one) for one in found.prompts.tolist()}
+    assert len(prompts) == 4 and prompts <= begun
