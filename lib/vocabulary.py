@@ -174,7 +174,8 @@ def trim_vocabulary(
         size=None if size is None else size - len(unnamed),
         n_unnamed=len(unnamed),
     )
-    kept = tokens.sort_ids(chosen)
+    model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
+    kept = sorted(chosen, key=lambda index: (index not in model_ids, index))  # added tokens last
     order = _row_order(tokens, kept, unnamed=unnamed, rows=rows, size=size)
     smaller = tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code)
     trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order))

@@ -15,12 +15,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lib.run import plots
 from lib.run.results import NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.errors import UserError
@@ -32,10 +34,19 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from torch import Tensor
 
-MASK = ".mask"  # ends the name of the tensor beside the kept values of a packed linear
 MIN_ZEROS = 0.01  # share of a matrix above which it counts as pruned
 COUNTS = ["weights", "kept_a", "kept_b", "both", "chance"]
+Matrix = tuple[tuple[int, ...], "Callable[[], Tensor]"]  # its shape, and what is kept of it
 NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+class Masks(NamedTuple):
+    """The matrices of one RUN: weights of a checkpoint, or each block's neurons."""
+
+    path: Path
+    label: str
+    calibration: str | None  # the text, where it is known
+    matrices: dict[str, Matrix]
 
 
 def block_and_linear(name: str) -> tuple[int, str] | None:
@@ -47,117 +58,83 @@ def block_and_linear(name: str) -> tuple[int, str] | None:
     return int(match[1]), re.sub(r"(?<![^.])\d+(?![^.])", "*", path).removesuffix(".*")
 
 
-class Masks:
-    """The masks of one RUN, by the name of their matrix: weights of a checkpoint, or neurons.
+def read_masks(path: Path, files: ExitStack) -> Masks:
+    """Open a RUN; `files` closes it. Raises UserError where it has no masks that can be read."""
+    if not path.is_dir():
+        raise UserError(f"RUN {path}: no such folder; name a saved model's folder")
+    if not (path / RESULTS).is_file() or any(path.glob("*.safetensors")):
+        return Masks(path, path.name, None, _saved_matrices(path, path, files))
+    results = read_results(path)
+    calibration = (results.get("calibration") or {}).get("name") or NONE
+    label = f"{calibration} (seed {results.get('seed') or 0})"
+    if neurons := results.get("neurons"):
+        return Masks(path, label, calibration, _neurons(neurons))
+    saved = results.get("flags", {}).get("save_model")
+    if not saved:
+        raise UserError(f"RUN {path}: saved no model; run it again with --save_model")
+    folder = next(filter(Path.is_dir, [Path(saved), path.parent / Path(saved).name]), None)
+    if folder is None:
+        raise UserError(f"RUN {path}: its model {saved} is gone; run it again")
+    return Masks(path, label, calibration, _saved_matrices(path, folder, files))
 
-    A block's neurons are a matrix (1, neurons) by the name `layers.BLOCK.neurons`.
-    """
 
-    def __init__(self, path: str | Path, files: ExitStack) -> None:
-        self.path = Path(path)
-        self.label, self.calibration = self.path.name, None
-        self.neurons: Mapping[str, Any] | None = None
-        self.packed: dict[str, tuple[int, int]] = {}  # {weight: (out, in)} of packed linears
-        self.files: dict[str, Any] = {}  # {tensor: the open file that holds it}
-        if not self.path.is_dir():
-            raise UserError(f"RUN {path}: no such folder; name a saved model's folder")
-        folder = self.path
-        if (folder / RESULTS).is_file() and not any(folder.glob("*.safetensors")):
-            results = read_results(folder)
-            self.calibration = (results.get("calibration") or {}).get("name") or NONE
-            self.label = f"{self.calibration} (seed {results.get('seed') or 0})"
-            self.neurons = results.get("neurons")
-            if self.neurons:
-                return
-            folder = self._saved_model(results)
-        self.packed = self._packed_sizes(folder)
-        self._open(folder, files)
+def _neurons(neurons: Mapping[str, Any]) -> dict[str, Matrix]:
+    """Return each block's neurons as a matrix (1, neurons)."""
+    import torch
 
-    def _saved_model(self, results: Mapping[str, Any]) -> Path:
-        saved = results.get("flags", {}).get("save_model")
-        if not saved:
-            raise UserError(f"RUN {self.path}: saved no model; run it again with --save_model")
-        candidates = [Path(saved), self.path / saved, self.path.parent / Path(saved).name]
-        folder = next((path for path in candidates if path.is_dir()), None)
-        if folder is None:
-            raise UserError(f"RUN {self.path}: its model {saved} is gone; run it again")
-        return folder
+    def kept(removed: list[int]) -> Tensor:
+        return ~torch.isin(torch.arange(neurons["before"]), torch.tensor(removed)).view(1, -1)
 
-    def _packed_sizes(self, folder: Path) -> dict[str, tuple[int, int]]:
-        config = folder / "config.json"
-        try:
-            text = config.read_text("utf-8") if config.is_file() else "{}"
-            linears = (json.loads(text).get("quantization_config") or {}).get("linears")
-            if not isinstance(linears, dict):  # dense, or another way of storing weights
-                return {}
-            return {f"{name}.weight": (size[0], size[1]) for name, size in linears.items()}
-        except (ValueError, AttributeError, LookupError, TypeError) as error:
-            problem = f"RUN {self.path}: config.json can't be read ({error}); save it again"
-            raise UserError(problem) from error
+    return {
+        f"layers.{block}.neurons": ((1, neurons["before"]), partial(kept, removed))
+        for block, removed in enumerate(neurons["removed"])
+    }
 
-    def _open(self, folder: Path, files: ExitStack) -> None:
-        from safetensors import SafetensorError, safe_open
 
+def _saved_matrices(path: Path, folder: Path, files: ExitStack) -> dict[str, Matrix]:
+    """Return the matrices, two- or three-dimensional, in the blocks of a checkpoint."""
+    from safetensors import SafetensorError, safe_open
+
+    holder: dict[str, Any] = {}  # {tensor: the open file that holds it}
+    config = folder / "config.json"
+    try:
         for shard in sorted(folder.glob("*.safetensors")):
-            try:
-                file = files.enter_context(safe_open(shard, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                problem = f"RUN {self.path}: {shard.name} can't be read ({error}); save it again"
-                raise UserError(problem) from error
-            self.files.update(dict.fromkeys(file.keys(), file))
-        if not self.files:
-            raise UserError(f"RUN {self.path}: holds no *.safetensors; name a saved model's folder")
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return {name: dense shape} of the matrices, two- or three-dimensional, in the blocks."""
-        if self.neurons:
-            blocks = range(len(self.neurons["removed"]))
-            return {f"layers.{index}.neurons": (1, self.neurons["before"]) for index in blocks}
-        shapes = {}
-        for name, file in self.files.items():
-            shape = self.packed.get(name) or tuple(file.get_slice(name).get_shape())
-            if block_and_linear(name) and len(shape) in (2, 3) and not name.endswith(MASK):
-                shapes[name] = shape
-                if f"{name}.absmax" in self.files:
-                    raise UserError(
-                        f"RUN {self.path}: {name} is stored in 4 bits, where zeros can't be seen; "
-                        "save the pruned model unquantised"
-                    )
-        return shapes
-
-    def kept(self, name: str) -> Tensor:
-        """Return the mask of a matrix: True where a weight or neuron is kept."""
-        import torch
-
-        if self.neurons:
-            kept = torch.ones(1, self.neurons["before"], dtype=torch.bool)
-            removed = self.neurons["removed"][block_and_linear(name)[0]]
-            kept[0, removed if isinstance(removed, list) else _from_hex(removed)] = False
-            return kept
-        if name not in self.packed:
-            return self.files[name].get_tensor(name) != 0
-        from lib.packed.layout import kept_of
-
-        mask = name.removesuffix(".weight") + MASK
-        if mask not in self.files:
-            raise UserError(f"RUN {self.path}: there is no {mask}; save the packed model again")
-        return kept_of(self.files[mask].get_tensor(mask), self.packed[name][1])
+            file = files.enter_context(safe_open(shard, framework="pt"))
+            holder.update(dict.fromkeys(file.keys(), file))
+        settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"RUN {path}: can't be read ({error}); save it again") from error
+    if not holder:
+        raise UserError(f"RUN {path}: holds no *.safetensors; name a saved model's folder")
+    packed = (settings.get("quantization_config") or {}).get("linears") or {}
+    matrices: dict[str, Matrix] = {}
+    for name, file in holder.items():
+        shape, (linear, _, part) = tuple(file.get_slice(name).get_shape()), name.rpartition(".")
+        if block_and_linear(name) is None or (linear in packed and part != "mask"):
+            continue
+        if linear in packed:
+            rows, width = packed[linear][:2]
+            matrices[f"{linear}.weight"] = ((rows, width), partial(_kept, file, name, width))
+        elif len(shape) in (2, 3):
+            matrices[name] = (shape, partial(_kept, file, name))
+    return matrices
 
 
-def _from_hex(text: str) -> list[int]:
-    """Read a set of numbers as earlier versions wrote it: four to a digit, the lowest first."""
-    digits = ((place, int(digit, 16)) for place, digit in enumerate(text))
-    return [4 * place + bit for place, digit in digits for bit in range(4) if digit >> bit & 1]
+def _kept(file: Any, name: str, width: int | None = None) -> Tensor:
+    """Return what a weight keeps, or with the `width` of a packed one what its mask keeps."""
+    from lib.packed.layout import kept_of
+
+    tensor = file.get_tensor(name)
+    return tensor != 0 if width is None else kept_of(tensor, width)
 
 
 def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) -> DataFrame:
     """Compare the masks of saved models, tensor by tensor: a line for each pair, block and linear.
 
-    Columns: `a` and `b`, the labels of the two; `seeds`, whether they differ in the seed alone;
-    `block`, `linear`; `weights` of one of them, `kept_a`, `kept_b`, `both`, and `chance`, the value
-    of `both` for masks that are independent within each matrix. `noise[k]` is `runs[k]` with
-    another seed. Raises UserError for too few or unreadable checkpoints, for other shapes, and
-    where nothing is pruned.
+    Columns: the labels `a` and `b`; `seeds`, whether the two differ in the seed alone; `block`,
+    `linear`, `weights`, `kept_a`, `kept_b`, `both`, and `chance`, the value of `both` for
+    independent masks. `noise[k]` is `runs[k]` with another seed. Raises UserError for too few or
+    unreadable checkpoints, for other shapes, and where nothing is pruned.
     """
     import pandas
 
@@ -167,19 +144,24 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
         raise UserError(f"--noise: {len(noise)} folders for {len(runs)} RUNs; give one for each")
     lines = []
     with ExitStack() as files:
-        masks = [Masks(path, files) for path in (*runs, *noise)]
+        masks = [read_masks(Path(path), files) for path in (*runs, *noise)]
         seeds = [(k, len(runs) + k) for k in range(len(noise))]
-        _check_seeds(masks, seeds)
+        for run, other in ((masks[i], masks[j]) for i, j in seeds):
+            if run.calibration and other.calibration and run.calibration != other.calibration:
+                raise UserError(
+                    f"--noise {other.path}: calibrated on {other.calibration}, but {run.path} on "
+                    f"{run.calibration}; give the RUNs with another seed, in the order of the RUNs"
+                )
         labels = [each.label for each in masks]
         if len(set(labels)) < len(labels):
             labels = [str(each.path) for each in masks]
         for name, kept in _pruned_matrices(masks):
             block, linear = block_and_linear(name)
             for i, j in [*combinations(range(len(runs)), 2), *seeds]:
-                line = {"a": labels[i], "b": labels[j], "seeds": (i, j) in seeds}
-                line |= {"block": block, "linear": linear, "weights": kept[i].numel()}
-                line |= {"kept_a": int(kept[i].sum()), "kept_b": int(kept[j].sum())}
-                line["both"] = int((kept[i] & kept[j]).sum())
+                a, b = kept[i], kept[j]
+                line = {"a": labels[i], "b": labels[j], "seeds": (i, j) in seeds, "block": block}
+                line |= {"linear": linear, "weights": a.numel(), "kept_a": int(a.sum())}
+                line |= {"kept_b": int(b.sum()), "both": int((a & b).sum())}
                 line["chance"] = line["kept_a"] * line["kept_b"] / line["weights"]
                 lines.append(line)
     if not lines:
@@ -191,132 +173,81 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
     return pandas.DataFrame(lines).groupby(keys, sort=False)[COUNTS].sum().reset_index()
 
 
-def _check_seeds(masks: Sequence[Masks], seeds: Sequence[tuple[int, int]]) -> None:
-    """Raise UserError where a run and its noise run are known to be calibrated on other texts."""
-    for run, other in ((masks[i], masks[j]) for i, j in seeds):
-        known = run.calibration is not None and other.calibration is not None
-        if known and run.calibration != other.calibration:
-            raise UserError(
-                f"--noise {other.path}: calibrated on {other.calibration}, but {run.path} on "
-                f"{run.calibration}; give the RUNs with another seed, in the order of the RUNs"
-            )
-
-
-def _pruned_matrices(all_masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]]]:
+def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]]]:
     """Yield (name, a mask of each run) of the matrices that are pruned in all, block by block."""
-    first, *others = shapes = [masks.shapes() for masks in all_masks]
-    for masks, its in zip(all_masks[1:], others, strict=True):
-        for name in sorted(first.keys() | its.keys()):
-            if its.get(name) != first.get(name):
-                raise UserError(
-                    f"RUN {masks.path}: tensor {name} is {_shape(its.get(name))} here but "
-                    f"{_shape(first.get(name))} in {all_masks[0].path}; compare prunings of one "
-                    "model"
-                )
+    shapes = [{name: shape for name, (shape, _) in each.matrices.items()} for each in masks]
+    for run, its in zip(masks, shapes, strict=True):
+        if differing := shapes[0].items() ^ its.items():
+            name = min(differing)[0]
+            here, there = (shape.get(name, "missing") for shape in (its, shapes[0]))
+            raise UserError(
+                f"RUN {run.path}: tensor {name} is {here} here but {there} in {masks[0].path}; "
+                "compare prunings of one model"
+            )
     with progress(len(shapes[0]), "comparing", "matrix") as advance:
-        for name in sorted(first, key=lambda name: (block_and_linear(name)[0], name)):
-            kept = [masks.kept(name) for masks in all_masks]
+        for name in sorted(shapes[0], key=lambda name: (block_and_linear(name)[0], name)):
+            kept = [each.matrices[name][1]() for each in masks]
             advance(1)
             if all((~mask).float().mean() > MIN_ZEROS for mask in kept):
                 yield name, kept
 
 
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "missing" if shape is None else " x ".join(map(str, shape))
-
-
 def shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
-    """Return shares of the counts summed `by` columns.
-
-    `kept` of the weights, mean of both masks; of the kept weights those that `both keep`, and the
-    share that `chance` gives; where seeds were compared, the share that those have (`seeds`) and
-    how much more that is (`excess`).
-    """
-    between = _shares(counts[~counts["seeds"]], by)
+    """Return shares of the counts summed `by` columns, with `seeds` where those were compared."""
+    by = ["seeds", by] if isinstance(by, str) else ["seeds", *by]
+    sums = counts.groupby(by, sort=False)[COUNTS].sum()
+    kept = sums["kept_a"] + sums["kept_b"]
+    found = (kept / (2 * sums["weights"])).to_frame("kept")
+    found["both keep"] = 2 * sums["both"] / kept.clip(lower=1)
+    found["chance"] = 2 * sums["chance"] / kept.clip(lower=1)
+    between = found.loc[False]
     if counts["seeds"].any():
-        between["seeds"] = _shares(counts[counts["seeds"]], by)["both keep"]
-        between["excess"] = between["seeds"] - between["both keep"]
+        seeds = found.loc[True]["both keep"]
+        between = between.assign(seeds=seeds, excess=seeds - between["both keep"])
     return between
 
 
-def _shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
-    import pandas
-
-    sums = counts.groupby(by, sort=False)[COUNTS].sum()
-    kept = sums["kept_a"] + sums["kept_b"]
-    both, chance = (2 * sums[name] / kept.clip(lower=1) for name in ("both", "chance"))
-    columns = {"kept": kept / (2 * sums["weights"]), "both keep": both, "chance": chance}
-    return pandas.DataFrame(columns)
-
-
-def _unit(counts: DataFrame) -> str:
-    return "neurons" if (counts["linear"] == "neurons").all() else "weights"
-
-
 def _title(counts: DataFrame) -> str:
+    unit = "Neurons" if (counts["linear"] == "neurons").all() else "Weights"
     between = counts[~counts["seeds"]]
     *first, last = dict.fromkeys([*between["a"], *between["b"]])
-    return f"{_unit(counts).capitalize()} that the masks of {', '.join(first)} and {last} share"
+    return f"{unit} that the masks of {', '.join(first)} and {last} share"
 
 
 def overlap_text(counts: DataFrame) -> str:
     """Return a comparison as Markdown: by pair, by block and by linear."""
-    unit = _unit(counts)
     pair = counts["a"] + " and " + counts["b"] + counts["seeds"].map({True: " (seeds)", False: ""})
-    parts = [f"### {_title(counts)}", _table("pair", _shares(counts.assign(pair=pair), "pair"))]
-    by = ["block"] if unit == "neurons" else ["block", "linear"]
-    parts += [_table(name, shares(counts, name)) for name in by]
-    notes = [
-        f"- kept: share of the {unit}; both keep: share of the kept {unit}, mean of the two masks, "
-        "that both keep; chance: the same for independent masks."
-    ]
+    found = {"pair": shares(counts.assign(pair=pair, seeds=False), "pair")}
+    found |= {name: shares(counts, name) for name in ("block", "linear")}
+    parts = [f"### {_title(counts)}"]
+    for name, table in found.items():
+        body = [[str(key), *map("{:.1%}".format, line)] for key, *line in table.itertuples()]
+        parts.append(padded_table([name, *table.columns], body))
+    notes = (
+        "- kept: share of all; both keep: share of what is kept, mean of the two masks, that both "
+        "keep; chance: the same for independent masks."
+    )
     if counts["seeds"].any():
-        notes.append(
-            "- seeds: share that two seeds of one language both keep; excess: seeds minus both "
+        notes += (
+            "\n- seeds: share that two seeds of one language both keep; excess: seeds minus both "
             "keep, the part of the difference that is due to the language."
         )
-    return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
-
-
-def _table(name: str, found: DataFrame) -> str:
-    lines = zip(found.index, found.to_numpy(), strict=True)
-    body = [[str(key), *(f"{share:.1%}" for share in line)] for key, line in lines]
-    return padded_table([name, *found.columns], body)
+    return "\n\n".join([*parts, notes]) + "\n"
 
 
 def draw(counts: DataFrame) -> Any:
-    """Return the heat map: what masks share by block and linear, of neurons by block and pair.
+    """Return the heat map: by block and linear, in points over the seeds where those were compared.
 
-    Where seeds were compared it shows the excess, in points.
+    Of neurons by block and pair.
     """
-    from lib.run import plots
-
-    if _unit(counts) == "neurons":
-        named = counts.assign(pair=counts["a"] + "\n" + counts["b"])
-        cells = _shares(named, ["block", "pair"])["both keep"].unstack(sort=False)
-        return plots.overlap(100 * cells, _title(counts), "kept by both, %")
-    found = shares(counts, ["block", "linear"])
-    has_seeds = "excess" in found
-    cells = 100 * found["excess" if has_seeds else "both keep"].unstack(sort=False)
-    short = [name.rpartition(".")[2] for name in cells.columns]
-    cells.columns = short if len(set(short)) == len(short) else cells.columns
-    label = "seeds share more than languages, points" if has_seeds else "kept by both, %"
-    return plots.overlap(cells, _title(counts), label, difference=has_seeds)
-
-
-def write_overlap(counts: DataFrame, out: str | Path) -> list[Path]:
-    """Write overlap.md, .csv and .png into folder `out`; return their paths."""
-    from lib.run import plots
-
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    text, table, picture = (out / f"overlap.{suffix}" for suffix in ("md", "csv", "png"))
-    counts.to_csv(table, index=False)
-    if not plots.can_draw():
-        write_text(text, overlap_text(counts))
-        return [text, table]
-    write_text(text, f"{overlap_text(counts)}\n![overlap]({picture.name})\n")
-    return [text, table, plots.save(draw(counts), picture)]
+    column, label = "both keep", "kept by both, %"
+    if (counts["linear"] == "neurons").all():
+        counts = counts[~counts["seeds"]]
+        counts = counts.assign(linear=counts["a"] + "\n" + counts["b"])
+    elif counts["seeds"].any():
+        column, label = "excess", "seeds share more than languages, points"
+    cells = 100 * shares(counts, ["block", "linear"])[column].unstack(sort=False)
+    return plots.overlap(cells, _title(counts), label, difference=column == "excess")
 
 
 def main(argv: list[str]) -> None:
@@ -332,9 +263,15 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)
-    for path in write_overlap(counts, args.out):
-        print(f"wrote {path}", file=sys.stderr)
-    print(overlap_text(counts))
+    out, text = Path(args.out), overlap_text(counts)
+    out.mkdir(parents=True, exist_ok=True)
+    counts.to_csv(out / "overlap.csv", index=False)
+    print(text)
+    if plots.can_draw():
+        plots.save(draw(counts), out / "overlap.png")
+        text += "\n![overlap](overlap.png)\n"
+    write_text(out / "overlap.md", text)
+    print(f"wrote {out}/overlap.md", file=sys.stderr)
 
 
 if __name__ == "__main__":

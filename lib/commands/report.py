@@ -21,7 +21,7 @@ from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.command import one_line
 from lib.util.errors import UserError
-from lib.util.files import check_writable
+from lib.util.files import check_writable, write_text
 from lib.util.markdown import EMPTY, escape, padded_table
 
 if TYPE_CHECKING:
@@ -32,10 +32,12 @@ DENSE = "dense"  # the method and the type of a model that was not pruned
 SETTING, TASK = "setting ", "task "  # what the columns of settings and of tasks begin with
 WITH_COLUMN = set("seed prune_method sparsity_type sparsity_ratio use_variant".split())
 WITH_COLUMN |= {"prune_on_c4", "eval_only"}
-MEASURES = ["perplexity", "standard_error", "bits_per_byte", "kl", "kl_standard_error"]
-MEASURES += ["top1_agreement", "top1_agreement_standard_error"]
-RUN_COLUMNS = {"zeros": ("zeros", ".2%"), "seeds": ("seeds", "d"), "MB": ("saved_mb", ",.1f")}
-TEST_COLUMNS = {  # title: figure, format
+RUN_COLUMNS = {  # title: figure, format, unit
+    "zeros": ("zeros", ".2%"),
+    "seeds": ("seeds", ".0f"),
+    "MB": ("saved_bytes", ",.1f", 1e6),
+}
+TEST_COLUMNS = {
     "perplexity": ("perplexity", ",.2f"),
     "s.e.": ("standard_error", ",.2f"),
     "rise": ("rise", "+,.1%"),
@@ -43,6 +45,7 @@ TEST_COLUMNS = {  # title: figure, format
     "KL": ("kl", ".3f"),
     "agreement": ("top1_agreement", ".1%"),
 }
+MEASURES = [name for name, _ in TEST_COLUMNS.values() if name != "rise"]
 NOTES = {
     "MB": "MB: bytes of the saved model's files, in millions.",
     "perplexity": "Perplexity: lower is better; ± is the standard deviation over seeds.",
@@ -67,7 +70,7 @@ def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
         files = [path / RESULTS] if (path / RESULTS).is_file() else sorted(path.rglob(RESULTS))
         if not files and not any(path.rglob(ERROR)):  # of a run that has failed
             raise UserError(f"RUN {path}: holds no {RESULTS}; name a run's --save folder")
-        folders.update((file.parent.resolve(), file.parent) for file in files)
+        folders |= {file.parent.resolve(): file.parent for file in files}
     return {folder: read_results(folder) for folder in folders.values()}
 
 
@@ -80,13 +83,14 @@ def tables(runs: Runs) -> list[DataFrame]:
     """
     import pandas
 
-    lines = []
-    for folder, results in runs.items():
-        run = _run_columns(folder, results)
-        for test in results["evaluation"]:
-            identity = test.get("digest") or f"{test.get('source')} {test.get('tokens')}"
-            line = run | {"test": test["name"], "measured_on": test["name"], "digest": identity}
-            lines.append(line | {name: test.get(name) for name in ("tokens", *MEASURES)})
+    lines = [
+        _run_columns(folder, results)
+        | {"test": test["name"], "measured_on": test["name"]}
+        | {"digest": (test.get("digest") or f"{test.get('source')} {test.get('tokens')}")[:8]}
+        | {name: test.get(name) for name in MEASURES}
+        for folder, results in runs.items()
+        for test in results["evaluation"]
+    ]
     if not lines:
         return []
     frame = pandas.DataFrame(lines).astype(dict.fromkeys([*MEASURES, "saved_bytes"], float))
@@ -95,26 +99,27 @@ def tables(runs: Runs) -> list[DataFrame]:
 
 def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that all lines of a run have in common."""
-    kind, share = results.get("sparsity_type"), results.get("sparsity_ratio") or 0.0
+    kind, share = results.get("sparsity_type"), results.get("sparsity_ratio")
     zeros = (results.get("sparsity") or {}).get("overall")
-    is_dense = results["method"] == DENSE
-    if kind is None and not is_dense:  # pruned before
+    if share is None:  # dense, or pruned before
         share = zeros or 0.0
     names = {None: f"{share:.0%}", "unstructured": f"{100 * share:g}%"}
     names["neurons"] = f"{100 * share:g}% neurons"
-    vocabulary = results.get("vocabulary") or {}
+    vocabulary, rows = results.get("vocabulary") or {}, ""
+    if vocabulary:
+        rows = f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of its vocabulary"
+        rows += f" ({vocabulary.get('digest')})"
     text = results.get("calibration") or results.get("recovery", {}).get("text") or {}
     variant = " variant" if results.get("flags", {}).get("use_variant") else ""
     trained = "recovery" in results and results["method"] != "recovered"
     columns = {
         "folder": folder,
         "model": results["model"].rstrip("/"),
-        "vocabulary": f"{vocabulary.get('rows', '')} {vocabulary.get('digest', '')}".strip(),
-        "vocabulary_note": vocabulary.get("note"),
-        "rows": f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,}" if vocabulary else None,
+        "vocabulary": rows,
+        "note": vocabulary.get("note"),
         "method": results["method"] + variant + (" + recovery" if trained else ""),
-        "kind": kind,
-        "type": DENSE if is_dense else names.get(kind, kind),
+        "kind": kind or "",
+        "type": DENSE if results["method"] == DENSE else names.get(kind, kind),
         "ratio": share,
         "calibrated_on": text.get("name") or NONE,
         "sources": ", ".join(source["source"] for source in text.get("sources", [])),
@@ -123,104 +128,83 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "saved_bytes": results.get("saved_bytes"),
         "bits": results.get("packed", {}).get("bits"),
     }
-    for name, value in _settings_of(results).items():
-        columns[SETTING + name] = None if value is None else str(value)
+    settings = results.get("settings")  # of version 0.1
+    if settings is None:
+        deciding = results.get("fingerprint", {}).get("pruning", {}).items()
+        settings = {name[2:]: value for name, value in deciding if name.startswith("--")}
+    for name, value in settings.items():
+        if name not in WITH_COLUMN and value is not None:
+            columns[SETTING + name] = str(value)
     for task, metrics in results.get("tasks", {}).items():
         numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}
         columns |= {f"{TASK}{task} {name}": float(value) for name, value in numbers.items()}
     return columns
 
 
-def _settings_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the flags that change a result and have no column of their own."""
-    if "settings" in results:  # of an earlier version
-        return results["settings"]
-    deciding = results.get("fingerprint", {}).get("pruning", {})
-    flags = {name[2:]: value for name, value in deciding.items() if name.startswith("--")}
-    return {name: value for name, value in flags.items() if name not in WITH_COLUMN}
-
-
-def _settings(table: DataFrame) -> list[str]:
-    return [name for name in table if name.startswith(SETTING)]
-
-
-def _keys(table: DataFrame) -> list[str]:
+def _keys(names: Iterable[str]) -> list[str]:
     """Return the columns that name a row."""
-    return ["method", "type", "calibrated_on", *_settings(table)]
+    return ["method", "type", "calibrated_on", *(n for n in names if n.startswith(SETTING))]
 
 
 def _summarised(lines: DataFrame) -> DataFrame:
     """Average the runs of one model that differ in nothing but the seed."""
     pruned = lines[lines["type"] != DENSE]
     counts = (lines if pruned.empty else pruned).nunique()
-    unused = [name for name in lines if lines[name].isna().all() and name != "kind"]
-    lines = lines.drop(columns={*unused, *(n for n in _settings(lines) if counts[n] < 2)})
-    lines = lines.fillna(dict.fromkeys(_settings(lines), EMPTY))
-    digests = lines["digest"].str[:8]
-    lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"], digests)
-    lines["calibrated_on"] = _unique_names(lines["calibrated_on"], lines["sources"])
+    same = [name for name in lines if name.startswith(SETTING) and counts[name] < 2]
+    lines = lines.drop(columns=same).dropna(axis="columns", how="all")
     keys = [*_keys(lines), "measured_on"]
-    means = {*MEASURES, "zeros", "saved_bytes", *(n for n in lines if n.startswith(TASK))}
-    means = [name for name in lines if name in means]
-    spread = [n for n in means if n not in ("zeros", "saved_bytes") and "standard" not in n]
-    first = lines.columns.difference([*keys, *means], sort=False)
+    lines = lines.fillna(dict.fromkeys(keys, EMPTY))
+    lines["measured_on"] = _unique_names(lines["measured_on"], lines["digest"])
+    lines["calibrated_on"] = _unique_names(lines["calibrated_on"], lines["sources"])
+    spread = {*MEASURES, *(name for name in lines if name.startswith(TASK))}
+    means = [name for name in lines if name in spread | {"zeros", "saved_bytes"}]
     groups = lines.drop_duplicates([*keys, "seed"]).groupby(keys, sort=False)
-    table = groups.agg(
-        **{name: (name, "first") for name in first},
-        **{name: (name, "mean") for name in means},
-        **{f"{name}_deviation": (name, "std") for name in spread},
-        seeds=("seed", "nunique"),
-        folders=("folder", lambda folders: " ".join(map(str, folders))),
-    ).reset_index()
-    dense = table[table["type"] == DENSE].drop_duplicates("measured_on").set_index("measured_on")
+    table = groups.first()
+    table[means] = groups[means].mean()
+    spread = [name for name in means if name in spread and "standard_error" not in name]
+    table = table.join(groups[spread].std().add_suffix("_deviation"))
+    table["seeds"] = groups["seed"].nunique()
+    table["folders"] = groups["folder"].agg(lambda folders: " ".join(map(str, folders)))
+    table = table.reset_index()
+    is_dense = table["type"] == DENSE
+    dense = table[is_dense].drop_duplicates("measured_on").set_index("measured_on")
     if "perplexity" in table:
         rise = table["perplexity"] / table["measured_on"].map(dense["perplexity"]) - 1
-        table["rise"] = rise.where(table["type"] != DENSE)
-    tests = list(lines["measured_on"].unique())
-    order = {
-        "is_pruned": table["type"] != DENSE,
-        "target": table["type"].map(plots.targets(table).index),
-        "place": table["measured_on"].map(tests.index),
-    }
-    by = ["is_pruned", "method", "target", "calibrated_on", *_settings(table), "place"]
-    return table.assign(**order).sort_values(by, kind="stable", ignore_index=True)
+        table["rise"] = rise.mask(is_dense)
+    targets, tests = plots.targets(table), list(lines["measured_on"].unique())
+
+    def place(index: int) -> tuple[Any, ...]:
+        row = table.loc[index]
+        dense, test = row["type"] == DENSE, tests.index(row["measured_on"])
+        return (not dense, row["method"], targets.index(row["type"]), *row[keys[2:-1]], test)
+
+    return table.loc[sorted(table.index, key=place)].reset_index(drop=True)
 
 
-def _unique_names(names: Series, identities: Series, shown: Series | None = None) -> Series:
+def _unique_names(names: Series, identities: Series) -> Series:
     """Return the names, with what tells them apart where one name is of several things."""
     several = identities.groupby(names).transform("nunique") > 1
-    shown = identities if shown is None else shown
-    return names.where(~several, names + " (" + shown + ")")
+    return names.where(~several, names + " (" + identities + ")")
 
 
-def report_text(runs: Runs) -> str:
+def report_text(tables: Sequence[DataFrame]) -> str:
     """Return all runs as Markdown: one table, or one for each model and vocabulary."""
-    all_tables = tables(runs)
     parts, titles = [], set()
-    if len(all_tables) > 1:
+    if len(tables) > 1:
         parts.append(
-            f"**{len(all_tables)} tables, not to be compared with each other:** "
+            f"**{len(tables)} tables, not to be compared with each other:** "
             "their runs are of different models or vocabularies."
         )
-    for table in all_tables:
+    for table in tables:
         columns = _columns(table)
         titles |= {title.rpartition(" ")[2] for title in columns}
-        parts.append(_heading(table))
-        parts += [table["vocabulary_note"][0]] if "vocabulary_note" in table else []
+        tests = ", ".join(dict.fromkeys(table["measured_on"]))
+        about = [table["model"][0], *filter(None, table["vocabulary"][:1]), f"measured on {tests}"]
+        parts.append(f"### {one_line(', '.join(about))}")
+        parts += list(table["note"][:1]) if "note" in table else []
         parts.append(padded_table(list(columns), list(zip(*columns.values(), strict=True)), left=3))
     parts.append("\n".join(f"- {note}" for title, note in NOTES.items() if title in titles))
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _heading(table: DataFrame) -> str:
-    """Return a table's heading: the model, what is left of its vocabulary, and the test sets."""
-    tests = []
-    for _, line in table.drop_duplicates("measured_on").iterrows():
-        size = line.get("tokens", 0)
-        about = f" ({size:,.0f} tokens, digest {line['digest'][:8]})" if size > 0 else ""
-        tests.append(line["measured_on"] + about)
-    left = f", {table['rows'][0]} rows of its vocabulary" if "rows" in table else ""
-    return f"### {one_line(table['model'][0])}{left}, measured on {one_line(', '.join(tests))}"
 
 
 def _columns(table: DataFrame) -> dict[str, list[str]]:
@@ -228,69 +212,45 @@ def _columns(table: DataFrame) -> dict[str, list[str]]:
     keys = _keys(table)
     rows = table.drop_duplicates(keys).set_index(keys, drop=False)
     named = {name.removeprefix(SETTING).replace("_", " "): list(rows[name]) for name in keys}
-    if "saved_bytes" in rows:
-        rows["saved_mb"] = rows["saved_bytes"] / 1e6
-    columns = {title: _text(rows, *of) for title, of in RUN_COLUMNS.items()}
+    columns = {title: _cells(rows, *of) for title, of in RUN_COLUMNS.items()}
     titles = list(TEST_COLUMNS)
-    if "vocabulary_note" in table:  # perplexities fall with the number of tokens
+    if "note" in table:  # perplexities fall with the number of tokens
         titles.insert(0, titles.pop(titles.index("bits/byte")))
     for test in dict.fromkeys(table["measured_on"]):
         lines = table[table["measured_on"] == test].set_index(keys).reindex(rows.index)
-        columns |= {f"{test} {title}": _text(lines, *TEST_COLUMNS[title]) for title in titles}
+        columns |= {f"{test} {title}": _cells(lines, *TEST_COLUMNS[title]) for title in titles}
     for name in table:
         if name.startswith(TASK) and not name.endswith("_deviation"):
-            columns[name.removeprefix(TASK)] = _text(rows, name, ".4f")
+            columns[name.removeprefix(TASK)] = _cells(rows, name, ".4f")
     return named | {title: cells for title, cells in columns.items() if set(cells) != {EMPTY}}
 
 
-def _text(lines: DataFrame, name: str, form: str) -> list[str]:
+def _cells(lines: DataFrame, name: str, form: str, unit: float = 1) -> list[str]:
     """Return a figure of each line as text, `±` its deviation over seeds; `–` for none."""
     cells = []
     for _, line in lines.iterrows():
         value, spread = line.get(name), line.get(f"{name}_deviation", 0)
-        text = EMPTY if value is None or value != value else format(value, form)
+        text = EMPTY if value is None or value != value else format(value / unit, form)
         cells.append(text + (f" ± {format(spread, form)}" if spread > 0 else ""))
     return cells
 
 
-def report_csv(runs: Runs) -> str:
-    """Return the same figures as CSV, unrounded: a line for each row and test set."""
-    import pandas
-
-    numbered = [table.assign(table=number) for number, table in enumerate(tables(runs), 1)]
-    frame = pandas.concat(numbered) if numbered else pandas.DataFrame()
-    columns = "table model method type ratio calibrated_on zeros seeds saved_bytes".split()
-    columns += ["measured_on", "digest", "rise"]
-    columns += [name + more for name in MEASURES for more in ("", "_deviation")]
-    columns += [name for name in frame if name.startswith((SETTING, TASK))]
-    columns = [name for name in [*columns, "vocabulary", "folders"] if name in frame]
-    short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in columns}
-    return frame[columns].rename(columns=short).to_csv(index=False, lineterminator="\n")
-
-
-def completions(runs: Runs) -> str:
+def completions(runs: Runs, tables: Sequence[DataFrame]) -> str:
     """Return what models have made of the prompts, as Markdown; of several seeds, the first's."""
-    parts = []
-    for table in tables(runs):
-        texts: dict[tuple[str, str], dict[str, str]] = {}  # {(test, prompt): {model: text}}
-        for _, line in table.iterrows():
-            words = [line[name] for name in _keys(table)]
-            name = DENSE if line["type"] == DENSE else ", ".join(words)
-            for entry in runs[line["folder"]].get("completions") or []:
-                if entry["test"] == line["test"]:
-                    of_prompt = texts.setdefault((line["measured_on"], entry["prompt"]), {})
-                    for key, model in (("dense", DENSE), ("model", name)):
-                        if key in entry:
-                            of_prompt.setdefault(model, entry[key])
-        for (test, prompt), of_prompt in texts.items():
-            heading = f"### Completions: {escape(plots.model_name(table))}, {escape(test)}"
-            parts += [] if heading in parts else [heading]
-            lines = (f"- {escape(name)}: {escape(text)}" for name, text in of_prompt.items())
-            parts += [f"> {escape(prompt)} …", "\n".join(lines)]
-    return "\n\n".join(parts)
+    parts: dict[str, dict[str, str]] = {}  # {model, test set and prompt: {model: text}}
+    for _, line in (line for table in tables for line in table.iterrows()):
+        name = DENSE if line["type"] == DENSE else ", ".join(line[_keys(line.index)])
+        about = f"**{escape(Path(line['model']).name)}, {escape(line['measured_on'])}**"
+        for entry in runs[line["folder"]].get("completions") or []:
+            if entry["test"] == line["test"]:
+                texts = parts.setdefault(f"{about}: {escape(entry['prompt'])} …\n", {})
+                for key, model in (("dense", DENSE), ("model", name)):
+                    if key in entry:
+                        texts.setdefault(model, f"- {escape(model)}: {escape(entry[key])}")
+    return "\n\n".join("\n".join([head, *texts.values()]) for head, texts in parts.items())
 
 
-def _failures(paths: Iterable[str | Path]) -> str:
+def failed_runs(paths: Iterable[str | Path]) -> str:
     """Return the runs whose last try failed, below the paths, and why."""
     lines = []
     for file in dict.fromkeys(file for path in paths for file in sorted(Path(path).rglob(ERROR))):
@@ -299,35 +259,30 @@ def _failures(paths: Iterable[str | Path]) -> str:
     return "\n".join([f"**Failed runs: {len(lines)}**", "", *lines, ""]) if lines else ""
 
 
-def write_report(runs: Runs, out: str | Path, failures: str = "") -> list[Path]:
-    """Write report.md, report.csv and the pictures into folder `out`; return their paths."""
-    out = Path(out)
+def write_report(runs: Runs, out: Path, failures: str = "") -> str:
+    """Write report.md, report.csv and the pictures into folder `out`; return the tables' text."""
+    import pandas
+
     out.mkdir(parents=True, exist_ok=True)
+    found, drawn = tables(runs), []
     draw = {
         "perplexity": plots.perplexity_by_sparsity,
         "languages": plots.cross_language,
         "bytes": plots.bytes_against_bits,
     }
-    all_tables, drawn = tables(runs), []
-    for number, table in enumerate(all_tables if plots.can_draw() else (), 1):
-        suffix = f"-{number}" if len(all_tables) > 1 else ""
+    for number, table in enumerate(found if plots.can_draw() else (), 1):
+        suffix = f"-{number}" if len(found) > 1 else ""
         for name, picture in draw.items():
             if figure := picture(table):
                 drawn.append(plots.save(figure, out / f"{name}{suffix}.png"))
-    parts = [report_text(runs), failures, completions(runs)]
-    parts += [f"![{path.stem}]({path.name})" for path in drawn]
-    text = "\n\n".join(part.strip() for part in parts if part) + "\n"
-    for name, content in {"report.md": text, "report.csv": report_csv(runs)}.items():
-        (out / name).write_text(content, encoding="utf-8")
-    return [out / "report.md", out / "report.csv", *drawn]
-
-
-def report(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Print the table of all runs in or below the paths, and write it with its pictures."""
-    runs, failures = load_runs(paths), _failures(paths)
-    for path in write_report(runs, out, failures):
-        print(f"wrote {path}", file=sys.stderr)
-    print(report_text(runs) + (f"\n{failures}" if failures else ""))
+    text = "\n".join(filter(None, [report_text(found), failures]))
+    parts = [text, completions(runs, found), *(f"![{path.stem}]({path.name})" for path in drawn)]
+    write_text(out / "report.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
+    frame = pandas.concat(found) if found else pandas.DataFrame()
+    frame = frame.drop(columns=["folder", "kind", "seed", "test"], errors="ignore")
+    short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
+    write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
+    return text
 
 
 def main(argv: list[str]) -> None:
@@ -339,7 +294,8 @@ def main(argv: list[str]) -> None:
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
-    report(args.runs, args.out)
+    print(write_report(load_runs(args.runs), Path(args.out), failed_runs(args.runs)))
+    print(f"wrote {args.out}/report.md", file=sys.stderr)
 
 
 if __name__ == "__main__":

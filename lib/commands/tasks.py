@@ -39,7 +39,6 @@ CONTEXT = 200  # characters before the last word, at most
 LEAST_CONTEXT = 60
 LEAST_LETTERS = 4  # of a last word
 CHARACTERS = 4_000_000  # of the documents that questions are made from
-MOST_TOKENS = 32  # that a model may write for a word
 
 WORD = r"[^\W\d_]+(?:[-'’ʼ][^\W\d_]+)*"
 LAST_WORD = re.compile(rf"(?<=\s)({WORD})[.!?…]+(?=\s|$)")
@@ -55,11 +54,7 @@ SAY = {
     "output_type": "generate_until",
     "doc_to_text": "{{context}}",
     "doc_to_target": "{{options[answer]}}",
-    "generation_kwargs": {
-        "until": ["\n", ".", ",", "!", "?"],
-        "max_gen_toks": MOST_TOKENS,
-        "do_sample": False,
-    },
+    "generation_kwargs": {"until": list("\n.,!?"), "max_gen_toks": 32, "do_sample": False},
     "filter_list": [
         {
             "name": "first_word",
@@ -81,7 +76,12 @@ def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[
     All are of one script, have the same number of letters and occur about as often: their counts
     have the same logarithm of base 2, rounded down. The place of the right one is drawn.
     """
-    texts = _first(texts)
+    given, texts, length = texts, [], 0
+    for text in given:
+        texts.append(text)
+        length += len(text)
+        if length >= CHARACTERS:
+            break
     words = (word for text in texts for word in re.findall(WORD, text))
     counts = Counter(word for word in words if word.islower())
 
@@ -101,9 +101,11 @@ def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[
     draw = random.Random(seed)
     draw.shuffle(places)
     questions = []
-    for number, start, word in places:
-        context = _context(texts[number], start)
-        others = [other for other in alike[kind(word)] if other != word]
+    for number, end, word in places:
+        before = texts[number][max(0, end - CONTEXT) : end]
+        if end > CONTEXT:
+            before = before.partition(" ")[2]  # from the beginning of a word on
+        context, others = before.strip(), [other for other in alike[kind(word)] if other != word]
         if len(context) >= LEAST_CONTEXT and len(others) >= CHOICES - 1:
             wrong = draw.sample(others, CHOICES - 1)
             questions.append({"context": context} | _options(word, wrong, draw))
@@ -121,30 +123,22 @@ def read_pairs(path: str, seed: int) -> list[dict[str, Any]]:
         lines = Path(path).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--pairs {path}: can't be read ({error})") from None
-    draw = random.Random(seed)
-    pairs = [
-        _pair(line, f"--pairs {path}: line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not pairs:
+    draw, questions = random.Random(seed), []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place, form = f"--pairs {path}: line {number}", 'write {"good": "...", "bad": "..."}'
+        try:
+            row = json.loads(line)
+            good, bad = (row[key].strip() + "\n" for key in ("good", "bad"))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{place}: no two texts in JSON; {form}") from None
+        if good == bad or "\n" in (good, bad):
+            raise UserError(f"{place}: a text is empty, or both are the same; {form}")
+        questions.append(_options(good, [bad], draw))
+    if not questions:
         raise UserError(f"--pairs {path}: holds no pair; write a line for each")
-    return [_options(good, [bad], draw) for good, bad in pairs]
-
-
-def _pair(line: str, place: str) -> tuple[str, str]:
-    form = 'write {"good": "...", "bad": "..."}'
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); {form}") from None
-    texts = [row.get(key) for key in ("good", "bad")] if isinstance(row, dict) else [None]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{place}: needs two texts; {form}")
-    good, bad = (f"{text.strip()}\n" for text in texts)
-    if good == bad:
-        raise UserError(f"{place}: both texts are the same; leave the pair out")
-    return good, bad
+    return questions
 
 
 def _options(right: str, wrong: Sequence[str], draw: random.Random) -> dict[str, Any]:
@@ -154,68 +148,18 @@ def _options(right: str, wrong: Sequence[str], draw: random.Random) -> dict[str,
     return {"options": options, "answer": answer}
 
 
-def _first(texts: Iterable[str]) -> list[str]:
-    first, length = [], 0
-    for text in texts:
-        first.append(text)
-        length += len(text)
-        if length >= CHARACTERS:
-            break
-    return first
-
-
-def _context(text: str, end: int) -> str:
-    """Return the text before `end`, from the beginning of a word on, without outer blanks."""
-    start = max(0, end - CONTEXT)
-    before = text[start:end]
-    return (before.partition(" ")[2] if start else before).strip()
-
-
-def write_task(
-    folder: Path, name: str, questions: Sequence[dict[str, Any]], form: dict[str, Any]
-) -> None:
+def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str, Any]) -> None:
     """Write NAME.yaml, a task of lm-eval in the `form` above, and NAME.jsonl, its questions."""
     import yaml
 
     data = folder.resolve() / f"{name}.jsonl"
     lines = (json.dumps(question, ensure_ascii=False) + "\n" for question in questions)
     write_text(data, "".join(lines))
-    task = {
-        "task": name,
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(data)}},
-        "test_split": "test",
-        **form,
-        "metadata": {"version": 1.0},
-    }
-    write_text(folder / f"{name}.yaml", yaml.safe_dump(task, allow_unicode=True, sort_keys=False))
-
-
-def write_tasks(
-    data: str, out: str, language: str | None, seed: int, pairs: str | None
-) -> list[str]:
-    """Write all tasks of a source into folder `out`, and return their names.
-
-    Raises UserError if the documents have no question, as in a language that does not separate its
-    words.
-    """
-    source = parse_source(data, "DATA")
-    questions = last_words(read_documents(source, "test")[0], seed)
-    if not questions:
-        raise source.error(
-            "holds no sentence whose last word can be asked for; give more text, of a language "
-            "that separates its words by blanks"
-        )
-    name = language or re.sub(r"\W+", "_", source.name)
-    forms = {"last_word": (questions, CHOOSE), "last_word_said": (questions, SAY)}
-    if pairs:
-        forms["pairs"] = (read_pairs(pairs, seed), PAIRS)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, (its, form) in forms.items():
-        write_task(folder, f"{name}_{kind}", its, form)
-        print(f"{name}_{kind}: {len(its)} questions")
-    return [f"{name}_{kind}" for kind in forms]
+    task = {"task": name, "dataset_path": "json", "test_split": "test"}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(data)}}, "metadata": {"version": 1.0}}
+    text = yaml.safe_dump(task | form, allow_unicode=True, sort_keys=False)
+    write_text(folder / f"{name}.yaml", text)
+    print(f"{name}: {len(questions)} questions")
 
 
 def main(argv: list[str]) -> None:
@@ -232,8 +176,22 @@ def main(argv: list[str]) -> None:
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("OUT", args.out)
-    names = write_tasks(args.data, args.out, args.language, args.seed, args.pairs)
-    print(f"run them: python main.py --tasks {','.join(names)} --include_path {args.out} ...")
+    source = parse_source(args.data, "DATA")
+    questions = last_words(read_documents(source, "test")[0], args.seed)
+    if not questions:
+        raise source.error(
+            "holds no sentence whose last word can be asked for; give more text, of a language "
+            "that separates its words by blanks"
+        )
+    name = args.language or re.sub(r"\W+", "_", source.name)
+    tasks = {f"{name}_last_word": (questions, CHOOSE), f"{name}_last_word_said": (questions, SAY)}
+    if args.pairs:
+        tasks[f"{name}_pairs"] = (read_pairs(args.pairs, args.seed), PAIRS)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, (its, form) in tasks.items():
+        write_task(folder, task, its, form)
+    print(f"run them: python main.py --tasks {','.join(tasks)} --include_path {args.out} ...")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from lib.data.sources import Source, check_text
 from lib.util.errors import UserError
@@ -20,28 +22,39 @@ TIMEOUT = 10.0  # seconds for the hub's first answer
 TESTS = ("test", "validation")
 
 
-class Column(Sequence):
-    """The texts of a downloaded set, read from disk one at a time."""
+@dataclass
+class Texts:
+    """The texts of a set, from row `first` on; `location` identifies where they are read from."""
 
-    def __init__(self, source: Source, rows: Sequence, location: object) -> None:
-        self.source, self.rows, self.location = source, rows, location
+    source: Source
+    rows: Any
+    first: int
+    location: object
+
+    def text(self, row: dict, number: int) -> str:
+        """Return the text of a row. Raises UserError if it has none."""
+        column = self.source.column
+        if column not in row:
+            raise self.source.error(f"no column {column!r}; there are: {', '.join(row)}")
+        return check_text(self.source, row[column], f"row {number}, column {column!r}")
+
+
+class Column(Texts, Sequence):
+    """Texts of a downloaded set, read from disk one at a time."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> str:
-        return _text(self.source, self.rows[row], row)
+        return self.text(self.rows[row], row)
 
     def check(self) -> None:
         """Raise UserError if the first row is not text."""
         self[0]
 
 
-class StreamedRows:
-    """The texts of a streamed set, in its own order, from row `first` on."""
-
-    def __init__(self, source: Source, rows: object, first: int, location: object) -> None:
-        self.source, self.rows, self.first, self.location = source, rows, first, location
+class StreamedRows(Texts):
+    """Texts of a streamed set, in its own order."""
 
     def __iter__(self) -> Iterator[str]:
         return self._texts(self.first)
@@ -50,7 +63,7 @@ class StreamedRows:
         count = 0
         with _as_user_error(self.source):
             for row in self.rows:
-                text = _text(self.source, row, count)
+                text = self.text(row, count)
                 count += 1
                 if count > first:
                     yield text
@@ -82,7 +95,14 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
             options["data_files"] = train if split == "train" else {"validation": source.test_file}
         options = {key: value for key, value in options.items() if value is not None}
         sets = load_dataset(source.hub, *filter(None, [source.config]), **options)
-        name = _split(source, split, list(sets))
+        names = ["train"] if split == "train" else [*TESTS, "train"]
+        names = [source.split] if source.split else names
+        name = next((name for name in names if name in sets), None)
+        if name is None:
+            raise source.error(
+                f"no split {names[0]!r}; there are: {', '.join(sets)}; name one as "
+                f"{source.hub}:{source.config or ''}:SPLIT"
+            )
         rows = sets[name]
         columns = rows.column_names  # None for a stream of files without a schema
         if columns and source.column not in columns:
@@ -94,7 +114,7 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
             return StreamedRows(source, rows, first, location), commit
         if not len(rows):
             raise source.error(f"the split {name!r} is empty; name another")
-        return Column(source, rows, location), commit
+        return Column(source, rows, first, location), commit
 
 
 def _revision(source: Source) -> str | None:
@@ -135,24 +155,3 @@ def _as_user_error(source: Source) -> Iterator[None]:
         hint = f"; name a config as {source.hub}:CONFIG" if "onfig" in reason else ""
         problem = hub_problem(error, "data set") or f"can't be loaded: {reason}{hint}"
         raise source.error(problem) from error
-
-
-def _split(source: Source, split: str, names: list[str]) -> str:
-    """Return the name of the hub's split for `train` or `test`."""
-    candidates = [*TESTS, "train"] if split == "test" else ["train"]
-    if source.split:
-        candidates = [source.split]
-    for name in candidates:
-        if name in names:
-            return name
-    raise source.error(
-        f"no split {candidates[0]!r}; there are: {', '.join(names)}; name one as "
-        f"{source.hub}:{source.config or ''}:SPLIT"
-    )
-
-
-def _text(source: Source, row: dict, number: int) -> str:
-    """Return the text of a row. Raises UserError if it has none."""
-    if source.column not in row:
-        raise source.error(f"no column {source.column!r}; there are: {', '.join(row)}")
-    return check_text(source, row[source.column], f"row {number}, column {source.column!r}")

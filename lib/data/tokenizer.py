@@ -15,7 +15,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -60,9 +60,7 @@ class TrimmableTokenizer:
         vocab = model["vocab"]
         # tokens of the model; the others are added tokens
         self.model_tokens = [t for t, _ in vocab] if self.kind == "Unigram" else list(vocab)
-        if len(set(self.model_tokens)) < len(self.model_tokens) or len(self.id_to_token) < len(
-            self.token_to_id
-        ):
+        if len(set(self.model_tokens)) < len(self.model_tokens):
             raise _refused(name, "one with duplicate tokens")
         self.ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
@@ -129,10 +127,9 @@ class TrimmableTokenizer:
 
     def _inserted_ids(self) -> set[int]:
         """Return the ids that the post-processor and padding put beside a text."""
-        recorder = _IdRecorder()
-        _map_post_processor(self.data["post_processor"], recorder)
-        padding = {self.data["padding"]["pad_id"]} if self.data["padding"] else set()
-        return recorder.keys() | padding
+        ids = {self.data["padding"]["pad_id"]} if self.data["padding"] else set()
+        _map_ids(self.data["post_processor"], ids.add)
+        return ids
 
     def template_ids(self) -> set[int]:
         """Return the tokens of the chat templates: of literals, text outside tags, and roles."""
@@ -145,36 +142,27 @@ class TrimmableTokenizer:
         encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return {index for encoding in encodings for index in encoding.ids}
 
-    def sort_ids(self, kept: Iterable[int]) -> list[int]:
-        """Return the ids in the order of the smaller tokenizer: model tokens, then added ones."""
-        model_ids = {self.token_to_id[token] for token in self.model_tokens}
-        return sorted(kept, key=lambda index: (index not in model_ids, index))
-
     def trimmed_json(self, kept: Sequence[int]) -> dict[str, Any]:
         """Return the content of a tokenizer.json with only the tokens `kept`, in this order."""
+        places = {self.id_to_token[index]: place for place, index in enumerate(kept)}
         new_ids = {index: place for place, index in enumerate(kept)}
         data, model = dict(self.data), dict(self.data["model"])
-        tokens = {self.id_to_token[index] for index in kept}
         if self.kind == "Unigram":
-            scores = {token: score for token, score in model["vocab"]}
-            ordered = [self.id_to_token[i] for i in kept if self.id_to_token[i] in scores]
-            model["vocab"] = [[token, scores[token]] for token in ordered]
+            scores = dict(model["vocab"])
+            model["vocab"] = [[token, scores[token]] for token in places if token in scores]
             if model["unk_id"] is not None:
-                model["unk_id"] = ordered.index(self.model_tokens[model["unk_id"]])
+                model["unk_id"] = places[self.model_tokens[model["unk_id"]]]
         else:
-            model_tokens = set(self.model_tokens)
-            ordered = [self.id_to_token[i] for i in kept if self.id_to_token[i] in model_tokens]
-            model["vocab"] = {token: new_ids[self.token_to_id[token]] for token in ordered}
-            model["merges"] = [
-                list(pair) for pair in map(_pair, model["merges"]) if _is_kept(pair, tokens)
-            ]
+            model["vocab"] = {t: place for t, place in places.items() if t in model["vocab"]}
+            pairs = map(_pair, model["merges"])
+            model["merges"] = [[a, b] for a, b in pairs if {a, b, a + b} <= places.keys()]
         added = [
-            token | {"id": new_ids[self.token_to_id[token["content"]]]}
+            token | {"id": places[token["content"]]}
             for token in data["added_tokens"]
-            if token["content"] in tokens
+            if token["content"] in places
         ]
         data |= {"model": model, "added_tokens": sorted(added, key=lambda token: token["id"])}
-        data["post_processor"] = _map_post_processor(data["post_processor"], new_ids)
+        data["post_processor"] = _map_ids(data["post_processor"], new_ids.__getitem__)
         if data["padding"]:
             data["padding"] = data["padding"] | {"pad_id": new_ids[data["padding"]["pad_id"]]}
         return data
@@ -226,10 +214,6 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
     return first, second
 
 
-def _is_kept(pair: tuple[str, str], tokens: set[str]) -> bool:
-    return pair[0] in tokens and pair[1] in tokens and "".join(pair) in tokens
-
-
 def _components(value: Any) -> Iterator[dict[str, Any]]:
     """Yield all components of a normalizer, pre-tokenizer or decoder, nested ones too."""
     if isinstance(value, dict):
@@ -252,26 +236,18 @@ def _substitutes(components: tuple) -> Iterator[str]:
             yield from (text for text in pattern.values() if isinstance(text, str))
 
 
-class _IdRecorder(dict):
-    """Maps every id to itself and holds those that were looked up."""
-
-    def __missing__(self, index: int) -> int:
-        self[index] = index
-        return index
-
-
-def _map_post_processor(value: Any, new_ids: dict[int, int]) -> Any:
+def _map_ids(value: Any, new_id: Callable[[int], Any]) -> Any:
     """Return a post-processor with new ids; templates hold them in lists, others as [token, id]."""
     if not isinstance(value, dict):
         return value
     value = dict(value)
     if value["type"] == "Sequence":
-        value["processors"] = [_map_post_processor(p, new_ids) for p in value["processors"]]
+        value["processors"] = [_map_ids(part, new_id) for part in value["processors"]]
     for token, entry in (value.get("special_tokens") or {}).items():
-        moved = entry | {"ids": [new_ids[index] for index in entry["ids"]]}
+        moved = entry | {"ids": [new_id(index) for index in entry["ids"]]}
         value["special_tokens"] = value["special_tokens"] | {token: moved}
     for end in ("cls", "sep"):
         if isinstance(value.get(end), list):
             token, index = value[end]
-            value[end] = [token, new_ids[index]]
+            value[end] = [token, new_id(index)]
     return value

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,7 @@ def _unknown(model: dict[str, Any]) -> str:
 def begins_with_blank(data: dict[str, Any]) -> bool:
     """Return whether the tokenizer puts a blank before a text."""
     parts = json.dumps([data["normalizer"], data["pre_tokenizer"]])
-    return (
-        '"Prepend"' in parts
-        or '"prepend_scheme": "always"' in parts
-        or ('"prepend_scheme": "first"' in parts)
-    )
+    return bool(re.search('"Prepend"|"prepend_scheme": "(always|first)"', parts))
 
 
 def write_tokenizer_model(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:

@@ -186,7 +186,6 @@ class TestSet:
     __test__ = False  # not a class of tests, whatever pytest makes of its name
     name: str
     windows: Tensor  # (windows, seqlen), int64
-    tokens: int  # of the windows
     bytes: int
     facts: dict
     prompts: Tensor  # (prompts, tokens), int64
@@ -232,7 +231,7 @@ def test_set(
         starts = windows[:: max(1, count // n_prompts), :length]
         prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
     shown = torch.stack(prompts[:n_prompts]) if n_prompts else windows[:0, :length]
-    return TestSet(source.name, windows, windows.numel(), bytes=covered, facts=facts, prompts=shown)
+    return TestSet(source.name, windows, bytes=covered, facts=facts, prompts=shown)
 
 
 def test_documents(source: Source, documents: Iterable[str]) -> Sequence[str]:

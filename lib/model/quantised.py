@@ -146,15 +146,6 @@ def stored_bits(config) -> str | None:
     return "4" if stored.get("load_in_4bit") else "8"
 
 
-def packed_linears(config) -> tuple[list[list[int]], int]:
-    """Return [out, in, kept] of each linear of a packed checkpoint, and the bits of a value."""
-    stored, method = _stored(config)
-    if method != packed.METHOD:
-        return [], 16
-    packed_config = packed.PackedConfig.from_dict(stored)
-    return list(packed_config.linears.values()), packed_config.bits
-
-
 def _stored(config) -> tuple[dict, str | None]:
     """Return the checkpoint's quantisation config, and its method or None."""
     stored = getattr(config, "quantization_config", None)

@@ -34,7 +34,12 @@ def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
     if head.out_features != rows or head.weight.shape[0] != rows:
         raise _refused(checkpoint, f"{rows} rows in its embedding, {head.out_features} in its head")
     trimmed = {(embedding, "weight"), (head, "weight"), (head, "bias")}
-    sizes = {rows, *_vocabulary_sizes(model.config)}
+    sizes = {rows} | {
+        value
+        for fields in _nested(model.config)
+        for key, value in vars(fields).items()
+        if "vocab" in key and key != TRIMMED_FROM and isinstance(value, int) and value > 1
+    }
     for path, module in model.named_modules():
         tensors = (*module.named_parameters("", False), *module.named_buffers("", False))
         for attribute, tensor in tensors:
@@ -51,13 +56,6 @@ def _refused(checkpoint: Checkpoint, what: str) -> UserError:
         f"--trim_vocabulary: {checkpoint} has {what}; the vocabulary of this architecture can't "
         "be trimmed, leave the flag out"
     )
-
-
-def _vocabulary_sizes(config: Any) -> Iterator[int]:
-    for fields in _nested(config):
-        for key, value in vars(fields).items():
-            if "vocab" in key and key != TRIMMED_FROM and isinstance(value, int) and value > 1:
-                yield value
 
 
 def _nested(config: Any) -> Iterator[Any]:

@@ -1034,12 +1034,12 @@ void small_batch(
 }
 
 // By the loop of so many tokens.
-#define BY_TOKENS(ROWS)                                                                    \
-  switch (padded) {                                                                             \
-    case 1: return ROWS<1>(w, inputs.data(), sums.get(), from, to);                 \
-    case 2: return ROWS<2>(w, inputs.data(), sums.get(), from, to);                 \
-    case 4: return ROWS<4>(w, inputs.data(), sums.get(), from, to);                 \
-    default: return ROWS<8>(w, inputs.data(), sums.get(), from, to);                \
+#define BY_TOKENS(ROWS)                                                                   \
+  switch (padded) {                                                                       \
+    case 1: return ROWS<1>(w, inputs.data(), sums.get(), from, to);                       \
+    case 2: return ROWS<2>(w, inputs.data(), sums.get(), from, to);                       \
+    case 4: return ROWS<4>(w, inputs.data(), sums.get(), from, to);                       \
+    default: return ROWS<8>(w, inputs.data(), sums.get(), from, to);                      \
   }
 
 template <class T>

@@ -28,7 +28,7 @@ TEMPLATE = """\
 ---
 # {{ title }}
 
-Made by langprune{{ texts }}:
+Made by langprune{% if texts %} for the texts of {{ texts }}{% endif %}:
 
 ```bash
 {{ command }}
@@ -55,6 +55,12 @@ which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
 PLAIN = """\
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({!r})"""
+FIGURES = {
+    "bits_per_byte": ("bits per byte", ".4f"),
+    "perplexity": ("perplexity", ".4f"),
+    "kl": ("KL from dense, nats a token", ".4f"),
+    "top1_agreement": ("same likeliest token", ".2%"),
+}
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
 NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
@@ -70,12 +76,13 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
     folder = Path(results["flags"].get("save_model") or "").name
     is_packed = bool(results["flags"].get("replace_sparse_layers"))
     bits = results.get("packed", {}).get("bits", 16)
-    names = ", ".join(escape(_public(source)) for source in sources)
+    model = results["model"]
+    model = model if _is_hub_id(model) else Path(model).resolve().name
     return ModelCard.from_template(
         _metadata(results, sources, is_packed),
         template_str=TEMPLATE,
-        title=f"{escape(_name_of(results['model']))}, {_what_was_done(results)}",
-        texts=f" for the texts of {names}" if names else "",
+        title=f"{escape(model)}, {_what_was_done(results)}",
+        texts=", ".join(escape(_public(source)) for source in sources),
         command=_command(results["flags"]),
         table=_table(results),
         notes=[escape(note) for note in _notes(results)],
@@ -89,75 +96,60 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
 
 def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: bool) -> ModelCardData:
     """Return the metadata; licence and base model of a local model from its own README.md."""
-    model, base = results["model"], _base_metadata(results["model"])
+    model, is_hub_id = results["model"], _is_hub_id(results["model"])
+    file = try_to_load_from_cache(model, "README.md") if is_hub_id else Path(model) / "README.md"
+    try:
+        base = (isinstance(file, str | Path) and metadata_load(file)) or {}
+    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
+        base = {}
     method = results["method"] if results["sparsity_type"] else None
     tags = ["langprune", "pruned" if method or "recovery" in results else None, method]
     tags.append("trimmed" if results.get("vocabulary") else None)
-    base_model = model if _is_hub_id(model) else base.get("base_model")
+    base_model = model if is_hub_id else base.get("base_model")
     bits = 4 if results.get("quantized") else results.get("packed", {}).get("bits", 16)
     relation = "quantized" if bits < 16 else "finetune"
-    licence = {name: base.get(name) for name in ("license", "license_name", "license_link")}
+    hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
         library_name=None if is_packed else "transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
         base_model_relation=relation if base_model else None,
-        datasets=list(dict.fromkeys(filter(None, map(_hub_set, sources)))) or None,
-        language=list(dict.fromkeys(filter(None, map(_language, sources)))) or None,
+        datasets=list(dict.fromkeys(filter(None, hub_sets))) or None,
+        language=list(dict.fromkeys(filter(None, languages))) or None,
         tags=list(filter(None, tags)),
-        **licence,
+        **{name: base.get(name) for name in ("license", "license_name", "license_link")},
     )
-
-
-def _base_metadata(model: str) -> dict[str, Any]:
-    """Return the metadata of a model's own card, if it lies beside it or in the hub's cache."""
-    is_hub_id = _is_hub_id(model)
-    file = try_to_load_from_cache(model, "README.md") if is_hub_id else Path(model) / "README.md"
-    try:
-        return metadata_load(file) or {} if isinstance(file, str | Path) else {}
-    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
-        return {}
 
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
-    done = []
-    if kind:
-        goal = {"unstructured": share, "neurons": f"{share} fewer neurons"}.get(kind, kind)
-        done.append(f"pruned by {results['method']} to {goal}")
+    goal = {"unstructured": share, "neurons": f"{share} fewer neurons"}.get(kind, kind)
     steps = {
+        "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linears packed",
         "quantized": "its linears as llama.cpp's q4_0",
     }
-    done += [words for key, words in steps.items() if results.get(key)]
-    return ", ".join(done) or "saved as it was"
+    return ", ".join(words for key, words in steps.items() if results.get(key)) or "saved as it was"
 
 
 def _table(results: Mapping[str, Any]) -> str:
-    """Return the table of figures, with the dense model's if any is known."""
-    rows = list(_figures(results))
-    shown = (0, 1, 2) if any(dense for _, dense, _ in rows) else (0, 2)
-    head, *body = ([row[i] for i in shown] for row in [("", "dense", "this model"), *rows])
-    return padded_table(head, body)
-
-
-def _figures(results: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield (name of a figure, the dense model's, this model's)."""
-    perplexities = results.get("recovery", {}).get("dense", {})
+    """Return the table of figures: their names, the dense model's where it is known, this one's."""
+    rows, trained = [], results.get("recovery", {}).get("dense", {})
     for test in results["evaluation"]:
-        name, dense = escape(test["name"]), test.get("dense") or {}
-        dense = {"perplexity": perplexities.get(test["name"])} | dense
-        for key, words in {"bits_per_byte": "bits per byte", "perplexity": "perplexity"}.items():
-            before = dense.get(key)
-            yield f"{name}, {words}", f"{before:.4f}" if before else "", f"{test[key]:.4f}"
-        if "kl" in test:
-            yield f"{name}, KL from dense, nats a token", "", f"{test['kl']:.4f}"
-            yield f"{name}, same likeliest token", "", f"{test['top1_agreement']:.2%}"
-    if size := results.get("saved_bytes"):
-        before = results.get("dense_bytes") or results.get("neurons", {}).get("bytes_before")
-        yield "MB", f"{before / 1e6:,.1f}" if before else "", f"{size / 1e6:,.1f}"
+        dense = {"perplexity": trained.get(test["name"])} | (test.get("dense") or {})
+        for key, (words, form) in FIGURES.items():
+            if key in test:
+                pair = (
+                    "" if each.get(key) is None else format(each[key], form)
+                    for each in (dense, test)
+                )
+                rows.append([f"{escape(test['name'])}, {words}", *pair])
+    if "saved_bytes" in results:
+        sizes = (results.get(name) for name in ("dense_bytes", "saved_bytes"))
+        rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
+    return padded_table(["", "dense", "this model"], rows)
 
 
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:
@@ -190,23 +182,16 @@ def _public(text: str) -> str:
     return text.rstrip("/").rpartition("/")[2] if is_path else text
 
 
-def _name_of(model: str) -> str:
-    return model if _is_hub_id(model) else Path(model).resolve().name
-
-
 def _is_hub_id(model: str) -> bool:
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", model)) and not Path(model).exists()
 
 
-def _hub_set(source: str) -> str | None:
+def _set_and_language(source: str) -> tuple[str | None, str | None]:
+    """Return a source's set on the hub, and the language that a built-in set's name tells."""
     try:
-        return parse_source(source, "").hub
+        hub = parse_source(source, "").hub
     except UserError:  # a path that is gone
-        return None
-
-
-def _language(source: str) -> str | None:
-    """Return the code of the language that a built-in set such as `c4:de` names."""
+        hub = None
     kind, _, language = source.partition(":")
     is_named = language and f"{kind}:LANGUAGE" in BUILT_IN
-    return re.split("[_-]", language)[0] if is_named else LANGUAGE_OF_SET.get(source)
+    return hub, re.split("[_-]", language)[0] if is_named else LANGUAGE_OF_SET.get(source)

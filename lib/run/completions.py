@@ -1,22 +1,16 @@
 """Beginnings of test documents, continued greedily by the dense and by the pruned model.
 
-    completions = Completions(job, runner)
-    completions.generate("dense", model)      # before pruning
-    completions.generate("model", model)      # after the run
-    completions.records()                     # both beside each prompt, for results.json
-
 Decoding is greedy, so that a model always gives the same text. The model and its generation
 settings stay as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from lib.model.pretrained import window_length
 from lib.util.errors import first_line
@@ -51,34 +45,27 @@ class Completions:
         """Continue every prompt by `model`; `name`: `dense`, or `model` for the pruned one."""
         if not self.prompts:
             return
-        try:
-            with self.job.timed("completions"):
-                self.texts[name] = self._generate(model)
-        except Exception as error:  # raised by any model's own code; the pruned model must be saved
-            self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
-
-    def records(self) -> list[dict[str, str]]:
-        """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
-        tokenizer = self.job.tokenizer
-        return [
-            {"test": test, "prompt": decode(tokenizer, ids)}
-            | {name: texts[index] for name, texts in self.texts.items()}
-            for index, (test, ids) in enumerate(self.prompts)
-        ]
-
-    def _generate(self, model: nn.Module) -> list[str]:
         job = self.job
         prompts = torch.stack([ids for _, ids in self.prompts])  # (prompts, tokens)
         tokens = min(NEW_TOKENS, window_length(job.config, None) - prompts.shape[1])
         batch_size = max(1, job.batch_size * job.seqlen // (prompts.shape[1] + tokens))
-        new_ids = [
-            row
-            for batch in prompts.split(batch_size)
-            for row in continue_greedily(model, batch.to(job.device), tokens)
-        ]
+        new_ids = []
+        try:
+            with job.timed("completions"):
+                for batch in prompts.split(batch_size):
+                    new_ids += continue_greedily(model, batch.to(job.device), tokens)
+        except Exception as error:  # raised by any model's own code; the pruned model must be saved
+            self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
+        else:
+            pairs = zip(prompts.tolist(), new_ids, strict=True)
+            self.texts[name] = [decode_completion(job.tokenizer, *pair) for pair in pairs]
+
+    def records(self) -> list[dict[str, str]]:
+        """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
         return [
-            decode_completion(job.tokenizer, ids, new)
-            for ids, new in zip(prompts.tolist(), new_ids, strict=True)
+            {"test": test, "prompt": decode(self.job.tokenizer, ids)}
+            | {name: texts[index] for name, texts in self.texts.items()}
+            for index, (test, ids) in enumerate(self.prompts)
         ]
 
     def _skip(self, reason: str) -> None:
@@ -87,9 +74,16 @@ class Completions:
 
 
 def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[int]]:
-    """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily."""
-    with _default_generation(model) as eos_ids:
-        options = {"eos_token_id": eos_ids, "pad_token_id": eos_ids[0]} if eos_ids else {}
+    """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily.
+
+    The model's own generation settings (penalties, temperature) do not apply.
+    """
+    settings = model.generation_config
+    ends = settings.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    model.generation_config = GenerationConfig()
+    try:
+        options = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -97,25 +91,10 @@ def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[i
             do_sample=False,
             **options,
         )
-    rows = output[:, ids.shape[1] :].tolist()
-    return [row[: next((i for i, id in enumerate(row) if id in eos_ids), None)] for row in rows]
-
-
-@contextmanager
-def _default_generation(model: nn.Module) -> Iterator[list[int]]:
-    """Inside, the model's own generation settings (penalties, temperature) do not apply.
-
-    Yields the model's end-of-text ids.
-    """
-    from transformers import GenerationConfig
-
-    settings = model.generation_config
-    eos = settings.eos_token_id
-    model.generation_config = GenerationConfig()
-    try:
-        yield [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     finally:
         model.generation_config = settings
+    rows = output[:, ids.shape[1] :].tolist()
+    return [row[: next((i for i, id in enumerate(row) if id in ends), None)] for row in rows]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
@@ -129,8 +108,8 @@ def decode_completion(
 ) -> str:
     """Return what `new_ids` add to the text of `prompt`.
 
-    Both are decoded together, because some tokenizers drop a blank before a first token, and a
-    character may begin in `prompt` and end in `new_ids`.
+    Both are decoded together: some tokenizers drop a blank before a first token, and a character
+    may begin in `prompt` and end in `new_ids`.
     """
     prompt_text, text = decode(tokenizer, prompt), decode(tokenizer, [*prompt, *new_ids])
     if text.startswith(prompt_text):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,18 +17,23 @@ from typing import TYPE_CHECKING, Any
 from lib.run.results import NONE
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
     from pandas import DataFrame
 
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.constrained_layout.use": True,
+    "grid.color": "#DDDDDD",
+}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P")
-GREY = "#555555"
-DOTS_PER_INCH = 150
-CHARACTERS_PER_INCH = 10  # of a title at its size
+DENSE_LINE = {"color": "#555555", "linestyle": "--", "linewidth": 1.2, "label": "dense"}
 PANELS_IN_A_ROW = 4
 WIDEST = 20.0  # inches
 STRICTNESS = ("unstructured", "4:8", "2:4", "neurons")  # the order of sparsity types
@@ -43,81 +48,58 @@ def can_draw() -> bool:
     return installed
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure, in inches, that belongs to no window and no global state."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def save(figure: Figure, path: Path) -> Path:
     """Write the PNG; the same figures give the same bytes."""
-    figure.savefig(path, dpi=DOTS_PER_INCH, metadata={"Software": None})
+    figure.savefig(path, dpi=150, metadata={"Software": None})
     return path
 
 
-def set_title(figure: Figure, text: str) -> None:
-    """Set the title of a figure, wrapped to its width into lines of similar length."""
-    columns = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
-    lines = textwrap.wrap(text, columns)
-    while len(narrower := textwrap.wrap(text, columns - 1)) == len(lines) and columns > 20:
-        lines, columns = narrower, columns - 1
-    figure.suptitle("\n".join(lines), fontsize=12, fontweight="bold")
+def _panels(
+    title: str, count: int, columns: int, width: float, height: float
+) -> tuple[Figure, list[Any]]:
+    """Return a figure of no window and its axes, each of so many inches, `columns` in a row."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = math.ceil(count / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(7.0, columns * width), 0.8 + rows * height))
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    lines = textwrap.fill(title, int(9 * figure.get_figwidth()))
+    figure.suptitle(lines, fontsize=12, fontweight="bold")
+    return figure, list(panels[:count])
 
 
-def open_axes(axes: Axes) -> None:
-    """Replace the box around the data by a light grid behind them."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#DDDDDD", linewidth=0.7)
-    axes.set_axisbelow(True)
-
-
-def log_ticks(axis: Axis) -> None:
-    """Put about five plain numbers on a logarithmic axis, however wide its range is."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+def _log_ticks(axis: Axis) -> None:
+    """Put plain numbers on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
-    if high / low < 4:
-        axis.set_major_locator(MaxNLocator(5))
-    else:
-        axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < 200 else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    few = (1, 2, 5) if high / low < 1000 else (1,)
+    axis.set_major_locator(LogLocator(subs=range(1, 10) if high / low < 10 else few))
+    axis.set_major_formatter("{x:,.10g}")
     axis.set_minor_locator(NullLocator())
 
 
-def heat_map(
-    axes: Axes,
-    cells: DataFrame,
-    form: str,
-    *,
-    size: float = 9,
-    **options: Any,
-) -> AxesImage:
-    """Draw a table as a heat map with its figures in format `form`; nan stays blank.
-
-    `options` are imshow's. Returns the image, for a colour bar.
-    """
-    image = axes.imshow(cells.to_numpy(float), aspect="auto", **options)
+def _heat_map(axes: Any, cells: DataFrame, form: str, size: float, **options: Any) -> Any:
+    """Draw a table with its figures in format `form`; nan stays blank. `options` are imshow's."""
+    image = axes.imshow(cells.to_numpy(float), aspect="auto", **{"cmap": "cividis"} | options)
+    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     long = max(len(str(name)) for name in cells.columns) > 4
-    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted)
+    axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
     axes.set_yticks(range(cells.shape[0]), cells.index)
     for row, line in enumerate(cells.to_numpy(float)) if cells.size <= MOST_FIGURES else ():
         for column, value in enumerate(line):
-            if math.isnan(value):
-                continue
-            red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            look = {"color": "white" if dark else "black", "fontsize": size}
-            axes.text(column, row, format(value, form), ha="center", va="center", **look)
+            if math.isfinite(value):
+                dark = sum(image.cmap(image.norm(value))[:3]) < 1.35
+                look = {"color": "white" if dark else "black", "fontsize": size}
+                axes.text(column, row, format(value, form), ha="center", va="center", **look)
+    axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return image
-
-
-def pick(options: Sequence[Any], index: int) -> Any:
-    """Return the option of the index-th series, of any number of series."""
-    return options[index % len(options)]
 
 
 def calibrations(table: DataFrame) -> list[str]:
@@ -134,25 +116,13 @@ def targets(table: DataFrame) -> list[str]:
     return list(dict.fromkeys(lines["type"]))
 
 
-def calibration_style(labels: Sequence[str], label: str) -> dict[str, Any]:
-    """Return colour and line of a calibration text; no two of the first 36 have both alike."""
-    if label == NONE:
-        return {"color": "black", "linestyle": ":"}
-    index = labels.index(label)
-    return {"color": pick(COLOURS, index), "linestyle": pick(LINES, index + index // len(COLOURS))}
+def line_style(index: int) -> dict[str, Any]:
+    """Return colour and line of the index-th series; no two of the first 36 have both alike."""
+    return {"color": COLOURS[index % 6], "linestyle": LINES[(index + index // 6) % 6]}
 
 
-def model_name(table: DataFrame) -> str:
+def _model(table: DataFrame) -> str:
     return Path(table["model"].iloc[0]).name
-
-
-def _grid(figure: Figure, count: int, **options: Any) -> list[Axes]:
-    """Return `count` axes, PANELS_IN_A_ROW in a row."""
-    columns = min(count, PANELS_IN_A_ROW)
-    panels = figure.subplots(math.ceil(count / columns), columns, squeeze=False, **options)
-    for panel in panels.flat[count:]:
-        panel.set_axis_off()
-    return list(panels.flat[:count])
 
 
 def perplexity_by_sparsity(table: DataFrame) -> Figure | None:
@@ -166,74 +136,40 @@ def perplexity_by_sparsity(table: DataFrame) -> Figure | None:
     pruned = table[(table["type"] != "dense") & table["perplexity"].map(math.isfinite)]
     if pruned.empty:
         return None
-    tests, labels, places = (
-        list(dict.fromkeys(table["measured_on"])),
-        calibrations(table),
-        targets(pruned),
-    )
-    methods = list(dict.fromkeys(pruned["method"]))
-    columns, rows = min(len(tests), PANELS_IN_A_ROW), math.ceil(len(tests) / PANELS_IN_A_ROW)
-    figure = new_figure(max(7.5, 4.4 * columns), 1.2 + 4.2 * rows)
-    panels = _grid(figure, len(tests))
+    tests, labels = list(dict.fromkeys(table["measured_on"])), calibrations(table)
+    places, methods = targets(pruned), list(dict.fromkeys(pruned["method"]))
+    title, columns = f"{_model(table)}: perplexity by sparsity", min(len(tests), 4)
+    figure, panels = _panels(title, len(tests), columns, 4.4, 4.2)
+    named: dict[str, Any] = {}  # {name of a series: its handle in the legend}
     for axes, test in zip(panels, tests, strict=True):
         here = pruned[pruned["measured_on"] == test]
         keys = [here["method"], here["calibrated_on"], here["kind"] == "unstructured"]
-        for (method, label, has_line), line in here.groupby(keys, sort=False):
-            style = calibration_style(labels, label)
-            style["linestyle"] = style["linestyle"] if has_line else "none"
-            beside = 0.7 * ((labels.index(label) + 0.5) / len(labels) - 0.5)
-            line = line.sort_values("ratio")
+        for (method, label, is_line), line in here.groupby(keys, sort=False):
+            index, line = labels.index(label), line.sort_values("ratio")
+            beside = 0.7 * ((index + 0.5) / len(labels) - 0.5)
             spread = line["perplexity_deviation"]
             axes.errorbar(
                 [places.index(target) + beside for target in line["type"]],
                 line["perplexity"],
                 yerr=spread if spread.notna().any() else None,
-                marker=pick(MARKERS, methods.index(method)),
-                markersize=6,
+                marker=MARKERS[methods.index(method) % 6],
                 capsize=2,
-                elinewidth=1,
-                linewidth=1,
-                **style,
+                label=method if label == NONE else f"{method}, {label}",
+                **line_style(index) | ({} if is_line else {"linestyle": "none"}),
             )
-        _mark_dense(axes, table, test)
-        axes.set_yscale("log")
-        axes.set_xlim(-0.5, len(places) - 0.5)
+        dense = table[(table["type"] == "dense") & (table["measured_on"] == test)]["perplexity"]
+        for value in filter(math.isfinite, dense):
+            axes.axhline(value, **DENSE_LINE)
+            test += f" (dense {value:,.4g})"
+        axes.set(title=f"measured on {test}", xlabel="weights pruned", yscale="log")
         axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
-        axes.margins(y=0.08)
-        axes.set_xlabel("weights pruned")
-        open_axes(axes)
-        log_ticks(axes.yaxis)
-    for axes in panels[::PANELS_IN_A_ROW]:
-        axes.set_ylabel("perplexity per token (log scale)")
-    handles = _legend(table, labels, methods)
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 + columns)
-    set_title(figure, f"{model_name(table)}: perplexity by sparsity")
+        axes.set_xlim(-0.5, len(places) - 0.5)
+        _log_ticks(axes.yaxis)
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(name, handle)
+    panels[0].set_ylabel("perplexity per token (log scale)")
+    figure.legend(named.values(), named, loc="outside lower center", ncols=2 + columns)
     return figure
-
-
-def _mark_dense(axes: Axes, table: DataFrame, test: str) -> None:
-    """Set the title to the test set, and draw the dense model's perplexity as a line."""
-    title = f"measured on {test}"
-    dense = table[(table["type"] == "dense") & (table["measured_on"] == test)]["perplexity"]
-    if len(dense) and math.isfinite(dense.iloc[0]):
-        axes.axhline(dense.iloc[0], color=GREY, linestyle="--", linewidth=1.2)
-        title += f" (dense {dense.iloc[0]:,.4g})"
-    axes.set_title(title, fontsize=11)
-
-
-def _legend(table: DataFrame, labels: Sequence[str], methods: Sequence[str]) -> list[Any]:
-    from matplotlib.lines import Line2D
-
-    handles = []
-    for label in labels:
-        text = "no calibration" if label == NONE else f"calibrated on {label}"
-        handles.append(Line2D([], [], lw=2, label=text, **calibration_style(labels, label)))
-    mark = {"color": GREY, "linestyle": "none", "markersize": 7}
-    for index, method in enumerate(methods):
-        handles.append(Line2D([], [], marker=pick(MARKERS, index), label=method, **mark))
-    if (table["type"] == "dense").any():
-        handles.append(Line2D([], [], color=GREY, ls="--", label="dense"))
-    return handles
 
 
 def cross_language(table: DataFrame) -> Figure | None:
@@ -244,42 +180,31 @@ def cross_language(table: DataFrame) -> Figure | None:
     """
     from matplotlib.colors import LogNorm
 
-    rows = table[(table["type"] != "dense") & (table["calibrated_on"] != NONE)]
     labels = [label for label in calibrations(table) if label != NONE]
     if "rise" not in table or len(labels) < 2:
         return None
-    rows = rows[rows["rise"].map(math.isfinite)]
+    pruned = (table["type"] != "dense") & (table["calibrated_on"] != NONE)
+    rows = table[pruned & table["rise"].map(math.isfinite)]
     if rows.empty:
         return None
     tests = [test for test in dict.fromkeys(table["measured_on"]) if test in set(rows.measured_on)]
-    methods = list(dict.fromkeys(rows["method"]))
-    groups = [
-        (f"{method} {target}", group)
-        for target in targets(rows)
-        for method in methods
-        if len(group := rows[(rows["type"] == target) & (rows["method"] == method)])
-    ]
-    width, height = 1.0 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
-    columns = max(1, min(len(methods), PANELS_IN_A_ROW, int(WIDEST / width)))
-    lines = math.ceil(len(groups) / columns)
-    figure = new_figure(max(6.5, 1.2 + columns * width), 0.8 + lines * height)
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for panel in panels.flat[len(groups) :]:
-        panel.set_axis_off()
+    groups = dict(list(rows.groupby(["type", "method"], sort=False)))
+    names = [(t, m) for t in targets(rows) for m in dict.fromkeys(rows["method"])]
+    names = [name for name in names if name in groups]
+    width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
+    columns = max(1, min(rows["method"].nunique(), PANELS_IN_A_ROW, int(WIDEST / width)))
+    title = f"{_model(table)}: rise of perplexity, by calibration and test text"
+    figure, panels = _panels(title, len(names), columns, width, height)
     percents = (100 * rows["rise"]).clip(lower=0.1)
     norm = LogNorm(percents.min() / 1.05, percents.max() * 1.05, clip=True)
-    for panel, (title, group) in zip(panels.flat, groups, strict=False):
-        cells = group.pivot_table("rise", "calibrated_on", "measured_on", sort=False)
+    for axes, name in zip(panels, names, strict=True):
+        cells = groups[name].pivot_table("rise", "calibrated_on", "measured_on", sort=False)
         cells = 100 * cells.reindex(index=labels, columns=tests)
         form = "+,.0f" if cells.max(axis=None) >= 99.5 else "+.1f"
-        small = 7.5 if len(tests) > 6 else 9
-        image = heat_map(panel, cells, form, size=small, norm=norm, cmap="cividis")
-        panel.set_title(title, fontsize=10)
-        panel.set_ylabel("calibrated on")
-        panel.set_xlabel("measured on")
+        image = _heat_map(axes, cells, form, 7.5 if len(tests) > 6 else 9, norm=norm)
+        axes.set(title=f"{name[1]} {name[0]}", ylabel="calibrated on", xlabel="measured on")
     bar = figure.colorbar(image, ax=panels, aspect=40, label="perplexity over dense, % (log scale)")
-    log_ticks(bar.ax.yaxis)
-    set_title(figure, f"{model_name(table)}: rise of perplexity, by calibration and test text")
+    _log_ticks(bar.ax.yaxis)
     return figure
 
 
@@ -294,47 +219,34 @@ def bytes_against_bits(table: DataFrame) -> Figure | None:
     here = table[table["measured_on"] == test]
     saved = here[here["saved_bytes"].notna()]
     own = saved[saved["calibrated_on"].isin([test, NONE])]
-    points = []
-    for _, row in (saved if own.empty else own).iterrows():
-        bits = row.get("bits", math.nan)
-        label = row["type"] + (f", {bits:.0f} bits" if bits is not None and bits > 0 else "")
-        points.append((row["method"], label, row["saved_bytes"], row["bits_per_byte"]))
-    if len(points) < 2:
+    saved = saved if own.empty else own
+    if len(saved) < 2:
         return None
+    bits = [f", {n:.0f} bits" if n > 0 else "" for n in saved.get("bits", [0] * len(saved))]
+    saved = saved.assign(label=saved["type"] + bits, series=saved["method"])
     dense = here[here["type"] == "dense"]["bits_per_byte"]
-    title = f"{model_name(table)}: bytes against bits per byte of {test}"
-    return frontier(points, title, dense=None if dense.empty else dense.iloc[0])
+    return frontier(saved, f"{_model(table)}: bytes against bits per byte of {test}", *dense[:1])
 
 
-def frontier(
-    points: Sequence[tuple[str, str, float, float]],
-    title: str,
-    dense: float | None = None,
-) -> Figure:
-    """Draw models (series, label, bytes, bits per byte), a line for each series.
+def frontier(models: DataFrame, title: str, dense: float | None = None) -> Figure:
+    """Draw models with columns series, label, saved_bytes, bits_per_byte: a line for each series.
 
     `dense`: the dense model's bits per byte, a dashed line.
     """
-    figure = new_figure(8.5, 5.6)
-    axes = figure.subplots()
-    for index, series in enumerate(dict.fromkeys(point[0] for point in points)):
-        its = [point[1:] for point in points if point[0] == series]
-        its.sort(key=lambda point: point[1])
-        look = {"color": pick(COLOURS, index), "marker": pick(MARKERS, index), "label": series}
-        axes.plot([size / 1e6 for _, size, _ in its], [bits for *_, bits in its], ls=":", **look)
-        for label, size, bits in its:
-            offset = {"xytext": (5, 5), "textcoords": "offset points", "fontsize": 8}
-            axes.annotate(label, (size / 1e6, bits), **offset)
+    figure, (axes,) = _panels(title, 1, 1, 8.5, 4.8)
+    models = models.assign(mb=models["saved_bytes"] / 1e6).sort_values("mb", kind="stable")
+    for index, (series, its) in enumerate(models.groupby("series")):
+        look = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": ":"}
+        axes.plot(its["mb"], its["bits_per_byte"], label=series, **look)
+    for label, *place in models[["label", "mb", "bits_per_byte"]].to_numpy():
+        axes.annotate(label, place, (5, 5), textcoords="offset points", fontsize=8)
     if dense is not None:
-        axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.2, label="dense")
-    axes.set_xscale("log")
-    axes.margins(x=0.15, y=0.1)
-    axes.set_xlabel("MB saved (log scale)")
+        axes.axhline(dense, **DENSE_LINE)
+    axes.set(xscale="log", xlabel="MB saved (log scale)")
     axes.set_ylabel("bits per byte of test text, lower is better")
-    axes.legend(fontsize=9)
-    open_axes(axes)
-    log_ticks(axes.xaxis)
-    set_title(figure, title)
+    axes.margins(x=0.15, y=0.1)
+    axes.legend()
+    _log_ticks(axes.xaxis)
     return figure
 
 
@@ -343,46 +255,29 @@ def recovery_curve(results: Mapping[str, Any]) -> Figure:
 
     Dense perplexities are dashed lines.
     """
-    recovery, after = results["recovery"], results["perplexity"]
-    count = 1 + len(after)
-    columns, rows = min(count, PANELS_IN_A_ROW), math.ceil(count / PANELS_IN_A_ROW)
-    figure = new_figure(max(8.0, 4.2 * columns), 0.4 + 3.8 * rows)
-    panels = _grid(figure, count)
-    points = [(point["tokens"], point["perplexity"]) for point in recovery["curve"]]
-    _curve(panels[0], "training text, held out", points, recovery["held_out"]["dense"], 0)
-    for axes, (name, value) in zip(panels[1:], after.items(), strict=True):
-        points = [(0, recovery["before"][name]), (recovery["tokens"], value)]
-        _curve(axes, f"measured on {name}", points, recovery["dense"][name], 1)
-    for axes in panels[::PANELS_IN_A_ROW]:
-        axes.set_ylabel("perplexity per token (log scale)")
-    set_title(figure, f"{Path(results['model']).name}, {results['method']}: recovery by training")
+    recovery, dense = results["recovery"], results["recovery"]["dense"]
+    curve = [(point["tokens"], point["perplexity"]) for point in recovery["curve"]]
+    drawn = [("training text, held out", curve, recovery["held_out"]["dense"])]
+    for name, after in results["perplexity"].items():
+        points = [(0, recovery["before"][name]), (recovery["tokens"], after)]
+        drawn.append((f"measured on {name}", points, dense[name]))
+    title = f"{Path(results['model']).name}, {results['method']}: recovery by training"
+    figure, panels = _panels(title, len(drawn), min(len(drawn), PANELS_IN_A_ROW), 4.2, 3.8)
+    for index, (axes, (name, points, of_dense)) in enumerate(zip(panels, drawn, strict=True)):
+        points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
+        look = {"color": COLOURS[index > 0], "marker": "o", "linestyle": ":" if index else "-"}
+        axes.plot([x for x, _ in points], [y for _, y in points], **look)
+        if points:
+            name += f"\n{points[0][1]:,.4g} → {points[-1][1]:,.4g}"
+        if of_dense is not None:
+            axes.axhline(of_dense, **DENSE_LINE)
+            name += f" (dense {of_dense:,.4g})"
+        axes.set(title=name, xlabel="tokens trained on", yscale="log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.locator_params("x", nbins=4)
+        _log_ticks(axes.yaxis)
+    panels[0].set_ylabel("perplexity per token (log scale)")
     return figure
-
-
-def _curve(
-    axes: Axes, name: str, points: Sequence[tuple[int, float]], dense: float, style: int
-) -> None:
-    """Draw a curve, or (style 1) two points and a dotted line between them."""
-    from matplotlib.ticker import MaxNLocator
-
-    finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    look = {"color": COLOURS[style], "marker": MARKERS[style], "markersize": 8, "mec": "white"}
-    axes.plot([x for x, _ in finite], [y for _, y in finite], ls="-:"[style], lw=2, **look)
-    if dense is not None:
-        axes.axhline(dense, color=GREY, linestyle="--", linewidth=1.2)
-        name += f"\n(dense {dense:,.4g})"
-    axes.set_title(name, fontsize=11)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens trained on")
-    axes.margins(x=0.3, y=0.12)
-    open_axes(axes)
-    log_ticks(axes.yaxis)
-    axes.xaxis.set_major_locator(MaxNLocator(3))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 0 else "")
-    for (x, y), side in zip((*finite[:1], *finite[-1:]), ("right", "left"), strict=False):
-        offset = (-9 if side == "right" else 9, 0)
-        text = {"textcoords": "offset points", "va": "center", "ha": side, "fontsize": 9}
-        axes.annotate(f"{y:,.4g}", (x, y), offset, color=COLOURS[style], **text)
 
 
 def overlap(cells: DataFrame, title: str, label: str, *, difference: bool = False) -> Figure:
@@ -390,12 +285,11 @@ def overlap(cells: DataFrame, title: str, label: str, *, difference: bool = Fals
 
     `label` is that of the colour bar. A `difference`, in points, has colours around zero.
     """
-    figure = new_figure(max(6.5, 2.6 + 0.65 * cells.shape[1]), 2.8 + 0.28 * len(cells))
-    axes = figure.subplots()
+    width, height = max(6.5, 2.6 + 0.65 * cells.shape[1]), 2.0 + 0.28 * len(cells)
+    figure, (axes,) = _panels(title, 1, 1, width, height)
     reach = max(1e-6, cells.abs().max(axis=None))
-    scale = {"vmin": -reach, "vmax": reach, "cmap": "PuOr_r"} if difference else {"cmap": "cividis"}
-    image = heat_map(axes, cells, "+.1f" if difference else ".0f", size=8, **scale)
+    scale = {"vmin": -reach, "vmax": reach, "cmap": "PuOr_r"} if difference else {}
+    image = _heat_map(axes, cells, "+.1f" if difference else ".0f", 8, **scale)
     axes.set_ylabel("block")
     figure.colorbar(image, ax=axes, label=label)
-    set_title(figure, title)
     return figure

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,16 @@ if TYPE_CHECKING:
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     """Return what is known of a run before its first step; see lib/run/results.py."""
-    from lib.model.pretrained import footprint
+    import torch
 
-    args, method = job.args, job.args.prune_method
+    from lib.model.pretrained import footprint, parameter_bytes
+
+    args, method, device = job.args, job.args.prune_method, job.device
+    dtype = runner.save_dtype or runner.model.dtype
+    if device.type == "cpu":
+        about = f"{torch.get_num_threads()} threads"
+    else:
+        about = torch.get_device_module(device).get_device_name(device)
     if args.teacher or (job.quantises and not args.quantize):
         done = "pruned before"
     else:
@@ -34,15 +41,24 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "method": method or done,
         "sparsity_type": args.sparsity_type if method else None,
         "sparsity_ratio": args.sparsity_ratio if method else None,
-        "options": {"variant": args.use_variant} if method == "wanda" else {},
         "flags": vars(args),
         "seed": args.seed,
         "versions": {"langprune": lib.__version__} | versions(),
-        "device": device_name(job.device),
+        "device": f"{device} ({about})",
         "processor": processor(),
         "footprint": {"before": footprint(runner.model)},
+        "dense_bytes": None if args.teacher else parameter_bytes(runner.model, dtype),
         "fingerprint": job.fingerprint,
     }
+
+
+def processor() -> str:
+    """Return the name of the processor, whose kind decides how sums are rounded."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def finish_results(job: Job, runner: BlockRunner) -> None:
@@ -54,29 +70,8 @@ def finish_results(job: Job, runner: BlockRunner) -> None:
     results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
     if vocabulary := vocabulary_record(job.vocabulary, job.config):
         results["vocabulary"] = vocabulary | {"note": NOTE}
-    results["bits_per_byte"] = {
-        each["name"]: each["bits_per_byte"] for each in results["evaluation"]
-    }
     results["footprint"]["after"] = footprint(runner.model)
     results |= {"seconds": job.seconds, "peak_memory": peak_memory(job.device)}
-
-
-def device_name(device: Any) -> str:
-    """Describe a device, such as `cuda:0 (NVIDIA H100)` or `cpu (2 threads)`."""
-    import torch
-
-    if device.type == "cpu":
-        return f"{device} ({torch.get_num_threads()} threads)"
-    return f"{device} ({torch.get_device_module(device).get_device_name(device)})"
-
-
-def processor() -> str:
-    """Describe the processor, whose kind decides how sums are rounded."""
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any]:
@@ -92,29 +87,22 @@ def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any
     return record
 
 
-def method_in_words(results: dict[str, Any]) -> str:
-    """Describe the method, such as `wanda` or `wanda (variant)`."""
-    return results["method"] + (" (variant)" if results["options"].get("variant") else "")
-
-
 def write_log(folder: Path, results: dict[str, Any]) -> None:
     """Write log_METHOD.txt in wanda's format: names, then one line of values, tab-separated.
 
     `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
     vocabulary was trimmed, bits per byte come before them, and a third line says why.
     """
-    method, vocabulary = results["method"], results.get("vocabulary")
-    names, values = ["method", "actual_sparsity"], [method]
-    values.append(f"{results['sparsity']['overall']:.4f}")
-    measures = {"bits_per_byte": results["bits_per_byte"]} if vocabulary else {}
-    for name, by_test in (measures | {"ppl": results["perplexity"]}).items():
-        figures = {"test": next(iter(by_test.values()))} | (by_test if len(by_test) > 1 else {})
-        names += [f"{name}_{test}" for test in figures]
-        values += [f"{value:.4f}" for value in figures.values()]
-    lines = ["\t".join(names), "\t".join(values)]
+    method, vocabulary, tests = results["method"], results.get("vocabulary"), results["evaluation"]
+    columns = {"method": method, "actual_sparsity": f"{results['sparsity']['overall']:.4f}"}
+    measures = {"bits_per_byte": "bits_per_byte"} if vocabulary else {}
+    for name, figure in (measures | {"ppl": "perplexity"}).items():
+        columns[f"{name}_test"] = f"{tests[0][figure]:.4f}"
+        if len(tests) > 1:
+            columns |= {f"{name}_{test['name']}": f"{test[figure]:.4f}" for test in tests}
+    lines = ["\t".join(columns), "\t".join(columns.values())]
     lines += [f"# {vocabulary['note']}"] if vocabulary else []
-    path = folder / f"log_{method.replace(' ', '_')}.txt"
-    write_text(path, "\n".join(lines) + "\n")
+    write_text(folder / f"log_{method.replace(' ', '_')}.txt", "\n".join(lines) + "\n")
 
 
 def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -122,11 +110,10 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     from lib.run.results import RESULTS, read_results
 
     try:
-        before = read_results(folder).get("fingerprint")
-    except (OSError, ValueError, AttributeError):
-        before = None
-    sections = ("pruning", "measuring")
-    same = before and all(before.get(name) == fingerprint[name] for name in sections)
+        before = read_results(folder)["fingerprint"]
+        same = all(before[name] == fingerprint[name] for name in ("pruning", "measuring"))
+    except (OSError, ValueError, LookupError, TypeError):
+        same = False
     if not same:
         for file in [folder / RESULTS, *folder.glob("log_*.txt"), folder / "recovery.png"]:
             move_aside(file)
@@ -134,7 +121,19 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 def print_summary(results: dict[str, Any]) -> None:
     """Print the summary of a run, one fact a line; its last line ends with a perplexity."""
-    lines = [f"{method_in_words(results)}: {_share_pruned(results)}", _cost_line(results)]
+    if neurons := results.get("neurons"):
+        pruned = (
+            f"{neurons['after']} of {neurons['before']} neurons are left in each MLP, "
+            f"{neurons['weights_after'] / neurons['weights_before']:.4f} of the blocks' weights"
+        )
+    else:
+        pruned = f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"
+    variant = " (variant)" if results["flags"]["use_variant"] else ""
+    memory = results["peak_memory"]
+    times = ", ".join(f"{step} {value:.1f} s" for step, value in results["seconds"].items())
+    device = f", device {gib(memory['device'])}" if memory["device"] else ""
+    lines = [f"{results['method']}{variant}: {pruned}"]
+    lines.append(f"time: {times}; peak memory: host {gib(memory['host'])}{device}")
     for test in results["evaluation"]:
         lines += _test_lines(test)
     for each in results["completions"]:
@@ -144,8 +143,8 @@ def print_summary(results: dict[str, Any]) -> None:
         ]
     if vocabulary := results.get("vocabulary"):
         lines.append(vocabulary["note"])
-        for name, value in results["bits_per_byte"].items():
-            lines.append(f"bits per byte {one_line(name)}: {value:.4f}")
+        for test in results["evaluation"]:
+            lines.append(f"bits per byte {one_line(test['name'])}: {test['bits_per_byte']:.4f}")
     recovery = results.get("recovery")
     for test in results["evaluation"]:
         name, value = one_line(test["name"]), test["perplexity"]
@@ -154,51 +153,32 @@ def print_summary(results: dict[str, Any]) -> None:
             was_pruned = results["sparsity_type"] or results["method"] == "pruned before"
             pruned = f" pruned {before:.4f}," if was_pruned else ""
             lines.append(f"{name}: dense {dense:.4f},{pruned} recovered {value:.4f}")
-        elif "dense" in test:
-            some = f" on {test['compared_windows']} windows" * (
-                "bits_per_byte" not in test["dense"]
-            )
-            lines.append(f"{name}: dense {test['dense']['perplexity']:.4f}{some}")
+        elif dense := test.get("dense"):
+            some = "" if "bits_per_byte" in dense else f" on {test['compared_windows']} windows"
+            lines.append(f"{name}: dense {dense['perplexity']:.4f}{some}")
         lines.append(f"perplexity {name}: {value:.4f}")
     print(*lines, sep="\n")
-
-
-def _share_pruned(results: dict[str, Any]) -> str:
-    if neurons := results.get("neurons"):
-        return (
-            f"{neurons['after']} of {neurons['before']} neurons are left in each MLP, "
-            f"{neurons['weights_after'] / neurons['weights_before']:.4f} of the blocks' weights"
-        )
-    return f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"
-
-
-def _cost_line(results: dict[str, Any]) -> str:
-    memory = results["peak_memory"]
-    times = ", ".join(f"{step} {value:.1f} s" for step, value in results["seconds"].items())
-    line = f"time: {times}; peak memory: host {gib(memory['host'])}"
-    return line + (f", device {gib(memory['device'])}" if memory["device"] else "")
 
 
 def _test_lines(test: dict[str, Any]) -> list[str]:
     """Lines on a test set: its size, bits per byte, errors, and divergence from the dense model."""
     name = one_line(test["name"])
-    parts = [f"{test['windows']} windows, {test['tokens']} tokens"]
-    parts.append(f"{test['bits_per_byte']:.4f} bits per byte")
+    line = f"{name}: {test['windows']} windows, {test['tokens']} tokens, "
+    line += f"{test['bits_per_byte']:.4f} bits per byte"
     if math.isfinite(test["standard_error"]):  # nan for a single window
-        parts.append(f"standard error of the perplexity {test['standard_error']:.2f}")
-    lines = [f"{name}: {', '.join(parts)}"]
-    if "kl" in test:
-        lines.append(
-            f"{name}: KL {with_error(test, 'kl')} nats a token from the dense model, the same most "
-            f"likely token at {with_error(test, 'top1_agreement', percent=True)} of the positions "
-            f"of {test['compared_windows']} windows"
-        )
-    return lines
+        line += f", standard error of the perplexity {test['standard_error']:.2f}"
+    if "kl" not in test:
+        return [line]
+    kl, same = (_with_error(test, *of) for of in (("kl", ".4f"), ("top1_agreement", ".2%")))
+    return [
+        line,
+        f"{name}: KL {kl} nats a token from the dense model, the same most likely token at {same} "
+        f"of the positions of {test['compared_windows']} windows",
+    ]
 
 
-def with_error(test: dict[str, Any], key: str, percent: bool = False) -> str:
+def _with_error(test: dict[str, Any], key: str, form: str) -> str:
     """Format a figure of a test set, with its standard error if it has one: `0.123 ± 0.004`."""
-    value, error = test[key], test.get(f"{key}_standard_error")
-    form = ".2%" if percent else ".4f"
+    error = test.get(f"{key}_standard_error")
     has_error = error is not None and math.isfinite(error)
-    return f"{value:{form}}" + (f" ± {error:{form}}" if has_error else "")
+    return f"{test[key]:{form}}" + (f" ± {error:{form}}" if has_error else "")

@@ -6,14 +6,14 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
     {
         "model": "owner/name", "method": "admm",    # or "dense", "recovered", ...
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
-        "options": {"variant": false},                      # of the method
         "flags": {...},                                     # all of the command line
-        "seed": 0, "versions": {"torch": "2.9"}, "device": "cpu (2 threads)", "bos": 2,
+        "seed": 0, "versions": {"torch": "2.9"}, "bos": 2,
+        "device": "cpu (2 threads)", "processor": "AMD EPYC 9654",
         "calibration": {                                    # null where no text was read
             "name": "uk", "windows": 128, "seqlen": 512, "digest": "...", "sources": [
                 {"name": "uk", "source": "texts/uk", "windows": 128, "share": 1.0}]},
         "sparsity": {"overall": 0.5, "linears": {"model.layers.0.mlp.up_proj": 0.5}},
-        "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # what was asked for, if not uniform
+        "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # asked for, if not uniform
         "notes": ["..."],                                   # what was pruned in another way, or not
         "neurons": {
             "before": 2048, "after": 1536, "multiple": 256, "field": "intermediate_size",
@@ -68,10 +68,9 @@ NEEDED = ("model", "method", "evaluation")
 def write_results(folder: str | Path, results: Mapping[str, Any], name: str = RESULTS) -> Path:
     """Write results.json whole or not at all; nan and inf, which JSON lacks, become null."""
     text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
-    # numbers in a list stand on one line; no string holds a line break as such
-    text = re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda numbers: "".join(numbers[0].split()), text)
     path = Path(folder) / name
-    write_text(path, text + "\n")
+    # numbers in a list stand on one line; no string holds a line break as such
+    write_text(path, re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda it: "".join(it[0].split()), text) + "\n")
     return path
 
 

@@ -24,7 +24,7 @@ def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
         raise UserError(f"--tasks {given}: lm-eval is not installed; pip install lm-eval")
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"--include_path {include_path}: no such folder; name one with YAML files")
-    manager = _manager(names, include_path)
+    manager = _manager(tuple(names), include_path)
     for name in names:
         if not manager.match_tasks([name]) and not Path(name).is_file():
             where = f", nor has {include_path}" if include_path else ""
@@ -34,12 +34,8 @@ def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
 
 
 def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    names: Sequence[str],
-    batch_size: int,
-    include_path: str | None = None,
-) -> dict[str, dict[str, float]]:
+    model: Any, tokenizer: Any, names: Sequence[str], batch_size: int, include_path: str | None
+) -> Figures:
     """Return {task: {metric: value}} of the model in memory, as the tasks define it.
 
     The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`.
@@ -50,7 +46,7 @@ def run_tasks(
     results = simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=list(names),
-        task_manager=_manager(names, include_path),
+        task_manager=_manager(tuple(names), include_path),
     )["results"]
     return {
         task: {
@@ -62,31 +58,25 @@ def run_tasks(
     }
 
 
-def _manager(names: Sequence[str], include_path: str | None) -> TaskManager:
-    """Return a manager of the folder's tasks alone if it has all `names`, else of all tasks."""
-    if include_path is not None:
-        manager = _read_tasks(include_path, include_defaults=False)
-        if all(manager.match_tasks([name]) for name in names):
-            return manager
-    return _read_tasks(include_path, include_defaults=True)
-
-
 @cache
-def _read_tasks(include_path: str | None, include_defaults: bool) -> TaskManager:
-    """Read the tasks; lm-eval's own are thousands of files, which takes seconds."""
+def _manager(names: tuple[str, ...], include_path: str | None) -> TaskManager:
+    """Return the folder's tasks if they are all `names`, else lm-eval's too, thousands of files."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+    if include_path is not None:
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in names):
+            return manager
+    return TaskManager(include_path=include_path, include_defaults=True)
 
 
 def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
     """Yield a line for each figure, with its 95% interval, beside the dense model's if given."""
     for task, metrics in tasks.items():
         before = (dense or {}).get(task, {})
-        for metric in metrics:
-            if "_stderr" not in metric:
-                line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
-                yield line + (f" (dense {_figure(before, metric)})" if metric in before else "")
+        for metric in (metric for metric in metrics if "_stderr" not in metric):
+            line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
+            yield line + (f" (dense {_figure(before, metric)})" if metric in before else "")
 
 
 def _figure(metrics: Mapping[str, float], metric: str) -> str:

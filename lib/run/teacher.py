@@ -8,26 +8,25 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from operator import le
-from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
+
+from lib.model import pretrained
+from lib.model.access import Checkpoint
+from lib.model.blocks import BlockRunner
+from lib.model.finite import check_finite
+from lib.model.quantised import check_format, stored_bits
+from lib.model.rows import keep_rows_, trimmable_rows
+from lib.pruning.check import measure
 from lib.run.job import Job
 from lib.util.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from lib.model.access import Checkpoint
-    from lib.model.blocks import BlockRunner
 
 LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
 
 
 def set_teacher(job: Job) -> None:
     """Set the job's teacher. UserError if the model can't have been made from it."""
-    from lib.model import pretrained
-    from lib.model.quantised import check_format, stored_bits
-    from lib.model.rows import keep_rows_, trimmable_rows
-
     checkpoint = replace(job.checkpoint, name=job.args.teacher, flag="--teacher", revision=None)
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
@@ -74,11 +73,7 @@ def _teacher_rows(job: Job, checkpoint: Checkpoint, model: nn.Module) -> Tensor 
 
     UserError if the teacher lacks tokens of the model.
     """
-    import torch
-
-    from lib.model.pretrained import load_tokenizer
-
-    teacher_ids = load_tokenizer(checkpoint).get_vocab()
+    teacher_ids = pretrained.load_tokenizer(checkpoint).get_vocab()
     original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
     if teacher_ids == original.get_vocab():
         return job.vocabulary.rows if job.vocabulary else None
@@ -98,12 +93,6 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
 
     UserError if a model that was pruned before is to be recovered, but has no zeros.
     """
-    from lib.model import pretrained
-    from lib.model.blocks import BlockRunner
-    from lib.model.finite import check_finite
-    from lib.model.rows import keep_rows_
-    from lib.pruning.check import measure
-
     passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
     if not job.teacher:
         return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)

@@ -19,21 +19,16 @@ NAMES = re.compile(
 def find_token_ids(fields: Mapping[str, Any]) -> set[int]:
     """Return every token id that `fields`, nested mappings, hold."""
     ids: set[int] = set()
-
-    def record(index: int) -> int:
-        ids.add(index)
-        return index
-
-    map_token_ids(fields, record)
+    map_token_ids(fields, ids.add)
     return ids
 
 
-def map_token_ids(fields: Mapping[str, Any], new_id: Callable[[int], int]) -> dict[str, Any]:
+def map_token_ids(fields: Mapping[str, Any], new_id: Callable[[int], Any]) -> dict[str, Any]:
     """Return a copy of `fields` with `new_id` applied to every token id."""
     return {name: _map_field(name, value, new_id) for name, value in fields.items()}
 
 
-def _map_field(name: Any, value: Any, new_id: Callable[[int], int]) -> Any:
+def _map_field(name: Any, value: Any, new_id: Callable[[int], Any]) -> Any:
     if isinstance(name, str) and NAMES.fullmatch(name):
         if name == "forced_decoder_ids" and value:
             return [[place, _map_ids(index, new_id)] for place, index in value]
@@ -47,7 +42,7 @@ def _map_field(name: Any, value: Any, new_id: Callable[[int], int]) -> Any:
     return value
 
 
-def _map_ids(value: Any, new_id: Callable[[int], int]) -> Any:
+def _map_ids(value: Any, new_id: Callable[[int], Any]) -> Any:
     """Map an id, or nested lists of ids; anything else stays as it is."""
     if isinstance(value, list | tuple):
         return type(value)(_map_ids(item, new_id) for item in value)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from pandas import DataFrame
 from stages import Stage, do
 from transformers import AutoModelForCausalLM
 
@@ -93,12 +94,16 @@ def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None
     print(text)
     (args.out / "whole.md").write_text(text + "\n", "utf-8")
     if plots.can_draw():
-        points = [
-            (f"for {tests[0]}", stage.heading, size, its[0]["bits_per_byte"])
-            for stage, size, its in zip(done, sizes, evaluations, strict=True)
-        ]
+        models = DataFrame(
+            {
+                "series": f"for {tests[0]}",
+                "label": [stage.heading for stage in done],
+                "saved_bytes": sizes,
+                "bits_per_byte": [its[0]["bits_per_byte"] for its in evaluations],
+            }
+        )
         title = f"{Path(args.model).name}: bytes against bits per byte of {tests[0]}"
-        print(f"picture: {plots.save(plots.frontier(points, title), args.out / 'whole.png')}")
+        print(f"picture: {plots.save(plots.frontier(models, title), args.out / 'whole.png')}")
 
 
 def main(argv: list[str]) -> None:

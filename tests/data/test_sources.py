@@ -4,7 +4,6 @@ import gzip
 import json
 from types import SimpleNamespace
 
-import datasets
 import huggingface_hub
 import pyarrow
 import pytest
@@ -18,8 +17,7 @@ from huggingface_hub.errors import (
 from pyarrow import parquet
 from tiny import write_texts
 
-from lib.data import documents
-from lib.data.documents import check_source, locations, open_documents
+from lib.data.documents import check_source, locations, read_documents
 from lib.data.sources import AGAIN, BUILT_IN, JOINED, ONCE, has_test, parse_source, parse_sources
 from lib.util.errors import UserError
 
@@ -36,27 +34,24 @@ def message(function, *args, **options) -> str:
 
 
 def read(source, split="train"):
-    with open_documents(source, split) as (texts, _):
-        return list(texts)
+    return list(read_documents(source, split)[0])
 
 
 # --- names
 
 
 UBERTEXT = "mshamrai/lang-pruning-uk-uber-text-2"
+WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", JOINED, False)
 NAMES = {  # what is written: hub id, config, split, column, rule of drawing, whether streamed
     "ubertext": (UBERTEXT, None, None, "text", ONCE, False),
     UBERTEXT: (UBERTEXT, None, None, "text", ONCE, False),
     "c4": ("allenai/c4", None, None, "text", AGAIN, False),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", JOINED, False),
-    "Salesforce/wikitext:wikitext-2-raw-v1": (
-        *("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text", JOINED, False),
-    ),
+    "wikitext2": WIKITEXT,
+    "Salesforce/wikitext:wikitext-2-raw-v1": WIKITEXT,
     "c4:uk": ("allenai/c4", "uk", None, "text", ONCE, True),
     "allenai/c4:en": ("allenai/c4", "en", None, "text", ONCE, True),
     "fineweb2:ukr_Cyrl": ("HuggingFaceFW/fineweb-2", "ukr_Cyrl", None, "text", ONCE, True),
     "wikipedia:uk": ("wikimedia/wikipedia", "20231101.uk", None, "text", ONCE, True),
-    "owner/name": ("owner/name", None, None, "text", ONCE, True),
     "owner/name:uk::body": ("owner/name", "uk", None, "body", ONCE, True),
     "owner/name::dev": ("owner/name", None, "dev", "text", ONCE, True),
 }
@@ -101,33 +96,19 @@ def test_what_is_not_there(text):
 
 
 def test_weights(tmp_path):
-    uk, en = (str(write_texts(tmp_path / name)) for name in ("uk", "en"))
-    sources = parse_sources([f"{uk}=3", f"{en}=.5"], FLAG, mixture=True)
-    assert [(s.text, s.weight) for s in sources] == [(uk, 3.0), (en, 0.5)]
-    equal = write_texts(tmp_path / "a=b")
-    assert parse_source(str(equal), FLAG).name == "a=b"
-    assert parse_source(f"{equal}=2", FLAG).weight == 2
-
-
-@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "much", ""])
-def test_bad_weights(weight):
-    line = message(parse_sources, [f"c4={weight}", "ubertext=1"], FLAG, mixture=True)
-    assert f"c4={weight}" in line and "weight" in line
-
-
-def test_bad_mixtures():
+    uk, equal = (str(write_texts(tmp_path / name)) for name in ("uk", "a=b"))
+    sources = parse_sources([f"{uk}=3", f"{equal}=.5"], FLAG, mixture=True)
+    assert [(s.text, s.weight) for s in sources] == [(uk, 3.0), (equal, 0.5)]
+    assert parse_source(equal, FLAG).name == "a=b"
+    for weight in ("0", "-1", "nan", "inf", "much", ""):
+        line = message(parse_sources, [f"c4={weight}", "ubertext=1"], FLAG, mixture=True)
+        assert f"c4={weight}: the weight" in line
     assert "every source" in message(parse_sources, ["c4=1", "ubertext"], FLAG, mixture=True)
     assert "twice" in message(parse_sources, ["c4", "c4"], FLAG)
     assert "takes no weight" in message(parse_sources, ["c4=1"], "--eval_data")
-
-
-def test_equal_names_are_told_apart(tmp_path):
-    folders = [write_texts(tmp_path / a / "uk") for a in ("old", "new")]
-    sources = parse_sources([*map(str, folders), "c4"], FLAG)
-    assert [s.name for s in sources] == ["old/uk", "new/uk", "c4"]
-    names = [str(write_texts(tmp_path / a / "x" / "uk")) for a in ("one", "two")]
-    assert [s.name for s in parse_sources(names, FLAG)] == names
-    assert "twice" in message(parse_sources, [names[0], f"{names[0]}/"], FLAG)
+    folders = [str(write_texts(tmp_path / a / "uk")) for a in ("old", "new")]
+    assert [s.name for s in parse_sources([*folders, "c4"], FLAG)] == ["old/uk", "new/uk", "c4"]
+    assert "twice" in message(parse_sources, [folders[0], f"{folders[0]}/"], FLAG)
 
 
 # --- local files
@@ -137,7 +118,7 @@ def rows(*texts: str) -> str:
     return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
-def test_folder_rows_in_order(tmp_path):
+def test_files_and_folders(tmp_path):
     (tmp_path / "train_b.jsonl").write_text(rows("3", "4"))
     (tmp_path / "train_a.jsonl").write_text("\n" + rows("1") + "\n" + rows("ґ2").rstrip("\n"))
     (tmp_path / "train_c.jsonl.gz").write_bytes(gzip.compress((rows("5") + "\n").encode()))
@@ -145,9 +126,6 @@ def test_folder_rows_in_order(tmp_path):
     (tmp_path / "test.jsonl").write_text(rows("t"))
     source = parse_source(str(tmp_path), FLAG)
     assert read(source) == ["1", "ґ2", "3", "4", "5"] and read(source, "test") == ["t"]
-
-
-def test_single_files(tmp_path):
     texts = ["один", "два\n\n", "three\u2028four\u0085five\x0bsix\rseven"]  # a row each
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
     (tmp_path / "a.jsonl").write_text(rows(*texts), encoding="utf-8")
@@ -159,32 +137,21 @@ def test_single_files(tmp_path):
     assert read(parse_source(str(tmp_path / "a.txt"), FLAG)) == ["один\n\nдва"]
 
 
-def test_a_very_long_text_file_is_read_in_part(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(documents, "TEXT_CHARACTERS", 5)
-    for text, words in (("сонце", ""), ("сонце і", "only its first 5 characters")):
-        (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-        assert read(parse_source(str(tmp_path / "a.txt"), FLAG)) == ["сонце"]
-        assert words in caplog.text and bool(words) == bool(caplog.text)
-
-
 BAD_LINES = {
     b"{text}": "not JSON",
-    b'["text"]': "not an object",
     b'{"title": "a", "id": 1}': "no column 'text'; the row has: title, id",
     b'{"text": null}': "NoneType",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
-    b'{"text": "\xed\xa0\x80"}': "half of a surrogate pair",
     b'{"text": "\xff"}': "not JSON",
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("line", BAD_LINES)
-def test_malformed_lines_name_file_and_line(tmp_path, line, packed):
+def test_malformed_lines_name_file_and_line(tmp_path, line):
     (tmp_path / "train_0.jsonl").write_text(rows("fine"))
     bad = rows("fine", "fine\u2028").encode() + b"\n" + line + b"\n"
-    file = tmp_path / f"train_1.jsonl{'.gz' * packed}"
-    file.write_bytes(gzip.compress(bad) if packed else bad)
+    file = tmp_path / "train_1.jsonl.gz"
+    file.write_bytes(gzip.compress(bad))
     problem = message(read, parse_source(str(tmp_path), FLAG))
     assert f"{file}, line 4: " in problem and BAD_LINES[line] in problem
 
@@ -200,7 +167,6 @@ def test_folders(tmp_path):
         assert "holds no text" in message(look, source, "train")
     (tmp_path / "train_0.jsonl").write_text("\n" + rows("1") + "{")
     check_source(source, "train")  # which reads the first row of each file
-    assert "train_0.jsonl, line 3" in message(read, source)
     (tmp_path / "train_1.jsonl").write_text("\n{")
     assert "train_1.jsonl, line 2" in message(check_source, source, "train")
 
@@ -217,19 +183,12 @@ def test_bad_files_are_named(tmp_path):
     for name, content, words in [
         ("a.csv", b"text", ".parquet"),
         ("short.jsonl.gz", packed[:-20], "is it damaged?"),
-        ("none.jsonl.gz", b"not gzip", "is it damaged?"),
         ("bad.jsonl.gz", packed[:20] + b"\xff\xff\xff" + packed[23:], "is it damaged?"),
-        ("bad.parquet", b"PAR1 no PAR1", "is it damaged?"),
         ("empty.parquet", b"", "is it damaged?"),
         ("inside.parquet", whole[:4] + b"\xff" * 36 + whole[40:], "is it damaged?"),
         ("letters.parquet", parquet_bytes(tmp_path, text=binary), "is it damaged?"),
         ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "the file has: id, body"),
         ("null.parquet", parquet_bytes(tmp_path, text=["a", None]), "null.parquet, row 1: the"),
-        (
-            "none.parquet",
-            parquet_bytes(tmp_path, text=pyarrow.array([], pyarrow.string())),
-            "holds no text",
-        ),
         ("bad.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("blank.txt", b" \n", "holds no text"),
     ]:
@@ -243,8 +202,8 @@ def test_bad_files_are_named(tmp_path):
 
 def test_sets_are_loaded_whole_and_pinned(hub):
     hub.sets[(UBERTEXT,)] = {"train": {"text": ["a", "b"]}, "test": {"text": ["c"]}}
-    with open_documents(parse_source("ubertext", FLAG), "train") as (texts, revision):
-        assert list(texts) == ["a", "b"] and revision == "c0ffee"
+    texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
+    assert list(texts) == ["a", "b"] and revision == "c0ffee"
     assert read(parse_source("ubertext", FLAG), "test") == ["c"]
     assert hub.calls[0] == ((UBERTEXT,), {"revision": "c0ffee"})
     hub.sets[("allenai/c4",)] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
@@ -254,10 +213,6 @@ def test_sets_are_loaded_whole_and_pinned(hub):
         {"train": "en/c4-train.00000-of-01024.json.gz"},
         {"validation": "en/c4-validation.00000-of-00008.json.gz"},
     ]
-    hub.sets[("allenai/c4", "uk")] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
-    source = parse_source("c4:uk", FLAG)
-    assert read(source) == ["a"] and read(source, "test") == ["v"]
-    assert hub.calls[-1][1]["streaming"] is True
 
 
 def test_a_set_without_test_is_parted(hub):
@@ -270,9 +225,6 @@ def test_a_set_without_test_is_parted(hub):
     hub.sets[("owner/name", "x")] = {"train": {"text": texts[:1100]}}
     check_source(source, "train")
     assert "holds 1100 rows, of which the first 1100 are the test" in message(read, source)
-    nothing = datasets.IterableDataset.from_generator(lambda: iter([]))
-    hub.sets[("owner/name", "x")] = {"train": nothing}
-    assert "holds 0 rows" in message(check_source, source, "train")
 
 
 @pytest.mark.parametrize(
@@ -280,11 +232,9 @@ def test_a_set_without_test_is_parted(hub):
     [
         ("o/s", "o/s", "train", False),  # parted
         ("o/s:c:train", "o/s:c", "train", True),
-        ("o/s", "o/s::train", "train", False),
         ("o/s", "o/s::train", "train test", True),
         ("o/s", "o/s", "train test", False),
         ("o/s::validation", "o/s", "train validation", True),
-        ("o/s::validation", "o/s", "train validation test", False),
         ("o/s:c", "o/s:d", "train", False),
         ("c4", "c4", "train validation", False),
     ],
@@ -308,75 +258,33 @@ def test_what_the_hub_set_lacks(hub):
         assert words in message(check_source, parse_source(text, FLAG), "train")
 
 
-ANSWER = SimpleNamespace(status_code=429, headers={}, request=None)
+ANSWER = dict(response=SimpleNamespace(status_code=429, headers={}, request=None))
+ERRORS = {
+    "the hub refused: 429 Too Many; try": HfHubHTTPError("429 Too Many\nmore", **ANSWER),
+    "no such data set on the hub, or it needs": RepositoryNotFoundError("401", **ANSWER),
+    "accept their terms": GatedRepoError("403", **ANSWER),
+    "the hub can't be reached (no route); check the network": HTTPError("no route"),
+    "can't be loaded: x y": DatasetNotFoundError("x\ny"),
+    "loaded: BuilderConfig; name a config as owner/name:CONFIG": ValueError("BuilderConfig"),
+}
 
 
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (
-            HfHubHTTPError("429 Too Many\nmore", response=ANSWER),
-            "the hub refused: 429 Too Many; try",
-        ),
-        (
-            RepositoryNotFoundError("401", response=ANSWER),
-            "no such data set on the hub, or it needs",
-        ),
-        (GatedRepoError("403", response=ANSWER), "accept their terms"),
-        (HTTPError("no route"), "the hub can't be reached (no route); check the network"),
-        (DatasetNotFoundError("x\ny"), "can't be loaded: x y"),
-        (
-            ValueError("BuilderConfig 'x' not found. Available: ['a', 'b']"),
-            "not found. Available: ['a', 'b']; name a config as owner/name:CONFIG",
-        ),
-        (FileNotFoundError("no file"), "can't be loaded: no file"),
-    ],
-)
-def test_what_fails_on_the_hub_is_one_line(hub, error, words):
+@pytest.mark.parametrize(("words", "error"), ERRORS.items())
+def test_what_fails_on_the_hub_is_one_line(hub, words, error):
     source = parse_source("owner/name", FLAG)
     hub.error = error
     assert words in message(check_source, source, "train")
-    if isinstance(error, HTTPError):
-        hub.unreachable, hub.error = error, None
-        assert words in message(check_source, source, "train") and len(hub.calls) == 1
-
-
-@pytest.mark.parametrize(
-    ("second", "words"),
-    [
-        (HTTPError("slow"), "can't be reached"),
-        ("\ud800", "row 1, column 'text': the text has half"),
-    ],
-)
-def test_a_stream_that_breaks_is_one_line(hub, second, words):
-    class Stream:
-        column_names = ["text"]
-
-        def __iter__(self):
-            yield {"text": "a"}
-            if isinstance(second, Exception):
-                raise second
-            yield {"text": second}
-
-    hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Stream()}
-    assert words in message(read, parse_source("owner/name", FLAG))
 
 
 def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     hub.unreachable = HTTPError("no route")
+    assert "(no route)" in message(check_source, parse_source("ubertext", FLAG), "train")
     for name in (UBERTEXT, "owner/name"):
-        assert "(no route)" in message(check_source, parse_source(name, FLAG), "train")
         (tmp_path / f"datasets--{name.replace('/', '--')}").mkdir()
         hub.sets[(name,)] = {"train": {"text": ["a"]}}
-    with open_documents(parse_source("ubertext", FLAG), "train") as (texts, revision):
-        assert list(texts) == ["a"] and revision is None
+    texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
+    assert list(texts) == ["a"] and revision is None
     assert hub.calls == [((UBERTEXT,), {})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
     assert "can't be reached (no route)" in message(check_source, stream, "train")
-
-
-def test_offline_without_a_copy(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    line = message(check_source, parse_source("ubertext", FLAG), "train")
-    assert "can't be" in line and not list(tmp_path.iterdir())

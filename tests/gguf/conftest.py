@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from lib.util.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "vocabulary"))
 
@@ -32,14 +35,15 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
-    from lib.commands.gguf import child, command, converter, tensors
+    from lib.commands.gguf import command, llama_cpp, proof
 
-    def here(module: str, request: dict) -> object:
-        work = converter.work if module == converter.__name__ else tensors.work
+    def here(what: str, function: Callable, **arguments: object) -> object:
+        if function is llama_cpp.run:
+            return llama_cpp.run_child(what, function, **arguments)
         try:
-            return work(request)
+            return function(**arguments)
         except Exception as error:
-            raise child.ChildError(str(error)) from error
+            raise UserError(f"{what}: {error}") from error
 
-    for caller in (command, tensors):
+    for caller in (command, proof):
         monkeypatch.setattr(caller, "run_child", here)

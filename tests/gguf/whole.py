@@ -20,7 +20,7 @@ import tiny
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lib.commands.gguf.pre_tokenizer import OF_PATTERN
+from lib.commands.gguf.source import OF_PATTERN
 from lib.data.tokenizer_model import CHECK, CHECK_TEXT, digest
 
 HOW = "pip install -r requirements-gguf.txt"
@@ -38,13 +38,15 @@ def _file(package: str, *path: str) -> Path:
 
 
 def llama3() -> PreTrainedTokenizerFast:
-    """Words split as by Llama 3."""
     tokenizer = kinds.byte_level(regex=False)
-    pattern = next(pattern for pattern, name in OF_PATTERN.items() if name == "llama-bpe")
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    tokenizer.backend_tokenizer.pre_tokenizer = _split("llama-bpe")
     return tokenizer
+
+
+def _split(name: str) -> pre_tokenizers.PreTokenizer:
+    pattern = next(pattern for pattern, its in OF_PATTERN.items() if its == name)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), level])
 
 
 def gemma() -> PreTrainedTokenizerFast:
@@ -75,10 +77,7 @@ def qwen() -> PreTrainedTokenizerFast:
             merges += [(a, b) for *_, a, b in sorted(made)]
         backend = Tokenizer(models.BPE(kept, merges))
         backend.normalizer = normalizers.NFC()
-        pattern = next(pattern for pattern, name in OF_PATTERN.items() if name == "qwen2")
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        split = pre_tokenizers.Split(Regex(pattern), "isolated")
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+        backend.pre_tokenizer = _split("qwen2")
         backend.decoder = decoders.ByteLevel()
         return backend
 
@@ -115,18 +114,13 @@ def mistral_file() -> Path:
     return _file("mistral_common", "data", "tokenizer.model.v1")
 
 
-@cache
-def _mistral(folder: str) -> PreTrainedTokenizerBase:
-    if find_spec("google.protobuf") is None:
-        pytest.skip(f"protobuf is not installed: {HOW}")
-    shutil.copy(mistral_file(), Path(folder) / "tokenizer.model")
-    return LlamaTokenizer.from_pretrained(folder)
-
-
 def mistral(folder: Path) -> PreTrainedTokenizerBase:
     """Mistral 7B's first tokenizer, read from the file that SentencePiece wrote."""
-    folder.mkdir(exist_ok=True)
-    return _mistral(str(folder))
+    if find_spec("google.protobuf") is None:
+        pytest.skip(f"protobuf is not installed: {HOW}")
+    folder.mkdir()
+    shutil.copy(mistral_file(), folder / "tokenizer.model")
+    return LlamaTokenizer.from_pretrained(folder)
 
 
 # name: (model type, what differs from tiny.SIZE, its tokenizer)

@@ -13,6 +13,7 @@ import torch
 from support import QUICK, Done, call, results, weights
 from transformers import AutoModelForCausalLM
 
+from lib.packed.formats import Q4_0
 from lib.packed.linear import SparseLinear
 
 STEPS = 40
@@ -20,6 +21,7 @@ TOKENS = STEPS * 256 + 9
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
 RECOVER = ["--recover", TOKENS, "--recover_rate", "0.01"]
 PRUNE = ["--prune_method", "wanda", "--sparsity_type", "2:4"]
+Q4 = ["--quantize", "q4_0"]
 PACK = ["--replace_sparse_layers", "--pack_bits", "4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -49,9 +51,10 @@ def run(folder: Path, *argv: object) -> tuple[Done, dict]:
 
 def evaluated(model: Path, *argv: object) -> float:
     """Perplexity of a model that was saved."""
-    done = call("--model", model, *QUICK, "--eval_only", "--eval_data", "uk", *argv)
+    argv = ("--eval_data", "uk", *argv, "--save", model.parent / "evaluated")
+    done = call("--model", model, *QUICK, "--eval_only", *argv)
     assert done.status == 0, done.err
-    return results()["perplexity"]["uk"]
+    return results(model.parent / "evaluated")["perplexity"]["uk"]
 
 
 def held(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -148,15 +151,67 @@ def test_more_passes_over_a_short_text(tmp_path: Path) -> None:
     assert source["passes"] > 1 and f"read {source['passes']} times" in done.out
 
 
+@pytest.mark.parametrize("flags", [[], ["--recover_rank", "4"]])
+def test_equal_training_of_a_model_that_nothing_was_pruned_from(
+    flags: list[str], tmp_path: Path
+) -> None:
+    """It is its own teacher: every linear is trained, at first towards what it is."""
+    _, found = run(tmp_path, *RECOVER, "--recover_ce", "0.5", *flags)
+    recovery = found["recovery"]
+    assert found["method"] == "recovered" and recovery["teacher"] == "model"
+    assert recovery["dense"] == recovery["before"]
+    assert found["perplexity"]["uk"] < recovery["dense"]["uk"]
+    before, after = weights(Path("model")), weights(tmp_path / "model")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) == 2 * 9
+    assert evaluated(tmp_path / "model") == pytest.approx(found["perplexity"]["uk"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("model", []),
+        ("model", ["--recover", 512]),
+        ("other", ["--recover", 512, "--dtype", "float32"]),  # saved in float32
+        ("model", ["--recover", 512, *PRUNE]),
+        ("model", ["--prune_method", "magnitude", "--sparsity_type", "neurons", *RECOVER]),
+    ],
+)
+def test_q4_0_as_it_was_measured(model: str, flags: list[str], tmp_path: Path) -> None:
+    """A bfloat16 folder with every linear on the grid; with rows of 48 inputs left alone."""
+    done, found = run(tmp_path, "--model", model, "--quantize", "q4_0", *flags)
+    left = [f"model.layers.{block}.mlp.down_proj.weight" for block in range(2)]
+    left = left if model == "other" else []
+    record = found["quantized"]
+    assert record["tensors"] == 14 - len(left) and record["left"] == left
+    assert 0 < record["difference"] < 3 and found["fingerprint"]["pruning"]["--quantize"] == "q4_0"
+    assert ("left at 16 bits, rows are no multiple of 32: model.lay" in done.out) == bool(left)
+    saved = weights(tmp_path / "model")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    for name, tensor in saved.items():
+        if "_proj" in name and name not in left:
+            assert torch.equal(Q4_0().nearest(tensor), tensor.float())
+    assert evaluated(tmp_path / "model") == pytest.approx(found["perplexity"]["uk"], rel=1e-6)
+    if PRUNE[0] in flags and "neurons" not in flags:
+        assert found["sparsity"]["overall"] >= 0.5
+    if "--recover" in flags:
+        curve = [point["perplexity"] for point in found["recovery"]["curve"]]
+        assert found["recovery"]["kept"]["perplexity"] == min(curve)
+    else:
+        assert found["evaluation"][0]["kl"] > 0 and found["method"] == "q4_0"
+
+
 REFUSED = {
-    "zero": ([*PRUNE, "--recover", "0"], 2, "--recover 0: "),
+    "zero": ([*PRUNE, "--recover", "0"], 2, "--recover: 0: must be"),
     "less than a step": ([*PRUNE, "--recover", "31"], 1, "--recover 31: less than one step"),
-    "no method, no teacher": (["--recover", "99"], 2, "--recover 99: "),
+    "q4_0, packed": (["--quantize", "q4_0", *PRUNE, *PACK], 2, "leave out --replace_sparse_lay"),
+    "q4_0, loaded in 8 bits": (["--quantize", "q4_0", "--load_bit", "8"], 2, "--quantize q4_0: we"),
+    "q4_0, measuring": (["--quantize", "q4_0", "--eval_only"], 2, "leave out --eval_only"),
     "both": ([*PRUNE, *RECOVER, "--teacher", "model"], 2, "--teacher model: "),
     "measuring": (["--eval_only", "--recover", "99"], 2, "--eval_only"),
-    "rank": ([*PRUNE, *RECOVER, "--recover_rank", "0"], 2, "--recover_rank 0: "),
-    "rate": ([*PRUNE, *RECOVER, "--recover_rate", "nan"], 2, "--recover_rate nan: "),
-    "share": ([*PRUNE, *RECOVER, "--recover_ce", "1"], 2, "--recover_ce 1: "),
+    "rank": ([*PRUNE, *RECOVER, "--recover_rank", "0"], 2, "--recover_rank: 0: must be"),
+    "rate": ([*PRUNE, *RECOVER, "--recover_rate", "nan"], 2, "--recover_rate: nan: must be"),
+    "share": ([*PRUNE, *RECOVER, "--recover_ce", "1"], 2, "--recover_ce: 1: must be"),
     "alone": ([*PRUNE, "--recover_rank", "4"], 2, "--recover_rank 4: "),
     "offload": ([*PRUNE, *RECOVER, "--offload", "away"], 2, "--offload away"),
     "quantised": ([*PRUNE, *RECOVER, "--load_bit", "8"], 2, "--load_bit 8"),
@@ -186,7 +241,7 @@ def test_refused_in_one_line(case: str) -> None:
     assert words in line
 
 
-@pytest.mark.parametrize("step, packing", [(0, []), (6, []), (17, PACK)])
+@pytest.mark.parametrize("step, packing", [(0, []), (6, []), (17, PACK), (17, Q4)])
 def test_killed_and_the_same_bytes(
     step: int, packing: list[str], place: Path, tmp_path: Path
 ) -> None:
@@ -205,7 +260,7 @@ def test_killed_and_the_same_bytes(
     assert not (tmp_path / "kept").exists()
 
 
-@pytest.mark.parametrize("packing", [[], PACK])
+@pytest.mark.parametrize("packing", [[], PACK, Q4])
 def test_two_processes_as_one(packing: list[str], place: Path, tmp_path: Path) -> None:
     argv = [*PRUNE, *RECOVER, *packing]
     _, alone = run(tmp_path / "alone", *argv)

@@ -38,8 +38,7 @@ def random_model(seed: int, blocks: int = 3, width: int = 16) -> dict:
     for block in range(blocks):
         tensors[f"model.layers.{block}.norm.weight"] = torch.zeros(width)
         for name in (Q, UP):
-            keep = torch.rand(24, width, generator=generator) < 0.5
-            tensors[name.format(block)] = keep.to(torch.bfloat16)
+            tensors[name.format(block)] = (torch.rand(24, width, generator=generator) < 0.5).float()
     return tensors
 
 
@@ -56,32 +55,17 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     assert found.to_dict() == pytest.approx({"kept": 5 / 8, "both keep": 4 / 5, "chance": 3 / 5})
 
 
-def test_sums_by_block_equal_counting_everything(tmp_path: Path) -> None:
-    first, second = random_model(1), random_model(2)
-    runs = [save(tmp_path / "a", first, shards=3), save(tmp_path / "b", second)]
-    found = shares(compare_masks(runs), "block")
-    for block in range(3):
-        names = [name.format(block) for name in (Q, UP)]
-        a, b = (torch.cat([model[name] for name in names]) != 0 for model in (first, second))
-        shared = (a & b).sum() / ((a.sum() + b.sum()) / 2)
-        assert found.loc[block, "both keep"] == pytest.approx(shared.item())
-    assert set(compare_masks(runs)["linear"]) == {"self_attn.q_proj", "mlp.up_proj"}
-
-
 @pytest.fixture
 def languages(tmp_path: Path) -> dict[tuple[str, int], Path]:
     """Two languages whose masks differ in block 1 only, and a second seed of each."""
-    folders = {}
-    base, other = random_model(1), random_model(2)
-    special = {name for name in base if ".1." in name}
+    folders, base, other = {}, random_model(1), random_model(2)
     for language in ("uk", "en"):
+        special = {n: other[n] for n in base if ".1." in n} if language == "en" else {}
         for seed in (0, 1):
-            source = {n: other[n] if language == "en" and n in special else base[n] for n in base}
-            tensors = {name: tensor.clone() for name, tensor in source.items()}
-            if seed:  # a little noise everywhere: one row of each matrix keeps something else
-                for name in tensors:
-                    if "proj" in name:
-                        tensors[name][0] = 1 - tensors[name][0]
+            tensors = {name: tensor.clone() for name, tensor in (base | special).items()}
+            for name in tensors if seed else ():  # a little noise: one row keeps something else
+                if "proj" in name:
+                    tensors[name][0] = 1 - tensors[name][0]
             folders[language, seed] = save(tmp_path / f"{language}{seed}", tensors, shards=2)
     return folders
 
@@ -93,36 +77,22 @@ def test_the_noise_floor_singles_out_the_specific_block(languages: dict) -> None
     found = shares(counts, "block")
     assert found["excess"].idxmax() == 1 and found.loc[1, "excess"] > 0.3
     assert found.loc[0, "both keep"] == 1.0 and found.loc[0, "excess"] < 0
-    (axes, _) = draw(counts).axes
     heat = 100 * shares(counts, ["block", "linear"])["excess"].unstack(sort=False)
-    assert axes.images[0].get_array().data == pytest.approx(heat.to_numpy())
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["up_proj", "q_proj"]
-
-
-def test_several_runs_are_compared_pair_by_pair(languages: dict) -> None:
-    counts = compare_masks([languages["uk", 0], languages["en", 0], languages["uk", 1]])
-    by_pair = counts.groupby(["a", "b"], sort=False)["weights"].sum()
-    assert by_pair.to_dict() == dict.fromkeys(
-        [("uk0", "en0"), ("uk0", "uk1"), ("en0", "uk1")], 2304
-    )
+    assert draw(counts).axes[0].images[0].get_array().data == pytest.approx(heat.to_numpy())
 
 
 def test_run_folders_lead_to_their_saved_models(languages: dict, tmp_path: Path) -> None:
-    runs = {}
-    for language in ("uk", "en"):
-        flags = {"save_model": str(languages[language, 0])}
-        runs[language] = write_run(tmp_path / f"run-{language}", "wanda", {}, on=language)
-        results = json.loads((runs[language] / "results.json").read_text())
-        (runs[language] / "results.json").write_text(json.dumps(results | {"flags": flags}))
-    counts = compare_masks(list(runs.values()))
+    runs = []
+    for on in ("uk", "en"):
+        flags = {"save_model": str(languages[on, 0])}
+        runs.append(write_run(tmp_path / f"run-{on}", "wanda", {}, on=on, flags=flags))
+    counts = compare_masks(runs)
     assert {*counts["a"], *counts["b"]} == {"uk (seed 0)", "en (seed 0)"}
-    refused("calibrated on en, but", *runs.values(), noise=(runs["en"],))
-    gone = write_run(tmp_path / "none", "wanda", {}, on="uk")
-    refused("--save_model", gone, runs["en"])
+    refused("calibrated on en, but", *runs, noise=(runs[1],))
+    refused("--save_model", write_run(tmp_path / "none", "wanda", {}, on="uk"), runs[1])
 
 
 def test_places() -> None:
-    assert block_and_linear("model.layers.3.self_attn.q_proj.weight") == (3, "self_attn.q_proj")
     assert block_and_linear("transformer.h.11.attn.c_attn") == (11, "attn.c_attn")
     assert block_and_linear("model.layers.0.mlp.experts.7.w1.weight") == (0, "mlp.experts.*.w1")
     assert block_and_linear("model.layers.0.experts.gate_up_proj.5") == (0, "experts.gate_up_proj")
@@ -135,17 +105,14 @@ def test_fused_experts_count_and_single_ones_are_added_up(tmp_path: Path) -> Non
     first |= {f"model.layers.0.mlp.experts.{i}.w1.weight": keep[i].clone() for i in range(4)}
     second = {name: 1 - tensor for name, tensor in first.items()}
     counts = compare_masks([save(tmp_path / "a", first), save(tmp_path / "b", second)])
-    by_linear = counts.set_index("linear")
-    assert by_linear["weights"].tolist() == [192, 192] and counts["both"].sum() == 0
-    assert "mlp.experts.*.w1" in by_linear.index
+    assert counts["weights"].tolist() == [192, 192] and counts["both"].sum() == 0
 
 
 def test_packed_checkpoints_count_like_dense_ones(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    scores = [torch.rand(6, 13, generator=generator) for _ in range(2)]
     plain, packed, name = [], [], Q.format(0).removesuffix(".weight")
-    for index, score in enumerate(scores):
-        (tmp_path / f"{index}").mkdir()
+    for index in range(2):
+        score = torch.rand(6, 13, generator=generator)
         weight = score.masked_fill(score < 0.4, 0)
         plain.append(save(tmp_path / f"{index}" / "plain", {Q.format(0): weight}))
         mask, values, _ = FORMATS[16].encode(weight)
@@ -167,19 +134,18 @@ def refused(match: str, *runs: Path, noise: tuple = ()) -> None:
 def test_refusals(languages: dict, tmp_path: Path) -> None:
     a = languages["uk", 0]
     wide = save(tmp_path / "wide", random_model(3, width=32))
-    refused(r"tensor model\.layers\.0\.mlp\.up_proj\.weight is 24 x 32 here but 24 x 16", a, wide)
+    refused(r"up_proj\.weight is \(24, 32\) here but \(24, 16\)", a, wide)
     deep = save(tmp_path / "deep", random_model(3, blocks=4))
-    refused(r"model\.layers\.3\.\S+ is 24 x 16 here but missing", a, deep)
+    refused(r"model\.layers\.3\.\S+ is \(24, 16\) here but missing", a, deep)
     dense = save(tmp_path / "dense", {k: v + 1 for k, v in random_model(1).items()})
     refused("no matrix has zeros in all", a, dense)
     refused("3 folders for 2 RUNs", a, a, noise=(a, a, a))
     refused("no such folder", a, tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     refused("holds no", a, tmp_path / "empty")
-    broken = save(tmp_path / "broken", random_model(1))
-    (shard,) = broken.iterdir()
+    (shard,) = dense.iterdir()
     shard.write_bytes(shard.read_bytes()[:-100])
-    refused("can't be read", a, broken)
+    refused("can't be read", a, dense)
 
 
 def test_the_command(languages: dict, capsys: pytest.CaptureFixture) -> None:
@@ -190,25 +156,21 @@ def test_the_command(languages: dict, capsys: pytest.CaptureFixture) -> None:
     assert "| uk0 and uk1 (seeds)" in said and "| self_attn.q_proj" in said
     assert said.strip() in Path("overlap/overlap.md").read_text("utf-8")
     assert len(list(csv.DictReader(Path("overlap/overlap.csv").open()))) == 2 * 6
-    with pytest.raises(UserError, match="--out .*uk0/model.*: is a file"):
-        main([uk, en, "--out", str(next(languages["uk", 0].iterdir()))])
     assert command.run(main, [uk]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "name two or more" in err
 
 
 def test_neurons_that_runs_share_by_block(tmp_path: Path) -> None:
-    """Counted by hand, of sets as this version writes them and as an earlier one did."""
     runs = []
     for name, removed in {
         "uk": [[0, 1, 2], [5, 6, 7]],
-        "en": ["b0", "70"],  # {0, 1, 3} and {0, 1, 2}
+        "en": [[0, 1, 3], [0, 1, 2]],
         "half": [[0, 1, 2], [0, 1, 2]],
     }.items():
         neurons = {"before": 8, "after": 5, "removed": removed}
-        runs.append(
-            write_run(tmp_path / name, "wanda", {}, kind="neurons", on=name, neurons=neurons)
-        )
+        more = {"kind": "neurons", "on": name, "neurons": neurons}
+        runs.append(write_run(tmp_path / name, "wanda", {}, **more))
     counts = compare_masks(runs)
     by_pair = counts.set_index(["a", "b", "block"]).sort_index()["both"]
     uk, en, half = (f"{name} (seed 0)" for name in ("uk", "en", "half"))
@@ -217,7 +179,6 @@ def test_neurons_that_runs_share_by_block(tmp_path: Path) -> None:
     assert counts["chance"].tolist() == [25 / 8] * 6
     main([*map(str, runs), "--out", str(tmp_path / "overlap")])
     text = (tmp_path / "overlap" / "overlap.md").read_text("utf-8")
-    assert "- kept: share of the neurons" in text and "weights" not in text
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")]
     assert ["uk (seed 0) and half (seed 0)", "62.5%", "70.0%", "62.5%"] in lines
     assert draw(counts).axes[0].images[0].get_array().tolist() == [[80, 100, 80], [40, 40, 100]]

@@ -102,7 +102,6 @@ def test_flags(row: tuple[str, ...]) -> None:
         ("--model M", ["--prune_method", "wanda", "--eval_only"]),
         ("--model M --use_variant --eval_only", ["--use_variant", "wanda"]),
         ("--model M --eval_only --save_model new", ["--save_model new", "--eval_only"]),
-        ("--model M --recover 64", ["--recover 64", "--prune_method", "--teacher"]),
         ("--model M --eval_only --allocation error", ["--allocation error", "--prune_method"]),
     ],
 )

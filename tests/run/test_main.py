@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("elsewhere")
 SEQLEN, WINDOWS = 32, 8  # of QUICK
 KEYS = {"model", "method", "sparsity_type", "sparsity_ratio", "flags", "seed", "versions"}
 KEYS |= {"device", "calibration", "evaluation", "perplexity", "sparsity", "seconds"}
-KEYS |= {"peak_memory", "footprint", "fingerprint", "processor", "bits_per_byte"}
+KEYS |= {"peak_memory", "footprint", "fingerprint", "dense_bytes"}
 
 
 @pytest.fixture(scope="module")

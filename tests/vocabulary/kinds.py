@@ -91,7 +91,8 @@ def byte_fallback(size: int = 420, special: list[str] = SPECIAL) -> PreTrainedTo
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.decoder = _read_back()
-    return _fast(_with_special(tokenizer, special))
+    tokenizer.add_special_tokens(special)
+    return _fast(tokenizer)
 
 
 def unigram(
@@ -102,7 +103,8 @@ def unigram(
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=fallback))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = _read_back() if fallback else decoders.Metaspace()
-    return _fast(_with_special(tokenizer, special))
+    tokenizer.add_special_tokens(special)
+    return _fast(tokenizer)
 
 
 def _read_back() -> decoders.Decoder:
@@ -124,11 +126,6 @@ def _pieces(size: int, special: list[str]) -> list[tuple[str, float]]:
             scores -= 0.01
             pieces.append((piece, scores * len(piece) ** 0.5))
     return pieces
-
-
-def _with_special(tokenizer: Tokenizer, special: list[str]) -> Tokenizer:
-    tokenizer.add_special_tokens(special)
-    return tokenizer
 
 
 KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
@@ -153,7 +150,6 @@ def _added(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 WITH_RESERVED: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "byte-level": lambda: _added(byte_level(regex=False)),
     "byte fallback": lambda: byte_fallback(special=[*SPECIAL, *RESERVED]),
-    "byte fallback, added": lambda: _added(byte_fallback()),
     "unigram": lambda: unigram(special=[*SPECIAL, *RESERVED]),
     "unigram, added": lambda: _added(unigram()),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import kinds
@@ -10,7 +9,7 @@ import pytest
 import tiny
 import torch
 from kinds import EN, KINDS, RESERVED, UK
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
 from lib.data.counts import compare_tokenizers, count_tokens, plain_backend
@@ -30,7 +29,6 @@ UNHEARD = [
     "x" * 70,
     "  a\t\n\n b",
     "",
-    "ꙮ",
     "2026!",
 ]
 
@@ -53,10 +51,6 @@ def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
     return plain_backend(tokenizer).encode(text, add_special_tokens=False).tokens
 
 
-def cut_ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    return plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_texts_of_kept_tokens_are_cut_as_before_and_all_texts_read_alike(
     kind: str, uk: Path, tmp_path: Path
@@ -72,39 +66,20 @@ def test_texts_of_kept_tokens_are_cut_as_before_and_all_texts_read_alike(
         old, new = cut(before, text), cut(after, text)
         if kept.issuperset(old):
             assert new == old
+            ids = after(text).input_ids  # BOS too
+            assert found.rows[ids].tolist() == before(text).input_ids
             alike += 1
     assert alike >= 80
     for text in [*mixed, *kinds.texts(EN, 9), *UNHEARD, *RARE_SIGNS]:
-        one, other = before(text).input_ids, after(text).input_ids
-        for skip in (False, True):
-            read = (
-                t.decode(i, skip_special_tokens=skip) for t, i in ((before, one), (after, other))
-            )
-            assert len(set(read)) == 1
+        read = (
+            one.decode(one(text).input_ids, skip_special_tokens=True) for one in (before, after)
+        )
+        assert len(set(read)) == 1
     after.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.get_vocab() == after.get_vocab()
     for text in [*mixed, *UNHEARD]:
         assert again(text).input_ids == after(text).input_ids
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_numbers_follow(kind: str, uk: Path) -> None:
-    before = KINDS[kind]()
-    found = trimmed(before, uk)
-    after, rows = found.tokenizer, found.rows.tolist()
-    assert sorted(after.get_vocab().values()) == list(range(len(rows)))
-    for token, number in after.get_vocab().items():
-        assert before.convert_tokens_to_ids(token) == rows[number]
-    for name in ("bos", "eos", "pad", "unk"):
-        assert getattr(after, f"{name}_token") == getattr(before, f"{name}_token")
-        new, old = (getattr(one, f"{name}_token_id") for one in (after, before))
-        assert rows[new] == old
-    assert after("тихо").input_ids[0] == after.bos_token_id
-    assert after.convert_tokens_to_ids(kinds.USER) != after.unk_token_id
-    talk = [{"role": "user", "content": "тихо"}]
-    one, other = (t.apply_chat_template(talk)["input_ids"] for t in (before, after))
-    assert [rows[number] for number in other] == one
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -115,36 +90,14 @@ def test_words_of_the_chat_template_stay(uk: Path, several: bool) -> None:
     quoted, plain = sorted(gone, key=len)[-2:]
     template = "{% for m in messages %}{{ 'WORD' + m['content'] }}{% endfor %} PLAIN"
     template = template.replace("WORD", quoted.replace("Ġ", " ")).replace("PLAIN", plain[1:])
-    tokenizer.chat_template = (
-        {"default": "{{ 1 // 0 }}{%", "rag": template} if several else template
-    )
+    tokenizer.chat_template = {"default": "{%", "rag": template} if several else template
     assert trimmed(tokenizer, uk).tokenizer.get_vocab().keys() >= {quoted, plain}
-
-
-def test_parts_are_what_merges_go_through() -> None:
-    for make in (kinds.byte_level, kinds.byte_fallback):
-        tokenizer = make()
-        tokens = TrimmableTokenizer(tokenizer, "m")
-        ranks = {tuple(merge): n for n, merge in enumerate(tokens.data["model"]["merges"])}
-        for token, number in tokens.token_to_id.items():
-            if token[0] == "<" or token in tokenizer.all_special_tokens:
-                continue
-            letters, seen = list(token), set(token) | {token}
-            while any(pair in ranks for pair in pairwise(letters)):
-                best = min((pair for pair in pairwise(letters) if pair in ranks), key=ranks.get)
-                place = list(pairwise(letters)).index(best)
-                letters[place : place + 2] = ["".join(best)]
-                seen.add(letters[place])
-            if len(letters) == 1:
-                assert tokens.merge_parts(number) == {tokens.token_to_id[part] for part in seen}
-            else:
-                assert tokens.merge_parts(number) == {number}
 
 
 def test_every_token_used_stays_with_its_parts_and_the_rest_by_count(uk: Path) -> None:
     tokenizer = kinds.byte_level(800)
     tokens = TrimmableTokenizer(tokenizer, "m")
-    counts = count_tokens(parse_sources([str(uk)], "--vocabulary_data"), tokenizer).counts
+    counts = count_tokens(parse_sources([str(uk)], "--vocabulary_data"), tokenizer)
     needed = tokens.required_ids()
     everything = choose_tokens(tokens, counts, needed)
     used = set(counts.nonzero().flatten().tolist())
@@ -162,7 +115,7 @@ def test_what_no_text_uses_fills_up_by_the_letters_of_the_texts(uk: Path) -> Non
     tokens = TrimmableTokenizer(tokenizer, "m")
     latin = {i for i, t in tokens.id_to_token.items() if len(t) > 1 and t.strip("▁").isascii()}
     counts = torch.zeros(len(tokens.id_to_token), dtype=torch.long)
-    for letter in {letter for word in UK for letter in word} | {"▁"}:
+    for letter in set("".join(UK)) | {"▁"}:
         counts[tokens.token_to_id[letter]] = 100
     required = tokens.required_ids()
     base = choose_tokens(tokens, counts, required)
@@ -170,19 +123,6 @@ def test_what_no_text_uses_fills_up_by_the_letters_of_the_texts(uk: Path) -> Non
     assert len(more) == len(base) + 40 and base <= more
     assert more - required and not (more - required) & latin
     assert choose_tokens(tokens, counts, required, size=10**6) == tokens.id_to_token.keys()
-
-
-def test_processes_share_the_counting(uk: Path, monkeypatch) -> None:
-    tokenizer, sources = kinds.byte_level(), parse_sources([str(uk)], "--vocabulary_data")
-    texts = kinds.texts(UK, 40, 1)
-    numbers = [n for text in texts for n in tokenizer(text, add_special_tokens=False).input_ids]
-    whole = torch.bincount(torch.tensor(numbers), minlength=len(tokenizer))
-    monkeypatch.setattr("lib.data.counts.BATCH_CHARACTERS", 90)
-    for size in (1, 3):
-        shares = [count_tokens(sources, tokenizer, rank, size) for rank in range(size)]
-        assert torch.equal(sum(one.counts for one in shares), whole)
-        characters = sum(map(len, texts))
-        assert {(one.documents, one.characters) for one in shares} == {(40, characters)}
 
 
 def test_what_configs_name_stays_even_past_the_tokenizer(uk: Path) -> None:
@@ -218,7 +158,8 @@ def test_reserved_tokens_go_unless_they_are_used_or_named(
     assert not result.tokenizer.get_vocab().keys() & set(RESERVED)
     assert result.facts["reserved"] == 70 and "70 reserved ones go" in result.summary()
     for text in ("тихо <unused3> river", "<unused12>"):  # no longer special
-        assert result.tokenizer.decode(cut_ids(result.tokenizer, text)) == text
+        ids = result.tokenizer(text, add_special_tokens=False).input_ids
+        assert result.tokenizer.decode(ids) == text
 
     named = kinds.WITH_RESERVED[kind]()
     named.pad_token = "<unused2>"
@@ -229,15 +170,6 @@ def test_reserved_tokens_go_unless_they_are_used_or_named(
     stay = {f"<unused{number}>" for number in (2, 3, 4, 5)}
     assert after.tokenizer.get_vocab().keys() & set(RESERVED) == stay
     assert after.facts["reserved"] == 66 and after.tokenizer.pad_token == "<unused2>"
-
-
-def test_a_few_numbered_tokens_are_not_reserved(uk: Path) -> None:
-    tokenizer = kinds.byte_level()
-    tokenizer.add_tokens([AddedToken(f"<h{number}>", special=True) for number in (1, 2, 3)])
-    tokenizer.add_tokens([AddedToken(f"<cell{number}>", special=False) for number in range(9)])
-    result = trimmed(tokenizer, uk)
-    assert result.facts["reserved"] == 0
-    assert result.tokenizer.get_vocab().keys() >= {"<h1>", "<h3>", "<cell0>", "<cell8>"}
 
 
 def test_a_special_token_without_a_row_stays_where_no_text_has_it(uk: Path) -> None:
@@ -258,36 +190,22 @@ def test_proof(uk: Path) -> None:
     assert "all 9 test documents read the same" in line
     (record,) = found.facts["tests"]
     assert record["documents"] == 9 and 0 < record["alike"] <= 9
-    assert record["tokens"] >= record["tokens_before"]
     deaf = Tokenizer(models.BPE({"т": 0, "<unk>": 1}, [], unk_token="<unk>"))
     deaf.pre_tokenizer = pre_tokenizers.Whitespace()
     deaf = PreTrainedTokenizerFast(tokenizer_object=deaf)
-    assert compare_tokenizers(["тихо", "漢"], before, deaf, torch.arange(2)).damaged == 1
+    assert compare_tokenizers(["тихо", "漢"], before, deaf, torch.arange(2))[1] == 1
     found.tokenizer = deaf
     with pytest.raises(UserError, match="which is in no text, decodes differently"):
         found.prove([])
 
 
-class Slow:
-    is_fast = False
-
-
-REFUSED = {
-    "of the kind WordPiece": models.WordPiece({"a": 0}),
-    "of the kind WordLevel": models.WordLevel({"a": 0}),
-    "BPE with end_of_word_suffix": models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>"),
-    "one with duplicate tokens": models.Unigram([("<unk>", 0.0), ("a", -1.0), ("a", -2.0)], 0),
-    r"a slow one \(Slow, without": None,
-}
-
-
-@pytest.mark.parametrize("words", REFUSED)
-def test_refused(words: str) -> None:
-    model = REFUSED[words]
-    with pytest.raises(UserError, match=words):
-        if model:
-            tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
-        TrimmableTokenizer(tokenizer if model else Slow(), "--model m")
+def test_refused() -> None:
+    suffix = models.BPE({"a": 0, "b</w>": 1}, [], end_of_word_suffix="</w>")
+    twice = models.Unigram([("<unk>", 0.0), ("a", -1.0), ("a", -2.0)], 0)
+    for model, words in ((suffix, "BPE with end_of_word_suffix"), (twice, "one with duplicate")):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+        with pytest.raises(UserError, match=words):
+            TrimmableTokenizer(tokenizer, "--model m")
 
 
 @pytest.mark.parametrize("size", [None, 384])
@@ -306,10 +224,3 @@ def test_the_whole_vocabularys_check_outlives_trimming_twice(uk: Path) -> None:
     twice = trimmed(once, uk, size=330).tokenizer
     assert once.init_kwargs[CHECK] == twice.init_kwargs[CHECK] == check_of(before)
     assert CHECK not in trimmed(kinds.byte_fallback(), uk).tokenizer.init_kwargs
-
-
-def test_a_size_that_bytes_and_special_tokens_do_not_fit(uk: Path) -> None:
-    with pytest.raises(UserError, match=r"--vocabulary_size 200: bytes, .* take \d+; give at"):
-        trimmed(kinds.byte_level(), uk, size=200)
-    with pytest.raises(UserError, match="the embedding of --model m has 99 rows"):
-        trimmed(kinds.byte_level(), uk, rows=99)
