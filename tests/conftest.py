@@ -26,6 +26,10 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: on the pretended CUDA device, see tests/cuda")
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection of garbage looks through it again."""
     gc.collect()

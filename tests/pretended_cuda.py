@@ -44,7 +44,6 @@ CPP = r"""
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
-#include <deque>
 #include <map>
 #include <mutex>
 #include <set>
@@ -54,8 +53,8 @@ using c10::DeviceIndex;
 using c10::StreamId;
 using Key = std::pair<DeviceIndex, StreamId>;  // a stream
 using Clock = std::map<Key, uint64_t>;  // how far each stream has come, as somebody knows
-struct Job { uint64_t number; Clock needs; std::function<void()> run; };
-struct Queue { Clock clock; uint64_t sent = 0; std::deque<Job> late; };
+struct Job { bool to_host; Clock needs; std::function<void()> run; };
+struct Queue { Clock clock; uint64_t sent = 0; std::map<uint64_t, Job> late; };
 struct Memory { size_t limit = 80e9, now = 0, peak = 0; };
 
 // never destroyed: tensors outlive them
@@ -77,21 +76,23 @@ static std::string name(Key key) {
 static void merge(Clock& into, const Clock& other) {
   for (auto& [key, number] : other) into[key] = std::max(into[key], number);
 }
-static void run_to(const Clock& clock) {  // the late copies up to there
+static void run_to(const Clock& clock, bool host_waits = false) {  // the late copies up to there
   for (auto& [key, number] : Clock(clock)) {
     auto& late = queues[key].late;
-    while (!late.empty() && late.front().number <= number) {
-      auto job = std::move(late.front());
-      late.pop_front();
-      run_to(job.needs);
+    for (auto it = late.begin(); it != late.end() && it->first <= number;) {
+      if (it->second.to_host && !host_waits) { ++it; continue; }
+      auto job = std::move(it->second);
+      late.erase(it);
+      run_to(job.needs, true);
       job.run();
+      it = late.begin();
     }
   }
 }
 static void wait(const Clock& clock) {  // the host waits
   Guard guard(lock);
   merge(host, clock);
-  run_to(clock);
+  run_to(clock, true);
 }
 static Clock launch(Key key) {  // one more piece of work
   auto& queue = queues[key];
@@ -139,7 +140,8 @@ struct Allocating final : c10::DeviceAllocator {
   void emptyCache(c10::MempoolId_t) override {}
   void recordStream(const DataPtr& data, c10::Stream stream) override {
     if (data.get_deleter() == &release)
-      static_cast<Block*>(data.get_context())->recorded.insert({stream.device_index(), stream.id()});
+      static_cast<Block*>(data.get_context())->recorded.insert(
+          {stream.device_index(), stream.id()});
   }
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(DeviceIndex device) override {
     c10::CachingDeviceAllocator::DeviceStats s;
@@ -186,7 +188,8 @@ static void touch(const Tensor& t, Key key, const Clock& clock, bool writes) {
     complaints.insert(name(key) + " did not wait for " + name(other) + ", which used its memory");
     return false;
   };
-  if (block.written && known(block.writer, block.written)) run_to({{block.writer, block.written}});
+  if (block.written && known(block.writer, block.written))
+    run_to({{block.writer, block.written}});
   if (writes) {
     for (auto& [other, number] : block.used) known(other, number);
     block.writer = key, block.written = clock.at(key);
@@ -304,7 +307,8 @@ struct Aliases {
     if (!t.defined() || !t.is_cpu()) return t;
     for (auto& [there, alias] : pairs) if (alias.is_same(t)) return there;
     for (auto& [there, alias] : pairs)
-      if (alias.storage().is_alias_of(t.storage())) return over(there.storage(), t, there.key_set());
+      if (alias.storage().is_alias_of(t.storage()))
+        return over(there.storage(), t, there.key_set());
     auto made = at::detail::make_tensor<c10::TensorImpl>(
         moved(t.storage()), DispatchKeySet(DispatchKey::CUDA), t.dtype());
     made.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
@@ -423,32 +427,37 @@ static Tensor cuda_empty(IntArrayRef size, std::optional<ScalarType> dtype, std:
   return at::detail::empty_generic(size, &allocator, DispatchKeySet(DispatchKey::CUDA),
       dtype.value_or(get_default_dtype_as_scalartype()), format);
 }
-static Tensor cuda_empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<ScalarType> dtype,
-    std::optional<Layout>, std::optional<Device> device, std::optional<bool>) {
+static Tensor cuda_empty_strided(IntArrayRef size, IntArrayRef stride,
+    std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device> device,
+    std::optional<bool>) {
   c10::DeviceGuard guard(device.value_or(Device(kCUDA, current)));
   return at::detail::empty_strided_generic(size, stride, &allocator,
       DispatchKeySet(DispatchKey::CUDA), dtype.value_or(get_default_dtype_as_scalartype()));
 }
 static Tensor& cuda_copy_(Tensor& self, const Tensor& from, bool non_blocking) {
+  Tensor held = self, given = from;  // nothing below may want Python's lock while it has ours
+  Aliases aliases;
   Guard guard(lock);
   Key key = here((self.is_cuda() ? self : from).device().index());
   if (self.is_cuda() && from.is_cuda() && self.device() != from.device())
     for (auto index : {self.device().index(), from.device().index()})
       GuardImpl().synchronizeDevice(index);
   Clock clock = launch(key);
-  Aliases aliases;
   for (auto* t : {&from, const_cast<const Tensor*>(&self)})
     if (t->is_cuda()) touch(*t, key, clock, t == &self);
-  auto to = self.is_cuda() ? aliases.cpu(self) : self;
-  auto source = from.is_cuda() ? aliases.cpu(from) : from;
+  auto alias = [&](const Tensor& t) {
+    return t.is_cuda() ? aliases.cpu(t) : over(t.storage(), t, DispatchKeySet(DispatchKey::CPU));
+  };
+  auto to = alias(self), source = alias(from);
   at::AutoDispatchBelowADInplaceOrView below;
   bool apart = self.is_cuda() != from.is_cuda() && non_blocking;
   if (apart && is_pinned(self.is_cuda() ? from.data_ptr() : self.data_ptr())) {
     if (from.is_cuda()) source = source.clone();  // which is right; the host sees it later
-    queues[key].late.push_back({clock[key], clock, [aliases, to, source]() mutable {
+    auto memory = self.storage();
+    queues[key].late[clock[key]] = {from.is_cuda(), clock, [memory, to, source]() mutable {
       at::AutoDispatchBelowADInplaceOrView below;
       to.copy_(source);
-    }});
+    }};
   } else {
     to.copy_(source);
     if (!self.is_cuda() || (!from.is_cuda() && !non_blocking)) wait(clock);
@@ -461,8 +470,8 @@ static void cuda_record_stream(Tensor& self, Stream stream) {
 static Tensor cuda_mm(const Tensor& a, const Tensor& b, ScalarType dtype) {
   return at::mm(a.to(dtype), b.to(dtype));
 }
-static Tensor& cuda_addmm_out(const Tensor& self, const Tensor& a, const Tensor& b, ScalarType dtype,
-    const Scalar& beta, const Scalar& alpha, Tensor& out) {
+static Tensor& cuda_addmm_out(const Tensor& self, const Tensor& a, const Tensor& b,
+    ScalarType dtype, const Scalar& beta, const Scalar& alpha, Tensor& out) {
   return at::addmm_out(out, self, a.to(dtype), b.to(dtype), beta, alpha);
 }
 static Tensor cuda_addmm(const Tensor& self, const Tensor& a, const Tensor& b, ScalarType dtype,
@@ -586,6 +595,7 @@ def _fill_python() -> None:
         "get_rng_state": lambda where="cuda": host.get_state(),
         "set_rng_state": lambda state, where="cuda": None,
     }
+    torch._C._cuda_getCurrentRawStream = lambda where: 0  # torch._dynamo imports it
     for name, replacement in replaced.items():
         for module in (cuda, cuda.memory, cuda.random, cuda.streams):
             if module is cuda or hasattr(module, name):

@@ -114,11 +114,9 @@ def test_a_model_that_was_pruned_before(packing: list[str], tmp_path: Path) -> N
     saved = tmp_path / "second/model"
     after = held(saved, torch.float32) if packing else weights(saved)
     for name, tensor in weights(pruned).items():
-        zero = tensor == 0
-        assert (
-            not zero.any()
-            or (after[name.removesuffix(".weight") if packing else name][zero] == 0).all()
-        )
+        key = name.removesuffix(".weight") if packing else name
+        if key in after:  # of packed models the linears alone
+            assert (after[key][tensor == 0] == 0).all()
 
 
 @pytest.mark.parametrize("flags", [[], ["--dtype", "bfloat16"], ["--recover_rank", "4"]])

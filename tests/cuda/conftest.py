@@ -1,0 +1,46 @@
+"""Tests on the pretended CUDA device (tests/pretended_cuda.py), by `pytest -m cuda` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pretended_cuda
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+SKIPPED = "the pretended CUDA device does not fit this torch or has no compiler"
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Once it is there it can't be removed, and other tests expect none."""
+    return None if config.getoption("markexpr") == "cuda" else True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("cuda")
+
+
+@pytest.fixture(scope="session")
+def installed() -> Any:
+    try:
+        return pretended_cuda.install()
+    except (RuntimeError, OSError, ImportError, AttributeError, TypeError) as error:
+        pytest.skip(f"{SKIPPED}: {' '.join(str(error).split())[:200]}")
+
+
+@pytest.fixture(autouse=True)
+def device(installed: Any) -> Iterator[Any]:
+    """What controls the device; a test fails that uses memory in an order CUDA does not promise."""
+    limits = [installed.limit(0), installed.limit(1)]
+    torch.backends.cuda.enable_flash_sdp(False)  # the CPU's fused attention adds up otherwise
+    installed.complaints()
+    yield installed
+    torch.accelerator.set_device_index(0)
+    for index, limit in enumerate(limits):
+        installed.set_limit(index, limit)
+    assert installed.complaints() == set()

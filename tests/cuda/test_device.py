@@ -1,0 +1,98 @@
+"""The pretended device itself: what it refuses, and what it sees of streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+A = torch.arange(12.0).view(3, 4)
+
+
+def test_it_computes_as_the_cpu(device: Any) -> None:
+    x = A.cuda().requires_grad_()
+    y = (x[:, 1:] @ x[:, :3].T).softmax(-1).cumsum(0).sort(dim=1).values
+    y.square().sum().backward()
+    z = A.clone().requires_grad_()
+    same = (z[:, 1:] @ z[:, :3].T).softmax(-1).cumsum(0).sort(dim=1).values
+    same.square().sum().backward()
+    assert y.device == x.grad.device == torch.device("cuda:0")
+    assert torch.equal(y.cpu(), same) and torch.equal(x.grad.cpu(), z.grad)
+    assert torch.empty(9, device="cuda:1").isnan().all()
+
+
+REFUSED: dict[str, Callable[[], object]] = {
+    "host and device": lambda: A.cuda() + A,
+    "two devices": lambda: A.cuda() @ A.T.to("cuda:1"),
+    "integer products": lambda: A.long().cuda() @ A.long().T.cuda(),
+    "generator": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+    "ordinal": lambda: torch.empty(3, device="cuda:2"),
+    "memory": lambda: torch.empty(10**12, device="cuda"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str) -> None:
+    with pytest.raises(torch.OutOfMemoryError if what == "memory" else RuntimeError):
+        REFUSED[what]()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_copy_to_the_host_is_there_once_the_host_waits(waits: bool) -> None:
+    host, x = torch.zeros(3, 4).pin_memory(), A.cuda()
+    host.copy_(x, non_blocking=True)
+    x.mul_(2)  # later work of the same stream
+    if waits:
+        torch.accelerator.synchronize()
+    assert torch.equal(host, A if waits else torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_copy_to_the_device_reads_the_host_late(waits: bool) -> None:
+    host = A.pin_memory()
+    x = host.to("cuda", non_blocking=True)
+    if waits:
+        torch.accelerator.synchronize()
+    host.zero_()
+    assert torch.equal(x.cpu(), A if waits else torch.zeros(3, 4))
+
+
+def on_a_side(device: Any, *, before: bool, after: bool, recorded: bool) -> tuple[Tensor, set[str]]:
+    """Work of the computing stream, of another, and of the first again, as each has waited."""
+    side, stream = torch.Stream("cuda"), torch.accelerator.current_stream()
+    x = A.cuda() + 1
+    if before:
+        side.wait_stream(stream)
+    with side:
+        x.add_(1)
+    if after:
+        stream.wait_stream(side)
+    result = x * 2 if before else x
+    if recorded:
+        x.record_stream(side)
+    del x
+    return result, device.complaints()
+
+
+@pytest.mark.parametrize("before, after", [(True, True), (False, True), (True, False)])
+def test_work_out_of_order_is_seen(before: bool, after: bool, device: Any) -> None:
+    _, complaints = on_a_side(device, before=before, after=after, recorded=True)
+    assert bool(complaints) == (not (before and after)), complaints
+
+
+def test_memory_that_is_freed_too_early_is_seen(device: Any) -> None:
+    for recorded in (True, False):
+        side = torch.Stream("cuda")
+        x = A.cuda()
+        side.wait_stream(torch.accelerator.current_stream())
+        with side:
+            y = x + 1
+        if recorded:
+            x.record_stream(side)
+        del x
+        assert any("was freed" in line for line in device.complaints()) == (not recorded)
+        side.synchronize()
+        del y

@@ -1,0 +1,172 @@
+"""Whole runs on the pretended device, against the same runs on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from support import call, raising, results, weights
+
+from lib.methods.registry import METHODS
+
+BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
+BASE += ["--calibration_data", "uk", "--eval_data", "uk"]
+PATTERNS = ["unstructured", "2:4", "4:8", "neurons"]
+ADMM = ["--prune_method", "admm", "--sparsity_type", "2:4"]
+RECOVER = ["--recover", "2560"]
+PACK = ["--replace_sparse_layers", "--pack_bits", "4"]
+pytestmark = pytest.mark.usefixtures("at_place")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    tiny.write_model(folder / "model", tiny.tiny_llama(num_hidden_layers=4))
+    tiny.write_model(folder / "mamba", tiny.HYBRIDS["Mamba 2"]())
+    tiny.write_texts(folder / "uk", train=60, test=3)
+    return folder
+
+
+def run(folder: Path, where: str, *argv: object, model: Path | str = "model") -> dict[str, Any]:
+    """Results of a run that succeeds; its model is saved beside them."""
+    out = ["--save", folder / "out", "--save_model", folder / "model"]
+    done = call("--model", model, *BASE, "--device", where, *argv, *out)
+    assert done.status == 0, done.err
+    return results(folder / "out") | {"said": done.out}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two folders of runs: the same weights, and perplexities to the last digit but one."""
+    first, second = weights(one / "model"), weights(other / "model")
+    assert first.keys() == second.keys()
+    assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
+    before, after = (results(path / "out")["perplexity"]["uk"] for path in (one, other))
+    assert after == pytest.approx(before, rel=1e-9)
+
+
+CASES = {
+    f"{method} {pattern}": ["--prune_method", method, "--sparsity_type", pattern]
+    for method in METHODS
+    for pattern in PATTERNS
+}
+CASES["variant"] = ["--prune_method", "wanda", "--use_variant"]
+CASES["vocabulary"] = ["--prune_method", "magnitude", "--trim_vocabulary"]
+CASES["packed"] = ["--prune_method", "wanda", "--replace_sparse_layers"]
+CASES["quantised"] = ["--prune_method", "sparsegpt", *PACK]
+CASES["bfloat16"] = ["--prune_method", "sparsegpt", "--dtype", "bfloat16"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_the_cpus(case: str, tmp_path: Path) -> None:
+    found = {where: run(tmp_path / where, where, *CASES[case]) for where in ("cpu", "cuda:0")}
+    assert_same(tmp_path / "cpu", tmp_path / "cuda:0")
+    assert found["cuda:0"]["peak_memory"]["device"] > 0
+
+
+@pytest.mark.parametrize("case", ["wanda neurons", "sparsegpt 4:8", "admm 2:4", "quantised"])
+def test_blocks_are_fetched_where_memory_is_short(case: str, device: Any, tmp_path: Path) -> None:
+    run(tmp_path / "whole", "cuda:0", *CASES[case])
+    run(tmp_path / "files", "cuda:0", *CASES[case], "--offload", tmp_path / "blocks")
+    assert_same(tmp_path / "whole", tmp_path / "files")
+    device.set_limit(0, device.now(0) + 550_000)
+    found = run(tmp_path / "short", "cuda:0", *CASES[case], "--batch_size", "1")
+    assert "one block at a time" in found["said"]
+    device.set_limit(0, 10**10)
+    run(tmp_path / "alone", "cuda:0", *CASES[case], "--batch_size", "1")
+    assert_same(tmp_path / "alone", tmp_path / "short")
+
+
+def test_errors_allocate_alike(tmp_path: Path) -> None:
+    argv = [*ADMM[:2], "--sparsity_ratio", "0.6", "--allocation", "error"]
+    for where in ("cpu", "cuda:0"):
+        run(tmp_path / where, where, *argv)
+    one, other = (results(tmp_path / where / "out") for where in ("cpu", "cuda:0"))
+    assert other["allocation"] == pytest.approx(one["allocation"], abs=1e-5)
+    assert other["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--recover_rank", "4"], PACK, ["--sparsity_type", "neurons"]]
+)
+def test_recovery_is_reproducible_and_as_good(more: list[str], tmp_path: Path) -> None:
+    argv = ["--prune_method", "wanda", "--sparsity_type", "2:4", *RECOVER, *more]
+    found = {
+        name: run(tmp_path / name, name[:6], *argv) for name in ("cpu", "cuda:0", "cuda:0 again")
+    }
+    assert_same(tmp_path / "cuda:0", tmp_path / "cuda:0 again")
+    one, other = (found[where]["recovery"]["curve"] for where in ("cpu", "cuda:0"))
+    for before, after in zip(one, other, strict=True):
+        assert after["perplexity"] == pytest.approx(before["perplexity"], rel=1e-3)
+    assert "two runs may differ" not in found["cuda:0"]["said"]
+
+
+def test_a_recovery_that_can_not_be_reproduced_goes_on_and_says_so(tmp_path: Path) -> None:
+    argv = ["--prune_method", "magnitude", "--recover", "512"]
+    with pytest.warns(UserWarning, match="cumsum"):
+        found = run(tmp_path, "cuda:0", *argv, model="mamba")
+    assert found["said"].count("two runs may differ: cumsum") == 1
+    assert "recovery" in found
+
+
+def test_what_was_packed_there_is_read_there(tmp_path: Path) -> None:
+    found = run(tmp_path, "cuda:0", "--prune_method", "wanda", *PACK)
+    for where in ("cpu", "cuda:0"):
+        argv = ["--model", tmp_path / "model", *BASE, "--device", where, "--eval_only"]
+        assert call(*argv).status == 0
+        again = results()["perplexity"]["uk"]
+        assert again == pytest.approx(found["perplexity"]["uk"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "stop, more",
+    [
+        (("pruning", 2), ADMM),
+        (("pruning", 2), [*ADMM, "--offload", "blocks"]),
+        (("recovering", 6), [*ADMM, *RECOVER, *PACK]),
+    ],
+)
+def test_interrupted_and_continued(stop: tuple, more: list[str], tmp_path: Path) -> None:
+    run(tmp_path / "whole", "cuda:0", *more)
+    out = ["--save", tmp_path / "out", "--save_model", tmp_path / "model"]
+    argv = ["--model", "model", *BASE, "--device", "cuda:0", *more, *out]
+    argv += ["--resume", tmp_path / "kept"]
+    with raising(KeyboardInterrupt(), *stop):
+        assert call(*argv).status != 0
+    done = call(*argv)
+    assert done.status == 0, done.err
+    assert_same(tmp_path / "whole", tmp_path)
+
+
+def test_the_second_device_alone_is_used(device: Any, tmp_path: Path) -> None:
+    device.set_limit(0, device.now(0))  # not a byte more
+    argv = [*ADMM, *RECOVER, *PACK]
+    found = run(tmp_path / "second", "cuda:1", *argv)
+    assert found["peak_memory"]["device"] > 0
+    device.set_limit(0, 10**10)
+    run(tmp_path / "first", "cuda:0", *argv)
+    assert_same(tmp_path / "first", tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    "room, argv, flag",
+    [
+        (50_000, ADMM, "--offload"),
+        (1_300_000, [*ADMM, *RECOVER, "--batch_size", "40"], "--batch_size"),
+    ],
+)
+def test_out_of_memory_is_a_line(
+    room: int, argv: list[str], flag: str, device: Any, tmp_path: Path
+) -> None:
+    device.set_limit(0, device.now(0) + room)
+    done = call("--model", "model", *BASE, "--device", "cuda:0", *argv, "--save", tmp_path)
+    assert done.status == 1
+    (line,) = done.complaints
+    assert flag in line and "memory" in line
+
+
+def test_there_are_two(device: Any) -> None:
+    done = call("--model", "model", *BASE, "--device", "cuda:2", "--eval_only")
+    assert done.status == 1 and "cuda:0 to cuda:1" in done.complaints[0]
