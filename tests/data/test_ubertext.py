@@ -8,14 +8,12 @@ from support import launched
 
 from lib.commands import ubertext
 from lib.commands.ubertext import GENRES, build, documents, find_dumps
-from lib.util import command
 from lib.util.errors import UserError
 
 
 def long_document(genre, number):
-    return f"Документ {number}  жанру\t{genre},\n\nз порожнім\u2028рядком\n" + "слово " * (
-        20 + number
-    )
+    words = "слово " * (20 + number)
+    return f"Документ {number}  жанру\t{genre},\n\nз порожнім\u2028рядком\n{words}"
 
 
 @pytest.fixture
@@ -58,7 +56,6 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
     ]
     assert rows(out / "train.jsonl") == [row for i, row in enumerate(expected) if i % 6 < 4]
     assert rows(out / "test.jsonl") == [row for i, row in enumerate(expected) if i % 6 >= 4]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["dumps", "out"]
     with pytest.raises(UserError, match="^OUT .*out: holds"):
         build(find_dumps(dumps), out)
 
@@ -66,7 +63,6 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected", "added_up"),
     [
-        ("a\n\n\n\nb\n", ["a\n", "b\n"], None),
         ("a\n\n\nb\n", ["a\nb\n"], None),  # two blank lines do not divide
         ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"], None),  # nor make more of them documents
         ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"], None),  # white space is a blank line
@@ -94,8 +90,7 @@ def test_bad_dumps(dumps, tmp_path):
     court = {"court": find_dumps(dumps)["court"]}
     whole = court["court"].read_bytes()
     for content, problem in (
-        (whole[:-20], r"court\S+: neither UTF-8 text nor whole bz2"),
-        (whole[:60] + b"????" + whole[64:], r"court\S+: neither UTF-8 text nor whole bz2"),
+        (whole[:-20], r"court\S+: neither UTF-8"),
         ("слово".encode("cp1251") * 99, "neither UTF-8"),
         (b"a b", "no document is longer"),
     ):
@@ -103,24 +98,16 @@ def test_bad_dumps(dumps, tmp_path):
         with pytest.raises(UserError, match=problem):
             build(court, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["dumps"]
-    (dumps / "court.txt").write_text("")
-    with pytest.raises(UserError, match="several files with 'court'"):
-        find_dumps(dumps)
     for path in dumps.glob("*court*"):
         path.unlink()
     with pytest.raises(UserError, match="no file with 'court' in the name"):
         find_dumps(dumps)
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path):
     dumps = tmp_path / "dumps"
     dumps.mkdir()
     for genre in GENRES:
         (dumps / f"{genre}.txt").write_text("\n\n\n\n".join(["слово " * 1400] * 3))
-    out = launched(["ubertext", dumps, "out"], tmp_path)
-    assert "15 train, 0 test documents" in out
+    assert "15 train, 0 test documents" in launched(["ubertext", dumps, "out"], tmp_path)
     assert len(rows(tmp_path / "out/train.jsonl")) == 15
-    nowhere = str(tmp_path / "nowhere")
-    assert command.run(ubertext.main, [nowhere, str(tmp_path / "new")]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith(f"error: FOLDER_OF_DUMPS {nowhere}: ") and err.count("\n") == 1
