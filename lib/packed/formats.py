@@ -256,9 +256,11 @@ class Q4_0(Int4):
             blocks = matrix[part].float().reshape(-1, self.group)
             steps = scales[part].float().reshape(-1, 1)
             codes = blocks / steps
-            far = codes.amin(1) > self.lowest / 2
-            steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
-            lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
+            lowest, place = codes.min(1, keepdim=True)
+            far = lowest.squeeze(1) > self.lowest / 2
+            if bool(far.any()):
+                steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
+                lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
             codes.round_().clamp_(self.lowest, self.highest)
             least = codes.gather(1, place).masked_fill_(lowest <= self.lowest / 2, self.lowest)
             rounded[part] = codes.scatter_(1, place, least).mul_(steps).view(-1, matrix.shape[1])
