@@ -133,11 +133,13 @@ def test_packed_as_it_was_measured(flags: list[str], tmp_path: Path) -> None:
 
 
 def test_four_bits_trained_are_better_than_four_bits_rounded_afterwards(
-    recovered: Path, tmp_path: Path
+    trained: Path, tmp_path: Path
 ) -> None:
-    _, on_grid = run(tmp_path / "grid", *PRUNE, *RECOVER, "--recover_ce", "0.3", *PACK)
-    argv = ["--model", recovered / "model", "--eval_only", *PACK]
-    _, rounded = run(tmp_path / "later", *argv)
+    argv = ["--model", trained, "--prune_method", "wanda", "--recover", 20 * 256]
+    _, on_grid = run(tmp_path / "grid", *argv, *PACK)
+    run(tmp_path / "dense", *argv)
+    later = ["--model", tmp_path / "dense" / "model", "--eval_only", *PACK]
+    _, rounded = run(tmp_path / "later", *later)
     assert on_grid["perplexity"]["uk"] < rounded["perplexity"]["uk"]
 
 
