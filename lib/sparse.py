@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from lib.packed import kernels
 from lib.packed.checkpoint import check_embeddings, mark_packed_, pack_embeddings_
 from lib.packed.errors import PackedError
 from lib.packed.formats import FORMATS, Int4, Values
-from lib.packed.linear import SparseLinear, kernels_ready, set_all
+from lib.packed.linear import SparseLinear, multiplying
 from lib.util.errors import UserError
 from lib.util.host import gib
 
@@ -82,7 +81,7 @@ def pack_(
     def logits() -> list[Tensor]:
         """Of the whole window, and of its start computed as in decoding."""
         whole = some_logits(model, window)
-        with decoding(model):
+        with multiplying(model, "decoding"):
             return [whole, some_logits(model, window[:, : whole.shape[1]])]
 
     before, size = logits(), footprint(model)
@@ -91,11 +90,10 @@ def pack_(
     after, reference = logits(), before
     record = _record(runner)
     if record["bits"] < 16:  # rounded to integers it is another model, whose dense outputs count
-        with unpacking(model):
+        with multiplying(model, "dense"):
             reference = logits()
     for dense, packed in zip(reference, after, strict=True):
         check_same_outputs(dense, packed)
-    record["left_dense"] = sum("left dense" in path for path in paths.values())
     unrounded = before[-1] if unrounded is None else unrounded
     record["difference"] = relative_difference(unrounded, after[-1])
     bits = "" if record["bits"] == 16 else f" at {record['bits']} bits"
@@ -132,9 +130,14 @@ def swap_linears_(
             name = f"{runner.name}.{index}"
             for path, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear | Conv1D | SparseLinear):
-                    paths[f"{name}.{path}"] = _swap_(
-                        block, path, f"{name}.{path}", fmt, scales or {}, runner.device
-                    )
+                    linear = f"{name}.{path}"
+                    given = (scales or {}).get(f"{linear}.weight")
+                    packed = _packed(linear, module, fmt, given)
+                    if isinstance(packed, str):
+                        paths[linear] = f"left dense ({packed})"
+                        continue
+                    block.set_submodule(path, packed)
+                    paths[linear] = _path(packed, runner.device)
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
             paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
     if all("left dense" in path for path in paths.values()):
@@ -157,31 +160,6 @@ def packed_weights(runner: BlockRunner) -> dict[str, bool]:
 def is_packed(linear: PrunableLinear) -> bool:
     """Return whether `swap_linears_` packs a linear, whose weight is in memory."""
     return linear.expert is None and not _why_not_packed(linear.module)
-
-
-def is_smaller_packed(weight: Tensor) -> bool:
-    """Return whether a matrix (out, in) has enough zeros to be smaller packed, at 16 bits a value.
-
-    The offsets that are counted on loading are part of the size.
-    """
-    nnz, offsets = int(torch.count_nonzero(weight)), 8 * (len(weight) + 1)
-    return FORMATS[16].nbytes(*weight.shape, nnz) + offsets < 2 * weight.numel()
-
-
-def unpacking(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, every packed module multiplies by its dense weight, in plain torch.
-
-    This is the reference for the kernels, and of integers the rounded model.
-    """
-    return set_all(model, "force_dense")
-
-
-def decoding(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, every packed module multiplies a few tokens at a time, as it does in decoding.
-
-    The kernels for few tokens are other ones than those for whole windows.
-    """
-    return set_all(model, "decoding")
 
 
 def relative_difference(before: Tensor, after: Tensor) -> float:
@@ -219,7 +197,6 @@ def _record(runner: BlockRunner) -> dict[str, Any]:
     return {
         "bits": linears[0].fmt.bits,
         "linears": len(linears),
-        "left_dense": 0,
         "bytes": sum(
             m.fmt.nbytes(m.out_features, m.in_features, m.nnz, itemsize=itemsize) for m in linears
         ),
@@ -233,9 +210,9 @@ def _pack_embeddings_(runner: BlockRunner, window: Tensor) -> dict[str, Any]:
     before = some_logits(model, window)
     modules = pack_embeddings_(model)
     mark_packed_(model)
-    with decoding(model):
+    with multiplying(model, "decoding"):
         after = some_logits(model, window)
-    with unpacking(model):
+    with multiplying(model, "dense"):
         check_same_outputs(some_logits(model, window), after)
     itemsize = (runner.save_dtype or model.dtype).itemsize
     untied = [one for one in map(model.get_submodule, modules) if not one.tied]
@@ -256,32 +233,12 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
     return line
 
 
-def _swap_(
-    block: nn.Module,
-    path: str,
-    name: str,
-    fmt: Values,
-    scales: Mapping[str, Tensor],
-    device: torch.device,
-) -> str:
-    """Pack the linear at `path`, unless it is or has to stay dense; return how it runs there."""
-    module = block.get_submodule(path)
-    if not isinstance(module, SparseLinear):
-        if why := _why_not_packed(module):
-            return f"left dense ({why})"
-        module = _packed(name, module, fmt, scales.get(f"{name}.weight"))
-    elif module.fmt.bits > fmt.bits:
-        module = _packed(name, module.to_linear(), fmt)
-    block.set_submodule(path, module)
-    return _path(module, device)
-
-
 def _path(module: SparseLinear, target: torch.device) -> str:
     """Return how a packed linear runs on a device."""
     if target.type == "cpu":
         if module.dtype not in kernels.DTYPES:
             why = f"{module.dtype}: the kernels are for 32 and 16 bits"
-        elif kernels_ready():
+        elif kernels.ready():
             return "by the kernels for packed weights"
         else:
             built = kernels.supported()
@@ -295,11 +252,15 @@ def _path(module: SparseLinear, target: torch.device) -> str:
     return f"unpacked at each forward ({why})"
 
 
-def _packed(
-    name: str, linear: nn.Module, fmt: Values, scales: Tensor | None = None
-) -> SparseLinear:
-    """Pack a linear. Raises UserError if a weight is off by more than half a step of its grid, or
-    at all where its scales are given."""
+def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear | str:
+    """Pack a linear, or return why it stays dense. Raises UserError if a weight is off by more than
+    half a step of its grid, or at all where its scales are given."""
+    if isinstance(linear, SparseLinear):
+        if linear.fmt.bits <= fmt.bits:
+            return linear
+        linear, scales = linear.to_linear(), None
+    elif why := _why_not_packed(linear):
+        return why
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
@@ -332,4 +293,6 @@ def _why_not_packed(linear: nn.Module) -> str:
     if not weight.is_floating_point():
         return f"quantised to {weight.dtype}"
     matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
-    return "" if is_smaller_packed(matrix) else "too few zeros to be smaller packed"
+    nnz, offsets = int(torch.count_nonzero(matrix)), 8 * (len(matrix) + 1)  # counted on loading
+    smaller = FORMATS[16].nbytes(*matrix.shape, nnz) + offsets < 2 * matrix.numel()
+    return "" if smaller else "too few zeros to be smaller packed"

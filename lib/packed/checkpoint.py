@@ -27,10 +27,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import kernels
-from .embedding import PackedEmbedding, PackedHead
+from .embedding import PackedEmbedding, PackedHead, PackedRows
 from .errors import PackedError, PackedWarning
 from .formats import FORMATS
-from .linear import SparseLinear
+from .linear import PackedModule, SparseLinear
 
 PACKAGE = "packed_bitmask"  # the name under which pip installs this package
 FORMAT = "packed-bitmask"
@@ -38,8 +38,10 @@ VERSION = 2
 # printed by a transformers that doesn't know the format: "Unknown quantization type, got ..."
 METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
 CARD_HEADING = "## Packed weights"  # of the card's section on the packed form
-HEAD_FORWARDS = nn.Linear.forward, PackedHead.forward
-FLOATS = ("BF16", "F16", "F32", "F64")  # of the values in files, at 16 bits
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES |= {torch.float32: "F32", torch.float64: "F64"}  # of dtypes in headers of files
+OTHER = "the file is damaged or belongs to another checkpoint"
 
 
 class PackedConfig(QuantizationConfigMixin):
@@ -61,29 +63,22 @@ class PackedConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        if format != FORMAT or version != VERSION:
-            raise PackedError(
-                f"quantization_config names format {format!r}, version {version!r}: this code "
-                f"reads {FORMAT!r}, version {VERSION}; update it, or save the model again"
-            )
-        if bits == 8:
-            raise PackedError(
-                "quantization_config: `bits` is 8, which only langprune 0.1 reads; make a dense "
-                "checkpoint of it there: bash launch.sh unpack IN OUT"
-            )
-        known = type(bits) is int and bits in FORMATS
-        expected = FORMATS[bits].group if known else None
+        fmt = FORMATS.get(bits) if type(bits) is int else None
         for wrong, what in (
+            (
+                format != FORMAT or version != VERSION,
+                f"names format {format!r}, version {version!r}: this code reads {FORMAT!r}, "
+                f"version {VERSION}; update it",
+            ),
+            (bits == 8, "`bits` is 8, which only langprune 0.1 reads; unpack it there"),
             (unknown, f"has unknown entries {sorted(unknown)}"),
-            (not known, f"`bits` is {bits!r}, not 4 or 16"),
-            (group != expected, f"`group` is {group!r}, not {expected}"),
+            (not fmt, f"`bits` is {bits!r}, not 4 or 16"),
+            (fmt and group != fmt.group, f"`group` is {group!r}, not {fmt and fmt.group}"),
             (not _are_sizes(linears, 3), "`linears` must give [out, in, kept] for each of them"),
             (not _are_sizes(embeddings or {}, 2), "`embeddings` must give [rows, width] for each"),
         ):
             if wrong:
-                raise PackedError(
-                    f"quantization_config: {what}; the config is damaged, save the model again"
-                )
+                raise PackedError(f"quantization_config: {what}; or save the model again")
         self.quant_method, self.format, self.version = quant_method, format, version
         self.bits, self.group = bits, group
         self.embeddings = embeddings and {name: list(size) for name, size in embeddings.items()}
@@ -106,13 +101,20 @@ class PackedQuantizer(HfQuantizer):
     ) -> None:
         config, self.loads = self.quantization_config, True
         for name, (out_features, in_features, nnz) in config.linears.items():
-            linear = _find_linear(model, name)
-            sparse = SparseLinear(linear, nnz, FORMATS[config.bits])
-            if (sparse.out_features, sparse.in_features) != (out_features, in_features):
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            sparse = None
+            if isinstance(linear, nn.Linear | Conv1D):
+                sparse = SparseLinear(linear, nnz, FORMATS[config.bits])
+            if not sparse or (sparse.out_features, sparse.in_features) != (
+                out_features,
+                in_features,
+            ):
                 raise PackedError(
-                    f"{name} is {out_features} x {in_features} in quantization_config, but "
-                    f"{sparse.out_features} x {sparse.in_features} in this model; "
-                    "config.json belongs to another checkpoint"
+                    f"quantization_config names {name}, {out_features} x {in_features}, which is "
+                    f"no such linear of {type(model).__name__}; config.json belongs to another model"
                 )
             model.set_submodule(name, sparse)
         if config.embeddings:
@@ -123,7 +125,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for module in model.modules():
-            if isinstance(module, SparseLinear | PackedEmbedding | PackedHead):
+            if isinstance(module, PackedModule):
                 module.check()
             if isinstance(module, SparseLinear):
                 module.count_rows_()
@@ -181,46 +183,34 @@ register()
 def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
     """The file of each packed tensor. PackedError unless safetensors files hold the tensors that
     `config` names, whole, of the right shapes and kinds. Reads the headers alone."""
-    values = ("U8",) if config.bits == 4 else FLOATS
-    kinds = {"mask": ("U8",), "weight": values, "scale": ("BF16",)}
     wanted = {
-        f"{name}.{part}": (shape, kinds[part])
+        f"{name}.{part}": tensor
         for name, size in config.linears.items()
-        for part, shape in FORMATS[config.bits].shapes(*size).items()
+        for part, tensor in FORMATS[config.bits].tensors(*size).items()
     }
     for name, (rows, width) in (config.embeddings or {}).items():
-        wanted[f"{name}.weight"] = (rows, width), ("I8",)
-        wanted[f"{name}.scale"] = (rows,), ("F32",)
+        wanted[f"{name}.weight"] = (rows, width), torch.int8
+        wanted[f"{name}.scale"] = (rows,), torch.float32
     file_of: dict[str, str] = {}
     for file in files:
         if Path(file).suffix != ".safetensors":
             raise PackedError(f"{file}: only safetensors files are read; save the model again")
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():
-                    if key in wanted:
-                        file_of[key] = file
-                        _check_header(file, key, tensors.get_slice(key), *wanted[key])
+                for key in wanted.keys() & set(tensors.keys()):
+                    file_of[key] = file
+                    header, (shape, dtype) = tensors.get_slice(key), wanted[key]
+                    kinds = [NAMES[one] for one in ((dtype,) if dtype else FLOATS)]
+                    found = f"{header.get_dtype()} {tuple(header.get_shape())}"
+                    if found not in [f"{kind} {shape}" for kind in kinds]:
+                        right = f"{' or '.join(kinds)} {shape}"
+                        raise PackedError(f"{file}: {key} is {found}, not {right}; {OTHER}")
         except SafetensorError as error:
             raise PackedError(f"{file}: cut short or damaged ({error}); copy it again") from None
     missing = sorted(wanted.keys() - file_of.keys())
     if missing:
-        raise PackedError(
-            f"the checkpoint lacks {len(missing)} packed tensors, the first is {missing[0]}; "
-            "a file is missing or belongs to another checkpoint"
-        )
+        raise PackedError(f"the checkpoint lacks {missing[0]}; {OTHER}")
     return file_of
-
-
-def _check_header(
-    file: str, key: str, header: Any, shape: tuple[int, ...], kinds: tuple[str, ...]
-) -> None:
-    other = "the file is damaged or belongs to another checkpoint"
-    if tuple(header.get_shape()) != shape:
-        raise PackedError(f"{file}: {key} is {tuple(header.get_shape())}, not {shape}; {other}")
-    if header.get_dtype() not in kinds:
-        allowed = " or ".join(kinds)
-        raise PackedError(f"{file}: {key} is {header.get_dtype()}, not {allowed}; {other}")
 
 
 def mark_packed_(model: PreTrainedModel) -> None:
@@ -231,7 +221,7 @@ def mark_packed_(model: PreTrainedModel) -> None:
     embeddings = {
         name: list(module.weight.shape)
         for name, module in model.named_modules()
-        if isinstance(module, PackedEmbedding) or isinstance(module, PackedHead) and not module.tied
+        if isinstance(module, PackedRows) and not module.tied
     }
     config = PackedConfig(linears, bits, FORMATS[bits].group, embeddings or None)
     quantizer = PackedQuantizer(config)
@@ -246,38 +236,35 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
     Where the two are tied they stay so. PackedError where the model has other kinds of them.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, PackedEmbedding):
-        packed = {module: name for name, module in model.named_modules()}
-        return [packed[module] for module in (embedding, head) if module is not None]
-    tied = head is not None and head.weight is embedding.weight
-    weights = embedding.weight, None if head is None else head.weight
-    names = _replace_embeddings_(model, None, tied)
-    for name, weight in zip(names, weights, strict=False):
-        module = model.get_submodule(name)
-        if not module.tied:
-            module.quantise_(weight)
-    return names
+    dense = [module for module in (embedding, head) if module is not None]
+    names = {module: name for name, module in model.named_modules()}
+    if not isinstance(embedding, PackedEmbedding):
+        tied = head is not None and head.weight is embedding.weight
+        own = [names[module] for module in dense[: 1 if tied else 2]]
+        _replace_embeddings_(model, {name: None for name in own})
+        for name, module in zip(own, dense, strict=False):
+            model.get_submodule(name).quantise_(module.weight)
+    return [names[module] for module in dense]
 
 
 def check_embeddings(model: PreTrainedModel) -> None:
     """Raise PackedError where embedding or head are of a class that can't be packed."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    fine = {
-        "an embedding": (embedding, isinstance(embedding, nn.Embedding | PackedEmbedding)),
-        "a head": (head, getattr(type(head), "forward", None) in HEAD_FORWARDS or head is None),
-    }
-    for what, (module, can_be_packed) in fine.items():
-        if not can_be_packed:
+    heads = nn.Linear.forward, PackedHead.forward
+    for what, module, fine in (
+        ("an embedding", embedding, isinstance(embedding, nn.Embedding | PackedEmbedding)),
+        ("a head", head, head is None or getattr(type(head), "forward", None) in heads),
+    ):
+        if not fine:
             kind = type(module).__name__
             raise PackedError(f"{type(model).__name__} has {what} of class {kind}: not packed")
 
 
-def _replace_embeddings_(
-    model: PreTrainedModel, sizes: dict[str, list[int]] | None, tied: bool | None = None
-) -> list[str]:
-    """Put packed modules, not filled, in the places of embedding and head; their names.
+def _replace_embeddings_(model: PreTrainedModel, sizes: dict[str, list[int] | None]) -> None:
+    """Put packed modules, not filled, in the places of embedding and head.
 
-    `sizes`: [rows, width] of those that have rows of their own, as a checkpoint states them.
+    `sizes`: [rows, width] of those that have rows of their own, as a checkpoint states them, or
+    None; a head that is not named has the embedding's.
     """
     check_embeddings(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -285,18 +272,15 @@ def _replace_embeddings_(
     packed = PackedEmbedding(embedding)
     modules = {names[embedding]: packed}
     if head is not None:
-        if tied is None:
-            tied = names[head] not in sizes
-        modules[names[head]] = PackedHead(head, packed if tied else None)
+        modules[names[head]] = PackedHead(head, None if names[head] in sizes else packed)
     expected = {name: list(m.weight.shape) for name, m in modules.items() if not m.tied}
-    if sizes is not None and expected != sizes:
+    if sizes.keys() != expected.keys() or any(sizes[n] not in (None, expected[n]) for n in sizes):
         raise PackedError(
             f"quantization_config: `embeddings` is {sizes}, but this model has {expected}; "
             "config.json belongs to another checkpoint"
         )
     for name, module in modules.items():
         model.set_submodule(name, module)
-    return list(modules)
 
 
 def card_lines(folder: str) -> list[str]:
@@ -318,16 +302,3 @@ def _are_sizes(sizes: object, length: int) -> bool:
         and all(0 <= n <= size[0] * size[1] for n in size[2:])
         for size in sizes.values()
     )
-
-
-def _find_linear(model: nn.Module, name: str) -> nn.Module:
-    try:
-        linear = model.get_submodule(name)
-    except AttributeError:
-        linear = None
-    if not isinstance(linear, nn.Linear | Conv1D):
-        raise PackedError(
-            f"quantization_config names {name}, which is no linear of {type(model).__name__}; "
-            "config.json belongs to another model"
-        )
-    return linear

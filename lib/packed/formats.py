@@ -13,6 +13,7 @@ where that helps the others. Pruned weights have code 0, and a kept weight may r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from math import prod
 
 import torch
@@ -20,14 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import PackedError
-from .layout import Packed, keep, row_offsets, spread, tiles
+from .layout import Packed, keep, only_kept, places, row_offsets, tiles
 
 SMALLEST = torch.finfo(torch.float32).tiny
 DROPPED_BITS = 19  # of a float32: with these zero, five significant bits are left
 TO_TOP = 13  # such steps lead from a twelfth of a number to what rounds to an eighth of it
 LARGEST = 2.0**12  # eight times this is a float16 number
 CANDIDATES = 28  # steps of five significant bits that lead from any number to its threefold
-DAMAGED = "the file is damaged or was not written by this package; save it again"
 
 
 class Values:
@@ -37,15 +37,19 @@ class Values:
     group: int | None = None  # inputs that share a scale
     stored: torch.dtype | None = None  # of `weight`; None: the matrix's own
 
-    def shapes(self, out_features: int, in_features: int, nnz: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors of a packed matrix with `nnz` kept weights, by name."""
-        return {"mask": (out_features, (in_features + 7) // 8), "weight": (nnz,)}
+    def tensors(
+        self, out_features: int, in_features: int, nnz: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        """Shapes and dtypes (None: the model's own) of a packed matrix with `nnz` kept weights."""
+        mask = (out_features, (in_features + 7) // 8)
+        return {"mask": (mask, torch.uint8), "weight": ((nnz,), None)}
 
     def nbytes(self, out_features: int, in_features: int, nnz: int, itemsize: int = 2) -> int:
-        """Bytes of a packed matrix as it is saved; `itemsize`: of a value that is no integer."""
-        sizes = {"mask": 1, "weight": self.stored.itemsize if self.stored else itemsize, "scale": 2}
-        shapes = self.shapes(out_features, in_features, nnz)
-        return sum(prod(shape) * sizes[name] for name, shape in shapes.items())
+        """Bytes of a packed matrix as it is saved; `itemsize`: of the model's own dtype."""
+        tensors = self.tensors(out_features, in_features, nnz).values()
+        return sum(
+            prod(shape) * (dtype.itemsize if dtype else itemsize) for shape, dtype in tensors
+        )
 
     def encode(self, matrix: Tensor, scales: Tensor | None = None) -> Packed:
         """The packed form of a matrix (out, in)."""
@@ -66,42 +70,27 @@ class Values:
         """
         mask, weight, scale = packed
         offsets = row_offsets(mask) if offsets is None else offsets
-        mask, scale = mask[rows], None if scale is None else scale[rows]
+        mask, offsets = mask[rows], offsets[:-1][rows]
         dtype = (dtype or torch.float32) if self.stored else weight.dtype
         dense = weight.new_empty(len(mask), in_features, dtype=dtype)
         count = weight.numel() * (2 if self.stored else 1)
         if not count:
             return dense.zero_()
-
-        def take(index: Tensor) -> Tensor:
-            return self._take(weight, index)
-
-        for part, tile in spread(mask, in_features, offsets[:-1][rows], take, count):
-            dense[part] = tile if scale is None else self._scaled(tile, scale[part])
+        index_dtype = torch.int32 if count + 8 * in_features < 2**31 else torch.int64
+        for part in tiles(len(mask), in_features, mask.device):
+            index = places(mask[part], offsets[part], index_dtype)
+            tile = self._take(weight, index.clamp_(max=count - 1))
+            tile = only_kept(tile, mask[part])[:, :in_features]
+            dense[part] = tile if scale is None else self._scaled(tile, scale[rows][part])
         return dense
 
-    def check(self, packed: Packed, out_features: int, in_features: int, nnz: int) -> None:
-        """PackedError where tensors are no packed form of an (out, in) matrix with `nnz` kept."""
-        mask, weight, _ = packed
-        for name, shape in self.shapes(out_features, in_features, nnz).items():
-            tensor = getattr(packed, name)
-            if tensor is None or tuple(tensor.shape) != shape:
-                actual = "missing" if tensor is None else tuple(tensor.shape)
-                raise PackedError(
-                    f"packed {name} is {actual}: a matrix of {out_features} x {in_features} at "
-                    f"{self.bits} bits has {shape}"
-                )
-        if mask.dtype != torch.uint8:
-            raise PackedError(f"packed mask is {mask.dtype}, not uint8")
-        if weight.dtype != self.stored if self.stored else not weight.is_floating_point():
-            raise PackedError(f"packed weight is {weight.dtype}, which are not {self.bits} bits")
+    def problem(self, packed: Packed, in_features: int, nnz: int) -> str:
+        """What is wrong with tensors of the right shapes and dtypes; empty if nothing is."""
+        mask = packed.mask
         if in_features % 8 and bool((mask[:, -1] >> in_features % 8).any()):
-            raise PackedError(
-                f"packed mask has bits beyond the row's {in_features} weights: {DAMAGED}"
-            )
+            return f"mask has bits beyond the row's {in_features} weights"
         kept = int(row_offsets(mask)[-1])
-        if kept != nnz:
-            raise PackedError(f"packed mask keeps {kept} weights, of {nnz}: {DAMAGED}")
+        return "" if kept == nnz else f"mask keeps {kept} weights, of {nnz}"
 
     def _take(self, weight: Tensor, index: Tensor) -> Tensor:
         return weight.index_select(0, index)
@@ -116,11 +105,12 @@ class Int4(Values):
     stored = torch.uint8
     lowest, highest = -8, 7
 
-    def shapes(self, out_features: int, in_features: int, nnz: int) -> dict[str, tuple[int, ...]]:
-        shapes = super().shapes(out_features, in_features, nnz)
-        return shapes | {
-            "weight": ((nnz + 1) // 2,),
-            "scale": (out_features, self.n_groups(in_features)),
+    def tensors(
+        self, out_features: int, in_features: int, nnz: int
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+        return super().tensors(out_features, in_features, nnz) | {
+            "weight": (((nnz + 1) // 2,), torch.uint8),
+            "scale": ((out_features, self.n_groups(in_features)), torch.bfloat16),
         }
 
     def n_groups(self, in_features: int) -> int:
@@ -176,17 +166,16 @@ class Int4(Values):
         pairs = F.pad(codes, (0, len(codes) % 2)).view(torch.uint8).view(-1, 2)
         return Packed(mask, (pairs[:, 0] & 15) | (pairs[:, 1] << 4), scales)
 
-    def check(self, packed: Packed, out_features: int, in_features: int, nnz: int) -> None:
-        super().check(packed, out_features, in_features, nnz)
-        if nnz % 2 and int(packed.weight[-1]) > 15:
-            raise PackedError(f"packed weight has a value after its last: {DAMAGED}")
+    def problem(self, packed: Packed, in_features: int, nnz: int) -> str:
         scale = packed.scale
-        if scale.dtype != torch.bfloat16:
-            raise PackedError(f"packed scale is {scale.dtype}, not {torch.bfloat16}")
+        if problem := super().problem(packed, in_features, nnz):
+            return problem
+        if nnz % 2 and int(packed.weight[-1]) > 15:
+            return "weight has a value after its last"
         if not bool((scale.isfinite() & (scale > 0)).all()):
-            raise PackedError(f"packed scale is not finite and above 0: {DAMAGED}")
-        if bool((scale.view(torch.int16) & ((1 << (DROPPED_BITS - 16)) - 1)).any()):
-            raise PackedError(f"packed scale has more than five significant bits: {DAMAGED}")
+            return "scale is not finite and above 0"
+        more = bool((scale.view(torch.int16) & ((1 << (DROPPED_BITS - 16)) - 1)).any())
+        return "scale has more than five significant bits" if more else ""
 
     def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
         """Scales (rows, groups) of a float32 tile (rows, in); `costs` (groups, group)."""
@@ -196,20 +185,29 @@ class Int4(Values):
         largest = weights.abs().amax(2, keepdim=True)  # (rows, groups, 1)
         # divided by a power of two, so that squares neither over- nor underflow
         unit = ((largest.view(torch.int32) >> 23).clamp(27, 227) << 23).view(torch.float32)
-        weights, largest = weights / unit, largest / unit
-        first = (largest / (-1.5 * self.lowest)).clamp_min(SMALLEST / unit)
-        first = first.view(torch.int32) >> DROPPED_BITS
-        best = torch.ones_like(largest)
-        least = torch.full_like(largest, torch.inf)
-        for step in range(CANDIDATES):
-            scale = (first + step << DROPPED_BITS).view(torch.float32)
-            error = (weights / scale).round_().clamp_(self.lowest, self.highest)
-            error = error.mul_(scale).sub_(weights).square_()
+        weights, first = weights / unit, largest / unit
+        first = (first / (-1.5 * self.lowest)).clamp_min(SMALLEST / unit)
+        best = self._nearest(weights, _steps(first, CANDIDATES), costs)
+        return torch.where(largest > 0, best * unit, 1).squeeze(2)
+
+    def _nearest(
+        self,
+        groups: Tensor,
+        scales: Iterable[Tensor],
+        costs: Tensor | None,
+        may: Callable[[Tensor], Tensor | bool] = lambda scale: True,
+    ) -> Tensor:
+        """Of some scales (rows, groups, 1) that each group `may` have, that of the least error."""
+        best = torch.ones_like(groups[:, :, :1])
+        least = torch.full_like(best, torch.inf)
+        for scale in scales:
+            error = (groups / scale).round_().clamp_(self.lowest, self.highest)
+            error = error.mul_(scale).sub_(groups).square_()
             error = (error if costs is None else error.mul_(costs)).sum(2, keepdim=True)
-            better = error < least
+            better = (error < least) & may(scale)
             best = torch.where(better, scale, best)
             least = torch.where(better, error, least)
-        return torch.where(largest > 0, best * unit, 1).squeeze(2)
+        return best
 
     def _check_finite(self, matrix: Tensor) -> None:
         if not bool(matrix.isfinite().all()):
@@ -269,19 +267,21 @@ class Q4_0(Int4):
     def _fit(self, tile: Tensor, costs: Tensor | None) -> Tensor:
         blocks = tile.reshape(len(tile), tile.shape[1] // self.group, self.group)
         top = blocks.gather(2, blocks.abs().argmax(2, keepdim=True))  # (rows, groups, 1)
-        first = (top / (1.5 * self.lowest)).view(torch.int32) >> DROPPED_BITS
-        best = torch.ones_like(top)  # where all is 0, or rounds to 0 in float16
-        least = torch.full_like(top, torch.inf)
-        for step in range(TO_TOP):
-            scale = (first + step << DROPPED_BITS).view(torch.float32)
-            scale = scale.clamp_(-LARGEST, LARGEST).half().float()
-            error = (blocks / scale).round_().clamp_(self.lowest, self.highest)
-            error = error.mul_(scale).sub_(blocks).square_()
-            error = (error if costs is None else error.mul_(costs)).sum(2, keepdim=True)
-            better = (error < least) & (top / scale <= self.lowest + 0.5) & (scale != 0)
-            best = torch.where(better, scale, best)
-            least = torch.where(better, error, least)
-        return best.squeeze(2)
+        scales = (
+            scale.clamp_(-LARGEST, LARGEST).half().float()
+            for scale in _steps(top / (1.5 * self.lowest), TO_TOP)
+        )
+
+        def may(scale: Tensor) -> Tensor:
+            return (top / scale <= self.lowest + 0.5) & (scale != 0)
+
+        return self._nearest(blocks, scales, costs, may).squeeze(2)
+
+
+def _steps(first: Tensor, count: int) -> Iterator[Tensor]:
+    """Numbers of five significant bits, from the one at or below `first` away from zero."""
+    bits = first.view(torch.int32) >> DROPPED_BITS
+    return ((bits + step << DROPPED_BITS).view(torch.float32) for step in range(count))
 
 
 FORMATS: dict[int, Values | Int4] = {16: Values(), 4: Int4()}  # by the bits of a kept value

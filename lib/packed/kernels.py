@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .errors import PackedWarning, one_line
-from .formats import FORMATS
-from .layout import row_offsets
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,22 +34,10 @@ def supported() -> bool:
     return os.name == "posix" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
-@lru_cache(maxsize=1)
+@torch.compiler.assume_constant_result
 def ready() -> bool:
     """Whether the kernels can be called; builds them on the first call on this machine."""
-    global operator
-    if not supported():
-        return False
-    try:  # compilers and loaders raise exceptions of all classes, and none must end a run
-        _load()
-        operator = torch.ops.packed_bitmask.linear.default
-        reason = "" if _multiplies_right() else "their results are wrong here"
-    except Exception as error:
-        reason = _compiler_error(error)
-    if reason:
-        line = f"packed linears run unpacked, slowly: their kernels can't be built: {reason}"
-        warnings.warn(line, PackedWarning, stacklevel=2)
-    return not reason
+    return _load()
 
 
 def linear(
@@ -79,71 +64,58 @@ def paths() -> list[str]:
     return list(torch.ops.packed_bitmask.paths())
 
 
-def _multiplies_right() -> bool:
-    """Whether the best path agrees with the dense product on a small problem."""
-    weight = torch.arange(-99, 99, dtype=torch.float32).view(3, 66)
-    weight[:, ::3] = 0
-    packed, x = FORMATS[16].encode(weight), torch.arange(66.0)[None] / 64
-    y = linear(x, packed.mask, packed.weight, row_offsets(packed.mask))
-    return torch.allclose(y, x @ weight.T, rtol=1e-5)
+@cache
+def _load() -> bool:
+    """Register the operators with torch; whether they are there."""
+    global operator
+    if not supported():
+        return False
+    try:  # compilers and loaders raise exceptions of all classes, and none must end a run
+        if not hasattr(torch.ops.packed_bitmask, "linear"):  # by this package under another name
+            _load_or_build()
+
+            @torch.library.register_fake("packed_bitmask::linear")
+            def _(x, mask, weight, offsets, scale, bias, path=None):
+                return x.new_empty(*x.shape[:-1], offsets.shape[0] - 1)
+
+        operator = torch.ops.packed_bitmask.linear.default
+    except Exception as error:
+        line = "packed linears run unpacked, slowly: their kernels can't be built: "
+        warnings.warn(line + _compiler_error(error), PackedWarning, stacklevel=3)
+        return False
+    return True
 
 
-def _load() -> None:
-    """Register the operators with torch, once in a process."""
-    if hasattr(torch.ops.packed_bitmask, "linear"):  # by this package under another name
-        return
-    folder, name = _own_folder(), f"packed_{_digest()}"
-    try:
-        if folder is None:
-            raise OSError
-        torch.ops.load_library(folder / f"{name}.so")
-    except OSError:  # it is not there, or not whole
-        _build(name, folder)
-
-    @torch.library.register_fake("packed_bitmask::linear")
-    def _(x, mask, weight, offsets, scale, bias, path=None):
-        return x.new_empty(*x.shape[:-1], offsets.shape[0] - 1)
-
-
-def _digest() -> str:
-    return hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-
-
-def _own_folder() -> Path | None:
-    """The user's folder for built libraries; None where it can't be written, or others can."""
+def _load_or_build() -> None:
+    """Built in a folder of its own and moved as a whole: who is cut off leaves no lock behind."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
     base = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
     folder = Path(base) / f"packed_bitmask-{os.geteuid()}"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.is_symlink() or folder.stat().st_uid != os.geteuid() or folder.stat().st_mode & 0o022:
+        raise PermissionError(f"{folder} is not your own, or others may write there")
+    library = folder / f"packed_{digest}.so"
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        there = folder.lstat()
-    except OSError:
-        return None
-    own = stat.S_ISDIR(there.st_mode) and there.st_uid == os.geteuid()
-    return folder if own and not there.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
+        return torch.ops.load_library(library)
+    except OSError:  # it is not there, or not whole
+        from torch.utils.cpp_extension import load
 
-
-def _build(name: str, folder: Path | None) -> None:
-    """Build in a temporary folder and load; what was built is moved to `folder` as a whole."""
-    from torch.utils.cpp_extension import load
-
-    kept = "once" if folder else "for this run: there is no folder of your own to keep them in"
-    print(f"building the kernels of packed linears, {kept} (up to a minute)", file=sys.stderr)
-    path = os.environ.get("PATH", "")  # with ninja of a virtual environment that is not activated
-    os.environ["PATH"] = f"{path}{os.pathsep}{os.path.dirname(sys.executable)}"
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
-            load(
-                name=name,
-                sources=[str(SOURCE)],
-                # not for the linker: torch has its OpenMP loaded; Apple's compiler has none
-                extra_cflags=["-O2", *([] if sys.platform == "darwin" else ["-fopenmp"])],
-                build_directory=work,
-                is_python_module=False,
-            )
-            if folder:
-                os.replace(Path(work) / f"{name}.so", folder / f"{name}.so")
-    finally:
-        os.environ["PATH"] = path
+    print("building the kernels of packed linears, once (up to a minute)", file=sys.stderr)
+    # with ninja of a virtual environment that is not activated
+    os.environ["PATH"] = (
+        f"{os.environ.get('PATH', '')}{os.pathsep}{os.path.dirname(sys.executable)}"
+    )
+    # not for the linker: torch has its OpenMP loaded; Apple's compiler has none
+    flags = ["-O2", *([] if sys.platform == "darwin" else ["-fopenmp"])]
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
+        load(
+            library.stem,
+            str(SOURCE),
+            extra_cflags=flags,
+            build_directory=work,
+            is_python_module=False,
+        )
+        os.replace(Path(work, library.name), library)
 
 
 def _compiler_error(error: Exception) -> str:

@@ -10,7 +10,7 @@ what is not zero, nan too; a zero loses its sign, so equal matrices pack to equa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -55,31 +55,25 @@ def keep(matrix: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     return mask, kept_values
 
 
-def spread(
-    mask: Tensor,
-    in_features: int,
-    offsets: Tensor,
-    take: Callable[[Tensor], Tensor],
-    count: int,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Tiles of rows, and for each the kept values (rows, in) at their places, zeros elsewhere.
+def places(mask: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """For every bit of some rows' mask (rows, bytes) how many weights are kept before it, flat.
 
-    `mask` and `offsets` are those of the rows; `take(index)` gives the values at the positions
-    `index` of the `count` that there are in all. Every weight looks its value up by how many are
-    kept before it; nothing waits for a device.
+    `offsets` are those of the rows; nothing waits for a device.
     """
-    index_dtype = torch.int32 if count + 8 * in_features < 2**31 else torch.int64
-    for part in tiles(len(mask), in_features, mask.device):
-        counts = _look_up(POPCOUNT, mask[part]).to(index_dtype)  # (rows, bytes)
-        begin = counts.cumsum(1, dtype=index_dtype).sub_(counts)
-        begin += offsets[part, None].to(index_dtype)
-        before = _look_up(PREFIX_POPCOUNT, mask[part]).view(torch.uint8).view(*begin.shape, 8)
-        values = take((begin.unsqueeze(-1) + before).clamp_(max=count - 1).flatten())
-        integers = BY_SIZE[values.element_size()]
-        # all ones where kept: nan and inf of a neighbour must not come through
-        kept = _look_up(BITS, mask[part]).view(torch.uint8).to(integers).neg_()
-        values = values.view(integers).bitwise_and_(kept.flatten()).view(values.dtype)
-        yield part, values.view(len(begin), -1)[:, :in_features]
+    counts = _look_up(POPCOUNT, mask).to(dtype)
+    begin = counts.cumsum(1, dtype=dtype).sub_(counts)
+    begin += offsets[:, None].to(dtype)
+    before = _look_up(PREFIX_POPCOUNT, mask).view(torch.uint8).view(*begin.shape, 8)
+    return (begin.unsqueeze(-1) + before).flatten()
+
+
+def only_kept(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` for every bit of a mask -> (rows, bits), zero where the bit is not set."""
+    integers = BY_SIZE[values.element_size()]
+    # all ones where kept: nan and inf of a neighbour must not come through
+    kept = _look_up(BITS, mask).view(torch.uint8).to(integers).neg_()
+    values = values.view(integers).bitwise_and_(kept.flatten()).view(values.dtype)
+    return values.view(len(mask), -1)
 
 
 def row_offsets(mask: Tensor) -> Tensor:

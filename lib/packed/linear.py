@@ -8,7 +8,7 @@ Anything else unpacks the one weight it needs at every forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -25,35 +25,93 @@ TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache 
 DECODED_TOKENS = 4  # at a time, at most, where a model decodes: the kernels' path for few tokens
 
 
-@torch.compiler.assume_constant_result
-def kernels_ready() -> bool:
-    """Whether the CPU's kernels can be used; builds them on the first call."""
-    return kernels.ready()
+class PackedModule(nn.Module):
+    """A matrix of integers or kept values in place of a dense one.
+
+    A cast is for what comes out; scales keep their dtype.
+    """
+
+    way = ""  # to multiply: "dense", by the dense weight; "decoding", some tokens at a time
+    source = ""  # name and file, for messages
+    checked = False  # whether the tensors were found to be what they have to be
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what comes out, and of the matrix where it is dense."""
+        return self._dtype
+
+    def check(self) -> None:
+        """PackedError, naming the module, where its tensors don't fit together.
+
+        Tensors that are on the meta device, because they lie on disk, are checked by the first
+        call that finds them; what was found good is not checked again.
+        """
+        held = self.weight, self.scale, self._buffers.get("mask")
+        if self.checked or any(tensor is not None and tensor.is_meta for tensor in held):
+            return
+        if problem := self._problem():
+            name = self.source or type(self).__name__
+            raise PackedError(f"{name}: packed {problem}: it is damaged; save or copy it again")
+        self.checked = True
+
+    def multiply(self, x: Tensor, in_features: int, out_features: int) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        tokens = x.reshape(-1, in_features)  # what no kernel can do without
+        if not len(tokens):  # of an expert that nothing was sent to
+            y = tokens.new_empty(0, out_features)
+        elif (
+            self.way == "dense"
+            or not tokens.is_cpu
+            or tokens.dtype not in kernels.DTYPES
+            or not kernels.ready()
+        ):
+            y = self._by_dense_rows(tokens, out_features)
+        else:
+            packed = *self._operands(), self.bias
+            if self.way == "decoding":
+                parts = tokens.split(DECODED_TOKENS)
+                y = torch.cat([kernels.linear(part, *packed) for part in parts])
+            else:
+                y = kernels.linear(tokens, *packed)
+        return y.view(*x.shape[:-1], out_features)
+
+    def _by_dense_rows(self, tokens: Tensor, out_features: int) -> Tensor:
+        step = out_features
+        if tokens.is_cpu and not torch.compiler.is_compiling():
+            step = max(1, TILE_WEIGHTS * torch.get_num_threads() // tokens.shape[1])
+        products = []
+        for start in range(0, out_features, step):
+            part = slice(start, min(out_features, start + step))
+            bias = None if self.bias is None else self.bias[part]
+            products.append(F.linear(tokens, self._dense_rows(part, tokens.dtype), bias))
+        return products[0] if len(products) == 1 else torch.cat(products, 1)
+
+    def _as_linear(self, weight: Tensor, cls: type[nn.Module] = nn.Linear) -> nn.Module:
+        """A dense linear with a weight of that class's order, and this one's bias."""
+        with torch.device("meta"):
+            if cls is Conv1D:
+                linear = Conv1D(*reversed(weight.shape))
+            else:
+                linear = nn.Linear(*reversed(weight.shape), bias=self.bias is not None)
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach())
+        return linear
+
+    def _apply(self, fn, recurse=True):
+        scale = self._buffers.get("scale")
+        super()._apply(fn, recurse)
+        if scale is not None and self.scale.dtype != scale.dtype:
+            self.scale = scale.to(self.scale.device)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
 
 
-def by_kernels(tokens: Tensor, packed: tuple, decoding: bool) -> Tensor:
-    """tokens (n, in) -> (n, out); `packed`: what the kernels take besides; `decoding`: some tokens
-    at a time."""
-    if not decoding:
-        return kernels.linear(tokens, *packed)
-    return torch.cat([kernels.linear(part, *packed) for part in tokens.split(DECODED_TOKENS)])
-
-
-def by_dense_rows(
-    tokens: Tensor, rows_of: Callable[[slice], Tensor], out_features: int, bias: Tensor | None
-) -> Tensor:
-    """tokens (n, in) -> (n, out) by dense rows of the weight; on a CPU by some at a time."""
-    step = out_features
-    if tokens.is_cpu and not torch.compiler.is_compiling():
-        step = max(1, TILE_WEIGHTS * torch.get_num_threads() // tokens.shape[1])
-    products = []
-    for start in range(0, out_features, step):
-        part = slice(start, min(out_features, start + step))
-        products.append(F.linear(tokens, rows_of(part), None if bias is None else bias[part]))
-    return products[0] if len(products) == 1 else torch.cat(products, 1)
-
-
-class SparseLinear(nn.Module):
+class SparseLinear(PackedModule):
     """y = x W^T + b with W (out, in) packed.
 
     `mask`, `weight` and, beside integers, `scale` are what formats.py describes, and what is saved;
@@ -66,34 +124,26 @@ class SparseLinear(nn.Module):
 
         `nnz`: kept weights, which `fmt` stores.
         """
-        super().__init__()
+        weight = linear.weight
+        super().__init__(weight.dtype)
         self.transposed = isinstance(linear, Conv1D)  # the dense checkpoint keeps it (in, out)
-        rows, columns = linear.weight.shape
-        self.in_features = rows if self.transposed else columns
-        self.out_features = columns if self.transposed else rows
+        self.out_features, self.in_features = weight.T.shape if self.transposed else weight.shape
         self.nnz, self.fmt = nnz, fmt
-        dtype, device = linear.weight.dtype, linear.weight.device
-        self._dense_dtype = dtype
-        shapes = fmt.shapes(self.out_features, self.in_features, nnz)
-        weight = torch.empty(shapes["weight"], dtype=fmt.stored or dtype, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        mask = torch.empty(shapes["mask"], dtype=torch.uint8, device=device)
-        self.register_buffer("mask", mask)
-        scale = None
-        if "scale" in shapes:
-            scale = torch.empty(shapes["scale"], dtype=torch.bfloat16, device=device)
-        self.register_buffer("scale", scale)
-        offsets = torch.empty(self.out_features + 1, dtype=torch.int64, device=device)
+        tensors = {
+            name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+            for name, (shape, dtype) in fmt.tensors(
+                self.out_features, self.in_features, nnz
+            ).items()
+        }
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        self.register_buffer("mask", tensors["mask"])
+        self.register_buffer("scale", tensors.get("scale"))
+        offsets = torch.empty(self.out_features + 1, dtype=torch.int64, device=weight.device)
         self.register_buffer("offsets", offsets, persistent=False)
-        bias = torch.empty(self.out_features, dtype=dtype, device=device)
-        self.bias = None if linear.bias is None else nn.Parameter(bias, requires_grad=False)
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), False)
         self.semi_structured: Tensor | None = None  # torch's tensor in place of the packed ones
         self.reason: str | None = None  # why not semi-structured; None: not tried on this device
-        self.force_dense = False  # multiply by the dense weight, whatever would be faster
-        self.decoding = False  # multiply a few tokens at a time, however many there are
-        self.source = ""  # name and file, for messages
-        self.checked = False  # whether the tensors were found to be a packed form
-        self._by_kernel = False  # the last call was the CPU's kernel alone, so the next can be
 
     @classmethod
     def from_linear(
@@ -101,10 +151,8 @@ class SparseLinear(nn.Module):
     ) -> SparseLinear:
         """From an `nn.Linear` or `Conv1D`; shares the bias. `scales` (out, groups): of `encode`."""
         weight = linear.weight.detach()
-        weight = weight.T if isinstance(linear, Conv1D) else weight
-        packed = fmt.encode(weight, scales)
         sparse = cls(linear, int(torch.count_nonzero(weight)), fmt)
-        sparse._set_packed(packed)
+        sparse._set_packed(fmt.encode(weight.T if sparse.transposed else weight, scales))
         sparse.count_rows_()
         sparse.checked = True
         if linear.bias is not None:
@@ -113,19 +161,10 @@ class SparseLinear(nn.Module):
 
     def to_linear(self) -> nn.Module:
         """The dense linear of the class that this one came from."""
-        size = (self.out_features, self.in_features)
-        with torch.device("meta"):
-            linear = (
-                Conv1D(*size)
-                if self.transposed
-                else nn.Linear(*size[::-1], (self.bias is not None))
-            )
         dense = self.dense()
-        dense = dense.T.contiguous() if self.transposed else dense
-        linear.weight = nn.Parameter(dense)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach())
-        return linear
+        if self.transposed:
+            return self._as_linear(dense.T.contiguous(), Conv1D)
+        return self._as_linear(dense)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), in `dtype` or the linear's own."""
@@ -137,8 +176,7 @@ class SparseLinear(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weight where it is dense."""
-        return self._dense_dtype if self.fmt.stored else self.weight.dtype
+        return self._dtype if self.fmt.stored else self.weight.dtype
 
     @property
     def packed(self) -> Packed:
@@ -146,20 +184,6 @@ class SparseLinear(nn.Module):
         if self.semi_structured is not None:
             return self.fmt.encode(self.semi_structured.to_dense())
         return Packed(self.mask, self.weight, self.scale)
-
-    def check(self) -> None:
-        """PackedError, naming the linear, where its tensors are no packed form of its weight.
-
-        Tensors that are on the meta device, because they lie on disk, are checked by the first
-        call that finds them; what was found good is not checked again.
-        """
-        if self.checked or self.mask.is_meta or self.weight.is_meta:
-            return
-        try:
-            self.fmt.check(self.packed, self.out_features, self.in_features, self.nnz)
-        except PackedError as error:
-            raise PackedError(f"{self.source}: {error}" if self.source else str(error)) from None
-        self.checked = True
 
     def count_rows_(self) -> None:
         """Set `offsets` by the mask."""
@@ -169,9 +193,8 @@ class SparseLinear(nn.Module):
     def use_semi_structured_(self) -> bool:
         """Hand the weight to torch's kernels where they take it; whether they did. Tried once."""
         if self.semi_structured is None and self.reason is None:
-            here = self.weight.device
             offloaded = "the weights are offloaded" if self._offloaded else None
-            self.reason = offloaded or self.why_not_semi_structured(here)
+            self.reason = offloaded or self.why_not_semi_structured(self.weight.device)
             if self.reason is None:
                 self.semi_structured, self.reason = cuda.build(self.dense())
             if self.semi_structured is not None:
@@ -190,63 +213,49 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if self._by_kernel and x.is_cpu and x.dtype in kernels.DTYPES and not x.requires_grad:
-            parameters, buffers = self._parameters, self._buffers  # without nn.Module's __getattr__
-            weight, mask, offsets = parameters["weight"], buffers["mask"], buffers["offsets"]
-            if weight.is_cpu and offsets.is_cpu and x.numel():
-                scale, bias = buffers["scale"], parameters.get("bias")
-                return kernels.linear(x, mask, weight, offsets, scale, bias)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
                 "dense model that `model.dequantize()` gives"
             )
-        tokens = x.reshape(-1, self.in_features)  # what no kernel can do without
-        semi_structured = self.semi_structured is not None or (
-            not (torch.compiler.is_compiling() or self.force_dense) and self.use_semi_structured_()
-        )
-        if not len(tokens):  # of an expert that nothing was sent to
-            y = tokens.new_empty(0, self.out_features)
-        elif semi_structured:  # of older torch, a transpose
-            y = F.linear(tokens, self.semi_structured, self.bias).contiguous()
-        else:
-            y = self._multiply(tokens)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _multiply(self, tokens: Tensor) -> Tensor:
-        """tokens (n, in) -> (n, out) by the packed tensors."""
-        if self.weight.is_meta and not tokens.is_meta:  # its operator would return anything
+        if self.semi_structured is not None or (
+            self.way != "dense"
+            and not torch.compiler.is_compiling()
+            and self.use_semi_structured_()
+        ):
+            tokens = x.reshape(-1, self.in_features)
+            if len(tokens):  # of older torch, a transpose
+                y = F.linear(tokens, self.semi_structured, self.bias).contiguous()
+                return y.view(*x.shape[:-1], self.out_features)
+        elif self.weight.is_meta and not x.is_meta:  # its operator would return anything
             raise RuntimeError(f"{self.source or 'a packed linear'}: its weight is not in memory")
-        if not self.checked:
+        elif not self.checked:
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
-        by_kernel = tokens.is_cpu and tokens.dtype in kernels.DTYPES and not self.force_dense
-        by_kernel = by_kernel and kernels_ready()
-        self._by_kernel = by_kernel and not (self.decoding or torch.compiler.is_compiling())
-        if by_kernel:
-            packed = self.mask, self.weight, self.offsets, self.scale, self.bias
-            return by_kernels(tokens, packed, self.decoding)
-
-        def rows(part: slice) -> Tensor:
-            packed = Packed(self.mask, self.weight, self.scale)
-            return self.fmt.decode(packed, self.in_features, self.offsets, tokens.dtype, part)
-
-        return by_dense_rows(tokens, rows, self.out_features, self.bias)
+        return self.multiply(x, self.in_features, self.out_features)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{size}, nnz={self.nnz}, bits={self.fmt.bits}, bias={self.bias is not None}"
 
+    def _problem(self) -> str:
+        return self.fmt.problem(self.packed, self.in_features, self.nnz)
+
+    def _operands(self) -> tuple[Tensor | None, ...]:
+        return self.mask, self.weight, self.offsets, self.scale
+
+    def _dense_rows(self, part: slice, dtype: torch.dtype) -> Tensor:
+        packed = Packed(self.mask, self.weight, self.scale)
+        return self.fmt.decode(packed, self.in_features, self.offsets, dtype, part)
+
     @property
     def _offloaded(self) -> bool:
         hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
-        return self.weight.is_meta or any(
-            getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))
-        )
+        parts = getattr(hook, "hooks", (hook,))
+        return self.weight.is_meta or any(getattr(part, "offload", False) for part in parts)
 
     def _set_packed(self, packed: Packed) -> None:
-        self._by_kernel = False
         self.mask, self.scale = packed.mask, packed.scale
         self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
@@ -256,42 +265,34 @@ class SparseLinear(nn.Module):
             self._set_packed(self.packed)
             self.semi_structured = None
             self.count_rows_()
-        self.reason, scale, self._by_kernel = None, self.scale, False
-        super()._apply(fn, recurse)
-        if scale is not None and self.scale.dtype != scale.dtype:  # a cast is not meant for it
-            self.scale = scale.to(self.scale.device)
-        self._dense_dtype = fn(torch.empty(0, dtype=self._dense_dtype)).dtype
-        return self
+        self.reason = None
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "mask" in state_dict and not self.mask.is_meta:
-            self.checked = self._by_kernel = False
-            self.check()
+            self.checked = False
             self.count_rows_()
+            self.check()
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.semi_structured is not None:
             packed = self.packed
-            destination[prefix + "weight"], destination[prefix + "mask"] = (
-                packed.weight,
-                packed.mask,
-            )
+            destination |= {prefix + "weight": packed.weight, prefix + "mask": packed.mask}
 
 
 @contextmanager
-def set_all(model: nn.Module, flag: str) -> Iterator[None]:
-    """Inside, `force_dense` or `decoding` is set in every packed module of a model."""
-    modules = [module for module in model.modules() if hasattr(module, flag)]
+def multiplying(model: nn.Module, way: str) -> Iterator[None]:
+    """Inside, all packed modules of a model multiply in one way; see `PackedModule.way`."""
+    modules = [module for module in model.modules() if isinstance(module, PackedModule)]
     try:
         for module in modules:
-            setattr(module, flag, True)
-            module._by_kernel = False
+            module.way = way
         yield
     finally:
         for module in modules:
-            setattr(module, flag, False)
+            module.way = ""
 
 
 def semi_structured_bytes(model: nn.Module) -> int:
