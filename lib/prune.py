@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -18,10 +20,8 @@ from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear
 from lib.pruning.allocation import Allocation
-from lib.pruning.inputs import Group, SharedWeights, merge
-from lib.pruning.observe import DenseBlock, find_stages, observe, own_windows
-from lib.pruning.ordered import BlockOrder, OrderedBlock
-from lib.pruning.residual import ResidualProjections
+from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
+from lib.pruning.ordered import OrderedBlock, Stage, find_order
 from lib.util.errors import RunWarning, UserError
 
 UNREACHED = "no calibration token reached it, or it is used without being called"
@@ -97,9 +97,11 @@ class Pruner:
         self.dist = runner.dist
         self.save_dtype = runner.save_dtype  # to which what is pruned is rounded
         self.done = Pruned()
-        self.shared = SharedWeights(runner.blocks)
-        self.projections = ResidualProjections(runner)
-        self.stages: dict[tuple, tuple[list[list[int]], int]] = {}  # of classes of blocks
+        # weights that several blocks share are pruned once, where tokens reach them first
+        count = Counter(id(p) for block in runner.blocks for p in block.parameters())
+        self.shared = {key for key, times in count.items() if times > 1}
+        self.shared_done: set[tuple[int, int | None]] = set()
+        self.orders: dict[tuple, list[tuple[Stage, list[int]]]] = {}  # of classes of blocks
         # from another memory they would take longer to come than to be computed again
         on_device = torch.device(runner.state_device).type == runner.device.type
         self.cache_inputs = runner.cache_inputs and on_device
@@ -131,11 +133,8 @@ class Pruner:
 
     def _block_(self, index: int) -> None:
         """Prune one block, or load it as it was finished, and take the streams through it."""
-        runner, states = self.runner, self.states
-        dense = ordered = None
-        if self.dense_states:
-            block, prefix = runner.blocks[index], f"{runner.name}.{index}"
-            dense = DenseBlock.copy_of(self.dense_states, block, prefix)
+        runner, states, ordered = self.runner, self.states, None
+        dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
         need_outputs = states is not None and index + 1 < len(runner.blocks)
         self.done.notes.append(BlockNotes())
         linears = self._linears(index)
@@ -147,13 +146,21 @@ class Pruner:
                     index=index,
                     order=self._order(index, linears),
                     dense=dense,
+                    dense_states=self.dense_states,
                     method=self.method,
                     cache_inputs=self.cache_inputs,
                     need_outputs=need_outputs,
                 )
             written = self._prune_(index, linears, ordered)
             self._finish_(index)
-            self._keep(index, linears, written)
+            # of quantised linears --resume keeps what their codes are made of
+            matrices = {
+                linear.name.removeprefix(f"{runner.name}.{index}."): written[linear.name]
+                for linear in linears
+                if linear.is_quantised and linear.name in written
+            }
+            notes = vars(self.done.notes[-1])
+            runner.weights.save(index, notes, matrices, stage=self.stage)
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.leave(linear.name, prod(linear.shape), UNREACHED)
@@ -163,7 +170,7 @@ class Pruner:
             ordered.advance_()
         else:
             if dense:
-                runner.advance_(dense.states, index, dense.block)
+                runner.advance_(self.dense_states, index, dense)
             runner.advance_(states, index)
         states.block_args[index] = []  # the block's recorded arguments are not needed again
 
@@ -172,11 +179,14 @@ class Pruner:
         linears, left_dense = find_linears(self.runner.blocks[index], f"{self.runner.name}.{index}")
         for name, (size, reason) in left_dense.items():
             self.done.leave(name, size, reason)
-        linears = [linear for linear in linears if not self.shared.is_pruned(linear)]
+        linears = [linear for linear in linears if weight_key(linear) not in self.shared_done]
+        self._check_weights(linears)
+        return linears
+
+    def _check_weights(self, linears: list[PrunableLinear]) -> None:
         if not self.runner.weights.resident:  # otherwise they were checked when they were loaded
             for linear in linears:
                 check_weight(linear, self.runner.named)
-        return linears
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         """Load the block and its notes if an interrupted run has finished it; whether it has."""
@@ -196,46 +206,36 @@ class Pruner:
         of_all = self.dist.all_gather_object((notes.warnings, notes.kept))
         notes.warnings, notes.kept = (sum(lists, []) for lists in zip(*of_all, strict=True))
 
-    def _keep(self, index: int, linears: list[PrunableLinear], written: dict[str, Tensor]) -> None:
-        """Under --resume keep the block, and of quantised linears what their codes are made of."""
-        prefix = f"{self.runner.name}.{index}."
-        matrices = {
-            linear.name.removeprefix(prefix): written[linear.name]
-            for linear in linears
-            if linear.is_quantised and linear.name in written
-        }
-        notes = vars(self.done.notes[-1])
-        self.runner.weights.save(index, notes, matrices, stage=self.stage)
-
-    def _order(self, index: int, linears: list[PrunableLinear]) -> BlockOrder:
+    def _order(self, index: int, linears: list[PrunableLinear]) -> list[Stage]:
         """The order in which the linears' inputs are taken, tried once for a class of blocks."""
         prefix = f"{self.runner.name}.{index}."
         names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
         key = type(self.runner.blocks[index]), *names
-        if key not in self.stages:
+        if key not in self.orders:
             place = {linear: at for at, linear in enumerate(linears)}
-            stages, n_reached = find_stages(self.runner, self.states, index, linears)
-            self.stages[key] = [[place[linear] for linear in stage] for stage in stages], n_reached
-        places, n_reached = self.stages[key]
-        stages = [[linears[at] for at in stage] for stage in places]
-        return BlockOrder.of(stages, n_reached, self.projections, states=self.states, index=index)
+            order = find_order(self.runner, self.states, index, linears)
+            self.orders[key] = [(stage, [place[one] for one in stage.linears]) for stage in order]
+        return [
+            replace(stage, linears=[linears[at] for at in places])
+            for stage, places in self.orders[key]
+        ]
 
     def _prune_(
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
     ) -> dict[str, Tensor]:
         """Observe and prune, stage by stage or all at once; {linear's name: what it now holds}."""
         if self.states is None:
-            return self._solve_([self._group(linear) for linear in linears])
+            device = self.runner.device
+            one_each = [Group([one], self.method(one.shape[1], device)) for one in linears]
+            return self._solve_(one_each)
         if ordered is None:
-            groups = observe(self.runner, self.states, index, linears, self.method)
+            passes = ((run, {}) for _, run in self.runner.iter_batches(self.states, index))
+            groups = observe(self.runner, linears, self.method, passes)
             return self._solve_observed_(groups, linears)
         written: dict[str, Tensor] = {}
-        for place, stage in enumerate(ordered.order.stages):
-            written |= self._solve_observed_(ordered.observe(place), stage)
+        for place, stage in enumerate(ordered.order):
+            written |= self._solve_observed_(ordered.observe(place), stage.linears)
         return written
-
-    def _group(self, linear: PrunableLinear) -> Group:
-        return Group([linear], self.method(linear.shape[1], self.runner.device))
 
     def _solve_observed_(
         self, groups: list[Group], stage: list[PrunableLinear]
@@ -264,7 +264,8 @@ class Pruner:
             for linear in group.linears:
                 matrix = written.get(linear.name)
                 if matrix is None:
-                    matrix = linear.empty_matrix(self.save_dtype)
+                    dtype, device = linear.saved_dtype(self.save_dtype), linear.raw_weight.device
+                    matrix = torch.empty(linear.shape, dtype=dtype, device=device)
                 matrix = self.dist.broadcast_(matrix, owner)
                 if owner != self.dist.rank:
                     self._store_(linear, matrix)
@@ -285,10 +286,11 @@ class Pruner:
         for warning in caught:
             prefix = "" if issubclass(warning.category, RunWarning) else f"{group.names}: "
             self.done.notes[-1].warnings.append(f"{prefix}{warning.message}")
+        solved = []
         for linear, matrix in zip(group.linears, matrices, strict=True):
             _check_finite([matrix], f"{linear.name}: pruned weights are not finite")
-        solved = zip(group.linears, matrices, strict=True)
-        return [linear.to_saved_dtype(matrix, self.save_dtype) for linear, matrix in solved]
+            solved.append(matrix.to(linear.saved_dtype(self.save_dtype)))
+        return solved
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
         """Prune the matrices (out, in) of a group in place."""
@@ -303,7 +305,8 @@ class Pruner:
     def _mark_pruned(self, linear: PrunableLinear) -> None:
         self.done.pruned[linear.name] = prod(linear.shape)
         self.done.notes[-1].pruned.append(linear.name)
-        self.shared.mark_pruned(linear)
+        if weight_key(linear)[0] in self.shared:
+            self.shared_done.add(weight_key(linear))
 
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:

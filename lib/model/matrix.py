@@ -51,14 +51,6 @@ class PrunableLinear:
         """The dtype in which ranks send the matrix, and save it; None: the weight's own."""
         return save_dtype or self.raw_weight.dtype
 
-    def to_saved_dtype(self, matrix: Tensor, save_dtype: torch.dtype | None) -> Tensor:
-        return matrix.to(self.saved_dtype(save_dtype))
-
-    def empty_matrix(self, save_dtype: torch.dtype | None) -> Tensor:
-        """An empty (out, in) tensor that can receive what another rank solved."""
-        dtype = self.saved_dtype(save_dtype)
-        return torch.empty(self.shape, dtype=dtype, device=self.raw_weight.device)
-
     def set_weight_(self, matrix: Tensor) -> None:
         """Write a matrix (out, in) into the weight."""
         self.raw_weight.copy_(matrix.T if self.transposed else matrix)

@@ -35,8 +35,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts
 from lib.pruning.allocation import Allocation
 from lib.pruning.fisher import BackwardPass, FisherDiagonal
-from lib.pruning.inputs import first_names
-from lib.pruning.observe import own_windows
+from lib.pruning.inputs import first_names, own_windows
 
 GROWTH = 2.0
 BELOW = 0.4  # a linear's sparsity is at most so much below r, before the total is set right,

@@ -26,7 +26,7 @@ from torch import Tensor
 from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import watch_outputs
 from lib.model.matrix import PrunableLinear
-from lib.pruning.observe import rows
+from lib.pruning.inputs import rows
 from lib.util.deterministic import deterministic
 from lib.util.errors import RunWarning
 
@@ -41,12 +41,6 @@ class FisherDiagonal:
     inputs: Tensor
     grad_sq: Tensor
     tokens: int = 0
-
-    @classmethod
-    def zeros(cls, linear: PrunableLinear, device: torch.device) -> FisherDiagonal:
-        out, width = linear.shape
-        zeros = (torch.zeros(n, dtype=torch.float64, device=device) for n in (width, out))
-        return cls(*zeros)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add a gradient (..., out): a hook of autograd's."""
@@ -110,7 +104,11 @@ class BackwardPass:
 
     def _through(self, index: int, linears: list[PrunableLinear]) -> dict[str, FisherDiagonal]:
         runner, transfer, device = self.runner, self.runner.transfer, self.runner.device
-        diagonals = {linear.name: FisherDiagonal.zeros(linear, device) for linear in linears}
+        diagonals = {}
+        for linear in linears:
+            out, width = linear.shape
+            zeros = (torch.zeros(n, dtype=torch.float64, device=device) for n in (width, out))
+            diagonals[linear.name] = FisherDiagonal(*zeros)
 
         def see(linear: PrunableLinear, x: Tensor, out: Tensor) -> None:
             diagonal = diagonals[linear.name]

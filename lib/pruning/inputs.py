@@ -1,19 +1,27 @@
-"""Linears that share an input, with the statistics of it: the unit that is observed and solved."""
+"""Linears that share an input, with the statistics of it: the unit that is observed and solved.
+
+Statistics belong to an input, not to a linear: q, k and v share one, gate and up another. A pass
+over a block goes no further than the last input wanted.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.profiler import record_function
 
+from lib.distributed.context import DistContext
 from lib.methods.base import PruningMethod
 from lib.methods.magnitude import Magnitude
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda
-from lib.model.blocks import BlockRunner
-from lib.model.linears import find_linears
+from lib.model.blocks import BlockRunner, Stop
+from lib.model.linears import find_linears, watch_inputs
 from lib.model.matrix import PrunableLinear
 from lib.util.errors import UserError
 
@@ -68,6 +76,64 @@ class Group:
         return self.method
 
 
+def own_windows(windows: Tensor, dist: DistContext) -> tuple[Tensor, bool]:
+    """This process's part of windows (n, tokens), and whether it is idle.
+
+    An idle process has no window of its own; it runs another's, whose statistics do not count.
+    """
+    own = windows[dist.share(len(windows))]
+    idle = not len(own)
+    return windows[:1] if idle else own, idle
+
+
+@torch.no_grad()
+def observe(
+    runner: BlockRunner,
+    linears: list[PrunableLinear],
+    method: type[PruningMethod],
+    passes: Iterable[tuple[Callable[[], object], dict[str, Tensor]]],
+    shared: bool = False,
+) -> list[Group]:
+    """The linears of one block that `passes` reach, grouped by shared input, with its statistics.
+
+    A pass is a function that runs the block over a batch, and {linear's name: its input in the
+    untouched model} where that is wanted. `shared`: all receive one input, the first shows it.
+    """
+    groups: list[Group] = []
+    group_of: dict[PrunableLinear, Group] = {}
+
+    def add(linear: PrunableLinear, x: Tensor) -> None:
+        group = group_of.get(linear)
+        known = next((one for tensor, one in inputs if same(tensor, x)), None)
+        if group is None:
+            group = known or Group([], method(linear.shape[1], runner.device))
+            if known is None:
+                groups.append(group)
+            group_of[linear] = group
+            group.linears.append(linear)
+        if known is not group:
+            inputs.append((x, group))
+            if linear is group.linears[0]:
+                aim = {"dense": rows(dense[linear.name])} if linear.name in dense else {}
+                with record_function("statistics"):
+                    group.method.observe(rows(x), **aim)
+        seen.add(linear)
+        if len(seen) == len(linears):
+            raise Stop
+
+    def see(linear: PrunableLinear, x: Tensor) -> None:
+        for receiver in linears if shared else [linear]:
+            add(receiver, x)
+
+    with watch_inputs(linears, see), record_function("forward"):
+        for run, of_untouched in passes:
+            # not those of the pass before, whose memory may be in use again
+            dense, inputs, seen = of_untouched, [], set()
+            with suppress(Stop):
+                run()
+    return groups
+
+
 def merge(
     groups: list[Group],
     stage: list[PrunableLinear],
@@ -105,22 +171,6 @@ def merge(
     return merged
 
 
-class SharedWeights:
-    """Weights that several blocks share: each is pruned once, where tokens reach it first."""
-
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        count = Counter(id(p) for block in blocks for p in block.parameters())
-        self.shared = {key for key, times in count.items() if times > 1}
-        self.pruned: set[tuple[int, int | None]] = set()
-
-    def is_pruned(self, linear: PrunableLinear) -> bool:
-        return weight_key(linear) in self.pruned
-
-    def mark_pruned(self, linear: PrunableLinear) -> None:
-        if weight_key(linear)[0] in self.shared:
-            self.pruned.add(weight_key(linear))
-
-
 def weight_key(linear: PrunableLinear) -> tuple[int, int | None]:
     """A key that is equal for linears that share their weight, while their parameters exist."""
     return id(getattr(linear.module, linear.parameter)), linear.expert
@@ -145,3 +195,15 @@ def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) ->
                     f"--sparsity_type {sparsity.pattern}: {linear.name} has {linear.shape[1]} "
                     f"inputs, not a multiple of {sparsity.m}; use --sparsity_type unstructured"
                 )
+
+
+def rows(x: Tensor) -> Tensor:
+    """(..., in) as (tokens, in)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two live tensors are the same memory seen the same way."""
+    return a is b or (
+        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, run_block
-from lib.model.finite import check_weight
 from lib.model.matrix import PrunableLinear
 from lib.model.mlp import BlockMlp, MlpLayout, check_removable, fit_sizes_, keep_neurons_
 from lib.prune import UNREACHED, Pruned, Pruner
@@ -55,15 +54,13 @@ def count_left(width: int, ratio: float) -> int:
 
 @dataclass
 class NeuronsPruned(Pruned):
-    """Which neurons went; sizes in weights of the blocks, and in bytes of the saved model."""
+    """Which neurons went, and the weights of the blocks before and after."""
 
     width: int = 0
     left: int = 0
     field: str = ""  # of the config, that holds the width
     weights_before: int = 0
     weights_after: int = 0
-    bytes_before: int = 0
-    bytes_after: int = 0
 
     @property
     def kept(self) -> list[list[int]]:
@@ -88,8 +85,6 @@ class NeuronsPruned(Pruned):
             "field": self.field,
             "weights_before": self.weights_before,
             "weights_after": self.weights_after,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
             "removed": [sorted(neurons.difference(kept)) for kept in self.kept],
         }
 
@@ -114,28 +109,19 @@ class NeuronPruner(Pruner):
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> NeuronsPruned:
         """As `Pruner.run`; UserError too where an MLP is more than linears and activation."""
-        done = self.done
-        done.weights_before, done.bytes_before = self._sizes()
+        self.done.weights_before = self._count_weights()
         super().run(windows, on_progress)
-        done.weights_after, done.bytes_after = self._sizes()
+        self.done.weights_after = self._count_weights()
         self.layout.set_width(self.runner.model.config, self.left)
-        return done
+        return self.done
 
-    def _sizes(self) -> tuple[int, int]:
-        """Weights of the blocks, and bytes of the whole model as it is saved."""
-        weights = sum(p.numel() for block in self.runner.blocks for p in block.parameters())
-        sizes = [
-            p.numel() * (self.save_dtype or p.dtype if p.is_floating_point() else p.dtype).itemsize
-            for p in self.runner.model.parameters()
-        ]
-        return weights, sum(sizes)
+    def _count_weights(self) -> int:
+        return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The down projection, once the block's weights and its MLP are checked."""
         linears, mlp = self.runner.linears(index), self.layout.blocks[index]
-        if not self.runner.weights.resident:  # otherwise they were checked when they were loaded
-            for linear in linears:
-                check_weight(linear, self.runner.named)
+        self._check_weights(linears)
         self._check_once(index, mlp)
         self.index = index
         return [one for one in linears if one.name == f"{self.runner.name}.{index}.{mlp.down}"]

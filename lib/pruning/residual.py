@@ -35,43 +35,30 @@ class ResidualProjection:
     length: int = 0  # of the tuple that this module returns; 0 for a tensor
 
 
-class ResidualProjections:
-    """Which linears add to the residual stream: tried once for each class of blocks."""
+@torch.no_grad()
+def find_projection(
+    runner: BlockRunner,
+    states: HiddenStates,
+    index: int,
+    stage: list[PrunableLinear],
+    later: list[PrunableLinear],
+) -> ResidualProjection | None:
+    """How `stage`, of block `index`, adds to the stream; `later` are the linears after it.
 
-    def __init__(self, runner: BlockRunner) -> None:
-        self.runner = runner
-        self.by_class: dict[tuple[type, str, bool], ResidualProjection | None] = {}
-
-    @torch.no_grad()
-    def find(
-        self,
-        states: HiddenStates,
-        index: int,
-        stage: list[PrunableLinear],
-        later: list[PrunableLinear],
-    ) -> ResidualProjection | None:
-        """How `stage`, of block `index`, adds to the stream; `later` are the linears after it.
-
-        None where it is more than one linear, or an expert, or adds nothing to the stream; or where
-        the stream is neither the block's input there nor, after it, the block's output.
-        """
-        linear = stage[0]
-        if len(stage) > 1 or linear.expert is not None:
-            return None
-        block = self.runner.blocks[index]
-        key = type(block), linear.name.split(f".{index}.", 1)[-1], not later
-        if key not in self.by_class:
-            _, run = next(self.runner.iter_batches(states, index))
-            hidden = states.hidden[states.batches[0]]
-            try:
-                projection = as_residual_projection(block, run, linear, later, hidden)
-            except RuntimeError as error:  # a block whose shapes depend on what the linears give
-                if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
-                    raise
-                projection = None
-            # rounding could divide processes
-            self.by_class[key] = self.runner.dist.all_gather_object(projection)[0]
-        return self.by_class[key]
+    None where it is more than one linear, or an expert, or adds nothing to the stream; or where
+    the stream is neither the block's input there nor, after it, the block's output.
+    """
+    if len(stage) > 1 or stage[0].expert is not None:
+        return None
+    _, run = next(runner.iter_batches(states, index))
+    hidden = states.hidden[states.batches[0]]
+    try:
+        projection = as_residual_projection(runner.blocks[index], run, stage[0], later, hidden)
+    except RuntimeError as error:  # a block whose shapes depend on what the linears give
+        if isinstance(error, torch.OutOfMemoryError) or "allocate" in str(error):
+            raise
+        projection = None
+    return runner.dist.all_gather_object(projection)[0]  # rounding could divide processes
 
 
 def as_residual_projection(
@@ -82,25 +69,6 @@ def as_residual_projection(
     hidden: Tensor,
 ) -> ResidualProjection | None:
     """How `linear` adds to the stream of a block that `run` takes `hidden` through, or None."""
-    sum_of = adds_to_stream(run, linear, later)
-    if sum_of is None:
-        return None
-    stream, exact = sum_of
-    if not later:
-        return ResidualProjection(last=True, exact=exact)
-    if not torch.equal(stream.cpu(), hidden.cpu()):
-        return None
-    ends, length = module_ending_in(block, run, linear)
-    return ResidualProjection(last=False, exact=exact, ends=ends, length=length)
-
-
-def adds_to_stream(
-    run: Callable[[], Tensor], linear: PrunableLinear, later: Sequence[PrunableLinear]
-) -> tuple[Tensor, bool] | None:
-    """The stream that the block adds the linear's outputs to, unchanged; None if it does not.
-
-    Returned with whether the sum is exact: whether the block adds nothing else after it.
-    """
     outputs: list[Tensor] = []
     handle = linear.module.register_forward_hook(lambda _, args, out: outputs.append(out))
     try:
@@ -117,7 +85,13 @@ def adds_to_stream(
     bound = ROUNDINGS * torch.finfo(stream.dtype).eps * (after.abs() + before.abs() + added.abs())
     if not bool((off <= bound).all() and added.any()):
         return None
-    return stream, torch.equal(stream + outputs[0], total)
+    exact = torch.equal(stream + outputs[0], total)
+    if not later:
+        return ResidualProjection(last=True, exact=exact)
+    if not torch.equal(stream.cpu(), hidden.cpu()):
+        return None
+    ends, length = module_ending_in(block, run, linear)
+    return ResidualProjection(last=False, exact=exact, ends=ends, length=length)
 
 
 def module_ending_in(
@@ -161,10 +135,9 @@ def module_ending_in(
 @contextmanager
 def replayed_outputs(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -> Iterator[None]:
     """Inside, modules of `block` by name return a tensor, in a tuple of that length if not 0."""
-    values = list(outputs.values())
 
     def make(index: int) -> Callable:
-        out, length = values[index]
+        out, length = list(outputs.values())[index]
         return lambda *args, **kwargs: (out, *[None] * (length - 1)) if length else out
 
     with replaced([block.get_submodule(path) for path in outputs], make):

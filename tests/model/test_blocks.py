@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lib.eval import cross_entropy, perplexities, perplexity
 from lib.methods.registry import method_of
 from lib.model.blocks import HEAD_POSITIONS, BlockRunner, positions_at_once
-from lib.pruning.observe import observe
+from lib.pruning.inputs import observe
 from lib.util.errors import UserError
 
 TOKENS = 24  # of a window
@@ -147,10 +147,11 @@ def test_nothing_stays_patched_after_an_exception(work: str, place: str) -> None
     broken = block.get_submodule(place)
     before = broken.__class__
     broken.__class__ = type("Broken", (before,), {"forward": interrupted})
+    passes = ((run, {}) for _, run in runner.iter_batches(states, 1))
     jobs: dict[str, Callable] = {
         "build": lambda: BlockRunner(model, CPU),
         "advance": lambda: runner.advance_(states, 1),
-        "observe": lambda: observe(runner, states, 1, linears_of(runner, 1), method_of("wanda")),
+        "observe": lambda: observe(runner, linears_of(runner, 1), method_of("wanda"), passes),
         "prune": lambda: prune_(runner, ids=ids),
         "measure": lambda: perplexity(runner, ids),
     }

@@ -133,14 +133,11 @@ def test_batches_change_nothing_but_rounding() -> None:
 
 def test_the_record_says_what_went() -> None:
     model = tiny.tiny_llama()
-    before = sum(p.nbytes for p in model.parameters())
     done = pruned(model, "wanda", windows(4), 40)
     found = done.record()
     assert (found["before"], found["after"], found["field"]) == (64, 40, "intermediate_size")
     for kept, removed in zip(done.kept, found["removed"], strict=True):
         assert len(removed) == 24 and sorted(kept + removed) == list(range(64))
-    assert found["bytes_before"] == before
-    assert found["bytes_after"] == sum(p.nbytes for p in model.parameters())
     assert found["weights_before"] - found["weights_after"] == 2 * 24 * 3 * 32
     assert "removed 24 of 64 neurons in each of 2 blocks" in done.summary()[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,38 @@ from support import linears_of, prune_, runner_of, windows
 from torch import Tensor, nn
 
 from lib.methods.registry import method_of
-from lib.pruning.observe import DenseBlock, find_stages, rows
-from lib.pruning.ordered import BlockOrder, OrderedBlock
-from lib.pruning.residual import ResidualProjections
+from lib.model.matrix import PrunableLinear
+from lib.pruning.inputs import observe, rows
+from lib.pruning.ordered import OrderedBlock, find_order
 
 NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "BLOOM", "Mixtral", "Falcon", "GPT-NeoX"]
+ORDER = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def last_names(linears: list[PrunableLinear]) -> list[str]:
+    return [linear.name.rpartition(".")[2] for linear in linears]
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+def test_inputs_are_shared_and_batches_add_up(name: str, method: str) -> None:
+    runner, ids = runner_of(tiny.ARCHITECTURES[name]()), windows(5)
+    found, computed = [], []
+    handle = runner.blocks[0].mlp.down_proj.register_forward_hook(lambda *_: computed.append(1))
+    for size in (1, 2, 5):
+        states = runner.capture(ids, size)
+        passes = ((run, {}) for _, run in runner.iter_batches(states, 0))
+        groups = observe(runner, linears_of(runner), method_of(method), passes)
+        assert [last_names(group.linears) for group in groups] == ORDER
+        assert [group.method.tokens for group in groups] == [5 * 24] * 4
+        found.append([statistic for g in groups for statistic in g.method.statistics()])
+    handle.remove()
+    assert not computed  # nothing is wanted after its input
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
+    order = find_order(runner, states, 0, linears_of(runner)[::-1])
+    assert [set(last_names(stage.linears)) for stage in order] == list(map(set, ORDER))
+    assert all(stage.shared for stage in order)
 
 
 def pruned(name: str, cache_inputs: bool) -> dict[str, Tensor]:
@@ -40,19 +68,19 @@ def begun(cache_inputs: bool = True):
     dense = replace(states, hidden=states.hidden.clone())
     noise = torch.randn(states.hidden.shape, generator=torch.Generator().manual_seed(1))
     states.hidden += noise * states.hidden.std()
-    dense_block = DenseBlock.copy_of(dense, runner.blocks[0], "0")
-    stages, n_reached = find_stages(runner, states, 0, linears_of(runner))
+    block = copy.deepcopy(runner.blocks[0])
     ordered = OrderedBlock(
         runner=runner,
         states=states,
         index=0,
-        order=BlockOrder.of(stages, n_reached, ResidualProjections(runner), states, 0),
-        dense=dense_block,
+        order=find_order(runner, states, 0, runner.linears(0)),
+        dense=block,
+        dense_states=dense,
         method=method_of("admm"),
         cache_inputs=cache_inputs,
         need_outputs=True,
     )
-    return runner, states, dense, dense_block, ordered
+    return runner, states, dense, block, ordered
 
 
 def all_inputs(runner, states, block) -> tuple[dict[str, list[Tensor]], Tensor]:
@@ -79,12 +107,12 @@ def all_inputs(runner, states, block) -> tuple[dict[str, list[Tensor]], Tensor]:
 def test_statistics_are_those_of_whole_passes(cache_inputs: bool) -> None:
     runner, states, dense, dense_block, ordered = begun(cache_inputs)
     first, first_dense = (one.hidden.clone() for one in (states, dense))
-    theirs, aim = all_inputs(runner, dense, dense_block.block)
+    theirs, aim = all_inputs(runner, dense, dense_block)
     block = runner.blocks[0]
-    for place, stage in enumerate(ordered.order.stages):
+    for place, stage in enumerate(one.linears for one in ordered.order):
         now, out = all_inputs(runner, replace(states, hidden=first.clone()), block)
         [group] = ordered.observe(place)
-        name, method = stage[0].name.removeprefix("0."), group.method
+        name, method = stage[0].name.removeprefix(f"{runner.name}.0."), group.method
         x, y = now[name]
         torch.testing.assert_close(method.hessian.triu(), (x.T @ x).triu(), rtol=1e-5, atol=1e-4)
         assert [linear.name for linear in group.linears] == [linear.name for linear in stage]
@@ -110,7 +138,7 @@ def test_how_often_linears_are_computed() -> None:
     """Once in the untouched block; in the pruned one what comes before the last input, and once."""
     runner, _, _, dense_block, ordered = begun()
     count: dict[str, int] = {}
-    for which, block in (("dense", dense_block.block), ("pruned", runner.blocks[0])):
+    for which, block in (("dense", dense_block), ("pruned", runner.blocks[0])):
         for name, module in block.named_modules():
             if isinstance(module, nn.Linear):
                 key = f"{which} {name.rpartition('.')[2]}"

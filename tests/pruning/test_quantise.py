@@ -15,7 +15,7 @@ from lib.model.blocks import BlockRunner
 from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
 from lib.prune import UNREACHED
-from lib.pruning.observe import rows
+from lib.pruning.inputs import rows
 from lib.pruning.quantise import Quantiser
 from lib.sparse import packed_weights, swap_linears_
 from lib.util.errors import UserError
