@@ -120,9 +120,8 @@ def _load_or_build() -> None:
 
 def _compiler_error(error: Exception) -> str:
     """What is wrong, in one line, of a compiler's output without its command."""
-    if not str(error).startswith("Error building extension"):
-        return one_line(error)
     lines = [line.strip() for line in str(error).splitlines()[1:]]
     lines = [line for line in lines if "error:" in line or "not found" in line]
-    line = lines[0] if lines else "the compiler failed"
-    return f"{line}; install a C++ compiler (g++)" if "not found" in line else line
+    if not str(error).startswith("Error building extension") or not lines:
+        return one_line(error)
+    return f"{lines[0]}; install a C++ compiler (g++)" if "not found" in lines[0] else lines[0]

@@ -8,6 +8,7 @@ Anything else unpacks the one weight it needs at every forward.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from . import cuda, kernels
-from .errors import PackedError
+from . import kernels
+from .errors import PackedError, one_line
 from .formats import FORMATS, Values
 from .layout import Packed, is_two_of_four, row_offsets
 
@@ -31,6 +32,7 @@ class PackedModule(nn.Module):
     A cast is for what comes out; scales keep their dtype.
     """
 
+    transposed = False  # whether the dense checkpoint keeps it (in, out)
     way = ""  # to multiply: "dense", by the dense weight; "decoding", some tokens at a time
     source = ""  # name and file, for messages
     checked = False  # whether the tensors were found to be what they have to be
@@ -90,16 +92,13 @@ class PackedModule(nn.Module):
             products.append(F.linear(tokens, self._dense_rows(part, tokens.dtype), bias))
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
-    def _as_linear(self, weight: Tensor, cls: type[nn.Module] = nn.Linear) -> nn.Module:
-        """A dense linear with a weight of that class's order, and this one's bias."""
+    def to_linear(self) -> nn.Module:
+        """The dense linear of the class that this one came from."""
+        dense, kind = self.dense(), Conv1D if self.transposed else nn.Linear
         with torch.device("meta"):
-            if cls is Conv1D:
-                linear = Conv1D(*reversed(weight.shape))
-            else:
-                linear = nn.Linear(*reversed(weight.shape), bias=self.bias is not None)
-        linear.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach())
+            linear = kind(*(dense.shape if self.transposed else dense.T.shape))
+        linear.weight = nn.Parameter(dense.T.contiguous() if self.transposed else dense)
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach())
         return linear
 
     def _apply(self, fn, recurse=True):
@@ -126,7 +125,7 @@ class SparseLinear(PackedModule):
         """
         weight = linear.weight
         super().__init__(weight.dtype)
-        self.transposed = isinstance(linear, Conv1D)  # the dense checkpoint keeps it (in, out)
+        self.transposed = isinstance(linear, Conv1D)
         self.out_features, self.in_features = weight.T.shape if self.transposed else weight.shape
         self.nnz, self.fmt = nnz, fmt
         tensors = {
@@ -159,13 +158,6 @@ class SparseLinear(PackedModule):
             sparse.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return sparse
 
-    def to_linear(self) -> nn.Module:
-        """The dense linear of the class that this one came from."""
-        dense = self.dense()
-        if self.transposed:
-            return self._as_linear(dense.T.contiguous(), Conv1D)
-        return self._as_linear(dense)
-
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), in `dtype` or the linear's own."""
         dtype = dtype or self.dtype
@@ -181,9 +173,9 @@ class SparseLinear(PackedModule):
     @property
     def packed(self) -> Packed:
         """The packed tensors; packed again where torch's tensor stands in their place."""
-        if self.semi_structured is not None:
-            return self.fmt.encode(self.semi_structured.to_dense())
-        return Packed(self.mask, self.weight, self.scale)
+        if self.semi_structured is None:
+            return Packed(self.mask, self.weight, self.scale)
+        return self.fmt.encode(self.semi_structured.to_dense())
 
     def count_rows_(self) -> None:
         """Set `offsets` by the mask."""
@@ -193,23 +185,41 @@ class SparseLinear(PackedModule):
     def use_semi_structured_(self) -> bool:
         """Hand the weight to torch's kernels where they take it; whether they did. Tried once."""
         if self.semi_structured is None and self.reason is None:
-            offloaded = "the weights are offloaded" if self._offloaded else None
-            self.reason = offloaded or self.why_not_semi_structured(self.weight.device)
+            self.reason = self._why_not_semi_structured()
             if self.reason is None:
-                self.semi_structured, self.reason = cuda.build(self.dense())
+                self.semi_structured = self._build()
             if self.semi_structured is not None:
                 self._set_packed(Packed(self.mask.new_empty(0), self.weight.new_empty(0)))
                 self.offsets = self.offsets.new_empty(0)
         return self.semi_structured is not None
 
-    def why_not_semi_structured(self, device: torch.device) -> str | None:
-        """Why torch's kernels would not take the weight on `device`; None where they may."""
-        if self.semi_structured is None and device.type == "cuda":
-            if self.fmt.stored:
-                return f"torch's kernels read no {self.fmt.bits}-bit values"
-            if not self.mask.is_meta and not is_two_of_four(self.mask):
-                return "torch's kernels are for 2:4 alone"
-        return cuda.why_not(self.dtype, device)
+    def _why_not_semi_structured(self) -> str | None:
+        hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
+        hooks = getattr(hook, "hooks", (hook,))
+        if self.weight.is_meta or any(getattr(one, "offload", False) for one in hooks):
+            return "the weights are offloaded"
+        if not self.weight.is_cuda:
+            return "torch's 2:4 kernels run on CUDA"
+        if self.weight.dtype not in (torch.float16, torch.bfloat16):  # float32 would become TF32
+            return "torch's 2:4 kernels compute in float16 and bfloat16"
+        if torch.cuda.get_device_capability(self.weight.device) < (8, 0):
+            return "this GPU has no 2:4 tensor cores"
+        if not torch.backends.cusparselt.is_available():
+            return "this torch comes without cuSPARSELt"
+        return None if is_two_of_four(self.mask) else "torch's kernels are for 2:4 alone"
+
+    def _build(self) -> Tensor | None:
+        """Torch's tensor, if it gives the same matrix back, bit by bit: it will be the one copy."""
+        dense, tensor = self.dense(), None
+        try:  # libraries and drivers raise exceptions of all classes, and none must end a run
+            with warnings.catch_warnings():  # torch calls the class a prototype, once
+                warnings.simplefilter("ignore", UserWarning)
+                tensor = torch.sparse.to_sparse_semi_structured(dense)
+            same = torch.equal(tensor.to_dense(), dense)
+            self.reason = "cusparselt" if same else "cusparselt: its results are wrong here"
+        except Exception as error:
+            same, self.reason = False, f"cusparselt: {one_line(error)}"
+        return tensor if same else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -218,11 +228,8 @@ class SparseLinear(PackedModule):
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
                 "dense model that `model.dequantize()` gives"
             )
-        if self.semi_structured is not None or (
-            self.way != "dense"
-            and not torch.compiler.is_compiling()
-            and self.use_semi_structured_()
-        ):
+        own = self.way != "dense" and not torch.compiler.is_compiling()
+        if self.semi_structured is not None or own and self.use_semi_structured_():
             tokens = x.reshape(-1, self.in_features)
             if len(tokens):  # of older torch, a transpose
                 y = F.linear(tokens, self.semi_structured, self.bias).contiguous()
@@ -246,14 +253,7 @@ class SparseLinear(PackedModule):
         return self.mask, self.weight, self.offsets, self.scale
 
     def _dense_rows(self, part: slice, dtype: torch.dtype) -> Tensor:
-        packed = Packed(self.mask, self.weight, self.scale)
-        return self.fmt.decode(packed, self.in_features, self.offsets, dtype, part)
-
-    @property
-    def _offloaded(self) -> bool:
-        hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
-        parts = getattr(hook, "hooks", (hook,))
-        return self.weight.is_meta or any(getattr(part, "offload", False) for part in parts)
+        return self.fmt.decode(self.packed, self.in_features, self.offsets, dtype, part)
 
     def _set_packed(self, packed: Packed) -> None:
         self.mask, self.scale = packed.mask, packed.scale

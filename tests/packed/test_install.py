@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -133,8 +132,3 @@ def test_requirements_are_those_of_the_package() -> None:
     extra = PROJECT["project"]["optional-dependencies"]["test"]
     listed = (ROOT / "requirements.txt").read_text("utf-8").split()
     assert sorted(listed) == sorted(PROJECT["project"]["dependencies"] + extra)
-
-
-def test_the_version_is_the_citations() -> None:
-    citation = (ROOT / "CITATION.cff").read_text("utf-8")
-    assert re.search(r"(?m)^version: (.*)$", citation)[1] == PROJECT["project"]["version"]
