@@ -1,11 +1,5 @@
 """Swaps the linears of a pruned model for packed ones, which save and load packed.
 
-    figures = pack_(runner, FORMATS[4], window)          # after pruning, of any pattern
-    model.save_pretrained(folder)                        # writes the packed checkpoint
-
-    import lib.packed                                    # registers the format with transformers
-    model = AutoModelForCausalLM.from_pretrained(folder)
-
 What is stored is described in lib/packed/formats.py, the module in lib/packed/linear.py.
 """
 
@@ -41,10 +35,8 @@ FORWARDS = nn.Linear.forward, Conv1D.forward
 
 
 def check_packable(skeleton: PreTrainedModel, blocks_name: str, bits: int) -> None:
-    """Raise UserError if no linear of a model's blocks is of a class that can be packed.
-
-    The skeleton's weights may be on the meta device.
-    """
+    """Raise UserError if no linear of the blocks of a model, which may be on the meta device, is of
+    a class that can be packed."""
     modules = skeleton.get_submodule(blocks_name).modules()
     classes = {type(module) for module in modules if isinstance(module, nn.Linear | Conv1D)}
     if not any(cls.forward in FORWARDS for cls in classes):
@@ -249,7 +241,7 @@ def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) ->
     if isinstance(linear, SparseLinear):
         if linear.fmt.bits <= fmt.bits:
             return linear
-        linear, scales = linear.to_linear(), None
+        linear, scales = linear.to_dense(), None
     elif why := _why_not_packed(linear):
         return why
     try:

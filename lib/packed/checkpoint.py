@@ -1,9 +1,8 @@
 """The packed form as a format of transformers: configuration, loading and saving.
 
 Sharding, `device_map`, dtypes and safetensors stay transformers' work. Before any weight is read
-the linears named in the configuration become empty `SparseLinear`s on the meta device, and the
-headers of all files are compared with them; so the dense model never exists, and a damaged file
-costs no memory.
+the linears that the configuration names become empty `SparseLinear`s on the meta device, and the
+headers of all files are compared with them: a damaged file costs no memory.
 """
 
 from __future__ import annotations
@@ -61,23 +60,19 @@ class PackedConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         fmt = FORMATS.get(bits) if type(bits) is int else None
-        problem = None
-        if (format, version) != (FORMAT, VERSION) or bits == 8:
-            problem = (
-                f"names format {format!r}, version {version!r}, bits {bits!r}: this code reads "
-                f"{FORMAT!r}, version {VERSION}, bits 16 and 4; unpack it with the version of "
-                "langprune that wrote it"
-            )
-        elif unknown or not fmt or group != fmt.group:
-            entries = {"bits": bits, "group": group, **unknown}
-            problem = f"has {entries}, which don't fit together; save the model again"
-        elif not _are_sizes(linears, 3) or not _are_sizes(embeddings or {}, 2):
-            problem = (
-                "must give [out, in, kept] of `linears` and [rows, width] of `embeddings`; save "
-                "the model again"
-            )
-        if problem:
-            raise PackedError(f"quantization_config {problem}")
+        entries = {"bits": bits, "group": group, **unknown}
+        sizes = _are_sizes(linears, 3) and _are_sizes(embeddings or {}, 2)
+        for right, problem in (
+            (
+                (format, version) == (FORMAT, VERSION) and bits != 8,
+                f"names {format!r}, version {version!r}, bits {bits!r}: this reads {FORMAT!r}, "
+                f"version {VERSION}, bits 16 and 4; unpack it with the langprune that wrote it",
+            ),
+            (fmt and group == fmt.group and not unknown, f"has {entries}: it is damaged"),
+            (sizes, "must give [out, in, kept] of `linears` and [rows, width] of `embeddings`"),
+        ):
+            if not right:
+                raise PackedError(f"quantization_config {problem}")
         self.quant_method, self.format, self.version = quant_method, format, version
         self.bits, self.group = bits, group
         self.embeddings = embeddings and {name: list(size) for name, size in embeddings.items()}
@@ -135,10 +130,8 @@ class PackedQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         """Every packed linear dense again, embedding and head too, in the dtype of the model."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, SparseLinear | PackedHead):
-                model.set_submodule(name, module.to_linear())
-            elif isinstance(module, PackedEmbedding):
-                model.set_submodule(name, module.to_embedding())
+            if isinstance(module, PackedModule):
+                model.set_submodule(name, module.to_dense())
         model.tie_weights()
         return model
 
@@ -282,9 +275,8 @@ def _are_sizes(sizes: object, length: int) -> bool:
     """Whether these are {name: [rows, columns, how many are kept]} with `length` numbers each."""
     return isinstance(sizes, dict) and all(
         isinstance(size, list | tuple)
-        and len(size) == length
-        and all(type(n) is int for n in size)
+        and [type(number) for number in size] == [int] * length
         and min(size[:2]) > 0
-        and all(0 <= n <= size[0] * size[1] for n in size[2:])
+        and 0 <= size[-1] <= size[0] * size[1]
         for size in sizes.values()
     )

@@ -111,8 +111,7 @@ class PackedEmbedding(PackedRows):
         order = torch.arange(len(flat), device=ids.device).view(ids.shape)
         return functional_call(self.template, {"weight": rows}, (order,))
 
-    def to_embedding(self) -> nn.Embedding:
-        """The dense embedding of the class that this one came from."""
+    def to_dense(self) -> nn.Embedding:
         embedding = copy.deepcopy(self.template)
         del embedding.weight
         embedding.padding_idx, embedding.num_embeddings = self.padding_idx, self.num_embeddings
@@ -134,7 +133,7 @@ class PackedHead(PackedRows):
         """x (..., width) -> (..., rows)."""
         if not self.checked:
             self.check()
-        return self.multiply(x, self.in_features, self.out_features)
+        return self.multiply(x)
 
     def _operands(self) -> tuple[Tensor, ...]:
         """Of a matrix that keeps every weight, so that all rows have one mask."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import PackedError
-from .layout import Packed, keep, only_kept, places, row_offsets, tiles
+from .layout import Packed, keep, kept_of, places, row_offsets, tiles
 
 SMALLEST = torch.finfo(torch.float32).tiny
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # shapes and dtypes, by name
@@ -85,9 +85,11 @@ class Values:
         index_dtype = torch.int32 if count + 8 * in_features < 2**31 else torch.int64
         for part in tiles(len(mask), in_features, mask.device):
             index = places(mask[part], offsets[part], index_dtype)
-            tile = self._take(weight, index.clamp_(max=count - 1))
-            tile = only_kept(tile, mask[part])[:, :in_features]
-            dense[part] = tile if scale is None else self._scaled(tile, scale[rows][part])
+            tile = self._take(weight, index.clamp_(max=count - 1)).view(len(mask[part]), -1)
+            tile = tile[:, :in_features].masked_fill_(~kept_of(mask[part], in_features), 0)
+            if scale is not None:
+                tile = tile.float().mul_(self.spread_scales(scale[rows][part], in_features))
+            dense[part] = tile
         return dense
 
     def problem(self, packed: Packed, in_features: int, nnz: int) -> str:
@@ -217,9 +219,6 @@ class Int4(Values):
         pairs = weight.index_select(0, index >> 1)
         codes = (pairs >> (index & 1).mul_(4).to(torch.uint8)) & 15
         return (codes ^ 8).view(torch.int8).sub_(8)
-
-    def _scaled(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return codes.float().mul_(self.spread_scales(scales, codes.shape[1]))
 
 
 class Q4_0(Int4):

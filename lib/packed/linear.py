@@ -60,40 +60,34 @@ class PackedModule(nn.Module):
             raise PackedError(f"{name}: packed {problem}: it is damaged; save or copy it again")
         self.checked = True
 
-    def multiply(self, x: Tensor, in_features: int, out_features: int) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        tokens = x.reshape(-1, in_features)  # what no kernel can do without
+        tokens = x.reshape(-1, self.in_features)  # what no kernel can do without
+        known = tokens.is_cpu and tokens.dtype in kernels.DTYPES and self.way != "dense"
         if not len(tokens):  # of an expert that nothing was sent to
-            y = tokens.new_empty(0, out_features)
-        elif (
-            self.way == "dense"
-            or not tokens.is_cpu
-            or tokens.dtype not in kernels.DTYPES
-            or not kernels.ready()
-        ):
-            y = self._by_dense_rows(tokens, out_features)
+            y = tokens.new_empty(0, self.out_features)
+        elif not known or not kernels.ready():
+            y = self._by_dense_rows(tokens)
+        elif self.way == "decoding":
+            parts = tokens.split(DECODED_TOKENS)
+            y = torch.cat([kernels.linear(part, *self._operands(), self.bias) for part in parts])
         else:
-            packed = *self._operands(), self.bias
-            if self.way == "decoding":
-                parts = tokens.split(DECODED_TOKENS)
-                y = torch.cat([kernels.linear(part, *packed) for part in parts])
-            else:
-                y = kernels.linear(tokens, *packed)
-        return y.view(*x.shape[:-1], out_features)
+            y = kernels.linear(tokens, *self._operands(), self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def _by_dense_rows(self, tokens: Tensor, out_features: int) -> Tensor:
-        step = out_features
+    def _by_dense_rows(self, tokens: Tensor) -> Tensor:
+        step = self.out_features
         if tokens.is_cpu and not torch.compiler.is_compiling():
-            step = max(1, TILE_WEIGHTS * torch.get_num_threads() // tokens.shape[1])
+            step = max(1, TILE_WEIGHTS * torch.get_num_threads() // self.in_features)
         products = []
-        for start in range(0, out_features, step):
-            part = slice(start, min(out_features, start + step))
+        for start in range(0, self.out_features, step):
+            part = slice(start, min(self.out_features, start + step))
             bias = None if self.bias is None else self.bias[part]
             products.append(F.linear(tokens, self._dense_rows(part, tokens.dtype), bias))
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
-    def to_linear(self) -> nn.Module:
-        """The dense linear of the class that this one came from."""
+    def to_dense(self) -> nn.Module:
+        """The dense module of the class that this one came from."""
         dense, kind = self.dense(), Conv1D if self.transposed else nn.Linear
         with torch.device("meta"):
             linear = kind(*(dense.shape if self.transposed else dense.T.shape))
@@ -128,17 +122,17 @@ class SparseLinear(PackedModule):
         self.transposed = isinstance(linear, Conv1D)
         self.out_features, self.in_features = weight.T.shape if self.transposed else weight.shape
         self.nnz, self.fmt = nnz, fmt
-        tensors = {
-            name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
-            for name, (shape, dtype) in fmt.tensors(
-                self.out_features, self.in_features, nnz
-            ).items()
-        }
-        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
-        self.register_buffer("mask", tensors["mask"])
-        self.register_buffer("scale", tensors.get("scale"))
-        offsets = torch.empty(self.out_features + 1, dtype=torch.int64, device=weight.device)
-        self.register_buffer("offsets", offsets, persistent=False)
+        tensors = fmt.tensors(self.out_features, self.in_features, nnz)
+        tensors |= {"offsets": ((self.out_features + 1,), torch.int64)}
+        for name in ("weight", "mask", "scale", "offsets"):
+            tensor = None
+            if name in tensors:
+                shape, dtype = tensors[name]
+                tensor = torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor, persistent=name != "offsets")
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), False)
         self.semi_structured: Tensor | None = None  # torch's tensor in place of the packed ones
@@ -186,11 +180,14 @@ class SparseLinear(PackedModule):
         """Hand the weight to torch's kernels where they take it; whether they did. Tried once."""
         if self.semi_structured is None and self.reason is None:
             self.reason = self._why_not_semi_structured()
-            if self.reason is None:
-                self.semi_structured = self._build()
-            if self.semi_structured is not None:
+            try:  # libraries and drivers raise exceptions of all classes, and none must end a run
+                tensor = None if self.reason else two_of_four(self.dense())
+            except Exception as error:
+                tensor, self.reason = None, f"cusparselt: {one_line(error)}"
+            if tensor is not None:
                 self._set_packed(Packed(self.mask.new_empty(0), self.weight.new_empty(0)))
                 self.offsets = self.offsets.new_empty(0)
+                self.semi_structured = tensor
         return self.semi_structured is not None
 
     def _why_not_semi_structured(self) -> str | None:
@@ -198,28 +195,14 @@ class SparseLinear(PackedModule):
         hooks = getattr(hook, "hooks", (hook,))
         if self.weight.is_meta or any(getattr(one, "offload", False) for one in hooks):
             return "the weights are offloaded"
-        if not self.weight.is_cuda:
-            return "torch's 2:4 kernels run on CUDA"
-        if self.weight.dtype not in (torch.float16, torch.bfloat16):  # float32 would become TF32
-            return "torch's 2:4 kernels compute in float16 and bfloat16"
-        if torch.cuda.get_device_capability(self.weight.device) < (8, 0):
-            return "this GPU has no 2:4 tensor cores"
-        if not torch.backends.cusparselt.is_available():
-            return "this torch comes without cuSPARSELt"
-        return None if is_two_of_four(self.mask) else "torch's kernels are for 2:4 alone"
-
-    def _build(self) -> Tensor | None:
-        """Torch's tensor, if it gives the same matrix back, bit by bit: it will be the one copy."""
-        dense, tensor = self.dense(), None
-        try:  # libraries and drivers raise exceptions of all classes, and none must end a run
-            with warnings.catch_warnings():  # torch calls the class a prototype, once
-                warnings.simplefilter("ignore", UserWarning)
-                tensor = torch.sparse.to_sparse_semi_structured(dense)
-            same = torch.equal(tensor.to_dense(), dense)
-            self.reason = "cusparselt" if same else "cusparselt: its results are wrong here"
-        except Exception as error:
-            same, self.reason = False, f"cusparselt: {one_line(error)}"
-        return tensor if same else None
+        fits = (
+            self.weight.is_cuda
+            and torch.cuda.get_device_capability(self.weight.device) >= (8, 0)
+            and self.weight.dtype in (torch.float16, torch.bfloat16)  # float32 would become TF32
+            and torch.backends.cusparselt.is_available()
+            and is_two_of_four(self.mask)
+        )
+        return None if fits else "torch's kernels are for 2:4 in 16 bits, on CUDA from Ampere on"
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -240,7 +223,7 @@ class SparseLinear(PackedModule):
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
-        return self.multiply(x, self.in_features, self.out_features)
+        return self.multiply(x)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -282,6 +265,17 @@ class SparseLinear(PackedModule):
             destination |= {prefix + "weight": packed.weight, prefix + "mask": packed.mask}
 
 
+def two_of_four(dense: Tensor) -> Tensor:
+    """Torch's own tensor of a 2:4 matrix (out, in) on CUDA, which has to give the same one back,
+    bit by bit: it will be the one copy in memory."""
+    with warnings.catch_warnings():  # torch calls the class a prototype, once
+        warnings.simplefilter("ignore", UserWarning)
+        tensor = torch.sparse.to_sparse_semi_structured(dense)
+    if not torch.equal(tensor.to_dense(), dense):
+        raise ArithmeticError("its results are wrong here")
+    return tensor
+
+
 @contextmanager
 def multiplying(model: nn.Module, way: str) -> Iterator[None]:
     """Inside, all packed modules of a model multiply in one way; see `PackedModule.way`."""
@@ -297,7 +291,6 @@ def multiplying(model: nn.Module, way: str) -> Iterator[None]:
 
 def semi_structured_bytes(model: nn.Module) -> int:
     """Bytes that torch's 2:4 tensors hold: neither parameters nor buffers of the model."""
-    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    tensors = [linear.semi_structured for linear in linears if linear.semi_structured is not None]
-    parts = [part for tensor in tensors for part in (tensor.packed, tensor.meta)]
+    tensors = [getattr(module, "semi_structured", None) for module in model.modules()]
+    parts = [part for one in tensors if one is not None for part in (one.packed, one.meta)]
     return sum(part.nbytes for part in parts if part is not None)

@@ -1,8 +1,5 @@
 """Quantise what a model keeps to integers that it will be packed as, or that llama.cpp runs.
 
-    python main.py --model MODEL --prune_method admm --replace_sparse_layers --pack_bits 4 ...
-    python main.py --model MODEL --quantize q4_0 ...
-
 One more pass over the blocks with calibration text: each linear receives what the quantised blocks
 before it give, and aims at what the model computes without them (lib/methods/gptq.py). Quantised
 are the linears that lib/sparse.py packs, or all whose rows are whole blocks of q4_0; zeros stay

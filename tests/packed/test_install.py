@@ -128,7 +128,9 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
     assert outside([command, "nosuch"], installed, tmp_path).returncode == 2
 
 
-def test_requirements_are_those_of_the_package() -> None:
+def test_requirements_and_version_stand_alike_wherever_they_stand() -> None:
     extra = PROJECT["project"]["optional-dependencies"]["test"]
     listed = (ROOT / "requirements.txt").read_text("utf-8").split()
     assert sorted(listed) == sorted(PROJECT["project"]["dependencies"] + extra)
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {PROJECT['project']['version']}\n" in citation

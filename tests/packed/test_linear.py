@@ -61,7 +61,7 @@ def test_linear_equals_dense(dtype, bias, columns, bits, monkeypatch):
     torch.testing.assert_close(packed(x), dense(x))
     mixed = torch.randn(5, 2, columns).to(dtype).transpose(0, 1)  # no view makes rows of it
     torch.testing.assert_close(packed(mixed), dense(mixed))
-    assert torch.equal(packed.to_linear().weight, dense.weight)
+    assert torch.equal(packed.to_dense().weight, dense.weight)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -113,7 +113,7 @@ def test_torchs_own_tensor_takes_the_place_of_the_packed_ones(monkeypatch):
     assert saved.keys() == before.keys() and all(torch.equal(saved[k], before[k]) for k in before)
     packed.to("cpu")  # any move
     assert packed.semi_structured is None and torch.equal(packed.weight, before["weight"])
-    assert torch.equal(packed.to_linear().weight, dense.weight)
+    assert torch.equal(packed.to_dense().weight, dense.weight)
 
 
 @pytest.mark.parametrize("bits", BITS)
