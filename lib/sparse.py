@@ -1,11 +1,5 @@
 """Swaps the linears of a pruned model for packed ones, which save and load packed.
 
-    figures = pack_(runner, FORMATS[4], window)          # after pruning, of any pattern
-    model.save_pretrained(folder)                        # writes the packed checkpoint
-
-    import lib.packed                                    # registers the format with transformers
-    model = AutoModelForCausalLM.from_pretrained(folder)
-
 What is stored is described in lib/packed/formats.py, the module in lib/packed/linear.py.
 """
 
@@ -41,10 +35,8 @@ FORWARDS = nn.Linear.forward, Conv1D.forward
 
 
 def check_packable(skeleton: PreTrainedModel, blocks_name: str, bits: int) -> None:
-    """Raise UserError if no linear of a model's blocks is of a class that can be packed.
-
-    The skeleton's weights may be on the meta device.
-    """
+    """Raise UserError if no linear of the blocks of a model, which may be on the meta device, is of
+    a class that can be packed."""
     modules = skeleton.get_submodule(blocks_name).modules()
     classes = {type(module) for module in modules if isinstance(module, nn.Linear | Conv1D)}
     if not any(cls.forward in FORWARDS for cls in classes):
@@ -236,51 +228,33 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
 def _path(module: SparseLinear, target: torch.device) -> str:
     """Return how a packed linear runs on a device."""
     if target.type == "cpu":
-        if module.dtype not in kernels.DTYPES:
-            why = f"{module.dtype}: the kernels are for 32 and 16 bits"
-        elif kernels.ready():
-            return "by the kernels for packed weights"
-        else:
-            built = kernels.supported()
-            why = "the kernels could not be built" if built else "no kernels for this processor"
-    else:
-        why = module.why_not_semi_structured(target)
-        if why is None and target == module.weight.device:
-            why = None if module.use_semi_structured_() else module.reason
-        if why is None:
-            return "on torch's 2:4 kernels"
-    return f"unpacked at each forward ({why})"
+        by_kernels = module.dtype in kernels.DTYPES and kernels.ready()
+        return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"
+    if module.use_semi_structured_():
+        return "on torch's 2:4 kernels"
+    return f"unpacked at each forward ({module.reason})"
 
 
 def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear | str:
-    """Pack a linear, or return why it stays dense. Raises UserError if a weight is off by more than
-    half a step of its grid, or at all where its scales are given."""
+    """Pack a linear, or return why it stays dense. Raises UserError if what is packed is not its
+    weight on the grid nearest to it, or its very weight where its scales are given."""
     if isinstance(linear, SparseLinear):
         if linear.fmt.bits <= fmt.bits:
             return linear
-        linear, scales = linear.to_linear(), None
+        linear, scales = linear.to_dense(), None
     elif why := _why_not_packed(linear):
         return why
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
         raise UserError(f"--pack_bits {fmt.bits}: {name}: {error}") from None
-    if isinstance(fmt, Int4) and not _is_what_was_packed(sparse, linear, exact=scales is not None):
-        raise UserError(
-            f"--pack_bits {fmt.bits}: {name} is not what was packed; run without the flag"
-        )
+    if isinstance(fmt, Int4):
+        weight = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).float()
+        expected = fmt.round_to(weight, sparse.scale) if scales is None else weight
+        if not torch.equal(sparse.dense(torch.float32), expected):
+            flag = f"--pack_bits {fmt.bits}"
+            raise UserError(f"{flag}: {name} is not what was packed; run without the flag")
     return sparse
-
-
-def _is_what_was_packed(sparse: SparseLinear, linear: nn.Module, exact: bool) -> bool:
-    """Return whether each weight is off by half a step at most, or clipped to the grid's end."""
-    weight, dense = linear.weight.detach(), sparse.dense(torch.float32)
-    weight = (weight.T if isinstance(linear, Conv1D) else weight).float()
-    if exact:
-        return torch.equal(dense, weight)
-    step = sparse.fmt.spread_scales(sparse.scale, sparse.in_features)
-    clipped = weight.clamp(sparse.fmt.lowest * step, sparse.fmt.highest * step)
-    return bool(((dense - clipped).abs_() <= 0.501 * step).all())
 
 
 def _why_not_packed(linear: nn.Module) -> str:

@@ -18,7 +18,6 @@ three steps.
     (coordinate descent). The mask is exact here, which it is not in step 2.
 
 Linears that share the input are solved side by side, transposed to (in, out).
-Run: `python main.py --model MODEL --prune_method admm --replace_sparse_layers --pack_bits 4`.
 """
 
 from __future__ import annotations

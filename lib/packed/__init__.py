@@ -9,20 +9,9 @@ It needs torch, transformers and safetensors, and nothing else of the project th
 The format, the paths and the kernels are described in README.md beside this file.
 """
 
-from .checkpoint import PackedConfig, PackedQuantizer, card_lines, mark_packed_
+from .checkpoint import card_lines
 from .errors import PackedError, PackedWarning
 from .formats import FORMATS
-from .layout import Packed
 from .linear import SparseLinear
 
-__all__ = [
-    "FORMATS",
-    "Packed",
-    "PackedConfig",
-    "PackedError",
-    "PackedQuantizer",
-    "PackedWarning",
-    "SparseLinear",
-    "card_lines",
-    "mark_packed_",
-]
+__all__ = ["FORMATS", "PackedError", "PackedWarning", "SparseLinear", "card_lines"]

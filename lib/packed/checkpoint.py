@@ -1,9 +1,8 @@
 """The packed form as a format of transformers: configuration, loading and saving.
 
 Sharding, `device_map`, dtypes and safetensors stay transformers' work. Before any weight is read
-the linears named in the configuration become empty `SparseLinear`s on the meta device, and the
-headers of all files are compared with them; so the dense model never exists, and a damaged file
-costs no memory.
+the linears that the configuration names become empty `SparseLinear`s on the meta device, and the
+headers of all files are compared with them: a damaged file costs no memory.
 """
 
 from __future__ import annotations
@@ -38,9 +37,6 @@ VERSION = 2
 # printed by a transformers that doesn't know the format: "Unknown quantization type, got ..."
 METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
 CARD_HEADING = "## Packed weights"  # of the card's section on the packed form
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.float16: "F16"}
-NAMES |= {torch.float32: "F32", torch.float64: "F64"}  # of dtypes in headers of files
 OTHER = "the file is damaged or belongs to another checkpoint"
 
 
@@ -64,21 +60,19 @@ class PackedConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         fmt = FORMATS.get(bits) if type(bits) is int else None
-        for wrong, what in (
+        entries = {"bits": bits, "group": group, **unknown}
+        sizes = _are_sizes(linears, 3) and _are_sizes(embeddings or {}, 2)
+        for right, problem in (
             (
-                format != FORMAT or version != VERSION,
-                f"names format {format!r}, version {version!r}: this code reads {FORMAT!r}, "
-                f"version {VERSION}; update it",
+                (format, version) == (FORMAT, VERSION) and bits != 8,
+                f"names {format!r}, version {version!r}, bits {bits!r}: this reads {FORMAT!r}, "
+                f"version {VERSION}, bits 16 and 4; unpack it with the langprune that wrote it",
             ),
-            (bits == 8, "`bits` is 8, which only langprune 0.1 reads; unpack it there"),
-            (unknown, f"has unknown entries {sorted(unknown)}"),
-            (not fmt, f"`bits` is {bits!r}, not 4 or 16"),
-            (fmt and group != fmt.group, f"`group` is {group!r}, not {fmt and fmt.group}"),
-            (not _are_sizes(linears, 3), "`linears` must give [out, in, kept] for each of them"),
-            (not _are_sizes(embeddings or {}, 2), "`embeddings` must give [rows, width] for each"),
+            (fmt and group == fmt.group and not unknown, f"has {entries}: it is damaged"),
+            (sizes, "must give [out, in, kept] of `linears` and [rows, width] of `embeddings`"),
         ):
-            if wrong:
-                raise PackedError(f"quantization_config: {what}; or save the model again")
+            if not right:
+                raise PackedError(f"quantization_config {problem}")
         self.quant_method, self.format, self.version = quant_method, format, version
         self.bits, self.group = bits, group
         self.embeddings = embeddings and {name: list(size) for name, size in embeddings.items()}
@@ -100,21 +94,15 @@ class PackedQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         config, self.loads = self.quantization_config, True
-        for name, (out_features, in_features, nnz) in config.linears.items():
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            sparse = None
+        modules = dict(model.named_modules())
+        for name, (*size, nnz) in config.linears.items():
+            linear, sparse = modules.get(name), None
             if isinstance(linear, nn.Linear | Conv1D):
                 sparse = SparseLinear(linear, nnz, FORMATS[config.bits])
-            if not sparse or (sparse.out_features, sparse.in_features) != (
-                out_features,
-                in_features,
-            ):
+            if not sparse or [sparse.out_features, sparse.in_features] != size:
                 raise PackedError(
-                    f"quantization_config names {name}, {out_features} x {in_features}, which is "
-                    f"no such linear of {type(model).__name__}; config.json belongs to another model"
+                    f"quantization_config: {name} of {size} is no linear of this "
+                    f"{type(model).__name__}; config.json belongs to another model"
                 )
             model.set_submodule(name, sparse)
         if config.embeddings:
@@ -142,10 +130,8 @@ class PackedQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> nn.Module:
         """Every packed linear dense again, embedding and head too, in the dtype of the model."""
         for name, module in list(model.named_modules()):
-            if isinstance(module, SparseLinear | PackedHead):
-                model.set_submodule(name, module.to_linear())
-            elif isinstance(module, PackedEmbedding):
-                model.set_submodule(name, module.to_embedding())
+            if isinstance(module, PackedModule):
+                model.set_submodule(name, module.to_dense())
         model.tie_weights()
         return model
 
@@ -165,19 +151,12 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-def register() -> None:
-    """Make the format known to transformers.
-
-    This package can be imported under two names, installed and as a part of a larger project. Each
-    import registers its own classes, and those of the last one are used.
-    """
-    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-    AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-    register_quantization_config(METHOD)(PackedConfig)
-    register_quantizer(METHOD)(PackedQuantizer)
-
-
-register()
+# This package can be imported under two names, installed and as a part of a larger project. Each
+# import registers its own classes, and those of the last one are used.
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+register_quantization_config(METHOD)(PackedConfig)
+register_quantizer(METHOD)(PackedQuantizer)
 
 
 def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
@@ -197,19 +176,21 @@ def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
             raise PackedError(f"{file}: only safetensors files are read; save the model again")
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in wanted.keys() & set(tensors.keys()):
+                for key in sorted(wanted.keys() & set(tensors.keys())):
                     file_of[key] = file
                     header, (shape, dtype) = tensors.get_slice(key), wanted[key]
-                    kinds = [NAMES[one] for one in ((dtype,) if dtype else FLOATS)]
-                    found = f"{header.get_dtype()} {tuple(header.get_shape())}"
-                    if found not in [f"{kind} {shape}" for kind in kinds]:
-                        right = f"{' or '.join(kinds)} {shape}"
-                        raise PackedError(f"{file}: {key} is {found}, not {right}; {OTHER}")
+                    found = tuple(header.get_shape())
+                    if found != shape:
+                        raise PackedError(f"{file}: {key} is {found}, not {shape}; {OTHER}")
+                    kind = header[:0].dtype
+                    if kind != dtype if dtype else not kind.is_floating_point:
+                        right = dtype or "floating point"
+                        raise PackedError(f"{file}: {key} is {kind}, not {right}; {OTHER}")
         except SafetensorError as error:
             raise PackedError(f"{file}: cut short or damaged ({error}); copy it again") from None
     missing = sorted(wanted.keys() - file_of.keys())
     if missing:
-        raise PackedError(f"the checkpoint lacks {missing[0]}; {OTHER}")
+        raise PackedError(f"the checkpoint lacks {missing[0]}: a file is damaged or of another one")
     return file_of
 
 
@@ -218,13 +199,11 @@ def mark_packed_(model: PreTrainedModel) -> None:
     packed = {n: m for n, m in model.named_modules() if isinstance(m, SparseLinear)}
     (bits,) = {module.fmt.bits for module in packed.values()}
     linears = {n: [m.out_features, m.in_features, m.nnz] for n, m in packed.items()}
-    embeddings = {
-        name: list(module.weight.shape)
-        for name, module in model.named_modules()
-        if isinstance(module, PackedRows) and not module.tied
-    }
-    config = PackedConfig(linears, bits, FORMATS[bits].group, embeddings or None)
-    quantizer = PackedQuantizer(config)
+    rows = {n: m for n, m in model.named_modules() if isinstance(m, PackedRows) and not m.tied}
+    embeddings = {name: list(module.weight.shape) for name, module in rows.items()}
+    quantizer = PackedQuantizer(
+        PackedConfig(linears, bits, FORMATS[bits].group, embeddings or None)
+    )
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = METHOD
     quantizer.postprocess_model(model)
@@ -296,9 +275,8 @@ def _are_sizes(sizes: object, length: int) -> bool:
     """Whether these are {name: [rows, columns, how many are kept]} with `length` numbers each."""
     return isinstance(sizes, dict) and all(
         isinstance(size, list | tuple)
-        and len(size) == length
-        and all(type(n) is int for n in size)
+        and [type(number) for number in size] == [int] * length
         and min(size[:2]) > 0
-        and all(0 <= n <= size[0] * size[1] for n in size[2:])
+        and 0 <= size[-1] <= size[0] * size[1]
         for size in sizes.values()
     )

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import PackedError
-from .formats import FORMATS, SMALLEST
+from .formats import FORMATS, SMALLEST, check_finite
 from .layout import tiles
 from .linear import PackedModule
 
@@ -25,8 +24,7 @@ def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     A row's scale is its largest weight over 127. PackedError where the matrix holds nan or inf.
     """
-    if not bool(matrix.isfinite().all()):
-        raise PackedError("8 bits: a weight is nan or inf, which integers can't hold")
+    check_finite(matrix, 8)
     codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
     scales = matrix.new_empty(len(matrix), dtype=torch.float32)
     for part in tiles(*matrix.shape, matrix.device):
@@ -113,8 +111,7 @@ class PackedEmbedding(PackedRows):
         order = torch.arange(len(flat), device=ids.device).view(ids.shape)
         return functional_call(self.template, {"weight": rows}, (order,))
 
-    def to_embedding(self) -> nn.Embedding:
-        """The dense embedding of the class that this one came from."""
+    def to_dense(self) -> nn.Embedding:
         embedding = copy.deepcopy(self.template)
         del embedding.weight
         embedding.padding_idx, embedding.num_embeddings = self.padding_idx, self.num_embeddings
@@ -136,11 +133,7 @@ class PackedHead(PackedRows):
         """x (..., width) -> (..., rows)."""
         if not self.checked:
             self.check()
-        return self.multiply(x, self.in_features, self.out_features)
-
-    def to_linear(self) -> nn.Module:
-        """The dense head."""
-        return self._as_linear(self.dense())
+        return self.multiply(x)
 
     def _operands(self) -> tuple[Tensor, ...]:
         """Of a matrix that keeps every weight, so that all rows have one mask."""

@@ -21,13 +21,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import PackedError
-from .layout import Packed, keep, only_kept, places, row_offsets, tiles
+from .layout import Packed, keep, kept_of, places, row_offsets, tiles
 
 SMALLEST = torch.finfo(torch.float32).tiny
+Tensors = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # shapes and dtypes, by name
+
 DROPPED_BITS = 19  # of a float32: with these zero, five significant bits are left
 TO_TOP = 13  # such steps lead from a twelfth of a number to what rounds to an eighth of it
 LARGEST = 2.0**12  # eight times this is a float16 number
 CANDIDATES = 28  # steps of five significant bits that lead from any number to its threefold
+
+
+def check_finite(matrix: Tensor, bits: int) -> None:
+    """PackedError where a matrix holds what no integer stands for."""
+    if not bool(matrix.isfinite().all()):
+        raise PackedError(f"{bits} bits: a weight is nan or inf, which integers can't hold")
 
 
 class Values:
@@ -37,9 +45,7 @@ class Values:
     group: int | None = None  # inputs that share a scale
     stored: torch.dtype | None = None  # of `weight`; None: the matrix's own
 
-    def tensors(
-        self, out_features: int, in_features: int, nnz: int
-    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         """Shapes and dtypes (None: the model's own) of a packed matrix with `nnz` kept weights."""
         mask = (out_features, (in_features + 7) // 8)
         return {"mask": (mask, torch.uint8), "weight": ((nnz,), None)}
@@ -79,9 +85,11 @@ class Values:
         index_dtype = torch.int32 if count + 8 * in_features < 2**31 else torch.int64
         for part in tiles(len(mask), in_features, mask.device):
             index = places(mask[part], offsets[part], index_dtype)
-            tile = self._take(weight, index.clamp_(max=count - 1))
-            tile = only_kept(tile, mask[part])[:, :in_features]
-            dense[part] = tile if scale is None else self._scaled(tile, scale[rows][part])
+            tile = self._take(weight, index.clamp_(max=count - 1)).view(len(mask[part]), -1)
+            tile = tile[:, :in_features].masked_fill_(~kept_of(mask[part], in_features), 0)
+            if scale is not None:
+                tile = tile.float().mul_(self.spread_scales(scale[rows][part], in_features))
+            dense[part] = tile
         return dense
 
     def problem(self, packed: Packed, in_features: int, nnz: int) -> str:
@@ -105,9 +113,7 @@ class Int4(Values):
     stored = torch.uint8
     lowest, highest = -8, 7
 
-    def tensors(
-        self, out_features: int, in_features: int, nnz: int
-    ) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         return super().tensors(out_features, in_features, nnz) | {
             "weight": (((nnz + 1) // 2,), torch.uint8),
             "scale": ((out_features, self.n_groups(in_features)), torch.bfloat16),
@@ -132,7 +138,7 @@ class Int4(Values):
         """
         if mask is not None:
             matrix = matrix.masked_fill(mask, 0)
-        self._check_finite(matrix)
+        check_finite(matrix, 4)
         rows, width = matrix.shape
         scales = matrix.new_empty(rows, self.n_groups(width), dtype=torch.bfloat16)
         if costs is not None:
@@ -144,7 +150,7 @@ class Int4(Values):
 
     def codes(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """The integers, int8 (out, in), that are nearest to a matrix on the grid of `scales`."""
-        self._check_finite(matrix)
+        check_finite(matrix, 4)
         codes = matrix.new_empty(matrix.shape, dtype=torch.int8)
         for part in tiles(*matrix.shape, matrix.device):
             steps = self.spread_scales(scales[part], matrix.shape[1])
@@ -209,17 +215,10 @@ class Int4(Values):
             least = torch.where(better, error, least)
         return best
 
-    def _check_finite(self, matrix: Tensor) -> None:
-        if not bool(matrix.isfinite().all()):
-            raise PackedError("4 bits: a weight is nan or inf, which integers can't hold")
-
     def _take(self, weight: Tensor, index: Tensor) -> Tensor:
         pairs = weight.index_select(0, index >> 1)
         codes = (pairs >> (index & 1).mul_(4).to(torch.uint8)) & 15
         return (codes ^ 8).view(torch.int8).sub_(8)
-
-    def _scaled(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return codes.float().mul_(self.spread_scales(scales, codes.shape[1]))
 
 
 class Q4_0(Int4):
@@ -248,7 +247,7 @@ class Q4_0(Int4):
 
         A block that has moved away from its scale since this was fitted gets the nearest one.
         """
-        self._check_finite(matrix)
+        check_finite(matrix, 4)
         rounded = matrix.new_empty(matrix.shape, dtype=torch.float32)
         for part in tiles(*matrix.shape, matrix.device):
             blocks = matrix[part].float().reshape(-1, self.group)

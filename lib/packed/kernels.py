@@ -102,27 +102,21 @@ def _load_or_build() -> None:
 
     print("building the kernels of packed linears, once (up to a minute)", file=sys.stderr)
     # with ninja of a virtual environment that is not activated
-    os.environ["PATH"] = (
-        f"{os.environ.get('PATH', '')}{os.pathsep}{os.path.dirname(sys.executable)}"
+    os.environ["PATH"] = os.pathsep.join(
+        [os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
     )
     # not for the linker: torch has its OpenMP loaded; Apple's compiler has none
     flags = ["-O2", *([] if sys.platform == "darwin" else ["-fopenmp"])]
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as work:
-        load(
-            library.stem,
-            str(SOURCE),
-            extra_cflags=flags,
-            build_directory=work,
-            is_python_module=False,
-        )
+        options = {"extra_cflags": flags, "build_directory": work, "is_python_module": False}
+        load(library.stem, str(SOURCE), **options)
         os.replace(Path(work, library.name), library)
 
 
 def _compiler_error(error: Exception) -> str:
     """What is wrong, in one line, of a compiler's output without its command."""
-    if not str(error).startswith("Error building extension"):
-        return one_line(error)
     lines = [line.strip() for line in str(error).splitlines()[1:]]
     lines = [line for line in lines if "error:" in line or "not found" in line]
-    line = lines[0] if lines else "the compiler failed"
-    return f"{line}; install a C++ compiler (g++)" if "not found" in line else line
+    if not str(error).startswith("Error building extension") or not lines:
+        return one_line(error)
+    return f"{lines[0]}; install a C++ compiler (g++)" if "not found" in lines[0] else lines[0]

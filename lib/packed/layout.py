@@ -20,7 +20,6 @@ from torch import Tensor
 TILE_WEIGHTS = 2**18  # per thread: the scratch tensors of a tile then stay in a CPU's cache
 LARGE_TILE = 2**24  # where launches cost more
 TO_TOP_BYTE = 0x0102040810204080  # times eight bytes of 0 or 1: these bits, side by side at the top
-BY_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # of a weight, in bytes
 
 _bits = torch.arange(256)[:, None] >> torch.arange(8) & 1  # (256, 8), of every byte
 BITS = _bits.byte().view(torch.int64).squeeze(1)  # byte -> eight bytes of 0 or 1, as one integer
@@ -65,15 +64,6 @@ def places(mask: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
     begin += offsets[:, None].to(dtype)
     before = _look_up(PREFIX_POPCOUNT, mask).view(torch.uint8).view(*begin.shape, 8)
     return (begin.unsqueeze(-1) + before).flatten()
-
-
-def only_kept(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` for every bit of a mask -> (rows, bits), zero where the bit is not set."""
-    integers = BY_SIZE[values.element_size()]
-    # all ones where kept: nan and inf of a neighbour must not come through
-    kept = _look_up(BITS, mask).view(torch.uint8).to(integers).neg_()
-    values = values.view(integers).bitwise_and_(kept.flatten()).view(values.dtype)
-    return values.view(len(mask), -1)
 
 
 def row_offsets(mask: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Anything else unpacks the one weight it needs at every forward.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from . import cuda, kernels
-from .errors import PackedError
+from . import kernels
+from .errors import PackedError, one_line
 from .formats import FORMATS, Values
 from .layout import Packed, is_two_of_four, row_offsets
 
@@ -31,6 +32,7 @@ class PackedModule(nn.Module):
     A cast is for what comes out; scales keep their dtype.
     """
 
+    transposed = False  # whether the dense checkpoint keeps it (in, out)
     way = ""  # to multiply: "dense", by the dense weight; "decoding", some tokens at a time
     source = ""  # name and file, for messages
     checked = False  # whether the tensors were found to be what they have to be
@@ -58,48 +60,39 @@ class PackedModule(nn.Module):
             raise PackedError(f"{name}: packed {problem}: it is damaged; save or copy it again")
         self.checked = True
 
-    def multiply(self, x: Tensor, in_features: int, out_features: int) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        tokens = x.reshape(-1, in_features)  # what no kernel can do without
+        tokens = x.reshape(-1, self.in_features)  # what no kernel can do without
+        known = tokens.is_cpu and tokens.dtype in kernels.DTYPES and self.way != "dense"
         if not len(tokens):  # of an expert that nothing was sent to
-            y = tokens.new_empty(0, out_features)
-        elif (
-            self.way == "dense"
-            or not tokens.is_cpu
-            or tokens.dtype not in kernels.DTYPES
-            or not kernels.ready()
-        ):
-            y = self._by_dense_rows(tokens, out_features)
+            y = tokens.new_empty(0, self.out_features)
+        elif not known or not kernels.ready():
+            y = self._by_dense_rows(tokens)
+        elif self.way == "decoding":
+            parts = tokens.split(DECODED_TOKENS)
+            y = torch.cat([kernels.linear(part, *self._operands(), self.bias) for part in parts])
         else:
-            packed = *self._operands(), self.bias
-            if self.way == "decoding":
-                parts = tokens.split(DECODED_TOKENS)
-                y = torch.cat([kernels.linear(part, *packed) for part in parts])
-            else:
-                y = kernels.linear(tokens, *packed)
-        return y.view(*x.shape[:-1], out_features)
+            y = kernels.linear(tokens, *self._operands(), self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
-    def _by_dense_rows(self, tokens: Tensor, out_features: int) -> Tensor:
-        step = out_features
+    def _by_dense_rows(self, tokens: Tensor) -> Tensor:
+        step = self.out_features
         if tokens.is_cpu and not torch.compiler.is_compiling():
-            step = max(1, TILE_WEIGHTS * torch.get_num_threads() // tokens.shape[1])
+            step = max(1, TILE_WEIGHTS * torch.get_num_threads() // self.in_features)
         products = []
-        for start in range(0, out_features, step):
-            part = slice(start, min(out_features, start + step))
+        for start in range(0, self.out_features, step):
+            part = slice(start, min(self.out_features, start + step))
             bias = None if self.bias is None else self.bias[part]
             products.append(F.linear(tokens, self._dense_rows(part, tokens.dtype), bias))
         return products[0] if len(products) == 1 else torch.cat(products, 1)
 
-    def _as_linear(self, weight: Tensor, cls: type[nn.Module] = nn.Linear) -> nn.Module:
-        """A dense linear with a weight of that class's order, and this one's bias."""
+    def to_dense(self) -> nn.Module:
+        """The dense module of the class that this one came from."""
+        dense, kind = self.dense(), Conv1D if self.transposed else nn.Linear
         with torch.device("meta"):
-            if cls is Conv1D:
-                linear = Conv1D(*reversed(weight.shape))
-            else:
-                linear = nn.Linear(*reversed(weight.shape), bias=self.bias is not None)
-        linear.weight = nn.Parameter(weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach())
+            linear = kind(*(dense.shape if self.transposed else dense.T.shape))
+        linear.weight = nn.Parameter(dense.T.contiguous() if self.transposed else dense)
+        linear.bias = None if self.bias is None else nn.Parameter(self.bias.detach())
         return linear
 
     def _apply(self, fn, recurse=True):
@@ -126,20 +119,20 @@ class SparseLinear(PackedModule):
         """
         weight = linear.weight
         super().__init__(weight.dtype)
-        self.transposed = isinstance(linear, Conv1D)  # the dense checkpoint keeps it (in, out)
+        self.transposed = isinstance(linear, Conv1D)
         self.out_features, self.in_features = weight.T.shape if self.transposed else weight.shape
         self.nnz, self.fmt = nnz, fmt
-        tensors = {
-            name: torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
-            for name, (shape, dtype) in fmt.tensors(
-                self.out_features, self.in_features, nnz
-            ).items()
-        }
-        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
-        self.register_buffer("mask", tensors["mask"])
-        self.register_buffer("scale", tensors.get("scale"))
-        offsets = torch.empty(self.out_features + 1, dtype=torch.int64, device=weight.device)
-        self.register_buffer("offsets", offsets, persistent=False)
+        tensors = fmt.tensors(self.out_features, self.in_features, nnz)
+        tensors |= {"offsets": ((self.out_features + 1,), torch.int64)}
+        for name in ("weight", "mask", "scale", "offsets"):
+            tensor = None
+            if name in tensors:
+                shape, dtype = tensors[name]
+                tensor = torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+            if name == "weight":
+                self.weight = nn.Parameter(tensor, requires_grad=False)
+            else:
+                self.register_buffer(name, tensor, persistent=name != "offsets")
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), False)
         self.semi_structured: Tensor | None = None  # torch's tensor in place of the packed ones
@@ -159,13 +152,6 @@ class SparseLinear(PackedModule):
             sparse.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return sparse
 
-    def to_linear(self) -> nn.Module:
-        """The dense linear of the class that this one came from."""
-        dense = self.dense()
-        if self.transposed:
-            return self._as_linear(dense.T.contiguous(), Conv1D)
-        return self._as_linear(dense)
-
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), in `dtype` or the linear's own."""
         dtype = dtype or self.dtype
@@ -181,9 +167,9 @@ class SparseLinear(PackedModule):
     @property
     def packed(self) -> Packed:
         """The packed tensors; packed again where torch's tensor stands in their place."""
-        if self.semi_structured is not None:
-            return self.fmt.encode(self.semi_structured.to_dense())
-        return Packed(self.mask, self.weight, self.scale)
+        if self.semi_structured is None:
+            return Packed(self.mask, self.weight, self.scale)
+        return self.fmt.encode(self.semi_structured.to_dense())
 
     def count_rows_(self) -> None:
         """Set `offsets` by the mask."""
@@ -193,23 +179,30 @@ class SparseLinear(PackedModule):
     def use_semi_structured_(self) -> bool:
         """Hand the weight to torch's kernels where they take it; whether they did. Tried once."""
         if self.semi_structured is None and self.reason is None:
-            offloaded = "the weights are offloaded" if self._offloaded else None
-            self.reason = offloaded or self.why_not_semi_structured(self.weight.device)
-            if self.reason is None:
-                self.semi_structured, self.reason = cuda.build(self.dense())
-            if self.semi_structured is not None:
+            self.reason = self._why_not_semi_structured()
+            try:  # libraries and drivers raise exceptions of all classes, and none must end a run
+                tensor = None if self.reason else two_of_four(self.dense())
+            except Exception as error:
+                tensor, self.reason = None, f"cusparselt: {one_line(error)}"
+            if tensor is not None:
                 self._set_packed(Packed(self.mask.new_empty(0), self.weight.new_empty(0)))
                 self.offsets = self.offsets.new_empty(0)
+                self.semi_structured = tensor
         return self.semi_structured is not None
 
-    def why_not_semi_structured(self, device: torch.device) -> str | None:
-        """Why torch's kernels would not take the weight on `device`; None where they may."""
-        if self.semi_structured is None and device.type == "cuda":
-            if self.fmt.stored:
-                return f"torch's kernels read no {self.fmt.bits}-bit values"
-            if not self.mask.is_meta and not is_two_of_four(self.mask):
-                return "torch's kernels are for 2:4 alone"
-        return cuda.why_not(self.dtype, device)
+    def _why_not_semi_structured(self) -> str | None:
+        hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
+        hooks = getattr(hook, "hooks", (hook,))
+        if self.weight.is_meta or any(getattr(one, "offload", False) for one in hooks):
+            return "the weights are offloaded"
+        fits = (
+            self.weight.is_cuda
+            and torch.cuda.get_device_capability(self.weight.device) >= (8, 0)
+            and self.weight.dtype in (torch.float16, torch.bfloat16)  # float32 would become TF32
+            and torch.backends.cusparselt.is_available()
+            and is_two_of_four(self.mask)
+        )
+        return None if fits else "torch's kernels are for 2:4 in 16 bits, on CUDA from Ampere on"
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -218,11 +211,8 @@ class SparseLinear(PackedModule):
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
                 "dense model that `model.dequantize()` gives"
             )
-        if self.semi_structured is not None or (
-            self.way != "dense"
-            and not torch.compiler.is_compiling()
-            and self.use_semi_structured_()
-        ):
+        own = self.way != "dense" and not torch.compiler.is_compiling()
+        if self.semi_structured is not None or own and self.use_semi_structured_():
             tokens = x.reshape(-1, self.in_features)
             if len(tokens):  # of older torch, a transpose
                 y = F.linear(tokens, self.semi_structured, self.bias).contiguous()
@@ -233,7 +223,7 @@ class SparseLinear(PackedModule):
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
-        return self.multiply(x, self.in_features, self.out_features)
+        return self.multiply(x)
 
     def extra_repr(self) -> str:
         size = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -246,14 +236,7 @@ class SparseLinear(PackedModule):
         return self.mask, self.weight, self.offsets, self.scale
 
     def _dense_rows(self, part: slice, dtype: torch.dtype) -> Tensor:
-        packed = Packed(self.mask, self.weight, self.scale)
-        return self.fmt.decode(packed, self.in_features, self.offsets, dtype, part)
-
-    @property
-    def _offloaded(self) -> bool:
-        hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
-        parts = getattr(hook, "hooks", (hook,))
-        return self.weight.is_meta or any(getattr(part, "offload", False) for part in parts)
+        return self.fmt.decode(self.packed, self.in_features, self.offsets, dtype, part)
 
     def _set_packed(self, packed: Packed) -> None:
         self.mask, self.scale = packed.mask, packed.scale
@@ -282,6 +265,17 @@ class SparseLinear(PackedModule):
             destination |= {prefix + "weight": packed.weight, prefix + "mask": packed.mask}
 
 
+def two_of_four(dense: Tensor) -> Tensor:
+    """Torch's own tensor of a 2:4 matrix (out, in) on CUDA, which has to give the same one back,
+    bit by bit: it will be the one copy in memory."""
+    with warnings.catch_warnings():  # torch calls the class a prototype, once
+        warnings.simplefilter("ignore", UserWarning)
+        tensor = torch.sparse.to_sparse_semi_structured(dense)
+    if not torch.equal(tensor.to_dense(), dense):
+        raise ArithmeticError("its results are wrong here")
+    return tensor
+
+
 @contextmanager
 def multiplying(model: nn.Module, way: str) -> Iterator[None]:
     """Inside, all packed modules of a model multiply in one way; see `PackedModule.way`."""
@@ -297,7 +291,6 @@ def multiplying(model: nn.Module, way: str) -> Iterator[None]:
 
 def semi_structured_bytes(model: nn.Module) -> int:
     """Bytes that torch's 2:4 tensors hold: neither parameters nor buffers of the model."""
-    linears = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    tensors = [linear.semi_structured for linear in linears if linear.semi_structured is not None]
-    parts = [part for tensor in tensors for part in (tensor.packed, tensor.meta)]
+    tensors = [getattr(module, "semi_structured", None) for module in model.modules()]
+    parts = [part for one in tensors if one is not None for part in (one.packed, one.meta)]
     return sum(part.nbytes for part in parts if part is not None)

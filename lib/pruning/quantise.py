@@ -1,8 +1,5 @@
 """Quantise what a model keeps to integers that it will be packed as, or that llama.cpp runs.
 
-    python main.py --model MODEL --prune_method admm --replace_sparse_layers --pack_bits 4 ...
-    python main.py --model MODEL --quantize q4_0 ...
-
 One more pass over the blocks with calibration text: each linear receives what the quantised blocks
 before it give, and aims at what the model computes without them (lib/methods/gptq.py). Quantised
 are the linears that lib/sparse.py packs, or all whose rows are whole blocks of q4_0; zeros stay
@@ -11,7 +8,7 @@ zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,18 +32,21 @@ class Quantiser(Pruner):
     """
 
     stage = "quantised"
+    nothing = NOTHING_TO_PACK  # to quantise: the error
 
     def __init__(self, runner: BlockRunner, method: type[GPTQ] = GPTQ) -> None:
         super().__init__(runner, method, Allocation({}))
         self.fmt = method.fmt
         self.save_dtype = None  # integers times scales are kept as they are
 
+    def takes(self, linear: PrunableLinear) -> bool:
+        return is_packed(linear)
+
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> Pruned:
-        """As `Pruner.run`; raises UserError too where nothing will be packed."""
-        if not any(map(self._is_packed_in, range(len(self.runner.blocks)))):
-            raise UserError(NOTHING_TO_PACK)
+        if not any(map(self.takes, _each_linear(self.runner))):
+            raise UserError(self.nothing)
         return super().run(windows, on_progress)
 
     def summary(self) -> list[str]:
@@ -58,11 +58,7 @@ class Quantiser(Pruner):
         return lines + self.done.warnings
 
     def _linears(self, index: int) -> list[PrunableLinear]:
-        return [linear for linear in super()._linears(index) if is_packed(linear)]
-
-    def _is_packed_in(self, index: int) -> bool:
-        with self.runner.on_device(index):
-            return any(map(is_packed, self.runner.linears(index)))
+        return [linear for linear in super()._linears(index) if self.takes(linear)]
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
         group.method.quantise_(matrices)
@@ -75,15 +71,13 @@ class LlamaCppQuantiser(Quantiser):
     nearest.
     """
 
+    nothing = "--quantize q4_0: no linear has rows of whole blocks of 32; remove the flag"
+
     def __init__(self, runner: BlockRunner) -> None:
         super().__init__(runner, GPTQForLlamaCpp)
 
-    def _linears(self, index: int) -> list[PrunableLinear]:
-        linears = Pruner._linears(self, index)
-        return [linear for linear in linears if self.fmt.takes(linear.shape[1])]
-
-    def _is_packed_in(self, index: int) -> bool:
-        return True
+    def takes(self, linear: PrunableLinear) -> bool:
+        return self.fmt.takes(linear.shape[1])
 
     def _prune_(
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
@@ -105,28 +99,28 @@ def q4_0_weights(runner: BlockRunner) -> tuple[dict[str, bool], list[str]]:
     """{weight's name: whether it is (in, out)} of all that q4_0 can hold, and names of the rest."""
     names: dict[str, bool] = {}
     left: dict[str, None] = {}
-    for index in range(len(runner.blocks)):
-        with runner.on_device(index):
-            for linear in runner.linears(index):
-                stack = linear.expert is not None
-                name = linear.stage if stack else f"{linear.name}.{linear.parameter}"
-                if GPTQForLlamaCpp.fmt.takes(linear.shape[1]):
-                    names[name] = linear.transposed
-                else:
-                    left[name] = None
+    for linear in _each_linear(runner):
+        name = f"{linear.name}.{linear.parameter}" if linear.expert is None else linear.stage
+        if GPTQForLlamaCpp.fmt.takes(linear.shape[1]):
+            names[name] = linear.transposed
+        else:
+            left[name] = None
     return names, list(left)
 
 
 def check_q4_0(runner: BlockRunner) -> dict[str, Any]:
     """The record of a quantised model. UserError where conversion to q4_0 would change a value."""
     fmt = GPTQForLlamaCpp.fmt
+    for linear in _each_linear(runner):
+        matrix = linear.matrix()
+        if fmt.takes(linear.shape[1]) and not torch.equal(fmt.nearest(matrix), matrix):
+            raise UserError(f"--quantize q4_0: {linear.name} is not on the grid; report this")
     names, left = q4_0_weights(runner)
+    return {"format": "q4_0", "tensors": len(names), "left": left}
+
+
+def _each_linear(runner: BlockRunner) -> Iterator[PrunableLinear]:
+    """Every linear of the blocks, in memory while it is looked at."""
     for index in range(len(runner.blocks)):
         with runner.on_device(index):
-            for linear in runner.linears(index):
-                matrix = linear.matrix()
-                if fmt.takes(linear.shape[1]) and not torch.equal(fmt.nearest(matrix), matrix):
-                    raise UserError(
-                        f"--quantize q4_0: {linear.name} is not on the grid; report this"
-                    )
-    return {"format": "q4_0", "tensors": len(names), "left": left}
+            yield from runner.linears(index)

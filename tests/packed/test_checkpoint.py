@@ -18,7 +18,7 @@ from lib.commands.unpack import main as unpack_main
 from lib.commands.unpack import unpack_folder
 from lib.methods.sparsity import n_of_m
 from lib.model.pretrained import decoder_blocks
-from lib.packed.checkpoint import CARD_HEADING, METHOD, PackedConfig
+from lib.packed.checkpoint import CARD_HEADING
 from lib.packed.errors import PackedError
 from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
@@ -108,9 +108,7 @@ def on_grid(model, bits, dtype):
     "options",
     [
         {},
-        {"device_map": "cpu"},
-        {"device_map": {"": "cpu"}},
-        {"dtype": torch.float32},
+        {"device_map": "cpu", "dtype": torch.float32},
         {"dtype": torch.float16},
     ],
     ids=str,
@@ -170,18 +168,13 @@ def test_unpacked_gives_the_dense_checkpoint(dense, packed, bits, tmp_path):
     assert (out / "config.json").read_bytes() == (dense / "config.json").read_bytes()
 
 
-def test_unpack_refuses_in_one_line(dense, packed, tmp_path, capsys):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").touch()
-    for source, target, word in (
-        (tmp_path, tmp_path / "x", "no config.json"),
-        (dense, tmp_path / "x", "not a packed checkpoint"),
-        (packed[16], tmp_path / "full", "name a new folder"),
-    ):
-        assert run(unpack_main, [str(source), str(target)]) == 1
-        error = capsys.readouterr().err
-        assert word in error and error.count("\n") == 1
-    assert not (tmp_path / "x").exists()
+@pytest.mark.parametrize("source, word", [("dense", "not a packed"), ("packed", "a new folder")])
+def test_unpack_refuses_in_one_line(dense, packed, source, word, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    folder, target = (dense, tmp_path / "x") if source == "dense" else (packed[16], tmp_path)
+    assert run(unpack_main, [str(folder), str(target)]) == 1
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
 def test_on_a_processor_without_kernels_it_becomes_dense(packed, tmp_path):
@@ -214,19 +207,18 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
     [
         ({"version": 1}, "version 1"),
         ({"format": "packed-1:4"}, "packed-1:4"),
-        ({"linears": ["a"]}, "damaged"),
-        ({"linears": {UP: [64, 32, -1]}}, "out, in, kept"),
+        ({"linears": ["a"]}, "out, in, kept"),
         ({"linears": {UP: [64, 32, 2049]}}, "out, in, kept"),
         ({"linears": {UP: [64, 32, 1000]}}, "is \\(1024,\\), not \\(1000"),
-        ({"linears": {UP: [64, 64, 1024]}}, "another checkpoint"),
+        ({"linears": {UP: [64, 64, 1024]}}, "another model"),
         ({"linears": {"model.layers.7.mlp.up_proj": [64, 32, 1024]}}, "another model"),
         ({"linears": {"model.layers.0.mlp": [64, 32, 1024]}}, "another model"),
-        ({"bits": 3}, "`bits` is 3"),
-        ({"bits": 8}, "only langprune 0.1 reads"),
-        ({"bits": 4}, "`group` is None, not 64"),
-        ({"bits": 4, "group": 32}, "`group` is 32, not 64"),
-        ({"group": 64}, "`group` is 64, not None"),
+        ({"bits": 3}, "'bits': 3"),
+        ({"bits": 8}, "bits 8: this reads"),
+        ({"bits": 4}, "'group': None"),
+        ({"group": 64}, "'group': 64"),
         ({"bits": 4, "group": 64}, "not \\(512,"),
+        ({"new": 1}, "'new': 1"),
     ],
 )
 def test_config_that_does_not_fit(damaged, changes, word):
@@ -240,11 +232,11 @@ def test_config_that_does_not_fit(damaged, changes, word):
     [
         (16, "weight", lambda t: t[:8].clone(), "is \\(8,\\), not \\(1024,\\)"),
         (16, "mask", lambda t: t[:, :3].contiguous(), "is \\(32, 3\\), not \\(32, 8\\)"),
-        (16, "mask", lambda t: None, "lacks 1 packed tensors"),
+        (16, "mask", lambda t: None, f"lacks {DOWN}.mask"),
         (4, "scale", lambda t: t.repeat(1, 2), "is \\(32, 2\\), not \\(32, 1\\)"),
-        (4, "scale", lambda t: t.float(), "is F32, not BF16"),
+        (4, "scale", lambda t: t.float(), "is torch.float32, not torch.bfloat16"),
         (4, "scale", lambda t: t * (1 + 2**-7), "five significant bits"),
-        (4, "weight", lambda t: t.to(torch.int8), "is I8, not U8"),
+        (4, "weight", lambda t: t.to(torch.int8), "is torch.int8, not torch.uint8"),
         (4, "mask", lambda t: t | 255, "keeps 2048 weights, of 1024"),
     ],
 )
@@ -259,7 +251,7 @@ def test_files_cut_short_or_of_another_kind(damaged):
     folder = damaged()
     file = folder / "model.safetensors"
     whole = file.read_bytes()
-    for size in (len(whole) - 1, len(whole) // 2, 100, 0):
+    for size in (len(whole) - 1, 100, 0):
         file.write_bytes(whole[:size])
         with pytest.raises(PackedError, match="cut short or damaged"):
             load(folder)
@@ -279,11 +271,3 @@ def test_a_damaged_linear_that_lies_on_disk_is_found_when_it_is_used(damaged, ch
     model = load(folder, device_map=device_map, offload_folder=tmp_path / "away")
     with pytest.raises(PackedError, match=f"model.safetensors: {DOWN}: packed mask keeps"):
         logits(model)
-
-
-def test_config_survives_its_own_round_trip():
-    config = PackedConfig({"b": (8, 4, 9), "a": [4, 8, 0]}, 4, 64)
-    held = config.to_dict()
-    assert PackedConfig.from_dict(held).to_dict() == held and list(config.linears) == ["a", "b"]
-    assert held["quant_method"] == METHOD and held["group"] == 64 and held["version"] == 2
-    assert "group" not in PackedConfig({}).to_dict()  # as an older version reads it

@@ -7,7 +7,7 @@ from lib.packed import layout
 from lib.packed.embedding import dense_rows, quantise_rows
 from lib.packed.errors import PackedError
 from lib.packed.formats import FORMATS
-from lib.packed.layout import Packed, is_two_of_four, kept_of, row_offsets
+from lib.packed.layout import is_two_of_four, kept_of, row_offsets
 
 VALUES, INT4 = FORMATS[16], FORMATS[4]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -46,7 +46,7 @@ def test_packing_is_what_it_says_and_comes_back(dtype, share, shape):
     assert torch.equal(kept_of(mask, shape[1]), weight != 0)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (weight != 0).sum(1).cumsum(0)])
     assert torch.equal(row_offsets(mask), offsets)
-    VALUES.check(packed, *shape, len(values))
+    assert not VALUES.problem(packed, shape[1], len(values))
     size = VALUES.nbytes(*shape, len(values), itemsize=dtype.itemsize)
     assert size == mask.nbytes + values.nbytes
 
@@ -57,21 +57,15 @@ def test_values_of_every_kind_come_back(dtype):
     weight = torch.tensor([[0, inf, 0, -inf, 0, 0, nan, 0, 3], [1, 0, 0, 0, 0, 0, 0, 0, 0]])
     again = VALUES.decode(VALUES.encode(weight.to(dtype)), 9)
     assert torch.equal(again.nan_to_num(5, 6, 7), weight.to(dtype).nan_to_num(5, 6, 7))
-    small = torch.tensor([[0, torch.finfo(dtype).smallest_normal / 4]], dtype=torch.float64)
-    assert torch.equal(VALUES.decode(VALUES.encode(small.to(dtype)), 2), small.to(dtype))
     signed = VALUES.encode(torch.tensor([[-0.0, 0.0, 2.0, -0.0]], dtype=dtype))
     assert signed.weight.tolist() == [2] and not VALUES.decode(signed, 4).signbit().any()
 
 
-def test_every_byte():
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    weight = bits * torch.arange(1.5, 9.5)  # (256, 8)
-    mask, values, _ = VALUES.encode(weight)
-    assert mask.flatten().tolist() == list(range(256))
-    assert torch.equal(VALUES.decode(Packed(mask, values), 8), weight)
+def test_two_of_four_is_told_from_every_byte():
     halves = [(byte & 15, byte >> 4) for byte in range(256)]
     fits = [max(one.bit_count(), other.bit_count()) <= 2 for one, other in halves]
-    assert [is_two_of_four(mask[byte : byte + 1]) for byte in range(256)] == fits
+    masks = torch.arange(256, dtype=torch.uint8)[:, None, None]
+    assert [is_two_of_four(mask) for mask in masks] == fits
 
 
 @pytest.mark.parametrize("fmt", [VALUES, INT4])
@@ -139,7 +133,7 @@ def test_four_bits_come_back_exactly_in_every_dtype(shape, share, dtype):
     packed = INT4.encode(weight)
     dense = INT4.decode(packed, shape[1])
     nnz = int(weight.count_nonzero())
-    INT4.check(packed, *shape, nnz)
+    assert not INT4.problem(packed, shape[1], nnz)
     assert sum(part.nbytes for part in packed) == INT4.nbytes(*shape, nnz)
     assert torch.equal(dense, INT4.round_to(weight, packed.scale))
     assert torch.equal(dense.to(dtype).float(), dense)  # no dtype loses a bit
@@ -161,13 +155,6 @@ def test_values_come_back_by_scales_that_are_not_the_nearest(shape, dtype):
     packed = INT4.encode(dense.to(dtype), scales)
     assert torch.equal(packed.scale, scales)
     assert torch.equal(INT4.decode(packed, shape[1]), dense)
-
-
-def test_what_is_pruned_does_not_count():
-    weight, mask = sparse(6, 100, share=0), torch.rand(6, 100) < 0.5
-    weight[0, 0], mask[0, 0] = float("nan"), True
-    expected = INT4.fit_scales(weight.masked_fill(mask, 0))
-    assert torch.equal(INT4.fit_scales(weight, mask), expected)
 
 
 def test_two_values_stand_in_a_byte_the_first_in_its_low_bits():
@@ -195,53 +182,24 @@ def test_what_integers_can_not_hold(quantise, value):
         quantise(torch.tensor([[1.0, value]]))
 
 
-def changed(part, change):
-    return lambda packed: packed._replace(**{part: change(getattr(packed, part).clone())})
-
-
-def flipped(row, byte, bits):
-    def change(mask):
-        mask[row, byte] ^= bits
-        return mask
-
-    return changed("mask", change)
-
-
-def scaled(factors):
-    return changed("scale", lambda scale: scale * torch.tensor(factors).view(3, 1).to(scale))
-
-
 @pytest.mark.parametrize(
-    "bits, damage, word",
+    "bits, part, change, word",
     [
-        (16, flipped(1, 1, 1 << 5), "bits beyond the row's 13 weights"),
-        (4, flipped(1, 1, 1 << 5), "bits beyond the row's 13 weights"),
-        (16, flipped(1, 0, 1), "packed mask keeps"),
-        (16, flipped(0, 0, 1), "packed mask keeps"),
-        (4, flipped(1, 0, 1), "packed mask keeps"),
-        (16, changed("mask", lambda t: t[:, :1]), "packed mask is \\(3, 1\\): a matrix of 3 x 13"),
-        (16, changed("mask", torch.Tensor.int), "not uint8"),
-        (16, changed("weight", lambda t: t[None]), "packed weight is \\(1, "),
-        (16, changed("weight", torch.Tensor.char), "not 16 bits"),
-        (4, changed("weight", torch.Tensor.float), "not 4 bits"),
-        (4, changed("weight", lambda t: t[:-1]), "packed weight is \\("),
-        (4, changed("weight", lambda t: t | 16), "a value after its last"),
-        (4, lambda packed: packed._replace(scale=None), "packed scale is missing"),
-        (4, changed("scale", lambda t: t[:2]), "packed scale is \\(2, 1\\)"),
-        (4, changed("scale", torch.Tensor.float), "torch.float32, not torch.bfloat16"),
-        (4, scaled([1, 0, 1]), "above 0"),
-        (4, scaled([1, 1, float("nan")]), "not finite"),
-        (4, changed("scale", lambda t: t * 0 + 1 + 2**-7), "more than five significant bits"),
+        (16, "mask", lambda t: t[1, 1].add_(32), "mask has bits beyond the row's 13 weights"),
+        (4, "mask", lambda t: t[1, 1].add_(32), "mask has bits beyond the row's 13 weights"),
+        (16, "mask", lambda t: t[1, 0].bitwise_xor_(1), "mask keeps"),
+        (4, "mask", lambda t: t[0, 0].bitwise_xor_(1), "mask keeps"),
+        (4, "weight", lambda t: t[-1].bitwise_or_(16), "a value after its last"),
+        (4, "scale", lambda t: t[1].zero_(), "above 0"),
+        (4, "scale", lambda t: t[2].fill_(float("nan")), "not finite"),
+        (4, "scale", lambda t: t.fill_(1 + 2**-7), "more than five significant bits"),
     ],
 )
-def test_damage_is_one_line(bits, damage, word):
+def test_what_is_damaged_is_told(bits, part, change, word):
     weight = sparse(3, 13)
-    weight[0, 0], weight[1, 0] = 1, 0
     weight[2, 12] = 0 if weight[2, :12].count_nonzero() + weight[:2].count_nonzero() & 1 else 1
     fmt, nnz = FORMATS[bits], int(weight.count_nonzero())
-    assert nnz % 2
     packed = fmt.encode(weight)
-    fmt.check(packed, 3, 13, nnz)
-    with pytest.raises(PackedError, match=word) as raised:
-        fmt.check(damage(packed), 3, 13, nnz)
-    assert "\n" not in str(raised.value)
+    assert nnz % 2 and not fmt.problem(packed, 13, nnz)
+    change(getattr(packed, part))
+    assert word in fmt.problem(packed, 13, nnz)

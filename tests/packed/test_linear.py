@@ -9,12 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib.methods.sparsity import n_of_m
-from lib.packed import cuda, kernels
+from lib.packed import kernels
 from lib.packed import linear as packed_linear
 from lib.packed.formats import FORMATS
 from lib.packed.layout import row_offsets
-from lib.packed.linear import SparseLinear
-from lib.sparse import unpacking
+from lib.packed.linear import SparseLinear, multiplying
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BITS = [16, 4]
@@ -62,7 +61,7 @@ def test_linear_equals_dense(dtype, bias, columns, bits, monkeypatch):
     torch.testing.assert_close(packed(x), dense(x))
     mixed = torch.randn(5, 2, columns).to(dtype).transpose(0, 1)  # no view makes rows of it
     torch.testing.assert_close(packed(mixed), dense(mixed))
-    assert torch.equal(packed.to_linear().weight, dense.weight)
+    assert torch.equal(packed.to_dense().weight, dense.weight)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -90,32 +89,57 @@ def test_casts_copies_and_state(bits):
     assert torch.equal(empty.dense(), packed.dense())
 
 
+class Fast(torch.Tensor):
+    """Stands for torch's sparse tensor on a machine without CUDA."""
+
+    packed = meta = None
+
+    def to_dense(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_torchs_own_tensor_takes_the_place_of_the_packed_ones(monkeypatch):
+    monkeypatch.setattr(SparseLinear, "_why_not_semi_structured", lambda _: None)
+    build = lambda dense: dense.clone().as_subclass(Fast)  # noqa: E731
+    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", build)
+    dense = two_of_four_linear()
+    packed = from_linear(dense)
+    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    for shape in [(3, 40), (40,), (5, 2, 40), (0, 40)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(packed(x), dense(x))
+    assert packed.semi_structured is not None and packed.weight.numel() == packed.mask.numel() == 0
+    saved = packed.state_dict()
+    assert saved.keys() == before.keys() and all(torch.equal(saved[k], before[k]) for k in before)
+    packed.to("cpu")  # any move
+    assert packed.semi_structured is None and torch.equal(packed.weight, before["weight"])
+    assert torch.equal(packed.to_dense().weight, dense.weight)
+
+
 @pytest.mark.parametrize("bits", BITS)
-def test_a_second_call_goes_straight_to_the_kernels_where_it_may(bits, monkeypatch):
+def test_by_the_kernels_where_they_can_be_used(bits, monkeypatch):
     monkeypatch.undo()
     if not kernels.ready():
         pytest.skip("no C++ compiler")
     dense = dense_linear()
     packed, x = from_linear(dense, bits), torch.randn(2, 3, 40)
-    first = packed(x)
-    assert packed._by_kernel and torch.equal(packed(x), first)
+    product = packed(x)
     assert packed(x[0, 0]).shape == (24,) and packed(x[:0]).shape == (0, 3, 24)
-    torch.testing.assert_close(packed(x), F.linear(x, packed.dense(), dense.bias))
+    torch.testing.assert_close(product, F.linear(x, packed.dense(), dense.bias))
+    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), product)
+    with multiplying(packed, "decoding"):
+        torch.testing.assert_close(packed(x), product)
+    with multiplying(packed, "dense"):
+        assert torch.equal(packed(x), F.linear(x, packed.dense(), dense.bias))
     with pytest.raises(RuntimeError, match="no gradients"):
         packed(x.clone().requires_grad_())
-    with unpacking(packed):
-        assert torch.equal(packed(x), F.linear(x, packed.dense(), dense.bias))
-    packed(x)
     half = packed.to(torch.bfloat16)(x.bfloat16()).float()
-    torch.testing.assert_close(half, first, rtol=0.1, atol=0.5)
+    torch.testing.assert_close(half, product, rtol=0.1, atol=0.5)
     assert packed.double()(x.double()).dtype == torch.float64  # which they don't know
-    packed.float()(x)
-    state = packed.state_dict()
-    packed.weight = nn.Parameter(packed.weight.to("meta"), requires_grad=False)  # it is offloaded
-    with pytest.raises(RuntimeError, match="not in memory"):
+    packed.float().weight = nn.Parameter(packed.weight.to("meta"), requires_grad=False)
+    with pytest.raises(RuntimeError, match="not in memory"):  # it is offloaded
         packed(x)
-    packed.weight = nn.Parameter(state["weight"], requires_grad=False)
-    assert packed(x).shape == first.shape and not packed(x).is_meta
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -125,59 +149,6 @@ def test_compiles_as_one_graph(backend, bits):
     packed, x = from_linear(dense_linear(), bits), torch.randn(2, 3, 40)
     compiled = torch.compile(packed, backend=backend, fullgraph=True)
     assert torch.equal(compiled(x), packed(x))
-
-
-class Fast(torch.Tensor):
-    """Stands for torch's sparse tensor on a machine without CUDA."""
-
-    packed = meta = None
-
-    def to_dense(self):
-        return self.as_subclass(torch.Tensor)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is F.linear:
-            args[0].view(-1, args[0].shape[-1])  # torch's fails where this does
-        return super().__torch_function__(func, types, args, kwargs)
-
-
-@pytest.fixture
-def pretend_cuda(monkeypatch):
-    monkeypatch.setattr(cuda, "why_not", lambda *_: None)
-    monkeypatch.setattr(cuda, "build", lambda dense: (dense.clone().as_subclass(Fast), "pretended"))
-
-
-def test_semi_structured_drops_the_packed_tensors_and_gives_them_back(pretend_cuda):
-    dense = two_of_four_linear()
-    packed, x = from_linear(dense), torch.randn(3, 40)
-    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    assert torch.equal(packed(x), dense(x))
-    assert packed.semi_structured is not None and packed.weight.numel() == packed.mask.numel() == 0
-    for x in (torch.randn(40), torch.randn(5, 2, 40).transpose(0, 1), torch.randn(0, 40)):
-        torch.testing.assert_close(packed(x), dense(x))
-    saved = packed.state_dict()
-    assert saved.keys() == before.keys() and all(torch.equal(saved[k], before[k]) for k in before)
-    assert packed.semi_structured is not None  # saving leaves it
-    packed.to("cpu")  # any move
-    assert packed.semi_structured is None and torch.equal(packed.weight, before["weight"])
-    assert torch.equal(packed.to_linear().weight, dense.weight)
-
-
-def test_what_torchs_kernels_do_not_take(monkeypatch):
-    there = torch.device("cuda", 0)
-    assert "not on cpu" in cuda.why_not(torch.bfloat16, torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    assert "float16 and bfloat16" in cuda.why_not(torch.float32, there)
-    assert cuda.why_not(torch.bfloat16, there) is None
-    two_of_four = two_of_four_linear().bfloat16()
-    assert from_linear(two_of_four).why_not_semi_structured(there) is None
-    assert "4-bit" in from_linear(two_of_four, 4).why_not_semi_structured(there)
-    other = from_linear(dense_linear().bfloat16())
-    assert "2:4 alone" in other.why_not_semi_structured(there)
-    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
-    assert "cuSPARSELt" in cuda.why_not(torch.bfloat16, there)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

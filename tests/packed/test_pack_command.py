@@ -59,22 +59,6 @@ def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path
     assert again == pytest.approx(perplexity(tmp_path / "packed"), rel=1e-5)
 
 
-def test_a_trained_model_stays_far_nearer_than_by_rounding_to_nearest(
-    trained: Path, tmp_path: Path
-) -> None:
-    """By divergence: perplexity of so small a model also falls where weights move by chance."""
-    texts = ["--calibration_data", "more", "--eval_data", "more", "--nsamples", 200]
-    pruned, kl = tmp_path / "pruned/model", {}
-    run(trained, *WANDA, *texts, to=pruned.parent)
-    for name, how in (("text", []), ("nearest", ["--eval_only"])):
-        run(pruned, *PACK, 4, *how, *texts, to=tmp_path / name)
-        beside = ["--eval_only", "--teacher", pruned, *texts]
-        run(tmp_path / name / "model", *beside, to=tmp_path / f"{name} again", saved=False)
-        [test] = results(tmp_path / f"{name} again/out")["evaluation"]
-        kl[name] = test["kl"]
-    assert kl["text"] < 0.7 * kl["nearest"]
-
-
 def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
     """Also of a model that was pruned before, and alike."""
     run("model", *WANDA, to=tmp_path / "pruned")

@@ -1,6 +1,7 @@
 """Whole models whose linears are swapped: what is packed, what stays, what is refused."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -27,10 +28,6 @@ def pruned(name="Llama", dtype=torch.float32):
     return runner
 
 
-def packed_linears(runner):
-    return [m for m in runner.model.modules() if isinstance(m, SparseLinear)]
-
-
 @torch.no_grad()
 def logits(runner):
     return runner.model(WINDOW).logits
@@ -39,23 +36,21 @@ def logits(runner):
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("built", [True, False])
 def test_outputs_stay_and_the_record_tells_sizes(bits, built, monkeypatch, capsys):
-    if not built:  # as on a processor for which there are none: what is packed stays so
+    if not built:
         monkeypatch.setattr(kernels, "ready", lambda: False)
-        monkeypatch.setattr(kernels, "supported", lambda: False)
     runner = pruned()
     dense = runner.blocks[0].self_attn.q_proj
     dense.weight[dense.weight == 0] = 1  # the first is not sparse
     before = logits(runner)
     figures = pack_(runner, FORMATS[bits], WINDOW)
     packed, out = figures["packed"], capsys.readouterr().out
-    assert packed["bits"] == bits and packed["linears"] == 13 and packed["left_dense"] == 1
-    held = [part.nbytes for m in packed_linears(runner) for part in m.packed if part is not None]
+    assert packed["bits"] == bits and packed["linears"] == 13
+    linears = [m for m in runner.model.modules() if isinstance(m, SparseLinear)]
+    held = [part.nbytes for m in linears for part in m.packed if part is not None]
     assert packed["bytes"] == sum(held) < packed["dense_bytes"]
-    way = (
-        "by the kernels for packed weights" if built and kernels.ready() else "no kernels for this"
-    )
+    way = "by the kernels for packed" if built and kernels.ready() else "unpacked at each forward"
     at = " at 4 bits" if bits == 4 else ""
-    assert out.startswith(f"packed linears{at}: 13 ") and way in out
+    assert out.startswith(f"packed linears{at}: 13 {way}")
     assert "1 left dense (too few zeros to be smaller packed)" in out and "footprint" in out
     assert ("packed_embeddings" in figures) == (bits == 4)
     difference = sparse.relative_difference(before, logits(runner))
@@ -114,36 +109,14 @@ def test_scales_of_another_matrix_are_refused():
         swap_linears_(other, FORMATS[4], scales)
 
 
-def test_a_wrong_packing_names_the_linear(monkeypatch):
-    right = SparseLinear.dense
-    monkeypatch.setattr(SparseLinear, "dense", lambda *args: right(*args).roll(1))
-    with pytest.raises(UserError, match="--pack_bits 4: model.layers.0.self_attn.q_proj is not"):
-        swap_linears_(pruned(), FORMATS[4])
-
-
-def test_experts_in_one_tensor_stay_and_are_counted():
-    paths = swap_linears_(pruned("Mixtral"))
-    dense = [path for path in paths.values() if "left dense" in path]
-    assert set(dense) == {"left dense (experts in one tensor)"} and len(paths) > len(dense)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_what_is_not_sparse_is_refused(bits):
-    runner = runner_of(tiny.ARCHITECTURES["Llama"]())
-    with pytest.raises(UserError, match="no linear is smaller packed; prune with --prune_method"):
-        pack_(runner, FORMATS[bits], WINDOW)
-
-
 @pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
 def test_a_class_that_can_not_be_packed_is_told_by_the_skeleton(name):
     model = tiny.ARCHITECTURES[name]().to("meta")
     blocks_name, _ = decoder_blocks(model)
+    expected = nullcontext()
     if name == "Falcon":
-        with pytest.raises(UserError, match="--pack_bits 4: no linear of FalconForCausalLM"):
-            check_packable(model, blocks_name, 4)
-        with pytest.raises(UserError, match="--replace_sparse_layers: .*FalconLinear"):
-            check_packable(model, blocks_name, 16)
-    else:
+        expected = pytest.raises(UserError, match="--pack_bits 4: no linear of FalconForCausalLM")
+    with expected:
         check_packable(model, blocks_name, 4)
 
 
@@ -153,17 +126,7 @@ def test_a_wrong_product_is_noticed(bits, monkeypatch):
     monkeypatch.setattr(
         SparseLinear,
         "forward",
-        lambda self, x: own(self, x) * (1 if self.force_dense else 1.05),
+        lambda self, x: own(self, x) * (1 if self.way == "dense" else 1.05),
     )
     with pytest.raises(UserError, match="packed and dense outputs differ by"):
         pack_(runner, FORMATS[bits], WINDOW)
-
-
-def test_outputs_that_differ_stop_the_run():
-    outputs = torch.randn(1, 5, 7)
-    assert 0 < sparse.check_same_outputs(outputs, outputs * (1 + 1e-6)) < 1e-5
-    for wrong in (outputs + 0.01, outputs * float("nan")):
-        with pytest.raises(UserError, match="outputs differ"):
-            sparse.check_same_outputs(outputs, wrong)
-    half = outputs.to(torch.bfloat16)
-    sparse.check_same_outputs(half, half * (1 + 1 / 64))

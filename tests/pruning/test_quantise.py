@@ -5,17 +5,15 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from support import CPU, prune_, runner_of, windows
+from support import prune_, runner_of, windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lib.methods.gptq import GPTQ
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
 from lib.prune import UNREACHED
-from lib.pruning.inputs import rows
 from lib.pruning.quantise import Quantiser
 from lib.sparse import packed_weights, swap_linears_
 from lib.util.errors import UserError
@@ -64,25 +62,6 @@ def test_what_is_quantised_is_what_is_packed(name: str) -> None:
         assert isinstance(module, SparseLinear) and module.fmt.bits == 4
         dense = module.dense(torch.float32)
         assert torch.equal(dense.T if module.transposed else dense, after[key]), key
-
-
-def test_the_first_linears_are_quantised_by_what_they_receive() -> None:
-    runner = pruned(tiny.tiny_llama())
-    attention = runner.blocks[0].self_attn
-    linears = [attention.q_proj, attention.k_proj, attention.v_proj]
-    inputs: list[Tensor] = []
-    handle = linears[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.no_grad():
-        runner.model(input_ids=windows(5), use_cache=False)
-    handle.remove()
-    [x] = inputs
-    method = GPTQ(x.shape[-1], CPU)
-    method.observe(rows(x))
-    expected = [linear.weight.data.clone() for linear in linears]
-    method.quantise_(expected)
-    quantise_(runner)
-    for linear, weight in zip(linears, expected, strict=True):
-        assert torch.isclose(linear.weight.data, weight).float().mean() > 0.97
 
 
 @torch.no_grad()
