@@ -58,13 +58,7 @@ class LeastSquares(PruningMethod):
     def observe(
         self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
     ) -> None:
-        """Add x (tokens, in), and where known how the same tokens stand in the untouched model.
-
-        Either `dense` (tokens, in), its x; or, for a linear that has its input to itself,
-        `residual_error` (tokens, out), float32: how far the untouched model's stream is ahead once
-        the outputs that the linear has with the weights W are added. That is L + (D - X) W^T of
-        (1), and all of it.
-        """
+        """As `PruningMethod.observe`; `residual_error` is L + (D - X) W^T of (1), and all of it."""
         super().observe(x)
         add_upper_gram_(self.hessian, x)
         if residual_error is not None:
@@ -89,7 +83,6 @@ class LeastSquares(PruningMethod):
 
         UserError where A can't be factored.
         """
-        assert self.tokens > 0 and (self.residual_error_gram is None or len(weights) == 1)
         with record_function("factorisation"):
             share = self.damping * len(self.hessian) / self.tokens
             hessian, unexplained, scale, dead = scaled(self.hessian, share)

@@ -44,7 +44,7 @@ from lib.methods.base import PruningMethod
 from lib.methods.damping import cholesky, inverse_, rising
 from lib.methods.gram import add_upper_gram_, mirror_
 from lib.methods.obs import choose_rows, solve_rows
-from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
+from lib.methods.sparsity import Sparsity, n_of_first
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
 
@@ -160,7 +160,6 @@ class ColumnBlock:
         self.rows = rows  # outputs of each linear
         self.sparsities = sparsities
         self.sparsity = sparsities[0]  # their pattern is the same
-        assert len({sparsity.pattern for sparsity in sparsities}) == 1
         self.values = torch.empty(size, sum(rows), device=device)  # V
         self.errors = torch.empty_like(self.values)  # E: a weight where it is pruned, else 0
         self.mask = torch.empty_like(self.values)  # 1.0 where a weight is pruned
@@ -181,8 +180,12 @@ class ColumnBlock:
 
     def settle_(self) -> None:
         """Take the columns of V one after another to their last values; note their errors."""
-        if not self.sparsity.m:
-            self._choose()
+        if not self.sparsity.m:  # the lowest scores of each linear's part of the block
+            with record_function("masks"):
+                score = (self.values * self.scale).square_()
+                parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
+                for part, mask, sparsity in zip(*parts, strict=True):
+                    mask.copy_(sparsity.mask(part, overall=True))
         for values, before, push, scale, mask, columns in self.steps:
             if len(before):
                 values.addmm_(push, before, alpha=-1)
@@ -193,11 +196,3 @@ class ColumnBlock:
                 if len(weight):
                     value.addmv_(earlier, weight, alpha=-1)
                 torch.mul(value, pruned, out=error)
-
-    def _choose(self) -> None:
-        """The lowest scores of each linear's part of the block."""
-        with record_function("masks"):
-            score = (self.values * self.scale).square_()
-            parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
-            for part, mask, sparsity in zip(*parts, strict=True):
-                mask.copy_(lowest_overall(part, int(part.numel() * sparsity.ratio)))

@@ -54,10 +54,12 @@ class Sparsity:
         """`2:4`, or None where the mask is unstructured."""
         return f"{self.n}:{self.m}" if self.m else None
 
-    def mask(self, score: Tensor) -> Tensor:
-        """Return the mask of the lowest scores of each row, as Wanda compares, or N:M group."""
+    def mask(self, score: Tensor, overall: bool = False) -> Tensor:
+        """Return the mask of the lowest scores of each N:M group or row, or `overall`."""
         if self.m:
             return n_of_m(score, self.n, self.m)
+        if overall:
+            return lowest_overall(score, int(score.numel() * self.ratio))
         return lowest_per_row(score, int(score.shape[-1] * self.ratio))
 
 
@@ -66,7 +68,6 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     import numpy
     import torch
 
-    assert 0 <= count <= score.shape[-1]
     if score.device.type != "cpu":
         choose = _lowest_when_sorted if score.numel() < SORTED else _lowest_by_bisection
         return choose(score, count)
@@ -121,7 +122,6 @@ def _select(scores: Any, count: int) -> Any:
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     """Mask (rows, columns) of the `n` smallest scores in every `m` consecutive columns."""
-    assert score.shape[-1] % m == 0, f"{score.shape[-1]} columns are not a multiple of {m}"
     groups = score.reshape(*score.shape[:-1], -1, m)
     return n_of_first(groups.movedim(-1, 0), n).movedim(0, -1).reshape(score.shape)
 

@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, run_block
 from lib.model.matrix import PrunableLinear
-from lib.model.mlp import BlockMlp, MlpLayout, check_removable, fit_sizes_, keep_neurons_
+from lib.model.mlp import MlpLayout, check_removable, fit_sizes_, keep_neurons_, output_dim
 from lib.prune import UNREACHED, Pruned, Pruner
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group
@@ -33,7 +32,7 @@ STEPS = 8  # multiples that the width has at least
 
 
 def multiple_of(width: int) -> int:
-    """The number of which the neurons that stay are a multiple: an eighth of the width at most."""
+    """Of what the neurons that stay are a multiple: an eighth of the width at most."""
     return min(MULTIPLE, 2 ** max(0, (width // STEPS).bit_length() - 1))
 
 
@@ -120,13 +119,13 @@ class NeuronPruner(Pruner):
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The down projection, once the block's weights and its MLP are checked."""
-        linears, mlp = self.runner.linears(index), self.layout.blocks[index]
+        linears, down = self.runner.linears(index), self.layout.blocks[index].down
         self._check_weights(linears)
-        self._check_once(index, mlp)
+        self._check_once(index)
         self.index = index
-        return [one for one in linears if one.name == f"{self.runner.name}.{index}.{mlp.down}"]
+        return [one for one in linears if one.name == f"{self.runner.name}.{index}.{down}"]
 
-    def _check_once(self, index: int, mlp: BlockMlp) -> None:
+    def _check_once(self, index: int) -> None:
         """Check each class of blocks on a batch, or on a few tokens where no text is observed."""
         block, states = self.runner.blocks[index], self.states
         if type(block) in self.checked:
@@ -138,7 +137,8 @@ class NeuronPruner(Pruner):
         hidden = self.runner.transfer.fetch(states.hidden, states.batches[0])
         args, kwargs = states.block_args[index][0]
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
-        check_removable(block, mlp, self.layout.width, run, f"{self.runner.name}.{index}")
+        mlp, name = self.layout.blocks[index], f"{self.runner.name}.{index}"
+        check_removable(block, mlp, self.layout.width, run, name)
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         restored = super()._restore_(index, linears)
@@ -147,7 +147,13 @@ class NeuronPruner(Pruner):
         return restored
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
-        gains = _gains(self.runner.blocks[self.index], self.layout.blocks[self.index])
+        """Choose neurons by gains too: the product of the norms of the rows that make each."""
+        gains: Tensor | float = 1.0
+        for producer in self.layout.blocks[self.index].producers:
+            linear = self.runner.blocks[self.index].get_submodule(producer.path)
+            weight = linear.weight.data.T if output_dim(linear) else linear.weight.data
+            for part in weight.chunk(producer.parts):  # (width, in)
+                gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
         kept = group.method.remove_neurons_(matrices[0], gains, self.left)
         self.done.notes[-1].kept = kept.tolist()
 
@@ -160,14 +166,3 @@ class NeuronPruner(Pruner):
             raise UserError(f"{self.runner.name}.{index}.{mlp.down}: {UNREACHED}")
         keep_neurons_(block, mlp, torch.tensor(kept, device=self.runner.device))
         malloc_trim()  # weights lie in heaps of the threads that read them, which none else fills
-
-
-def _gains(block: nn.Module, mlp: BlockMlp) -> Tensor:
-    """The product of the norms of the rows that make each neuron (width,), float32."""
-    gains: Tensor | float = 1.0
-    for producer in mlp.producers:
-        linear = block.get_submodule(producer.path)
-        weight = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
-        for part in weight.chunk(producer.parts):  # (width, in)
-            gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
-    return gains
