@@ -71,9 +71,6 @@ class SparseGPT(PruningMethod):
     def statistics(self) -> list[Tensor]:
         return [self.hessian]
 
-    def square_sums(self) -> Tensor:
-        return self.hessian.diagonal()
-
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
         with record_function("factorisation"):

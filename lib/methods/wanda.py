@@ -43,9 +43,6 @@ class Wanda(PruningMethod):
     def statistics(self) -> list[Tensor]:
         return [self.square_sum]
 
-    def square_sums(self) -> Tensor:
-        return self.square_sum
-
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         for weight, sparsity in zip(weights, sparsities, strict=True):
             score = weight.abs() * self.square_sum.sqrt().float()

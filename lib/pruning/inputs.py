@@ -71,7 +71,7 @@ class Group:
             return Magnitude(self.width, torch.device("cpu"))
         if self.fallback == "wanda":
             wanda = Wanda(self.width, self.method.device)
-            wanda.square_sum = self.method.square_sums().clone()
+            wanda.square_sum = self.method.hessian.diagonal().clone()
             return wanda
         return self.method
 

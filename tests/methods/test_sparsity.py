@@ -76,22 +76,6 @@ def test_n_of_m(n, m, ties):
     assert torch.equal(n_of_first(first, n), expected.view(-1, m).T)
 
 
-def test_what_is_compared():
-    score = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 8.0, 6.0, 7.0]])
-    assert lowest_per_row(score, 2).int().tolist() == [[1, 1, 0, 0], [1, 0, 1, 0]]
-    assert lowest_overall(score, 4).int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
-    score = torch.tensor([[1.0, 2.0, 3.0, 4.0, 8.0, 7.0, 6.0, 5.0]])
-    assert Sparsity.parse("unstructured", 0.5).mask(score).int().tolist() == [[1] * 4 + [0] * 4]
-    assert Sparsity.parse("2:4", 0.5).mask(score).int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]]
-    assert Sparsity.parse("4:8", 0.5).mask(score).int().tolist() == [[1] * 4 + [0] * 4]
-
-
-@pytest.mark.parametrize("ratio, count", [(0.0, 0), (0.3, 3), (0.99, 9)])
-def test_a_ratio_rounds_down(ratio, count):
-    mask = Sparsity.parse("unstructured", ratio).mask(scores(4, 10, ties=True))
-    assert mask.sum(-1).tolist() == [count] * 4
-
-
 @pytest.mark.parametrize(
     "kind, ratio, named",
     [("unstructured", bad, "--sparsity_ratio") for bad in (1.0, -0.1, float("nan"))]
