@@ -479,7 +479,7 @@ class Recoverer:
             self._take_best()
 
     def _take_best(self) -> None:
-        """Keep the trained parameters on the host, rounded as they are."""
+        """Keep the trained parameters on the host, as they are."""
         parameters = (part.parameter.detach() for part in self.parts.values())
         self.best_values = [parameter.to("cpu", copy=True) for parameter in parameters]
         self.best_scales = {name: grid.scales.clone() for name, grid in self.grids.items()}

@@ -163,17 +163,17 @@ class ColumnBlock:
         self.inverse = torch.empty(size, size, device=device)  # B
         self.scale = torch.empty(size, 1, device=device)  # diag(R)
         width = self.sparsity.m or math.gcd(size, STEP)
-        self.steps = [self._step(start, start + width) for start in range(0, size, width)]
-
-    def _step(self, start: int, end: int) -> tuple:
-        values, errors, mask = self.values, self.errors, self.mask
-        here = slice(start, end)
-        columns = [
-            (values[j], errors[start:j].T, self.inverse[start:j, j], mask[j], errors[j])
-            for j in range(start, end)
-        ]
-        push = self.inverse[:start, here].T
-        return values[here], errors[:start], push, self.scale[here], mask[here], columns
+        self.steps = []
+        values, errors, mask, inverse = self.values, self.errors, self.mask, self.inverse
+        for start in range(0, size, width):
+            here = slice(start, start + width)
+            columns = [
+                (values[j], errors[start:j].T, inverse[start:j, j], mask[j], errors[j])
+                for j in range(start, start + width)
+            ]
+            push = inverse[:start, here].T
+            step = values[here], errors[:start], push, self.scale[here], mask[here], columns
+            self.steps.append(step)
 
     def settle_(self) -> None:
         """Take the columns of V one after another to their last values; note their errors."""

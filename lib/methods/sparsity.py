@@ -69,8 +69,10 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     import torch
 
     if score.device.type != "cpu":
-        choose = _lowest_when_sorted if score.numel() < SORTED else _lowest_by_bisection
-        return choose(score, count)
+        if score.numel() < SORTED:
+            return _lowest_when_sorted(score, count)
+        # less memory and, on paper, less time
+        return _lowest_up_to(_bisected(score, count), score, count)
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if score.dtype == torch.bfloat16:  # unknown to numpy
@@ -155,11 +157,6 @@ def _lowest_when_sorted(score: Tensor, count: int) -> Tensor:
 
     first = score.sort(dim=-1, stable=True).indices[..., :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)
-
-
-def _lowest_by_bisection(score: Tensor, count: int) -> Tensor:
-    """As `_lowest_when_sorted`, for large scores: less memory and, on paper, less time."""
-    return _lowest_up_to(_bisected(score, count), score, count)
 
 
 def _bisected(score: Tensor, count: int) -> Tensor:

@@ -55,9 +55,8 @@ def count_left(width: int, ratio: float) -> int:
 class NeuronsPruned(Pruned):
     """Which neurons went, and the weights of the blocks before and after."""
 
-    width: int = 0
+    layout: MlpLayout | None = None
     left: int = 0
-    field: str = ""  # of the config, that holds the width
     weights_before: int = 0
     weights_after: int = 0
 
@@ -67,21 +66,21 @@ class NeuronsPruned(Pruned):
         return [notes.kept for notes in self.notes]
 
     def summary(self) -> list[str]:
-        share = 1 - self.weights_after / self.weights_before
-        line = (
-            f"removed {self.width - self.left} of {self.width} neurons in each of {len(self.kept)} "
-            f"blocks, {share:.1%} of the blocks' weights"
-        )
-        return [line, *self.warnings]
+        width, share = self.layout.width, 1 - self.weights_after / self.weights_before
+        return [
+            f"removed {width - self.left} of {width} neurons in each of {len(self.kept)} blocks, "
+            f"{share:.1%} of the blocks' weights",
+            *self.warnings,
+        ]
 
     def record(self) -> dict[str, Any]:
         """The record for results.json."""
-        neurons = set(range(self.width))
+        neurons = set(range(self.layout.width))
         return {
-            "before": self.width,
+            "before": self.layout.width,
             "after": self.left,
-            "multiple": multiple_of(self.width),
-            "field": self.field,
+            "multiple": multiple_of(self.layout.width),
+            "field": self.layout.field,
             "weights_before": self.weights_before,
             "weights_after": self.weights_after,
             "removed": [sorted(neurons.difference(kept)) for kept in self.kept],
@@ -102,7 +101,7 @@ class NeuronPruner(Pruner):
         self.left = left
         self.cache_inputs = False  # they would have the wrong width once neurons are removed
         self.checked: set[type] = set()  # classes of blocks
-        self.done = NeuronsPruned(width=layout.width, left=left, field=layout.field)
+        self.done = NeuronsPruned(layout=layout, left=left)
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None

@@ -32,11 +32,16 @@ def test_lowest_per_row(count, ties, dtype):
     assert lowest_per_row(score, count).tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["_lowest_when_sorted", "_lowest_by_bisection"])
+@pytest.mark.parametrize("largest", [2**22, 0])  # that is sorted; above, a bisection
 @with_ties
 @counts
-def test_how_an_accelerator_chooses(count, ties, name):
-    choose, score = getattr(module, name), scores(9, 24, ties)
+def test_how_an_accelerator_chooses(count, ties, largest):
+    def choose(score, count):
+        if largest:
+            return module._lowest_when_sorted(score, count)
+        return module._lowest_up_to(module._bisected(score, count), score, count)
+
+    score = scores(9, 24, ties)
     score[0, 3:5] = torch.tensor([float("inf"), 1e-42])  # more and less than any normal number
     expected = [by_sorting(row, count) for row in score.tolist()]
     assert choose(score, count).tolist() == expected

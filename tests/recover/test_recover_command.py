@@ -133,15 +133,6 @@ def test_packed_as_it_was_measured(flags: list[str], tmp_path: Path) -> None:
     assert evaluated(tmp_path / "model", *same) == pytest.approx(found["perplexity"]["uk"], 1e-5)
 
 
-def test_four_bits_trained_are_better_than_four_bits_rounded_afterwards(
-    recovered: Path, tmp_path: Path
-) -> None:
-    _, on_grid = run(tmp_path / "grid", *PRUNE, *RECOVER, "--recover_ce", "0.3", *PACK)
-    argv = ["--model", recovered / "model", "--eval_only", *PACK]
-    _, rounded = run(tmp_path / "later", *argv)
-    assert on_grid["perplexity"]["uk"] < rounded["perplexity"]["uk"]
-
-
 @pytest.mark.parametrize("flags", [[], ["--recover_rank", "4"]])
 def test_equal_training_of_a_model_that_nothing_was_pruned_from(
     flags: list[str], tmp_path: Path
