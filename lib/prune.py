@@ -224,26 +224,25 @@ class Pruner:
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
     ) -> dict[str, Tensor]:
         """Observe and prune, stage by stage or all at once; {linear's name: what it now holds}."""
+        runner, method = self.runner, self.method
         if self.states is None:
-            device = self.runner.device
-            one_each = [Group([one], self.method(one.shape[1], device)) for one in linears]
-            return self._solve_(one_each)
-        if ordered is None:
-            passes = ((run, {}) for _, run in self.runner.iter_batches(self.states, index))
-            groups = observe(self.runner, linears, self.method, passes)
-            return self._solve_observed_(groups, linears)
+            return self._solve_(
+                [Group([one], method(one.shape[1], runner.device)) for one in linears]
+            )
         written: dict[str, Tensor] = {}
-        for place, stage in enumerate(ordered.order):
-            written |= self._solve_observed_(ordered.observe(place), stage.linears)
+        stages = [stage.linears for stage in ordered.order] if ordered else [linears]
+        for place, stage in enumerate(stages):
+            if ordered:
+                groups = ordered.observe(place)
+            else:
+                passes = ((run, {}) for _, run in runner.iter_batches(self.states, index))
+                groups = observe(runner, linears, method, passes)
+            for group in groups if self.idle else ():
+                for statistic in group.method.statistics():
+                    statistic.zero_()
+                group.method.tokens = 0
+            written |= self._solve_(merge(groups, stage, method, runner))
         return written
-
-    def _solve_observed_(
-        self, groups: list[Group], stage: list[PrunableLinear]
-    ) -> dict[str, Tensor]:
-        """Solve the groups that any process has observed."""
-        for group in groups if self.idle else ():
-            group.reset_()
-        return self._solve_(merge(groups, stage, self.method, self.runner))
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
         """Solve this process's groups, and store those of all processes."""

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -245,16 +245,65 @@ def trained_parts(
     return parts
 
 
-@dataclass
-class Recovered:
-    """How it went: what was held out, measured after some tokens, and what was kept."""
+class Recoverer:
+    """Trains the model of `runner` in place to do as `teacher` does.
 
-    schedule: TrainSchedule
-    trained: int  # weights
-    curve: list[dict[str, float]] = field(default_factory=list)  # tokens, perplexity, loss
-    best: int = 0  # of the curve
-    tokens: int = 0
-    seconds: float = 0.0
+    `whole`: all linears of the blocks are trained, not only those with zeros. `packed`: the weights
+    that will be held as 4-bit integers of `form`, {name: whether it is (in, out)}. Kept are the
+    weights for which `measure(runner, windows)` is lowest; it is the same in every rank. What was
+    measured stands in `curve`, its lowest figure at `best`.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        teacher: BlockRunner,
+        schedule: TrainSchedule,
+        text: TrainingText,
+        *,
+        whole: bool = False,
+        packed: Mapping[str, bool] | None = None,
+        form: Int4 = FORMATS[4],
+        measure: Callable[[BlockRunner, Tensor], float] = perplexity,
+    ) -> None:
+        self.runner, self.teacher, self.text = runner, teacher, text
+        self.measure = measure
+        self.parts = trained_parts(runner, whole, packed, schedule.rank, schedule.seed, form)
+        self.form = form
+        if schedule.rate is None:
+            width = runner.model.config.get_text_config(decoder=True).hidden_size
+            matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
+            schedule = replace(schedule, rate=default_rate(matrices, width, len(runner.blocks)))
+        self.schedule = schedule
+        self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
+        self.trained = sum(part.parameter.numel() for part in self.parts.values())
+        self.strict = True  # until an operation is met that is not deterministic
+        self.curve: list[dict[str, float]] = []  # tokens, perplexity, loss
+        self.best = 0  # of the curve
+        self.tokens, self.seconds = 0, 0.0  # once it has run
+
+    def summary(self) -> list[str]:
+        """What is going to be done, and a line on each text that is read again."""
+        schedule = self.schedule
+        how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
+        count = f"{len(self.grids)} of {len(self.parts)} tensors"
+        grids = f", {count} as {self.form.name}," if self.grids else ""
+        return [
+            f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
+            f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
+        ] + [
+            f"recovery: {source['name']} has {source['windows']} windows of train text, which are "
+            f"read {source['passes']} times"
+            for source in self.text.facts["sources"]
+            if source["passes"] > 1
+        ]
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """The scales of the grids of the best weights, by every name of a parameter."""
+        scales = {id(self.parts[name].parameter): one for name, one in self.best_scales.items()}
+        parameters = self.runner.model.named_parameters(remove_duplicate=False)
+        return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
 
     def line(self) -> str:
         """What a user should know at the end."""
@@ -282,67 +331,7 @@ class Recovered:
             "kept": self.curve[self.best],
         }
 
-
-class Recoverer:
-    """Trains the model of `runner` in place to do as `teacher` does.
-
-    `whole`: all linears of the blocks are trained, not only those with zeros. `packed`: the weights
-    that will be held as 4-bit integers of `form`, {name: whether it is (in, out)}. Kept are the
-    weights for which `measure(runner, windows)` is lowest; it is the same in every rank.
-    """
-
-    def __init__(
-        self,
-        runner: BlockRunner,
-        teacher: BlockRunner,
-        schedule: TrainSchedule,
-        text: TrainingText,
-        *,
-        whole: bool = False,
-        packed: Mapping[str, bool] | None = None,
-        form: Int4 = FORMATS[4],
-        measure: Callable[[BlockRunner, Tensor], float] = perplexity,
-    ) -> None:
-        self.runner, self.teacher, self.text = runner, teacher, text
-        self.measure = measure
-        self.parts = trained_parts(runner, whole, packed, schedule.rank, schedule.seed, form)
-        self.form = form
-        if schedule.rate is None:
-            width = runner.model.config.get_text_config(decoder=True).hidden_size
-            matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
-            schedule = replace(schedule, rate=default_rate(matrices, width, len(runner.blocks)))
-        self.schedule = schedule
-        self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
-        self.strict = True  # until an operation is met that is not deterministic
-        self.done = Recovered(
-            schedule=schedule,
-            trained=sum(part.parameter.numel() for part in self.parts.values()),
-        )
-
-    def summary(self) -> list[str]:
-        """What is going to be done, and a line on each text that is read again."""
-        schedule = self.schedule
-        how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
-        count = f"{len(self.grids)} of {len(self.parts)} tensors"
-        grids = f", {count} as {self.form.name}," if self.grids else ""
-        return [
-            f"recovery: {how} {self.done.trained:,} weights{grids} in {schedule.steps} steps of "
-            f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
-        ] + [
-            f"recovery: {source['name']} has {source['windows']} windows of train text, which are "
-            f"read {source['passes']} times"
-            for source in self.text.facts["sources"]
-            if source["passes"] > 1
-        ]
-
-    @property
-    def scales(self) -> dict[str, Tensor]:
-        """The scales of the grids of the best weights, by every name of a parameter."""
-        scales = {id(self.parts[name].parameter): one for name, one in self.best_scales.items()}
-        parameters = self.runner.model.named_parameters(remove_duplicate=False)
-        return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
-
-    def run(self, on_progress: Callable[..., None] = lambda tokens, note="": None) -> Recovered:
+    def run(self, on_progress: Callable[..., None] = lambda tokens, note="": None) -> None:
         """Train, and leave the model with its best weights, rounded.
 
         `on_progress(tokens, note)` is called after each step. UserError where the loss is not
@@ -351,7 +340,13 @@ class Recoverer:
         began = time.perf_counter()
         steps, tokens = self.schedule.steps, self.schedule.windows * self.schedule.seqlen
         finished = self.runner.weights.finished
-        self._set_up()
+        self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
+        sizes = [leaf.numel() for leaf in self.leaves]
+        # all gradients stand in one row, for one sum over processes
+        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
+        for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
+            leaf.grad = gradient.view_as(leaf)
+        self.optimizer = torch.optim.AdamW(self.leaves, betas=BETAS, weight_decay=0.0, fused=True)
         state = self._resumed()
         if not state:
             self._write_(refit=False)
@@ -371,24 +366,14 @@ class Recoverer:
                 if finished and (measured or time.monotonic() - kept > KEEP_SECONDS):
                     seconds = before + time.perf_counter() - began
                     state = {"step": step + 1, "losses": losses, "seconds": seconds}
-                    state |= {"curve": self.done.curve, "best": self.done.best}
+                    state |= {"curve": self.curve, "best": self.best}
                     finished.write("recovery", self._state(), state)
                     kept = time.monotonic()
                 on_progress(tokens, f"loss {loss:.4f}")
-        for part, best in zip(self.parts.values(), self.best, strict=True):
+        for part, best in zip(self.parts.values(), self.best_values, strict=True):
             part.parameter.data.copy_(best)
-        self.done.tokens = steps * tokens
-        self.done.seconds = round(before + time.perf_counter() - began, 3)
-        return self.done
-
-    def _set_up(self) -> None:
-        self.leaves = [leaf for part in self.parts.values() for leaf in part.leaves.values()]
-        sizes = [leaf.numel() for leaf in self.leaves]
-        # all gradients stand in one row, for one sum over processes
-        self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
-        for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
-            leaf.grad = gradient.view_as(leaf)
-        self.optimizer = torch.optim.AdamW(self.leaves, betas=BETAS, weight_decay=0.0, fused=True)
+        self.tokens = steps * tokens
+        self.seconds = round(before + time.perf_counter() - began, 3)
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:
@@ -488,22 +473,21 @@ class Recoverer:
     def _note(self, tokens: int, loss: float | None) -> None:
         """Measure the windows held out, and keep the weights if they are the best so far."""
         figure = self.measure(self.runner, self.text.held_out)
-        curve = self.done.curve
-        curve.append({"tokens": tokens, "perplexity": figure, "loss": loss})
-        if len(curve) == 1 or figure < curve[self.done.best]["perplexity"]:
-            self.done.best = len(curve) - 1
+        self.curve.append({"tokens": tokens, "perplexity": figure, "loss": loss})
+        if len(self.curve) == 1 or figure < self.curve[self.best]["perplexity"]:
+            self.best = len(self.curve) - 1
             self._take_best()
 
     def _take_best(self) -> None:
-        """Keep the trained parameters on the host, rounded as they are."""
+        """Keep the trained parameters on the host, as they are."""
         parameters = (part.parameter.detach() for part in self.parts.values())
-        self.best = [parameter.to("cpu", copy=True) for parameter in parameters]
+        self.best_values = [parameter.to("cpu", copy=True) for parameter in parameters]
         self.best_scales = {name: grid.scales.clone() for name, grid in self.grids.items()}
 
     def _state(self) -> dict[str, Tensor]:
         """All that the next step depends on, besides facts, and the best weights so far."""
         state = {}
-        for (name, part), best in zip(self.parts.items(), self.best, strict=True):
+        for (name, part), best in zip(self.parts.items(), self.best_values, strict=True):
             for kind, leaf in part.leaves.items():
                 state[f"{kind} of {name}"] = leaf
                 for key, value in self.optimizer.state[leaf].items():
@@ -529,7 +513,7 @@ class Recoverer:
             stored = kept[0][name] if kept else torch.empty_like(tensor)
             tensor.copy_(dist.broadcast_(stored, 0))
         self._write_(refit=False)
-        self.done.curve, self.done.best = facts["curve"], facts["best"]
+        self.curve, self.best = facts["curve"], facts["best"]
         return facts
 
 

@@ -27,7 +27,6 @@ Run: `python main.py --model MODEL --prune_method admm`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ from torch.profiler import record_function
 from lib.methods.damping import cholesky, inverse_
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
 from lib.methods.obs import UNFACTORED, choose_rows, solve_rows
-from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first, threshold
+from lib.methods.sparsity import Sparsity, n_of_first, threshold
 from lib.util.errors import UserError
 
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
@@ -68,12 +67,8 @@ class Admm(LeastSquares):
             start *= weighting
             target *= weighting
         rho = self.rho * unexplained
-        phases = [
-            Phase(rho, self.iterations, EXPLORED),
-            Phase(STIFFENING * rho, self.iterations, AGREED),
-        ]
         choice = MaskChoice(rows, list(sparsities))
-        solution, mask, settled = alternate(start, target, hessian, phases, choice)
+        solution, mask, settled = alternate(start, target, hessian, rho, self.iterations, choice)
         steps = round(self.refinements * SETTLED_STEPS) if settled else self.refinements
         conjugate_gradients_(solution, target, hessian, mask, steps)
         solution /= across
@@ -116,14 +111,6 @@ def error_weighting(
     return torch.cat(weighting)
 
 
-class Phase(NamedTuple):
-    """At most so many iterations with one rho; they end where at most a share `settled` changes."""
-
-    rho: float
-    iterations: int
-    settled: float
-
-
 class MaskChoice:
     """The lowest |T| (in, out): in every N:M group, or in each linear of `rows` outputs.
 
@@ -164,31 +151,36 @@ class MaskChoice:
             score = total.abs()
             if self.sparsity.m:
                 return self.sparsity.mask(score.T).T
-            parts = score.split(self.rows, 1)
-            shares = zip(parts, self.sparsities, strict=True)
-            counts = [(part.T, int(part.numel() * sparsity.ratio)) for part, sparsity in shares]
-            return torch.cat([lowest_overall(part, count).T for part, count in counts], 1)
+            parts = zip(score.split(self.rows, 1), self.sparsities, strict=True)
+            masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts]
+            return torch.cat(masks, 1)
 
 
 def alternate(
-    total: Tensor, target: Tensor, hessian: Tensor, phases: list[Phase], choice: MaskChoice
+    total: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    rho: float,
+    iterations: int,
+    choice: MaskChoice,
 ) -> tuple[Tensor, Tensor, bool]:
     """From T = V = `total` (in, out), overwritten: Z, its mask, and whether the masks settled.
 
-    A phase ends where hardly any more of a mask changes, and with the first phase the iterations:
-    stiffer ones would change as little.
+    A phase has at most so many `iterations`. It ends where hardly any more of a mask changes, and
+    with the first phase all end: stiffer ones would change as little.
     """
     signed, last_mask = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
     inverse, settled = None, False
-    for phase, later in zip(phases, [*phases[1:], phases[-1]], strict=True):
+    stiffer = STIFFENING * rho
+    for own, later, least in ((rho, stiffer, EXPLORED), (stiffer, stiffer, AGREED)):
         if settled:
             break
         with record_function("factorisation"):
             inverse = None  # frees the last phase's before the next is made
-            inverse = stiff_inverse(hessian, phase.rho)
+            inverse = stiff_inverse(hessian, own)
         constant = inverse @ target  # what B has in V
-        inverse *= -phase.rho
-        for iteration in range(phase.iterations):
+        inverse *= -own
+        for iteration in range(iterations):
             changed = 0
             for sparsity, part, negative, fixed, earlier in choice.parts(
                 total, signed, constant, last_mask
@@ -199,10 +191,10 @@ def alternate(
                 changed = changed + (mask != earlier).count_nonzero()
                 earlier.copy_(mask)
                 part.sub_(masked).add_(fixed)  # U, and B's part of V
-            settled = bool(changed <= phase.settled * total.numel())
-            end = settled or iteration == phase.iterations - 1
-            if end and not settled and phase.rho != later.rho:  # U is in units of rho
-                total.sub_(constant).mul_(phase.rho / later.rho).add_(constant)
+            settled = bool(changed <= least * total.numel())
+            end = settled or iteration == iterations - 1
+            if end and not settled and own != later:  # U is in units of rho
+                total.sub_(constant).mul_(own / later).add_(constant)
             total.addmm_(inverse, signed)
             if end:
                 break

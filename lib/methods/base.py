@@ -23,7 +23,7 @@ class PruningMethod:
 
     observes: ClassVar[bool] = True  # it needs calibration windows
     dense_stream: ClassVar[bool] = False  # it takes inputs in order, beside the untouched model's
-    inverts_gram: ClassVar[bool] = False  # it solves with X^T X, singular from few tokens
+    inverts_gram: ClassVar[bool] = False  # it solves with X^T X, its `hessian`
 
     def __init__(self, width: int, device: torch.device) -> None:
         self.width = width
@@ -43,10 +43,6 @@ class PruningMethod:
     def statistics(self) -> list[Tensor]:
         """Sums over tokens, which processes add up in place."""
         return []
-
-    def square_sums(self) -> Tensor:
-        """Sum of squares of each input channel (in,)."""
-        raise NotImplementedError(f"{type(self).__name__} does not observe its input")
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in), each to its own sparsity of one pattern, in place.

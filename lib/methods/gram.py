@@ -21,11 +21,12 @@ def add_upper_gram_(hessian: Tensor, x: Tensor) -> None:
 
     Only the diagonal and what lies above it is meaningful afterwards, until `mirror_`.
     """
-    assert hessian.dtype == torch.float32 and hessian.shape == (x.shape[1], x.shape[1])
-    if x.device.type != "cpu":
-        _add_product_(hessian, x)
-        return
+    if x.is_cuda and x.dtype in HALVES:
+        return _add_halves_(hessian, x.T, x)
     x = x.float()
+    if x.device.type != "cpu":  # the whole product at once, as an accelerator likes it
+        hessian.addmm_(x.T, x)
+        return
     for start in range(0, len(hessian), PANEL):
         panel = slice(start, start + PANEL)
         hessian[panel, start:].addmm_(x[:, panel].T, x[:, start:])
@@ -56,15 +57,6 @@ def split(values: Tensor) -> tuple[Tensor, Tensor]:
     """Two bfloat16 tensors whose sum is float32 `values` to 16 bits, for tensor cores."""
     high = values.bfloat16()
     return high, (values - high.float()).bfloat16()
-
-
-def _add_product_(hessian: Tensor, x: Tensor) -> None:
-    """The whole product at once, as an accelerator likes it."""
-    if x.is_cuda and x.dtype in HALVES:
-        _add_halves_(hessian, x.T, x)
-    else:
-        x = x.float()
-        hessian.addmm_(x.T, x)
 
 
 def _add_halves_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -58,13 +58,7 @@ class LeastSquares(PruningMethod):
     def observe(
         self, x: Tensor, dense: Tensor | None = None, residual_error: Tensor | None = None
     ) -> None:
-        """Add x (tokens, in), and where known how the same tokens stand in the untouched model.
-
-        Either `dense` (tokens, in), its x; or, for a linear that has its input to itself,
-        `residual_error` (tokens, out), float32: how far the untouched model's stream is ahead once
-        the outputs that the linear has with the weights W are added. That is L + (D - X) W^T of
-        (1), and all of it.
-        """
+        """As `PruningMethod.observe`; `residual_error` is L + (D - X) W^T of (1), and all of it."""
         super().observe(x)
         add_upper_gram_(self.hessian, x)
         if residual_error is not None:
@@ -81,19 +75,29 @@ class LeastSquares(PruningMethod):
         sums = self.hessian, self.input_error_gram, self.residual_error_gram
         return [tensor for tensor in sums if tensor is not None]
 
-    def square_sums(self) -> Tensor:
-        return self.hessian.diagonal()
-
     def problem(self, weights: Sequence[Tensor]) -> Problem:
         """(1) of matrices (out_i, in) that share the input, scaled.
 
-        UserError where A can't be factored.
+        The floor of the damping rises where it must; UserError where that does not help.
         """
-        assert self.tokens > 0 and (self.residual_error_gram is None or len(weights) == 1)
         with record_function("factorisation"):
-            share = self.damping * len(self.hessian) / self.tokens
-            hessian, unexplained, scale, dead = scaled(self.hessian, share)
-        across = scale[:, None]
+            hessian = self.hessian.clone()
+            mirror_(hessian)
+            dead = hessian.diagonal() == 0
+            across = hessian.diagonal().sqrt().masked_fill_(dead, 1)[:, None]
+            hessian /= across.T
+            hessian /= across
+            added = 0.0
+            for floor in rising(FLOOR):
+                hessian.diagonal().add_(floor - added)
+                added, factor = floor, cholesky(hessian)
+                if factor is not None:
+                    break
+            unexplained = (1 / inverse_(factor).diagonal()).mean().item()
+            del factor
+            share = self.damping * len(hessian) / self.tokens
+            hessian.diagonal().add_(share * unexplained)
+            unexplained *= 1 + share  # of the damped matrix
         start = torch.cat([weight.T for weight in weights], 1)
         if self.residual_error_gram is not None:
             error = self.residual_error_gram.T / across
@@ -120,30 +124,6 @@ class Problem(NamedTuple):
         """Let the weights of dead inputs go."""
         self.start[self.dead] = 0
         self.target[self.dead] = 0
-
-
-def scaled(sums: Tensor, share: float) -> tuple[Tensor, float, Tensor, Tensor]:
-    """A = S^-1 (sums) S^-1 + damping (in, in), the unexplained share, S (in,), and dead inputs.
-
-    The damping is FLOOR and `share` of the unexplained share, which is that of the damped matrix.
-    Reads the upper triangle of `sums`. The floor rises where it must; UserError where that does not
-    help.
-    """
-    hessian = sums.clone()
-    mirror_(hessian)
-    dead = hessian.diagonal() == 0
-    scale = hessian.diagonal().sqrt().masked_fill_(dead, 1)
-    hessian /= scale
-    hessian /= scale[:, None]
-    added = 0.0
-    for floor in rising(FLOOR):
-        hessian.diagonal().add_(floor - added)
-        added, factor = floor, cholesky(hessian)
-        if factor is not None:
-            break
-    unexplained = (1 / inverse_(factor).diagonal()).mean().item()
-    hessian.diagonal().add_(share * unexplained)
-    return hessian, (1 + share) * unexplained, scale, dead
 
 
 def conjugate_gradients_(

@@ -56,14 +56,12 @@ def solve_rows(hessian: Tensor, target: Tensor, kept: Tensor) -> Tensor:
     return torch.cholesky_solve(target[kept], factor)
 
 
-def keep_lowest_loss(score: Tensor, count: int) -> Tensor:
-    """Indices (count,) in rising order of the highest scores (n,); ties go to the higher index."""
-    return score.argsort(stable=True)[len(score) - count :].sort().values
+def keep_highest_(weight: Tensor, score: Tensor, count: int) -> Tensor:
+    """Zero all columns of a matrix (out, in) but the `count` of the highest scores (in,), in place.
 
-
-def zero_others_(weight: Tensor, kept: Tensor) -> Tensor:
-    """Zero the columns of a matrix (out, in) that are not `kept`, in place, and return `kept`."""
-    others = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    others[kept] = False
+    Returns the indices of those in rising order; ties go to the higher index.
+    """
+    order = score.argsort(stable=True)
+    others, kept = order.split([len(score) - count, count])
     weight[:, others] = 0
-    return kept
+    return kept.sort().values

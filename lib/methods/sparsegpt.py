@@ -44,7 +44,7 @@ from lib.methods.base import PruningMethod
 from lib.methods.damping import cholesky, inverse_, rising
 from lib.methods.gram import add_upper_gram_, mirror_
 from lib.methods.obs import choose_rows, solve_rows
-from lib.methods.sparsity import Sparsity, lowest_overall, n_of_first
+from lib.methods.sparsity import Sparsity, n_of_first
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
 
@@ -70,9 +70,6 @@ class SparseGPT(PruningMethod):
 
     def statistics(self) -> list[Tensor]:
         return [self.hessian]
-
-    def square_sums(self) -> Tensor:
-        return self.hessian.diagonal()
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
@@ -160,29 +157,32 @@ class ColumnBlock:
         self.rows = rows  # outputs of each linear
         self.sparsities = sparsities
         self.sparsity = sparsities[0]  # their pattern is the same
-        assert len({sparsity.pattern for sparsity in sparsities}) == 1
         self.values = torch.empty(size, sum(rows), device=device)  # V
         self.errors = torch.empty_like(self.values)  # E: a weight where it is pruned, else 0
         self.mask = torch.empty_like(self.values)  # 1.0 where a weight is pruned
         self.inverse = torch.empty(size, size, device=device)  # B
         self.scale = torch.empty(size, 1, device=device)  # diag(R)
         width = self.sparsity.m or math.gcd(size, STEP)
-        self.steps = [self._step(start, start + width) for start in range(0, size, width)]
-
-    def _step(self, start: int, end: int) -> tuple:
-        values, errors, mask = self.values, self.errors, self.mask
-        here = slice(start, end)
-        columns = [
-            (values[j], errors[start:j].T, self.inverse[start:j, j], mask[j], errors[j])
-            for j in range(start, end)
-        ]
-        push = self.inverse[:start, here].T
-        return values[here], errors[:start], push, self.scale[here], mask[here], columns
+        self.steps = []
+        values, errors, mask, inverse = self.values, self.errors, self.mask, self.inverse
+        for start in range(0, size, width):
+            here = slice(start, start + width)
+            columns = [
+                (values[j], errors[start:j].T, inverse[start:j, j], mask[j], errors[j])
+                for j in range(start, start + width)
+            ]
+            push = inverse[:start, here].T
+            step = values[here], errors[:start], push, self.scale[here], mask[here], columns
+            self.steps.append(step)
 
     def settle_(self) -> None:
         """Take the columns of V one after another to their last values; note their errors."""
-        if not self.sparsity.m:
-            self._choose()
+        if not self.sparsity.m:  # the lowest scores of each linear's part of the block
+            with record_function("masks"):
+                score = (self.values * self.scale).square_()
+                parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
+                for part, mask, sparsity in zip(*parts, strict=True):
+                    mask.copy_(sparsity.mask(part, overall=True))
         for values, before, push, scale, mask, columns in self.steps:
             if len(before):
                 values.addmm_(push, before, alpha=-1)
@@ -193,11 +193,3 @@ class ColumnBlock:
                 if len(weight):
                     value.addmv_(earlier, weight, alpha=-1)
                 torch.mul(value, pruned, out=error)
-
-    def _choose(self) -> None:
-        """The lowest scores of each linear's part of the block."""
-        with record_function("masks"):
-            score = (self.values * self.scale).square_()
-            parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
-            for part, mask, sparsity in zip(*parts, strict=True):
-                mask.copy_(lowest_overall(part, int(part.numel() * sparsity.ratio)))

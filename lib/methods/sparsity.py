@@ -54,10 +54,12 @@ class Sparsity:
         """`2:4`, or None where the mask is unstructured."""
         return f"{self.n}:{self.m}" if self.m else None
 
-    def mask(self, score: Tensor) -> Tensor:
-        """Return the mask of the lowest scores of each row, as Wanda compares, or N:M group."""
+    def mask(self, score: Tensor, overall: bool = False) -> Tensor:
+        """Return the mask of the lowest scores of each N:M group or row, or `overall`."""
         if self.m:
             return n_of_m(score, self.n, self.m)
+        if overall:
+            return lowest_overall(score, int(score.numel() * self.ratio))
         return lowest_per_row(score, int(score.shape[-1] * self.ratio))
 
 
@@ -66,10 +68,11 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     import numpy
     import torch
 
-    assert 0 <= count <= score.shape[-1]
     if score.device.type != "cpu":
-        choose = _lowest_when_sorted if score.numel() < SORTED else _lowest_by_bisection
-        return choose(score, count)
+        if score.numel() < SORTED:
+            return _lowest_when_sorted(score, count)
+        # less memory and, on paper, less time
+        return _lowest_up_to(_bisected(score, count), score, count)
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if score.dtype == torch.bfloat16:  # unknown to numpy
@@ -121,7 +124,6 @@ def _select(scores: Any, count: int) -> Any:
 
 def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
     """Mask (rows, columns) of the `n` smallest scores in every `m` consecutive columns."""
-    assert score.shape[-1] % m == 0, f"{score.shape[-1]} columns are not a multiple of {m}"
     groups = score.reshape(*score.shape[:-1], -1, m)
     return n_of_first(groups.movedim(-1, 0), n).movedim(0, -1).reshape(score.shape)
 
@@ -155,11 +157,6 @@ def _lowest_when_sorted(score: Tensor, count: int) -> Tensor:
 
     first = score.sort(dim=-1, stable=True).indices[..., :count]
     return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)
-
-
-def _lowest_by_bisection(score: Tensor, count: int) -> Tensor:
-    """As `_lowest_when_sorted`, for large scores: less memory and, on paper, less time."""
-    return _lowest_up_to(_bisected(score, count), score, count)
 
 
 def _bisected(score: Tensor, count: int) -> Tensor:

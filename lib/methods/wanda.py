@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.methods.base import PruningMethod
-from lib.methods.obs import keep_lowest_loss, zero_others_
+from lib.methods.obs import keep_highest_
 from lib.methods.sparsity import Sparsity
 
 TOKENS = 64  # whose squares are added up in float32
@@ -43,9 +43,6 @@ class Wanda(PruningMethod):
     def statistics(self) -> list[Tensor]:
         return [self.square_sum]
 
-    def square_sums(self) -> Tensor:
-        return self.square_sum
-
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         for weight, sparsity in zip(weights, sparsities, strict=True):
             score = weight.abs() * self.square_sum.sqrt().float()
@@ -58,14 +55,29 @@ class Wanda(PruningMethod):
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Score |W_j| |X_j|: what neuron j adds to the outputs, inputs taken as uncorrelated."""
         score = weight.norm(dim=0) * self.square_sum.sqrt().float()
-        return zero_others_(weight, keep_lowest_loss(score, count))
+        return keep_highest_(weight, score, count)
 
 
 class WandaVariant(Wanda):
     """Wanda whose rows have shares of zeros of their own, as with --use_variant."""
 
     def mask(self, score: Tensor, sparsity: Sparsity) -> Tensor:
-        return variant_mask(score, sparsity.ratio)
+        """Rows drop their smallest scores while these sum to at most alpha of the row.
+
+        Bisection on alpha from 0.4 in [0, 0.8] until the sparsity of the whole matrix is within
+        0.001 of the ratio or the interval is below 0.001, as in the authors' code.
+        """
+        values, order = score.sort(dim=-1, stable=True)
+        share = values.cumsum(-1)  # (out, in), up to the row's sum
+        total = share[:, -1:].clone()
+        low, high, alpha = 0.0, 0.8, 0.4
+        while True:
+            mask = share <= alpha * total  # (out, in), in sorted order
+            off = mask.float().mean().item() - sparsity.ratio
+            if abs(off) <= VARIANT_TOLERANCE or high - low < VARIANT_TOLERANCE:
+                return torch.zeros_like(mask).scatter_(1, order, mask)
+            low, high = (low, alpha) if off > 0 else (alpha, high)
+            alpha = (low + high) / 2
 
 
 def squares_added(x: Tensor) -> Tensor:
@@ -77,27 +89,3 @@ def squares_added(x: Tensor) -> Tensor:
 def squares_read_once(x: Tensor) -> Tensor:
     """The same to rounding, without a float32 copy of x: a GPU waits for memory here."""
     return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()
-
-
-def variant_mask(score: Tensor, ratio: float) -> Tensor:
-    """Mask whose rows drop their smallest scores while these sum to at most alpha of the row.
-
-    Bisection on alpha from 0.4 in [0, 0.8] until the sparsity of the whole matrix is within
-    0.001 of `ratio` or the interval is below 0.001, as in the authors' code.
-    """
-    values, order = score.sort(dim=-1, stable=True)
-    share = values.cumsum(-1)  # (out, in), up to the row's sum
-    total = share[:, -1:].clone()
-
-    def drop(alpha: float) -> Tensor:
-        return share <= alpha * total  # (out, in), in sorted order
-
-    low, high, alpha = 0.0, 0.8, 0.4
-    mask = drop(alpha)
-    reached = mask.float().mean().item()
-    while abs(reached - ratio) > VARIANT_TOLERANCE and high - low >= VARIANT_TOLERANCE:
-        low, high = (low, alpha) if reached > ratio else (alpha, high)
-        alpha = (low + high) / 2
-        mask = drop(alpha)
-        reached = mask.float().mean().item()
-    return torch.zeros_like(mask).scatter_(1, order, mask)

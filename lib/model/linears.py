@@ -25,17 +25,18 @@ def find_linears(
     block: nn.Module, prefix: str
 ) -> tuple[list[PrunableLinear], dict[str, tuple[int, str]]]:
     """The prunable matrices of a block, and {name: (weights, reason)} of the others."""
-    linears, dense = [], {}
-    experts_of = _expert_counts(block)
+    linears, dense, experts_of = [], {}, _expert_counts(block)
     for path, module in block.named_modules():
         name = f"{prefix}.{path}" if path else prefix
         if isinstance(module, nn.Linear | Conv1D):
             linear = quantised_linear(name, module) or PrunableLinear(
                 name, name, module, transposed=isinstance(module, Conv1D)
             )
-            why = _why_dense(linear.shape, experts_of.get(path.rpartition(".")[0]))
-            if why:
-                dense[name] = prod(linear.shape), why
+            experts = experts_of.get(path.rpartition(".")[0])
+            if linear.shape[0] in (1, experts):
+                dense[name] = prod(linear.shape), "it routes tokens"
+            elif min(linear.shape) < NARROWEST:
+                dense[name] = prod(linear.shape), "it is too small"
             else:
                 linears.append(linear)
             continue
@@ -92,24 +93,13 @@ def _expert_counts(block: nn.Module) -> dict[str, int]:
     return counts
 
 
-def _why_dense(shape: tuple[int, int], experts: int | None) -> str | None:
-    if shape[0] == 1 or shape[0] == experts:
-        return "it routes tokens"
-    return "it is too small" if min(shape) < NARROWEST else None
-
-
 class _ExpertProducts(TorchFunctionMode):
-    """Sees the products with slices of fused expert parameters, before and after."""
+    """Sees the products with slices of fused expert parameters, before or after."""
 
-    def __init__(
-        self,
-        linears: list[PrunableLinear],
-        before: Callable[[PrunableLinear, Tensor], None] | None = None,
-        after: Callable[[PrunableLinear, Tensor, Tensor], None] | None = None,
-    ) -> None:
+    def __init__(self, linears: list[PrunableLinear], see: Callable, after: bool) -> None:
         super().__init__()
         self.by_address = {linear.raw_weight.data_ptr(): linear for linear in linears}
-        self.before, self.after = before, after
+        self.see, self.after = see, after
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -118,11 +108,11 @@ class _ExpertProducts(TorchFunctionMode):
             x = args[0] if args else kwargs["input"]
             weight = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other"))
             linear = self.by_address.get(weight.data_ptr()) if weight.dim() == 2 else None
-        if linear is not None and self.before:
-            self.before(linear, x)
+        if linear is not None and not self.after:
+            self.see(linear, x)
         out = func(*args, **kwargs)
         if linear is not None and self.after:
-            self.after(linear, x, out)
+            self.see(linear, x, out)
         return out
 
 
@@ -133,25 +123,14 @@ def watch_inputs(
 
     x is (..., in). `see` may raise to end the forward pass early. Hooks are gone afterwards.
     """
-
-    def hook(linear: PrunableLinear) -> Callable:
-        return lambda _, args, kwargs: see(linear, first_argument(args, kwargs))
-
-    return _hooked(linears, nn.Module.register_forward_pre_hook, hook, before=see)
+    return _watched(linears, nn.Module.register_forward_pre_hook, see, after=False)
 
 
 def watch_outputs(
     linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor, Tensor], None]
 ) -> AbstractContextManager[None]:
-    """Inside, `see(linear, x, out)` is called with each linear's output (..., out) for x.
-
-    `see` may raise to end the forward pass early. Hooks are gone afterwards.
-    """
-
-    def hook(linear: PrunableLinear) -> Callable:
-        return lambda _, args, kwargs, out: see(linear, first_argument(args, kwargs), out)
-
-    return _hooked(linears, nn.Module.register_forward_hook, hook, after=see)
+    """As `watch_inputs`, `see(linear, x, out)` with each linear's output (..., out) for x."""
+    return _watched(linears, nn.Module.register_forward_hook, see, after=True)
 
 
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
@@ -160,21 +139,19 @@ def first_argument(args: tuple, kwargs: dict) -> Tensor:
 
 
 @contextmanager
-def _hooked(
-    linears: Sequence[PrunableLinear],
-    register: Callable,
-    hook: Callable[[PrunableLinear], Callable],
-    **products: Callable,
+def _watched(
+    linears: Sequence[PrunableLinear], register: Callable, see: Callable, after: bool
 ) -> Iterator[None]:
-    """Inside, every linear's module has its hook, and experts' products are seen by `products`."""
-    experts = [linear for linear in linears if linear.expert is not None]
+    def hook(linear: PrunableLinear) -> Callable:
+        return lambda _, args, kwargs, *out: see(linear, first_argument(args, kwargs), *out)
+
     with ExitStack() as stack:
         for linear in linears:
             if linear.expert is None:
                 handle = register(linear.module, hook(linear), with_kwargs=True)
                 stack.callback(handle.remove)
-        if experts:
-            stack.enter_context(_ExpertProducts(experts, **products))
+        if experts := [linear for linear in linears if linear.expert is not None]:
+            stack.enter_context(_ExpertProducts(experts, see, after))
         yield
 
 

@@ -79,14 +79,15 @@ def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) 
     Raises UserError for quantised models, experts, MLPs of several widths, and models whose config
     has no field for the width.
     """
-    if stored_bits(config):
-        raise _refused(checkpoint, "it is quantised, and its matrices can't be cut")
     blocks = model.get_submodule(name)
-    if any(linear.expert is not None for block in blocks for linear in find_linears(block, "")[0]):
-        raise _refused(checkpoint, "its MLPs are experts")
     found = [_mlps(block) for block in blocks]
     widths = {width for mlps in found for width, _ in mlps}
-    if len(widths) == 1 and all(len(mlps) == 1 for mlps in found):
+    why = "no field of its config sets the width of one MLP in each block and of it alone"
+    if stored_bits(config):
+        why = "it is quantised, and its matrices can't be cut"
+    elif any(one.expert is not None for block in blocks for one in find_linears(block, "")[0]):
+        why = "its MLPs are experts"
+    elif len(widths) == 1 and all(len(mlps) == 1 for mlps in found):
         [width], text = widths, config.get_text_config(decoder=True)
         section = next((key for key, value in vars(config).items() if value is text), None)
         for field in FIELDS:
@@ -94,14 +95,8 @@ def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) 
                 layout = MlpLayout(width, section, field, tuple(mlp for [(_, mlp)] in found))
                 if _narrows(layout, config, checkpoint, model, name):
                     return layout
-    raise _refused(
-        checkpoint, "no field of its config sets the width of one MLP in each block and of it alone"
-    )
-
-
-def _refused(checkpoint: Checkpoint, reason: str) -> UserError:
-    return UserError(
-        f"--sparsity_type neurons: {checkpoint}: {reason}; use --sparsity_type unstructured"
+    raise UserError(
+        f"--sparsity_type neurons: {checkpoint}: {why}; use --sparsity_type unstructured"
     )
 
 
@@ -131,37 +126,41 @@ def _narrows(
         return False
     expected = {path: list(parameter.shape) for path, parameter in model.named_parameters()}
     for index, mlp in enumerate(layout.blocks):
-        producers = [(producer.path, producer.parts) for producer in mlp.producers]
-        for path, parts in [(mlp.down, 0), *producers]:
+        for path, parts in [(mlp.down, 0), *((one.path, one.parts) for one in mlp.producers)]:
             prefix = f"{name}.{index}.{path}"
             if f"{prefix}.weight" not in expected:  # another block has it too
                 return False
-            outputs = 1 if isinstance(model.get_submodule(prefix), Conv1D) else 0
-            dim = outputs if parts else 1 - outputs
-            expected[f"{prefix}.weight"][dim] = narrow * max(1, parts)
+            dim = output_dim(model.get_submodule(prefix))
+            expected[f"{prefix}.weight"][dim if parts else 1 - dim] = narrow * max(1, parts)
             if parts and f"{prefix}.bias" in expected:
                 expected[f"{prefix}.bias"] = [narrow * parts]
     return expected == {path: list(p.shape) for path, p in built.named_parameters()}
 
 
+def output_dim(linear: nn.Module) -> int:
+    """The dimension of a linear's weight that counts its outputs."""
+    return 1 if isinstance(linear, Conv1D) else 0
+
+
 def keep_neurons_(block: nn.Module, mlp: BlockMlp, kept: Tensor) -> None:
     """Remove from a block's MLP all neurons but `kept` (n,), indices in rising order."""
+
+    def select_(linear: nn.Module, name: str, indices: Tensor, dim: int) -> None:
+        old = getattr(linear, name)
+        chosen = old.data.index_select(dim, indices.to(old.device)).contiguous()
+        setattr(linear, name, nn.Parameter(chosen, requires_grad=old.requires_grad))
+
     down = block.get_submodule(mlp.down)
-    width = down.weight.shape[0 if isinstance(down, Conv1D) else 1]
-    _select_(down, "weight", kept, dim=0 if isinstance(down, Conv1D) else 1)
+    dim = 1 - output_dim(down)
+    width = down.weight.shape[dim]
+    select_(down, "weight", kept, dim)
     for producer in mlp.producers:
         linear = block.get_submodule(producer.path)
         rows = torch.cat([kept + part * width for part in range(producer.parts)])
-        _select_(linear, "weight", rows, dim=1 if isinstance(linear, Conv1D) else 0)
+        select_(linear, "weight", rows, output_dim(linear))
         if linear.bias is not None:
-            _select_(linear, "bias", rows, dim=0)
+            select_(linear, "bias", rows, 0)
     fit_sizes_(block, mlp)
-
-
-def _select_(linear: nn.Module, name: str, indices: Tensor, dim: int) -> None:
-    parameter = getattr(linear, name)
-    chosen = parameter.data.index_select(dim, indices.to(parameter.device))
-    setattr(linear, name, nn.Parameter(chosen.contiguous(), requires_grad=parameter.requires_grad))
 
 
 def fit_sizes_(block: nn.Module, mlp: BlockMlp) -> None:

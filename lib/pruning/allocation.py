@@ -25,10 +25,6 @@ class Allocation:
     sparsity: dict[str, Sparsity]
     output_costs: dict[str, Tensor] = field(default_factory=dict)
 
-    def record(self) -> dict[str, float]:
-        """{linear: ratio} for results.json."""
-        return {name: round(sparsity.ratio, 6) for name, sparsity in self.sparsity.items()}
-
 
 def uniform(runner: BlockRunner, sparsity: Sparsity) -> Allocation:
     """All linears of the blocks are as sparse."""

@@ -22,14 +22,12 @@ Run: `python main.py ... --sparsity_ratio 0.7 --allocation error`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.distributed.context import DistContext
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import eager_experts
@@ -44,15 +42,6 @@ STEPS = 200  # of the span, between which sparsities are chosen
 WINDOWS = 8  # that the backward pass takes
 ROUNDS = 60  # of bisection
 FAINT = 1e-12  # of all of a linear's cost
-
-
-@dataclass
-class WeightCosts:
-    """A weight's name and size, and its cost at each sparsity of the span (STEPS + 1,)."""
-
-    name: str
-    size: int
-    cost: Tensor | float = 0.0
 
 
 def by_error(
@@ -72,42 +61,37 @@ def by_error(
     uniforms, _ = own_windows(torch.rand(windows.shape, generator=generator), dist)
     own, idle = own_windows(windows, dist)
     first = first_names(runner)
-    weights: dict[str, WeightCosts] = {}
-    output_costs: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}  # of weights, by their first name
+    weight_costs: dict[str, Tensor] = {}  # at each sparsity of the span (STEPS + 1,)
+    output_costs: dict[str, Tensor] = {}  # (out,)
     with eager_experts(runner.model):
         backward = BackwardPass(runner, own, uniforms, on_progress)
         for index in reversed(range(len(runner.blocks))):
             with runner.on_device(index):
                 linears = runner.linears(index)
                 diagonals = backward.through(index, linears)
-                _all_reduce_(list(diagonals.values()), dist, idle)
-                for linear in linears:
+                for diagonal in diagonals.values() if idle else ():
+                    diagonal.inputs.zero_()
+                    diagonal.grad_sq.zero_()
+                    diagonal.tokens = 0
+                counts = dist.all_gather_object([one.tokens for one in diagonals.values()])
+                sums = [each for one in diagonals.values() for each in (one.inputs, one.grad_sq)]
+                for handle in dist.all_reduce_(sums):
+                    handle.wait()
+                for linear, *each in zip(linears, *counts, strict=True):
                     diagonal, name = diagonals[linear.name], first[linear.name]
-                    if diagonal.tokens:
-                        weight = weights.setdefault(name, WeightCosts(name, prod(linear.shape)))
-                        weight.cost = weight.cost + costs(linear.matrix(), diagonal, ratio)
-                        mean = diagonal.grad_sq / diagonal.tokens
+                    if tokens := sum(each):
+                        diagonal.tokens, sizes[name] = tokens, prod(linear.shape)
+                        cost = costs(linear.matrix(), diagonal, ratio)
+                        weight_costs[name] = weight_costs.get(name, 0.0) + cost
+                        mean = diagonal.grad_sq / tokens
                         output_costs[name] = output_costs.get(name, 0) + mean
             on_progress(1)
-    ratios = dist.all_gather_object(choose(list(weights.values()), ratio))[0]
+    ratios = dist.all_gather_object(choose(weight_costs, sizes, ratio))[0]
     return Allocation(
         {name: Sparsity(ratios.get(first[name], ratio)) for name in first},
         {name: output_costs[first[name]] for name in first if first[name] in output_costs},
     )
-
-
-def _all_reduce_(diagonals: list[FisherDiagonal], dist: DistContext, idle: bool) -> None:
-    """Add up over processes; those of an `idle` one, whose windows are another's, do not count."""
-    for diagonal in diagonals if idle else ():
-        diagonal.inputs.zero_()
-        diagonal.grad_sq.zero_()
-        diagonal.tokens = 0
-    counts = dist.all_gather_object([diagonal.tokens for diagonal in diagonals])
-    for diagonal, count in zip(diagonals, map(sum, zip(*counts, strict=True)), strict=True):
-        diagonal.tokens = count
-    sums = [tensor for diagonal in diagonals for tensor in (diagonal.inputs, diagonal.grad_sq)]
-    for handle in dist.all_reduce_(sums):
-        handle.wait()
 
 
 def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
@@ -130,10 +114,10 @@ def span(ratio: float) -> list[float]:
     return [low + (high - low) * step / STEPS for step in range(STEPS + 1)]
 
 
-def choose(weights: list[WeightCosts], ratio: float) -> dict[str, float]:
-    """{name: sparsity} that minimises the sum of costs; the mean, by size, is `ratio`."""
-    sizes = torch.tensor([weight.size for weight in weights], dtype=torch.float64)
-    prices = torch.stack([weight.cost for weight in weights]) / sizes[:, None]  # (n, STEPS + 1)
+def choose(costs: dict[str, Tensor], sizes: dict[str, int], ratio: float) -> dict[str, float]:
+    """{name: sparsity} that minimises the sum of `costs`; the mean, by size, is `ratio`."""
+    size = torch.tensor([sizes[name] for name in costs], dtype=torch.float64)
+    prices = torch.stack(list(costs.values())) / size[:, None]  # (n, STEPS + 1)
     choices = torch.tensor(span(ratio), dtype=torch.float64)
 
     def at(price: float) -> Tensor:
@@ -143,9 +127,8 @@ def choose(weights: list[WeightCosts], ratio: float) -> dict[str, float]:
     low, high = 0.0, float(prices.max() * STEPS / (choices[-1] - choices[0]).clamp_min(1e-9)) or 1.0
     for _ in range(ROUNDS):
         price = (low + high) / 2
-        enough = (at(price) * sizes).sum() >= ratio * sizes.sum()
+        enough = (at(price) * size).sum() >= ratio * size.sum()
         low, high = (low, price) if enough else (price, high)
     chosen = at(high)
-    chosen += ratio - (chosen * sizes).sum() / sizes.sum()
-    names = (weight.name for weight in weights)
-    return dict(zip(names, chosen.clamp(0, 1).tolist(), strict=True))
+    chosen += ratio - (chosen * size).sum() / size.sum()
+    return dict(zip(costs, chosen.clamp(0, 1).tolist(), strict=True))

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.matrix import PrunableLinear
 from lib.util.errors import UserError
 
 
@@ -45,27 +42,21 @@ def measure(
     for index in range(len(runner.blocks)):
         with runner.on_device(index):
             for linear in runner.linears(index):
-                zero = linear.matrix() == 0  # (out, in)
-                measured.zeros[linear.name] = int(zero.count_nonzero())
-                measured.sizes[linear.name] = zero.numel()
-                if target and linear.name not in left_dense:
-                    _check_reached(linear, zero, target[linear.name])
+                name, zero = linear.name, linear.matrix() == 0  # (out, in)
+                measured.zeros[name] = int(zero.count_nonzero())
+                measured.sizes[name] = zero.numel()
+                if not target or name in left_dense:
+                    continue
+                ratio, n, m = target[name].ratio, target[name].n, target[name].m
+                if m:
+                    zeros = sum(zero[:, column::m].byte() for column in range(m))
+                    if short := int((zeros < n).count_nonzero()):
+                        groups = zero.numel() // m
+                        raise UserError(f"{name}: {short} of {groups} groups are not {n}:{m}")
+                # counts are rounded down, once per row or block of columns
+                elif ratio * zero.numel() - measured.zeros[name] > max(linear.shape):
+                    raise UserError(
+                        f"{name}: only {zero.float().mean():.4f} of its weights are zero, "
+                        f"{ratio:g} was requested"
+                    )
     return measured
-
-
-def _check_reached(linear: PrunableLinear, zero: torch.Tensor, target: Sparsity) -> None:
-    if target.m:
-        zeros = sum(zero[:, column :: target.m].byte() for column in range(target.m))
-        short = int((zeros < target.n).count_nonzero())
-        if short:
-            raise UserError(
-                f"{linear.name}: {short} of {zero.numel() // target.m} groups "
-                f"are not {target.pattern}"
-            )
-        return
-    missing = target.ratio * zero.numel() - int(zero.count_nonzero())
-    if missing > max(linear.shape):  # counts are rounded down, once per row or block of columns
-        raise UserError(
-            f"{linear.name}: only {zero.float().mean():.4f} of its weights are zero, "
-            f"{target.ratio:g} was requested"
-        )

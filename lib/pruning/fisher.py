@@ -70,20 +70,17 @@ class BackwardPass:
             with runner.on_device(index):
                 runner.advance_(self.states, index)
             on_progress(1)
+        # in place of the hidden states after the last block stands the loss's gradient there
         for batch in self.states.batches:
-            self._loss_backward(batch, uniforms[batch].to(runner.device))
+            ids = self.states.windows[batch].to(runner.device)
+            last = runner.transfer.fetch(self.states.hidden, batch).detach().requires_grad_()
 
-    def _loss_backward(self, batch: slice, uniforms: Tensor) -> None:
-        """Replace the hidden states after the last block by the loss's gradient there."""
-        transfer, hidden = self.runner.transfer, self.states.hidden
-        ids = self.states.windows[batch].to(self.runner.device)
-        last = transfer.fetch(hidden, batch).detach().requires_grad_()
-        with torch.enable_grad():
-            sampled_nll_backward_(
-                lambda positions: self.runner.logits_from_hidden(ids, lambda: last, positions),
-                uniforms,
-            )
-        transfer.store_(hidden, batch, last.grad)
+            def logits(positions: Tensor, ids=ids, last=last) -> Tensor:
+                return runner.logits_from_hidden(ids, lambda: last, positions)
+
+            with torch.enable_grad():
+                sampled_nll_backward_(logits, uniforms[batch].to(runner.device))
+            runner.transfer.store_(self.states.hidden, batch, last.grad)
 
     def through(self, index: int, linears: list[PrunableLinear]) -> dict[str, FisherDiagonal]:
         """Come back through block `index`, the last one first; {linear's name: its sums}.

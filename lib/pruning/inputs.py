@@ -46,11 +46,6 @@ class Group:
         """What solving it costs, up to a factor: one factorisation, then every row against it."""
         return self.width**2 * (self.width + sum(linear.shape[0] for linear in self.linears))
 
-    def reset_(self) -> None:
-        for statistic in self.method.statistics():
-            statistic.zero_()
-        self.method.tokens = 0
-
     @property
     def fallback(self) -> str | None:
         """The simpler method by which an expert is pruned that saw too few tokens, or None.
@@ -71,7 +66,7 @@ class Group:
             return Magnitude(self.width, torch.device("cpu"))
         if self.fallback == "wanda":
             wanda = Wanda(self.width, self.method.device)
-            wanda.square_sum = self.method.square_sums().clone()
+            wanda.square_sum = self.method.hessian.diagonal().clone()
             return wanda
         return self.method
 

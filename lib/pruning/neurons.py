@@ -14,13 +14,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, run_block
 from lib.model.matrix import PrunableLinear
-from lib.model.mlp import BlockMlp, MlpLayout, check_removable, fit_sizes_, keep_neurons_
+from lib.model.mlp import MlpLayout, check_removable, fit_sizes_, keep_neurons_, output_dim
 from lib.prune import UNREACHED, Pruned, Pruner
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group
@@ -33,7 +32,7 @@ STEPS = 8  # multiples that the width has at least
 
 
 def multiple_of(width: int) -> int:
-    """The number of which the neurons that stay are a multiple: an eighth of the width at most."""
+    """Of what the neurons that stay are a multiple: an eighth of the width at most."""
     return min(MULTIPLE, 2 ** max(0, (width // STEPS).bit_length() - 1))
 
 
@@ -56,9 +55,8 @@ def count_left(width: int, ratio: float) -> int:
 class NeuronsPruned(Pruned):
     """Which neurons went, and the weights of the blocks before and after."""
 
-    width: int = 0
+    layout: MlpLayout | None = None
     left: int = 0
-    field: str = ""  # of the config, that holds the width
     weights_before: int = 0
     weights_after: int = 0
 
@@ -68,21 +66,21 @@ class NeuronsPruned(Pruned):
         return [notes.kept for notes in self.notes]
 
     def summary(self) -> list[str]:
-        share = 1 - self.weights_after / self.weights_before
-        line = (
-            f"removed {self.width - self.left} of {self.width} neurons in each of {len(self.kept)} "
-            f"blocks, {share:.1%} of the blocks' weights"
-        )
-        return [line, *self.warnings]
+        width, share = self.layout.width, 1 - self.weights_after / self.weights_before
+        return [
+            f"removed {width - self.left} of {width} neurons in each of {len(self.kept)} blocks, "
+            f"{share:.1%} of the blocks' weights",
+            *self.warnings,
+        ]
 
     def record(self) -> dict[str, Any]:
         """The record for results.json."""
-        neurons = set(range(self.width))
+        neurons = set(range(self.layout.width))
         return {
-            "before": self.width,
+            "before": self.layout.width,
             "after": self.left,
-            "multiple": multiple_of(self.width),
-            "field": self.field,
+            "multiple": multiple_of(self.layout.width),
+            "field": self.layout.field,
             "weights_before": self.weights_before,
             "weights_after": self.weights_after,
             "removed": [sorted(neurons.difference(kept)) for kept in self.kept],
@@ -103,7 +101,7 @@ class NeuronPruner(Pruner):
         self.left = left
         self.cache_inputs = False  # they would have the wrong width once neurons are removed
         self.checked: set[type] = set()  # classes of blocks
-        self.done = NeuronsPruned(width=layout.width, left=left, field=layout.field)
+        self.done = NeuronsPruned(layout=layout, left=left)
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
@@ -120,13 +118,13 @@ class NeuronPruner(Pruner):
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The down projection, once the block's weights and its MLP are checked."""
-        linears, mlp = self.runner.linears(index), self.layout.blocks[index]
+        linears, down = self.runner.linears(index), self.layout.blocks[index].down
         self._check_weights(linears)
-        self._check_once(index, mlp)
+        self._check_once(index)
         self.index = index
-        return [one for one in linears if one.name == f"{self.runner.name}.{index}.{mlp.down}"]
+        return [one for one in linears if one.name == f"{self.runner.name}.{index}.{down}"]
 
-    def _check_once(self, index: int, mlp: BlockMlp) -> None:
+    def _check_once(self, index: int) -> None:
         """Check each class of blocks on a batch, or on a few tokens where no text is observed."""
         block, states = self.runner.blocks[index], self.states
         if type(block) in self.checked:
@@ -138,7 +136,8 @@ class NeuronPruner(Pruner):
         hidden = self.runner.transfer.fetch(states.hidden, states.batches[0])
         args, kwargs = states.block_args[index][0]
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
-        check_removable(block, mlp, self.layout.width, run, f"{self.runner.name}.{index}")
+        mlp, name = self.layout.blocks[index], f"{self.runner.name}.{index}"
+        check_removable(block, mlp, self.layout.width, run, name)
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         restored = super()._restore_(index, linears)
@@ -147,7 +146,13 @@ class NeuronPruner(Pruner):
         return restored
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
-        gains = _gains(self.runner.blocks[self.index], self.layout.blocks[self.index])
+        """Choose neurons by gains too: the product of the norms of the rows that make each."""
+        gains: Tensor | float = 1.0
+        for producer in self.layout.blocks[self.index].producers:
+            linear = self.runner.blocks[self.index].get_submodule(producer.path)
+            weight = linear.weight.data.T if output_dim(linear) else linear.weight.data
+            for part in weight.chunk(producer.parts):  # (width, in)
+                gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
         kept = group.method.remove_neurons_(matrices[0], gains, self.left)
         self.done.notes[-1].kept = kept.tolist()
 
@@ -160,14 +165,3 @@ class NeuronPruner(Pruner):
             raise UserError(f"{self.runner.name}.{index}.{mlp.down}: {UNREACHED}")
         keep_neurons_(block, mlp, torch.tensor(kept, device=self.runner.device))
         malloc_trim()  # weights lie in heaps of the threads that read them, which none else fills
-
-
-def _gains(block: nn.Module, mlp: BlockMlp) -> Tensor:
-    """The product of the norms of the rows that make each neuron (width,), float32."""
-    gains: Tensor | float = 1.0
-    for producer in mlp.producers:
-        linear = block.get_submodule(producer.path)
-        weight = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
-        for part in weight.chunk(producer.parts):  # (width, in)
-            gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
-    return gains

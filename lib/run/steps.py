@@ -176,14 +176,14 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     job.print(*recoverer.summary())
     with job.timed("recover"), progress(tokens, "recovering", "token", job.dist.is_main) as bar:
-        recovered = recoverer.run(bar)
+        recoverer.run(bar)
     after = measure(runner, pruned.sparsity, pruned.left_dense)
     if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
         raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
-    job.print(recovered.line())
+    job.print(recoverer.line())
     names, (dense, pruned_before) = [test.name for test in job.texts.tests], figures
     job.results["sparsity"] = after.shares()
-    job.results["recovery"] = recovered.record() | {
+    job.results["recovery"] = recoverer.record() | {
         "teacher": args.teacher or args.model,
         "text": text.facts,
         "held_out": {"dense": dense[0], "before": pruned_before[0]},

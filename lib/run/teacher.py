@@ -41,21 +41,19 @@ def set_teacher(job: Job) -> None:
     if rows is not None:
         trimmable_rows(dense, checkpoint)
         keep_rows_(dense, rows)
-    job.smaller = _is_smaller(job, checkpoint, dense=_shapes(dense), model=_shapes(model))
+    job.smaller = _is_smaller(job, checkpoint, dense, model)
     job.teacher, job.teacher_config, job.teacher_rows = checkpoint, config, rows
 
 
-def _shapes(model: nn.Module) -> dict[str, list[int]]:
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _is_smaller(
-    job: Job, checkpoint: Checkpoint, *, dense: dict[str, list[int]], model: dict[str, list[int]]
-) -> bool:
+def _is_smaller(job: Job, checkpoint: Checkpoint, dense: nn.Module, model: nn.Module) -> bool:
     """Whether the blocks have lost rows or columns; nothing else may differ in shape."""
+    of_model, of_dense = (
+        {name: list(parameter.shape) for name, parameter in one.named_parameters()}
+        for one in (model, dense)
+    )
     smaller = False
-    for name in {**model, **dense}:
-        ours, theirs = model.get(name), dense.get(name)
+    for name in of_model | of_dense:
+        ours, theirs = of_model.get(name), of_dense.get(name)
         if ours == theirs:
             continue
         lost = ours and theirs and len(ours) == len(theirs) and all(map(le, ours, theirs))

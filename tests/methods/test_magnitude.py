@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
-from support import CPU, prune_
+from support import CPU
 from torch import Tensor
 
 from lib.methods.magnitude import Magnitude
 from lib.methods.sparsity import Sparsity
-from lib.model.pretrained import decoder_blocks
 
 KINDS = [("unstructured", ratio) for ratio in (0.0, 0.3, 0.5, 0.99)] + [("2:4", 0.5), ("4:8", 0.5)]
 
@@ -34,15 +32,3 @@ def test_the_smallest_go_from_the_left(kind: str, ratio: float, ties: bool) -> N
     sparsity, pruned = Sparsity.parse(kind, ratio), weight.clone()
     Magnitude(40, CPU).prune_([pruned], [sparsity])
     assert torch.equal(pruned, reference(weight, sparsity))
-
-
-@pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8"])
-def test_a_whole_model(kind: str) -> None:
-    model = tiny.tiny_llama()
-    _, blocks = decoder_blocks(model)
-    before = {name: weight.clone() for name, weight in blocks.named_parameters()}
-    sparsity = Sparsity.parse(kind, 0.5)
-    prune_(model, "magnitude", sparsity)
-    for name, weight in blocks.named_parameters():
-        expected = reference(before[name], sparsity) if weight.dim() == 2 else before[name]
-        assert torch.equal(weight, expected), name

@@ -91,12 +91,6 @@ def test_n_of_m(width, n, m):
     assert ((pruned.view(24, -1, m) == 0).sum(-1) == n).all()
 
 
-@pytest.mark.parametrize("block_size, damping", [(64, 0.01), (48, 0.1), (1000, 0.01)])
-def test_settings(block_size, damping):
-    x, [weight] = problem(200, 24)
-    assert_as_reference(weight, x, Sparsity(0.5), block_size=block_size, damping=damping)
-
-
 @KINDS
 def test_dead_inputs_lose_their_weights_and_change_no_others(kind):
     x, [weight] = problem(160, 24)

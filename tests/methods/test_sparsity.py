@@ -32,11 +32,16 @@ def test_lowest_per_row(count, ties, dtype):
     assert lowest_per_row(score, count).tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["_lowest_when_sorted", "_lowest_by_bisection"])
+@pytest.mark.parametrize("largest", [2**22, 0])  # that is sorted; above, a bisection
 @with_ties
 @counts
-def test_how_an_accelerator_chooses(count, ties, name):
-    choose, score = getattr(module, name), scores(9, 24, ties)
+def test_how_an_accelerator_chooses(count, ties, largest):
+    def choose(score, count):
+        if largest:
+            return module._lowest_when_sorted(score, count)
+        return module._lowest_up_to(module._bisected(score, count), score, count)
+
+    score = scores(9, 24, ties)
     score[0, 3:5] = torch.tensor([float("inf"), 1e-42])  # more and less than any normal number
     expected = [by_sorting(row, count) for row in score.tolist()]
     assert choose(score, count).tolist() == expected
@@ -74,22 +79,6 @@ def test_n_of_m(n, m, ties):
     assert torch.equal(Sparsity(n / m, n, m).mask(score), expected)
     first = score.view(-1, m).T  # (m, groups)
     assert torch.equal(n_of_first(first, n), expected.view(-1, m).T)
-
-
-def test_what_is_compared():
-    score = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 8.0, 6.0, 7.0]])
-    assert lowest_per_row(score, 2).int().tolist() == [[1, 1, 0, 0], [1, 0, 1, 0]]
-    assert lowest_overall(score, 4).int().tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
-    score = torch.tensor([[1.0, 2.0, 3.0, 4.0, 8.0, 7.0, 6.0, 5.0]])
-    assert Sparsity.parse("unstructured", 0.5).mask(score).int().tolist() == [[1] * 4 + [0] * 4]
-    assert Sparsity.parse("2:4", 0.5).mask(score).int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]]
-    assert Sparsity.parse("4:8", 0.5).mask(score).int().tolist() == [[1] * 4 + [0] * 4]
-
-
-@pytest.mark.parametrize("ratio, count", [(0.0, 0), (0.3, 3), (0.99, 9)])
-def test_a_ratio_rounds_down(ratio, count):
-    mask = Sparsity.parse("unstructured", ratio).mask(scores(4, 10, ties=True))
-    assert mask.sum(-1).tolist() == [count] * 4
 
 
 @pytest.mark.parametrize(

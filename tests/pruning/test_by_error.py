@@ -15,13 +15,9 @@ from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
 from lib.pruning import by_error as module
 from lib.pruning.allocation import Allocation
-from lib.pruning.by_error import WeightCosts, by_error, choose, costs, span
+from lib.pruning.by_error import by_error, choose, costs, span
 from lib.pruning.check import measure
 from lib.pruning.fisher import FisherDiagonal
-
-
-def part(name: str, size: int, error: float) -> WeightCosts:
-    return WeightCosts(name, size, error * torch.tensor(span(0.6), dtype=torch.float64) ** 3)
 
 
 def sensed(out: int, width: int, tokens: int = 10) -> FisherDiagonal:
@@ -30,11 +26,19 @@ def sensed(out: int, width: int, tokens: int = 10) -> FisherDiagonal:
     return FisherDiagonal(*sums, tokens)
 
 
+def chosen(parts: dict[str, tuple[int, float]], ratio: float = 0.6) -> dict[str, float]:
+    """What weights of (size, cost of an error) choose."""
+    cubes = torch.tensor(span(ratio), dtype=torch.float64) ** 3
+    prices = {name: error * cubes for name, (_, error) in parts.items()}
+    return choose(prices, {name: size for name, (size, _) in parts.items()}, ratio)
+
+
 def test_parts_that_cost_more_keep_more_at_an_equal_total() -> None:
-    parts = [part("a", 100, 4.0), part("b", 300, 1.0), part("c", 50, 0.1), part("d", 50, 0.1)]
-    found = choose(parts, 0.6)
+    parts = {"a": (100, 4.0), "b": (300, 1.0), "c": (50, 0.1), "d": (50, 0.1)}
+    found = chosen(parts)
     assert found["a"] < found["b"] < found["c"] == found["d"]
-    assert sum(found[p.name] * p.size for p in parts) == pytest.approx(0.6 * 500)
+    total = sum(found[name] * size for name, (size, _) in parts.items())
+    assert total == pytest.approx(0.6 * 500)
 
 
 def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +52,7 @@ def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) 
 
     choices = itertools.product(span(0.6), repeat=3)
     best = min(cost(choice) for choice in choices if sum(choice) == pytest.approx(1.8))
-    found = choose([part(str(error), 1, error) for error in errors], 0.6)
+    found = chosen({str(error): (1, error) for error in errors})
     assert cost(found.values()) <= best * 1.002
 
 
@@ -69,14 +73,13 @@ def test_costs_are_summed_in_order(ratio: float) -> None:
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.5, 0.98])
 def test_any_ratio_has_its_total(ratio: float) -> None:
     draw = torch.Generator().manual_seed(0)
-    parts = []
-    for name, size in (("a", 8), ("b", 30), ("c", 100)):
-        one = costs(torch.randn(size, 10, generator=draw), sensed(size, 10), ratio)
-        parts.append(WeightCosts(name, size * 10, one))
-    found = choose(parts, ratio)
-    kept = 1 - ratio
-    assert all(0 <= share <= 1 - 0.33 * kept for share in found.values())
-    total = sum(found[p.name] * p.size for p in parts)
+    prices, sizes = {}, {}
+    for size in (8, 30, 100):
+        weight = torch.randn(size, 10, generator=draw)
+        prices[str(size)], sizes[str(size)] = costs(weight, sensed(size, 10), ratio), size * 10
+    found = choose(prices, sizes, ratio)
+    assert all(0 <= share <= 1 - 0.33 * (1 - ratio) for share in found.values())
+    total = sum(found[name] * size for name, size in sizes.items())
     assert total == pytest.approx(ratio * 1380, abs=1e-3 * 1380)
 
 

@@ -87,26 +87,3 @@ def test_labels_are_drawn_from_the_distribution() -> None:
     assert torch.allclose(labels.amax(-1), torch.ones(4, 5000), atol=1e-5)
     assert torch.allclose(labels.sum(-1), torch.ones(4, 5000), atol=1e-4)
     assert torch.allclose(labels.mean((0, 1)), p, atol=0.01)
-
-
-def test_it_is_what_an_error_costs() -> None:
-    """A small random error of one linear's outputs, against 1/2 sum of F times its square."""
-    model = tiny.tiny_llama().requires_grad_(False)
-    runner, ids = runner_of(model), windows(4)
-    draw = torch.Generator().manual_seed(2)
-    several = [sensed(runner, ids, torch.rand(ids.shape, generator=draw), 4) for _ in range(30)]
-
-    @torch.no_grad()
-    def log_p() -> Tensor:
-        return model(input_ids=ids, use_cache=False).logits.double().log_softmax(-1)
-
-    dense, size = log_p(), 0.01
-    for linear in runner.linears(0):
-        grad_sq = sum(found[linear.name].grad_sq for found in several) / len(several)
-        divergences = []
-        for each in size * torch.randn(20, *ids.shape, linear.shape[0], generator=draw):
-            handle = linear.module.register_forward_hook(lambda _, args, out, each=each: out + each)
-            divergences.append((dense.exp() * (dense - log_p())).sum().item())
-            handle.remove()
-        expected = 0.5 * size**2 * grad_sq.sum().item()
-        assert sum(divergences) / len(divergences) == pytest.approx(expected, rel=0.25)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import processes
@@ -143,14 +142,6 @@ def test_four_bits_trained_are_better_than_four_bits_rounded_afterwards(
     assert on_grid["perplexity"]["uk"] < rounded["perplexity"]["uk"]
 
 
-def test_more_passes_over_a_short_text(tmp_path: Path) -> None:
-    tiny.write_texts(tmp_path / "few", train=4, test=1)
-    argv = ["--nsamples", "3", "--calibration_data", tmp_path / "few", *PRUNE, *RECOVER]
-    done, found = run(tmp_path, *argv)
-    (source,) = found["recovery"]["text"]["sources"]
-    assert source["passes"] > 1 and f"read {source['passes']} times" in done.out
-
-
 @pytest.mark.parametrize("flags", [[], ["--recover_rank", "4"]])
 def test_equal_training_of_a_model_that_nothing_was_pruned_from(
     flags: list[str], tmp_path: Path
@@ -239,25 +230,6 @@ def test_refused_in_one_line(case: str) -> None:
     assert found.status == status, found
     (line,) = found.complaints
     assert words in line
-
-
-@pytest.mark.parametrize("step, packing", [(0, []), (6, []), (17, PACK), (17, Q4)])
-def test_killed_and_the_same_bytes(
-    step: int, packing: list[str], place: Path, tmp_path: Path
-) -> None:
-    argv = [*PRUNE, *RECOVER, *packing]
-    run(tmp_path / "whole", *argv)
-    again = ["--save_model", tmp_path / "model", "--save", tmp_path / "out"]
-    argv = [*BASE, *argv, *again, "--resume", tmp_path / "kept"]
-    assert processes.run(argv, place, f"recovering {step + 1}:SIGKILL").status == -signal.SIGKILL
-    assert (tmp_path / "kept/recovery.safetensors").exists() == (step > 0)
-    done = call(*argv)
-    assert done.status == 0, done.err
-    first, second = (path / "model/model.safetensors" for path in (tmp_path / "whole", tmp_path))
-    assert first.read_bytes() == second.read_bytes()
-    before, after = (results(path / "out") for path in (tmp_path / "whole", tmp_path))
-    assert after["recovery"]["curve"] == before["recovery"]["curve"]
-    assert not (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("packing", [[], PACK, Q4])
