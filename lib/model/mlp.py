@@ -38,22 +38,14 @@ TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more, see `
 
 
 @dataclass(frozen=True)
-class Producer:
-    """A linear, by its path in the block, whose outputs become the MLP's neurons.
+class BlockMlp:
+    """A block's MLP: the path of `down`, which reads neurons, and {path: parts} of what makes them.
 
     A fused linear has `parts` outputs for each neuron; the outputs of one part are contiguous.
     """
 
-    path: str
-    parts: int
-
-
-@dataclass(frozen=True)
-class BlockMlp:
-    """Paths of the linears of a block's MLP: `down` reads the neurons, `producers` make them."""
-
     down: str
-    producers: tuple[Producer, ...]
+    producers: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -109,8 +101,8 @@ def _mlps(block: nn.Module) -> list[tuple[int, BlockMlp]]:
         beside = [down.removesuffix(down.rpartition(".")[2]) + name for name in known]
         rows = {path: shapes[path][0] for path in beside if path in shapes}
         if rows and not any(count % width for count in rows.values()):
-            producers = (Producer(path, count // width) for path, count in rows.items())
-            mlps.append((width, BlockMlp(down, tuple(producers))))
+            producers = {path: count // width for path, count in rows.items()}
+            mlps.append((width, BlockMlp(down, producers)))
     return mlps
 
 
@@ -126,7 +118,7 @@ def _narrows(
         return False
     expected = {path: list(parameter.shape) for path, parameter in model.named_parameters()}
     for index, mlp in enumerate(layout.blocks):
-        for path, parts in [(mlp.down, 0), *((one.path, one.parts) for one in mlp.producers)]:
+        for path, parts in [(mlp.down, 0), *mlp.producers.items()]:
             prefix = f"{name}.{index}.{path}"
             if f"{prefix}.weight" not in expected:  # another block has it too
                 return False
@@ -154,9 +146,9 @@ def keep_neurons_(block: nn.Module, mlp: BlockMlp, kept: Tensor) -> None:
     dim = 1 - output_dim(down)
     width = down.weight.shape[dim]
     select_(down, "weight", kept, dim)
-    for producer in mlp.producers:
-        linear = block.get_submodule(producer.path)
-        rows = torch.cat([kept + part * width for part in range(producer.parts)])
+    for path, parts in mlp.producers.items():
+        linear = block.get_submodule(path)
+        rows = torch.cat([kept + part * width for part in range(parts)])
         select_(linear, "weight", rows, output_dim(linear))
         if linear.bias is not None:
             select_(linear, "bias", rows, 0)
@@ -165,7 +157,7 @@ def keep_neurons_(block: nn.Module, mlp: BlockMlp, kept: Tensor) -> None:
 
 def fit_sizes_(block: nn.Module, mlp: BlockMlp) -> None:
     """Set the size attributes of an MLP's linears to the shapes of their weights."""
-    for path in (mlp.down, *(producer.path for producer in mlp.producers)):
+    for path in (mlp.down, *mlp.producers):
         linear = block.get_submodule(path)
         if isinstance(linear, Conv1D):
             linear.nx, linear.nf = linear.weight.shape

@@ -148,10 +148,10 @@ class NeuronPruner(Pruner):
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
         """Choose neurons by gains too: the product of the norms of the rows that make each."""
         gains: Tensor | float = 1.0
-        for producer in self.layout.blocks[self.index].producers:
-            linear = self.runner.blocks[self.index].get_submodule(producer.path)
+        for path, parts in self.layout.blocks[self.index].producers.items():
+            linear = self.runner.blocks[self.index].get_submodule(path)
             weight = linear.weight.data.T if output_dim(linear) else linear.weight.data
-            for part in weight.chunk(producer.parts):  # (width, in)
+            for part in weight.chunk(parts):  # (width, in)
                 gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
         kept = group.method.remove_neurons_(matrices[0], gains, self.left)
         self.done.notes[-1].kept = kept.tolist()

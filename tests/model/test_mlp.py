@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
-from lib.model.mlp import BlockMlp, MlpLayout, Producer, check_removable, find_mlps, keep_neurons_
+from lib.model.mlp import BlockMlp, MlpLayout, check_removable, find_mlps, keep_neurons_
 from lib.model.pretrained import decoder_blocks, skeleton
 from lib.util.errors import UserError
 
@@ -56,7 +56,7 @@ def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> Non
     expected = LINEARS.get(name, "mlp.gate_proj mlp.up_proj mlp.down_proj").split()
     assert len(layout.blocks) == len(decoder_blocks(model)[1])
     for mlp in layout.blocks:
-        assert [*(one.path for one in mlp.producers), mlp.down] == expected
+        assert [*mlp.producers, mlp.down] == expected
     for parameter in model.parameters():  # biases that are zeros would hide a wrong one
         parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator(CPU)))
     kept = torch.tensor([0, 3, 4, *range(9, layout.width - 1, 2)])
@@ -104,8 +104,8 @@ class Mixing(nn.Module):
 
 
 def test_neurons_that_depend_on_each_other_are_noticed() -> None:
-    mlp, x = BlockMlp("down", (Producer("up", 1),)), torch.randn(2, 5, 8)
+    mlp, x = BlockMlp("down", {"up": 1}), torch.randn(2, 5, 8)
     with pytest.raises(UserError, match="block 0: its MLP does more than multiply by neurons"):
         check_removable(Mixing(), mlp, 32, lambda block: block(x), "block 0")
     plain = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
-    check_removable(plain, BlockMlp("2", (Producer("0", 1),)), 32, lambda block: block(x), "")
+    check_removable(plain, BlockMlp("2", {"0": 1}), 32, lambda block: block(x), "")

@@ -81,10 +81,10 @@ def by_hooks(model: nn.Module, method: str, ids: Tensor, left: int) -> list[list
 def rows_norms(block: nn.Module, mlp) -> Tensor:
     """Norms of the rows that make each neuron (producers, width)."""
     norms = []
-    for producer in mlp.producers:
-        linear = block.get_submodule(producer.path)
+    for path, parts in mlp.producers.items():
+        linear = block.get_submodule(path)
         weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-        norms += list(weight.double().norm(dim=1).view(producer.parts, -1))
+        norms += list(weight.double().norm(dim=1).view(parts, -1))
     return torch.stack(norms)
 
 
@@ -94,7 +94,7 @@ def rows_norms(block: nn.Module, mlp) -> Tensor:
 def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
     model, ids = tiny.ALL[name](), windows(6)
     for mlp, block in zip(layout_of(model).blocks, decoder_blocks(model)[1], strict=True):
-        first = block.get_submodule(mlp.producers[0].path)  # rows of unlike norms
+        first = block.get_submodule(next(iter(mlp.producers)))  # rows of unlike norms
         out = 1 if isinstance(first, Conv1D) else 0
         scale = torch.logspace(-1, 1, first.weight.shape[out])
         first.weight.mul_(scale if out else scale[:, None])
