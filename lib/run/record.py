@@ -115,7 +115,8 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     except (OSError, ValueError, LookupError, TypeError):
         same = False
     if not same:
-        for file in [folder / RESULTS, *folder.glob("log_*.txt"), folder / "recovery.png"]:
+        logs = [f for f in folder.glob("log_*.txt") if f.read_bytes().startswith(b"method\t")]
+        for file in [folder / RESULTS, *logs, folder / "recovery.png"]:
             move_aside(file)
 
 

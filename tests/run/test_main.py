@@ -190,13 +190,20 @@ def test_quantised_models(bits: str, trained: Path, uk: Path) -> None:
     assert done.complaints == []
 
 
-def test_another_seed_draws_other_windows(model: Path, uk: Path) -> None:
+def test_another_seed_draws_other_windows_and_other_results_are_kept(model: Path, uk: Path) -> None:
+    Path("seed").mkdir()
+    Path("seed/log_book.txt").write_text("mine")
+    found = []
     for seed in (0, 1):
         given = ["--prune_method", "wanda", "--calibration_data", uk, "--seed", seed]
-        run(model, *given, save=f"seed{seed}")
-    one, other = (results(f"seed{seed}") for seed in (0, 1))
+        run(model, *given, save="seed")
+        found.append(results("seed"))
+    one, other = found
     assert one["calibration"]["digest"] != other["calibration"]["digest"]
     assert one["perplexity"] != other["perplexity"] and other["seed"] == 1
+    assert json.loads(Path("seed/results.1.json").read_text("utf-8")) == one
+    assert Path("seed/log_wanda.1.txt").exists()
+    assert Path("seed/log_book.txt").read_text() == "mine"
 
 
 def test_dtypes(trained: Path, uk: Path, tmp_path: Path) -> None:
