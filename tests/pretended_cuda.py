@@ -8,28 +8,24 @@ events), pinned memory, and one boxed kernel for the dispatch key CUDA, which le
 work on the same memory. Views, parameters, autograd, safetensors, streams and events are torch's.
 
 What a GPU would refuse is refused: operands on two devices, integer matrix products, a generator of
-the host, more memory than there is (`set_limit`). Fresh memory is NaN. Every stream knows, by a
-clock, how far it and the others have come, and so does the host. Copies to and from pinned memory
-are done as late as CUDA allows, on any stream: one to the host when the host waits for it, one to
-the device when work that is ordered after it needs it. Work that touches memory without being
-ordered after what another stream did with it is noted in `complaints`, and so is memory that is
-freed while another stream may use it, unless it was recorded there.
+the host, more memory than there is (`set_limit`). Fresh memory is NaN. Copies to and from pinned
+memory are done as late as CUDA allows, on any stream: to the host once the host waits for it, to
+the device once work that is ordered after it needs it. By clocks of streams and host, `complaints`
+has work that touches memory without being ordered after what another stream did there, and memory
+that is freed while another stream may use it without `record_stream`.
 
-Limits: no speed, no order of sums, no NCCL, no 2:4 kernels, no bitsandbytes; no TF32, no fused
-attention (compare with the CPU's math path) and no Triton. Threads of the host are one host. A
-copy between two devices is ordered after all on both. It leans on torch's internals: where these
-have moved, `install` raises, and the tests are skipped with a line at the end of the suite.
+Limits: no speed, no order of sums, no NCCL, no 2:4 kernels, no bitsandbytes, no TF32, no fused
+attention (compare with the CPU's math path), no Triton. Threads of the host are one host. Where
+torch's internals have moved `install` raises, and a line at the end of the suite says so.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import types
+from functools import cache
 from pathlib import Path
 
-DEVICES = 2
 CPP = r"""
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
@@ -48,6 +44,7 @@ CPP = r"""
 #include <mutex>
 #include <set>
 
+static const int DEVICES = 2;
 using namespace at;
 using c10::DeviceIndex;
 using c10::StreamId;
@@ -67,7 +64,7 @@ static auto& memory = *new std::vector<Memory>(DEVICES);
 static auto& pinned = *new std::map<char*, size_t>;
 static thread_local DeviceIndex current = 0;
 static thread_local std::map<DeviceIndex, StreamId> streams;  // the current ones
-static StreamId next_stream = 1;
+static std::atomic<StreamId> next_stream = 1;
 
 static Key here(DeviceIndex device) { return {device, streams[device]}; }
 static std::string name(Key key) {
@@ -134,7 +131,6 @@ static DataPtr own(size_t size, DeviceIndex device, c10::Storage held = {}) {
 }
 struct Allocating final : c10::DeviceAllocator {
   DataPtr allocate(size_t size) override { return own(size, current); }
-  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
   bool initialized() override { return true; }
   void emptyCache(c10::MempoolId_t) override {}
@@ -152,7 +148,7 @@ struct Allocating final : c10::DeviceAllocator {
   void resetAccumulatedStats(DeviceIndex) override {}
   void resetPeakStats(DeviceIndex device) override { memory[device].peak = memory[device].now; }
   std::pair<size_t, size_t> getMemoryInfo(DeviceIndex device) override {
-    return {memory[device].limit - memory[device].now, memory[device].limit};
+    return {memory[device].limit - memory[device].now, Memory().limit};  // a large card, in use
   }
 };
 static auto& allocator = *new Allocating;
@@ -169,7 +165,6 @@ struct Pinned final : c10::Allocator {
     pinned[data] = whole;
     return DataPtr(data, data, &unpin, Device(kCPU));
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &unpin; }
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
 };
 static auto& pinned_allocator = *new Pinned;
@@ -199,34 +194,25 @@ static void touch(const Tensor& t, Key key, const Clock& clock, bool writes) {
 
 // ---- device guard and hooks
 struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
-  static DeviceIndex index(Device d) { return d.index() < 0 ? current : d.index(); }
+  static DeviceIndex index(Device d) {
+    TORCH_CHECK(d.index() < DEVICES, "CUDA error: invalid device ordinal");
+    return d.index() < 0 ? current : d.index();
+  }
   static Key key(const Stream& s) { return {s.device_index(), s.id()}; }
   static Stream stream(DeviceIndex d, StreamId id) {
     return Stream(Stream::UNSAFE, Device(kCUDA, d), id);
   }
   DeviceType type() const override { return kCUDA; }
   Device exchangeDevice(Device d) const override {
-    auto old = current;
-    setDevice(d);
-    return Device(kCUDA, old);
+    return Device(kCUDA, std::exchange(current, index(d)));
   }
   Device getDevice() const override { return Device(kCUDA, current); }
-  void setDevice(Device d) const override {
-    TORCH_CHECK(index(d) < DEVICES, "CUDA error: invalid device ordinal");
-    current = index(d);
-  }
+  void setDevice(Device d) const override { current = index(d); }
   void uncheckedSetDevice(Device d) const noexcept override { current = index(d); }
   Stream getStream(Device d) const override { return stream(index(d), streams[index(d)]); }
-  Stream getDefaultStream(Device d) const override { return stream(index(d), 0); }
-  Stream getNewStream(Device d, int) const override {
-    Guard guard(lock);
-    return stream(index(d), next_stream++);
-  }
-  Stream getStreamFromGlobalPool(Device d, bool) const override { return getNewStream(d, 0); }
+  Stream getNewStream(Device d, int) const override { return stream(index(d), next_stream++); }
   Stream exchangeStream(Stream s) const override {
-    auto old = getStream(s.device());
-    streams[s.device_index()] = s.id();
-    return old;
+    return stream(s.device_index(), std::exchange(streams[s.device_index()], s.id()));
   }
   void destroyEvent(void* event, DeviceIndex) const noexcept override { delete (Clock*)event; }
   void record(void** event, const Stream& s, DeviceIndex, c10::EventFlag) const override {
@@ -238,18 +224,12 @@ struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
     Guard guard(lock);
     if (event) merge(queues[key(s)].clock, *(Clock*)event);
   }
-  bool queryEvent(void* event) const override { return synchronizeEvent(event), true; }
   void synchronizeEvent(void* event) const override { if (event) wait(Clock(*(Clock*)event)); }
-  double elapsedTime(void*, void*, DeviceIndex) const override { return 1.0; }
   DeviceIndex deviceCount() const noexcept override { return DEVICES; }
-  bool queryStream(const Stream& s) const override { return synchronizeStream(s), true; }
   void synchronizeStream(const Stream& s) const override { wait(Clock(queues[key(s)].clock)); }
   void synchronizeDevice(DeviceIndex device) const override {
     Guard guard(lock);
     for (auto& [key, queue] : queues) if (key.first == device) wait(Clock(queue.clock));
-  }
-  void recordDataPtrOnStream(const DataPtr& data, const Stream& s) const override {
-    allocator.recordStream(data, s);
   }
 };
 namespace at {
@@ -258,20 +238,11 @@ struct PretendedHooks : CUDAHooksInterface {
   void init() const override {}
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
-  bool hasCUDA() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return DEVICES; }
-  int getNumGPUs() const override { return DEVICES; }
-  DeviceIndex current_device() const override { return current; }
   DeviceIndex getCurrentDevice() const override { return current; }
-  void setCurrentDevice(DeviceIndex d) const override { current = d; }
-  DeviceIndex exchangeDevice(DeviceIndex d) const override { return std::exchange(current, d); }
-  DeviceIndex maybeExchangeDevice(DeviceIndex d) const override { return exchangeDevice(d); }
   bool isPinnedPtr(const void* data) const override { return is_pinned(data); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
-  c10::Allocator* getCUDADeviceAllocator() const override { return &allocator; }
-  Device getDeviceFromPtr(void*) const override { return Device(kCUDA, current); }
-  void deviceSynchronize(DeviceIndex d) const override { GuardImpl().synchronizeDevice(d); }
 };
 }
 
@@ -281,8 +252,6 @@ static Tensor over(const c10::Storage& storage, const Tensor& like, DispatchKeyS
       c10::TensorImpl::VIEW, c10::Storage(storage), keys, like.dtype());
   auto* impl = t.unsafeGetTensorImpl();
   impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
-  if (like.is_conj() != t.is_conj()) t._set_conj(like.is_conj());
-  if (like.is_neg() != t.is_neg()) t._set_neg(like.is_neg());
   if (like.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
   return t;
 }
@@ -299,18 +268,16 @@ struct Aliases {
     pairs.emplace_back(t, over(storage, t, DispatchKeySet(DispatchKey::CPU)));
     return pairs.back().second;
   }
-  c10::Storage moved(const c10::Storage& storage) {
-    return c10::Storage(c10::Storage::use_byte_size_t(), storage.nbytes(),
-        own(storage.nbytes(), device, storage), &allocator, true);
-  }
   Tensor cuda(const Tensor& t) {  // what a CPU's kernel has returned
     if (!t.defined() || !t.is_cpu()) return t;
     for (auto& [there, alias] : pairs) if (alias.is_same(t)) return there;
     for (auto& [there, alias] : pairs)
       if (alias.storage().is_alias_of(t.storage()))
         return over(there.storage(), t, there.key_set());
+    c10::Storage storage(c10::Storage::use_byte_size_t(), t.storage().nbytes(),
+        own(t.storage().nbytes(), device, t.storage()), &allocator, true);
     auto made = at::detail::make_tensor<c10::TensorImpl>(
-        moved(t.storage()), DispatchKeySet(DispatchKey::CUDA), t.dtype());
+        std::move(storage), DispatchKeySet(DispatchKey::CUDA), t.dtype());
     made.unsafeGetTensorImpl()->set_sizes_and_strides(t.sizes(), t.strides(), t.storage_offset());
     return made;
   }
@@ -318,11 +285,9 @@ struct Aliases {
     for (auto& [there, alias] : pairs) {
       if (alias.storage().data() != there.storage().data() ||
           alias.storage().nbytes() != there.storage().nbytes()) {
-        auto fresh = moved(alias.storage());
         auto* impl = there.storage().unsafeGetStorageImpl();
-        impl->set_nbytes(fresh.nbytes());
-        impl->set_data_ptr_noswap(fresh.unsafeGetStorageImpl()->set_data_ptr(
-            DataPtr(nullptr, Device(kCUDA, device))));
+        impl->set_nbytes(alias.storage().nbytes());
+        impl->set_data_ptr_noswap(own(impl->nbytes(), device, alias.storage()));
       }
       if (alias.sizes() != there.sizes() || alias.strides() != there.strides())
         there.unsafeGetTensorImpl()->set_sizes_and_strides(
@@ -335,87 +300,77 @@ static const std::set<std::string> PRODUCTS{"aten::mm", "aten::addmm", "aten::ad
 static const std::set<std::string> NO_SCALARS{"aten::cat", "aten::index_select", "aten::gather"};
 static const std::set<std::string> WAITS{"aten::nonzero", "aten::masked_select", "aten::_unique2"};
 
+template <class F> static void change_tensors(c10::IValue& value, F&& change) {
+  if (value.isTensor()) value = change(value.toTensor());
+  else if (value.isTensorList()) {
+    auto list = value.toTensorVector();
+    for (auto& t : list) t = change(t);
+    value = c10::List<Tensor>(list);
+  } else if (value.isOptionalTensorList()) {
+    c10::List<std::optional<Tensor>> list;
+    for (const std::optional<Tensor>& t : value.toOptionalTensorVector())
+      list.push_back(t ? std::optional<Tensor>(change(*t)) : t);
+    value = list;
+  }
+}
 static void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  struct Given { Tensor tensor; bool writes, is_index; };
   auto& schema = op.schema();
   auto& operation = schema.name();
   auto count = schema.arguments().size(), begin = stack->size() - count;
   bool product = PRODUCTS.count(operation), view = !schema.returns().empty();
   for (auto& each : schema.returns()) view &= each.alias_info() && !each.alias_info()->isWrite();
-  bool indexes = operation.find("index") != std::string::npos && !NO_SCALARS.count(operation);
   Aliases aliases;
-  std::vector<std::pair<Tensor, bool>> given;  // (tensor, whether it is written)
+  std::vector<Given> given;
   for (size_t i = 0; i < count; i++) {
-    auto& value = (*stack)[begin + i];
+    auto value = (*stack)[begin + i];
     auto* alias = schema.arguments()[i].alias_info();
-    bool writes = alias && alias->isWrite();
-    if (value.isTensor()) given.emplace_back(value.toTensor(), writes);
-    else if (value.isTensorList())
-      for (const Tensor& t : value.toTensorVector()) given.emplace_back(t, writes);
-    else if (value.isOptionalTensorList() && !indexes)
-      for (const std::optional<Tensor>& t : value.toOptionalTensorVector())
-        if (t) given.emplace_back(*t, writes);
+    bool writes = alias && alias->isWrite(), is_index = value.isOptionalTensorList();
+    change_tensors(value, [&](const Tensor& t) {
+      if (t.defined()) given.push_back({t, writes, is_index});
+      return t;
+    });
     TORCH_CHECK(!value.isGenerator(), "Expected a 'cuda' device type for generator, found 'cpu'");
+    if (value.isDevice() && value.toDevice().is_cuda()) {
+      aliases.device = GuardImpl::index(value.toDevice());
+      (*stack)[begin + i] = Device(kCPU);
+    }
   }
   const char* apart = "Expected all tensors to be on the same device, but found at least two! (";
-  for (auto& [t, writes] : given) {
-    if (!t.defined() || !t.is_cuda()) continue;
+  for (auto& each : given) {
+    auto& t = each.tensor;
+    bool scalar = !t.dim() && !each.writes && !product && !NO_SCALARS.count(operation);
+    TORCH_CHECK(!t.is_cpu() || scalar || each.is_index, apart, operation, ")");
+    if (!t.is_cuda()) continue;
     TORCH_CHECK(aliases.device < 0 || aliases.device == t.device().index(), apart, operation, ")");
     TORCH_CHECK(!product || t.is_floating_point(), "not implemented for integers: ", operation);
     aliases.device = t.device().index();
   }
-  for (auto& [t, writes] : given) {
-    bool scalar = t.defined() && !t.dim() && !writes && !product && !NO_SCALARS.count(operation);
-    TORCH_CHECK(!t.defined() || !t.is_cpu() || scalar, apart, operation, ")");
-  }
-  for (size_t i = 0; i < count; i++) {
-    auto& value = (*stack)[begin + i];
-    if (value.isDevice() && value.toDevice().is_cuda()) {
-      if (aliases.device < 0) aliases.device = GuardImpl::index(value.toDevice());
-      value = Device(kCPU);
-    }
-  }
   if (aliases.device < 0) aliases.device = current;
   Guard guard(lock);
   Key key = here(aliases.device);
-  Clock clock;
-  if (!view) {
-    clock = launch(key);
-    for (auto& [t, writes] : given) if (t.defined() && t.is_cuda()) touch(t, key, clock, writes);
-  }
-  auto cpu = [&](const Tensor& t) {
-    if (!t.defined() || !t.is_cuda()) return t;
-    if (indexes && !view) touch(t, key, clock, false);
-    return aliases.cpu(t);
+  Clock clock = view ? Clock() : launch(key);
+  auto see = [&](const Tensor& t, bool writes) {
+    if (!view && t.defined() && t.is_cuda()) touch(t, key, clock, writes);
   };
-  for (size_t i = 0; i < count; i++) {
-    auto& value = (*stack)[begin + i];
-    if (value.isTensor()) value = cpu(value.toTensor());
-    else if (value.isTensorList()) {
-      auto list = value.toTensorVector();
-      for (auto& t : list) t = cpu(t);
-      value = c10::List<Tensor>(list);
-    } else if (value.isOptionalTensorList()) {
-      c10::List<std::optional<Tensor>> list;
-      for (const std::optional<Tensor>& t : value.toOptionalTensorVector())
-        list.push_back(t ? std::optional<Tensor>(cpu(*t)) : t);
-      value = list;
-    }
-  }
-  if (operation == "aten::cumsum" && given[0].first.is_floating_point())
+  for (auto& each : given) see(each.tensor, each.writes);
+  for (size_t i = 0; i < count; i++)
+    change_tensors((*stack)[begin + i], [&](const Tensor& t) {
+      return t.defined() && t.is_cuda() ? aliases.cpu(t) : t;
+    });
+  if (operation == "aten::cumsum" && given[0].tensor.is_floating_point())
     globalContext().alertNotDeterministic("cumsum_cuda_kernel");
   op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
   aliases.update();
   bool waits = WAITS.count(operation);
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
     auto& value = (*stack)[i];
-    if (value.isTensor()) value = aliases.cuda(value.toTensor());
-    else if (value.isTensorList()) {
-      auto list = value.toTensorVector();
-      for (auto& t : list) t = aliases.cuda(t);
-      value = c10::List<Tensor>(list);
-    } else waits = true;  // a number or a truth value
-    if (value.isTensor() && !view && value.toTensor().defined() && value.toTensor().is_cuda())
-      touch(value.toTensor(), key, clock, true);
+    waits |= !value.isTensor() && !value.isTensorList();  // a number or a truth value
+    change_tensors(value, [&](const Tensor& t) {
+      auto result = aliases.cuda(t);
+      see(result, true);
+      return result;
+    });
   }
   if (waits) wait(clock);
 }
@@ -450,8 +405,8 @@ static Tensor& cuda_copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   };
   auto to = alias(self), source = alias(from);
   at::AutoDispatchBelowADInplaceOrView below;
-  bool apart = self.is_cuda() != from.is_cuda() && non_blocking;
-  if (apart && is_pinned(self.is_cuda() ? from.data_ptr() : self.data_ptr())) {
+  auto& on_host = self.is_cuda() ? from : self;
+  if (non_blocking && on_host.is_cpu() && is_pinned(on_host.data_ptr())) {
     if (from.is_cuda()) source = source.clone();  // which is right; the host sees it later
     auto memory = self.storage();
     queues[key].late[clock[key]] = {from.is_cuda(), clock, [memory, to, source]() mutable {
@@ -464,26 +419,15 @@ static Tensor& cuda_copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   }
   return self;
 }
-static void cuda_record_stream(Tensor& self, Stream stream) {
-  allocator.recordStream(self.storage().data_ptr(), stream);
-}
-static Tensor cuda_mm(const Tensor& a, const Tensor& b, ScalarType dtype) {
-  return at::mm(a.to(dtype), b.to(dtype));
-}
 static Tensor& cuda_addmm_out(const Tensor& self, const Tensor& a, const Tensor& b,
     ScalarType dtype, const Scalar& beta, const Scalar& alpha, Tensor& out) {
   return at::addmm_out(out, self, a.to(dtype), b.to(dtype), beta, alpha);
-}
-static Tensor cuda_addmm(const Tensor& self, const Tensor& a, const Tensor& b, ScalarType dtype,
-    const Scalar& beta, const Scalar& alpha) {
-  return at::addmm(self, a.to(dtype), b.to(dtype), beta, alpha);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   c10::SetAllocator(kCUDA, &allocator, 100);
   static c10::impl::DeviceGuardImplRegistrar guard(kCUDA, new GuardImpl());
   // torch has made the hooks of a build without CUDA by now: ours take their place
-  static_assert(sizeof(PretendedHooks) == sizeof(CUDAHooksInterface));
   new (const_cast<CUDAHooksInterface*>(&at::detail::getCUDAHooks())) PretendedHooks({});
   static auto any = torch::Library(torch::Library::IMPL, "_", DispatchKey::CUDA, __FILE__, 1);
   any.fallback(torch::CppFunction::makeFromBoxedFunction<&kernel>());
@@ -491,123 +435,66 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   aten.impl("empty.memory_format", TORCH_FN(cuda_empty));
   aten.impl("empty_strided", TORCH_FN(cuda_empty_strided));
   aten.impl("copy_", TORCH_FN(cuda_copy_));
-  aten.impl("record_stream", TORCH_FN(cuda_record_stream));
-  aten.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
+  aten.impl("record_stream", [](Tensor& self, Stream stream) {
+    allocator.recordStream(self.storage().data_ptr(), stream);
+  });
   aten.impl("set_.source_Storage", TORCH_FN(at::native::set_));
-  aten.impl("set_.source_Tensor", TORCH_FN(at::native::set_tensor_));
+  aten.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
   aten.impl("resize_", TORCH_FN(at::native::resize_));
-  aten.impl("mm.dtype", TORCH_FN(cuda_mm));
-  aten.impl("addmm.dtype", TORCH_FN(cuda_addmm));
+  aten.impl("mm.dtype", [](const Tensor& a, const Tensor& b, ScalarType dtype) {
+    return at::mm(a.to(dtype), b.to(dtype));
+  });
   aten.impl("addmm.dtype_out", TORCH_FN(cuda_addmm_out));
   module.def("complaints", [] { return std::exchange(complaints, {}); });
-  module.def("now", [](int device) { return memory[device].now; });
-  module.def("peak", [](int device) { return memory[device].peak; });
-  module.def("limit", [](int device) { return memory[device].limit; });
   module.def("set_limit", [](int device, size_t limit) { memory[device].limit = limit; });
-  module.def("reset_peak", [](int device) { allocator.resetPeakStats(device); });
 }
 """
 
-_device = None  # the extension, once it is installed
 
-
+@cache
 def install():
     """Make `cuda` the pretended device in this process, and return what controls it."""
-    global _device
-    if _device is None:
-        from torch.utils import cpp_extension
+    from torch.utils import cpp_extension
 
-        text = f"#define DEVICES {DEVICES}\n{CPP}"
-        name = f"pretended_cuda_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-        source = Path(root, name, "source.cpp")
-        source.parent.mkdir(parents=True, exist_ok=True)
-        if not source.exists():
-            source.write_text(text)
-        _device = cpp_extension.load(
-            name, [str(source)], extra_cflags=["-O1", "-w"], build_directory=str(source.parent)
-        )
-        _fill_python()
-    return _device
+    name = f"pretended_cuda_{hashlib.sha256(CPP.encode()).hexdigest()[:8]}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    source = Path(root, name, "source.cpp")
+    source.parent.mkdir(parents=True, exist_ok=True)
+    if not source.exists():
+        source.write_text(CPP)
+    flags, folder = ["-O1", "-w"], str(source.parent)
+    device = cpp_extension.load(name, [str(source)], flags, build_directory=folder)
+    _fill_python()
+    return device
 
 
 def _fill_python() -> None:
     """Point torch.cuda, whose C++ half is missing in a CPU build, to the pretended device."""
     import torch
 
-    cuda, device = torch.cuda, _device
+    cuda, here, host = torch.cuda, torch.accelerator, torch.Generator()
 
-    def index(where=None) -> int:
-        where = torch.device(where) if isinstance(where, str) else where
-        where = where.index if isinstance(where, torch.device) else where
-        return torch._C._accelerator_getDeviceIndex() if where is None else where
-
-    def exchange(where) -> int:
-        before = index()
-        if index(where) >= 0:
-            torch._C._accelerator_setDeviceIndex(index(where))
-        return before
-
-    class Stream(torch.Stream):
-        def __new__(cls, device=None, priority=0, **kwargs):
-            return super().__new__(cls, device=torch.device("cuda", index(device)), **kwargs)
-
-    class Event(torch.Event):
-        def __new__(cls, enable_timing=False, blocking=False, interprocess=False):
-            return super().__new__(cls, device="cuda", enable_timing=enable_timing)
-
-    def properties(where=None):
-        total = device.limit(index(where))
-        facts = dict(name="Pretended GPU", major=9, minor=0, total_memory=total)
-        return types.SimpleNamespace(**facts, multi_processor_count=132, gcnArchName="")
-
-    host = torch.Generator()
-    replaced = {
-        "is_available": lambda: True,
-        "is_initialized": lambda: True,
-        "_is_compiled": lambda: True,
-        "_is_in_bad_fork": lambda: False,
-        "init": lambda: None,
-        "_lazy_init": lambda: None,
-        "device_count": lambda: DEVICES,
-        "current_device": index,
-        "set_device": exchange,
-        "_exchange_device": exchange,
-        "_maybe_exchange_device": exchange,
-        "get_device_name": lambda where=None: "Pretended GPU",
-        "get_device_capability": lambda where=None: (9, 0),
-        "get_device_properties": properties,
-        "is_bf16_supported": lambda including_emulation=True: True,
-        "mem_get_info": lambda where=None: torch.accelerator.get_memory_info(index(where)),
-        "memory_allocated": lambda where=None: device.now(index(where)),
-        "memory_reserved": lambda where=None: device.now(index(where)),
-        "max_memory_allocated": lambda where=None: device.peak(index(where)),
-        "max_memory_reserved": lambda where=None: device.peak(index(where)),
-        "reset_peak_memory_stats": lambda where=None: device.reset_peak(index(where)),
-        "empty_cache": lambda: None,
-        "synchronize": lambda where=None: torch.accelerator.synchronize(index(where)),
-        "Stream": Stream,
-        "Event": Event,
-        "stream": lambda stream: stream or contextlib.nullcontext(),
-        "current_stream": lambda where=None: torch.accelerator.current_stream(index(where)),
-        "manual_seed": lambda seed: None,
-        "manual_seed_all": lambda seed: None,
-        "get_rng_state": lambda where="cuda": host.get_state(),
-        "set_rng_state": lambda state, where="cuda": None,
-    }
-    torch._C._cuda_getCurrentRawStream = lambda where: 0  # torch._dynamo imports it
+    facts = dict(is_available=True, is_initialized=True, _is_compiled=True, _is_in_bad_fork=False)
+    facts |= dict(init=None, _lazy_init=None, device_count=2, get_device_name="Pretended GPU")
+    facts |= dict(get_device_capability=(9, 0), is_bf16_supported=True, set_rng_state=None)
+    facts |= dict(manual_seed=None, manual_seed_all=None, get_rng_state=host.get_state())
+    replaced = {name: lambda *_, value=value, **__: value for name, value in facts.items()}
+    replaced |= dict(current_device=here.current_device_index, set_device=here.set_device_index)
+    replaced |= dict(_exchange_device=torch._C._accelerator_exchangeDevice)
+    replaced |= dict(_maybe_exchange_device=torch._C._accelerator_maybeExchangeDevice)
+    replaced |= dict(mem_get_info=here.get_memory_info, synchronize=here.synchronize)
+    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "empty_cache"):
+        replaced[name] = getattr(here, name)
     for name, replacement in replaced.items():
-        for module in (cuda, cuda.memory, cuda.random, cuda.streams):
+        for module in (cuda, cuda.memory, cuda.random):
             if module is cuda or hasattr(module, name):
                 setattr(module, name, replacement)
+    torch._C._cuda_getCurrentRawStream = lambda where: 0  # torch._dynamo imports it
 
-    def storage_to(self, device, non_blocking=False):  # a CPU build makes no storages there
-        there = torch.empty(self.nbytes(), dtype=torch.uint8, device=device)
-        here = torch.empty(0, dtype=torch.uint8, device=self.device).set_(self)
-        return there.copy_(here).untyped_storage()
+    def clone(self):  # a CPU build makes no storages there
+        if self.device.type != "cuda":
+            return plain(self)
+        there = torch.empty(self.nbytes(), dtype=torch.uint8, device=self.device)
+        return there.copy_(torch.empty_like(there).set_(self)).untyped_storage()
 
-    def clone(self):
-        return storage_to(self, self.device) if self.device.type == "cuda" else plain(self)
-
-    plain = torch.storage._StorageBase.clone
-    torch.storage._to, torch.storage._StorageBase.clone = storage_to, clone
+    plain, torch.storage._StorageBase.clone = torch.storage._StorageBase.clone, clone

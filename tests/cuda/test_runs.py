@@ -10,7 +10,11 @@ import tiny
 import torch
 from support import call, raising, results, weights
 
+from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import fresh_copy
+from lib.recover import Recoverer, TrainSchedule
 
 BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
 BASE += ["--calibration_data", "uk", "--eval_data", "uk"]
@@ -24,13 +28,13 @@ pytestmark = pytest.mark.usefixtures("at_place")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    tiny.write_model(folder / "model", tiny.tiny_llama(num_hidden_layers=4))
-    tiny.write_model(folder / "mamba", tiny.HYBRIDS["Mamba 2"]())
+    tiny.write_model(folder / "model", tiny.tiny_llama(num_hidden_layers=3))
+    tiny.write_model(folder / "deep", tiny.tiny_llama(num_hidden_layers=8))
     tiny.write_texts(folder / "uk", train=60, test=3)
     return folder
 
 
-def run(folder: Path, where: str, *argv: object, model: Path | str = "model") -> dict[str, Any]:
+def run(folder: Path, where: str, *argv: object, model: str = "model") -> dict[str, Any]:
     """Results of a run that succeeds; its model is saved beside them."""
     out = ["--save", folder / "out", "--save_model", folder / "model"]
     done = call("--model", model, *BASE, "--device", where, *argv, *out)
@@ -67,16 +71,21 @@ def test_a_run_is_the_cpus(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["wanda neurons", "sparsegpt 4:8", "admm 2:4", "quantised"])
-def test_blocks_are_fetched_where_memory_is_short(case: str, device: Any, tmp_path: Path) -> None:
+def test_blocks_in_files_are_the_same(case: str, tmp_path: Path) -> None:
     run(tmp_path / "whole", "cuda:0", *CASES[case])
     run(tmp_path / "files", "cuda:0", *CASES[case], "--offload", tmp_path / "blocks")
     assert_same(tmp_path / "whole", tmp_path / "files")
-    device.set_limit(0, device.now(0) + 550_000)
-    found = run(tmp_path / "short", "cuda:0", *CASES[case], "--batch_size", "1")
-    assert "one block at a time" in found["said"]
-    device.set_limit(0, 10**10)
-    run(tmp_path / "alone", "cuda:0", *CASES[case], "--batch_size", "1")
-    assert_same(tmp_path / "alone", tmp_path / "short")
+
+
+@pytest.mark.parametrize("case", ["wanda neurons", "admm 2:4", "packed"])
+def test_blocks_are_fetched_where_memory_is_short(case: str, device: Any, tmp_path: Path) -> None:
+    """Hidden states are on the host then, and come and go while blocks compute."""
+    argv = [*CASES[case], "--nsamples", "24", "--batch_size", "1"]
+    run(tmp_path / "whole", "cuda:0", *argv, model="deep")
+    device.set_limit(0, torch.accelerator.memory_allocated(0) + 750_000)
+    found = run(tmp_path / "short", "cuda:0", *argv, model="deep")
+    assert "one block at a time, hidden states" in found["said"] and "on the host" in found["said"]
+    assert_same(tmp_path / "whole", tmp_path / "short")
 
 
 def test_errors_allocate_alike(tmp_path: Path) -> None:
@@ -103,20 +112,13 @@ def test_recovery_is_reproducible_and_as_good(more: list[str], tmp_path: Path) -
     assert "two runs may differ" not in found["cuda:0"]["said"]
 
 
-def test_a_recovery_that_can_not_be_reproduced_goes_on_and_says_so(tmp_path: Path) -> None:
-    argv = ["--prune_method", "magnitude", "--recover", "512"]
-    with pytest.warns(UserWarning, match="cumsum"):
-        found = run(tmp_path, "cuda:0", *argv, model="mamba")
-    assert found["said"].count("two runs may differ: cumsum") == 1
-    assert "recovery" in found
-
-
 def test_what_was_packed_there_is_read_there(tmp_path: Path) -> None:
     found = run(tmp_path, "cuda:0", "--prune_method", "wanda", *PACK)
     for where in ("cpu", "cuda:0"):
         argv = ["--model", tmp_path / "model", *BASE, "--device", where, "--eval_only"]
-        assert call(*argv).status == 0
-        again = results()["perplexity"]["uk"]
+        done = call(*argv, "--save", tmp_path / where)
+        assert done.status == 0, done.err
+        again = results(tmp_path / where)["perplexity"]["uk"]
         assert again == pytest.approx(found["perplexity"]["uk"], rel=1e-6)
 
 
@@ -141,7 +143,7 @@ def test_interrupted_and_continued(stop: tuple, more: list[str], tmp_path: Path)
 
 
 def test_the_second_device_alone_is_used(device: Any, tmp_path: Path) -> None:
-    device.set_limit(0, device.now(0))  # not a byte more
+    device.set_limit(0, torch.accelerator.memory_allocated(0))  # not a byte more
     argv = [*ADMM, *RECOVER, *PACK]
     found = run(tmp_path / "second", "cuda:1", *argv)
     assert found["peak_memory"]["device"] > 0
@@ -153,14 +155,14 @@ def test_the_second_device_alone_is_used(device: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "room, argv, flag",
     [
-        (50_000, ADMM, "--offload"),
+        (20_000, ADMM, "--offload"),
         (1_300_000, [*ADMM, *RECOVER, "--batch_size", "40"], "--batch_size"),
     ],
 )
 def test_out_of_memory_is_a_line(
     room: int, argv: list[str], flag: str, device: Any, tmp_path: Path
 ) -> None:
-    device.set_limit(0, device.now(0) + room)
+    device.set_limit(0, torch.accelerator.memory_allocated(0) + room)
     done = call("--model", "model", *BASE, "--device", "cuda:0", *argv, "--save", tmp_path)
     assert done.status == 1
     (line,) = done.complaints
@@ -170,3 +172,23 @@ def test_out_of_memory_is_a_line(
 def test_there_are_two(device: Any) -> None:
     done = call("--model", "model", *BASE, "--device", "cuda:2", "--eval_only")
     assert done.status == 1 and "cuda:0 to cuda:1" in done.complaints[0]
+
+
+def test_a_training_that_is_not_reproducible_goes_on_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As where a block's gradient needs an operation that CUDA has in no fixed order alone."""
+    model = tiny.tiny_llama().cuda().requires_grad_(False)
+    runner, teacher = (
+        BlockRunner(one, torch.device("cuda:0")) for one in (model, fresh_copy(model))
+    )
+    for block in runner.blocks:
+        block.mlp.up_proj.weight[:, ::2] = 0
+        block.mlp.register_forward_hook(lambda mlp, args, out: out + out.cumsum(1) * 1e-3)
+    ids = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(0))
+    text = TrainingText(ids, torch.arange(4), ids, {"sources": []})
+    schedule = TrainSchedule(96, 24, rate=1e-3, least=24)
+    with pytest.warns(UserWarning, match="cumsum"):
+        (recoverer := Recoverer(runner, teacher, schedule, text)).run()
+    assert recoverer.curve[-1]["loss"] > 0 and not torch.are_deterministic_algorithms_enabled()
+    assert capsys.readouterr().out.count("recovery: two runs may differ: cumsum") == 1
