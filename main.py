@@ -24,9 +24,8 @@ def main(argv: list[str]) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check_flags(parser, args)
-    from lib.run.check import (
-        check,  # imports torch and transformers, which --help need not wait for
-    )
+    # imports torch and transformers, which --help need not wait for
+    from lib.run.check import check
 
     run(check(args))
 
@@ -60,7 +59,9 @@ def run(job: Job) -> dict[str, Any]:
             grids = steps.recover(job, runner, teacher, reached)
         del teacher
         if job.quantises:
-            grids, unrounded = steps.quantise(job, runner, reached)
+            if args.replace_sparse_layers:
+                unrounded = steps.first_logits(job, runner)
+            steps.quantise(job, runner, reached)
         if args.quantize:
             steps.check_quantized(job, runner, before)
         if args.replace_sparse_layers:

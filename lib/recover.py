@@ -398,7 +398,7 @@ class Recoverer:
 
     def _step(self, step: int) -> float:
         """One step of the optimizer; its loss, in nats a token."""
-        schedule, dist = self.schedule, self.runner.dist
+        schedule = self.schedule
         try:
             loss = self._accumulate_(step)
         except RuntimeError as error:
@@ -407,9 +407,7 @@ class Recoverer:
             self.strict = False
             print(f"recovery: two runs may differ: {str(error).split(',')[0]}", flush=True)
             loss = self._accumulate_(step)
-        dist.barrier()
-        for handle in dist.all_reduce_([self.gradient, loss]):
-            handle.wait()
+        self.runner.dist.sum_([self.gradient, loss])
         if not math.isfinite(loss.item()):
             raise self._diverged(step, "the loss is")
         norm = self.gradient.norm()
@@ -500,18 +498,17 @@ class Recoverer:
 
     def _resumed(self) -> dict[str, Any] | None:
         """Take the state of an interrupted run, and return its facts; None if there is none."""
-        finished, dist = self.runner.weights.finished, self.runner.dist
-        kept = finished.read("recovery") if finished else None
-        facts = dist.all_gather_object(kept and kept[1])[0]
-        if facts is None:
+        kept = self.runner.weights.read_kept("recovery")
+        if kept is None:
             return None
+        tensors, facts = kept
         for leaf in self.leaves:  # as the optimizer would have it after a step
             zeros = {"exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
             self.optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device)} | zeros
         self._take_best()
-        for name, tensor in self._state().items():
-            stored = kept[0][name] if kept else torch.empty_like(tensor)
-            tensor.copy_(dist.broadcast_(stored, 0))
+        state = self._state()
+        for name, tensor in tensors:
+            state[name].copy_(tensor)
         self._write_(refit=False)
         self.curve, self.best = facts["curve"], facts["best"]
         return facts

@@ -140,13 +140,8 @@ def swap_linears_(
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:
     """{weight's name: whether it is (in, out)} of the linears that `swap_linears_` packs."""
-    names: dict[str, bool] = {}
-    for index, block in enumerate(runner.blocks):
-        with runner.on_device(index):
-            for path, module in block.named_modules():
-                if isinstance(module, nn.Linear | Conv1D) and not _why_not_packed(module):
-                    names[f"{runner.name}.{index}.{path}.weight"] = isinstance(module, Conv1D)
-    return names
+    packed = filter(is_packed, runner.each_linear())
+    return {f"{linear.name}.weight": linear.transposed for linear in packed}
 
 
 def is_packed(linear: PrunableLinear) -> bool:

@@ -154,10 +154,8 @@ def trim_vocabulary(
         size -= 1
     counts = count_tokens(sources, tokenizer, dist.rank, dist.size)
     if dist.size > 1:
-        dist.barrier()
         shared = counts.to(dist.device)
-        for handle in dist.all_reduce_([shared]):
-            handle.wait()
+        dist.sum_([shared])
         counts = shared.cpu()
     used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     if used and used[-1] >= rows:

@@ -1,18 +1,14 @@
-"""A pretended CUDA device: `cuda:N` tensors in host memory, for machines without a GPU.
+"""A pretended CUDA device: `cuda:N` tensors in host memory, for `pytest -m cuda` without a GPU.
 
-    pytest -m cuda                                 # the tests of tests/cuda
-    import pretended_cuda; pretended_cuda.install()  # before anything asks torch for CUDA
-
-It fills the CUDA half of a CPU build of torch: an allocator, a device guard (devices, streams,
-events), pinned memory, and one boxed kernel for the dispatch key CUDA, which lets the CPU's kernels
-work on the same memory. Views, parameters, autograd, safetensors, streams and events are torch's.
+It fills the CUDA half of a CPU build of torch: allocator, streams, events, pinned memory, and one
+boxed kernel for the dispatch key CUDA, which lets the CPU's kernels work on the same memory.
 
 What a GPU would refuse is refused: operands on two devices, integer matrix products, a generator of
-the host, more memory than there is (`set_limit`). Fresh memory is NaN. Copies to and from pinned
-memory are done as late as CUDA allows, on any stream: to the host once the host waits for it, to
-the device once work that is ordered after it needs it. By clocks of streams and host, `complaints`
-has work that touches memory without being ordered after what another stream did there, and memory
-that is freed while another stream may use it without `record_stream`.
+the host, more memory than there is (`set_limit`). Fresh memory is NaN. The host sees what is copied
+to pinned memory only once it has waited for it. By clocks of streams and host, `complaints` has
+work that is not ordered after what another stream did with its memory, pinned memory that changes
+before the host has waited for the copy from it, and memory that is freed while another stream may
+use it without `record_stream`: so nothing may be earlier, or later, than CUDA promises.
 
 Limits: no speed, no order of sums, no NCCL, no 2:4 kernels, no bitsandbytes, no TF32, no fused
 attention (compare with the CPU's math path), no Triton. Threads of the host are one host. Where
@@ -27,7 +23,6 @@ from functools import cache
 from pathlib import Path
 
 CPP = r"""
-#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -50,8 +45,8 @@ using c10::DeviceIndex;
 using c10::StreamId;
 using Key = std::pair<DeviceIndex, StreamId>;  // a stream
 using Clock = std::map<Key, uint64_t>;  // how far each stream has come, as somebody knows
-struct Job { bool to_host; Clock needs; std::function<void()> run; };
-struct Queue { Clock clock; uint64_t sent = 0; std::map<uint64_t, Job> late; };
+struct Queue { Clock clock; uint64_t sent = 0; std::map<uint64_t, std::function<void()>> late; };
+struct Read { Key key; uint64_t number; Tensor source, before; };  // of pinned memory
 struct Memory { size_t limit = 80e9, now = 0, peak = 0; };
 
 // never destroyed: tensors outlive them
@@ -60,6 +55,7 @@ using Guard = std::lock_guard<std::recursive_mutex>;
 static auto& complaints = *new std::set<std::string>;
 static auto& queues = *new std::map<Key, Queue>;
 static auto& host = *new Clock;
+static auto& reads = *new std::vector<Read>;
 static auto& memory = *new std::vector<Memory>(DEVICES);
 static auto& pinned = *new std::map<char*, size_t>;
 static thread_local DeviceIndex current = 0;
@@ -73,23 +69,27 @@ static std::string name(Key key) {
 static void merge(Clock& into, const Clock& other) {
   for (auto& [key, number] : other) into[key] = std::max(into[key], number);
 }
-static void run_to(const Clock& clock, bool host_waits = false) {  // the late copies up to there
-  for (auto& [key, number] : Clock(clock)) {
-    auto& late = queues[key].late;
-    for (auto it = late.begin(); it != late.end() && it->first <= number;) {
-      if (it->second.to_host && !host_waits) { ++it; continue; }
-      auto job = std::move(it->second);
-      late.erase(it);
-      run_to(job.needs, true);
-      job.run();
-      it = late.begin();
+static void check_reads(const Clock& clock, bool all = false) {  // those up to there
+  std::erase_if(reads, [&](const Read& read) {
+    auto it = clock.find(read.key);
+    if (!all && (it == clock.end() || it->second < read.number)) return false;
+    if (std::memcmp(read.source.data_ptr(), read.before.data_ptr(), read.before.nbytes()))
+      complaints.insert("pinned memory was overwritten before the host had waited for its copy");
+    return true;
+  });
+}
+static void run_to(const Clock& clock) {  // the late copies up to there
+  for (auto& [key, number] : clock)
+    for (auto& late = queues[key].late; !late.empty() && late.begin()->first <= number;) {
+      check_reads({{key, late.begin()->first}});  // what it may overwrite
+      late.extract(late.begin()).mapped()();
     }
-  }
 }
 static void wait(const Clock& clock) {  // the host waits
   Guard guard(lock);
   merge(host, clock);
-  run_to(clock, true);
+  check_reads(host);
+  run_to(clock);
 }
 static Clock launch(Key key) {  // one more piece of work
   auto& queue = queues[key];
@@ -179,12 +179,10 @@ static void touch(const Tensor& t, Key key, const Clock& clock, bool writes) {
   auto& block = *static_cast<Block*>(data.get_context());
   auto known = [&](Key other, uint64_t number) {
     auto it = clock.find(other);
-    if (it != clock.end() && it->second >= number) return true;
-    complaints.insert(name(key) + " did not wait for " + name(other) + ", which used its memory");
-    return false;
+    if (it == clock.end() || it->second < number)
+      complaints.insert(name(key) + " did not wait for " + name(other) + ", which used its memory");
   };
-  if (block.written && known(block.writer, block.written))
-    run_to({{block.writer, block.written}});
+  if (block.written) known(block.writer, block.written);
   if (writes) {
     for (auto& [other, number] : block.used) known(other, number);
     block.writer = key, block.written = clock.at(key);
@@ -199,9 +197,7 @@ struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
     return d.index() < 0 ? current : d.index();
   }
   static Key key(const Stream& s) { return {s.device_index(), s.id()}; }
-  static Stream stream(DeviceIndex d, StreamId id) {
-    return Stream(Stream::UNSAFE, Device(kCUDA, d), id);
-  }
+  static Stream stream(DeviceIndex d, StreamId i) { return Stream(Stream::UNSAFE, {kCUDA, d}, i); }
   DeviceType type() const override { return kCUDA; }
   Device exchangeDevice(Device d) const override {
     return Device(kCUDA, std::exchange(current, index(d)));
@@ -289,14 +285,12 @@ struct Aliases {
         impl->set_nbytes(alias.storage().nbytes());
         impl->set_data_ptr_noswap(own(impl->nbytes(), device, alias.storage()));
       }
-      if (alias.sizes() != there.sizes() || alias.strides() != there.strides())
-        there.unsafeGetTensorImpl()->set_sizes_and_strides(
-            alias.sizes(), alias.strides(), alias.storage_offset());
+      there.unsafeGetTensorImpl()->set_sizes_and_strides(
+          alias.sizes(), alias.strides(), alias.storage_offset());
     }
   }
 };
-static const std::set<std::string> PRODUCTS{"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm",
-    "aten::baddbmm", "aten::addmv", "aten::addmv_", "aten::mv", "aten::dot"};
+static const std::set<std::string> PRODUCTS{"aten::mm", "aten::addmm", "aten::bmm", "aten::mv"};
 static const std::set<std::string> NO_SCALARS{"aten::cat", "aten::index_select", "aten::gather"};
 static const std::set<std::string> WAITS{"aten::nonzero", "aten::masked_select", "aten::_unique2"};
 
@@ -406,17 +400,19 @@ static Tensor& cuda_copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   auto to = alias(self), source = alias(from);
   at::AutoDispatchBelowADInplaceOrView below;
   auto& on_host = self.is_cuda() ? from : self;
-  if (non_blocking && on_host.is_cpu() && is_pinned(on_host.data_ptr())) {
-    if (from.is_cuda()) source = source.clone();  // which is right; the host sees it later
-    auto memory = self.storage();
-    queues[key].late[clock[key]] = {from.is_cuda(), clock, [memory, to, source]() mutable {
+  bool late = non_blocking && on_host.is_cpu() && is_pinned(on_host.data_ptr());
+  if (late && from.is_cuda()) {  // it is right, but the host sees it later
+    source = source.clone();
+    queues[key].late[clock[key]] = [to, source]() mutable {
       at::AutoDispatchBelowADInplaceOrView below;
       to.copy_(source);
-    }};
-  } else {
-    to.copy_(source);
-    if (!self.is_cuda() || (!from.is_cuda() && !non_blocking)) wait(clock);
+    };
+    return self;
   }
+  run_to(clock);
+  to.copy_(source);
+  if (late && source.is_contiguous()) reads.push_back({key, clock[key], source, source.clone()});
+  else if (!self.is_cuda() || (!from.is_cuda() && !non_blocking)) wait(clock);
   return self;
 }
 static Tensor& cuda_addmm_out(const Tensor& self, const Tensor& a, const Tensor& b,
@@ -445,7 +441,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     return at::mm(a.to(dtype), b.to(dtype));
   });
   aten.impl("addmm.dtype_out", TORCH_FN(cuda_addmm_out));
-  module.def("complaints", [] { return std::exchange(complaints, {}); });
+  module.def("complaints", [] {
+    Guard guard(lock);
+    check_reads({}, true);
+    return std::exchange(complaints, {});
+  });
   module.def("set_limit", [](int device, size_t limit) { memory[device].limit = limit; });
 }
 """
@@ -483,7 +483,7 @@ def _fill_python() -> None:
     replaced |= dict(_exchange_device=torch._C._accelerator_exchangeDevice)
     replaced |= dict(_maybe_exchange_device=torch._C._accelerator_maybeExchangeDevice)
     replaced |= dict(mem_get_info=here.get_memory_info, synchronize=here.synchronize)
-    for name in ("memory_allocated", "memory_reserved", "max_memory_allocated", "empty_cache"):
+    for name in ("memory_allocated", "memory_reserved", "empty_cache"):
         replaced[name] = getattr(here, name)
     for name, replacement in replaced.items():
         for module in (cuda, cuda.memory, cuda.random):

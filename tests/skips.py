@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 NO_COMPILER = "needs a C++ compiler"
-REQUIRED_ON_CI = NO_COMPILER, "needs the package"  # what .ci/run installs
+REQUIRED_ON_CI = NO_COMPILER, "needs the package", "the pretended CUDA"  # what .ci/run installs
 
 
 def reasons(config: pytest.Config) -> Counter[str]:

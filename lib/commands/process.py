@@ -14,18 +14,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def started_by(module: str, *argv: object) -> tuple[list[str], dict[str, str]]:
+    """Return the command `python -m MODULE ARGV...` and the environment to start it in."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-P", "-m", module, *map(str, argv)]
+    return command, os.environ | {"PYTHONPATH": path}
+
+
 def call(module: str, *argv: object) -> int:
     """Run `python -m MODULE ARGV...` to its end and return its exit status.
 
     The process ends with this one: at Ctrl-C, which a terminal sends to both, it is waited for, and
     whatever else ends this process terminates it.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-P", "-m", module, *map(str, argv)]
+    command, environment = started_by(module, *argv)
     # the end of its stdin tells it that this process is gone
-    with subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": path}, stdin=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
         try:
             return process.wait()
         except KeyboardInterrupt:

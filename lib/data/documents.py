@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lib.data import hub
 from lib.data.sources import Source, check_text, folder_files
+from lib.util.errors import first_line
 
 TEXT_CHARACTERS = 2**25  # read of a .txt file, whose tokens are in memory at once
 EMPTY = "holds no text; give a source with at least one row"
@@ -81,8 +82,7 @@ def _read(source: Source, path: Path) -> Iterator[str]:
 
 
 def _damaged(source: Source, path: Path, error: Exception) -> Exception:
-    reason = str(error).partition("\n")[0]
-    return source.error(f"{path} can't be read ({reason}); is it damaged?")
+    return source.error(f"{path} can't be read ({first_line(error)}); is it damaged?")
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[str]:

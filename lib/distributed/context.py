@@ -92,6 +92,12 @@ class DistContext:
         with self.collective():
             return [Handle(torch_dist.all_reduce(one, async_op=True), self) for one in tensors]
 
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over all ranks in place, once all have called this."""
+        self.barrier()
+        for handle in self.all_reduce_(tensors):
+            handle.wait()
+
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return `value` of every rank; for small picklable values only."""
         if self.size == 1:

@@ -31,6 +31,7 @@ from torch.profiler import record_function
 
 from lib.methods.damping import cholesky
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
+from lib.methods.obs import UNFACTORED
 from lib.methods.sparsegpt import unit_inverse
 from lib.packed.formats import FORMATS, Q4_0, Int4
 from lib.util.errors import UserError
@@ -102,7 +103,7 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: ColumnGrid) -> Tensor:
     with record_function("factorisation"):
         lower = cholesky(hessian.flip(0, 1))
         if lower is None:
-            raise UserError("X^T X can't be factored; use more calibration tokens (--nsamples)")
+            raise UserError(UNFACTORED)
         factor = lower.flip(0, 1)
         factor.div_(factor.diagonal().clone())  # C
     solution, change = torch.empty_like(ideal), torch.empty_like(ideal)  # Q and D

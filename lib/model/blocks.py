@@ -104,6 +104,12 @@ class BlockRunner:
         """Return the prunable and packed linears of block `index`, with their full names."""
         return find_linears(self.blocks[index], f"{self.name}.{index}")[0]
 
+    def each_linear(self) -> Iterator[PrunableLinear]:
+        """Yield every linear of the blocks, on the device while it is looked at."""
+        for index in range(len(self.blocks)):
+            with self.on_device(index):
+                yield from self.linears(index)
+
     def mapped(self) -> AbstractContextManager:
         """Inside, the whole model can be saved, even if its blocks are in files."""
         return self.weights.mapped()

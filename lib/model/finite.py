@@ -15,17 +15,14 @@ def all_finite(tensor: Tensor) -> bool:
     """Return whether a tensor has neither nan nor inf; it is read once, without masks."""
     if not tensor.numel():
         return True
-    return all(
-        bool(extreme.isfinite()) for extreme in tensor.aminmax()
-    )  # a nan becomes both extremes
+    # a nan becomes both extremes
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 def check_finite(runner: BlockRunner) -> None:
     """Raise UserError naming the first linear of the blocks whose weight holds nan or inf."""
-    for index in range(len(runner.blocks)):
-        with runner.on_device(index):
-            for linear in runner.linears(index):
-                check_weight(linear, runner.named)
+    for linear in runner.each_linear():
+        check_weight(linear, runner.named)
 
 
 def check_weight(linear: PrunableLinear, model: str) -> None:

@@ -184,9 +184,8 @@ def load_model(
     check_complete(checkpoint, info)
     if getattr(model, "is_quantized", False):
         keep_bnb_layout(model)
-        for parameter in (
-            model.parameters()
-        ):  # the other weights of a quantised checkpoint keep their stored dtype
+        # the other weights of a quantised checkpoint keep their stored dtype
+        for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
 from lib.model.run_folder import CONVERTED, RunFolder
-from lib.model.transfer import empty_pinned
+from lib.model.transfer import empty_pinned, wait_for_older
 from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
 
@@ -143,21 +143,15 @@ class BlockStore:
 
         Returns its notes; None where it is not finished. Every rank must call this.
         """
-        if not self.resumes:
+        kept = self.read_kept(_file_name(stage, index))
+        if kept is None:
             return None
-        found = self.finished.read(_file_name(stage, index)) if self.finished else None
-        tensors, facts = found or ({}, None)
-        header = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-        header, facts = self.dist.all_gather_object((header, facts))[0]
-        if facts is None:
-            return None
+        tensors, facts = kept
         block, prefix = self.blocks[index], self._prefix(index)
         quantised = {
             linear.name: linear for linear in find_linears(block, "")[0] if linear.is_quantised
         }
-        for name, (shape, dtype) in header.items():
-            tensor = tensors[name] if tensors else torch.empty(shape, dtype=dtype)
-            tensor = self.dist.broadcast_(tensor, 0)
+        for name, tensor in tensors:
             path = name.removeprefix(prefix)
             if f".{path}" in quantised:
                 quantised[f".{path}"].set_weight_(tensor)
@@ -170,6 +164,28 @@ class BlockStore:
         if self.finished:
             self._kept = self.finished.folder / f"{_file_name(stage, index)}.safetensors"
         return facts
+
+    def read_kept(self, name: str) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
+        """Return tensors by name, one after another, and facts of a file of an interrupted run.
+
+        None where there is none. Every rank must call this, and take all tensors or none.
+        """
+        if not self.resumes:
+            return None
+        found = self.finished.read(name) if self.finished else None
+        tensors, facts = found or ({}, None)
+        header = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+        header, facts = self.dist.all_gather_object((header, facts))[0]
+        if facts is None:
+            return None
+        return self._broadcast(tensors, header), facts
+
+    def _broadcast(
+        self, tensors: Mapping[str, Tensor], header: Mapping[str, tuple[tuple, torch.dtype]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, (shape, dtype) in header.items():
+            tensor = tensors[name] if tensors else torch.empty(shape, dtype=dtype)
+            yield name, self.dist.broadcast_(tensor, 0)
 
     def save(
         self,
@@ -365,9 +381,7 @@ class Prefetcher:
             pending = index, self.thread.submit(self._bring, index)
         views, piece = pending[1].result()
         stream = torch.accelerator.current_stream(self.device)
-        self.computed.append(stream.record_event())
-        if len(self.computed) > 2:
-            self.computed.popleft().synchronize()  # or the host would run ahead without bound
+        wait_for_older(self.computed, stream)
         stream.wait_stream(self.side)
         piece.record_stream(stream)  # or its memory is reused too early
         if following is not None:

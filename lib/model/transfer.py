@@ -50,7 +50,7 @@ class Transfer:
             tensor, sent = coming.pop(0)
             yield self._arrived(tensor, sent)
             if self._apart(buffer):
-                _wait_for_older(computed, torch.accelerator.current_stream(self.device))
+                wait_for_older(computed, torch.accelerator.current_stream(self.device))
 
     def fetch(self, buffer: Tensor, cut: slice) -> Tensor:
         """Return one cut of the buffer on the device."""
@@ -66,7 +66,7 @@ class Transfer:
         with self.side:
             buffer[cut].copy_(value, non_blocking=True)
         value.record_stream(self.side)  # or its memory is reused before it was read
-        _wait_for_older(self.stored, self.side)
+        wait_for_older(self.stored, self.side)
 
     def _apart(self, buffer: Tensor) -> bool:
         return self.side is not None and buffer.device.type == "cpu"
@@ -85,7 +85,7 @@ class Transfer:
         return tensor
 
 
-def _wait_for_older(events: deque[torch.Event], stream: torch.Stream) -> None:
+def wait_for_older(events: deque[torch.Event], stream: torch.Stream) -> None:
     """Record an event on `stream`, and wait for the event recorded AHEAD calls ago."""
     events.append(stream.record_event())
     if len(events) > AHEAD:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from lib.methods.sparsity import Sparsity
@@ -42,14 +41,9 @@ def kept_allocation(runner: BlockRunner) -> Allocation | None:
     """What `keep_allocation` wrote in an interrupted run, so that blocks that it finished and those
     still to come fit together; None where it wrote nothing. Every process has to call this.
     """
-    dist, folder = runner.dist, runner.weights.finished
-    tensors, facts = (folder.read(FILE) if folder else None) or ({}, None)
-    header = {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}
-    header, facts = dist.all_gather_object((header, facts))[0]
-    if facts is None:
+    kept = runner.weights.read_kept(FILE)
+    if kept is None:
         return None
-    costs = {}
-    for name, (shape, dtype) in header.items():
-        tensor = tensors[name] if tensors else torch.empty(shape, dtype=dtype)
-        costs[name] = dist.broadcast_(tensor, 0)
-    return Allocation({name: Sparsity(ratio) for name, ratio in facts["ratios"].items()}, costs)
+    costs, facts = kept
+    ratios = {name: Sparsity(ratio) for name, ratio in facts["ratios"].items()}
+    return Allocation(ratios, dict(costs))

@@ -75,9 +75,7 @@ def by_error(
                     diagonal.grad_sq.zero_()
                     diagonal.tokens = 0
                 counts = dist.all_gather_object([one.tokens for one in diagonals.values()])
-                sums = [each for one in diagonals.values() for each in (one.inputs, one.grad_sq)]
-                for handle in dist.all_reduce_(sums):
-                    handle.wait()
+                dist.sum_([s for one in diagonals.values() for s in (one.inputs, one.grad_sq)])
                 for linear, *each in zip(linears, *counts, strict=True):
                     diagonal, name = diagonals[linear.name], first[linear.name]
                     if tokens := sum(each):

@@ -39,24 +39,22 @@ def measure(
     short, or whose N:M groups hold too few zeros.
     """
     measured = Measured()
-    for index in range(len(runner.blocks)):
-        with runner.on_device(index):
-            for linear in runner.linears(index):
-                name, zero = linear.name, linear.matrix() == 0  # (out, in)
-                measured.zeros[name] = int(zero.count_nonzero())
-                measured.sizes[name] = zero.numel()
-                if not target or name in left_dense:
-                    continue
-                ratio, n, m = target[name].ratio, target[name].n, target[name].m
-                if m:
-                    zeros = sum(zero[:, column::m].byte() for column in range(m))
-                    if short := int((zeros < n).count_nonzero()):
-                        groups = zero.numel() // m
-                        raise UserError(f"{name}: {short} of {groups} groups are not {n}:{m}")
-                # counts are rounded down, once per row or block of columns
-                elif ratio * zero.numel() - measured.zeros[name] > max(linear.shape):
-                    raise UserError(
-                        f"{name}: only {zero.float().mean():.4f} of its weights are zero, "
-                        f"{ratio:g} was requested"
-                    )
+    for linear in runner.each_linear():
+        name, zero = linear.name, linear.matrix() == 0  # (out, in)
+        measured.zeros[name] = int(zero.count_nonzero())
+        measured.sizes[name] = zero.numel()
+        if not target or name in left_dense:
+            continue
+        ratio, n, m = target[name].ratio, target[name].n, target[name].m
+        if m:
+            zeros = sum(zero[:, column::m].byte() for column in range(m))
+            if short := int((zeros < n).count_nonzero()):
+                groups = zero.numel() // m
+                raise UserError(f"{name}: {short} of {groups} groups are not {n}:{m}")
+        # counts are rounded down, once per row or block of columns
+        elif ratio * zero.numel() - measured.zeros[name] > max(linear.shape):
+            raise UserError(
+                f"{name}: only {zero.float().mean():.4f} of its weights are zero, "
+                f"{ratio:g} was requested"
+            )
     return measured

@@ -8,7 +8,7 @@ zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Quantiser(Pruner):
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> Pruned:
-        if not any(map(self.takes, _each_linear(self.runner))):
+        if not any(map(self.takes, self.runner.each_linear())):
             raise UserError(self.nothing)
         return super().run(windows, on_progress)
 
@@ -99,7 +99,7 @@ def q4_0_weights(runner: BlockRunner) -> tuple[dict[str, bool], list[str]]:
     """{weight's name: whether it is (in, out)} of all that q4_0 can hold, and names of the rest."""
     names: dict[str, bool] = {}
     left: dict[str, None] = {}
-    for linear in _each_linear(runner):
+    for linear in runner.each_linear():
         name = f"{linear.name}.{linear.parameter}" if linear.expert is None else linear.stage
         if GPTQForLlamaCpp.fmt.takes(linear.shape[1]):
             names[name] = linear.transposed
@@ -111,16 +111,9 @@ def q4_0_weights(runner: BlockRunner) -> tuple[dict[str, bool], list[str]]:
 def check_q4_0(runner: BlockRunner) -> dict[str, Any]:
     """The record of a quantised model. UserError where conversion to q4_0 would change a value."""
     fmt = GPTQForLlamaCpp.fmt
-    for linear in _each_linear(runner):
+    for linear in runner.each_linear():
         matrix = linear.matrix()
         if fmt.takes(linear.shape[1]) and not torch.equal(fmt.nearest(matrix), matrix):
             raise UserError(f"--quantize q4_0: {linear.name} is not on the grid; report this")
     names, left = q4_0_weights(runner)
     return {"format": "q4_0", "tensors": len(names), "left": left}
-
-
-def _each_linear(runner: BlockRunner) -> Iterator[PrunableLinear]:
-    """Every linear of the blocks, in memory while it is looked at."""
-    for index in range(len(runner.blocks)):
-        with runner.on_device(index):
-            yield from runner.linears(index)

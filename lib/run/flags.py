@@ -238,7 +238,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=16,
         choices=(4, 16),
     )
-
     flag(
         "quantize",
         RESULT,
@@ -335,7 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
         OTHER,
         "folder for log_METHOD.txt and results.json",
         metavar="FOLDER",
-        shown="out/MODEL-METHOD",
+        shown="out/MODEL-METHOD-TYPE-RATIO",
     )
     flag(
         "save_model", OTHER, "new folder for the pruned model, tokenizer and card", metavar="FOLDER"
@@ -445,7 +444,7 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         if args.replace_sparse_layers and ratio <= FEWEST_ZEROS:
             yield (
                 f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller "
-                + (f"packed; give more than {FEWEST_ZEROS:g}, or leave it out")
+                f"packed; give more than {FEWEST_ZEROS:g}, or leave it out"
             )
     if args.save_model:
         target, saved = Path(args.save_model).resolve(), shown(args, "save_model")

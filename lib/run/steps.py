@@ -93,9 +93,9 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
         with job.timed("dense"), progress(windows, "dense", "window", dist.is_main) as bar:
             return dense_states(dense, sets, bar)
 
-    if job.shared and dist.size == 1:
-        return DenseReference(tail_of(dense), shared_states(job.shared, job.dense_key, compute))
-    return DenseReference(tail_of(dense), compute())
+    shares = job.shared and dist.size == 1
+    states = shared_states(job.shared, job.dense_key, compute) if shares else compute()
+    return DenseReference(tail_of(dense), states)
 
 
 def prune(job: Job, runner: BlockRunner) -> Reached:
@@ -193,10 +193,9 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     return recoverer.scales
 
 
-def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
-    """Round linears on calibration text; return no grids, and logits from before."""
+def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> None:
+    """Round linears on calibration text."""
     is_main, blocks = job.dist.is_main, len(runner.blocks)
-    unrounded = first_logits(job, runner)
     quantiser = (LlamaCppQuantiser if job.args.quantize else Quantiser)(runner)
     with job.timed("quantise"), progress(blocks, "quantising", "block", is_main) as bar:
         quantiser.run(job.texts.windows, bar)
@@ -205,7 +204,6 @@ def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> tuple[Any, Any]:
         job.results["notes"] = job.results.get("notes", []) + quantiser.summary()[1:]
         measured = measure(runner, pruned.sparsity, pruned.left_dense)
         job.results["sparsity"] = measured.shares()
-    return None, unrounded
 
 
 def first_logits(job: Job, runner: BlockRunner) -> Tensor:
@@ -238,6 +236,7 @@ def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     """Save model and tokenizer as a new folder; where blocks are in files, these are moved."""
     weights, moved = runner.weights, {}
+    job.dist.barrier()  # no rank reads any longer what is moved
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
     if job.dist.is_main:
         stage.mkdir(parents=True, exist_ok=True)

@@ -94,9 +94,8 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
     passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
     if not job.teacher:
         return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
-    zeros = measure(runner).overall
-    trains = job.schedule and not job.args.quantize
-    if trains and zeros < LEAST_ZEROS and not job.smaller:
+    needs_zeros = job.schedule and not (job.args.quantize or job.smaller)
+    if needs_zeros and (zeros := measure(runner).overall) < LEAST_ZEROS:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover; prune it by --prune_method, without --teacher"

@@ -51,13 +51,14 @@ def test_a_copy_to_the_host_is_there_once_the_host_waits(waits: bool) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_copy_to_the_device_reads_the_host_late(waits: bool) -> None:
+def test_pinned_memory_stays_until_its_copy_was_waited_for(waits: bool, device: Any) -> None:
     host = A.pin_memory()
-    x = host.to("cuda", non_blocking=True)
+    x = host.to("cuda", non_blocking=True) * 2  # no matter what the device has done by then
     if waits:
         torch.accelerator.synchronize()
     host.zero_()
-    assert torch.equal(x.cpu(), A if waits else torch.zeros(3, 4))
+    assert any("overwritten" in line for line in device.complaints()) == (not waits)
+    assert torch.equal(x.cpu(), 2 * A)
 
 
 def on_a_side(device: Any, *, before: bool, after: bool, recorded: bool) -> tuple[Tensor, set[str]]:

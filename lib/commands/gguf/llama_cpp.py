@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from lib.commands.process import ROOT
+from lib.commands.process import started_by
 from lib.util.errors import UserError
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -45,14 +45,14 @@ def run_child(
 
     Raises UserError, `what` and one line, if it fails or does not end within `seconds`.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answer.json"
+        command, environment = started_by(__name__, function.__name__, file)
         try:
             process = subprocess.run(
-                [sys.executable, "-P", "-m", __name__, function.__name__, str(file)],
+                command,
                 input=json.dumps(arguments),
-                env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
+                env=environment | {"HF_HUB_OFFLINE": "1"},
                 capture_output=True,
                 text=True,
                 errors="replace",
