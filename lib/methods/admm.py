@@ -34,9 +34,8 @@ from torch.profiler import record_function
 
 from lib.methods.damping import cholesky, inverse_
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
-from lib.methods.obs import UNFACTORED, choose_rows, solve_rows
+from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, n_of_first, threshold
-from lib.util.errors import UserError
 
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
 EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends where no more changes
@@ -203,11 +202,7 @@ def alternate(
 
 
 def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
-    """(A + rho I)^-1 (in, in). UserError where it can't be factored."""
+    """(A + rho I)^-1 (in, in)."""
     stiff = hessian.clone()
     stiff.diagonal().add_(rho)
-    factor = cholesky(stiff)
-    del stiff
-    if factor is None:  # it could be without rho: what is not finite
-        raise UserError(UNFACTORED)
-    return inverse_(factor)
+    return inverse_(cholesky(stiff))

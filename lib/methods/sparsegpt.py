@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
-from lib.methods.damping import cholesky, inverse_, rising
+from lib.methods.damping import damped_cholesky_, inverse_
 from lib.methods.gram import add_upper_gram_, mirror_
 from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, n_of_first
@@ -103,14 +103,11 @@ class SparseGPT(PruningMethod):
         mirror_(hessian)
         dead = hessian.diagonal() == 0
         weight[:, dead] = 0
-        mean, added = hessian.diagonal().mean(), dead.float()
-        for share in rising(self.damping):
-            hessian.diagonal().add_(added + share * mean)
-            added, factor = -share * mean, cholesky(hessian)
-            if factor is not None:
-                break
-        kept = choose_rows(weight.T.clone(), inverse_(factor), count)
-        del factor
+        mean = hessian.diagonal().mean()
+        hessian.diagonal().add_(dead)
+        inverse = inverse_(damped_cholesky_(hessian, self.damping, mean))
+        kept = choose_rows(weight.T.clone(), inverse, count)
+        del inverse
         solution = solve_rows(hessian, hessian @ weight.T, kept)
         weight.zero_()[:, kept] = solution.T
         return kept
@@ -120,19 +117,14 @@ def factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Unit upper triangular C (in, in), scale (in,): H + damping = C diag(scale^2) C^T; dead (in,).
 
     Reads the upper triangle of H only. An input that was always 0 is dead: it tells nothing of its
-    weights, which go, and has no say in the others. The damping rises where it must; UserError
-    where that does not help.
+    weights, which go, and has no say in the others.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    mean = diagonal.mean()
-    for share in rising(damping):
-        reverse = hessian.flip(0, 1)  # its lower triangle is what H holds
-        reverse.diagonal().add_(dead.flip(0).float() + share * mean)
-        lower = cholesky(reverse)
-        del reverse
-        if lower is not None:
-            break
+    reverse = hessian.flip(0, 1)  # its lower triangle is what H holds
+    reverse.diagonal().add_(dead.flip(0))
+    lower = damped_cholesky_(reverse, damping, diagonal.mean())
+    del reverse
     factor = lower.flip(0, 1)
     del lower
     scale = factor.diagonal().clone()

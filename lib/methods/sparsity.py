@@ -20,7 +20,6 @@ ALLOCATIONS = ("uniform", "error")
 SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
 STRIDE = 31  # between scores of the sample; prime, to meet all columns
 MARGIN = 2.5  # of the square root of the sample: five standard deviations of a rank, at most
-SORTED = 2**22  # scores; below, a GPU sorts, as a bisection would wait for its launches
 
 
 @dataclass(frozen=True)
@@ -68,11 +67,9 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     import numpy
     import torch
 
-    if score.device.type != "cpu":
-        if score.numel() < SORTED:
-            return _lowest_when_sorted(score, count)
-        # less memory and, on paper, less time
-        return _lowest_up_to(_bisected(score, count), score, count)
+    if score.device.type != "cpu":  # without the host looking at it
+        first = score.sort(dim=-1, stable=True).indices[..., :count]
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if score.dtype == torch.bfloat16:  # unknown to numpy
@@ -101,9 +98,7 @@ def threshold(score: Tensor, count: int) -> float:
     score = score.reshape(-1)
     if score.device.type == "cpu":
         return float(_select(score.numpy(), count))
-    if len(score) < SORTED:
-        return score.sort().values[count - 1].item()
-    return _bisected(score.view(1, -1), count)[0].item()
+    return score.sort().values[count - 1].item()
 
 
 def _select(scores: Any, count: int) -> Any:
@@ -149,32 +144,6 @@ def _add_ranks_(ranks: Any, scores: Any) -> None:
         left_first = scores[:right] <= scores[right]
         ranks[right] += left_first.sum(0, dtype=ranks.dtype)
         ranks[:right] += ~left_first
-
-
-def _lowest_when_sorted(score: Tensor, count: int) -> Tensor:
-    """Mask of the `count` smallest of every row, without the host looking at it."""
-    import torch
-
-    first = score.sort(dim=-1, stable=True).indices[..., :count]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)
-
-
-def _bisected(score: Tensor, count: int) -> Tensor:
-    """The `count`-th smallest of every row (rows, 1), float32.
-
-    Floats that are not negative are in the order of their bits, read as integers, so it is found
-    bit by bit.
-    """
-    import torch
-
-    bits = score.float().contiguous().view(torch.int32)
-    low = bits.new_zeros(*bits.shape[:-1], 1)
-    high = torch.full_like(low, 2**31 - 1)
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = (bits <= middle).sum(-1, keepdim=True) >= count
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    return low.view(torch.float32)
 
 
 def _lowest_up_to(threshold: Tensor, score: Tensor, count: int) -> Tensor:
