@@ -16,9 +16,8 @@ from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
-from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
-from lib.model.matrix import PrunableLinear
+from lib.model.matrix import PrunableLinear, all_finite
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
 from lib.pruning.ordered import OrderedBlock, Stage, find_order
@@ -137,6 +136,9 @@ class Pruner:
         dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
         need_outputs = states is not None and index + 1 < len(runner.blocks)
         self.done.notes.append(BlockNotes())
+        # of blocks that are not fetched they were checked when they were loaded
+        for linear in runner.linears(index) if not runner.weights.resident else ():
+            linear.check_finite(runner.named)
         linears = self._linears(index)
         if not self._restore_(index, linears):
             if dense and linears:
@@ -180,13 +182,7 @@ class Pruner:
         for name, (size, reason) in left_dense.items():
             self.done.leave(name, size, reason)
         linears = [linear for linear in linears if weight_key(linear) not in self.shared_done]
-        self._check_weights(linears)
         return linears
-
-    def _check_weights(self, linears: list[PrunableLinear]) -> None:
-        if not self.runner.weights.resident:  # otherwise they were checked when they were loaded
-            for linear in linears:
-                check_weight(linear, self.runner.named)
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         """Load the block and its notes if an interrupted run has finished it; whether it has."""

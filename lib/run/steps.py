@@ -245,7 +245,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 shards = weights.shards()
                 names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
                 if not names:
-                    with runner.mapped():
+                    with weights.mapped():
                         save_model(runner.model, stage, runner.save_dtype)
             except SafetensorError as error:
                 raise UserError(f"--save_model {target}: can't be saved ({error})") from error

@@ -339,7 +339,7 @@ def test_activations_that_become_infinite(method: str, texts: Path, tmp_path: Pa
     done = call("--model", folder, "--prune_method", method, "--calibration_data", texts, *QUICK)
     complaint(done, 1, "model.layers.1.mlp.down_proj", "not finite", "--dtype float32")
     done = call("--model", folder, "--eval_only", "--eval_data", texts, *QUICK)
-    complaint(done, 1, "model.layers.1.mlp.down_proj: activations are not")
+    complaint(done, 1, "--model", "activations are not finite", "--dtype float32")
 
 
 def test_a_lack_of_memory_names_flags(model: Path, texts: Path) -> None:
