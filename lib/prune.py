@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
@@ -270,9 +269,8 @@ class Pruner:
     def _solved(self, group: Group) -> list[Tensor]:
         """The group's matrices (out, in), pruned, in the dtype in which they are saved."""
         _check_finite(group.method.statistics(), f"{group.names}: activations are not finite")
-        with record_function("moving"):
-            matrices = [linear.matrix() for linear in group.linears]
-        with record_function("solve"), warnings.catch_warnings(record=True) as caught:
+        matrices = [linear.matrix() for linear in group.linears]
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 self._change_(group, matrices)

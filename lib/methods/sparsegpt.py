@@ -38,7 +38,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
 from lib.methods.damping import damped_cholesky_, inverse_
@@ -73,8 +72,7 @@ class SparseGPT(PruningMethod):
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
-        with record_function("factorisation"):
-            factor, scale, dead = factorise(self.hessian, self.damping)
+        factor, scale, dead = factorise(self.hessian, self.damping)
         rows = [len(weight) for weight in weights]
         change = torch.cat(list(weights)).T.contiguous()  # (in, out): W, and left of the block D
         change.masked_fill_(dead[:, None], 0)
@@ -93,9 +91,8 @@ class SparseGPT(PruningMethod):
             block.settle_()
             settled = block.values.sub_(block.errors)  # exactly 0 where pruned
             change[here] -= settled
-            with record_function("moving"):
-                for weight, part in zip(weights, settled.split(rows, 1), strict=True):
-                    weight[:, here] = part.T
+            for weight, part in zip(weights, settled.split(rows, 1), strict=True):
+                weight[:, here] = part.T
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Remove columns stage by stage (lib/methods/obs.py), keeping the linear's own outputs."""
@@ -170,17 +167,15 @@ class ColumnBlock:
     def settle_(self) -> None:
         """Take the columns of V one after another to their last values; note their errors."""
         if not self.sparsity.m:  # the lowest scores of each linear's part of the block
-            with record_function("masks"):
-                score = (self.values * self.scale).square_()
-                parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
-                for part, mask, sparsity in zip(*parts, strict=True):
-                    mask.copy_(sparsity.mask(part, overall=True))
+            score = (self.values * self.scale).square_()
+            parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
+            for part, mask, sparsity in zip(*parts, strict=True):
+                mask.copy_(sparsity.mask(part, overall=True))
         for values, before, push, scale, mask, columns in self.steps:
             if len(before):
                 values.addmm_(push, before, alpha=-1)
             if self.sparsity.m:
-                with record_function("masks"):
-                    mask.copy_(n_of_first((values * scale).square_(), self.sparsity.n))
+                mask.copy_(n_of_first((values * scale).square_(), self.sparsity.n))
             for value, earlier, weight, pruned, error in columns:
                 if len(weight):
                     value.addmv_(earlier, weight, alpha=-1)

@@ -48,11 +48,6 @@ class Sparsity:
             )
         return cls(ratio, n, m)
 
-    @property
-    def pattern(self) -> str | None:
-        """`2:4`, or None where the mask is unstructured."""
-        return f"{self.n}:{self.m}" if self.m else None
-
     def mask(self, score: Tensor, overall: bool = False) -> Tensor:
         """Return the mask of the lowest scores of each N:M group or row, or `overall`."""
         if self.m:

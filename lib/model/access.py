@@ -54,11 +54,8 @@ class Checkpoint:
 
 
 def check_folder(checkpoint: Checkpoint) -> None:
-    """Raise UserError if the name can only be a local folder, but holds no model."""
-    name = checkpoint.name
-    folder = Path(name)
-    if folder.is_file():
-        raise UserError(f"{checkpoint}: is a file; name the folder that holds it")
+    """Raise UserError for a local folder that holds no model, or only an adapter."""
+    folder = Path(checkpoint.name)
     if (folder / ADAPTER).is_file():
         raise UserError(
             f"{checkpoint}: holds an adapter ({ADAPTER}), which would not be pruned; merge it into "
@@ -69,8 +66,6 @@ def check_folder(checkpoint: Checkpoint) -> None:
             f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
-    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"{checkpoint}: there is no such folder; check the path")
 
 
 def check_weight_files(checkpoint: Checkpoint) -> None:

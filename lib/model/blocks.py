@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 from torch.utils._pytree import tree_map
 
 from lib.distributed.context import DistContext
@@ -176,9 +175,8 @@ class BlockRunner:
     @torch.no_grad()
     def advance_(self, states: HiddenStates, index: int, block: nn.Module | None = None) -> None:
         """Replace the hidden states by block `index`'s outputs, in place."""
-        with record_function("forward"):
-            for batch, run in self.iter_batches(states, index, block):
-                self.transfer.store_(states.hidden, batch, run())
+        for batch, run in self.iter_batches(states, index, block):
+            self.transfer.store_(states.hidden, batch, run())
 
     def run_blocks(
         self,

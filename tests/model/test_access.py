@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from lib.model import access, pretrained
-from lib.model.access import Checkpoint, check_folder, check_weight_files
+from lib.model.access import Checkpoint, check_weight_files
 from lib.model.pretrained import load_config, load_model
 from lib.util.errors import UserError
 
@@ -21,8 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_errors_name_the_flag() -> None:
-    with pytest.raises(UserError, match="^--teacher ./nowhere: there is no such folder"):
-        check_folder(Checkpoint("./nowhere", flag="--teacher"))
+    with pytest.raises(UserError, match="^--teacher ./nowhere: no such folder"):
+        load_config(Checkpoint("./nowhere", flag="--teacher"))
 
 
 def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
