@@ -11,7 +11,6 @@ nothing but the seed: only a difference larger than theirs is due to the languag
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -251,15 +250,12 @@ def draw(counts: DataFrame) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.overlap", description=__doc__.split("\n")[0]
-    )
+    parser = command.make_parser("overlap", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or its run")
     parser.add_argument(
         "--noise", nargs="+", default=[], metavar="RUN", help="the RUNs with another seed, in order"
     )
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)

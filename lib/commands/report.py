@@ -9,7 +9,6 @@ Completions are in report.md alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -286,12 +285,9 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.report", description=__doc__.split("\n")[0]
-    )
+    parser = command.make_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     parser.add_argument("--out", default="report", help="folder for the files (default: report)")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     print(write_report(load_runs(args.runs), Path(args.out), failed_runs(args.runs)))

@@ -11,7 +11,6 @@ https://lang.org.ua/en/ubertext/ (Chaplynskyi, UNLP 2023). `hf upload OWNER/NAME
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import json
 import sys
@@ -96,12 +95,9 @@ def build(dumps: dict[str, Path], out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ubertext", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command.make_parser("ubertext", __doc__)
     parser.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file per genre")
     parser.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     build(find_dumps(Path(args.dumps)), Path(args.out))
 

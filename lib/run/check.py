@@ -104,6 +104,7 @@ def _open_model(args: argparse.Namespace) -> Job:
     checkpoint = checkpoint.pinned(config)
     changes = [name for name in ("prune_method", "recover") if getattr(args, name)]
     changes += ["quantize" if args.quantize else "pack_bits"] if quantises(args) else []
+    changes += ["replace_sparse_layers"] if args.replace_sparse_layers else []
     check_format(
         checkpoint,
         config,
