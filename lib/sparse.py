@@ -217,7 +217,6 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
 
 
 def _path(module: SparseLinear, target: torch.device) -> str:
-    """Return how a packed linear runs on a device."""
     if target.type == "cpu":
         by_kernels = module.dtype in kernels.DTYPES and kernels.ready()
         return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"

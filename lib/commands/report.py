@@ -141,7 +141,6 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keys(names: Iterable[str]) -> list[str]:
-    """Return the columns that name a row."""
     return ["method", "type", "calibrated_on", *(n for n in names if n.startswith(SETTING))]
 
 

@@ -60,7 +60,6 @@ class MlpLayout:
     blocks: tuple[BlockMlp, ...]
 
     def set_width(self, config: Any, width: int) -> None:
-        """Write another width into a config."""
         setattr(getattr(config, self.section) if self.section else config, self.field, width)
 
 
