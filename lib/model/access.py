@@ -128,9 +128,6 @@ def quantisation(load_bit: str | None) -> dict:
     return {"quantization_config": config}
 
 
-TRUST = "give --trust_remote_code to run that code, if you trust it"
-
-
 @contextmanager
 def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[None]:
     """Inside, an exception becomes a UserError: `what` can't be loaded, why, and the way out."""
@@ -142,7 +139,8 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
         if type(error).__name__ == "OutOfMemoryError":
             raise
         if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
-            what, way_out = f"{what}, which brings code of its own,", TRUST
+            what = f"{what}, which brings code of its own,"
+            way_out = "give --trust_remote_code to run that code, if you trust it"
         raise UserError(
             f"{checkpoint}: {what} can't be loaded ({first_line(error)}); {way_out}"
         ) from error

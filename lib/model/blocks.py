@@ -228,11 +228,7 @@ class BlockRunner:
         ids = states.windows[batch].to(self.device)
         last = self.transfer.fetch(states.hidden, batch)
 
-        @torch.no_grad()
-        def logits_at(positions: Tensor) -> Tensor:
-            return self.logits_from_hidden(ids, lambda: last, positions)
-
-        return logits_at
+        return torch.no_grad()(lambda at: self.logits_from_hidden(ids, lambda: last, at))
 
     def logits_from_hidden(
         self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor

@@ -139,8 +139,7 @@ def watch_inputs(
     with ExitStack() as stack:
         for linear in linears:
             if linear.expert is None:
-                handle = register(linear.module, hook(linear), with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.enter_context(register(linear.module, hook(linear), with_kwargs=True))
         if experts := [linear for linear in linears if linear.expert is not None]:
             stack.enter_context(_ExpertProducts(experts, see, after))
         yield
