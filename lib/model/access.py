@@ -54,25 +54,20 @@ class Checkpoint:
 
 
 def check_folder(checkpoint: Checkpoint) -> None:
-    """Raise UserError for a local folder that holds no model, or only an adapter."""
+    """Raise UserError for a local folder without a model and its weights; read no weight."""
     folder = Path(checkpoint.name)
+    if not folder.exists():
+        return
     if (folder / ADAPTER).is_file():
         raise UserError(
             f"{checkpoint}: holds an adapter ({ADAPTER}), which would not be pruned; merge it into "
             f"the model first (peft's merge_and_unload), or move {ADAPTER} away"
         )
-    if folder.exists() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
-
-
-def check_weight_files(checkpoint: Checkpoint) -> None:
-    """Raise UserError if a local folder's weight files are missing or truncated; read no weight."""
-    folder = Path(checkpoint.name)
-    if not folder.is_dir():
-        return
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         with as_user_error(checkpoint, INDEX, "download it again"):

@@ -24,7 +24,6 @@ from lib.model.access import (
     as_user_error,
     check_complete,
     check_folder,
-    check_weight_files,
     quantisation,
 )
 from lib.model.quantised import keep_bnb_layout
@@ -75,7 +74,6 @@ def set_current_device(device: torch.device) -> None:
 def load_config(checkpoint: Checkpoint) -> Any:
     """Load the model's config, before any weight. Raises UserError if it can't be loaded."""
     check_folder(checkpoint)
-    check_weight_files(checkpoint)
     way_out = "check that file and the installed transformers"
     with as_user_error(checkpoint, "its config.json", way_out):
         return AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())

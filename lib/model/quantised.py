@@ -121,8 +121,7 @@ def check_format(
         if changes or load_bit:
             raise UserError(
                 f"{checkpoint}: its linears are packed, which {changes or '--load_bit'} can't work "
-                "on; "
-                "make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
+                "on; make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
             )
         return
     if method not in FORMATS:
