@@ -151,9 +151,6 @@ watch_outputs = partial(watch_inputs, after=True)
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Inside, experts multiply one by one, so that each one's input can be seen; same results."""
-    if not hasattr(model, "set_experts_implementation"):
-        yield
-        return
     before = model.get_experts_implementation()
     try:
         model.set_experts_implementation("eager")
