@@ -81,7 +81,10 @@ def _means(
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
-        raise UserError(f"{runner.named}: activations are not finite; try --dtype float32")
+        raise UserError(
+            f"{runner.named}: activations are not finite; try --dtype float32, and if that does not "
+            "help, download the model again"
+        )
     value = math.exp(mean) if mean < 700 else math.inf
     means = {
         "perplexity": value,
