@@ -82,8 +82,8 @@ def _means(
     mean = losses.mean().item()
     if not math.isfinite(mean):
         raise UserError(
-            f"{runner.named}: activations are not finite; try --dtype float32, and if that does not "
-            "help, download the model again"
+            f"{runner.named}: activations are not finite; try --dtype float32, and where that does "
+            "not help, download the model again"
         )
     value = math.exp(mean) if mean < 700 else math.inf
     means = {
