@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from lib.model import access, pretrained
-from lib.model.access import Checkpoint, check_folder, check_weight_files
+from lib.model.access import Checkpoint, check_weight_files
 from lib.model.pretrained import load_config, load_model
 from lib.util.errors import UserError
 
@@ -19,18 +19,6 @@ from lib.util.errors import UserError
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny.write_model(tmp_path / "model", tiny.tiny_llama())
-
-
-def test_errors_name_the_flag() -> None:
-    with pytest.raises(UserError, match="^--teacher ./nowhere: there is no such folder"):
-        check_folder(Checkpoint("./nowhere", flag="--teacher"))
-
-
-def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
-    """It would be ignored without peft, and applied with it."""
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter .adapter_config.json.* merge"):
-        load_config(Checkpoint(str(folder)))
 
 
 @pytest.mark.parametrize("file", ["../other/model.safetensors", "/tmp/model.safetensors", 7])

@@ -5,17 +5,7 @@ import tiny
 import torch
 from support import runner_of, windows
 
-from lib.model.finite import all_finite, check_finite, first_overflow
-from lib.util.errors import UserError
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights(value: float) -> None:
-    model = tiny.tiny_llama()
-    check_finite(runner_of(model))
-    model.model.layers[1].self_attn.o_proj.weight.data[5, 3] = value
-    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.o_proj holds nan or inf"):
-        check_finite(runner_of(model))
+from lib.model.finite import all_finite, first_overflow
 
 
 @pytest.mark.parametrize(
