@@ -157,12 +157,13 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     args, schedule, text = job.args, job.schedule, job.texts.training
     before = measure(runner)
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
-    figures = []
-    with job.timed("measure before"), progress(2, "perplexity", "model", job.dist.is_main) as bar:
-        for each in (teacher, runner):
+    untouched = not (job.method or args.teacher)
+    models, figures = [teacher] if untouched else [teacher, runner], []
+    shown = progress(len(models), "perplexity", "model", job.dist.is_main)
+    with job.timed("measure before"), shown as bar:
+        for each in models:
             figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
             bar(1)
-    untouched = not (job.method or args.teacher)
     packed, form = {}, FORMATS[4]
     if args.quantize:
         packed, form = q4_0_weights(runner)[0], Q4_0()
@@ -185,7 +186,7 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
         raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
     job.print(recoverer.line())
-    names, (dense, pruned_before) = [test.name for test in job.texts.tests], figures
+    names, dense, pruned_before = [test.name for test in job.texts.tests], figures[0], figures[-1]
     job.results["sparsity"] = after.shares()
     job.results["recovery"] = recoverer.record() | {
         "teacher": args.teacher or args.model,
