@@ -32,7 +32,8 @@ class BlockNotes:
     pruned: list[str] = field(default_factory=list)  # linears
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
     warnings: list[str] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)  # neurons that stay, where whole ones go
+    kept: list[int] = field(default_factory=list)  # neurons or experts that stay
+    routed: list[float] = field(default_factory=list)  # share of the tokens sent to each expert
 
 
 @dataclass

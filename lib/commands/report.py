@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.methods.sparsity import SMALLER
 from lib.run import plots
 from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
@@ -103,7 +104,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     if share is None:  # dense, or pruned before
         share = zeros or 0.0
     names = {None: f"{share:.0%}", "unstructured": f"{100 * share:g}%"}
-    names["neurons"] = f"{100 * share:g}% neurons"
+    names |= {kind: f"{100 * share:g}% {kind}" for kind in SMALLER}
     vocabulary, rows = results.get("vocabulary") or {}, ""
     if vocabulary:
         rows = f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of its vocabulary"

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSTRUCTURED = "unstructured"
-NEURONS = "neurons"  # whole ones, of the MLPs
-RATIO_TYPES = (UNSTRUCTURED, NEURONS)  # whose ratio is free
-TYPES = (UNSTRUCTURED, "2:4", "4:8", NEURONS)
+NEURONS, EXPERTS = "neurons", "experts"  # whole ones: what is left is a smaller dense model
+SMALLER = (NEURONS, EXPERTS)
+RATIO_TYPES = (UNSTRUCTURED, *SMALLER)  # whose ratio is free
+TYPES = (UNSTRUCTURED, "2:4", "4:8", *SMALLER)
 ALLOCATIONS = ("uniform", "error")
 SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
 STRIDE = 31  # between scores of the sample; prime, to meet all columns
@@ -34,7 +35,7 @@ class Sparsity:
     def parse(cls, kind: str, ratio: float) -> Sparsity:
         """Read a type and a ratio in [0, 1); ValueError where they disagree.
 
-        Of `neurons` the ratio is that of an MLP's neurons, and says nothing of single weights.
+        Of `neurons` and `experts` it is a ratio of those, and says nothing of single weights.
         """
         if not 0 <= ratio < 1:  # also refuses nan
             raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1")

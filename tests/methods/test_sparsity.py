@@ -64,16 +64,6 @@ def test_n_of_m(n, m, ties):
     assert torch.equal(n_of_first(first, n), expected.view(-1, m).T)
 
 
-@pytest.mark.parametrize(
-    "kind, ratio, named",
-    [("unstructured", bad, "--sparsity_ratio") for bad in (1.0, -0.1, float("nan"))]
-    + [("2:4", 0.6, "use --sparsity_ratio 0.5")],
-)
-def test_ratios_that_can_not_be_are_refused(kind, ratio, named):
-    with pytest.raises(ValueError, match=named):
-        Sparsity.parse(kind, ratio)
-
-
 @pytest.mark.parametrize("shape", ["spread", "ties", "sorted", "one"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.7, 1.0])
 def test_a_threshold_among_few_is_that_of_all(shape, share):

@@ -20,18 +20,6 @@ def folder(tmp_path: Path) -> Path:
     return tiny.write_model(tmp_path / "model", tiny.tiny_llama())
 
 
-def test_errors_name_the_flag() -> None:
-    with pytest.raises(UserError, match="^--teacher ./nowhere: no such folder"):
-        load_config(Checkpoint("./nowhere", flag="--teacher"))
-
-
-def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
-    """It would be ignored without peft, and applied with it."""
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter .adapter_config.json.* merge"):
-        load_config(Checkpoint(str(folder)))
-
-
 @pytest.mark.parametrize("index", ["[]", '{"weight_map": [1]}', '{"weight_map": {"a": {}}}'])
 def test_an_index_of_another_form_is_refused(index: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()

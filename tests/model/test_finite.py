@@ -1,21 +1,9 @@
-"""Weights and activations that are not finite are found."""
+"""What is not finite is found."""
 
 import pytest
-import tiny
 import torch
-from support import runner_of
 
 from lib.model.matrix import all_finite
-from lib.util.errors import UserError
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights(value: float) -> None:
-    model = tiny.tiny_llama()
-    runner_of(model).check_finite()
-    model.model.layers[1].self_attn.o_proj.weight.data[5, 3] = value
-    with pytest.raises(UserError, match=r"model\.layers\.1\.self_attn\.o_proj holds nan or inf"):
-        runner_of(model).check_finite()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
