@@ -390,10 +390,13 @@ def test_the_default_rate_follows_weights_width_and_depth() -> None:
     assert one.schedule.rate == one.record()["rate"] == rate
 
 
-def _modes() -> tuple[bool, bool, bool]:
+def _modes() -> tuple[bool, bool, bool, bool]:
+    enabled, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fills = torch.utils.deterministic.fill_uninitialized_memory
-    enabled = torch.are_deterministic_algorithms_enabled
-    return enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), fills
+    return enabled, warns, fills, torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("inner", [True, False])
@@ -407,5 +410,5 @@ def test_determinism_is_an_accelerators_and_ends(inner: bool) -> None:
             seen["backward"] = _modes()
         seen["after"] = _modes()
         raise KeyError
-    assert seen["outside"] == seen["after"] == (True, True, False)
-    assert seen["backward"] == (True, not inner, False) and _modes() == before
+    assert seen["outside"] == seen["after"] == (True, True, False, False)
+    assert seen["backward"] == (True, not inner, False, False) and _modes() == before
