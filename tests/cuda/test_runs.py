@@ -14,7 +14,7 @@ from support import call, raising, results, weights
 from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import fresh_copy
+from lib.model.pretrained import fresh_copy, pick_dtype
 from lib.recover import Recoverer, TrainSchedule
 
 BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
@@ -168,6 +168,19 @@ def test_out_of_memory_is_a_line(
     assert done.status == 1
     (line,) = done.complaints
     assert flag in line and "memory" in line
+
+
+def test_a_device_smaller_than_transformers_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10**8, 10**9))
+    done = call("--model", "model", *BASE[:-4], "--device", "cuda:0", "--eval_only", *BASE[-2:])
+    assert done.status == 1 and "out of memory (the device has less" in done.complaints[-1]
+
+
+def test_a_card_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    config = tiny.tiny_llama().config
+    config.dtype = torch.bfloat16
+    assert pick_dtype("auto", config, torch.device("cuda:0")) == torch.float32
 
 
 def test_there_are_two(device: Any) -> None:
