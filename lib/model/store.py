@@ -106,8 +106,8 @@ class BlockStore:
         if self.files is None:
             return True
         if self._zero_copy is None:
-            self._zero_copy = self.device.type == "cpu" and not self.files.on_disk
-            self._zero_copy = self._zero_copy and all(
+            on_cpu = self.device.type == "cpu" and not self.files.on_disk
+            self._zero_copy = on_cpu and all(
                 tensor.dtype == places[path].dtype
                 for index, places in enumerate(self.files.places)
                 for path, tensor in self._read(index)[0].items()
@@ -205,8 +205,7 @@ class BlockStore:
             return
         if self.finished:
             quantised = {f"{path}.weight" for path in matrices or ()}
-            held = dict(matrices or {})
-            held |= {
+            held = dict(matrices or {}) | {
                 path: self._narrowed(index, path, tensor)
                 for path, tensor in self._tensors(index)
                 if path not in quantised
@@ -369,10 +368,7 @@ class Prefetcher:
         self.computed: deque[torch.Event] = deque()  # the ends of blocks that were taken
 
     def take(self, index: int, count: int) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
-        """Return what `read` gives of block `index`, on the device, and bring the next of `count`.
-
-        That is the one before it where blocks are taken in reverse.
-        """
+        """Return what `read` gives of block `index`, on the device, and bring the next block."""
         pending, self.pending = self.pending, None
         if pending is None or pending[0] != index:
             if pending:
@@ -383,7 +379,7 @@ class Prefetcher:
         wait_for_older(self.computed, stream, ahead=1)
         stream.wait_stream(self.side)
         piece.record_stream(stream)  # or its memory is reused too early
-        following = index - 1 if self.last == index + 1 else index + 1
+        following = index - 1 if self.last == index + 1 else index + 1  # in either direction
         self.last = index
         if 0 <= following < count:
             self.pending = following, self.thread.submit(self._bring, following)
