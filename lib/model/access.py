@@ -133,6 +133,8 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
     except Exception as error:  # safetensors and tokenizers raise direct children of Exception
         if type(error).__name__ == "OutOfMemoryError":
             raise
+        if "negative dimension" in str(error):  # transformers first leaves 1.2 GiB of a device
+            raise MemoryError("the device has less than 1.2 GiB") from error
         if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
             what = f"{what}, which brings code of its own,"
             way_out = "give --trust_remote_code to run that code, if you trust it"

@@ -166,7 +166,8 @@ def load_model(
 ) -> nn.Module:
     """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged."""
     checkpoint = checkpoint.pinned(config)
-    with as_user_error(checkpoint, "its weights", "are they complete? download them again"):
+    way_out = "are they complete? download them again; where memory is short, --offload FOLDER"
+    with as_user_error(checkpoint, "its weights", way_out):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.name,
             config=config,
