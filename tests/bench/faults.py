@@ -80,7 +80,7 @@ def wait_for_line(process: multiprocessing.Process, word: str) -> float:
     """Return the moment in which the process prints a line with the word: imports are done."""
     said = Path("said.out")
     while process.is_alive() and not (said.exists() and word in said.read_text("utf-8")):
-        time.sleep(0.001)
+        time.sleep(0.01)
     return time.perf_counter()
 
 
@@ -223,7 +223,7 @@ def interrupt(argv: list[str], folder: str, how: signal.Signals) -> multiprocess
     """Send a signal to a run that has finished a block."""
     process = started(*argv)
     while not list(Path(folder).glob("block-*.safetensors")) and process.is_alive():
-        time.sleep(0.001)
+        time.sleep(0.01)
     os.kill(process.pid, how)
     return process
 

@@ -12,6 +12,7 @@ import tiny
 from support import LIMIT, QUICK, ROOT, Done, at, call, content, full_disk, raising, results, start
 from support import weights as saved_weights
 
+from lib.methods.sparsegpt import SparseGPT
 from lib.packed.linear import SparseLinear
 from lib.util.files import check_new_folder
 
@@ -118,6 +119,15 @@ def test_what_fails_before_saving_keeps_the_blocks_and_continues(given: list) ->
     assert call(*given, "--resume", "new.partial").status == 0
     assert content("new")["model.safetensors"] == content("whole")["model.safetensors"]
     assert not Path("new.partial").exists() and "job.json" not in content("new")
+
+
+def test_a_linear_with_too_few_zeros_is_named_and_not_saved(
+    given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SparseGPT, "prune_", lambda self, weights, *_: [w.add_(1) for w in weights])
+    done = call(*given)
+    assert done.status == 1 and "0.5 was requested" in done.complaints[0]
+    assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
 
 
 def test_a_packed_product_that_is_wrong_is_not_saved(
