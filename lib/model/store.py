@@ -251,6 +251,12 @@ class BlockStore:
             shards[file] = [place.name for place in places.values()]
         return shards or None
 
+    def wait_for_readers(self) -> None:
+        """Wait until no rank reads blocks any longer: their files may then be moved."""
+        if self.files and self._ahead:
+            self._ahead.forget()
+        self.dist.barrier()
+
     def moved(self, files: Mapping[str, str]) -> None:
         """Read blocks from where their files are now, {old path: new path}; for every rank."""
         for places in self.files.places if self.files else ():

@@ -19,7 +19,7 @@ from lib.model.experts import find_experts
 from lib.model.mlp import find_mlps
 from lib.model.quantised import check_format, stored_bits
 from lib.model.rows import config_token_ids, trimmable_rows
-from lib.model.run_folder import RunFolder
+from lib.model.run_folder import JOB, RunFolder
 from lib.pruning.experts import count_left as experts_left
 from lib.pruning.inputs import check_widths
 from lib.pruning.neurons import count_left
@@ -66,7 +66,7 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
         bos = pretrained.required_bos_id(job.tokenizer)
     job.texts = read_texts(job, bos)
     _check_tokens(job)
-    _open_store(job)
+    open_store(job)
     return job
 
 
@@ -79,9 +79,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         stage = partial_of(args.save_model)
         is_resumed = args.resume and Path(args.resume).resolve() == stage.resolve()
         if stage.exists() and not is_resumed:
+            can_resume = f"continue that by --resume {stage}, or " * (stage / JOB).exists()
             raise UserError(
                 f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
-                f"continue that by --resume {stage}, or remove it"
+                f"{can_resume}remove it"
             )
     if args.tasks:
         check_tasks(args.tasks, args.include_path)
@@ -210,7 +211,7 @@ def _check_tokens(job: Job) -> None:
         )
 
 
-def _open_store(job: Job) -> None:
+def open_store(job: Job) -> None:
     """Open the folder of finished blocks: --resume, --offload, or beside --save_model.
 
     Raises UserError if an interrupted run, or another rank, has another fingerprint.
@@ -220,7 +221,8 @@ def _open_store(job: Job) -> None:
     if changes and args.save_model:
         places.append(("--save_model", str(partial_of(args.save_model))))
     flag, path = next(((flag, path) for flag, path in places if path), (None, None))
-    job.fingerprint = fingerprint(job, weights=bool(path and changes) or job.shared is not None)
+    weighed = bool(path and changes) or job.shared is not None
+    job.fingerprint = job.fingerprint or fingerprint(job, weighed)
     pruning = job.fingerprint["pruning"]
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
     if not path or not job.dist.is_main:

@@ -19,6 +19,7 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy
 from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
+from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
 
 SEQLEN, STEPS = 24, 40
