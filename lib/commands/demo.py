@@ -10,7 +10,6 @@ model and finished runs are kept, so that the same command resumes after an inte
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -93,7 +92,7 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="demo", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="demo", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", default="demo", help="what it makes goes here (default: demo)")
     parser.add_argument("--small", action="store_true", help="in seconds: hardly train it")
     command.add_debug_flag(parser)

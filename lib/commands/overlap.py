@@ -11,7 +11,6 @@ nothing but the seed: only a difference larger than theirs is due to the languag
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -251,7 +250,7 @@ def draw(counts: DataFrame) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m lib.commands.overlap", description=__doc__.split("\n")[0]
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or its run")

@@ -9,7 +9,6 @@ Completions are in report.md alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -286,7 +285,7 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="python -m lib.commands.report", description=__doc__.split("\n")[0]
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")

@@ -54,9 +54,7 @@ class Run(NamedTuple):
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG, allow_abbrev=False
-    )
+    parser = command.Parser(prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)

@@ -16,7 +16,6 @@ run the command again where the folder moves.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -163,9 +162,7 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.tasks", description=__doc__.split("\n")[0]
-    )
+    parser = command.Parser(prog="python -m lib.commands.tasks", description=__doc__.split("\n")[0])
     parser.add_argument("data", metavar="DATA", help="folder with test*.jsonl, or another source")
     parser.add_argument("out", metavar="OUT", help="folder for the tasks")
     parser.add_argument(

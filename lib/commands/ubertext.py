@@ -11,7 +11,6 @@ https://lang.org.ua/en/ubertext/ (Chaplynskyi, UNLP 2023). `hf upload OWNER/NAME
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import json
 import sys
@@ -99,9 +98,7 @@ def build(dumps: dict[str, Path], out: Path, add_up: bool = False) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ubertext", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command.Parser(prog="ubertext", description=__doc__.split("\n")[0])
     parser.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file per genre")
     parser.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
     parser.add_argument(

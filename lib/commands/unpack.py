@@ -5,13 +5,12 @@ python -m lib.commands.unpack IN OUT
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import sys
 from pathlib import Path
 
-from lib.util.command import add_debug_flag, run
+from lib.util.command import Parser, add_debug_flag, run
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, staged_folder
 
@@ -57,7 +56,7 @@ def unpack_folder(source: str, target: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="unpack", description=__doc__.splitlines()[0])
+    parser = Parser(prog="unpack", description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="IN", help="folder of a packed checkpoint")
     parser.add_argument("target", metavar="OUT", help="new folder for the dense checkpoint")
     add_debug_flag(parser)

@@ -31,8 +31,8 @@ JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in one line; `retired`: {flag that is gone: what to use instead}."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **options) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
         self.retired: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
@@ -131,6 +131,8 @@ def _terminable() -> Iterator[None]:
 def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None where the error is a defect of the program."""
     torch, packed = sys.modules.get("torch"), sys.modules.get("lib.packed.errors")
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lib"):
+        return f"{error.name} is not installed; pip install -r requirements.txt"
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
     lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)

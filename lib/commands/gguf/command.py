@@ -30,7 +30,7 @@ from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
 from lib.model.pretrained import checkpoint_dtype
-from lib.util.command import add_debug_flag
+from lib.util.command import Parser, add_debug_flag
 from lib.util.errors import UserError
 from lib.util.files import check_writable, sync, write_text
 from lib.util.host import gib
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    gguf_parser = argparse.ArgumentParser(prog="gguf", description=__doc__.splitlines()[0])
+    gguf_parser = Parser(prog="gguf", description=__doc__.splitlines()[0])
     gguf_parser.add_argument("source", metavar="IN", help="folder of a model, as main.py saves it")
     gguf_parser.add_argument("out", metavar="OUT.gguf", help="new file to write")
     gguf_parser.add_argument(
