@@ -102,7 +102,8 @@ def hub(place: Path) -> Iterator[Hub]:
         "datasets/allenai/c4": {"en/c4-train.00000-of-01024.json.gz": english},
         "models/owner/name": {
             file.name: file.read_bytes() for file in (place / "model").iterdir() if file.stem
-        },
+        }
+        | {"README.md": b"---\nlicense: gemma\n---\n"},
     }
     with Hub(repositories) as found:
         yield found
@@ -115,7 +116,9 @@ def test_recipes_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> Non
     assert pruned["sparsity"]["overall"] == 0.5 and pruned["calibration"]["name"] == "ubertext"
     assert "perplexity ubertext: " in said
     assert list(Path("weights/models--owner--name/snapshots").glob("*/model.safetensors"))
-    assert "base_model: owner/name\n" in Path("p/README.md").read_text("utf-8")
+    assert {"base_model: owner/name", "license: gemma"} < set(
+        Path("p/README.md").read_text("utf-8").splitlines()
+    )
 
     hub.asked.clear()
     launched(["c4", *model], place, **hub.environment(place))

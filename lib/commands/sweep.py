@@ -175,7 +175,11 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_results(folder, {"error": "its process was killed"}, ERROR)  # until it has ended
             start = time.time()
-            if status := call("lib.commands.sweep_run", shared, "--", *flags):
+            try:
+                status = call("lib.commands.sweep_run", shared, "--", *flags)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the same command continues") from None
+            if status:
                 failed.append(name)
                 print(f"{folder}: failed with status {status}", flush=True)
             else:

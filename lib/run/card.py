@@ -12,7 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub import (
+    EvalResult,
+    ModelCard,
+    ModelCardData,
+    hf_hub_download,
+    metadata_load,
+)
+from huggingface_hub.errors import HTTPError
 from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
@@ -42,9 +49,10 @@ Made by langprune{% if texts %} for the texts of {{ texts }}{% endif %}:
 {% if is_packed %}{{ packed_heading }}
 
 The sparse linears are stored packed, kept weights {{ values }}. Install what reads them by
-`pip install .` in the folder of the project that wrote them. Other engines read dense weights,
-which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
-{%- else %}## How to load it
+`pip install .` in the folder of the project that wrote them. The kernels are for x86-64 with AVX2
+or AVX-512; elsewhere the weights become dense when they are loaded. Other engines read dense
+weights, which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
+{%- else %}{{ plain_heading }}
 {%- endif %}
 
 ```python
@@ -52,6 +60,7 @@ which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
 ```
 
 """
+PLAIN_HEADING = "## How to load it"
 PLAIN = """\
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({!r})"""
@@ -67,11 +76,11 @@ NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
 NOT_SHOWN |= {"prompts", "tasks", "include_path"}
 
 
-def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
+def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
     """Return the card: how the model was made, what that cost, and how to load it.
 
     `results` as in lib/run/results.py; `sources` are the texts that the model was calibrated,
-    recovered or trimmed on.
+    recovered or trimmed on. `online`: the base model's own card may be fetched from the hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
     is_packed = bool(results["flags"].get("replace_sparse_layers"))
@@ -79,7 +88,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
     model = results["model"]
     model = model if _is_hub_id(model) else Path(model).resolve().name
     return ModelCard.from_template(
-        _metadata(results, sources, is_packed),
+        _metadata(results, sources, is_packed, online),
         template_str=TEMPLATE,
         title=f"{escape(model)}, {_what_was_done(results)}",
         texts=", ".join(escape(_public(source)) for source in sources),
@@ -88,19 +97,54 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
         notes=[escape(note) for note in _notes(results)],
         is_packed=is_packed,
         packed_heading=CARD_HEADING,
+        plain_heading=PLAIN_HEADING,
         values="as they were" if bits == 16 else f"as {bits}-bit integers",
         name=folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER",
         code="\n".join(card_lines(folder)) if is_packed else PLAIN.format(folder),
     ).content
 
 
-def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: bool) -> ModelCardData:
-    """Return the metadata; licence and base model of a local model from its own README.md."""
-    model, is_hub_id = results["model"], _is_hub_id(results["model"])
-    file = try_to_load_from_cache(model, "README.md") if is_hub_id else Path(model) / "README.md"
+def gguf_card(folder: str, file: Path, kind: str) -> str:
+    """Return the card of a GGUF file of weights of `kind`, made from the saved model in `folder`.
+
+    Licence, base model, languages and data sets are those of the folder's card, as is its text
+    where a run has written it.
+    """
+    title, text = Path(folder).resolve().name, ""
     try:
-        base = (isinstance(file, str | Path) and metadata_load(file)) or {}
-    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
+        card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
+    except (OSError, ValueError, YAMLError):
+        card = ModelCard("---\n{}\n---\n")
+    if "langprune" in (card.data.tags or []):
+        title, _, text = card.text.strip().removeprefix("# ").partition("\n")
+        text = re.split(rf"(?m)^(?:{CARD_HEADING}|{PLAIN_HEADING})$", text)[0]
+        text += f"The figures are those of the model that was converted, before {kind}.\n"
+    kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
+    data = ModelCardData(
+        pipeline_tag="text-generation",
+        base_model_relation="quantized" if card.data.get("base_model") else None,
+        tags=list(dict.fromkeys([*(card.data.tags or []), "gguf"])),
+        **{name: card.data.get(name) for name in kept},
+    )
+    name = shlex.quote(file.name)
+    code = f"llama-cli -m {name}\n# or\necho FROM ./{name} > Modelfile\n"
+    code += f"ollama create {shlex.quote(file.stem.lower())} -f Modelfile"
+    text = f"# {title}, as GGUF ({kind})\n{text}\n## How to run it\n\n```bash\n{code}\n```\n"
+    return f"---\n{data}\n---\n{text}"
+
+
+def _metadata(
+    results: Mapping[str, Any], sources: Sequence[str], is_packed: bool, online: bool
+) -> ModelCardData:
+    """Return the metadata; the licence, and the base of a local model, from its own README.md."""
+    model, is_hub_id = results["model"], _is_hub_id(results["model"])
+    try:
+        file = Path(model) / "README.md"
+        if is_hub_id:
+            where = dict(cache_dir=results["flags"].get("cache_dir"), local_files_only=not online)
+            file = hf_hub_download(model, file.name, **where)
+        base = metadata_load(file) or {}
+    except (OSError, ValueError, HTTPError, YAMLError):  # there is none, or it is damaged
         base = {}
     method = results["method"] if results["sparsity_type"] else None
     tags = ["langprune", "pruned" if method or "recovery" in results else None, method]
@@ -110,6 +154,8 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
     relation = "quantized" if bits < 16 else "finetune"
     hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
+        model_name=Path(results["flags"].get("save_model") or model).name,
+        eval_results=list(_eval_results(results)),
         library_name=None if is_packed else "transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
@@ -119,6 +165,20 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
         tags=list(filter(None, tags)),
         **{name: base.get(name) for name in ("license", "license_name", "license_link")},
     )
+
+
+def _eval_results(results: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """Yield the figures of every test set as the hub's model-index has them."""
+    for test in results["evaluation"]:
+        for key in ("perplexity", "bits_per_byte"):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=_set_and_language(test["source"])[0] or test["name"],
+                dataset_name=test["name"],
+                metric_type=key,
+                metric_name=FIGURES[key][0],
+                metric_value=round(test[key], 4),
+            )
 
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
@@ -138,7 +198,13 @@ def _table(results: Mapping[str, Any]) -> str:
     """Return the table of figures: their names, the dense model's where it is known, this one's."""
     rows, trained = [], results.get("recovery", {}).get("dense", {})
     for test in results["evaluation"]:
-        dense = {"perplexity": trained.get(test["name"])} | (test.get("dense") or {})
+        dense = dict(test.get("dense") or {})
+        if test["name"] in trained:
+            dense["perplexity"] = trained[test["name"]]
+        elif "compared_perplexity" in test:
+            pair = (dense.pop("perplexity"), test["compared_perplexity"])
+            name = f"{escape(test['name'])}, perplexity on {test['compared_windows']} windows"
+            rows.append([name, *(f"{value:.4f}" for value in pair)])
         for key, (words, form) in FIGURES.items():
             if key in test:
                 pair = (

@@ -94,9 +94,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         except BrokenPipeError:  # `command | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:  # it may tell how to go on
             defer_to_rank0()
-            print("interrupted", file=sys.stderr, flush=True)
+            print("; ".join(["interrupted", *stopped.args]), file=sys.stderr, flush=True)
             return INTERRUPTED
         except Exception as error:
             defer_to_rank0()

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny  # noqa: E402
+from support import PROGRESS  # noqa: E402
 
 Row = tuple[str, str, str]
 MAIN = str(ROOT / "main.py")
@@ -48,7 +49,7 @@ def run(*argv: str) -> tuple[str, str]:
     """Return status and last line on stderr but progress, and stdout."""
     process = started(*argv)
     out, err = process.communicate(timeout=1800)
-    lines = [line for line in err.strip().splitlines() if "%|" not in line]
+    lines = [line for line in err.strip().splitlines() if not PROGRESS.search(line)]
     return f"status {process.returncode} {lines[-1] if lines else ''}".strip(), out
 
 
