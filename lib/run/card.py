@@ -173,8 +173,8 @@ def _eval_results(results: Mapping[str, Any]) -> Iterator[EvalResult]:
         for key in ("perplexity", "bits_per_byte"):
             yield EvalResult(
                 task_type="text-generation",
-                dataset_type=_set_and_language(test["source"])[0] or test["name"],
-                dataset_name=test["name"],
+                dataset_type=_set_and_language(test["source"])[0] or escape(test["name"]),
+                dataset_name=escape(test["name"]),
                 metric_type=key,
                 metric_name=FIGURES[key][0],
                 metric_value=round(test[key], 4),

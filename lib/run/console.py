@@ -62,6 +62,8 @@ def program(name: str, argv: list[str]) -> tuple[str | Path, list[str]]:
         return ROOT / "tests" / "bench" / BENCHES[name][1], argv
     if name not in RECIPES:
         return "main" if name == "prune" else f"lib.commands.{name}", argv
+    if argv[:1] in (["-h"], ["--help"]):
+        return "main", argv
     needed = RECIPES[name][0].split()
     given, flags = argv[: len(needed)], RECIPES[name][1].split()
     if len(given) < len(needed) or any(word.startswith("-") for word in given):
