@@ -27,8 +27,8 @@ def hub_problem(error: Exception, kind: str) -> str | None:
     if isinstance(error, HfHubHTTPError):
         return f"the hub refused: {first_line(error)}; try again later"
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
-        return (
-            f"the hub can't be reached ({first_line(error)}); check the network, or the path if "
-            "a local folder or file is meant"
-        )
+        line = first_line(error)
+        reason = "" if "reach" in line.lower() else f" ({line})"
+        own = "a folder or file of your own" if kind == "data set" else "a local folder"
+        return f"the hub can't be reached{reason}; check the network, or give the path of {own}"
     return None
