@@ -12,14 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import (
-    EvalResult,
-    ModelCard,
-    ModelCardData,
-    hf_hub_download,
-    metadata_load,
-)
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
@@ -65,6 +58,19 @@ PLAIN_HEADING = "## How to load it"
 PLAIN = """\
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({!r})"""
+GGUF = """\
+---
+{0}
+---
+{1}, as GGUF ({2})
+{3}
+## How to run it
+
+```bash
+llama-cli -m {4}
+echo FROM ./{4} > Modelfile && ollama create NAME -f Modelfile
+```
+"""
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ".4f"),
@@ -111,13 +117,13 @@ def gguf_card(folder: str, file: Path, kind: str) -> str:
     Licence, base model, languages and data sets are those of the folder's card, as is its text
     where a run has written it.
     """
-    title, text = Path(folder).resolve().name, ""
+    title, text = f"# {Path(folder).resolve().name}", ""
     try:
         card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
     except (OSError, ValueError, YAMLError):
         card = ModelCard("---\n{}\n---\n")
     if "langprune" in (card.data.tags or []):
-        title, _, text = card.text.strip().removeprefix("# ").partition("\n")
+        title, _, text = card.text.strip().partition("\n")
         text = re.split(rf"(?m)^(?:{CARD_HEADING}|{PLAIN_HEADING})$", text)[0]
         text += f"The figures are those of the model that was converted, before {kind}.\n"
     kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
@@ -127,11 +133,7 @@ def gguf_card(folder: str, file: Path, kind: str) -> str:
         tags=list(dict.fromkeys([*(card.data.tags or []), "gguf"])),
         **{name: card.data.get(name) for name in kept},
     )
-    name = shlex.quote(file.name)
-    code = f"llama-cli -m {name}\n# or\necho FROM ./{name} > Modelfile\n"
-    code += f"ollama create {shlex.quote(file.stem.lower())} -f Modelfile"
-    text = f"# {title}, as GGUF ({kind})\n{text}\n## How to run it\n\n```bash\n{code}\n```\n"
-    return f"---\n{data}\n---\n{text}"
+    return GGUF.format(data, title, kind, text, shlex.quote(file.name))
 
 
 def _metadata(
@@ -145,7 +147,7 @@ def _metadata(
             where = dict(cache_dir=results["flags"].get("cache_dir"), local_files_only=not online)
             file = hf_hub_download(model, file.name, **where)
         base = metadata_load(file) or {}
-    except (OSError, ValueError, HTTPError, YAMLError):  # there is none, or it is damaged
+    except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
         base = {}
     method = results["method"] if results["sparsity_type"] else None
     tags = ["langprune", "pruned" if method or "recovery" in results else None, method]
@@ -156,7 +158,17 @@ def _metadata(
     hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
         model_name=Path(results["flags"].get("save_model") or model).name,
-        eval_results=list(_eval_results(results)),
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=_set_and_language(test["source"])[0] or escape(test["name"]),
+                dataset_name=escape(test["name"]),
+                metric_type=key,
+                metric_value=round(test[key], 4),
+            )
+            for test in results["evaluation"]
+            for key in ("perplexity", "bits_per_byte")
+        ],
         library_name=None if is_packed else "transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
@@ -166,20 +178,6 @@ def _metadata(
         tags=list(filter(None, tags)),
         **{name: base.get(name) for name in ("license", "license_name", "license_link")},
     )
-
-
-def _eval_results(results: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """Yield the figures of every test set as the hub's model-index has them."""
-    for test in results["evaluation"]:
-        for key in ("perplexity", "bits_per_byte"):
-            yield EvalResult(
-                task_type="text-generation",
-                dataset_type=_set_and_language(test["source"])[0] or escape(test["name"]),
-                dataset_name=escape(test["name"]),
-                metric_type=key,
-                metric_name=FIGURES[key][0],
-                metric_value=round(test[key], 4),
-            )
 
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
