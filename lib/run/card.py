@@ -77,7 +77,7 @@ FIGURES = {
     "kl": ("KL from dense, nats a token", ".4f"),
     "top1_agreement": ("same likeliest token", ".2%"),
 }
-LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
+LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
 NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
 NOT_SHOWN |= {"prompts", "tasks", "include_path"}
