@@ -45,11 +45,14 @@ def progress(
 
 
 class _Lines:
-    """A log of its own lines, where a terminal's bar is written over itself."""
+    """A log, which gets lines where a terminal's bar is written over itself."""
+
+    last = ""
 
     def write(self, text: str) -> None:
-        if line := text.strip():
-            print(line, file=sys.stderr)
+        if text.strip() and text.strip() != self.last:
+            self.last = text.strip()
+            print(self.last, file=sys.stderr)
 
     def flush(self) -> None:
         sys.stderr.flush()
