@@ -175,7 +175,7 @@ def beside_dense(results: dict[str, Any]) -> Iterator[str]:
                 figures[name] = test["compared_perplexity"]
                 windows = f", on {test['compared_windows']} of {test['windows']} windows"
             figures = {"dense": test["dense"]["perplexity"]} | figures
-        if "dense" in figures:
+        if len(figures) > 1:
             words = ", ".join(f"{each} {value:.4f}" for each, value in figures.items())
             yield f"{one_line(test['name'])}: {words}{windows}"
 
