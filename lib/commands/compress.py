@@ -25,7 +25,7 @@ from lib.commands.process import call
 from lib.commands.sweep import for_dense
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags
 from lib.run.results import read_results
-from lib.util.command import add_debug_flag, run, split_argv
+from lib.util.command import Parser, add_debug_flag, run, split_argv
 from lib.util.errors import UserError
 from lib.util.files import check_writable
 from lib.util.host import gib
@@ -111,9 +111,7 @@ def recovery_tokens(dense: dict[str, Any], seconds: float) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compress", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="compress", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub id or local folder of a dense model")
     add("out", metavar="OUT", help="new folder for the compressed model")

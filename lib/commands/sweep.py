@@ -55,9 +55,7 @@ class Run(NamedTuple):
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG, allow_abbrev=False
-    )
+    parser = command.Parser(prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
@@ -179,7 +177,11 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_results(folder, {"error": "its process was killed"}, ERROR)  # until it has ended
             start = time.time()
-            if status := call("lib.commands.sweep_run", shared, "--", *flags):
+            try:
+                status = call("lib.commands.sweep_run", shared, "--", *flags)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the same command continues") from None
+            if status:
                 failed.append(name)
                 print(f"{folder}: failed with status {status}", flush=True)
             else:
