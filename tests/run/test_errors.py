@@ -271,7 +271,6 @@ TEXTS = [  # files of a folder, the flag that is complained of, words
         "--calibration_data",
         ["can give only 0 windows"],
     ),
-    ({"train": GOOD}, "--eval_data", ["no test*.jsonl"]),
     ({"train": GOOD, "test": "{\n"}, "--eval_data", ["test.jsonl, line 1", "not JSON"]),
     ({"train": GOOD, "test": '{"text": "сонце"}\n'}, "--eval_data", ["tokens", "--seqlen"]),
 ]
