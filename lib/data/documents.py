@@ -150,7 +150,7 @@ def _csv(source: Source, path: Path) -> Iterator[str]:
             for row in rows:
                 yield text_of(source, row, f"{path}, line {rows.line_num}")
         except csv.Error as error:
-            problem = f"{path}, line {rows.line_num}: not CSV ({error}); quote the texts"
+            problem = f"{path}, line {rows.line_num + 1}: not CSV ({error}); quote the texts"
             raise source.error(problem) from None
 
 

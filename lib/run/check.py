@@ -131,6 +131,7 @@ def _open_model(args: argparse.Namespace) -> Job:
         config=config,
         tokenizer=pretrained.load_tokenizer(checkpoint),
         seqlen=pretrained.window_length(config, args.seqlen),
+        batch_size=0,  # the texts decide how long windows are
         skeleton=skeleton,
         blocks_name=blocks_name,
         method=method_of(args.prune_method, args.use_variant) if args.prune_method else None,

@@ -53,13 +53,13 @@ class Job:
     config: Any
     tokenizer: Any  # the trimmed one, if the vocabulary is trimmed
     seqlen: int
+    batch_size: int
     skeleton: nn.Module  # the model without weights
     blocks_name: str
     method: type[PruningMethod] | None
     sparsity: Sparsity
     mlps: MlpLayout | None = None  # whose neurons are removed
     neurons_left: int | None = None  # in each of them
-    batch_size: int = 1  # windows of a forward pass, once the texts have decided how long they are
     vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery
     teacher: Checkpoint | None = None

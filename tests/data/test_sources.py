@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -185,20 +186,19 @@ def test_folders(tmp_path):
 def test_tables(tmp_path):
     """As spreadsheets write them: a BOM, Windows' line ends, ";" or tabs, breaks in quotes."""
     content = 'id,body\n1,"one, ""two""\nthree"\n\n2,ґ\n'
-    for name, separator, encoding, end in [
-        ("a.csv", ",", "utf-8", "\n"),
-        ("b.csv", ";", "utf-8-sig", "\r\n"),
-        ("c.tsv", "\t", "utf-8", "\r\n"),
+    for name, separator, end in [
+        ("a.csv", ",", "\n"),
+        ("b.csv", ";", "\r\n"),
+        ("c.tsv", "\t", "\r\n"),
     ]:
         written = content.replace(",", separator).replace("\n", end)
-        (tmp_path / name).write_bytes(written.encode(encoding))
-        texts = read(parse_source(str(tmp_path / name), FLAG, column="body"))
-        assert texts == [f'one{separator} "two"\nthree', "ґ"]
+        (tmp_path / name).write_bytes(written.encode("utf-8-sig" if name == "b.csv" else "utf-8"))
+        source = parse_source(str(tmp_path / name), FLAG, column="body")
+        assert read(source) == [f'one{separator} "two"\nthree', "ґ"]
     line = message(read, parse_source(str(tmp_path / "b.csv"), FLAG))
     assert "line 3: no column 'text'; there are: id, body; name one by --column" in line
-    assert parse_source("owner/name", FLAG, column="body").column == "body"
-    assert parse_source("owner/name:::own", FLAG, column="body").column == "own"
-    assert parse_source("ubertext", FLAG, column="body").column == "text"
+    for name, column in [("o/s", "body"), ("o/s:::own", "own"), ("ubertext", "text")]:
+        assert parse_source(name, FLAG, column="body").column == column
 
 
 ENCODED = {
@@ -211,14 +211,12 @@ ENCODED = {
 }
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
 @pytest.mark.parametrize("encoding", ENCODED)
-def test_another_encoding_is_named(tmp_path, encoding, name):
-    text = ENCODED[encoding]
-    content = {"a.txt": text, "a.csv": f"text\n{text}\n", "a.jsonl": f'{{"text": "{text}"}}\n'}
-    (tmp_path / name).write_bytes(content[name].encode(encoding))
-    line = message(read, parse_source(str(tmp_path / name), FLAG))
-    assert name in line and f"iconv -f {encoding} -t utf-8" in line
+def test_another_encoding_is_named(tmp_path, encoding):
+    for name, form in {"a.txt": "{}", "a.csv": "text\n{}", "a.jsonl": '{{"text": "{}"}}'}.items():
+        (tmp_path / name).write_bytes(form.format(ENCODED[encoding]).encode(encoding))
+        line = message(read, parse_source(str(tmp_path / name), FLAG))
+        assert name in line and f"iconv -f {encoding} -t utf-8" in line
 
 
 # --- a tenth held apart
@@ -237,48 +235,41 @@ def test_a_tenth_is_held_apart_by_digest(tmp_path):
     file.write_text(rows(*reversed(texts), *test))  # in another order, and some twice
     again = parts(file)
     assert set(again[0]) == set(train) and sorted(again[1]) == sorted(2 * test)
-    assert read(parse_source(str(file), FLAG)) == read(parse_source(str(file), FLAG), "test")
+    assert parts(tmp_path) == again and read(parse_source(str(tmp_path), FLAG), "test") == again[1]
     (tmp_path / "test.jsonl").write_text(rows("own"))
     assert parts(tmp_path) == ([*reversed(texts), *test], ["own"])
-    (tmp_path / "test.jsonl").unlink()
-    assert parts(tmp_path) == again and read(parse_source(str(tmp_path), FLAG), "test") == again[1]
 
 
-@pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
-def test_a_long_text_is_cut_into_documents_before(tmp_path, separator):
-    texts = sentences(200)
-    (tmp_path / "book.txt").write_text(separator.join(texts))
-    (train,), test = parts(tmp_path / "book.txt")
-    for piece in test:
-        assert 2000 <= len(piece) < 4000 and piece not in train
-        assert separator == " " or set(piece.split(separator)) <= set(texts)
-    assert sorted("".join([train, *test]).split()) == sorted(" ".join(texts).split())
-    (tmp_path / "book.txt").write_text(texts[0])
-    assert "characters are too few" in message(parts, tmp_path / "book.txt")
+def test_a_long_text_is_cut_into_documents_before(tmp_path):
+    texts, book = sentences(200), tmp_path / "book.txt"
+    for separator in ("\n\n", "\n", " "):
+        book.write_text(separator.join(texts))
+        (train,), test = parts(book)
+        assert all(2000 <= len(piece) < 4000 and piece not in train for piece in test)
+        assert sorted(" ".join([train, *test]).split()) == sorted(" ".join(texts).split())
+    book.write_text(texts[0])
+    assert "characters are too few" in message(parts, book)
 
 
 def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
-    file, folder = tmp_path / "a.txt", tmp_path / "uk"
-    file.write_text("\n\n".join(sentences(200)))
-    tables = write_texts(folder)
-    (tables / "test.jsonl").unlink()
-    other = write_texts(tmp_path / "other")
+    file, folder, other = (str(tmp_path / name) for name in ("a.txt", "uk", "other"))
+    Path(file).write_text("\n\n".join(sentences(200)))
+    (write_texts(folder) / "test.jsonl").unlink()
+    write_texts(other)
 
     def named(*flags):
-        flags = [str(flag) for flag in flags]
         args = build_parser().parse_args(["--model", "m", "--prune_method", "wanda", *flags])
         sources, _, tests = named_sources(args)
         return [s.parted for s in sources], [t.text for t in tests]
 
     given = ["--calibration_data", file, folder]
     assert named(*given) == ([True, True], [f"{file}:test", f"{folder}:test"])
-    assert named(*given, "--eval_data", other) == ([False, False], [str(other)])
-    assert named(*given, "--eval_data", file, folder) == ([False, True], [str(file), str(folder)])
-    assert named(*given, other) == ([False] * 3, [str(other)])
+    assert named(*given, "--eval_data", other) == ([False, False], [other])
+    assert named(*given, "--eval_data", file, folder) == ([False, True], [file, folder])
+    assert named(*given, other) == ([False] * 3, [other])
     assert named("--prune_on_c4") == named() == ([False], ["ubertext"])
     assert named("--calibration_data", "c4:uk") == ([False], ["c4:uk"])
-    line = message(named, "--calibration_data", "owner/name::train")
-    assert "no test text of its own" in line
+    assert "no test text" in message(named, "--calibration_data", "owner/name::train")
 
 
 def parquet_bytes(tmp_path, **columns) -> bytes:
