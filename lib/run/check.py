@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.data.documents import check_source
+from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
 from lib.methods.registry import method_of
 from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
@@ -53,6 +54,10 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
+    for test in tests:
+        if is_parted(test, "test"):
+            count = len(test.read["test"])
+            job.print(f"{test.text}: {count} documents, a tenth, are held apart to measure on")
     if reads_train(args):
         job.print(*same_texts(sources, tests))
     if args.recover:
@@ -65,6 +70,8 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     if args.bos == "always":
         bos = pretrained.required_bos_id(job.tokenizer)
     job.texts = read_texts(job, bos)
+    width = job.config.get_text_config(decoder=True).hidden_size
+    job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     _check_tokens(job)
     open_store(job)
     return job
@@ -115,8 +122,6 @@ def _open_model(args: argparse.Namespace) -> Job:
         changes=f"--{changes[0]}" if changes else None,
         offload=args.offload,
     )
-    seqlen = pretrained.window_length(config, args.seqlen)
-    width = config.get_text_config(decoder=True).hidden_size
     skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     job = Job(
@@ -129,8 +134,8 @@ def _open_model(args: argparse.Namespace) -> Job:
         checkpoint=checkpoint,
         config=config,
         tokenizer=pretrained.load_tokenizer(checkpoint),
-        seqlen=seqlen,
-        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen, width),
+        seqlen=pretrained.window_length(config, args.seqlen),
+        batch_size=0,  # the texts decide how long windows are
         skeleton=skeleton,
         blocks_name=blocks_name,
         method=method_of(args.prune_method, args.use_variant) if args.prune_method else None,

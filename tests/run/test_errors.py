@@ -243,7 +243,6 @@ TEXTS = [  # files of a folder, the flag that is complained of, words
     ({"train": GOOD + '{"body": 1}\n', "test": GOOD}, "--calibration_data", ["line 21", "'text'"]),
     ({"train": GOOD + '{"text": 5}\n', "test": GOOD}, "--calibration_data", ["line 21", "string"]),
     ({"train": GOOD, "test": GOOD}, "--calibration_data", ["20", "21", "--nsamples"]),
-    ({"train": GOOD}, "--eval_data", ["no test*.jsonl"]),
     ({"train": GOOD, "test": "{\n"}, "--eval_data", ["test.jsonl, line 1", "not JSON"]),
     ({"train": GOOD, "test": '{"text": "сонце"}\n'}, "--eval_data", ["tokens", "--seqlen"]),
 ]
