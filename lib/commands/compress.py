@@ -307,7 +307,8 @@ def comparison(
         rows.append([f"bits per byte, {name}", *bits, *rest])
         rows.append([f"KL to dense, {name}", "", f"{after['kl']:.4f} nats", *rest])
         rows.append([f"same first choice, {name}", "", f"{after['top1_agreement']:.1%}", *rest])
-    return padded_table(["", "dense", "small", "small in llama.cpp"[: 99 * len(rest)]], rows)
+    head = ["", "dense", "small", "small in llama.cpp"]
+    return padded_table(head[: 1 + len(models)], rows)
 
 
 def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:

@@ -1,9 +1,13 @@
-"""Languages by their tags, and FineWeb2's names for them."""
+"""Languages by their tags, FineWeb2's names for them, and how much of a text is kept."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from lib.data.documents import read_documents
+from lib.data.hub import keep_text
 from lib.data.languages import language_text
 from lib.data.sources import parse_source
 from lib.util.errors import UserError
@@ -55,3 +59,22 @@ def test_scripts_regions_and_other_codes(tag: str, text: tuple[str, str]) -> Non
 def test_what_is_no_language(tag: str) -> None:
     with pytest.raises(UserError, match="is no language"):
         language_text(tag)
+
+
+def test_the_first_texts_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    texts = {"test": ["за"] * 9, "train": (f"річка {n}" for n in range(10**9))}
+    monkeypatch.setattr("lib.data.hub.load", lambda source, split: (texts[split], "c0ffee"))
+    source = parse_source("fineweb2:ukr_Cyrl", "--language")
+    keep_text(source, tmp_path / "uk", {"test": 100, "train": 20})
+    kept = parse_source(str(tmp_path / "uk"), "--calibration_data")
+    assert read_documents(kept, "test")[0] == texts["test"]
+    assert read_documents(kept, "train")[0] == ["річка 0", "річка 1", "річка 2"]
+
+
+def test_a_language_without_text_is_one_line(hub) -> None:
+    hub.error = ValueError(
+        "BuilderConfig 'tlh_Latn' not found. Available: ['aai_Latn', 'aak_Latn']"
+    )
+    with pytest.raises(UserError) as caught:
+        read_documents(parse_source(language_text("tlh")[1], "--language"), "test")
+    assert str(caught.value).endswith(": HuggingFaceFW/fineweb-2 has no tlh_Latn")
