@@ -18,7 +18,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   dense MODEL                    perplexity of the model as it is
   vocabulary MODEL OUT           its vocabulary trimmed for --vocabulary_data SOURCE ...; no pruning
 
-  compress MODEL OUT --language uk   a small model for every engine, in --minutes 30
+  compress MODEL OUT --data uk   all of it for one model, in --minutes 30; --for cpu, gpu, llama.cpp
 
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
