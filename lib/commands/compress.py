@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.commands.process import call
-from lib.commands.sweep import PRUNING_FLAGS
+from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
 from lib.data.sources import parse_source
-from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags
+from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import read_results
 from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv
 from lib.util.errors import UserError
@@ -51,10 +51,7 @@ PLANS = {
     TWO_OF_FOUR: "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
 }
 NEURONS = "--prune_method admm --sparsity_type neurons --sparsity_ratio"
-OWN_FLAGS = set(  # of main.py, which this command sets
-    "--model --device --calibration_data --prune_on_c4 --eval_data --eval_only --recover --save "
-    "--save_model --resume --offload --trim_vocabulary".split()
-)
+OWN_FLAGS = "eval_only recover save save_model resume offload trim_vocabulary".split()
 PLAN = "plan.json"  # in the folder of a compression: how it was begun, and how far it is
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
@@ -129,9 +126,9 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         )
     if args.megabytes and args.target != ANY:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
-    if wrong := OWN_FLAGS.intersection(word.split("=")[0] for word in passed_on):
-        raise UserError(f"{min(wrong)} after '--': compress sets it; use its own flags")
     more = build_parser().parse_args(["--model", args.model, *passed_on])
+    if wrong := [name for name in OWN_FLAGS if given(more, name)]:
+        raise UserError(f"--{wrong[0]} after '--': compress sets it; use its own flags")
     options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
     config = pretrained.load_config(Checkpoint(args.model, **options))
     data, facts = args.data, {}
@@ -170,7 +167,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             flags = [*common, *trained, *(plan if args.target == ANY else [])]
             flags += ["--recover", str(tokens), "--prompts", "1"]
             flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 1.1 / most)]
-            flags += _without(passed_on, PRUNING_FLAGS[:5])
+            flags += without(passed_on, PRUNING_FLAGS[:5])
             start = time.monotonic()
             rehearsal = _run(flags, folder / "rehearsal")
             wall = time.monotonic() - start
@@ -183,7 +180,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         print(f"--minutes {minutes}: too short for training, which is left out")
 
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
-    measured = _without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
+    measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
     measured += [*tests, "--eval_only"]
     if "dense" not in kept["done"]:
         announce("Measuring the model as it is")
@@ -208,12 +205,11 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         flags = [args.out, gguf, "--type", "q4_0", "--data", *kept["tests"]]
         print(f"python -m lib.commands.gguf {shlex.join(flags)}", flush=True)
         failed = bool(call("lib.commands.gguf", *flags))
-    before, after = read_results(dense), read_results(small)
     models = [args.model, args.out, *([gguf] if gguf and Path(gguf).exists() else [])]
-    table = comparison(models, before, after, folder, options | {"device": str(device)})
+    table = comparison(models, folder, options | {"device": str(device)})
     write_text(folder / "compressed.md", f"{table}\n")
     took = f"{args.out}: made in {_time(time.monotonic() - began)}; {folder} can be removed now"
-    print(f"\n{table}\n", *closing(models, after), "", took, sep="\n")
+    print(f"\n{table}\n", *closing(models, read_results(small)), "", took, sep="\n")
     if failed:
         raise UserError(f"{gguf}: not written, see above; the model is saved in {args.out}")
     if gguf and not converts:
@@ -242,48 +238,32 @@ def plan_time(
     return windows, count * seqlen if count >= LEAST_WINDOWS else 0
 
 
-def removed_neurons(job: Job, megabytes: int) -> list[str]:
+def removed_neurons(job: Job, megabytes: float) -> list[str]:
     """Return the flags that remove as many neurons as a q4_0 file of `megabytes` needs to lose.
 
     Raises UserError where the MLPs have too few.
     """
     from lib.pruning.neurons import multiple_of
 
-    flag, skeleton, mlps = f"--megabytes {megabytes}", job.skeleton, job.mlps
-    rows, width = len(job.vocabulary.rows), mlps.width
-    whole = skeleton.get_input_embeddings().num_embeddings
-    size = TOKEN_BYTES * rows
-    for name, parameter in skeleton.named_parameters():
-        count = parameter.numel()
-        if name.startswith(f"{job.blocks_name}."):
-            size += count * (BLOCK_BYTES if parameter.dim() > 1 else 4)
-        else:
-            size += count // whole * rows * OUTER_BYTES if count >= whole else 4 * count
-    hidden = skeleton.get_input_embeddings().embedding_dim
-    neuron = sum(hidden * (1 + sum(mlp.producers.values())) for mlp in mlps.blocks) * BLOCK_BYTES
-    multiple = multiple_of(width)
-    sizes = {n: (size - (width - n) * neuron) / 1e6 for n in range(width, 0, -multiple)}
-    kept = next((n for n in sizes if sizes[n] <= megabytes), None)
-    if kept is None:
-        raise UserError(
-            f"{flag}: with {min(sizes)} of {width} neurons in each MLP it still takes "
-            f"{min(sizes.values()):.0f} MB as q4_0; give so much, or take a smaller model"
-        )
-    about = f"about {sizes[kept]:.0f} MB as q4_0"
-    if kept == width:
-        print(f"{flag}: no neuron has to go, the model takes {about}")
-        return []
-    print(f"{flag}: {width - kept} of {width} neurons of each MLP go, which leaves {about}")
-    return [*NEURONS.split(), f"{1 - kept / width:.6g}"]
+    mlps, embedding, rows = job.mlps, job.skeleton.get_input_embeddings(), len(job.vocabulary.rows)
+    blocks = sum(p.numel() for p in job.skeleton.get_submodule(job.blocks_name).parameters())
+    outer = (sum(p.numel() for p in job.skeleton.parameters()) - blocks) / embedding.num_embeddings
+    size = blocks * BLOCK_BYTES + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
+    linears = sum(1 + sum(mlp.producers.values()) for mlp in mlps.blocks)
+    neuron = linears * embedding.embedding_dim * BLOCK_BYTES
+    left = range(mlps.width, 0, -multiple_of(mlps.width))
+    sizes = {count: (size - (mlps.width - count) * neuron) / 1e6 for count in left}
+    count = next((count for count in sizes if sizes[count] <= megabytes), min(sizes))
+    what = f"--megabytes {megabytes}: with {count} of {mlps.width} neurons in each MLP it takes"
+    what += f" about {sizes[count]:.3g} MB as q4_0"
+    if sizes[count] > megabytes:
+        raise UserError(f"{what}; give more, or take a smaller model")
+    print(what)
+    removed = 1 - count / mlps.width
+    return [*NEURONS.split(), f"{removed:.6g}"] if removed else []
 
 
-def comparison(
-    models: Sequence[str],
-    dense: dict[str, Any],
-    small: dict[str, Any],
-    folder: Path,
-    options: dict[str, Any],
-) -> str:
+def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
     """Return the table of the dense model, the small one and its GGUF file; each is measured."""
     figures: list[dict[str, float]] = []
     for model in models:
@@ -292,16 +272,15 @@ def comparison(
         if failed:
             print(f"{model}: its size and speed can't be measured, see above", file=sys.stderr)
         figures.append({} if failed else json.loads(file.read_text("utf-8")))
+    shown = {"bytes": gib, "memory": gib, "tokens_per_second": "{:.1f}".format}
+    titles = {"bytes": "on disk", "tokens_per_second": "tokens a second"}
     rows = [
-        [title, *(show(each[name]) if name in each else "–" for each in figures)]
-        for title, name, show in (
-            ("on disk", "bytes", gib),
-            ("memory", "memory", gib),
-            ("tokens a second", "tokens_per_second", "{:.1f}".format),
-        )
+        [titles.get(name, name), *(show(each[name]) if name in each else "–" for each in figures)]
+        for name, show in shown.items()
     ]
     rest = [""] * (len(models) - 2)
-    for before, after in zip(dense["evaluation"], small["evaluation"], strict=True):
+    dense, small = (read_results(folder / name)["evaluation"] for name in ("dense", "compressed"))
+    for before, after in zip(dense, small, strict=True):
         name = before["name"]
         bits = (f"{test['bits_per_byte']:.4f}" for test in (before, after))
         rows.append([f"bits per byte, {name}", *bits, *rest])
@@ -333,45 +312,26 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="compress", description=__doc__.splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="hub id or local folder of a dense model")
-    add("out", metavar="OUT", help="new folder for the small model; OUT.gguf is the file beside it")
-    add(
-        "--language",
-        metavar="TAG",
-        help="such as uk or pt-BR: its text is read from FineWeb2, of English from FineWeb, and "
-        "the model card names it",
-    )
+
+    def add(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(name, help=text, **options)
+
+    add("model", "hub id or local folder of a dense model", metavar="MODEL")
+    add("out", "new folder for the small model, and OUT.gguf beside it", metavar="OUT")
+    add("--language", "such as uk or pt-BR: chooses FineWeb's text of it", metavar="TAG")
     several = dict(nargs="+", metavar="SOURCE")
-    add("--data", help="texts of your own, as --calibration_data", **several)
-    add("--eval_data", help="test texts (default: those of --data)", **several)
-    add("--minutes", type=POSITIVE, default=30, help="time for all of it (default: 30)")
-    add(
-        "--recover",
-        type=NATURAL,
-        metavar="TOKENS",
-        help="train on so many, 0 for none (default: as many as --minutes leave time for)",
-    )
-    add(
-        "--for",
-        dest="target",
-        choices=PLANS,
-        default=ANY,
-        help="any: a dense model for every engine, and llama.cpp's q4_0; packed: the smallest, for "
-        "transformers on an x86-64 CPU; 2:4: for CUDA's sparse kernels (default: any)",
-    )
-    add(
-        "--megabytes",
-        type=POSITIVE,
-        metavar="N",
-        help="remove neurons until the GGUF file takes no more (default: all stay)",
-    )
-    add(
-        "--device",
-        help="where blocks are computed (default: the first GPU if there is one, else cpu); on a "
-        f"CPU calibration takes {CPU_WINDOWS} windows, unless flags after -- say otherwise",
-    )
-    add("--save", metavar="FOLDER", help="for text, plan and figures (default: OUT-compress)")
+    add("--data", "texts of your own, as --calibration_data", **several)
+    add("--eval_data", "test texts (default: those of the data)", **several)
+    add("--minutes", "time for all of it (default: 30)", type=POSITIVE, default=30)
+    text = "train on so many, 0 for none (default: as many as --minutes leave time for)"
+    add("--recover", text, type=NATURAL, metavar="TOKENS")
+    text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
+    text += "sparse kernels (default: any)"
+    add("--for", text, dest="target", choices=PLANS, default=ANY)
+    text = "remove neurons until the GGUF file is as small (default: all stay)"
+    add("--megabytes", text, type=POSITIVE, metavar="N")
+    add("--device", "where blocks are computed (default: the first GPU, else cpu)")
+    add("--save", "for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
     add_debug_flag(parser)
     return parser
 
@@ -422,14 +382,6 @@ def _run(flags: list[str], save: Path) -> dict[str, Any]:
     if status := call("main", *flags):  # it has said why
         raise SystemExit(status)
     return read_results(save)
-
-
-def _without(flags: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Return flags of main.py without those of these names."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in names:
-        parser.add_argument(f"--{name}", nargs="*")
-    return parser.parse_known_args(flags)[1]
 
 
 def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
