@@ -57,7 +57,7 @@ CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's te
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 GPU_SEQLEN, GPU_REHEARSED = 1024, 64  # few texts of the web are longer
-LEAST_WINDOWS = 16  # of training: less is not worth the passes that measure it
+LEAST_WINDOWS = 16  # of training, which take less time than rounding on calibration text
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
 
 # costs in passes of one window through the trimmed model
@@ -173,12 +173,11 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             wall = time.monotonic() - start
             passes = PRUNING_PASSES * job.args.nsamples if job.method else 0
             windows, tokens = plan_time(rehearsal, wall, left(), most, passes)
+            if tokens == LEAST_WINDOWS * job.seqlen:
+                print(f"--minutes {minutes}: is too short, all will take longer")
             keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
         keep(planned=True)
         del job
-    if args.recover is None and not kept["tokens"]:
-        print(f"--minutes {minutes}: too short for training, which is left out")
-
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
     measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
     measured += [*tests, "--eval_only"]
@@ -219,7 +218,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
 def plan_time(
     rehearsal: dict[str, Any], wall: float, seconds: float, most: int, passes: int
 ) -> tuple[int, int]:
-    """Return the windows to measure on, and the tokens to train on, 0 for none.
+    """Return the windows to measure on and the tokens to train on, which are few at least.
 
     `rehearsal` are the results of a small run, which took `wall` seconds; `seconds` are left for
     all that follows. The test text has `most` windows; pruning takes so many `passes` of one.
@@ -234,8 +233,7 @@ def plan_time(
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed
     windows = min(most, max(LEAST_TESTS, int(TEST_SHARE * seconds / tested)))
     seconds -= FIXED * (wall - scaling) + windows * tested + (passes + HELD_OUT_PASSES) * passed
-    count = int(seconds / training)
-    return windows, count * seqlen if count >= LEAST_WINDOWS else 0
+    return windows, max(LEAST_WINDOWS, int(seconds / training)) * seqlen
 
 
 def removed_neurons(job: Job, megabytes: float) -> list[str]:
