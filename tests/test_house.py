@@ -26,7 +26,11 @@ FLOORS = [
     ["main"],
     ["commands"],
 ]
-PRUNERS = ("neurons.py", "quantise.py")  # of lib/pruning: what a Pruner may do to a block
+PRUNERS = (
+    "experts.py",
+    "neurons.py",
+    "quantise.py",
+)  # of lib/pruning: what a Pruner may do to a block
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # packages for some uses, or in an environment of their own
 OPTIONAL = (
