@@ -24,11 +24,13 @@ BLOCKS = 3
 BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
 WANDA, SPARSEGPT, ADMM = (["--prune_method", name] for name in ("wanda", "sparsegpt", "admm"))
 HALF = ["--sparsity_type", "2:4"]
+FEWER = ["--sparsity_type", "experts", "--sparsity_ratio", "0.25"]
 KINDS = {
     "wanda": ["--model", "deep", *WANDA],
     "sparsegpt": ["--model", "bfloat16", *SPARSEGPT, *HALF],
     "by error": ["--model", "deep", *ADMM, "--allocation", "error", "--sparsity_ratio", "0.6"],
-    "experts": ["--model", "experts", *SPARSEGPT],
+    "experts": ["--model", "mixture", *SPARSEGPT],
+    "fewer experts": ["--model", "mixture", "--prune_method", "reap", *FEWER],
     "neurons": ["--model", "wide", *SPARSEGPT, "--sparsity_type", "neurons"],
     "recovered": ["--model", "bfloat16", *WANDA, *HALF, "--recover", "2600"],
     "packed": ["--model", "bfloat16", *WANDA, *HALF, "--replace_sparse_layers"],
@@ -51,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "deep", tiny.tiny_llama(**deep))
     tiny.write_model(folder / "bfloat16", tiny.tiny_llama(**deep).bfloat16())
     tiny.write_model(folder / "wide", tiny.tiny_llama(**deep, intermediate_size=512))
-    tiny.write_model(folder / "experts", tiny.ARCHITECTURES["Mixtral"]())
+    tiny.write_model(folder / "mixture", tiny.ARCHITECTURES["Mixtral"]())
     tiny.write_texts(folder / "uk", train=200, test=4)
     return folder
 

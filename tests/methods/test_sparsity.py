@@ -32,23 +32,6 @@ def test_lowest_per_row(count, ties, dtype):
     assert lowest_per_row(score, count).tolist() == expected
 
 
-@pytest.mark.parametrize("largest", [2**22, 0])  # that is sorted; above, a bisection
-@with_ties
-@counts
-def test_how_an_accelerator_chooses(count, ties, largest):
-    def choose(score, count):
-        if largest:
-            return module._lowest_when_sorted(score, count)
-        return module._lowest_up_to(module._bisected(score, count), score, count)
-
-    score = scores(9, 24, ties)
-    score[0, 3:5] = torch.tensor([float("inf"), 1e-42])  # more and less than any normal number
-    expected = [by_sorting(row, count) for row in score.tolist()]
-    assert choose(score, count).tolist() == expected
-    whole = torch.tensor(by_sorting(score.flatten().tolist(), 9 * count)).view(1, -1)
-    assert torch.equal(choose(score.view(1, -1), 9 * count), whole)
-
-
 @with_ties
 @pytest.mark.parametrize("m", [1, 4, 8])
 def test_ranks_of_tensors_are_those_of_arrays(m, ties):

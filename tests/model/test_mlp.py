@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
-from lib.model.mlp import BlockMlp, MlpLayout, check_removable, find_mlps, keep_neurons_
+from lib.model.mlp import MlpLayout, find_mlps, keep_neurons_
 from lib.model.pretrained import decoder_blocks, skeleton
 from lib.util.errors import UserError
 
@@ -68,23 +68,3 @@ def test_quantised_models_are_refused() -> None:
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     with pytest.raises(UserError, match="it is quantised"):
         find_mlps(config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
-
-
-class Mixing(nn.Module):
-    """An MLP whose neurons are divided by their norm, so that each depends on all."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = self.up(x)
-        return self.down(inner / inner.norm(dim=-1, keepdim=True))
-
-
-def test_neurons_that_depend_on_each_other_are_noticed() -> None:
-    mlp, x = BlockMlp("down", {"up": 1}), torch.randn(2, 5, 8)
-    with pytest.raises(UserError, match="block 0: its MLP does more than multiply by neurons"):
-        check_removable(Mixing(), mlp, 32, lambda block: block(x), "block 0")
-    plain = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
-    check_removable(plain, BlockMlp("2", {"0": 1}), 32, lambda block: block(x), "")

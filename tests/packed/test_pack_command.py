@@ -89,6 +89,6 @@ def test_refused_in_one_line(argv: list[object], words: list[str], tmp_path: Pat
 
 def test_a_packed_model_is_not_pruned_again(tmp_path: Path) -> None:
     run("model", *WANDA, PACK[0], to=tmp_path)
-    for flags in (WANDA, [*PACK, 4]):
+    for flags in (WANDA, [*PACK, 4], [PACK[0], "--eval_only"]):
         done = call("--model", tmp_path / "model", *QUICK, *TEXTS, *flags)
         assert done.status == 1 and "unpack" in done.complaints[-1]

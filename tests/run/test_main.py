@@ -64,7 +64,7 @@ def log(method: str, folder: Path | str = "out") -> dict[str, str]:
     """log_METHOD.txt as {column: value}."""
     text = Path(folder, f"log_{method}.txt").read_text("utf-8")
     assert text.endswith("\n")
-    names, values = (line.split("\t") for line in text.splitlines())
+    names, values = (line.split("\t") for line in text.splitlines() if line[0] != "#")
     return dict(zip(names, values, strict=True))
 
 
@@ -121,6 +121,9 @@ def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
     [test] = found["evaluation"]
     assert test["kl"] > 0 and test["compared_windows"] == test["windows"]
     assert f"KL {test['kl']:.4f}" in done.out
+    assert test["dense"]["perplexity"] == pytest.approx(published_perplexity(model, uk), rel=1e-4)
+    beside = f"uk: dense {test['dense']['perplexity']:.4f}, {method} {test['perplexity']:.4f}\n"
+    assert beside in done.out and f"# {beside}" in Path(f"out/log_{method}.txt").read_text("utf-8")
     before, after = load_file(model / "model.safetensors"), weights("new")
     assert before.keys() == after.keys()
     for name in before.keys() - masks.keys():
@@ -288,6 +291,21 @@ def test_a_run_without_seqlen_takes_the_models_window_up_to_4096(trained: Path, 
     given = ["--device", "cpu", "--eval_only", "--eval_data", uk, "--save", "out"]
     assert call("--model", trained, *given).status == 0
     assert results()["evaluation"][0]["seqlen"] == 128  # max_position_embeddings of tiny models
+
+
+def test_the_default_window_is_one_that_the_texts_have(tmp_path: Path) -> None:
+    wide = tiny.write_model(tmp_path / "wide", tiny.tiny_llama(max_position_embeddings=1024))
+    Path("book.txt").write_text("\n\n".join(tiny.sentences(60)))
+    given = ["--model", wide, "--device", "cpu", "--calibration_data", "book.txt", "--save", "out"]
+    given += ["--prune_method", "wanda", "--nsamples", 20, "--prompts", 0]
+    done = call(*given)
+    assert done.status == 0, done.err
+    window, digest = (results()["calibration"][name] for name in ("seqlen", "digest"))
+    assert f"window: {window} tokens" in done.out and window in (128, 256, 512)
+    assert "book.txt:test: 1 documents, a tenth, are held apart" in done.out
+    assert call(*given, "--seqlen", window).status == 0
+    assert results()["calibration"]["digest"] == digest
+    assert "--seqlen" in call(*given, "--seqlen", 2 * window).err
 
 
 def test_without_a_gpu_the_cpu_is_taken_and_named(trained: Path, uk: Path) -> None:
