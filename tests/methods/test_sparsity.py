@@ -33,16 +33,6 @@ def test_lowest_per_row(count, ties, dtype):
 
 
 @with_ties
-@pytest.mark.parametrize("m", [1, 4, 8])
-def test_ranks_of_tensors_are_those_of_arrays(m, ties):
-    score = scores(m, 24, ties)
-    array, tensor = (torch.zeros(m, 24, dtype=torch.uint8) for _ in range(2))
-    module._add_ranks_(array.numpy(), score.numpy())
-    module._add_ranks_(tensor, score)
-    assert torch.equal(array, tensor)
-
-
-@with_ties
 @pytest.mark.parametrize("count", [0, 1, 100, 215, 216])
 def test_lowest_overall(count, ties):
     score = scores(9, 24, ties)

@@ -107,17 +107,6 @@ def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
     assert torch.allclose(out, expected, atol=2e-3 * expected.abs().max().item())
 
 
-def test_the_record_says_what_went() -> None:
-    model = tiny.tiny_llama()
-    done = pruned(model, "wanda", windows(4), 40)
-    found = done.record()
-    assert (found["before"], found["after"], found["field"]) == (64, 40, "intermediate_size")
-    for kept, removed in zip(done.kept, found["removed"], strict=True):
-        assert len(removed) == 24 and sorted(kept + removed) == list(range(64))
-    assert found["weights_before"] - found["weights_after"] == 2 * 24 * 3 * 32
-    assert "removed 24 of 64 neurons in each of 2 blocks" in done.summary()[0]
-
-
 @pytest.mark.parametrize(
     ("width", "ratio", "left"),
     [(2048, 0.25, 1536), (9216, 0.3, 6400), (2047, 0.25, 1536), (688, 0.25, 512), (64, 0.99, 8)],

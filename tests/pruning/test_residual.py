@@ -11,16 +11,9 @@ from support import linears_of, runner_of, windows
 from torch import Tensor, nn
 
 from lib.model.linears import find_linears
-from lib.pruning.ordered import find_order, run_to_outputs
-from lib.pruning.residual import as_residual_projection, replayed_outputs
+from lib.pruning.ordered import find_order
+from lib.pruning.residual import as_residual_projection
 
-PROJECTIONS = {  # in the order of the forward pass
-    "Llama": ["self_attn.o_proj", "mlp.down_proj"],
-    "Phi": ["self_attn.dense", "mlp.fc2"],  # attention and MLP side by side
-    "GPT-2": ["attn.c_proj", "mlp.c_proj"],
-    "Mixtral": ["self_attn.o_proj"],  # experts are no single linear
-    "Gemma 2": [],  # a norm stands behind both
-}
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
@@ -28,38 +21,6 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 def no_gradients():
     with torch.no_grad():
         yield
-
-
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_projections_and_the_modules_that_end_in_them(name: str) -> None:
-    """The module that ends in attention's projection can be left out, its outputs being given."""
-    runner = runner_of(tiny.ARCHITECTURES[name]())
-    states, block = runner.capture(windows(6), 2), runner.blocks[0]
-    order = find_order(runner, states, 0, linears_of(runner))
-    found = {
-        stage.linears[0].name.removeprefix("0."): stage.projection
-        for stage in order
-        if stage.projection
-    }
-    assert list(found) == PROJECTIONS[name]
-    for stage in order:
-        if not stage.projection:
-            continue
-        assert stage.projection.last == (stage is order[-1])
-        if not stage.projection.last:
-            ends = stage.projection.ends
-            assert stage.linears[0].name.startswith(f"0.{ends}.")
-            _, run = next(runner.iter_batches(states, 0))
-            whole = run()
-            _, out = run_to_outputs(run, stage.linears[0])
-            for inner in getattr(block, ends).children():
-                inner.register_forward_pre_hook(refuse)
-            with replayed_outputs(block, {ends: (out, stage.projection.length)}):
-                assert torch.equal(run(), whole)
-
-
-def refuse(*_) -> None:
-    raise AssertionError("it was run")
 
 
 class Scaling(nn.Module):

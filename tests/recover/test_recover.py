@@ -43,13 +43,14 @@ class Store:
     """The folder of `--resume`, in memory."""
 
     def __init__(self) -> None:
-        self.held = {}
+        self.held, self.taken = {}, False
 
     def write(self, name: str, tensors: dict[str, Tensor], facts: dict) -> None:
         copies = {key: one.detach().clone() for key, one in tensors.items()}
         self.held[name] = copies, json.loads(json.dumps(facts))
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+        self.taken = name in self.held
         return self.held.get(name)
 
 
@@ -94,7 +95,7 @@ def trainer(
     runner, teacher = models or pruned(name)
     runner.batch_size = teacher.batch_size = batch_size
     runner.save_dtype = dtype
-    runner.weights.finished = finished
+    runner.weights.finished, runner.weights.resumes = finished, finished is not None
     ids = windows(4, SEQLEN)
     packed = {}
     if grid:  # every linear that is a module
@@ -357,6 +358,7 @@ def test_taken_up_again_it_ends_the_same(stop: int, way: str) -> None:
         run(store, stop)
     assert store.held
     again = run(store)
+    assert store.taken
     assert whole.best == 5 and (again.curve, again.best) == (whole.curve, whole.best)
     for expected, found in (
         (state(whole.runner.model), state(again.runner.model)),

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from kinds import EN, UK
-from support import QUICK, Done, call, launched, results, weights
+from support import QUICK, Done, call, results, weights
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +23,7 @@ from transformers import (
 
 import lib.data.tokenizer
 import lib.run.steps
+from lib.run.console import program
 
 pytestmark = pytest.mark.usefixtures("at_place")
 ROWS = 640  # more than the tokenizer has
@@ -100,10 +101,9 @@ def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
     assert second["vocabulary"]["rows_before"] == ROWS
 
 
-def test_by_its_name(place: Path, tmp_path: Path) -> None:
-    argv = ["vocabulary", "model", tmp_path / "OUT", "--vocabulary_data", "uk", "en", *QUICK]
-    _, *flags = launched(argv, place, PYTHON="echo").split()
-    done = call(*flags)
+def test_by_its_name(tmp_path: Path) -> None:
+    argv = ["model", str(tmp_path / "OUT"), "--vocabulary_data", "uk", "en", *QUICK]
+    done = call(*program("vocabulary", argv)[1], "--save", tmp_path / "run")
     assert "uk: all 9 test" in done.out and "en: all 9 test" in done.out
     assert (tmp_path / "OUT/tokenizer.json").exists()
 
