@@ -30,7 +30,7 @@ bash launch.sh NAME ...          further flags go to the command behind it; --he
   ubertext DUMPS OUT             the published data set from raw dumps
   bench                          speed and memory, beside llm-compressor
   bench_sparse products | model  packed weights beside dense ones: speed, size, loading
-  gpu                            what must hold on a GPU and how fast it is, in 25 minutes
+  gpu                            what must hold on a GPU, and published figures again
 
 MODEL: hub id or local folder. PYTHON=... chooses the interpreter (default: python3).
 LIST

@@ -13,13 +13,15 @@ from lib.data.documents import check_source
 from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
 from lib.methods.registry import method_of
-from lib.methods.sparsity import NEURONS, Sparsity
+from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
 from lib.model import pretrained
 from lib.model.access import Checkpoint
+from lib.model.experts import find_experts
 from lib.model.mlp import find_mlps
 from lib.model.quantised import check_format, stored_bits
 from lib.model.rows import config_token_ids, trimmable_rows
-from lib.model.run_folder import RunFolder
+from lib.model.run_folder import JOB, RunFolder
+from lib.pruning.experts import count_left as experts_left
 from lib.pruning.inputs import check_widths
 from lib.pruning.neurons import count_left
 from lib.recover import CROSS_ENTROPY, TrainSchedule
@@ -55,7 +57,9 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     for test in tests:
         if is_parted(test, "test"):
             count = len(test.read["test"])
-            job.print(f"{test.text}: {count} documents, a tenth, are held apart to measure on")
+            job.print(
+                f"{test.text}: a tenth of the documents, {count}, is held apart to measure on"
+            )
     if reads_train(args):
         job.print(*same_texts(sources, tests))
     if args.recover:
@@ -71,7 +75,7 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     width = job.config.get_text_config(decoder=True).hidden_size
     job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     _check_tokens(job)
-    _open_store(job)
+    open_store(job)
     return job
 
 
@@ -84,9 +88,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         stage = partial_of(args.save_model)
         is_resumed = args.resume and Path(args.resume).resolve() == stage.resolve()
         if stage.exists() and not is_resumed:
+            can_resume = f"continue that by --resume {stage}, or " * (stage / JOB).exists()
             raise UserError(
                 f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
-                f"continue that by --resume {stage}, or remove it"
+                f"{can_resume}remove it"
             )
     if args.tasks:
         check_tasks(args.tasks, args.include_path)
@@ -111,6 +116,7 @@ def _open_model(args: argparse.Namespace) -> Job:
     checkpoint = checkpoint.pinned(config)
     changes = [name for name in ("prune_method", "recover") if getattr(args, name)]
     changes += ["quantize" if args.quantize else "pack_bits"] if quantises(args) else []
+    changes += ["replace_sparse_layers"] if args.replace_sparse_layers else []
     check_format(
         checkpoint,
         config,
@@ -137,7 +143,10 @@ def _open_model(args: argparse.Namespace) -> Job:
         method=method_of(args.prune_method, args.use_variant) if args.prune_method else None,
         sparsity=Sparsity.parse(args.sparsity_type, args.sparsity_ratio),
     )
-    if job.method and args.sparsity_type == NEURONS:
+    if job.method and args.sparsity_type == EXPERTS:
+        job.experts = find_experts(config, checkpoint, skeleton, blocks_name)
+        job.experts_left = experts_left(job.experts, job.sparsity.ratio)
+    elif job.method and args.sparsity_type == NEURONS:
         job.mlps = find_mlps(config, checkpoint, skeleton, blocks_name)
         job.neurons_left = count_left(job.mlps.width, job.sparsity.ratio)
     elif job.method:
@@ -209,7 +218,7 @@ def _check_tokens(job: Job) -> None:
         )
 
 
-def _open_store(job: Job) -> None:
+def open_store(job: Job) -> None:
     """Open the folder of finished blocks: --resume, --offload, or beside --save_model.
 
     Raises UserError if an interrupted run, or another rank, has another fingerprint.
@@ -219,7 +228,8 @@ def _open_store(job: Job) -> None:
     if changes and args.save_model:
         places.append(("--save_model", str(partial_of(args.save_model))))
     flag, path = next(((flag, path) for flag, path in places if path), (None, None))
-    job.fingerprint = fingerprint(job, weights=bool(path and changes) or job.shared is not None)
+    weighed = bool(path and changes) or job.shared is not None
+    job.fingerprint = job.fingerprint or fingerprint(job, weighed)
     pruning = job.fingerprint["pruning"]
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
     if not path or not job.dist.is_main:
