@@ -45,10 +45,10 @@ def perplexities(
 
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
-    predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats`, the
-    dense model's mean negative log-likelihood of a token; `kl`, the mean KL(dense || model) in nats
-    a token, and `top1_agreement`, the share of positions where both have the same most likely
-    token, each with its standard error.
+    predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats` and
+    `own_nats`, both models' mean negative log-likelihood of a token; `kl`, the mean
+    KL(dense || model) in nats a token, and `top1_agreement`, the share of positions where both have
+    the same most likely token, each with its standard error.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
@@ -98,6 +98,7 @@ def _means(
             means[f"{name}_standard_error"] = _standard_error(values[chosen])
         means["compared_windows"] = len(chosen)
         means["dense_nats"] = dense[chosen].mean().item()
+        means["own_nats"] = losses[chosen].mean().item()
     return means
 
 

@@ -60,9 +60,9 @@ class Pruned:
             for method, experts in notes.fallbacks.items():
                 reason = f"pruned by {method}, too few tokens were routed to them"
                 by_reason.setdefault(reason, []).extend(experts)
+        left_dense = f"; left {left:,} weights of the blocks dense" if left else ""
         return [
-            f"pruned {pruned:,} weights in {len(self.pruned)} linears; "
-            f"left {left:,} weights of the blocks dense",
+            f"pruned {pruned:,} weights in {len(self.pruned)} linears{left_dense}",
             *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
             *self.warnings,
         ]

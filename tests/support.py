@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -45,6 +46,7 @@ LIMIT = 600  # seconds after which a process that a test waits for hangs, on a b
 # how many times slower than a quiet machine this one may be: what tests wait for in vain, they wait
 # for so much longer
 PATIENCE = max(1, min(8, round(os.getloadavg()[0] / (os.cpu_count() or 1))))
+PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--prompts", "0"]
 
 
@@ -62,7 +64,7 @@ class Done:
         lines = [line.rpartition("\r")[2] for line in self.err.splitlines()]
         usage = next((i for i, line in enumerate(lines) if line.startswith("usage:")), len(lines))
         said = lines[:usage] + [line for line in lines[usage + 1 :] if not line.startswith(" ")]
-        return [line for line in said if line.strip() and "%|" not in line]
+        return [line for line in said if line.strip() and not PROGRESS.search(line)]
 
 
 def call(*argv: object) -> Done:

@@ -2,9 +2,9 @@
 
     python -m lib.commands.report RUN [RUN ...] [--out FOLDER]
 
-A RUN is a run's `--save` folder, or a folder that holds such folders. The table goes to the
-terminal and to report.md, with unrounded figures to report.csv; the pictures are beside them.
-Completions are in report.md alone.
+A RUN is a run's `--save` folder, or a folder that holds such folders. The table, completions and
+pictures go to report.md, unrounded figures to report.csv. The terminal gets a table of one figure
+for each test set.
 """
 
 from __future__ import annotations
@@ -186,8 +186,11 @@ def _unique_names(names: Series, identities: Series) -> Series:
     return names.where(~several, names + " (" + identities + ")")
 
 
-def report_text(tables: Sequence[DataFrame]) -> str:
-    """Return all runs as Markdown: one table, or one for each model and vocabulary."""
+def report_text(tables: Sequence[DataFrame], brief: bool = False) -> str:
+    """Return all runs as Markdown: one table, or one for each model and vocabulary.
+
+    `brief`: with one figure for each test set, for a terminal.
+    """
     parts, titles = [], set()
     if len(tables) > 1:
         parts.append(
@@ -195,7 +198,7 @@ def report_text(tables: Sequence[DataFrame]) -> str:
             "their runs are of different models or vocabularies."
         )
     for table in tables:
-        columns = _columns(table)
+        columns = _columns(table, brief)
         titles |= {title.rpartition(" ")[2] for title in columns}
         tests = ", ".join(dict.fromkeys(table["measured_on"]))
         about = [table["model"][0], *filter(None, table["vocabulary"][:1]), f"measured on {tests}"]
@@ -206,7 +209,7 @@ def report_text(tables: Sequence[DataFrame]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _columns(table: DataFrame) -> dict[str, list[str]]:
+def _columns(table: DataFrame, brief: bool) -> dict[str, list[str]]:
     """Return {title: a cell for each row}; beyond the first three, only those with figures."""
     keys = _keys(table)
     rows = table.drop_duplicates(keys).set_index(keys, drop=False)
@@ -215,6 +218,8 @@ def _columns(table: DataFrame) -> dict[str, list[str]]:
     titles = list(TEST_COLUMNS)
     if "note" in table:  # perplexities fall with the number of tokens
         titles.insert(0, titles.pop(titles.index("bits/byte")))
+    if brief:
+        columns, titles = {}, titles[:1]
     for test in dict.fromkeys(table["measured_on"]):
         lines = table[table["measured_on"] == test].set_index(keys).reindex(rows.index)
         columns |= {f"{test} {title}": _cells(lines, *TEST_COLUMNS[title]) for title in titles}
@@ -259,7 +264,7 @@ def failed_runs(paths: Iterable[str | Path]) -> str:
 
 
 def write_report(runs: Runs, out: Path, failures: str = "") -> str:
-    """Write report.md, report.csv and the pictures into folder `out`; return the tables' text."""
+    """Write report.md, report.csv and the pictures into folder `out`; return brief tables."""
     import pandas
 
     out.mkdir(parents=True, exist_ok=True)
@@ -281,7 +286,7 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
     frame = frame.drop(columns=["folder", "kind", "seed", "test"], errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
-    return text
+    return "\n".join(filter(None, [report_text(found, brief=True), failures]))
 
 
 def main(argv: list[str]) -> None:

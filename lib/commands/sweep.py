@@ -55,9 +55,7 @@ class Run(NamedTuple):
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG, allow_abbrev=False
-    )
+    parser = command.Parser(prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
@@ -121,10 +119,10 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     return list(runs.values())
 
 
-def for_dense(passed_on: Sequence[str]) -> list[str]:
-    """Return the flags of main.py without those that are for prunings alone."""
+def without(passed_on: Sequence[str], names: Sequence[str] = PRUNING_FLAGS) -> list[str]:
+    """Return flags of main.py without some, by default those that are for prunings alone."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in PRUNING_FLAGS:
+    for name in names:
         parser.add_argument(f"--{name}", nargs="*")
     return parser.parse_known_args(passed_on)[1]
 
@@ -133,7 +131,7 @@ def _points(
     args: argparse.Namespace, calibrations: dict[str, list[str]], passed_on: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the dense run, then every pruning: its name, and its flags besides the model."""
-    yield "dense", ["--eval_only", *for_dense(passed_on)]
+    yield "dense", ["--eval_only", *without(passed_on)]
     parser = build_parser()
     for method, kind in product(args.methods, args.types):
         n, _, m = kind.partition(":")
@@ -179,7 +177,11 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_results(folder, {"error": "its process was killed"}, ERROR)  # until it has ended
             start = time.time()
-            if status := call("lib.commands.sweep_run", shared, "--", *flags):
+            try:
+                status = call("lib.commands.sweep_run", shared, "--", *flags)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the same command continues") from None
+            if status:
                 failed.append(name)
                 print(f"{folder}: failed with status {status}", flush=True)
             else:

@@ -75,6 +75,7 @@ BUILT_IN: dict[str, dict] = {
         separator=" ",
     ),
     "c4:LANGUAGE": dict(hub="allenai/c4", config="{}", **STREAMED),
+    "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", **STREAMED),
     "fineweb2:LANGUAGE": dict(hub="HuggingFaceFW/fineweb-2", config="{}", **STREAMED),
     "wikipedia:LANGUAGE": dict(hub="wikimedia/wikipedia", config="20231101.{}", **STREAMED),
     "wikitext2": dict(hub="Salesforce/wikitext", config="wikitext-2-raw-v1", draw=JOINED),

@@ -38,7 +38,8 @@ class Sparsity:
         Of `neurons` and `experts` it is a ratio of those, and says nothing of single weights.
         """
         if not 0 <= ratio < 1:  # also refuses nan
-            raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1")
+            meant = f"; for {ratio:g}% give {ratio / 100:g}" if 1 < ratio < 100 else ""
+            raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1{meant}")
         if kind in RATIO_TYPES:
             return cls(ratio)
         n, m = map(int, kind.split(":"))

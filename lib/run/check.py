@@ -249,3 +249,7 @@ def open_store(job: Job) -> None:
         raise UserError(f"{flag} {path}: {problem}")
     store.begin(pruning)
     job.store = store
+    if store.begun:
+        done = len(list(store.folder.glob("block-*.safetensors")))
+        total = len(job.skeleton.get_submodule(job.blocks_name))
+        job.print(f"{flag} {path}: {done} of {total} blocks were finished before")

@@ -37,6 +37,7 @@ OTHER = "other"  # where and how fast; results differ by rounding at most
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
 
 RETIRED = {
+    "eval_zero_shot": "name tasks of lm-eval by --tasks NAME,...",
     "abilities": "use `bash launch.sh tasks DATA OUT`, then --tasks NAMES --include_path OUT",
     "pairs": "use `bash launch.sh tasks DATA OUT --pairs FILE`, then --tasks and --include_path",
     "fidelity": "use `bash launch.sh tasks DATA OUT`, then --tasks NAMES --include_path OUT",
@@ -82,7 +83,7 @@ def _names(text: str) -> list[str]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
-    parser = Parser(description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser(description=DESCRIPTION)
     group: Any = None
 
     def section(name: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
 from lib.methods.sparsity import SMALLER
+from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
 from lib.model.reference import DenseReference, dense_states, local_windows, shared_states, tail_of
@@ -61,7 +62,10 @@ def close_store(job: Job) -> None:
         return
     job.store.close()
     if job.store.files():
-        print(f"kept what is finished: add --resume {job.store.folder} to continue", flush=True)
+        how = "the same command continues"
+        if not job.args.resume:
+            how = f"add --resume {job.store.folder} to continue"
+        print(f"kept what is finished: {how}", flush=True)
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
@@ -159,7 +163,7 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
     untouched = not (job.method or args.teacher)
     models, figures = [teacher] if untouched else [teacher, runner], []
-    shown = progress(len(models), "perplexity", "model", job.dist.is_main)
+    shown = progress(len(models), "measuring before", "model", job.dist.is_main)
     with job.timed("measure before"), shown as bar:
         for each in models:
             figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
@@ -309,7 +313,7 @@ def record(job: Job, runner: BlockRunner) -> None:
     if job.args.save_model:
         sources = [source.text for source in job.sources if job.calibrated or job.schedule]
         sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
-        card = model_card(job.results, sources)
+        card = model_card(job.results, sources, online=not local_only(job.checkpoint))
         (Path(job.args.save_model) / "README.md").write_text(card, "utf-8")
     if "recovery" in job.results:
         if plots.can_draw():

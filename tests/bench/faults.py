@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
+from support import PROGRESS  # noqa: E402
 
 Row = tuple[str, str, str]
 FLAGS = "--device cpu --seqlen 32 --nsamples 8 --prune_method sparsegpt --calibration_data uk"
@@ -72,7 +73,7 @@ def run(*argv: str) -> tuple[str, str]:
     process = started(*argv)
     process.join()
     out, err = (Path(name).read_text("utf-8") for name in ("said.out", "said.err"))
-    lines = [line for line in err.strip().splitlines() if "%|" not in line]
+    lines = [line for line in err.strip().splitlines() if not PROGRESS.search(line)]
     return f"status {process.exitcode} {lines[-1] if lines else ''}".strip(), out
 
 

@@ -111,7 +111,8 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
         (["report", "--help"], "RUN"),
         (["gguf", "--help"], "OUT"),
         (["--version"], f"langprune {PROJECT['project']['version']}"),
-        ([], "NAME is one of: prune, compress"),
+        (["vocabulary", "--help"], "--trim_vocabulary"),
+        ([], "langprune NAME ..."),
     ):
         done = outside([command, *argv], installed, tmp_path)
         assert done.returncode == 0 and word in done.stdout, (argv, done.stderr)

@@ -64,7 +64,7 @@ def log(method: str, folder: Path | str = "out") -> dict[str, str]:
     """log_METHOD.txt as {column: value}."""
     text = Path(folder, f"log_{method}.txt").read_text("utf-8")
     assert text.endswith("\n")
-    names, values = (line.split("\t") for line in text.splitlines())
+    names, values = (line.split("\t") for line in text.splitlines() if line[0] != "#")
     return dict(zip(names, values, strict=True))
 
 
@@ -121,6 +121,9 @@ def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
     [test] = found["evaluation"]
     assert test["kl"] > 0 and test["compared_windows"] == test["windows"]
     assert f"KL {test['kl']:.4f}" in done.out
+    assert test["dense"]["perplexity"] == pytest.approx(published_perplexity(model, uk), rel=1e-4)
+    beside = f"uk: dense {test['dense']['perplexity']:.4f}, {method} {test['perplexity']:.4f}\n"
+    assert beside in done.out and f"# {beside}" in Path(f"out/log_{method}.txt").read_text("utf-8")
     before, after = load_file(model / "model.safetensors"), weights("new")
     assert before.keys() == after.keys()
     for name in before.keys() - masks.keys():
