@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
-from lib.data.sources import parse_source
+from lib.data.sources import PART, parse_source
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import read_results
 from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv
@@ -160,6 +160,12 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         job = _check([*flags, "--save_model", args.out], args.recover)
         neurons = removed_neurons(job, args.megabytes) if args.megabytes else []
         keep(plan=[*neurons, *plan], tests=[test.text for test in job.tests], tokens=args.recover)
+        keep(data=[*data])
+        for index, source in enumerate(job.sources):  # the tests will be files of their own
+            if source.parted:
+                weight = f"={source.weight}" if source.weight else ""
+                kept["data"][index] = PART.sub("", source.text) + ":train" + weight
+        keep()
         if args.recover is None:
             announce("Rehearsing with a few windows, to plan the time")
             most = sum(len(test.windows) for test in job.texts.tests)
@@ -187,7 +193,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         keep(done=["dense"])
     if "compressed" not in kept["done"]:
         announce("Compressing")
-        flags = [*common, *trained, *kept["plan"], *tests]
+        flags = [*common, *trained[:2], *kept["data"], *kept["plan"], *tests]
         flags += ["--recover", str(kept["tokens"])] if kept["tokens"] else []
         flags += ["--save_model", args.out, "--resume", str(folder / "blocks"), *passed_on]
         if Path(args.out).exists():  # it was interrupted once it had saved the model

@@ -6,7 +6,7 @@ folder (`./c4`), a local name before the hub. `NAME=WEIGHT` gives a source its w
 A new built-in is one entry of the table.
 
 Of a folder, files named `train*` and `test*` are read, or all. `NAME:test` is the tenth of a local
-text without `test*` that is held apart; a model that is measured on it is trained on the others.
+text without `test*` that is held apart; who is measured on it is trained on the rest, `NAME:train`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS = (".jsonl", ".jsonl.gz")
 TABLES = (".csv", ".tsv", ".parquet")
 PLAIN = (".txt", ".md")
 FILES = (*ROWS, *TABLES, *PLAIN)
-HELD_APART = ":test"
+PART = re.compile(r":(train|test)$")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
 
 
@@ -89,7 +89,7 @@ def parse_source(text: str, flag: str, column: str = "text") -> Source:
     told from hub ids by a look at the file system; the network is not used. Raises UserError for an
     unknown name and for a bad weight.
     """
-    if "=" in text and not Path(text.removesuffix(HELD_APART)).expanduser().exists():
+    if "=" in text and not Path(PART.sub("", text)).expanduser().exists():
         text, _, weight = text.rpartition("=")
         try:
             value = float(weight)
@@ -185,8 +185,8 @@ def is_parted(source: Source, split: str) -> bool:
 
 def _local(text: str, flag: str, column: str) -> Source | None:
     path = Path(text).expanduser()
-    if text.endswith(HELD_APART) and not path.exists():
-        source = _local(text.removesuffix(HELD_APART), flag, column)
+    if PART.search(text) and not path.exists():
+        source = _local(PART.sub("", text), flag, column)
         return source and replace(source, text=text, parted=not has_test(source))
     if path.is_dir():
         draw = JOINED if any(p.name.endswith(PLAIN) for p in folder_files(path, "train")) else ONCE

@@ -57,7 +57,9 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     for test in tests:
         if is_parted(test, "test"):
             count = len(test.read["test"])
-            job.print(f"{test.text}: {count} documents, a tenth, are held apart to measure on")
+            job.print(
+                f"{test.text}: a tenth of the documents, {count}, is held apart to measure on"
+            )
     if reads_train(args):
         job.print(*same_texts(sources, tests))
     if args.recover:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lib.data.documents import locations
-from lib.data.sources import HELD_APART, Source, has_test, is_parted, parse_sources
+from lib.data.sources import PART, Source, has_test, is_parted, parse_sources
 from lib.data.training import training_windows
 from lib.data.windows import TextTooShort, calibration_windows, test_set
 from lib.eval import needs_bos
@@ -38,7 +38,8 @@ def named_sources(
     parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
 
     def as_measured(group: list[Source]) -> list[Source]:
-        return [replace(s, parted=bool(s.path and s.path.resolve() in parted)) for s in group]
+        its_rest = (s.parted or (s.path and s.path.resolve() in parted) for s in group)
+        return [replace(s, parted=bool(p)) for s, p in zip(group, its_rest, strict=True)]
 
     return as_measured(sources), as_measured(vocabulary_sources), tests
 
@@ -55,7 +56,7 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
         if source.split:
             raise source.error("has no test text of its own; name some by --eval_data")
         if source.text not in PUBLISHED:
-            names.append(source.text + HELD_APART * (source.path is not None))
+            names.append(PART.sub("", source.text) + ":test" if source.path else source.text)
     return list(dict.fromkeys(names)) or ["ubertext"]
 
 

@@ -213,7 +213,7 @@ ENCODED = {
 
 @pytest.mark.parametrize("encoding", ENCODED)
 def test_another_encoding_is_named(tmp_path, encoding):
-    for name, form in {"a.txt": "{}", "a.csv": "text\n{}", "a.jsonl": '{{"text": "{}"}}'}.items():
+    for name, form in {"a.txt": "{}", "a.csv": "text\n{}", "a.jsonl": '{{"text": "{}"}}\n'}.items():
         (tmp_path / name).write_bytes(form.format(ENCODED[encoding]).encode(encoding))
         line = message(read, parse_source(str(tmp_path / name), FLAG))
         assert name in line and f"iconv -f {encoding} -t utf-8" in line
@@ -265,6 +265,9 @@ def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
     given = ["--calibration_data", file, folder]
     assert named(*given) == ([True, True], [f"{file}:test", f"{folder}:test"])
     assert named(*given, "--eval_data", other) == ([False, False], [other])
+    rest = ["--calibration_data", f"{file}:train=2", f"{folder}:train=1"]
+    assert named(*rest) == named(*given)
+    assert named(*rest, "--eval_data", other) == ([True, True], [other])
     assert named(*given, "--eval_data", file, folder) == ([False, True], [file, folder])
     assert named(*given, other) == ([False] * 3, [other])
     assert named("--prune_on_c4") == named() == ([False], ["ubertext"])
