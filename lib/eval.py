@@ -21,7 +21,6 @@ from lib.model.blocks import (
     positions_at_once,
     rows_at_once,
 )
-from lib.model.finite import first_overflow
 from lib.model.reference import DenseReference, compared_windows
 from lib.util.errors import UserError
 
@@ -46,10 +45,10 @@ def perplexities(
 
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
-    predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats`, the
-    dense model's mean negative log-likelihood of a token; `kl`, the mean KL(dense || model) in nats
-    a token, and `top1_agreement`, the share of positions where both have the same most likely
-    token, each with its standard error.
+    predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats` and
+    `own_nats`, both models' mean negative log-likelihood of a token; `kl`, the mean
+    KL(dense || model) in nats a token, and `top1_agreement`, the share of positions where both have
+    the same most likely token, each with its standard error.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
@@ -82,8 +81,10 @@ def _means(
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
-        where = first_overflow(runner, windows[~losses.isfinite().cpu()][:1])
-        raise UserError(f"{where}: activations are not finite; try --dtype float32")
+        raise UserError(
+            f"{runner.named}: activations are not finite; try --dtype float32, and where that does "
+            "not help, download the model again"
+        )
     value = math.exp(mean) if mean < 700 else math.inf
     means = {
         "perplexity": value,
@@ -97,6 +98,7 @@ def _means(
             means[f"{name}_standard_error"] = _standard_error(values[chosen])
         means["compared_windows"] = len(chosen)
         means["dense_nats"] = dense[chosen].mean().item()
+        means["own_nats"] = losses[chosen].mean().item()
     return means
 
 
@@ -122,18 +124,19 @@ def _figures(
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     losses, dense, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=ids.device)
     rows, dense_logits = compare(ids) if compare else ([], None)
+    chosen = torch.tensor(rows, device=ids.device)  # copied once: the host waits for it
     logits_at = runner.logits(states, batch)
     for positions, logits in iter_logits(logits_at, predicted, runner.device, chunk):
         targets = ids[:, positions + 1]
         losses += cross_entropy(logits.flatten(0, 1), targets.flatten()).view(len(ids), -1).sum(1)
         if rows:
-            own = logits if len(rows) == len(ids) else logits[rows]
+            own = logits if len(rows) == len(ids) else logits[chosen]
             del logits
             expected = dense_logits(positions).flatten(0, 1)
             divergence, same = compare_logits(expected, own.flatten(0, 1))
-            loss = cross_entropy(expected, targets[rows].flatten())
+            loss = cross_entropy(expected, targets[chosen].flatten())
             for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
-                figure[rows] += values.view(len(rows), -1).sum(1)
+                figure[chosen] += values.view(len(rows), -1).sum(1)
             del own, expected
         else:
             del logits  # before the next ones come

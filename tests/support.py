@@ -1,6 +1,6 @@
 """What many tests need: main.py as a user calls it, models pruned, windows, folders read.
 
-`call` runs main.py in this process (fast), `spawn` in one of its own (real).
+`call` runs main.py in this process; `start` and `ended` are for processes of their own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -45,6 +46,7 @@ LIMIT = 600  # seconds after which a process that a test waits for hangs, on a b
 # how many times slower than a quiet machine this one may be: what tests wait for in vain, they wait
 # for so much longer
 PATIENCE = max(1, min(8, round(os.getloadavg()[0] / (os.cpu_count() or 1))))
+PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--prompts", "0"]
 
 
@@ -62,7 +64,7 @@ class Done:
         lines = [line.rpartition("\r")[2] for line in self.err.splitlines()]
         usage = next((i for i, line in enumerate(lines) if line.startswith("usage:")), len(lines))
         said = lines[:usage] + [line for line in lines[usage + 1 :] if not line.startswith(" ")]
-        return [line for line in said if line.strip() and "%|" not in line]
+        return [line for line in said if line.strip() and not PROGRESS.search(line)]
 
 
 def call(*argv: object) -> Done:
@@ -164,9 +166,8 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def spawn(argv: list[object], folder: Path) -> Done:
-    """Run `python main.py ARGV...` in a process of its own, from `folder`, to its end."""
-    process = start([str(ROOT / "main.py"), *map(str, argv)], folder)
+def ended(process: subprocess.Popen) -> Done:
+    """Wait for the end of a process."""
     out, err = process.communicate(timeout=LIMIT)
     return Done(process.returncode, out, err)
 
@@ -181,8 +182,7 @@ def launch(argv: list[object], folder: Path, **environment: str) -> Done:
         stderr=subprocess.PIPE,
         text=True,
     )
-    out, err = process.communicate(timeout=LIMIT)
-    return Done(process.returncode, out, err)
+    return ended(process)
 
 
 def launched(argv: list[object], folder: Path, *more: object, **environment: str) -> str:

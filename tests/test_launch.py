@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,9 @@ import tiny
 from hub import Hub
 from support import QUICK, ROOT, launch, launched, results
 
+from lib.run import console
 from lib.run.flags import build_parser, check_flags
+from lib.run.texts import named_sources
 
 pytestmark = pytest.mark.usefixtures("at_place")
 RECIPES = {  # of main.py: their flags
@@ -22,6 +25,7 @@ RECIPES = {  # of main.py: their flags
     "semistructured": "--prune_method sparsegpt --sparsity_type 2:4 --replace_sparse_layers",
     "c4": "--prune_method sparsegpt --prune_on_c4",
     "dense": "--eval_only",
+    "vocabulary": "--trim_vocabulary",
 }
 
 
@@ -32,49 +36,61 @@ def place(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_texts(folder / "uk", train=30, test=4)
     english = tiny.sentences(30, seed=9)
     tiny.write_texts(folder / "en", train=english, test=english[:4])
-    shown = folder / "python"  # prints its arguments
-    shown.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n', encoding="utf-8")
-    shown.chmod(0o755)
     return folder
 
 
-def started(place: Path, *argv: str) -> list[str]:
-    """Return the arguments that launch.sh gives to Python."""
-    return launched(list(argv), place, PYTHON=str(place / "python")).splitlines()
-
-
-def test_every_name_reaches_a_command_that_is_there(place: Path) -> None:
-    names = set(re.findall(r"^  (\w+)", launched([], place), re.MULTILINE))
-    cases = (ROOT / "launch.sh").read_text("utf-8").partition("case $name in")[2]
-    cases = re.findall(r"^    ([\w| ]+)\)", cases, re.MULTILINE)
-    assert {name for line in cases for name in line.split(" | ")} - {"help"} == names
-    for name in names - RECIPES.keys():
-        argv = started(place, name, "a model", "b")
-        if argv[0] == "-P":
-            assert argv[1] == "-m" and find_spec(argv[2]), name
-            assert argv[3:] == ["a model", "b"]
-        else:
-            assert Path(argv[0]).is_file(), name
+def test_every_name_of_the_list_is_there(place: Path) -> None:
+    names = re.findall(r"^  (\w+)", launched([], place), re.MULTILINE)
+    assert RECIPES.keys() < set(names) and len(names) > 15
+    for name in set(names) - RECIPES.keys():
+        what, argv = console.program(name, ["a model", "b"])
+        assert argv == ["a model", "b"]
+        assert what.is_file() if isinstance(what, Path) else find_spec(what), name
+    files = {file.stem for file in (ROOT / "lib/commands").iterdir() if file.suffix != ".md"}
+    inner = {"__init__", "__pycache__", "demo_model", "demo_texts", "process", "sweep_run"}
+    assert {name for name in files - inner if "compress_" not in name} < set(names)
 
 
 @pytest.mark.parametrize(("name", "flags"), RECIPES.items())
-def test_recipes_hand_on_their_flags(name: str, flags: str, place: Path) -> None:
-    main, *argv = started(place, name, "a model", "--nsamples", "3")
-    assert main == str(ROOT / "main.py")
-    assert argv[:2] == ["--model", "a model"] and argv[-2:] == ["--nsamples", "3"]
+def test_recipes_hand_on_their_flags(name: str, flags: str) -> None:
+    given = ["a model", "new"] if name == "vocabulary" else ["a model"]
+    what, argv = console.program(name, [*given, "--nsamples", "3"])
+    assert (
+        what == "main" and argv[:2] == ["--model", "a model"] and argv[-2:] == ["--nsamples", "3"]
+    )
     assert flags in " ".join(argv)
     args = build_parser().parse_args(argv)
     check_flags(build_parser(), args)
-    assert args.save == f"out/{name}"
+    assert args.save == f"out/{name}" and args.save_model in given + [None]
+    calibrated, _, measured = ([source.text for source in some] for some in named_sources(args))
+    assert (calibrated, measured) == (["c4" if name == "c4" else "ubertext"], ["ubertext"])
+
+
+def test_before_pip_install_one_line_says_so(place: Path) -> None:
+    """Of an interpreter without any package."""
+    bare = place / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n', "utf-8")
+    bare.chmod(0o755)
+    for argv in (["demo"], ["dense", "model"]):
+        done = launch(argv, place, PYTHON=str(bare))
+        assert done.status == 1 and done.err.count("\n") == 1, done.err
+        assert "is not installed; pip install -r requirements.txt" in done.err
 
 
 @pytest.mark.parametrize(
-    "argv", [["nosuch"], ["dense"], ["unstructured", "--device", "cpu"], ["vocabulary", "model"]]
+    "argv",
+    [
+        ["nosuch"],
+        ["dense"],
+        ["unstructured", "--device", "cpu"],
+        ["vocabulary", "model"],
+        ["unpack", "a", "b", "--nosuch"],
+    ],
 )
 def test_a_mistake_is_refused_in_one_line(argv: list[str], place: Path) -> None:
     done = launch(argv, place)
     assert done.status == 2 and not done.out
-    assert done.err.count("\n") == 1 and argv[0] in done.err
+    assert done.err.count("\n") == 1 and (argv[0] in done.err or argv[-1] in done.err)
 
 
 @pytest.fixture(scope="module")
@@ -89,30 +105,20 @@ def hub(place: Path) -> Iterator[Hub]:
         "datasets/allenai/c4": {"en/c4-train.00000-of-01024.json.gz": english},
         "models/owner/name": {
             file.name: file.read_bytes() for file in (place / "model").iterdir() if file.stem
-        },
+        }
+        | {"README.md": b"---\nlicense: gemma\n---\n"},
     }
     with Hub(repositories) as found:
         yield found
 
 
-def test_recipes_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> None:
-    model = ["owner/name", "--cache_dir", "weights", *QUICK]
-    said = launched(["unstructured", *model, "--save_model", "p"], place, **hub.environment(place))
-    pruned = results("out/unstructured")
-    assert pruned["sparsity"]["overall"] == 0.5 and pruned["calibration"]["name"] == "ubertext"
-    assert "perplexity ubertext: " in said
+def test_a_recipe_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> None:
+    argv = ["c4", "owner/name", "--cache_dir", "weights", *QUICK, "--save_model", "p"]
+    assert "perplexity ubertext: " in launched(argv, place, **hub.environment(place))
     assert list(Path("weights/models--owner--name/snapshots").glob("*/model.safetensors"))
-    assert "base_model: owner/name\n" in Path("p/README.md").read_text("utf-8")
-
-    hub.asked.clear()
-    launched(["c4", *model], place, **hub.environment(place))
+    assert {"base_model: owner/name", "license: gemma"} < set(
+        Path("p/README.md").read_text("utf-8").splitlines()
+    )
     on_c4 = results("out/c4")
     assert on_c4["calibration"]["name"] == "c4" and list(on_c4["perplexity"]) == ["ubertext"]
     assert any(path.endswith("en/c4-train.00000-of-01024.json.gz") for path in hub.asked)
-
-
-def test_bench_times_runs(place: Path) -> None:
-    argv = ["bench", "--model", "model", "--calibration_data", "uk", "--no_peer", "--rounds", "1"]
-    argv += ["--methods", "wanda", "--types", "2:4", "--nsamples", "2", "--seqlen", "32"]
-    said = launched([*argv, "--save", "bench"], place)
-    assert "| wanda | 2:4 |" in said.replace("  ", "")

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
+from lib.data.documents import read_documents
 from lib.data.languages import language_text
-from lib.data.sources import parse_source
+from lib.data.sources import JOINED, Source, parse_source
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import read_results
 from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv
@@ -152,7 +153,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
     window = min(CPU_SEQLEN if on_cpu else GPU_SEQLEN, pretrained.window_length(config, None))
     common = ["--model", args.model, "--device", str(device), "--seqlen", str(window)]
     common += ["--nsamples", str(CPU_WINDOWS)] if on_cpu else []
-    trained = ["--trim_vocabulary", "--calibration_data", *data]
+    trained = ["--trim_vocabulary", "--calibration_data", *kept.get("data", data)]
     if not kept["planned"]:
         neurons = [*NEURONS.split(), "0.5"] if args.megabytes else []  # until the size is known
         tests = ["--eval_data", *args.eval_data] if args.eval_data else []
@@ -161,6 +162,9 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         neurons = removed_neurons(job, args.megabytes) if args.megabytes else []
         keep(plan=[*neurons, *plan], tests=[test.text for test in job.tests], tokens=args.recover)
         if args.recover is None:
+            # once the tests are cut, main.py can't tell what was held apart for them
+            data = [_train_file(job, *each, folder) for each in zip(job.sources, data, strict=True)]
+            trained[2:] = data
             announce("Rehearsing with a few windows, to plan the time")
             most = sum(len(test.windows) for test in job.texts.tests)
             tokens = (CPU_REHEARSED if on_cpu else GPU_REHEARSED) * job.seqlen
@@ -175,7 +179,8 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             windows, tokens = plan_time(rehearsal, wall, left(), most, passes)
             if tokens == LEAST_WINDOWS * job.seqlen:
                 print(f"--minutes {minutes}: is too short, all will take longer")
-            keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
+            tests = _cut_tests(job, folder / "tests", windows / most)
+            keep(tests=tests, tokens=tokens, data=data)
         keep(planned=True)
         del job
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
@@ -309,7 +314,7 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="compress", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="compress", description=__doc__.splitlines()[0])
 
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)
@@ -382,9 +387,20 @@ def _run(flags: list[str], save: Path) -> dict[str, Any]:
     return read_results(save)
 
 
+def _train_file(job: Job, source: Source, given: str, folder: Path) -> str:
+    """Return a source as given, or a file of its train text where a tenth of it is held apart."""
+    if not source.parted:
+        return given
+    texts, _ = read_documents(source, "train")
+    file = folder / "train" / f"{source.name}{'.txt' if source.draw == JOINED else '.jsonl'}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = (json.dumps({job.args.column: text}, ensure_ascii=False) for text in texts)
+    file.write_text("\n".join(texts if source.draw == JOINED else rows), "utf-8")
+    return f"{file}={source.weight:g}" if source.weight else str(file)
+
+
 def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
     """Write a share of each test text, a window at least, as files of the same names."""
-    from lib.data.documents import read_documents
     from lib.data.windows import test_documents
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -398,8 +414,8 @@ def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
             while left > 0 and texts:
                 text = texts.pop().encode()[:left]
                 left -= len(text)
-                text = text.decode(errors="ignore")
-                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                row = {job.args.column: text.decode(errors="ignore")}
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return files
 
 

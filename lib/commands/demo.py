@@ -10,19 +10,20 @@ model and finished runs are kept, so that the same command resumes after an inte
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 
 from lib.commands.demo_model import DemoTraining, train_model
 from lib.commands.sweep import Run, build_sweep_parser, plan, run_all
 from lib.methods.registry import METHODS
+from lib.run.results import read_results
 from lib.util import command
 from lib.util.files import check_new_folder
 
@@ -79,7 +80,14 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
             saved = folder / "runs" / name
             runs.append(Run(name, saved, [*of_run, *recover, "--save", str(saved)]))
     run_all(runs, str(folder / "runs"), report=str(folder))
-    print(f"table: {folder / 'report.md'}")
+    print("4. Texts that the dense model and the last of these runs continue:")
+    last = read_results(runs[-1].folder)["completions"]
+    for test in LANGUAGES:
+        for prompt in [each for each in last if each["test"] == test][:1]:
+            for name in ("dense", "model"):
+                text = f"   {test}, {name}: {prompt['prompt']} ... {prompt.get(name, '')}"
+                print(*textwrap.wrap(text, 80, subsequent_indent="     "), sep="\n")
+    print(f"all figures and texts: {folder / 'report.md'}")
 
 
 def write_texts(folder: Path, train: int, test: int) -> list[str]:
@@ -93,7 +101,7 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="demo", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="demo", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", default="demo", help="what it makes goes here (default: demo)")
     parser.add_argument("--small", action="store_true", help="in seconds: hardly train it")
     command.add_debug_flag(parser)

@@ -23,7 +23,7 @@ from lib.util.errors import UserError
 
 def main(argv: list[str]) -> None:
     argv, passed_on = command.split_argv(argv)
-    parser = argparse.ArgumentParser(
+    parser = command.Parser(
         prog="languages",
         description=__doc__.split("\n")[0],
         epilog=sweep.EPILOG,

@@ -2,20 +2,20 @@
 
     python -m lib.commands.report RUN [RUN ...] [--out FOLDER]
 
-A RUN is a run's `--save` folder, or a folder that holds such folders. The table goes to the
-terminal and to report.md, with unrounded figures to report.csv; the pictures are beside them.
-Completions are in report.md alone.
+A RUN is a run's `--save` folder, or a folder that holds such folders. The table, completions and
+pictures go to report.md, unrounded figures to report.csv. The terminal gets a table of one figure
+for each test set.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.methods.sparsity import SMALLER
 from lib.run import plots
 from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
@@ -104,7 +104,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     if share is None:  # dense, or pruned before
         share = zeros or 0.0
     names = {None: f"{share:.0%}", "unstructured": f"{100 * share:g}%"}
-    names["neurons"] = f"{100 * share:g}% neurons"
+    names |= {kind: f"{100 * share:g}% {kind}" for kind in SMALLER}
     vocabulary, rows = results.get("vocabulary") or {}, ""
     if vocabulary:
         rows = f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of its vocabulary"
@@ -142,7 +142,6 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keys(names: Iterable[str]) -> list[str]:
-    """Return the columns that name a row."""
     return ["method", "type", "calibrated_on", *(n for n in names if n.startswith(SETTING))]
 
 
@@ -187,8 +186,11 @@ def _unique_names(names: Series, identities: Series) -> Series:
     return names.where(~several, names + " (" + identities + ")")
 
 
-def report_text(tables: Sequence[DataFrame]) -> str:
-    """Return all runs as Markdown: one table, or one for each model and vocabulary."""
+def report_text(tables: Sequence[DataFrame], brief: bool = False) -> str:
+    """Return all runs as Markdown: one table, or one for each model and vocabulary.
+
+    `brief`: with one figure for each test set, for a terminal.
+    """
     parts, titles = [], set()
     if len(tables) > 1:
         parts.append(
@@ -196,7 +198,7 @@ def report_text(tables: Sequence[DataFrame]) -> str:
             "their runs are of different models or vocabularies."
         )
     for table in tables:
-        columns = _columns(table)
+        columns = _columns(table, brief)
         titles |= {title.rpartition(" ")[2] for title in columns}
         tests = ", ".join(dict.fromkeys(table["measured_on"]))
         about = [table["model"][0], *filter(None, table["vocabulary"][:1]), f"measured on {tests}"]
@@ -207,7 +209,7 @@ def report_text(tables: Sequence[DataFrame]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _columns(table: DataFrame) -> dict[str, list[str]]:
+def _columns(table: DataFrame, brief: bool) -> dict[str, list[str]]:
     """Return {title: a cell for each row}; beyond the first three, only those with figures."""
     keys = _keys(table)
     rows = table.drop_duplicates(keys).set_index(keys, drop=False)
@@ -216,6 +218,8 @@ def _columns(table: DataFrame) -> dict[str, list[str]]:
     titles = list(TEST_COLUMNS)
     if "note" in table:  # perplexities fall with the number of tokens
         titles.insert(0, titles.pop(titles.index("bits/byte")))
+    if brief:
+        columns, titles = {}, titles[:1]
     for test in dict.fromkeys(table["measured_on"]):
         lines = table[table["measured_on"] == test].set_index(keys).reindex(rows.index)
         columns |= {f"{test} {title}": _cells(lines, *TEST_COLUMNS[title]) for title in titles}
@@ -260,7 +264,7 @@ def failed_runs(paths: Iterable[str | Path]) -> str:
 
 
 def write_report(runs: Runs, out: Path, failures: str = "") -> str:
-    """Write report.md, report.csv and the pictures into folder `out`; return the tables' text."""
+    """Write report.md, report.csv and the pictures into folder `out`; return brief tables."""
     import pandas
 
     out.mkdir(parents=True, exist_ok=True)
@@ -282,16 +286,13 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
     frame = frame.drop(columns=["folder", "kind", "seed", "test"], errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
-    return text
+    return "\n".join(filter(None, [report_text(found, brief=True), failures]))
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.report", description=__doc__.split("\n")[0]
-    )
+    parser = command.make_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     parser.add_argument("--out", default="report", help="folder for the files (default: report)")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     print(write_report(load_runs(args.runs), Path(args.out), failed_runs(args.runs)))

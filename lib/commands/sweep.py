@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -43,6 +43,7 @@ PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
     *("allocation", "use_variant", "replace_sparse_layers", "pack_bits", "quantize"),
     *("recover", "recover_rank", "recover_rate", "recover_ce", "resume"),
 )
+SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
 
 
 class Run(NamedTuple):
@@ -54,9 +55,7 @@ class Run(NamedTuple):
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG, allow_abbrev=False
-    )
+    parser = command.Parser(prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
@@ -169,7 +168,8 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
     print(f"{len(runs)} runs, each in a folder of {out}", flush=True)
     failed: list[str] = []
     seconds: list[float] = []  # of the runs that were not finished before
-    with tempfile.TemporaryDirectory(prefix="dense-", dir=out) as shared:
+    shared = Path(out, SHARED)  # where a sweep was killed, the next goes on with what it left
+    try:
         for index, (name, folder, flags) in enumerate(runs):
             left = sum(seconds) / max(1, len(seconds)) * (len(runs) - index)
             about = f", about {tqdm.format_interval(left)} left" if seconds else ""
@@ -177,13 +177,19 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_results(folder, {"error": "its process was killed"}, ERROR)  # until it has ended
             start = time.time()
-            if status := call("lib.commands.sweep_run", shared, "--", *flags):
+            try:
+                status = call("lib.commands.sweep_run", shared, "--", *flags)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the same command continues") from None
+            if status:
                 failed.append(name)
                 print(f"{folder}: failed with status {status}", flush=True)
             else:
                 (folder / ERROR).unlink()
             if status or (folder / RESULTS).stat().st_mtime >= start:
                 seconds.append(time.time() - start)
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
     status = call("lib.commands.report", out, "--out", report or out)
     if failed:
         raise UserError(

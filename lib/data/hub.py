@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.data.sources import Source, check_text
+from lib.data.sources import Source, text_of
 from lib.util.errors import UserError
 from lib.util.files import staged_folder
 from lib.util.hub import hub_problem
@@ -36,10 +36,7 @@ class Texts:
 
     def text(self, row: dict, number: int) -> str:
         """Return the text of a row. Raises UserError if it has none."""
-        column = self.source.column
-        if column not in row:
-            raise self.source.error(f"no column {column!r}; there are: {', '.join(row)}")
-        return check_text(self.source, row[column], f"row {number}, column {column!r}")
+        return text_of(self.source, row, f"row {number}, column {self.source.column!r}")
 
 
 class Column(Texts, Sequence):

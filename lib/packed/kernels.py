@@ -10,6 +10,7 @@ says why, and the caller unpacks.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -101,6 +102,7 @@ def _load_or_build() -> None:
         from torch.utils.cpp_extension import load
 
     print("building the kernels of packed linears, once (up to a minute)", file=sys.stderr)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # "not g++", at length
     # with ninja of a virtual environment that is not activated
     os.environ["PATH"] = os.pathsep.join(
         [os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
@@ -119,4 +121,4 @@ def _compiler_error(error: Exception) -> str:
     lines = [line for line in lines if "error:" in line or "not found" in line]
     if not str(error).startswith("Error building extension") or not lines:
         return one_line(error)
-    return f"{lines[0]}; install a C++ compiler (g++)" if "not found" in lines[0] else lines[0]
+    return f"{lines[0]}; install a C++ compiler (g++)"

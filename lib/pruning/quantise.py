@@ -26,17 +26,18 @@ from lib.util.errors import UserError
 
 
 class Quantiser(Pruner):
-    """Quantises in place by `method`; what a linear was is its aim.
+    """Quantises in place by `solver`; what a linear was is its aim.
 
     The result is reported in `done`, as if it were pruned.
     """
 
     stage = "quantised"
+    solver: type[GPTQ] = GPTQ
     nothing = NOTHING_TO_PACK  # to quantise: the error
 
-    def __init__(self, runner: BlockRunner, method: type[GPTQ] = GPTQ) -> None:
-        super().__init__(runner, method, Allocation({}))
-        self.fmt = method.fmt
+    def __init__(self, runner: BlockRunner) -> None:
+        super().__init__(runner, self.solver, Allocation({}))
+        self.fmt = self.solver.fmt
         self.save_dtype = None  # integers times scales are kept as they are
 
     def takes(self, linear: PrunableLinear) -> bool:
@@ -53,7 +54,8 @@ class Quantiser(Pruner):
         """Lines for the user: what is left to rounding to nearest is named."""
         count, bits = len(self.done.pruned), self.fmt.bits
         lines = [f"rounded {count} linears to {bits} bits, column by column"]
-        if left := [name for name, reason in self.done.reasons.items() if reason == UNREACHED]:
+        dense = self.done.left_dense.items()
+        if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
             lines.append(f"rounded to nearest, {UNREACHED}: {first_of(left)}")
         return lines + self.done.warnings
 
@@ -71,10 +73,8 @@ class LlamaCppQuantiser(Quantiser):
     nearest.
     """
 
+    solver = GPTQForLlamaCpp
     nothing = "--quantize q4_0: no linear has rows of whole blocks of 32; remove the flag"
-
-    def __init__(self, runner: BlockRunner) -> None:
-        super().__init__(runner, GPTQForLlamaCpp)
 
     def takes(self, linear: PrunableLinear) -> bool:
         return self.fmt.takes(linear.shape[1])

@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
+from lib.methods.sparsity import SMALLER
 from lib.packed.checkpoint import CARD_HEADING, card_lines
 from lib.run.flags import build_parser
 from lib.util.command import one_line
@@ -42,9 +43,10 @@ Made by langprune{% if texts %} for the texts of {{ texts }}{% endif %}:
 {% if is_packed %}{{ packed_heading }}
 
 The sparse linears are stored packed, kept weights {{ values }}. Install what reads them by
-`pip install .` in the folder of the project that wrote them. Other engines read dense weights,
-which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
-{%- else %}## How to load it
+`pip install .` in the folder of the project that wrote them. The kernels are for x86-64 with AVX2
+or AVX-512; elsewhere the weights become dense when they are loaded. Other engines read dense
+weights, which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
+{%- else %}{{ plain_heading }}
 {%- endif %}
 
 ```python
@@ -52,26 +54,40 @@ which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
 ```
 
 """
+PLAIN_HEADING = "## How to load it"
 PLAIN = """\
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({!r})"""
+GGUF = """\
+---
+{0}
+---
+{1}, as GGUF ({2})
+{3}
+## How to run it
+
+```bash
+llama-cli -m {4}
+echo FROM ./{4} > Modelfile && ollama create NAME -f Modelfile
+```
+"""
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ".4f"),
     "kl": ("KL from dense, nats a token", ".4f"),
     "top1_agreement": ("same likeliest token", ".2%"),
 }
-LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "wikitext2": "en"}
+LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
 NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
 NOT_SHOWN |= {"prompts", "tasks", "include_path"}
 
 
-def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
+def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool = False) -> str:
     """Return the card: how the model was made, what that cost, and how to load it.
 
     `results` as in lib/run/results.py; `sources` are the texts that the model was calibrated,
-    recovered or trimmed on.
+    recovered or trimmed on. `online`: the base model's own card may be fetched from the hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
     is_packed = bool(results["flags"].get("replace_sparse_layers"))
@@ -79,7 +95,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
     model = results["model"]
     model = model if _is_hub_id(model) else Path(model).resolve().name
     return ModelCard.from_template(
-        _metadata(results, sources, is_packed),
+        _metadata(results, sources, is_packed, online),
         template_str=TEMPLATE,
         title=f"{escape(model)}, {_what_was_done(results)}",
         texts=", ".join(escape(_public(source)) for source in sources),
@@ -88,18 +104,49 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str]) -> str:
         notes=[escape(note) for note in _notes(results)],
         is_packed=is_packed,
         packed_heading=CARD_HEADING,
+        plain_heading=PLAIN_HEADING,
         values="as they were" if bits == 16 else f"as {bits}-bit integers",
         name=folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER",
         code="\n".join(card_lines(folder)) if is_packed else PLAIN.format(folder),
     ).content
 
 
-def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: bool) -> ModelCardData:
-    """Return the metadata; licence and base model of a local model from its own README.md."""
-    model, is_hub_id = results["model"], _is_hub_id(results["model"])
-    file = try_to_load_from_cache(model, "README.md") if is_hub_id else Path(model) / "README.md"
+def gguf_card(folder: str, file: Path, kind: str) -> str:
+    """Return the card of a GGUF file of weights of `kind`, made from the saved model in `folder`.
+
+    Licence, base model, languages and data sets are those of the folder's card, as is its text
+    where a run has written it.
+    """
+    title, text = f"# {Path(folder).resolve().name}", ""
     try:
-        base = (isinstance(file, str | Path) and metadata_load(file)) or {}
+        card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
+    except (OSError, ValueError, YAMLError):
+        card = ModelCard("---\n{}\n---\n")
+    if "langprune" in (card.data.tags or []):
+        title, _, text = card.text.strip().partition("\n")
+        text = re.split(rf"(?m)^(?:{CARD_HEADING}|{PLAIN_HEADING})$", text)[0]
+        text += f"The figures are those of the model that was converted, before {kind}.\n"
+    kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
+    data = ModelCardData(
+        pipeline_tag="text-generation",
+        base_model_relation="quantized" if card.data.get("base_model") else None,
+        tags=list(dict.fromkeys([*(card.data.tags or []), "gguf"])),
+        **{name: card.data.get(name) for name in kept},
+    )
+    return GGUF.format(data, title, kind, text, shlex.quote(file.name))
+
+
+def _metadata(
+    results: Mapping[str, Any], sources: Sequence[str], is_packed: bool, online: bool
+) -> ModelCardData:
+    """Return the metadata; the licence, and the base of a local model, from its own README.md."""
+    model, is_hub_id = results["model"], _is_hub_id(results["model"])
+    try:
+        file = Path(model) / "README.md"
+        if is_hub_id:
+            where = dict(cache_dir=results["flags"].get("cache_dir"), local_files_only=not online)
+            file = hf_hub_download(model, file.name, **where)
+        base = metadata_load(file) or {}
     except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
         base = {}
     method = results["method"] if results["sparsity_type"] else None
@@ -110,6 +157,18 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
     relation = "quantized" if bits < 16 else "finetune"
     hub_sets, languages = zip((None, None), *map(_set_and_language, sources), strict=True)
     return ModelCardData(
+        model_name=Path(results["flags"].get("save_model") or model).name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=_set_and_language(test["source"])[0] or escape(test["name"]),
+                dataset_name=escape(test["name"]),
+                metric_type=key,
+                metric_value=round(test[key], 4),
+            )
+            for test in results["evaluation"]
+            for key in ("perplexity", "bits_per_byte")
+        ],
         library_name=None if is_packed else "transformers",
         pipeline_tag="text-generation",
         base_model=base_model,
@@ -123,7 +182,8 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
-    goal = {"unstructured": share, "neurons": f"{share} fewer neurons"}.get(kind, kind)
+    goal = share if kind == "unstructured" else kind
+    goal = f"{share} fewer {kind}" if kind in SMALLER else goal
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered",
@@ -138,7 +198,13 @@ def _table(results: Mapping[str, Any]) -> str:
     """Return the table of figures: their names, the dense model's where it is known, this one's."""
     rows, trained = [], results.get("recovery", {}).get("dense", {})
     for test in results["evaluation"]:
-        dense = {"perplexity": trained.get(test["name"])} | (test.get("dense") or {})
+        dense = dict(test.get("dense") or {})
+        if test["name"] in trained:
+            dense["perplexity"] = trained[test["name"]]
+        elif "compared_perplexity" in test:
+            pair = (dense.pop("perplexity"), test["compared_perplexity"])
+            name = f"{escape(test['name'])}, perplexity on {test['compared_windows']} windows"
+            rows.append([name, *(f"{value:.4f}" for value in pair)])
         for key, (words, form) in FIGURES.items():
             if key in test:
                 pair = (
@@ -153,8 +219,8 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:
-    if neurons := results.get("neurons"):
-        yield f"Each MLP has {neurons['after']} of its {neurons['before']} neurons, all dense."
+    if smaller := results.get(kind := results["sparsity_type"]):
+        yield f"Each block has {smaller['after']} of its {smaller['before']} {kind}, all dense."
     elif results.get("sparsity"):
         yield f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
     if vocabulary := results.get("vocabulary"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     args, method, device = job.args, job.args.prune_method, job.device
     dtype = runner.save_dtype or runner.model.dtype
     if device.type == "cpu":
-        about = f"{torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        about = f"{threads} thread{'s' * (threads > 1)}"
     else:
         about = torch.get_device_module(device).get_device_name(device)
     if args.teacher or (job.quantises and not args.quantize):
@@ -79,11 +81,13 @@ def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any
     record = test.facts | {name: figures[name] for name in figures if "nats" not in name}
     record["bits_per_byte"] = figures["nats"] / math.log(2) / test.bytes
     if "dense_nats" in figures:
-        nats = figures["dense_nats"]
-        record["dense"] = {"perplexity": math.exp(nats) if nats < 700 else math.inf}
+        dense, own = (figures[name] for name in ("dense_nats", "own_nats"))
+        record["dense"] = {"perplexity": math.exp(dense) if dense < 700 else math.inf}
         if figures["compared_windows"] == len(test.windows):
             predicted = test.windows.numel() - len(test.windows)
-            record["dense"]["bits_per_byte"] = nats * predicted / math.log(2) / test.bytes
+            record["dense"]["bits_per_byte"] = dense * predicted / math.log(2) / test.bytes
+        else:  # what the dense model's perplexity is to be compared with
+            record["compared_perplexity"] = math.exp(own) if own < 700 else math.inf
     return record
 
 
@@ -91,7 +95,8 @@ def write_log(folder: Path, results: dict[str, Any]) -> None:
     """Write log_METHOD.txt in wanda's format: names, then one line of values, tab-separated.
 
     `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
-    vocabulary was trimmed, bits per byte come before them, and a third line says why.
+    vocabulary was trimmed, bits per byte come before them. Lines with `#` have the dense model's
+    perplexity, and say why bits per byte come first.
     """
     method, vocabulary, tests = results["method"], results.get("vocabulary"), results["evaluation"]
     columns = {"method": method, "actual_sparsity": f"{results['sparsity']['overall']:.4f}"}
@@ -101,6 +106,7 @@ def write_log(folder: Path, results: dict[str, Any]) -> None:
         if len(tests) > 1:
             columns |= {f"{name}_{test['name']}": f"{test[figure]:.4f}" for test in tests}
     lines = ["\t".join(columns), "\t".join(columns.values())]
+    lines += [f"# {line}" for line in beside_dense(results)]
     lines += [f"# {vocabulary['note']}"] if vocabulary else []
     write_text(folder / f"log_{method.replace(' ', '_')}.txt", "\n".join(lines) + "\n")
 
@@ -122,10 +128,11 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 def print_summary(results: dict[str, Any]) -> None:
     """Print the summary of a run, one fact a line; its last line ends with a perplexity."""
-    if neurons := results.get("neurons"):
+    kind = results["sparsity_type"]
+    if smaller := results.get(kind):
         pruned = (
-            f"{neurons['after']} of {neurons['before']} neurons are left in each MLP, "
-            f"{neurons['weights_after'] / neurons['weights_before']:.4f} of the blocks' weights"
+            f"{smaller['after']} of {smaller['before']} {kind} are left in each block, "
+            f"{smaller['weights_after'] / smaller['weights_before']:.4f} of the blocks' weights"
         )
     else:
         pruned = f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"
@@ -146,19 +153,31 @@ def print_summary(results: dict[str, Any]) -> None:
         lines.append(vocabulary["note"])
         for test in results["evaluation"]:
             lines.append(f"bits per byte {one_line(test['name'])}: {test['bits_per_byte']:.4f}")
-    recovery = results.get("recovery")
+    lines += beside_dense(results)
     for test in results["evaluation"]:
-        name, value = one_line(test["name"]), test["perplexity"]
+        lines.append(f"perplexity {one_line(test['name'])}: {test['perplexity']:.4f}")
+    print(*lines, sep="\n")
+
+
+def beside_dense(results: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each test set: the perplexities of the dense model and of this one."""
+    recovery, was_pruned = results.get("recovery"), results["method"] == "pruned before"
+    name = "pruned" if was_pruned else "recovered" if recovery else results["method"]
+    for test in results["evaluation"]:
+        figures, windows = {name: test["perplexity"]}, ""
         if recovery:
             dense, before = (recovery[key][test["name"]] for key in ("dense", "before"))
-            was_pruned = results["sparsity_type"] or results["method"] == "pruned before"
-            pruned = f" pruned {before:.4f}," if was_pruned else ""
-            lines.append(f"{name}: dense {dense:.4f},{pruned} recovered {value:.4f}")
-        elif dense := test.get("dense"):
-            some = "" if "bits_per_byte" in dense else f" on {test['compared_windows']} windows"
-            lines.append(f"{name}: dense {dense['perplexity']:.4f}{some}")
-        lines.append(f"perplexity {name}: {value:.4f}")
-    print(*lines, sep="\n")
+            if results["sparsity_type"] or was_pruned:
+                figures = {"pruned": before}
+            figures = {"dense": dense} | figures | {"recovered": test["perplexity"]}
+        elif "dense" in test:
+            if "compared_perplexity" in test:
+                figures[name] = test["compared_perplexity"]
+                windows = f", on {test['compared_windows']} of {test['windows']} windows"
+            figures = {"dense": test["dense"]["perplexity"]} | figures
+        if len(figures) > 1:
+            words = ", ".join(f"{each} {value:.4f}" for each, value in figures.items())
+            yield f"{one_line(test['name'])}: {words}{windows}"
 
 
 def _test_lines(test: dict[str, Any]) -> list[str]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
-from lib.methods.sparsity import NEURONS
+from lib.methods.sparsity import SMALLER
+from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
 from lib.model.reference import DenseReference, dense_states, local_windows, shared_states, tail_of
@@ -23,6 +24,7 @@ from lib.prune import Pruner, first_of
 from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
 from lib.pruning.by_error import by_error
 from lib.pruning.check import measure
+from lib.pruning.experts import ExpertPruner
 from lib.pruning.neurons import NeuronPruner
 from lib.pruning.quantise import LlamaCppQuantiser, Quantiser, check_q4_0, q4_0_weights
 from lib.recover import Recoverer
@@ -35,8 +37,8 @@ from lib.run.results import write_results
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.sparse import check_same_outputs, pack_, packed_weights, relative_difference
-from lib.util.errors import UserError
-from lib.util.files import partial_of, put_in_place
+from lib.util.errors import UserError, first_line
+from lib.util.files import partial_of, put_in_place, sync_all
 from lib.util.host import gib
 from lib.util.progress import progress
 from lib.vocabulary import PROOF_TOKENS
@@ -60,7 +62,10 @@ def close_store(job: Job) -> None:
         return
     job.store.close()
     if job.store.files():
-        print(f"kept what is finished: add --resume {job.store.folder} to continue", flush=True)
+        how = "the same command continues"
+        if not job.args.resume:
+            how = f"add --resume {job.store.folder} to continue"
+        print(f"kept what is finished: {how}", flush=True)
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
@@ -99,11 +104,14 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
 
 
 def prune(job: Job, runner: BlockRunner) -> Reached:
-    """Prune the linears of the blocks, or the neurons of their MLPs, and check what was reached."""
+    """Prune the linears of the blocks, or neurons or experts, and check what was reached."""
     args, is_main, reached, size = job.args, job.dist.is_main, Reached(), 0
-    if args.sparsity_type == NEURONS:
+    if args.sparsity_type in SMALLER:
         size = parameter_bytes(runner.model, runner.save_dtype)
-        pruner = NeuronPruner(runner, job.method, job.mlps, job.neurons_left)
+        if job.mlps:
+            pruner = NeuronPruner(runner, job.method, job.mlps, job.neurons_left)
+        else:
+            pruner = ExpertPruner(runner, job.method, job.experts, job.experts_left, args.seed)
     else:
         allocation = allocate(job, runner)
         pruner = Pruner(runner, job.method, allocation)
@@ -115,8 +123,8 @@ def prune(job: Job, runner: BlockRunner) -> Reached:
         return reached
     print(*pruned.summary(), sep="\n", flush=True)
     job.results["notes"] = pruned.summary()[1:]
-    if args.sparsity_type == NEURONS:
-        job.results["neurons"] = pruned.record() | {
+    if args.sparsity_type in SMALLER:
+        job.results[args.sparsity_type] = pruned.record() | {
             "bytes_before": size,
             "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
         }
@@ -153,12 +161,13 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     args, schedule, text = job.args, job.schedule, job.texts.training
     before = measure(runner)
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
-    figures = []
-    with job.timed("measure before"), progress(2, "perplexity", "model", job.dist.is_main) as bar:
-        for each in (teacher, runner):
+    untouched = not (job.method or args.teacher)
+    models, figures = [teacher] if untouched else [teacher, runner], []
+    shown = progress(len(models), "measuring before", "model", job.dist.is_main)
+    with job.timed("measure before"), shown as bar:
+        for each in models:
             figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
             bar(1)
-    untouched = not (job.method or args.teacher)
     packed, form = {}, FORMATS[4]
     if args.quantize:
         packed, form = q4_0_weights(runner)[0], Q4_0()
@@ -169,7 +178,7 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
         teacher,
         schedule,
         text,
-        whole=bool(job.mlps or job.smaller or untouched or args.quantize),
+        whole=bool(job.mlps or job.experts or job.smaller or untouched or args.quantize),
         packed=packed,
         form=form,
     )
@@ -181,7 +190,7 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
         raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
     job.print(recoverer.line())
-    names, (dense, pruned_before) = [test.name for test in job.texts.tests], figures
+    names, dense, pruned_before = [test.name for test in job.texts.tests], figures[0], figures[-1]
     job.results["sparsity"] = after.shares()
     job.results["recovery"] = recoverer.record() | {
         "teacher": args.teacher or args.model,
@@ -234,32 +243,46 @@ def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
 
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
-    """Save model and tokenizer as a new folder; where blocks are in files, these are moved."""
+    """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
     weights, moved = runner.weights, {}
-    job.dist.barrier()  # no rank reads any longer what is moved
+    weights.wait_for_readers()
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
     if job.dist.is_main:
+        holds_blocks = bool(job.store) and job.store.folder.resolve() == stage.resolve()
         stage.mkdir(parents=True, exist_ok=True)
-        with job.timed("save"):
+        for file in stage.glob("model*.safetensors*"):
+            file.unlink()  # of a run that was killed while it saved
+        with job.timed("save"), ExitStack() as failed:
+            if not holds_blocks:
+                failed.callback(shutil.rmtree, stage, ignore_errors=True)
             try:
                 shards = weights.shards()
                 names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
                 if not names:
-                    with runner.mapped():
+                    with weights.mapped():
                         save_model(runner.model, stage, runner.save_dtype)
             except SafetensorError as error:
                 raise UserError(f"--save_model {target}: can't be saved ({error})") from error
             job.tokenizer.save_pretrained(stage)
             write_tokenizer_model(job.tokenizer, stage)
+            sync_all(stage)
+            failed.pop_all()
             moved = {old: str(target / name) for old, name in (names or {}).items()}
-            if job.store and (weights.resident or job.store.folder.resolve() == stage.resolve()):
-                if not weights.resident:  # what is still read goes elsewhere until the end
+            if job.store and (weights.resident or holds_blocks):
+                if not (weights.resident or names):  # what is still read stays until the end
                     other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
                     for file in job.store.files():
                         moved[str(file)] = shutil.move(file, other)
                 job.store.clear()
                 job.store = None
-            put_in_place(stage, target)
+            try:
+                put_in_place(stage, target)
+            except OSError as error:
+                raise UserError(
+                    f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
+                ) from error
+            for file in names or ():  # it has another name now
+                Path(file).unlink(missing_ok=True)
         files = [file for file in target.rglob("*") if file.is_file()]
         job.results["saved_bytes"] = sum(file.stat().st_size for file in files)
         print(f"saved: {target}", flush=True)
@@ -290,7 +313,7 @@ def record(job: Job, runner: BlockRunner) -> None:
     if job.args.save_model:
         sources = [source.text for source in job.sources if job.calibrated or job.schedule]
         sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
-        card = model_card(job.results, sources)
+        card = model_card(job.results, sources, online=not local_only(job.checkpoint))
         (Path(job.args.save_model) / "README.md").write_text(card, "utf-8")
     if "recovery" in job.results:
         if plots.can_draw():

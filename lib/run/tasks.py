@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.util.command import one_line
-from lib.util.errors import UserError
+from lib.util.command import describe_error, one_line
+from lib.util.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -39,15 +39,22 @@ def run_tasks(
     """Return {task: {metric: value}} of the model in memory, as the tasks define it.
 
     The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`.
+    UserError where a task fails, by whatever its code or its data raise.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    results = simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(names),
-        task_manager=_manager(tuple(names), include_path),
-    )["results"]
+    try:
+        results = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(names),
+            task_manager=_manager(tuple(names), include_path),
+        )["results"]
+    except Exception as error:
+        reason = describe_error(error) or f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"--tasks {','.join(names)}: {reason}; all other results and the model are saved"
+        ) from error
     return {
         task: {
             name: float(value)

@@ -31,8 +31,8 @@ JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian 
 class Parser(argparse.ArgumentParser):
     """Reports a wrong flag in one line; `retired`: {flag that is gone: what to use instead}."""
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, **options) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
         self.retired: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
@@ -56,6 +56,13 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
     return parser.add_argument(
         "--debug", action="store_true", help="show the whole traceback of an error (default: off)"
     )
+
+
+def make_parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
+    parser = Parser(prog=name, description=about.split("\n")[0])
+    add_debug_flag(parser)
+    return parser
 
 
 def environment_number(name: str, default: int) -> int:
@@ -94,9 +101,9 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         except BrokenPipeError:  # `command | head`: the reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:  # it may tell how to go on
             defer_to_rank0()
-            print("interrupted", file=sys.stderr, flush=True)
+            print("; ".join(["interrupted", *stopped.args]), file=sys.stderr, flush=True)
             return INTERRUPTED
         except Exception as error:
             defer_to_rank0()
@@ -131,6 +138,8 @@ def _terminable() -> Iterator[None]:
 def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None where the error is a defect of the program."""
     torch, packed = sys.modules.get("torch"), sys.modules.get("lib.packed.errors")
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lib"):
+        return f"{error.name} is not installed; pip install -r requirements.txt"
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
     lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)

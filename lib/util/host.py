@@ -49,8 +49,8 @@ def available() -> int:
 def gib(size: float) -> str:
     """Format a number of bytes."""
     for unit, exponent in (("GiB", 30), ("MiB", 20)):
-        if size >= 2**exponent:
-            return f"{size / 2**exponent:.2f} {unit}"
+        if (number := size / 2**exponent) > 0.99:  # 1,014 MiB are 0.99 GiB
+            return f"{number:.{max(0, 3 - len(str(int(number))))}f} {unit}"
     return f"{math.ceil(size / 1024)} KiB"
 
 
@@ -72,9 +72,7 @@ def peak_host_memory() -> int:
 
 def peak_memory(device: Any) -> dict[str, int | None]:
     """Return the peak bytes of the process on the host and of tensors on the device."""
-    on_device = None
-    if device.type != "cpu":
-        import torch
+    import torch
 
-        on_device = torch.accelerator.max_memory_allocated(device)
+    on_device = None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
     return {"host": peak_host_memory(), "device": on_device}

@@ -27,8 +27,9 @@ def hub_problem(error: Exception, kind: str) -> str | None:
     if isinstance(error, HfHubHTTPError):
         return f"the hub refused: {first_line(error)}; try again later"
     if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
+        local = "folder" if kind == "model" else "file or folder of texts"
         return (
-            f"the hub can't be reached ({first_line(error)}); check the network, or the path if "
-            "a local folder or file is meant"
+            f"the hub can't be reached ({first_line(error)}); check the network, or give a local "
+            f"{local}"
         )
     return None

@@ -21,13 +21,17 @@ def progress(
     `total` is None where the end is not known. The function also takes a short note, which is
     printed at the end of the bar.
     """
-    seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    in_log = not sys.stderr.isatty()
+    seconds = LOG_SECONDS if in_log else 0.1
     with tqdm(
         total=total,
         desc=what,
         unit=unit,
         mininterval=seconds,
         maxinterval=seconds,
+        delay=seconds if in_log else 0,
+        ncols=0 if in_log else None,
+        file=_Lines() if in_log else None,
         smoothing=0.1,
         disable=not shown,
     ) as bar:
@@ -38,6 +42,20 @@ def progress(
             bar.update(done)
 
         yield on_progress
+
+
+class _Lines:
+    """A log, which gets lines where a terminal's bar is written over itself."""
+
+    last = ""
+
+    def write(self, text: str) -> None:
+        if text.strip() and text.strip() != self.last:
+            self.last = text.strip()
+            print(self.last, file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def quiet() -> None:

@@ -23,6 +23,8 @@ TINY = DemoTraining(
 def test_the_whole_demo(capsys: pytest.CaptureFixture) -> None:
     demo.main(["--small"])
     lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert max(map(len, table)) <= 80 and any(line.startswith("   en, model: ") for line in lines)
     rows = [[cell.strip() for cell in line.split("|")[1:4:2]] for line in lines]
     rows = {tuple(row) for row in rows if row and row[0].startswith(("dense", "admm"))}
     assert rows == {("dense", "none"), ("admm", "uk"), ("admm + recovery", "uk")}

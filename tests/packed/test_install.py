@@ -14,8 +14,10 @@ import tiny
 import torch
 from support import LIMIT, ROOT, prune_, runner_of
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from lib.packed import card_lines
+from lib.packed.checkpoint import METHOD
 from lib.sparse import swap_linears_
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -70,6 +72,13 @@ def test_a_packed_checkpoint_loads_as_the_card_says(
         "print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())",
         "assert not any(name.partition('.')[0] in ('lib', 'main') for name in sys.modules)",
         "print(packed_bitmask.__file__)",
+        # beside the repository's own package the last one's classes are used
+        f"sys.path.append({str(ROOT)!r})",
+        "import lib.packed",
+        f"again = AutoModelForCausalLM.from_pretrained({str(packed_folder)!r})",
+        "assert any(isinstance(m, lib.packed.SparseLinear) for m in again.modules())",
+        "assert packed_bitmask.linear.kernels.ready() == lib.packed.linear.kernels.ready()",
+        "assert again(ids).logits.equal(model(ids).logits)",
     ]
     done = outside([sys.executable, "-c", "\n".join(code)], installed, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -80,31 +89,12 @@ def test_a_packed_checkpoint_loads_as_the_card_says(
 
 
 def test_without_the_package_loading_fails_and_names_it(
-    packed_folder: Path, tmp_path: Path
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = (
-        "import sys\nfrom transformers import AutoModelForCausalLM\n"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-    )
-    done = outside([sys.executable, "-c", code, str(packed_folder)], tmp_path, tmp_path)
-    assert done.returncode != 0 and "import packed_bitmask" in done.stderr
-
-
-def test_both_names_can_be_imported(installed: Path, packed_folder: Path, tmp_path: Path) -> None:
-    """The installed package, and the repository's own: the last one's classes are used."""
-    code = (
-        "import sys; sys.path.append(sys.argv[2])\n"
-        "import packed_bitmask, lib.packed, torch\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "assert any(isinstance(m, lib.packed.SparseLinear) for m in model.modules())\n"
-        "one, two = packed_bitmask.linear.kernels.ready(), lib.packed.linear.kernels.ready()\n"
-        "assert one == two\n"
-        "print(model(torch.arange(3, 15)[None]).logits.isfinite().all().item())\n"
-    )
-    command = [sys.executable, "-c", code, str(packed_folder), str(ROOT)]
-    done = outside(command, installed, tmp_path)
-    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, METHOD)
+    with pytest.raises(ValueError, match="import packed_bitmask"):
+        AutoModelForCausalLM.from_pretrained(packed_folder)
 
 
 def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
@@ -121,7 +111,8 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
         (["report", "--help"], "RUN"),
         (["gguf", "--help"], "OUT"),
         (["--version"], f"langprune {PROJECT['project']['version']}"),
-        ([], "NAME is one of: prune, compress"),
+        (["vocabulary", "--help"], "--trim_vocabulary"),
+        ([], "langprune NAME ..."),
     ):
         done = outside([command, *argv], installed, tmp_path)
         assert done.returncode == 0 and word in done.stdout, (argv, done.stderr)

@@ -21,7 +21,7 @@ def results(
 ) -> dict[str, Any]:
     dense = method == "dense"
     tests = [
-        {"name": name, "source": name, "tokens": 576, "digest": f"{name}-{digest}"}
+        {"name": name, "source": name, "tokens": 576, "windows": 18, "digest": f"{name}-{digest}"}
         | {"perplexity": value, "standard_error": 2.0, "bits_per_byte": (value or 0) / 100}
         for name, value in perplexity.items()
     ]

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from made_up import results
 from support import QUICK, call
 
-from lib.run.card import model_card
+from lib.run.card import gguf_card, model_card
+from lib.run.record import beside_dense
 from lib.util.markdown import escape
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -42,7 +43,11 @@ def test_a_card() -> None:
         ],
         "language": ["uk", "no", "ukr"],  # not the truth value that YAML makes of it
         "tags": ["langprune", "pruned", "wanda"],
+        "model-index": head["model-index"],
     }
+    ((result,),) = (index["results"] for index in head["model-index"])
+    assert result["dataset"]["name"] == "uk"
+    assert [each["value"] for each in result["metrics"]] == [12.3457, 0.1235]
     assert text.startswith("# owner/name, pruned by wanda to 50%\n")
     assert "python main.py --model owner/name --prune_method wanda" in text and "--seed 3" in text
     assert "- Zeros among the blocks' weights: 0.4996.\n" in text
@@ -68,8 +73,12 @@ def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
         ["uk, same likeliest token", "", "87.65%"],
         ["MB", "9.0", "5.0"],
     ]
+    del found["recovery"]
     test["dense"] = {"perplexity": 9.0, "bits_per_byte": 0.1}
     assert [line[1] for line in cells(parsed(found)[1])[:2]] == ["0.1000", "9.0000"]
+    test |= {"dense": {"perplexity": 9.0}, "compared_perplexity": 13.0, "compared_windows": 2}
+    assert ["uk, perplexity on 2 windows", "9.0000", "13.0000"] in cells(parsed(found)[1])
+    assert list(beside_dense(found)) == ["uk: dense 9.0000, wanda 13.0000, on 2 of 18 windows"]
 
 
 def test_a_packed_folder_tells_how_it_is_loaded_and_unpacked() -> None:
@@ -80,6 +89,25 @@ def test_a_packed_folder_tells_how_it_is_loaded_and_unpacked() -> None:
     assert "## Packed weights" in text and "kept weights as 4-bit integers" in text
     assert "import packed_bitmask" in text and "from_pretrained('small')" in text
     assert "launch.sh unpack small small-dense" in text and "--pack_bits 4" in text
+
+
+def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) -> None:
+    base = "---\nlicense: gemma\nbase_model: google/gemma\n---\n# Base\n\nTheir words.\n"
+    for folder, card in (("small", model_card(made(), ["c4:de"])), ("base", base), ("bare", None)):
+        (tmp_path / folder).mkdir()
+        if card:
+            (tmp_path / folder / "README.md").write_text(card)
+        found = ModelCard(gguf_card(str(tmp_path / folder), Path("a/Small.gguf"), "q8_0"))
+        head, text = found.data.to_dict(), found.text
+        assert (
+            head["tags"][-1] == "gguf" and "library_name" not in head and "model-index" not in head
+        )
+        assert "llama-cli -m Small.gguf" in text and "from_pretrained" not in text
+        assert "Their words" not in text and "as GGUF (q8_0)" in text
+        assert ("| uk, perplexity" in text) == (folder == "small")
+        assert head.get("base_model_relation") == (None if folder == "bare" else "quantized")
+        assert head.get("license") == ("gemma" if folder == "base" else None)
+        assert head.get("language") == (["de"] if folder == "small" else None)
 
 
 def test_what_was_removed_is_said() -> None:

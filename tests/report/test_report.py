@@ -112,12 +112,13 @@ def test_other_models_and_vocabularies_stand_in_tables_of_their_own(
     sweep: Path, tmp_path: Path, other: dict
 ) -> None:
     foreign = write_run(tmp_path / "foreign", "admm", {"uk": 1.0, "en": 2.0}, on="uk", **other)
-    text = write_report(load_runs([sweep, foreign]), tmp_path / "out")
+    brief = write_report(load_runs([sweep, foreign]), tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text("utf-8")
     assert "2 tables, not to be compared" in text and text.count("### ") == 2
     admm = row(text, "admm", "50%", "uk")
     assert "uk rise" not in admm  # never against the other table's dense run
     first = "uk bits/byte" if "vocabulary" in other else "uk perplexity"
-    assert list(admm)[5] == first
+    assert list(admm)[5] == first and list(row(brief, "admm"))[3:] == [first, f"en{first[2:]}"]
     if "model" in other:
         names = {path.name for path in (tmp_path / "out").iterdir()}
         assert {"perplexity-1.png", "perplexity-2.png", "languages-1.png"} <= names

