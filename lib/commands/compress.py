@@ -195,7 +195,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         flags = [*common, *trained, *kept["plan"], *tests]
         flags += ["--recover", str(kept["tokens"])] if kept["tokens"] else []
         flags += ["--save_model", args.out, "--resume", str(folder / "blocks"), *passed_on]
-        if Path(args.out).exists():  # it was interrupted once it had saved the model
+        if Path(args.out, "config.json").exists():  # interrupted once the model was saved
             flags = ["--model", args.out, "--teacher", *common[1:], *measured]
         _run(flags, small)
         card = Path(args.out, "README.md")
@@ -414,7 +414,8 @@ def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
             while left > 0 and texts:
                 text = texts.pop().encode()[:left]
                 left -= len(text)
-                row = {job.args.column: text.decode(errors="ignore")}
+                text = text.decode(errors="ignore")
+                row = {"text": text, job.args.column: text}  # for gguf and for main.py
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return files
 
