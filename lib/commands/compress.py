@@ -300,15 +300,17 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
         prompt = one_line(record["prompt"])
         texts = [f"{each}: {prompt}{record.get(each, ' –')}" for each in ("dense", "model")]
         lines += map(one_line, texts)
-    name, words = shlex.quote(Path(out).name), shlex.quote(prompt)
+    name = shlex.quote(Path(out).name)
     imported = "import packed_bitmask; " if "packed" in results else ""
     code = f"{imported}from transformers import pipeline as p; "
-    code += f"print(p('text-generation', {out!r})({prompt!r}))"
+    words = (json.dumps(word, ensure_ascii=False) for word in ("text-generation", out, prompt))
+    code += "print(p({}, {})({}))".format(*words)
     lines += ["", f"python -c {shlex.quote(code)}"]
     lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
     for file in map(shlex.quote, models[2:]):
-        lines += [f"llama-cli -m {file} -p {words}"]
+        lines += [f"llama-cli -m {file} -p {shlex.quote(prompt)}"]
         lines += [f"echo FROM {file} > Modelfile && ollama create {name.lower()} -f Modelfile"]
+        lines += [f"ollama run {name.lower()} {shlex.quote(prompt)}"]
         lines += [f"hf upload YOUR_NAME/{name}-GGUF {file}"]
     return lines
 
