@@ -170,7 +170,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             tokens = (CPU_REHEARSED if on_cpu else GPU_REHEARSED) * job.seqlen
             flags = [*common, *trained, *(plan if args.target == ANY else [])]
             flags += ["--recover", str(tokens), "--prompts", "1"]
-            flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 1.1 / most)]
+            flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 0)]
             flags += without(passed_on, PRUNING_FLAGS[:5])
             start = time.monotonic()
             rehearsal = _run(flags, folder / "rehearsal")
@@ -402,7 +402,7 @@ def _train_file(job: Job, source: Source, given: str, folder: Path) -> str:
 
 
 def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
-    """Write a share of each test text, a window at least, as files of the same names."""
+    """Write a share of each test text, about two windows at least; return the files' names."""
     from lib.data.windows import test_documents
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -410,7 +410,7 @@ def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
     for source, test in zip(job.tests, job.texts.tests, strict=True):
         texts = list(test_documents(source, read_documents(source, "test")[0]))
         random.Random(0).shuffle(texts)
-        left = math.ceil(test.bytes * max(share, 1.1 / len(test.windows)))
+        left = math.ceil(test.bytes * max(share, 2 / len(test.windows)))
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         with open(files[-1], "w", encoding="utf-8") as lines:
             while left > 0 and texts:
