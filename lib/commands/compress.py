@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
+from lib.data.documents import read_documents
 from lib.data.languages import language_text
 from lib.data.sources import PART, parse_source
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
@@ -131,7 +132,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         raise UserError(f"--{wrong[0]} after '--': compress sets it; use its own flags")
     options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
     config = pretrained.load_config(Checkpoint(args.model, **options))
-    data, facts = args.data, {}
+    data, facts = [*(args.data or [])], {}
     if args.language:
         language, text = language_text(args.language)
         facts = {"language": [language]}
@@ -152,7 +153,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
     window = min(CPU_SEQLEN if on_cpu else GPU_SEQLEN, pretrained.window_length(config, None))
     common = ["--model", args.model, "--device", str(device), "--seqlen", str(window)]
     common += ["--nsamples", str(CPU_WINDOWS)] if on_cpu else []
-    trained = ["--trim_vocabulary", "--calibration_data", *data]
+    trained = ["--trim_vocabulary", "--calibration_data", *kept.get("data", data)]
     if not kept["planned"]:
         neurons = [*NEURONS.split(), "0.5"] if args.megabytes else []  # until the size is known
         tests = ["--eval_data", *args.eval_data] if args.eval_data else []
@@ -160,19 +161,19 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         job = _check([*flags, "--save_model", args.out], args.recover)
         neurons = removed_neurons(job, args.megabytes) if args.megabytes else []
         keep(plan=[*neurons, *plan], tests=[test.text for test in job.tests], tokens=args.recover)
-        keep(data=[*data])
         for index, source in enumerate(job.sources):  # the tests will be files of their own
             if source.parted:
-                weight = f"={source.weight}" if source.weight else ""
-                kept["data"][index] = PART.sub("", source.text) + ":train" + weight
-        keep()
+                weight = f"={source.weight:g}" if source.weight else ""
+                data[index] = PART.sub("", source.text) + ":train" + weight
+        keep(data=data)
+        trained[2:] = data
         if args.recover is None:
             announce("Rehearsing with a few windows, to plan the time")
             most = sum(len(test.windows) for test in job.texts.tests)
             tokens = (CPU_REHEARSED if on_cpu else GPU_REHEARSED) * job.seqlen
             flags = [*common, *trained, *(plan if args.target == ANY else [])]
             flags += ["--recover", str(tokens), "--prompts", "1"]
-            flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 1.1 / most)]
+            flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 0)]
             flags += without(passed_on, PRUNING_FLAGS[:5])
             start = time.monotonic()
             rehearsal = _run(flags, folder / "rehearsal")
@@ -181,7 +182,8 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             windows, tokens = plan_time(rehearsal, wall, left(), most, passes)
             if tokens == LEAST_WINDOWS * job.seqlen:
                 print(f"--minutes {minutes}: is too short, all will take longer")
-            keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
+            tests = _cut_tests(job, folder / "tests", windows / most)
+            keep(tests=tests, tokens=tokens)
         keep(planned=True)
         del job
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
@@ -193,10 +195,10 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         keep(done=["dense"])
     if "compressed" not in kept["done"]:
         announce("Compressing")
-        flags = [*common, *trained[:2], *kept["data"], *kept["plan"], *tests]
+        flags = [*common, *trained, *kept["plan"], *tests]
         flags += ["--recover", str(kept["tokens"])] if kept["tokens"] else []
         flags += ["--save_model", args.out, "--resume", str(folder / "blocks"), *passed_on]
-        if Path(args.out).exists():  # it was interrupted once it had saved the model
+        if Path(args.out, "config.json").exists():  # interrupted once the model was saved
             flags = ["--model", args.out, "--teacher", *common[1:], *measured]
         _run(flags, small)
         card = Path(args.out, "README.md")
@@ -301,15 +303,17 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
         prompt = one_line(record["prompt"])
         texts = [f"{each}: {prompt}{record.get(each, ' –')}" for each in ("dense", "model")]
         lines += map(one_line, texts)
-    name, words = shlex.quote(Path(out).name), shlex.quote(prompt)
+    name = shlex.quote(Path(out).name)
     imported = "import packed_bitmask; " if "packed" in results else ""
     code = f"{imported}from transformers import pipeline as p; "
-    code += f"print(p('text-generation', {out!r})({prompt!r}))"
+    words = (json.dumps(word, ensure_ascii=False) for word in ("text-generation", out, prompt))
+    code += "print(p({}, {})({}))".format(*words)
     lines += ["", f"python -c {shlex.quote(code)}"]
     lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
     for file in map(shlex.quote, models[2:]):
-        lines += [f"llama-cli -m {file} -p {words}"]
+        lines += [f"llama-cli -m {file} -p {shlex.quote(prompt)}"]
         lines += [f"echo FROM {file} > Modelfile && ollama create {name.lower()} -f Modelfile"]
+        lines += [f"ollama run {name.lower()} {shlex.quote(prompt)}"]
         lines += [f"hf upload YOUR_NAME/{name}-GGUF {file}"]
     return lines
 
@@ -389,8 +393,7 @@ def _run(flags: list[str], save: Path) -> dict[str, Any]:
 
 
 def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
-    """Write a share of each test text, a window at least, as files of the same names."""
-    from lib.data.documents import read_documents
+    """Write a share of each test text, about two windows at least; return the files' names."""
     from lib.data.windows import test_documents
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -398,14 +401,15 @@ def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
     for source, test in zip(job.tests, job.texts.tests, strict=True):
         texts = list(test_documents(source, read_documents(source, "test")[0]))
         random.Random(0).shuffle(texts)
-        left = math.ceil(test.bytes * max(share, 1.1 / len(test.windows)))
+        left = math.ceil(test.bytes * max(share, 2 / len(test.windows)))
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         with open(files[-1], "w", encoding="utf-8") as lines:
             while left > 0 and texts:
                 text = texts.pop().encode()[:left]
                 left -= len(text)
                 text = text.decode(errors="ignore")
-                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                row = {"text": text, job.args.column: text}  # for gguf and for main.py
+                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return files
 
 

@@ -58,6 +58,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
 ) -> None:
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 40, 8)
+    Path("uk/test.jsonl").unlink()  # a tenth is held apart
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
     call, plan, runs = compress.call, compress.plan_time, []
 
@@ -83,6 +84,11 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert runs[3] == runs[2] and len(runs) == 6  # a rehearsal, dense, small, and two to measure
     before, after = (results(f"small-compress/{name}") for name in ("dense", "compressed"))
     assert before["method"] == "dense" and after["quantized"]["format"] == "q4_0"
+    texts = [
+        Path("small-compress", part, "uk.jsonl").read_text("utf-8") for part in ("train", "tests")
+    ]
+    assert not set(texts[0].splitlines()).intersection(texts[1].splitlines())
+    assert after["flags"]["calibration_data"] == ["small-compress/train/uk.jsonl"]
     assert "vocabulary" in after and after["recovery"]["tokens"] == 16 * 128
     assert [test["windows"] for test in before["evaluation"]] == [
         test["windows"] for test in after["evaluation"]
