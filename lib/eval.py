@@ -81,7 +81,10 @@ def _means(
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
-        raise UserError(f"{runner.named}: activations are not finite; try --dtype float32")
+        raise UserError(
+            f"{runner.named}: activations are not finite; try --dtype float32, and where that does "
+            "not help, download the model again"
+        )
     value = math.exp(mean) if mean < 700 else math.inf
     means = {
         "perplexity": value,
@@ -121,18 +124,19 @@ def _figures(
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     losses, dense, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=ids.device)
     rows, dense_logits = compare(ids) if compare else ([], None)
+    chosen = torch.tensor(rows, device=ids.device)  # copied once: the host waits for it
     logits_at = runner.logits(states, batch)
     for positions, logits in iter_logits(logits_at, predicted, runner.device, chunk):
         targets = ids[:, positions + 1]
         losses += cross_entropy(logits.flatten(0, 1), targets.flatten()).view(len(ids), -1).sum(1)
         if rows:
-            own = logits if len(rows) == len(ids) else logits[rows]
+            own = logits if len(rows) == len(ids) else logits[chosen]
             del logits
             expected = dense_logits(positions).flatten(0, 1)
             divergence, same = compare_logits(expected, own.flatten(0, 1))
-            loss = cross_entropy(expected, targets[rows].flatten())
+            loss = cross_entropy(expected, targets[chosen].flatten())
             for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
-                figure[rows] += values.view(len(rows), -1).sum(1)
+                figure[chosen] += values.view(len(rows), -1).sum(1)
             del own, expected
         else:
             del logits  # before the next ones come

@@ -43,6 +43,8 @@ class Pruned:
     pruned: dict[str, int] = field(default_factory=dict)
     left_dense: dict[str, tuple[int, str]] = field(default_factory=dict)
     notes: list[BlockNotes] = field(default_factory=list)
+    weights_before: int = 0  # of the blocks
+    weights_after: int = 0
 
     @property
     def warnings(self) -> list[str]:
@@ -70,6 +72,10 @@ def first_of(names: list[str]) -> str:
     """Name the first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def count_weights(runner: BlockRunner) -> int:
+    return sum(p.numel() for block in runner.blocks for p in block.parameters())
 
 
 class Pruner:
@@ -113,6 +119,7 @@ class Pruner:
         activation is not finite.
         """
         runner = self.runner
+        self.done.weights_before = count_weights(runner)
         with eager_experts(runner.model):
             if self.method.observes:
                 own, self.idle = own_windows(windows, self.dist)
@@ -124,6 +131,7 @@ class Pruner:
                 with runner.on_device(index, write_back=True):
                     self._block_(index)
                 on_progress(1)
+        self.done.weights_after = count_weights(runner)
         return self.done
 
     def _block_(self, index: int) -> None:

@@ -49,19 +49,26 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def trained(request: pytest.FixtureRequest) -> Path:
-    """A model that has learned something, see trained.py."""
-    from trained import trained_model
-
-    return trained_model(Path(request.config.cache.mkdir("models")))
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where trained models are kept, until the next session if there is a cache."""
+    cache = getattr(request.config, "cache", None)
+    return Path(cache.mkdir("models")) if cache else tmp_path_factory.mktemp("models")
 
 
 @pytest.fixture(scope="session")
-def needs_bos(request: pytest.FixtureRequest) -> Path:
+def trained(models: Path) -> Path:
+    """A model that has learned something, see trained.py."""
+    from trained import trained_model
+
+    return trained_model(models)
+
+
+@pytest.fixture(scope="session")
+def needs_bos(models: Path) -> Path:
     """The same, but windows that do not begin with BOS make it predict at random."""
     from trained import trained_model
 
-    return trained_model(Path(request.config.cache.mkdir("models")), needs_bos=True)
+    return trained_model(models, needs_bos=True)
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ KINDS = {
 }
 CASES = [(kind, way) for kind in KINDS for way in ("killed", "loaded again")]
 CASES += [(kind, "offloaded") for kind in ("sparsegpt", "4 bits")]
-CASES += [(kind, "batch size") for kind in ("by error", "experts", "neurons", "recovered")]
+CASES += [(kind, "batch size") for kind in ("by error", "experts", "neurons")]
 CASES += [(kind, "two processes") for kind in ("neurons", "4 bits")]
 pytestmark = pytest.mark.usefixtures("at_place")
 

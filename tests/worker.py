@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from functools import partial
 
@@ -15,6 +16,7 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 from support import at
 
 import main
+from lib.model.store import BlockStore
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -32,8 +34,8 @@ def work(
     """Run main.py with each command line in turn, under its settings of the environment.
 
     `fault`, as `pruning 1:SIGKILL`, sends this process the signal when the progress bar `pruning`
-    has been told of one step; another word than a signal's is raised as an error. What is said
-    goes to the files `out` and `err`.
+    has been told of one step; after `late` it reads blocks slowly, and another word than a
+    signal's is raised as an error. What is said goes to the files `out` and `err`.
     """
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
@@ -51,5 +53,8 @@ def work(
 def _fail(how: str) -> None:
     if how in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[how])
+    elif how == "late":
+        own = BlockStore._read
+        BlockStore._read = lambda self, index: time.sleep(0.4) or own(self, index)
     else:
         raise RuntimeError(how) if how == "defect" else UserError(how)

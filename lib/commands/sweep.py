@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -43,6 +43,7 @@ PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
     *("allocation", "use_variant", "replace_sparse_layers", "pack_bits", "quantize"),
     *("recover", "recover_rank", "recover_rate", "recover_ce", "resume"),
 )
+SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
 
 
 class Run(NamedTuple):
@@ -118,10 +119,10 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     return list(runs.values())
 
 
-def for_dense(passed_on: Sequence[str]) -> list[str]:
-    """Return the flags of main.py without those that are for prunings alone."""
+def without(passed_on: Sequence[str], names: Sequence[str] = PRUNING_FLAGS) -> list[str]:
+    """Return flags of main.py without some, by default those that are for prunings alone."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in PRUNING_FLAGS:
+    for name in names:
         parser.add_argument(f"--{name}", nargs="*")
     return parser.parse_known_args(passed_on)[1]
 
@@ -130,7 +131,7 @@ def _points(
     args: argparse.Namespace, calibrations: dict[str, list[str]], passed_on: Sequence[str]
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the dense run, then every pruning: its name, and its flags besides the model."""
-    yield "dense", ["--eval_only", *for_dense(passed_on)]
+    yield "dense", ["--eval_only", *without(passed_on)]
     parser = build_parser()
     for method, kind in product(args.methods, args.types):
         n, _, m = kind.partition(":")
@@ -167,7 +168,8 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
     print(f"{len(runs)} runs, each in a folder of {out}", flush=True)
     failed: list[str] = []
     seconds: list[float] = []  # of the runs that were not finished before
-    with tempfile.TemporaryDirectory(prefix="dense-", dir=out) as shared:
+    shared = Path(out, SHARED)  # where a sweep was killed, the next goes on with what it left
+    try:
         for index, (name, folder, flags) in enumerate(runs):
             left = sum(seconds) / max(1, len(seconds)) * (len(runs) - index)
             about = f", about {tqdm.format_interval(left)} left" if seconds else ""
@@ -186,6 +188,8 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
                 (folder / ERROR).unlink()
             if status or (folder / RESULTS).stat().st_mtime >= start:
                 seconds.append(time.time() - start)
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
     status = call("lib.commands.report", out, "--out", report or out)
     if failed:
         raise UserError(

@@ -28,11 +28,14 @@ OUTPUT = "output.txt"  # what main.py prints, and the mark of a folder that a sw
 def run(args: argparse.Namespace, shared: Path) -> None:
     """Run main.py with `args`, unless it has finished; earlier results stay until there are new."""
     import main
-    from lib.run.check import check
+    from lib.run.check import check, check_outputs, open_store
 
     folder, printed = Path(args.save), io.StringIO()
+    outputs = dict(save_model=None, resume=None, offload=None)  # what is finished stays as it is
+    with redirect_stdout(printed):
+        job = check(argparse.Namespace(**vars(args) | outputs), shared)
     if (folder / RESULTS).is_file():
-        reason = _reason_to_run_again(args, shared)
+        reason = _reason_to_run_again(args, job.fingerprint)
         if not reason:
             print(f"{folder}: finished before")
             return
@@ -40,8 +43,9 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     if args.save_model and (folder / OUTPUT).is_file():
         for earlier in (args.save_model, partial_of(args.save_model)):
             shutil.rmtree(earlier, ignore_errors=True)
-    with redirect_stdout(printed):
-        job = check(args, shared)
+    job.args = args
+    check_outputs(args)
+    open_store(job)
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
         file.write(printed.getvalue())
         results = main.run(job)
@@ -49,14 +53,10 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     print(f"{folder}: {', '.join(figures)}")
 
 
-def _reason_to_run_again(args: argparse.Namespace, shared: Path) -> str | None:
+def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str | None:
     """Return in what the run differs from the finished one in its folder; None if in nothing."""
-    from lib.run.check import check
     from lib.run.fingerprint import differences
 
-    outputs = dict(save_model=None, resume=None, offload=None)
-    with redirect_stdout(io.StringIO()):
-        now = check(argparse.Namespace(**vars(args) | outputs), shared).fingerprint
     before = read_results(args.save).get("fingerprint", {})
     for section, facts in now.items():
         for name, (old, new) in differences(before.get(section, {}), facts).items():

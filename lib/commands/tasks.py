@@ -166,11 +166,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--language", metavar="NAME", help="begins the tasks' names (default: DATA's)"
     )
+    parser.add_argument("--column", default="text", help="of the texts in DATA (default: text)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
     parser.add_argument("--pairs", metavar="FILE", help="JSON lines with `good` and `bad`")
     args = parser.parse_args(argv)
     check_writable("OUT", args.out)
-    source = parse_source(args.data, "DATA")
+    source = parse_source(args.data, "DATA", args.column)
     questions = last_words(read_documents(source, "test")[0], args.seed)
     if not questions:
         raise source.error(

@@ -1,23 +1,29 @@
 """Documents of a source: local files are read into memory here, hub sets by lib/data/hub.py.
 
-JSON lines and plain text need neither `datasets` nor pyarrow. An error names file and line.
+JSON lines, CSV and plain text need neither `datasets` nor pyarrow. An error names file and line.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
+import hashlib
 import json
 import logging
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from lib.data import hub
-from lib.data.sources import Source, check_text, folder_files
+from lib.data.encodings import conversion
+from lib.data.sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
 from lib.util.errors import first_line
 
-TEXT_CHARACTERS = 2**25  # read of a .txt file, whose tokens are in memory at once
-EMPTY = "holds no text; give a source with at least one row"
+TEXT_CHARACTERS = 2**25  # read of plain text, whose tokens are in memory at once
+TENTH = 10  # one document in so many is held apart to measure on
+FEW = 20  # documents: fewer are cut at blank lines before that, else at line breaks or blanks
+PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 log = logging.getLogger(__name__)
 
 
@@ -31,24 +37,49 @@ def read_documents(
     """
     if source.hub:
         return hub.load(source, split)
-    texts = [text for path in _files_of(source, split) for text in _read(source, path)]
-    if not texts:
-        raise source.error(EMPTY)
-    return texts, None
+    if split not in source.read:
+        texts = []
+        for path in _files_of(source, split):
+            texts += _read(source, path)
+            if source.draw == JOINED and sum(map(len, texts)) >= TEXT_CHARACTERS:
+                log.warning("%s: no more than %d characters are read", path, TEXT_CHARACTERS)
+                break
+        if not texts:
+            raise source.error("holds no text; give a source with at least one row")
+        if is_parted(source, split):
+            texts = part(source, texts, split)
+        if source.draw == JOINED and split == "train":
+            texts = ["\n\n".join(texts)]
+        source.read[split] = texts
+    return source.read[split], None
+
+
+def part(source: Source, texts: list[str], split: str) -> list[str]:
+    """Return the tenth of the documents that is held apart (`test`), or the others (`train`).
+
+    It is the tenth with the lowest digests, so that order and copies do not matter. Raises
+    UserError if there is but one document.
+    """
+    if len(texts) < FEW:
+        pieces = (piece.strip() for text in texts for piece in PIECE.findall(text))
+        texts = [piece for piece in pieces if piece]
+    digests = [hashlib.sha256(text.encode()).digest() for text in texts]
+    distinct = sorted(set(digests))
+    if len(distinct) < 2:
+        raise source.error(
+            f"{sum(map(len, texts))} characters are too few to hold a tenth apart to measure on; "
+            "give more text, or a test text by --eval_data"
+        )
+    last = distinct[(len(distinct) - 1) // TENTH]
+    pairs = zip(texts, digests, strict=True)
+    return [text for text, digest in pairs if (digest <= last) == (split == "test")]
 
 
 def check_source(source: Source, split: str) -> None:
-    """Raise UserError if a source can't be read; quick enough for before a model loads.
-
-    Only the first row of each local file is read; later rows are checked when the texts are read.
-    Hub sets are looked up, with config, split and column.
-    """
+    """Raise UserError if a source can't be read; of a hub set, only the first row is."""
+    documents, _ = read_documents(source, split)
     if source.hub:
-        hub.load(source, split)[0].check()
-        return
-    first_rows = [next(_read(source, path), None) for path in _files_of(source, split)]
-    if not any(row is not None for row in first_rows):
-        raise source.error(EMPTY)
+        documents.check()
 
 
 def locations(source: Source, split: str) -> set[object]:
@@ -58,25 +89,29 @@ def locations(source: Source, split: str) -> set[object]:
     """
     if source.hub:
         return {hub.load(source, split)[0].location}
-    return {path.resolve() for path in _files_of(source, split)}
+    part_of = split if is_parted(source, split) else None
+    return {(path.resolve(), part_of) for path in _files_of(source, split)}
 
 
 def _files_of(source: Source, split: str) -> list[Path]:
     if not source.path.is_dir():
         return [source.path]
-    paths = folder_files(source, split)
+    paths = folder_files(source.path, "train" if is_parted(source, split) else split)
     if not paths:
         names = ", ".join(sorted(p.name for p in source.path.iterdir())[:8]) or "nothing"
         raise source.error(
-            f"no {split}*.jsonl or {split}*.jsonl.gz in this folder (it holds: {names}); add one"
+            f"no train*.jsonl nor other texts in this folder (it holds: {names}); add a file in "
+            f"{', '.join(FILES)}"
         )
     return paths
 
 
 def _read(source: Source, path: Path) -> Iterator[str]:
-    read = {".parquet": _parquet, ".txt": _plain_text}.get(path.suffix, _json_lines)
+    kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
-        yield from read(source, path)
+        yield from kinds.get(path.suffix, _json_lines)(source, path)
+    except UnicodeDecodeError as error:
+        raise source.error(f"{path}: {conversion(error)}") from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of them
         raise _damaged(source, path, error) from error
 
@@ -86,25 +121,37 @@ def _damaged(source: Source, path: Path, error: Exception) -> Exception:
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[str]:
-    """Yield the `text` of each row; a line ends at "\\n" alone, and blank lines are no rows."""
+    """Yield the text of each row; a line ends at "\\n" alone, and blank lines are no rows."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _text_of(source, line, f"{path}, line {number}")
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError as error:
+                raise source.error(f"{place}: {conversion(error)}") from None
+            except (ValueError, RecursionError) as error:
+                problem = f"{place}: not JSON ({error}); every line must be an object with a 'text'"
+                raise source.error(problem) from None
+            if not isinstance(row, dict):
+                raise source.error(f'{place}: not an object; write {{"text": ...}}')
+            yield text_of(source, row, place)
 
 
-def _text_of(source: Source, line: bytes, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        problem = f"{place}: not JSON ({error}); every line must be an object with a 'text'"
-        raise source.error(problem) from None
-    if not isinstance(row, dict):
-        raise source.error(f'{place}: not an object; write {{"text": ...}}')
-    if "text" not in row:
-        columns = ", ".join(map(str, row)) or "none"
-        raise source.error(f"{place}: no column 'text'; the row has: {columns}")
-    return check_text(source, row["text"], place)
+def _csv(source: Source, path: Path) -> Iterator[str]:
+    """Yield the text of each row of a table with a header, separated by commas, ";" or tabs."""
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig") as file:
+        delimiter = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        try:
+            for row in rows:
+                yield text_of(source, row, f"{path}, line {rows.line_num}")
+        except csv.Error as error:
+            problem = f"{path}, line {rows.line_num + 1}: not CSV ({error}); quote the texts"
+            raise source.error(problem) from None
 
 
 def _parquet(source: Source, path: Path) -> Iterator[str]:
@@ -114,25 +161,19 @@ def _parquet(source: Source, path: Path) -> Iterator[str]:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
             if source.column not in columns:
-                listed = ", ".join(columns) or "none"
-                raise source.error(f"no column {source.column!r}; the file has: {listed}")
-            row = 0
+                text_of(source, dict.fromkeys(columns), path)  # which says so
+            number = 0
             for batch in file.iter_batches(columns=[source.column]):
-                for text in batch.column(0).to_pylist():
-                    yield check_text(source, text, f"{path}, row {row}")
-                    row += 1
+                for row in batch.to_pylist():
+                    yield text_of(source, row, f"{path}, row {number}")
+                    number += 1
     except (ArrowException, UnicodeDecodeError) as error:
         raise _damaged(source, path, error) from error
 
 
 def _plain_text(source: Source, path: Path) -> Iterator[str]:
-    """Yield the text of a .txt file, which is one document; nothing if it is blank."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(TEXT_CHARACTERS)
-            if file.read(1):
-                log.warning("%s: only its first %d characters are read", path, TEXT_CHARACTERS)
-    except UnicodeDecodeError as error:
-        raise source.error(f"{path}: not UTF-8 text ({error}); convert it") from None
+    """Yield the text of a file of plain text, which is one document; nothing if it is blank."""
+    with path.open(encoding="utf-8-sig") as file:
+        text = file.read(TEXT_CHARACTERS)
     if text.strip():
         yield text

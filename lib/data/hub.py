@@ -6,6 +6,7 @@ a few windows cost a few megabytes. The current commit is looked up first, and t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.data.sources import Source, check_text
+from lib.data.sources import Source, text_of
 from lib.util.errors import UserError
+from lib.util.files import staged_folder
 from lib.util.hub import hub_problem
+from lib.util.progress import progress
 
 TEST_DOCUMENTS = 1_100  # the first documents of a large set, which are its test text
 TIMEOUT = 10.0  # seconds for the hub's first answer
@@ -33,10 +36,7 @@ class Texts:
 
     def text(self, row: dict, number: int) -> str:
         """Return the text of a row. Raises UserError if it has none."""
-        column = self.source.column
-        if column not in row:
-            raise self.source.error(f"no column {column!r}; there are: {', '.join(row)}")
-        return check_text(self.source, row[column], f"row {number}, column {column!r}")
+        return text_of(self.source, row, f"row {number}, column {self.source.column!r}")
 
 
 class Column(Texts, Sequence):
@@ -117,6 +117,23 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
         return Column(source, rows, first, location), commit
 
 
+def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:
+    """Write the first texts of each split into a new folder, `characters` of them at least."""
+    with staged_folder(folder, source.flag) as stage:
+        for split, limit in characters.items():
+            texts, count = load(source, split)[0], 0
+            with (
+                (stage / f"{split}.jsonl").open("w", encoding="utf-8") as file,
+                progress(limit, f"reading {source.name}, {split}", "character") as on_progress,
+            ):
+                for text in texts:
+                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    on_progress(len(text))
+                    count += len(text)
+                    if count >= limit:
+                        break
+
+
 def _revision(source: Source) -> str | None:
     """Return the current commit of the hub's set.
 
@@ -154,4 +171,6 @@ def _as_user_error(source: Source) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]  # names the configs where one is missing
         hint = f"; name a config as {source.hub}:CONFIG" if "onfig" in reason else ""
         problem = hub_problem(error, "data set") or f"can't be loaded: {reason}{hint}"
+        if source.config and f"'{source.config}' not found" in reason:
+            problem = f"{source.hub} has no {source.config}"
         raise source.error(problem) from error

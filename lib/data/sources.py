@@ -1,9 +1,12 @@
 """Where texts come from: what the user names becomes a `Source`. Imports nothing heavy.
 
 A source is a built-in name (the table below), a hub data set `owner/name[:config][:split][:column]`
-(an empty part means the default), a local folder with `train*.jsonl[.gz]` and `test*.jsonl[.gz]`,
-or one file. A built-in name goes before a local folder (`./c4`), a local name before the hub.
-`NAME=WEIGHT` gives a source its weight in a mixture. A new built-in is one entry of the table.
+(an empty part means the default), or a local file or folder. A built-in name goes before a local
+folder (`./c4`), a local name before the hub. `NAME=WEIGHT` gives a source its weight in a mixture.
+A new built-in is one entry of the table.
+
+Of a folder, files named `train*` and `test*` are read, or all. `NAME:test` is the tenth of a local
+text without `test*` that is held apart; a model that is measured on it is trained on the others.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 from lib.util.errors import UserError
@@ -22,7 +26,10 @@ AGAIN = "again"  # a document may be drawn more than once (C4's rule)
 JOINED = "joined"  # all documents are one text, windows start anywhere in it (WikiText-2's rule)
 
 ROWS = (".jsonl", ".jsonl.gz")
-FILES = (*ROWS, ".parquet", ".txt")
+TABLES = (".csv", ".tsv", ".parquet")
+PLAIN = (".txt", ".md")
+FILES = (*ROWS, *TABLES, *PLAIN)
+HELD_APART = ":test"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[^:/]*){0,3}")
 
 
@@ -48,6 +55,8 @@ class Source:
     draw: str = ONCE
     sampled: bool = False
     separator: str = "\n\n"  # between the documents of the test text
+    parted: bool = False  # a tenth of the local documents is the test, the others are for training
+    read: dict = field(default_factory=dict, compare=False, repr=False)  # local texts, by split
 
     def error(self, problem: str) -> UserError:
         """Return an error that names flag and value of this source, then the problem."""
@@ -66,19 +75,21 @@ BUILT_IN: dict[str, dict] = {
         separator=" ",
     ),
     "c4:LANGUAGE": dict(hub="allenai/c4", config="{}", **STREAMED),
+    "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", **STREAMED),
     "fineweb2:LANGUAGE": dict(hub="HuggingFaceFW/fineweb-2", config="{}", **STREAMED),
     "wikipedia:LANGUAGE": dict(hub="wikimedia/wikipedia", config="20231101.{}", **STREAMED),
     "wikitext2": dict(hub="Salesforce/wikitext", config="wikitext-2-raw-v1", draw=JOINED),
 }
 
 
-def parse_source(text: str, flag: str) -> Source:
+def parse_source(text: str, flag: str, column: str = "text") -> Source:
     """Return the source that `text` names; `flag` is the flag that it was given to.
 
-    Local names are told from hub ids by a look at the file system; the network is not used. Raises
-    UserError for an unknown name and for a bad weight.
+    `column` holds the texts of local files and of hub sets that are not built in. Local names are
+    told from hub ids by a look at the file system; the network is not used. Raises UserError for an
+    unknown name and for a bad weight.
     """
-    if "=" in text and not Path(text).expanduser().exists():
+    if "=" in text and not Path(text.removesuffix(HELD_APART)).expanduser().exists():
         text, _, weight = text.rpartition("=")
         try:
             value = float(weight)
@@ -89,24 +100,26 @@ def parse_source(text: str, flag: str) -> Source:
                 f"{flag} {text}={weight}: the weight must be a finite number above 0, such as "
                 f"{text}=0.5"
             )
-        return replace(parse_source(text, flag), weight=value)
-    source = _built_in(text, flag) or _local(text, flag) or _on_hub(text, flag)
+        return replace(parse_source(text, flag, column), weight=value)
+    source = _built_in(text, flag) or _local(text, flag, column) or _on_hub(text, flag, column)
     if source:
         return source
     raise UserError(
         f"{flag} {text}: no such name, folder or file; names are {', '.join(BUILT_IN)}; or give a "
-        f"hub data set owner/name[:config][:split][:column], a folder with train*.jsonl, or a file "
+        f"hub data set owner/name[:config][:split][:column], or a file or a folder of files "
         f"({', '.join(FILES)})"
     )
 
 
-def parse_sources(texts: Sequence[str], flag: str, mixture: bool = False) -> list[Source]:
+def parse_sources(
+    texts: Sequence[str], flag: str, mixture: bool = False, column: str = "text"
+) -> list[Source]:
     """Return all sources of one flag, with different names; `mixture` allows weights.
 
     Without weights the sources of a mixture count the same. Raises UserError also for a source
     that is named twice, and if only some have a weight.
     """
-    sources = [parse_source(text, flag) for text in texts]
+    sources = [parse_source(text, flag, column) for text in texts]
     given = " ".join(texts)
     for source in sources:
         if source.weight is not None and not mixture:
@@ -128,13 +141,28 @@ def mixture_name(sources: Sequence[Source]) -> str:
     return "+".join(f"{s.name}={(s.weight or 1) / total:.3g}" for s in sources)
 
 
-def folder_files(source: Source, split: str) -> list[Path]:
-    """Return the files of one split (`train` or `test`) of a local folder, sorted by name."""
-    return sorted(p for ending in ROWS for p in source.path.glob(f"{split}*{ending}"))
+def folder_files(path: Path, split: str) -> list[Path]:
+    """Return the files of one split (`train` or `test`) of a local folder, sorted by name.
+
+    Where no file is named `train*`, all that are not named `test*` are the train text. JSON lines
+    are read alone, and plain text only where there is nothing else: it may be a README.
+    """
+    paths = sorted(p for p in path.iterdir() if p.name.endswith(FILES) and not p.is_dir())
+    named = [p for p in paths if p.name.startswith(split)]
+    others = [p for p in paths if split == "train" and not p.name.startswith(("test", "."))]
+    for group, endings in product((named, others), (ROWS, TABLES, PLAIN)):
+        if chosen := [p for p in group if p.name.endswith(endings)]:
+            return chosen
+    return []
 
 
-def check_text(source: Source, text: object, place: str) -> str:
+def text_of(source: Source, row: Mapping[str, object], place: object) -> str:
     """Return the text of the row at `place`. Raises UserError if no tokenizer can take it."""
+    if source.column not in row:
+        columns = ", ".join(map(str, row)) or "none"
+        problem = f"{place}: no column {source.column!r}; there are: {columns}"
+        raise source.error(f"{problem}; name one by --column")
+    text = row[source.column]
     if not isinstance(text, str):
         raise source.error(f"{place}: the text is of type {type(text).__name__}, not a string")
     try:
@@ -146,19 +174,29 @@ def check_text(source: Source, text: object, place: str) -> str:
 
 def has_test(source: Source) -> bool:
     """Return whether the source is a local folder with a test text."""
-    return bool(source.path and source.path.is_dir() and folder_files(source, "test"))
+    return bool(source.path and source.path.is_dir() and folder_files(source.path, "test"))
 
 
-def _local(text: str, flag: str) -> Source | None:
+def is_parted(source: Source, split: str) -> bool:
+    """Return whether a split of the source is a part of what its files hold."""
+    is_folder = bool(source.path and source.path.is_dir())
+    return source.parted or (split == "test" and is_folder and not has_test(source))
+
+
+def _local(text: str, flag: str, column: str) -> Source | None:
     path = Path(text).expanduser()
+    if text.endswith(HELD_APART) and not path.exists():
+        source = _local(text.removesuffix(HELD_APART), flag, column)
+        return source and replace(source, text=text, parted=not has_test(source))
     if path.is_dir():
-        return Source(text, flag, path.resolve().name, path=path)
-    ending = next((e for e in FILES if text.endswith(e)), None)
+        draw = JOINED if any(p.name.endswith(PLAIN) for p in folder_files(path, "train")) else ONCE
+        return Source(text, flag, path.resolve().name, path=path, column=column, draw=draw)
+    ending = next((e for e in FILES if path.name.endswith(e)), None)
     if path.exists():
         if not path.is_file() or not ending:
             raise UserError(f"{flag} {text}: not a folder, nor a file in {', '.join(FILES)}")
-        draw = JOINED if ending == ".txt" else ONCE
-        return Source(text, flag, path.name.removesuffix(ending), path=path, draw=draw)
+        name, draw = path.name.removesuffix(ending), JOINED if ending in PLAIN else ONCE
+        return Source(text, flag, name, path=path, column=column, draw=draw)
     if ending or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise UserError(f"{flag} {text}: no such file or folder; check the path")
     return None
@@ -174,15 +212,15 @@ def _built_in(text: str, flag: str) -> Source | None:
     return Source(text, flag, text, **entry | {"config": entry["config"].format(language)})
 
 
-def _on_hub(text: str, flag: str) -> Source | None:
+def _on_hub(text: str, flag: str, column: str) -> Source | None:
     if not HUB_ID.fullmatch(text):
         return None
     hub, *parts = text.split(":")
-    config, split, column = [part or None for part in (*parts, "", "", "")[:3]]
+    config, split, own_column = [part or None for part in (*parts, "", "", "")[:3]]
     place = {"hub": hub, "config": config} if config else {"hub": hub}
     entries = [e for e in BUILT_IN.values() if "train_file" not in e]
     same = (e for e in entries if place == {k: e[k] for k in ("hub", "config") if k in e})
-    rules = next(same, STREAMED) | place | dict(split=split, column=column or "text")
+    rules = next(same, STREAMED) | place | dict(split=split, column=own_column or column)
     return Source(text, flag, text.partition("/")[2], **rules)
 
 

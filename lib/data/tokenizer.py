@@ -23,12 +23,11 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lib.data.tokenizer_model import CHECK, check_of
+from lib.data.tokenizer_model import BYTE_TOKENS, CHECK, check_of
 from lib.util.errors import UserError
 from lib.util.token_ids import map_token_ids
 
 FLAG = "--trim_vocabulary"
-BYTES = [f"<0x{number:02X}>" for number in range(256)]
 LITERALS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 TAGS = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
 ROLES = "user assistant system tool".split()
@@ -111,8 +110,8 @@ class TrimmableTokenizer:
         needed |= set(_substitutes(components))  # as bytes, the sign for a blank would stay a sign
         if any(part.get("type") == "ByteLevel" for part in _components(components)):
             needed |= set(pre_tokenizers.ByteLevel.alphabet())
-        elif model.get("byte_fallback") and set(BYTES) <= self.token_to_id.keys():
-            needed |= set(BYTES)
+        elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
+            needed |= BYTE_TOKENS
         else:
             needed |= {token for token in self.model_tokens if len(token) == 1}
         if self.kind == "Unigram":

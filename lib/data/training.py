@@ -20,6 +20,7 @@ from lib.data.documents import read_documents
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
     STREAM_LIMIT,
+    TextTooShort,
     apportion,
     digest,
     interleave,
@@ -137,10 +138,9 @@ def _cut_windows(
     if len(windows) < 2:
         if n_dropped:
             raise source.error("its train text is part of the test text; recover on other texts")
-        raise source.error(
-            f"its {n_tried} texts give {len(windows)} windows of {seqlen} tokens to recover on, "
-            f"two are needed; the longest has {longest}, use a smaller --seqlen or longer texts"
-        )
+        problem = f"its {n_tried} texts give {len(windows)} windows of {seqlen} tokens to recover "
+        problem += f"on, two are needed; the longest has {longest}, use a smaller --seqlen or "
+        raise TextTooShort(source, f"{problem}longer texts", longest // 2)
     del windows[limit:]
     rng.shuffle(windows)
     return torch.stack(windows), n_dropped, revision

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lib.data import hub
 from lib.data.documents import read_documents
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
+from lib.util.errors import UserError
 
 BUFFER = 1_000  # documents of a stream that are shuffled among each other
 STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
@@ -30,8 +31,16 @@ TEST_CHARACTERS = 4_000_000  # read of a large set's test text: 256 windows of 4
 TEST_WINDOWS = 256  # measured of a large set
 PROMPT = 16  # tokens of a prompt
 PROMPT_CHARACTERS = 50 * PROMPT  # of a document that are tokenised for its prompt
-REUSE = 4  # windows of a text file that a token may be in, on average
+APART = 4  # windows of plain text begin a fourth of a window apart or more, on average
 log = logging.getLogger(__name__)
+
+
+class TextTooShort(UserError):
+    """The texts do not give the windows; those of `fits` tokens they would give."""
+
+    def __init__(self, source: Source, problem: str, fits: int = 0) -> None:
+        super().__init__(str(source.error(problem)))
+        self.fits = fits
 
 
 def calibration_windows(
@@ -110,19 +119,20 @@ def _draw_windows(
     if len(rows) < count:
         longest = sorted(lengths.values(), reverse=True)
         needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window fits into
-        way_out = "use a smaller --nsamples or more texts"
-        if len(longest) >= needed and longest[needed - 1] > 2:
-            way_out = f"--seqlen {longest[needed - 1] - 1} gives {count} windows"
-        raise source.error(
-            f"its {len(longest)} texts can give only {len(rows)} windows of {seqlen} tokens, "
-            f"{count} are wanted; the longest has {longest[0]} tokens, {way_out}"
-        )
+        fits = longest[needed - 1] - 1 if len(longest) >= needed else 0
+        ways = [f"--seqlen {fits} gives {count} windows"] if fits > 1 else []
+        ways += [f"--nsamples {len(rows)} takes these"] if rows else []
+        way_out = " or ".join(ways) or "give longer texts"
+        problem = f"its {len(longest)} texts can give only {len(rows)} windows of {seqlen} tokens, "
+        problem += f"{count} are wanted; the longest has {longest[0]} tokens, {way_out}"
+        raise TextTooShort(source, problem, fits)
     tokens = sum(lengths.values())
-    if source.draw == JOINED and source.path and count * seqlen > REUSE * tokens:
-        raise source.error(  # they would be nearly the same ones
-            f"its {tokens} tokens are too few for {count} windows of {seqlen}; give a longer text, "
-            f"--nsamples {REUSE * tokens // seqlen} or --seqlen {max(REUSE * tokens // count, 2)}"
-        )
+    needed = seqlen + (count - 1) * seqlen // APART
+    if source.draw == JOINED and source.path and tokens < needed:  # they would be nearly the same
+        most, fits = APART * (tokens - seqlen) // seqlen + 1, APART * tokens // (count + APART - 1)
+        problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
+        problem += f"{seqlen}; give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
+        raise TextTooShort(source, problem, fits)
     record = {"name": source.name, "source": source.text, "revision": revision}
     return windows, record | {"windows": count, "rows": rows, "starts": starts}
 
@@ -218,7 +228,7 @@ def test_set(
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
         way_out = f"use --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
-        raise source.error(f"{problem}; {way_out}")
+        raise TextTooShort(source, f"{problem}; {way_out}", len(ids))
     count = min(count, TEST_WINDOWS) if source.sampled else count
     windows = ids[: count * step].view(count, step)
     if bos is not None:

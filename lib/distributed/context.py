@@ -143,6 +143,7 @@ class DistContext:
         if self.size > 1:
             self.barrier()  # a connection that is closed too early breaks another's collective
             torch_dist.destroy_process_group()
+            self.size = self.local_size = 1  # the main rank may go on alone
 
     @contextmanager
     def collective(self) -> Iterator[None]:

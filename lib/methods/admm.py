@@ -31,7 +31,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lib.methods.damping import cholesky, inverse_
+from lib.methods.gram import cholesky, inverse_
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
 from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, n_of_first, threshold

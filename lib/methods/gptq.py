@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lib.methods.damping import cholesky
+from lib.methods.gram import cholesky
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
 from lib.methods.sparsegpt import unit_inverse
 from lib.packed.formats import FORMATS, Q4_0, Int4

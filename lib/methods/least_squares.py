@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from lib.methods.base import PruningMethod
-from lib.methods.damping import damped_cholesky_, inverse_
-from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
+from lib.methods.gram import add_cross_, add_upper_gram_, damped_cholesky_, inverse_, mirror_
 
 FLOOR = 0.01  # of an input's variance: the least damping
 

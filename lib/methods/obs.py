@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.methods.damping import UNFACTORED, cholesky
+from lib.methods.gram import UNFACTORED, cholesky
 from lib.util.errors import UserError
 
 STAGE = 16  # rows that go at a time

@@ -40,8 +40,7 @@ import torch
 from torch import Tensor
 
 from lib.methods.base import PruningMethod
-from lib.methods.damping import damped_cholesky_, inverse_
-from lib.methods.gram import add_upper_gram_, mirror_
+from lib.methods.gram import add_upper_gram_, damped_cholesky_, inverse_, mirror_
 from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, n_of_first
 

@@ -95,7 +95,8 @@ def threshold(score: Tensor, count: int) -> float:
     score = score.reshape(-1)
     if score.device.type == "cpu":
         return float(_select(score.numpy(), count))
-    return score.sort().values[count - 1].item()
+    # an accelerator selects without sorting
+    return score.topk(count, largest=False, sorted=False).values.max().item()
 
 
 def _select(scores: Any, count: int) -> Any:

@@ -54,25 +54,20 @@ class Checkpoint:
 
 
 def check_folder(checkpoint: Checkpoint) -> None:
-    """Raise UserError for a local folder that holds no model, or only an adapter."""
+    """Raise UserError for a local folder without a model and its weights; read no weight."""
     folder = Path(checkpoint.name)
+    if not folder.exists():
+        return
     if (folder / ADAPTER).is_file():
         raise UserError(
             f"{checkpoint}: holds an adapter ({ADAPTER}), which would not be pruned; merge it into "
             f"the model first (peft's merge_and_unload), or move {ADAPTER} away"
         )
-    if folder.exists() and not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         raise UserError(
             f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
-
-
-def check_weight_files(checkpoint: Checkpoint) -> None:
-    """Raise UserError if a local folder's weight files are missing or truncated; read no weight."""
-    folder = Path(checkpoint.name)
-    if not folder.is_dir():
-        return
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         with as_user_error(checkpoint, INDEX, "download it again"):
@@ -128,9 +123,6 @@ def quantisation(load_bit: str | None) -> dict:
     return {"quantization_config": config}
 
 
-TRUST = "give --trust_remote_code to run that code, if you trust it"
-
-
 @contextmanager
 def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[None]:
     """Inside, an exception becomes a UserError: `what` can't be loaded, why, and the way out."""
@@ -141,8 +133,11 @@ def as_user_error(checkpoint: Checkpoint, what: str, way_out: str) -> Iterator[N
     except Exception as error:  # safetensors and tokenizers raise direct children of Exception
         if type(error).__name__ == "OutOfMemoryError":
             raise
+        if "negative dimension" in str(error):  # transformers first leaves 1.2 GiB of a device
+            raise MemoryError("the device has less than 1.2 GiB") from error
         if "trust_remote_code" in str(error) and not checkpoint.trust_remote_code:
-            what, way_out = f"{what}, which brings code of its own,", TRUST
+            what = f"{what}, which brings code of its own,"
+            way_out = "give --trust_remote_code to run that code, if you trust it"
         raise UserError(
             f"{checkpoint}: {what} can't be loaded ({first_line(error)}); {way_out}"
         ) from error

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,11 +228,7 @@ class BlockRunner:
         ids = states.windows[batch].to(self.device)
         last = self.transfer.fetch(states.hidden, batch)
 
-        @torch.no_grad()
-        def logits_at(positions: Tensor) -> Tensor:
-            return self.logits_from_hidden(ids, lambda: last, positions)
-
-        return logits_at
+        return torch.no_grad()(lambda at: self.logits_from_hidden(ids, lambda: last, at))
 
     def logits_from_hidden(
         self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor
@@ -292,21 +288,16 @@ class BlockRunner:
     def _probe(self) -> dict[type, int]:
         """Return the length of the tuple that each class of block returns; 0 for a tensor."""
         lengths: dict[type, int] = {}
+        classes = {type(block) for block in self.blocks}
 
-        def prober(index: int) -> Callable:
-            block = self.blocks[index]
-            original = block.forward
+        def see(block: nn.Module, _: tuple, out: Any) -> None:
+            lengths[type(block)] = len(out) if isinstance(out, tuple) else 0
+            if len(lengths) == len(classes):
+                raise Stop
 
-            def forward(*args, **kwargs):
-                out = original(*args, **kwargs)
-                lengths[type(block)] = len(out) if isinstance(out, tuple) else 0
-                if len(lengths) == len({type(b) for b in self.blocks}):
-                    raise Stop
-                return out
-
-            return forward
-
-        with replaced(self.blocks, prober):
+        with ExitStack() as hooks:
+            for block in self.blocks:
+                hooks.enter_context(block.register_forward_hook(see))
             self._call_model(torch.zeros(1, 2, dtype=torch.long, device=self.device))
         return lengths
 

@@ -139,8 +139,7 @@ def watch_inputs(
     with ExitStack() as stack:
         for linear in linears:
             if linear.expert is None:
-                handle = register(linear.module, hook(linear), with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.enter_context(register(linear.module, hook(linear), with_kwargs=True))
         if experts := [linear for linear in linears if linear.expert is not None]:
             stack.enter_context(_ExpertProducts(experts, see, after))
         yield
@@ -152,9 +151,6 @@ watch_outputs = partial(watch_inputs, after=True)
 @contextmanager
 def eager_experts(model: nn.Module) -> Iterator[None]:
     """Inside, experts multiply one by one, so that each one's input can be seen; same results."""
-    if not hasattr(model, "set_experts_implementation"):
-        yield
-        return
     before = model.get_experts_implementation()
     try:
         model.set_experts_implementation("eager")

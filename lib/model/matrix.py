@@ -67,6 +67,8 @@ class PrunableLinear:
 
     def saved_dtype(self, save_dtype: torch.dtype | None) -> torch.dtype:
         """The dtype in which ranks send the matrix, and save it; None: the weight's own."""
+        if self.is_quantised:  # it is quantised again afterwards
+            return torch.float32
         return save_dtype or self.raw_weight.dtype
 
     def set_weight_(self, matrix: Tensor) -> None:

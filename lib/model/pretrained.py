@@ -24,7 +24,6 @@ from lib.model.access import (
     as_user_error,
     check_complete,
     check_folder,
-    check_weight_files,
     quantisation,
 )
 from lib.model.quantised import keep_bnb_layout
@@ -75,7 +74,6 @@ def set_current_device(device: torch.device) -> None:
 def load_config(checkpoint: Checkpoint) -> Any:
     """Load the model's config, before any weight. Raises UserError if it can't be loaded."""
     check_folder(checkpoint)
-    check_weight_files(checkpoint)
     way_out = "check that file and the installed transformers"
     with as_user_error(checkpoint, "its config.json", way_out):
         return AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
@@ -168,7 +166,8 @@ def load_model(
 ) -> nn.Module:
     """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged."""
     checkpoint = checkpoint.pinned(config)
-    with as_user_error(checkpoint, "its weights", "are they complete? download them again"):
+    way_out = "are they complete? download them again; where memory is short, --offload FOLDER"
+    with as_user_error(checkpoint, "its weights", way_out):
         model, info = AutoModelForCausalLM.from_pretrained(
             checkpoint.name,
             config=config,
@@ -220,10 +219,11 @@ def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
 def save_in_shards(
     model: nn.Module, folder: Path, dtype: torch.dtype, shards: dict[Path, list[str]]
 ) -> dict[str, str] | None:
-    """As `save_model`, but move the files of finished blocks, {file: names}, into it as its shards.
+    """As `save_model`, but the files of finished blocks, {file: names}, become its shards.
 
-    Returns {file: its name in the folder}; None, having written nothing, where the names in a
-    checkpoint of this model differ from those in the files.
+    They stay where they are, too: on the same disk that takes no room. Returns {file: its name in
+    the folder}; None, having written nothing, where the names in a checkpoint of this model differ
+    from those in the files.
     """
     inside = {name for each in shards.values() for name in each}
     held = {name: each.to("meta") for name, each in model.state_dict().items() if name in inside}
@@ -239,11 +239,15 @@ def save_in_shards(
     weight_map, size, moved = {}, 0, {}
     for number, file in enumerate([folder / WEIGHTS, *shards], 1):
         shard = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
-        shutil.move(file, shard)
+        try:
+            os.link(file, shard)
+        except OSError:  # another disk, or one without hard links
+            shutil.copyfile(file, shard)
         moved[str(file)] = shard.name
         with safe_open(shard, "pt") as stored:
             weight_map |= dict.fromkeys(stored.keys(), shard.name)
         size += shard.stat().st_size
+    (folder / WEIGHTS).unlink()
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
     return moved

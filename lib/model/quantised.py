@@ -21,18 +21,11 @@ from lib.util.errors import UserError
 FORMATS = ("bitsandbytes",)
 
 
-class _Quantised(PrunableLinear):
-    """A quantised matrix, which is sent and saved in float32 and then requantised."""
+@dataclass(eq=False)
+class Quantised4bit(PrunableLinear):
+    """bitsandbytes' Linear4bit: codes of 4 bits, two in a byte, with a scale for each block."""
 
     is_quantised: ClassVar[bool] = True
-
-    def saved_dtype(self, rounding: torch.dtype | None = None) -> torch.dtype:
-        return torch.float32
-
-
-@dataclass(eq=False)
-class Quantised4bit(_Quantised):
-    """bitsandbytes' Linear4bit: codes of 4 bits, two in a byte, with a scale for each block."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -74,8 +67,10 @@ class Quantised4bit(_Quantised):
 
 
 @dataclass(eq=False)
-class Quantised8bit(_Quantised):
+class Quantised8bit(PrunableLinear):
     """bitsandbytes' Linear8bitLt: int8 with a scale for each row, the row's largest weight."""
+
+    is_quantised: ClassVar[bool] = True
 
     def matrix(self) -> Tensor:
         codes, scale = self._codes()
@@ -121,8 +116,7 @@ def check_format(
         if changes or load_bit:
             raise UserError(
                 f"{checkpoint}: its linears are packed, which {changes or '--load_bit'} can't work "
-                "on; "
-                "make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
+                "on; make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
             )
         return
     if method not in FORMATS:

@@ -98,6 +98,7 @@ def shared_states(folder: Path, key: str, compute: Callable[[], States]) -> Stat
             for number, states in enumerate(compute())
             for window, hidden in states.items()
         }
+        folder.mkdir(exist_ok=True)
         save_file(named, file.with_suffix(PARTIAL))
         file.with_suffix(PARTIAL).replace(file)
     states: dict[int, dict[int, Tensor]] = defaultdict(dict)

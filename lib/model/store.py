@@ -106,8 +106,8 @@ class BlockStore:
         if self.files is None:
             return True
         if self._zero_copy is None:
-            self._zero_copy = self.device.type == "cpu" and not self.files.on_disk
-            self._zero_copy = self._zero_copy and all(
+            on_cpu = self.device.type == "cpu" and not self.files.on_disk
+            self._zero_copy = on_cpu and all(
                 tensor.dtype == places[path].dtype
                 for index, places in enumerate(self.files.places)
                 for path, tensor in self._read(index)[0].items()
@@ -129,8 +129,10 @@ class BlockStore:
         block = self.blocks[index]
         forward = block.__dict__.pop("forward")  # its own is the class's, also for copies of it
         try:
-            for path, tensor in self._fetch(index).items():
-                set_tensor(block, path, tensor)
+            ahead = self._ahead
+            tensors, dtypes = ahead.take(index, len(self.blocks)) if ahead else self._read(index)
+            for path, tensor in tensors.items():
+                set_tensor(block, path, tensor.to(dtypes[path]))
             yield
             if write_back:
                 self._write(index)
@@ -203,8 +205,7 @@ class BlockStore:
             return
         if self.finished:
             quantised = {f"{path}.weight" for path in matrices or ()}
-            held = dict(matrices or {})
-            held |= {
+            held = dict(matrices or {}) | {
                 path: self._narrowed(index, path, tensor)
                 for path, tensor in self._tensors(index)
                 if path not in quantised
@@ -250,6 +251,12 @@ class BlockStore:
             shards[file] = [place.name for place in places.values()]
         return shards or None
 
+    def wait_for_readers(self) -> None:
+        """Wait until no rank reads blocks any longer: their files may then be moved."""
+        if self.files and self._ahead:
+            self._ahead.forget()
+        self.dist.barrier()
+
     def moved(self, files: Mapping[str, str]) -> None:
         """Read blocks from where their files are now, {old path: new path}; for every rank."""
         for places in self.files.places if self.files else ():
@@ -288,14 +295,6 @@ class BlockStore:
                 ) from error
         return tensors, {path: place.dtype for path, place in places.items()}
 
-    def _fetch(self, index: int) -> dict[str, Tensor]:
-        """Return the tensors of block `index` on the device, in the model's working dtypes."""
-        if self._ahead:
-            following = index + 1 if index + 1 < len(self.blocks) else None
-            return self._ahead.take(index, following)
-        tensors, dtypes = self._read(index)
-        return {path: value.to(dtypes[path]) for path, value in tensors.items()}
-
     def _write(self, index: int) -> None:
         """Write the block on the device to a file, from which it is read from now on."""
         tensors, folder = dict(self._tensors(index)), self.files.folder
@@ -316,7 +315,7 @@ class BlockStore:
         self.files.places[index] = self.dist.all_gather_object(places)[owner]
         self._zero_copy = None
         if self._ahead:
-            self._ahead.forget()
+            self._ahead.forget(index)
 
     def _tensors(self, index: int) -> Iterator[tuple[str, Tensor]]:
         """Yield path and tensor of every weight of the block on the device."""
@@ -359,7 +358,8 @@ class Prefetcher:
     """Copies blocks to a GPU while the block before computes, at most one block ahead.
 
     A thread reads the next block from its files into one of two pinned buffers, from which it is
-    copied in one piece on a stream of its own.
+    copied in one piece on a stream of its own. Three blocks are on the GPU at most: one that
+    computes, one whose work is queued, and one that arrives.
     """
 
     def __init__(self, device: torch.device, read: Callable) -> None:
@@ -369,31 +369,35 @@ class Prefetcher:
         self.buffers: list[Tensor | None] = [None, None]  # (bytes,)
         self.copied: list[torch.Event | None] = [None, None]  # when each buffer was copied
         self.turn = 0
+        self.last = -1
         self.pending: tuple[int, Future] | None = None
         self.computed: deque[torch.Event] = deque()  # the ends of blocks that were taken
 
-    def take(self, index: int, following: int | None) -> dict[str, Tensor]:
-        """Return the tensors of block `index`, and begin to bring the `following` one."""
+    def take(self, index: int, count: int) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+        """Return what `read` gives of block `index`, on the device, and bring the next block."""
         pending, self.pending = self.pending, None
         if pending is None or pending[0] != index:
             if pending:
                 pending[1].result()  # its buffer is in use until then
             pending = index, self.thread.submit(self._bring, index)
-        views, piece = pending[1].result()
+        views, dtypes, piece = pending[1].result()
         stream = torch.accelerator.current_stream(self.device)
-        wait_for_older(self.computed, stream)
+        wait_for_older(self.computed, stream, ahead=1)
         stream.wait_stream(self.side)
         piece.record_stream(stream)  # or its memory is reused too early
-        if following is not None:
+        following = index - 1 if self.last == index + 1 else index + 1  # in either direction
+        self.last = index
+        if 0 <= following < count:
             self.pending = following, self.thread.submit(self._bring, following)
-        return views
+        return views, dtypes
 
-    def forget(self) -> None:
-        """Drop a block that was brought: the files of a block have changed."""
-        if self.pending and self.pending[1].result():
+    def forget(self, index: int) -> None:
+        """Drop block `index`, whose file has changed, if it was brought."""
+        if self.pending and self.pending[0] == index:
+            self.pending[1].result()
             self.pending = None
 
-    def _bring(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _bring(self, index: int) -> tuple[dict[str, Tensor], dict[str, torch.dtype], Tensor]:
         tensors, dtypes = self.read(index)
         starts, end = {}, 0
         for path, tensor in tensors.items():
@@ -416,7 +420,7 @@ class Prefetcher:
         with self.side:
             piece = buffer[:end].to(self.device, non_blocking=True)
             self.copied[self.turn] = self.side.record_event()
-        return {path: view(piece, path) for path in tensors}, piece
+        return {path: view(piece, path) for path in tensors}, dtypes, piece
 
 
 def _file_name(stage: str, index: int) -> str:

@@ -85,8 +85,8 @@ class Transfer:
         return tensor
 
 
-def wait_for_older(events: deque[torch.Event], stream: torch.Stream) -> None:
-    """Record an event on `stream`, and wait for the event recorded AHEAD calls ago."""
+def wait_for_older(events: deque[torch.Event], stream: torch.Stream, ahead: int = AHEAD) -> None:
+    """Record an event on `stream`, and wait for the event recorded `ahead` calls ago."""
     events.append(stream.record_event())
-    if len(events) > AHEAD:
+    if len(events) > ahead:
         events.popleft().synchronize()

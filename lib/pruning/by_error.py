@@ -34,6 +34,7 @@ from lib.model.linears import eager_experts
 from lib.pruning.allocation import Allocation
 from lib.pruning.fisher import BackwardPass, FisherDiagonal
 from lib.pruning.inputs import first_names, own_windows
+from lib.util.deterministic import deterministic
 
 GROWTH = 2.0
 BELOW = 0.4  # a linear's sparsity is at most so much below r, before the total is set right,
@@ -64,7 +65,7 @@ def by_error(
     sizes: dict[str, int] = {}  # of weights, by their first name
     weight_costs: dict[str, Tensor] = {}  # at each sparsity of the span (STEPS + 1,)
     output_costs: dict[str, Tensor] = {}  # (out,)
-    with eager_experts(runner.model):
+    with deterministic(runner.device, strict=False), eager_experts(runner.model):
         backward = BackwardPass(runner, own, uniforms, on_progress)
         for index in reversed(range(len(runner.blocks))):
             with runner.on_device(index):
@@ -97,8 +98,7 @@ def costs(weight: Tensor, diagonal: FisherDiagonal, ratio: float) -> Tensor:
     each = weight.float().square()
     each *= diagonal.inputs.float()  # a sum: an expert counts as often as it is asked
     each *= (diagonal.grad_sq / diagonal.tokens).float()[:, None]
-    # of a row: along the only dimension of a vector, GPUs add up in no fixed order
-    sums = each.flatten().sort().values.double()[None].cumsum_(1)[0]
+    sums = each.flatten().sort().values.double().cumsum_(0)
     counts = torch.tensor([int(share * len(sums)) for share in (ratio, *span(ratio))])
     at_counts = sums[(counts - 1).clamp_min(0).to(sums.device)].cpu() * (counts > 0)
     least = max(FAINT * float(sums[-1]), torch.finfo(torch.float64).tiny)

@@ -57,8 +57,6 @@ class ExpertsPruned(Pruned):
 
     layout: ExpertLayout | None = None
     left: int = 0
-    weights_before: int = 0
-    weights_after: int = 0
 
     def summary(self) -> list[str]:
         count, share = self.layout.count, 1 - self.weights_after / self.weights_before
@@ -102,20 +100,14 @@ class ExpertPruner(Pruner):
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> ExpertsPruned:
         """As `Pruner.run`; UserError too where experts are called in another way."""
-        self.done.weights_before = self._count_weights()
         super().run(windows, on_progress)
-        self.done.weights_after = self._count_weights()
         model = self.runner.model
         self.layout.set_count(model.config, self.left)
         for path, attribute in self.layout.counters:  # those of blocks are set already
             setattr(model.get_submodule(path), attribute, self.left)
         return self.done
 
-    def _count_weights(self) -> int:
-        return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
-
     def _linears(self, index: int) -> list[PrunableLinear]:
-        self._check_weights(self.runner.linears(index))
         return []  # no linear is changed by itself
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:

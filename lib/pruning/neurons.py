@@ -57,8 +57,6 @@ class NeuronsPruned(Pruned):
 
     layout: MlpLayout | None = None
     left: int = 0
-    weights_before: int = 0
-    weights_after: int = 0
 
     @property
     def kept(self) -> list[list[int]]:
@@ -106,14 +104,9 @@ class NeuronPruner(Pruner):
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> NeuronsPruned:
         """As `Pruner.run`; UserError too where an MLP is more than linears and activation."""
-        self.done.weights_before = self._count_weights()
         super().run(windows, on_progress)
-        self.done.weights_after = self._count_weights()
         self.layout.set_width(self.runner.model.config, self.left)
         return self.done
-
-    def _count_weights(self) -> int:
-        return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The down projection."""

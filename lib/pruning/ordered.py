@@ -88,6 +88,7 @@ def find_order(
     return order
 
 
+@dataclass(eq=False)
 class OrderedBlock:
     """Block `index` of a method that takes inputs in order; `order` are its stages.
 
@@ -96,33 +97,28 @@ class OrderedBlock:
     be wanted; `advance_` computes them, and ends the block.
     """
 
-    def __init__(
-        self,
-        runner: BlockRunner,
-        states: HiddenStates,
-        index: int,
-        order: list[Stage],
-        dense: nn.Module,
-        dense_states: HiddenStates,
-        method: type[PruningMethod],
-        cache_inputs: bool,
-        need_outputs: bool,
-    ) -> None:
-        self.runner, self.states, self.index = runner, states, index
-        self.order, self.method = order, method
-        self.dense, self.dense_states = dense, dense_states
-        self.dense_linears, _ = find_linears(dense, f"{runner.name}.{index}")
-        self.cache_inputs = cache_inputs
-        self.last, final = len(order) - 1, order[-1]
+    runner: BlockRunner
+    states: HiddenStates
+    index: int
+    order: list[Stage]
+    dense: nn.Module
+    dense_states: HiddenStates
+    method: type[PruningMethod]
+    cache_inputs: bool
+    need_outputs: bool
+
+    def __post_init__(self) -> None:
+        self.dense_linears, _ = find_linears(self.dense, f"{self.runner.name}.{self.index}")
+        self.last, final, batches = len(self.order) - 1, self.order[-1], self.states.batches
         # the untouched block runs before the first stage for all, or before each for it alone
-        self.dense_to_the_end = bool(need_outputs or final.projection)
-        self.needs: list[Needs] = [{} for _ in states.batches]  # kept for later stages
+        self.dense_to_the_end = bool(self.need_outputs or final.projection)
+        self.needs: list[Needs] = [{} for _ in batches]  # kept for later stages
         # the block's outputs are the stream that is kept then, and one product
         exact = final.projection and final.projection.exact
-        self.finish_from_stream = bool(cache_inputs and need_outputs and exact)
+        self.finish_from_stream = bool(self.cache_inputs and self.need_outputs and exact)
         # of projections, by place: inputs, then outputs once they are pruned
-        self.inputs: list[dict[int, Tensor]] = [{} for _ in states.batches]
-        self.outputs: list[dict[int, Tensor]] = [{} for _ in states.batches]
+        self.inputs: list[dict[int, Tensor]] = [{} for _ in batches]
+        self.outputs: list[dict[int, Tensor]] = [{} for _ in batches]
 
     def observe(self, place: int) -> list[Group]:
         """The statistics of stage `place`, those before it being pruned."""

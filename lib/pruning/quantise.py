@@ -26,17 +26,18 @@ from lib.util.errors import UserError
 
 
 class Quantiser(Pruner):
-    """Quantises in place by `method`; what a linear was is its aim.
+    """Quantises in place by `solver`; what a linear was is its aim.
 
     The result is reported in `done`, as if it were pruned.
     """
 
     stage = "quantised"
+    solver: type[GPTQ] = GPTQ
     nothing = NOTHING_TO_PACK  # to quantise: the error
 
-    def __init__(self, runner: BlockRunner, method: type[GPTQ] = GPTQ) -> None:
-        super().__init__(runner, method, Allocation({}))
-        self.fmt = method.fmt
+    def __init__(self, runner: BlockRunner) -> None:
+        super().__init__(runner, self.solver, Allocation({}))
+        self.fmt = self.solver.fmt
         self.save_dtype = None  # integers times scales are kept as they are
 
     def takes(self, linear: PrunableLinear) -> bool:
@@ -72,10 +73,8 @@ class LlamaCppQuantiser(Quantiser):
     nearest.
     """
 
+    solver = GPTQForLlamaCpp
     nothing = "--quantize q4_0: no linear has rows of whole blocks of 32; remove the flag"
-
-    def __init__(self, runner: BlockRunner) -> None:
-        super().__init__(runner, GPTQForLlamaCpp)
 
     def takes(self, linear: PrunableLinear) -> bool:
         return self.fmt.takes(linear.shape[1])

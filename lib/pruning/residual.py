@@ -12,7 +12,7 @@ the module need not run again: its outputs can be replayed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +70,9 @@ def as_residual_projection(
 ) -> ResidualProjection | None:
     """How `linear` adds to the stream of a block that `run` takes `hidden` through, or None."""
     outputs: list[Tensor] = []
-    handle = linear.module.register_forward_hook(lambda _, args, out: outputs.append(out))
-    try:
-        with zeroed_outputs(later):
-            total = run()
-    finally:
-        handle.remove()
+    hook = linear.module.register_forward_hook(lambda _, args, out: outputs.append(out))
+    with hook, zeroed_outputs(later):
+        total = run()
     if len(outputs) != 1 or outputs[0].shape != total.shape:
         return None
     with zeroed_outputs([linear, *later]):
@@ -109,17 +106,13 @@ def module_ending_in(
         for path, inner in block.named_modules()
         if path and any(part is linear.module for part in inner.modules())
     ]
-    handles = [
-        block.get_submodule(path).register_forward_hook(
-            lambda _, args, out, path=path: returned.update({path: out})
-        )
-        for path in paths
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path in paths:
+            hook = block.get_submodule(path).register_forward_hook(
+                lambda _, args, out, path=path: returned.update({path: out})
+            )
+            hooks.enter_context(hook)
         whole = run()
-    finally:
-        for handle in handles:
-            handle.remove()
     *outer, innermost = paths  # from the outside inwards, the linear's module at the end
     own = returned[innermost]
     for path in outer:
@@ -155,20 +148,19 @@ def stream_at(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor
 @contextmanager
 def zeroed_outputs(linears: Sequence[PrunableLinear]) -> Iterator[None]:
     """Inside, the modules of `linears` return zeros; afterwards they compute again."""
-    first = {id(linear.module): linear for linear in reversed(linears)}
-    parameters: dict[int, set[str]] = {}
+    outputs: dict[nn.Module, dict[str, int]] = {}  # of each parameter
     for linear in linears:
-        parameters.setdefault(id(linear.module), set()).add(linear.parameter)
+        outputs.setdefault(linear.module, {})[linear.parameter] = linear.shape[0]
 
     def make(index: int) -> Callable:
-        linear = list(first.values())[index]
-        whole = len(parameters[id(linear.module)]) > 1  # experts, from hidden states to the same
+        counts = list(list(outputs.values())[index].values())
 
         def forward(*args, **kwargs) -> Tensor:
             x = first_argument(args, kwargs)
-            return x.new_zeros(*x.shape[:-1], x.shape[-1] if whole else linear.shape[0])
+            # experts of several parameters go from hidden states to the same
+            return x.new_zeros(*x.shape[:-1], x.shape[-1] if len(counts) > 1 else counts[0])
 
         return forward
 
-    with replaced([linear.module for linear in first.values()], make):
+    with replaced(list(outputs), make):
         yield

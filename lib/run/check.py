@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.data.documents import check_source
+from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
 from lib.methods.registry import method_of
 from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
@@ -19,7 +20,7 @@ from lib.model.experts import find_experts
 from lib.model.mlp import find_mlps
 from lib.model.quantised import check_format, stored_bits
 from lib.model.rows import config_token_ids, trimmable_rows
-from lib.model.run_folder import RunFolder
+from lib.model.run_folder import JOB, RunFolder
 from lib.pruning.experts import count_left as experts_left
 from lib.pruning.inputs import check_widths
 from lib.pruning.neurons import count_left
@@ -53,6 +54,10 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
+    for test in tests:
+        if is_parted(test, "test"):
+            count = len(test.read["test"])
+            job.print(f"{test.text}: {count} documents, a tenth, are held apart to measure on")
     if reads_train(args):
         job.print(*same_texts(sources, tests))
     if args.recover:
@@ -65,8 +70,10 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     if args.bos == "always":
         bos = pretrained.required_bos_id(job.tokenizer)
     job.texts = read_texts(job, bos)
+    width = job.config.get_text_config(decoder=True).hidden_size
+    job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     _check_tokens(job)
-    _open_store(job)
+    open_store(job)
     return job
 
 
@@ -79,9 +86,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         stage = partial_of(args.save_model)
         is_resumed = args.resume and Path(args.resume).resolve() == stage.resolve()
         if stage.exists() and not is_resumed:
+            can_resume = f"continue that by --resume {stage}, or " * (stage / JOB).exists()
             raise UserError(
                 f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
-                f"continue that by --resume {stage}, or remove it"
+                f"{can_resume}remove it"
             )
     if args.tasks:
         check_tasks(args.tasks, args.include_path)
@@ -114,8 +122,6 @@ def _open_model(args: argparse.Namespace) -> Job:
         changes=f"--{changes[0]}" if changes else None,
         offload=args.offload,
     )
-    seqlen = pretrained.window_length(config, args.seqlen)
-    width = config.get_text_config(decoder=True).hidden_size
     skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     job = Job(
@@ -128,8 +134,8 @@ def _open_model(args: argparse.Namespace) -> Job:
         checkpoint=checkpoint,
         config=config,
         tokenizer=pretrained.load_tokenizer(checkpoint),
-        seqlen=seqlen,
-        batch_size=args.batch_size or pretrained.default_batch_size(device, seqlen, width),
+        seqlen=pretrained.window_length(config, args.seqlen),
+        batch_size=0,  # the texts decide how long windows are
         skeleton=skeleton,
         blocks_name=blocks_name,
         method=method_of(args.prune_method, args.use_variant) if args.prune_method else None,
@@ -210,7 +216,7 @@ def _check_tokens(job: Job) -> None:
         )
 
 
-def _open_store(job: Job) -> None:
+def open_store(job: Job) -> None:
     """Open the folder of finished blocks: --resume, --offload, or beside --save_model.
 
     Raises UserError if an interrupted run, or another rank, has another fingerprint.
@@ -220,7 +226,8 @@ def _open_store(job: Job) -> None:
     if changes and args.save_model:
         places.append(("--save_model", str(partial_of(args.save_model))))
     flag, path = next(((flag, path) for flag, path in places if path), (None, None))
-    job.fingerprint = fingerprint(job, weights=bool(path and changes) or job.shared is not None)
+    weighed = bool(path and changes) or job.shared is not None
+    job.fingerprint = job.fingerprint or fingerprint(job, weighed)
     pruning = job.fingerprint["pruning"]
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
     if not path or not job.dist.is_main:

@@ -165,12 +165,19 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "calibration_data",
         INPUT,
-        "ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]), a "
-        "folder with train*.jsonl[.gz] (rows with `text`), or a file; several as SOURCE=WEIGHT "
-        "make a mixture",
+        "ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]), or "
+        "a file or folder of .jsonl, .csv, .parquet or plain text; several as SOURCE=WEIGHT make a "
+        "mixture",
         nargs="+",
         metavar="SOURCE",
         shown="ubertext",
+    )
+    flag(
+        "column",
+        INPUT,
+        "column of your files and hub sets that holds the texts",
+        default="text",
+        metavar="NAME",
     )
     switch(
         "prune_on_c4",
@@ -318,7 +325,8 @@ def build_parser() -> argparse.ArgumentParser:
         "test texts, given as for --calibration_data; each is measured separately",
         nargs="+",
         metavar="SOURCE",
-        shown="the calibration sources' own test*.jsonl; of ubertext and c4, ubertext",
+        shown="the calibration sources' own test text; of ubertext and c4, ubertext; of files "
+        "without one, a tenth of the documents, which is held apart",
     )
     flag(
         "prompts",

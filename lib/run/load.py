@@ -91,8 +91,12 @@ def plan_memory(job: Job) -> MemoryPlan:
     dtype = pretrained.pick_dtype(args.dtype, config, job.device)
     inside = sum(parameter.numel() for parameter in blocks.parameters())
     outside = sum(parameter.numel() for parameter in job.skeleton.parameters()) - inside
-    gpu = job.device.type != "cpu"
-    free = free_on(job.device) if gpu else available() // dist.local_size
+    gpu, here = job.device.type != "cpu", torch.accelerator
+    if gpu:  # torch's own cache is free too
+        free = torch.get_device_module(job.device).mem_get_info(job.device)[0]
+        free += here.memory_reserved(job.device) - here.memory_allocated(job.device)
+    else:
+        free = available() // dist.local_size
     bits = BITS[args.load_bit] if args.load_bit else 8 * dtype.itemsize
     weights = int(inside * bits / 8) + outside * dtype.itemsize
     quantised = args.load_bit or getattr(config, "quantization_config", None)
@@ -108,7 +112,7 @@ def plan_memory(job: Job) -> MemoryPlan:
     windows = 0 if texts.windows is None else len(texts.windows)
     windows = len(range(windows)[dist.share(windows)])
     hidden = 2 * windows * job.seqlen * width * dtype.itemsize  # pruned and dense stream
-    left = free - (2 * weights // len(blocks) if fetched else weights)
+    left = free - (3 * weights // len(blocks) if fetched else weights)
     on_device = not gpu or 4 * hidden < left
     batch = job.batch_size * job.seqlen * width * dtype.itemsize
     training = TRAINED * inside + weights + KEPT * len(blocks) * batch
@@ -122,14 +126,6 @@ def plan_memory(job: Job) -> MemoryPlan:
         state_device=job.device if on_device else torch.device("cpu"),
         cache_inputs=left - hidden > CACHED * hidden,
         checkpointed=training > free,
-    )
-
-
-def free_on(device: torch.device) -> int:
-    """Return the bytes that this process can still allocate on a GPU, torch's cache included."""
-    module, here = torch.get_device_module(device), torch.accelerator
-    return module.mem_get_info(device)[0] + (
-        here.memory_reserved(device) - here.memory_allocated(device)
     )
 
 

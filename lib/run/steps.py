@@ -37,8 +37,8 @@ from lib.run.results import write_results
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.sparse import check_same_outputs, pack_, packed_weights, relative_difference
-from lib.util.errors import UserError
-from lib.util.files import partial_of, put_in_place
+from lib.util.errors import UserError, first_line
+from lib.util.files import partial_of, put_in_place, sync_all
 from lib.util.host import gib
 from lib.util.progress import progress
 from lib.vocabulary import PROOF_TOKENS
@@ -243,13 +243,18 @@ def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
 
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
-    """Save model and tokenizer as a new folder; where blocks are in files, these are moved."""
+    """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
     weights, moved = runner.weights, {}
-    job.dist.barrier()  # no rank reads any longer what is moved
+    weights.wait_for_readers()
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
     if job.dist.is_main:
+        holds_blocks = bool(job.store) and job.store.folder.resolve() == stage.resolve()
         stage.mkdir(parents=True, exist_ok=True)
-        with job.timed("save"):
+        for file in stage.glob("model*.safetensors*"):
+            file.unlink()  # of a run that was killed while it saved
+        with job.timed("save"), ExitStack() as failed:
+            if not holds_blocks:
+                failed.callback(shutil.rmtree, stage, ignore_errors=True)
             try:
                 shards = weights.shards()
                 names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
@@ -260,15 +265,24 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 raise UserError(f"--save_model {target}: can't be saved ({error})") from error
             job.tokenizer.save_pretrained(stage)
             write_tokenizer_model(job.tokenizer, stage)
+            sync_all(stage)
+            failed.pop_all()
             moved = {old: str(target / name) for old, name in (names or {}).items()}
-            if job.store and (weights.resident or job.store.folder.resolve() == stage.resolve()):
-                if not weights.resident:  # what is still read goes elsewhere until the end
+            if job.store and (weights.resident or holds_blocks):
+                if not (weights.resident or names):  # what is still read stays until the end
                     other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
                     for file in job.store.files():
                         moved[str(file)] = shutil.move(file, other)
                 job.store.clear()
                 job.store = None
-            put_in_place(stage, target)
+            try:
+                put_in_place(stage, target)
+            except OSError as error:
+                raise UserError(
+                    f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
+                ) from error
+            for file in names or ():  # it has another name now
+                Path(file).unlink(missing_ok=True)
         files = [file for file in target.rglob("*") if file.is_file()]
         job.results["saved_bytes"] = sum(file.stat().st_size for file in files)
         print(f"saved: {target}", flush=True)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lib.data.documents import locations
-from lib.data.sources import Source, has_test, parse_sources
+from lib.data.sources import HELD_APART, Source, has_test, is_parted, parse_sources
 from lib.data.training import training_windows
-from lib.data.windows import calibration_windows, test_set
+from lib.data.windows import TextTooShort, calibration_windows, test_set
 from lib.eval import needs_bos
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import default_bos_id
 from lib.run.flags import reads_train
 from lib.run.job import Job, Texts
+
+PUBLISHED = ("ubertext", "c4")  # which are measured on UberText
+SHORTEST = 128  # tokens: a shorter window is used only where it is asked for
 
 
 def named_sources(
@@ -21,31 +25,38 @@ def named_sources(
 ) -> tuple[list[Source], list[Source], list[Source]]:
     """Return the sources for calibration, for the trimmed vocabulary, and for evaluation."""
     names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
-    sources = parse_sources(names, "--calibration_data", mixture=True)
-    more = parse_sources(args.vocabulary_data or [], "--vocabulary_data")
+    flag = "--prune_on_c4" if args.prune_on_c4 else "--calibration_data"
+    flag += " (default)" if names == ["ubertext"] and not args.calibration_data else ""
+    sources = parse_sources(names, flag, mixture=True, column=args.column)
+    more = parse_sources(args.vocabulary_data or [], "--vocabulary_data", column=args.column)
     uses_sources = args.calibration_data or args.prune_on_c4 or not more or reads_train(args)
-    vocabulary_sources: list[Source] = []
-    if args.trim_vocabulary:
-        vocabulary_sources = list(sources) if uses_sources else []
-        names = {source.text for source in vocabulary_sources}
-        vocabulary_sources += [source for source in more if source.text not in names]
-    tests = args.eval_data or default_tests([*sources, *vocabulary_sources])
-    return sources, vocabulary_sources, parse_sources(tests, "--eval_data")
+    kept = [*sources, *more] if uses_sources else more
+    vocabulary_sources = list({s.text: s for s in kept}.values()) if args.trim_vocabulary else []
+    names = args.eval_data or default_tests([*sources, *vocabulary_sources])
+    flag = "--eval_data" if args.eval_data else "--eval_data (default)"
+    tests = parse_sources(names, flag, column=args.column)
+    parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
+
+    def as_measured(group: list[Source]) -> list[Source]:
+        return [replace(s, parted=bool(s.path and s.path.resolve() in parted)) for s in group]
+
+    return as_measured(sources), as_measured(vocabulary_sources), tests
 
 
 def default_tests(sources: Sequence[Source]) -> list[str]:
     """Return the test texts that are used without `--eval_data`: those of the sources.
 
-    UberText and C4 are measured on UberText, as published. Raises UserError if other sources
-    have no test text: a model for one language is not measured on another's by default.
+    Where no folder has a test text, a tenth of each local source is held apart, and of hub sets
+    their own is used. UberText and C4 are measured on UberText, as published. Raises UserError for
+    a split of a hub set: it may be all that there is.
     """
-    names = list(dict.fromkeys(source.text for source in sources if has_test(source)))
-    if names:
-        return names
-    for source in sources:
-        if source.text not in ("ubertext", "c4"):
+    names = [source.text for source in sources if has_test(source)]
+    for source in sources if not names else ():
+        if source.split:
             raise source.error("has no test text of its own; name some by --eval_data")
-    return ["ubertext"]
+        if source.text not in PUBLISHED:
+            names.append(source.text + HELD_APART * (source.path is not None))
+    return list(dict.fromkeys(names)) or ["ubertext"]
 
 
 def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
@@ -60,7 +71,31 @@ def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
 
 
 def read_texts(job: Job, bos: int | None) -> Texts:
-    """Return the windows for calibration, evaluation and recovery, each after `bos` if given."""
+    """Return the windows for calibration, evaluation and recovery, each after `bos` if given.
+
+    Where the texts do not give enough of the model's windows, and `--seqlen` asks for none, the
+    job's window becomes the longest power of two of which they do.
+    """
+    texts, models_window = None, job.seqlen
+    while texts is None:
+        try:
+            texts = _windows(job, bos)
+        except TextTooShort as error:
+            if job.args.seqlen or error.fits < SHORTEST:
+                raise
+            job.seqlen = 2 ** (error.fits.bit_length() - 1)
+            job.schedule = job.schedule and replace(job.schedule, seqlen=job.seqlen)
+    if job.seqlen < models_window:
+        job.print(
+            f"window: {job.seqlen} tokens, the longest power of two for which the texts are long "
+            f"enough (the model's: {models_window}); --seqlen sets another"
+        )
+    for source in (*job.sources, *job.vocabulary_sources, *job.tests):
+        source.read.clear()  # their memory is for the model
+    return texts
+
+
+def _windows(job: Job, bos: int | None) -> Texts:
     args, texts = job.args, Texts(bos)
     common = dict(seqlen=job.seqlen, bos=bos)
     if job.calibrated:

@@ -16,11 +16,12 @@ from lib.util.errors import UserError
 PARTIAL = ".partial"  # ends the name of what is not yet complete
 
 
-def check_writable(flag: str, path: str) -> None:
-    """Raise UserError where a run could not write into folder `path`; create nothing."""
+def check_writable(flag: str, path: str, beside: bool = False) -> None:
+    """Raise UserError where a run could not write into folder `path`, or `beside` it."""
     folder = Path(path).absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{flag} {path}: is a file; name a folder")
+    folder = folder.parent if beside else folder
     while not folder.exists():
         folder = folder.parent
     try:
@@ -31,11 +32,13 @@ def check_writable(flag: str, path: str) -> None:
 
 
 def check_new_folder(flag: str, path: str) -> None:
-    """Raise UserError where `path` exists and is not an empty folder, or can't be written."""
-    check_writable(flag, path)
+    """Raise UserError where no complete folder can become `path`, which may be an empty one."""
+    check_writable(flag, path, beside=True)  # other ranks may look into the folder
     folder = Path(path)
     if folder.is_dir() and (first := next(folder.iterdir(), None)):
         raise UserError(f"{flag} {path}: holds {first.name}; name a new folder")
+    if folder.is_mount():
+        raise UserError(f"{flag} {path}: a disk is mounted there; name a new folder on it")
 
 
 def partial_of(path: str | Path) -> Path:
@@ -58,11 +61,16 @@ def staged_folder(path: str | Path, flag: str) -> Iterator[Path]:
         raise
 
 
-def put_in_place(stage: Path, target: Path) -> None:
-    """Give a complete folder its name, once all of it has reached the disk."""
-    for path in stage.rglob("*"):
+def sync_all(folder: Path) -> None:
+    """Wait until all files of a folder are on the disk."""
+    for path in folder.rglob("*"):
         if path.is_file():
             sync(path)
+
+
+def put_in_place(stage: Path, target: Path) -> None:
+    """Give a complete folder its name, once all of it has reached the disk."""
+    sync_all(stage)
     if target.is_dir():
         target.rmdir()  # it was empty; a target that somebody has filled meanwhile stays
     stage.rename(target)

@@ -72,9 +72,7 @@ def peak_host_memory() -> int:
 
 def peak_memory(device: Any) -> dict[str, int | None]:
     """Return the peak bytes of the process on the host and of tensors on the device."""
-    on_device = None
-    if device.type != "cpu":
-        import torch
+    import torch
 
-        on_device = torch.accelerator.max_memory_allocated(device)
+    on_device = None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
     return {"host": peak_host_memory(), "device": on_device}

@@ -11,6 +11,7 @@ read-only disks are small tmpfs, which take root to mount; without it they are l
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import random
 import shutil
@@ -22,42 +23,65 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import tiny  # noqa: E402
 from support import PROGRESS  # noqa: E402
 
 Row = tuple[str, str, str]
-MAIN = str(ROOT / "main.py")
 FLAGS = "--device cpu --seqlen 32 --nsamples 8 --prune_method sparsegpt --calibration_data uk"
+MAIN, SWEEP = "main", "lib.commands.sweep"
 PRUNE = [MAIN, "--model", "llama", *FLAGS.split()]
-SWEEP = "-m lib.commands.sweep --models llama --types unstructured 2:4 --calibration uk".split()
+SWEPT = [SWEEP, *"--models llama --types unstructured 2:4 --calibration uk".split()]
+SETTINGS = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 
-def started(*argv: str) -> subprocess.Popen:
-    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONPATH=str(ROOT))
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, *argv], env=os.environ | settings, **pipes)
+def work(folder: str, module: str, *argv: str) -> None:
+    """Run a command in a process that was forked off; a sweep has its runs in the same process."""
+    os.chdir(folder)
+    for name, stream in (("said.out", 1), ("said.err", 2)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    from lib.commands import sweep
+    from lib.util import command
+
+    def call(name: str, *arguments: object) -> int:
+        return command.run(import_module(name).main, [str(each) for each in arguments])
+
+    sweep.call = call
+    sys.exit(call(module, *argv))
+
+
+def started(*argv: str) -> multiprocessing.Process:
+    """Start `python -m ARGV...`; it writes to the files said.out and said.err."""
+    context = multiprocessing.get_context("forkserver")
+    heavy = ["datasets", "pandas", "matplotlib.figure", "transformers.models.llama.modeling_llama"]
+    context.set_forkserver_preload([*heavy, "lib.run.steps", "lib.commands.report"])
+    Path("said.out").unlink(missing_ok=True)
+    process = context.Process(target=work, args=(os.getcwd(), *argv))
+    process.start()
+    return process
 
 
 def run(*argv: str) -> tuple[str, str]:
     """Return status and last line on stderr but progress, and stdout."""
     process = started(*argv)
-    out, err = process.communicate(timeout=1800)
+    process.join()
+    out, err = (Path(name).read_text("utf-8") for name in ("said.out", "said.err"))
     lines = [line for line in err.strip().splitlines() if not PROGRESS.search(line)]
-    return f"status {process.returncode} {lines[-1] if lines else ''}".strip(), out
+    return f"status {process.exitcode} {lines[-1] if lines else ''}".strip(), out
 
 
-def wait_for_line(process: subprocess.Popen, word: str) -> float:
+def wait_for_line(process: multiprocessing.Process, word: str) -> float:
     """Return the moment in which the process prints a line with the word: imports are done."""
-    while line := process.stdout.readline():
-        if word in line:
-            break
+    said = Path("said.out")
+    while process.is_alive() and not (said.exists() and word in said.read_text("utf-8")):
+        time.sleep(0.01)
     return time.perf_counter()
 
 
@@ -66,14 +90,14 @@ def kill(seconds: float, word: str, *argv: str) -> None:
     process = started(*argv)
     wait_for_line(process, word)
     time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.join()
 
 
 def time_at_work(word: str, argv: list[str]) -> float:
     process = started(*argv)
     begin = wait_for_line(process, word)
-    process.communicate()
+    process.join()
     return time.perf_counter() - begin
 
 
@@ -96,6 +120,9 @@ def kills_while_saving(kills: int, rng: random.Random) -> Iterator[Row]:
         if Path("new").exists():
             state = "the whole model" if saved("new") == saved("whole") else "NO WHOLE MODEL"
             shutil.rmtree("new")  # so that the next run has something to do
+        if Path("new.partial").exists():  # the next run would say that it is to be removed
+            state = "part of a model"
+            shutil.rmtree("new.partial")
         blocks = "some" if list(Path("kept").glob("block-*")) else "none"
         left[f"{state}, blocks kept: {blocks}"] += 1
     status, _ = run(*again)
@@ -109,7 +136,7 @@ def kills_while_saving(kills: int, rng: random.Random) -> Iterator[Row]:
 
 def kills_of_a_sweep(kills: int, rng: random.Random) -> Iterator[Row]:
     def command(out: str) -> list[str]:
-        own = [*SWEEP, "--methods", "wanda", "sparsegpt", "--save_models", "--out", out]
+        own = [*SWEPT, "--methods", "wanda", "sparsegpt", "--save_models", "--out", out]
         return [*own, "--", *FLAGS.split()[:6]]
 
     def table(folder: str) -> list[str]:
@@ -173,11 +200,11 @@ def other_words(text: bytes) -> bytes:
 
 def inputs(_: int, __: random.Random) -> Iterator[Row]:
     begun, text = [*PRUNE, "--resume", "begun"], Path("uk/train.jsonl")
-    interrupt(begun, "begun", signal.SIGKILL).communicate()
+    interrupt(begun, "begun", signal.SIGKILL).join()
     with changed(text, other_words):
         status, _ = run(*begun)
     yield "a text changed, then --resume", status, f"put back: {run(*begun)[0]}"
-    sweep = [*SWEEP, "--methods", "wanda", "--out", "texts", "--", *FLAGS.split()[:6]]
+    sweep = [*SWEPT, "--methods", "wanda", "--out", "texts", "--", *FLAGS.split()[:6]]
     run(*sweep)
     with changed(text, other_words):
         status, out = run(*sweep)
@@ -193,12 +220,12 @@ def inputs(_: int, __: random.Random) -> Iterator[Row]:
     yield "a shard cut short", status, f"put back: {run(*PRUNE, '--model', 'sharded')[0]}"
 
 
-def interrupt(argv: list[str], folder: str, how: signal.Signals) -> subprocess.Popen:
+def interrupt(argv: list[str], folder: str, how: signal.Signals) -> multiprocessing.Process:
     """Send a signal to a run that has finished a block."""
     process = started(*argv)
-    while not list(Path(folder).glob("block-*.safetensors")) and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(how)
+    while not list(Path(folder).glob("block-*.safetensors")) and process.is_alive():
+        time.sleep(0.01)
+    os.kill(process.pid, how)
     return process
 
 
@@ -207,8 +234,8 @@ def losses(_: int, __: random.Random) -> Iterator[Row]:
     run(*PRUNE, "--save_model", "alone")
     first = interrupt([*PRUNE, "--save_model", "a", "--resume", "both"], "both", signal.SIGSTOP)
     status, _ = run(*PRUNE, "--seed", "1", "--save_model", "b", "--resume", "both")
-    first.send_signal(signal.SIGCONT)
-    first.communicate()
+    os.kill(first.pid, signal.SIGCONT)
+    first.join()
     same = saved("a") == saved("alone")
     yield "another run in the same --resume", status, f"the first's bytes as alone: {same}"
     for flag in ("--save_model", "--offload", "--save"):
@@ -220,7 +247,9 @@ def losses(_: int, __: random.Random) -> Iterator[Row]:
         yield f"a user's file in {flag}", status, f"kept as {kept}"
         shutil.rmtree("mine")
     yield "--save_model that exists", run(*PRUNE, "--save_model", "alone")[0], ""
-    process = started(*PRUNE, "--save_model", "unread")
+    argv = [sys.executable, ROOT / "main.py", *PRUNE[1:], "--save_model", "unread"]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(argv, env=os.environ | SETTINGS, **pipe)
     process.stdout.readline()
     process.stdout.close()
     status = process.wait()
@@ -240,6 +269,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each kind (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = parser.parse_args()
+    os.environ |= SETTINGS | {"PYTHONPATH": os.pathsep.join(sys.path[:2])}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         deep = tiny.tiny_llama(num_hidden_layers=24)

@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "tests/bench/gpu"))
 
 import first_run  # noqa: E402
 
-ELSEWHERE = {"two processes", "tests"}
+ELSEWHERE = {"two processes"}
 
 
 @pytest.mark.parametrize("name", first_run.CHECKS)
@@ -24,6 +24,6 @@ def test_a_check_in_small(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(first_run.CHECKS, "sums", lambda device, small: 1 / 0)
-    report = first_run.report_of("sums", torch.device("cpu"), small=True)
-    assert report["result"] == "failed" and report["reason"].startswith("ZeroDivisionError")
+    monkeypatch.setitem(first_run.CHECKS, "methods", lambda runs: 1 / 0)
+    report = first_run.report_of("methods", torch.device("cpu"), small=True)
+    assert report["result"] == "failed" and report["figures"].startswith("ZeroDivisionError")

@@ -1,4 +1,4 @@
-"""One command from a dense to a compressed model: its plan, its table, what it refuses."""
+"""One command from a dense to a small model: its plan, what it makes, going on, what it refuses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from huggingface_hub import metadata_load
 from support import content, results
 
 from lib.commands import compress, process
@@ -16,58 +17,106 @@ from lib.util.command import run
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 
 
-def test_recovery_takes_the_time_that_the_other_steps_leave() -> None:
-    tests = [{"tokens": 6_000, "seqlen": 512}, {"tokens": 4_000, "seqlen": 512}]
-    dense = {"evaluation": tests, "seconds": {"eval": 10}}  # 1,000 tokens a second
-    dense |= {"flags": {"nsamples": 32}}
-    tokens = compress.recovery_tokens(dense, seconds=600)
-    fixed = 3 * 10_000 + 6 * 32 * 512 + 4 * 8 * 512
-    left = 600 - (fixed + 5 * tokens) / 1000
-    assert tokens % 512 == 0 and 0 <= left < 5 * 512 / 1000
-    for seconds in (180, -5):  # less than 16 windows
-        assert compress.recovery_tokens(dense, seconds=seconds) == 0
+@pytest.fixture(autouse=True)
+def without_a_converter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compress, "find_spec", lambda name: None)
 
 
-@pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "recovered"])
-@pytest.mark.parametrize("target", compress.PLANS)
+def test_the_minutes_are_kept() -> None:
+    spent = {"load": 2, "dense": 0.2, "measure before": 2, "recover": 4.4, "eval": 0.3}
+    rehearsal = {
+        "seconds": spent | {"completions": 1},
+        "recovery": {"tokens": 1024, "curve": [{}] * 4, "text": {"held_out": 4}},
+        "evaluation": [{"windows": 1, "seqlen": 512}],
+        "footprint": {"before": 20, "after": 10},
+    }
+
+    def planned(seconds: float, passes: int = 0) -> tuple[int, int]:
+        return compress.plan_time(rehearsal, 20, seconds, most=100, passes=passes)
+
+    windows, tokens = planned(1800)
+    assert windows == 100 and tokens % 512 == 0  # there is time for all tests
+    # a pass takes 0.2 s; training on a window 0.6, the rest of the 4.4 was measuring
+    assert (tokens - planned(1800, passes=30)[1]) / 512 == pytest.approx(30 * 0.2 / 0.6, abs=1)
+    assert (tokens - planned(1500)[1]) / 512 == pytest.approx(300 / 0.6, abs=1)
+    assert planned(300)[0] == int(0.15 * 300 / (0.2 * (8 + 2)))
+    assert planned(-5) == (compress.LEAST_TESTS, compress.LEAST_WINDOWS * 512)
+
+
+@pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
+@pytest.mark.parametrize("target", [*compress.PLANS, "neurons"])
 def test_main_takes_the_flags_of_every_plan(target: str, recovery: list[str]) -> None:
     parser = build_parser()
-    plan = compress.PLANS[target].split()
-    argv = ["--model", "m", "--prune_method", "admm", "--trim_vocabulary", *plan, *recovery]
+    plan = compress.PLANS.get(target, f"{compress.NEURONS} 0.5 {compress.PLANS[compress.ANY]}")
+    argv = ["--model", "m", "--trim_vocabulary", "--calibration_data", "uk", *plan.split()]
+    argv += recovery
     check_flags(parser, parser.parse_args(argv))
 
 
-def test_a_model_is_compressed_and_compared(trained: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_model_is_compressed_though_it_was_interrupted(
+    trained: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 40, 8)
-    flags = ["--data", "uk", "--recover", "1024", "--device", "cpu"]
-    assert run(compress.main, ["dense", "small", *flags, "--", "--nsamples", "8"]) == 0
+    argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
+    call, plan, runs = compress.call, compress.plan_time, []
+
+    def plan_little(*given: object) -> tuple[int, int]:
+        windows, tokens = plan(*given)
+        assert windows > 0 and tokens >= 16 * 128
+        return min(2, windows), 16 * 128
+
+    def once_interrupted(module: str, *flags: object) -> int:
+        runs.append([str(flag) for flag in flags])
+        if len(runs) == 3:
+            raise KeyboardInterrupt
+        return call(module, *flags)
+
+    monkeypatch.setattr(compress, "call", once_interrupted)
+    monkeypatch.setattr(compress, "plan_time", plan_little)
+    assert run(compress.main, argv) == 130 and not Path("small").exists()
+    assert "the same command continues" in capfd.readouterr().err
+    assert run(compress.main, [*argv, "--megabytes", "9"]) == 1
+    assert "was begun with megabytes None, now it is 9" in capfd.readouterr().err
+    assert run(compress.main, argv) == 0
     out = capfd.readouterr().out
-    before, after = (results(f"out/compress/{name}") for name in ("dense", "compressed"))
-    assert before["method"] == "dense" and 0.5 <= after["sparsity"]["overall"] < 0.51
-    assert after["packed"]["bits"] == 4 and after["recovery"]["tokens"] == 1024
-    assert (after["flags"]["seqlen"], after["flags"]["nsamples"]) == (128, 8)  # the model's own
-    # the printed command is the whole of it
-    line = next(line for line in out.splitlines() if "--prune_method" in line)
-    argv = line.removeprefix("python main.py ").split()
-    assert vars(build_parser().parse_args(argv)) == after["flags"]
-    table = Path("out/compress/compressed.md").read_text("utf-8")
-    assert table in out
+    assert runs[3] == runs[2] and len(runs) == 6  # a rehearsal, dense, small, and two to measure
+    before, after = (results(f"small-compress/{name}") for name in ("dense", "compressed"))
+    assert before["method"] == "dense" and after["quantized"]["format"] == "q4_0"
+    assert "vocabulary" in after and after["recovery"]["tokens"] == 16 * 128
+    assert [test["windows"] for test in before["evaluation"]] == [
+        test["windows"] for test in after["evaluation"]
+    ]
+    assert metadata_load("small/README.md")["language"] == ["uk"]
+    table = Path("small-compress/compressed.md").read_text("utf-8")
+    assert table in out and "hf upload YOUR_NAME/small small" in out
     rows = {
         cells[1].strip(): cells[2:4] for cells in (row.split("|") for row in table.splitlines())
     }
     for name in ("on disk", "memory", "tokens a second", "bits per byte, uk"):
-        dense, compressed = (cell.strip() for cell in rows[name])
-        assert dense != compressed and "–" not in dense + compressed, name
+        dense, small = (cell.strip() for cell in rows[name])
+        assert dense != small and "–" not in dense + small, name
+
+
+def test_neurons_are_removed_until_the_file_is_as_small(capsys: pytest.CaptureFixture) -> None:
+    tiny.write_model("dense")
+    tiny.write_texts("uk", 40, 4)
+    flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
+    flags += ["--nsamples", "8", "--trim_vocabulary", *compress.NEURONS.split(), "0.5"]
+    job = compress._check([*flags, "--quantize", "q4_0"], recover=128)
+    assert compress.removed_neurons(job, 1) == []
+    whole = float(capsys.readouterr().out.split("about ")[1].split()[0])
+    ratios = [float(compress.removed_neurons(job, whole * s)[-1]) for s in (0.97, 0.93, 0.89)]
+    assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
+    with pytest.raises(compress.UserError, match=f"of {job.mlps.width} neurons in each MLP"):
+        compress.removed_neurons(job, 0.001)
 
 
 def test_a_failed_measurement_is_a_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(compress, "call", lambda *_: 1)
-    results = {"flags": {"cache_dir": None, "trust_remote_code": False}, "evaluation": []}
-    args = compress._parser().parse_args(["dense", "small", "--data", "uk"])
-    assert "| on disk | – | –" in " ".join(
-        compress.comparison(args, results, results, "cpu").split()
-    )
+    monkeypatch.setattr(compress, "read_results", lambda _: {"evaluation": []})
+    table = compress.comparison(["dense", "small"], Path("."), {})
+    assert "| on disk | – | –" in " ".join(table.split())
     assert "small: its size and speed can't be measured" in capsys.readouterr().err
 
 
@@ -82,30 +131,57 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--minutes", "inf"], "--minutes: invalid int value: 'inf'"),
         (["--minutes", "0"], "--minutes: 0: must be at least 1"),
         (["--recover", "3"], "--recover 3: less than one step"),
         (["--save", "mine/thesis.txt"], "--save mine/thesis.txt: is a file"),
-        (["--for", "llama.cpp"], "small.gguf exists; name another OUT"),
+        (["--save", "mine"], "--save mine: holds no plan.json"),
+        (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
+        (["--language", "xx"], "--language xx: is no language"),
         (["--", "--pack_bits", "5"], "--pack_bits"),
-        (["--", "--resume", ""], "--resume"),
-        (["--", "--save_model", "mine"], "--save_model mine"),
-        (["--", "--nsamples", "99"], "can give only"),
+        (["--", "--save_model", "mine"], "--save_model after '--': compress sets it"),
     ],
 )
 def test_mistakes_end_it_before_the_model_is_measured(
     flags: list[str], message: str, capfd: pytest.CaptureFixture
 ) -> None:
+    assert message in _refused(["dense", "small", "--data", "uk", *flags], capfd)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("dense taken --data uk", "OUT taken: taken.gguf exists; name another OUT"),
+        ("dense mine --data uk", "OUT mine: holds thesis.txt; name a new folder"),
+        ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
+        ("dense small --language uk", "--language uk: the hub can't be reached"),
+        ("dense small --data uk --for packed -- --nsamples 99", "can give only"),
+        ("nowhere/model small --data uk", "nowhere/model"),
+    ],
+)
+def test_what_can_not_be_is_one_line(argv: str, message: str, capfd: pytest.CaptureFixture) -> None:
+    assert message in _refused(argv.split(), capfd)
+
+
+def _refused(argv: list[str], capfd: pytest.CaptureFixture) -> str:
+    """What the command says that writes nothing."""
     tiny.write_model("dense")
     tiny.write_texts("uk", 40, 4)
     Path("mine").mkdir()
-    for file in ("mine/thesis.txt", "small.gguf"):
+    for file in ("mine/thesis.txt", "taken.gguf"):
         Path(file).write_text("mine")
     before = content(".")
-    argv = ["dense", "small", "--data", "uk", "--device", "cpu", *flags]
+    position = argv.index("--") if "--" in argv else len(argv)
     try:
-        status = run(compress.main, argv)
+        status = run(compress.main, [*argv[:position], "--device", "cpu", *argv[position:]])
     except SystemExit as left:
         status = left.code
-    assert status in (1, 2)
-    assert message in capfd.readouterr().err
-    assert content(".") == before
+    assert status in (1, 2) and content(".") == before
+    return capfd.readouterr().err
+
+
+def test_nothing_is_packed_where_packed_weights_are_slow(monkeypatch, capfd) -> None:
+    monkeypatch.setattr("lib.packed.kernels.supported", lambda: False)
+    assert "--for packed: its kernels need an x86-64" in _refused(
+        ["dense", "small", "--data", "uk", "--for", "packed"], capfd
+    )

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from support import call, raising, results, weights
 
 from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import fresh_copy
+from lib.model.pretrained import fresh_copy, pick_dtype
 from lib.recover import Recoverer, TrainSchedule
 
 BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
@@ -169,6 +170,19 @@ def test_out_of_memory_is_a_line(
     assert flag in line and "memory" in line
 
 
+def test_a_device_smaller_than_transformers_expects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (10**8, 10**9))
+    done = call("--model", "model", *BASE[:-4], "--device", "cuda:0", "--eval_only", *BASE[-2:])
+    assert done.status == 1 and "out of memory (the device has less" in done.complaints[-1]
+
+
+def test_a_card_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    config = tiny.tiny_llama().config
+    config.dtype = torch.bfloat16
+    assert pick_dtype("auto", config, torch.device("cuda:0")) == torch.float32
+
+
 def test_there_are_two(device: Any) -> None:
     done = call("--model", "model", *BASE, "--device", "cuda:2", "--eval_only")
     assert done.status == 1 and "cuda:0 to cuda:1" in done.complaints[0]
@@ -184,11 +198,13 @@ def test_a_training_that_is_not_reproducible_goes_on_and_says_so(
     )
     for block in runner.blocks:
         block.mlp.up_proj.weight[:, ::2] = 0
-        block.mlp.register_forward_hook(lambda mlp, args, out: out + out.cumsum(1) * 1e-3)
+        block.mlp.register_forward_hook(
+            lambda mlp, args, out: out + F.pad(out[..., 1:], (1, 0), mode="reflect") * 1e-3
+        )
     ids = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(0))
     text = TrainingText(ids, torch.arange(4), ids, {"sources": []})
     schedule = TrainSchedule(96, 24, rate=1e-3, least=24)
-    with pytest.warns(UserWarning, match="cumsum"):
+    with pytest.warns(UserWarning, match="reflection_pad1d"):
         (recoverer := Recoverer(runner, teacher, schedule, text)).run()
     assert recoverer.curve[-1]["loss"] > 0 and not torch.are_deterministic_algorithms_enabled()
-    assert capsys.readouterr().out.count("recovery: two runs may differ: cumsum") == 1
+    assert capsys.readouterr().out.count("recovery: two runs may differ: reflection") == 1

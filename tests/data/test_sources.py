@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -15,10 +16,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from pyarrow import parquet
-from tiny import write_texts
+from tiny import sentences, write_texts
 
 from lib.data.documents import check_source, locations, read_documents
 from lib.data.sources import AGAIN, BUILT_IN, JOINED, ONCE, has_test, parse_source, parse_sources
+from lib.run.flags import build_parser
+from lib.run.texts import named_sources
 from lib.util.errors import UserError
 
 FLAG = "--calibration_data"
@@ -139,10 +142,10 @@ def test_files_and_folders(tmp_path):
 
 BAD_LINES = {
     b"{text}": "not JSON",
-    b'{"title": "a", "id": 1}': "no column 'text'; the row has: title, id",
+    b'{"title": "a", "id": 1}': "no column 'text'; there are: title, id; name one by --column",
     b'{"text": null}': "NoneType",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
-    b'{"text": "\xff"}': "not JSON",
+    b'{"text": "\xff"}': "not UTF-8",
 }
 
 
@@ -157,18 +160,116 @@ def test_malformed_lines_name_file_and_line(tmp_path, line):
 
 
 def test_folders(tmp_path):
-    (tmp_path / "valid.jsonl").write_text("")
-    source = parse_source(str(tmp_path), FLAG)
-    line = message(check_source, source, "train")
-    assert "no train*.jsonl" in line and "valid.jsonl" in line
-    assert "no test*.jsonl" in message(check_source, source, "test")
-    (tmp_path / "train_0.jsonl").write_text("\n\n")
-    for look in (check_source, read):
-        assert "holds no text" in message(look, source, "train")
-    (tmp_path / "train_0.jsonl").write_text("\n" + rows("1") + "{")
-    check_source(source, "train")  # which reads the first row of each file
-    (tmp_path / "train_1.jsonl").write_text("\n{")
-    assert "train_1.jsonl, line 2" in message(check_source, source, "train")
+    """JSON lines before tables before plain text, and files named train* before others."""
+    (tmp_path / "valid.doc").write_text("")
+    for split in ("train", "test"):
+        line = message(check_source, parse_source(str(tmp_path), FLAG), split)
+        assert "no train*.jsonl" in line and "valid.doc" in line
+    for name, content, texts in [
+        ("readme.md", "one", ["one"]),
+        (".hidden.txt", "none", ["one"]),
+        ("b.txt", "two", ["two\n\none"]),  # as one text
+        ("test.txt", "none", ["two\n\none"]),
+        ("b.csv", "text\nthree", ["three"]),
+        ("a.jsonl", rows("four"), ["four"]),
+        ("train.txt", "five", ["five"]),
+        ("train.tsv", "id\ttext\n1\tsix", ["six"]),
+        ("train_0.jsonl", rows("seven"), ["seven"]),
+    ]:
+        (tmp_path / name).write_text(content)
+        source = parse_source(str(tmp_path), FLAG)
+        assert read(source) == texts
+        assert source.draw == (ONCE if name.endswith(("v", "l")) else JOINED)
+    assert read(source, "test") == ["none"] and has_test(source)
+
+
+def test_tables(tmp_path):
+    """As spreadsheets write them: a BOM, Windows' line ends, ";" or tabs, breaks in quotes."""
+    content = 'id,body\n1,"one, ""two""\nthree"\n\n2,ґ\n'
+    for name, separator, end in [
+        ("a.csv", ",", "\n"),
+        ("b.csv", ";", "\r\n"),
+        ("c.tsv", "\t", "\r\n"),
+    ]:
+        written = content.replace(",", separator).replace("\n", end)
+        (tmp_path / name).write_bytes(written.encode("utf-8-sig" if name == "b.csv" else "utf-8"))
+        source = parse_source(str(tmp_path / name), FLAG, column="body")
+        assert read(source) == [f'one{separator} "two"\nthree', "ґ"]
+    line = message(read, parse_source(str(tmp_path / "b.csv"), FLAG))
+    assert "line 3: no column 'text'; there are: id, body; name one by --column" in line
+    for name, column in [("o/s", "body"), ("o/s:::own", "own"), ("ubertext", "text")]:
+        assert parse_source(name, FLAG, column="body").column == column
+
+
+ENCODED = {
+    "cp1251": "Привіт, світе! Сьогодні ми йдемо до «лісу».",
+    "koi8-u": "Привіт, світе! Сьогодні ми йдемо до лісу.",
+    "utf-16": "Привіт, світе!",
+    "cp1250": "Zażółć gęślą jaźń. Příliš žluťoučký kůň, árvíztűrő tükör.",
+    "cp1252": "À la tâche, été garçon: ¿Qué año? Größe über alles, på gården.",
+    "cp1253": "Χθες το βράδυ πήγα στο κατάστημα.",
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODED)
+def test_another_encoding_is_named(tmp_path, encoding):
+    for name, form in {"a.txt": "{}", "a.csv": "text\n{}", "a.jsonl": '{{"text": "{}"}}'}.items():
+        (tmp_path / name).write_bytes(form.format(ENCODED[encoding]).encode(encoding))
+        line = message(read, parse_source(str(tmp_path / name), FLAG))
+        assert name in line and f"iconv -f {encoding} -t utf-8" in line
+
+
+# --- a tenth held apart
+
+
+def parts(path):
+    source = parse_source(f"{path}:test", FLAG)
+    return read(source), read(source, "test")
+
+
+def test_a_tenth_is_held_apart_by_digest(tmp_path):
+    file, texts = tmp_path / "a.jsonl", sentences(95)
+    file.write_text(rows(*texts))
+    train, test = parts(file)
+    assert len(test) == 10 and sorted(train + test) == sorted(texts)
+    file.write_text(rows(*reversed(texts), *test))  # in another order, and some twice
+    again = parts(file)
+    assert set(again[0]) == set(train) and sorted(again[1]) == sorted(2 * test)
+    assert parts(tmp_path) == again and read(parse_source(str(tmp_path), FLAG), "test") == again[1]
+    (tmp_path / "test.jsonl").write_text(rows("own"))
+    assert parts(tmp_path) == ([*reversed(texts), *test], ["own"])
+
+
+def test_a_long_text_is_cut_into_documents_before(tmp_path):
+    texts, book = sentences(200), tmp_path / "book.txt"
+    for separator in ("\n\n", "\n", " "):
+        book.write_text(separator.join(texts))
+        (train,), test = parts(book)
+        assert all(2000 <= len(piece) < 4000 and piece not in train for piece in test)
+        assert sorted(" ".join([train, *test]).split()) == sorted(" ".join(texts).split())
+    book.write_text(texts[0])
+    assert "characters are too few" in message(parts, book)
+
+
+def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
+    file, folder, other = (str(tmp_path / name) for name in ("a.txt", "uk", "other"))
+    Path(file).write_text("\n\n".join(sentences(200)))
+    (write_texts(folder) / "test.jsonl").unlink()
+    write_texts(other)
+
+    def named(*flags):
+        args = build_parser().parse_args(["--model", "m", "--prune_method", "wanda", *flags])
+        sources, _, tests = named_sources(args)
+        return [s.parted for s in sources], [t.text for t in tests]
+
+    given = ["--calibration_data", file, folder]
+    assert named(*given) == ([True, True], [f"{file}:test", f"{folder}:test"])
+    assert named(*given, "--eval_data", other) == ([False, False], [other])
+    assert named(*given, "--eval_data", file, folder) == ([False, True], [file, folder])
+    assert named(*given, other) == ([False] * 3, [other])
+    assert named("--prune_on_c4") == named() == ([False], ["ubertext"])
+    assert named("--calibration_data", "c4:uk") == ([False], ["c4:uk"])
+    assert "no test text" in message(named, "--calibration_data", "owner/name::train")
 
 
 def parquet_bytes(tmp_path, **columns) -> bytes:
@@ -181,13 +282,14 @@ def test_bad_files_are_named(tmp_path):
     whole = parquet_bytes(tmp_path, text=["текст"] * 50 + list("abcdef"))
     binary = pyarrow.array([b"\xff"]).cast(pyarrow.string(), safe=False)
     for name, content, words in [
-        ("a.csv", b"text", ".parquet"),
+        ("a.doc", b"text", ".parquet"),
+        ("bad.csv", b'text\n"a"b\n', "bad.csv, line 2: not CSV"),
         ("short.jsonl.gz", packed[:-20], "is it damaged?"),
         ("bad.jsonl.gz", packed[:20] + b"\xff\xff\xff" + packed[23:], "is it damaged?"),
         ("empty.parquet", b"", "is it damaged?"),
         ("inside.parquet", whole[:4] + b"\xff" * 36 + whole[40:], "is it damaged?"),
         ("letters.parquet", parquet_bytes(tmp_path, text=binary), "is it damaged?"),
-        ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "the file has: id, body"),
+        ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "there are: id, body"),
         ("null.parquet", parquet_bytes(tmp_path, text=["a", None]), "null.parquet, row 1: the"),
         ("bad.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("blank.txt", b" \n", "holds no text"),

@@ -105,13 +105,15 @@ def test_text_file_gives_many_windows_but_not_all_the_same(tmp_path, tokenizer):
     (tmp_path / "book.txt").write_text(text, encoding="utf-8")
     source = parse_source(str(tmp_path / "book.txt"), FLAG)
     count = ids(tokenizer, text).numel()
-    most = 4 * count // SEQLEN
+    most = 4 * (count - SEQLEN) // SEQLEN + 1  # which begin a fourth of a window apart, on average
     windows, record = draw(source, tokenizer, most)
     assert windows.shape == (most, SEQLEN) and len(set(record["sources"][0]["starts"])) > 1
     line = message(source, tokenizer, most + 1)
-    assert f"its {count} tokens are too few for {most + 1} windows of {SEQLEN}; give a" in line
-    assert f"longer text, --nsamples {most} or --seqlen {SEQLEN - 1}" in line
+    missing = SEQLEN + most * SEQLEN // 4 - count
+    assert f"its {count} tokens are {missing} too few for {most + 1} windows of {SEQLEN}" in line
+    assert f"give more text, --nsamples {most} or --seqlen {SEQLEN - 1}" in line
     assert len(draw(source, tokenizer, most + 1, SEQLEN - 1)[0]) > most
+    assert "60 too few for 4 windows" in message(source, tokenizer, 4, 4 * (count + 60) // 7)
 
 
 def test_too_few_windows_say_which_length_gives_them(hub, tmp_path, tokenizer):
@@ -123,11 +125,12 @@ def test_too_few_windows_say_which_length_gives_them(hub, tmp_path, tokenizer):
     line = message(source, tokenizer, some + 1)
     fits = lengths[some] - 1
     assert line.startswith(f"{FLAG} {source.text}: its 14 texts can give only {some} windows")
-    assert line.endswith(f", --seqlen {fits} gives {some + 1} windows")
+    ways = f", --seqlen {fits} gives {some + 1} windows or --nsamples {some} takes these"
+    assert line.endswith(ways)
     assert len(draw(source, tokenizer, some + 1, fits)[0]) == some + 1
     message(source, tokenizer, some + 1, fits + 1)
     line = message(source, tokenizer, 15, 10_000)
-    assert f"longest has {lengths[0]} tokens, use a smaller --nsamples or more texts" in line
+    assert f"longest has {lengths[0]} tokens, give longer texts" in line
     hub.sets[("allenai/c4",)] = {"train": {"text": texts}}  # which are drawn more than once
     c4 = parse_source("c4", "--prune_on_c4")
     assert f"--seqlen {lengths[0] - 1} gives 99 windows" in message(c4, tokenizer, 99, 10_000)

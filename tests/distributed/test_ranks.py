@@ -124,6 +124,12 @@ def test_a_run_is_continued_by_another_number_of_ranks(place: Path, tmp_path: Pa
     assert differ <= 0.001 * sum(tensor.numel() for tensor in before.values())
 
 
+def test_no_file_is_moved_while_another_rank_reads_it(place: Path, tmp_path: Path) -> None:
+    """Here the second compares packed blocks when the first is ready to save them."""
+    done = ended(together(2, [flags("packed", tmp_path)], place, {1: "pruning 3:late"}))
+    assert [one.status for one in done] == [0, 0], [one.err for one in done]
+
+
 # --- where one fails
 
 
@@ -197,6 +203,16 @@ def test_the_others_are_out_of_reach(rank: int, monkeypatch: pytest.MonkeyPatch)
             monkeypatch.setenv(name, str(value))
         with pytest.raises(UserError, match=f"rank {rank} can't reach the others at MASTER"):
             DistContext(torch.device("cpu"))
+
+
+def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tasks of lm-eval it loads the dense model again, when the others have ended."""
+    monkeypatch.setattr(DistContext, "barrier", lambda self: None)
+    monkeypatch.setattr(context.torch_dist, "destroy_process_group", lambda: None)
+    first = DistContext(torch.device("cpu"), alone=True)
+    first.size = first.local_size = 2
+    first.close()
+    assert first.all_gather_object(5) == [5] and first.share(8) == slice(0, 8)
 
 
 def test_shares_and_owners() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.methods.damping import cholesky, damped_cholesky_
+from lib.methods.gram import cholesky, damped_cholesky_
 from lib.util.errors import UserError
 
 

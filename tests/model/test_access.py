@@ -10,7 +10,7 @@ import tiny
 import torch
 
 from lib.model import access, pretrained
-from lib.model.access import Checkpoint, check_weight_files
+from lib.model.access import Checkpoint, check_folder
 from lib.model.pretrained import load_config, load_model
 from lib.util.errors import UserError
 
@@ -25,7 +25,7 @@ def test_an_index_of_another_form_is_refused(index: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match="model.safetensors.index.json can't be loaded"):
-        check_weight_files(Checkpoint(str(folder)))
+        check_folder(Checkpoint(str(folder)))
 
 
 def test_weights_come_from_the_commit_of_the_config(

@@ -184,6 +184,7 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
         ({"format": "packed-1:4"}, "packed-1:4"),
         ({"linears": {UP: [64, 32, 2049]}}, "out, in, kept"),
         ({"linears": {UP: [64, 32, 1000]}}, "is \\(1024,\\), not \\(1000"),
+        ({"linears": {UP: [64, 64, 1024]}}, "another model"),
         ({"linears": {"model.layers.7.mlp.up_proj": [64, 32, 1024]}}, "another model"),
         ({"bits": 8}, "bits 8: this reads"),
         ({"bits": 4}, "'group': None"),

@@ -14,8 +14,10 @@ import tiny
 import torch
 from support import LIMIT, ROOT, prune_, runner_of
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from lib.packed import card_lines
+from lib.packed.checkpoint import METHOD
 from lib.sparse import swap_linears_
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -87,14 +89,12 @@ def test_a_packed_checkpoint_loads_as_the_card_says(
 
 
 def test_without_the_package_loading_fails_and_names_it(
-    packed_folder: Path, tmp_path: Path
+    packed_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = (
-        "import sys\nfrom transformers import AutoModelForCausalLM\n"
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-    )
-    done = outside([sys.executable, "-c", code, str(packed_folder)], tmp_path, tmp_path)
-    assert done.returncode != 0 and "import packed_bitmask" in done.stderr
+    monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)
+    monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, METHOD)
+    with pytest.raises(ValueError, match="import packed_bitmask"):
+        AutoModelForCausalLM.from_pretrained(packed_folder)
 
 
 def test_what_is_installed(installed: Path, tmp_path: Path) -> None:

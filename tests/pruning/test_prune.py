@@ -54,6 +54,13 @@ def test_whose_a_warning_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.summary()[1:] == ["a kernel is missing", f"{names}: is singular"]
 
 
+def test_activations_that_overflow_are_an_error() -> None:
+    model = tiny.tiny_llama()
+    model.model.layers[0].mlp.up_proj.weight.data *= 1e38
+    with pytest.raises(UserError, match=r"down_proj: activations are not finite; try --dtype"):
+        prune_(model, "sparsegpt")
+
+
 def test_what_falls_short_is_named() -> None:
     runner = runner_of(tiny.tiny_llama())
     done = prune_(runner, "magnitude", Sparsity(0.5, 2, 4))

@@ -19,6 +19,7 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy
 from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
+from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
 
 SEQLEN, STEPS = 24, 40
@@ -384,3 +385,27 @@ def test_the_default_rate_follows_weights_width_and_depth() -> None:
     rate = default_rate(known, 32, 2)
     one.run()
     assert one.schedule.rate == one.record()["rate"] == rate
+
+
+def _modes() -> tuple[bool, bool, bool, bool]:
+    enabled, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    return enabled, warns, fills, torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("inner", [True, False])
+def test_determinism_is_an_accelerators_and_ends(inner: bool) -> None:
+    before, cuda, seen = _modes(), torch.device("cuda"), {}
+    with deterministic(torch.device("cpu"), strict=True):
+        assert _modes() == before
+    with pytest.raises(KeyError), deterministic(cuda, strict=False):
+        seen["outside"] = _modes()
+        with deterministic(cuda, strict=inner):
+            seen["backward"] = _modes()
+        seen["after"] = _modes()
+        raise KeyError
+    assert seen["outside"] == seen["after"] == (True, True, False, False)
+    assert seen["backward"] == (True, not inner, False, False) and _modes() == before

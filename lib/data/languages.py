@@ -1,0 +1,41 @@
+"""Which text of the hub is of a language: BCP 47 tags such as `uk` or `zh-Hant`, and FineWeb's.
+
+FineWeb is English, FineWeb2 has a subset for every other language, named by ISO 639-3 and script.
+It names the individual language where a tag may mean several, and Chinese script as one.
+"""
+
+from __future__ import annotations
+
+from lib.util.errors import UserError
+
+# the individual language of FineWeb2 that a tag for several of them is taken to mean
+INDIVIDUAL = dict(
+    pair.split("=")
+    for pair in (
+        "aka=twi ara=arb aym=ayr aze=azj cre=crk est=ekk ful=fuv grn=gug iku=ike kau=knc kok=gom "
+        "kom=kpv kon=kng kur=kmr lav=lvs mlg=plt mon=khk msa=zsm nep=npi nor=nob oji=ojb ori=ory "
+        "orm=gaz pus=pbt que=quz sqi=als swa=swh uzb=uzn yid=ydd zha=zyb zho=cmn"
+    ).split()
+)
+SCRIPTS = {"Hans": "Hani", "Hant": "Hani", "Kore": "Hang"}
+
+
+def language_text(tag: str) -> tuple[str, str]:
+    """Return the language of a tag, as cards name it, and the built-in source of its text.
+
+    Raises UserError for what is no language; whether FineWeb2 has the subset only the hub knows.
+    """
+    from langcodes import Language
+
+    try:
+        language = Language.get(tag)
+        full = language.maximize()
+        code = full.to_alpha3()
+    except (LookupError, ValueError):  # not known, not a tag
+        code = None
+    if code is None or language.language in (None, "und", "mul", "zxx"):
+        raise UserError(f"--language {tag}: is no language; give its BCP 47 tag, such as uk or de")
+    if code == "eng":
+        return "en", "fineweb"
+    script = SCRIPTS.get(full.script, full.script)
+    return language.language, f"fineweb2:{INDIVIDUAL.get(code, code)}_{script}"
