@@ -25,7 +25,7 @@ NAME ..., where NAME is one of these; NAME --help lists its flags
   dense MODEL                perplexity of the model as it is
   vocabulary MODEL OUT       its vocabulary trimmed for --vocabulary_data SOURCE ...; no pruning
 
-  compress MODEL OUT --data uk   all of it for one model, in --minutes 30; --for cpu, gpu, llama.cpp
+  compress MODEL OUT --language uk   all of it for one model, in --minutes 30
 
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
   languages MODEL SOURCE ...     prunings for two or more languages, and what their masks share
