@@ -259,5 +259,11 @@ def _set_and_language(source: str) -> tuple[str | None, str | None]:
     except UserError:  # a path that is gone
         hub = None
     kind, _, language = source.partition(":")
-    is_named = language and f"{kind}:LANGUAGE" in BUILT_IN
-    return hub, re.split("[_-]", language)[0] if is_named else LANGUAGE_OF_SET.get(source)
+    if not language or f"{kind}:LANGUAGE" not in BUILT_IN:
+        return hub, LANGUAGE_OF_SET.get(source)
+    try:
+        from langcodes import Language
+
+        return hub, Language.get(language).language
+    except (ImportError, ValueError):  # Wikipedia has names of its own, such as `simple`
+        return hub, None

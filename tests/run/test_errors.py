@@ -70,7 +70,7 @@ FLAGS = [
     ("--offload away --load_bit 4", "--offload away", "--load_bit 4"),
     ("--sparsity_type neurons --load_bit 4", "neurons", "--load_bit 4"),
     ("--sparsity_type neurons --replace_sparse_layers", "neurons", "--replace_sparse_layers"),
-    ("--sparsity_type neurons --sparsity_ratio 0", "--sparsity_ratio 0", "no neuron"),
+    ("--sparsity_type neurons --sparsity_ratio 0", "--sparsity_ratio 0", "nothing would go"),
     ("--dtype float64", "--dtype", "float64", "bfloat16"),
     ("--load_bit 3", "--load_bit", "'3'", "8"),
     ("--prune_on_c4 --calibration_data uk", "--prune_on_c4", "--calibration_data"),
