@@ -21,7 +21,6 @@ from lib.model.blocks import (
     positions_at_once,
     rows_at_once,
 )
-from lib.model.finite import first_overflow
 from lib.model.reference import DenseReference, compared_windows
 from lib.util.errors import UserError
 
@@ -82,8 +81,7 @@ def _means(
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
-        where = first_overflow(runner, windows[~losses.isfinite().cpu()][:1])
-        raise UserError(f"{where}: activations are not finite; try --dtype float32")
+        raise UserError(f"{runner.named}: activations are not finite; try --dtype float32")
     value = math.exp(mean) if mean < 700 else math.inf
     means = {
         "perplexity": value,

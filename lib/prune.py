@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
-from lib.model.finite import all_finite, check_weight
 from lib.model.linears import eager_experts, find_linears
-from lib.model.matrix import PrunableLinear
+from lib.model.matrix import PrunableLinear, all_finite
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
 from lib.pruning.ordered import OrderedBlock, Stage, find_order
@@ -34,31 +32,27 @@ class BlockNotes:
     pruned: list[str] = field(default_factory=list)  # linears
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
     warnings: list[str] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)  # neurons that stay, where whole ones go
+    kept: list[int] = field(default_factory=list)  # neurons or experts that stay
+    routed: list[float] = field(default_factory=list)  # share of the tokens sent to each expert
 
 
 @dataclass
 class Pruned:
-    """What was pruned and what was left dense, in weights by linear, and why it was left."""
+    """What was pruned, in weights by linear, and what was left dense, with the reason."""
 
     pruned: dict[str, int] = field(default_factory=dict)
-    left_dense: dict[str, int] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)  # of what was left dense
+    left_dense: dict[str, tuple[int, str]] = field(default_factory=dict)
     notes: list[BlockNotes] = field(default_factory=list)
 
     @property
     def warnings(self) -> list[str]:
         return [warning for notes in self.notes for warning in notes.warnings]
 
-    def leave(self, name: str, size: int, reason: str) -> None:
-        self.left_dense[name] = size
-        self.reasons[name] = reason
-
     def summary(self) -> list[str]:
         """Lines for the user: nothing is left dense silently."""
-        pruned, left = sum(self.pruned.values()), sum(self.left_dense.values())
+        pruned, left = sum(self.pruned.values()), sum(n for n, _ in self.left_dense.values())
         by_reason: dict[str, list[str]] = {}
-        for name, reason in self.reasons.items():
+        for name, (_, reason) in self.left_dense.items():
             by_reason.setdefault(f"left dense, {reason}", []).append(name)
         for notes in self.notes:
             for method, experts in notes.fallbacks.items():
@@ -101,7 +95,8 @@ class Pruner:
         count = Counter(id(p) for block in runner.blocks for p in block.parameters())
         self.shared = {key for key, times in count.items() if times > 1}
         self.shared_done: set[tuple[int, int | None]] = set()
-        self.orders: dict[tuple, list[tuple[Stage, list[int]]]] = {}  # of classes of blocks
+        # of classes of blocks: the linears of the first, and their order
+        self.orders: dict[tuple, tuple[list[PrunableLinear], list[Stage]]] = {}
         # from another memory they would take longer to come than to be computed again
         on_device = torch.device(runner.state_device).type == runner.device.type
         self.cache_inputs = runner.cache_inputs and on_device
@@ -137,6 +132,9 @@ class Pruner:
         dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
         need_outputs = states is not None and index + 1 < len(runner.blocks)
         self.done.notes.append(BlockNotes())
+        # of blocks that are not fetched they were checked when they were loaded
+        for linear in runner.linears(index) if not runner.weights.resident else ():
+            linear.check_finite(runner.named)
         linears = self._linears(index)
         if not self._restore_(index, linears):
             if dense and linears:
@@ -163,7 +161,7 @@ class Pruner:
             runner.weights.save(index, notes, matrices, stage=self.stage)
         for linear in linears:
             if linear.name not in self.done.pruned:
-                self.done.leave(linear.name, prod(linear.shape), UNREACHED)
+                self.done.left_dense[linear.name] = prod(linear.shape), UNREACHED
         if not need_outputs:
             return
         if ordered:
@@ -177,16 +175,8 @@ class Pruner:
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The block's linears that are still to be changed; the others are reported."""
         linears, left_dense = find_linears(self.runner.blocks[index], f"{self.runner.name}.{index}")
-        for name, (size, reason) in left_dense.items():
-            self.done.leave(name, size, reason)
-        linears = [linear for linear in linears if weight_key(linear) not in self.shared_done]
-        self._check_weights(linears)
-        return linears
-
-    def _check_weights(self, linears: list[PrunableLinear]) -> None:
-        if not self.runner.weights.resident:  # otherwise they were checked when they were loaded
-            for linear in linears:
-                check_weight(linear, self.runner.named)
+        self.done.left_dense |= left_dense
+        return [linear for linear in linears if weight_key(linear) not in self.shared_done]
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         """Load the block and its notes if an interrupted run has finished it; whether it has."""
@@ -212,13 +202,10 @@ class Pruner:
         names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
         key = type(self.runner.blocks[index]), *names
         if key not in self.orders:
-            place = {linear: at for at, linear in enumerate(linears)}
-            order = find_order(self.runner, self.states, index, linears)
-            self.orders[key] = [(stage, [place[one] for one in stage.linears]) for stage in order]
-        return [
-            replace(stage, linears=[linears[at] for at in places])
-            for stage, places in self.orders[key]
-        ]
+            self.orders[key] = linears, find_order(self.runner, self.states, index, linears)
+        first, order = self.orders[key]
+        own = dict(zip(first, linears, strict=True))
+        return [replace(stage, linears=[own[one] for one in stage.linears]) for stage in order]
 
     def _prune_(
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
@@ -274,9 +261,8 @@ class Pruner:
     def _solved(self, group: Group) -> list[Tensor]:
         """The group's matrices (out, in), pruned, in the dtype in which they are saved."""
         _check_finite(group.method.statistics(), f"{group.names}: activations are not finite")
-        with record_function("moving"):
-            matrices = [linear.matrix() for linear in group.linears]
-        with record_function("solve"), warnings.catch_warnings(record=True) as caught:
+        matrices = [linear.matrix() for linear in group.linears]
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 self._change_(group, matrices)

@@ -110,18 +110,14 @@ def swap_linears_(
 ) -> dict[str, str]:
     """Replace every sparse linear of the blocks by a `SparseLinear`; {linear's name: how it runs}.
 
-    Arguments and errors as those of `pack_`. Linears that are already packed are packed again where
-    `fmt` has fewer bits: more bits can't restore what rounding has lost.
+    Arguments and errors as those of `pack_`.
     """
-    for module in runner.model.modules():
-        if isinstance(module, SparseLinear) and module.fmt.bits < fmt.bits:
-            fmt = FORMATS[module.fmt.bits]
     paths: dict[str, str] = {}
     for index, block in enumerate(runner.blocks):
         with runner.on_device(index, write_back=True):
             name = f"{runner.name}.{index}"
             for path, module in list(block.named_modules()):
-                if isinstance(module, nn.Linear | Conv1D | SparseLinear):
+                if isinstance(module, nn.Linear | Conv1D):
                     linear = f"{name}.{path}"
                     given = (scales or {}).get(f"{linear}.weight")
                     packed = _packed(linear, module, fmt, given)
@@ -221,7 +217,6 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
 
 
 def _path(module: SparseLinear, target: torch.device) -> str:
-    """Return how a packed linear runs on a device."""
     if target.type == "cpu":
         by_kernels = module.dtype in kernels.DTYPES and kernels.ready()
         return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"
@@ -233,11 +228,7 @@ def _path(module: SparseLinear, target: torch.device) -> str:
 def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear | str:
     """Pack a linear, or return why it stays dense. Raises UserError if what is packed is not its
     weight on the grid nearest to it, or its very weight where its scales are given."""
-    if isinstance(linear, SparseLinear):
-        if linear.fmt.bits <= fmt.bits:
-            return linear
-        linear, scales = linear.to_dense(), None
-    elif why := _why_not_packed(linear):
+    if why := _why_not_packed(linear):
         return why
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)

@@ -65,7 +65,6 @@ class TrimmedVocabulary:
 
     @property
     def digest(self) -> str:
-        """A digest of rows and tokenizer."""
         hasher = hashlib.sha256(self.rows.numpy().tobytes())
         hasher.update(self.tokenizer.backend_tokenizer.to_str().encode())
         return hasher.hexdigest()[:16]
@@ -100,7 +99,6 @@ class TrimmedVocabulary:
         return lines
 
     def summary(self) -> str:
-        """Return the line on what was kept."""
         facts = self.facts
         reserved = f", {facts['reserved']} reserved ones go" if facts["reserved"] else ""
         return (

@@ -10,6 +10,7 @@ import time
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import support
 import torch.distributed as torch_dist
 import worker
 from support import LIMIT, ROOT, Done, start
@@ -35,7 +36,7 @@ class Worker:
         out, err = (str(Path(self.said.name, name)) for name in ("out", "err"))
         settings = settings or [{} for _ in commands]
         arguments = (lines, settings, fault, str(folder), out, err)
-        self.process = _server().Process(target=worker.work, args=arguments, daemon=True)
+        self.process = forkserver().Process(target=worker.work, args=arguments, daemon=True)
         self.process.start()
 
     def end(self) -> Done:
@@ -103,9 +104,7 @@ def ended(workers: list[Worker]) -> list[Done]:
 
 def launched(arguments: list, folder: Path) -> Done:
     """`python -m ARGUMENTS...`, a launcher with its program, to its end."""
-    process = start(["-m", *map(str, arguments)], folder)
-    out, err = process.communicate(timeout=LIMIT)
-    return Done(process.returncode, out, err)
+    return support.ended(start(["-m", *map(str, arguments)], folder))
 
 
 def kept_port() -> socket.socket:
@@ -116,7 +115,8 @@ def kept_port() -> socket.socket:
     return one
 
 
-def _server() -> multiprocessing.context.BaseContext:
+def forkserver() -> multiprocessing.context.BaseContext:
+    """What starts processes in which everything is imported."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["worker", "bitsandbytes"])
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

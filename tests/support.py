@@ -1,6 +1,6 @@
 """What many tests need: main.py as a user calls it, models pruned, windows, folders read.
 
-`call` runs main.py in this process (fast), `spawn` in one of its own (real).
+`call` runs main.py in this process; `start` and `ended` are for processes of their own.
 """
 
 from __future__ import annotations
@@ -164,9 +164,8 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def spawn(argv: list[object], folder: Path) -> Done:
-    """Run `python main.py ARGV...` in a process of its own, from `folder`, to its end."""
-    process = start([str(ROOT / "main.py"), *map(str, argv)], folder)
+def ended(process: subprocess.Popen) -> Done:
+    """Wait for the end of a process."""
     out, err = process.communicate(timeout=LIMIT)
     return Done(process.returncode, out, err)
 
@@ -181,8 +180,7 @@ def launch(argv: list[object], folder: Path, **environment: str) -> Done:
         stderr=subprocess.PIPE,
         text=True,
     )
-    out, err = process.communicate(timeout=LIMIT)
-    return Done(process.returncode, out, err)
+    return ended(process)
 
 
 def launched(argv: list[object], folder: Path, *more: object, **environment: str) -> str:

@@ -15,6 +15,7 @@ from hub import Hub
 from support import QUICK, ROOT, launch, launched, results
 
 from lib.run.flags import build_parser, check_flags
+from lib.run.texts import named_sources
 
 pytestmark = pytest.mark.usefixtures("at_place")
 RECIPES = {  # of main.py: their flags
@@ -66,6 +67,8 @@ def test_recipes_hand_on_their_flags(name: str, flags: str, place: Path) -> None
     args = build_parser().parse_args(argv)
     check_flags(build_parser(), args)
     assert args.save == f"out/{name}"
+    calibrated, _, measured = ([source.text for source in some] for some in named_sources(args))
+    assert (calibrated, measured) == (["c4" if name == "c4" else "ubertext"], ["ubertext"])
 
 
 @pytest.mark.parametrize(
@@ -95,24 +98,11 @@ def hub(place: Path) -> Iterator[Hub]:
         yield found
 
 
-def test_recipes_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> None:
-    model = ["owner/name", "--cache_dir", "weights", *QUICK]
-    said = launched(["unstructured", *model, "--save_model", "p"], place, **hub.environment(place))
-    pruned = results("out/unstructured")
-    assert pruned["sparsity"]["overall"] == 0.5 and pruned["calibration"]["name"] == "ubertext"
-    assert "perplexity ubertext: " in said
+def test_a_recipe_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> None:
+    argv = ["c4", "owner/name", "--cache_dir", "weights", *QUICK, "--save_model", "p"]
+    assert "perplexity ubertext: " in launched(argv, place, **hub.environment(place))
     assert list(Path("weights/models--owner--name/snapshots").glob("*/model.safetensors"))
     assert "base_model: owner/name\n" in Path("p/README.md").read_text("utf-8")
-
-    hub.asked.clear()
-    launched(["c4", *model], place, **hub.environment(place))
     on_c4 = results("out/c4")
     assert on_c4["calibration"]["name"] == "c4" and list(on_c4["perplexity"]) == ["ubertext"]
     assert any(path.endswith("en/c4-train.00000-of-01024.json.gz") for path in hub.asked)
-
-
-def test_bench_times_runs(place: Path) -> None:
-    argv = ["bench", "--model", "model", "--calibration_data", "uk", "--no_peer", "--rounds", "1"]
-    argv += ["--methods", "wanda", "--types", "2:4", "--nsamples", "2", "--seqlen", "32"]
-    said = launched([*argv, "--save", "bench"], place)
-    assert "| wanda | 2:4 |" in said.replace("  ", "")

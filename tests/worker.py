@@ -40,6 +40,7 @@ def work(
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     status, (what, _, how) = 0, fault.partition(":")
     label, _, number = what.rpartition(" ")
     with at(label, int(number), partial(_fail, how)) if fault else nullcontext():

@@ -4,14 +4,13 @@
 
 A RUN is the folder of a saved, pruned model, or the `--save` folder of a run that saved one. For
 each pruned matrix it shows the share of the kept weights that both masks keep, and the share that
-chance would give; where whole neurons were removed, and RUN is a `--save` folder, the same of each
-block's neurons. `--noise` names prunings that differ from RUN_A, RUN_B, ... (in this order) in
+chance would give; where whole neurons or experts were removed, and RUN is a `--save` folder, the
+same of each block's. `--noise` names prunings that differ from RUN_A, RUN_B, ... (in this order) in
 nothing but the seed: only a difference larger than theirs is due to the language.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -22,6 +21,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lib.methods.sparsity import SMALLER
 from lib.run import plots
 from lib.run.results import NONE, RESULTS, read_results
 from lib.util import command
@@ -41,7 +41,7 @@ NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
 
 
 class Masks(NamedTuple):
-    """The matrices of one RUN: weights of a checkpoint, or each block's neurons."""
+    """The matrices of one RUN: weights of a checkpoint, or each block's neurons or experts."""
 
     path: Path
     label: str
@@ -67,8 +67,8 @@ def read_masks(path: Path, files: ExitStack) -> Masks:
     results = read_results(path)
     calibration = (results.get("calibration") or {}).get("name") or NONE
     label = f"{calibration} (seed {results.get('seed') or 0})"
-    if neurons := results.get("neurons"):
-        return Masks(path, label, calibration, _neurons(neurons))
+    if smaller := results.get(kind := results["sparsity_type"]):
+        return Masks(path, label, calibration, _of_blocks(smaller, kind))
     saved = results.get("flags", {}).get("save_model")
     if not saved:
         raise UserError(f"RUN {path}: saved no model; run it again with --save_model")
@@ -78,16 +78,17 @@ def read_masks(path: Path, files: ExitStack) -> Masks:
     return Masks(path, label, calibration, _saved_matrices(path, folder, files))
 
 
-def _neurons(neurons: Mapping[str, Any]) -> dict[str, Matrix]:
-    """Return each block's neurons as a matrix (1, neurons)."""
+def _of_blocks(smaller: Mapping[str, Any], kind: str) -> dict[str, Matrix]:
+    """Return each block's neurons or experts as a matrix (1, number), where some were removed."""
     import torch
 
     def kept(removed: list[int]) -> Tensor:
-        return ~torch.isin(torch.arange(neurons["before"]), torch.tensor(removed)).view(1, -1)
+        return ~torch.isin(torch.arange(smaller["before"]), torch.tensor(removed)).view(1, -1)
 
     return {
-        f"layers.{block}.neurons": ((1, neurons["before"]), partial(kept, removed))
-        for block, removed in enumerate(neurons["removed"])
+        f"layers.{block}.{kind}": ((1, smaller["before"]), partial(kept, removed))
+        for block, removed in enumerate(smaller["removed"])
+        if removed
     }
 
 
@@ -167,7 +168,7 @@ def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) 
     if not lines:
         raise UserError(
             f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models, or where whole "
-            "neurons were removed the runs' --save folders"
+            "neurons or experts were removed the runs' --save folders"
         )
     keys = ["seeds", "a", "b", "block", "linear"]  # experts of one linear are added up
     return pandas.DataFrame(lines).groupby(keys, sort=False)[COUNTS].sum().reset_index()
@@ -208,10 +209,16 @@ def shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
 
 
 def _title(counts: DataFrame) -> str:
-    unit = "Neurons" if (counts["linear"] == "neurons").all() else "Weights"
+    unit = _unit(counts)
     between = counts[~counts["seeds"]]
     *first, last = dict.fromkeys([*between["a"], *between["b"]])
     return f"{unit} that the masks of {', '.join(first)} and {last} share"
+
+
+def _unit(counts: DataFrame) -> str:
+    """Return what the masks are of: Weights, or what whole ones were removed of."""
+    kinds = set(counts["linear"])
+    return kinds.pop().capitalize() if len(kinds) == 1 and kinds <= set(SMALLER) else "Weights"
 
 
 def overlap_text(counts: DataFrame) -> str:
@@ -238,10 +245,10 @@ def overlap_text(counts: DataFrame) -> str:
 def draw(counts: DataFrame) -> Any:
     """Return the heat map: by block and linear, in points over the seeds where those were compared.
 
-    Of neurons by block and pair.
+    Of neurons and experts by block and pair.
     """
     column, label = "both keep", "kept by both, %"
-    if (counts["linear"] == "neurons").all():
+    if _unit(counts) != "Weights":
         counts = counts[~counts["seeds"]]
         counts = counts.assign(linear=counts["a"] + "\n" + counts["b"])
     elif counts["seeds"].any():
@@ -251,15 +258,12 @@ def draw(counts: DataFrame) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.overlap", description=__doc__.split("\n")[0]
-    )
+    parser = command.make_parser("overlap", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or its run")
     parser.add_argument(
         "--noise", nargs="+", default=[], metavar="RUN", help="the RUNs with another seed, in order"
     )
     parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)

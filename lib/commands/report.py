@@ -9,13 +9,13 @@ Completions are in report.md alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.methods.sparsity import SMALLER
 from lib.run import plots
 from lib.run.results import ERROR, NONE, RESULTS, read_results
 from lib.util import command
@@ -104,7 +104,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     if share is None:  # dense, or pruned before
         share = zeros or 0.0
     names = {None: f"{share:.0%}", "unstructured": f"{100 * share:g}%"}
-    names["neurons"] = f"{100 * share:g}% neurons"
+    names |= {kind: f"{100 * share:g}% {kind}" for kind in SMALLER}
     vocabulary, rows = results.get("vocabulary") or {}, ""
     if vocabulary:
         rows = f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of its vocabulary"
@@ -142,7 +142,6 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _keys(names: Iterable[str]) -> list[str]:
-    """Return the columns that name a row."""
     return ["method", "type", "calibrated_on", *(n for n in names if n.startswith(SETTING))]
 
 
@@ -286,12 +285,9 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.report", description=__doc__.split("\n")[0]
-    )
+    parser = command.make_parser("report", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     parser.add_argument("--out", default="report", help="folder for the files (default: report)")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     print(write_report(load_runs(args.runs), Path(args.out), failed_runs(args.runs)))

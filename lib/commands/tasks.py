@@ -16,7 +16,6 @@ run the command again where the folder moves.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
@@ -24,6 +23,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,9 @@ def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[
     All are of one script, have the same number of letters and occur about as often: their counts
     have the same logarithm of base 2, rounded down. The place of the right one is drawn.
     """
-    given, texts, length = texts, [], 0
-    for text in given:
-        texts.append(text)
-        length += len(text)
-        if length >= CHARACTERS:
-            break
+    from lib.data.counts import batches
+
+    texts = list(chain.from_iterable(batches(texts, CHARACTERS)))
     words = (word for text in texts for word in re.findall(WORD, text))
     counts = Counter(word for word in words if word.islower())
 
@@ -163,9 +160,7 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m lib.commands.tasks", description=__doc__.split("\n")[0]
-    )
+    parser = command.make_parser("tasks", __doc__)
     parser.add_argument("data", metavar="DATA", help="folder with test*.jsonl, or another source")
     parser.add_argument("out", metavar="OUT", help="folder for the tasks")
     parser.add_argument(
@@ -173,7 +168,6 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
     parser.add_argument("--pairs", metavar="FILE", help="JSON lines with `good` and `bad`")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     check_writable("OUT", args.out)
     source = parse_source(args.data, "DATA")

@@ -11,7 +11,6 @@ https://lang.org.ua/en/ubertext/ (Chaplynskyi, UNLP 2023). `hf upload OWNER/NAME
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import json
 import sys
@@ -42,18 +41,15 @@ def find_dumps(folder: Path) -> dict[str, Path]:
     return dumps
 
 
-def documents(lines: Iterable[str], add_up: bool = False) -> Iterator[str]:
-    """Yield the documents between dividers without their blank lines; empty ones are left out.
-
-    With `add_up` blank lines of a document also count if they are not consecutive.
-    """
+def documents(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the documents between dividers without their blank lines; empty ones are left out."""
     document: list[str] = []
     n_blank = 0
     for line in chain(lines, ["\n"] * DIVIDER):
         if line.isspace():
             n_blank += 1
         else:
-            n_blank = n_blank if add_up else 0
+            n_blank = 0
             document.append(line)
         if n_blank == DIVIDER:
             n_blank = 0
@@ -62,7 +58,7 @@ def documents(lines: Iterable[str], add_up: bool = False) -> Iterator[str]:
             document = []
 
 
-def long_documents(dump: Path, add_up: bool) -> Iterator[str]:
+def long_documents(dump: Path) -> Iterator[str]:
     """Yield the documents of a dump that are longer than MIN_LENGTH, white space folded.
 
     Raises UserError if the dump is damaged or not UTF-8.
@@ -71,20 +67,20 @@ def long_documents(dump: Path, add_up: bool) -> Iterator[str]:
         compressed = file.read(len(BZ2_MAGIC)) == BZ2_MAGIC
     try:
         with (bz2.open if compressed else open)(dump, "rt", encoding="utf-8-sig") as text:
-            for document in documents(text, add_up):
+            for document in documents(text):
                 if len(document) > MIN_LENGTH:
                     yield " ".join(document.split())
     except (UnicodeDecodeError, EOFError, OSError) as error:
         raise UserError(f"{dump}: neither UTF-8 text nor whole bz2 ({error})") from error
 
 
-def build(dumps: dict[str, Path], out: Path, add_up: bool = False) -> None:
+def build(dumps: dict[str, Path], out: Path) -> None:
     """Write train.jsonl and test.jsonl into the new folder `out`, whole or not at all."""
     check_new_folder("OUT", str(out))
     train: list[str] = []
     test: list[str] = []
     for genre, dump in dumps.items():
-        texts = islice(long_documents(dump, add_up), TRAIN + TEST)
+        texts = islice(long_documents(dump), TRAIN + TEST)
         rows = ({"text": text, "genre": genre} for text in texts)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         if not lines:
@@ -99,20 +95,11 @@ def build(dumps: dict[str, Path], out: Path, add_up: bool = False) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="ubertext", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = command.make_parser("ubertext", __doc__)
     parser.add_argument("dumps", metavar="FOLDER_OF_DUMPS", help="folder with a file per genre")
     parser.add_argument("out", metavar="OUT", help="new folder for train.jsonl and test.jsonl")
-    parser.add_argument(
-        "--published_divider",
-        action="store_true",
-        help="count blank lines as the published builder did: they add up within a document, "
-        "also if they are not consecutive",
-    )
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
-    build(find_dumps(Path(args.dumps)), Path(args.out), args.published_divider)
+    build(find_dumps(Path(args.dumps)), Path(args.out))
 
 
 if __name__ == "__main__":

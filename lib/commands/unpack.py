@@ -5,13 +5,11 @@ python -m lib.commands.unpack IN OUT
 
 from __future__ import annotations
 
-import argparse
-import re
 import shutil
 import sys
 from pathlib import Path
 
-from lib.util.command import add_debug_flag, run
+from lib.util.command import make_parser, run
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, staged_folder
 
@@ -30,7 +28,7 @@ def unpack_folder(source: str, target: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # this registers the format with transformers
-    from lib.packed.checkpoint import CARD_HEADING, METHOD
+    from lib.packed.checkpoint import METHOD
     from lib.util.progress import quiet
 
     quiet()
@@ -42,25 +40,16 @@ def unpack_folder(source: str, target: str) -> None:
         model.dequantize()
     with staged_folder(target, "OUT") as stage:
         model.save_pretrained(stage)
-        for path in folder.iterdir():  # tokenizer, model card, ...
-            is_weights = ".safetensors" in path.name
-            if path.is_file() and not is_weights and not (stage / path.name).exists():
+        for path in folder.iterdir():  # the tokenizer; not the card, which is on the packed form
+            other = ".safetensors" in path.name or path.name == "README.md"
+            if path.is_file() and not other and not (stage / path.name).exists():
                 shutil.copy2(path, stage)
-        card = stage / "README.md"
-        if card.is_file():
-            text = card.read_text("utf-8")
-            text = re.sub(rf"(?ms)^{re.escape(CARD_HEADING)}\n.*?(?=^#|\Z)", "", text).rstrip()
-            text = re.sub(r"(?m)^(# .*), packed\b", r"\1, unpacked", text)
-            rounded = "" if stored["bits"] == 16 else ", the others were rounded to 4 bits"
-            text += f"\n\n## Weights\n\nUnpacked: zeros are stored as weights{rounded}.\n"
-            card.write_text(text, "utf-8")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="unpack", description=__doc__.splitlines()[0])
+    parser = make_parser("unpack", __doc__)
     parser.add_argument("source", metavar="IN", help="folder of a packed checkpoint")
     parser.add_argument("target", metavar="OUT", help="new folder for the dense checkpoint")
-    add_debug_flag(parser)
     args = parser.parse_args(argv)
     unpack_folder(args.source, args.target)
     print(f"unpacked: {args.target}")

@@ -24,7 +24,6 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 FILE = "tokenizer.model"
-BLANK = "▁"
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # ModelProto.SentencePiece.Type
 UNREACHED = -1e6  # score of a token that no merge makes
 BYTE_TOKENS = {f"<0x{number:02X}>" for number in range(256)}
@@ -126,7 +125,7 @@ def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> 
     trainer += _number(40, number) + _number(41, -1) + _number(42, -1) + _number(43, -1)
     trainer += _bytes(45, unknown.encode())
     normalizer = _bytes(1, b"identity") + _number(3, int(begins_with_blank(data)))
-    normalizer += _number(4, 0) + _number(5, 1)  # blanks stay, and are written as BLANK
+    normalizer += _number(4, 0) + _number(5, 1)  # blanks stay, and are written as ▁
     written = b"".join(
         _bytes(1, _bytes(1, text.encode()) + _float(2, score) + _number(3, kind))
         for text, score, kind in listed

@@ -30,13 +30,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from lib.methods.damping import cholesky, inverse_
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
-from lib.methods.obs import UNFACTORED, choose_rows, solve_rows
+from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, n_of_first, threshold
-from lib.util.errors import UserError
 
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
 EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends where no more changes
@@ -137,23 +135,20 @@ class MaskChoice:
         """Z: a part of T with 0 where it is pruned, ties with the last pruned one included."""
         if not sparsity.m:
             count = int(part.numel() * sparsity.ratio)
-            with record_function("masks"):
-                highest = threshold(part.abs(), count)
+            highest = threshold(part.abs(), count)
             return torch.hardshrink(part, highest)
         groups = part.unflatten(0, (-1, sparsity.m)).movedim(1, 0)  # (m, in / m, out)
-        with record_function("masks"):
-            mask = n_of_first(groups.abs(), sparsity.n)
+        mask = n_of_first(groups.abs(), sparsity.n)
         return groups.masked_fill(mask, 0).movedim(0, 1).flatten(0, 1)
 
     def final(self, total: Tensor) -> Tensor:
         """Mask (in, out) of T, of the exact count."""
-        with record_function("masks"):
-            score = total.abs()
-            if self.sparsity.m:
-                return self.sparsity.mask(score.T).T
-            parts = zip(score.split(self.rows, 1), self.sparsities, strict=True)
-            masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts]
-            return torch.cat(masks, 1)
+        score = total.abs()
+        if self.sparsity.m:
+            return self.sparsity.mask(score.T).T
+        parts = zip(score.split(self.rows, 1), self.sparsities, strict=True)
+        masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts]
+        return torch.cat(masks, 1)
 
 
 def alternate(
@@ -175,9 +170,8 @@ def alternate(
     for own, later, least in ((rho, stiffer, EXPLORED), (stiffer, stiffer, AGREED)):
         if settled:
             break
-        with record_function("factorisation"):
-            inverse = None  # frees the last phase's before the next is made
-            inverse = stiff_inverse(hessian, own)
+        inverse = None  # frees the last phase's before the next is made
+        inverse = stiff_inverse(hessian, own)
         constant = inverse @ target  # what B has in V
         inverse *= -own
         for iteration in range(iterations):
@@ -203,11 +197,7 @@ def alternate(
 
 
 def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
-    """(A + rho I)^-1 (in, in). UserError where it can't be factored."""
+    """(A + rho I)^-1 (in, in)."""
     stiff = hessian.clone()
     stiff.diagonal().add_(rho)
-    factor = cholesky(stiff)
-    del stiff
-    if factor is None:  # it could be without rho: what is not finite
-        raise UserError(UNFACTORED)
-    return inverse_(factor)
+    return inverse_(cholesky(stiff))

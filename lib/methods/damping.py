@@ -1,15 +1,9 @@
-"""X^T X factored although rounding has cost it its positive definiteness: the damping rises.
-
-for damping in rising(0.01):
-    factor = cholesky(hessian + damping)
-    if factor is not None:
-        break
-"""
+"""X^T X factored although rounding has cost it its positive definiteness: the damping rises."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -17,35 +11,37 @@ from torch import Tensor
 from lib.util.errors import UserError
 
 TRIES = 4
+UNFACTORED = "X^T X can't be factored; use more calibration tokens (--nsamples)"
 
 
-def rising(damping: float) -> Iterator[float]:
-    """`damping`, then, with a warning, ten times the last; to be left when one is enough.
+def damped_cholesky_(matrix: Tensor, damping: float, unit: Tensor | float = 1.0) -> Tensor:
+    """Add `damping` times `unit` to the diagonal of `matrix` in place, and factor it.
 
-    UserError after a few tries.
+    Where that is not enough the damping rises tenfold, with a warning; UserError after a few tries.
     """
-    for _ in range(TRIES - 1):
-        yield damping
-        warnings.warn(
-            f"X^T X is not positive definite with damping {damping:g}; trying {10 * damping:g}",
-            stacklevel=4,
-        )
+    diagonal = matrix.diagonal().clone()
+    for _ in range(TRIES):
+        matrix.diagonal().copy_(diagonal + damping * unit)
+        with suppress(UserError):
+            return cholesky(matrix)
+        line = f"X^T X is not positive definite with damping {damping:g}"
+        warnings.warn(f"{line}; it is raised tenfold", stacklevel=3)
         damping *= 10
-    yield damping
     raise UserError(
-        f"X^T X is not positive definite, even with damping {damping:g}; "
-        "use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
+        f"{line}; use more calibration tokens (--nsamples, --seqlen) or --prune_method wanda"
     )
 
 
-def cholesky(matrix: Tensor) -> Tensor | None:
-    """Lower triangular L (n, n) with L L^T = `matrix`; None where it is not positive definite.
+def cholesky(matrix: Tensor) -> Tensor:
+    """Lower triangular L (n, n) with L L^T = `matrix`, of which the lower triangle is read.
 
-    Reads the lower triangle.
+    UserError where it is not positive definite.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     # what is not finite in a row reaches the diagonal
-    return None if failed.any() | ~factor.diagonal().isfinite().all() else factor
+    if failed.any() | ~factor.diagonal().isfinite().all():
+        raise UserError(UNFACTORED)
+    return factor
 
 
 def inverse_(factor: Tensor) -> Tensor:

@@ -27,14 +27,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from lib.methods.damping import cholesky
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
-from lib.methods.obs import UNFACTORED
 from lib.methods.sparsegpt import unit_inverse
 from lib.packed.formats import FORMATS, Q4_0, Int4
-from lib.util.errors import UserError
 
 
 class GPTQ(LeastSquares):
@@ -100,12 +97,8 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: ColumnGrid) -> Tensor:
 
     UserError where A can't be factored.
     """
-    with record_function("factorisation"):
-        lower = cholesky(hessian.flip(0, 1))
-        if lower is None:
-            raise UserError(UNFACTORED)
-        factor = lower.flip(0, 1)
-        factor.div_(factor.diagonal().clone())  # C
+    factor = cholesky(hessian.flip(0, 1)).flip(0, 1)
+    factor.div_(factor.diagonal().clone())  # C
     solution, change = torch.empty_like(ideal), torch.empty_like(ideal)  # Q and D
     for here in grid.groups:
         inverse = unit_inverse(factor[here, here])

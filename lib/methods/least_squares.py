@@ -30,10 +30,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
-from lib.methods.damping import cholesky, inverse_, rising
+from lib.methods.damping import damped_cholesky_, inverse_
 from lib.methods.gram import add_cross_, add_upper_gram_, mirror_
 
 FLOOR = 0.01  # of an input's variance: the least damping
@@ -80,24 +79,18 @@ class LeastSquares(PruningMethod):
 
         The floor of the damping rises where it must; UserError where that does not help.
         """
-        with record_function("factorisation"):
-            hessian = self.hessian.clone()
-            mirror_(hessian)
-            dead = hessian.diagonal() == 0
-            across = hessian.diagonal().sqrt().masked_fill_(dead, 1)[:, None]
-            hessian /= across.T
-            hessian /= across
-            added = 0.0
-            for floor in rising(FLOOR):
-                hessian.diagonal().add_(floor - added)
-                added, factor = floor, cholesky(hessian)
-                if factor is not None:
-                    break
-            unexplained = (1 / inverse_(factor).diagonal()).mean().item()
-            del factor
-            share = self.damping * len(hessian) / self.tokens
-            hessian.diagonal().add_(share * unexplained)
-            unexplained *= 1 + share  # of the damped matrix
+        hessian = self.hessian.clone()
+        mirror_(hessian)
+        dead = hessian.diagonal() == 0
+        across = hessian.diagonal().sqrt().masked_fill_(dead, 1)[:, None]
+        hessian /= across.T
+        hessian /= across
+        inverse = inverse_(damped_cholesky_(hessian, FLOOR))
+        unexplained = (1 / inverse.diagonal()).mean().item()
+        del inverse
+        share = self.damping * len(hessian) / self.tokens
+        hessian.diagonal().add_(share * unexplained)
+        unexplained *= 1 + share  # of the damped matrix
         start = torch.cat([weight.T for weight in weights], 1)
         if self.residual_error_gram is not None:
             error = self.residual_error_gram.T / across

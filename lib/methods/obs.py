@@ -13,11 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.methods.damping import cholesky
+from lib.methods.damping import UNFACTORED, cholesky
 from lib.util.errors import UserError
 
 STAGE = 16  # rows that go at a time
-UNFACTORED = "X^T X can't be factored; use more calibration tokens (--nsamples)"
 
 
 @torch.no_grad()
@@ -46,14 +45,8 @@ def choose_rows(solution: Tensor, inverse: Tensor, count: int, stage: int = STAG
 
 
 def solve_rows(hessian: Tensor, target: Tensor, kept: Tensor) -> Tensor:
-    """Q (kept, out) that is best on the rows `kept` alone, of A (in, in) and B (in, out).
-
-    UserError where A can't be factored.
-    """
-    factor = cholesky(hessian[kept[:, None], kept])
-    if factor is None:
-        raise UserError(UNFACTORED)
-    return torch.cholesky_solve(target[kept], factor)
+    """Q (kept, out) that is best on the rows `kept` alone, of A (in, in) and B (in, out)."""
+    return torch.cholesky_solve(target[kept], cholesky(hessian[kept[:, None], kept]))
 
 
 def keep_highest_(weight: Tensor, score: Tensor, count: int) -> Tensor:

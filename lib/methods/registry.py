@@ -17,6 +17,11 @@ METHODS = {
     "admm": "lib.methods.admm:Admm",
     "magnitude": "lib.methods.magnitude:Magnitude",
 }
+EXPERT_METHODS = {  # of --sparsity_type experts
+    "reap": "lib.methods.experts:Reap",
+    "frequency": "lib.methods.experts:Frequency",
+    "random": "lib.methods.experts:Random",
+}
 
 
 def method_of(name: str, variant: bool = False) -> type[PruningMethod]:
@@ -24,5 +29,5 @@ def method_of(name: str, variant: bool = False) -> type[PruningMethod]:
 
     `variant`: of Wanda the one of --use_variant.
     """
-    module, class_name = METHODS[name].split(":")
+    module, class_name = (METHODS | EXPERT_METHODS)[name].split(":")
     return getattr(import_module(module), class_name + "Variant" * variant)

@@ -38,10 +38,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
-from lib.methods.damping import cholesky, inverse_, rising
+from lib.methods.damping import damped_cholesky_, inverse_
 from lib.methods.gram import add_upper_gram_, mirror_
 from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsity import Sparsity, n_of_first
@@ -73,8 +72,7 @@ class SparseGPT(PruningMethod):
 
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where H can't be factored."""
-        with record_function("factorisation"):
-            factor, scale, dead = factorise(self.hessian, self.damping)
+        factor, scale, dead = factorise(self.hessian, self.damping)
         rows = [len(weight) for weight in weights]
         change = torch.cat(list(weights)).T.contiguous()  # (in, out): W, and left of the block D
         change.masked_fill_(dead[:, None], 0)
@@ -93,9 +91,8 @@ class SparseGPT(PruningMethod):
             block.settle_()
             settled = block.values.sub_(block.errors)  # exactly 0 where pruned
             change[here] -= settled
-            with record_function("moving"):
-                for weight, part in zip(weights, settled.split(rows, 1), strict=True):
-                    weight[:, here] = part.T
+            for weight, part in zip(weights, settled.split(rows, 1), strict=True):
+                weight[:, here] = part.T
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Remove columns stage by stage (lib/methods/obs.py), keeping the linear's own outputs."""
@@ -103,14 +100,11 @@ class SparseGPT(PruningMethod):
         mirror_(hessian)
         dead = hessian.diagonal() == 0
         weight[:, dead] = 0
-        mean, added = hessian.diagonal().mean(), dead.float()
-        for share in rising(self.damping):
-            hessian.diagonal().add_(added + share * mean)
-            added, factor = -share * mean, cholesky(hessian)
-            if factor is not None:
-                break
-        kept = choose_rows(weight.T.clone(), inverse_(factor), count)
-        del factor
+        mean = hessian.diagonal().mean()
+        hessian.diagonal().add_(dead)
+        inverse = inverse_(damped_cholesky_(hessian, self.damping, mean))
+        kept = choose_rows(weight.T.clone(), inverse, count)
+        del inverse
         solution = solve_rows(hessian, hessian @ weight.T, kept)
         weight.zero_()[:, kept] = solution.T
         return kept
@@ -120,19 +114,14 @@ def factorise(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """Unit upper triangular C (in, in), scale (in,): H + damping = C diag(scale^2) C^T; dead (in,).
 
     Reads the upper triangle of H only. An input that was always 0 is dead: it tells nothing of its
-    weights, which go, and has no say in the others. The damping rises where it must; UserError
-    where that does not help.
+    weights, which go, and has no say in the others.
     """
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    mean = diagonal.mean()
-    for share in rising(damping):
-        reverse = hessian.flip(0, 1)  # its lower triangle is what H holds
-        reverse.diagonal().add_(dead.flip(0).float() + share * mean)
-        lower = cholesky(reverse)
-        del reverse
-        if lower is not None:
-            break
+    reverse = hessian.flip(0, 1)  # its lower triangle is what H holds
+    reverse.diagonal().add_(dead.flip(0))
+    lower = damped_cholesky_(reverse, damping, diagonal.mean())
+    del reverse
     factor = lower.flip(0, 1)
     del lower
     scale = factor.diagonal().clone()
@@ -178,17 +167,15 @@ class ColumnBlock:
     def settle_(self) -> None:
         """Take the columns of V one after another to their last values; note their errors."""
         if not self.sparsity.m:  # the lowest scores of each linear's part of the block
-            with record_function("masks"):
-                score = (self.values * self.scale).square_()
-                parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
-                for part, mask, sparsity in zip(*parts, strict=True):
-                    mask.copy_(sparsity.mask(part, overall=True))
+            score = (self.values * self.scale).square_()
+            parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
+            for part, mask, sparsity in zip(*parts, strict=True):
+                mask.copy_(sparsity.mask(part, overall=True))
         for values, before, push, scale, mask, columns in self.steps:
             if len(before):
                 values.addmm_(push, before, alpha=-1)
             if self.sparsity.m:
-                with record_function("masks"):
-                    mask.copy_(n_of_first((values * scale).square_(), self.sparsity.n))
+                mask.copy_(n_of_first((values * scale).square_(), self.sparsity.n))
             for value, earlier, weight, pruned, error in columns:
                 if len(weight):
                     value.addmv_(earlier, weight, alpha=-1)

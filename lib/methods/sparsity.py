@@ -13,14 +13,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 UNSTRUCTURED = "unstructured"
-NEURONS = "neurons"  # whole ones, of the MLPs
-RATIO_TYPES = (UNSTRUCTURED, NEURONS)  # whose ratio is free
-TYPES = (UNSTRUCTURED, "2:4", "4:8", NEURONS)
+NEURONS, EXPERTS = "neurons", "experts"  # whole ones: what is left is a smaller dense model
+SMALLER = (NEURONS, EXPERTS)
+RATIO_TYPES = (UNSTRUCTURED, *SMALLER)  # whose ratio is free
+TYPES = (UNSTRUCTURED, "2:4", "4:8", *SMALLER)
 ALLOCATIONS = ("uniform", "error")
 SAMPLED = 2**16  # scores; above, a sample first narrows down where numpy has to select
 STRIDE = 31  # between scores of the sample; prime, to meet all columns
 MARGIN = 2.5  # of the square root of the sample: five standard deviations of a rank, at most
-SORTED = 2**22  # scores; below, a GPU sorts, as a bisection would wait for its launches
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Sparsity:
     def parse(cls, kind: str, ratio: float) -> Sparsity:
         """Read a type and a ratio in [0, 1); ValueError where they disagree.
 
-        Of `neurons` the ratio is that of an MLP's neurons, and says nothing of single weights.
+        Of `neurons` and `experts` it is a ratio of those, and says nothing of single weights.
         """
         if not 0 <= ratio < 1:  # also refuses nan
             raise ValueError(f"--sparsity_ratio {ratio}: must be at least 0 and below 1")
@@ -48,11 +48,6 @@ class Sparsity:
                 f"use --sparsity_ratio {n / m} or --sparsity_type {UNSTRUCTURED}"
             )
         return cls(ratio, n, m)
-
-    @property
-    def pattern(self) -> str | None:
-        """`2:4`, or None where the mask is unstructured."""
-        return f"{self.n}:{self.m}" if self.m else None
 
     def mask(self, score: Tensor, overall: bool = False) -> Tensor:
         """Return the mask of the lowest scores of each N:M group or row, or `overall`."""
@@ -68,11 +63,9 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     import numpy
     import torch
 
-    if score.device.type != "cpu":
-        if score.numel() < SORTED:
-            return _lowest_when_sorted(score, count)
-        # less memory and, on paper, less time
-        return _lowest_up_to(_bisected(score, count), score, count)
+    if score.device.type != "cpu":  # without the host looking at it
+        first = score.sort(dim=-1, stable=True).indices[..., :count]
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if score.dtype == torch.bfloat16:  # unknown to numpy
@@ -101,9 +94,7 @@ def threshold(score: Tensor, count: int) -> float:
     score = score.reshape(-1)
     if score.device.type == "cpu":
         return float(_select(score.numpy(), count))
-    if len(score) < SORTED:
-        return score.sort().values[count - 1].item()
-    return _bisected(score.view(1, -1), count)[0].item()
+    return score.sort().values[count - 1].item()
 
 
 def _select(scores: Any, count: int) -> Any:
@@ -149,32 +140,6 @@ def _add_ranks_(ranks: Any, scores: Any) -> None:
         left_first = scores[:right] <= scores[right]
         ranks[right] += left_first.sum(0, dtype=ranks.dtype)
         ranks[:right] += ~left_first
-
-
-def _lowest_when_sorted(score: Tensor, count: int) -> Tensor:
-    """Mask of the `count` smallest of every row, without the host looking at it."""
-    import torch
-
-    first = score.sort(dim=-1, stable=True).indices[..., :count]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, first, True)
-
-
-def _bisected(score: Tensor, count: int) -> Tensor:
-    """The `count`-th smallest of every row (rows, 1), float32.
-
-    Floats that are not negative are in the order of their bits, read as integers, so it is found
-    bit by bit.
-    """
-    import torch
-
-    bits = score.float().contiguous().view(torch.int32)
-    low = bits.new_zeros(*bits.shape[:-1], 1)
-    high = torch.full_like(low, 2**31 - 1)
-    for _ in range(31):
-        middle = low + (high - low) // 2
-        enough = (bits <= middle).sum(-1, keepdim=True) >= count
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    return low.view(torch.float32)
 
 
 def _lowest_up_to(threshold: Tensor, score: Tensor, count: int) -> Tensor:

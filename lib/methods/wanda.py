@@ -34,11 +34,12 @@ class Wanda(PruningMethod):
 
     def observe(self, x: Tensor) -> None:
         super().observe(x)
-        squares = squares_read_once if x.is_cuda else squares_added
+        # float32 first: squares of float16 activations overflow beyond 256
+        squares = x.float().square()
         whole = len(x) // TOKENS * TOKENS
-        few = squares(x[:whole].unflatten(0, (whole // TOKENS, TOKENS)))
+        few = squares[:whole].unflatten(0, (whole // TOKENS, TOKENS)).sum(1)
         self.square_sum += few.sum(0, dtype=torch.float64)
-        self.square_sum += squares(x[whole:][None])[0]
+        self.square_sum += squares[whole:].sum(0)
 
     def statistics(self) -> list[Tensor]:
         return [self.square_sum]
@@ -78,14 +79,3 @@ class WandaVariant(Wanda):
                 return torch.zeros_like(mask).scatter_(1, order, mask)
             low, high = (low, alpha) if off > 0 else (alpha, high)
             alpha = (low + high) / 2
-
-
-def squares_added(x: Tensor) -> Tensor:
-    """Sums (groups, in), float32, of the squares of x (groups, tokens, in)."""
-    # float32 first: squares of float16 activations overflow beyond 256
-    return x.float().square().sum(1)
-
-
-def squares_read_once(x: Tensor) -> Tensor:
-    """The same to rounding, without a float32 copy of x: a GPU waits for memory here."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).square()

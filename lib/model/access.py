@@ -54,11 +54,8 @@ class Checkpoint:
 
 
 def check_folder(checkpoint: Checkpoint) -> None:
-    """Raise UserError if the name can only be a local folder, but holds no model."""
-    name = checkpoint.name
-    folder = Path(name)
-    if folder.is_file():
-        raise UserError(f"{checkpoint}: is a file; name the folder that holds it")
+    """Raise UserError for a local folder that holds no model, or only an adapter."""
+    folder = Path(checkpoint.name)
     if (folder / ADAPTER).is_file():
         raise UserError(
             f"{checkpoint}: holds an adapter ({ADAPTER}), which would not be pruned; merge it into "
@@ -69,8 +66,6 @@ def check_folder(checkpoint: Checkpoint) -> None:
             f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
-    if not folder.exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise UserError(f"{checkpoint}: there is no such folder; check the path")
 
 
 def check_weight_files(checkpoint: Checkpoint) -> None:
@@ -80,7 +75,9 @@ def check_weight_files(checkpoint: Checkpoint) -> None:
         return
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        files = _files_of_index(checkpoint, folder / INDEX)
+        with as_user_error(checkpoint, INDEX, "download it again"):
+            index = json.loads((folder / INDEX).read_text("utf-8"))
+            files = sorted(set(index["weight_map"].values()))
     for file in files:
         if not (folder / file).is_file():
             raise UserError(
@@ -89,15 +86,6 @@ def check_weight_files(checkpoint: Checkpoint) -> None:
             )
         with as_user_error(checkpoint, file, "it is damaged or cut short; download it again"):
             safe_open(folder / file, framework="pt").keys()
-
-
-def _files_of_index(checkpoint: Checkpoint, index: Path) -> list[str]:
-    with as_user_error(checkpoint, index.name, "download it again"):
-        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        for file in files:
-            if not isinstance(file, str) or file != Path(file).name:
-                raise ValueError(f"its weight_map names {file!r}, which is no file of the folder")
-        return sorted(files)
 
 
 @cache

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
+from torch.utils._pytree import tree_map
 
 from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
@@ -110,9 +110,10 @@ class BlockRunner:
             with self.on_device(index):
                 yield from self.linears(index)
 
-    def mapped(self) -> AbstractContextManager:
-        """Inside, the whole model can be saved, even if its blocks are in files."""
-        return self.weights.mapped()
+    def check_finite(self) -> None:
+        """Raise UserError naming the first linear of the blocks whose weight holds nan or inf."""
+        for linear in self.each_linear():
+            linear.check_finite(self.named)
 
     @torch.no_grad()
     def capture(
@@ -140,7 +141,7 @@ class BlockRunner:
                     if states.hidden is None:
                         states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
                     states.hidden[batch] = hidden  # the host waits, and may then read it
-                states.block_args[index].append((tensors.unique(args), tensors.unique(kwargs)))
+                states.block_args[index].append(tree_map(tensors.unique, (args, kwargs)))
                 if index == len(self.blocks) - 1:
                     raise Stop
                 return self._block_output(index, hidden)
@@ -149,10 +150,9 @@ class BlockRunner:
 
         for batch in states.batches:
             received.clear()
-            tensors.start_call()
+            tensors.seen.clear()
             with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
                 self._call_model(windows[batch].to(self.device))
-        assert all(len(args) == len(states.batches) for args in states.block_args)
         return states
 
     def iter_batches(
@@ -175,9 +175,8 @@ class BlockRunner:
     @torch.no_grad()
     def advance_(self, states: HiddenStates, index: int, block: nn.Module | None = None) -> None:
         """Replace the hidden states by block `index`'s outputs, in place."""
-        with record_function("forward"):
-            for batch, run in self.iter_batches(states, index, block):
-                self.transfer.store_(states.hidden, batch, run())
+        for batch, run in self.iter_batches(states, index, block):
+            self.transfer.store_(states.hidden, batch, run())
 
     def run_blocks(
         self,
@@ -358,31 +357,21 @@ class TensorDeduplicator:
 
     def __init__(self) -> None:
         self.tensors: dict[tuple, list[Tensor]] = {}  # by shape, dtype and device
-        self.start_call()
-
-    def start_call(self) -> None:
-        """Begin a call of the model, within which an id identifies a tensor."""
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}  # {id: (tensor, first equal tensor)}
+        # {id: (tensor, first equal one)} of one call of the model, in which an id identifies it
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def unique(self, value: Any) -> Any:
-        """Return `value`, nested or not, with every tensor replaced by the first equal one."""
-        if isinstance(value, dict):
-            return {key: self.unique(item) for key, item in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self.unique(item) for item in value)
+        """Return the first tensor that equals `value`; what is no tensor stays as it is."""
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self.seen:  # comparing waits for the device
-            self.seen[id(value)] = value, self._first_equal(value)
+            alike = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
+            equal = (other for other in alike if value is other or torch.equal(value, other))
+            first = next(equal, value)
+            if first is value:
+                alike.append(value)
+            self.seen[id(value)] = value, first
         return self.seen[id(value)][1]
-
-    def _first_equal(self, value: Tensor) -> Tensor:
-        candidates = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
-        for other in candidates:
-            if value is other or torch.equal(value, other):
-                return other
-        candidates.append(value)
-        return value
 
 
 def iter_logits(

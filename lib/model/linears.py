@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from math import prod
 
 import torch
@@ -116,35 +117,25 @@ class _ExpertProducts(TorchFunctionMode):
         return out
 
 
-def watch_inputs(
-    linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor], None]
-) -> AbstractContextManager[None]:
-    """Inside, `see(linear, x)` is called with what each linear is about to be multiplied with.
-
-    x is (..., in). `see` may raise to end the forward pass early. Hooks are gone afterwards.
-    """
-    return _watched(linears, nn.Module.register_forward_pre_hook, see, after=False)
-
-
-def watch_outputs(
-    linears: Sequence[PrunableLinear], see: Callable[[PrunableLinear, Tensor, Tensor], None]
-) -> AbstractContextManager[None]:
-    """As `watch_inputs`, `see(linear, x, out)` with each linear's output (..., out) for x."""
-    return _watched(linears, nn.Module.register_forward_hook, see, after=True)
-
-
 def first_argument(args: tuple, kwargs: dict) -> Tensor:
     """A linear module's input, which its forward may call `input`, or `x` as in GPT-2."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 @contextmanager
-def _watched(
-    linears: Sequence[PrunableLinear], register: Callable, see: Callable, after: bool
+def watch_inputs(
+    linears: Sequence[PrunableLinear], see: Callable[..., None], after: bool = False
 ) -> Iterator[None]:
+    """Inside, `see(linear, x)` is called with what each linear is about to be multiplied with.
+
+    x is (..., in). `after`: `see(linear, x, out)`, with its output (..., out) too. `see` may raise
+    to end the forward pass early. Hooks are gone afterwards.
+    """
+
     def hook(linear: PrunableLinear) -> Callable:
         return lambda _, args, kwargs, *out: see(linear, first_argument(args, kwargs), *out)
 
+    register = nn.Module.register_forward_hook if after else nn.Module.register_forward_pre_hook
     with ExitStack() as stack:
         for linear in linears:
             if linear.expert is None:
@@ -153,6 +144,9 @@ def _watched(
         if experts := [linear for linear in linears if linear.expert is not None]:
             stack.enter_context(_ExpertProducts(experts, see, after))
         yield
+
+
+watch_outputs = partial(watch_inputs, after=True)
 
 
 @contextmanager

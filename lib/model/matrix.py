@@ -13,6 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lib.util.errors import UserError
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither nan nor inf; it is read once, without masks."""
+    if not tensor.numel():
+        return True
+    # a nan becomes both extremes
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
 
 @dataclass(eq=False)
 class PrunableLinear:
@@ -41,6 +51,14 @@ class PrunableLinear:
         """(out, in)"""
         rows, columns = self.raw_weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
+
+    def check_finite(self, model: str) -> None:
+        """Raise UserError if the weight holds nan or inf; the message begins with `model`."""
+        weight = self.raw_weight
+        if weight.is_floating_point() and not all_finite(weight):
+            raise UserError(
+                f"{model}: the weight of {self.name} holds nan or inf; download the model again"
+            )
 
     def matrix(self) -> Tensor:
         """A contiguous float32 copy (out, in) on the weight's device."""

@@ -4,13 +4,13 @@ A neuron is an input of an MLP's down projection, with the row of each linear th
 (gate and up, or one linear before the activation), and their biases. Linears are known by their
 names, their width by a field of the config; a model that is built with a narrower field, without
 weights, shows that the field means them and nothing else, so that the smaller model loads as any
-other. `check_removable` checks on the weights that each neuron depends on its own rows alone.
+other. That each neuron depends on its own rows alone shows when some are removed
+(lib/pruning/neurons.py).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
-from lib.model.linears import find_linears, first_argument
+from lib.model.linears import find_linears
 from lib.model.pretrained import skeleton
 from lib.model.quantised import stored_bits
 from lib.util.errors import UserError
@@ -34,7 +34,6 @@ NAMES = {
     "feed_forward.value": ("key",),
 }
 FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more, see `check_removable`
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,6 @@ class MlpLayout:
     blocks: tuple[BlockMlp, ...]
 
     def set_width(self, config: Any, width: int) -> None:
-        """Write another width into a config."""
         setattr(getattr(config, self.section) if self.section else config, self.field, width)
 
 
@@ -163,35 +161,3 @@ def fit_sizes_(block: nn.Module, mlp: BlockMlp) -> None:
             linear.nx, linear.nf = linear.weight.shape
         else:
             linear.out_features, linear.in_features = linear.weight.shape
-
-
-@torch.no_grad()
-def check_removable(
-    block: nn.Module, mlp: BlockMlp, width: int, run: Callable[[nn.Module], Tensor], name: str
-) -> None:
-    """Check on one batch that neurons can be removed; raise UserError naming the block if not.
-
-    `run(block)` returns a block's outputs. Without every other neuron they must be, to rounding,
-    those of the block whose down projection ignores these neurons.
-    """
-    ignored = torch.arange(width) % 2 == 1
-    smaller = copy.deepcopy(block)
-    keep_neurons_(smaller, mlp, (~ignored).nonzero().flatten())
-    down = block.get_submodule(mlp.down)
-
-    def ignore(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        x = first_argument(args, kwargs)
-        return (x.masked_fill(ignored.to(x.device), 0),), {}
-
-    handle = down.register_forward_pre_hook(ignore, with_kwargs=True)
-    try:
-        expected = run(block).float()
-    finally:
-        handle.remove()
-    out = run(smaller).float()
-    tolerance = max(TOLERANCE, 4 * torch.finfo(down.weight.dtype).eps)
-    if (out - expected).norm() > tolerance * expected.norm():
-        raise UserError(
-            f"--sparsity_type neurons: {name}: its MLP does more than multiply by neurons, so that "
-            "none can be removed; use --sparsity_type unstructured"
-        )

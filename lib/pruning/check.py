@@ -23,7 +23,6 @@ class Measured:
         return sum(self.zeros.values()) / max(1, sum(self.sizes.values()))
 
     def shares(self) -> dict:
-        """The record for results.json."""
         shares = {name: round(self.zeros[name] / self.sizes[name], 6) for name in self.sizes}
         return {"overall": self.overall, "linears": shares}
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from lib.distributed.context import DistContext
 from lib.methods.base import PruningMethod
@@ -110,8 +109,7 @@ def observe(
             inputs.append((x, group))
             if linear is group.linears[0]:
                 aim = {"dense": rows(dense[linear.name])} if linear.name in dense else {}
-                with record_function("statistics"):
-                    group.method.observe(rows(x), **aim)
+                group.method.observe(rows(x), **aim)
         seen.add(linear)
         if len(seen) == len(linears):
             raise Stop
@@ -120,7 +118,7 @@ def observe(
         for receiver in linears if shared else [linear]:
             add(receiver, x)
 
-    with watch_inputs(linears, see), record_function("forward"):
+    with watch_inputs(linears, see):
         for run, of_untouched in passes:
             # not those of the pass before, whose memory may be in use again
             dense, inputs, seen = of_untouched, [], set()
@@ -187,8 +185,9 @@ def check_widths(blocks: nn.ModuleList, blocks_name: str, sparsity: Sparsity) ->
         for linear in find_linears(block, f"{blocks_name}.{index}")[0]:
             if linear.shape[1] % sparsity.m:
                 raise UserError(
-                    f"--sparsity_type {sparsity.pattern}: {linear.name} has {linear.shape[1]} "
-                    f"inputs, not a multiple of {sparsity.m}; use --sparsity_type unstructured"
+                    f"--sparsity_type {sparsity.n}:{sparsity.m}: {linear.name} has "
+                    f"{linear.shape[1]} inputs, not a multiple of {sparsity.m}; use "
+                    "--sparsity_type unstructured"
                 )
 
 

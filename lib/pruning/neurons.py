@@ -10,25 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib.methods.base import PruningMethod
-from lib.model.blocks import BlockRunner, run_block
+from lib.model.blocks import BlockRunner
 from lib.model.matrix import PrunableLinear
-from lib.model.mlp import MlpLayout, check_removable, fit_sizes_, keep_neurons_, output_dim
+from lib.model.mlp import MlpLayout, fit_sizes_, keep_neurons_, output_dim
 from lib.prune import UNREACHED, Pruned, Pruner
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group
 from lib.util.errors import UserError
 from lib.util.host import malloc_trim
 
-CHECKED = 16  # tokens of the check of a block where no text is observed
+CHECKED = 16  # tokens on which a block is checked where no text is observed
 MULTIPLE = 256  # of neurons, that fast kernels like
 STEPS = 8  # multiples that the width has at least
+TOLERANCE = 1e-3  # of the norm of a block's outputs, that rounding may change
 
 
 def multiple_of(width: int) -> int:
@@ -100,7 +100,6 @@ class NeuronPruner(Pruner):
         self.layout = layout
         self.left = left
         self.cache_inputs = False  # they would have the wrong width once neurons are removed
-        self.checked: set[type] = set()  # classes of blocks
         self.done = NeuronsPruned(layout=layout, left=left)
 
     def run(
@@ -117,27 +116,10 @@ class NeuronPruner(Pruner):
         return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
 
     def _linears(self, index: int) -> list[PrunableLinear]:
-        """The down projection, once the block's weights and its MLP are checked."""
-        linears, down = self.runner.linears(index), self.layout.blocks[index].down
-        self._check_weights(linears)
-        self._check_once(index)
+        """The down projection."""
         self.index = index
-        return [one for one in linears if one.name == f"{self.runner.name}.{index}.{down}"]
-
-    def _check_once(self, index: int) -> None:
-        """Check each class of blocks on a batch, or on a few tokens where no text is observed."""
-        block, states = self.runner.blocks[index], self.states
-        if type(block) in self.checked:
-            return
-        self.checked.add(type(block))
-        if states is None:
-            ids = torch.arange(CHECKED, device=self.runner.device)[None]
-            states = self.runner.capture(ids, 1, self.runner.device)
-        hidden = self.runner.transfer.fetch(states.hidden, states.batches[0])
-        args, kwargs = states.block_args[index][0]
-        run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
-        mlp, name = self.layout.blocks[index], f"{self.runner.name}.{index}"
-        check_removable(block, mlp, self.layout.width, run, name)
+        name = f"{self.runner.name}.{index}.{self.layout.blocks[index].down}"
+        return [linear for linear in self.runner.linears(index) if linear.name == name]
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         restored = super()._restore_(index, linears)
@@ -157,11 +139,22 @@ class NeuronPruner(Pruner):
         self.done.notes[-1].kept = kept.tolist()
 
     def _finish_(self, index: int) -> None:
-        """Make the block smaller in all processes."""
+        """Make the block smaller in all processes; on a batch that must not change its outputs."""
         super()._finish_(index)
-        block, mlp = self.runner.blocks[index], self.layout.blocks[index]
-        kept = self.done.kept[index]
+        runner, states, kept = self.runner, self.states, self.done.kept[index]
+        block, mlp = runner.blocks[index], self.layout.blocks[index]
         if not kept:
-            raise UserError(f"{self.runner.name}.{index}.{mlp.down}: {UNREACHED}")
-        keep_neurons_(block, mlp, torch.tensor(kept, device=self.runner.device))
+            raise UserError(f"{runner.name}.{index}.{mlp.down}: {UNREACHED}")
+        if states is None:  # no text is observed
+            ids = torch.arange(CHECKED, device=runner.device)[None]
+            states = runner.capture(ids, 1, runner.device)
+        _, run = next(runner.iter_batches(states, index))
+        expected = run().float()  # down's columns of the neurons that go are zeros
+        keep_neurons_(block, mlp, torch.tensor(kept, device=runner.device))
+        tolerance = max(TOLERANCE, 4 * torch.finfo(runner.model.dtype).eps)
+        if (run().float() - expected).norm() > tolerance * expected.norm():
+            raise UserError(
+                f"--sparsity_type neurons: {runner.name}.{index}: its MLP does more than multiply "
+                "by neurons, so that none can be removed; use --sparsity_type unstructured"
+            )
         malloc_trim()  # weights lie in heaps of the threads that read them, which none else fills

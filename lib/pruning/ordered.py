@@ -24,7 +24,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
@@ -113,19 +112,10 @@ class OrderedBlock:
         self.order, self.method = order, method
         self.dense, self.dense_states = dense, dense_states
         self.dense_linears, _ = find_linears(dense, f"{runner.name}.{index}")
-        self.cache_inputs, self.need_outputs = cache_inputs, need_outputs
+        self.cache_inputs = cache_inputs
         self.last, final = len(order) - 1, order[-1]
-        # {stage before which the untouched block runs: stages whose needs that run gives}
-        places = list(range(len(order)))
-        if not cache_inputs:
-            self.dense_rounds = {place: [place] for place in places}
-        # the widest inputs are the last stage's: not worth keeping through the whole block
-        elif self.last and not final.projection and final.dense_needs():
-            self.dense_rounds = {0: places[:-1], self.last: places[-1:]}
-        else:
-            self.dense_rounds = {0: places}
+        # the untouched block runs before the first stage for all, or before each for it alone
         self.dense_to_the_end = bool(need_outputs or final.projection)
-        self.dense_advanced = False  # its hidden states are those after the block
         self.needs: list[Needs] = [{} for _ in states.batches]  # kept for later stages
         # the block's outputs are the stream that is kept then, and one product
         exact = final.projection and final.projection.exact
@@ -147,42 +137,35 @@ class OrderedBlock:
         [linear], transfer = self.order[place].linears, self.runner.transfer
         group = Group([linear], self.method(linear.shape[1], self.runner.device))
         for batch, needs, cut, run in self._iter_batches(place):
-            with record_function("forward"):
-                if projection.last:
-                    x, stream = stream_at(run, linear)
-                    out, target = linear.module(x), transfer.fetch(self.dense_states.hidden, cut)
-                else:  # the stream is still the block's input
-                    x, out = run_to_outputs(run, linear)
-                    stream, target = transfer.fetch(self.states.hidden, cut), needs[linear.name]
-            with record_function("statistics"):
-                residual_error = target.float() - (stream.float() + out.float())
-                group.method.observe(rows(x), residual_error=rows(residual_error))
+            if projection.last:
+                x, stream = stream_at(run, linear)
+                out, target = linear.module(x), transfer.fetch(self.dense_states.hidden, cut)
+            else:  # the stream is still the block's input
+                x, out = run_to_outputs(run, linear)
+                stream, target = transfer.fetch(self.states.hidden, cut), needs[linear.name]
+            residual_error = target.float() - (stream.float() + out.float())
+            group.method.observe(rows(x), residual_error=rows(residual_error))
             if projection.last and self.finish_from_stream:
                 self.inputs[batch] = {place: owned(x)}
                 transfer.store_(self.states.hidden, cut, stream)
             elif self.cache_inputs and projection.ends:
                 self.inputs[batch][place] = owned(x)
-            if place == self.last and (self.finish_from_stream or not self.need_outputs):
-                self.outputs[batch].clear()
         return group
 
     @torch.no_grad()
     def advance_(self) -> None:
         """Take both streams through the pruned block and the untouched one."""
         states, transfer, last = self.states, self.runner.transfer, self.last
-        if not self.dense_advanced:
-            self.runner.advance_(self.dense_states, self.index, self.dense)
-        with record_function("forward"):
-            if not self.finish_from_stream:
-                for batch, (cut, run) in enumerate(self.runner.iter_batches(states, self.index)):
-                    with self._skip_done_modules(last + 1, batch):
-                        transfer.store_(states.hidden, cut, run())
-                return
-            [linear] = self.order[last].linears
-            arriving = transfer.batches(states.hidden, states.batches)
-            for cut, stream, inputs in zip(states.batches, arriving, self.inputs, strict=True):
-                out = linear.module(inputs.pop(last))
-                transfer.store_(states.hidden, cut, stream + out)
+        if not self.finish_from_stream:
+            for batch, (cut, run) in enumerate(self.runner.iter_batches(states, self.index)):
+                with self._skip_done_modules(last + 1, batch):
+                    transfer.store_(states.hidden, cut, run())
+            return
+        [linear] = self.order[last].linears
+        arriving = transfer.batches(states.hidden, states.batches)
+        for cut, stream, inputs in zip(states.batches, arriving, self.inputs, strict=True):
+            out = linear.module(inputs.pop(last))
+            transfer.store_(states.hidden, cut, stream + out)
 
     def _skip_done_modules(self, place: int, batch: int) -> AbstractContextManager[None]:
         """Inside, modules that end in a pruned projection before `place` are not run again."""
@@ -214,10 +197,10 @@ class OrderedBlock:
     def _iter_needs(self, place: int) -> Iterator[Needs]:
         """For each batch, what stage `place` needs of the untouched block."""
         own = [linear.name for linear in self.order[place].dense_needs()]
-        places = self.dense_rounds.get(place, ())
-        wanted = [linear for later in places for linear in self.order[later].dense_needs()]
-        to_the_end = place == max(self.dense_rounds) and self.dense_to_the_end
-        if not (wanted or to_the_end):
+        stages = self.order if self.cache_inputs else [self.order[place]]
+        wanted = [linear for stage in stages for linear in stage.dense_needs()]
+        to_the_end = self.dense_to_the_end and (self.cache_inputs or place == self.last)
+        if (self.cache_inputs and place) or not (wanted or to_the_end):
             for kept in self.needs:
                 yield {name: kept.pop(name) for name in own if name in kept}
             return
@@ -225,15 +208,13 @@ class OrderedBlock:
         for batch, (cut, run) in enumerate(
             self.runner.iter_batches(states, self.index, self.dense)
         ):
-            with record_function("forward"):
-                needs, out = self._run_dense(run, cut, wanted, to_the_end)
+            needs, out = self._run_dense(run, cut, wanted, to_the_end)
             if to_the_end:
                 self.runner.transfer.store_(states.hidden, cut, out)
             now = {name: needs.pop(name) for name in own if name in needs}
             if needs:
                 self.needs[batch] = {name: owned(tensor) for name, tensor in needs.items()}
             yield now
-        self.dense_advanced = to_the_end
 
     def _run_dense(
         self, run: Callable[[], Tensor], cut: slice, wanted: list[PrunableLinear], to_the_end: bool

@@ -53,7 +53,8 @@ class Quantiser(Pruner):
         """Lines for the user: what is left to rounding to nearest is named."""
         count, bits = len(self.done.pruned), self.fmt.bits
         lines = [f"rounded {count} linears to {bits} bits, column by column"]
-        if left := [name for name, reason in self.done.reasons.items() if reason == UNREACHED]:
+        dense = self.done.left_dense.items()
+        if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
             lines.append(f"rounded to nearest, {UNREACHED}: {first_of(left)}")
         return lines + self.done.warnings
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData, metadata_load, try_to_load
 from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
+from lib.methods.sparsity import SMALLER
 from lib.packed.checkpoint import CARD_HEADING, card_lines
 from lib.run.flags import build_parser
 from lib.util.command import one_line
@@ -123,7 +124,8 @@ def _metadata(results: Mapping[str, Any], sources: Sequence[str], is_packed: boo
 
 def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
-    goal = {"unstructured": share, "neurons": f"{share} fewer neurons"}.get(kind, kind)
+    goal = share if kind == "unstructured" else kind
+    goal = f"{share} fewer {kind}" if kind in SMALLER else goal
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered",
@@ -153,8 +155,8 @@ def _table(results: Mapping[str, Any]) -> str:
 
 
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:
-    if neurons := results.get("neurons"):
-        yield f"Each MLP has {neurons['after']} of its {neurons['before']} neurons, all dense."
+    if smaller := results.get(kind := results["sparsity_type"]):
+        yield f"Each block has {smaller['after']} of its {smaller['before']} {kind}, all dense."
     elif results.get("sparsity"):
         yield f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
     if vocabulary := results.get("vocabulary"):

@@ -12,13 +12,15 @@ from typing import Any
 from lib.data.documents import check_source
 from lib.distributed.context import DistContext, local_device
 from lib.methods.registry import method_of
-from lib.methods.sparsity import NEURONS, Sparsity
+from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
 from lib.model import pretrained
 from lib.model.access import Checkpoint
+from lib.model.experts import find_experts
 from lib.model.mlp import find_mlps
 from lib.model.quantised import check_format, stored_bits
 from lib.model.rows import config_token_ids, trimmable_rows
 from lib.model.run_folder import JOB, RunFolder
+from lib.pruning.experts import count_left as experts_left
 from lib.pruning.inputs import check_widths
 from lib.pruning.neurons import count_left
 from lib.recover import CROSS_ENTROPY, TrainSchedule
@@ -105,6 +107,7 @@ def _open_model(args: argparse.Namespace) -> Job:
     checkpoint = checkpoint.pinned(config)
     changes = [name for name in ("prune_method", "recover") if getattr(args, name)]
     changes += ["quantize" if args.quantize else "pack_bits"] if quantises(args) else []
+    changes += ["replace_sparse_layers"] if args.replace_sparse_layers else []
     check_format(
         checkpoint,
         config,
@@ -133,7 +136,10 @@ def _open_model(args: argparse.Namespace) -> Job:
         method=method_of(args.prune_method, args.use_variant) if args.prune_method else None,
         sparsity=Sparsity.parse(args.sparsity_type, args.sparsity_ratio),
     )
-    if job.method and args.sparsity_type == NEURONS:
+    if job.method and args.sparsity_type == EXPERTS:
+        job.experts = find_experts(config, checkpoint, skeleton, blocks_name)
+        job.experts_left = experts_left(job.experts, job.sparsity.ratio)
+    elif job.method and args.sparsity_type == NEURONS:
         job.mlps = find_mlps(config, checkpoint, skeleton, blocks_name)
         job.neurons_left = count_left(job.mlps.width, job.sparsity.ratio)
     elif job.method:

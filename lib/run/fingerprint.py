@@ -14,6 +14,7 @@ import json
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     }
 
 
+@cache
 def versions() -> dict[str, str | None]:
     """{package: version}, with `python`; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -13,8 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.methods.registry import METHODS
-from lib.methods.sparsity import ALLOCATIONS, NEURONS, TYPES, UNSTRUCTURED, Sparsity
+from lib.methods.registry import EXPERT_METHODS, METHODS
+from lib.methods.sparsity import (
+    ALLOCATIONS,
+    EXPERTS,
+    RATIO_TYPES,
+    SMALLER,
+    TYPES,
+    UNSTRUCTURED,
+    Sparsity,
+)
 from lib.util.command import Parser
 
 DESCRIPTION = """\
@@ -197,19 +205,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     section("pruning")
-    flag("prune_method", RESULT, "how the weights to drop are chosen", choices=tuple(METHODS))
+    flag(
+        "prune_method",
+        RESULT,
+        "how the weights to drop are chosen; of experts: by reap, or to compare with it by how "
+        "often they are used, or at random",
+        choices=(*METHODS, *EXPERT_METHODS),
+    )
     flag(
         "sparsity_ratio",
         RESULT,
-        "share of the weights, or of the MLPs' neurons, to drop, in [0, 1); N:M types need N/M",
+        "share of the weights, of the MLPs' neurons or of the experts to drop, in [0, 1); N:M "
+        "types need N/M",
         type=float,
         default=0.5,
     )
     flag(
         "sparsity_type",
         RESULT,
-        "anywhere; N of every M consecutive weights of a row; or whole neurons of the MLPs, which "
-        "leaves a smaller dense model",
+        "anywhere; N of every M consecutive weights of a row; or whole neurons of the MLPs, or "
+        "experts of a mixture, which leaves a smaller model without zeros",
         default=UNSTRUCTURED,
         choices=TYPES,
     )
@@ -430,14 +445,17 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
     for name in ("use_variant", "allocation") if kind != UNSTRUCTURED else ():
         if given(args, name):
             yield f"{shown(args, name)}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
-    if method and kind == NEURONS:
-        neurons = f"--sparsity_type {NEURONS}"
+    if method and (kind == EXPERTS) != (method in EXPERT_METHODS):
+        names = ", ".join(EXPERT_METHODS if kind == EXPERTS else METHODS)
+        yield f"--prune_method {method}: is not for --sparsity_type {kind}; use one of {names}"
+    if method and kind in SMALLER:
+        smaller = f"--sparsity_type {kind}"
         if ratio == 0:
-            yield f"--sparsity_ratio 0: with {neurons} no neuron would go"
+            yield f"--sparsity_ratio 0: with {smaller} nothing would go"
         if args.load_bit:
-            yield f"{neurons}: quantised weights can't be cut; leave out --load_bit {args.load_bit}"
+            yield f"{smaller}: quantised weights can't be cut; leave out --load_bit {args.load_bit}"
         if args.replace_sparse_layers:
-            yield f"{neurons}: leaves no zeros for --replace_sparse_layers; leave that out"
+            yield f"{smaller}: leaves no zeros for --replace_sparse_layers; leave that out"
     if method and kind == UNSTRUCTURED:
         if args.recover and ratio == 0:
             yield f"{shown(args, 'recover')}: with --sparsity_ratio 0 there is nothing to recover"
@@ -483,6 +501,6 @@ def default_save(args: argparse.Namespace) -> str:
     model = Path(args.model).name or "model"
     if not args.prune_method:
         return f"out/{model}-{'recovered' if args.recover else args.quantize or 'dense'}"
-    share = f"{args.sparsity_ratio:g}" if args.sparsity_type in (UNSTRUCTURED, NEURONS) else ""
+    share = f"{args.sparsity_ratio:g}" if args.sparsity_type in RATIO_TYPES else ""
     parts = [model, args.prune_method, args.sparsity_type.replace(":", "of"), share]
     return "out/" + "-".join(part for part in parts if part)

@@ -21,6 +21,7 @@ from lib.distributed.context import DistContext
 from lib.methods.base import PruningMethod
 from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
+from lib.model.experts import ExpertLayout
 from lib.model.mlp import MlpLayout
 from lib.model.run_folder import RunFolder
 from lib.recover import TrainSchedule
@@ -60,12 +61,14 @@ class Job:
     sparsity: Sparsity
     mlps: MlpLayout | None = None  # whose neurons are removed
     neurons_left: int | None = None  # in each of them
+    experts: ExpertLayout | None = None  # which are removed
+    experts_left: int | None = None  # in each block
     vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery
     teacher: Checkpoint | None = None
     teacher_config: Any = None
     teacher_rows: Tensor | None = None  # rows of the teacher's vocabulary that a smaller model has
-    smaller: bool = False  # the model has fewer neurons than the teacher
+    smaller: bool = False  # the model has fewer neurons or experts than the teacher
     texts: Texts = field(default_factory=lambda: Texts(None))
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
     store: RunFolder | None = None  # of finished blocks, in the main rank

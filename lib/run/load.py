@@ -19,7 +19,6 @@ from torch import nn
 from lib.model import pretrained
 from lib.model.access import stored_names
 from lib.model.blocks import BlockRunner
-from lib.model.finite import check_finite
 from lib.model.run_folder import RunFolder
 from lib.model.store import CONVERTED, BlockStore, Files, are_apart, device_map, place_blocks
 from lib.run.job import Job
@@ -70,7 +69,7 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
     )
     runner.checkpointed = plan.checkpointed
     if weights.resident:  # otherwise every block is checked when it is fetched
-        check_finite(runner)
+        runner.check_finite()
     runner.verify()
     return runner
 

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.methods.sparsity import SMALLER
 from lib.run.results import NONE
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 DENSE_LINE = {"color": "#555555", "linestyle": "--", "linewidth": 1.2, "label": "dense"}
 PANELS_IN_A_ROW = 4
 WIDEST = 20.0  # inches
-STRICTNESS = ("unstructured", "4:8", "2:4", "neurons")  # the order of sparsity types
+STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
 MOST_FIGURES = 400  # in the cells of a heat map
 
 

@@ -122,10 +122,11 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 def print_summary(results: dict[str, Any]) -> None:
     """Print the summary of a run, one fact a line; its last line ends with a perplexity."""
-    if neurons := results.get("neurons"):
+    kind = results["sparsity_type"]
+    if smaller := results.get(kind):
         pruned = (
-            f"{neurons['after']} of {neurons['before']} neurons are left in each MLP, "
-            f"{neurons['weights_after'] / neurons['weights_before']:.4f} of the blocks' weights"
+            f"{smaller['after']} of {smaller['before']} {kind} are left in each block, "
+            f"{smaller['weights_after'] / smaller['weights_before']:.4f} of the blocks' weights"
         )
     else:
         pruned = f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"

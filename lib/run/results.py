@@ -19,6 +19,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "before": 2048, "after": 1536, "multiple": 256, "field": "intermediate_size",
             "weights_before": 9, "weights_after": 8, "bytes_before": 9, "bytes_after": 8,
             "removed": [[3, 17]]},                          # of each block, its removed neurons
+        "experts": {..., "routed": [[0.1, 0.9]]},           # as neurons; and shares of tokens
         "vocabulary": {"note": "...", "rows": 30000, "rows_before": 262144, "digest": "..."},
         "recovery": {
             "tokens": 300000, "seconds": 60.0, "teacher": "owner/name", "cross_entropy": 0.2,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
-from lib.methods.sparsity import NEURONS
+from lib.methods.sparsity import SMALLER
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
 from lib.model.reference import DenseReference, dense_states, local_windows, shared_states, tail_of
@@ -23,6 +23,7 @@ from lib.prune import Pruner, first_of
 from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
 from lib.pruning.by_error import by_error
 from lib.pruning.check import measure
+from lib.pruning.experts import ExpertPruner
 from lib.pruning.neurons import NeuronPruner
 from lib.pruning.quantise import LlamaCppQuantiser, Quantiser, check_q4_0, q4_0_weights
 from lib.recover import Recoverer
@@ -99,11 +100,14 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
 
 
 def prune(job: Job, runner: BlockRunner) -> Reached:
-    """Prune the linears of the blocks, or the neurons of their MLPs, and check what was reached."""
+    """Prune the linears of the blocks, or neurons or experts, and check what was reached."""
     args, is_main, reached, size = job.args, job.dist.is_main, Reached(), 0
-    if args.sparsity_type == NEURONS:
+    if args.sparsity_type in SMALLER:
         size = parameter_bytes(runner.model, runner.save_dtype)
-        pruner = NeuronPruner(runner, job.method, job.mlps, job.neurons_left)
+        if job.mlps:
+            pruner = NeuronPruner(runner, job.method, job.mlps, job.neurons_left)
+        else:
+            pruner = ExpertPruner(runner, job.method, job.experts, job.experts_left, args.seed)
     else:
         allocation = allocate(job, runner)
         pruner = Pruner(runner, job.method, allocation)
@@ -115,8 +119,8 @@ def prune(job: Job, runner: BlockRunner) -> Reached:
         return reached
     print(*pruned.summary(), sep="\n", flush=True)
     job.results["notes"] = pruned.summary()[1:]
-    if args.sparsity_type == NEURONS:
-        job.results["neurons"] = pruned.record() | {
+    if args.sparsity_type in SMALLER:
+        job.results[args.sparsity_type] = pruned.record() | {
             "bytes_before": size,
             "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
         }
@@ -153,12 +157,13 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     args, schedule, text = job.args, job.schedule, job.texts.training
     before = measure(runner)
     sets = [text.held_out, *(test.windows for test in job.texts.tests)]
-    figures = []
-    with job.timed("measure before"), progress(2, "perplexity", "model", job.dist.is_main) as bar:
-        for each in (teacher, runner):
+    untouched = not (job.method or args.teacher)
+    models, figures = [teacher] if untouched else [teacher, runner], []
+    shown = progress(len(models), "perplexity", "model", job.dist.is_main)
+    with job.timed("measure before"), shown as bar:
+        for each in models:
             figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
             bar(1)
-    untouched = not (job.method or args.teacher)
     packed, form = {}, FORMATS[4]
     if args.quantize:
         packed, form = q4_0_weights(runner)[0], Q4_0()
@@ -169,7 +174,7 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
         teacher,
         schedule,
         text,
-        whole=bool(job.mlps or job.smaller or untouched or args.quantize),
+        whole=bool(job.mlps or job.experts or job.smaller or untouched or args.quantize),
         packed=packed,
         form=form,
     )
@@ -181,7 +186,7 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
         raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
     job.print(recoverer.line())
-    names, (dense, pruned_before) = [test.name for test in job.texts.tests], figures
+    names, dense, pruned_before = [test.name for test in job.texts.tests], figures[0], figures[-1]
     job.results["sparsity"] = after.shares()
     job.results["recovery"] = recoverer.record() | {
         "teacher": args.teacher or args.model,
@@ -250,7 +255,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 shards = weights.shards()
                 names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
                 if not names:
-                    with runner.mapped():
+                    with weights.mapped():
                         save_model(runner.model, stage, runner.save_dtype)
             except SafetensorError as error:
                 raise UserError(f"--save_model {target}: can't be saved ({error})") from error

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lib.model import pretrained
 from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
-from lib.model.finite import check_finite
 from lib.model.quantised import check_format, stored_bits
 from lib.model.rows import keep_rows_, trimmable_rows
 from lib.pruning.check import measure
@@ -108,5 +107,5 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
         if job.teacher_rows is not None:
             keep_rows_(model, job.teacher_rows)
         teacher = BlockRunner(model, job.device, flag=job.teacher.flag, **passes)
-        check_finite(teacher)
+        teacher.check_finite()
     return teacher

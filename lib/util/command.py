@@ -58,6 +58,13 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
     )
 
 
+def make_parser(name: str, about: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
+    parser = argparse.ArgumentParser(prog=name, description=about.split("\n")[0])
+    add_debug_flag(parser)
+    return parser
+
+
 def environment_number(name: str, default: int) -> int:
     """Read RANK, LOCAL_RANK or WORLD_SIZE from the environment, as torchrun sets it."""
     return int(os.environ.get(name) or default)

@@ -61,19 +61,16 @@ def test_the_first_long_documents_of_every_genre(dumps, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected", "added_up"),
+    ("text", "expected"),
     [
-        ("a\n\n\nb\n", ["a\nb\n"], None),  # two blank lines do not divide
-        ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"], None),  # nor make more of them documents
-        ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"], None),  # white space is a blank line
-        ("a\n\nb\n\nc\n\nd\n\n\n\ne\n", ["a\nb\nc\nd\n", "e\n"], ["a\nb\nc\n", "d\n", "e\n"]),
+        ("a\n\n\nb\n", ["a\nb\n"]),  # two blank lines do not divide
+        ("\n\n\n\na\n\n\n\n\n\nb", ["a\n", "b"]),  # nor make more of them documents
+        ("a\n\nb\n \t\n\n\nc\n", ["a\nb\n", "c\n"]),  # white space is a blank line
+        ("a\n\nb\n\nc\n\nd\n\n\n\ne\n", ["a\nb\nc\nd\n", "e\n"]),
     ],
 )
-def test_dividers(text, expected, added_up):
-    lines = text.splitlines(keepends=True)
-    assert list(documents(lines)) == expected
-    if added_up:  # as the published builder counts
-        assert list(documents(lines, add_up=True)) == added_up
+def test_dividers(text, expected):
+    assert list(documents(text.splitlines(keepends=True))) == expected
 
 
 def test_longer_means_longer(short, tmp_path, capsys):

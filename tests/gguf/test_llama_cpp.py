@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import whole
-from support import QUICK, ROOT, call, content, start
+from support import QUICK, ROOT, call, content, ended, start
 from transformers import AutoTokenizer
 
 from lib.commands.gguf import llama_cpp
@@ -238,9 +238,9 @@ def test_as_a_command_with_relative_paths_and_a_proxy(
     code = ["-P", "-m", "lib.commands.gguf", "in", "new/model.gguf", "--type", "Q8_0"]
     proxy = dict(http_proxy="http://127.0.0.1:9", no_proxy="", PYTHONPATH=str(ROOT))
     process = start([*code, "--data", "uk"], tmp_path, **proxy)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    tokens, predictions, missing, written = out.splitlines()[-4:]
+    done = ended(process)
+    assert done.status == 0, done.err
+    tokens, predictions, missing, written = done.out.splitlines()[-4:]
     assert tokens == "uk: llama.cpp cuts all 9 documents alike"
     assert predictions.startswith("predictions after 32 beginnings differ by ")
     assert missing == "not proven: texts past 127 tokens, the chat template"

@@ -60,7 +60,7 @@ def test_ggmls_rule_finds_every_value(name: str) -> None:
         assert (values - weight).norm() < 0.98 * (converted(weight) - weight).norm()
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Falcon", "Mixtral", "GPT-OSS", "Zamba2"])
 def test_every_kind_of_linear(name: str) -> None:
     """Rounded on text: what ggml stores in rows of blocks is (out, in), however the model does."""
     runner = runner_of(tiny.ALL[name]().requires_grad_(False))

@@ -140,12 +140,12 @@ def test_a_failed_factorisation_raises_the_damping_or_is_an_error():
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     with pytest.warns(UserWarning, match="not positive definite") as warned:
         [pruned] = solve(x, [weight], Sparsity(0.5), damping=1e-8)
-    assert "damping 1e-08; trying 1e-07" in str(warned[0].message)
+    assert "damping 1e-08; it is raised" in str(warned[0].message)
     assert (pruned == 0).sum() == 8 * 32 and pruned.isfinite().all()
     for hopeless in (-torch.eye(8), torch.full((8, 8), float("nan"))):
         method = SparseGPT(8, CPU)
         method.hessian.copy_(hopeless)
-        with pytest.raises(UserError, match="even with damping.*--nsamples"):
+        with pytest.raises(UserError, match="with damping.*--nsamples"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 method.prune_([torch.ones(2, 8)], [Sparsity(0.5)])

@@ -32,23 +32,6 @@ def test_lowest_per_row(count, ties, dtype):
     assert lowest_per_row(score, count).tolist() == expected
 
 
-@pytest.mark.parametrize("largest", [2**22, 0])  # that is sorted; above, a bisection
-@with_ties
-@counts
-def test_how_an_accelerator_chooses(count, ties, largest):
-    def choose(score, count):
-        if largest:
-            return module._lowest_when_sorted(score, count)
-        return module._lowest_up_to(module._bisected(score, count), score, count)
-
-    score = scores(9, 24, ties)
-    score[0, 3:5] = torch.tensor([float("inf"), 1e-42])  # more and less than any normal number
-    expected = [by_sorting(row, count) for row in score.tolist()]
-    assert choose(score, count).tolist() == expected
-    whole = torch.tensor(by_sorting(score.flatten().tolist(), 9 * count)).view(1, -1)
-    assert torch.equal(choose(score.view(1, -1), 9 * count), whole)
-
-
 @with_ties
 @pytest.mark.parametrize("m", [1, 4, 8])
 def test_ranks_of_tensors_are_those_of_arrays(m, ties):
@@ -79,16 +62,6 @@ def test_n_of_m(n, m, ties):
     assert torch.equal(Sparsity(n / m, n, m).mask(score), expected)
     first = score.view(-1, m).T  # (m, groups)
     assert torch.equal(n_of_first(first, n), expected.view(-1, m).T)
-
-
-@pytest.mark.parametrize(
-    "kind, ratio, named",
-    [("unstructured", bad, "--sparsity_ratio") for bad in (1.0, -0.1, float("nan"))]
-    + [("2:4", 0.6, "use --sparsity_ratio 0.5")],
-)
-def test_ratios_that_can_not_be_are_refused(kind, ratio, named):
-    with pytest.raises(ValueError, match=named):
-        Sparsity.parse(kind, ratio)
 
 
 @pytest.mark.parametrize("shape", ["spread", "ties", "sorted", "one"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import tiny
 import torch
 
 from lib.model import access, pretrained
-from lib.model.access import Checkpoint, check_folder, check_weight_files
+from lib.model.access import Checkpoint, check_weight_files
 from lib.model.pretrained import load_config, load_model
 from lib.util.errors import UserError
 
@@ -19,27 +18,6 @@ from lib.util.errors import UserError
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tiny.write_model(tmp_path / "model", tiny.tiny_llama())
-
-
-def test_errors_name_the_flag() -> None:
-    with pytest.raises(UserError, match="^--teacher ./nowhere: there is no such folder"):
-        check_folder(Checkpoint("./nowhere", flag="--teacher"))
-
-
-def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
-    """It would be ignored without peft, and applied with it."""
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter .adapter_config.json.* merge"):
-        load_config(Checkpoint(str(folder)))
-
-
-@pytest.mark.parametrize("file", ["../other/model.safetensors", "/tmp/model.safetensors", 7])
-def test_weights_from_outside_the_folder_are_refused(file: object, folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
-    index = {"weight_map": {"lm_head.weight": file}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="weight_map names .* no file of the folder"):
-        check_weight_files(Checkpoint(str(folder)))
 
 
 @pytest.mark.parametrize("index", ["[]", '{"weight_map": [1]}', '{"weight_map": {"a": {}}}'])

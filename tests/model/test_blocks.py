@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import tiny
@@ -11,9 +10,9 @@ import torch
 from support import CPU, linears_of, prune_, runner_of, windows
 from torch import Tensor, nn
 
-from lib.eval import cross_entropy, perplexities, perplexity
+from lib.eval import perplexities, perplexity
 from lib.methods.registry import method_of
-from lib.model.blocks import HEAD_POSITIONS, BlockRunner, positions_at_once
+from lib.model.blocks import BlockRunner
 from lib.pruning.inputs import observe
 from lib.util.errors import UserError
 
@@ -92,34 +91,6 @@ def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) 
         assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
     deviation = losses.std().item() / 2  # of the mean of four
     assert found["standard_error"] == pytest.approx(expected * deviation, rel=1e-4)
-
-
-def test_a_gpu_makes_logits_in_few_calls() -> None:
-    """Of two windows of 4,096 tokens and a vocabulary of 128k, 4.3 GB in float32."""
-    calls = [
-        -(-4095 // positions_at_once(torch.device(kind), 128256, 2)) for kind in ("cuda", "cpu")
-    ]
-    assert calls == [8, 256]
-
-
-def test_a_cpu_reads_a_large_head_for_many_positions_at_once() -> None:
-    """Of 512 tokens and a vocabulary of 262,144; small ones fill the cache as they always do."""
-    chunk = partial(positions_at_once, CPU, least=HEAD_POSITIONS)
-    assert chunk(vocabulary=262144, windows=1) == 128 and chunk(vocabulary=262144, windows=2) == 64
-    assert chunk(vocabulary=262144, windows=500) == 1
-    assert chunk(vocabulary=8192, windows=1) == 512
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_in_pieces_is_that_of_the_whole(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    draw = torch.Generator().manual_seed(0)
-    logits = (8 * torch.randn(13, 40, generator=draw)).to(dtype)
-    targets = torch.randint(40, (13,), generator=draw)
-    monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", 3 * 4 * 40)
-    whole = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-    assert torch.equal(cross_entropy(logits, targets), whole)
 
 
 def test_perplexity_in_one_batch_is_as_in_many() -> None:

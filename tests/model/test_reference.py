@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lib.eval import compare_logits, perplexities, perplexity
 from lib.model.blocks import BlockRunner
-from lib.model.reference import DenseReference, compared_windows, dense_states, tail_of
+from lib.model.reference import DenseReference, dense_states, tail_of
 
 FIGURES = "kl", "kl_standard_error", "top1_agreement", "top1_agreement_standard_error"
 CALIBRATED = ["--calibration_data", "uk", "--eval_data", "uk", "en"]
@@ -102,14 +102,6 @@ def test_the_tail_holds_no_second_copy_of_the_model() -> None:
     shared = [p for p in model.parameters() if not p.is_meta and p.data_ptr() in own]
     assert len(shared) == 2 and all(p.dim() == 2 for p in shared)
     assert not any(p.is_meta for p in runner.model.parameters())
-
-
-@pytest.mark.parametrize("count", [1, 2, 63, 64, 65, 1000])
-def test_at_most_64_windows_of_a_set_are_compared(count: int) -> None:
-    chosen = compared_windows(count)
-    assert len(chosen) == len(set(chosen)) == min(count, 64) and chosen[0] == 0
-    steps = [after - before for before, after in zip(chosen, chosen[1:], strict=False)]
-    assert all(step in (count // len(chosen), count // len(chosen) + 1) for step in steps)
 
 
 def test_only_some_windows_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:

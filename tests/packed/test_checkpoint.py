@@ -1,15 +1,12 @@
 """Packed checkpoints: saved, sharded, loaded, damaged, and unpacked again."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, runner_of
+from support import runner_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -18,8 +15,7 @@ from lib.commands.unpack import main as unpack_main
 from lib.commands.unpack import unpack_folder
 from lib.methods.sparsity import n_of_m
 from lib.model.pretrained import decoder_blocks
-from lib.packed.checkpoint import CARD_HEADING
-from lib.packed.errors import PackedError
+from lib.packed.errors import PackedError, PackedWarning
 from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
 from lib.sparse import swap_linears_
@@ -104,15 +100,7 @@ def on_grid(model, bits, dtype):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"device_map": "cpu", "dtype": torch.float32},
-        {"dtype": torch.float16},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{}, {"device_map": "cpu", "dtype": torch.float32}], ids=str)
 def test_loads_sharded_with_the_same_outputs(dense, packed, bits, options):
     assert len(list(packed[bits].glob("*.safetensors"))) > 3
     model = load(packed[bits], **options)
@@ -134,8 +122,9 @@ def test_saved_again_and_offloaded_it_is_the_same(packed, bits, tmp_path):
     assert torch.equal(logits(away), logits(model))
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-@pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "Gemma 2", "Qwen3"])
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("GPT-2", "2:4"), ("GPT-2", "unstructured"), ("Mixtral", "unstructured")]
+)
 def test_other_architectures(name, pattern, tmp_path):
     model = pruned(tiny.ARCHITECTURES[name](), pattern)
     model.save_pretrained(tmp_path / "dense")
@@ -153,15 +142,10 @@ def test_unpacked_gives_the_dense_checkpoint(dense, packed, bits, tmp_path):
     source, out = tmp_path / "in", tmp_path / "new" / "out"
     load(packed[bits]).save_pretrained(source)
     (source / "tokenizer.json").write_text("{}")
-    (source / "README.md").write_text(
-        f"# A model, pruned\n\nA table.\n\n{CARD_HEADING}\n\n"
-        "```python\nimport packed_bitmask  # this\n```\n## After\n\nMore.\n"
-    )
+    (source / "README.md").write_text("import packed_bitmask")
     assert run(unpack_main, [str(source), str(out)]) == 0
     assert (out / "tokenizer.json").read_text() == "{}"
-    card = (out / "README.md").read_text()
-    assert "packed_bitmask" not in card and card.startswith("# A model, pruned\n\nA table.")
-    assert "## After\n\nMore." in card and "zeros are stored as weights" in card
+    assert not (out / "README.md").exists()
     model = on_grid(load(dense), bits, torch.bfloat16)
     again, plain = load(out).state_dict(), model.state_dict()
     assert again.keys() == plain.keys() and all(torch.equal(again[k], plain[k]) for k in plain)
@@ -177,26 +161,17 @@ def test_unpack_refuses_in_one_line(dense, packed, source, word, tmp_path, capsy
     assert word in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
 
 
-def test_on_a_processor_without_kernels_it_becomes_dense(packed, tmp_path):
+def test_on_a_processor_without_kernels_it_becomes_dense(packed, tmp_path, monkeypatch):
     """With one line; it can be saved, and unpacked."""
-    code = (
-        "import sys, torch, lib.packed\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "assert not any(isinstance(m, lib.packed.SparseLinear) for m in model.modules())\n"
-        "model.save_pretrained(sys.argv[2])\n"
-        "from lib.commands.unpack import unpack_folder\n"
-        "unpack_folder(sys.argv[1], sys.argv[3])\n"
-    )
-    folders = [str(packed[4]), str(tmp_path / "saved"), str(tmp_path / "unpacked")]
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default"}
-    command = [sys.executable, "-c", code, *folders]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("packed weights become dense") == 1
     expected = load(packed[4]).dequantize()
-    for folder in folders[1:]:
-        assert torch.equal(logits(load(folder)), logits(expected))
+    monkeypatch.setattr("lib.packed.kernels.supported", lambda: False)
+    with pytest.warns(PackedWarning, match="packed weights become dense"):
+        model = load(packed[4])
+    assert not any(isinstance(m, SparseLinear) for m in model.modules())
+    model.save_pretrained(tmp_path / "saved")
+    unpack_folder(str(packed[4]), str(tmp_path / "unpacked"))
+    for name in ("saved", "unpacked"):
+        assert torch.equal(logits(load(tmp_path / name)), logits(expected))
 
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
@@ -207,16 +182,11 @@ UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
     [
         ({"version": 1}, "version 1"),
         ({"format": "packed-1:4"}, "packed-1:4"),
-        ({"linears": ["a"]}, "out, in, kept"),
         ({"linears": {UP: [64, 32, 2049]}}, "out, in, kept"),
         ({"linears": {UP: [64, 32, 1000]}}, "is \\(1024,\\), not \\(1000"),
-        ({"linears": {UP: [64, 64, 1024]}}, "another model"),
         ({"linears": {"model.layers.7.mlp.up_proj": [64, 32, 1024]}}, "another model"),
-        ({"linears": {"model.layers.0.mlp": [64, 32, 1024]}}, "another model"),
-        ({"bits": 3}, "'bits': 3"),
         ({"bits": 8}, "bits 8: this reads"),
         ({"bits": 4}, "'group': None"),
-        ({"group": 64}, "'group': 64"),
         ({"bits": 4, "group": 64}, "not \\(512,"),
         ({"new": 1}, "'new': 1"),
     ],
@@ -233,10 +203,7 @@ def test_config_that_does_not_fit(damaged, changes, word):
         (16, "weight", lambda t: t[:8].clone(), "is \\(8,\\), not \\(1024,\\)"),
         (16, "mask", lambda t: t[:, :3].contiguous(), "is \\(32, 3\\), not \\(32, 8\\)"),
         (16, "mask", lambda t: None, f"lacks {DOWN}.mask"),
-        (4, "scale", lambda t: t.repeat(1, 2), "is \\(32, 2\\), not \\(32, 1\\)"),
         (4, "scale", lambda t: t.float(), "is torch.float32, not torch.bfloat16"),
-        (4, "scale", lambda t: t * (1 + 2**-7), "five significant bits"),
-        (4, "weight", lambda t: t.to(torch.int8), "is torch.int8, not torch.uint8"),
         (4, "mask", lambda t: t | 255, "keeps 2048 weights, of 1024"),
     ],
 )

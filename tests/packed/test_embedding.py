@@ -115,7 +115,6 @@ def test_saved_loaded_cast_and_unpacked(kind, tmp_path):
         ("weight", lambda t: t[:5].clone(), "is \\(5, 32\\), not \\(320, 32\\)"),
         ("weight", lambda t: t.float(), "is torch.float32, not torch.int8"),
         ("scale", lambda t: t.half(), "is torch.float16, not torch.float32"),
-        ("scale", lambda t: t * 0, "scale is not finite and above 0"),
         ("scale", lambda t: t / 0, "scale is not finite and above 0"),
         ("scale", lambda t: None, "lacks lm_head.scale"),
     ],
@@ -134,7 +133,6 @@ def test_damage_is_one_line(part, change, word, tmp_path):
 @pytest.mark.parametrize(
     "embeddings",
     [
-        {"lm_head": [320]},
         {"lm_head": [320, 32]},
         {"lm_head": [320, 32], "model.embed_tokens": [320, 31]},
         {"lm_head": [320, 32], "model.norm": [320, 32]},

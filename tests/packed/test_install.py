@@ -70,6 +70,13 @@ def test_a_packed_checkpoint_loads_as_the_card_says(
         "print(model.generate(ids, max_new_tokens=6, do_sample=False).tolist())",
         "assert not any(name.partition('.')[0] in ('lib', 'main') for name in sys.modules)",
         "print(packed_bitmask.__file__)",
+        # beside the repository's own package the last one's classes are used
+        f"sys.path.append({str(ROOT)!r})",
+        "import lib.packed",
+        f"again = AutoModelForCausalLM.from_pretrained({str(packed_folder)!r})",
+        "assert any(isinstance(m, lib.packed.SparseLinear) for m in again.modules())",
+        "assert packed_bitmask.linear.kernels.ready() == lib.packed.linear.kernels.ready()",
+        "assert again(ids).logits.equal(model(ids).logits)",
     ]
     done = outside([sys.executable, "-c", "\n".join(code)], installed, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -88,23 +95,6 @@ def test_without_the_package_loading_fails_and_names_it(
     )
     done = outside([sys.executable, "-c", code, str(packed_folder)], tmp_path, tmp_path)
     assert done.returncode != 0 and "import packed_bitmask" in done.stderr
-
-
-def test_both_names_can_be_imported(installed: Path, packed_folder: Path, tmp_path: Path) -> None:
-    """The installed package, and the repository's own: the last one's classes are used."""
-    code = (
-        "import sys; sys.path.append(sys.argv[2])\n"
-        "import packed_bitmask, lib.packed, torch\n"
-        "from transformers import AutoModelForCausalLM\n"
-        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
-        "assert any(isinstance(m, lib.packed.SparseLinear) for m in model.modules())\n"
-        "one, two = packed_bitmask.linear.kernels.ready(), lib.packed.linear.kernels.ready()\n"
-        "assert one == two\n"
-        "print(model(torch.arange(3, 15)[None]).logits.isfinite().all().item())\n"
-    )
-    command = [sys.executable, "-c", code, str(packed_folder), str(ROOT)]
-    done = outside(command, installed, tmp_path)
-    assert done.returncode == 0 and done.stdout.strip() == "True", done.stderr
 
 
 def test_what_is_installed(installed: Path, tmp_path: Path) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from skips import NO_COMPILER
+from processes import forkserver
+from support import LIMIT, ended, start
 
 from lib.packed import kernels
 from lib.packed.embedding import dense_rows, quantise_rows
 from lib.packed.formats import FORMATS
 from lib.packed.layout import row_offsets
 
-ROOT = Path(__file__).resolve().parents[2]
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = [(1, 1), (3, 7), (5, 64), (7, 65), (33, 100), (16, 128), (9, 1000), (2, 2050)]
 TOKENS = [1, 2, 3, 4, 5, 7, 8, 9, 70]
@@ -28,7 +28,7 @@ PATHS = ["avx2", "avx512", "avx512_bf16", None]
 @pytest.fixture(scope="module", autouse=True)
 def _built():
     if not kernels.ready():
-        pytest.skip(NO_COMPILER)
+        pytest.skip("needs a C++ compiler")
 
 
 @pytest.fixture(params=PATHS)
@@ -174,18 +174,20 @@ def test_threads_give_the_same_bytes(bits):
     assert all(torch.equal(one, products[0]) for one in products)
 
 
-READY = "from lib.packed import kernels; print(kernels.ready(), kernels.ready())"
+def report(environment: dict[str, str], file: str) -> None:
+    """In a process that has called no kernel: whether they are ready, and the warnings."""
+    os.environ.update(environment)
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    warnings.simplefilter("always")
+    print(kernels.ready(), kernels.ready(), file=sys.stderr, flush=True)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "always", "-c", code],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+def reported(folder: Path, **environment: str) -> list[str]:
+    arguments = environment | {"TORCH_EXTENSIONS_DIR": str(folder)}, str(folder / "said")
+    process = forkserver().Process(target=report, args=arguments)
+    process.start()
+    process.join(LIMIT)
+    return (folder / "said").read_text().splitlines()
 
 
 FAILING = "#!/bin/sh\necho 'g++ 14'; echo 'x.cpp:1:2: error: no AVX'; test $1 = --version\n"
@@ -200,27 +202,24 @@ def test_without_a_working_compiler_one_line_says_so(there, reason, tmp_path):
     if there:
         compiler.write_text(FAILING)
         compiler.chmod(0o700)
-    done = python(READY, CXX=str(compiler), TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert done.stdout.strip() == "False False"
-    [line] = [line for line in done.stderr.splitlines() if "run unpacked, slowly" in line]
-    assert line.endswith(reason), line
+    *lines, ready = reported(tmp_path, CXX=str(compiler))
+    [line] = [line for line in lines if "run unpacked, slowly" in line]
+    assert ready == "False False" and line.endswith(reason), line
 
 
 def test_a_processor_without_avx2_builds_nothing(tmp_path):
-    environment = {"ATEN_CPU_CAPABILITY": "default", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    done = python(READY, **environment)
-    assert done.stdout.strip() == "False False" and not done.stderr
-    assert not list(tmp_path.iterdir())
+    code = "from lib.packed import kernels; print(kernels.ready())"
+    environment = {"ATEN_CPU_CAPABILITY": "default", "TORCH_EXTENSIONS_DIR": str(tmp_path / "new")}
+    done = ended(start(["-W", "always", "-c", code], tmp_path, **environment))
+    assert (done.out, done.err) == ("False\n", "") and not list(tmp_path.iterdir())
 
 
 def test_what_was_built_is_found_again_in_a_folder_of_ones_own(tmp_path):
     base = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     folder = tmp_path / f"packed_bitmask-{os.geteuid()}"
     shutil.copytree(base / folder.name, folder)
-    environment = {"CXX": "/none", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     folder.chmod(0o700)
-    done = python(READY, **environment)
-    assert done.stdout.strip() == "True True" and "building" not in done.stderr
+    assert reported(tmp_path, CXX="/none") == ["True True"]
     folder.chmod(0o777)  # whoever can write there could have put another library there
-    done = python(READY, **environment)
-    assert done.stdout.strip() == "False False" and "others may write" in done.stderr
+    *lines, ready = reported(tmp_path, CXX="/none")
+    assert ready == "False False" and "others may write" in " ".join(lines)

@@ -17,7 +17,6 @@ PACK = ["--replace_sparse_layers", "--pack_bits"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.write_texts(folder / "uk", 40, 8)
-    tiny.write_texts(folder / "more", 200, 100)
     tiny.write_model(folder / "model", tiny.tiny_llama(num_hidden_layers=2).bfloat16())
     tiny.write_model(folder / "falcon", tiny.ARCHITECTURES["Falcon"]())
     return folder
@@ -41,8 +40,9 @@ def size(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in weights(folder / "model").values())
 
 
-@pytest.mark.parametrize("kind", ["2:4", "4:8", "unstructured"])
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(16, "2:4"), (16, "unstructured"), (4, "unstructured"), (4, "4:8")]
+)
 def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path) -> None:
     run("model", *WANDA, "--sparsity_type", kind, to=tmp_path / "dense")
     done = run("model", *WANDA, *PACK, bits, "--sparsity_type", kind, to=tmp_path / "packed")
@@ -78,8 +78,6 @@ def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
     "argv, words",
     [
         (["--model", "falcon", *WANDA, *PACK, 4], ["--pack_bits 4", "FalconLinear"]),
-        (["--model", "falcon", *WANDA, PACK[0]], ["--replace_sparse_layers", "FalconLinear"]),
-        (["--model", "model", *PACK, 4, "--eval_only"], ["no linear is smaller packed"]),
         (["--model", "model", *PACK, 4], ["no linear is smaller packed; prune with"]),
     ],
 )
@@ -91,6 +89,6 @@ def test_refused_in_one_line(argv: list[object], words: list[str], tmp_path: Pat
 
 def test_a_packed_model_is_not_pruned_again(tmp_path: Path) -> None:
     run("model", *WANDA, PACK[0], to=tmp_path)
-    for flags in (WANDA, [*PACK, 4]):
+    for flags in (WANDA, [*PACK, 4], [PACK[0], "--eval_only"]):
         done = call("--model", tmp_path / "model", *QUICK, *TEXTS, *flags)
         assert done.status == 1 and "unpack" in done.complaints[-1]

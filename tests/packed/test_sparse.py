@@ -1,7 +1,6 @@
 """Whole models whose linears are swapped: what is packed, what stays, what is refused."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -10,12 +9,11 @@ from support import prune_, runner_of, windows
 from torch import nn
 
 from lib import sparse
-from lib.model.pretrained import decoder_blocks
 from lib.packed import kernels
 from lib.packed.embedding import PackedEmbedding
 from lib.packed.formats import FORMATS
 from lib.packed.linear import SparseLinear
-from lib.sparse import check_packable, pack_, swap_linears_
+from lib.sparse import pack_, swap_linears_
 from lib.util.errors import UserError
 
 WINDOW = windows(1)
@@ -55,8 +53,6 @@ def test_outputs_stay_and_the_record_tells_sizes(bits, built, monkeypatch, capsy
     assert ("packed_embeddings" in figures) == (bits == 4)
     difference = sparse.relative_difference(before, logits(runner))
     assert difference < 1e-5 if bits == 16 else 0 < difference < 0.5
-    again = pack_(runner, FORMATS[bits], WINDOW)
-    assert again.keys() == figures.keys() and again["packed"]["bytes"] == packed["bytes"]
 
 
 def test_embedding_and_head_are_packed_where_they_can_be(capsys):
@@ -79,16 +75,6 @@ def test_embedding_and_head_are_packed_where_they_can_be(capsys):
     assert type(runner.model.lm_head) is Head
 
 
-def test_a_model_packed_at_16_bits_is_packed_again_at_four_and_not_back():
-    one, two = pruned("GPT-2"), pruned("GPT-2")
-    for fmt in (16, 4, 16):
-        swap_linears_(one, FORMATS[fmt])
-    swap_linears_(two, FORMATS[4])
-    first, second = one.model.state_dict(), two.model.state_dict()
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    assert one.model.hf_quantizer.quantization_config.bits == 4
-
-
 @torch.no_grad()
 def test_scales_of_another_matrix_are_refused():
     """What was trained on a grid is packed as it is, or not at all."""
@@ -107,26 +93,3 @@ def test_scales_of_another_matrix_are_refused():
     scales["model.layers.1.mlp.up_proj.weight"] *= 2
     with pytest.raises(UserError, match="4: model.layers.1.mlp.up_proj is not what was packed"):
         swap_linears_(other, FORMATS[4], scales)
-
-
-@pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
-def test_a_class_that_can_not_be_packed_is_told_by_the_skeleton(name):
-    model = tiny.ARCHITECTURES[name]().to("meta")
-    blocks_name, _ = decoder_blocks(model)
-    expected = nullcontext()
-    if name == "Falcon":
-        expected = pytest.raises(UserError, match="--pack_bits 4: no linear of FalconForCausalLM")
-    with expected:
-        check_packable(model, blocks_name, 4)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_a_wrong_product_is_noticed(bits, monkeypatch):
-    own, runner = SparseLinear.forward, pruned()
-    monkeypatch.setattr(
-        SparseLinear,
-        "forward",
-        lambda self, x: own(self, x) * (1 if self.way == "dense" else 1.05),
-    )
-    with pytest.raises(UserError, match="packed and dense outputs differ by"):
-        pack_(runner, FORMATS[bits], WINDOW)

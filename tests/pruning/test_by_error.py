@@ -33,14 +33,6 @@ def chosen(parts: dict[str, tuple[int, float]], ratio: float = 0.6) -> dict[str,
     return choose(prices, {name: size for name, (size, _) in parts.items()}, ratio)
 
 
-def test_parts_that_cost_more_keep_more_at_an_equal_total() -> None:
-    parts = {"a": (100, 4.0), "b": (300, 1.0), "c": (50, 0.1), "d": (50, 0.1)}
-    found = chosen(parts)
-    assert found["a"] < found["b"] < found["c"] == found["d"]
-    total = sum(found[name] * size for name, (size, _) in parts.items())
-    assert total == pytest.approx(0.6 * 500)
-
-
 def test_the_cost_is_the_lowest_of_all_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every choice of three parts that has as many zeros."""
     monkeypatch.setattr(module, "STEPS", 20)

@@ -131,6 +131,21 @@ def test_a_ratio_that_removes_nothing_is_refused() -> None:
         count_left(64, 0.05)
 
 
+class Mixing(nn.Module):
+    """An activation that divides neurons by their norm, so that each depends on all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "admm"])
+def test_neurons_that_depend_on_each_other_are_noticed(method: str) -> None:
+    model = tiny.tiny_llama()
+    model.model.layers[1].mlp.act_fn = Mixing()
+    with pytest.raises(UserError, match=r"layers\.1: its MLP does more than multiply by neurons"):
+        pruned(model, method, windows(4), 40)
+
+
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     ("name", "method"), [("Llama", "sparsegpt"), ("GPT-2", "wanda"), ("Gemma 3 multimodal", "admm")]

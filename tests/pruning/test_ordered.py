@@ -131,27 +131,3 @@ def test_statistics_are_those_of_whole_passes(cache_inputs: bool) -> None:
     ordered.advance_()
     assert torch.equal(states.hidden, expected)  # the product, to the bit
     assert torch.equal(dense.hidden, aim)
-
-
-@torch.no_grad()
-def test_how_often_linears_are_computed() -> None:
-    """Once in the untouched block; in the pruned one what comes before the last input, and once."""
-    runner, _, _, dense_block, ordered = begun()
-    count: dict[str, int] = {}
-    for which, block in (("dense", dense_block), ("pruned", runner.blocks[0])):
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-                key = f"{which} {name.rpartition('.')[2]}"
-                module.register_forward_hook(
-                    lambda *_, key=key: count.update({key: count.get(key, 0) + 1})
-                )
-    for place in range(4):
-        ordered.observe(place)
-    ordered.advance_()
-    batches = 3
-    linears = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-    assert count == {f"dense {name}": batches for name in linears} | {
-        # o: with the weights it had, and pruned; down: also once where zeros stand in for it
-        f"pruned {name}": batches * {"o_proj": 2, "down_proj": 3}.get(name, 1)
-        for name in linears
-    }

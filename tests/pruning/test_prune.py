@@ -54,26 +54,6 @@ def test_whose_a_warning_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.summary()[1:] == ["a kernel is missing", f"{names}: is singular"]
 
 
-class Fetched(BlockStore):
-    resident = False  # as blocks in files: not checked when the model was loaded
-
-
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_weights_that_come_from_files_are_checked(method: str) -> None:
-    model = tiny.tiny_llama()
-    runner = BlockRunner(model, CPU, Fetched(decoder_blocks(model)[1], CPU))
-    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj holds nan or inf"):
-        prune_(runner, method)
-
-
-def test_activations_that_overflow_are_an_error() -> None:
-    model = tiny.tiny_llama()
-    model.model.layers[0].mlp.up_proj.weight.data *= 1e38
-    with pytest.raises(UserError, match=r"down_proj: activations are not finite; try --dtype"):
-        prune_(model, "sparsegpt")
-
-
 def test_what_falls_short_is_named() -> None:
     runner = runner_of(tiny.tiny_llama())
     done = prune_(runner, "magnitude", Sparsity(0.5, 2, 4))

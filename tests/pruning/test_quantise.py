@@ -109,8 +109,3 @@ def test_what_stays_as_it_is() -> None:
     assert torch.equal(few.weight, kept) and torch.equal(never, unreached)
     line = f"rounded to nearest, {UNREACHED}: model.layers.0.mlp.never"
     assert quantiser.summary() == ["rounded 13 linears to 4 bits, column by column", line]
-
-
-def test_a_model_without_zeros_is_refused_before_any_text_is_read() -> None:
-    with pytest.raises(UserError, match="no linear is smaller packed; prune with --prune_method"):
-        Quantiser(runner_of(tiny.tiny_llama())).run(None)

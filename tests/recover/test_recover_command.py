@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lib.packed.formats import Q4_0
 from lib.packed.linear import SparseLinear
 
-STEPS = 40
+STEPS = 16
 TOKENS = STEPS * 256 + 9
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
 RECOVER = ["--recover", TOKENS, "--recover_rate", "0.01"]
@@ -197,14 +197,8 @@ REFUSED = {
     "q4_0, packed": (["--quantize", "q4_0", *PRUNE, *PACK], 2, "leave out --replace_sparse_lay"),
     "q4_0, loaded in 8 bits": (["--quantize", "q4_0", "--load_bit", "8"], 2, "--quantize q4_0: we"),
     "q4_0, measuring": (["--quantize", "q4_0", "--eval_only"], 2, "leave out --eval_only"),
-    "both": ([*PRUNE, *RECOVER, "--teacher", "model"], 2, "--teacher model: "),
     "measuring": (["--eval_only", "--recover", "99"], 2, "--eval_only"),
     "rank": ([*PRUNE, *RECOVER, "--recover_rank", "0"], 2, "--recover_rank: 0: must be"),
-    "rate": ([*PRUNE, *RECOVER, "--recover_rate", "nan"], 2, "--recover_rate: nan: must be"),
-    "share": ([*PRUNE, *RECOVER, "--recover_ce", "1"], 2, "--recover_ce: 1: must be"),
-    "alone": ([*PRUNE, "--recover_rank", "4"], 2, "--recover_rank 4: "),
-    "offload": ([*PRUNE, *RECOVER, "--offload", "away"], 2, "--offload away"),
-    "quantised": ([*PRUNE, *RECOVER, "--load_bit", "8"], 2, "--load_bit 8"),
     "shape": (["--teacher", "other", *RECOVER], 1, "--teacher other: its model.layers.0.mlp"),
     "words": (["--teacher", "foreign", *RECOVER], 1, "--teacher foreign: has another vocabulary"),
     "nobody": (["--teacher", "./none", *RECOVER], 1, "--teacher ./none: "),

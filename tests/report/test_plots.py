@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from lib.commands.report import tables
 from lib.run import plots
 
-ELEVEN = "uk en de fr es pl cs it pt ar hi".split()
-
 
 def table(*runs: dict):
     (only,) = tables({Path(str(number)): run for number, run in enumerate(runs)})
@@ -73,24 +71,6 @@ def test_cross_language(pruned: list[dict]) -> None:
     assert cells(drawn(figure, "wanda 2:4")) == [["+65.0", "+75.0"], ["", ""]]
     assert plots.cross_language(table(*pruned[1:])) is None  # no dense run
     assert plots.cross_language(table(pruned[0], pruned[1])) is None  # a single text
-
-
-def test_eleven_languages_are_told_apart_and_fit() -> None:
-    dense = dict.fromkeys(ELEVEN, 10.0)
-    runs = [results("dense", dense)]
-    for method in ("wanda", "admm"):
-        runs += [results(method, {k: 20.0 for k in ELEVEN}, on=on) for on in ELEVEN]
-    both = table(*runs)
-    labels = plots.calibrations(both)
-    assert labels == ELEVEN
-    assert len({str(plots.line_style(index)) for index in range(11)}) == 11
-    figure = plots.cross_language(both)
-    figure.draw_without_rendering()
-    assert figure.get_figwidth() <= plots.WIDEST
-    for axes in figure.axes[:2]:  # a figure in a cell is narrower than its cell
-        width = axes.get_window_extent().width / 11
-        assert max(text.get_window_extent().width for text in axes.texts) < width
-    assert plots.perplexity_by_sparsity(both).get_figwidth() <= plots.WIDEST
 
 
 def test_bytes_against_bits(pruned: list[dict]) -> None:

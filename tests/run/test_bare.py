@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import LIMIT, QUICK, ROOT, Done, content, results, start
+from support import QUICK, ROOT, content, ended, results, start
 
 INSTALLED = ("torch", "transformers", "accelerate")
 LEFT_OUT = {"datasets", "bitsandbytes", "matplotlib", "pytest", "pyarrow"}
@@ -59,30 +59,14 @@ def missing() -> str:
     )
 
 
-def bare(argv: list[object], folder: Path) -> Done:
-    process = start(["-c", BARE, missing(), *map(str, argv)], folder)
-    out, err = process.communicate(timeout=LIMIT)
-    return Done(process.returncode, out, err)
-
-
 @pytest.mark.usefixtures("elsewhere")
 def test_prunes_recovers_and_saves(tmp_path: Path) -> None:
     assert LEFT_OUT.isdisjoint(needed(INSTALLED))
     tiny.write_model("llama")
     tiny.write_texts("uk")
-    pruned = ["--prune_method", "sparsegpt", "--calibration_data", "uk", "--save_model", "saved"]
-    argv = [
-        ROOT / "main.py",
-        "--model",
-        "llama",
-        *QUICK,
-        *pruned,
-        "--recover",
-        "64",
-        "--save",
-        "out",
-    ]
-    done = bare(argv, tmp_path)
+    argv = ["--prune_method", "sparsegpt", "--calibration_data", "uk", "--save_model", "saved"]
+    argv += ["--model", "llama", *QUICK, "--recover", "64", "--save", "out"]
+    done = ended(start(["-c", BARE, missing(), str(ROOT / "main.py"), *argv], tmp_path))
     assert done.status == 0, done.err
     assert not Path("out/recovery.png").exists() and "matplotlib" in done.err
     assert results()["versions"]["torch"] and "model.safetensors" in content("saved")

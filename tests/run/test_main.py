@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support import LIMIT, QUICK, Done, call, results, spawn, start, weights
+from support import QUICK, Done, call, ended, results, start, weights
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -130,11 +130,9 @@ def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
             assert torch.equal(before[name].masked_fill(mask, 0), after[name]), name
 
 
-def test_a_fresh_process_loads_what_was_saved(model: Path, uk: Path, tmp_path: Path) -> None:
+def test_what_was_saved_is_measured_alike(model: Path, uk: Path) -> None:
     run(model, "--prune_method", "wanda", "--calibration_data", uk, saved="new")
-    again = ["--eval_only", "--eval_data", uk, *QUICK, "--save", "again"]
-    done = spawn(["--model", "new", *again], tmp_path)
-    assert (done.status, done.complaints) == (0, []), done.err
+    assert run("new", "--eval_only", "--eval_data", uk, save="again").complaints == []
     assert log("dense", "again") == log("wanda") | {"method": "dense"}
     found = results("again")
     assert found["method"] == "dense" and found["calibration"] is None
@@ -190,20 +188,14 @@ def test_quantised_models(bits: str, trained: Path, uk: Path) -> None:
     assert done.complaints == []
 
 
-def test_another_seed_draws_other_windows_and_other_results_are_kept(model: Path, uk: Path) -> None:
-    Path("seed").mkdir()
-    Path("seed/log_book.txt").write_text("mine")
+def test_another_seed_draws_other_windows(model: Path, uk: Path) -> None:
     found = []
     for seed in (0, 1):
-        given = ["--prune_method", "wanda", "--calibration_data", uk, "--seed", seed]
-        run(model, *given, save="seed")
-        found.append(results("seed"))
+        run(model, "--prune_method", "wanda", "--calibration_data", uk, "--seed", seed)
+        found.append(results())
     one, other = found
     assert one["calibration"]["digest"] != other["calibration"]["digest"]
     assert one["perplexity"] != other["perplexity"] and other["seed"] == 1
-    assert json.loads(Path("seed/results.1.json").read_text("utf-8")) == one
-    assert Path("seed/log_wanda.1.txt").exists()
-    assert Path("seed/log_book.txt").read_text() == "mine"
 
 
 def test_dtypes(trained: Path, uk: Path, tmp_path: Path) -> None:
@@ -239,15 +231,6 @@ def test_the_variant_gives_rows_shares_of_their_own_and_is_named(trained: Path, 
     assert "variant" in Path("variant/README.md").read_text("utf-8")
 
 
-def test_zeros_are_distributed_by_error_at_an_equal_total(trained: Path, uk: Path) -> None:
-    given = ["--prune_method", "admm", "--calibration_data", uk, "--sparsity_ratio", "0.6"]
-    run(trained, *given)
-    run(trained, *given, "--allocation", "error", save="by-error")
-    one, other = results()["sparsity"], results("by-error")["sparsity"]
-    assert other["overall"] == pytest.approx(one["overall"], abs=1e-3)
-    assert len(set(other["linears"].values())) > 5 and results("by-error")["allocation"]
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_another_share_of_zeros_is_reached_and_costs_more(
     method: str, trained: Path, uk: Path
@@ -258,14 +241,6 @@ def test_another_share_of_zeros_is_reached_and_costs_more(
     half, more = results("half"), results("more")
     assert (half["sparsity"]["overall"], more["sparsity"]["overall"]) == (0.5, 0.75)
     assert more["perplexity"]["uk"] > 1.1 * half["perplexity"]["uk"]
-
-
-def test_as_many_windows_are_drawn_as_are_asked_for(trained: Path, uk: Path) -> None:
-    for count in (3, 8):
-        flags = ["--prune_method", "wanda", "--calibration_data", uk, "--nsamples", count]
-        run(trained, *flags, save=f"{count}-out", saved=str(count))
-        assert results(f"{count}-out")["calibration"]["windows"] == count
-    assert not same("3", "8")
 
 
 def test_settings_of_the_recovery(trained: Path, uk: Path) -> None:
@@ -374,8 +349,8 @@ def test_help_and_mistakes_import_nothing_heavy(argv: str, said: str, tmp_path: 
         "except SystemExit: pass\n"
         "print('imported:', *sys.modules)"
     )
-    out, err = start(["-c", code, argv], tmp_path).communicate(timeout=LIMIT)
-    assert said in out + err, err
-    _, imported = out.split("imported:")
+    done = ended(start(["-c", code, argv], tmp_path))
+    assert said in done.out + done.err, done.err
+    _, imported = done.out.split("imported:")
     heavy = {"torch", "transformers", "numpy", "datasets", "huggingface_hub", "matplotlib"}
     assert not heavy.intersection(imported.split())

@@ -34,10 +34,19 @@ def argv(tmp_path: Path) -> list:
     return [*GIVEN, *saved, "--resume", tmp_path / "kept"]
 
 
-@pytest.fixture
-def begun(argv: list, place: Path) -> list:
-    """Flags of a run that was killed after two blocks."""
+@pytest.fixture(scope="module")
+def killed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run has kept that was killed after two blocks."""
+    folder = tmp_path_factory.mktemp("killed") / "kept"
+    argv = [*GIVEN, "--save_model", folder / "model", "--resume", folder]
     assert processes.run(argv, place, "pruning 2:SIGKILL").status < 0
+    return folder
+
+
+@pytest.fixture
+def begun(argv: list, killed: Path, tmp_path: Path) -> list:
+    """Flags of that run."""
+    shutil.copytree(killed, tmp_path / "kept")
     return argv
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
@@ -140,21 +139,6 @@ def test_a_packed_product_that_is_wrong_is_not_saved(
     assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
 
 
-def test_packing_that_breaks_off_is_not_saved(given: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, calls = SparseLinear.from_linear.__func__, []
-
-    def third_fails(cls, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 3:
-            raise MemoryError("none left")
-        return own(cls, *args, **kwargs)
-
-    monkeypatch.setattr(SparseLinear, "from_linear", classmethod(third_fails))
-    done = call(*given, "--replace_sparse_layers")
-    assert done.status == 1 and "out of memory" in done.complaints[0]
-    assert not Path("new").exists() and list(Path("new.partial").glob("block-*"))
-
-
 @pytest.mark.parametrize("step", ["evaluate", "record", "run_tasks"])
 def test_what_fails_after_saving_leaves_the_model(
     step: str, given: list, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +194,7 @@ def test_results_of_another_run_are_moved_aside(given: list) -> None:
     done = call(*given, "--seed", 1)
     assert done.status == 0 and "results.1.json" in done.out
     assert Path("out/results.1.json").read_bytes() == first
+    assert Path("out/log_sparsegpt.1.txt").exists()
     assert "mine" in {file.read_text() for file in Path("out").glob("log_thesis*")}
     assert results()["seed"] == 1
     given[given.index("newer")] = "newest"
@@ -221,11 +206,3 @@ def test_the_default_folder_of_results_names_model_and_method(given: list) -> No
     given = given[: given.index("--save")]
     assert call(*given).status == 0
     assert results("out/model-sparsegpt-unstructured-0.5")["perplexity"]
-
-
-def test_results_are_json_whatever_was_measured(given: list, tmp_path: Path) -> None:
-    one = tiny.write_texts(tmp_path / "one", test=tiny.sentences(1, words=10))
-    done = call(*given, "--eval_data", one)
-    assert done.status == 0, done.err
-    text = Path("out/results.json").read_text("utf-8")
-    assert json.loads(text)["evaluation"][0]["standard_error"] is None and "NaN" not in text

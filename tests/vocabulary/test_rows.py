@@ -13,7 +13,6 @@ from lib.model.access import Checkpoint
 from lib.model.pretrained import fresh_copy
 from lib.model.rows import TRIMMED_FROM, config_token_ids, keep_rows_, trimmable_rows
 from lib.util.errors import UserError
-from lib.util.token_ids import find_token_ids, map_token_ids
 
 ROWS = torch.tensor([0, 1, 2, *range(5, 60, 3), 100, 77, 319, 317, 318])
 TIED = dict(tie_word_embeddings=True)
@@ -68,6 +67,8 @@ def test_every_number_follows(tmp_path: Path) -> None:
     )
     model.generation_config.bad_words_ids = [[20, 23], [26]]
     model.generation_config.forced_bos_token_id = 29
+    model.generation_config.sequence_bias = [[[32, 35], 0.5]]
+    model.config.text_config.unknown_token_id = -1
     model.save_pretrained(tmp_path)
     named = config_token_ids(Checkpoint(str(tmp_path)), model.config)
     assert named >= {0, 1, 2, 8, 11, 14, 17, 20, 23, 26, 29, 317, 318, 319}
@@ -81,35 +82,12 @@ def test_every_number_follows(tmp_path: Path) -> None:
     assert generation.suppress_tokens == [rows.index(14), rows.index(17)]
     assert generation.bad_words_ids == [[rows.index(20), rows.index(23)], [rows.index(26)]]
     assert generation.forced_bos_token_id == rows.index(29)
+    assert generation.sequence_bias == [[[rows.index(32), rows.index(35)], 0.5]]
+    assert config.text_config.unknown_token_id == -1
     llama = tiny.tiny_llama()
     assert llama.get_input_embeddings().padding_idx == 2
     keep_rows_(llama, torch.tensor([0, 1, 7, 2]))
     assert llama.get_input_embeddings().padding_idx == llama.config.pad_token_id == 3
-
-
-def test_fields_that_name_tokens() -> None:
-    fields = {
-        "eos_token_id": [3, 4],
-        "pad_token_id": -1,
-        "bos_token_id": None,
-        "image_token_index": 5,
-        "begin_suppress_tokens": [6],
-        "forced_decoder_ids": [[1, 7], [2, None]],
-        "sequence_bias": [[[8, 9], 0.5]],
-        "text_config": {"video_token_id": 10, "num_hidden_layers": 11},
-        "mm_tokens_per_image": 13,
-        "vocab_size": 14,
-        "use_token_ids": True,
-        "tokenizer_class": "x",
-    }
-    assert find_token_ids(fields) == set(range(3, 11))
-    moved = map_token_ids(fields, lambda number: number + 100)
-    assert moved["eos_token_id"] == [103, 104] and moved["pad_token_id"] == -1
-    assert moved["forced_decoder_ids"] == [[1, 107], [2, None]]
-    assert moved["sequence_bias"] == [[[108, 109], 0.5]]
-    assert moved["text_config"] == {"video_token_id": 110, "num_hidden_layers": 11}
-    unmoved = {k: v for k, v in fields.items() if not find_token_ids({k: v})}
-    assert unmoved.items() <= moved.items() and len(unmoved) == 6
 
 
 def test_refused() -> None:

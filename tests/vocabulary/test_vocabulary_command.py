@@ -101,9 +101,10 @@ def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
 
 
 def test_by_its_name(place: Path, tmp_path: Path) -> None:
-    texts = ["--vocabulary_data", place / "uk", place / "en"]
-    out = launched(["vocabulary", place / "model", "OUT", *texts], tmp_path, *QUICK)
-    assert "uk: all 9 test" in out and "en: all 9 test" in out
+    argv = ["vocabulary", "model", tmp_path / "OUT", "--vocabulary_data", "uk", "en", *QUICK]
+    _, *flags = launched(argv, place, PYTHON="echo").split()
+    done = call(*flags)
+    assert "uk: all 9 test" in done.out and "en: all 9 test" in done.out
     assert (tmp_path / "OUT/tokenizer.json").exists()
 
 

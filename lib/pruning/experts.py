@@ -1,0 +1,217 @@
+"""Remove whole experts of a mixture, block by block: what is left is a smaller mixture.
+
+Each block is observed with the blocks before it already smaller. The same number goes in every
+block that has experts; the gates of those that stay are what the router gives.
+Run: `python main.py --model MODEL --prune_method reap --sparsity_type experts ...`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lib.methods.experts import Reap
+from lib.model.blocks import BlockRunner, Stop, run_block
+from lib.model.experts import ExpertLayout, keep_experts_
+from lib.model.matrix import PrunableLinear
+from lib.prune import Pruned, Pruner
+from lib.pruning.allocation import Allocation
+from lib.util.errors import UserError
+from lib.util.host import malloc_trim
+
+TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more
+
+
+def count_left(layout: ExpertLayout, ratio: float) -> int:
+    """How many experts stay in each block: about 1 - `ratio` of them, as many of each group.
+
+    UserError where none goes, or where fewer stay than the router chooses.
+    """
+    each = layout.count // layout.groups
+    least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
+    goes, most = round(ratio * each), each - least  # of a group; it is scored by its best two
+    if 1 <= goes <= most:
+        return (each - goes) * layout.groups
+    what = f"--sparsity_ratio {ratio:g}: of {layout.count} experts in each block"
+    if most < 1:
+        raise UserError(
+            f"{what} none can go, as the router chooses {layout.chosen} for each token; use "
+            "--sparsity_type unstructured"
+        )
+    raise UserError(
+        f"{what} {goes * layout.groups} would go; use {1 / each:.3g} to {most / each:.3g}"
+    )
+
+
+@dataclass
+class ExpertsPruned(Pruned):
+    """Which experts went, and the weights of the blocks before and after."""
+
+    layout: ExpertLayout | None = None
+    left: int = 0
+    weights_before: int = 0
+    weights_after: int = 0
+
+    def summary(self) -> list[str]:
+        count, share = self.layout.count, 1 - self.weights_after / self.weights_before
+        return [
+            f"removed {count - self.left} of {count} experts in each of "
+            f"{sum(map(bool, self.layout.modules))} blocks, {share:.1%} of the blocks' weights",
+            *self.warnings,
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """The record for results.json."""
+        every = set(range(self.layout.count))
+        return {
+            "before": self.layout.count,
+            "after": self.left,
+            "field": self.layout.field,
+            "weights_before": self.weights_before,
+            "weights_after": self.weights_after,
+            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
+            "routed": [notes.routed for notes in self.notes],
+        }
+
+
+class ExpertPruner(Pruner):
+    """Removes experts of a runner's model in place, until `left` stay in each block."""
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        method: type[Reap],
+        layout: ExpertLayout,
+        left: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(runner, method, Allocation({}))
+        self.layout, self.left, self.seed = layout, left, seed
+        self.checked: set[type] = set()  # classes of blocks
+        self.done = ExpertsPruned(layout=layout, left=left)
+
+    def run(
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
+    ) -> ExpertsPruned:
+        """As `Pruner.run`; UserError too where experts are called in another way."""
+        self.done.weights_before = self._count_weights()
+        super().run(windows, on_progress)
+        self.done.weights_after = self._count_weights()
+        model = self.runner.model
+        self.layout.set_count(model.config, self.left)
+        for path, attribute in self.layout.counters:  # those of blocks are set already
+            setattr(model.get_submodule(path), attribute, self.left)
+        return self.done
+
+    def _count_weights(self) -> int:
+        return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
+
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        self._check_weights(self.runner.linears(index))
+        return []  # no linear is changed by itself
+
+    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
+        restored = super()._restore_(index, linears)
+        if restored:
+            self._cut_(index)
+        return restored
+
+    def _prune_(self, index: int, linears: list[PrunableLinear], ordered: None) -> dict:
+        """Score the block's experts, and note which of them stay."""
+        if not self.layout.modules[index]:
+            return {}
+        self._check_once(index)
+        method = self.method(self.layout.count, self.runner.device)
+        self._observe(index, method.observe)
+        statistics = method.statistics()
+        for one in statistics if self.idle else ():
+            one.zero_()
+        self.dist.sum_(statistics)
+        if self.dist.is_main:
+            notes, groups = self.done.notes[-1], self.layout.groups
+            scores = method.scores(self.seed + index).cpu().view(groups, -1)
+            best = scores.sort(dim=1, descending=True, stable=True).indices
+            best = best[:, : self.left // groups].sort(dim=1).values
+            kept = best + torch.arange(groups)[:, None] * scores.shape[1]
+            notes.kept = kept.flatten().tolist()
+            shares = method.counts / method.counts.sum().clamp(min=1)
+            notes.routed = [round(share, 6) for share in shares.tolist()]
+        return {}
+
+    def _observe(self, index: int, observe: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Call `observe(expert, gates, outputs)` for the tokens that are sent to each expert."""
+        name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
+        experts = self.runner.blocks[index].get_submodule(self.layout.modules[index])
+
+        def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden, chosen, gates = _routing([*args, *kwargs.values()], name)
+            for expert in range(self.layout.count):
+                tokens, places = (chosen == expert).nonzero(as_tuple=True)
+                if len(tokens):
+                    only = torch.full((len(tokens), 1), expert, device=hidden.device)
+                    one = torch.ones_like(only, dtype=gates.dtype)
+                    outputs = experts.forward(hidden[tokens], only, one)  # without this hook
+                    observe(expert, gates[tokens, places], outputs)
+            raise Stop
+
+        handle = experts.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            for _, run in self.runner.iter_batches(self.states, index):
+                with suppress(Stop):
+                    run()
+        finally:
+            handle.remove()
+
+    def _check_once(self, index: int) -> None:
+        """Check for each class of blocks that experts in another order give the same outputs."""
+        block, groups = self.runner.blocks[index], self.layout.groups
+        if type(block) in self.checked:
+            return
+        self.checked.add(type(block))
+        hidden = self.runner.transfer.fetch(self.states.hidden, self.states.batches[0])
+        args, kwargs = self.states.block_args[index][0]
+        run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
+        order = torch.arange(self.layout.count).view(groups, -1).flip(1).flatten()
+        turned, name = copy.deepcopy(block), f"{self.runner.name}.{index}"
+        keep_experts_(turned, self.layout, index, name, order)
+        expected, out = run(block).float(), run(turned).float()
+        dtype = next(block.parameters()).dtype
+        tolerance = max(TOLERANCE, 4 * torch.finfo(dtype).eps)
+        if not (out - expected).norm() <= tolerance * expected.norm():
+            raise UserError(
+                f"--sparsity_type experts: {name}: its outputs depend on the order of its experts, "
+                "so that none can be removed; use --sparsity_type unstructured"
+            )
+
+    def _finish_(self, index: int) -> None:
+        super()._finish_(index)
+        if self.layout.modules[index]:
+            self._cut_(index)
+            malloc_trim()
+
+    def _cut_(self, index: int) -> None:
+        if kept := self.done.notes[-1].kept:
+            block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
+            keep_experts_(block, self.layout, index, name, torch.tensor(kept))
+
+
+def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (n, hidden), chosen experts (n, k) and their gates (n, k), as experts receive them."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) == 3:
+        hidden, chosen, gates = tensors
+        is_routing = chosen.dim() == 2 and not chosen.is_floating_point()
+        if is_routing and chosen.shape == gates.shape and len(hidden) == len(chosen):
+            return hidden, chosen, gates
+    raise UserError(
+        f"--sparsity_type experts: {name} is not called with tokens, chosen experts and gates; "
+        "use --sparsity_type unstructured"
+    )
