@@ -75,7 +75,7 @@ class RunFolder:
                 stage.unlink()
             raise UserError(
                 f"{self.label}: {file.name} can't be written ({first_line(error)}); what was "
-                "written before it is kept: make room and run the same command again"
+                f"written before it is kept: make room and continue by --resume {self.folder}"
             ) from error
         return file
 
