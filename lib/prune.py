@@ -68,6 +68,36 @@ class Pruned:
         ]
 
 
+@dataclass
+class Smaller(Pruned):
+    """Which neurons or experts went, of `before` in each block, of which `left` stay."""
+
+    kind: str = ""
+    before: int = 0
+    left: int = 0
+
+    def summary(self) -> list[str]:
+        cut = sum(bool(notes.kept) for notes in self.notes)
+        share = 1 - self.weights_after / self.weights_before
+        return [
+            f"removed {self.before - self.left} of {self.before} {self.kind} in each of {cut} "
+            f"blocks, {share:.1%} of the blocks' weights",
+            *self.warnings,
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """The record for results.json."""
+        every = set(range(self.before))
+        return {
+            "before": self.before,
+            "after": self.left,
+            "weights_before": self.weights_before,
+            "weights_after": self.weights_after,
+            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
+            "routed": [notes.routed for notes in self.notes],
+        }
+
+
 def first_of(names: list[str]) -> str:
     """Name the first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

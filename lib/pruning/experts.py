@@ -11,7 +11,6 @@ import copy
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from lib.methods.experts import Reap
 from lib.model.blocks import BlockRunner, Stop, run_block
 from lib.model.experts import ExpertLayout, keep_experts_
 from lib.model.matrix import PrunableLinear
-from lib.prune import Pruned, Pruner
+from lib.prune import Pruner, Smaller
 from lib.pruning.allocation import Allocation
 from lib.util.errors import UserError
 from lib.util.host import malloc_trim
@@ -51,35 +50,6 @@ def count_left(layout: ExpertLayout, ratio: float) -> int:
     )
 
 
-@dataclass
-class ExpertsPruned(Pruned):
-    """Which experts went, and the weights of the blocks before and after."""
-
-    layout: ExpertLayout | None = None
-    left: int = 0
-
-    def summary(self) -> list[str]:
-        count, share = self.layout.count, 1 - self.weights_after / self.weights_before
-        return [
-            f"removed {count - self.left} of {count} experts in each of "
-            f"{sum(map(bool, self.layout.modules))} blocks, {share:.1%} of the blocks' weights",
-            *self.warnings,
-        ]
-
-    def record(self) -> dict[str, Any]:
-        """The record for results.json."""
-        every = set(range(self.layout.count))
-        return {
-            "before": self.layout.count,
-            "after": self.left,
-            "field": self.layout.field,
-            "weights_before": self.weights_before,
-            "weights_after": self.weights_after,
-            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
-            "routed": [notes.routed for notes in self.notes],
-        }
-
-
 class ExpertPruner(Pruner):
     """Removes experts of a runner's model in place, until `left` stay in each block."""
 
@@ -94,11 +64,11 @@ class ExpertPruner(Pruner):
         super().__init__(runner, method, Allocation({}))
         self.layout, self.left, self.seed = layout, left, seed
         self.checked: set[type] = set()  # classes of blocks
-        self.done = ExpertsPruned(layout=layout, left=left)
+        self.done = Smaller(kind="experts", before=layout.count, left=left)
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> ExpertsPruned:
+    ) -> Smaller:
         """As `Pruner.run`; UserError too where experts are called in another way."""
         super().run(windows, on_progress)
         model = self.runner.model

@@ -9,7 +9,6 @@ Run: `python main.py --model MODEL --prune_method sparsegpt --sparsity_type neur
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner
 from lib.model.matrix import PrunableLinear
 from lib.model.mlp import MlpLayout, fit_sizes_, keep_neurons_, output_dim
-from lib.prune import UNREACHED, Pruned, Pruner
+from lib.prune import UNREACHED, Pruner, Smaller
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group
 from lib.util.errors import UserError
@@ -51,40 +50,6 @@ def count_left(width: int, ratio: float) -> int:
     return left
 
 
-@dataclass
-class NeuronsPruned(Pruned):
-    """Which neurons went, and the weights of the blocks before and after."""
-
-    layout: MlpLayout | None = None
-    left: int = 0
-
-    @property
-    def kept(self) -> list[list[int]]:
-        """Neurons that stay in each block, indices in rising order."""
-        return [notes.kept for notes in self.notes]
-
-    def summary(self) -> list[str]:
-        width, share = self.layout.width, 1 - self.weights_after / self.weights_before
-        return [
-            f"removed {width - self.left} of {width} neurons in each of {len(self.kept)} blocks, "
-            f"{share:.1%} of the blocks' weights",
-            *self.warnings,
-        ]
-
-    def record(self) -> dict[str, Any]:
-        """The record for results.json."""
-        neurons = set(range(self.layout.width))
-        return {
-            "before": self.layout.width,
-            "after": self.left,
-            "multiple": multiple_of(self.layout.width),
-            "field": self.layout.field,
-            "weights_before": self.weights_before,
-            "weights_after": self.weights_after,
-            "removed": [sorted(neurons.difference(kept)) for kept in self.kept],
-        }
-
-
 class NeuronPruner(Pruner):
     """Makes the MLPs of a runner's model narrower, in place, and its config say so.
 
@@ -98,11 +63,11 @@ class NeuronPruner(Pruner):
         self.layout = layout
         self.left = left
         self.cache_inputs = False  # they would have the wrong width once neurons are removed
-        self.done = NeuronsPruned(layout=layout, left=left)
+        self.done = Smaller(kind="neurons", before=layout.width, left=left)
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> NeuronsPruned:
+    ) -> Smaller:
         """As `Pruner.run`; UserError too where an MLP is more than linears and activation."""
         super().run(windows, on_progress)
         self.layout.set_width(self.runner.model.config, self.left)
@@ -134,7 +99,7 @@ class NeuronPruner(Pruner):
     def _finish_(self, index: int) -> None:
         """Make the block smaller in all processes; on a batch that must not change its outputs."""
         super()._finish_(index)
-        runner, states, kept = self.runner, self.states, self.done.kept[index]
+        runner, states, kept = self.runner, self.states, self.done.notes[index].kept
         block, mlp = runner.blocks[index], self.layout.blocks[index]
         if not kept:
             raise UserError(f"{runner.name}.{index}.{mlp.down}: {UNREACHED}")

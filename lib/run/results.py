@@ -16,7 +16,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # asked for, if not uniform
         "notes": ["..."],                                   # what was pruned in another way, or not
         "neurons": {
-            "before": 2048, "after": 1536, "multiple": 256, "field": "intermediate_size",
+            "before": 2048, "after": 1536,
             "weights_before": 9, "weights_after": 8, "bytes_before": 9, "bytes_after": 8,
             "removed": [[3, 17]]},                          # of each block, its removed neurons
         "experts": {..., "routed": [[0.1, 0.9]]},           # as neurons; and shares of tokens
