@@ -62,7 +62,7 @@ LEAST_WINDOWS = 16  # of training, which take less time than rounding on calibra
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
 
 # costs in passes of one window through the trimmed model
-TEST_PASSES = 8  # of a test window: both models, before and after, and the proof by llama.cpp
+TEST_PASSES = 7  # of a test window: both models, before and after, and the proof by llama.cpp
 PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
 HELD_OUT_PASSES = 16 * 13  # of the windows held out of training, each time that they are measured
 FIXED = 4  # times that as much as a rehearsal's loading and generating is done
@@ -235,7 +235,7 @@ def plan_time(
     tests = sum(test["windows"] for test in rehearsal["evaluation"])
     seqlen, held_out = rehearsal["evaluation"][0]["seqlen"], recovery["text"]["held_out"]
     scaling = sum(spent[step] for step in ("dense", "measure before", "recover", "eval"))
-    passed = spent["measure before"] / 2 / (held_out + tests)  # seconds of a pass
+    passed = spent["measure before"] / (held_out + tests)  # seconds of a pass
     training = spent["recover"] - len(recovery["curve"]) * held_out * passed
     training = max(3 * passed, training * seqlen / recovery["tokens"])  # seconds of a window
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed

@@ -206,6 +206,9 @@ class OrderedBlock:
         ):
             needs, out = self._run_dense(run, cut, wanted, to_the_end)
             if to_the_end:
+                for name, tensor in needs.items():  # an input may be the block's own
+                    if same_memory(tensor, states.hidden):
+                        needs[name] = tensor.clone()
                 self.runner.transfer.store_(states.hidden, cut, out)
             now = {name: needs.pop(name) for name in own if name in needs}
             if needs:
@@ -247,6 +250,10 @@ def run_to_outputs(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[T
     with watch_outputs([linear], see), suppress(Stop):
         run()
     return seen[0], seen[1]
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 def owned(x: Tensor) -> Tensor:
