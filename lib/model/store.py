@@ -391,9 +391,9 @@ class Prefetcher:
             self.pending = following, self.thread.submit(self._bring, following)
         return views, dtypes
 
-    def forget(self, index: int) -> None:
-        """Drop block `index`, whose file has changed, if it was brought."""
-        if self.pending and self.pending[0] == index:
+    def forget(self, index: int | None = None) -> None:
+        """Drop the block that was brought if it is `index`, whose file has changed; None: any."""
+        if self.pending and index in (None, self.pending[0]):
             self.pending[1].result()
             self.pending = None
 
