@@ -46,9 +46,10 @@ def perplexities(
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
     predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats` and
-    `own_nats`, both models' mean negative log-likelihood of a token; `kl`, the mean
-    KL(dense || model) in nats a token, and `top1_agreement`, the share of positions where both have
-    the same most likely token, each with its standard error.
+    `own_nats`, both models' mean negative log-likelihood of a token; `loss_change`, the mean of
+    their difference window by window; `kl`, the mean KL(dense || model) in nats a token; and
+    `top1_agreement`, the share of positions where both have the same most likely token; the last
+    three with their standard errors.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
@@ -93,7 +94,9 @@ def _means(
     }
     if compared:
         chosen = compared_windows(len(windows))
-        for name, values in zip(("kl", "top1_agreement"), divergences, strict=True):
+        figures = {"loss_change": losses - dense}
+        figures |= zip(("kl", "top1_agreement"), divergences, strict=True)
+        for name, values in figures.items():
             means[name] = values[chosen].mean().item()
             means[f"{name}_standard_error"] = _standard_error(values[chosen])
         means["compared_windows"] = len(chosen)

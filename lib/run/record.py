@@ -189,11 +189,13 @@ def _test_lines(test: dict[str, Any]) -> list[str]:
         line += f", standard error of the perplexity {test['standard_error']:.2f}"
     if "kl" not in test:
         return [line]
-    kl, same = (_with_error(test, *of) for of in (("kl", ".4f"), ("top1_agreement", ".2%")))
+    forms = {"kl": ".4f", "top1_agreement": ".2%", "loss_change": "+.4f"}
+    kl, same, change = (_with_error(test, *of) for of in forms.items())
     return [
         line,
         f"{name}: KL {kl} nats a token from the dense model, the same most likely token at {same} "
         f"of the positions of {test['compared_windows']} windows",
+        f"{name}: loss {change} nats a token from the dense model's, paired by window",
     ]
 
 
@@ -201,4 +203,4 @@ def _with_error(test: dict[str, Any], key: str, form: str) -> str:
     """Format a figure of a test set, with its standard error if it has one: `0.123 ± 0.004`."""
     error = test.get(f"{key}_standard_error")
     has_error = error is not None and math.isfinite(error)
-    return f"{test[key]:{form}}" + (f" ± {error:{form}}" if has_error else "")
+    return f"{test[key]:{form}}" + (f" ± {error:{form.strip('+')}}" if has_error else "")

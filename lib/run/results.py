@@ -35,6 +35,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "name": "uk", "source": "texts/uk", "windows": 64, "tokens": 32768, "digest": "...",
             "perplexity": 20.1, "standard_error": 0.4, "bits_per_byte": 0.91,
             "kl": 0.1, "kl_standard_error": 0.01,           # nats a token, from the dense model
+            "loss_change": 0.1, "loss_change_standard_error": 0.01,     # nats a token, by window
             "top1_agreement": 0.8, "top1_agreement_standard_error": 0.01, "compared_windows": 64,
             "dense": {"perplexity": 18.0, "bits_per_byte": 0.88}}], # where it was measured
         "perplexity": {"uk": 20.1},

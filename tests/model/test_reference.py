@@ -31,8 +31,10 @@ def slow(dense: nn.Module, own: nn.Module, ids: Tensor) -> dict[str, float]:
     same = (q.argmax(-1) == p.argmax(-1)).double().mean(1)
     errors = [(one.std() / len(one) ** 0.5).item() for one in (kl, same)]
     values = kl.mean().item(), errors[0], same.mean().item(), errors[1]
-    nats = -log_q.gather(-1, ids[:, 1:, None]).mean().item()
-    return dict(zip(FIGURES, values, strict=True)) | {"dense_nats": nats}
+    nats, own = (-one.gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1) for one in (log_q, log_p))
+    change = (own - nats).mean().item(), ((own - nats).std() / len(ids) ** 0.5).item()
+    more = dict(zip(("loss_change", "loss_change_standard_error"), change, strict=True))
+    return dict(zip(FIGURES, values, strict=True)) | more | {"dense_nats": nats.mean().item()}
 
 
 def assert_like(found: dict[str, float], expected: dict[str, float]) -> None:
@@ -129,7 +131,7 @@ def test_a_run_records_and_prints_it(place: Path) -> None:
     assert done.status == 0, done.err
     for kl, kl_error, same, same_error in figures("plain"):
         assert kl > kl_error > 0 and 0 < same < 1 and same_error > 0
-    assert done.out.count("nats a token from the dense model") == 2
+    assert done.out.count("nats a token from the dense model,") == 2
     assert call(*prune, "--save", "away", "--offload", "folder").status == 0
     assert call(*base, "--eval_only", "--save", "dense").status == 0
     for one, two in zip(figures("plain"), figures("away"), strict=True):
