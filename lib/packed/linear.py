@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from . import kernels
 from .errors import PackedError, one_line
 from .formats import FORMATS, Values
+from .kernels import DTYPES
 from .layout import Packed, is_two_of_four, row_offsets
 
 TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache is multiplied fast
@@ -36,6 +37,7 @@ class PackedModule(nn.Module):
     way = ""  # to multiply: "dense", by the dense weight; "decoding", some tokens at a time
     source = ""  # name and file, for messages
     checked = False  # whether the tensors were found to be what they have to be
+    by_kernel = False  # whether the last product was one
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -63,7 +65,7 @@ class PackedModule(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         tokens = x.reshape(-1, self.in_features)  # what no kernel can do without
-        known = tokens.is_cpu and tokens.dtype in kernels.DTYPES and self.way != "dense"
+        known = tokens.is_cpu and tokens.dtype in DTYPES and self.way != "dense"
         if not len(tokens):  # of an expert that nothing was sent to
             y = tokens.new_empty(0, self.out_features)
         elif not known or not kernels.ready():
@@ -73,6 +75,7 @@ class PackedModule(nn.Module):
             y = torch.cat([kernels.linear(part, *self._operands(), self.bias) for part in parts])
         else:
             y = kernels.linear(tokens, *self._operands(), self.bias)
+            self.by_kernel = not torch.compiler.is_compiling()
         return y.view(*x.shape[:-1], self.out_features)
 
     def _by_dense_rows(self, tokens: Tensor) -> Tensor:
@@ -206,6 +209,12 @@ class SparseLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
+        if self.by_kernel and self.checked and not self.way and not x.requires_grad:
+            parameters, buffers = self._parameters, self._buffers  # without nn.Module's __getattr__
+            mask, weight, offsets = buffers["mask"], parameters["weight"], buffers["offsets"]
+            if weight.is_cpu and offsets.is_cpu and x.is_cpu and x.numel() and x.dtype in DTYPES:
+                scale, bias = buffers.get("scale"), parameters.get("bias")
+                return kernels.linear(x, mask, weight, offsets, scale, bias)
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
