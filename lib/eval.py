@@ -86,7 +86,7 @@ def _means(
             f"{runner.named}: activations are not finite; try --dtype float32, and where that does "
             "not help, download the model again"
         )
-    value = math.exp(mean) if mean < 700 else math.inf
+    value = exp(mean)
     means = {
         "perplexity": value,
         "standard_error": value * _standard_error(losses),
@@ -103,6 +103,11 @@ def _means(
         means["dense_nats"] = dense[chosen].mean().item()
         means["own_nats"] = losses[chosen].mean().item()
     return means
+
+
+def exp(nats: float) -> float:
+    """The perplexity of a mean loss; inf where it is beyond a float."""
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def _standard_error(values: Tensor) -> float:

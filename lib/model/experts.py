@@ -29,14 +29,13 @@ class ExpertLayout:
     """Where a model has its experts: `count` in each block, of which a token is sent to `chosen`.
 
     The router takes experts of `open_groups` of `groups` groups, consecutive and equal in size.
-    `section` is the name of the sub-config that holds `field`, None for the config itself.
+    `field` of the text config sets their number.
     """
 
     count: int
     chosen: int
     groups: int
     open_groups: int
-    section: str | None
     field: str
     tensors: tuple[tuple[str, ...], ...]  # of each block, paths of what has an entry for each
     modules: tuple[str, ...]  # of each block, the path of the module that runs them; "" for none
@@ -44,7 +43,7 @@ class ExpertLayout:
 
     def set_count(self, config: Any, count: int) -> None:
         """Write another number of experts into a config."""
-        setattr(getattr(config, self.section) if self.section else config, self.field, count)
+        setattr(config.get_text_config(decoder=True), self.field, count)
 
 
 def find_experts(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> ExpertLayout:
@@ -57,10 +56,9 @@ def find_experts(config: Any, checkpoint: Checkpoint, model: nn.Module, name: st
         why = "it is quantised, and its experts can't be cut"
     else:
         text = config.get_text_config(decoder=True)
-        section = next((key for key, value in vars(config).items() if value is text), None)
         for field in FIELDS:
             if (getattr(text, field, None) or 0) > 1:
-                layout = _layout(config, text, section, field, checkpoint, model, name)
+                layout = _layout(config, text, field, checkpoint, model, name)
                 if layout:
                     return layout
     raise UserError(
@@ -71,7 +69,6 @@ def find_experts(config: Any, checkpoint: Checkpoint, model: nn.Module, name: st
 def _layout(
     config: Any,
     text: Any,
-    section: str | None,
     field: str,
     checkpoint: Checkpoint,
     model: nn.Module,
@@ -80,7 +77,7 @@ def _layout(
     """The layout that `field` stands for; None where it changes anything else than experts."""
     count, groups = getattr(text, field), getattr(text, "n_group", None) or 1
     fewer, smaller = count - groups, copy.deepcopy(config)
-    setattr(getattr(smaller, section) if section else smaller, field, fewer)
+    setattr(smaller.get_text_config(decoder=True), field, fewer)
     try:
         other = skeleton(smaller, checkpoint)
     except Exception:  # any model's class may reject the value in its own way
@@ -120,7 +117,6 @@ def _layout(
         chosen=getattr(text, "num_experts_per_tok", None) or 1,
         groups=groups,
         open_groups=(getattr(text, "topk_group", None) or 1) if groups > 1 else 1,
-        section=section,
         field=field,
         tensors=tuple(tensors),
         modules=tuple(next(iter(each), "") for each in holders),

@@ -49,18 +49,14 @@ class BlockMlp:
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """The MLPs of a model's blocks, all of one `width`, and the config field that sets it.
-
-    `section` is the name of the sub-config that holds `field`, None for the config itself.
-    """
+    """The MLPs of a model's blocks, all of one `width`, and the field of the text config for it."""
 
     width: int
-    section: str | None
     field: str
     blocks: tuple[BlockMlp, ...]
 
     def set_width(self, config: Any, width: int) -> None:
-        setattr(getattr(config, self.section) if self.section else config, self.field, width)
+        setattr(config.get_text_config(decoder=True), self.field, width)
 
 
 def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> MlpLayout:
@@ -79,10 +75,9 @@ def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) 
         why = "its MLPs are experts"
     elif len(widths) == 1 and all(len(mlps) == 1 for mlps in found):
         [width], text = widths, config.get_text_config(decoder=True)
-        section = next((key for key, value in vars(config).items() if value is text), None)
         for field in FIELDS:
             if getattr(text, field, 0) in (width, None):
-                layout = MlpLayout(width, section, field, tuple(mlp for [(_, mlp)] in found))
+                layout = MlpLayout(width, field, tuple(mlp for [(_, mlp)] in found))
                 if _narrows(layout, config, checkpoint, model, name):
                     return layout
     raise UserError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lib
+from lib.eval import exp
 from lib.run.fingerprint import versions
 from lib.util.command import one_line
 from lib.util.files import move_aside, write_text
@@ -82,12 +83,12 @@ def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any
     record["bits_per_byte"] = figures["nats"] / math.log(2) / test.bytes
     if "dense_nats" in figures:
         dense, own = (figures[name] for name in ("dense_nats", "own_nats"))
-        record["dense"] = {"perplexity": math.exp(dense) if dense < 700 else math.inf}
+        record["dense"] = {"perplexity": exp(dense)}
         if figures["compared_windows"] == len(test.windows):
             predicted = test.windows.numel() - len(test.windows)
             record["dense"]["bits_per_byte"] = dense * predicted / math.log(2) / test.bytes
         else:  # what the dense model's perplexity is to be compared with
-            record["compared_perplexity"] = math.exp(own) if own < 700 else math.inf
+            record["compared_perplexity"] = exp(own)
     return record
 
 

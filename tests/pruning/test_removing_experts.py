@@ -133,7 +133,7 @@ def test_the_scores_are_those_of_the_paper() -> None:
     ],
 )
 def test_how_many_stay(count, chosen, groups, ratio, left) -> None:
-    layout = ExpertLayout(count, chosen, *groups, None, "num_experts", (), (), ())
+    layout = ExpertLayout(count, chosen, *groups, "num_experts", (), (), ())
     if isinstance(left, int):
         assert count_left(layout, ratio) == left
         return
