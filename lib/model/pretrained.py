@@ -88,13 +88,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def window_length(config, requested: int | None) -> int:
-    """Return the tokens in a window: as requested, else the model's limit, at most 4096."""
+def window_length(config, requested: int | None, longest: int = LONGEST_DEFAULT_WINDOW) -> int:
+    """Return the tokens in a window: as requested, else the model's limit, at most `longest`."""
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limit = next((n for n in (getattr(text, a, None) for a in names) if n), None)
     if requested is None:
-        return min(limit or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+        return min(limit or longest, longest)
     if limit and requested > limit:
         raise UserError(f"--seqlen {requested}: the model's window ends at {limit} tokens")
     return requested

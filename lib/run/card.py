@@ -19,7 +19,7 @@ from lib.data.sources import BUILT_IN, parse_source
 from lib.methods.sparsity import SMALLER
 from lib.packed.checkpoint import CARD_HEADING, card_lines
 from lib.run.flags import build_parser
-from lib.util.command import one_line
+from lib.util.command import one_line, typed
 from lib.util.errors import UserError
 from lib.util.markdown import escape, padded_table
 
@@ -45,7 +45,7 @@ Made by langprune{% if texts %} for the texts of {{ texts }}{% endif %}:
 The sparse linears are stored packed, kept weights {{ values }}. Install what reads them by
 `pip install .` in the folder of the project that wrote them. The kernels are for x86-64 with AVX2
 or AVX-512; elsewhere the weights become dense when they are loaded. Other engines read dense
-weights, which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
+weights, which `langprune unpack {{ name }} {{ name }}-dense` makes.
 {%- else %}{{ plain_heading }}
 {%- endif %}
 
@@ -231,7 +231,7 @@ def _notes(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _command(flags: Mapping[str, Any]) -> str:
     """Return the command line, without defaults and with names for paths."""
-    parser, words = build_parser(), ["python", "main.py"]
+    parser, words = build_parser(), typed("prune").split()
     for name, value in flags.items():
         if name in NOT_SHOWN or value in (None, False) or value == parser.get_default(name):
             continue
