@@ -268,37 +268,36 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
 
     And the plan in words. Raises UserError where the blocks have too few.
     """
-    from lib.model.pretrained import checkpoint_dtype
+    from lib.model.pretrained import checkpoint_dtype, skeleton_with
     from lib.pruning.experts import fewest
     from lib.pruning.neurons import multiple_of
 
-    model, embedding, rows = job.skeleton, job.skeleton.get_input_embeddings(), job.vocabulary.rows
-    weights = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for p in model.get_submodule(job.blocks_name).parameters())
+    def count_weights(model: Any) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    layout, embedding, rows = job.layout, job.skeleton.get_input_embeddings(), job.vocabulary.rows
+    weights = count_weights(job.skeleton)
+    blocks = count_weights(job.skeleton.get_submodule(job.blocks_name))
     outer = (weights - blocks) / embedding.num_embeddings
     size = blocks * BLOCK_BYTES + len(rows) * (outer * OUTER_BYTES + TOKEN_BYTES)
-    what, counts, one = "", [1], 0  # how many may stay, and the weights of each
-    if experts := job.experts:
-        what, counts = EXPERTS, range(experts.count, fewest(experts) - 1, -experts.groups)
-        of = dict(model.get_submodule(job.blocks_name).named_parameters())
-        paths = (f"{i}.{path}" for i, names in enumerate(experts.tensors) for path in names)
-        one = sum(of[path].numel() for path in paths if path in of) / experts.count
-    elif mlps := job.mlps:
-        what, counts = NEURONS, range(mlps.width, 0, -multiple_of(mlps.width))
-        linears = sum(1 + sum(mlp.producers.values()) for mlp in mlps.blocks)
-        one = linears * embedding.embedding_dim
-    most = counts[0]
-    sizes = {n: (size - (most - n) * one * BLOCK_BYTES) / 1e6 for n in counts}
-    count = next((n for n in counts if sizes[n] <= (megabytes or math.inf)), counts[-1])
-    told = f"{len(rows):,} of {embedding.num_embeddings:,} tokens, "
-    told += f"{count} of {most} {what} in each block, " if what else ""
+    told, sizes = f"{len(rows):,} of {embedding.num_embeddings:,} tokens, ", {0: size / 1e6}
+    if layout:
+        mixture = layout.kind == EXPERTS
+        step = layout.groups if mixture else multiple_of(layout.count)
+        fewer = skeleton_with(job.config, layout.field, layout.count - step, job.checkpoint)
+        saved = (weights - count_weights(fewer)) * BLOCK_BYTES / step
+        most = layout.count - (fewest(layout) if mixture else 1)
+        sizes = {gone: (size - gone * saved) / 1e6 for gone in range(0, most + 1, step)}
+    gone = next((n for n in sizes if sizes[n] <= (megabytes or math.inf)), max(sizes))
+    if layout:
+        told += f"{layout.count - gone} of {layout.count} {layout.kind} in each block, "
     dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
-    told += f"about {sizes[count]:.3g} MB as q4_0 of {dense:.3g} MB"
-    if megabytes and sizes[count] > megabytes:
+    told += f"about {sizes[gone]:.3g} MB as q4_0 of {dense:.3g} MB"
+    if megabytes and sizes[gone] > megabytes:
         raise UserError(
             f"--megabytes {megabytes}: {told} is the least; give more, or take a smaller model"
         )
-    return (f"{1 - count / most:.6g}" if count < most else None), told
+    return (f"{gone / layout.count:.6g}" if gone else None), told
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
