@@ -1,12 +1,11 @@
 """New users' ways, from `git clone` to tokens in llama.cpp: what was planned, and what it took.
 
-    python tests/bench/first_minutes.py FOLDER MODEL=LANGUAGE=TEXTS=MINUTES ... [--cpu_clock]
+    python tests/bench/first_minutes.py FOLDER MODEL=LANGUAGE=TEXTS=MINUTES[=FLAGS] ... --cpu_clock
 
-Each way is a clone of this checkout, `pip install` of the clone (without what it needs, which this
-Python must have), `langprune compress` in an empty folder, and llama.cpp's continuation of a text's
-beginning. TEXTS is a folder or a file; `--` and what follows go to compress. A row of a table is
-printed after each. With --cpu_clock a second is a second of a processor's work: on a machine that
-others use too, with OMP_NUM_THREADS=1, it shows how one idle core would do, but for the disk.
+Each is a clone of this checkout, `pip install` of it (without what it needs, which this Python must
+have), `langprune compress` in an empty folder, and a text gone on with by llama.cpp; a row each.
+With --cpu_clock a second is one of a processor's work: on a machine that others use too, and with
+OMP_NUM_THREADS=1, it shows how one idle core would do, but for the disk.
 """
 
 from __future__ import annotations
@@ -40,30 +39,19 @@ HEAD = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="new folder for all of it")
-    parser.add_argument("ways", nargs="+", metavar="MODEL=LANGUAGE=TEXTS=MINUTES")
+    parser.add_argument("ways", nargs="+", metavar="MODEL=LANGUAGE=TEXTS=MINUTES[=FLAGS]")
     parser.add_argument("--cpu_clock", action="store_true")
-    own, more = sys.argv[1:], []
-    if "--" in own:
-        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
-    args = parser.parse_args(own)
-    print("|", " | ".join(HEAD), "|", flush=True)
-    for way in args.ways:
-        model, language, texts, minutes = way.split("=")
-        row = walk(args.folder / Path(model).name, model, language, texts, minutes, args, more)
+    args = parser.parse_args()
+    print("|", " | ".join(HEAD), f"|\n|{'---|' * len(HEAD)}", flush=True)
+    for number, way in enumerate(args.ways):
+        row = walk(args.folder.resolve() / str(number), args.cpu_clock, way)
         print("|", " | ".join(row), "|", flush=True)
 
 
-def walk(
-    folder: Path,
-    model: str,
-    language: str,
-    texts: str,
-    minutes: str,
-    args: argparse.Namespace,
-    more: list[str],
-) -> list[str]:
+def walk(folder: Path, clock: bool, way: str) -> list[str]:
     """Go one way in a new folder and return its row."""
-    site, work = folder.resolve() / "site", folder.resolve() / "work"
+    model, language, texts, minutes, more = (way.split("=") + [""])[:5]
+    site, work, name = folder / "site", folder / "work", Path(model).name
     work.mkdir(parents=True)  # the user's, not the clone
     log = (folder / "log.txt").open("wb")
 
@@ -73,40 +61,38 @@ def walk(
     call("git", "clone", ROOT, folder / "clone")
     pip = (sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation")
     call(*pip, "--target", site, folder / "clone")
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    if args.cpu_clock:
+    if clock:
         (site / "sitecustomize.py").write_text(CLOCK)
-    os.symlink(Path(model).resolve(), work / "model")
+    os.symlink(Path(model).resolve(), work / name)
     os.symlink(Path(texts).resolve(), work / Path(texts).name)
-    typed = ["model", "small", "--language", language, "--data", Path(texts).name]
-    typed += ["--minutes", minutes, *more]
-    before = os.times()
-    start = time.monotonic()
+    typed = [name, "small", "--language", language, "--data", Path(texts).name]
+    typed += ["--minutes", minutes, *more.split()]
+    before, start = os.times(), time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(site)}
     call(sys.executable, site / "bin" / "langprune", "compress", *typed, cwd=work, env=environment)
-    wall, after = time.monotonic() - start, os.times()
-    cpu = sum(after[2:4]) - sum(before[2:4])
+    seconds, after = time.monotonic() - start, os.times()
+    if clock:
+        seconds = sum(after[2:4]) - sum(before[2:4])
     text = (folder / "log.txt").read_text("utf-8", errors="replace")
-    planned = re.search(r"(?m)^plan: .*, about (\d+ \w+)", text)
-    table = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")][2:]
-    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in table}
-    bits = next(cells for name, cells in rows.items() if name.startswith("bits"))
-    speed, words = continued(work / "small.gguf", (work / "small-compress").glob("tests/*.jsonl"))
-    command = f"`langprune compress {shlex.join(typed).replace('model', Path(model).name, 1)}`"
-    real = f"{(cpu if args.cpu_clock else wall) / 60:.1f} min"
-    sizes = rows["on disk, MB"][0], rows["on disk, MB"][-1]
-    before = rows["tokens a second"][0]
-    return [
-        *(Path(model).name, command, minutes, planned[1], real, *sizes, *bits[:2], before),
-        *(f"{speed:.1f}", words.replace("|", "/")),
-    ]
+    planned = re.findall(r"(?m)^plan: .*, about (\d+ \w+)", text)
+    lines = (work / "small-compress" / "compressed.md").read_text("utf-8").splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = {name: figures for name, *figures in cells}
+    sizes, speeds = rows["on disk, MB"], rows["tokens a second"]
+    bits = next(cells for row, cells in rows.items() if row.startswith("bits"))
+    row = [name, f"`langprune compress {shlex.join(typed)}`", minutes, *planned]
+    row += [f"{seconds / 60:.1f} min", sizes[0], sizes[-1], *bits[:2], speeds[0]]
+    if (work / "small.gguf").exists():
+        row += continued(work / "small.gguf", next((work / "small-compress/tests").glob("*.jsonl")))
+    return row
 
 
-def continued(file: Path, tests: object) -> tuple[float, str]:
+def continued(file: Path, tests: Path) -> tuple[str, str]:
     """Return llama.cpp's tokens for a second of one core's work, and what it writes."""
     sys.path.insert(0, str(ROOT))
     from lib.commands.gguf.llama_cpp import start
 
-    prompt = " ".join(json.loads(next(tests).open(encoding="utf-8").readline())["text"].split()[:8])
+    prompt = " ".join(json.loads(tests.open(encoding="utf-8").readline())["text"].split()[:8])
     server = start(str(file), 512)
     fields = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "ignore_eos": True}
     for _ in range(2):  # the first reads the file
@@ -115,7 +101,8 @@ def continued(file: Path, tests: object) -> tuple[float, str]:
         request.add_header("Content-Type", "application/json")
         answer = json.load(urlopen(request))
         spent = time.process_time() - began
-    return TOKENS / spent, " ".join(f"{prompt} → {answer['content']}".split())
+    words = " ".join(f"{prompt} → {answer['content']}".split()).replace("|", "/")
+    return f"{TOKENS / spent:.1f}", words
 
 
 if __name__ == "__main__":
