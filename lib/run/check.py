@@ -38,16 +38,12 @@ from lib.util.progress import quiet
 from lib.vocabulary import trim_vocabulary
 
 
-def check(
-    args: argparse.Namespace,
-    shared: Path | None = None,
-    longest: int = pretrained.LONGEST_DEFAULT_WINDOW,
-) -> Job:
+def check(args: argparse.Namespace, shared: Path | None = None, longest: int = 4096) -> Job:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
-    `shared` is the folder in which the runs of a sweep keep what the dense model computes; windows
-    have `longest` tokens at most where --seqlen gives none. Raises UserError, in one line, for what
-    can't be done.
+    `shared` is the folder in which the runs of a sweep keep what the dense model computes;
+    `longest` is the most tokens of a window without --seqlen. Raises UserError, in one line, for
+    what can't be done.
     """
     check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
