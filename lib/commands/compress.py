@@ -307,8 +307,7 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
         if failed:
             print(f"{model}: its size and speed can't be measured, see above", file=sys.stderr)
         figures.append({} if failed else json.loads(file.read_text("utf-8")))
-    shown = {"on disk, MB": ("bytes", 1e6), "memory, MB": ("memory", 1e6)}
-    shown |= {"tokens a second": ("tokens_per_second", 1)}
+    shown = {"on disk, MB": ("bytes", 1e6), "tokens a second": ("tokens_per_second", 1)}
     rows = [
         [name, *(f"{each[key] / unit:,.1f}" if key in each else "–" for each in figures)]
         for name, (key, unit) in shown.items()

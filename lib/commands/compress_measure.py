@@ -1,9 +1,8 @@
-"""What a saved model, or a GGUF file, takes: bytes on disk, tokens a second, memory.
+"""What a saved model, or a GGUF file, takes on disk, and its tokens a second.
 
     python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu"}'
 
-The last argument has the device, and what from_pretrained needs to find and load the model. This is
-a process of its own, so that its memory is what a user would see.
+The last argument has the device, and what from_pretrained needs to find and load the model.
 """
 
 from __future__ import annotations
@@ -68,13 +67,11 @@ def main(argv: list[str]) -> None:
         figures |= {"tokens_per_second": llama_cpp_speed(argv[0])} if find_spec("xllamacpp") else {}
         Path(argv[1]).write_text(json.dumps(figures), "utf-8")
         return
-    import psutil
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import cached_file
 
     import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
-    from lib.util.host import malloc_trim
     from lib.util.progress import quiet
 
     quiet()
@@ -85,13 +82,8 @@ def main(argv: list[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **source)
     model = model.to(device).eval()
     speed = statistics.median([decoding_speed(model) for _ in range(ROUNDS + 1)][1:])
-    malloc_trim()
-    memory = psutil.Process().memory_info().rss  # resident, once the model has generated
-    if device.type != "cpu":
-        memory = torch.accelerator.max_memory_allocated(device)
     size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
-    figures = {"bytes": size, "tokens_per_second": speed, "memory": memory}
-    Path(file).write_text(json.dumps(figures), "utf-8")
+    Path(file).write_text(json.dumps({"bytes": size, "tokens_per_second": speed}), "utf-8")
 
 
 if __name__ == "__main__":
