@@ -16,7 +16,7 @@ from lib.commands import compress, process
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
-from lib.util.command import run
+from lib.util.command import CALLED, run, typed
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 
@@ -131,6 +131,21 @@ def test_parts_are_removed_until_the_file_is_as_small(
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
     with pytest.raises(compress.UserError, match=f"{kind} in each block.*is the least"):
         compress.choose_size(job, 0.001)
+
+
+def test_windows_are_as_long_as_the_texts_allow() -> None:
+    tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024))
+    tiny.write_texts("uk", tiny.sentences(40, words=120), 8)
+    flags = ["--model", "dense", "--device", "cpu", "--calibration_data", "uk", "--nsamples", "8"]
+    job = compress._check([*flags, "--quantize", "q4_0"], recover=2048)
+    assert 128 <= job.seqlen < 512 and job.texts.training.windows.shape[1] == job.seqlen
+
+
+def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CALLED, raising=False)
+    assert [typed("gguf"), typed("prune")] == ["bash launch.sh gguf", "python main.py"]
+    monkeypatch.setenv(CALLED, "langprune")
+    assert [typed("gguf"), typed("prune")] == ["langprune gguf", "langprune prune"]
 
 
 def test_a_failed_measurement_is_a_line(monkeypatch, capsys) -> None:
