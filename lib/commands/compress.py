@@ -185,8 +185,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             left = announce("Plan")
             windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
             what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "
-            what += f"{_time(seconds)} more"
-            what += f"; --minutes {minutes} is too short" if seconds > left else ""
+            what += _time(seconds) + f"; --minutes {minutes} is too short" * (seconds > left)
             keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
         print(what, flush=True)
         keep(planned=True)
@@ -304,8 +303,6 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
     for model in models:
         file = folder / "figures.json"
         failed = call("lib.commands.compress_measure", model, file, json.dumps(options))
-        if failed:
-            print(f"{model}: its size and speed can't be measured, see above", file=sys.stderr)
         figures.append({} if failed else json.loads(file.read_text("utf-8")))
     shown = {"on disk, MB": ("bytes", 1e6), "tokens a second": ("tokens_per_second", 1)}
     rows = [
@@ -318,8 +315,8 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
         name = before["name"]
         bits = (f"{test['bits_per_byte']:.4f}" for test in (before, after))
         rows.append([f"bits per byte, {name}", *bits, *rest])
-        rows.append([f"KL to dense, {name}", "", f"{after['kl']:.4f} nats", *rest])
-        rows.append([f"same first choice, {name}", "", f"{after['top1_agreement']:.1%}", *rest])
+        same = f"{after['kl']:.4f} nats; {after['top1_agreement']:.1%}"
+        rows.append([f"KL to dense; same first choice, {name}", "", same, *rest])
     head = ["", "dense", "small", "small in llama.cpp"]
     return padded_table(head[: 1 + len(models)], rows)
 
@@ -329,8 +326,8 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
     out, prompt, lines = models[1], "...", []
     for record in results["completions"][:1]:
         prompt = one_line(record["prompt"])
-        texts = [f"{each}: {prompt}{record.get(each, ' –')}" for each in ("dense", "model")]
-        lines += map(one_line, texts)
+        texts = ((each, record.get(each, " –")) for each in ("dense", "model"))
+        lines = [one_line(f"{each}: {prompt}{text}") for each, text in texts]
     name = shlex.quote(Path(out).name)
     words = (json.dumps(word, ensure_ascii=False) for word in (out, prompt))
     code = 'from transformers import pipeline as p; print(p("text-generation", {})({}))'.format(

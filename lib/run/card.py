@@ -51,9 +51,6 @@ the folder of the project that wrote them. The kernels are for x86-64 with AVX2 
 elsewhere the weights become dense when they are loaded. Other engines read dense weights, which
 `langprune unpack {} {}-dense` makes.
 """
-PLAIN = """\
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({!r})"""
 GGUF = """\
 ---
 {0}
@@ -86,12 +83,13 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     recovered or trimmed on. `online`: the base model's own card may be fetched from the hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
-    code, packed, model = PLAIN.format(folder), "", results["model"]
+    imported, *code = card_lines(folder)
+    packed, model = "", results["model"]
     if is_packed := bool(results["flags"].get("replace_sparse_layers")):
         bits = results.get("packed", {}).get("bits", 16)
         values = "as they were" if bits == 16 else f"as {bits}-bit integers"
         name = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
-        code, packed = "\n".join(card_lines(folder)), PACKED.format(values, name, name)
+        code, packed = [imported, *code], PACKED.format(values, name, name)
     model = model if _is_hub_id(model) else Path(model).resolve().name
     texts = ", ".join(escape(_public(source)) for source in sources)
     return CARD.format(
@@ -103,7 +101,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
         "".join(f"- {escape(note)}\n" for note in _notes(results)),
         HEADING,
         packed,
-        code,
+        "\n".join(code),
     )
 
 
@@ -217,7 +215,7 @@ def _table(results: Mapping[str, Any]) -> str:
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:
     if smaller := results.get(kind := results["sparsity_type"]):
         yield f"Each block has {smaller['after']} of its {smaller['before']} {kind}, all dense."
-    elif results.get("sparsity"):
+    elif kind and results.get("sparsity"):
         yield f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
     if vocabulary := results.get("vocabulary"):
         yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."

@@ -72,9 +72,8 @@ def start(argv: list[str]) -> None:
     from lib import __version__
     from lib.util.command import CALLED, Parser
 
-    os.environ[CALLED] = called = (
-        "bash launch.sh" if Path(sys.argv[0]).name == "console.py" else "langprune"
-    )
+    called = "bash launch.sh" if Path(sys.argv[0]).name == "console.py" else "langprune"
+    os.environ[CALLED] = called
     name, *argv = argv or ["help"]
     if name in ("help", "--help", "-h"):
         print(called, LIST)

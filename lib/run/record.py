@@ -129,10 +129,9 @@ def print_summary(results: dict[str, Any]) -> None:
             f"{smaller['after']} of {smaller['before']} {kind} are left in each block, "
             f"{smaller['weights_after'] / smaller['weights_before']:.4f} of the blocks' weights"
         )
-    elif (zeros := results["sparsity"]["overall"]) or kind:
-        pruned = f"{zeros:.4f} of the blocks' weights are zero"
     else:
-        pruned = "no weight of the blocks was pruned"
+        zeros = results["sparsity"]["overall"]
+        pruned = f"{zeros:.4f} of the blocks' weights are zero" if kind or zeros else "not pruned"
     variant = " (variant)" if results["flags"]["use_variant"] else ""
     memory = results["peak_memory"]
     times = ", ".join(f"{step} {value:.1f} s" for step, value in results["seconds"].items())

@@ -7,7 +7,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 from lib.util.command import describe_error, one_line
 from lib.util.errors import UserError, first_line
@@ -42,17 +41,17 @@ def run_tasks(
     The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`.
     UserError where a task fails, by whatever its code or its data raise.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
+    evaluator.get_git_commit_hash = lambda: None  # git complains where the user's folder has none
+
     try:
-        # it would ask git, which complains, for the commit of the folder that the user is in
-        with mock.patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
-            results = simple_evaluate(
-                model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=list(names),
-                task_manager=_manager(tuple(names), include_path),
-            )["results"]
+        results = evaluator.simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(names),
+            task_manager=_manager(tuple(names), include_path),
+        )["results"]
     except Exception as error:
         reason = describe_error(error) or f"{type(error).__name__}: {first_line(error)}"
         raise UserError(

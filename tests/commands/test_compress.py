@@ -148,12 +148,11 @@ def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPa
     assert [typed("gguf"), typed("prune")] == ["langprune gguf", "langprune prune"]
 
 
-def test_a_failed_measurement_is_a_line(monkeypatch, capsys) -> None:
+def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
     monkeypatch.setattr(compress, "call", lambda *_: 1)
     monkeypatch.setattr(compress, "read_results", lambda _: {"evaluation": []})
     table = compress.comparison(["dense", "small"], Path("."), {})
     assert "| on disk, MB | – | –" in " ".join(table.split())
-    assert "small: its size and speed can't be measured" in capsys.readouterr().err
 
 
 def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
