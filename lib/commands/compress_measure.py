@@ -62,28 +62,26 @@ def llama_cpp_speed(file: str) -> float:
 
 
 def main(argv: list[str]) -> None:
-    if argv[0].endswith(".gguf"):
-        figures = {"bytes": Path(argv[0]).stat().st_size}
-        figures |= {"tokens_per_second": llama_cpp_speed(argv[0])} if find_spec("xllamacpp") else {}
-        Path(argv[1]).write_text(json.dumps(figures), "utf-8")
-        return
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import cached_file
-
-    import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
-    from lib.util.progress import quiet
-
-    quiet()
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
     name, file, options = argv
     source = json.loads(options)
-    device = torch.device(source.pop("device"))
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **source)
-    model = model.to(device).eval()
-    speed = statistics.median([decoding_speed(model) for _ in range(ROUNDS + 1)][1:])
-    size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
-    Path(file).write_text(json.dumps({"bytes": size, "tokens_per_second": speed}), "utf-8")
+    device = source.pop("device")
+    if name.endswith(".gguf"):
+        figures = {"bytes": Path(name).stat().st_size}
+        figures |= {"tokens_per_second": llama_cpp_speed(name)} if find_spec("xllamacpp") else {}
+    else:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import cached_file
+
+        import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
+        from lib.util.progress import quiet
+
+        quiet()
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **source).to(device).eval()
+        speeds = [decoding_speed(model) for _ in range(ROUNDS + 1)]
+        figures = {"bytes": disk_size(Path(cached_file(name, "config.json", **source)).parent)}
+        figures |= {"tokens_per_second": statistics.median(speeds[1:])}
+    Path(file).write_text(json.dumps(figures), "utf-8")
 
 
 if __name__ == "__main__":
