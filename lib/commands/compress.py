@@ -75,12 +75,12 @@ TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score
 
 
 def main(argv: list[str]) -> None:
-    """Run the command; what follows `--` goes to main.py, after the flags of the plan."""
+    """Run the command; flags that are not its own go to main.py, after those of the plan."""
     own, passed_on = split_argv(argv)
-    args = _parser().parse_args(own)
+    args, others = _parser().parse_known_args(own)
     args.save = args.save or f"{args.out.rstrip('/')}-compress"
     try:
-        compress(args, passed_on)
+        compress(args, [*others, *passed_on])
     except (KeyboardInterrupt, SystemExit):
         if Path(args.save, PLAN).is_file():
             print("the same command continues", file=sys.stderr, flush=True)
@@ -131,7 +131,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
     more = build_parser().parse_args(["--model", args.model, *passed_on])
     if wrong := [name for name in OWN_FLAGS if given(more, name)]:
-        raise UserError(f"--{wrong[0]} after '--': compress sets it; use its own flags")
+        raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
     options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
     config = pretrained.load_config(Checkpoint(args.model, **options))
     data, facts = [*(args.data or [])], {}
@@ -345,7 +345,8 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="compress", description=__doc__.splitlines()[0])
+    text = "Flags of main.py may follow, such as --column body --seqlen 256"
+    parser = Parser(prog="compress", description=__doc__.splitlines()[0], epilog=text)
 
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)

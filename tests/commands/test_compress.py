@@ -174,7 +174,8 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--language", "xx"], "--language xx: is no language"),
         (["--", "--pack_bits", "5"], "--pack_bits"),
-        (["--", "--save_model", "mine"], "--save_model after '--': compress sets it"),
+        (["--save_model", "mine"], "--save_model: compress sets it"),
+        (["--minuts", "3"], "unrecognized arguments: --minuts 3; --help lists all flags"),
     ],
 )
 def test_mistakes_end_it_before_the_model_is_measured(
@@ -190,7 +191,7 @@ def test_mistakes_end_it_before_the_model_is_measured(
         ("dense mine --data uk", "OUT mine: holds thesis.txt; name a new folder"),
         ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
         ("dense small --language uk", "--language uk: the hub can't be reached"),
-        ("dense small --data uk --for packed -- --nsamples 99", "can give only"),
+        ("dense small --data uk --for packed --nsamples 99", "can give only"),
         ("nowhere/model small --data uk", "nowhere/model"),
     ],
 )
