@@ -146,7 +146,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             try:
                 keep_text(source, Path(data[0]), CHARACTERS)
             except UserError as error:
-                raise UserError(f"{error}; or give texts of your own by --data") from error
+                raise UserError(f"{error}; --data takes texts of your own") from error
             keep()
 
     if not kept["planned"]:
