@@ -42,6 +42,8 @@ from lib.util.files import check_new_folder, check_writable, write_text
 from lib.util.markdown import padded_table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lib.run.job import Job
 
 ANY, PACKED = "any", "packed"
@@ -267,34 +269,36 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
     from lib.pruning.experts import fewest
     from lib.pruning.neurons import multiple_of
 
-    def count_weights(model: Any) -> int:
-        return sum(parameter.numel() for parameter in model.parameters())
+    def blocks(model: Any) -> list[Tensor]:
+        return list(model.get_submodule(job.blocks_name).parameters())
 
-    layout, embedding, rows = job.layout, job.skeleton.get_input_embeddings(), job.vocabulary.rows
-    weights = count_weights(job.skeleton)
-    blocks = count_weights(job.skeleton.get_submodule(job.blocks_name))
-    outer = (weights - blocks) / embedding.num_embeddings
-    size = blocks * BLOCK_BYTES + len(rows) * (outer * OUTER_BYTES + TOKEN_BYTES)
-    told, sizes = (
-        f"{len(rows):,} of {embedding.num_embeddings:,} rows of the vocabulary, ",
-        {0: size / 1e6},
-    )
+    def nbytes(weight: Tensor) -> float:  # norms, biases, rows of no whole blocks: 16 bits
+        held = weight.dim() > 1 and weight.shape[-1] % 32 == 0
+        return weight.numel() * (BLOCK_BYTES if held else 2)
+
+    model, layout, embedding = job.skeleton, job.layout, job.skeleton.get_input_embeddings()
+    weights, rows = sum(p.numel() for p in model.parameters()), len(job.vocabulary.rows)
+    outer = (weights - sum(p.numel() for p in blocks(model))) / embedding.num_embeddings
+    told, counts = f"{rows:,} of {embedding.num_embeddings:,} rows of the vocabulary, ", [0]
     if layout:
         mixture = layout.kind == EXPERTS
         step = layout.groups if mixture else multiple_of(layout.count)
-        fewer = skeleton_with(job.config, layout.field, layout.count - step, job.checkpoint)
-        saved = (weights - count_weights(fewer)) * BLOCK_BYTES / step
-        most = layout.count - (fewest(layout) if mixture else 1)
-        sizes = {gone: (size - gone * saved) / 1e6 for gone in range(0, most + 1, step)}
-    gone = next((n for n in sizes if sizes[n] <= (megabytes or math.inf)), max(sizes))
+        least = fewest(layout) if mixture else step
+        counts = [layout.count, *range((layout.count - 1) // step * step, least - 1, -step)]
+    for left in counts:
+        if left < counts[0]:
+            model = skeleton_with(job.config, layout.field, left, job.checkpoint)
+        size = sum(map(nbytes, blocks(model))) + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
+        if (size := size / 1e6) <= (megabytes or math.inf):
+            break
     if layout:
-        told += f"{layout.count - gone} of {layout.count} {layout.kind} in each block, "
+        told += f"{left} of {layout.count} {layout.kind} in each block, "
     dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
-    told += f"about {sizes[gone]:.3g} MB as q4_0 of {dense:.3g} MB, "
-    if megabytes and sizes[gone] > megabytes:
+    told += f"about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
+    if megabytes and size > megabytes:
         problem = f"--megabytes {megabytes}: {told}which is the least"
         raise UserError(f"{problem}; give more, or take a smaller model")
-    return (f"{gone / layout.count:.6g}" if gone else None), told
+    return (f"{1 - left / counts[0]:.6g}" if left < counts[0] else None), told
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
