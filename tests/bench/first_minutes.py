@@ -74,7 +74,7 @@ def walk(folder: Path, clock: bool, way: str) -> list[str]:
     if clock:
         seconds = sum(after[2:4]) - sum(before[2:4])
     text = (folder / "log.txt").read_text("utf-8", errors="replace")
-    planned = re.findall(r"(?m)^plan: .*, about (\d+ \w+)", text)
+    planned = re.findall(r"windows to measure on, about (\d+ \w+)", text)[-1:]
     lines = (work / "small-compress" / "compressed.md").read_text("utf-8").splitlines()[2:]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = {name: figures for name, *figures in cells}
