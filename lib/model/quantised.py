@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.packed import checkpoint as packed
+from lib.util.command import typed
 from lib.util.errors import UserError
 
 FORMATS = ("bitsandbytes",)
@@ -116,7 +117,7 @@ def check_format(
         if changes or load_bit:
             raise UserError(
                 f"{checkpoint}: its linears are packed, which {changes or '--load_bit'} can't work "
-                "on; make a dense checkpoint of it first: bash launch.sh unpack IN OUT"
+                f"on; make a dense checkpoint of it first: {typed('unpack')} IN OUT"
             )
         return
     if method not in FORMATS:

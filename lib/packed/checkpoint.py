@@ -36,7 +36,6 @@ FORMAT = "packed-bitmask"
 VERSION = 2
 # printed by a transformers that doesn't know the format: "Unknown quantization type, got ..."
 METHOD = f"{FORMAT} (run `import {PACKAGE}` first)"
-CARD_HEADING = "## Packed weights"  # of the card's section on the packed form
 OTHER = "the file is damaged or belongs to another checkpoint"
 
 

@@ -27,14 +27,19 @@ from lib.util.host import malloc_trim
 TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more
 
 
+def fewest(layout: ExpertLayout) -> int:
+    """How many experts must stay: those that the router chooses, two of a group that is scored."""
+    least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
+    return least * layout.groups
+
+
 def count_left(layout: ExpertLayout, ratio: float) -> int:
     """How many experts stay in each block: about 1 - `ratio` of them, as many of each group.
 
     UserError where none goes, or where fewer stay than the router chooses.
     """
     each = layout.count // layout.groups
-    least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
-    goes, most = round(ratio * each), each - least  # of a group; it is scored by its best two
+    goes, most = round(ratio * each), each - fewest(layout) // layout.groups  # of a group
     if 1 <= goes <= most:
         return (each - goes) * layout.groups
     what = f"--sparsity_ratio {ratio:g}: of {layout.count} experts in each block"

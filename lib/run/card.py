@@ -17,47 +17,40 @@ from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
 from lib.methods.sparsity import SMALLER
-from lib.packed.checkpoint import CARD_HEADING, card_lines
+from lib.packed.checkpoint import card_lines
 from lib.run.flags import build_parser
-from lib.util.command import one_line
+from lib.util.command import one_line, typed
 from lib.util.errors import UserError
 from lib.util.markdown import escape, padded_table
 
-TEMPLATE = """\
+HEADING = "## How to load it"
+CARD = """\
 ---
-{{ card_data }}
+{0}
 ---
-# {{ title }}
+# {1}
 
-Made by langprune{% if texts %} for the texts of {{ texts }}{% endif %}:
+Made by langprune{2}:
 
 ```bash
-{{ command }}
+{3}
 ```
 
-{{ table }}
-{% for note in notes %}
-- {{ note }}
-{%- endfor %}
+{4}
 
-{% if is_packed %}{{ packed_heading }}
-
-The sparse linears are stored packed, kept weights {{ values }}. Install what reads them by
-`pip install .` in the folder of the project that wrote them. The kernels are for x86-64 with AVX2
-or AVX-512; elsewhere the weights become dense when they are loaded. Other engines read dense
-weights, which `bash launch.sh unpack {{ name }} {{ name }}-dense` makes.
-{%- else %}{{ plain_heading }}
-{%- endif %}
-
+{5}
+{6}
+{7}
 ```python
-{{ code }}
+{8}
 ```
-
 """
-PLAIN_HEADING = "## How to load it"
-PLAIN = """\
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({!r})"""
+PACKED = """
+The sparse linears are stored packed, kept weights {}. Install what reads them by `pip install .` in
+the folder of the project that wrote them. The kernels are for x86-64 with AVX2 or AVX-512;
+elsewhere the weights become dense when they are loaded. Other engines read dense weights, which
+`langprune unpack {} {}-dense` makes.
+"""
 GGUF = """\
 ---
 {0}
@@ -90,25 +83,26 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     recovered or trimmed on. `online`: the base model's own card may be fetched from the hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
-    is_packed = bool(results["flags"].get("replace_sparse_layers"))
-    bits = results.get("packed", {}).get("bits", 16)
-    model = results["model"]
+    imported, *code = card_lines(folder)
+    packed, model = "", results["model"]
+    if is_packed := bool(results["flags"].get("replace_sparse_layers")):
+        bits = results.get("packed", {}).get("bits", 16)
+        values = "as they were" if bits == 16 else f"as {bits}-bit integers"
+        name = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
+        code, packed = [imported, *code], PACKED.format(values, name, name)
     model = model if _is_hub_id(model) else Path(model).resolve().name
-    return ModelCard.from_template(
+    texts = ", ".join(escape(_public(source)) for source in sources)
+    return CARD.format(
         _metadata(results, sources, is_packed, online),
-        template_str=TEMPLATE,
-        title=f"{escape(model)}, {_what_was_done(results)}",
-        texts=", ".join(escape(_public(source)) for source in sources),
-        command=_command(results["flags"]),
-        table=_table(results),
-        notes=[escape(note) for note in _notes(results)],
-        is_packed=is_packed,
-        packed_heading=CARD_HEADING,
-        plain_heading=PLAIN_HEADING,
-        values="as they were" if bits == 16 else f"as {bits}-bit integers",
-        name=folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER",
-        code="\n".join(card_lines(folder)) if is_packed else PLAIN.format(folder),
-    ).content
+        f"{escape(model)}, {_what_was_done(results)}",
+        f" for the texts of {texts}" if texts else "",
+        _command(results["flags"]),
+        _table(results),
+        "".join(f"- {escape(note)}\n" for note in _notes(results)),
+        HEADING,
+        packed,
+        "\n".join(code),
+    )
 
 
 def gguf_card(folder: str, file: Path, kind: str) -> str:
@@ -124,7 +118,7 @@ def gguf_card(folder: str, file: Path, kind: str) -> str:
         card = ModelCard("---\n{}\n---\n")
     if "langprune" in (card.data.tags or []):
         title, _, text = card.text.strip().partition("\n")
-        text = re.split(rf"(?m)^(?:{CARD_HEADING}|{PLAIN_HEADING})$", text)[0]
+        text = text.partition(f"\n{HEADING}\n")[0]
         text += f"The figures are those of the model that was converted, before {kind}.\n"
     kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
     data = ModelCardData(
@@ -221,7 +215,7 @@ def _table(results: Mapping[str, Any]) -> str:
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:
     if smaller := results.get(kind := results["sparsity_type"]):
         yield f"Each block has {smaller['after']} of its {smaller['before']} {kind}, all dense."
-    elif results.get("sparsity"):
+    elif kind and results.get("sparsity"):
         yield f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
     if vocabulary := results.get("vocabulary"):
         yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
@@ -231,7 +225,7 @@ def _notes(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _command(flags: Mapping[str, Any]) -> str:
     """Return the command line, without defaults and with names for paths."""
-    parser, words = build_parser(), ["python", "main.py"]
+    parser, words = build_parser(), typed("prune").split()
     for name, value in flags.items():
         if name in NOT_SHOWN or value in (None, False) or value == parser.get_default(name):
             continue

@@ -38,11 +38,12 @@ from lib.util.progress import quiet
 from lib.vocabulary import trim_vocabulary
 
 
-def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
+def check(args: argparse.Namespace, shared: Path | None = None, longest: int = 4096) -> Job:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
-    `shared` is the folder in which the runs of a sweep keep what the dense model computes. Raises
-    UserError, in one line, for what can't be done.
+    `shared` is the folder in which the runs of a sweep keep what the dense model computes;
+    `longest` is the most tokens of a window without --seqlen. Raises UserError, in one line, for
+    what can't be done.
     """
     check_outputs(args)
     sources, vocabulary_sources, tests = named_sources(args)
@@ -50,7 +51,7 @@ def check(args: argparse.Namespace, shared: Path | None = None) -> Job:
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
     read += [(source, "test") for source in tests]
     _check_readable(read, hub=False)
-    job = _open_model(args)
+    job = _open_model(args, longest)
     job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
@@ -103,7 +104,7 @@ def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
             check_source(source, split)
 
 
-def _open_model(args: argparse.Namespace) -> Job:
+def _open_model(args: argparse.Namespace, longest: int) -> Job:
     """Read config and tokenizer, and check that the flags fit the model's shape."""
     quiet()
     device = local_device(pretrained.pick_device(args.device))
@@ -136,7 +137,7 @@ def _open_model(args: argparse.Namespace) -> Job:
         checkpoint=checkpoint,
         config=config,
         tokenizer=pretrained.load_tokenizer(checkpoint),
-        seqlen=pretrained.window_length(config, args.seqlen),
+        seqlen=pretrained.window_length(config, args.seqlen, longest),
         batch_size=0,  # the texts decide how long windows are
         skeleton=skeleton,
         blocks_name=blocks_name,

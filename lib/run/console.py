@@ -70,9 +70,10 @@ def program(name: str, argv: list[str]) -> tuple[str | Path, list[str]]:
 def start(argv: list[str]) -> None:
     """Run the command that the first argument names; without one, list them."""
     from lib import __version__
-    from lib.util.command import Parser
+    from lib.util.command import CALLED, Parser
 
     called = "bash launch.sh" if Path(sys.argv[0]).name == "console.py" else "langprune"
+    os.environ[CALLED] = called
     name, *argv = argv or ["help"]
     if name in ("help", "--help", "-h"):
         print(called, LIST)

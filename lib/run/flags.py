@@ -23,7 +23,7 @@ from lib.methods.sparsity import (
     UNSTRUCTURED,
     Sparsity,
 )
-from lib.util.command import Parser
+from lib.util.command import Parser, typed
 
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
@@ -38,10 +38,10 @@ FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this sha
 
 RETIRED = {
     "eval_zero_shot": "name tasks of lm-eval by --tasks NAME,...",
-    "abilities": "use `bash launch.sh tasks DATA OUT`, then --tasks NAMES --include_path OUT",
-    "pairs": "use `bash launch.sh tasks DATA OUT --pairs FILE`, then --tasks and --include_path",
-    "fidelity": "use `bash launch.sh tasks DATA OUT`, then --tasks NAMES --include_path OUT",
-    "depth": "compare blocks by `bash launch.sh overlap`, or KL of the whole model",
+    "abilities": f"use `{typed('tasks')} DATA OUT`, then --tasks NAMES --include_path OUT",
+    "pairs": f"use `{typed('tasks')} DATA OUT --pairs FILE`, then --tasks and --include_path",
+    "fidelity": f"use `{typed('tasks')} DATA OUT`, then --tasks NAMES --include_path OUT",
+    "depth": f"compare blocks by `{typed('overlap')}`, or KL of the whole model",
     "blend": "1, the default, is used: it was best or close to it everywhere",
     "vocabulary_minimum": "every used token is kept; --vocabulary_size N keeps fewer",
     "keep_reserved_tokens": "reserved tokens that nothing uses are removed",

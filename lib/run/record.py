@@ -130,7 +130,8 @@ def print_summary(results: dict[str, Any]) -> None:
             f"{smaller['weights_after'] / smaller['weights_before']:.4f} of the blocks' weights"
         )
     else:
-        pruned = f"{results['sparsity']['overall']:.4f} of the blocks' weights are zero"
+        zeros = results["sparsity"]["overall"]
+        pruned = f"{zeros:.4f} of the blocks' weights are zero" if kind or zeros else "not pruned"
     variant = " (variant)" if results["flags"]["use_variant"] else ""
     memory = results["peak_memory"]
     times = ", ".join(f"{step} {value:.1f} s" for step, value in results["seconds"].items())

@@ -25,6 +25,7 @@ INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by
 TERMINATED = 128 + signal.SIGTERM  # as launchers and batch systems end what they started
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TURN_SECONDS = 3
+CALLED = "LANGPRUNE_CALLED"  # in the environment: what the user has typed before a command's name
 JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
@@ -43,6 +44,12 @@ class Parser(argparse.ArgumentParser):
         elif flag:
             message += "; --help lists all flags"
         self.exit(2, f"error: {message}\n")
+
+
+def typed(name: str) -> str:
+    """Return what starts another command, in the way that this one was started."""
+    called = os.environ.get(CALLED, "bash launch.sh")
+    return "python main.py" if name == "prune" and called != "langprune" else f"{called} {name}"
 
 
 def split_argv(argv: list[str]) -> tuple[list[str], list[str]]:

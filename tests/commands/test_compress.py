@@ -16,7 +16,7 @@ from lib.commands import compress, process
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
-from lib.util.command import run
+from lib.util.command import CALLED, run, typed
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 
@@ -35,23 +35,26 @@ def test_the_minutes_are_kept() -> None:
         "footprint": {"before": 20, "after": 10},
     }
 
-    def planned(seconds: float, passes: int = 0) -> tuple[int, int]:
+    def planned(seconds: float, passes: int = 0) -> tuple[int, int, float]:
         return compress.plan_time(rehearsal, 20, seconds, most=100, passes=passes)
 
-    windows, tokens = planned(1800)
+    windows, tokens, seconds = planned(1800)
+    assert 1800 - 0.6 < seconds <= 1800
     assert windows == 100 and tokens % 512 == 0  # there is time for all tests
     # a pass takes 0.2 s; training on a window 0.6, the rest of the 4.4 was measuring
     assert (tokens - planned(1800, passes=30)[1]) / 512 == pytest.approx(30 * 0.2 / 0.6, abs=1)
     assert (tokens - planned(1500)[1]) / 512 == pytest.approx(300 / 0.6, abs=1)
     assert planned(300)[0] == int(0.15 * 300 / (0.2 * (7 + 2)))
-    assert planned(-5) == (compress.LEAST_TESTS, compress.LEAST_WINDOWS * 512)
+    assert planned(-5)[:2] == (compress.LEAST_TESTS, compress.LEAST_WINDOWS * 512)
+    assert planned(-5)[2] > 60
 
 
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
-@pytest.mark.parametrize("target", [*compress.PLANS, "neurons"])
+@pytest.mark.parametrize("target", [*compress.PLANS, *compress.SMALLER])
 def test_main_takes_the_flags_of_every_plan(target: str, recovery: list[str]) -> None:
     parser = build_parser()
-    plan = compress.PLANS.get(target, f"{compress.NEURONS} 0.5 {compress.PLANS[compress.ANY]}")
+    smaller = f"{compress.SMALLER.get(target)} 0.5 {compress.PLANS[compress.ANY]}"
+    plan = compress.PLANS.get(target, smaller)
     argv = ["--model", "m", "--trim_vocabulary", "--calibration_data", "uk", *plan.split()]
     argv += recovery
     check_flags(parser, parser.parse_args(argv))
@@ -66,10 +69,10 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
     call, plan, runs = compress.call, compress.plan_time, []
 
-    def plan_little(*given: object) -> tuple[int, int]:
-        windows, tokens = plan(*given)
+    def plan_little(*given: object) -> tuple[int, int, float]:
+        windows, tokens, seconds = plan(*given)
         assert windows > 0 and tokens >= 16 * 128
-        return min(2, windows), 16 * 128
+        return min(2, windows), 16 * 128, seconds
 
     def once_interrupted(module: str, *flags: object) -> int:
         runs.append([str(flag) for flag in flags])
@@ -103,31 +106,53 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     rows = {
         cells[1].strip(): cells[2:4] for cells in (row.split("|") for row in table.splitlines())
     }
-    for name in ("on disk", "memory", "tokens a second", "bits per byte, uk"):
+    for name in ("on disk, MB", "tokens a second", "bits per byte, uk"):
         assert all(re.match(r"\d", cell.strip()) for cell in rows[name]), name
-    assert rows["on disk"][0] != rows["on disk"][1]
+    assert rows["on disk, MB"][0] != rows["on disk, MB"][1]
 
 
-def test_neurons_are_removed_until_the_file_is_as_small(capsys: pytest.CaptureFixture) -> None:
-    tiny.write_model("dense")
+@pytest.mark.parametrize(
+    ("name", "kind", "shares"),
+    [("Llama", "neurons", (0.97, 0.93, 0.89)), ("Qwen3-MoE", "experts", (0.99, 0.97, 0.94))],
+)
+def test_parts_are_removed_until_the_file_is_as_small(
+    name: str, kind: str, shares: tuple[float, ...]
+) -> None:
+    tiny.write_model("dense", tiny.ARCHITECTURES[name]())
     tiny.write_texts("uk", 40, 4)
     flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
-    flags += ["--nsamples", "8", "--trim_vocabulary", *compress.NEURONS.split(), "0.5"]
+    flags += ["--nsamples", "8", "--trim_vocabulary", *compress.SMALLER[kind].split(), "0.5"]
     job = compress._check([*flags, "--quantize", "q4_0"], recover=128)
-    assert compress.removed_neurons(job, 1) == []
-    whole = float(capsys.readouterr().out.split("about ")[1].split()[0])
-    ratios = [float(compress.removed_neurons(job, whole * s)[-1]) for s in (0.97, 0.93, 0.89)]
+    removed, what = compress.choose_size(job, 1)
+    assert removed is None
+    whole = float(what.split("about ")[1].split()[0])
+    sizes = [whole * share for share in shares]
+    ratios = [float(compress.choose_size(job, size)[0]) for size in sizes]
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
-    with pytest.raises(compress.UserError, match=f"of {job.layout.count} neurons in each MLP"):
-        compress.removed_neurons(job, 0.001)
+    with pytest.raises(compress.UserError, match=f"{kind} in each block.*is the least"):
+        compress.choose_size(job, 0.001)
 
 
-def test_a_failed_measurement_is_a_line(monkeypatch, capsys) -> None:
+def test_windows_are_as_long_as_the_texts_allow() -> None:
+    tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024))
+    tiny.write_texts("uk", tiny.sentences(40, words=120), 8)
+    flags = ["--model", "dense", "--device", "cpu", "--calibration_data", "uk", "--nsamples", "8"]
+    job = compress._check([*flags, "--quantize", "q4_0"], recover=2048)
+    assert 128 <= job.seqlen < 512 and job.texts.training.windows.shape[1] == job.seqlen
+
+
+def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CALLED, raising=False)
+    assert [typed("gguf"), typed("prune")] == ["bash launch.sh gguf", "python main.py"]
+    monkeypatch.setenv(CALLED, "langprune")
+    assert [typed("gguf"), typed("prune")] == ["langprune gguf", "langprune prune"]
+
+
+def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
     monkeypatch.setattr(compress, "call", lambda *_: 1)
     monkeypatch.setattr(compress, "read_results", lambda _: {"evaluation": []})
     table = compress.comparison(["dense", "small"], Path("."), {})
-    assert "| on disk | – | –" in " ".join(table.split())
-    assert "small: its size and speed can't be measured" in capsys.readouterr().err
+    assert "| on disk, MB | – | –" in " ".join(table.split())
 
 
 def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
@@ -149,7 +174,8 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--language", "xx"], "--language xx: is no language"),
         (["--", "--pack_bits", "5"], "--pack_bits"),
-        (["--", "--save_model", "mine"], "--save_model after '--': compress sets it"),
+        (["--save_model", "mine"], "--save_model: compress sets it"),
+        (["--minuts", "3"], "unrecognized arguments: --minuts 3; --help lists all flags"),
     ],
 )
 def test_mistakes_end_it_before_the_model_is_measured(
@@ -161,11 +187,11 @@ def test_mistakes_end_it_before_the_model_is_measured(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("dense taken --data uk", "OUT taken: taken.gguf exists; name another OUT"),
+        ("dense taken --data uk", "OUT taken: taken.gguf exists; name a new file"),
         ("dense mine --data uk", "OUT mine: holds thesis.txt; name a new folder"),
         ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
         ("dense small --language uk", "--language uk: the hub can't be reached"),
-        ("dense small --data uk --for packed -- --nsamples 99", "can give only"),
+        ("dense small --data uk --for packed --nsamples 99", "can give only"),
         ("nowhere/model small --data uk", "nowhere/model"),
     ],
 )

@@ -86,9 +86,9 @@ def test_a_packed_folder_tells_how_it_is_loaded_and_unpacked() -> None:
     found["flags"] = found["flags"] | {"replace_sparse_layers": True, "pack_bits": 4}
     head, text = parsed(found)
     assert "library_name" not in head and head["base_model_relation"] == "quantized"
-    assert "## Packed weights" in text and "kept weights as 4-bit integers" in text
+    assert "kept weights as 4-bit integers" in text
     assert "import packed_bitmask" in text and "from_pretrained('small')" in text
-    assert "launch.sh unpack small small-dense" in text and "--pack_bits 4" in text
+    assert "langprune unpack small small-dense" in text and "--pack_bits 4" in text
 
 
 def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) -> None:
