@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
@@ -10,17 +9,18 @@ import time
 from contextlib import nullcontext
 from functools import partial
 
-import datasets  # noqa: F401  everything that is heavy is imported once, before processes fork off
+import bitsandbytes  # noqa: F401  what is heavy is imported once, before processes fork off
+import datasets  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+from accelerate.commands import launch
 from support import at
 
 import main
 from lib.model.store import BlockStore
 from lib.util import command
 from lib.util.errors import UserError
-
-gc.freeze()  # in processes that fork off, what is imported is not looked through for garbage
 
 
 def work(
@@ -48,6 +48,13 @@ def work(
             os.environ.update(variables)
             status = status or command.run(main.main, argv)
     sys.exit(status)
+
+
+def accelerate(flags: list[str], folder: str) -> None:
+    """Be `accelerate launch FLAGS...`, started in `folder`."""
+    os.chdir(folder)
+    sys.argv[1:] = flags
+    launch.main()
 
 
 def _fail(how: str) -> None:

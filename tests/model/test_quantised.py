@@ -14,11 +14,13 @@ from support import CPU, HALF, QUICK, Done, call, linears_of, prune_, results, r
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lib.commands.overlap import compare_masks
 from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
 from lib.model.quantised import stored_bits
+from lib.util.errors import UserError
 
 KINDS = {"unstructured": HALF, "2:4": Sparsity(0.5, 2, 4)}
 ONLY_DROPS = ("wanda", "magnitude")
@@ -123,6 +125,11 @@ def test_saved_and_reloaded_with_the_same_perplexity(
     assert before["sparsity"]["overall"] >= 0.499
     assert after["footprint"]["before"] == before["footprint"]["after"]
     assert stored_bits(AutoModelForCausalLM.from_pretrained(saved).config) == bits
+    if bits == "4":  # two weights share a byte
+        with pytest.raises(UserError, match="no matrix has zeros in all RUNs"):
+            compare_masks([saved, saved])
+    else:
+        assert compare_masks([saved, saved])["both"].sum() > 0
 
 
 def test_a_checkpoint_that_is_already_quantised(loaded: nn.Module, tmp_path: Path) -> None:
@@ -137,7 +144,7 @@ def test_a_checkpoint_that_is_already_quantised(loaded: nn.Module, tmp_path: Pat
         assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantised" in line
 
 
-def test_a_quantised_model_is_neither_recovered_nor_a_teacher_nor_compared(
+def test_a_quantised_model_is_neither_recovered_nor_a_teacher(
     loaded: nn.Module, tmp_path: Path
 ) -> None:
     quantised = str(tmp_path / "quantised")

@@ -40,9 +40,7 @@ def size(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in weights(folder / "model").values())
 
 
-@pytest.mark.parametrize(
-    ("bits", "kind"), [(16, "2:4"), (16, "unstructured"), (4, "unstructured"), (4, "4:8")]
-)
+@pytest.mark.parametrize(("bits", "kind"), [(16, "2:4"), (4, "unstructured")])
 def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path) -> None:
     run("model", *WANDA, "--sparsity_type", kind, to=tmp_path / "dense")
     done = run("model", *WANDA, *PACK, bits, "--sparsity_type", kind, to=tmp_path / "packed")

@@ -37,14 +37,14 @@ def ratio(model: nn.Module, windows: Tensor) -> float:
     return perplexity(model, windows) / perplexity(model, begun)
 
 
-@pytest.mark.parametrize(("wanted", "needs"), [(1.35, False), (1.45, False), (1.55, True)])
+@pytest.mark.parametrize(("wanted", "needs"), [(1.45, False), (1.55, True)])
 def test_a_model_needs_bos_from_one_and_a_half_times_the_perplexity_on(
     wanted: float, needs: bool, model: nn.Module, windows: Tensor
 ) -> None:
     embedding = model.get_input_embeddings().weight.data
     whole, other = embedding[BOS].clone(), embedding[3:].mean(0)
     low, high = 0.0, 1.0  # how much of BOS is left: the less, the less it helps
-    for _ in range(30):
+    for _ in range(14):
         share = (low + high) / 2
         embedding[BOS] = other + share * (whole - other)
         low, high = (share, high) if ratio(model, windows) < wanted else (low, share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,18 @@ def documents(name: str) -> list[str]:
     return [json.loads(line)["text"] for line in lines]
 
 
+@cache
+def opened(folder: Path | str) -> tuple:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=1)
+    return AutoTokenizer.from_pretrained(folder), model
+
+
 def by_generate(folder: Path | str, entry: dict[str, str]) -> str:
     """The completion of a saved model, by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, model = opened(folder)
     (text,) = [text for text in documents(entry["test"]) if text.startswith(entry["prompt"])]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :16]
-    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=1)
     whole = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert 16 < whole.shape[1] <= 16 + NEW_TOKENS
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in (ids[0], whole[0])]

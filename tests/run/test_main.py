@@ -92,8 +92,10 @@ def zeros(folder: Path | str) -> dict[str, torch.Tensor]:
 # --- what a run computes and leaves
 
 
-@pytest.mark.parametrize("kind", ["unstructured", "2:4", "4:8"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [*((method, "unstructured") for method in METHODS), ("magnitude", "4:8"), ("admm", "2:4")],
+)
 def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
     given = ["--calibration_data", uk, "--sparsity_type", kind, "--prune_method", method]
     done = run(model, *given, saved="new")

@@ -134,10 +134,13 @@ BLOCKS = {
 }
 
 
+CASES = [("Llama", solve, kind) for solve in (wanda, sparsegpt) for kind in TYPES]
+CASES += [("GPT-2", wanda, "4:8"), ("GPT-2", sparsegpt, "unstructured")]
+CASES += [("Gemma 2", wanda, "unstructured"), ("Gemma 2", sparsegpt, "2:4")]
+
+
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("solve", [wanda, sparsegpt], ids=["wanda", "sparsegpt"])
-@pytest.mark.parametrize("architecture", BLOCKS)
+@pytest.mark.parametrize(("architecture", "solve", "kind"), CASES)
 def test_masks_and_weights_are_the_published_ones(
     architecture: str, solve: Callable, kind: str, tmp_path: Path
 ) -> None:

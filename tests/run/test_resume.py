@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -128,14 +127,6 @@ def test_a_damaged_block_is_done_again(
     assert done.status == 0, done.err
     assert f"{file.name} is " in done.out and "it is made again" in done.out
     check_same(tmp_path, whole)
-
-
-def test_an_allocation_is_not_computed_again(argv: list, place: Path, tmp_path: Path) -> None:
-    """On another device it might differ, and then not fit the blocks that were finished."""
-    argv = [*argv, "--allocation", "error", "--sparsity_ratio", "0.6"]
-    assert processes.run(argv, place, "pruning 2:SIGKILL").status < 0
-    assert call(*argv).status == 0
-    assert "allocate" not in json.loads((tmp_path / "out/results.json").read_text())["seconds"]
 
 
 def test_folders_that_are_not_a_runs(argv: list, tmp_path: Path) -> None:
