@@ -78,6 +78,13 @@ def call(*argv: object) -> Done:
     return Done(status, out.getvalue(), err.getvalue())
 
 
+def succeed(*argv: object) -> Done:
+    """`call`, of a run that ends well."""
+    done = call(*argv)
+    assert done.status == 0, done.err
+    return done
+
+
 @contextmanager
 def at(what: str, number: int, act: Callable[[], object]) -> Iterator[None]:
     """Inside, `act()` is called when the progress bar `what` has been told of `number` steps."""

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from support import call, raising, results, weights
+from support import call, raising, results, succeed, weights
 
 from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
@@ -38,8 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, where: str, *argv: object, model: str = "model") -> dict[str, Any]:
     """Results of a run that succeeds; its model is saved beside them."""
     out = ["--save", folder / "out", "--save_model", folder / "model"]
-    done = call("--model", model, *BASE, "--device", where, *argv, *out)
-    assert done.status == 0, done.err
+    done = succeed("--model", model, *BASE, "--device", where, *argv, *out)
     return results(folder / "out") | {"said": done.out}
 
 
@@ -117,8 +116,7 @@ def test_what_was_packed_there_is_read_there(tmp_path: Path) -> None:
     found = run(tmp_path, "cuda:0", "--prune_method", "wanda", *PACK)
     for where in ("cpu", "cuda:0"):
         argv = ["--model", tmp_path / "model", *BASE, "--device", where, "--eval_only"]
-        done = call(*argv, "--save", tmp_path / where)
-        assert done.status == 0, done.err
+        succeed(*argv, "--save", tmp_path / where)
         again = results(tmp_path / where)["perplexity"]["uk"]
         assert again == pytest.approx(found["perplexity"]["uk"], rel=1e-6)
 
@@ -138,8 +136,7 @@ def test_interrupted_and_continued(stop: tuple, more: list[str], tmp_path: Path)
     argv += ["--resume", tmp_path / "kept"]
     with raising(KeyboardInterrupt(), *stop):
         assert call(*argv).status != 0
-    done = call(*argv)
-    assert done.status == 0, done.err
+    succeed(*argv)
     assert_same(tmp_path / "whole", tmp_path)
 
 

@@ -15,7 +15,7 @@ import torch
 import worker
 from processes import Worker, ended, forkserver, kept_port, together
 from safetensors.torch import load_file
-from support import LIMIT, QUICK, call, results, wait_until, weights
+from support import LIMIT, QUICK, call, results, succeed, wait_until, weights
 
 from lib.distributed import context
 from lib.distributed.context import DistContext
@@ -64,8 +64,7 @@ def alone(place: Path) -> str:
     os.chdir(place)
     try:
         for case in CASES:
-            done = call(*flags(case, "alone"))
-            assert done.status == 0, done.err
+            succeed(*flags(case, "alone"))
     finally:
         os.chdir(before)
     return "alone"

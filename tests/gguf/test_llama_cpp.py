@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import whole
-from support import QUICK, ROOT, call, content, ended, start
+from support import QUICK, ROOT, content, ended, start, succeed
 from transformers import AutoTokenizer
 
 from lib.commands.gguf import llama_cpp
@@ -34,8 +34,7 @@ pytestmark = pytest.mark.usefixtures("quickly")
 def trimmed(folder: Path, texts: Path, out: Path, *more: object) -> Path:
     sources = [texts / "uk", texts / "en"]
     argv = ["--model", folder, *QUICK, "--trim_vocabulary", "--vocabulary_data", *sources, *more]
-    done = call(*argv, "--prompts", 0, "--save", out.parent / "run", "--save_model", out)
-    assert done.status == 0, done.err
+    succeed(*argv, "--prompts", 0, "--save", out.parent / "run", "--save_model", out)
     return out
 
 

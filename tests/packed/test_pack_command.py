@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import QUICK, call, results, weights
+from support import QUICK, call, results, succeed, weights
 
 TEXTS = ["--calibration_data", "uk", "--eval_data", "uk"]
 WANDA = ["--prune_method", "wanda"]
@@ -27,8 +27,7 @@ pytestmark = pytest.mark.usefixtures("at_place")
 
 def run(model: Path | str, *flags: object, to: Path, saved: bool = True):
     target = ["--save_model", to / "model"] if saved else []
-    done = call("--model", model, *QUICK, *TEXTS, *flags, "--save", to / "out", *target)
-    assert done.status == 0, done.err
+    done = succeed("--model", model, *QUICK, *TEXTS, *flags, "--save", to / "out", *target)
     return done
 
 

@@ -9,7 +9,7 @@ import processes
 import pytest
 import tiny
 import torch
-from support import QUICK, Done, call, results, weights
+from support import QUICK, Done, call, results, succeed, weights
 from transformers import AutoModelForCausalLM
 
 from lib.packed.formats import Q4_0
@@ -43,16 +43,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(folder: Path, *argv: object) -> tuple[Done, dict]:
     """A run that succeeds, with its results and its model in a folder."""
-    done = call(*BASE, *argv, "--save", folder / "out", "--save_model", folder / "model")
-    assert done.status == 0, done.err
+    done = succeed(*BASE, *argv, "--save", folder / "out", "--save_model", folder / "model")
     return done, results(folder / "out")
 
 
 def evaluated(model: Path, *argv: object) -> float:
     """Perplexity of a model that was saved."""
     argv = ("--eval_data", "uk", *argv, "--save", model.parent / "evaluated")
-    done = call("--model", model, *QUICK, "--eval_only", *argv)
-    assert done.status == 0, done.err
+    succeed("--model", model, *QUICK, "--eval_only", *argv)
     return results(model.parent / "evaluated")["perplexity"]["uk"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, call, content, results
+from support import QUICK, call, content, results, succeed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -62,8 +62,7 @@ def test_each_model_continues_as_generate_does(tmp_path: Path) -> None:
     saved = ["--save", tmp_path / "run", "--save_model", tmp_path / "new"]
     for packs in ([], ["--replace_sparse_layers"]):
         saved[-1] = tmp_path / f"new{len(packs)}"
-        done = call(*BASE, *PRUNE, *saved, *packs)
-        assert done.status == 0, done.err
+        done = succeed(*BASE, *PRUNE, *saved, *packs)
         completions = results(tmp_path / "run")["completions"]
         assert [entry["test"] for entry in completions] == ["uk"] * 3 + ["en"] * 3
         assert len({entry["prompt"] for entry in completions}) == 6
@@ -80,7 +79,7 @@ def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
     for count in (0, 2):
         folder = tmp_path / str(count)
         saved = ["--save", folder / "run", "--save_model", folder / "new", "--prompts", count]
-        assert call(*BASE, *PRUNE, *saved).status == 0
+        succeed(*BASE, *PRUNE, *saved)
     without, beside = (results(tmp_path / str(count) / "run") for count in (0, 2))
     assert not without["completions"] and len(beside["completions"]) == 4
     for key in ("evaluation", "sparsity", "fingerprint", "calibration"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import processes
 import pytest
 import tiny
-from support import QUICK, Done, at, call, content, full_disk, raising, results
+from support import QUICK, Done, at, call, content, full_disk, raising, results, succeed
 from support import weights as saved_weights
 
 import main
@@ -111,7 +111,7 @@ def test_places_that_can_not_be_written(flag: str, given: list, no_weights: None
 
 
 def test_what_fails_before_saving_keeps_the_blocks_and_continues(given: list) -> None:
-    assert call(*given).status == 0
+    succeed(*given)
     Path("new").rename("whole")
     with raising(MemoryError("none left"), "pruning", 2):
         done = call(*given)
@@ -120,7 +120,7 @@ def test_what_fails_before_saving_keeps_the_blocks_and_continues(given: list) ->
     assert len(list(Path("new.partial").glob("block-*"))) == 2
     again = call(*given)  # nothing of it is overwritten
     assert again.status == 1 and "--resume new.partial" in again.complaints[0]
-    assert call(*given, "--resume", "new.partial").status == 0
+    succeed(*given, "--resume", "new.partial")
     assert content("new")["model.safetensors"] == content("whole")["model.safetensors"]
     assert not Path("new.partial").exists() and "job.json" not in content("new")
 
@@ -200,7 +200,7 @@ def test_a_run_that_is_ended_leaves_blocks_and_no_model(
 
 
 def test_results_of_another_run_are_moved_aside(given: list) -> None:
-    assert call(*given).status == 0
+    succeed(*given)
     first = Path("out/results.json").read_bytes()
     Path("out/log_thesis.txt").write_text("mine")
     given[given.index("new")] = "newer"
@@ -217,5 +217,5 @@ def test_results_of_another_run_are_moved_aside(given: list) -> None:
 
 def test_the_default_folder_of_results_names_model_and_method(given: list) -> None:
     given = given[: given.index("--save")]
-    assert call(*given).status == 0
+    succeed(*given)
     assert results("out/model-sparsegpt-unstructured-0.5")["perplexity"]
