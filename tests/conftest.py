@@ -30,6 +30,10 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection of garbage looks through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     if processes := sys.modules.get("processes"):  # some test wants them
         processes.start_server()
 

@@ -87,6 +87,7 @@ def shared(request: pytest.FixtureRequest, place: Path, alone: str) -> str:
     ("shared", "case"),
     [((3, 3), case) for case in CASES] + [((2, 1), case) for case in FILES],
     indirect=["shared"],
+    scope="module",
     ids=str,
 )
 def test_as_one_process(case: str, alone: str, shared: str) -> None:
