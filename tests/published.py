@@ -1,14 +1,43 @@
-"""The published rules of Wanda and SparseGPT, written out slowly, in float64."""
+"""The published rules: how windows are drawn, and Wanda and SparseGPT, slowly, in float64."""
 
 from __future__ import annotations
+
+import random
 
 import numpy
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from lib.methods.sparsity import Sparsity
 
 Array = numpy.ndarray
+
+
+def published_windows(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    nsamples: int,
+    seqlen: int,
+    seed: int,
+    again: bool = False,
+) -> tuple[Tensor, list[int], list[int]]:
+    """The loops for UberText and (`again`) C4: windows, and the rows and starts of each."""
+    draw, used, windows, rows, starts = random.Random(seed), set(), [], [], []
+    for _ in range(nsamples):
+        while True:
+            i = draw.randint(0, len(texts) - 1)
+            if i in used:
+                continue
+            ids = tokenizer(texts[i], return_tensors="pt").input_ids
+            if ids.shape[1] > seqlen:
+                break
+        if not again:
+            used.add(i)
+        rows.append(i)
+        starts.append(draw.randint(0, ids.shape[1] - seqlen - 1))
+        windows.append(ids[:, starts[-1] : starts[-1] + seqlen])
+    return torch.cat(windows), rows, starts
 
 
 def published_mask(weight: Tensor, norms: Tensor, sparsity: Sparsity) -> Tensor:

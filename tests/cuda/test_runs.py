@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from support import call, raising, results, succeed, weights
+from support import ROOT, call, raising, results, succeed, weights
 
 from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy, pick_dtype
 from lib.recover import Recoverer, TrainSchedule
+
+sys.path.append(str(ROOT / "tests/bench/gpu"))
+
+import first_run  # noqa: E402
 
 BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
 BASE += ["--calibration_data", "uk", "--eval_data", "uk"]
@@ -205,3 +210,12 @@ def test_a_training_that_is_not_reproducible_goes_on_and_says_so(
         (recoverer := Recoverer(runner, teacher, schedule, text)).run()
     assert recoverer.curve[-1]["loss"] > 0 and not torch.are_deterministic_algorithms_enabled()
     assert capsys.readouterr().out.count("recovery: two runs may differ: reflection") == 1
+
+
+@pytest.mark.parametrize("name", ["methods", "2:4 products", "packed, 4 bits", "fetched blocks"])
+def test_a_check_of_launch_sh_gpu_in_small(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = first_run.report_of(name, torch.device("cuda:0"), small=True)
+    assert report["result"] == "ok", report

@@ -244,16 +244,11 @@ def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shares_and_owners() -> None:
-    alone = DistContext(torch.device("cpu"), alone=True)
-    alone.size, alone.rank = 3, 1
-    assert [range(8)[_of(alone, rank)] for rank in range(3)] == [range(2), range(2, 5), range(5, 8)]
-    owners = alone.assign_owners([5, 1, 4, 3, 2])
-    loads = [
-        sum(c for c, o in zip([5, 1, 4, 3, 2], owners, strict=True) if o == r) for r in range(3)
-    ]
-    assert sorted(loads) == [5, 5, 5]
-
-
-def _of(dist: DistContext, rank: int) -> slice:
-    dist.rank = rank
-    return dist.share(8)
+    alone, parts, loads = DistContext(torch.device("cpu"), alone=True), [], [0, 0, 0]
+    alone.size, costs = 3, [5, 1, 4, 3, 2]
+    for alone.rank in range(3):
+        parts.append(range(8)[alone.share(8)])
+    assert parts == [range(2), range(2, 5), range(5, 8)]
+    for cost, owner in zip(costs, alone.assign_owners(costs), strict=True):
+        loads[owner] += cost
+    assert loads == [5, 5, 5]

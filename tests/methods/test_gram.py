@@ -60,14 +60,6 @@ def test_it_rises_tenfold_with_a_warning_and_not_for_ever():
         damped_cholesky_(-11 * torch.eye(3), 0.01)
 
 
-def test_a_factor_gives_the_matrix_back():
-    x = torch.randn(50, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    hessian = x.T @ x
-    factor = cholesky(hessian.tril())  # the upper triangle is not read
-    assert torch.equal(factor, factor.tril())
-    assert torch.allclose(factor @ factor.T, hessian)
-
-
 @pytest.mark.parametrize("wrong", [-1.0, 0.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("place", [(3, 3), (4, 1)])
 def test_what_is_not_positive_definite_has_none(wrong, place):

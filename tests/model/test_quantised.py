@@ -133,29 +133,21 @@ def test_saved_and_reloaded_with_the_same_perplexity(
 
 
 def test_a_checkpoint_that_is_already_quantised(loaded: nn.Module, tmp_path: Path) -> None:
-    loaded.save_pretrained(tmp_path / "quantised")
-    tiny.tiny_tokenizer().save_pretrained(tmp_path / "quantised")
-    flags = ["--prune_method", "sparsegpt", "--sparsity_type", "2:4"]
-    done = prune(tmp_path / "quantised", tmp_path / "run", *flags)
-    assert done.status == 0, done.err
-    assert results(tmp_path / "run")["sparsity"]["overall"] >= 0.5
-    for more in (["--load_bit", "4"], ["--offload", str(tmp_path / "away")]):
-        (line,) = prune(tmp_path / "quantised", tmp_path / "run", *flags, *more).complaints
-        assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantised" in line
-
-
-def test_a_quantised_model_is_neither_recovered_nor_a_teacher(
-    loaded: nn.Module, tmp_path: Path
-) -> None:
-    quantised = str(tmp_path / "quantised")
+    quantised, folder = str(tmp_path / "quantised"), tmp_path / "run"
     loaded.save_pretrained(quantised)
     tiny.tiny_tokenizer().save_pretrained(quantised)
-    recover = ["--recover", "64"]
-    (line,) = prune(quantised, tmp_path / "run", "--teacher", "model", *recover).complaints
-    assert (
-        line == f"error: --recover 64: {quantised} is quantised, and its weights can't be trained"
-    )
-    (line,) = prune("model", tmp_path / "run", "--teacher", quantised, *recover).complaints
+    flags = ["--prune_method", "sparsegpt", "--sparsity_type", "2:4"]
+    done = prune(quantised, folder, *flags)
+    assert done.status == 0, done.err
+    assert results(folder)["sparsity"]["overall"] >= 0.5
+    for more in (["--load_bit", "4"], ["--offload", str(tmp_path / "away")]):
+        (line,) = prune(quantised, folder, *flags, *more).complaints
+        assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantised" in line
+    recover = ["--recover", "64", "--teacher"]
+    (line,) = prune(quantised, folder, *recover, "model").complaints
+    words = f"--recover 64: {quantised} is quantised, and its weights can't be trained"
+    assert line == f"error: {words}"
+    (line,) = prune("model", folder, *recover, quantised).complaints
     assert line == f"error: --teacher {quantised}: is quantised; name the unquantised model"
 
 

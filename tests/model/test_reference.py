@@ -131,10 +131,7 @@ def test_a_run_records_and_prints_it(place: Path) -> None:
     for kl, kl_error, same, same_error in figures("plain"):
         assert kl > kl_error > 0 and 0 < same < 1 and same_error > 0
     assert done.out.count("nats a token from the dense model,") == 2
-    succeed(*prune, "--save", "away", "--offload", "folder")
     succeed(*base, "--eval_only", "--save", "dense")
-    for one, two in zip(figures("plain"), figures("away"), strict=True):
-        assert one == pytest.approx(two, rel=1e-4)
     assert "kl" not in results("dense")["evaluation"][0]
     succeed(*prune, "--sparsity_ratio", 0, "--save", "zero")
     assert figures("zero") == [[0, 0, 1, 0]] * 2

@@ -8,7 +8,6 @@ linear sees its input.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from published import published_mask, published_sparsegpt
+from published import published_mask, published_sparsegpt, published_windows
 from safetensors.torch import load_file
 from support import QUICK, succeed
 from torch import Tensor, nn
@@ -27,24 +26,6 @@ from lib.methods.sparsity import Sparsity
 
 SEQLEN, WINDOWS = 32, 8  # of QUICK
 TYPES = ["unstructured", "2:4", "4:8"]
-
-
-def published_windows(model: Path, texts: Path, seed: int = 0) -> Tensor:
-    """(windows, tokens): documents longer than a window, each used once, by Python's random."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [json.loads(row)["text"] for row in (texts / "train.jsonl").open(encoding="utf-8")]
-    draw, used, windows = random.Random(seed), set(), []
-    while len(windows) < WINDOWS:
-        index = draw.randint(0, len(rows) - 1)
-        if index in used:
-            continue
-        ids = tokenizer(rows[index], return_tensors="pt").input_ids
-        if ids.shape[1] <= SEQLEN:
-            continue
-        used.add(index)
-        start = draw.randint(0, ids.shape[1] - SEQLEN - 1)
-        windows.append(ids[:, start : start + SEQLEN])
-    return torch.cat(windows)
 
 
 def wanda(weight: Tensor, x: Tensor, sparsity: Sparsity) -> Tensor:
@@ -107,7 +88,10 @@ def test_masks_and_weights_are_the_published_ones(
     succeed("--model", folder, *flags)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    windows = published_windows(folder, texts)
+    rows = (texts / "train.jsonl").read_text("utf-8").splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = [json.loads(row)["text"] for row in rows]
+    windows, *_ = published_windows(documents, tokenizer, WINDOWS, SEQLEN, seed=0)
     sparsity = Sparsity.parse(kind, 0.5)
     published_loop(model, BLOCKS[architecture](model), windows, partial(solve, sparsity=sparsity))
     model.save_pretrained(tmp_path / "published")
