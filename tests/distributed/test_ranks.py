@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -70,11 +71,9 @@ def alone(place: Path) -> str:
     return "alone"
 
 
-@pytest.fixture(scope="module")
-def shared(request: pytest.FixtureRequest, place: Path, alone: str) -> str:
-    """Where several ranks, so many on a machine, have left them."""
-    size, each = request.param
-    where, cases = f"{size} by {each}", CASES if each > 1 else FILES
+def left_by_ranks(size: int, each: int, cases: Collection[str], place: Path) -> str:
+    """Where several ranks, so many on a machine, leave some cases."""
+    where = f"{size} by {each}"
     done = ended(together(size, [flags(case, where) for case in cases], place, each=each))
     assert [one.status for one in done] == [0] * size, [one.err for one in done]
     assert done[0].out.count("\nsaved: ") == done[0].out.count("perplexity uk: ") == len(cases)
@@ -83,14 +82,27 @@ def shared(request: pytest.FixtureRequest, place: Path, alone: str) -> str:
     return where
 
 
-@pytest.mark.parametrize(
-    ("shared", "case"),
-    [((3, 3), case) for case in CASES] + [((2, 1), case) for case in FILES],
-    indirect=["shared"],
-    scope="module",
-    ids=str,
-)
-def test_as_one_process(case: str, alone: str, shared: str) -> None:
+@pytest.fixture(scope="module")
+def three(place: Path, alone: str) -> str:
+    return left_by_ranks(3, 3, CASES, place)
+
+
+@pytest.fixture(scope="module")
+def machines(place: Path, alone: str) -> str:
+    return left_by_ranks(2, 1, FILES, place)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_ranks_do_as_one_process(case: str, alone: str, three: str) -> None:
+    check_alike(case, alone, three)
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_so_do_two_machines(case: str, alone: str, machines: str) -> None:
+    check_alike(case, alone, machines)
+
+
+def check_alike(case: str, alone: str, shared: str) -> None:
     one, many = (results(f"{place}/{case}/run") for place in (alone, shared))
     assert many["perplexity"]["uk"] == pytest.approx(one["perplexity"]["uk"], rel=5e-3)
     for name in ("kl", "top1_agreement"):
