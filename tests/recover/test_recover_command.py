@@ -20,7 +20,6 @@ TOKENS = STEPS * 256 + 9
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
 RECOVER = ["--recover", TOKENS, "--recover_rate", "0.01"]
 PRUNE = ["--prune_method", "wanda", "--sparsity_type", "2:4"]
-Q4 = ["--quantize", "q4_0"]
 PACK = ["--replace_sparse_layers", "--pack_bits", "4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -217,9 +216,8 @@ def test_refused_in_one_line(case: str) -> None:
     assert words in line
 
 
-@pytest.mark.parametrize("packing", [PACK, Q4])
-def test_two_processes_as_one(packing: list[str], place: Path, tmp_path: Path) -> None:
-    argv = [*PRUNE, *RECOVER, *packing]
+def test_two_processes_as_one(place: Path, tmp_path: Path) -> None:
+    argv = [*PRUNE, *RECOVER, "--quantize", "q4_0"]
     _, alone = run(tmp_path / "alone", *argv)
     argv = [*BASE, *argv, "--save", tmp_path / "out", "--save_model", tmp_path / "model"]
     first, second = processes.ended(processes.together(2, [argv], place))

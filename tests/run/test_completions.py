@@ -13,8 +13,9 @@ from support import QUICK, call, content, results, succeed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lib.run.completions import NEW_TOKENS, continue_greedily, decode, decode_completion
+from lib.run.completions import continue_greedily, decode, decode_completion
 
+NEW_TOKENS = 8
 BASE = ["--model", "model", *QUICK, "--prompts", "3", "--eval_data", "uk", "en"]
 PRUNE = ["--prune_method", "wanda", "--calibration_data", "uk", "--sparsity_type", "2:4"]
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -31,6 +32,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_texts(folder / "uk")
     tiny.write_texts(folder / "en", test=tiny.sentences(5, seed=7))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.run.completions.NEW_TOKENS", NEW_TOKENS)
 
 
 def documents(name: str) -> list[str]:
