@@ -12,17 +12,8 @@ MISSING = "datasets,pyarrow,pandas,bitsandbytes,matplotlib,sentencepiece,langcod
 # runs a program where the modules named in argv[1] are not to be found
 BARE = """
 import runpy, sys
-from importlib.machinery import PathFinder
 
-missing = set(sys.argv.pop(1).split(","))
-
-class Bare(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        if name.partition(".")[0] not in missing:
-            return PathFinder.find_spec(name, path, target)
-
-sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+sys.modules.update(dict.fromkeys(sys.argv.pop(1).split(",")))
 del sys.argv[0]
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
