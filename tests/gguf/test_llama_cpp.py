@@ -14,10 +14,10 @@ import pytest
 import tiny
 import torch
 import whole
-from support import QUICK, ROOT, content, ended, start, succeed
+from support import QUICK, content, succeed
 from transformers import AutoTokenizer
 
-from lib.commands.gguf import llama_cpp
+from lib.commands.gguf import command, llama_cpp, proof
 from lib.commands.gguf.command import main
 from lib.commands.gguf.proof import letter_of, prove_predictions, prove_tensors, prove_tokens
 from lib.commands.gguf.source import open_folder
@@ -223,24 +223,21 @@ def test_without_a_runner_only_tensors_are_proven(
     assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
 
 
-def test_as_a_command_with_relative_paths_and_a_proxy(
-    llama: Path, texts: Path, tmp_path: Path
+def test_relative_paths_children_and_a_proxy(
+    llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """From any folder, in processes of its own; no text meets the proxy, which is not there."""
-    shutil.copytree(llama, tmp_path / "in")
-    shutil.copytree(texts / "uk", tmp_path / "uk")
-    code = ["-P", "-m", "lib.commands.gguf", "in", "new/model.gguf", "--type", "Q8_0"]
-    proxy = dict(http_proxy="http://127.0.0.1:9", no_proxy="", PYTHONPATH=str(ROOT))
-    process = start([*code, "--data", "uk"], tmp_path, **proxy)
-    done = ended(process)
-    assert done.status == 0, done.err
-    tokens, predictions, missing, written = done.out.splitlines()[-4:]
+    for caller in (command, proof):
+        monkeypatch.setattr(caller, "run_child", llama_cpp.run_child)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    shutil.copytree(llama, "in")
+    shutil.copytree(texts / "uk", "uk")
+    main(["in", "new/model.gguf", "--type", "Q8_0", "--data", "uk"])
+    tokens, predictions, missing, written = capsys.readouterr().out.splitlines()[-4:]
     assert tokens == "uk: llama.cpp cuts all 9 documents alike"
     assert predictions.startswith("predictions after 32 beginnings differ by ")
     assert missing == "not proven: texts past 127 tokens, the chat template"
     assert written.startswith("written: new/model.gguf, ") and " KiB, q8_0, and" in written
-    assert sorted(os.listdir(tmp_path / "new")) == [
-        "model.gguf",
-        "model.gguf.json",
-        "model.gguf.md",
-    ]
+    assert sorted(os.listdir("new")) == ["model.gguf", "model.gguf.json", "model.gguf.md"]
