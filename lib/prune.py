@@ -17,6 +17,7 @@ from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.linears import eager_experts, find_linears
 from lib.model.matrix import PrunableLinear, all_finite
+from lib.model.pretrained import set_field
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
 from lib.pruning.ordered import OrderedBlock, Stage, find_order
@@ -274,9 +275,8 @@ class Pruner:
         sums = [self.dist.all_reduce_(group.method.statistics()) for group in groups]
         owners = self.dist.assign_owners([group.cost for group in groups])
         written: dict[str, Tensor] = {}
-        for group, owner, handles in zip(groups, owners, sums, strict=True):
-            for handle in handles:
-                handle.wait()
+        for group, owner, works in zip(groups, owners, sums, strict=True):
+            self.dist.wait(works)
             if group.fallback:
                 self.done.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
             if owner == self.dist.rank:
@@ -330,6 +330,34 @@ class Pruner:
         self.done.notes[-1].pruned.append(linear.name)
         if weight_key(linear)[0] in self.shared:
             self.shared_done.add(weight_key(linear))
+
+
+class PartPruner(Pruner):
+    """Removes neurons or experts, until `left` stay in each block, and sets the config's field.
+
+    `layout` says where a model has them; `seed` is for choices at random.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        method: type[PruningMethod],
+        layout: Any,
+        left: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(runner, method, Allocation({}))
+        self.layout, self.left, self.seed = layout, left, seed
+        self.cache_inputs = False  # they would have the wrong width once neurons are removed
+        self.done = Smaller(kind=layout.kind, before=layout.count, left=left)
+
+    def run(
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
+    ) -> Smaller:
+        """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
+        super().run(windows, on_progress)
+        set_field(self.runner.model.config, self.layout.field, self.left)
+        return self.done
 
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:

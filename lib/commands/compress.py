@@ -251,21 +251,25 @@ def removed_neurons(job: Job, megabytes: float) -> list[str]:
     """
     from lib.pruning.neurons import multiple_of
 
-    mlps, embedding, rows = job.mlps, job.skeleton.get_input_embeddings(), len(job.vocabulary.rows)
+    mlps, embedding, rows = (
+        job.layout,
+        job.skeleton.get_input_embeddings(),
+        len(job.vocabulary.rows),
+    )
     blocks = sum(p.numel() for p in job.skeleton.get_submodule(job.blocks_name).parameters())
     outer = (sum(p.numel() for p in job.skeleton.parameters()) - blocks) / embedding.num_embeddings
     size = blocks * BLOCK_BYTES + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
     linears = sum(1 + sum(mlp.producers.values()) for mlp in mlps.blocks)
     neuron = linears * embedding.embedding_dim * BLOCK_BYTES
-    left = range(mlps.width, 0, -multiple_of(mlps.width))
-    sizes = {count: (size - (mlps.width - count) * neuron) / 1e6 for count in left}
+    left = range(mlps.count, 0, -multiple_of(mlps.count))
+    sizes = {count: (size - (mlps.count - count) * neuron) / 1e6 for count in left}
     count = next((count for count in sizes if sizes[count] <= megabytes), min(sizes))
-    what = f"--megabytes {megabytes}: with {count} of {mlps.width} neurons in each MLP it takes"
+    what = f"--megabytes {megabytes}: with {count} of {mlps.count} neurons in each MLP it takes"
     what += f" about {sizes[count]:.3g} MB as q4_0"
     if sizes[count] > megabytes:
         raise UserError(f"{what}; give more, or take a smaller model")
     print(what)
-    removed = 1 - count / mlps.width
+    removed = 1 - count / mlps.count
     return [*NEURONS.split(), f"{removed:.6g}"] if removed else []
 
 

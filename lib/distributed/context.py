@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -28,19 +27,6 @@ from lib.util.errors import UserError
 
 JOINING = timedelta(seconds=60)  # launchers start all ranks at the same time
 WAITING = timedelta(hours=1)  # for a rank that solves, reads or writes what others need
-
-
-@dataclass(frozen=True)
-class Handle:
-    """An all-reduce that was started."""
-
-    work: torch_dist.Work
-    dist: DistContext
-
-    def wait(self) -> None:
-        """Wait until the sum is complete."""
-        with self.dist.collective():
-            self.work.wait()
 
 
 class DistContext:
@@ -59,8 +45,6 @@ class DistContext:
         self.device = device
         if several:
             self._join()
-        elif not alone:
-            _check_launcher()
 
     @property
     def is_main(self) -> bool:
@@ -82,21 +66,26 @@ class DistContext:
             with self.collective():
                 torch_dist.monitored_barrier(self.group, WAITING, wait_all_ranks=True)
 
-    def all_reduce_(self, tensors: Sequence[Tensor]) -> list[Handle]:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> list[torch_dist.Work]:
         """Start summing each tensor over all ranks in place, directly after a barrier.
 
-        Call wait() on each handle that is returned.
+        `wait` ends what is returned.
         """
         if self.size == 1:
             return []
         with self.collective():
-            return [Handle(torch_dist.all_reduce(one, async_op=True), self) for one in tensors]
+            return [torch_dist.all_reduce(one, async_op=True) for one in tensors]
+
+    def wait(self, works: Sequence[torch_dist.Work]) -> None:
+        """Wait until sums are complete."""
+        with self.collective():
+            for work in works:
+                work.wait()
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over all ranks in place, once all have called this."""
         self.barrier()
-        for handle in self.all_reduce_(tensors):
-            handle.wait()
+        self.wait(self.all_reduce_(tensors))
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return `value` of every rank; for small picklable values only."""
@@ -185,20 +174,6 @@ class DistContext:
 def _reason(error: Exception) -> str:
     """Return the library's message, without the place in its code and its advice."""
     return str(error).splitlines()[-1].split("] ", 1)[-1].split(". ")[0]
-
-
-def _check_launcher() -> None:
-    """Raise UserError where accelerate was asked for several processes but has started only this.
-
-    It then sets MASTER_PORT but no WORLD_SIZE; ACCELERATE_MIXED_PRECISION is set in every process
-    that accelerate starts.
-    """
-    names = "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"
-    if all(name in os.environ for name in names) and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "accelerate launch --num_processes: without --multi_gpu it starts one process only; "
-            "give --multi_gpu (on CPUs too, with --device cpu), or use torchrun --nproc_per_node"
-        )
 
 
 def local_device(device: torch.device) -> torch.device:

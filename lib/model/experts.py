@@ -8,15 +8,14 @@ named here, and what is cut loads as any other model.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lib.model.access import Checkpoint
-from lib.model.pretrained import skeleton
+from lib.model.pretrained import skeleton_with
 from lib.model.quantised import stored_bits
 from lib.model.store import set_tensor
 from lib.util.errors import UserError
@@ -32,6 +31,7 @@ class ExpertLayout:
     `field` of the text config sets their number.
     """
 
+    kind: ClassVar[str] = "experts"
     count: int
     chosen: int
     groups: int
@@ -40,10 +40,6 @@ class ExpertLayout:
     tensors: tuple[tuple[str, ...], ...]  # of each block, paths of what has an entry for each
     modules: tuple[str, ...]  # of each block, the path of the module that runs them; "" for none
     counters: tuple[tuple[str, str], ...]  # modules and their attributes, in the whole model
-
-    def set_count(self, config: Any, count: int) -> None:
-        """Write another number of experts into a config."""
-        setattr(config.get_text_config(decoder=True), self.field, count)
 
 
 def find_experts(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> ExpertLayout:
@@ -76,11 +72,9 @@ def _layout(
 ) -> ExpertLayout | None:
     """The layout that `field` stands for; None where it changes anything else than experts."""
     count, groups = getattr(text, field), getattr(text, "n_group", None) or 1
-    fewer, smaller = count - groups, copy.deepcopy(config)
-    setattr(smaller.get_text_config(decoder=True), field, fewer)
-    try:
-        other = skeleton(smaller, checkpoint)
-    except Exception:  # any model's class may reject the value in its own way
+    fewer = count - groups
+    other = skeleton_with(config, field, fewer, checkpoint)
+    if other is None:
         return None
     ours, theirs = (
         {

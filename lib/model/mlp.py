@@ -10,9 +10,8 @@ other. That each neuron depends on its own rows alone shows when some are remove
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
 from lib.model.linears import find_linears
-from lib.model.pretrained import skeleton
+from lib.model.pretrained import skeleton_with
 from lib.model.quantised import stored_bits
 from lib.util.errors import UserError
 
@@ -49,14 +48,12 @@ class BlockMlp:
 
 @dataclass(frozen=True)
 class MlpLayout:
-    """The MLPs of a model's blocks, all of one `width`, and the field of the text config for it."""
+    """The MLPs of the blocks: `count` neurons in each, which `field` of the text config sets."""
 
-    width: int
+    kind: ClassVar[str] = "neurons"
+    count: int
     field: str
     blocks: tuple[BlockMlp, ...]
-
-    def set_width(self, config: Any, width: int) -> None:
-        setattr(config.get_text_config(decoder=True), self.field, width)
 
 
 def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> MlpLayout:
@@ -103,12 +100,8 @@ def _narrows(
     layout: MlpLayout, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
 ) -> bool:
     """Return whether a narrower field narrows the MLPs of all blocks, and nothing else."""
-    narrow, smaller = layout.width - 2, copy.deepcopy(config)
-    try:
-        layout.set_width(smaller, narrow)
-        built = skeleton(smaller, checkpoint)
-    except Exception:  # any model's class may reject the value in its own way
-        return False
+    narrow = layout.count - 2
+    built = skeleton_with(config, layout.field, narrow, checkpoint)
     expected = {path: list(parameter.shape) for path, parameter in model.named_parameters()}
     for index, mlp in enumerate(layout.blocks):
         for path, parts in [(mlp.down, 0), *mlp.producers.items()]:
@@ -119,7 +112,9 @@ def _narrows(
             expected[f"{prefix}.weight"][dim if parts else 1 - dim] = narrow * max(1, parts)
             if parts and f"{prefix}.bias" in expected:
                 expected[f"{prefix}.bias"] = [narrow * parts]
-    return expected == {path: list(p.shape) for path, p in built.named_parameters()}
+    return bool(built) and expected == {
+        path: list(parameter.shape) for path, parameter in built.named_parameters()
+    }
 
 
 def output_dim(linear: nn.Module) -> int:

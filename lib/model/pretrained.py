@@ -155,6 +155,24 @@ def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
         )
 
 
+def set_field(config: Any, field: str, value: int) -> None:
+    """Set a field of a model's text config."""
+    setattr(config.get_text_config(decoder=True), field, value)
+
+
+def skeleton_with(config: Any, field: str, value: int, checkpoint: Checkpoint) -> nn.Module | None:
+    """Build the model without weights, with another value in a field of its text config.
+
+    Returns None where it can't be built so.
+    """
+    changed = copy.deepcopy(config)
+    set_field(changed, field, value)
+    try:
+        return skeleton(changed, checkpoint)
+    except Exception:  # any model's class may reject the value in its own way
+        return None
+
+
 def load_model(
     checkpoint: Checkpoint,
     config: Any,

@@ -17,12 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.methods.experts import Reap
-from lib.model.blocks import BlockRunner, Stop, run_block
+from lib.model.blocks import Stop, run_block
 from lib.model.experts import ExpertLayout, keep_experts_
 from lib.model.matrix import PrunableLinear
-from lib.prune import Pruner, Smaller
-from lib.pruning.allocation import Allocation
+from lib.prune import PartPruner, Smaller
 from lib.util.errors import UserError
 from lib.util.host import malloc_trim
 
@@ -50,31 +48,16 @@ def count_left(layout: ExpertLayout, ratio: float) -> int:
     )
 
 
-class ExpertPruner(Pruner):
-    """Removes experts of a runner's model in place, until `left` stay in each block."""
-
-    def __init__(
-        self,
-        runner: BlockRunner,
-        method: type[Reap],
-        layout: ExpertLayout,
-        left: int,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(runner, method, Allocation({}))
-        self.layout, self.left, self.seed = layout, left, seed
-        self.checked: set[type] = set()  # classes of blocks
-        self.done = Smaller(kind="experts", before=layout.count, left=left)
+class ExpertPruner(PartPruner):
+    """Removes experts of a runner's model, in place."""
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> Smaller:
-        """As `Pruner.run`; UserError too where experts are called in another way."""
+        self.checked: set[type] = set()  # classes of blocks
         super().run(windows, on_progress)
-        model = self.runner.model
-        self.layout.set_count(model.config, self.left)
         for path, attribute in self.layout.counters:  # those of blocks are set already
-            setattr(model.get_submodule(path), attribute, self.left)
+            setattr(self.runner.model.get_submodule(path), attribute, self.left)
         return self.done
 
     def _linears(self, index: int) -> list[PrunableLinear]:

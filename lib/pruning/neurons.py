@@ -8,18 +8,12 @@ Run: `python main.py --model MODEL --prune_method sparsegpt --sparsity_type neur
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lib.methods.base import PruningMethod
-from lib.model.blocks import BlockRunner
 from lib.model.matrix import PrunableLinear
-from lib.model.mlp import MlpLayout, fit_sizes_, keep_neurons_, output_dim
-from lib.prune import UNREACHED, Pruner, Smaller
-from lib.pruning.allocation import Allocation
+from lib.model.mlp import fit_sizes_, keep_neurons_, output_dim
+from lib.prune import UNREACHED, PartPruner
 from lib.pruning.inputs import Group
 from lib.util.errors import UserError
 from lib.util.host import malloc_trim
@@ -50,28 +44,8 @@ def count_left(width: int, ratio: float) -> int:
     return left
 
 
-class NeuronPruner(Pruner):
-    """Makes the MLPs of a runner's model narrower, in place, and its config say so.
-
-    `left`: how many neurons stay in each block.
-    """
-
-    def __init__(
-        self, runner: BlockRunner, method: type[PruningMethod], layout: MlpLayout, left: int
-    ) -> None:
-        super().__init__(runner, method, Allocation({}))
-        self.layout = layout
-        self.left = left
-        self.cache_inputs = False  # they would have the wrong width once neurons are removed
-        self.done = Smaller(kind="neurons", before=layout.width, left=left)
-
-    def run(
-        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> Smaller:
-        """As `Pruner.run`; UserError too where an MLP is more than linears and activation."""
-        super().run(windows, on_progress)
-        self.layout.set_width(self.runner.model.config, self.left)
-        return self.done
+class NeuronPruner(PartPruner):
+    """Makes the MLPs of a runner's model narrower, in place."""
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The down projection."""

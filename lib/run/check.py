@@ -144,11 +144,11 @@ def _open_model(args: argparse.Namespace) -> Job:
         sparsity=Sparsity.parse(args.sparsity_type, args.sparsity_ratio),
     )
     if job.method and args.sparsity_type == EXPERTS:
-        job.experts = find_experts(config, checkpoint, skeleton, blocks_name)
-        job.experts_left = experts_left(job.experts, job.sparsity.ratio)
+        job.layout = find_experts(config, checkpoint, skeleton, blocks_name)
+        job.left = experts_left(job.layout, job.sparsity.ratio)
     elif job.method and args.sparsity_type == NEURONS:
-        job.mlps = find_mlps(config, checkpoint, skeleton, blocks_name)
-        job.neurons_left = count_left(job.mlps.width, job.sparsity.ratio)
+        job.layout = find_mlps(config, checkpoint, skeleton, blocks_name)
+        job.left = count_left(job.layout.count, job.sparsity.ratio)
     elif job.method:
         check_widths(blocks, blocks_name, job.sparsity)
     if args.replace_sparse_layers:

@@ -6,20 +6,14 @@ settings stay as they are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lib.model.blocks import BlockRunner
 from lib.model.pretrained import window_length
+from lib.run.job import Job
 from lib.util.errors import first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lib.model.blocks import BlockRunner
-    from lib.run.job import Job
 
 NEW_TOKENS = 40  # generated after each prompt
 REPLACEMENT = "\ufffd"  # tokenizers decode half a character to it

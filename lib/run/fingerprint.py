@@ -17,13 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
 from lib.run.flags import FIGURES, RESULT, ROLES
-
-if TYPE_CHECKING:
-    from lib.run.job import Job
+from lib.run.job import Job
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes

@@ -59,10 +59,8 @@ class Job:
     blocks_name: str
     method: type[PruningMethod] | None
     sparsity: Sparsity
-    mlps: MlpLayout | None = None  # whose neurons are removed
-    neurons_left: int | None = None  # in each of them
-    experts: ExpertLayout | None = None  # which are removed
-    experts_left: int | None = None  # in each block
+    layout: MlpLayout | ExpertLayout | None = None  # of neurons or experts, which are removed
+    left: int | None = None  # of these, in each block
     vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery
     teacher: Checkpoint | None = None

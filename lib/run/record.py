@@ -7,27 +7,26 @@ import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 import lib
+from lib.data.windows import TestSet
 from lib.eval import exp
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import footprint, parameter_bytes
 from lib.run.fingerprint import versions
+from lib.run.job import Job
+from lib.run.results import RESULTS, read_results
 from lib.util.command import one_line
 from lib.util.files import move_aside, write_text
 from lib.util.host import gib, peak_memory
-
-if TYPE_CHECKING:
-    from lib.data.windows import TestSet
-    from lib.model.blocks import BlockRunner
-    from lib.run.job import Job
+from lib.vocabulary import NOTE, vocabulary_record
 
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     """Return what is known of a run before its first step; see lib/run/results.py."""
-    import torch
-
-    from lib.model.pretrained import footprint, parameter_bytes
-
     args, method, device = job.args, job.args.prune_method, job.device
     dtype = runner.save_dtype or runner.model.dtype
     if device.type == "cpu":
@@ -66,9 +65,6 @@ def processor() -> str:
 
 def finish_results(job: Job, runner: BlockRunner) -> None:
     """Add what is known at the end."""
-    from lib.model.pretrained import footprint
-    from lib.vocabulary import NOTE, vocabulary_record
-
     results = job.results
     results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
     if vocabulary := vocabulary_record(job.vocabulary, job.config):
@@ -114,8 +110,6 @@ def write_log(folder: Path, results: dict[str, Any]) -> None:
 
 def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Move the results of another run in the folder aside."""
-    from lib.run.results import RESULTS, read_results
-
     try:
         before = read_results(folder)["fingerprint"]
         same = all(before[name] == fingerprint[name] for name in ("pruning", "measuring"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
-from lib.methods.sparsity import SMALLER
+from lib.methods.sparsity import NEURONS, SMALLER
 from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
@@ -108,10 +108,8 @@ def prune(job: Job, runner: BlockRunner) -> Reached:
     args, is_main, reached, size = job.args, job.dist.is_main, Reached(), 0
     if args.sparsity_type in SMALLER:
         size = parameter_bytes(runner.model, runner.save_dtype)
-        if job.mlps:
-            pruner = NeuronPruner(runner, job.method, job.mlps, job.neurons_left)
-        else:
-            pruner = ExpertPruner(runner, job.method, job.experts, job.experts_left, args.seed)
+        kind = NeuronPruner if args.sparsity_type == NEURONS else ExpertPruner
+        pruner = kind(runner, job.method, job.layout, job.left, args.seed)
     else:
         allocation = allocate(job, runner)
         pruner = Pruner(runner, job.method, allocation)
@@ -178,7 +176,7 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
         teacher,
         schedule,
         text,
-        whole=bool(job.mlps or job.experts or job.smaller or untouched or args.quantize),
+        whole=bool(job.layout or job.smaller or untouched or args.quantize),
         packed=packed,
         form=form,
     )

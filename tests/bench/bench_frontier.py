@@ -1,12 +1,14 @@
-"""Bytes against bits per byte: a model pruned, quantised and both, by this project and llama.cpp.
+"""Bytes against bits per byte at equal training: quantised, pruned and both, here and by llama.cpp.
 
-    python tests/bench/bench_frontier.py DENSE --pruned 50%=P50 70%=P70 --data uk --llama BUILT \
-        --out frontier -- --device cpu --seqlen 512 --nsamples 32
+    python tests/bench/bench_frontier.py MODEL --data uk --tokens 131072 --llama BUILT \
+        --out frontier -- --device cpu --seqlen 512
 
-DENSE and the pruned models are folders that main.py saved dense; each pruned one is packed at 16
-and 4 bits. llama.cpp's programs, in the folder BUILT, quantise DENSE with an importance matrix of
-the train text; the files are dequantised and measured by main.py like all others. Bytes are those
-of the tensors. `--out` keeps results, and the same command goes on where it was.
+Every model is MODEL with its vocabulary trimmed and then trained on the same windows: as it is, as
+q4_0, with fewer neurons, with half or 60% of its weights at 4 bits. What was trained at 16 bits is
+quantised by llama.cpp's programs, in the folder BUILT, with an importance matrix of the train text;
+the files are dequantised and measured by main.py like all others, on the whole test text, and timed
+by llama-bench in one run. Bytes are those of the tensors. `--out` keeps models and results, and the
+same command goes on where it was; `--only` trains some.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,41 +30,57 @@ from safetensors.torch import load_file, save_file
 from lib.util.command import add_debug_flag, run, split_argv
 
 ROOT = Path(__file__).resolve().parents[2]
-TYPES = ("q8_0", "q4_k_m", "q4_0", "q3_k_m", "q2_k", "iq3_xxs")
+TYPES = ("q8_0", "q4_k_m", "q4_0", "q3_k_m")
 CHUNKS, WINDOW = 32, 512  # of the importance matrix, and tokens of each
 TEXT = 2_000_000  # characters of the train text, from which they come
+PACKED = "--prune_method admm --allocation error --replace_sparse_layers --pack_bits 4"
+NEURONS = "--prune_method admm --sparsity_type neurons --sparsity_ratio"
+Q4_0 = " --quantize q4_0"
+# {label: series, flags of main.py, llama.cpp's types}
+MODELS = {"trained": ("trained", "", TYPES), "q4_0": ("trained as q4_0", Q4_0, ())}
+for share in (0.125, 0.25, 0.375, 0.5):
+    label, flags = f"neurons {100 * share:g}%", f"{NEURONS} {share}"
+    MODELS[label] = "neurons", flags, ("q8_0", "q4_0")
+    MODELS[f"{label}, q4_0"] = "neurons, trained as q4_0", flags + Q4_0, ()
+for share in (0.5, 0.6):
+    MODELS[f"{share:.0%} zeros"] = "zeros, packed", f"{PACKED} --sparsity_ratio {share}", ()
 
 
 class Point(NamedTuple):
-    """One model: the line of the picture that it is on, its label there, and what was measured."""
+    """One model: the line of the picture that it is on, its label, its file, what was measured."""
 
     series: str
     label: str
+    file: Path | None  # for llama.cpp
     size: int  # bytes of its tensors
-    bits_per_byte: float
-    perplexity: float
+    test: dict[str, Any]  # of its results.json
 
 
-def child(*command: object) -> None:
-    """Run a command, which says itself why it failed."""
-    status = subprocess.run([str(part) for part in command]).returncode
-    if status:
-        sys.exit(status)
+def child(*command: object) -> str:
+    """Run a command, which says itself why it failed; return what it prints."""
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
 
 
-def measured(folder: Path, flags: Sequence[object]) -> tuple[float, float]:
-    """Run main.py, unless `folder` shows that it was; return bits per byte and perplexity."""
-    results = folder / "results.json"
-    if not results.is_file():
-        shutil.rmtree(folder, ignore_errors=True)
-        child(sys.executable, ROOT / "main.py", *flags, "--save", folder)
-    (test,) = json.loads(results.read_text("utf-8"))["evaluation"]
-    return test["bits_per_byte"], test["perplexity"]
+def measured(folder: Path, *flags: object) -> dict[str, Any]:
+    """Run main.py, unless `folder` shows that it was; return the record of the test text."""
+    if not (folder / "results.json").is_file():
+        resume = [] if "--eval_only" in flags else ["--resume", f"{folder}-state"]
+        child(sys.executable, ROOT / "main.py", *flags, *resume, "--save", folder)
+    return json.loads((folder / "results.json").read_text("utf-8"))["evaluation"][0]
 
 
 def tensor_bytes(folder: Path) -> int:
     files = folder.glob("*.safetensors")
     return sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+
+
+def file_bytes(file: Path) -> int:
+    from gguf import GGUFReader
+
+    return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
 
 
 def dequantise(file: Path, dense: Path, folder: Path) -> None:
@@ -99,45 +117,76 @@ def in_halves(values, config: dict, name: str):
     return values.view(heads, rows // heads // 2, 2, width).transpose(1, 2).reshape(rows, width)
 
 
-def own_points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
-    """Measure DENSE, and the pruned models as they are packed."""
-    common = ["--eval_data", args.data, *passed_on]
-    flags = ["--model", args.model, "--eval_only", *common]
-    yield Point("dense", "16 bits", tensor_bytes(args.model), *measured(args.out / "dense", flags))
-    for label, model in args.pruned:
-        for bits in ("16", "4"):
-            folder = args.out / f"{label.replace('%', '')}-at-{bits}"
-            flags = ["--model", model, "--replace_sparse_layers", "--pack_bits", bits, *common]
-            flags += ["--eval_only"] if bits == "16" else ["--calibration_data", args.data]
-            figures = measured(folder, [*flags, "--save_model", f"{folder}-model"])
-            yield Point(label, f"{bits} bits", tensor_bytes(Path(f"{folder}-model")), *figures)
+def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
+    """Train and measure every model, and what llama.cpp makes of it."""
+    common = ["--eval_data", args.data, "--prompts", "0", *passed_on]
+    whole = ["--model", args.model, *common]
+    yield Point(
+        "untouched",
+        "16 bits",
+        None,
+        tensor_bytes(args.model),
+        measured(args.out / "dense", *whole, "--eval_only"),
+    )
+    for label in args.only:
+        series, flags, types = MODELS[label]
+        name = label.replace(" ", "-").replace(",", "").replace("%", "")
+        model = args.out / f"{name}-model"
+        training = ["--trim_vocabulary", "--calibration_data", args.data, "--recover", args.tokens]
+        trained = [*whole, *training, *flags.split(), "--save_model", model]
+        test, size, file = measured(args.out / name, *trained), tensor_bytes(model), None
+        if Q4_0 in flags:
+            file = converted(model, args.out / f"{name}.gguf", "q4_0")
+            size = file_bytes(file)
+        yield Point(series, label, file, size, test)
+        for kind in types if args.llama else ():
+            file = quantised(args, model, args.out / f"{name}-{kind}.gguf", kind)
+            dense = args.out / f"{name}-{kind}-dequantised"
+            if not (args.out / f"{name}-{kind}").is_dir():
+                shutil.rmtree(dense, ignore_errors=True)
+                dequantise(file, model, dense)
+            flags = ["--model", dense, "--teacher", args.model, "--eval_only", *common]
+            test = measured(args.out / f"{name}-{kind}", *flags)
+            shutil.rmtree(dense, ignore_errors=True)
+            yield Point(
+                f"{series}, {kind}" if "neurons" in label else series,
+                f"{label} {kind}",
+                file,
+                file_bytes(file),
+                test,
+            )
 
 
-def llama_points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
-    """Measure DENSE by each of llama.cpp's types."""
-    from gguf import GGUFReader
+def converted(model: Path, file: Path, kind: str) -> Path:
+    if not file.is_file():
+        child(sys.executable, ROOT / "lib/run/console.py", "gguf", model, file, "--type", kind)
+    return file
 
-    whole, matrix = args.out / "f16.gguf", args.out / "imatrix.gguf"
-    if not whole.is_file():
-        child("bash", ROOT / "launch.sh", "gguf", args.model, whole, "--type", "f16")
+
+def quantised(args: argparse.Namespace, model: Path, file: Path, kind: str) -> Path:
+    """Return the file that llama.cpp makes of a model in one of its types."""
+    whole, matrix = model.with_suffix(".f16.gguf"), model.with_suffix(".imatrix.gguf")
+    if file.is_file():
+        return file
+    converted(model, whole, "f16")
     if not matrix.is_file():
         text = args.out / "train.txt"
         lines = Path(args.data, "train.jsonl").read_text("utf-8").splitlines()
         text.write_text("\n".join(json.loads(line)["text"] for line in lines)[:TEXT], "utf-8")
         imatrix = [args.llama / "llama-imatrix", "-m", whole, "-f", text, "-o", matrix]
         child(*imatrix, "--chunks", CHUNKS, "-c", WINDOW)
-    for kind in args.types:
-        file, folder = args.out / f"{kind}.gguf", args.out / kind
-        dense = args.out / f"{kind}-dequantised"
-        if not file.is_file():
-            child(args.llama / "llama-quantize", "--imatrix", matrix, whole, file, kind)
-        if not folder.is_dir():
-            shutil.rmtree(dense, ignore_errors=True)
-            dequantise(file, args.model, dense)
-        flags = ["--model", dense, "--eval_only", "--eval_data", args.data, *passed_on]
-        size = sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
-        yield Point("llama.cpp", kind.upper(), size, *measured(folder, flags))
-        shutil.rmtree(dense, ignore_errors=True)
+    child(args.llama / "llama-quantize", "--imatrix", matrix, whole, file, kind)
+    return file
+
+
+def speeds(files: Sequence[Path], llama: Path) -> dict[Path, float]:
+    """Return tokens a second of each file by llama-bench, which takes turns."""
+    timed: dict[Path, list[float]] = {file: [] for file in files}
+    for _ in range(3):
+        for file in files:
+            bench = [llama / "llama-bench", "-m", file, "-t", 1, "-p", 0, "-n", 64, "-r", 1]
+            timed[file].append(json.loads(child(*bench, "-o", "jsonl"))["avg_ts"])
+    return {file: sorted(each)[1] for file, each in timed.items()}
 
 
 def draw(points: Sequence[Point], file: Path) -> None:
@@ -146,12 +195,11 @@ def draw(points: Sequence[Point], file: Path) -> None:
 
     figure = Figure(figsize=(8.5, 5.6), layout="tight")
     axes = figure.subplots()
-    most = 1.35 * min(point.bits_per_byte for point in points)
+    most = 1.35 * min(point.test["bits_per_byte"] for point in points)
     for series in dict.fromkeys(point.series for point in points):
-        its = [p for p in points if p.series == series and p.bits_per_byte < most]
-        line = "none" if series == "llama.cpp" else "-"
-        sizes, bits = [p.size / 1e6 for p in its], [p.bits_per_byte for p in its]
-        axes.plot(sizes, bits, linestyle=line, marker="o", label=series)
+        its = [p for p in points if p.series == series and p.test["bits_per_byte"] < most]
+        sizes, bits = [p.size / 1e6 for p in its], [p.test["bits_per_byte"] for p in its]
+        axes.plot(sizes, bits, marker="o", label=series)
         for label, *place in zip([p.label for p in its], sizes, bits, strict=True):
             axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     axes.set_xscale("log")
@@ -163,32 +211,36 @@ def draw(points: Sequence[Point], file: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, metavar="DENSE", help="local folder of a dense model")
-    parser.add_argument(
-        "--pruned",
-        nargs="+",
-        default=[],
-        metavar="NAME=FOLDER",
-        type=lambda text: tuple(text.split("=", 1)),
-    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="local folder of a dense model")
     parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
+    parser.add_argument("--tokens", type=int, default=131072, help="of each training")
     parser.add_argument("--llama", type=Path, metavar="BUILT", help="folder of its programs")
-    parser.add_argument("--types", nargs="*", default=TYPES, help=f"default: {' '.join(TYPES)}")
+    parser.add_argument("--only", nargs="+", default=[*MODELS], choices=[*MODELS], metavar="LABEL")
     parser.add_argument("--out", type=Path, default=Path("frontier"), help="models and results")
     add_debug_flag(parser)
     own, passed_on = split_argv(argv)
     args = parser.parse_args(own)
     args.out.mkdir(parents=True, exist_ok=True)
-    points = [*own_points(args, passed_on)]
-    if args.llama:
-        points += llama_points(args, passed_on)
-    points.sort(key=lambda point: -point.size)
-    header = ["", "", "MB", "bits per byte", "perplexity"]
-    cells = [[*p[:2], f"{p[2] / 1e6:.1f}", f"{p[3]:.4f}", f"{p[4]:.2f}"] for p in points]
+    found = sorted(points(args, passed_on), key=lambda point: -point.size)
+    files = [point.file for point in found if point.file]
+    timed = speeds(files, args.llama) if args.llama else {}
+    header = ["", "MB", "bits per byte", "loss beside dense, nats", "KL", "tokens a second"]
+    cells = []
+    for point in found:
+        test = point.test
+        figures = [f"{point.size / 1e6:.1f}", f"{test['bits_per_byte']:.4f}"]
+        for name, form in (("loss_change", "+.4f"), ("kl", ".4f")):
+            error = test.get(f"{name}_standard_error", 0)
+            figures.append(f"{test[name]:{form}} ± {error:.4f}" if name in test else "")
+        speed = timed.get(point.file)
+        cells.append([f"{point.series}: {point.label}", *figures, f"{speed:.0f}" if speed else ""])
     table(header, cells)
-    records = json.dumps([point._asdict() for point in points], indent=1)
-    (args.out / "frontier.json").write_text(records + "\n", "utf-8")
-    draw(points, args.out / "frontier.png")
+    records = [
+        point._asdict() | {"file": str(point.file), "speed": timed.get(point.file)}
+        for point in found
+    ]
+    (args.out / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+    draw(found, args.out / "frontier.png")
     print(f"picture: {args.out / 'frontier.png'}")
 
 

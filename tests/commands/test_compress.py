@@ -118,7 +118,7 @@ def test_neurons_are_removed_until_the_file_is_as_small(capsys: pytest.CaptureFi
     whole = float(capsys.readouterr().out.split("about ")[1].split()[0])
     ratios = [float(compress.removed_neurons(job, whole * s)[-1]) for s in (0.97, 0.93, 0.89)]
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
-    with pytest.raises(compress.UserError, match=f"of {job.mlps.width} neurons in each MLP"):
+    with pytest.raises(compress.UserError, match=f"of {job.layout.count} neurons in each MLP"):
         compress.removed_neurons(job, 0.001)
 
 

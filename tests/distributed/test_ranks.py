@@ -221,12 +221,8 @@ def test_mistakes_in_flags_are_told_by_the_first(monkeypatch: pytest.MonkeyPatch
 
 
 def test_launchers_that_start_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(UserError, match="--num_processes: .* --multi_gpu"):
-        DistContext(torch.device("cpu"))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="MASTER_ADDR None.*start all with torchrun"):

@@ -98,7 +98,7 @@ def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
         scale = torch.logspace(-1, 1, first.weight.shape[out])
         first.weight.mul_(scale if out else scale[:, None])
     reference = copy.deepcopy(model)
-    left = layout_of(model).width - 20
+    left = layout_of(model).count - 20
     done = pruned(model, method, ids, left)
     assert [notes.kept for notes in done.notes] == by_hooks(reference, method, ids, left)
     out = model(input_ids=ids, use_cache=False).logits
