@@ -16,11 +16,14 @@ import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 from accelerate.commands import launch
 from support import at
+from tqdm import tqdm
 
 import main
 from lib.model.store import BlockStore
 from lib.util import command
 from lib.util.errors import UserError
+
+tqdm.get_lock()  # of this process: one made in a process that is killed would be left behind
 
 
 def work(

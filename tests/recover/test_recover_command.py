@@ -124,17 +124,6 @@ def test_packed_as_it_was_measured(flags: list[str], tmp_path: Path) -> None:
     assert evaluated(tmp_path / "model", *same) == pytest.approx(found["perplexity"]["uk"], 1e-5)
 
 
-def test_four_bits_trained_are_better_than_four_bits_rounded_afterwards(
-    trained: Path, tmp_path: Path
-) -> None:
-    argv = ["--model", trained, "--prune_method", "wanda", "--recover", 20 * 256]
-    _, on_grid = run(tmp_path / "grid", *argv, *PACK)
-    run(tmp_path / "dense", *argv)
-    later = ["--model", tmp_path / "dense" / "model", "--eval_only", *PACK]
-    _, rounded = run(tmp_path / "later", *later)
-    assert on_grid["perplexity"]["uk"] < rounded["perplexity"]["uk"]
-
-
 def test_equal_training_of_a_model_that_nothing_was_pruned_from(tmp_path: Path) -> None:
     """It is its own teacher: every linear is trained, at first towards what it is."""
     _, found = run(tmp_path, *RECOVER, "--recover_ce", "0.5")
