@@ -168,8 +168,9 @@ def _summarised(lines: DataFrame) -> DataFrame:
     is_dense = table["type"] == DENSE
     dense = table[is_dense].drop_duplicates("measured_on").set_index("measured_on")
     if "perplexity" in table:
-        rise = table["perplexity"] / table["measured_on"].map(dense["perplexity"]) - 1
-        table["rise"] = rise.mask(is_dense)
+        of_dense = dense.reindex(table["measured_on"]).reset_index()
+        table["rise"] = (table["perplexity"] / of_dense["perplexity"] - 1).mask(is_dense)
+        table["more_bits"] = (table["bits_per_byte"] - of_dense["bits_per_byte"]).mask(is_dense)
     targets, tests = plots.targets(table), list(lines["measured_on"].unique())
 
     def place(index: int) -> tuple[Any, ...]:

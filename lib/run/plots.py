@@ -174,18 +174,20 @@ def perplexity_by_sparsity(table: DataFrame) -> Figure | None:
 
 
 def cross_language(table: DataFrame) -> Figure | None:
-    """Draw the rise over dense in percent, calibrated on (rows) x measured on (columns).
+    """Draw bits per byte over the dense model's, calibrated on (rows) x measured on (columns).
 
-    Each type and method has axes of its own; their colours have one logarithmic scale. None where
-    fewer than two texts were calibrated on, or without a dense run.
+    Unlike perplexities, they compare languages of different scripts. Each type and method has axes
+    of its own, with a row for a method that reads no text; their colours have one logarithmic
+    scale. None where fewer than two texts were calibrated on, or without a dense run.
     """
+    import pandas
     from matplotlib.colors import LogNorm
 
     labels = [label for label in calibrations(table) if label != NONE]
-    if "rise" not in table or len(labels) < 2:
+    if "more_bits" not in table or len(labels) < 2:
         return None
-    pruned = (table["type"] != "dense") & (table["calibrated_on"] != NONE)
-    rows = table[pruned & table["rise"].map(math.isfinite)]
+    rows = table[table["more_bits"].map(math.isfinite)]
+    without, rows = (rows[(rows["calibrated_on"] == NONE) == none] for none in (True, False))
     if rows.empty:
         return None
     tests = [test for test in dict.fromkeys(table["measured_on"]) if test in set(rows.measured_on)]
@@ -194,17 +196,19 @@ def cross_language(table: DataFrame) -> Figure | None:
     names = [name for name in names if name in groups]
     width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
     columns = max(1, min(rows["method"].nunique(), PANELS_IN_A_ROW, int(WIDEST / width)))
-    title = f"{_model(table)}: rise of perplexity, by calibration and test text"
+    title = f"{_model(table)}: bits per byte over dense, by calibration and test text"
     figure, panels = _panels(title, len(names), columns, width, height)
-    percents = (100 * rows["rise"]).clip(lower=0.1)
-    norm = LogNorm(percents.min() / 1.05, percents.max() * 1.05, clip=True)
-    for axes, name in zip(panels, names, strict=True):
-        cells = groups[name].pivot_table("rise", "calibrated_on", "measured_on", sort=False)
-        cells = 100 * cells.reindex(index=labels, columns=tests)
-        form = "+,.0f" if cells.max(axis=None) >= 99.5 else "+.1f"
+    shown = rows["more_bits"].clip(lower=1e-3)
+    norm = LogNorm(shown.min() / 1.05, shown.max() * 1.05, clip=True)
+    for axes, (kind, method) in zip(panels, names, strict=True):
+        plain = without[without["type"] == kind].assign(calibrated_on="no text")
+        own = pandas.concat([groups[kind, method], plain.drop_duplicates("measured_on")])
+        cells = own.pivot_table("more_bits", "calibrated_on", "measured_on", sort=False)
+        cells = cells.reindex(index=[*labels, *["no text"] * (len(plain) > 0)], columns=tests)
+        form = "+.2f" if cells.max(axis=None) >= 0.1 else "+.3f"
         image = _heat_map(axes, cells, form, 7.5 if len(tests) > 6 else 9, norm=norm)
-        axes.set(title=f"{name[1]} {name[0]}", ylabel="calibrated on", xlabel="measured on")
-    bar = figure.colorbar(image, ax=panels, aspect=40, label="perplexity over dense, % (log scale)")
+        axes.set(title=f"{method} {kind}", ylabel="calibrated on", xlabel="measured on")
+    bar = figure.colorbar(image, ax=panels, aspect=40, label="bits per byte over dense (log scale)")
     _log_ticks(bar.ax.yaxis)
     return figure
 

@@ -22,7 +22,7 @@ def results(
     dense = method == "dense"
     tests = [
         {"name": name, "source": name, "tokens": 576, "windows": 18, "digest": f"{name}-{digest}"}
-        | {"perplexity": value, "standard_error": 2.0, "bits_per_byte": (value or 0) / 100}
+        | {"perplexity": value, "standard_error": 2.0, "bits_per_byte": value and value / 100}
         for name, value in perplexity.items()
     ]
     return {

@@ -66,9 +66,10 @@ def cells(axes: Axes) -> list[list[str]]:
 def test_cross_language(pruned: list[dict]) -> None:
     figure = plots.cross_language(table(*pruned))
     axes = drawn(figure, "wanda 50%")
-    assert cells(axes) == [["+25.0", "+52.5"], ["+55.0", "+27.5"]]  # uk, en by uk, en
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["uk", "en"]
-    assert cells(drawn(figure, "wanda 2:4")) == [["+65.0", "+75.0"], ["", ""]]
+    expected = [["+0.05", "+0.21"], ["+0.11", "+0.11"], ["", "+0.59"]]
+    assert cells(axes) == expected  # uk, en, and magnitude by uk, en
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["uk", "en", "no text"]
+    assert cells(drawn(figure, "wanda 2:4")) == [["+0.13", "+0.30"], ["", ""]]
     assert plots.cross_language(table(*pruned[1:])) is None  # no dense run
     assert plots.cross_language(table(pruned[0], pruned[1])) is None  # a single text
 
