@@ -30,13 +30,14 @@ class Worker:
         fault: str = "",
         settings: list[dict[str, str]] | None = None,
         held: object = None,
+        program: str = "main",
     ) -> None:
         self.held = held  # as long as the worker
         self.said = tempfile.TemporaryDirectory()
         lines = [[str(flag) for flag in argv] for argv in commands]
         out, err = (str(Path(self.said.name, name)) for name in ("out", "err"))
         settings = settings or [{} for _ in commands]
-        arguments = (lines, settings, fault, str(folder), out, err)
+        arguments = (lines, settings, fault, str(folder), out, err, program)
         self.process = forkserver().Process(target=worker.work, args=arguments, daemon=True)
         self.process.start()
 
