@@ -10,21 +10,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"  # on tensors this small a second thread only waits
+os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # as main.py sets it for several ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(folder))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers.utils import logging  # noqa: E402
+import pytest  # noqa: E402  and not torch, which takes seconds that the controller of workers saves
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on the CPU, if there is a Triton at all
-torch.set_num_threads(1)
 os.fsync = lambda _: None  # no test cuts the power, and hundreds of runs would wait for the disk
 REQUIRED_ON_CI = "needs a C++ compiler", "needs the package", "the pretended CUDA"
-logging.disable_progress_bar()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +30,12 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: no collection of garbage looks through it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    if processes := sys.modules.get("processes"):  # some test wants them
+        processes.start_server()
 
 
 @pytest.hookimpl(trylast=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
+from contextlib import suppress
+from multiprocessing import forkserver as server
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
-import support
 import torch.distributed as torch_dist
 import worker
-from support import LIMIT, ROOT, Done, start
-
-ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-ACCELERATE += ["--main_process_port", "0"]
+from support import LIMIT, Done
 
 
 class Worker:
@@ -29,13 +30,14 @@ class Worker:
         fault: str = "",
         settings: list[dict[str, str]] | None = None,
         held: object = None,
+        program: str = "main",
     ) -> None:
         self.held = held  # as long as the worker
         self.said = tempfile.TemporaryDirectory()
         lines = [[str(flag) for flag in argv] for argv in commands]
         out, err = (str(Path(self.said.name, name)) for name in ("out", "err"))
         settings = settings or [{} for _ in commands]
-        arguments = (lines, settings, fault, str(folder), out, err)
+        arguments = (lines, settings, fault, str(folder), out, err, program)
         self.process = forkserver().Process(target=worker.work, args=arguments, daemon=True)
         self.process.start()
 
@@ -102,11 +104,6 @@ def ended(workers: list[Worker]) -> list[Done]:
     return [one.end() for one in workers]
 
 
-def launched(arguments: list, folder: Path) -> Done:
-    """`python -m ARGUMENTS...`, a launcher with its program, to its end."""
-    return support.ended(start(["-m", *map(str, arguments)], folder))
-
-
 def kept_port() -> socket.socket:
     """Bound to a port that nobody listens to, and that only who is told of it will listen to."""
     one = socket.socket()
@@ -117,9 +114,30 @@ def kept_port() -> socket.socket:
 
 def forkserver() -> multiprocessing.context.BaseContext:
     """What starts processes in which everything is imported."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["worker", "bitsandbytes"])
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    os.environ["PYTHONPATH"] = path  # the server is started with it, at the first process
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # as main.py sets it before it imports torch
-    return context
+    return multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Fork the server off this process, before a test has changed anything in it.
+
+    multiprocessing would start another interpreter, and import everything again.
+    """
+
+    def fork(_: object, argv: list[str], kept: list[int]) -> int:
+        child = os.fork()
+        if child:
+            return child
+        try:
+            pipe = os.fstat(kept[1]).st_ino  # the server ends when all others have closed it
+            for fd in set(map(int, os.listdir("/dev/fd"))).difference(kept):
+                with suppress(OSError):
+                    if os.fstat(fd).st_ino == pipe:
+                        os.close(fd)
+            sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
+            exec(argv[-1])
+        finally:
+            os._exit(0)
+
+    resource_tracker.ensure_running()  # an interpreter of its own, and light
+    with mock.patch.object(util, "spawnv_passfds", fork):
+        server.ensure_running()

@@ -43,9 +43,6 @@ CPU = torch.device("cpu")
 ALONE = DistContext(CPU, alone=True)
 HALF = Sparsity(0.5)
 LIMIT = 600  # seconds after which a process that a test waits for hangs, on a busy machine too
-# how many times slower than a quiet machine this one may be: what tests wait for in vain, they wait
-# for so much longer
-PATIENCE = max(1, min(8, round(os.getloadavg()[0] / (os.cpu_count() or 1))))
 PROGRESS = re.compile(r"\[\d+:\d\d[<,]")  # a line of a progress bar
 QUICK = ["--device", "cpu", "--seqlen", "32", "--nsamples", "8", "--prompts", "0"]
 
@@ -76,6 +73,13 @@ def call(*argv: object) -> Done:
         except SystemExit as left:  # argparse
             status = left.code
     return Done(status, out.getvalue(), err.getvalue())
+
+
+def succeed(*argv: object) -> Done:
+    """`call`, of a run that ends well."""
+    done = call(*argv)
+    assert done.status == 0, done.err
+    return done
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from hub import Hub
-from support import QUICK, ROOT, launch, launched, results
+from support import LIMIT, QUICK, ROOT, launch, launched, results, start
 
 from lib.run import console
 from lib.run.flags import build_parser, check_flags
@@ -122,3 +122,28 @@ def test_a_recipe_with_a_model_and_texts_of_the_hub(hub: Hub, place: Path) -> No
     on_c4 = results("out/c4")
     assert on_c4["calibration"]["name"] == "c4" and list(on_c4["perplexity"]) == ["ubertext"]
     assert any(path.endswith("en/c4-train.00000-of-01024.json.gz") for path in hub.asked)
+
+
+# --- a reader that has seen enough, as `head` has, is no error
+
+CODE = """
+import sys
+from lib.util import command
+sys.exit(command.run(lambda argv: print(*range(10**6), sep="\\n")))
+"""
+
+
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(tmp_path: Path) -> None:
+    process = start(["-c", CODE], tmp_path)
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=LIMIT) == 1
+
+
+def test_so_does_one_that_never_came(tmp_path: Path) -> None:
+    """What is printed fits into a buffer, and shows only when that is written at the end."""
+    process = start(["-c", CODE.replace("10**6", "3")], tmp_path)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=LIMIT) == 1

@@ -14,7 +14,7 @@ import tiny
 import torch
 from filelock import FileLock
 
-STEPS, WINDOWS, TOKENS = 400, 16, 32
+STEPS, WINDOWS, TOKENS = 150, 16, 32
 
 
 def trained_model(cache: Path, needs_bos: bool = False) -> Path:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from importlib import import_module
 
-import datasets  # noqa: F401  everything that is heavy is imported once, before processes fork off
+import bitsandbytes  # noqa: F401  what is heavy is imported once, before processes fork off
+import datasets  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
+from accelerate.commands import launch
 from support import at
+from tqdm import tqdm
 
-import main
+import main  # noqa: F401
 from lib.model.store import BlockStore
 from lib.util import command
 from lib.util.errors import UserError
 
-gc.freeze()  # in processes that fork off, what is imported is not looked through for garbage
+tqdm.get_lock()  # of this process: one made in a process that is killed would be left behind
 
 
 def work(
@@ -30,8 +34,10 @@ def work(
     folder: str,
     out: str,
     err: str,
+    program: str,
 ) -> None:
-    """Run main.py with each command line in turn, under its settings of the environment.
+    """Run main.py, or a command, with each command line in turn, under its settings of the
+    environment.
 
     `fault`, as `pruning 1:SIGKILL`, sends this process the signal when the progress bar `pruning`
     has been told of one step; after `late` it reads blocks slowly, and another word than a
@@ -46,8 +52,15 @@ def work(
     with at(label, int(number), partial(_fail, how)) if fault else nullcontext():
         for argv, variables in zip(commands, settings, strict=True):
             os.environ.update(variables)
-            status = status or command.run(main.main, argv)
+            status = status or command.run(import_module(program).main, argv)
     sys.exit(status)
+
+
+def accelerate(flags: list[str], folder: str) -> None:
+    """Be `accelerate launch FLAGS...`, started in `folder`."""
+    os.chdir(folder)
+    sys.argv[1:] = flags
+    launch.main()
 
 
 def _fail(how: str) -> None:

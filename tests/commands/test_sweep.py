@@ -7,14 +7,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import tiny
-from support import LIMIT, QUICK, Done, call, results, start, wait_until
+from processes import Worker
+from support import QUICK, Done, call, results, wait_until
 
 from lib.commands import languages, sweep, sweep_run
 from lib.run.flags import build_parser
@@ -201,29 +201,29 @@ def children(pid: int) -> list[int]:
 def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     """A run that is killed is a failed one; Ctrl-C ends both; one whose sweep is killed ends."""
 
-    def started() -> tuple[subprocess.Popen, int]:
-        """Start the sweep; return it and the process of its first run."""
-        argv = ["-m", "lib.commands.sweep", "--models", str(model), *WANDA]
-        process = start([*argv, "--calibration", str(texts[0]), *PASSED], tmp_path)
-        wait_until(lambda: children(process.pid))
-        return process, children(process.pid)[0]
+    def started() -> tuple[Worker, int, int]:
+        """Start the sweep; return it, and its process and that of its first run."""
+        argv = ["--models", model, *WANDA, "--calibration", texts[0], *PASSED]
+        worker = Worker([argv], tmp_path, program="lib.commands.sweep")
+        wait_until(lambda: children(worker.process.pid))
+        return worker, worker.process.pid, children(worker.process.pid)[0]
 
-    process, run = started()
+    worker, process, run = started()
     os.kill(run, signal.SIGKILL)
-    wait_until(lambda: [each for each in children(process.pid) if each != run])
-    (run,) = children(process.pid)
-    for each in (process.pid, run):  # as a terminal does
+    wait_until(lambda: [each for each in children(process) if each != run])
+    (run,) = children(process)
+    for each in (process, run):  # as a terminal does
         os.kill(each, signal.SIGINT)
-    out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted; the same command continues"
-    assert "runs/tiny/dense: failed with status -9" in out
+    done = worker.end()
+    assert done.status == 130
+    assert done.err.splitlines()[-1] == "interrupted; the same command continues"
+    assert "runs/tiny/dense: failed with status -9" in done.out
     assert "killed" in json.loads(Path("runs/tiny/dense/error.json").read_text())["error"]
 
-    process, run = started()
+    worker, process, run = started()
     wait_until(lambda: len(os.listdir(f"/proc/{run}/task")) > 1)  # it watches the sweep
-    process.kill()
-    process.communicate(timeout=LIMIT)
+    os.kill(process, signal.SIGKILL)
+    worker.end()
     wait_until(lambda: not Path(f"/proc/{run}").exists())
     assert not list(Path("runs").rglob("results.json"))
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 A = torch.arange(12.0).view(3, 4)
 
@@ -41,59 +40,37 @@ def test_refused(what: str) -> None:
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_a_copy_to_the_host_is_there_once_the_host_waits(waits: bool) -> None:
-    host, x = torch.zeros(3, 4).pin_memory(), A.cuda()
-    host.copy_(x, non_blocking=True)
+def test_pinned_memory_is_right_once_the_host_has_waited(waits: bool, device: Any) -> None:
+    host, x = A.pin_memory(), A.cuda()
+    there = torch.zeros(3, 4).pin_memory()
+    copied = host.to("cuda", non_blocking=True) * 2  # no matter what the device has done by then
+    there.copy_(x, non_blocking=True)
     x.mul_(2)  # later work of the same stream
     if waits:
         torch.accelerator.synchronize()
-    assert torch.equal(host, A if waits else torch.zeros(3, 4))
-
-
-@pytest.mark.parametrize("waits", [True, False])
-def test_pinned_memory_stays_until_its_copy_was_waited_for(waits: bool, device: Any) -> None:
-    host = A.pin_memory()
-    x = host.to("cuda", non_blocking=True) * 2  # no matter what the device has done by then
-    if waits:
-        torch.accelerator.synchronize()
+    assert torch.equal(there, A if waits else torch.zeros(3, 4))
     host.zero_()
     assert any("overwritten" in line for line in device.complaints()) == (not waits)
-    assert torch.equal(x.cpu(), 2 * A)
+    assert torch.equal(copied.cpu(), 2 * A)
 
 
-def on_a_side(device: Any, *, before: bool, after: bool, recorded: bool) -> tuple[Tensor, set[str]]:
-    """Work of the computing stream, of another, and of the first again, as each has waited."""
+@pytest.mark.parametrize("missing", ["", "before", "after", "recorded"])
+def test_work_out_of_order_is_seen(missing: str, device: Any) -> None:
+    """Of the computing stream, of another, and of the first again, as each has waited."""
     side, stream = torch.Stream("cuda"), torch.accelerator.current_stream()
     x = A.cuda() + 1
-    if before:
+    if missing != "before":
         side.wait_stream(stream)
     with side:
-        x.add_(1)
-    if after:
+        y = x + 1
+    if missing not in ("after", "recorded"):
         stream.wait_stream(side)
-    result = x * 2 if before else x
-    if recorded:
+    if missing == "after":
+        y * 2
+    if missing != "recorded":
         x.record_stream(side)
     del x
-    return result, device.complaints()
-
-
-@pytest.mark.parametrize("before, after", [(True, True), (False, True), (True, False)])
-def test_work_out_of_order_is_seen(before: bool, after: bool, device: Any) -> None:
-    _, complaints = on_a_side(device, before=before, after=after, recorded=True)
-    assert bool(complaints) == (not (before and after)), complaints
-
-
-def test_memory_that_is_freed_too_early_is_seen(device: Any) -> None:
-    for recorded in (True, False):
-        side = torch.Stream("cuda")
-        x = A.cuda()
-        side.wait_stream(torch.accelerator.current_stream())
-        with side:
-            y = x + 1
-        if recorded:
-            x.record_stream(side)
-        del x
-        assert any("was freed" in line for line in device.complaints()) == (not recorded)
-        side.synchronize()
-        del y
+    complaints = device.complaints()
+    torch.accelerator.synchronize()
+    assert bool(complaints) == bool(missing), complaints
+    assert any("was freed" in line for line in complaints) == (missing == "recorded")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from support import call, raising, results, weights
+from support import ROOT, call, raising, results, succeed, weights
 
 from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy, pick_dtype
 from lib.recover import Recoverer, TrainSchedule
+
+sys.path.append(str(ROOT / "tests/bench/gpu"))
+
+import first_run  # noqa: E402
 
 BASE = ["--seqlen", "32", "--nsamples", "6", "--prompts", "0", "--batch_size", "4"]
 BASE += ["--calibration_data", "uk", "--eval_data", "uk"]
@@ -38,8 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, where: str, *argv: object, model: str = "model") -> dict[str, Any]:
     """Results of a run that succeeds; its model is saved beside them."""
     out = ["--save", folder / "out", "--save_model", folder / "model"]
-    done = call("--model", model, *BASE, "--device", where, *argv, *out)
-    assert done.status == 0, done.err
+    done = succeed("--model", model, *BASE, "--device", where, *argv, *out)
     return results(folder / "out") | {"said": done.out}
 
 
@@ -117,8 +121,7 @@ def test_what_was_packed_there_is_read_there(tmp_path: Path) -> None:
     found = run(tmp_path, "cuda:0", "--prune_method", "wanda", *PACK)
     for where in ("cpu", "cuda:0"):
         argv = ["--model", tmp_path / "model", *BASE, "--device", where, "--eval_only"]
-        done = call(*argv, "--save", tmp_path / where)
-        assert done.status == 0, done.err
+        succeed(*argv, "--save", tmp_path / where)
         again = results(tmp_path / where)["perplexity"]["uk"]
         assert again == pytest.approx(found["perplexity"]["uk"], rel=1e-6)
 
@@ -138,8 +141,7 @@ def test_interrupted_and_continued(stop: tuple, more: list[str], tmp_path: Path)
     argv += ["--resume", tmp_path / "kept"]
     with raising(KeyboardInterrupt(), *stop):
         assert call(*argv).status != 0
-    done = call(*argv)
-    assert done.status == 0, done.err
+    succeed(*argv)
     assert_same(tmp_path / "whole", tmp_path)
 
 
@@ -208,3 +210,12 @@ def test_a_training_that_is_not_reproducible_goes_on_and_says_so(
         (recoverer := Recoverer(runner, teacher, schedule, text)).run()
     assert recoverer.curve[-1]["loss"] > 0 and not torch.are_deterministic_algorithms_enabled()
     assert capsys.readouterr().out.count("recovery: two runs may differ: reflection") == 1
+
+
+@pytest.mark.parametrize("name", ["methods", "2:4 products", "packed, 4 bits", "fetched blocks"])
+def test_a_check_of_launch_sh_gpu_in_small(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = first_run.report_of(name, torch.device("cuda:0"), small=True)
+    assert report["result"] == "ok", report

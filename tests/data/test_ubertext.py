@@ -4,7 +4,6 @@ import bz2
 import json
 
 import pytest
-from support import launched
 
 from lib.commands import ubertext
 from lib.commands.ubertext import GENRES, build, documents, find_dumps
@@ -101,10 +100,9 @@ def test_bad_dumps(dumps, tmp_path):
         find_dumps(dumps)
 
 
-def test_the_command(tmp_path):
-    dumps = tmp_path / "dumps"
-    dumps.mkdir()
+def test_the_command(tmp_path, capsys):
     for genre in GENRES:
-        (dumps / f"{genre}.txt").write_text("\n\n\n\n".join(["слово " * 1400] * 3))
-    assert "15 train, 0 test documents" in launched(["ubertext", dumps, "out"], tmp_path)
+        (tmp_path / f"{genre}.txt").write_text("\n\n\n\n".join(["слово " * 1400] * 3))
+    ubertext.main([str(tmp_path), str(tmp_path / "out")])
+    assert "15 train, 0 test documents" in capsys.readouterr().out
     assert len(rows(tmp_path / "out/train.jsonl")) == 15

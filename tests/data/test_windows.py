@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from published import published_windows
 from tiny import sentences, tiny_tokenizer, write_texts
 
 from lib.data import windows as data
@@ -47,26 +48,6 @@ def message(*args) -> str:
 # --- calibration
 
 
-def published(texts, tokenizer, nsamples, seqlen, seed, again=False):
-    """The published loops for UberText and (`again`) C4."""
-    random.seed(seed)
-    used, windows, rows, starts = [], [], [], []
-    for _ in range(nsamples):
-        while True:
-            i = random.randint(0, len(texts) - 1)
-            if i in used:
-                continue
-            encoded = ids(tokenizer, texts[i])
-            if encoded.shape[1] > seqlen:
-                break
-        if not again:
-            used.append(i)
-        rows.append(i)
-        starts.append(random.randint(0, encoded.shape[1] - seqlen - 1))
-        windows.append(encoded[:, starts[-1] : starts[-1] + seqlen])
-    return torch.cat(windows), rows, starts
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["folder", "ubertext", "c4"])
 def test_texts_are_drawn_as_published(hub, tmp_path, tokenizer, name, seed):
@@ -77,7 +58,7 @@ def test_texts_are_drawn_as_published(hub, tmp_path, tokenizer, name, seed):
     count, state = (60 if again else 10), random.getstate()
     windows, record = draw(source, tokenizer, count, seed=seed)
     assert random.getstate() == state  # the global generator is left alone
-    expected, rows, starts = published(texts, tokenizer, count, SEQLEN, seed, again)
+    expected, rows, starts = published_windows(texts, tokenizer, count, SEQLEN, seed, again)
     assert windows.dtype == torch.int64 and torch.equal(windows, expected)
     (its,) = record["sources"]
     assert (its["rows"], its["starts"]) == (rows, starts)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from processes import ACCELERATE, ended, kept_port, launched, together
+import worker
+from processes import Worker, ended, forkserver, kept_port, together
 from safetensors.torch import load_file
-from support import QUICK, ROOT, call, results, weights
+from support import LIMIT, QUICK, call, results, succeed, wait_until, weights
 
 from lib.distributed import context
 from lib.distributed.context import DistContext
@@ -33,6 +36,7 @@ CASES = {
     "quantised": "llama --prune_method sparsegpt --load_bit 8",
     "recovered": "llama --prune_method wanda --recover 512",
 }
+FILES = ("wanda", "offloaded", "packed", "recovered")  # where machines matter
 EXACT = ("wanda", "experts", "one window", "offloaded", "packed")
 SECOND_IS_GONE = r"error: rank 0 of \d: (rank 1|another rank) is gone or does not answer \(.*"
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -61,28 +65,44 @@ def alone(place: Path) -> str:
     os.chdir(place)
     try:
         for case in CASES:
-            done = call(*flags(case, "alone"))
-            assert done.status == 0, done.err
+            succeed(*flags(case, "alone"))
     finally:
         os.chdir(before)
     return "alone"
 
 
-@pytest.fixture(scope="module", params=[(3, 3), (2, 1)], ids=["3", "2 machines"])
-def shared(request: pytest.FixtureRequest, place: Path, alone: str) -> str:
-    """Where several ranks, so many on a machine, have left them."""
-    size, each = request.param
+def left_by_ranks(size: int, each: int, cases: Collection[str], place: Path) -> str:
+    """Where several ranks, so many on a machine, leave some cases."""
     where = f"{size} by {each}"
-    done = ended(together(size, [flags(case, where) for case in CASES], place, each=each))
+    done = ended(together(size, [flags(case, where) for case in cases], place, each=each))
     assert [one.status for one in done] == [0] * size, [one.err for one in done]
-    assert done[0].out.count("\nsaved: ") == done[0].out.count("perplexity uk: ") == len(CASES)
+    assert done[0].out.count("\nsaved: ") == done[0].out.count("perplexity uk: ") == len(cases)
     assert [(one.out, one.err) for one in done[1:]] == [("", "")] * (size - 1)
     assert not (place / "away").exists()
     return where
 
 
+@pytest.fixture(scope="module")
+def three(place: Path, alone: str) -> str:
+    return left_by_ranks(3, 3, CASES, place)
+
+
+@pytest.fixture(scope="module")
+def machines(place: Path, alone: str) -> str:
+    return left_by_ranks(2, 1, FILES, place)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_as_one_process(case: str, alone: str, shared: str) -> None:
+def test_three_ranks_do_as_one_process(case: str, alone: str, three: str) -> None:
+    check_alike(case, alone, three)
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_so_do_two_machines(case: str, alone: str, machines: str) -> None:
+    check_alike(case, alone, machines)
+
+
+def check_alike(case: str, alone: str, shared: str) -> None:
     one, many = (results(f"{place}/{case}/run") for place in (alone, shared))
     assert many["perplexity"]["uk"] == pytest.approx(one["perplexity"]["uk"], rel=5e-3)
     for name in ("kl", "top1_agreement"):
@@ -101,25 +121,47 @@ def test_as_one_process(case: str, alone: str, shared: str) -> None:
     assert differ <= share * sum(tensor.numel() for tensor in before.values())
 
 
-def test_accelerate_launch(place: Path, alone: str) -> None:
-    done = launched([*ACCELERATE, ROOT / "main.py", *flags("wanda", "accelerate")], place)
-    assert done.status == 0, done.err
-    assert done.out.count("saved: ") == 1
+RELAY = """
+import json, os, time
+
+rank = os.environ["RANK"]
+with open("part" + rank, "w") as file:
+    json.dump(dict(os.environ), file)
+os.rename("part" + rank, rank)
+while not os.path.exists("over") and os.getppid() > 1:
+    time.sleep(0.1)
+"""
+
+
+def test_accelerate_launch(place: Path, alone: str, tmp_path: Path) -> None:
+    """What it tells its processes lets ranks find each other; these are forked off instead."""
+    (tmp_path / "relay.py").write_text(RELAY)
+    argv = "--multi_gpu --num_processes 2 --main_process_port 0 relay.py".split()
+    launcher = forkserver().Process(target=worker.accelerate, args=(argv, str(tmp_path)))
+    launcher.start()
+    told = [tmp_path / "0", tmp_path / "1"]
+    wait_until(lambda: not launcher.is_alive() or all(path.exists() for path in told))
+    argv = flags("wanda", "accelerate")
+    done = ended([Worker([argv], place, settings=[json.loads(path.read_text())]) for path in told])
+    (tmp_path / "over").touch()
+    launcher.join(LIMIT)
+    assert launcher.exitcode == 0 and [one.status for one in done] == [0, 0], done
+    assert done[0].out.count("saved: ") == 1 and not done[1].out
     one, two = results("alone/wanda/run"), results("accelerate/wanda/run")
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
 
 
-def test_a_run_is_continued_by_another_number_of_ranks(place: Path, tmp_path: Path) -> None:
+def test_a_run_is_continued_by_another_number_of_ranks(
+    place: Path, alone: str, tmp_path: Path
+) -> None:
     argv = [*flags("sparsegpt 4:8", tmp_path), "--resume", tmp_path / "kept"]
     done = ended(together(3, [argv], place, {0: "pruning 1:SIGKILL"}))
     assert done[0].status == -signal.SIGKILL
     done = ended(together(2, [argv], place, {1: "pruning 2:SIGKILL"}))
     assert done[1].status == -signal.SIGKILL
     assert call(*argv).status == 0 and not (tmp_path / "kept").exists()
-    whole = call(*flags("sparsegpt 4:8", tmp_path / "whole"))
-    assert whole.status == 0
     path = "sparsegpt 4:8/model/model.safetensors"
-    before, after = load_file(tmp_path / "whole" / path), load_file(tmp_path / path)
+    before, after = load_file(place / alone / path), load_file(tmp_path / path)
     differ = sum(int(((before[k] == 0) != (after[k] == 0)).sum()) for k in before)
     assert differ <= 0.001 * sum(tensor.numel() for tensor in before.values())
 
@@ -137,14 +179,12 @@ def complaints(done: list) -> list[str]:
     return [line for one in done for line in one.complaints]
 
 
-@pytest.mark.parametrize("case", ["wanda", "offloaded"])
-def test_a_killed_rank_ends_the_others(case: str, place: Path, tmp_path: Path) -> None:
-    argv = [*flags(case, tmp_path), *(["--offload", tmp_path / "a"] if case != "wanda" else [])]
-    done = ended(together(3, [argv], place, {1: "pruning 1:SIGKILL"}))
+def test_a_killed_rank_ends_the_others(place: Path, tmp_path: Path) -> None:
+    done = ended(together(3, [flags("wanda", tmp_path)], place, {1: "pruning 1:SIGKILL"}))
     assert [one.status for one in done] == [FAILED, -signal.SIGKILL, TERMINATED]
     [line] = complaints(done)
     assert re.match(SECOND_IS_GONE, line)
-    assert not (tmp_path / case / "model").exists()
+    assert not (tmp_path / "wanda" / "model").exists()
 
 
 def test_without_a_launcher_the_others_end_by_themselves(place: Path, tmp_path: Path) -> None:
@@ -212,16 +252,11 @@ def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shares_and_owners() -> None:
-    alone = DistContext(torch.device("cpu"), alone=True)
-    alone.size, alone.rank = 3, 1
-    assert [range(8)[_of(alone, rank)] for rank in range(3)] == [range(2), range(2, 5), range(5, 8)]
-    owners = alone.assign_owners([5, 1, 4, 3, 2])
-    loads = [
-        sum(c for c, o in zip([5, 1, 4, 3, 2], owners, strict=True) if o == r) for r in range(3)
-    ]
-    assert sorted(loads) == [5, 5, 5]
-
-
-def _of(dist: DistContext, rank: int) -> slice:
-    dist.rank = rank
-    return dist.share(8)
+    alone, parts, loads = DistContext(torch.device("cpu"), alone=True), [], [0, 0, 0]
+    alone.size, costs = 3, [5, 1, 4, 3, 2]
+    for alone.rank in range(3):
+        parts.append(range(8)[alone.share(8)])
+    assert parts == [range(2), range(2, 5), range(5, 8)]
+    for cost, owner in zip(costs, alone.assign_owners(costs), strict=True):
+        loads[owner] += cost
+    assert loads == [5, 5, 5]

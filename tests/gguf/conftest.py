@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import processes
 import pytest
+from support import LIMIT
 
 from lib.util.errors import UserError
 
@@ -32,15 +35,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return whole.write_whole(folder, "llama", whole.WIDTHS, kinds.byte_fallback())
 
 
+@pytest.fixture(scope="session")
+def runs() -> Iterator[ProcessPoolExecutor]:
+    """A process that runs llama.cpp, file after file; its crash leaves the tests alive."""
+    with ProcessPoolExecutor(1, processes.forkserver()) as pool:
+        yield pool
+
+
 @pytest.fixture
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def quickly(runs: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
     from lib.commands.gguf import command, llama_cpp, proof
 
     def here(what: str, function: Callable, **arguments: object) -> object:
-        if function is llama_cpp.run:
-            return llama_cpp.run_child(what, function, **arguments)
         try:
+            if function is llama_cpp.run:
+                return runs.submit(function, **arguments).result(LIMIT)
             return function(**arguments)
         except Exception as error:
             raise UserError(f"{what}: {error}") from error

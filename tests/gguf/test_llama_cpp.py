@@ -14,10 +14,10 @@ import pytest
 import tiny
 import torch
 import whole
-from support import QUICK, ROOT, call, content, ended, start
+from support import QUICK, content, succeed
 from transformers import AutoTokenizer
 
-from lib.commands.gguf import llama_cpp
+from lib.commands.gguf import command, llama_cpp, proof
 from lib.commands.gguf.command import main
 from lib.commands.gguf.proof import letter_of, prove_predictions, prove_tensors, prove_tokens
 from lib.commands.gguf.source import open_folder
@@ -34,8 +34,7 @@ pytestmark = pytest.mark.usefixtures("quickly")
 def trimmed(folder: Path, texts: Path, out: Path, *more: object) -> Path:
     sources = [texts / "uk", texts / "en"]
     argv = ["--model", folder, *QUICK, "--trim_vocabulary", "--vocabulary_data", *sources, *more]
-    done = call(*argv, "--prompts", 0, "--save", out.parent / "run", "--save_model", out)
-    assert done.status == 0, done.err
+    succeed(*argv, "--prompts", 0, "--save", out.parent / "run", "--save_model", out)
     return out
 
 
@@ -177,25 +176,20 @@ def test_one_other_row_of_embedding_or_head(
         prove_tensors(file, file, llama)
 
 
-@pytest.mark.parametrize(
-    ("weight_type", "change"),
-    [
-        ("f32", scale("blk.1.attn_v.weight", 1.1)),
-        ("f32", rewrite("llama.rope.freq_base", 1.2e4)),
-        ("f16", scale("blk.0.ffn_down.weight", 1.1)),
-        ("q8_0", scale("blk.0.ffn_down.weight", 0)),
-    ],
-)
-def test_another_model_predicts_otherwise(
-    weight_type: str, change: Callable, files: dict, llama: Path, tmp_path: Path
-) -> None:
+def test_another_model_predicts_otherwise(files: dict, llama: Path, tmp_path: Path) -> None:
     windows = {"some": [torch.arange(5, 105)]}
     letter = letter_of(open_folder(str(llama)).tokenizer)
     proven = prove_predictions(llama, files, windows, letter)["distances"]
     assert proven["f32"] < 1e-4 < proven["f16"] < proven["q8_0"] < proven["q4_0"]
-    file = changed(files[weight_type], tmp_path / "file", change)
-    with pytest.raises(UserError, match=f"in {weight_type} predictions differ by .* this model"):
-        prove_predictions(llama, {weight_type: file}, windows, letter)
+    for weight_type, change in (
+        ("f32", scale("blk.1.attn_v.weight", 1.1)),
+        ("f32", rewrite("llama.rope.freq_base", 1.2e4)),
+        ("f16", scale("blk.0.ffn_down.weight", 1.1)),
+        ("q8_0", scale("blk.0.ffn_down.weight", 0)),
+    ):
+        file = changed(files[weight_type], tmp_path / "file", change)
+        with pytest.raises(UserError, match=f"in {weight_type} predictions differ by .* this mod"):
+            prove_predictions(llama, {weight_type: file}, windows, letter)
 
 
 def test_other_tokens(files: dict, llama: Path, tmp_path: Path) -> None:
@@ -229,24 +223,21 @@ def test_without_a_runner_only_tensors_are_proven(
     assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
 
 
-def test_as_a_command_with_relative_paths_and_a_proxy(
-    llama: Path, texts: Path, tmp_path: Path
+def test_relative_paths_children_and_a_proxy(
+    llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     """From any folder, in processes of its own; no text meets the proxy, which is not there."""
-    shutil.copytree(llama, tmp_path / "in")
-    shutil.copytree(texts / "uk", tmp_path / "uk")
-    code = ["-P", "-m", "lib.commands.gguf", "in", "new/model.gguf", "--type", "Q8_0"]
-    proxy = dict(http_proxy="http://127.0.0.1:9", no_proxy="", PYTHONPATH=str(ROOT))
-    process = start([*code, "--data", "uk"], tmp_path, **proxy)
-    done = ended(process)
-    assert done.status == 0, done.err
-    tokens, predictions, missing, written = done.out.splitlines()[-4:]
+    for caller in (command, proof):
+        monkeypatch.setattr(caller, "run_child", llama_cpp.run_child)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    shutil.copytree(llama, "in")
+    shutil.copytree(texts / "uk", "uk")
+    main(["in", "new/model.gguf", "--type", "Q8_0", "--data", "uk"])
+    tokens, predictions, missing, written = capsys.readouterr().out.splitlines()[-4:]
     assert tokens == "uk: llama.cpp cuts all 9 documents alike"
     assert predictions.startswith("predictions after 32 beginnings differ by ")
     assert missing == "not proven: texts past 127 tokens, the chat template"
     assert written.startswith("written: new/model.gguf, ") and " KiB, q8_0, and" in written
-    assert sorted(os.listdir(tmp_path / "new")) == [
-        "model.gguf",
-        "model.gguf.json",
-        "model.gguf.md",
-    ]
+    assert sorted(os.listdir("new")) == ["model.gguf", "model.gguf.json", "model.gguf.md"]

@@ -8,7 +8,7 @@ import tiny
 import torch
 import whole
 from safetensors.torch import load_file
-from support import QUICK, call, results, runner_of, windows
+from support import QUICK, results, runner_of, succeed, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -98,8 +98,7 @@ def test_no_value_changes_in_a_file(name: str, texts, tmp_path, capsys) -> None:
     folder = whole.write_whole(tmp_path / "model", kind, fields, tokenizer())
     argv = ["--model", folder, *QUICK, "--calibration_data", texts / "uk", "--quantize", "q4_0"]
     argv += ["--recover", 512, "--save", tmp_path / "run", "--save_model", tmp_path / "q4"]
-    done = call(*argv)
-    assert done.status == 0, done.err
+    succeed(*argv)
     assert {one.dtype for one in load_file(tmp_path / "q4/model.safetensors").values()} == {
         torch.bfloat16
     }

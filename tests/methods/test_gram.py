@@ -1,9 +1,18 @@
-"""X^T X against float64, whatever the width, the dtype and the way the tokens arrive."""
+"""X^T X against float64, whatever the width, dtype and batch, and what is factored of it."""
 
 import pytest
 import torch
 
-from lib.methods.gram import PANEL, add_cross_, add_upper_gram_, mirror_, split
+from lib.methods.gram import (
+    PANEL,
+    add_cross_,
+    add_upper_gram_,
+    cholesky,
+    damped_cholesky_,
+    mirror_,
+    split,
+)
+from lib.util.errors import UserError
 
 
 def inputs(tokens: int, width: int, dtype=torch.float32) -> torch.Tensor:
@@ -41,3 +50,20 @@ def test_two_halves_are_as_good_as_float32():
     assert (two - exact).norm() / exact.norm() < 1e-5
     lag = 1000 * inputs(400, 32)  # float32 with all its digits
     assert ((lag - sum(part.float() for part in split(lag))).abs() <= 2**-16 * lag.abs()).all()
+
+
+def test_it_rises_tenfold_with_a_warning_and_not_for_ever():
+    with pytest.warns(UserWarning, match="damping 0.01; it is raised"):
+        factor = damped_cholesky_(-0.05 * torch.eye(3), 0.01, torch.tensor(1.0))
+    assert torch.allclose(factor @ factor.T, 0.05 * torch.eye(3))
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="with damping 10; use more"):
+        damped_cholesky_(-11 * torch.eye(3), 0.01)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [(3, 3), (4, 1)])
+def test_what_is_not_positive_definite_has_none(wrong, place):
+    hessian = torch.eye(5)
+    hessian[place] = wrong if wrong or place == (3, 3) else 2.0
+    with pytest.raises(UserError, match="can't be factored"):
+        cholesky(hessian)

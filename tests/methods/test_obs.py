@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lib.methods.admm import Admm
 from lib.methods.least_squares import FLOOR
-from lib.methods.magnitude import Magnitude
 from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsegpt import SparseGPT
 from lib.methods.wanda import Wanda
@@ -63,21 +62,6 @@ def test_one_at_a_time_is_the_greedy_best(count: int) -> None:
     assert numpy.allclose(found.numpy(), solution)
 
 
-@pytest.mark.parametrize("count", [10, 30])
-def test_sparsegpt_repairs_what_stays(count: int) -> None:
-    x, weight, gains = problem()
-    method, pruned = SparseGPT(40, CPU), weight.clone()
-    method.observe(x)
-    kept = method.remove_neurons_(pruned, gains, count)
-    assert len(kept) == count and (kept.diff() > 0).all()
-    gone = sorted(set(range(40)) - set(kept.tolist()))
-    assert (pruned[:, gone] == 0).all()
-    hessian, rows = damped(x), kept.tolist()
-    target = hessian @ weight.T.double().numpy()
-    best = numpy.linalg.solve(hessian[numpy.ix_(rows, rows)], target[rows])
-    assert numpy.allclose(pruned[:, kept].T.numpy(), best, atol=1e-3)
-
-
 @pytest.mark.parametrize("by_stream", [False, True])
 def test_admm_aims_at_the_dense_model(by_stream: bool) -> None:
     """Against least squares on the outputs that the dense model has, and what is ahead."""
@@ -102,19 +86,6 @@ def test_admm_aims_at_the_dense_model(by_stream: bool) -> None:
     scaled = tall / scale.double()
     rows, _ = by_brute_force((scaled.T @ scaled).numpy(), (scaled.T @ right).numpy(), 25)
     assert len(set(kept.tolist()) & set(rows)) >= 22  # a stage is several at once
-
-
-def test_scores_of_magnitude_and_wanda_by_hand() -> None:
-    weight = torch.tensor([[3.0, 0.0, 1.0], [4.0, 2.0, 0.0]])  # columns have norms 5, 2, 1
-    gains, x = torch.tensor([0.1, 1.0, 1.0]), torch.tensor([[0.1, 0.4, 0.9]])
-    magnitude, wanda = Magnitude(3, CPU), Wanda(3, CPU)
-    wanda.observe(x)
-    for method in (magnitude, wanda):
-        pruned = weight.clone()
-        assert method.remove_neurons_(pruned, gains, 2).tolist() == [1, 2]
-        assert torch.equal(pruned, weight * torch.tensor([0.0, 1.0, 1.0]))
-    assert magnitude.remove_neurons_(weight.clone(), torch.ones(3), 1).tolist() == [0]
-    assert wanda.remove_neurons_(weight.clone(), gains, 1).tolist() == [2]
 
 
 @pytest.mark.parametrize("method", [SparseGPT, Admm, Wanda])

@@ -1,30 +1,18 @@
-"""Wanda against the published rule, written out slowly; alone and on a whole model."""
+"""Wanda and magnitude against their rules, written out slowly."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from published import published_mask
 from support import CPU
 from torch import Tensor
 
+from lib.methods.magnitude import Magnitude
 from lib.methods.sparsity import Sparsity
 from lib.methods.wanda import Wanda, WandaVariant
 
 KINDS = [("unstructured", ratio) for ratio in (0.0, 0.3, 0.5, 0.99)] + [("2:4", 0.5), ("4:8", 0.5)]
-
-
-def published_mask(weight: Tensor, norms: Tensor, sparsity: Sparsity) -> Tensor:
-    """|W| * ||X|| compared within rows or within groups of m: one row, one group at a time."""
-    mask = torch.zeros_like(weight, dtype=torch.bool)
-    score = (weight.double().abs() * norms.double()).tolist()
-    for i, row in enumerate(score):
-        step = sparsity.m or len(row)
-        for start in range(0, len(row), step):
-            part = row[start : start + step]
-            count = sparsity.n if sparsity.m else int(len(row) * sparsity.ratio)
-            for j in sorted(range(len(part)), key=part.__getitem__)[:count]:
-                mask[i, start + j] = True
-    return mask
 
 
 def published_variant(weight: Tensor, norms: Tensor, ratio: float) -> Tensor:
@@ -122,3 +110,27 @@ def test_squares_of_halves_do_not_overflow(dtype: torch.dtype, tokens: int) -> N
     wanda = Wanda(40, CPU)
     wanda.observe(x)
     torch.testing.assert_close(wanda.square_sum, x.double().square().sum(0), rtol=1e-6, atol=0)
+
+
+# --- magnitude: the whole matrix, or each group
+
+
+def smallest_dropped(weight: Tensor, sparsity: Sparsity) -> Tensor:
+    flat = weight.flatten().tolist()
+    step = sparsity.m or len(flat)
+    count = sparsity.n or int(len(flat) * sparsity.ratio)
+    for start in range(0, len(flat), step):
+        group = range(start, start + step)
+        for place in sorted(group, key=lambda i: abs(flat[i]))[:count]:
+            flat[place] = 0.0
+    return torch.tensor(flat).view(weight.shape)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("kind", "ratio"), KINDS)
+def test_the_smallest_go_from_the_left(kind: str, ratio: float, ties: bool) -> None:
+    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    weight = weight.round() if ties else weight
+    sparsity, pruned = Sparsity.parse(kind, ratio), weight.clone()
+    Magnitude(40, CPU).prune_([pruned], [sparsity])
+    assert torch.equal(pruned, smallest_dropped(weight, sparsity))

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
 from lib.model.mlp import MlpLayout, find_mlps, keep_neurons_
-from lib.model.pretrained import decoder_blocks, skeleton
+from lib.model.pretrained import decoder_blocks, set_field, skeleton
 from lib.util.errors import UserError
 
 EXPERTS = "Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, GPT-OSS, GraniteMoE, JetMoE, PhiMoE, DeepSeek-V3"
@@ -38,15 +38,15 @@ def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> Non
     assert len(layout.blocks) == len(decoder_blocks(model)[1])
     for parameter in model.parameters():  # biases that are zeros would hide a wrong one
         parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator(CPU)))
-    kept = torch.tensor([0, 3, 4, *range(9, layout.width - 1, 2)])
-    ignored = sorted(set(range(layout.width)) - set(kept.tolist()))
+    kept = torch.tensor([0, 3, 4, *range(9, layout.count - 1, 2)])
+    ignored = sorted(set(range(layout.count)) - set(kept.tolist()))
     ignoring = copy.deepcopy(model)
     for block, mlp in zip(decoder_blocks(ignoring)[1], layout.blocks, strict=True):
         down = block.get_submodule(mlp.down)
         (down.weight if isinstance(down, Conv1D) else down.weight.T)[ignored] = 0
     for block, mlp in zip(decoder_blocks(model)[1], layout.blocks, strict=True):
         keep_neurons_(block, mlp, kept)
-    layout.set_width(model.config, len(kept))
+    set_field(model.config, layout.field, len(kept))
     anew = type(model)(model.config).eval()
     anew.load_state_dict(model.state_dict())
     outputs = ignoring(input_ids=ids, use_cache=False).logits

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
-from support import QUICK, Done, at, call, no_file_larger_than, results, weights
-from transformers import AutoModelForCausalLM
+from support import QUICK, Done, at, call, no_file_larger_than
 
-PACK = ["--replace_sparse_layers", "--pack_bits", "4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -23,49 +20,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.tiny_llama(num_hidden_layers=3).save_pretrained(sharded, max_shard_size="60KB")
     (sharded / "model.safetensors").unlink()
     tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
-    tiny.write_model(folder / "gpt2", tiny.ARCHITECTURES["GPT-2"]())
     tiny.write_texts(folder / "uk", test=3)
     return folder
 
 
-def prune(model: str | Path, folder: Path, *more: object, method: str = "wanda") -> Done:
+def prune(model: str | Path, folder: Path, *more: object) -> Done:
     data = ["--calibration_data", "uk", "--eval_data", "uk", "--save", folder / "run"]
-    flags = [*QUICK, *data, "--prune_method", method, "--save_model", folder / "model"]
+    flags = [*QUICK, *data, "--prune_method", "wanda", "--save_model", folder / "model"]
     return call("--model", model, *flags, *more)
-
-
-@pytest.mark.parametrize(
-    ("model", "packs"), [("sharded", []), ("tied", []), ("tied", PACK), ("gpt2", [])]
-)
-def test_the_same_weights_and_figures_as_without(
-    model: str, packs: list[str], tmp_path: Path
-) -> None:
-    method = "sparsegpt" if model == "sharded" else "wanda"
-    for where, flags in (("plain", []), ("offloaded", ["--offload", tmp_path / "away"])):
-        done = prune(model, tmp_path / where, *flags, *packs, method=method)
-        assert done.status == 0, done.err
-        assert done.complaints == []
-        assert {path.name for path in (tmp_path / where).iterdir()} == {"run", "model"}
-    plain, offloaded = (weights(tmp_path / where / "model") for where in ("plain", "offloaded"))
-    assert plain.keys() == offloaded.keys()
-    for name, tensor in plain.items():
-        assert torch.equal(tensor, offloaded[name]) and tensor.dtype == offloaded[name].dtype, name
-    one, other = (
-        results(tmp_path / where / "run")["evaluation"][0] for where in ("plain", "offloaded")
-    )
-    for name in ("perplexity", "kl", "top1_agreement"):
-        assert other[name] == pytest.approx(one[name], rel=1e-4)
-    assert not (tmp_path / "away").exists()
-    if not packs:
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "offloaded" / "model")
-        tied = reloaded.lm_head.weight is reloaded.get_input_embeddings().weight
-        assert tied == (model in ("tied", "gpt2"))
 
 
 def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
     """Nothing is written twice."""
     done = prune("sharded", tmp_path, "--offload", tmp_path / "away")
-    assert done.status == 0, done.err
+    assert done.status == 0 and done.complaints == [], done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "model"}
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     by_file: dict[str, set[str]] = {}
     for name, file in index["weight_map"].items():

@@ -23,6 +23,8 @@ from lib.util.command import run
 
 IDS = torch.arange(3, 15)[None]
 BITS = [16, 4]
+ON_DISK = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+ON_DISK |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
 # without the kernels, which are compared with this in tests of their own
 pytestmark = pytest.mark.usefixtures("without_kernels")
 
@@ -116,9 +118,7 @@ def test_saved_again_and_offloaded_it_is_the_same(packed, bits, tmp_path):
     model.save_pretrained(tmp_path / "again", max_shard_size="8KB")
     for file in packed[bits].iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-    device_map = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb")}
-    device_map |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    away = load(packed[bits], device_map=device_map, offload_folder=tmp_path / "away")
+    away = load(packed[bits], device_map=ON_DISK, offload_folder=tmp_path / "away")
     assert torch.equal(logits(away), logits(model))
 
 
@@ -234,8 +234,6 @@ def test_files_cut_short_or_of_another_kind(damaged):
 def test_a_damaged_linear_that_lies_on_disk_is_found_when_it_is_used(damaged, change, tmp_path):
     """The line names the linear and its file; nothing is computed with it."""
     folder = damaged(16, f"{DOWN}.mask", change)
-    device_map = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
-    device_map |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-    model = load(folder, device_map=device_map, offload_folder=tmp_path / "away")
+    model = load(folder, device_map=ON_DISK, offload_folder=tmp_path / "away")
     with pytest.raises(PackedError, match=f"model.safetensors: {DOWN}: packed mask keeps"):
         logits(model)

@@ -126,7 +126,7 @@ def test_by_the_kernels_where_they_can_be_used(bits, monkeypatch):
     product = packed(x)
     assert packed(x[0, 0]).shape == (24,) and packed(x[:0]).shape == (0, 3, 24)
     torch.testing.assert_close(product, F.linear(x, packed.dense(), dense.bias))
-    compiled = torch.compile(packed, backend="eager", fullgraph=True)
+    compiled = torch.compile(packed, backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(x), product)
     with multiplying(packed, "decoding"):
         torch.testing.assert_close(packed(x), product)
@@ -140,11 +140,3 @@ def test_by_the_kernels_where_they_can_be_used(bits, monkeypatch):
     packed.float().weight = nn.Parameter(packed.weight.to("meta"), requires_grad=False)
     with pytest.raises(RuntimeError, match="not in memory"):  # it is offloaded
         packed(x)
-
-
-@pytest.mark.parametrize("backend, bits", [("eager", 4), ("aot_eager", 16)])
-def test_compiles_as_one_graph(backend, bits):
-    torch._dynamo.reset()
-    packed, x = from_linear(dense_linear(), bits), torch.randn(2, 3, 40)
-    compiled = torch.compile(packed, backend=backend, fullgraph=True)
-    assert torch.equal(compiled(x), packed(x))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import QUICK, call, results, weights
+from support import QUICK, call, results, succeed, weights
 
 TEXTS = ["--calibration_data", "uk", "--eval_data", "uk"]
 WANDA = ["--prune_method", "wanda"]
@@ -27,8 +27,7 @@ pytestmark = pytest.mark.usefixtures("at_place")
 
 def run(model: Path | str, *flags: object, to: Path, saved: bool = True):
     target = ["--save_model", to / "model"] if saved else []
-    done = call("--model", model, *QUICK, *TEXTS, *flags, "--save", to / "out", *target)
-    assert done.status == 0, done.err
+    done = succeed("--model", model, *QUICK, *TEXTS, *flags, "--save", to / "out", *target)
     return done
 
 
@@ -40,9 +39,7 @@ def size(folder: Path) -> int:
     return sum(tensor.nbytes for tensor in weights(folder / "model").values())
 
 
-@pytest.mark.parametrize(
-    ("bits", "kind"), [(16, "2:4"), (16, "unstructured"), (4, "unstructured"), (4, "4:8")]
-)
+@pytest.mark.parametrize(("bits", "kind"), [(16, "2:4"), (4, "unstructured")])
 def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path) -> None:
     run("model", *WANDA, "--sparsity_type", kind, to=tmp_path / "dense")
     done = run("model", *WANDA, *PACK, bits, "--sparsity_type", kind, to=tmp_path / "packed")

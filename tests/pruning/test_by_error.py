@@ -8,7 +8,7 @@ from math import prod
 import pytest
 import tiny
 import torch
-from support import CPU, QUICK, call, prune_, results, runner_of, weights, windows
+from support import CPU, prune_, runner_of, windows
 from torch import Tensor
 
 from lib.model.access import Checkpoint
@@ -73,31 +73,6 @@ def test_any_ratio_has_its_total(ratio: float) -> None:
     assert all(0 <= share <= 1 - 0.33 * (1 - ratio) for share in found.values())
     total = sum(found[name] * size for name, size in sizes.items())
     assert total == pytest.approx(ratio * 1380, abs=1e-3 * 1380)
-
-
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("method", ["wanda", "admm"])
-def test_a_run(method: str) -> None:
-    tiny.write_model("model")
-    tiny.write_texts("uk", test=3)
-    flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk", "--save", "out"]
-    flags += ["--sparsity_ratio", "0.6", "--allocation", "error", "--save_model", "pruned"]
-    done = call("--model", "model", *flags)
-    assert done.status == 0, done.err
-    found = results()
-    shares = found["allocation"]
-    assert shares.keys() == found["sparsity"]["linears"].keys()
-    assert 0.19 < min(shares.values()) < max(shares.values()) < 0.88
-    total = rows = size = 0
-    for name, weight in weights("pruned").items():
-        if (linear := name.removesuffix(".weight")) in shares:
-            zeros, ratio = int((weight == 0).sum()), shares[linear]
-            # wanda has a whole number of them in each row, the others in each linear
-            step = len(weight) if method == "wanda" else 1
-            assert 0 <= ratio * weight.numel() - zeros + 1e-3 < step + 1e-2, name
-            total, rows, size = total + zeros, rows + step, size + weight.numel()
-    assert found["sparsity"]["overall"] == total / size
-    assert 0 <= 0.6 * size - total < rows + 1  # as many as were asked for
 
 
 def test_the_same_twice_and_another_by_another_seed() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, call, results, runner_of, weights, windows
+from support import QUICK, results, runner_of, succeed, weights, windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -143,8 +143,7 @@ def test_a_run_saves_what_loads_anywhere(name: str, method: str) -> None:
     tiny.write_texts("uk", test=3)
     flags = [*QUICK, "--prune_method", method, "--calibration_data", "uk", "--save", "out"]
     flags += ["--sparsity_type", "neurons", "--sparsity_ratio", "0.25", "--save_model", "new"]
-    done = call("--model", "model", *flags)
-    assert done.status == 0, done.err
+    done = succeed("--model", "model", *flags)
     neurons = results()["neurons"]
     left = neurons["before"] * 3 // 4
     model = AutoModelForCausalLM.from_pretrained("new")

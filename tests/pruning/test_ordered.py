@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -12,9 +13,11 @@ from support import linears_of, prune_, runner_of, windows
 from torch import Tensor, nn
 
 from lib.methods.registry import method_of
+from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.pruning.inputs import observe, rows
 from lib.pruning.ordered import OrderedBlock, find_order
+from lib.pruning.residual import as_residual_projection
 
 NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "BLOOM", "Mixtral", "Falcon", "GPT-NeoX"]
 ORDER = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -131,3 +134,47 @@ def test_statistics_are_those_of_whole_passes(cache_inputs: bool) -> None:
     ordered.advance_()
     assert torch.equal(states.hidden, expected)  # the product, to the bit
     assert torch.equal(dense.hidden, aim)
+
+
+# --- where linears add to the residual states
+
+
+class Scaling(nn.Module):
+    """A block that multiplies its input before it adds the outputs of its attention to it."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.o, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.factor * x + self.o(x)
+        return x + self.down(self.up(x).relu())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_stream_that_is_not_the_blocks_input_is_left_alone(factor: float) -> None:
+    """The error of the stream there would be taken from the input as it came."""
+    block, x = Scaling(factor), torch.randn(2, 5, 8)
+    o, up, down = find_linears(block, "")[0]
+    run = partial(block, x)
+    first = as_residual_projection(block, run, o, [up, down], x)
+    assert (first is not None) == (factor == 1.0)
+    assert as_residual_projection(block, run, down, [], x).last
+
+
+@torch.no_grad()
+def test_running_out_of_memory_is_no_finding() -> None:
+    runner = runner_of(tiny.tiny_llama())
+    states = runner.capture(windows(2), 2)
+    calls = []
+
+    def fail(*_) -> None:
+        calls.append(1)
+        if len(calls) > 1:  # the first is the pass that finds the stages
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    runner.blocks[0].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        find_order(runner, states, 0, linears_of(runner))

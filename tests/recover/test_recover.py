@@ -22,12 +22,11 @@ from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, tra
 from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
 
-SEQLEN, STEPS = 24, 40
+SEQLEN, STEPS = 24, 20
 PATTERN = Sparsity(0.5, 2, 4)
 BFLOAT16 = torch.bfloat16
 MODELS = {
     "Llama": tiny.tiny_llama,
-    "tied embeddings": lambda: tiny.tiny_llama(tie_word_embeddings=True),
     "GPT-2": tiny.ARCHITECTURES["GPT-2"],
     "Gemma 2": tiny.ARCHITECTURES["Gemma 2"],
     "Mixtral": tiny.ARCHITECTURES["Mixtral"],
@@ -37,6 +36,11 @@ MODELS = {
 }
 WAYS = {"whole": {}, "rank 4": dict(rank=4), "grid": dict(grid=True)}
 WAYS |= {"grid, rank 4": dict(grid=True, rank=4)}
+
+
+@pytest.fixture(autouse=True)
+def _refits_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recover, "REFIT", 8)
 
 
 class Store:
@@ -55,7 +59,7 @@ class Store:
 
 
 def schedule(rank: int | None = None, **changed) -> TrainSchedule:
-    known = dict(tokens=STEPS * SEQLEN, seqlen=SEQLEN, rate=5e-3, rank=rank, least=SEQLEN)
+    known = dict(tokens=STEPS * SEQLEN, seqlen=SEQLEN, rate=1e-2, rank=rank, least=SEQLEN)
     return TrainSchedule(**known | changed)
 
 
@@ -135,7 +139,7 @@ def assert_on_grids(one: Recoverer, scales: dict[str, Tensor]) -> None:
 
 
 CASES = [(name, "whole") for name in MODELS if name != "Llama"]
-CASES += [(name, "rank 4") for name in ("Llama", "GPT-2", "GPT-OSS", "shared blocks")]
+CASES += [(name, "rank 4") for name in ("Llama", "GPT-OSS")]
 CASES += [(name, "grid") for name in ("Llama", "Mixtral", "shared blocks")]
 CASES += [("GPT-2", "grid, rank 4")]
 
@@ -177,7 +181,7 @@ def test_learns_and_keeps_every_zero(name: str, way: str) -> None:
     assert all(torch.equal(now, dense[key]) for key, now in state(one.teacher.model).items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert_on_grids(one, one.scales)
-    if one.grids:  # kept for some steps, then fitted again: by step 16, 32
+    if one.grids:  # kept for some steps, then fitted again: by step 8, 16
         changed = [any(map(_differ, *pair)) for pair in zip(seen[:-1], seen[1:], strict=True)]
         assert changed == [step in (4, 8) for step in range(1, 11)]
 
@@ -201,9 +205,7 @@ def test_trained_are_pruned_linears_norms_and_biases_once() -> None:
     assert sum(part.is_matrix for part in trained_parts(dense, whole=True).values()) == 2 * 7
 
 
-@pytest.mark.parametrize(
-    ("best", "way"), [(0, "whole"), (2, "rank 4"), (0, "grid"), (5, "grid"), (2, "grid, rank 4")]
-)
+@pytest.mark.parametrize(("best", "way"), [(0, "grid"), (5, "grid"), (2, "rank 4")])
 def test_the_best_is_kept_with_its_scales(best: int, way: str) -> None:
     figures, states = [9.0] * 11, []
     figures[best], figures[1] = 3.0, 4.0 if best else 9.0
@@ -315,10 +317,10 @@ def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatc
 
 
 ERRORS = {
-    "loss": (dict(schedule=schedule(rate=1e30)), "--recover_rate 1e.30: in step . of 40 the loss"),
+    "loss": (dict(schedule=schedule(rate=1e30)), "--recover_rate 1e.30: in step . of 20 the loss"),
     "weights": (
         dict(schedule=schedule(clip=float("nan")), grid=True),
-        "--recover_rate 0.005: in step 1 of 40 weights are not finite",
+        "--recover_rate 0.01: in step 1 of 20 weights are not finite",
     ),
 }
 
@@ -332,11 +334,9 @@ def test_what_went_wrong_ends_the_run(case: str) -> None:
     assert not any(p.requires_grad for p in one.runner.model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("stop", "way"), [(37, "whole"), (5, "rank 4"), (5, "grid"), (37, "grid"), (37, "grid, rank 4")]
-)
+@pytest.mark.parametrize(("stop", "way"), [(5, "rank 4"), (19, "grid"), (19, "grid, rank 4")])
 def test_taken_up_again_it_ends_the_same(stop: int, way: str) -> None:
-    """The best is kept across an interruption too: of step 20, between two fits of the scales."""
+    """The best is kept across an interruption too: of step 10, between two fits of the scales."""
 
     def run(finished: Store | None, stop: int | None = None) -> Recoverer:
         def measure(runner: BlockRunner, ids: Tensor) -> float:

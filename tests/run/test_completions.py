@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from support import QUICK, call, content, results
+from support import QUICK, call, content, results, succeed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lib.run.completions import NEW_TOKENS, continue_greedily, decode, decode_completion
+from lib.run.completions import continue_greedily, decode, decode_completion
 
+NEW_TOKENS = 8
 BASE = ["--model", "model", *QUICK, "--prompts", "3", "--eval_data", "uk", "en"]
 PRUNE = ["--prune_method", "wanda", "--calibration_data", "uk", "--sparsity_type", "2:4"]
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -32,18 +34,28 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib.run.completions.NEW_TOKENS", NEW_TOKENS)
+
+
 def documents(name: str) -> list[str]:
     lines = Path(name, "test.jsonl").read_text("utf-8").splitlines()
     return [json.loads(line)["text"] for line in lines]
 
 
+@cache
+def opened(folder: Path | str) -> tuple:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=1)
+    return AutoTokenizer.from_pretrained(folder), model
+
+
 def by_generate(folder: Path | str, entry: dict[str, str]) -> str:
     """The completion of a saved model, by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, model = opened(folder)
     (text,) = [text for text in documents(entry["test"]) if text.startswith(entry["prompt"])]
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :16]
-    model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=1)
     whole = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert 16 < whole.shape[1] <= 16 + NEW_TOKENS
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in (ids[0], whole[0])]
@@ -56,8 +68,7 @@ def test_each_model_continues_as_generate_does(tmp_path: Path) -> None:
     saved = ["--save", tmp_path / "run", "--save_model", tmp_path / "new"]
     for packs in ([], ["--replace_sparse_layers"]):
         saved[-1] = tmp_path / f"new{len(packs)}"
-        done = call(*BASE, *PRUNE, *saved, *packs)
-        assert done.status == 0, done.err
+        done = succeed(*BASE, *PRUNE, *saved, *packs)
         completions = results(tmp_path / "run")["completions"]
         assert [entry["test"] for entry in completions] == ["uk"] * 3 + ["en"] * 3
         assert len({entry["prompt"] for entry in completions}) == 6
@@ -74,7 +85,7 @@ def test_nothing_else_depends_on_them(tmp_path: Path) -> None:
     for count in (0, 2):
         folder = tmp_path / str(count)
         saved = ["--save", folder / "run", "--save_model", folder / "new", "--prompts", count]
-        assert call(*BASE, *PRUNE, *saved).status == 0
+        succeed(*BASE, *PRUNE, *saved)
     without, beside = (results(tmp_path / str(count) / "run") for count in (0, 2))
     assert not without["completions"] and len(beside["completions"]) == 4
     for key in ("evaluation", "sparsity", "fingerprint", "calibration"):

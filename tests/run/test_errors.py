@@ -261,20 +261,11 @@ def test_texts(row: tuple, model: Path, tmp_path: Path, no_weights: None) -> Non
 
 
 @pytest.mark.parametrize("flag", ["--calibration_data", "--eval_data"])
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("nosuch", ["no such name", "ubertext"]),
-        ("nosuch.jsonl", ["no such file or folder"]),
-        ("owner/nosuch", ["the hub can't be reached"]),
-    ],
-)
-def test_unknown_sources(
-    flag: str, source: str, words: list[str], model: Path, texts: Path, no_weights: None
-) -> None:
-    data = {"--calibration_data": texts, "--eval_data": texts} | {flag: source}
+def test_unknown_sources(flag: str, model: Path, texts: Path, no_weights: None) -> None:
+    data = {"--calibration_data": texts, "--eval_data": texts} | {flag: "nosuch"}
     given = [part for pair in data.items() for part in pair]
-    complaint(call("--model", model, *given, *WANDA), 1, f"{flag} {source}: ", *words)
+    done = call("--model", model, *given, *WANDA)
+    complaint(done, 1, f"{flag} nosuch: ", "no such name", "ubertext")
 
 
 def test_calibrating_and_measuring_on_one_text_is_noted(model: Path, texts: Path) -> None:

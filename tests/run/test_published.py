@@ -1,15 +1,13 @@
-"""Whole runs against the published loops, written out here with nothing of this package.
+"""Whole runs against the published loops, with the windows, passes and rules written out.
 
 Both loops prune block after block: all linears of a block see what the model computes with the
 blocks before it pruned and this one dense. The forward passes are transformers' own; a hook on each
-linear sees its input. Wanda: Sun et al. 2023, algorithm 1. SparseGPT: Frantar and Alistarh 2023,
-algorithm 1, as their code has it (blocks of 128 columns, one percent of damping).
+linear sees its input.
 """
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,90 +15,27 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from published import published_mask, published_sparsegpt, published_windows
 from safetensors.torch import load_file
-from support import QUICK, call
+from support import QUICK, succeed
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from lib.methods.sparsity import Sparsity
+
 SEQLEN, WINDOWS = 32, 8  # of QUICK
-TYPES = {"unstructured": None, "2:4": (2, 4), "4:8": (4, 8)}
-Pattern = tuple[int, int] | None
+TYPES = ["unstructured", "2:4", "4:8"]
 
 
-def published_windows(model: Path, texts: Path, seed: int = 0) -> Tensor:
-    """(windows, tokens): documents longer than a window, each used once, by Python's random."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = [json.loads(row)["text"] for row in (texts / "train.jsonl").open(encoding="utf-8")]
-    draw, used, windows = random.Random(seed), set(), []
-    while len(windows) < WINDOWS:
-        index = draw.randint(0, len(rows) - 1)
-        if index in used:
-            continue
-        ids = tokenizer(rows[index], return_tensors="pt").input_ids
-        if ids.shape[1] <= SEQLEN:
-            continue
-        used.add(index)
-        start = draw.randint(0, ids.shape[1] - SEQLEN - 1)
-        windows.append(ids[:, start : start + SEQLEN])
-    return torch.cat(windows)
+def wanda(weight: Tensor, x: Tensor, sparsity: Sparsity) -> Tensor:
+    """The pruned weight (out, in); inputs `x` (tokens, in)."""
+    return weight.masked_fill(published_mask(weight, x.double().norm(dim=0), sparsity), 0)
 
 
-def wanda(weight: Tensor, inputs: list[Tensor], pattern: Pattern) -> Tensor:
-    """The pruned weight (out, in); `inputs`: (tokens, in) of each window."""
-    scaler_row, seen = torch.zeros(weight.shape[1]), 0
-    for x in inputs:
-        scaler_row = scaler_row * seen / (seen + 1) + x.norm(dim=0) ** 2 / (seen + 1)
-        seen += 1
-    metric = weight.abs() * scaler_row.sqrt()
-    mask = torch.zeros_like(weight, dtype=torch.bool)
-    if pattern:
-        n, m = pattern
-        for column in range(0, weight.shape[1], m):
-            lowest = torch.topk(metric[:, column : column + m], n, dim=1, largest=False).indices
-            mask.scatter_(1, column + lowest, True)
-    else:
-        lowest = metric.sort(dim=1, stable=True).indices[:, : weight.shape[1] // 2]
-        mask.scatter_(1, lowest, True)
-    return weight.masked_fill(mask, 0)
-
-
-def sparsegpt(weight: Tensor, inputs: list[Tensor], pattern: Pattern) -> Tensor:
-    """The pruned and repaired weight (out, in)."""
-    w, columns = weight.clone(), weight.shape[1]
-    hessian, seen = torch.zeros(columns, columns), 0
-    for x in inputs:
-        hessian *= seen / (seen + 1)
-        seen += 1
-        x = (2 / seen) ** 0.5 * x
-        hessian += x.T @ x
-    dead = hessian.diagonal() == 0
-    hessian[dead, dead] = 1
-    w[:, dead] = 0
-    index = torch.arange(columns)
-    hessian[index, index] += 0.01 * hessian.diagonal().mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    for begin in range(0, columns, 128):
-        end = min(begin + 128, columns)
-        block, errors = w[:, begin:end].clone(), torch.zeros(len(w), end - begin)
-        factor = upper[begin:end, begin:end]
-        mask = torch.zeros_like(block, dtype=torch.bool)
-        if not pattern:
-            score = block**2 / factor.diagonal() ** 2
-            mask = score <= score.flatten().sort().values[score.numel() // 2 - 1]
-        for i in range(end - begin):
-            if pattern and i % pattern[1] == 0:
-                n, m = pattern
-                score = block[:, i : i + m] ** 2 / factor.diagonal()[i : i + m] ** 2
-                mask.scatter_(1, i + torch.topk(score, n, dim=1, largest=False).indices, True)
-            kept = block[:, i].masked_fill(mask[:, i], 0)
-            errors[:, i] = (block[:, i] - kept) / factor[i, i]
-            block[:, i:] -= errors[:, i : i + 1] * factor[i : i + 1, i:]
-            block[:, i] = kept
-        w[:, begin:end] = block
-        w[:, end:] -= errors @ upper[begin:end, end:]
-    return w
+def sparsegpt(weight: Tensor, x: Tensor, sparsity: Sparsity) -> Tensor:
+    pruned, _ = published_sparsegpt(weight, x.double().T @ x.double(), sparsity)
+    return torch.from_numpy(pruned).float()
 
 
 def note(inputs: dict[nn.Module, list[Tensor]], linear: nn.Module, args: tuple[Tensor]) -> None:
@@ -123,7 +58,7 @@ def published_loop(
         for linear in linears:
             transposed = isinstance(linear, Conv1D)  # its weight is (in, out)
             weight = linear.weight.T if transposed else linear.weight
-            pruned = solve(weight.clone(), inputs[linear])
+            pruned = solve(weight.clone(), torch.cat(inputs[linear]))
             linear.weight.copy_(pruned.T if transposed else pruned)
 
 
@@ -134,10 +69,13 @@ BLOCKS = {
 }
 
 
+CASES = [("Llama", solve, kind) for solve in (wanda, sparsegpt) for kind in TYPES]
+CASES += [("GPT-2", wanda, "4:8"), ("GPT-2", sparsegpt, "unstructured")]
+CASES += [("Gemma 2", wanda, "unstructured"), ("Gemma 2", sparsegpt, "2:4")]
+
+
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("solve", [wanda, sparsegpt], ids=["wanda", "sparsegpt"])
-@pytest.mark.parametrize("architecture", BLOCKS)
+@pytest.mark.parametrize(("architecture", "solve", "kind"), CASES)
 def test_masks_and_weights_are_the_published_ones(
     architecture: str, solve: Callable, kind: str, tmp_path: Path
 ) -> None:
@@ -147,12 +85,15 @@ def test_masks_and_weights_are_the_published_ones(
     texts = tiny.write_texts(tmp_path / "uk", 20, 4)
     flags = ["--prune_method", solve.__name__, "--sparsity_type", kind, "--bos", "never", *QUICK]
     flags += ["--calibration_data", texts, "--save_model", tmp_path / "pruned"]
-    done = call("--model", folder, *flags)
-    assert done.status == 0, done.err
+    succeed("--model", folder, *flags)
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    windows = published_windows(folder, texts)
-    published_loop(model, BLOCKS[architecture](model), windows, partial(solve, pattern=TYPES[kind]))
+    rows = (texts / "train.jsonl").read_text("utf-8").splitlines()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    documents = [json.loads(row)["text"] for row in rows]
+    windows, *_ = published_windows(documents, tokenizer, WINDOWS, SEQLEN, seed=0)
+    sparsity = Sparsity.parse(kind, 0.5)
+    published_loop(model, BLOCKS[architecture](model), windows, partial(solve, sparsity=sparsity))
     model.save_pretrained(tmp_path / "published")
     ours, theirs = (
         load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "published")
