@@ -77,6 +77,18 @@ def test_they_are_refused_although_a_token_has_a_damaged_embedding(name: str) ->
         runner_of(model).verify()
 
 
+@pytest.mark.parametrize("name", tiny.REFUSED)
+def test_they_are_measured_by_their_whole_forward(name: str) -> None:
+    runner, ids = runner_of(tiny.REFUSED[name]()), windows(5)
+    with torch.no_grad():
+        logits = runner.model(input_ids=ids, use_cache=False).logits[:, :-1]
+    runner.whole = True
+    runner.verify()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert perplexity(runner, ids) == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert not patches(runner.model)
+
+
 def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, ids = runner_of(tiny.tiny_llama(), 2), windows(4)
     with torch.no_grad():
