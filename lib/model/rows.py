@@ -7,7 +7,7 @@ The config of a trimmed model holds, as `vocabulary_trimmed_from`, how many rows
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -137,25 +137,23 @@ def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> lis
     For tokens past the end of a smaller table that is another token's. The forward pass ends where
     all tables were read. Raises UserError if most tokens do not choose their own row.
     """
-    if model.get_input_embeddings().weight.is_meta:  # of a model without weights the shapes matter
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # of a model without weights the shapes matter
         return [ids for _ in tables]
-    read: list[list[Tensor]] = [[] for _ in tables]
+    read: dict[nn.Module, list[Tensor]] = {table: [] for table in tables}
 
     def see(table: nn.Module, args: tuple) -> None:
-        read[tables.index(table)].append(args[0].flatten())
-        if len({len(parts) for parts in read}) == 1:
+        read[table].append(args[0].flatten().cpu())
+        if len(set(map(len, read.values()))) == 1:
             raise Stop
 
     with ExitStack() as hooks:
         for table in tables:
             hooks.enter_context(table.register_forward_pre_hook(see))
         for part in ids.split(READ_TOKENS) if tables else ():
-            try:
-                model(input_ids=part[None].to(tables[0].weight.device), use_cache=False)
-            except Stop:
-                continue
-            break
-    found = [torch.cat([torch.empty(0), *parts]).long().cpu() for parts in read]
+            with suppress(Stop):
+                model(input_ids=part[None].to(device), use_cache=False)
+    found = [torch.cat([ids[:0], *parts]) for parts in read.values()]
     for table, rows in zip(tables, found, strict=True):
         chosen = rows.shape == ids.shape and (rows == ids).sum() > len(ids) // 2
         if not chosen or rows.max() >= len(table.weight):
