@@ -77,6 +77,14 @@ def test_they_are_refused_although_a_token_has_a_damaged_embedding(name: str) ->
         runner_of(model).verify()
 
 
+def test_blocks_that_read_the_keys_of_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although here nothing happens between them: in the dense model these are other keys."""
+    text = "transformers.models.gemma4.modeling_gemma4.Gemma4TextModel"
+    monkeypatch.setattr(f"{text}._maybe_slice_kv_shared_inputs", lambda self, *args, **_: args[:4])
+    with pytest.raises(UserError, match="blocks that depend on each other"):
+        runner_of(tiny.REFUSED["Gemma 4, shared keys"]()).verify()
+
+
 @pytest.mark.parametrize("name", tiny.REFUSED)
 def test_they_are_measured_by_their_whole_forward(name: str) -> None:
     runner, ids = runner_of(tiny.REFUSED[name]()), windows(5)

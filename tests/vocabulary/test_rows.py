@@ -120,3 +120,10 @@ def test_refused() -> None:
         assert trimmable_rows(model, Checkpoint("m")) == tiny.VOCAB
         with pytest.raises(UserError, match=r"a table of \[7, 32\] whose rows are not its tokens"):
             keep_rows_(model, ROWS)
+
+
+def test_a_table_that_is_read_otherwise_afterwards_is_refused(monkeypatch) -> None:
+    """The model reads its padding for an image's token, whatever has that id now."""
+    monkeypatch.setattr("lib.model.rows._renumber_", lambda *args: None)
+    with pytest.raises(UserError, match="a table that is read otherwise now"):
+        keep_rows_(tiny.gemma4_multimodal(), torch.arange(tiny.VOCAB).flip(0))
