@@ -124,9 +124,9 @@ def convert(
     return {"architecture": architecture, "pre_tokenizer": pre}
 
 
-def _with_older_names(load: Callable[..., dict[str, Any]], *where: Any) -> dict[str, Any]:
+def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]:
     """Load a config, and name Gemma 4's fields as transformers did when it was new."""
-    fields = load(*where)
+    fields = load(*where, **how)
     text = fields.get("text_config", fields)
     for own in (text.get("per_layer_config") or {}).values():
         text.setdefault("global_head_dim", own.get("head_dim"))
