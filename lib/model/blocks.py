@@ -195,6 +195,7 @@ class BlockRunner:
         Each block is fetched once. `on_block` is called with its index when it is done.
         """
         if self.whole:
+            state_device = state_device or self.state_device
             all_states = [self._whole_states(windows, state_device) for windows in sets]
             for index in range(len(self.blocks)):
                 on_block(index)
@@ -208,17 +209,14 @@ class BlockRunner:
         return all_states
 
     @torch.no_grad()
-    def _whole_states(
-        self, windows: Tensor, state_device: torch.device | str | None
-    ) -> HiddenStates:
+    def _whole_states(self, windows: Tensor, state_device: torch.device | str) -> HiddenStates:
         """Return what the decoder itself gives for windows (n, tokens), all blocks in one."""
         states = HiddenStates(windows, self.batch_size)
 
         def see(decoder: nn.Module, args: tuple, out: Any) -> None:
             hidden, self.output = out.last_hidden_state, type(out)
             if states.hidden is None:
-                where = state_device or self.state_device
-                states.hidden = self.transfer.buffer(len(windows), hidden, where)
+                states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
             states.hidden[batch] = hidden
             raise Stop
 
@@ -388,11 +386,8 @@ class TensorDeduplicator:
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def unique(self, value: Any) -> Any:
-        """Return the first tensor that equals `value`; what is no tensor stays as it is.
-
-        What blocks write into for others, such as shared keys and values, is empty for each.
-        """
-        if isinstance(value, UserDict):
+        """Return the first tensor that equals `value`; what is no tensor stays as it is."""
+        if isinstance(value, UserDict):  # keys and values that blocks leave for others
             return copy.copy(value)
         if not isinstance(value, Tensor):
             return value
