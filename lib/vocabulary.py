@@ -150,11 +150,9 @@ def trim_vocabulary(
         )
     if size in MISLEADING_ROWS:
         size -= 1
-    counts = count_tokens(sources, tokenizer, dist.rank, dist.size)
-    if dist.size > 1:
-        shared = counts.to(dist.device)
-        dist.sum_([shared])
-        counts = shared.cpu()
+    counts = count_tokens(sources, tokenizer, dist.rank, dist.size).to(dist.device)
+    dist.sum_([counts])
+    counts = counts.cpu()
     used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     if used and used[-1] >= rows:
         raise UserError(

@@ -82,9 +82,12 @@ SPECS: dict[str, tuple[str, dict]] = {
 ROPE = dict(rope_type="default", rope_theta=10000.0)
 GROUPED = dict(n_routed_experts=4, first_k_dense_replace=1, n_group=2, topk_group=1)
 GROUPED |= dict(num_experts_per_tok=2, moe_intermediate_size=16, num_key_value_heads=4)
-PER_LAYER = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB, laurel_rank=8)
-PER_LAYER |= dict(altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4, num_hidden_layers=4)
-PER_LAYER |= dict(layer_types=MIXED["layer_types"] * 2, num_kv_shared_layers=2, head_dim=16)
+PER_LAYER = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=VOCAB)
+PER_LAYER |= dict(num_hidden_layers=4, layer_types=MIXED["layer_types"] * 2, head_dim=16)
+PER_LAYER |= dict(sliding_window=WINDOW, num_kv_shared_layers=0, global_head_dim=24)
+SHARED_KEYS = dict(num_kv_shared_layers=2, use_double_wide_mlp=True)
+GEMMA_3N = dict(vocab_size_per_layer_input=VOCAB - 32, num_kv_shared_layers=2, laurel_rank=8)
+GEMMA_3N |= dict(altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4)
 ZAMBA = dict(num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "hybrid"], adapter_rank=8)
 ZAMBA |= dict(num_key_value_heads=4, n_mamba_heads=8, mamba_d_state=8, chunk_size=8)
 
@@ -94,6 +97,7 @@ HYBRID_SPECS: dict[str, tuple[str, dict]] = {
     "JetMoE": ("jetmoe", EXPERTS | dict(kv_channels=8)),
     "PhiMoE": ("phimoe", EXPERTS),
     "DeepSeek-V3": ("deepseek_v3", LATENT | GROUPED),
+    "Gemma 4": ("gemma4_text", PER_LAYER),
     "Mamba": ("mamba", dict(state_size=8, time_step_rank=8)),
     "Mamba 2": ("mamba2", dict(num_heads=8, head_dim=8, state_size=8, n_groups=2, chunk_size=8)),
     "RWKV": ("rwkv", dict(attention_hidden_size=32)),
@@ -129,6 +133,17 @@ def gemma3_multimodal(seed: int = 0) -> PreTrainedModel:
     return _draw(lambda: AutoModelForImageTextToText.from_config(config), seed)
 
 
+def gemma4_multimodal(seed: int = 0) -> PreTrainedModel:
+    """Random Gemma 4 with its vision tower, and keys that blocks share."""
+    vision = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
+    vision |= dict(num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=64)
+    names = "image_token_id video_token_id audio_token_id boi_token_id eoi_token_id boa_token_id"
+    ids = {name: VOCAB - 1 - place for place, name in enumerate(names.split())}
+    ids |= dict(eoa_token_index=VOCAB - 7, vision_config=vision, audio_config=None)
+    config = AutoConfig.for_model("gemma4", text_config=SIZE | PER_LAYER | SHARED_KEYS, **ids)
+    return _draw(lambda: AutoModelForCausalLM.from_config(config), seed)
+
+
 def _draw(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -146,9 +161,12 @@ def _makers(specs: dict[str, tuple[str, dict]]) -> dict[str, Callable[[], PreTra
 ARCHITECTURES = _makers(SPECS)
 HYBRIDS = _makers(HYBRID_SPECS) | {"Gemma 3 multimodal": gemma3_multimodal}
 ALL = ARCHITECTURES | HYBRIDS
-# hidden states that are not (windows, tokens, hidden), or are changed between the blocks
+# hidden states that are not (windows, tokens, hidden), or are changed between the blocks; or keys
+# of another block
 REFUSED = {
-    "Gemma 3n": partial(build, "gemma3n_text", **PER_LAYER, sliding_window=WINDOW),
+    "Gemma 3n": partial(build, "gemma3n_text", **PER_LAYER | GEMMA_3N),
+    "Gemma 4, shared keys": partial(build, "gemma4_text", **PER_LAYER | SHARED_KEYS),
+    "Gemma 4 multimodal": gemma4_multimodal,
     "RWKV, rescaled every 2 blocks": partial(
         build, "rwkv", attention_hidden_size=32, num_hidden_layers=4, rescale_every=2
     ),

@@ -30,6 +30,8 @@ from lib.util.token_ids import map_token_ids
 FLAG = "--trim_vocabulary"
 LITERALS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
 TAGS = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
+# fields of a tokenizer's components that hold what is written in place of a blank
+SUBSTITUTES = ("replacement", "content", "prepend", "String", "Regex")
 ROLES = "user assistant system tool".split()
 NUMBER = re.compile(r"\d+")
 RESERVED_FAMILY = 4  # so many special tokens that differ in a number only are reserved ones
@@ -107,7 +109,9 @@ class TrimmableTokenizer:
         needed = {token["content"] for token in data["added_tokens"]}
         needed |= set(self.tokenizer.all_special_tokens)
         components = (data["normalizer"], data["pre_tokenizer"], data["decoder"])
-        needed |= set(_substitutes(components))  # as bytes, the sign for a blank would stay a sign
+        # as bytes, the sign for a blank would stay a sign
+        texts = (part.get(key) for part in _components(components) for key in SUBSTITUTES)
+        needed |= {text for text in texts if isinstance(text, str)}
         if any(part.get("type") == "ByteLevel" for part in _components(components)):
             needed |= set(pre_tokenizers.ByteLevel.alphabet())
         elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
@@ -218,21 +222,8 @@ def _components(value: Any) -> Iterator[dict[str, Any]]:
     if isinstance(value, dict):
         yield value
         value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _components(item)
-
-
-def _substitutes(components: tuple) -> Iterator[str]:
-    """Yield what the components of a tokenizer write in place of a blank."""
-    for part in _components(components):
-        yield from (
-            part[key]
-            for key in ("replacement", "content", "prepend")
-            if isinstance(part.get(key), str)
-        )
-        if isinstance(pattern := part.get("pattern"), dict):
-            yield from (text for text in pattern.values() if isinstance(text, str))
+    for item in value if isinstance(value, list | tuple) else ():
+        yield from _components(item)
 
 
 def _map_ids(value: Any, new_id: Callable[[int], Any]) -> Any:

@@ -5,11 +5,15 @@ Pruning and evaluation both use it. First every block records the arguments that
 returns its input unchanged, so a pass costs an embedding look-up. Then the blocks run one by one
 over all windows, their outputs written over their inputs in one buffer. Last, the model's own
 forward runs with the blocks replaced by the buffer's contents, which gives exact logits.
+
+A model whose blocks can't be run so is measured as a whole: what then stands in the buffer is what
+the module that holds the blocks returns.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -87,6 +91,8 @@ class BlockRunner:
         self.cache_inputs = cache_inputs
         self.save_dtype = save_dtype
         self.checkpointed = False  # a block's activations are computed again in training
+        self.whole = False  # the blocks can't be run one by one, so all of them are run at once
+        self.output: type | None = None  # the decoder's, if so
         self.transfer = Transfer(device)
         self.tuples = self._probe()
 
@@ -188,6 +194,12 @@ class BlockRunner:
 
         Each block is fetched once. `on_block` is called with its index when it is done.
         """
+        if self.whole:
+            state_device = state_device or self.state_device
+            all_states = [self._whole_states(windows, state_device) for windows in sets]
+            for index in range(len(self.blocks)):
+                on_block(index)
+            return all_states
         all_states = [self.capture(windows, state_device=state_device) for windows in sets]
         for index in range(len(self.blocks)):
             with self.on_device(index):
@@ -195,6 +207,27 @@ class BlockRunner:
                     self.advance_(states, index)
             on_block(index)
         return all_states
+
+    @torch.no_grad()
+    def _whole_states(self, windows: Tensor, state_device: torch.device | str) -> HiddenStates:
+        """Return what the decoder itself gives for windows (n, tokens), all blocks in one."""
+        states = HiddenStates(windows, self.batch_size)
+
+        def see(decoder: nn.Module, args: tuple, out: Any) -> None:
+            hidden, self.output = out.last_hidden_state, type(out)
+            if states.hidden is None:
+                states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
+            states.hidden[batch] = hidden
+            raise Stop
+
+        with self._decoder.register_forward_hook(see):
+            for batch in states.batches:
+                self._call_model(windows[batch].to(self.device))
+        return states
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return self.model.get_submodule(self.name.rpartition(".")[0])
 
     def iter_final_states(
         self, sets: Sequence[Tensor], on_progress: Callable[[int], None] = lambda windows: None
@@ -241,6 +274,8 @@ class BlockRunner:
 
         def player(index: int) -> Callable:
             def forward(*args, **kwargs):
+                if self.whole:
+                    return self.output(last_hidden_state=last())
                 hidden, *_ = take_hidden(args, kwargs)
                 if index == len(self.blocks) - 1:
                     hidden = last()
@@ -248,21 +283,20 @@ class BlockRunner:
 
             return forward
 
-        with replaced(self.blocks, player):
+        with replaced([self._decoder] if self.whole else self.blocks, player):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Raise UserError if the blocks do not give the model's own logits on a few tokens."""
+        """Raise UserError if the runner does not give the model's own logits on a few tokens."""
         ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
-        states = self.capture(ids, 1, self.device)
         try:
-            for index in range(len(self.blocks)):
-                with self.on_device(index):
-                    self.advance_(states, index)
+            (states,) = self.run_blocks([ids], state_device=self.device)
             logits = self.logits(states, slice(0, 1))(ids[0]).float()
-        except (TypeError, ValueError) as error:
+        except UserError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._refused("has blocks that depend on each other") from error
         expected = self.model(input_ids=ids, use_cache=False).logits.float()
         comparable = expected.isfinite().all(-1)  # (1, tokens); nan is reported later, by linear
@@ -314,7 +348,7 @@ class Stop(Exception):
 
 
 @contextmanager
-def replaced(blocks: nn.ModuleList, make: Callable[[int], Callable]) -> Iterator[None]:
+def replaced(blocks: Sequence[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
     """Inside, block i's forward is `make(i)`; afterwards it is restored."""
     before = [block.__dict__.get("forward") for block in blocks]
     try:
@@ -353,6 +387,8 @@ class TensorDeduplicator:
 
     def unique(self, value: Any) -> Any:
         """Return the first tensor that equals `value`; what is no tensor stays as it is."""
+        if isinstance(value, UserDict):  # keys and values that blocks leave for others
+            return copy.copy(value)
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self.seen:  # comparing waits for the device

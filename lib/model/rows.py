@@ -1,11 +1,13 @@
 """The rows of a model's embedding and head, one for each token, and the token ids in its configs.
 
+Some models have more tables whose rows are tokens, such as Gemma 3n's embeddings for each layer.
 The config of a trimmed model holds, as `vocabulary_trimmed_from`, how many rows it had.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -13,17 +15,19 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
 from lib.model.access import Checkpoint
+from lib.model.blocks import Stop
 from lib.util.errors import UserError
 from lib.util.token_ids import NAMES, find_token_ids, map_token_ids
 
 TRIMMED_FROM = "vocabulary_trimmed_from"
+READ_TOKENS = 1024  # looked up at a time, to see which rows a model reads
 
 
 def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
     """Return the number of rows of the embedding; messages name the `checkpoint`.
 
-    Raises UserError if anything but the embedding and the head depends on that number, so that
-    removing rows would break the model. Needs no weights.
+    Raises UserError if anything but the embedding, the head and `token_tables` depends on that
+    number, so that removing rows would break the model. Needs no weights.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -33,13 +37,9 @@ def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
     rows = embedding.num_embeddings
     if head.out_features != rows or head.weight.shape[0] != rows:
         raise _refused(checkpoint, f"{rows} rows in its embedding, {head.out_features} in its head")
-    trimmed = {(embedding, "weight"), (head, "weight"), (head, "bias")}
-    sizes = {rows} | {
-        value
-        for fields in _nested(model.config)
-        for key, value in vars(fields).items()
-        if "vocab" in key and key != TRIMMED_FROM and isinstance(value, int) and value > 1
-    }
+    trimmed = {(table, "weight") for table in (embedding, head, *token_tables(model))}
+    trimmed.add((head, "bias"))
+    sizes = {rows}.union(*map(_vocabulary_sizes, _nested(model.config)))
     for path, module in model.named_modules():
         tensors = (*module.named_parameters("", False), *module.named_buffers("", False))
         for attribute, tensor in tensors:
@@ -51,7 +51,26 @@ def trimmable_rows(model: nn.Module, checkpoint: Checkpoint) -> int:
     return rows
 
 
-def _refused(checkpoint: Checkpoint, what: str) -> UserError:
+def token_tables(model: nn.Module) -> list[nn.Embedding]:
+    """Return the embeddings besides the input's whose number of rows is one of a vocabulary.
+
+    They may have fewer rows than the input's. Whether tokens choose the rows, use must show.
+    """
+    sizes = _vocabulary_sizes(model.config.get_text_config(decoder=True))
+    others = (module for module in model.modules() if module is not model.get_input_embeddings())
+    return [m for m in others if isinstance(m, nn.Embedding) and m.num_embeddings in sizes]
+
+
+def _vocabulary_sizes(config: Any) -> set[int]:
+    """Return the numbers of rows that a config's own fields name."""
+    return {
+        value
+        for key, value in vars(config).items()
+        if "vocab" in key and key != TRIMMED_FROM and isinstance(value, int) and value > 1
+    }
+
+
+def _refused(checkpoint: Checkpoint | str, what: str) -> UserError:
     return UserError(
         f"--trim_vocabulary: {checkpoint} has {what}; the vocabulary of this architecture can't "
         "be trimmed, leave the flag out"
@@ -82,58 +101,81 @@ def config_token_ids(checkpoint: Checkpoint, config: Any) -> set[int]:
 def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     """Replace embedding and head of `model` by their `rows` (tokens,), in this order.
 
-    All token ids in its configs and modules follow; tied weights stay tied. Raises UserError if
-    embedding or head is quantised.
+    All `token_tables` and all token ids in its configs and modules follow; tied weights stay tied.
+    Raises UserError if a table is quantised, or read by anything but tokens.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    before, after = embedding.num_embeddings, len(rows)
-    tied = head.weight is embedding.weight
-    for module in (embedding,) if tied else (embedding, head):
+    tables, after, tied = token_tables(model), len(rows), head.weight is embedding.weight
+    read = _rows_read(model, tables, rows)
+    sizes = {table.num_embeddings for table in (embedding, *tables)}
+    original = getattr(model.config, TRIMMED_FROM, None) or embedding.num_embeddings
+    setattr(model.config, TRIMMED_FROM, original)
+    for module, chosen in zip((embedding, *tables, head), (rows, *read, rows), strict=True):
         if not module.weight.is_floating_point():
             raise UserError(
                 f"--trim_vocabulary: the model's {type(module).__name__} of its vocabulary is "
                 f"quantised to {module.weight.dtype}; trim the model that it was made of"
             )
-        module.weight = _select_rows(module.weight, rows)
-    if tied:
-        head.weight = embedding.weight
-    if head.bias is not None:
-        head.bias = _select_rows(head.bias, rows)
-    embedding.num_embeddings = head.out_features = after
+        for name, parameter in module.named_parameters(recurse=False):
+            if tied and module is head and name == "weight":
+                parameter = embedding.weight
+            else:
+                selected = parameter.data.index_select(0, chosen.to(parameter.device))
+                parameter = nn.Parameter(selected, requires_grad=parameter.requires_grad)
+            setattr(module, name, parameter)
+        setattr(module, "out_features" if module is head else "num_embeddings", after)
     new_ids = {index: place for place, index in enumerate(rows.tolist())}
-    _renumber_(model, new_ids, before, after)
+    _renumber_(model, new_ids, sizes, after)
+    for old, new in zip(read, _rows_read(model, tables, torch.arange(after)), strict=True):
+        if not torch.equal(old[new], old):
+            raise _refused(f"--model {model.name_or_path}", "a table that is read otherwise now")
 
 
-def _select_rows(parameter: nn.Parameter, rows: Tensor) -> nn.Parameter:
-    selected = parameter.data.index_select(0, rows.to(parameter.device))
-    return nn.Parameter(selected, requires_grad=parameter.requires_grad)
+def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> list[Tensor]:
+    """Return which row of each table the model reads for each of `ids` (tokens,): (tokens,) each.
+
+    For tokens past the end of a smaller table that is another token's. The forward pass ends where
+    all tables were read. Raises UserError if most tokens do not choose their own row.
+    """
+    device = model.get_input_embeddings().weight.device
+    if device.type == "meta":  # of a model without weights the shapes matter
+        return [ids for _ in tables]
+    read: dict[nn.Module, list[Tensor]] = {table: [] for table in tables}
+
+    def see(table: nn.Module, args: tuple) -> None:
+        read[table].append(args[0].flatten().cpu())
+        if len(set(map(len, read.values()))) == 1:
+            raise Stop
+
+    with ExitStack() as hooks:
+        for table in tables:
+            hooks.enter_context(table.register_forward_pre_hook(see))
+        for part in ids.split(READ_TOKENS) if tables else ():
+            with suppress(Stop):
+                model(input_ids=part[None].to(device), use_cache=False)
+    found = [torch.cat([ids[:0], *parts]) for parts in read.values()]
+    for table, rows in zip(tables, found, strict=True):
+        chosen = rows.shape == ids.shape and (rows == ids).sum() > len(ids) // 2
+        if not chosen or rows.max() >= len(table.weight):
+            problem = f"a table of {list(table.weight.shape)} whose rows are not its tokens"
+            raise _refused(f"--model {model.name_or_path}", problem)
+    return found
 
 
-def _renumber_(model: nn.Module, new_ids: Mapping[int, int], before: int, after: int) -> None:
-    """Update every token id, and the vocabulary's size, in configs and modules of `model`."""
-    configs: dict[int, Any] = {}
+def _renumber_(model: nn.Module, new_ids: Mapping[int, int], sizes: set[int], after: int) -> None:
+    """Update every token id, and the vocabulary's `sizes`, in configs and modules of `model`."""
+    sizes = sizes | {model.config.get_text_config(decoder=True).vocab_size}
+    holders = {id(module): module for module in model.modules()}
     for module in model.modules():
-        config = module.__dict__.get("config")
-        if isinstance(config, PretrainedConfig):
-            configs |= {id(each): each for each in _nested(config)}
-        fields = {k: v for k, v in vars(module).items() if NAMES.fullmatch(k)}
-        _map_fields_(module, fields, new_ids)
-        if module.__dict__.get("vocab_size") == before:
-            module.vocab_size = after
-    size = model.config.get_text_config(decoder=True).vocab_size
-    for config in configs.values():
-        fields = {k: v for k, v in vars(config).items() if not isinstance(v, PretrainedConfig)}
-        _map_fields_(config, fields, new_ids)
-        if getattr(config, "vocab_size", None) in (before, size):
-            config.vocab_size = after
-    original = getattr(model.config, TRIMMED_FROM, None) or before
-    setattr(model.config, TRIMMED_FROM, original)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        _map_fields_(generation, dict(vars(generation)), new_ids)
-
-
-def _map_fields_(holder: Any, fields: dict[str, Any], new_ids: Mapping[int, int]) -> None:
-    for key, value in map_token_ids(fields, lambda index: new_ids.get(index, index)).items():
-        if value != fields[key]:
-            setattr(holder, key, value)
+        for config in map(module.__dict__.get, ("config", "generation_config")):
+            if config is not None:
+                holders |= {id(each): each for each in _nested(config)}
+    for holder in holders.values():
+        fields = {k: v for k, v in vars(holder).items() if not isinstance(v, PretrainedConfig)}
+        if isinstance(holder, nn.Module):
+            fields = {k: v for k, v in fields.items() if NAMES.fullmatch(k) or "vocab_size" in k}
+        changed = map_token_ids(fields, lambda index: new_ids.get(index, index))
+        changed |= {k: after for k, v in fields.items() if "vocab_size" in k and v in sizes}
+        for key, value in changed.items():
+            if value != fields[key]:
+                setattr(holder, key, value)

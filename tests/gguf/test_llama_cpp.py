@@ -61,6 +61,7 @@ def test_whole_and_trimmed_folders_are_cut_and_continued_alike(
     record = convert(smaller, texts, tmp_path / "smaller.gguf")
     assert record["type"] == "bf16"
     assert set(record["proof"]["tensors"]["changed"].values()) == {0}
+    assert (llama_cpp.PER_LAYER in record["proof"]["tensors"]["rows"]) == (name == "Gemma 4")
 
 
 def test_the_converters_table_knows_a_whole_vocabulary_by_its_ids() -> None:

@@ -27,6 +27,10 @@ HOW = "pip install -r requirements-gguf.txt"
 FIRST = 6_000  # tokens
 WIDTHS = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
 GPT2 = dict(n_embd=64, n_layer=2, n_head=4, n_positions=128)
+GEMMA_4 = dict(hidden_size_per_layer_input=32, vocab_size_per_layer_input=462, head_dim=16)
+GEMMA_4 |= dict(num_hidden_layers=10, num_kv_shared_layers=5, use_double_wide_mlp=True)
+GEMMA_4 |= dict(layer_types=[*["sliding_attention"] * 4, "full_attention"] * 2, global_head_dim=32)
+GEMMA_4 |= dict(initializer_range=0.1, sliding_window=tiny.WINDOW)  # llama.cpp rounds its GELU
 GEMMA = tiny.WIDE | dict(sliding_window=tiny.WINDOW)  # llama.cpp takes every sixth block as full
 
 
@@ -130,6 +134,7 @@ WHOLE: dict[str, tuple[str, dict, Callable[[], PreTrainedTokenizerBase]]] = {
     "GPT-2": ("gpt2", GPT2, kinds.byte_level),
     "LLaMA 2": ("llama", WIDTHS, kinds.byte_fallback),
     "Gemma 3": ("gemma3_text", WIDTHS | GEMMA | dict(num_hidden_layers=6), gemma),
+    "Gemma 4": ("gemma4_text", WIDTHS | GEMMA_4, gemma),
     "Qwen 2": ("qwen2", WIDTHS, qwen),
     "Qwen 3": ("qwen3", WIDTHS | dict(head_dim=16), qwen),
 }

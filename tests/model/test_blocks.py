@@ -64,6 +64,26 @@ def test_models_that_it_cannot_carry_are_refused(name: str, damaged: bool) -> No
         runner_of(model).verify()
 
 
+def test_blocks_that_read_the_keys_of_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although here nothing happens between them: in the dense model these are other keys."""
+    text = "transformers.models.gemma4.modeling_gemma4.Gemma4TextModel"
+    monkeypatch.setattr(f"{text}._maybe_slice_kv_shared_inputs", lambda self, *args, **_: args[:4])
+    with pytest.raises(UserError, match="blocks that depend on each other"):
+        runner_of(tiny.REFUSED["Gemma 4, shared keys"]()).verify()
+
+
+@pytest.mark.parametrize("name", tiny.REFUSED)
+def test_they_are_measured_by_their_whole_forward(name: str) -> None:
+    runner, ids = runner_of(tiny.REFUSED[name]()), windows(5)
+    with torch.no_grad():
+        logits = runner.model(input_ids=ids, use_cache=False).logits[:, :-1]
+    runner.whole = True
+    runner.verify()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert perplexity(runner, ids) == pytest.approx(loss.exp().item(), rel=1e-4)
+    assert not patches(runner.model)
+
+
 def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, ids = runner_of(tiny.tiny_llama(), 2), windows(4)
     with torch.no_grad():

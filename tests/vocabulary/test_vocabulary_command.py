@@ -157,6 +157,25 @@ def test_a_teacher_with_more_tokens(alone: tuple[Done, Path], tmp_path: Path) ->
     assert record["rows_before"] == results(folder / "out")["vocabulary"]["rows"]
 
 
+def test_tables_of_layers_in_a_model_that_is_measured_as_a_whole(tmp_path: Path) -> None:
+    numbers = dict(vocab_size=ROWS, vocab_size_per_layer_input=512, pad_token_id=3)
+    model = tiny.build("gemma3n_text", **tiny.PER_LAYER | tiny.GEMMA_3N | numbers)
+    tiny.write_model(tmp_path / "gemma", model, kinds.byte_level(size=600))
+    argv = ["--model", tmp_path / "gemma", "--save_model", tmp_path / "model"]
+    done = call(*TRIM, *argv, "--vocabulary_data", "uk", "--save", tmp_path / "out")
+    assert done.status == 0 and "measured as a whole: --model" in done.out, done.err
+    first, rows = results(tmp_path / "out"), results(tmp_path / "out")["vocabulary"]["rows"]
+    assert first["vocabulary"]["logits_differ"] < 1e-5
+    tensors = weights(tmp_path / "model")
+    assert len(tensors["model.embed_tokens_per_layer.weight"]) == len(tensors[EMBEDDING]) == rows
+    rest = ["--model", tmp_path / "model", "--save", tmp_path / "again"]
+    again = call(*BASE, *rest, "--eval_only", "--eval_data", "uk")
+    assert again.status == 0, again.err
+    assert results(tmp_path / "again")["perplexity"] == first["perplexity"]
+    (line,) = call(*BASE, *rest, *PRUNE).complaints
+    assert "hidden states of another shape than its windows; it can't be pruned" in line
+
+
 BAD = {
     "no train text": (["--vocabulary_data", "untaught"], 1, "--vocabulary_data untaught: no train"),
     "small": (["--vocabulary_size", "99"], 1, "--vocabulary_size 99: bytes, special tokens and"),

