@@ -2,11 +2,10 @@
 
     python tests/bench/mixture.py DENSE TEXTS OUT [--languages uk en] [--steps 260]
 
-Every expert gets another random half of the MLP's neurons, with scaled outputs, so that experts
-differ from the first step on (compare Drop-Upcycling, Nakamura et al., ICLR 2025). Only experts and
-routers are trained; a loss for each block keeps all experts in use. TEXTS holds a folder for each
-language, with train.jsonl and test.jsonl. The same command continues after an interruption, and
-draws at the end which expert serves which language. What was measured: experts.md.
+Every expert gets another random half of the MLP's neurons, with scaled outputs, so that they differ
+at once (compare Drop-Upcycling, Nakamura et al., ICLR 2025). Only experts and routers are trained,
+with a loss that keeps all in use. TEXTS has a folder of train.jsonl and test.jsonl for a language.
+The same command continues, and draws at the end which expert serves which language (experts.md).
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ BATCH, RATE, BALANCE = 2, 2e-3, 0.01  # windows of each language; peak; weight o
 KEPT = "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
 KEPT += " rms_norm_eps rope_parameters max_position_embeddings bos_token_id eos_token_id"
 KEPT += " tie_word_embeddings"
+NEW = dict(num_local_experts=EXPERTS, intermediate_size=WIDTH, router_aux_loss_coef=0.0)
 
 
 @torch.no_grad()
 def mixture_of(dense: nn.Module) -> MixtralForCausalLM:
     """The dense model, with experts of random neurons in place of every MLP."""
     fields = {name: getattr(dense.config, name) for name in KEPT.split()}
-    fields |= {"num_local_experts": EXPERTS, "intermediate_size": WIDTH}
-    model = MixtralForCausalLM(MixtralConfig(router_aux_loss_coef=0.0, **fields))
+    model = MixtralForCausalLM(MixtralConfig(**fields, **NEW))
     model.load_state_dict(dense.state_dict(), strict=False)  # all but the MLPs
     for block, old in zip(model.model.layers, dense.model.layers, strict=True):
         gate, up, down = (part.weight for part in list(old.mlp.children())[:3])
@@ -60,9 +59,9 @@ def draw(model: nn.Module, texts: dict[str, Tensor], path: Path) -> None:
     uses = []
     for ids in texts.values():
         batch = ids[: 24 * LENGTH].view(24, LENGTH)
-        routers = model(input_ids=batch, output_router_logits=True).router_logits
+        routers = model.model(input_ids=batch, output_router_logits=True).router_logits
         uses.append(torch.stack([use(logits) for logits in routers]))  # (blocks, experts)
-    shares = (100 * uses[0] / sum(uses)).sort(descending=True).values
+    shares = (100 * uses[0] / sum(uses).clamp(min=1e-9)).sort(descending=True).values
     places = DataFrame(shares.numpy(), columns=range(1, EXPERTS + 1))
     title = "Tokens that each expert gets, of as many {0} as {1} ones: share of {0}".format(*texts)
     plots.save(plots.overlap(places, title, "%"), path)
@@ -89,36 +88,32 @@ def main() -> None:
     trained = [p.requires_grad_() for name, p in model.named_parameters() if ".mlp." in name]
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.0)
     state, first = args.out / "state.pt", 0
-    args.out.mkdir(parents=True, exist_ok=True)
     if state.exists():
         first, weights, moments = torch.load(state)
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
     for step in range(first, args.steps):
-        optimizer.param_groups[0]["lr"] = RATE * min(
-            1, (step + 1) / 30, 2.03 - 2 * step / args.steps
-        )
+        left = 1 - step / args.steps
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 30, 0.03 + 2 * left)
         draws = torch.Generator().manual_seed(step)
         starts = [torch.randint(len(s) - LENGTH, (BATCH,), generator=draws) for s in streams]
         pairs = zip(streams, starts, strict=True)
         batch = torch.stack([s[i : i + LENGTH] for s, at in pairs for i in at.tolist()])
         out = model(input_ids=batch, labels=batch, output_router_logits=True)
-        even = sum(EXPERTS * use(r) @ r.softmax(-1).mean(0) for r in out.router_logits)
-        even = even / len(out.router_logits)  # 1 where every expert gets as many tokens
-        (out.loss + BALANCE * even).backward()
+        even = [EXPERTS * use(r) @ r.softmax(-1).mean(0) for r in out.router_logits]  # 1: evenly
+        (out.loss + BALANCE * sum(even) / len(even)).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 9:
-            print(f"{step + 1} loss {out.loss.item():.3f}, balance {even.item():.3f}", flush=True)
+            print(f"{step + 1} loss {out.loss:.3f}, worst balance {max(even):.2f}", flush=True)
         if step % 50 == 49 or step + 1 == args.steps:
+            for part in (model, tokenizer):
+                part.save_pretrained(args.out / "model")
             torch.save((step + 1, model.state_dict(), optimizer.state_dict()), f"{state}.partial")
             os.replace(f"{state}.partial", state)
-            model.save_pretrained(args.out / "model")
-            tokenizer.save_pretrained(args.out / "model")
-    draw(
-        model.eval(), {each: tokens(each, "test") for each in args.languages}, args.out / "use.png"
-    )
+    tests = {language: tokens(language, "test") for language in args.languages}
+    draw(model.eval(), tests, args.out / "use.png")
 
 
 if __name__ == "__main__":
