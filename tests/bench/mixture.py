@@ -63,8 +63,8 @@ def draw(model: nn.Module, texts: dict[str, Tensor], path: Path) -> None:
         uses.append(torch.stack([use(logits) for logits in routers]))  # (blocks, experts)
     shares = (100 * uses[0] / sum(uses).clamp(min=1e-9)).sort(descending=True).values
     places = DataFrame(shares.numpy(), columns=range(1, EXPERTS + 1))
-    title = "Tokens that each expert gets, of as many {0} as {1} ones: share of {0}".format(*texts)
-    plots.save(plots.overlap(places, title, "%"), path)
+    title = "Share of {0} in the tokens of each expert, as many {0} as {1} tokens read"
+    plots.save(plots.overlap(places, title.format(*texts), "%; sorted in each block"), path)
 
 
 def main() -> None:
