@@ -55,7 +55,7 @@ PLANS = {
 }
 SMALLER = {  # what removes as much as --megabytes asks for
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
-    EXPERTS: f"--prune_method reap --sparsity_type {EXPERTS} --sparsity_ratio",
+    EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
 OWN_FLAGS = "eval_only recover save save_model resume offload trim_vocabulary".split()
 PLAN = "plan.json"  # in the folder of a compression: how it was begun, and how far it is

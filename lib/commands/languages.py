@@ -1,4 +1,4 @@
-"""Compare which weights a model needs for each language, by pruning it on each of them.
+"""Compare which weights, neurons or experts each language needs, by pruning the model on each.
 
     bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lib.commands import sweep
 from lib.commands.process import call
-from lib.methods.registry import METHODS, method_of
+from lib.methods.registry import EXPERT_METHODS, METHODS, method_of
 from lib.methods.sparsity import TYPES, UNSTRUCTURED
 from lib.util import command
 from lib.util.errors import UserError
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     add("model", metavar="MODEL", help="hub id or local folder")
     add("first", metavar="SOURCE", help="a calibration set")
     add("others", nargs="+", metavar="SOURCE", help="what to compare it with")
-    add("--method", choices=tuple(METHODS), default="wanda", help="how to prune")
+    add("--method", choices=(*METHODS, *EXPERT_METHODS), default="wanda", help="how to prune")
     add("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
     add("--ratio", default="0.5", help="share, if not N:M")
     add("--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="of the drawn windows")

@@ -1,4 +1,4 @@
-"""The share of weights, or of neurons, that two prunings both keep, and where languages differ.
+"""The share of weights, neurons or experts that two prunings both keep, and where languages differ.
 
     python -m lib.commands.overlap RUN_A RUN_B [RUN ...] [--noise RUN_A2 ...] [--out FOLDER]
 
@@ -209,10 +209,9 @@ def shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
 
 
 def _title(counts: DataFrame) -> str:
-    unit = _unit(counts)
     between = counts[~counts["seeds"]]
     *first, last = dict.fromkeys([*between["a"], *between["b"]])
-    return f"{unit} that the masks of {', '.join(first)} and {last} share"
+    return f"{_unit(counts)} that the masks of {', '.join(first)} and {last} share"
 
 
 def _unit(counts: DataFrame) -> str:

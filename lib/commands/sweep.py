@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from lib.commands.process import call
 from lib.data.sources import mixture_name, parse_sources
-from lib.methods.registry import METHODS
-from lib.methods.sparsity import NEURONS, TYPES
+from lib.methods.registry import EXPERT_METHODS, METHODS
+from lib.methods.sparsity import SMALLER, TYPES
 from lib.run.flags import build_parser, check_flags, reads_train
 from lib.run.results import ERROR, RESULTS, write_results
 from lib.run.texts import default_tests
@@ -61,9 +61,10 @@ def build_sweep_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
 
     several("models", "hub ids or local folders", required=True)
-    several("methods", "default: all", choices=tuple(METHODS), default=list(METHODS))
-    types = [kind for kind in TYPES if kind != NEURONS]
-    several("types", f"default: all but {NEURONS}", choices=TYPES, default=types)
+    methods = (*METHODS, *EXPERT_METHODS)
+    several("methods", "default: all but for experts", choices=methods, default=list(METHODS))
+    types = [kind for kind in TYPES if kind not in SMALLER]
+    several("types", f"default: all but {' and '.join(SMALLER)}", choices=TYPES, default=types)
     several("ratios", "shares to drop, for types but N:M (default: 0.5)", type=float, default=[0.5])
     mixture = "a mixture is one argument, uk=0.5,en=0.5 (default: ubertext)"
     several("calibration", f"as --calibration_data; {mixture}", default=["ubertext"])
@@ -137,7 +138,7 @@ def _points(
         n, _, m = kind.partition(":")
         for ratio in [int(n) / int(m)] if m else args.ratios:
             share = f"{n}of{m}" if m else f"{100 * ratio:g}"
-            name = f"{method}-{share}" + f"-{NEURONS}" * (kind == NEURONS)
+            name = f"{method}-{share}" + f"-{kind}" * (kind in SMALLER)
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio), *passed_on]
             if not reads_train(parser.parse_args(["--model", "any", *flags])):  # no set, no seed

@@ -1,4 +1,4 @@
-"""Which experts of a mixture may go: REAP, and two scores to compare it with.
+"""Which experts of a mixture may go: REAP, its sum, and two scores to compare with.
 
 REAP (Lasby et al., ICLR 2026, arXiv 2510.13999, equation 9) scores an expert by the mean, over the
 tokens that are sent to it, of its gate times the norm of its output: what removing it takes away.
@@ -32,6 +32,13 @@ class Reap(PruningMethod):
     def scores(self, seed: int) -> Tensor:
         """The score of each expert (experts,); those with the lowest go."""
         return self.sums / self.counts.clamp(min=1)
+
+
+class Contribution(Reap):
+    """The sum that REAP takes the mean of: an expert that is used often counts for more."""
+
+    def scores(self, seed: int) -> Tensor:
+        return self.sums
 
 
 class Frequency(Reap):

@@ -19,6 +19,7 @@ METHODS = {
 }
 EXPERT_METHODS = {  # of --sparsity_type experts
     "reap": "lib.methods.experts:Reap",
+    "contribution": "lib.methods.experts:Contribution",
     "frequency": "lib.methods.experts:Frequency",
     "random": "lib.methods.experts:Random",
 }

@@ -238,3 +238,18 @@ def test_languages(trained, texts) -> None:
     assert 50 < shares[1] < 100 and shares[2] < 60  # both keep; chance
     refused = done(languages.main, trained, *texts, "--method", "magnitude")
     assert refused.status == 2 and "no text" in refused.complaints[-1]
+
+
+def test_experts_that_languages_share(texts, tmp_path) -> None:
+    model = tiny.write_model(tmp_path / "mixture", tiny.ARCHITECTURES["Mixtral"]())
+    argv = [model, *texts, "--method", "reap", "--type", "experts", "--out", "runs", *PASSED]
+    said = done(languages.main, *argv)
+    assert said.status == 0, said.err
+    removed = [
+        results(f"runs/mixture/reap-50-experts-{text}-seed0")["experts"]["removed"]
+        for text in ("uk", "en")
+    ]
+    shared = [2 - len({*uk} - {*en}) for uk, en in zip(*removed, strict=True)]  # of 2 kept
+    text = " ".join(Path("runs/overlap/overlap.md").read_text("utf-8").split())
+    assert "### Experts that the masks of" in text
+    assert f"| uk (seed 0) and en (seed 0) | 50.0% | {sum(shared) / 2 / len(shared):.1%} |" in text

@@ -113,7 +113,9 @@ def test_the_scores_are_those_of_the_paper() -> None:
         gate, up = (x[rows] @ block.mlp.experts.gate_up_proj[expert].double().T).chunk(2, 1)
         out = (nn.functional.silu(gate) * up) @ block.mlp.experts.down_proj[expert].double().T
         score.append((gates[rows, expert] * out.norm(dim=1)).mean().item())
-    for method, of in (("reap", score), ("frequency", counts.tolist())):
+    sums = [each * count for each, count in zip(score, counts.tolist(), strict=True)]
+    chosen = {"reap": score, "contribution": sums, "frequency": counts.tolist()}
+    for method, of in chosen.items():
         done = pruned(copy.deepcopy(model), method, ids, 3)
         lowest = sorted(range(6), key=lambda expert: of[expert])[:3]
         assert done.record()["removed"][0] == sorted(lowest), method
