@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,9 @@ def test_the_scores_are_those_of_the_paper() -> None:
         score.append((gates[rows, expert] * out.norm(dim=1)).mean().item())
     sums = [each * count for each, count in zip(score, counts.tolist(), strict=True)]
     chosen = {"reap": score, "contribution": sums, "frequency": counts.tolist()}
-    for method, of in chosen.items():
-        done = pruned(copy.deepcopy(model), method, ids, 3)
-        lowest = sorted(range(6), key=lambda expert: of[expert])[:3]
+    for (method, of), left in product(chosen.items(), (2, 3, 4)):
+        done = pruned(copy.deepcopy(model), method, ids, left)
+        lowest = sorted(range(6), key=lambda expert: of[expert])[: 6 - left]
         assert done.record()["removed"][0] == sorted(lowest), method
         shares = (counts / counts.sum()).tolist()
         assert done.notes[0].routed == pytest.approx(shares, abs=1e-6)
