@@ -227,7 +227,7 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
 
     architecture = exact.fields["general.architecture"].contents()
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    names = get_tensor_name_map(kind, 0)
+    names = get_tensor_name_map(kind, 1)  # tables for each layer count as of a block
     tensors = {
         tensor.name: tensor for tensor in exact.tensors if tensor.name in (*OUTER, PER_LAYER)
     }
