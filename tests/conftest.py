@@ -19,11 +19,17 @@ for folder in (ROOT, ROOT / "tests"):
 import pytest  # noqa: E402  and not torch, which takes seconds that the controller of workers saves
 
 os.fsync = lambda _: None  # no test cuts the power, and hundreds of runs would wait for the disk
+LONGEST = "test_ranks", "test_equivalence", "test_install", "test_bare", "test_launch"  # files
 REQUIRED_ON_CI = "needs a C++ compiler", "needs the package", "the pretended CUDA"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: on the pretended CUDA device, see tests/cuda")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
