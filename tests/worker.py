@@ -68,6 +68,6 @@ def _fail(how: str) -> None:
         os.kill(os.getpid(), signal.Signals[how])
     elif how == "late":
         own = BlockStore._read
-        BlockStore._read = lambda self, index: time.sleep(0.4) or own(self, index)
+        BlockStore._read = lambda self, index: time.sleep(0.15) or own(self, index)
     else:
         raise RuntimeError(how) if how == "defect" else UserError(how)
