@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measure import table
 from safetensors.torch import load_file, save_file
 
+from lib.run import plots
 from lib.util.command import add_debug_flag, run, split_argv
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,22 +192,13 @@ def speeds(files: Sequence[Path], llama: Path) -> dict[Path, float]:
 
 def draw(points: Sequence[Point], file: Path) -> None:
     """Draw a line for each series; points more than 35% above the best one fall out."""
-    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
-    figure = Figure(figsize=(8.5, 5.6), layout="tight")
-    axes = figure.subplots()
     most = 1.35 * min(point.test["bits_per_byte"] for point in points)
-    for series in dict.fromkeys(point.series for point in points):
-        its = [p for p in points if p.series == series and p.test["bits_per_byte"] < most]
-        sizes, bits = [p.size / 1e6 for p in its], [p.test["bits_per_byte"] for p in its]
-        axes.plot(sizes, bits, marker="o", label=series)
-        for label, *place in zip([p.label for p in its], sizes, bits, strict=True):
-            axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set_xscale("log")
-    axes.set_xlabel("MB of the weights, embedding included (log scale)")
-    axes.set_ylabel("bits per byte of test text, lower is better")
-    axes.legend()
-    figure.savefig(file, dpi=150)
+    rows = [(p.series, p.label, p.size, p.test["bits_per_byte"]) for p in points]
+    columns = ["series", "label", "saved_bytes", "bits_per_byte"]
+    models = DataFrame([row for row in rows if row[-1] < most], columns=columns)
+    plots.save(plots.frontier(models, "Bytes against bits per byte, all trained alike"), file)
 
 
 def main(argv: list[str]) -> None:
