@@ -279,7 +279,7 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
     model, layout, embedding = job.skeleton, job.layout, job.skeleton.get_input_embeddings()
     weights, rows = sum(p.numel() for p in model.parameters()), len(job.vocabulary.rows)
     outer = (weights - sum(p.numel() for p in blocks(model))) / embedding.num_embeddings
-    told, counts = f"{rows:,} of {embedding.num_embeddings:,} rows of the vocabulary, ", [0]
+    summary, counts = f"{rows:,} of {embedding.num_embeddings:,} rows of the vocabulary, ", [0]
     if layout:
         mixture = layout.kind == EXPERTS
         step = layout.groups if mixture else multiple_of(layout.count)
@@ -292,13 +292,13 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
         if (size := size / 1e6) <= (megabytes or math.inf):
             break
     if layout:
-        told += f"{left} of {layout.count} {layout.kind} in each block, "
+        summary += f"{left} of {layout.count} {layout.kind} in each block, "
     dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
-    told += f"about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
+    summary += f"about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
     if megabytes and size > megabytes:
-        problem = f"--megabytes {megabytes}: {told}which is the least"
+        problem = f"--megabytes {megabytes}: {summary}which is the least"
         raise UserError(f"{problem}; give more, or take a smaller model")
-    return (f"{1 - left / counts[0]:.6g}" if left < counts[0] else None), told
+    return (f"{1 - left / counts[0]:.6g}" if left < counts[0] else None), summary
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:

@@ -30,6 +30,7 @@ from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
 
+LONGEST_WINDOW = 4096  # tokens, where neither a flag nor the model says less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # in one forward pass, roughly
 NARROW = 4096  # width below which that many tokens do not keep a GPU busy
@@ -87,7 +88,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     return tokenizer
 
 
-def window_length(config, requested: int | None, longest: int = 4096) -> int:
+def window_length(config, requested: int | None, longest: int = LONGEST_WINDOW) -> int:
     """Return the tokens in a window: as requested, else the model's limit, at most `longest`."""
     text = config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

@@ -26,23 +26,23 @@ from lib.util.markdown import escape, padded_table
 HEADING = "## How to load it"
 CARD = """\
 ---
-{0}
+{metadata}
 ---
-# {1}
+# {title}
 
-Made by langprune{2}:
+Made by langprune{texts}:
 
 ```bash
-{3}
+{command}
 ```
 
-{4}
+{table}
 
-{5}
-{6}
-{7}
+{notes}
+{heading}
+{packed}
 ```python
-{8}
+{code}
 ```
 """
 PACKED = """
@@ -93,15 +93,15 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     model = model if _is_hub_id(model) else Path(model).resolve().name
     texts = ", ".join(escape(_public(source)) for source in sources)
     return CARD.format(
-        _metadata(results, sources, is_packed, online),
-        f"{escape(model)}, {_what_was_done(results)}",
-        f" for the texts of {texts}" if texts else "",
-        _command(results["flags"]),
-        _table(results),
-        "".join(f"- {escape(note)}\n" for note in _notes(results)),
-        HEADING,
-        packed,
-        "\n".join(code),
+        metadata=_metadata(results, sources, is_packed, online),
+        title=f"{escape(model)}, {_what_was_done(results)}",
+        texts=f" for the texts of {texts}" if texts else "",
+        command=_command(results["flags"]),
+        table=_table(results),
+        notes="".join(f"- {escape(note)}\n" for note in _notes(results)),
+        heading=HEADING,
+        packed=packed,
+        code="\n".join(code),
     )
 
 

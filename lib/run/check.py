@@ -38,7 +38,11 @@ from lib.util.progress import quiet
 from lib.vocabulary import trim_vocabulary
 
 
-def check(args: argparse.Namespace, shared: Path | None = None, longest: int = 4096) -> Job:
+def check(
+    args: argparse.Namespace,
+    shared: Path | None = None,
+    longest: int = pretrained.LONGEST_WINDOW,
+) -> Job:
     """Check outputs, texts, device, config, tokenizer, vocabulary and windows, cheapest first.
 
     `shared` is the folder in which the runs of a sweep keep what the dense model computes;

@@ -216,8 +216,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "prune_method",
         RESULT,
-        "how the weights to drop are chosen; of experts: by reap (the mean of gate times "
-        "output), its sum over all tokens, how often they are used, or at random",
+        "how the weights to drop are chosen; of experts: reap (the mean of gate times output), "
+        "contribution (its sum over all tokens), frequency, or at random",
         choices=(*METHODS, *EXPERT_METHODS),
     )
     flag(

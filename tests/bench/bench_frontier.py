@@ -213,12 +213,12 @@ def main(argv: list[str]) -> None:
     own, passed_on = split_argv(argv)
     args = parser.parse_args(own)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = sorted(points(args, passed_on), key=lambda point: -point.size)
-    files = [point.file for point in found if point.file]
+    models = sorted(points(args, passed_on), key=lambda point: -point.size)
+    files = [point.file for point in models if point.file]
     timed = speeds(files, args.llama) if args.llama else {}
     header = ["", "MB", "bits per byte", "loss beside dense, nats", "KL", "tokens a second"]
     cells = []
-    for point in found:
+    for point in models:
         test = point.test
         figures = [f"{point.size / 1e6:.1f}", f"{test['bits_per_byte']:.4f}"]
         for name, form in (("loss_change", "+.4f"), ("kl", ".4f")):
@@ -229,10 +229,10 @@ def main(argv: list[str]) -> None:
     table(header, cells)
     records = [
         point._asdict() | {"file": str(point.file), "speed": timed.get(point.file)}
-        for point in found
+        for point in models
     ]
     (args.out / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
-    draw(found, args.out / "frontier.png")
+    draw(models, args.out / "frontier.png")
     print(f"picture: {args.out / 'frontier.png'}")
 
 
