@@ -204,7 +204,7 @@ class Int4(Values):
         may: Callable[[Tensor], Tensor | bool] = lambda scale: True,
     ) -> Tensor:
         """Of some scales (rows, groups, 1) that each group `may` have, that of the least error."""
-        best = torch.ones_like(groups[:, :, :1])
+        best = torch.full_like(groups[:, :, :1], -1)  # so that all zeros are -0, as the rule has them
         least = torch.full_like(best, torch.inf)
         for scale in scales:
             error = (groups / scale).round_().clamp_(self.lowest, self.highest)
@@ -258,7 +258,7 @@ class Q4_0(Int4):
             if bool(far.any()):
                 steps = steps.masked_scatter(far[:, None], self._fit(blocks[far], None).float())
                 lowest, place = torch.div(blocks, steps, out=codes).min(1, keepdim=True)
-            codes.round_().clamp_(self.lowest, self.highest)
+            codes.round_().clamp_(self.lowest, self.highest).add_(0)  # the rule knows no code of -0
             least = codes.gather(1, place).masked_fill_(lowest <= self.lowest / 2, self.lowest)
             rounded[part] = codes.scatter_(1, place, least).mul_(steps).view(-1, matrix.shape[1])
         return rounded
