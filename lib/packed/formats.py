@@ -204,7 +204,7 @@ class Int4(Values):
         may: Callable[[Tensor], Tensor | bool] = lambda scale: True,
     ) -> Tensor:
         """Of some scales (rows, groups, 1) that each group `may` have, that of the least error."""
-        best = torch.full_like(groups[:, :, :1], -1)  # so that all zeros are -0, as the rule has them
+        best = torch.full_like(groups[:, :, :1], -1)  # the rule makes all zeros -0
         least = torch.full_like(best, torch.inf)
         for scale in scales:
             error = (groups / scale).round_().clamp_(self.lowest, self.highest)
