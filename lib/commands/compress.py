@@ -70,7 +70,7 @@ LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of th
 TEST_PASSES = 7  # of a test window: both models, before and after, and the proof by llama.cpp
 PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
 HELD_OUT_PASSES = 13  # of a window held out of training
-FIXED = 4  # times that as much as a rehearsal's loading and generating is done
+FIXED = 7  # times a rehearsal's loading and generating, for both models, proof and speeds
 
 BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in q4_0, and in q8_0
 TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score

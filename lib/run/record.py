@@ -116,7 +116,8 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     except (OSError, ValueError, LookupError, TypeError):
         same = False
     if not same:
-        logs = [f for f in folder.glob("log_*.txt") if f.read_bytes().startswith(b"method\t")]
+        logs = (f for f in folder.glob("log_*.txt") if "." not in f.stem)  # the others were moved
+        logs = [f for f in logs if f.read_bytes().startswith(b"method\t")]
         for file in [folder / RESULTS, *logs, folder / "recovery.png"]:
             move_aside(file)
 

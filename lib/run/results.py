@@ -44,7 +44,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "dense_tasks": {"uk_last_word": {"acc,none": 0.81, "acc_stderr,none": 0.02}},
         "seconds": {"load": 1.0}, "peak_memory": {"host": 9, "device": null},       # bytes
         "footprint": {"before": 9, "after": 5},             # bytes of the model in memory
-        "saved_bytes": 5, "dense_bytes": 9,                 # files saved; the base model
+        "saved_bytes": 5, "dense_bytes": 9,                 # weights saved; the base model's
         "fingerprint": {"pruning": {"--nsamples": 128}, "measuring": {}},
     }
 """

@@ -281,8 +281,8 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 ) from error
             for file in names or ():  # it has another name now
                 Path(file).unlink(missing_ok=True)
-        files = [file for file in target.rglob("*") if file.is_file()]
-        job.results["saved_bytes"] = sum(file.stat().st_size for file in files)
+        weight_files = target.glob("*.safetensors")
+        job.results["saved_bytes"] = sum(file.stat().st_size for file in weight_files)
         print(f"saved: {target}", flush=True)
     weights.moved(job.dist.all_gather_object(moved)[0])
 

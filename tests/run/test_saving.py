@@ -203,11 +203,12 @@ def test_results_of_another_run_are_moved_aside(given: list) -> None:
     succeed(*given)
     first = Path("out/results.json").read_bytes()
     Path("out/log_thesis.txt").write_text("mine")
+    Path("out/log_wanda.1.txt").write_text("method\tmoved aside before")
     given[given.index("new")] = "newer"
     done = call(*given, "--seed", 1)
     assert done.status == 0 and "results.1.json" in done.out
     assert Path("out/results.1.json").read_bytes() == first
-    assert Path("out/log_sparsegpt.1.txt").exists()
+    assert Path("out/log_sparsegpt.1.txt").exists() and Path("out/log_wanda.1.txt").exists()
     assert "mine" in {file.read_text() for file in Path("out").glob("log_thesis*")}
     assert results()["seed"] == 1
     given[given.index("newer")] = "newest"
