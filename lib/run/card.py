@@ -119,7 +119,9 @@ def gguf_card(folder: str, file: Path, kind: str) -> str:
     if "langprune" in (card.data.tags or []):
         title, _, text = card.text.strip().partition("\n")
         text = text.partition(f"\n{HEADING}\n")[0]
-        text += f"The figures are those of the model that was converted, before {kind}.\n"
+        text += f"The figures are those of the model that was converted, before {kind}"
+        exact = kind == "q4_0" and kind in card.data.tags
+        text += ", which has changed its embedding and head alone.\n" if exact else ".\n"
     kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
     data = ModelCardData(
         pipeline_tag="text-generation",
@@ -144,8 +146,9 @@ def _metadata(
     except (OSError, ValueError, YAMLError):  # there is none, or it is damaged
         base = {}
     method = results["method"] if results["sparsity_type"] else None
-    tags = ["langprune", "pruned" if method or "recovery" in results else None, method]
+    tags = ["langprune", "pruned" if method or _pruned_before(results) else None, method]
     tags.append("trimmed" if results.get("vocabulary") else None)
+    tags.append(results.get("quantized", {}).get("format"))
     base_model = model if is_hub_id else base.get("base_model")
     bits = 4 if results.get("quantized") else results.get("packed", {}).get("bits", 16)
     relation = "quantized" if bits < 16 else "finetune"
@@ -174,13 +177,17 @@ def _metadata(
     )
 
 
+def _pruned_before(results: Mapping[str, Any]) -> bool:
+    return results.get("recovery", {}).get("teacher", results["model"]) != results["model"]
+
+
 def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
     goal = share if kind == "unstructured" else kind
     goal = f"{share} fewer {kind}" if kind in SMALLER else goal
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
-        "recovery": "recovered",
+        "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linears packed",
         "quantized": "its linears as llama.cpp's q4_0",

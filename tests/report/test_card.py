@@ -91,6 +91,18 @@ def test_a_packed_folder_tells_how_it_is_loaded_and_unpacked() -> None:
     assert "langprune unpack small small-dense" in text and "--pack_bits 4" in text
 
 
+def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:
+    recovery = {"teacher": "owner/name", "dense": {}}
+    found = made(sparsity_type=None, recovery=recovery, quantized={"format": "q4_0"})
+    head, text = parsed(found)
+    assert head["tags"] == ["langprune", "q4_0"]
+    assert text.startswith("# owner/name, trained on the texts, its linears as llama.cpp's q4_0\n")
+    (tmp_path / "README.md").write_text(model_card(found, ["c4:de"]))
+    for kind in ("q4_0", "q8_0"):
+        text = gguf_card(str(tmp_path), Path("a.gguf"), kind)
+        assert ("changed its embedding and head alone" in text) == (kind == "q4_0")
+
+
 def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) -> None:
     base = "---\nlicense: gemma\nbase_model: google/gemma\n---\n# Base\n\nTheir words.\n"
     for folder, card in (("small", model_card(made(), ["c4:de"])), ("base", base), ("bare", None)):
