@@ -3,7 +3,8 @@
     bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
 
 It prunes MODEL once for each calibration set, and once more with another seed, which shows how much
-of a difference is chance. Then it measures how far the masks overlap (overlap.py). What follows
+of a difference is chance. Then it measures how far the masks overlap (overlap.py), and of three or
+more languages what goes with the loss in one that was not calibrated on (likeness.py). What follows
 `--` goes to every run of main.py; finished runs are kept, as in sweep.py.
 """
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     add("--method", choices=(*METHODS, *EXPERT_METHODS), default="wanda", help="how to prune")
     add("--type", choices=TYPES, default=UNSTRUCTURED, help="sparsity type")
     add("--ratio", default="0.5", help="share, if not N:M")
-    add("--seeds", type=int, nargs=2, default=[0, 1], metavar="X", help="of the drawn windows")
+    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="X", help="of the drawn windows")
     add("--out", default="languages", help="folder for the runs and the files")
     command.add_debug_flag(parser)
     args = parser.parse_args(argv)
@@ -47,12 +48,17 @@ def main(argv: list[str]) -> None:
     sweep_argv += ["--ratios", args.ratio, "--calibration", args.first, *args.others]
     sweep_argv += ["--seeds", *map(str, args.seeds), "--out", args.out, "--save_models"]
     runs = sweep.sweep([*sweep_argv, *["--debug"] * args.debug], passed_on)
-    first, second = (
+    first, *others = (
         [run.folder for run in runs if run.name.endswith(f"-seed{seed}")] for seed in args.seeds
     )
-    out = Path(args.out, "overlap")
-    if call("lib.commands.overlap", *first, "--noise", *second, "--out", out):
-        raise UserError(f"{out}: was not written, see above; the pruned models are kept")
+    noise = ["--noise", *others[0]] if others else []
+    texts = (args.first, *args.others)
+    of_one = [run for run, text in zip(first, texts, strict=True) if "," not in text]
+    compared = {"overlap": [*first, *noise], "likeness": of_one if len(of_one) > 2 else []}
+    for name, compares in compared.items():
+        out = Path(args.out, name)
+        if compares and call(f"lib.commands.{name}", *compares, "--out", out):
+            raise UserError(f"{out}: was not written, see above; the pruned models are kept")
 
 
 if __name__ == "__main__":
