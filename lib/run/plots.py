@@ -321,4 +321,5 @@ def likeness(found: DataFrame, correlations: Mapping[Any, float]) -> Figure:
     blocks = {block: value for block, value in correlations.items() if not isinstance(block, str)}
     by_block.plot(list(blocks), list(blocks.values()), color=COLOURS[0], marker=MARKERS[0])
     by_block.set(title="masks, block by block", xlabel="block", ylabel="rank correlation")
+    by_block.locator_params("x", integer=True)
     return figure
