@@ -205,6 +205,7 @@ def cross_language(table: DataFrame) -> Figure | None:
         own = pandas.concat([groups[kind, method], plain.drop_duplicates("measured_on")])
         cells = own.pivot_table("more_bits", "calibrated_on", "measured_on", sort=False)
         cells = cells.reindex(index=[*labels, *["no text"] * (len(plain) > 0)], columns=tests)
+        cells.index = [n if len(n) < 25 else f"{n.count('+') + 1} mixed" for n in cells.index]
         form = "+.2f" if cells.max(axis=None) >= 0.1 else "+.3f"
         image = _heat_map(axes, cells, form, 7.5 if len(tests) > 6 else 9, norm=norm)
         axes.set(title=f"{method} {kind}", ylabel="calibrated on", xlabel="measured on")
