@@ -10,7 +10,6 @@ byte beyond those after calibration on the measured language itself, and how ali
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections import Counter
 from itertools import islice, permutations
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.commands.overlap import compare_masks, shares
 from lib.commands.report import Runs, load_runs
+from lib.data.languages import script
 from lib.run import plots
 from lib.util import command
 from lib.util.errors import UserError
@@ -39,17 +39,23 @@ def likeness(runs: Runs) -> DataFrame:
     """
     import pandas
 
+    from lib.model.access import Checkpoint
+    from lib.model.pretrained import load_tokenizer
+
     measured = {run["calibration"]["name"]: run["evaluation"] for run in runs.values()}
     bits = {on: {one["name"]: one["bits_per_byte"] for one in measured[on]} for on in measured}
     if len(bits) < 3 or any(on not in tests for on in bits for tests in bits.values()):
         raise UserError("RUN: give three or more, each measured on the languages of all of them")
-    texts = {run["calibration"]["name"]: _tokens_and_script(run) for run in runs.values()}
+    tokenizer = load_tokenizer(Checkpoint(next(iter(runs.values()))["model"]))  # of all RUNs
+    texts = {
+        run["calibration"]["name"]: _tokens_and_script(run, tokenizer) for run in runs.values()
+    }
     lines = []
     for on, test in permutations(bits, 2):
-        (others, script), (own, own_script) = texts[on], texts[test]
+        (others, its_script), (own, own_script) = texts[on], texts[test]
         line = {PAIR[0]: on, PAIR[1]: test, "beyond": bits[on][test] - bits[test][test]}
         line |= {"tokens": float(own[others > 0].sum() / own.sum())}
-        lines.append(line | {"script": float(script == own_script)})
+        lines.append(line | {"script": float(its_script == own_script)})
     counts = compare_masks(list(runs))
     a, b = (counts[run].str.replace(r" \(seed \d+\)$", "", regex=True) for run in "ab")
     both_ways = [counts.assign(**{PAIR[0]: x, PAIR[1]: y}) for x, y in ((a, b), (b, a))]
@@ -59,18 +65,16 @@ def likeness(runs: Runs) -> DataFrame:
     return pandas.DataFrame(lines).join(blocks, on=PAIR)
 
 
-def _tokens_and_script(run: dict[str, Any]) -> tuple[Any, str]:
+def _tokens_and_script(run: dict[str, Any], tokenizer: Any) -> tuple[Any, str]:
     """Return how often each token occurs in the text of a run, and the script of most letters."""
     from lib.data.counts import count_tokens
     from lib.data.documents import read_documents
     from lib.data.sources import parse_sources
-    from lib.model.access import Checkpoint
-    from lib.model.pretrained import load_tokenizer
 
     sources = parse_sources([each["source"] for each in run["calibration"]["sources"]], "RUN")
-    tokens = count_tokens(sources, load_tokenizer(Checkpoint(run["model"])))
+    tokens = count_tokens(sources, tokenizer)
     texts = "".join(islice(read_documents(sources[0], "train")[0], DOCUMENTS))
-    scripts = Counter(unicodedata.name(one, "?").split()[0] for one in texts if one.isalpha())
+    scripts = Counter(script(one) for one in texts if one.isalpha())
     return tokens, scripts.most_common(1)[0][0]
 
 
@@ -84,9 +88,8 @@ def correlations(found: DataFrame) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("likeness", __doc__)
+    parser = command.make_parser("likeness", __doc__, out=True)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run that saved a pruned model")
-    parser.add_argument("--out", default="likeness", help="folder (default: likeness)")
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     out, found = Path(args.out), likeness(load_runs(args.runs))

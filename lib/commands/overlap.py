@@ -257,12 +257,11 @@ def draw(counts: DataFrame) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("overlap", __doc__)
+    parser = command.make_parser("overlap", __doc__, out=True)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or its run")
     parser.add_argument(
         "--noise", nargs="+", default=[], metavar="RUN", help="the RUNs with another seed, in order"
     )
-    parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)

@@ -20,7 +20,6 @@ import json
 import random
 import re
 import sys
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.data.documents import read_documents
+from lib.data.languages import script
 from lib.data.sources import parse_source
 from lib.util import command
 from lib.util.errors import UserError
@@ -83,8 +83,7 @@ def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[
     counts = Counter(word for word in words if word.islower())
 
     def kind(word: str) -> tuple[str, int, int]:
-        script = unicodedata.name(word[0], "").partition(" ")[0]
-        return script, len(word), counts[word].bit_length()
+        return script(word[0]), len(word), counts[word].bit_length()
 
     alike = defaultdict(list)
     for word in sorted(counts):

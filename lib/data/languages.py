@@ -6,6 +6,8 @@ It names the individual language where a tag may mean several, and Chinese scrip
 
 from __future__ import annotations
 
+import unicodedata
+
 from lib.util.errors import UserError
 
 # the individual language of FineWeb2 that a tag for several of them is taken to mean
@@ -18,6 +20,11 @@ INDIVIDUAL = dict(
     ).split()
 )
 SCRIPTS = {"Hans": "Hani", "Hant": "Hani", "Kore": "Hang"}
+
+
+def script(letter: str) -> str:
+    """Return the script of a letter, by its name in Unicode, such as `LATIN`."""
+    return unicodedata.name(letter, "").partition(" ")[0]
 
 
 def language_text(tag: str) -> tuple[str, str]:
@@ -37,5 +44,5 @@ def language_text(tag: str) -> tuple[str, str]:
         raise UserError(f"--language {tag}: is no language; give its BCP 47 tag, such as uk or de")
     if code == "eng":
         return "en", "fineweb"
-    script = SCRIPTS.get(full.script, full.script)
-    return language.language, f"fineweb2:{INDIVIDUAL.get(code, code)}_{script}"
+    written = SCRIPTS.get(full.script, full.script)
+    return language.language, f"fineweb2:{INDIVIDUAL.get(code, code)}_{written}"

@@ -178,7 +178,7 @@ def _metadata(
 
 
 def _pruned_before(results: Mapping[str, Any]) -> bool:
-    return results.get("recovery", {}).get("teacher", results["model"]) != results["model"]
+    return "recovery" in results and results["method"] == "pruned before"
 
 
 def _what_was_done(results: Mapping[str, Any]) -> str:

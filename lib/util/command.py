@@ -65,9 +65,14 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
     )
 
 
-def make_parser(name: str, about: str | None) -> argparse.ArgumentParser:
-    """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
+def make_parser(name: str, about: str | None, out: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of a command, with `--debug`; `about` is its module's docstring.
+
+    `out`: with `--out` for a folder of files, by default of the command's name.
+    """
     parser = Parser(prog=name, description=about.split("\n")[0])
+    if out:
+        parser.add_argument("--out", default=name, help=f"folder for the files (default: {name})")
     add_debug_flag(parser)
     return parser
 
