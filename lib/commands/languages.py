@@ -3,9 +3,9 @@
     bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
 
 It prunes MODEL once for each calibration set, and once more with another seed, which shows how much
-of a difference is chance. Then it measures how far the masks overlap (overlap.py), and of three or
-more languages what goes with the loss in one that was not calibrated on (likeness.py). What follows
-`--` goes to every run of main.py; finished runs are kept, as in sweep.py.
+of a difference is chance. Then it measures how far the masks overlap, and of three or more
+languages what goes with the loss in one that was not calibrated on (overlap.py). What follows `--`
+goes to every run of main.py; finished runs are kept, as in sweep.py.
 """
 
 from __future__ import annotations
@@ -51,14 +51,9 @@ def main(argv: list[str]) -> None:
     first, *others = (
         [run.folder for run in runs if run.name.endswith(f"-seed{seed}")] for seed in args.seeds
     )
-    noise = ["--noise", *others[0]] if others else []
-    texts = (args.first, *args.others)
-    of_one = [run for run, text in zip(first, texts, strict=True) if "," not in text]
-    compared = {"overlap": [*first, *noise], "likeness": of_one if len(of_one) > 2 else []}
-    for name, compares in compared.items():
-        out = Path(args.out, name)
-        if compares and call(f"lib.commands.{name}", *compares, "--out", out):
-            raise UserError(f"{out}: was not written, see above; the pruned models are kept")
+    noise, out = ["--noise", *others[0]] if others else [], Path(args.out, "overlap")
+    if call("lib.commands.overlap", *first, *noise, "--out", out):
+        raise UserError(f"{out}: was not written, see above; the pruned models are kept")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,17 @@
 """What goes with the loss in languages that a model was not calibrated on.
 
-    python -m lib.commands.likeness RUN RUN RUN [RUN ...] [--out FOLDER]
-
-A RUN is the `--save` folder of a run that saved its pruned model, calibrated on one language and
-measured on all of them, as by `sweep --save_models`. For each two languages it shows the bits per
-byte beyond those after calibration on the measured language itself, and how alike the two are.
+For each two languages: the bits per byte beyond those after calibration on the measured language
+itself, and how alike the two are in script, tokens and masks.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
+from collections.abc import Iterable
 from itertools import islice, permutations
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.commands.overlap import compare_masks, shares
-from lib.commands.report import Runs, load_runs
 from lib.data.languages import script
-from lib.run import plots
-from lib.util import command
-from lib.util.errors import UserError
-from lib.util.files import check_writable
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -30,39 +20,40 @@ PAIR = ["calibrated_on", "measured_on"]
 DOCUMENTS = 10  # of a language, by which its script is known
 
 
-def likeness(runs: Runs) -> DataFrame:
-    """Return a line for each two languages.
+def likeness(runs: Iterable[dict[str, Any]], masks: DataFrame) -> DataFrame | None:
+    """Return a line for each two languages of runs that were calibrated on one language each.
 
+    `masks`: what each two masks share, with columns PAIR, `both keep`, and one of each block.
     Columns: those of PAIR; `beyond`, bits per byte; `tokens`, the share of the measured language's
     train text in tokens that the other's has; `script`, 1 where most letters of both are of one;
-    `masks`, the share of the kept weights that both masks keep, and the same of each block.
+    then those of `masks`. None for fewer than three languages, or where a run was not measured on
+    all of them.
     """
     import pandas
 
     from lib.model.access import Checkpoint
     from lib.model.pretrained import load_tokenizer
 
-    measured = {run["calibration"]["name"]: run["evaluation"] for run in runs.values()}
-    bits = {on: {one["name"]: one["bits_per_byte"] for one in measured[on]} for on in measured}
-    if len(bits) < 3 or any(on not in tests for on in bits for tests in bits.values()):
-        raise UserError("RUN: give three or more, each measured on the languages of all of them")
-    tokenizer = load_tokenizer(Checkpoint(next(iter(runs.values()))["model"]))  # of all RUNs
-    texts = {
-        run["calibration"]["name"]: _tokens_and_script(run, tokenizer) for run in runs.values()
+    of_one = {
+        run["calibration"]["name"]: run
+        for run in runs
+        if len((run.get("calibration") or {}).get("sources", ())) == 1
     }
+    bits = {
+        on: {test["name"]: test["bits_per_byte"] for test in run["evaluation"]}
+        for on, run in of_one.items()
+    }
+    if len(bits) < 3 or any(not bits.keys() <= tests.keys() for tests in bits.values()):
+        return None
+    tokenizer = load_tokenizer(Checkpoint(next(iter(of_one.values()))["model"]))  # of all runs
+    texts = {on: _tokens_and_script(run, tokenizer) for on, run in of_one.items()}
     lines = []
     for on, test in permutations(bits, 2):
         (others, its_script), (own, own_script) = texts[on], texts[test]
         line = {PAIR[0]: on, PAIR[1]: test, "beyond": bits[on][test] - bits[test][test]}
         line |= {"tokens": float(own[others > 0].sum() / own.sum())}
         lines.append(line | {"script": float(its_script == own_script)})
-    counts = compare_masks(list(runs))
-    a, b = (counts[run].str.replace(r" \(seed \d+\)$", "", regex=True) for run in "ab")
-    both_ways = [counts.assign(**{PAIR[0]: x, PAIR[1]: y}) for x, y in ((a, b), (b, a))]
-    counts = pandas.concat(both_ways)
-    blocks = shares(counts, ["block", *PAIR])["both keep"].unstack("block")
-    blocks.insert(0, "masks", shares(counts, PAIR)["both keep"])
-    return pandas.DataFrame(lines).join(blocks, on=PAIR)
+    return pandas.DataFrame(lines).join(masks, on=PAIR)
 
 
 def _tokens_and_script(run: dict[str, Any], tokenizer: Any) -> tuple[Any, str]:
@@ -85,22 +76,3 @@ def correlations(found: DataFrame) -> dict[str, float]:
     """
     groups = found.drop(columns=PAIR[0]).groupby(PAIR[1])
     return groups.corr("spearman")["beyond"].unstack().mean().drop("beyond").to_dict()
-
-
-def main(argv: list[str]) -> None:
-    parser = command.make_parser("likeness", __doc__, out=True)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run that saved a pruned model")
-    args = parser.parse_args(argv)
-    check_writable("--out", args.out)
-    out, found = Path(args.out), likeness(load_runs(args.runs))
-    out.mkdir(parents=True, exist_ok=True)
-    found.to_csv(out / "likeness.csv", index=False)
-    for name, value in (ranks := correlations(found)).items():
-        what = name if isinstance(name, str) else f"masks of block {name}"
-        print(f"rank correlation of the loss with {what}: {value:+.2f}")
-    if plots.can_draw():
-        plots.save(plots.likeness(found, ranks), out / "likeness.png")
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))
