@@ -75,7 +75,8 @@ def read_masks(path: Path, files: ExitStack) -> Masks:
     saved = results.get("flags", {}).get("save_model")
     if not saved:
         raise UserError(f"RUN {path}: saved no model; run it again with --save_model")
-    folder = next(filter(Path.is_dir, [Path(saved), path.parent / Path(saved).name]), None)
+    name = Path(saved).name
+    folder = next(filter(Path.is_dir, [Path(saved), path / name, path.parent / name]), None)
     if folder is None:
         raise UserError(f"RUN {path}: its model {saved} is gone; run it again")
     return Masks(path, label, calibration, _saved_matrices(path, folder, files))

@@ -86,6 +86,7 @@ def test_run_folders_lead_to_their_saved_models(languages: dict, tmp_path: Path)
     for on in ("uk", "en"):
         flags = {"save_model": str(languages[on, 0])}
         runs.append(write_run(tmp_path / f"run-{on}", "wanda", {}, on=on, flags=flags))
+    languages["en", 0].rename(runs[1] / "en0")  # as where a run that holds its model was moved
     counts = compare_masks(runs)
     assert {*counts["a"], *counts["b"]} == {"uk (seed 0)", "en (seed 0)"}
     refused("calibrated on en, but", *runs, noise=(runs[1],))
