@@ -69,10 +69,10 @@ def _tokens_and_script(run: dict[str, Any], tokenizer: Any) -> tuple[Any, str]:
     return tokens, scripts.most_common(1)[0][0]
 
 
-def correlations(found: DataFrame) -> dict[str, float]:
+def correlations(pairs: DataFrame) -> dict[str, float]:
     """Return Spearman's correlation of `beyond` with each likeness.
 
     It is within each measured language, since these differ in what they lose, and the mean of them.
     """
-    groups = found.drop(columns=PAIR[0]).groupby(PAIR[1])
+    groups = pairs.drop(columns=PAIR[0]).groupby(PAIR[1])
     return groups.corr("spearman")["beyond"].unstack().mean().drop("beyond").to_dict()

@@ -202,12 +202,12 @@ def shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
     by = ["seeds", by] if isinstance(by, str) else ["seeds", *by]
     sums = counts.groupby(by, sort=False)[COUNTS].sum()
     kept = sums["kept_a"] + sums["kept_b"]
-    found = (kept / (2 * sums["weights"])).to_frame("kept")
-    found["both keep"] = 2 * sums["both"] / kept.clip(lower=1)
-    found["chance"] = 2 * sums["chance"] / kept.clip(lower=1)
-    between = found.loc[False]
+    of_all = (kept / (2 * sums["weights"])).to_frame("kept")
+    of_all["both keep"] = 2 * sums["both"] / kept.clip(lower=1)
+    of_all["chance"] = 2 * sums["chance"] / kept.clip(lower=1)
+    between = of_all.loc[False]
     if counts["seeds"].any():
-        seeds = found.loc[True]["both keep"]
+        seeds = of_all.loc[True]["both keep"]
         between = between.assign(seeds=seeds, excess=seeds - between["both keep"])
     return between
 
@@ -227,10 +227,10 @@ def _unit(counts: DataFrame) -> str:
 def overlap_text(counts: DataFrame) -> str:
     """Return a comparison as Markdown: by pair, by block and by linear."""
     pair = counts["a"] + " and " + counts["b"] + counts["seeds"].map({True: " (seeds)", False: ""})
-    found = {"pair": shares(counts.assign(pair=pair, seeds=False), "pair")}
-    found |= {name: shares(counts, name) for name in ("block", "linear")}
+    tables = {"pair": shares(counts.assign(pair=pair, seeds=False), "pair")}
+    tables |= {name: shares(counts, name) for name in ("block", "linear")}
     parts = [f"### {_title(counts)}"]
-    for name, table in found.items():
+    for name, table in tables.items():
         body = [[str(key), *map("{:.1%}".format, line)] for key, *line in table.itertuples()]
         parts.append(padded_table([name, *table.columns], body))
     notes = (

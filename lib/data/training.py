@@ -185,10 +185,10 @@ class OverlapFilter:
 
         About `chunk` tokens are looked at together.
         """
-        found = windows.new_zeros(len(windows), dtype=torch.bool)
+        contained = windows.new_zeros(len(windows), dtype=torch.bool)
         step = max(1, chunk // max(1, windows.shape[1]))
         for start in range(0, len(windows), step):
             sums = self._sums(windows[start : start + step])
             index = torch.searchsorted(self.sums, sums)
-            found[start : start + step] = (self.sums[index] == sums).any(1)
-        return found
+            contained[start : start + step] = (self.sums[index] == sums).any(1)
+        return contained

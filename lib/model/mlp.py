@@ -63,18 +63,18 @@ def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) 
     has no field for the width.
     """
     blocks = model.get_submodule(name)
-    found = [_mlps(block) for block in blocks]
-    widths = {width for mlps in found for width, _ in mlps}
+    by_block = [_mlps(block) for block in blocks]
+    widths = {width for mlps in by_block for width, _ in mlps}
     why = "no field of its config sets the width of one MLP in each block and of it alone"
     if stored_bits(config):
         why = "it is quantised, and its matrices can't be cut"
     elif any(one.expert is not None for block in blocks for one in find_linears(block, "")[0]):
         why = "its MLPs are experts"
-    elif len(widths) == 1 and all(len(mlps) == 1 for mlps in found):
+    elif len(widths) == 1 and all(len(mlps) == 1 for mlps in by_block):
         [width], text = widths, config.get_text_config(decoder=True)
         for field in FIELDS:
             if getattr(text, field, 0) in (width, None):
-                layout = MlpLayout(width, field, tuple(mlp for [(_, mlp)] in found))
+                layout = MlpLayout(width, field, tuple(mlp for [(_, mlp)] in by_block))
                 if _narrows(layout, config, checkpoint, model, name):
                     return layout
     raise UserError(

@@ -153,13 +153,13 @@ def _rows_read(model: nn.Module, tables: list[nn.Embedding], ids: Tensor) -> lis
         for part in ids.split(READ_TOKENS) if tables else ():
             with suppress(Stop):
                 model(input_ids=part[None].to(device), use_cache=False)
-    found = [torch.cat([ids[:0], *parts]) for parts in read.values()]
-    for table, rows in zip(tables, found, strict=True):
+    read_rows = [torch.cat([ids[:0], *parts]) for parts in read.values()]
+    for table, rows in zip(tables, read_rows, strict=True):
         chosen = rows.shape == ids.shape and (rows == ids).sum() > len(ids) // 2
         if not chosen or rows.max() >= len(table.weight):
             problem = f"a table of {list(table.weight.shape)} whose rows are not its tokens"
             raise _refused(f"--model {model.name_or_path}", problem)
-    return found
+    return read_rows
 
 
 def _renumber_(model: nn.Module, new_ids: Mapping[int, int], sizes: set[int], after: int) -> None:

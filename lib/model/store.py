@@ -174,8 +174,8 @@ class BlockStore:
         """
         if not self.resumes:
             return None
-        found = self.finished.read(name) if self.finished else None
-        tensors, facts = found or ({}, None)
+        kept = self.finished.read(name) if self.finished else None
+        tensors, facts = kept or ({}, None)
         header = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
         header, facts = self.dist.all_gather_object((header, facts))[0]
         if facts is None:

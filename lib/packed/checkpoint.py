@@ -178,9 +178,9 @@ def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
                 for key in sorted(wanted.keys() & set(tensors.keys())):
                     file_of[key] = file
                     header, (shape, dtype) = tensors.get_slice(key), wanted[key]
-                    found = tuple(header.get_shape())
-                    if found != shape:
-                        raise PackedError(f"{file}: {key} is {found}, not {shape}; {OTHER}")
+                    stored = tuple(header.get_shape())
+                    if stored != shape:
+                        raise PackedError(f"{file}: {key} is {stored}, not {shape}; {OTHER}")
                     kind = header[:0].dtype
                     if kind != dtype if dtype else not kind.is_floating_point:
                         right = dtype or "floating point"

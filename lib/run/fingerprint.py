@@ -85,13 +85,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 @cache
 def versions() -> dict[str, str | None]:
     """{package: version}, with `python`; None for what is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    each: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            each[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            each[name] = None
+    return each
 
 
 def _weights(name: str, config: Any) -> str:

@@ -301,17 +301,17 @@ def overlap(cells: DataFrame, title: str, label: str, *, difference: bool = Fals
     return figure
 
 
-def likeness(found: DataFrame, correlations: Mapping[Any, float]) -> Figure:
+def likeness(pairs: DataFrame, correlations: Mapping[Any, float]) -> Figure:
     """Draw what calibrating on another language costs, against how alike the two languages are.
 
-    `found` as of lib/commands/likeness.py; `correlations` of its columns with the cost.
+    `pairs` as of lib/commands/likeness.py; `correlations` of its columns with the cost.
     """
     title = "Calibrated on another language: bits per byte beyond calibration on itself"
     figure, (*panels, by_block) = _panels(title, 3, 3, 4.2, 3.8)
     shown = ("tokens", "share of its tokens that the other's text has")
     shown = (shown, ("masks", "share of kept weights that both masks keep"))
     for axes, (name, label) in zip(panels, shown, strict=True):
-        for index, (same, its) in enumerate(found.groupby("script")):
+        for index, (same, its) in enumerate(pairs.groupby("script")):
             look = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": "none"}
             axes.plot(
                 its[name], its["beyond"], label=f"{'same' if same else 'other'} script", **look

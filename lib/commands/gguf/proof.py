@@ -81,13 +81,13 @@ def prove(
             missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
         else:
             windows = windows_of(source.tokenizer, documents, source.config)
-            found = prove_predictions(weights, files, windows, letter_of(source.tokenizer))
-            differ = ", ".join(
-                f"{value:.2g} in {name}" for name, value in found["distances"].items()
+            compared = prove_predictions(weights, files, windows, letter_of(source.tokenizer))
+            by = ", ".join(
+                f"{value:.2g} in {name}" for name, value in compared["distances"].items()
             )
-            print(f"predictions after {found['places']} beginnings differ by {differ}", flush=True)
-            proof["predictions"] = found
-            longest = max(max(lengths) for lengths in found["windows"].values())
+            print(f"predictions after {compared['places']} beginnings differ by {by}", flush=True)
+            proof["predictions"] = compared
+            longest = max(max(lengths) for lengths in compared["windows"].values())
             missing.append(f"texts past {longest} tokens")
     missing += [] if texts else ["languages of the model (no --data)"]
     missing.append("the chat template")
