@@ -67,7 +67,7 @@ LEAST_WINDOWS = 16  # of training, which take less time than rounding on calibra
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
 
 # costs in passes of one window through the trimmed model
-TEST_PASSES = 7  # of a test window: both models, before and after, and the proof by llama.cpp
+TEST_PASSES = 6  # of a test window: both models, before and after, and the proof by llama.cpp
 PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
 HELD_OUT_PASSES = 13  # of a window held out of training
 FIXED = 7  # times a rehearsal's loading and generating, for both models, proof and speeds
@@ -243,10 +243,9 @@ def plan_time(
     from lib.data.training import HELD_OUT, HELD_OUT_SHARE
 
     spent, recovery, size = rehearsal["seconds"], rehearsal["recovery"], rehearsal["footprint"]
-    tests = sum(test["windows"] for test in rehearsal["evaluation"])
     seqlen, held_out = rehearsal["evaluation"][0]["seqlen"], recovery["text"]["held_out"]
     scaling = sum(spent[step] for step in ("dense", "measure before", "recover", "eval"))
-    passed = spent["measure before"] / (held_out + tests)  # seconds of a pass
+    passed = spent["measure before"] / held_out  # seconds of a pass
     training = spent["recover"] - len(recovery["curve"]) * held_out * passed
     training = max(3 * passed, training * seqlen / recovery["tokens"])  # seconds of a window
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed

@@ -197,12 +197,10 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
 
 def _table(results: Mapping[str, Any]) -> str:
     """Return the table of figures: their names, the dense model's where it is known, this one's."""
-    rows, trained = [], results.get("recovery", {}).get("dense", {})
+    rows = []
     for test in results["evaluation"]:
         dense = dict(test.get("dense") or {})
-        if test["name"] in trained:
-            dense["perplexity"] = trained[test["name"]]
-        elif "compared_perplexity" in test:
+        if "compared_perplexity" in test:
             pair = (dense.pop("perplexity"), test["compared_perplexity"])
             name = f"{escape(test['name'])}, perplexity on {test['compared_windows']} windows"
             rows.append([name, *(f"{value:.4f}" for value in pair)])

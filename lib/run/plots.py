@@ -261,12 +261,14 @@ def recovery_curve(results: Mapping[str, Any]) -> Figure:
 
     Dense perplexities are dashed lines.
     """
-    recovery, dense = results["recovery"], results["recovery"]["dense"]
+    recovery = results["recovery"]
     curve = [(point["tokens"], point["perplexity"]) for point in recovery["curve"]]
     drawn = [("training text, held out", curve, recovery["held_out"]["dense"])]
-    for name, after in results["perplexity"].items():
-        points = [(0, recovery["before"][name]), (recovery["tokens"], after)]
-        drawn.append((f"measured on {name}", points, dense[name]))
+    for test in results["evaluation"]:
+        name, dense = test["name"], test["dense"]["perplexity"]
+        after = test.get("compared_perplexity", test["perplexity"])
+        points = [(0, recovery["before"].get(name, dense)), (recovery["tokens"], after)]
+        drawn.append((f"measured on {name}", points, dense))
     title = f"{Path(results['model']).name}, {results['method']}: recovery by training"
     figure, panels = _panels(title, len(drawn), min(len(drawn), PANELS_IN_A_ROW), 4.2, 3.8)
     for index, (axes, (name, points, of_dense)) in enumerate(zip(panels, drawn, strict=True)):
@@ -275,10 +277,8 @@ def recovery_curve(results: Mapping[str, Any]) -> Figure:
         axes.plot([x for x, _ in points], [y for _, y in points], **look)
         if points:
             name += f"\n{points[0][1]:,.4g} → {points[-1][1]:,.4g}"
-        if of_dense is not None:
-            axes.axhline(of_dense, **DENSE_LINE)
-            name += f" (dense {of_dense:,.4g})"
-        axes.set(title=name, xlabel="tokens trained on", yscale="log")
+        axes.axhline(of_dense, **DENSE_LINE)
+        axes.set(title=f"{name} (dense {of_dense:,.4g})", xlabel="tokens trained on", yscale="log")
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.locator_params("x", nbins=4)
         _log_ticks(axes.yaxis)

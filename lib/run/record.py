@@ -158,23 +158,19 @@ def print_summary(results: dict[str, Any]) -> None:
 
 def beside_dense(results: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each test set: the perplexities of the dense model and of this one."""
-    recovery, was_pruned = results.get("recovery"), results["method"] == "pruned before"
-    name = "pruned" if was_pruned else "recovered" if recovery else results["method"]
+    recovery, method = results.get("recovery"), results["method"]
+    name = "recovered" if recovery else "pruned" if method == "pruned before" else method
     for test in results["evaluation"]:
-        figures, windows = {name: test["perplexity"]}, ""
-        if recovery:
-            dense, before = (recovery[key][test["name"]] for key in ("dense", "before"))
-            if results["sparsity_type"] or was_pruned:
-                figures = {"pruned": before}
-            figures = {"dense": dense} | figures | {"recovered": test["perplexity"]}
-        elif "dense" in test:
-            if "compared_perplexity" in test:
-                figures[name] = test["compared_perplexity"]
-                windows = f", on {test['compared_windows']} of {test['windows']} windows"
-            figures = {"dense": test["dense"]["perplexity"]} | figures
-        if len(figures) > 1:
-            words = ", ".join(f"{each} {value:.4f}" for each, value in figures.items())
-            yield f"{one_line(test['name'])}: {words}{windows}"
+        if "dense" not in test:
+            continue
+        figures, windows = {"dense": test["dense"]["perplexity"]}, ""
+        if recovery and test["name"] in recovery["before"]:
+            figures["pruned"] = recovery["before"][test["name"]]
+        figures[name] = test.get("compared_perplexity", test["perplexity"])
+        if "compared_perplexity" in test:
+            windows = f", on {test['compared_windows']} of {test['windows']} windows"
+        words = ", ".join(f"{each} {value:.4f}" for each, value in figures.items())
+        yield f"{one_line(test['name'])}: {words}{windows}"
 
 
 def _test_lines(test: dict[str, Any]) -> list[str]:

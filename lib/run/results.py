@@ -24,8 +24,8 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "recovery": {
             "tokens": 300000, "seconds": 60.0, "teacher": "owner/name", "cross_entropy": 0.2,
             "text": {...}, "curve": [{"tokens": 0, "perplexity": 30.0, "loss": null}],
-            "held_out": {"dense": 20.0, "before": 30.0},    # perplexities of training text held out
-            "dense": {"uk": 18.0}, "before": {"uk": 27.0}}, # and of each test set
+            "held_out": {"dense": 20.0},                    # perplexity of training text held out
+            "before": {"uk": 27.0}},                        # on a test set's compared windows
         "packed": {"bits": 4, "linears": 96, "bytes": 5, "dense_bytes": 16, "difference": 0.01},
         "packed_embeddings": {"modules": ["lm_head"], "bits": 8, "bytes": 5, "dense_bytes": 16},
         "quantized": {

@@ -12,12 +12,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lib.data.tokenizer_model import write_tokenizer_model
-from lib.eval import COMPARED_POSITIONS, perplexities, some_logits
+from lib.eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from lib.methods.sparsity import NEURONS, SMALLER
 from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
-from lib.model.reference import DenseReference, dense_states, local_windows, shared_states, tail_of
+from lib.model.reference import (
+    DenseReference,
+    compared_windows,
+    dense_states,
+    local_windows,
+    shared_states,
+    tail_of,
+)
 from lib.model.rows import keep_rows_
 from lib.packed.formats import FORMATS, Q4_0
 from lib.prune import Pruner, first_of
@@ -157,15 +164,17 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
 def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached) -> Any:
     """Train the kept weights, check that every zero is still zero, and return their grids."""
     args, schedule, text = job.args, job.schedule, job.texts.training
-    before = measure(runner)
-    sets = [text.held_out, *(test.windows for test in job.texts.tests)]
+    before, tests = measure(runner), {}
     untouched = not (job.method or args.teacher)
-    models, figures = [teacher] if untouched else [teacher, runner], []
-    shown = progress(len(models), "measuring before", "model", job.dist.is_main)
+    if not untouched:  # the windows on which evaluation compares with the dense model
+        windows = {test.name: test.windows for test in job.texts.tests}
+        tests = {name: each[compared_windows(len(each))] for name, each in windows.items()}
+    shown = progress(1 + len(tests), "measuring before", "text", job.dist.is_main)
     with job.timed("measure before"), shown as bar:
-        for each in models:
-            figures.append([measured["perplexity"] for measured in perplexities(each, sets)])
-            bar(1)
+        held_out = perplexity(teacher, text.held_out)
+        bar(1)
+        figures = perplexities(runner, list(tests.values())) if tests else []
+        bar(len(tests))
     packed, form = {}, FORMATS[4]
     if args.quantize:
         packed, form = q4_0_weights(runner)[0], Q4_0()
@@ -188,14 +197,12 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
     if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
         raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
     job.print(recoverer.line())
-    names, dense, pruned_before = [test.name for test in job.texts.tests], figures[0], figures[-1]
     job.results["sparsity"] = after.shares()
     job.results["recovery"] = recoverer.record() | {
         "teacher": args.teacher or args.model,
         "text": text.facts,
-        "held_out": {"dense": dense[0], "before": pruned_before[0]},
-        "dense": dict(zip(names, dense[1:], strict=True)),
-        "before": dict(zip(names, pruned_before[1:], strict=True)),
+        "held_out": {"dense": held_out},
+        "before": dict(zip(tests, (each["perplexity"] for each in figures), strict=True)),
     }
     return recoverer.scales
 

@@ -62,7 +62,8 @@ def cells(text: str) -> list[list[str]]:
 def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
     (test,) = made()["evaluation"]
     test |= {"kl": 0.12345, "top1_agreement": 0.87654}
-    recovery = {"dense": {"uk": 10.0}, "before": {"uk": 20.0}, "text": {"name": "uk"}}
+    test["dense"] = {"perplexity": 10.0}
+    recovery = {"before": {"uk": 20.0}, "text": {"name": "uk"}}
     found = made(evaluation=[test], recovery=recovery, saved_bytes=5e6, dense_bytes=9e6)
     _, text = parsed(found)
     assert text.startswith("# owner/name, pruned by wanda to 50%, recovered\n")
@@ -73,6 +74,7 @@ def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
         ["uk, same likeliest token", "", "87.65%"],
         ["MB", "9.0", "5.0"],
     ]
+    assert list(beside_dense(found)) == ["uk: dense 10.0000, pruned 20.0000, recovered 12.3457"]
     del found["recovery"]
     test["dense"] = {"perplexity": 9.0, "bits_per_byte": 0.1}
     assert [line[1] for line in cells(parsed(found)[1])[:2]] == ["0.1000", "9.0000"]
@@ -92,7 +94,7 @@ def test_a_packed_folder_tells_how_it_is_loaded_and_unpacked() -> None:
 
 
 def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:
-    recovery = {"teacher": "owner/name", "dense": {}}
+    recovery = {"teacher": "owner/name", "before": {}}
     found = made(sparsity_type=None, recovery=recovery, quantized={"format": "q4_0"})
     head, text = parsed(found)
     assert head["tags"] == ["langprune", "q4_0"]
