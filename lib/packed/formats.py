@@ -34,7 +34,8 @@ CANDIDATES = 28  # steps of five significant bits that lead from any number to i
 
 def check_finite(matrix: Tensor, bits: int) -> None:
     """PackedError where a matrix holds what no integer stands for."""
-    if not bool(matrix.isfinite().all()):
+    extremes = matrix.aminmax() if matrix.numel() else ()  # a nan becomes both
+    if not all(bool(each.isfinite()) for each in extremes):
         raise PackedError(f"{bits} bits: a weight is nan or inf, which integers can't hold")
 
 
