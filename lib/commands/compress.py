@@ -290,14 +290,14 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
         size = sum(map(nbytes, blocks(model))) + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
         if (size := size / 1e6) <= (megabytes or math.inf):
             break
-    if layout:
-        summary += f"{left} of {layout.count} {layout.kind} in each block, "
+    cut = left < counts[0]
+    kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
     dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
-    summary += f"about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
+    summary += f"{kept}, about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
     if megabytes and size > megabytes:
         problem = f"--megabytes {megabytes}: {summary}which is the least"
         raise UserError(f"{problem}; give more, or take a smaller model")
-    return (f"{1 - left / counts[0]:.6g}" if left < counts[0] else None), summary
+    return (f"{1 - left / counts[0]:.6g}" if cut else None), summary
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
