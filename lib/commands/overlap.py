@@ -286,7 +286,12 @@ def main(argv: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     counts.to_csv(out / "overlap.csv", index=False)
     runs = [read_results(Path(run)) for run in args.runs if Path(run, RESULTS).is_file()]
-    if (pairs := likeness(runs, by_language(counts))) is not None:
+    pairs = None
+    try:
+        pairs = likeness(runs, by_language(counts))
+    except UserError as error:  # a text or the dense model's tokenizer has gone
+        print(f"not compared with the loss: {error}", file=sys.stderr)
+    if pairs is not None:
         pairs.to_csv(out / "likeness.csv", index=False)
         for name, value in (ranks := correlations(pairs)).items():
             what = name if isinstance(name, str) else f"masks of block {name}"

@@ -17,7 +17,7 @@ import tiny
 from processes import Worker
 from support import QUICK, Done, call, results, wait_until
 
-from lib.commands import languages, sweep, sweep_run
+from lib.commands import languages, overlap, sweep, sweep_run
 from lib.run.flags import build_parser
 from lib.util import command
 
@@ -253,6 +253,9 @@ def test_likeness(trained, texts) -> None:
     assert float(alike["tokens"]) == float(alike["script"]) == float(alike["masks"]) == 1
     assert float(unlike["tokens"]) < 1 and 0.5 < float(unlike["masks"]) < 1
     assert Path("runs/overlap/likeness.png").stat().st_size > 10_000
+    shutil.rmtree("same")
+    said = done(overlap.main, *sorted(Path("runs").glob("*/wanda*")))
+    assert said.status == 0 and "not compared with the loss" in said.err and "same" in said.err
 
 
 def test_experts_that_languages_share(texts, tmp_path) -> None:
