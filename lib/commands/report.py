@@ -281,11 +281,7 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
             if figure := picture(table):
                 drawn.append(plots.save(figure, out / f"{name}{suffix}.png"))
     text = "\n".join(filter(None, [report_text(every), failures]))
-    parts = [
-        text,
-        completions(runs, every),
-        *(f"![{path.stem}]({path.name})" for path in drawn),
-    ]
+    parts = [text, completions(runs, every), *(f"![{path.stem}]({path.name})" for path in drawn)]
     write_text(out / "report.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
     frame = pandas.concat(every) if every else pandas.DataFrame()
     frame = frame.drop(columns=["folder", "kind", "seed", "test"], errors="ignore")
