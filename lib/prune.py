@@ -16,8 +16,9 @@ from torch import Tensor
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.linears import eager_experts, find_linears
-from lib.model.matrix import PrunableLinear, all_finite
+from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import set_field
+from lib.packed.layout import all_finite
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
 from lib.pruning.ordered import OrderedBlock, Stage, find_order

@@ -13,15 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lib.packed.layout import all_finite
 from lib.util.errors import UserError
-
-
-def all_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor has neither nan nor inf; it is read once, without masks."""
-    if not tensor.numel():
-        return True
-    # a nan becomes both extremes
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import PackedError
-from .layout import Packed, keep, kept_of, places, row_offsets, tiles
+from .layout import Packed, all_finite, keep, kept_of, places, row_offsets, tiles
 
 SMALLEST = torch.finfo(torch.float32).tiny
 Tensors = dict[str, tuple[tuple[int, ...], torch.dtype | None]]  # shapes and dtypes, by name
@@ -34,8 +34,7 @@ CANDIDATES = 28  # steps of five significant bits that lead from any number to i
 
 def check_finite(matrix: Tensor, bits: int) -> None:
     """PackedError where a matrix holds what no integer stands for."""
-    extremes = matrix.aminmax() if matrix.numel() else ()  # a nan becomes both
-    if not all(bool(each.isfinite()) for each in extremes):
+    if not all_finite(matrix):
         raise PackedError(f"{bits} bits: a weight is nan or inf, which integers can't hold")
 
 

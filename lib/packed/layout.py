@@ -29,6 +29,14 @@ POPCOUNT = _bits.sum(1, dtype=torch.int32)
 NOT_2_4 = _bits.view(256, 2, 4).sum(2).amax(1) > 2  # whether one of its halves keeps over two
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor has neither nan nor inf; it is read once, without masks."""
+    if not tensor.numel():
+        return True
+    # a nan becomes both extremes
+    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+
+
 class Packed(NamedTuple):
     """A packed matrix; `scale` stands beside integers alone."""
 

@@ -85,13 +85,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 @cache
 def versions() -> dict[str, str | None]:
     """{package: version}, with `python`; None for what is not installed."""
-    each: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            each[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            each[name] = None
-    return each
+            installed[name] = None
+    return installed
 
 
 def _weights(name: str, config: Any) -> str:

@@ -164,16 +164,17 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
 def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached) -> Any:
     """Train the kept weights, check that every zero is still zero, and return their grids."""
     args, schedule, text = job.args, job.schedule, job.texts.training
-    before, tests = measure(runner), {}
+    before = measure(runner)
     untouched = not (job.method or args.teacher)
-    if not untouched:  # the windows on which evaluation compares with the dense model
-        windows = {test.name: test.windows for test in job.texts.tests}
-        tests = {name: each[compared_windows(len(each))] for name, each in windows.items()}
+    tests = {  # the windows on which evaluation compares with the dense model
+        test.name: test.windows[compared_windows(len(test.windows))]
+        for test in ([] if untouched else job.texts.tests)
+    }
     shown = progress(1 + len(tests), "measuring before", "text", job.dist.is_main)
     with job.timed("measure before"), shown as bar:
         held_out = perplexity(teacher, text.held_out)
         bar(1)
-        figures = perplexities(runner, list(tests.values())) if tests else []
+        figures = perplexities(runner, list(tests.values()))
         bar(len(tests))
     packed, form = {}, FORMATS[4]
     if args.quantize:
