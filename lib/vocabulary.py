@@ -1,7 +1,7 @@
 """The vocabulary of one language: a model keeps only the tokens that the language's texts use.
 
     python main.py --model MODEL --trim_vocabulary --calibration_data uk --prune_method admm ...
-    bash launch.sh vocabulary MODEL OUT --data uk en
+    bash launch.sh vocabulary MODEL OUT --vocabulary_data uk en
 
 It keeps every token that the sources' train text uses, with all tokens that it is merged from;
 the bytes; special and added tokens; the tokens of the chat template and the configs; and, up to a
