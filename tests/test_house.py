@@ -1,4 +1,4 @@
-"""Who may import whom, and that whatever is imported is required; the files are only read."""
+"""Who may import whom, what must be installed, and what pages name; the files are only read."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+
+from lib.run.console import RECIPES
+from lib.run.flags import ROLES, build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "lib"
@@ -26,11 +29,8 @@ FLOORS = [
     ["main"],
     ["commands"],
 ]
-PRUNERS = (
-    "experts.py",
-    "neurons.py",
-    "quantise.py",
-)  # of lib/pruning: what a Pruner may do to a block
+# of lib/pruning: what a Pruner may do to a block
+PRUNERS = ("experts.py", "neurons.py", "quantise.py")
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # packages for some uses, or in an environment of their own
 OPTIONAL = (
@@ -81,3 +81,18 @@ def test_what_is_imported_is_required() -> None:
             if top not in known and not names & required:
                 missing.add(f"{file.relative_to(ROOT)}:{line} imports {top}")
     assert not missing, "not in requirements.txt: " + "; ".join(sorted(missing))
+
+
+def test_pages_name_flags_and_files_that_exist() -> None:
+    build_parser()
+    started = rf"(?:main\.py|(?:launch\.sh|langprune) (?:prune|{'|'.join(RECIPES)})) ([^`|#\n]*)"
+    wrong = []
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("lib/**/*.*"), *ROOT.glob("tests/bench/**/*.*")):
+        if page.suffix not in (".md", ".py") or page.name == "CHANGELOG.md":
+            continue
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        flags = re.findall(r"(?<!\S)--([a-z_]+)", " ".join(re.findall(started, text)))
+        wrong += [f"{page}: --{flag}" for flag in flags if flag not in ROLES]
+        links = re.findall(r"\]\(([^):#]+)(?:#[\w-]*)?\)", text) if page.suffix == ".md" else ()
+        wrong += [f"{page}: {link}" for link in links if not (page.parent / link).exists()]
+    assert not wrong, "\n".join(wrong)
