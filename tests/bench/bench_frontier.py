@@ -6,9 +6,10 @@
 Every model is MODEL with its vocabulary trimmed and then trained on the same windows: as it is, as
 q4_0, with fewer neurons, with half or 60% of its weights at 4 bits. What was trained at 16 bits is
 quantised by llama.cpp's programs, in the folder BUILT, with an importance matrix of the train text;
-the files are dequantised and measured by main.py like all others, on the whole test text, and timed
-by llama-bench in one run. Bytes are those of the tensors. `--out` keeps models and results, and the
-same command goes on where it was; `--only` trains some.
+the files are dequantised and measured by main.py like all others, on the whole test text. All are
+timed in one run by one thread: files by llama-bench, saved models in transformers. Bytes are those
+of the tensors. `--out` keeps models and results, and the same command goes on where it was;
+`--only` trains some.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -52,6 +54,7 @@ class Point(NamedTuple):
 
     series: str
     label: str
+    model: Path | None  # for transformers
     file: Path | None  # for llama.cpp
     size: int  # bytes of its tensors
     test: dict[str, Any]  # of its results.json
@@ -125,6 +128,7 @@ def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
     yield Point(
         "untouched",
         "16 bits",
+        args.model,
         None,
         tensor_bytes(args.model),
         measured(args.out / "dense", *whole, "--eval_only"),
@@ -139,7 +143,7 @@ def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
         if Q4_0 in flags:
             file = converted(model, args.out / f"{name}.gguf", "q4_0")
             size = file_bytes(file)
-        yield Point(series, label, file, size, test)
+        yield Point(series, label, model, file, size, test)
         for kind in types if args.llama else ():
             file = quantised(args, model, args.out / f"{name}-{kind}.gguf", kind)
             dense = args.out / f"{name}-{kind}-dequantised"
@@ -152,6 +156,7 @@ def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
             yield Point(
                 f"{series}, {kind}" if "neurons" in label else series,
                 f"{label} {kind}",
+                None,
                 file,
                 file_bytes(file),
                 test,
@@ -187,7 +192,20 @@ def speeds(files: Sequence[Path], llama: Path) -> dict[Path, float]:
         for file in files:
             bench = [llama / "llama-bench", "-m", file, "-t", 1, "-p", 0, "-n", 64, "-r", 1]
             timed[file].append(json.loads(child(*bench, "-o", "jsonl"))["avg_ts"])
-    return {file: sorted(each)[1] for file, each in timed.items()}
+    return {file: median(each) for file, each in timed.items()}
+
+
+def speed_in_transformers(folder: Path) -> float:
+    """Return tokens a second of a saved model, in the dtype that it is saved in."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
+    from lib.commands.compress_measure import ROUNDS, decoding_speed
+
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return median([decoding_speed(model) for _ in range(ROUNDS + 1)][1:])
 
 
 def draw(points: Sequence[Point], file: Path) -> None:
@@ -216,7 +234,9 @@ def main(argv: list[str]) -> None:
     models = sorted(points(args, passed_on), key=lambda point: -point.size)
     files = [point.file for point in models if point.file]
     timed = speeds(files, args.llama) if args.llama else {}
-    header = ["", "MB", "bits per byte", "loss beside dense, nats", "KL", "tokens a second"]
+    saved = {p.model: speed_in_transformers(p.model) for p in models if p.model and args.llama}
+    header = ["", "MB", "bits per byte", "loss beside dense, nats", "KL"]
+    header += ["tokens a second in llama.cpp", "in transformers"]
     cells = []
     for point in models:
         test = point.test
@@ -224,12 +244,15 @@ def main(argv: list[str]) -> None:
         for name, form in (("loss_change", "+.4f"), ("kl", ".4f")):
             error = test.get(f"{name}_standard_error", 0)
             figures.append(f"{test[name]:{form}} ± {error:.4f}" if name in test else "")
-        speed = timed.get(point.file)
-        cells.append([f"{point.series}: {point.label}", *figures, f"{speed:.0f}" if speed else ""])
+        for speed in (timed.get(point.file), saved.get(point.model)):
+            figures.append(f"{speed:.0f}" if speed else "")
+        cells.append([f"{point.series}: {point.label}", *figures])
     table(header, cells)
     records = [
-        point._asdict() | {"file": str(point.file), "speed": timed.get(point.file)}
-        for point in models
+        {"series": p.series, "label": p.label, "bytes": p.size}
+        | {"tokens_per_second": timed.get(p.file), "in_transformers": saved.get(p.model)}
+        | {name: value for name, value in p.test.items() if isinstance(value, int | float)}
+        for p in models
     ]
     (args.out / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
     draw(models, args.out / "frontier.png")
