@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from measure import table
+import torch
+from measure import decoding_speeds, table
 from safetensors.torch import load_file, save_file
 
 from lib.run import plots
@@ -89,7 +90,6 @@ def file_bytes(file: Path) -> int:
 
 def dequantise(file: Path, dense: Path, folder: Path) -> None:
     """Write `dense` with the matrices of a GGUF file into `folder`."""
-    import torch
     from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map, quants
 
     reader = GGUFReader(file)
@@ -195,19 +195,6 @@ def speeds(files: Sequence[Path], llama: Path) -> dict[Path, float]:
     return {file: median(each) for file, each in timed.items()}
 
 
-def speed_in_transformers(folder: Path) -> float:
-    """Return tokens a second of a saved model, in the dtype that it is saved in."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
-    from lib.commands.compress_measure import ROUNDS, decoding_speed
-
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    return median([decoding_speed(model) for _ in range(ROUNDS + 1)][1:])
-
-
 def draw(points: Sequence[Point], file: Path) -> None:
     """Draw a line for each series; points more than 35% above the best one fall out."""
     from pandas import DataFrame
@@ -234,7 +221,10 @@ def main(argv: list[str]) -> None:
     models = sorted(points(args, passed_on), key=lambda point: -point.size)
     files = [point.file for point in models if point.file]
     timed = speeds(files, args.llama) if args.llama else {}
-    saved = {p.model: speed_in_transformers(p.model) for p in models if p.model and args.llama}
+    folders, saved = [point.model for point in models if point.model], {}
+    if args.llama:
+        torch.set_num_threads(1)  # as llama-bench
+        saved = dict(zip(folders, decoding_speeds(folders, "cpu", rounds=3), strict=True))
     header = ["", "MB", "bits per byte", "loss beside dense, nats", "KL"]
     header += ["tokens a second in llama.cpp", "in transformers"]
     cells = []

@@ -11,19 +11,17 @@ the first two.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+from measure import decoding_speeds
 from pandas import DataFrame
 from stages import Stage, do
-from transformers import AutoModelForCausalLM
 
-import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
-from lib.commands.compress_measure import decoding_speed, disk_size
+from lib.commands.compress_measure import disk_size
 from lib.model.pretrained import pick_device
 from lib.run import plots
 from lib.run.flags import build_parser
@@ -57,21 +55,6 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
     return made
 
 
-def speeds(folders: Sequence[Path], device: str, rounds: int) -> list[float]:
-    """Return the median tokens a second of each model, in the dtype that it was saved in."""
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-        for folder in folders
-    ]
-    found: list[list[float]] = [[] for _ in models]
-    for turn in range(rounds + 1):  # in turn; the first does not count
-        for times, model in zip(found, models, strict=True):
-            speed = decoding_speed(model)
-            if turn:
-                times.append(speed)
-    return [statistics.median(times) for times in found]
-
-
 def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None:
     """Print the table and write it into `--out`, with the picture."""
     folders = [Path(args.model) if s.name == "dense" else args.out / s.name / "model" for s in done]
@@ -86,7 +69,7 @@ def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None
             f"{speed:.0f}",
         ]
         for stage, size, its, speed in zip(
-            done, sizes, evaluations, speeds(folders, device, args.rounds), strict=True
+            done, sizes, evaluations, decoding_speeds(folders, device, args.rounds), strict=True
         )
     ]
     head = ["", "on disk", *(f"{test}: bits per byte" for test in tests), "tokens a second"]

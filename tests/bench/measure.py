@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,29 @@ def medians(
             if turn:
                 times[name].append(spent)
     return {name: statistics.median(spent) for name, spent in times.items()}
+
+
+def decoding_speeds(folders: Sequence[Path], device: str, rounds: int) -> list[float]:
+    """Return the median tokens a second of saved models, in the dtype that each was saved in.
+
+    They take turns, after one round that doesn't count.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import lib.packed.checkpoint  # noqa: F401  the packed form is known to transformers
+    from lib.commands.compress_measure import decoding_speed
+
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+        for folder in folders
+    ]
+    speeds: list[list[float]] = [[] for _ in models]
+    for turn in range(rounds + 1):
+        for times, model in zip(speeds, models, strict=True):
+            speed = decoding_speed(model)
+            if turn:
+                times.append(speed)
+    return [statistics.median(times) for times in speeds]
 
 
 def reset_peak(device: torch.device) -> None:
