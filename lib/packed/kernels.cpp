@@ -5,7 +5,7 @@
 // unpacked into a buffer that stays in the cache, and torch multiplies by it.
 //
 // Two ways to spread values, chosen when running by what the processor can do:
-//   avx2      eight weights at a time, by a table of permutations
+//   avx2      eight or 16 weights at a time, by a table of permutations
 //   avx512    16 to 64 at a time, by the expand instructions of AVX-512 VBMI2; with the bfloat16
 //             dot product where there is one ("avx512_bf16")
 // Sums are float32. Neither Python's headers nor a second pool of threads: at::parallel_for, and
@@ -53,7 +53,6 @@ constexpr int64_t AHEAD = 2048;        // bytes by which values are fetched befo
 constexpr int ZERO_OF_4 = 8, ZERO_OF_8 = 128;  // by which integers are moved up to be unsigned
 constexpr float SMALL = 1.f / 16;      // of the largest input of a word: the small ones, whose
 constexpr float RANGE = 300;           // root mean square integers show that are so much larger
-
 constexpr int64_t GROUP = WORD;        // inputs of a row that share a scale at 4 bits
 
 enum Path { NONE = -1, AVX2, AVX512, AVX512_BF16 };
@@ -547,27 +546,35 @@ FOR_AVX512 void avx512_unpack(const V* values, const uint8_t* mask, int64_t in, 
 
 // --------------------------------------------------------------------------------- 4-bit weights
 //
-// Eight or 64 integers from position `next` of a row on, spread to the columns whose bit is set.
-// Bytes are widened to 16 bits, of which the low four and, moved up, the next four stay; where the
-// first integer is in a byte's high bits, the second one is in the byte after it.
+// AVX2: a row's integers are unpacked to bytes first, in their low and, moved up, their high bits.
 
-FOR_AVX2 INLINE __m128i four_bits_8(const Integers& integers, int64_t next, uint8_t bits) {
-  next += integers.odd;
-  const uint8_t* from = integers.values + next / 2;
-  const int odd = next & 1;
-  const __m128i first = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)from));
-  const __m128i second = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)(from + odd)));
-  const __m128i low = _mm_and_si128(
-      _mm_srl_epi16(first, _mm_cvtsi32_si128(4 * odd)), _mm_set1_epi16(0x000f));
-  const __m128i high = _mm_and_si128(
-      _mm_sll_epi16(second, _mm_cvtsi32_si128(4 + 4 * odd)), _mm_set1_epi16(0x0f00));
-  const __m128i eight = _mm_set1_epi8(8);
-  const __m128i codes = _mm_sub_epi8(_mm_xor_si128(_mm_or_si128(low, high), eight), eight);
-  const auto* order = reinterpret_cast<const __m128i*>(PERMUTATIONS.of_one[bits]);
-  return _mm_shuffle_epi8(codes, _mm_loadl_epi64(order));
+FOR_AVX2 INLINE __m128i spread16_of_1(uint16_t bits, const int8_t* values) {
+  const uint8_t first = static_cast<uint8_t>(bits), second = bits >> 8;
+  return _mm_unpacklo_epi64(
+      spread8_of_1(first, values), spread8_of_1(second, values + __builtin_popcount(first)));
 }
 
-// For 64 of them at once: which bytes eight integers come from, at which bits they begin (where the
+// Those of row r; returns where the first one stands in `codes`, which is held.
+FOR_AVX2 const int8_t* avx2_codes(
+    const FourBits& w, int64_t r, std::vector<uint8_t>& copy, std::vector<int8_t>& codes) {
+  const Integers integers = integers_of(w, r, copy);
+  const int64_t count = w.offsets[r + 1] - w.offsets[r] + integers.odd;
+  codes.resize(w.in + 2 * BEYOND);
+  const __m256i low = _mm256_set1_epi16(0x000f), high = _mm256_set1_epi16(0x0f00);
+  const __m256i eight = _mm256_set1_epi8(8);
+  for (int64_t i = 0; i < count; i += 32) {
+    const auto* its = reinterpret_cast<const __m128i*>(integers.values + i / 2);
+    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(its));
+    const __m256i fields = _mm256_or_si256(
+        _mm256_and_si256(pairs, low), _mm256_and_si256(_mm256_slli_epi16(pairs, 4), high));
+    auto* to = reinterpret_cast<__m256i*>(codes.data() + i);
+    _mm256_storeu_si256(to, _mm256_sub_epi8(_mm256_xor_si256(fields, eight), eight));
+  }
+  return codes.data() + integers.odd;
+}
+
+// AVX-512: 64 integers from position `next` of a row on, spread to the columns whose bit is set.
+// Which bytes eight integers come from, at which bits they begin (where the
 // first one is in a byte's low bits, and where not), and their values by their last six bits.
 struct FieldTables {
   alignas(64) uint8_t bytes[64];
@@ -594,25 +601,51 @@ FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, u
   return _mm512_maskz_expand_epi8(bits, codes);
 }
 
-template <int TOKENS>
-FOR_AVX2 void avx2_rows(
-    const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
+FOR_AVX2 INLINE __m256 as_floats(__m256 sums) { return sums; }
+FOR_AVX2 INLINE __m256 as_floats(__m256i sums) { return _mm256_cvtepi32_ps(sums); }
+
+// By float32 inputs, or by integers, see Avx512Step<int8_t>. The columns of a word have one scale.
+template <int TOKENS, class X>
+FOR_AVX2 void avx2_rows(const FourBits& w, const X* x, float* y, int64_t from, int64_t to) {
+  constexpr bool BY_INTEGERS = std::is_same_v<X, int16_t>;
+  constexpr int STRIDE = BY_INTEGERS ? Avx512Step<int8_t>::STRIDE : WORD;
+  using Sum = std::conditional_t<BY_INTEGERS, __m256i, __m256>;
+  const int64_t words = (w.stride() + 7) / 8, whole = w.stride() / 8;
   std::vector<uint8_t> copy;
+  std::vector<int8_t> codes;
   for (int64_t r = from; r < to; r++) {
-    const Integers integers = integers_of(w, r, copy);
+    const int8_t* values = avx2_codes(w, r, copy, codes);
     const uint8_t* mask = w.mask_of(r);
-    const c10::BFloat16* scales = w.scales_of(r);
-    __m256 sums[TOKENS];
-    for (int t = 0; t < TOKENS; t++) sums[t] = _mm256_setzero_ps();
-    int64_t next = 0;
-    for (int64_t byte = 0; byte < w.stride(); byte++) {
-      const __m128i codes = four_bits_8(integers, next, mask[byte]);
-      next += __builtin_popcount(mask[byte]);
-      const __m256 scale = _mm256_set1_ps(scales[byte * 8 / GROUP]);
-      const __m256 weights = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)), scale);
-      const float* inputs = x + byte / 8 * WORD * TOKENS + byte % 8 * 8;
-      _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
-          sums[t] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(inputs + t * WORD), sums[t]);
+    __m256 sums[TOKENS] = {};
+    for (int64_t k = 0; k < words; k++) {
+      const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, w.stride());
+      const X* word = x + k * TOKENS * STRIDE;
+      Sum products[TOKENS] = {};
+      _Pragma("GCC unroll 4") for (int c = 0; c < WORD; c += 16) {
+        const uint16_t its = static_cast<uint16_t>(bits >> c);
+        const __m128i some = spread16_of_1(its, values);
+        values += __builtin_popcount(its);
+        _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++) {
+          const X* inputs = word + t * STRIDE + c;
+          if constexpr (BY_INTEGERS) {
+            const auto* all = reinterpret_cast<const __m256i*>(inputs);
+            products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(
+                _mm256_cvtepi8_epi16(some), _mm256_loadu_si256(all)));
+          } else {
+            for (int i = 0; i < 16; i += 8) {
+              const __m128i eight = i ? _mm_srli_si128(some, 8) : some;
+              const __m256 weights = as_floats(_mm256_cvtepi8_epi32(eight));
+              products[t] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(inputs + i), products[t]);
+            }
+          }
+        }
+      }
+      _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++) {
+        float step = 1;
+        if constexpr (BY_INTEGERS) std::memcpy(&step, word + t * STRIDE + SCALE_AT, sizeof(step));
+        const __m256 all = as_floats(products[t]);
+        sums[t] = _mm256_fmadd_ps(all, _mm256_set1_ps(step * w.scales_of(r)[k]), sums[t]);
+      }
     }
     for (int t = 0; t < TOKENS; t++) y[t * w.out + r] = Avx2Step<float>::total(sums[t]);
   }
@@ -821,12 +854,11 @@ FOR_AVX512 void avx512_row_by_row(
   }
 }
 
-FOR_AVX2 void avx2_spread(const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
-  int64_t next = 0;
+FOR_AVX2 void avx2_spread(const int8_t* values, const uint8_t* mask, int64_t in, int8_t* row) {
   for (int64_t j = 0; j < in; j += 8) {
     auto* to = reinterpret_cast<__m128i*>(row + j);
-    _mm_storel_epi64(to, four_bits_8(integers, next, mask[j / 8]));
-    next += __builtin_popcount(mask[j / 8]);
+    _mm_storel_epi64(to, spread8_of_1(mask[j / 8], values));
+    values += __builtin_popcount(mask[j / 8]);
   }
 }
 
@@ -896,6 +928,41 @@ FOR_AVX512 bool as_words(const From* from, int64_t columns, int16_t* word) {
   return fine;
 }
 
+// The same by AVX2, of a whole word of 16-bit inputs.
+template <class From>
+FOR_AVX2 bool avx2_as_words(const From* from, int16_t* word) {
+  const __m256 none = _mm256_setzero_ps(), sign = _mm256_set1_ps(-0.f);
+  __m256 inputs[8], largest_of = none, nothing = none, squares = none;
+  for (int i = 0; i < 8; i++) {
+    const __m128i its = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * i));
+    if constexpr (std::is_same_v<From, c10::Half>) {
+      inputs[i] = _mm256_cvtph_ps(its);
+    } else {
+      inputs[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(its), 16));
+    }
+    largest_of = _mm256_max_ps(_mm256_andnot_ps(sign, inputs[i]), largest_of);
+    nothing = _mm256_add_ps(nothing, _mm256_sub_ps(inputs[i], inputs[i]));
+  }
+  const auto* lanes = reinterpret_cast<const float*>(&largest_of);
+  const float largest = *std::max_element(lanes, lanes + 8);
+  const float step = largest / INT16_MAX + Avx2Step<float>::total(nothing);
+  std::memcpy(word + SCALE_AT, &step, sizeof(step));
+  if (!(step >= std::numeric_limits<float>::min())) return true;
+  const __m256 inverse = _mm256_set1_ps(1 / step), below = _mm256_set1_ps(SMALL * largest);
+  int count = 0;
+  for (int i = 0; i < 8; i++) {
+    const __m256 size = _mm256_andnot_ps(sign, inputs[i]);
+    const __m256 small = _mm256_and_ps(
+        _mm256_cmp_ps(size, below, _CMP_LT_OQ), _mm256_cmp_ps(size, none, _CMP_GT_OQ));
+    count += __builtin_popcount(_mm256_movemask_ps(small));
+    squares = _mm256_fmadd_ps(size, _mm256_and_ps(size, small), squares);
+    const __m256i integers = _mm256_cvtps_epi32(_mm256_mul_ps(inputs[i], inverse));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(word + 8 * i), _mm_packs_epi32(
+        _mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1)));
+  }
+  return largest * largest * count <= RANGE * RANGE * Avx2Step<float>::total(squares);
+}
+
 // One token's inputs (in,) for weights moved up by `zero`; none where integers can't hold them.
 template <class From>
 FOR_AVX512 ByteInputs as_bytes(const From* from, int64_t in, int zero) {
@@ -930,7 +997,7 @@ FOR_AVX512 ByteInputs as_bytes(const From* from, int64_t in, int zero) {
 // (words, padded, Step::STRIDE), zeros behind the last. None where integers can't hold them.
 template <class Step, class From>
 std::vector<typename Step::X> arranged(
-    const From* x, int64_t tokens, int64_t in, int64_t padded) {
+    const From* x, int64_t tokens, int64_t in, int64_t padded, Path path = AVX512) {
   using X = typename Step::X;
   const int64_t words = (in + WORD - 1) / WORD;
   std::vector<X> to(words * padded * Step::STRIDE, X(0));
@@ -940,7 +1007,9 @@ std::vector<typename Step::X> arranged(
       const From* from = x + t * in + k * WORD;
       const int64_t columns = std::min(WORD, in - k * WORD);
       if constexpr (std::is_same_v<X, int16_t>) {
-        if (!as_words(from, columns, word)) return {};
+        From its[WORD] = {};
+        std::copy(from, from + columns, its);
+        if (!(path < AVX512 ? avx2_as_words(its, word) : as_words(from, columns, word))) return {};
       } else if constexpr (Step::EVEN_FIRST) {
         for (int64_t j = 0; j < columns; j++)
           word[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = static_cast<X>(from[j]);
@@ -1062,10 +1131,11 @@ void small_batch(
         avx512_row_by_row(w, inputs, sums.get(), from, to);
       };
       if (!inputs.words.empty()) return over_rows(w.out, w.in, rows, finish);
-    } else if (path >= AVX512) {
-      const auto inputs = arranged<Avx512Step<int8_t>>(x, tokens, w.in, padded);
+    } else {
+      const auto inputs = arranged<Avx512Step<int8_t>>(x, tokens, w.in, padded, path);
       const auto rows = [&](int64_t from, int64_t to) {
-        BY_TOKENS(avx512_rows)
+        if (path >= AVX512) BY_TOKENS(avx512_rows)
+        BY_TOKENS(avx2_rows)
       };
       if (!inputs.empty()) return over_rows(w.out, w.in, rows, finish);
     }
@@ -1120,12 +1190,12 @@ void unpack_rows(const FourBits& w, int64_t from, int64_t to, T* rows, Path path
   at::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
     std::vector<int8_t> spread((w.in + WORD - 1) / WORD * WORD);
     std::vector<uint8_t> copy;
+    std::vector<int8_t> codes;
     for (int64_t r = first; r < last; r++) {
-      const Integers integers = integers_of(w, r, copy);
       if (path >= AVX512) {
-        avx512_spread(integers, w.mask_of(r), w.in, spread.data());
+        avx512_spread(integers_of(w, r, copy), w.mask_of(r), w.in, spread.data());
       } else {
-        avx2_spread(integers, w.mask_of(r), w.in, spread.data());
+        avx2_spread(avx2_codes(w, r, copy, codes), w.mask_of(r), w.in, spread.data());
       }
       for (int64_t begin = 0; begin < w.in; begin += GROUP) {
         const int64_t count = std::min(GROUP, w.in - begin);
