@@ -36,7 +36,7 @@ LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DENSE_LINE = {"color": "#555555", "linestyle": "--", "linewidth": 1.2, "label": "dense"}
 PANELS_IN_A_ROW = 4
-WIDEST = 20.0  # inches
+WIDEST = 13.0  # inches
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
 MOST_FIGURES = 400  # in the cells of a heat map
 
@@ -205,6 +205,7 @@ def cross_language(table: DataFrame) -> Figure | None:
         own = pandas.concat([groups[kind, method], plain.drop_duplicates("measured_on")])
         cells = own.pivot_table("more_bits", "calibrated_on", "measured_on", sort=False)
         cells = cells.reindex(index=[*labels, *["no text"] * (len(plain) > 0)], columns=tests)
+        cells = cells.dropna(how="all")
         cells.index = [n if len(n) < 25 else f"{n.count('+') + 1} mixed" for n in cells.index]
         form = "+.2f" if cells.max(axis=None) >= 0.1 else "+.3f"
         image = _heat_map(axes, cells, form, 7.5 if len(tests) > 6 else 9, norm=norm)
