@@ -80,6 +80,8 @@ def main(argv: list[str]) -> None:
     """Run the command; flags that are not its own go to main.py, after those of the plan."""
     own, passed_on = split_argv(argv)
     args, others = _parser().parse_known_args(own)
+    if others and own.index(others[0]) < own.index(args.model):  # else its value counts as MODEL
+        raise UserError(f"{others[0]}: give flags of main.py after MODEL and OUT")
     args.save = args.save or f"{args.out.rstrip('/')}-compress"
     try:
         compress(args, [*others, *passed_on])

@@ -128,13 +128,9 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "saved_bytes": results.get("saved_bytes"),
         "bits": results.get("packed", {}).get("bits"),
     }
-    settings = results.get("settings")  # of version 0.1
-    if settings is None:
-        deciding = results.get("fingerprint", {}).get("pruning", {}).items()
-        settings = {name[2:]: value for name, value in deciding if name.startswith("--")}
-    for name, value in settings.items():
-        if name not in WITH_COLUMN and value is not None:
-            columns[SETTING + name] = str(value)
+    for name, value in results.get("fingerprint", {}).get("pruning", {}).items():
+        if name.startswith("--") and name[2:] not in WITH_COLUMN and value is not None:
+            columns[SETTING + name[2:]] = str(value)
     for task, metrics in results.get("tasks", {}).items():
         numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}
         columns |= {f"{TASK}{task} {name}": float(value) for name, value in numbers.items()}

@@ -189,6 +189,7 @@ def test_mistakes_end_it_before_the_model_is_measured(
     [
         ("dense taken --data uk", "OUT taken: taken.gguf exists; name a new file"),
         ("dense mine --data uk", "OUT mine: holds thesis.txt; name a new folder"),
+        ("--seqlen 64 dense small --data uk", "--seqlen: give flags of main.py after"),
         ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
         ("dense small --language uk", "--language uk: the hub can't be reached"),
         ("dense small --data uk --for packed --nsamples 99", "can give only"),

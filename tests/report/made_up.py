@@ -31,7 +31,6 @@ def results(
         "sparsity_type": None if dense else kind,
         "sparsity_ratio": None if dense else ratio,
         "flags": {"use_variant": False},
-        "settings": {"nsamples": 8},
         "seed": 0,
         "calibration": {"name": on, "sources": [{"source": on, "share": 1.0}]} if on else None,
         "evaluation": tests,

@@ -127,7 +127,6 @@ def test_other_models_and_vocabularies_stand_in_tables_of_their_own(
 def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path: Path) -> None:
     for samples in (8, 16):
         made = results("wanda", {"uk": samples}, on="uk", seed=samples)
-        del made["settings"]  # which version 0.1 wrote; now they are in the fingerprint
         flags = {"--nsamples": samples, "--same": 1, "--seed": samples, "weights": samples}
         (tmp_path / str(samples)).mkdir()
         write_results(tmp_path / str(samples), made | {"fingerprint": {"pruning": flags}})
