@@ -546,7 +546,7 @@ FOR_AVX512 void avx512_unpack(const V* values, const uint8_t* mask, int64_t in, 
 
 // --------------------------------------------------------------------------------- 4-bit weights
 //
-// AVX2: a row's integers are unpacked to bytes first, in their low and, moved up, their high bits.
+// By AVX2 a row's integers are unpacked first, to a byte each; by AVX-512 64 of them as they come.
 
 FOR_AVX2 INLINE __m128i spread16_of_1(uint16_t bits, const int8_t* values) {
   const uint8_t first = static_cast<uint8_t>(bits), second = bits >> 8;
@@ -554,7 +554,7 @@ FOR_AVX2 INLINE __m128i spread16_of_1(uint16_t bits, const int8_t* values) {
       spread8_of_1(first, values), spread8_of_1(second, values + __builtin_popcount(first)));
 }
 
-// Those of row r; returns where the first one stands in `codes`, which is held.
+// The integers of row r, a byte each, in `codes`; returns where the first one stands there.
 FOR_AVX2 const int8_t* avx2_codes(
     const FourBits& w, int64_t r, std::vector<uint8_t>& copy, std::vector<int8_t>& codes) {
   const Integers integers = integers_of(w, r, copy);
@@ -573,9 +573,8 @@ FOR_AVX2 const int8_t* avx2_codes(
   return codes.data() + integers.odd;
 }
 
-// AVX-512: 64 integers from position `next` of a row on, spread to the columns whose bit is set.
-// Which bytes eight integers come from, at which bits they begin (where the
-// first one is in a byte's low bits, and where not), and their values by their last six bits.
+// Which bytes eight integers come from, at which bits they begin (where the first one is in a
+// byte's low bits, and where not), and their values by their last six bits.
 struct FieldTables {
   alignas(64) uint8_t bytes[64];
   alignas(64) uint8_t shifts[2][64];
@@ -591,6 +590,7 @@ struct FieldTables {
 };
 const FieldTables FIELDS;
 
+// 64 integers from position `next` of a row on, spread to the columns whose bit is set.
 FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, uint64_t bits) {
   next += integers.odd;
   const __m512i bytes = _mm512_permutexvar_epi8(
@@ -943,7 +943,8 @@ FOR_AVX2 bool avx2_as_words(const From* from, int16_t* word) {
     largest_of = _mm256_max_ps(_mm256_andnot_ps(sign, inputs[i]), largest_of);
     nothing = _mm256_add_ps(nothing, _mm256_sub_ps(inputs[i], inputs[i]));
   }
-  const auto* lanes = reinterpret_cast<const float*>(&largest_of);
+  float lanes[8];
+  _mm256_storeu_ps(lanes, largest_of);
   const float largest = *std::max_element(lanes, lanes + 8);
   const float step = largest / INT16_MAX + Avx2Step<float>::total(nothing);
   std::memcpy(word + SCALE_AT, &step, sizeof(step));
