@@ -239,9 +239,9 @@ def main(argv: list[str]) -> None:
         cells.append([f"{point.series}: {point.label}", *figures])
     table(header, cells)
     records = [
-        {"series": p.series, "label": p.label, "bytes": p.size}
+        {name: value for name, value in p.test.items() if isinstance(value, int | float)}
+        | {"series": p.series, "label": p.label, "bytes": p.size}
         | {"tokens_per_second": timed.get(p.file), "in_transformers": saved.get(p.model)}
-        | {name: value for name, value in p.test.items() if isinstance(value, int | float)}
         for p in models
     ]
     (args.out / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
