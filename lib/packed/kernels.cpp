@@ -854,14 +854,6 @@ FOR_AVX512 void avx512_row_by_row(
   }
 }
 
-FOR_AVX2 void avx2_spread(const int8_t* values, const uint8_t* mask, int64_t in, int8_t* row) {
-  for (int64_t j = 0; j < in; j += 8) {
-    auto* to = reinterpret_cast<__m128i*>(row + j);
-    _mm_storel_epi64(to, spread8_of_1(mask[j / 8], values));
-    values += __builtin_popcount(mask[j / 8]);
-  }
-}
-
 FOR_AVX512 void avx512_spread(
     const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
   int64_t next = 0;
@@ -928,18 +920,15 @@ FOR_AVX512 bool as_words(const From* from, int64_t columns, int16_t* word) {
   return fine;
 }
 
-// The same by AVX2, of a whole word of 16-bit inputs.
+// The same by AVX2.
 template <class From>
-FOR_AVX2 bool avx2_as_words(const From* from, int16_t* word) {
+FOR_AVX2 bool avx2_as_words(const From* from, int64_t columns, int16_t* word) {
+  From its[WORD] = {};
+  std::copy(from, from + columns, its);
   const __m256 none = _mm256_setzero_ps(), sign = _mm256_set1_ps(-0.f);
   __m256 inputs[8], largest_of = none, nothing = none, squares = none;
   for (int i = 0; i < 8; i++) {
-    const __m128i its = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8 * i));
-    if constexpr (std::is_same_v<From, c10::Half>) {
-      inputs[i] = _mm256_cvtph_ps(its);
-    } else {
-      inputs[i] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(its), 16));
-    }
+    inputs[i] = Avx2Step<From>::spread(0xff, its + 8 * i);
     largest_of = _mm256_max_ps(_mm256_andnot_ps(sign, inputs[i]), largest_of);
     nothing = _mm256_add_ps(nothing, _mm256_sub_ps(inputs[i], inputs[i]));
   }
@@ -1008,9 +997,8 @@ std::vector<typename Step::X> arranged(
       const From* from = x + t * in + k * WORD;
       const int64_t columns = std::min(WORD, in - k * WORD);
       if constexpr (std::is_same_v<X, int16_t>) {
-        From its[WORD] = {};
-        std::copy(from, from + columns, its);
-        if (!(path < AVX512 ? avx2_as_words(its, word) : as_words(from, columns, word))) return {};
+        const auto as = path < AVX512 ? avx2_as_words<From> : as_words<From>;
+        if (!as(from, columns, word)) return {};
       } else if constexpr (Step::EVEN_FIRST) {
         for (int64_t j = 0; j < columns; j++)
           word[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = static_cast<X>(from[j]);
@@ -1196,7 +1184,7 @@ void unpack_rows(const FourBits& w, int64_t from, int64_t to, T* rows, Path path
       if (path >= AVX512) {
         avx512_spread(integers_of(w, r, copy), w.mask_of(r), w.in, spread.data());
       } else {
-        avx2_spread(avx2_codes(w, r, copy, codes), w.mask_of(r), w.in, spread.data());
+        avx2_unpack(avx2_codes(w, r, copy, codes), w.mask_of(r), w.in, spread.data());
       }
       for (int64_t begin = 0; begin < w.in; begin += GROUP) {
         const int64_t count = std::min(GROUP, w.in - begin);
