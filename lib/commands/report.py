@@ -265,25 +265,25 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
     import pandas
 
     out.mkdir(parents=True, exist_ok=True)
-    every, drawn = tables(runs), []
+    by_model, drawn = tables(runs), []
     draw = {
         "perplexity": plots.perplexity_by_sparsity,
         "languages": plots.cross_language,
         "bytes": plots.bytes_against_bits,
     }
-    for number, table in enumerate(every if plots.can_draw() else (), 1):
-        suffix = f"-{number}" if len(every) > 1 else ""
+    for number, table in enumerate(by_model if plots.can_draw() else (), 1):
+        suffix = f"-{number}" if len(by_model) > 1 else ""
         for name, picture in draw.items():
             if figure := picture(table):
                 drawn.append(plots.save(figure, out / f"{name}{suffix}.png"))
-    text = "\n".join(filter(None, [report_text(every), failures]))
-    parts = [text, completions(runs, every), *(f"![{path.stem}]({path.name})" for path in drawn)]
+    text = "\n".join(filter(None, [report_text(by_model), failures]))
+    parts = [text, completions(runs, by_model), *(f"![{path.stem}]({path.name})" for path in drawn)]
     write_text(out / "report.md", "\n\n".join(part.strip() for part in parts if part) + "\n")
-    frame = pandas.concat(every) if every else pandas.DataFrame()
+    frame = pandas.concat(by_model) if by_model else pandas.DataFrame()
     frame = frame.drop(columns=["folder", "kind", "seed", "test"], errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
-    return "\n".join(filter(None, [report_text(every, brief=True), failures]))
+    return "\n".join(filter(None, [report_text(by_model, brief=True), failures]))
 
 
 def main(argv: list[str]) -> None:
