@@ -189,7 +189,10 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             left = announce("Plan")
             windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
             what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "
-            what += _time(seconds) + f"; --minutes {minutes} is too short" * (seconds > left)
+            what += f"{_time(seconds)} more"
+            if seconds > left:
+                total = _time(60 * minutes + seconds - left)
+                what += f": the least, {total} in all; --minutes {minutes} is too short"
             keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
         print(what, flush=True)
         keep(planned=True)

@@ -70,9 +70,9 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     call, plan, runs = compress.call, compress.plan_time, []
 
     def plan_little(*given: object) -> tuple[int, int, float]:
-        windows, tokens, seconds = plan(*given)
+        windows, tokens, _ = plan(*given)
         assert windows > 0 and tokens >= 16 * 128
-        return min(2, windows), 16 * 128, seconds
+        return min(2, windows), 16 * 128, 600.0
 
     def once_interrupted(module: str, *flags: object) -> int:
         runs.append([str(flag) for flag in flags])
@@ -83,7 +83,10 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     monkeypatch.setattr(compress, "call", once_interrupted)
     monkeypatch.setattr(compress, "plan_time", plan_little)
     assert run(compress.main, argv) == 130 and not Path("small").exists()
-    assert "the same command continues" in capfd.readouterr().err
+    said = capfd.readouterr()
+    assert "the same command continues" in said.err
+    plan_line = "about 10 min more: the least, 1. min in all; --minutes 1 is too short"
+    assert re.search(plan_line, said.out)
     assert run(compress.main, [*argv, "--megabytes", "9"]) == 1
     assert "was begun with megabytes None, now it is 9" in capfd.readouterr().err
     assert run(compress.main, argv) == 0
