@@ -29,7 +29,6 @@ def main(argv: list[str]) -> None:
         description=__doc__.split("\n")[0],
         epilog=sweep.EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub id or local folder")

@@ -23,7 +23,7 @@ from lib.methods.sparsity import (
     UNSTRUCTURED,
     Sparsity,
 )
-from lib.util.command import Parser, typed
+from lib.util.command import Parser
 
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
@@ -35,23 +35,6 @@ INPUT = "input"  # names a model or texts, whose content counts and not their pa
 OTHER = "other"  # where and how fast; results differ by rounding at most
 
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
-
-RETIRED = {
-    "eval_zero_shot": "name tasks of lm-eval by --tasks NAME,...",
-    "abilities": f"use `{typed('tasks')} DATA OUT`, then --tasks NAMES --include_path OUT",
-    "pairs": f"use `{typed('tasks')} DATA OUT --pairs FILE`, then --tasks and --include_path",
-    "fidelity": f"use `{typed('tasks')} DATA OUT`, then --tasks NAMES --include_path OUT",
-    "depth": f"compare blocks by `{typed('overlap')}`, or KL of the whole model",
-    "blend": "1, the default, is used: it was best or close to it everywhere",
-    "vocabulary_minimum": "every used token is kept; --vocabulary_size N keeps fewer",
-    "keep_reserved_tokens": "reserved tokens that nothing uses are removed",
-    "neurons_multiple": "256 is used where the width allows it",
-    "rounding": "kept values are rounded on calibration text wherever the run reads it",
-    "pack_embeddings": "--pack_bits 4 packs embedding and head too",
-    "card_without_prompts": "cards never show test texts",
-    "resume_anyway": "another version of the program is recorded and no longer refused",
-    "timeout": "ranks wait for each other as long as is needed",
-}
 
 ROLES: dict[str, str] = {}  # of every flag, filled by build_parser
 
@@ -371,8 +354,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
     )
     switch("debug", OTHER, "show the full traceback of an error")
-    for name, instead in RETIRED.items():
-        parser.retired[f"--{name}"] = instead
     return parser
 
 

@@ -30,18 +30,14 @@ JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian 
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line; `retired`: {flag that is gone: what to use instead}."""
+    """Reports a wrong flag in one line."""
 
     def __init__(self, **options) -> None:
         super().__init__(**{"allow_abbrev": False} | options)
-        self.retired: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
-        flag = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        if flag in self.retired:
-            message = f"{flag}: is gone; {self.retired[flag]}"
-        elif flag:
+        if message.startswith("unrecognized arguments"):
             message += "; --help lists all flags"
         self.exit(2, f"error: {message}\n")
 

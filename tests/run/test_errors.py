@@ -13,7 +13,6 @@ import torch
 from support import QUICK, Done, call, raising
 from transformers import LlamaPreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from lib.run.flags import RETIRED
 from lib.util.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -103,11 +102,6 @@ NEEDED = [
 @pytest.mark.parametrize("row", NEEDED, ids=lambda row: row[0])
 def test_flags_that_need_each_other(row: tuple[str, ...]) -> None:
     complaint(call(*row[0].split()), 2, *row[1:])
-
-
-@pytest.mark.parametrize("name", RETIRED)
-def test_a_retired_flag_says_what_to_use_instead(name: str) -> None:
-    complaint(call("--model", "M", "--eval_only", f"--{name}"), 2, f"--{name}: is gone; ")
 
 
 # --- the model: status 1
