@@ -323,7 +323,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "tasks",
         FIGURES,
-        "tasks of lm-eval (if installed) to run on the dense and the pruned model at the end",
+        "tasks of lm-eval (if installed) to run on the dense and the pruned model at the end, in "
+        "place of wanda's --eval_zero_shot",
         type=_names,
         metavar="NAME,...",
     )
