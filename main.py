@@ -43,8 +43,8 @@ def run(job: Job) -> dict[str, Any]:
         results |= base_results(job, runner)
         if job.vocabulary:
             steps.trim(job, runner)
-        steps.resolve_bos(job, runner)
         teacher = steps.load_teacher(job, runner) if job.schedule or args.teacher else None
+        steps.resolve_bos(job, teacher or runner)
         completions, reference = Completions(job, runner), None
         if job.has_dense:
             dense = teacher if args.teacher else runner

@@ -185,7 +185,7 @@ def some_logits(model: nn.Module, window: Tensor) -> Tensor:
 
 def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:
     """Whether perplexity on the first of windows (n, tokens) collapses without BOS."""
-    bare = windows[:TRIED_WINDOWS, :TRIED_TOKENS].clone()
+    bare = windows[:TRIED_WINDOWS, 1 : 1 + TRIED_TOKENS].clone()  # a text's first token may be BOS
     begun = torch.cat([bare.new_full((len(bare), 1), bos), bare[:, :-1]], dim=1)
     alone = runner.alone(batch_size=1)  # every rank tries the same windows
     without, begun = (perplexity(alone, ids) for ids in (bare, begun))
