@@ -127,7 +127,7 @@ def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
     whole = ["--model", args.model, *common]
     yield Point(
         "untouched",
-        "16 bits",
+        "untouched",
         args.model,
         None,
         tensor_bytes(args.model),

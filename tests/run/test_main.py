@@ -278,6 +278,16 @@ def test_bos_is_put_before_windows_where_the_model_needs_it(
     assert results("needs-auto")["bos"] == 0 and results("needs-never")["bos"] is None
 
 
+def test_with_a_teacher_it_is_the_dense_model_that_needs_bos(needs_bos: Path, uk: Path) -> None:
+    pruned = AutoModelForCausalLM.from_pretrained(needs_bos, dtype=torch.float32)
+    embedding = pruned.get_input_embeddings().weight.data
+    embedding[0] = embedding[3:].mean(0)  # its BOS helps no longer
+    tiny.write_model(Path("pruned"), pruned)
+    for more, bos in (([], None), (["--teacher", needs_bos], 0)):
+        run("pruned", "--eval_only", "--eval_data", uk, *more)
+        assert results()["bos"] == bos
+
+
 def test_a_run_without_seqlen_takes_the_models_window_up_to_4096(trained: Path, uk: Path) -> None:
     for limit, window in ((131_072, 4096), (4096, 4096), (2048, 2048)):
         config = SimpleNamespace(max_position_embeddings=limit)
