@@ -651,11 +651,10 @@ FOR_AVX2 void avx2_rows(const FourBits& w, const X* x, float* y, int64_t from, i
   }
 }
 
-// By inputs as integers, see Avx512Step<int8_t>. The columns of a word have one scale.
-template <int TOKENS>
-FOR_AVX512 void avx512_rows(
-    const FourBits& w, const int16_t* x, float* y, int64_t from, int64_t to) {
-  constexpr int STRIDE = Avx512Step<int8_t>::STRIDE;
+template <int TOKENS, class X>
+FOR_AVX512 void avx512_rows(const FourBits& w, const X* x, float* y, int64_t from, int64_t to) {
+  constexpr bool BY_INTEGERS = std::is_same_v<X, int16_t>;
+  constexpr int STRIDE = BY_INTEGERS ? Avx512Step<int8_t>::STRIDE : WORD;
   const int64_t words = (w.stride() + 7) / 8, whole = w.stride() / 8;
   std::vector<uint8_t> copy;
   for (int64_t r = from; r < to; r++) {
@@ -666,58 +665,33 @@ FOR_AVX512 void avx512_rows(
     for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
     int64_t next = 0;
     for (int64_t k = 0; k < words; k++) {
-      uint64_t bits;
-      if (k < whole) {
-        std::memcpy(&bits, mask + k * 8, 8);
-      } else {
-        bits = mask_word(mask, k, w.stride());
-      }
+      const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, w.stride());
       __builtin_prefetch(integers.values + next / 2 + AHEAD);
       const __m512i codes = four_bits_64(integers, next, bits);
       next += __builtin_popcountll(bits);
-      const __m512i first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes));
-      const __m512i second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1));
-      const int16_t* word = x + k * TOKENS * STRIDE;
-      _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++, word += STRIDE) {
-        float step;
-        std::memcpy(&step, word + SCALE_AT, sizeof(step));
-        __m512i products = _mm512_setzero_si512();
-        products = _mm512_dpwssd_epi32(products, first, _mm512_loadu_si512(word));
-        products = _mm512_dpwssd_epi32(products, second, _mm512_loadu_si512(word + 32));
-        const __m512 part = _mm512_cvtepi32_ps(products);
-        sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * scales[k]), sums[t]);
-      }
-    }
-    for (int t = 0; t < TOKENS; t++) y[t * w.out + r] = _mm512_reduce_add_ps(sums[t]);
-  }
-}
-
-// By float32 inputs, whose every bit counts.
-template <int TOKENS>
-FOR_AVX512 void avx512_rows(
-    const FourBits& w, const float* x, float* y, int64_t from, int64_t to) {
-  const int64_t words = (w.stride() + 7) / 8;
-  std::vector<uint8_t> copy;
-  for (int64_t r = from; r < to; r++) {
-    const Integers integers = integers_of(w, r, copy);
-    const uint8_t* mask = w.mask_of(r);
-    const c10::BFloat16* scales = w.scales_of(r);
-    __m512 sums[TOKENS];
-    for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
-    int64_t next = 0;
-    for (int64_t k = 0; k < words; k++) {
-      const uint64_t bits = mask_word(mask, k, w.stride());
-      alignas(64) int8_t codes[WORD];
-      _mm512_store_si512(codes, four_bits_64(integers, next, bits));
-      next += __builtin_popcountll(bits);
-      const __m512 scale = _mm512_set1_ps(scales[k]);
-      const float* word = x + k * TOKENS * WORD;
-      _Pragma("GCC unroll 4") for (int64_t c = 0; c < WORD; c += 16) {
-        if (k * WORD + c >= w.in) break;
-        const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(codes + c));
-        const __m512 weights = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)), scale);
-        _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
-            sums[t] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(word + t * WORD + c), sums[t]);
+      const X* word = x + k * TOKENS * STRIDE;
+      if constexpr (BY_INTEGERS) {
+        const __m512i first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes));
+        const __m512i second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1));
+        _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++, word += STRIDE) {
+          float step;
+          std::memcpy(&step, word + SCALE_AT, sizeof(step));
+          __m512i products = _mm512_setzero_si512();
+          products = _mm512_dpwssd_epi32(products, first, _mm512_loadu_si512(word));
+          products = _mm512_dpwssd_epi32(products, second, _mm512_loadu_si512(word + 32));
+          const __m512 part = _mm512_cvtepi32_ps(products);
+          sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * scales[k]), sums[t]);
+        }
+      } else {
+        alignas(64) int8_t each[WORD];
+        _mm512_store_si512(each, codes);
+        const __m512 scale = _mm512_set1_ps(scales[k]);
+        _Pragma("GCC unroll 4") for (int c = 0; c < WORD; c += 16) {
+          const __m128i some = _mm_load_si128(reinterpret_cast<const __m128i*>(each + c));
+          const __m512 weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)) * scale;
+          _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++)
+              sums[t] = _mm512_fmadd_ps(weights, _mm512_loadu_ps(word + t * WORD + c), sums[t]);
+        }
       }
     }
     for (int t = 0; t < TOKENS; t++) y[t * w.out + r] = _mm512_reduce_add_ps(sums[t]);
