@@ -122,16 +122,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
     """Return the working dtype.
 
-    `auto` is the checkpoint's on a GPU, but float32 for bfloat16 on one that would emulate it, and
-    float32 on a CPU, which is faster there.
+    `auto` is the checkpoint's where the device multiplies it by itself, else float32: on a GPU that
+    would emulate bfloat16, and on a CPU but for bfloat16 with AMX's or AVX-512's instructions.
     """
     if name != "auto":
         return DTYPES[name]
-    dtype = checkpoint_dtype(config) if device.type != "cpu" else torch.float32
-    if dtype == torch.bfloat16 and device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.float32
-    return dtype
+    dtype = checkpoint_dtype(config)
+    if device.type == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 may not have it
+        fast = dtype == torch.bfloat16 and (able.get("amx_bf16") or able.get("avx512_bf16"))
+    else:
+        emulated = dtype == torch.bfloat16 and device.type == "cuda"
+        fast = not emulated or torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype if fast else torch.float32
 
 
 def saved_dtype(name: str, config, quantize: str | None = None) -> torch.dtype:

@@ -95,8 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "dtype",
         RESULT,
-        "dtype of the weights while working; auto: the checkpoint's on a GPU that multiplies it, "
-        "float32 on a CPU",
+        "dtype of the weights while working; auto: the checkpoint's where the device multiplies it "
+        "by itself (a CPU: bfloat16 with AMX or AVX-512), else float32",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
     )

@@ -178,11 +178,19 @@ def test_a_device_smaller_than_transformers_expects(monkeypatch: pytest.MonkeyPa
     assert done.status == 1 and "out of memory (the device has less" in done.complaints[-1]
 
 
-def test_a_card_without_bfloat16_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+def test_what_does_not_multiply_bfloat16_computes_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = tiny.tiny_llama().config
     config.dtype = torch.bfloat16
-    assert pick_dtype("auto", config, torch.device("cuda:0")) == torch.float32
+    for able in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able, **_: able)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        for device in ("cuda:0", "cpu"):
+            dtype = pick_dtype("auto", config, torch.device(device))
+            assert dtype == (torch.bfloat16 if able else torch.float32)
+    config.dtype = torch.float16
+    assert pick_dtype("auto", config, torch.device("cpu")) == torch.float32
 
 
 def test_there_are_two(device: Any) -> None:
