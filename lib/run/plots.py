@@ -245,8 +245,12 @@ def frontier(models: DataFrame, title: str, dense: float | None = None) -> Figur
     for index, (series, its) in enumerate(models.groupby("series")):
         look = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": ":"}
         axes.plot(its["mb"], its["bits_per_byte"], label=series, **look)
-    for label, *place in models[["label", "mb", "bits_per_byte"]].to_numpy():
-        axes.annotate(label, place, (5, 5), textcoords="offset points", fontsize=8)
+    span = models["bits_per_byte"].max() - models["bits_per_byte"].min()
+    for label, mb, bits in models[["label", "mb", "bits_per_byte"]].to_numpy():
+        alike = (models["bits_per_byte"] - bits).abs() <= 0.03 * span
+        beside = (alike & models["mb"].between(mb, 1.2 * mb, inclusive="right")).any()
+        side = {"xytext": (-7, -3), "ha": "right"} if beside else {"xytext": (5, 5)}
+        axes.annotate(label, (mb, bits), textcoords="offset points", fontsize=8, **side)
     if dense is not None:
         axes.axhline(dense, **DENSE_LINE)
     axes.set(xscale="log", xlabel="MB saved (log scale)")
