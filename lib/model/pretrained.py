@@ -127,13 +127,12 @@ def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
     """
     if name != "auto":
         return DTYPES[name]
-    dtype = checkpoint_dtype(config)
+    dtype, fast = checkpoint_dtype(config), True
     if device.type == "cpu":
-        able = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 may not have it
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch allowed
         fast = dtype == torch.bfloat16 and (able.get("amx_bf16") or able.get("avx512_bf16"))
-    else:
-        emulated = dtype == torch.bfloat16 and device.type == "cuda"
-        fast = not emulated or torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cuda" and dtype == torch.bfloat16:
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype if fast else torch.float32
 
 

@@ -185,7 +185,8 @@ def test_what_does_not_multiply_bfloat16_computes_in_float32(
     config.dtype = torch.bfloat16
     for able in (False, True):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able, **_: able)
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        found = {"avx512_bf16": able}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", found.copy, raising=False)
         for device in ("cuda:0", "cpu"):
             dtype = pick_dtype("auto", config, torch.device(device))
             assert dtype == (torch.bfloat16 if able else torch.float32)
