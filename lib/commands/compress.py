@@ -50,7 +50,7 @@ ANY, PACKED = "any", "packed"
 PLANS = {
     ANY: "--quantize q4_0",
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
-    "--replace_sparse_layers --pack_bits 4",
+    "--replace_sparse_layers --quantize int4",
     "2:4": "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
 }
 SMALLER = {  # what removes as much as --megabytes asks for
@@ -185,7 +185,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
             start = time.monotonic()
             rehearsal = _run(flags, folder / "rehearsal")
             wall = time.monotonic() - start
-            passes = PRUNING_PASSES * job.args.nsamples if job.method else 0
+            passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
             left = announce("Plan")
             windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
             what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "

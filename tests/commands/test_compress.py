@@ -176,7 +176,7 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--save", "mine"], "--save mine: holds no plan.json"),
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--language", "xx"], "--language xx: is no language"),
-        (["--", "--pack_bits", "5"], "--pack_bits"),
+        (["--", "--quantize", "q5"], "--quantize"),
         (["--save_model", "mine"], "--save_model: compress sets it"),
         (["--minuts", "3"], "unrecognized arguments: --minuts 3; --help lists all flags"),
     ],

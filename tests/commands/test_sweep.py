@@ -76,15 +76,15 @@ def test_flags_of_a_run(texts) -> None:
     argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]
     passed_on = ["--nsamples", "7", "--resume", "r", "--trim_vocabulary", "--recover", "999"]
     passed_on += ["--recover_ce", "0.5", "--allocation", "error", "--replace_sparse_layers"]
-    runs = planned(*argv, "--save_models", passed_on=[*passed_on, "--pack_bits", "4"])
+    runs = planned(*argv, "--save_models", passed_on=[*passed_on, "--quantize", "int4"])
     dense, wanda = map(build_parser().parse_args, runs.values())
     assert dense.eval_only and not dense.save_model and not dense.resume
     assert (dense.recover, dense.allocation, dense.nsamples) == (None, "uniform", 7)
-    assert not dense.replace_sparse_layers and dense.pack_bits == 16
+    assert not dense.replace_sparse_layers and dense.quantize is None
     assert dense.eval_data == wanda.eval_data == [str(uk), str(en)]
     assert wanda.calibration_data == [f"{uk}=3", f"{en}=1"]
     assert (wanda.seed, wanda.sparsity_ratio, wanda.nsamples) == (5, 0.5, 7)
-    assert (wanda.recover, wanda.recover_ce, wanda.pack_bits) == (999, 0.5, 4)
+    assert (wanda.recover, wanda.recover_ce, wanda.quantize) == (999, 0.5, "int4")
     name = "m/wanda-50-uk=0.75+en=0.25-seed5"
     assert wanda.save == f"o/{name}" and wanda.save_model == f"o/{name}/model"
     assert wanda.resume == f"r/{name}"  # finished blocks of two runs do not meet

@@ -21,7 +21,7 @@ TOKENS = STEPS * 256 + 9
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
 RECOVER = ["--recover", TOKENS, "--recover_rate", "0.01"]
 PRUNE = ["--prune_method", "wanda", "--sparsity_type", "2:4"]
-PACK = ["--replace_sparse_layers", "--pack_bits", "4"]
+PACK = ["--replace_sparse_layers", "--quantize", "int4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
