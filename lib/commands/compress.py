@@ -198,7 +198,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         keep(planned=True)
         del job
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
-    measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
+    measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data"))
     measured = [*kept["common"], *measured, *tests, "--eval_only"]
     if "dense" not in kept["done"]:
         announce("Measuring the model as it is")

@@ -179,7 +179,6 @@ def _set_vocabulary(job: Job) -> None:
             dist=job.dist,
             rows=rows,
             config_ids=config_token_ids(job.checkpoint, job.config),
-            size=job.args.vocabulary_size,
         )
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)

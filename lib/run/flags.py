@@ -185,15 +185,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         shown="the calibration sources alone",
     )
-    flag(
-        "vocabulary_size",
-        RESULT,
-        "keep this many tokens, the most frequent first; if the texts use fewer, add the most "
-        "frequent other tokens of the same letters",
-        type=POSITIVE,
-        metavar="N",
-        shown="all used tokens, filled up to a multiple of 64",
-    )
 
     section("pruning")
     flag(
@@ -387,7 +378,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 NEEDS = {  # a flag: others of which one must be given
     "vocabulary_data": ("trim_vocabulary",),
-    "vocabulary_size": ("trim_vocabulary",),
     "pack_bits": ("replace_sparse_layers",),
     "teacher": ("recover", "eval_only"),
     "recover_rank": ("recover",),
