@@ -73,10 +73,7 @@ def check(
         _set_vocabulary(job)
     if args.teacher:
         set_teacher(job)
-    bos = None
-    if args.bos == "always":
-        bos = pretrained.required_bos_id(job.tokenizer)
-    job.texts = read_texts(job, bos)
+    job.texts = read_texts(job, None)
     width = job.config.get_text_config(decoder=True).hidden_size
     job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     _check_tokens(job)

@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "begin every window with the BOS token; never: as published; auto: where the tokenizer "
         "adds it by itself and the dense model collapses without it",
         default="auto",
-        choices=("auto", "always", "never"),
+        choices=("auto", "never"),
     )
     flag(
         "batch_size",
