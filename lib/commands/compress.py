@@ -354,7 +354,7 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     text = "Flags of main.py may follow, such as --column body --seqlen 256"
-    parser = Parser(prog="compress", description=__doc__.splitlines()[0], epilog=text)
+    parser = Parser("compress", description=__doc__.splitlines()[0], epilog=text)
 
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)

@@ -101,7 +101,7 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.Parser(prog="demo", description=__doc__.split("\n")[0])
+    parser = command.Parser("demo", description=__doc__.split("\n")[0])
     parser.add_argument("--folder", default="demo", help="what it makes goes here (default: demo)")
     parser.add_argument("--small", action="store_true", help="in seconds: hardly train it")
     command.add_debug_flag(parser)

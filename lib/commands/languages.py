@@ -25,7 +25,7 @@ from lib.util.errors import UserError
 def main(argv: list[str]) -> None:
     argv, passed_on = command.split_argv(argv)
     parser = command.Parser(
-        prog="languages",
+        "languages",
         description=__doc__.split("\n")[0],
         epilog=sweep.EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
