@@ -190,7 +190,7 @@ def launch(argv: list[object], folder: Path, **environment: str) -> Done:
 
 
 def launched(argv: list[object], folder: Path, *more: object, **environment: str) -> str:
-    """What a recipe of launch.sh that succeeds writes to stdout."""
+    """What a command of launch.sh that succeeds writes to stdout."""
     done = launch([*argv, *more], folder, **environment)
     assert done.status == 0, done.err
     return done.out

@@ -23,7 +23,6 @@ from transformers import (
 
 import lib.data.tokenizer
 import lib.run.steps
-from lib.run.console import program
 
 pytestmark = pytest.mark.usefixtures("at_place")
 ROWS = 640  # more than the tokenizer has
@@ -49,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    """The vocabulary alone, by its name in launch.sh, and the run's folder."""
+    """The vocabulary alone, and the run's folder."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
@@ -101,11 +100,9 @@ def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
     assert second["vocabulary"]["rows_before"] == ROWS
 
 
-def test_by_its_name(tmp_path: Path) -> None:
-    argv = ["model", str(tmp_path / "OUT"), "--vocabulary_data", "uk", "en", *QUICK]
-    done = call(*program("vocabulary", argv)[1], "--save", tmp_path / "run")
+def test_for_two_languages(tmp_path: Path) -> None:
+    done = call(*TRIM, "--vocabulary_data", "uk", "en", "--save", tmp_path / "run")
     assert "uk: all 9 test" in done.out and "en: all 9 test" in done.out
-    assert (tmp_path / "OUT/tokenizer.json").exists()
 
 
 def test_trimmed_first_then_all_as_on_a_model_trimmed_before(
