@@ -214,8 +214,8 @@ def choose_tokens(
         if len(chosen) == limit:
             break
         if index not in chosen and index not in reserved:
-            parts = chosen | tokens.merge_parts(index)
-            chosen = parts if len(parts) <= limit else chosen
+            new = tokens.merge_parts(index) - chosen
+            chosen |= new if len(chosen) + len(new) <= limit else set()
     return chosen
 
 

@@ -16,9 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LIST = """\
 NAME ..., where NAME is one of these; NAME --help lists its flags
 
-  demo                       the whole job in small, on a text and a model that it makes
-  prune --model MODEL        one run, with flags of your own: the same as python main.py
-
+  demo                               the whole job in small, on a text and a model that it makes
+  prune --model MODEL                one run, with flags of your own: the same as python main.py
   compress MODEL OUT --language uk   a small model for every engine, in --minutes 30
 
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
