@@ -32,8 +32,8 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.pruning.allocation import Allocation, uniform
 from lib.packed.formats import PACKED
+from lib.pruning.allocation import Allocation, uniform
 from lib.pruning.pruner import Pruned, Pruner
 from lib.pruning.quantize import takes
 from lib.run import steps
@@ -192,7 +192,7 @@ def launch(argv: list[object], folder: Path, **environment: str) -> Done:
 
 
 def launched(argv: list[object], folder: Path, *more: object, **environment: str) -> str:
-    """What a recipe of launch.sh that succeeds writes to stdout."""
+    """What a command of launch.sh that succeeds writes to stdout."""
     done = launch([*argv, *more], folder, **environment)
     assert done.status == 0, done.err
     return done.out

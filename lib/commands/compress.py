@@ -198,7 +198,7 @@ def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
         keep(planned=True)
         del job
     tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
-    measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size"))
+    measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data"))
     measured = [*kept["common"], *measured, *tests, "--eval_only"]
     if "dense" not in kept["done"]:
         announce("Measuring the model as it is")
@@ -354,7 +354,7 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     text = "Flags of main.py may follow, such as --column body --seqlen 256"
-    parser = Parser(prog="compress", description=__doc__.splitlines()[0], epilog=text)
+    parser = Parser("compress", description=__doc__.splitlines()[0], epilog=text)
 
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)

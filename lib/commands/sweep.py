@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = command.Parser(prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
+    parser = command.Parser("sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)

@@ -340,10 +340,3 @@ def default_bos_id(tokenizer) -> int | None:
     bos = tokenizer.bos_token_id
     first = tokenizer("a").input_ids[:1]
     return bos if bos is not None and first == [bos] else None
-
-
-def required_bos_id(tokenizer) -> int:
-    """Return the BOS id for `--bos always`. Raises UserError if the tokenizer has none."""
-    if tokenizer.bos_token_id is None:
-        raise UserError("--bos always: the model's tokenizer has no BOS token; use --bos never")
-    return tokenizer.bos_token_id

@@ -74,10 +74,7 @@ def check(
         _set_vocabulary(job)
     if plan.teacher:
         set_teacher(job)
-    bos = None
-    if args.bos == "always":
-        bos = pretrained.required_bos_id(job.tokenizer)
-    job.texts = read_texts(job, bos)
+    job.texts = read_texts(job, None)
     width = job.config.get_text_config(decoder=True).hidden_size
     job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     _check_tokens(job)
@@ -178,7 +175,6 @@ def _set_vocabulary(job: Job) -> None:
             dist=job.dist,
             rows=rows,
             config_ids=config_token_ids(job.checkpoint, job.config),
-            size=job.args.vocabulary_size,
         )
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)

@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "begin every window with the BOS token; never: as published; auto: where the tokenizer "
         "adds it by itself and the dense model collapses without it",
         default="auto",
-        choices=("auto", "always", "never"),
+        choices=("auto", "never"),
     )
     flag(
         "batch_size",
@@ -184,15 +184,6 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="SOURCE",
         shown="the calibration sources alone",
-    )
-    flag(
-        "vocabulary_size",
-        RESULT,
-        "keep this many tokens, the most frequent first; if the texts use fewer, add the most "
-        "frequent other tokens of the same letters",
-        type=POSITIVE,
-        metavar="N",
-        shown="all used tokens, filled up to a multiple of 64",
     )
 
     section("pruning")
@@ -377,7 +368,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 NEEDS = {  # a flag: others of which one must be given
     "vocabulary_data": ("trim_vocabulary",),
-    "vocabulary_size": ("trim_vocabulary",),
     "teacher": ("recover", "eval_only"),
     "recover_rank": ("recover",),
     "recover_rate": ("recover",),

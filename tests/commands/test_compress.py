@@ -161,9 +161,9 @@ def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
 def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
     Path("lib").mkdir()  # a folder of the user's, which hides no module
     Path("lib/__init__.py").touch()
-    assert process.call("lib.commands.ubertext", "--help") == 0
-    assert process.call("lib.commands.ubertext", "nowhere", "new") == 1
-    assert "FOLDER_OF_DUMPS nowhere" in capfd.readouterr().err
+    assert process.call("lib.commands.unpack", "--help") == 0
+    assert process.call("lib.commands.unpack", "nowhere", "new") == 1
+    assert "nowhere" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import tiny
 from processes import Worker
 from support import QUICK, Done, call, results, wait_until
 
-from lib.commands import languages, overlap, sweep, sweep_run
+from lib.commands import languages, sweep, sweep_run
 from lib.run.flags import build_parser
 from lib.util import command
 
@@ -239,23 +238,6 @@ def test_languages(trained, texts) -> None:
     assert 50 < shares[1] < 100 and shares[2] < 60  # both keep; chance
     refused = done(languages.main, trained, *texts, "--method", "magnitude")
     assert refused.status == 2 and "no text" in refused.complaints[-1]
-
-
-def test_likeness(trained, texts) -> None:
-    shutil.copytree(texts[0], "same")  # as Ukrainian, by another name
-    argv = [*texts, "same", "--seeds", 0, "--out", "runs", *PASSED]
-    said = done(languages.main, trained, *argv)
-    assert said.status == 0 and "the loss with masks of block 1: " in said.out, said.err
-    with Path("runs/overlap/likeness.csv").open() as file:
-        pairs = {(row["calibrated_on"], row["measured_on"]): row for row in csv.DictReader(file)}
-    alike, unlike = pairs["uk", "same"], pairs["en", "uk"]
-    assert len(pairs) == 6 and float(alike["beyond"]) == 0
-    assert float(alike["tokens"]) == float(alike["script"]) == float(alike["masks"]) == 1
-    assert float(unlike["tokens"]) < 1 and 0.5 < float(unlike["masks"]) < 1
-    assert Path("runs/overlap/likeness.png").stat().st_size > 10_000
-    shutil.rmtree("same")
-    said = done(overlap.main, *sorted(Path("runs").glob("*/wanda*")))
-    assert said.status == 0 and "not compared with the loss" in said.err and "same" in said.err
 
 
 def test_experts_that_languages_share(texts, tmp_path) -> None:

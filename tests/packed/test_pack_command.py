@@ -76,7 +76,7 @@ def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--model", "falcon", *WANDA, *PACK4], ["--replace_sparse_layers: no linear", "FalconLinear"]),
+        (["--model", "falcon", *WANDA, *PACK4], ["--replace_sparse_layers: no", "FalconLinear"]),
         (["--model", "model", *PACK4], ["no linear is smaller packed; prune with"]),
     ],
 )

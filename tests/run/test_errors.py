@@ -74,7 +74,6 @@ FLAGS = [
     ("--load_bit 3", "--load_bit", "'3'", "8"),
     ("--prune_on_c4 --calibration_data uk", "--prune_on_c4", "--calibration_data"),
     ("--vocabulary_data uk", "--vocabulary_data uk", "--trim_vocabulary"),
-    ("--vocabulary_size 64", "--vocabulary_size 64", "--trim_vocabulary"),
     ("--eval_only", "--eval_only", "--prune_method wanda"),
     ("--save=", "--save", "empty"),
     ("--tasks ,", "--tasks", "names no task"),
