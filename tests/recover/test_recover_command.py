@@ -175,6 +175,19 @@ def test_q4_0_as_it_was_measured(model: str, flags: list[str], tmp_path: Path) -
         assert found["evaluation"][0]["kl"] > 0 and found["method"] == "q4_0"
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "int4"])
+def test_training_that_does_not_help_leaves_what_was_rounded_on_text(
+    kind: str, tmp_path: Path
+) -> None:
+    argv = ["--quantize", "q4_0"] if kind == "q4_0" else [*PRUNE, *PACK]
+    run(tmp_path / "rounded", *argv)
+    done, found = run(tmp_path / "trained", *argv, "--recover", 512, "--recover_rate", "0.9")
+    assert "nothing was better than the model before it" in done.out
+    assert found["recovery"]["kept"]["tokens"] == 0
+    rounded, trained = (weights(tmp_path / name / "model") for name in ("rounded", "trained"))
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in rounded.items())
+
+
 REFUSED = {
     "zero": ([*PRUNE, "--recover", "0"], 2, "--recover: 0: must be"),
     "less than a step": ([*PRUNE, "--recover", "31"], 1, "--recover 31: less than one step"),
