@@ -37,14 +37,19 @@ KINDS = {
     "4 bits": ["--model", "bfloat16", *WANDA, *HALF, "--replace_sparse_layers", "--pack_bits", "4"],
     "trimmed": ["--model", "bfloat16", *WANDA, "--trim_vocabulary"],
     "quantised": ["--model", "deep", *WANDA, "--load_bit", "8"],
+    "q4_0": ["--model", "bfloat16", "--quantize", "q4_0"],
 }
 CASES = [(kind, way) for kind in KINDS for way in ("killed", "loaded again")]
 KINDS["sharded"] = ["--model", "sharded", *SPARSEGPT]
 KINDS["tied"] = ["--model", "tied", *WANDA]
 KINDS["transposed"] = ["--model", "transposed", *WANDA]
+KINDS["q4_0, float32"] = ["--model", "odd", "--quantize", "q4_0"]  # saved in bfloat16
+CASES += [("q4_0, float32", "killed")]
 CASES += [(kind, "offloaded") for kind in ("sharded", "tied", "transposed", "4 bits")]
+CASES += [(kind, "offloaded") for kind in ("q4_0", "q4_0, float32")]
 CASES += [(kind, "batch size") for kind in ("by error", "experts", "neurons")]
 CASES += [(kind, "two processes") for kind in ("neurons", "4 bits")]
+CASES += [(kind, "two processes") for kind in ("q4_0", "q4_0, float32")]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -55,6 +60,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     deep = dict(num_hidden_layers=BLOCKS)
     tiny.write_model(folder / "deep", tiny.tiny_llama(**deep))
     tiny.write_model(folder / "bfloat16", tiny.tiny_llama(**deep).bfloat16())
+    tiny.write_model(folder / "odd", tiny.tiny_llama(**deep, intermediate_size=48))
     tiny.write_model(folder / "wide", tiny.tiny_llama(**deep, intermediate_size=512))
     tiny.write_model(folder / "mixture", tiny.ARCHITECTURES["Mixtral"]())
     tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
@@ -118,7 +124,9 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
     if way == "killed":
         argv += ["--resume", tmp_path / "kept"]
         argv += [] if kind in ("wanda", "recovered", "quantised") else away
-        fault = "recovering 7:SIGKILL" if kind == "recovered" else "pruning 1:SIGKILL"
+        step = {"recovered": "recovering 7"}.get(kind, "pruning 1")
+        step = "quantising 1" if "--quantize" in KINDS[kind] else step
+        fault = f"{step}:SIGKILL"
         check(processes.run(argv, place, fault), -signal.SIGKILL)
         assert not (tmp_path / "model").exists()
         kept = {"recovered": BLOCKS + 1, "by error": 2}.get(kind, 1)  # an allocation is kept too

@@ -56,6 +56,7 @@ class Files:
     places: list[dict[str, Place]]
     folder: RunFolder | None  # None in ranks that do not write
     on_disk: bool  # the pages of all blocks do not fit in memory
+    narrow: bool = False  # weights are rounded to the dtype in which they are saved
 
 
 class BlockStore:
@@ -293,6 +294,11 @@ class BlockStore:
                 raise UserError(
                     f"--model: block {index} can't be read from {file}: {error}"
                 ) from error
+        if self.files.narrow:
+            tensors = {
+                path: tensor.to(self._saved_dtype(index, path, tensor.dtype))
+                for path, tensor in tensors.items()
+            }
         return tensors, {path: place.dtype for path, place in places.items()}
 
     def _write(self, index: int) -> None:

@@ -42,9 +42,9 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
         else:
             model, files = _read_model(job, {"": job.device}), None
     save_dtype = pretrained.saved_dtype(job.args.dtype, job.config, job.args.quantize)
-    if job.args.quantize and not plan.fetched:
+    if job.args.quantize:
         with pretrained.cast(model, save_dtype):
-            pass  # the model is measured as it will be saved
+            pass  # the model is measured as it will be saved; blocks in files, once they are fetched
     name, blocks = pretrained.decoder_blocks(model)
     weights = BlockStore(
         blocks,
@@ -147,7 +147,7 @@ def _read_in_files(job: Job, cleanup: ExitStack) -> tuple[nn.Module, Files]:
     where = device_map(job.skeleton, job.blocks_name, job.device)
     model = _read_model(job, where, str(converted / CONVERTED))
     places = place_blocks(model, job.blocks_name, stored_names(job.checkpoint), converted)
-    return model, Files(places, folder, on_disk=bool(job.args.offload))
+    return model, Files(places, folder, bool(job.args.offload), narrow=bool(job.args.quantize))
 
 
 def _block_folder(job: Job, cleanup: ExitStack) -> RunFolder:
