@@ -20,6 +20,7 @@ from support import QUICK, Done, call, results, weights
 from torch import Tensor
 
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
+ALIKE_Q4_0 = 0.97  # there a code that is rounded otherwise changes those after it
 BLOCKS = 3
 BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
 WANDA, SPARSEGPT, ADMM = (["--prune_method", name] for name in ("wanda", "sparsegpt", "admm"))
@@ -44,12 +45,10 @@ KINDS["sharded"] = ["--model", "sharded", *SPARSEGPT]
 KINDS["tied"] = ["--model", "tied", *WANDA]
 KINDS["transposed"] = ["--model", "transposed", *WANDA]
 KINDS["q4_0, float32"] = ["--model", "odd", "--quantize", "q4_0"]  # saved in bfloat16
-CASES += [("q4_0, float32", "killed")]
+CASES += [("q4_0, float32", "killed"), ("q4_0, float32", "offloaded"), ("q4_0", "offloaded")]
 CASES += [(kind, "offloaded") for kind in ("sharded", "tied", "transposed", "4 bits")]
-CASES += [(kind, "offloaded") for kind in ("q4_0", "q4_0, float32")]
 CASES += [(kind, "batch size") for kind in ("by error", "experts", "neurons")]
-CASES += [(kind, "two processes") for kind in ("neurons", "4 bits")]
-CASES += [(kind, "two processes") for kind in ("q4_0", "q4_0, float32")]
+CASES += [(kind, "two processes") for kind in ("neurons", "4 bits", "q4_0, float32")]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -146,5 +145,5 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
         assert one.keys() == two.keys()
         assert not [name for name in one if not torch.equal(one[name], two[name])]
     else:
-        assert alike(one, two) >= ALIKE
+        assert alike(one, two) >= (ALIKE_Q4_0 if "q4_0" in kind else ALIKE)
         assert figures(tmp_path) == pytest.approx(figures(plain), rel=5e-3, abs=2e-3)
