@@ -39,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
     args, results = job.args, job.results
     with ExitStack() as cleanup:
         cleanup.callback(steps.close_store, job)
-        runner = steps.load(job, cleanup)
+        runner = steps.load(job, cleanup, job.folder)
         results |= base_results(job, runner)
         if job.vocabulary:
             steps.trim(job, runner)

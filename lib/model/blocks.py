@@ -64,7 +64,8 @@ class BlockRunner:
     It carries what every pass needs: `dist`, the processes that share the work; `batch_size`, the
     windows per forward pass; `state_device`, which holds hidden states between two blocks;
     `cache_inputs`, whether there is memory for inputs of a block that save passes through it; and
-    `save_dtype`, in which the model will be saved (None: as it is).
+    `checkpointed`, whether a block's activations are computed again in training. `weights` says in
+    which dtype the model will be saved.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class BlockRunner:
         batch_size: int = 1,
         state_device: torch.device | None = None,
         cache_inputs: bool = True,
-        save_dtype: torch.dtype | None = None,
+        checkpointed: bool = False,
     ) -> None:
         self.model = model
         self.name, self.blocks = decoder_blocks(model)
@@ -89,12 +90,16 @@ class BlockRunner:
         self.batch_size = batch_size
         self.state_device = state_device or device
         self.cache_inputs = cache_inputs
-        self.save_dtype = save_dtype
-        self.checkpointed = False  # a block's activations are computed again in training
+        self.checkpointed = checkpointed
         self.whole = False  # the blocks can't be run one by one, so all of them are run at once
         self.output: type | None = None  # the decoder's, if so
         self.transfer = Transfer(device)
         self.tuples = self._probe()
+
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """The dtype in which the model will be saved; None: as it is."""
+        return self.weights.saved.dtype
 
     def alone(self, batch_size: int) -> BlockRunner:
         """Return the same runner for this rank alone, with another batch size."""
@@ -287,9 +292,24 @@ class BlockRunner:
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
+    def verify(self, by_block: bool = True) -> str:
+        """Raise UserError if the runner does not give the model's own logits on a few tokens.
+
+        Where it need not run `by_block`, it runs all blocks at once from then on if only this gives
+        them, and says why.
+        """
+        try:
+            self._verify()
+        except UserError as error:
+            if by_block:
+                raise
+            self.whole = True
+            self._verify()
+            return str(error)
+        return ""
+
     @torch.no_grad()
-    def verify(self) -> None:
-        """Raise UserError if the runner does not give the model's own logits on a few tokens."""
+    def _verify(self) -> None:
         ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
         try:
             (states,) = self.run_blocks([ids], state_device=self.device)

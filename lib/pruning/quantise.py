@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lib.methods.gptq import GPTQ, GPTQForLlamaCpp
 from lib.model.blocks import BlockRunner
+from lib.model.dtypes import SaveDtypes
 from lib.model.matrix import PrunableLinear
 from lib.prune import UNREACHED, Pruned, Pruner, first_of
 from lib.pruning.allocation import Allocation
@@ -38,7 +39,7 @@ class Quantiser(Pruner):
     def __init__(self, runner: BlockRunner) -> None:
         super().__init__(runner, self.solver, Allocation({}))
         self.fmt = self.solver.fmt
-        self.save_dtype = None  # integers times scales are kept as they are
+        self.saved = SaveDtypes()  # integers times scales are kept as they are
 
     def takes(self, linear: PrunableLinear) -> bool:
         return is_packed(linear)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lib.model import pretrained
 from lib.model.access import stored_names
 from lib.model.blocks import BlockRunner
-from lib.model.run_folder import RunFolder
-from lib.model.store import CONVERTED, BlockStore, Files, are_apart, device_map, place_blocks
+from lib.model.dtypes import SaveDtypes
+from lib.model.run_folder import CONVERTED, RunFolder
+from lib.model.store import BlockStore, FileBlockStore, are_apart, block_files, device_map
 from lib.run.job import Job
 from lib.util.errors import UserError
 from lib.util.host import available, gib, keep_freed_memory
@@ -32,31 +32,57 @@ KEPT = 40  # activations of a block that a backward pass needs, in hidden states
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
 
-def load(job: Job, cleanup: ExitStack) -> BlockRunner:
-    """Load the dense model where it fits; `cleanup` closes and removes what that needs."""
+def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
+    """Load the dense model where it fits; `cleanup` closes and removes what that needs.
+
+    `folder` is the run's own, in the main rank, where blocks are kept.
+    """
     keep_freed_memory()
-    plan = plan_memory(job)
+    args, plan, where = job.args, plan_memory(job), {"": job.device}
+    block_folder = converted = None
+    if plan.fetched:
+        block_folder = _block_folder(job, cleanup, folder) if job.dist.is_local_main else None
+        if block_folder:
+            converted = block_folder.path / CONVERTED
+        else:  # this rank maps what it converts itself
+            converted = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
+        converted.mkdir(exist_ok=True)
+        where = device_map(job.skeleton, job.blocks_name, job.device)
     with job.timed("load"):
+        model = pretrained.load_model(
+            job.checkpoint,
+            job.config,
+            dtype=pretrained.pick_dtype(args.dtype, job.config, job.device),
+            device_map=where,
+            offload=str(converted) if converted else None,
+            load_bit=args.load_bit,
+        )
+        files = []
         if plan.fetched:
-            model, files = _read_in_files(job, cleanup)
-        else:
-            model, files = _read_model(job, {"": job.device}), None
-    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config, job.args.quantize)
-    if job.args.quantize:
+            files = block_files(model, job.blocks_name, stored_names(job.checkpoint), converted)
+    save_dtype = pretrained.saved_dtype(args.dtype, job.config, args.quantize)
+    if args.quantize:
         with pretrained.cast(model, save_dtype):
-            pass  # the model is measured as it will be saved; blocks in files, once they are fetched
-    name, blocks = pretrained.decoder_blocks(model)
-    weights = BlockStore(
-        blocks,
-        job.device,
-        name,
-        files=files,
-        save_dtype=save_dtype,
-        exact=frozenset(model._keep_in_fp32_modules_strict or ()),
-        finished=job.store,
-        resumes=any(job.dist.all_gather_object(bool(job.store and job.changes))),
+            pass  # it is measured as it will be saved; blocks in files are cast when fetched
+    kept = dict(
+        saved=SaveDtypes(model, save_dtype),
+        finished=folder if job.changes else None,
         dist=job.dist,
     )
+    name, blocks = pretrained.decoder_blocks(model)
+    if plan.fetched:
+        weights = FileBlockStore(
+            blocks,
+            job.device,
+            name,
+            files=files,
+            folder=block_folder,
+            on_disk=bool(args.offload),
+            narrow=bool(args.quantize),
+            **kept,
+        )
+    else:
+        weights = BlockStore(blocks, job.device, name, **kept)
     runner = BlockRunner(
         model,
         job.device,
@@ -65,19 +91,12 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
         batch_size=job.batch_size,
         state_device=plan.state_device,
         cache_inputs=plan.cache_inputs,
-        save_dtype=save_dtype,
+        checkpointed=plan.checkpointed,
     )
-    runner.checkpointed = plan.checkpointed
     if weights.resident:  # otherwise every block is checked when it is fetched
         runner.check_finite()
-    try:
-        runner.verify()
-    except UserError as error:
-        if job.changes or job.has_dense:
-            raise
-        runner.whole = True
-        runner.verify()
-        job.print(f"measured as a whole: {error}")
+    if why := runner.verify(by_block=job.changes or job.has_dense):
+        job.print(f"measured as a whole: {why}")
     return runner
 
 
@@ -136,24 +155,10 @@ def plan_memory(job: Job) -> MemoryPlan:
     )
 
 
-def _read_in_files(job: Job, cleanup: ExitStack) -> tuple[nn.Module, Files]:
-    """Load the dense model with its blocks in files, which the ranks of a machine share."""
-    folder = _block_folder(job, cleanup) if job.dist.is_local_main else None
-    if folder:
-        converted = folder.folder
-    else:  # this rank maps what it converts itself
-        converted = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-    (converted / CONVERTED).mkdir(exist_ok=True)
-    where = device_map(job.skeleton, job.blocks_name, job.device)
-    model = _read_model(job, where, str(converted / CONVERTED))
-    places = place_blocks(model, job.blocks_name, stored_names(job.checkpoint), converted)
-    return model, Files(places, folder, bool(job.args.offload), narrow=bool(job.args.quantize))
-
-
-def _block_folder(job: Job, cleanup: ExitStack) -> RunFolder:
+def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> RunFolder:
     """Return where this machine keeps changed blocks: the run's own folder, or a temporary one."""
-    if job.store:
-        return job.store
+    if folder:
+        return folder
     if job.args.offload:
         path = Path(f"{job.args.offload}-rank-{job.dist.rank}")
     else:
@@ -165,18 +170,3 @@ def _block_folder(job: Job, cleanup: ExitStack) -> RunFolder:
     cleanup.callback(folder.clear)
     folder.begin({})
     return folder
-
-
-def _read_model(job: Job, where: dict, converted: str | None = None) -> nn.Module:
-    """Load the dense model, each part on the device that `where` maps it to.
-
-    Weights on disk that transformers converts on loading go into the folder `converted`.
-    """
-    return pretrained.load_model(
-        job.checkpoint,
-        job.config,
-        dtype=pretrained.pick_dtype(job.args.dtype, job.config, job.device),
-        device_map=where,
-        offload=converted,
-        load_bit=job.args.load_bit,
-    )

@@ -77,8 +77,7 @@ def test_they_are_measured_by_their_whole_forward(name: str) -> None:
     runner, ids = runner_of(tiny.REFUSED[name]()), windows(5)
     with torch.no_grad():
         logits = runner.model(input_ids=ids, use_cache=False).logits[:, :-1]
-    runner.whole = True
-    runner.verify()
+    assert runner.verify(by_block=False)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     assert perplexity(runner, ids) == pytest.approx(loss.exp().item(), rel=1e-4)
     assert not patches(runner.model)

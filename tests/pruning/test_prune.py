@@ -29,7 +29,7 @@ def test_finished_blocks_keep_what_they_reported(method: str, tmp_path: Path) ->
     found = []
     for _ in range(2):  # the second run finds the first block finished
         model = tiny.ARCHITECTURES["Mixtral"]()
-        store = BlockStore(decoder_blocks(model)[1], CPU, finished=folder, resumes=True)
+        store = BlockStore(decoder_blocks(model)[1], CPU, finished=folder)
         runner = BlockRunner(model, CPU, store)
         done = prune_(runner, method, ids=windows(2, 8))
         found.append((done.summary(), model.state_dict()))
