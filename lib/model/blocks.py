@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_map
 from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.pretrained import decoder_blocks
 from lib.model.store import BlockStore
 from lib.model.transfer import Transfer
 from lib.util.errors import UserError
@@ -65,7 +64,8 @@ class BlockRunner:
     windows per forward pass; `state_device`, which holds hidden states between two blocks;
     `cache_inputs`, whether there is memory for inputs of a block that save passes through it; and
     `checkpointed`, whether a block's activations are computed again in training. `weights` says in
-    which dtype the model will be saved.
+    which dtype the model will be saved. All blocks are run at once if `whole`, for those that can't
+    be run one by one.
     """
 
     def __init__(
@@ -80,18 +80,19 @@ class BlockRunner:
         state_device: torch.device | None = None,
         cache_inputs: bool = True,
         checkpointed: bool = False,
+        whole: bool = False,
     ) -> None:
         self.model = model
-        self.name, self.blocks = decoder_blocks(model)
+        self.weights = weights or BlockStore(model, device)
+        self.name, self.blocks = self.weights.name, self.weights.blocks
         self.device = device
         self.dist = dist or DistContext(device, alone=True)
-        self.weights = weights or BlockStore(self.blocks, device, self.name)
         self.flag = flag
         self.batch_size = batch_size
         self.state_device = state_device or device
         self.cache_inputs = cache_inputs
         self.checkpointed = checkpointed
-        self.whole = False  # the blocks can't be run one by one, so all of them are run at once
+        self.whole = whole
         self.output: type | None = None  # the decoder's, if so
         self.transfer = Transfer(device)
         self.tuples = self._probe()
@@ -292,24 +293,9 @@ class BlockRunner:
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
-    def verify(self, by_block: bool = True) -> str:
-        """Raise UserError if the runner does not give the model's own logits on a few tokens.
-
-        Where it need not run `by_block`, it runs all blocks at once from then on if only this gives
-        them, and says why.
-        """
-        try:
-            self._verify()
-        except UserError as error:
-            if by_block:
-                raise
-            self.whole = True
-            self._verify()
-            return str(error)
-        return ""
-
     @torch.no_grad()
-    def _verify(self) -> None:
+    def verify(self) -> None:
+        """Raise UserError if the runner does not give the model's own logits on a few tokens."""
         ids = torch.arange(PROBE_TOKENS, device=self.device)[None]
         try:
             (states,) = self.run_blocks([ids], state_device=self.device)

@@ -27,14 +27,13 @@ from accelerate.hooks import (
     remove_hook_from_module,
     remove_hook_from_submodules,
 )
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lib.distributed.context import DistContext
 from lib.model.dtypes import SaveDtypes
 from lib.model.linears import find_linears
+from lib.model.pretrained import decoder_blocks
 from lib.model.run_folder import RunFolder
 from lib.model.transfer import empty_pinned, wait_for_older
 from lib.packed.linear import SparseLinear
@@ -45,10 +44,11 @@ ALIGNED = 512  # bytes; tensors begin at multiples of it, as in torch's allocato
 
 
 class BlockStore:
-    """The blocks `name` of a model that holds all its weights itself.
+    """The blocks of a model that holds all its weights itself.
 
-    `saved`: in which dtypes they are saved. `finished`: the folder in which finished blocks are
-    kept, in the main rank of `dist` alone; `resumes` says in every rank whether there is one.
+    `save_dtype`: in which the model is saved (None: as it is). `finished`: the folder in which
+    finished blocks are kept, in the main rank of `dist` alone; `resumes` says in every rank whether
+    there is one.
     """
 
     resident = True  # all weights are on the device
@@ -56,16 +56,16 @@ class BlockStore:
 
     def __init__(
         self,
-        blocks: nn.ModuleList,
+        model: nn.Module,
         device: torch.device,
-        name: str = "",
         *,
-        saved: SaveDtypes | None = None,
+        save_dtype: torch.dtype | None = None,
         finished: RunFolder | None = None,
         dist: DistContext | None = None,
     ) -> None:
-        self.blocks, self.device, self.name = blocks, device, name
-        self.saved, self.finished = saved or SaveDtypes(), finished
+        self.name, self.blocks = decoder_blocks(model)
+        self.device, self.finished = device, finished
+        self.saved = SaveDtypes(model, save_dtype)
         self.dist = dist or DistContext(device, alone=True)
         self.resumes = any(self.dist.all_gather_object(finished is not None))
         self._kept: Path | None = None  # the file that holds the block on the device
@@ -84,7 +84,8 @@ class BlockStore:
 
         Returns its notes; None where it is not finished. Every rank must call this.
         """
-        kept = self.read_kept(_file_name(stage, index))
+        file = f"{stage}-{index:05d}"
+        kept = self.read_kept(file)
         if kept is None:
             return None
         tensors, notes = kept
@@ -103,7 +104,7 @@ class BlockStore:
                 else:  # it has lost rows or columns
                     parameter.data = tensor.to(parameter.device, parameter.dtype)
         if self.finished:
-            self._kept = self.finished.path / f"{_file_name(stage, index)}.safetensors"
+            self._kept = self.finished.path / f"{file}.safetensors"
         return notes
 
     def put(
@@ -125,7 +126,7 @@ class BlockStore:
             for path, matrix in (matrices or {}).items():
                 held.pop(f"{prefix}{path}.weight")
                 held[prefix + path] = matrix
-            self._kept = self.finished.write(_file_name(stage, index), held, notes)
+            self._kept = self.finished.write(f"{stage}-{index:05d}", held, notes)
         self.dist.barrier()
 
     def read_kept(self, name: str) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]] | None:
@@ -194,45 +195,41 @@ class BlockStore:
 class FileBlockStore(BlockStore):
     """Blocks in files: they come to the device one at a time, and leave it again.
 
-    `files`: {path in the block: file} of each block, which has the tensor under its full name.
-    `folder`: where this machine writes changed blocks, None in ranks that do not. `on_disk`: the
-    pages of all blocks do not fit in memory. `narrow`: weights are rounded to the dtype in which
-    they are saved as they are fetched. For the others see `BlockStore`.
+    `model` is as transformers has loaded it by `device_map`. `folder`: where this machine writes
+    changed blocks, None in ranks that do not. `on_disk`: the pages of all blocks do not fit in
+    memory. `narrow`: weights are rounded to the dtype in which they are saved as they are fetched.
+    For the others see `BlockStore`.
     """
 
     resident = False
 
     def __init__(
         self,
-        blocks: nn.ModuleList,
+        model: nn.Module,
         device: torch.device,
-        name: str,
         *,
-        files: list[dict[str, str]],
         folder: RunFolder | None,
         on_disk: bool,
         narrow: bool,
         **kept: Any,
     ) -> None:
-        super().__init__(blocks, device, name, **kept)
-        self.files, self.folder, self.on_disk, self.narrow = files, folder, on_disk, narrow
+        super().__init__(model, device, **kept)
+        self.folder, self.on_disk, self.narrow = folder, on_disk, narrow
         self._ahead = Prefetcher(device, self._read) if device.type != "cpu" else None
-        self._zero_copy: bool | None = None
-        for index, block in enumerate(blocks):
-            self.evict(index)
+        self.places = self._stored()  # of each block: {path: (file, name in it)}
+        remove_hook_from_submodules(model)
+        del model.hf_device_map  # nothing of it is left
+        for index, block in enumerate(self.blocks):
             add_hook_to_module(block, FetchHook(self, index))
 
     @property
     def zero_copy(self) -> bool:
         """Whether fetching an unchanged block costs nothing."""
-        if self._zero_copy is None:
-            on_cpu = self.device.type == "cpu" and not self.on_disk
-            self._zero_copy = on_cpu and all(
-                cast is tensor
-                for index in range(len(self.blocks))
-                for _, tensor, cast in self._each(index)
-            )
-        return self._zero_copy
+        return (self.device.type == "cpu" and not self.on_disk) and all(
+            cast is tensor
+            for index in range(len(self.blocks))
+            for _, tensor, cast in self._each(index)
+        )
 
     @contextmanager
     def on_device(self, index: int, write_back: bool = False) -> Iterator[None]:
@@ -284,14 +281,14 @@ class FileBlockStore(BlockStore):
 
     def shards(self) -> dict[Path, list[str]] | None:
         shards: dict[Path, list[str]] = {}
-        for index, files in enumerate(self.files):
-            file, *more = {Path(file) for file in files.values()}
+        for index, places in enumerate(self.places):
+            file, *more = {Path(file) for file, _ in places.values()}
             if more or not self.folder or file.parent != self.folder.path:
                 return None
             tensors = self._mapped(index)
             if any(self._as_saved(index, path, one) is not one for path, one in tensors.items()):
                 return None
-            shards[file] = [self._prefix(index) + path for path in files]
+            shards[file] = [name for _, name in places.values()]
         return shards
 
     def wait_for_readers(self) -> None:
@@ -300,20 +297,38 @@ class FileBlockStore(BlockStore):
         super().wait_for_readers()
 
     def moved(self, files: Mapping[str, str]) -> None:
-        self.files = [
-            {path: files.get(file, file) for path, file in each.items()} for each in self.files
+        self.places = [
+            {path: (files.get(file, file), name) for path, (file, name) in places.items()}
+            for places in self.places
         ]
+
+    def _stored(self) -> list[dict[str, tuple[str, str]]]:
+        """Return where transformers has left the weights on disk, by the hooks it would use.
+
+        That is in the checkpoint's own files, and for weights that were converted on loading, such
+        as fused experts, in its folder for them.
+        """
+        hooks = (getattr(module, "_hf_hook", None) for module in self.blocks.modules())
+        index = next(hook.weights_map for hook in hooks if hook and hook.weights_map).dataset.index
+        places: list[dict[str, tuple[str, str]]] = []
+        for number, block in enumerate(self.blocks):
+            prefix = self._prefix(number)
+            entries = ((path, index[prefix + path]) for path, _ in block.named_parameters())
+            places.append(
+                {path: (one["safetensors_file"], one["weight_name"]) for path, one in entries}
+            )
+        return places
 
     def _mapped(self, index: int) -> dict[str, Tensor]:
         """Map the tensors of block `index`, by path, in the dtypes of their files."""
-        prefix, by_file = self._prefix(index), defaultdict(list)
-        for path, file in self.files[index].items():
-            by_file[file].append(path)
+        by_file: dict[str, dict[str, str]] = defaultdict(dict)
+        for path, (file, name) in self.places[index].items():
+            by_file[file][path] = name
         tensors = {}
-        for file, paths in by_file.items():
+        for file, names in by_file.items():
             try:
                 with safe_open(file, framework="pt") as stored:
-                    tensors |= {path: stored.get_tensor(prefix + path) for path in paths}
+                    tensors |= {path: stored.get_tensor(name) for path, name in names.items()}
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"--model: block {index} can't be read from {file}: {error}"
@@ -333,15 +348,14 @@ class FileBlockStore(BlockStore):
 
     def _write(self, index: int) -> None:
         """Write the block on the device to a file, from which it is read from now on."""
-        files = None
+        places = None
         if self.folder:
-            file = self._kept
+            file, prefix = self._kept, self._prefix(index)
             if file is None:
-                file = self.folder.write(_file_name("changed", index), self._to_keep(index), {})
-            files = dict.fromkeys(self._held(index), str(file))
+                file = self.folder.write(f"changed-{index:05d}", self._to_keep(index), {})
+            places = {path: (str(file), prefix + path) for path in self._held(index)}
         owner = self.dist.rank - self.dist.local_rank
-        self.files[index] = self.dist.all_gather_object(files)[owner]
-        self._zero_copy = None
+        self.places[index] = self.dist.all_gather_object(places)[owner]
         if self._ahead:
             self._ahead.forget(index)
 
@@ -431,10 +445,6 @@ class Prefetcher:
         return {path: view(piece, path) for path in tensors}, piece
 
 
-def _file_name(stage: str, index: int) -> str:
-    return f"{stage}-{index:05d}"
-
-
 def set_tensor(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
     """Replace a parameter or buffer, and return the one before."""
     parent, _, name = path.rpartition(".")
@@ -450,34 +460,6 @@ def are_apart(blocks: nn.ModuleList) -> bool:
     """Return whether no two blocks share weights: else one can't be fetched without the other."""
     parameters = [p for block in blocks for p in block.parameters()]
     return len(parameters) == len(set(parameters))
-
-
-def block_files(
-    model: nn.Module, name: str, stored: Mapping[str, str], folder: Path
-) -> list[dict[str, str]]:
-    """Return {path: file} for each of the blocks `name`, which transformers has left on disk.
-
-    They are in the checkpoint's own files, `stored` as {name: file}; only weights that transformers
-    converted on loading, such as fused experts, lie in `folder`. The model's hooks, which would
-    fetch them, are removed.
-    """
-    files: list[dict[str, str]] = []
-    for index, block in enumerate(model.get_submodule(name)):
-        files.append({})
-        for path, _ in block.named_parameters():
-            full = f"{name}.{index}.{path}"
-            file = str(folder / f"{full}.safetensors")
-            if not Path(file).exists():
-                if full in stored:
-                    file = stored[full]
-                else:  # the checkpoint has it under another name
-                    module = model.get_submodule(full.rpartition(".")[0])
-                    with align_module_device(module, torch.device("cpu")):
-                        save_file({full: model.get_parameter(full).data.contiguous()}, file)
-            files[-1][path] = file
-    remove_hook_from_submodules(model)
-    del model.hf_device_map  # nothing of it is left
-    return files
 
 
 def device_map(model: nn.Module, name: str, device: torch.device) -> dict[str, str]:

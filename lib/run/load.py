@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 
 from lib.model import pretrained
-from lib.model.access import stored_names
 from lib.model.blocks import BlockRunner
-from lib.model.dtypes import SaveDtypes
 from lib.model.run_folder import CONVERTED, RunFolder
-from lib.model.store import BlockStore, FileBlockStore, are_apart, block_files, device_map
+from lib.model.store import BlockStore, FileBlockStore, are_apart, device_map
 from lib.run.job import Job
 from lib.util.errors import UserError
 from lib.util.host import available, gib, keep_freed_memory
@@ -38,65 +36,54 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     `folder` is the run's own, in the main rank, where blocks are kept.
     """
     keep_freed_memory()
-    args, plan, where = job.args, plan_memory(job), {"": job.device}
-    block_folder = converted = None
+    args, plan = job.args, plan_memory(job)
+    where, converted, blocks_at = {"": job.device}, None, None
     if plan.fetched:
-        block_folder = _block_folder(job, cleanup, folder) if job.dist.is_local_main else None
-        if block_folder:
-            converted = block_folder.path / CONVERTED
-        else:  # this rank maps what it converts itself
-            converted = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-        converted.mkdir(exist_ok=True)
         where = device_map(job.skeleton, job.blocks_name, job.device)
+        if job.dist.is_local_main:
+            blocks_at = _block_folder(job, cleanup, folder)
+            converted = blocks_at.path / CONVERTED
+        else:  # this rank maps what it converts itself
+            converted = cleanup.enter_context(tempfile.TemporaryDirectory())
     with job.timed("load"):
         model = pretrained.load_model(
             job.checkpoint,
             job.config,
             dtype=pretrained.pick_dtype(args.dtype, job.config, job.device),
             device_map=where,
-            offload=str(converted) if converted else None,
+            offload=converted and str(converted),
             load_bit=args.load_bit,
         )
-        files = []
-        if plan.fetched:
-            files = block_files(model, job.blocks_name, stored_names(job.checkpoint), converted)
     save_dtype = pretrained.saved_dtype(args.dtype, job.config, args.quantize)
     if args.quantize:
         with pretrained.cast(model, save_dtype):
             pass  # it is measured as it will be saved; blocks in files are cast when fetched
-    kept = dict(
-        saved=SaveDtypes(model, save_dtype),
-        finished=folder if job.changes else None,
-        dist=job.dist,
-    )
-    name, blocks = pretrained.decoder_blocks(model)
+    known = dict(save_dtype=save_dtype, finished=folder if job.changes else None, dist=job.dist)
     if plan.fetched:
-        weights = FileBlockStore(
-            blocks,
-            job.device,
-            name,
-            files=files,
-            folder=block_folder,
-            on_disk=bool(args.offload),
-            narrow=bool(args.quantize),
-            **kept,
+        on_disk, narrow = bool(args.offload), bool(args.quantize)
+        weights: BlockStore = FileBlockStore(
+            model, job.device, folder=blocks_at, on_disk=on_disk, narrow=narrow, **known
         )
     else:
-        weights = BlockStore(blocks, job.device, name, **kept)
-    runner = BlockRunner(
-        model,
-        job.device,
-        weights,
+        weights = BlockStore(model, job.device, **known)
+    options = dict(
         dist=job.dist,
         batch_size=job.batch_size,
         state_device=plan.state_device,
         cache_inputs=plan.cache_inputs,
         checkpointed=plan.checkpointed,
     )
+    runner = BlockRunner(model, job.device, weights, **options)
     if weights.resident:  # otherwise every block is checked when it is fetched
         runner.check_finite()
-    if why := runner.verify(by_block=job.changes or job.has_dense):
-        job.print(f"measured as a whole: {why}")
+    try:
+        runner.verify()
+    except UserError as error:
+        if job.changes or job.has_dense:
+            raise
+        runner = BlockRunner(model, job.device, weights, **options, whole=True)
+        runner.verify()
+        job.print(f"measured as a whole: {error}")
     return runner
 
 
