@@ -44,9 +44,10 @@ CASES = [(kind, way) for kind in KINDS for way in ("killed", "loaded again")]
 KINDS["sharded"] = ["--model", "sharded", *SPARSEGPT]
 KINDS["tied"] = ["--model", "tied", *WANDA]
 KINDS["transposed"] = ["--model", "transposed", *WANDA]
+KINDS["mixed"] = ["--model", "mixed", *WANDA]  # float32 norms in a float16 checkpoint
 KINDS["q4_0, float32"] = ["--model", "odd", "--quantize", "q4_0"]  # saved in bfloat16
 CASES += [("q4_0, float32", "killed"), ("q4_0, float32", "offloaded"), ("q4_0", "offloaded")]
-CASES += [(kind, "offloaded") for kind in ("sharded", "tied", "transposed", "4 bits")]
+CASES += [(kind, "offloaded") for kind in ("sharded", "tied", "transposed", "mixed", "4 bits")]
 CASES += [(kind, "batch size") for kind in ("by error", "experts", "neurons")]
 CASES += [(kind, "two processes") for kind in ("neurons", "4 bits", "q4_0, float32")]
 pytestmark = pytest.mark.usefixtures("at_place")
@@ -63,6 +64,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_model(folder / "wide", tiny.tiny_llama(**deep, intermediate_size=512))
     tiny.write_model(folder / "mixture", tiny.ARCHITECTURES["Mixtral"]())
     tiny.write_model(folder / "tied", tiny.tiny_llama(tie_word_embeddings=True))
+    mixed = tiny.tiny_llama().half()
+    for block in mixed.model.layers:
+        block.input_layernorm.float().weight.data.fill_(1.0001)
+    tiny.write_model(folder / "mixed", mixed)
     tiny.write_model(folder / "transposed", tiny.ARCHITECTURES["GPT-2"]())
     tiny.write_model(folder / "sharded").joinpath("model.safetensors").unlink()
     tiny.tiny_llama().save_pretrained(folder / "sharded", max_shard_size="60KB")

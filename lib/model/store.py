@@ -161,7 +161,7 @@ class BlockStore:
         self.dist.barrier()
 
     def moved(self, files: Mapping[str, str]) -> None:
-        """Read blocks from where their files are now, {old path: new path}; for every rank."""
+        """Read blocks, once they are saved, from {old path: new path}; for every rank."""
 
     def _prefix(self, index: int) -> str:
         return f"{self.name}.{index}."
@@ -297,6 +297,7 @@ class FileBlockStore(BlockStore):
         super().wait_for_readers()
 
     def moved(self, files: Mapping[str, str]) -> None:
+        self.narrow = True  # as a model that stays in memory is once it was saved
         self.places = [
             {path: (files.get(file, file), name) for path, (file, name) in places.items()}
             for places in self.places
