@@ -11,9 +11,11 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lib.model import pretrained
 from lib.model.blocks import BlockRunner
@@ -112,6 +114,10 @@ def plan_memory(job: Job) -> MemoryPlan:
         free = available() // dist.local_size
     bits = BITS[args.load_bit] if args.load_bit else 8 * dtype.itemsize
     weights = int(inside * bits / 8) + outside * dtype.itemsize
+    teacher = inside * dtype.itemsize if job.schedule else 0  # the copy shares what is outside
+    if job.teacher:
+        dense = pretrained.skeleton(job.teacher_config, job.teacher)
+        teacher = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
     quantised = args.load_bit or getattr(config, "quantization_config", None)
     apart = not quantised and not job.schedule and are_apart(blocks)
     if args.offload and not apart:
@@ -119,27 +125,44 @@ def plan_memory(job: Job) -> MemoryPlan:
             f"--offload {args.offload}: the model's blocks share weights, or are quantised; leave "
             "it out"
         )
-    many = 2 * weights > free if gpu else dist.local_size > 1
+    many = 2 * weights + teacher > free if gpu else dist.local_size > 1
     fetched = any(dist.all_gather_object(bool(args.offload or (apart and many))))
     texts, width = job.texts, config.get_text_config(decoder=True).hidden_size
     windows = 0 if texts.windows is None else len(texts.windows)
     windows = len(range(windows)[dist.share(windows)])
     hidden = 2 * windows * job.seqlen * width * dtype.itemsize  # pruned and dense stream
-    left = free - (3 * weights // len(blocks) if fetched else weights)
+    left = free - teacher - (3 * weights // len(blocks) if fetched else weights)
     on_device = not gpu or 4 * hidden < left
     batch = job.batch_size * job.seqlen * width * dtype.itemsize
-    training = TRAINED * inside + weights + KEPT * len(blocks) * batch
+    trained = _trained_bytes(blocks, args.recover_rank, dtype)
+    training = trained + weights + teacher + KEPT * len(blocks) * batch
+    checkpointed = bool(job.schedule) and training > free
     where = "" if not gpu else f" on {job.device}" if on_device else " on the host"
     job.print(
-        f"memory: weights {gib(weights)}{', one block at a time' if fetched else ''}, hidden "
-        f"states {gib(hidden)}{where}, of {gib(free)} free"
+        f"memory: weights {gib(weights)}{', one block at a time' if fetched else ''}, "
+        + f"teacher {gib(teacher)}, " * bool(teacher)
+        + f"hidden states {gib(hidden)}{where}, of {gib(free)} free"
+        + "; activations are computed again in training" * checkpointed
     )
     return MemoryPlan(
         fetched=fetched,
         state_device=job.device if on_device else torch.device("cpu"),
         cache_inputs=left - hidden > CACHED * hidden,
-        checkpointed=training > free,
+        checkpointed=checkpointed,
     )
+
+
+def _trained_bytes(blocks: nn.Module, rank: int | None, dtype: torch.dtype) -> int:
+    """Return the bytes that training the blocks takes, besides their weights and activations."""
+    size = 0
+    for parameter in blocks.parameters():
+        if rank and parameter.dim() > 1:  # B and A for every matrix, which is kept beside them
+            *stack, rows, columns = parameter.shape
+            size += TRAINED * prod(stack) * rank * (rows + columns)
+            size += parameter.numel() * dtype.itemsize
+        else:
+            size += TRAINED * parameter.numel()
+    return size
 
 
 def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> RunFolder:

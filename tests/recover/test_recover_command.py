@@ -174,6 +174,18 @@ def test_q4_0_as_it_was_measured(model: str, flags: list[str], tmp_path: Path) -
         assert found["evaluation"][0]["kl"] > 0 and found["method"] == "q4_0"
 
 
+@pytest.mark.parametrize(("kilobytes", "rank", "again"), [(750, 0, True), (650, 1, False)])
+def test_memory_counts_the_teacher_and_what_a_rank_saves(
+    kilobytes: int, rank: int, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights need 782 KB, 62 of them the teacher's; by updates of rank 1 it is 613 KB."""
+    monkeypatch.setattr("lib.run.load.available", lambda: 1000 * kilobytes)
+    how = ["--recover", 64, "--batch_size", 1] + ["--recover_rank", rank] * bool(rank)
+    done, _ = run(tmp_path, "--model", "other", *PRUNE, *how)
+    assert ("; activations are computed again in training" in done.out) == again
+    assert ", teacher 61 KiB, " in done.out
+
+
 REFUSED = {
     "zero": ([*PRUNE, "--recover", "0"], 2, "--recover: 0: must be"),
     "less than a step": ([*PRUNE, "--recover", "31"], 1, "--recover 31: less than one step"),
