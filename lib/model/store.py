@@ -21,12 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.hooks import (
-    ModelHook,
-    add_hook_to_module,
-    remove_hook_from_module,
-    remove_hook_from_submodules,
-)
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -217,7 +212,10 @@ class FileBlockStore(BlockStore):
         self.folder, self.on_disk, self.narrow = folder, on_disk, narrow
         self._ahead = Prefetcher(device, self._read) if device.type != "cpu" else None
         self.places = self._stored()  # of each block: {path: (file, name in it)}
-        remove_hook_from_submodules(model)
+        for module in model.modules():
+            remove_hook_from_module(module)
+            if "forward" in vars(module):  # accelerate leaves it, a cycle: what is replaced stays
+                del module.forward
         del model.hf_device_map  # nothing of it is left
         for index, block in enumerate(self.blocks):
             add_hook_to_module(block, FetchHook(self, index))
