@@ -11,6 +11,7 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -60,14 +61,12 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     if args.quantize:
         with pretrained.cast(model, save_dtype):
             pass  # it is measured as it will be saved; blocks in files are cast when fetched
-    known = dict(save_dtype=save_dtype, finished=folder if job.changes else None, dist=job.dist)
+    store = BlockStore
     if plan.fetched:
         on_disk, narrow = bool(args.offload), bool(args.quantize)
-        weights: BlockStore = FileBlockStore(
-            model, job.device, folder=blocks_at, on_disk=on_disk, narrow=narrow, **known
-        )
-    else:
-        weights = BlockStore(model, job.device, **known)
+        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=narrow)
+    finished = folder if job.changes else None
+    weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
     options = dict(
         dist=job.dist,
         batch_size=job.batch_size,
