@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 
@@ -163,24 +163,3 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
     unused = sorted(info["unexpected_keys"])
     if unused:
         log.warning("%s: %d tensors are not used: %s ...", checkpoint, len(unused), unused[0])
-
-
-def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return {name of a tensor: the file that holds it} of a checkpoint on this machine."""
-    folder = Path(checkpoint.name)
-    if not folder.is_dir():
-        folder = Path(
-            snapshot_download(
-                checkpoint.name,
-                revision=checkpoint.revision,
-                cache_dir=checkpoint.cache_dir,
-                allow_patterns=["*.safetensors", "*.safetensors.index.json"],
-                local_files_only=True,
-            )
-        )
-    names: dict[str, str] = {}
-    single = folder / WEIGHTS
-    for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            names |= dict.fromkeys(stored.keys(), str(file))
-    return names

@@ -26,6 +26,7 @@ from lib.model.access import (
     check_folder,
     quantisation,
 )
+from lib.model.dtypes import SaveDtypes
 from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
@@ -279,13 +280,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Afterwards they have their own again, with values that were rounded to it.
     """
-    strict = set(model._keep_in_fp32_modules_strict or ())
+    saved = SaveDtypes(model, dtype)
     before = {parameter: parameter.dtype for parameter in model.parameters()}
     config_dtype = model.config.dtype
     try:
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not strict.intersection(name.split(".")):
-                parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(saved.of(name, parameter))
         model.config.dtype = dtype
         yield
     finally:
@@ -329,10 +329,8 @@ def footprint(model: nn.Module) -> int:
 
 def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Return the bytes of the parameters saved in `dtype`, shared ones counted once."""
-    return sum(
-        parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
-        for parameter in model.parameters()
-    )
+    saved = SaveDtypes(model, dtype)
+    return sum(one.numel() * saved.of(name, one).itemsize for name, one in model.named_parameters())
 
 
 def default_bos_id(tokenizer) -> int | None:

@@ -248,8 +248,8 @@ def open_store(job: Job) -> None:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
     store.begin(pruning)
-    job.store = store
+    job.folder = store
     if store.begun:
-        done = len(list(store.folder.glob("block-*.safetensors")))
+        done = len(list(store.path.glob("block-*.safetensors")))
         total = len(job.skeleton.get_submodule(job.blocks_name))
         job.print(f"{flag} {path}: {done} of {total} blocks were finished before")

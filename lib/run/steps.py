@@ -60,16 +60,16 @@ Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
 
 def close_store(job: Job) -> None:
     """Remove the folder of finished blocks, or say how to go on where the run ended early."""
-    if not job.store:
+    if not job.folder:
         return
     if "saved_bytes" in job.results or ("seconds" in job.results and not job.args.save_model):
-        job.store.clear()
+        job.folder.clear()
         return
-    job.store.close()
-    if job.store.files():
+    job.folder.close()
+    if job.folder.files():
         how = "the same command continues"
         if not job.args.resume:
-            how = f"add --resume {job.store.folder} to continue"
+            how = f"add --resume {job.folder.path} to continue"
         print(f"kept what is finished: {how}", flush=True)
 
 
@@ -243,7 +243,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     weights.wait_for_readers()
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
     if job.dist.is_main:
-        holds_blocks = bool(job.store) and job.store.folder.resolve() == stage.resolve()
+        holds_blocks = bool(job.folder) and job.folder.path.resolve() == stage.resolve()
         stage.mkdir(parents=True, exist_ok=True)
         for file in stage.glob("model*.safetensors*"):
             file.unlink()  # of a run that was killed while it saved
@@ -263,13 +263,13 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
             sync_all(stage)
             failed.pop_all()
             moved = {old: str(target / name) for old, name in (names or {}).items()}
-            if job.store and (weights.resident or holds_blocks):
+            if job.folder and (weights.resident or holds_blocks):
                 if not (weights.resident or names):  # what is still read stays until the end
                     other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-                    for file in job.store.files():
+                    for file in job.folder.files():
                         moved[str(file)] = shutil.move(file, other)
-                job.store.clear()
-                job.store = None
+                job.folder.clear()
+                job.folder = None
             try:
                 put_in_place(stage, target)
             except OSError as error:
@@ -325,8 +325,7 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
             runner.model.to("meta")  # its memory is the dense model's now
             with ExitStack() as cleanup:
-                job.store = None
-                dense = load(job, cleanup).model
+                dense = load(job, cleanup, None).model
                 results["dense_tasks"] = tasks.run_tasks(dense, original, args.tasks, **options)
     write_results(Path(args.save), results)
     print(*tasks.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)
