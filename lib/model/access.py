@@ -68,11 +68,16 @@ def check_folder(checkpoint: Checkpoint) -> None:
             f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
+    for file in (*folder.glob("*"), *folder.glob("*/*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{checkpoint}: {file} is no file but a pipe or a device; remove it")
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         with as_user_error(checkpoint, INDEX, "download it again"):
             index = json.loads((folder / INDEX).read_text("utf-8"))
             files = sorted(set(index["weight_map"].values()))
+            if outside := [file for file in files if Path(file).name != file]:
+                raise ValueError(f"it names {outside[0]}, which is no file of this folder")
     for file in files:
         if not (folder / file).is_file():
             raise UserError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -25,6 +26,7 @@ from lib.model.access import (
     check_complete,
     check_folder,
     quantisation,
+    stored_names,
 )
 from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import semi_structured_bytes
@@ -34,6 +36,8 @@ LONGEST_WINDOW = 4096  # tokens, where neither a flag nor the model says less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # in one forward pass, roughly
 NARROW = 4096  # width below which that many tokens do not keep a GPU busy
+MOST_TENSORS = 10  # parameters of a model for each tensor in its weights, far above any kind's
+MOST_WEIGHTS = 16  # numbers for each byte in its weights
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -146,15 +150,46 @@ def saved_dtype(name: str, config, quantize: str | None = None) -> torch.dtype:
 
 
 def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
-    """Build the model without weights, on the meta device."""
+    """Build the model without weights, on the meta device.
+
+    Raises UserError where it can't be built, or is far larger than a local folder's weights.
+    """
     checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
     with (
         as_user_error(checkpoint, "a model of its kind", "name a causal language model"),
+        _as_large_as_weights(checkpoint),
         torch.device("meta"),
     ):
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=checkpoint.trust_remote_code
         )
+
+
+@contextmanager
+def _as_large_as_weights(checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, UserError ends a model's building once it outgrows a local folder's weights.
+
+    A config may ask for so many layers that building them takes all time and memory.
+    """
+    stored = stored_names(checkpoint) if Path(checkpoint.name).is_dir() else {}
+    n_bytes = sum(map(os.path.getsize, set(stored.values())))
+    count = weights = 0
+
+    def on_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal count, weights
+        count, weights = count + 1, weights + parameter.numel()
+        if count > MOST_TENSORS * len(stored) or weights > MOST_WEIGHTS * n_bytes:
+            raise UserError(
+                f"{checkpoint}: its config.json describes a far larger model than its weights, "
+                f"{len(stored)} tensors in {n_bytes} bytes; these do not belong together"
+            )
+
+    hook = register_module_parameter_registration_hook(on_parameter) if stored else None
+    try:
+        yield
+    finally:
+        if hook:
+            hook.remove()
 
 
 def set_field(config: Any, field: str, value: int) -> None:

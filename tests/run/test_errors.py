@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -150,6 +151,8 @@ BROKEN = {  # file: what it becomes (None: it is missing), and words of the line
     "config missing": ("config.json", lambda m: None, "no config.json"),
     "config cut short": ("config.json", lambda m: b"{", "not a valid JSON"),
     "unknown kind": ("config.json", lambda m: config(m, model_type="nosuch"), "nosuch"),
+    "10^7 layers": ("config.json", lambda m: config(m, num_hidden_layers=10**7), "far larger"),
+    "10^11 tokens": ("config.json", lambda m: config(m, vocab_size=10**11), "far larger"),
     "deeper": ("config.json", lambda m: config(m, num_hidden_layers=3), "tensors are missing"),
     "adapter": ("adapter_config.json", lambda m: b"{}", "holds an adapter (adapter_config.json"),
     "wider": ("config.json", lambda m: config(m, intermediate_size=128), "[32, 128]"),
@@ -187,6 +190,8 @@ def test_weights_that_are_not_used_are_told(
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "more")
     (folder / "config.json").write_bytes(config(model, num_hidden_layers=1))
+    (folder / "log.txt").touch()
+    os.truncate(folder / "log.txt", 2**40)  # nor are they read whole
     done = call("--model", folder, "--calibration_data", texts, *WANDA)
     assert done.status == 0
     assert f"--model {folder}: 9 tensors are not used: model.layers.1" in caplog.text
