@@ -12,14 +12,19 @@ with exactly the tokenizer that a user of the saved model will load.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,13 +33,75 @@ from lib.util.errors import UserError
 from lib.util.token_ids import map_token_ids
 
 FLAG = "--trim_vocabulary"
-LITERALS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
-TAGS = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
+TEMPLATE = 2**16  # characters of a chat template, several times the longest in use
 # fields of a tokenizer's components that hold what is written in place of a blank
 SUBSTITUTES = ("replacement", "content", "prepend", "String", "Regex")
 ROLES = "user assistant system tool".split()
 NUMBER = re.compile(r"\d+")
 RESERVED_FAMILY = 4  # so many special tokens that differ in a number only are reserved ones
+log = logging.getLogger(__name__)
+
+
+class _Generation(Extension):
+    """The tag of chat templates that marks what a model writes."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+JINJA = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
+
+
+def check_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Warn of a chat template that is no Jinja. Raises UserError for one that is too long."""
+    for template in _templates(tokenizer):
+        if len(template) > TEMPLATE:
+            raise UserError(
+                f"{name}: its chat template has {len(template)} characters, more than {TEMPLATE}; "
+                "remove or shorten it"
+            )
+        try:
+            template_texts(template)
+        except (TemplateSyntaxError, RecursionError) as error:
+            log.warning("%s: its chat template is no Jinja (%s); it stays as it is", name, error)
+
+
+def keep_limits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take padding and truncation off a tokenizer, which its first call would end for good.
+
+    `as_loaded` puts them back, for saving.
+    """
+    if backend := getattr(tokenizer, "backend_tokenizer", None):
+        tokenizer.limits = backend.padding, backend.truncation
+        backend.no_padding()
+        backend.no_truncation()
+
+
+@contextmanager
+def as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Inside, a tokenizer has the padding and truncation that it was loaded with."""
+    padding, truncation = getattr(tokenizer, "limits", (None, None))
+    if padding:
+        tokenizer.backend_tokenizer.enable_padding(**padding)
+    if truncation:
+        tokenizer.backend_tokenizer.enable_truncation(**truncation)
+    yield
+    keep_limits(tokenizer)
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    templates = tokenizer.chat_template or []
+    return [templates] if isinstance(templates, str) else list(dict(templates).values())
+
+
+def template_texts(template: str) -> list[str]:
+    """Return a chat template's literals and its texts outside tags. Raises TemplateSyntaxError."""
+    found = JINJA.parse(template).find_all((nodes.Const, nodes.TemplateData))
+    values = (part.value if isinstance(part, nodes.Const) else part.data for part in found)
+    return [value for value in values if isinstance(value, str)]
 
 
 class TrimmableTokenizer:
@@ -48,7 +115,8 @@ class TrimmableTokenizer:
             kind = type(tokenizer).__name__
             raise _refused(name, f"a slow one ({kind}, without a tokenizer.json)")
         self.tokenizer, self.name = tokenizer, name
-        self.data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        with as_loaded(tokenizer):
+            self.data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
         model = self.data["model"]
         self.kind = model.get("type")
         if self.kind not in ("BPE", "Unigram"):
@@ -136,12 +204,13 @@ class TrimmableTokenizer:
 
     def template_ids(self) -> set[int]:
         """Return the tokens of the chat templates: of literals, text outside tags, and roles."""
-        templates = self.tokenizer.chat_template or {}
+        templates = _templates(self.tokenizer)
         texts = list(ROLES) if templates else []
-        for template in templates.values() if isinstance(templates, dict) else [templates]:
-            literals = (single or double for single, double in LITERALS.findall(template))
-            texts += [literal.replace("\\n", "\n") for literal in literals]
-            texts += TAGS.split(template)
+        for template in templates:
+            try:
+                texts += template_texts(template)
+            except (TemplateSyntaxError, RecursionError):
+                texts.append(template)
         encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return {index for encoding in encodings for index in encoding.ids}
 
@@ -194,6 +263,7 @@ class TrimmableTokenizer:
             trimmed = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+            keep_limits(trimmed)
         trimmed.name_or_path = self.tokenizer.name_or_path
         expected = {self.id_to_token[index]: place for index, place in new_ids.items()}
         wrong = sorted(expected.items() ^ trimmed.get_vocab().items(), key=lambda item: item[1])

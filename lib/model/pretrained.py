@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
+from lib.data.tokenizer import check_templates, keep_limits
 from lib.model.access import (
     INDEX,
     WEIGHTS,
@@ -87,6 +88,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the model's tokenizer. Raises UserError if it has none that works."""
     with as_user_error(checkpoint, "its tokenizer", "put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.options())
+        check_templates(tokenizer, str(checkpoint))
+        keep_limits(tokenizer)
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
         raise UserError(f"{checkpoint}: its tokenizer turns text into no tokens")
     return tokenizer

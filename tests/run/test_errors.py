@@ -159,6 +159,7 @@ BROKEN = {  # file: what it becomes (None: it is missing), and words of the line
     "weights missing": ("model.safetensors", lambda m: None, "safetensors only"),
     "weights cut short": ("model.safetensors", lambda m: cut(m / "model.safetensors"), "cut short"),
     "no header": ("model.safetensors", lambda m: bytes(4000), "download it again"),
+    "long template": ("chat_template.jinja", lambda m: b"{%" * 33000, "template has 66000 char"),
     "no tokenizer": ("tokenizer.json", lambda m: cut(m / "tokenizer.json"), "put the tokenizer's"),
 }
 
@@ -185,16 +186,18 @@ def test_a_lost_shard(texts: Path, tmp_path: Path, no_weights: None) -> None:
     complaint(done, 1, f"--model {folder}: ", lost.name, "download")
 
 
-def test_weights_that_are_not_used_are_told(
+def test_what_is_not_used_is_told(
     model: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "more")
     (folder / "config.json").write_bytes(config(model, num_hidden_layers=1))
     (folder / "log.txt").touch()
     os.truncate(folder / "log.txt", 2**40)  # nor are they read whole
+    (folder / "chat_template.jinja").write_text("{% generation %}{% for m in messages %}")
     done = call("--model", folder, "--calibration_data", texts, *WANDA)
     assert done.status == 0
     assert f"--model {folder}: 9 tensors are not used: model.layers.1" in caplog.text
+    assert f"--model {folder}: its chat template is no Jinja (Unexpected end" in caplog.text
 
 
 def test_models_that_cant_be_pruned(
