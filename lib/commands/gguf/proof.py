@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import run_child
-from lib.commands.gguf.source import ModelFolder
+from lib.commands.gguf.source import ModelFolder, weight_bytes
 from lib.data.documents import read_documents
 from lib.data.sources import Source
 from lib.data.windows import test_documents
@@ -69,7 +69,7 @@ def prove(
     if count:
         print(f"q4_0: {changed:,} of {count:,} values change", flush=True)
     proof: dict[str, Any] = {"tensors": tensors}
-    needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
+    needed = 2 * weight_bytes(weights)
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
@@ -98,7 +98,7 @@ def prove(
 def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     """Compare all tensors and fields; see llama_cpp.compare. UserError at the first difference."""
     paths = dict(file=str(file), exact=str(exact), weights=str(weights))
-    return run_child("tensors", llama_cpp.compare, **paths)
+    return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
 
 
 def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str, list[str]]:
@@ -129,7 +129,8 @@ def prove_tokens(
         for special in ((False, True) if number == 1 else (False,))
     ]
     asked = [(text, special) for *_, text, special in places]
-    answer = run_child(RUNS, llama_cpp.run, model=str(file), context=64, texts=asked)
+    size = file.stat().st_size
+    answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), context=64, texts=asked)
     totals: Counter[str] = Counter()
     for (name, number, text, special), theirs in zip(places, answer["tokens"], strict=True):
         ids = tokenizer(text, add_special_tokens=special).input_ids
@@ -206,9 +207,11 @@ def prove_predictions(
         expected.append(logits.double().log_softmax(-1))
     del model
     dense = torch.cat(expected)  # (places, rows)
+    # a processor that reads 10 MB a second can multiply with a byte 300 times meanwhile
+    size = weight_bytes(weights) * (1 + sum(map(len, prompts)) / 300)
     distances = {}
     for weight_type, file in files.items():
-        distances[weight_type] = distance = _distance(dense, file, prompts, letter)
+        distances[weight_type] = distance = _distance(dense, file, prompts, letter, size=size)
         if not distance <= LIMITS[weight_type]:
             raise UserError(
                 f"in {weight_type} predictions differ by {distance:.2g}, more than "
@@ -218,14 +221,16 @@ def prove_predictions(
     return {"windows": lengths, "places": len(prompts), "distances": distances}
 
 
-def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) -> float:
+def _distance(
+    dense: Tensor, file: Path, prompts: list[list[int]], letter: int, size: float
+) -> float:
     """Return the distance of log-probabilities relative to their spread, over all places.
 
     `dense` (places, rows) is compared where llama.cpp names its likeliest tokens.
     """
     rows = dense.shape[-1]
     options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
-    answer = run_child(RUNS, llama_cpp.run, model=str(file), prompts=prompts, **options)
+    answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), prompts=prompts, **options)
     distances = []
     for own, pairs in zip(dense, answer["logprobs"], strict=True):
         ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)
