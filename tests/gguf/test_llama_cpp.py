@@ -224,6 +224,18 @@ def test_without_a_runner_only_tensors_are_proven(
     assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
 
 
+def test_a_server_with_nothing_to_do_ends(files: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one processor it was ended before its loop had begun, which then ran for ever."""
+    monkeypatch.setattr(llama_cpp, "LIMIT", 60)
+    every = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(every)})
+    try:
+        answer = llama_cpp.run_child("it", llama_cpp.run, model=str(files["f16"]), context=64)
+    finally:
+        os.sched_setaffinity(0, every)
+    assert answer == {"tokens": [], "logprobs": []}
+
+
 def test_relative_paths_children_and_a_proxy(
     llama: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
