@@ -21,9 +21,8 @@ from lib.data.sources import FILES, JOINED, PLAIN, Source, folder_files, is_part
 from lib.util.errors import first_line
 
 TEXT_CHARACTERS = 2**25  # read of plain text, whose tokens are in memory at once
-ROWS_CHARACTERS = 2**29  # read of rows, which are in memory at once
-ROW_CHARACTERS = 64  # that a row takes beside its text
-LINE_BYTES = 2**28  # of a row, as JSON
+ROWS_CHARACTERS = 2**29  # read of rows, which are in memory at once with
+ROW_CHARACTERS = 64  # beside each
 TENTH = 10  # one document in so many is held apart to measure on
 FEW = 20  # documents: fewer are cut at blank lines before that, else at line breaks or blanks
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
@@ -137,12 +136,10 @@ def _damaged(source: Source, path: Path, error: Exception) -> Exception:
 def _json_lines(source: Source, path: Path) -> Iterator[str | None]:
     """Yield the text of each row; a line ends at "\\n" alone, and blank lines are no rows."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), start=1):
+        for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
             place = f"{path}, line {number}"
-            if len(line) == LINE_BYTES:
-                raise source.error(
-                    f"{place}: has {LINE_BYTES} bytes or more; cut its text in parts"
-                )
+            if len(line) == ROWS_CHARACTERS:
+                raise source.error(f"{place}: it is {len(line)} bytes or longer; cut it into rows")
             if not line.strip():
                 continue
             try:
@@ -159,7 +156,7 @@ def _json_lines(source: Source, path: Path) -> Iterator[str | None]:
 
 def _csv(source: Source, path: Path) -> Iterator[str | None]:
     """Yield the text of each row of a table with a header, separated by commas, ";" or tabs."""
-    csv.field_size_limit(LINE_BYTES)
+    csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:
         delimiter = max(",;\t", key=file.readline().count)
         file.seek(0)

@@ -157,10 +157,7 @@ def folder_files(path: Path, split: str) -> list[Path]:
 
 
 def text_of(source: Source, row: Mapping[str, object], place: object) -> str | None:
-    """Return the text of the row at `place`, None for null.
-
-    Raises UserError if no tokenizer can take it.
-    """
+    """Return the row's text, None for null. Raises UserError if no tokenizer can take it."""
     if source.column not in row:
         columns = ", ".join(map(str, row)) or "none"
         problem = f"{place}: no column {source.column!r}; there are: {columns}"
@@ -169,10 +166,8 @@ def text_of(source: Source, row: Mapping[str, object], place: object) -> str | N
     if text is None:
         return None
     if not isinstance(text, str):
-        raise source.error(
-            f"{place}: {source.column!r} is of type {type(text).__name__}, not a string; write "
-            "each text as one string, or name another column by --column"
-        )
+        problem = f"{source.column!r} is of type {type(text).__name__}, not a string"
+        raise source.error(f"{place}: {problem}; name a column of texts by --column")
     try:
         text.encode()
     except UnicodeEncodeError:

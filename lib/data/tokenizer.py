@@ -17,14 +17,12 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -34,6 +32,8 @@ from lib.util.token_ids import map_token_ids
 
 FLAG = "--trim_vocabulary"
 TEMPLATE = 2**16  # characters of a chat template, several times the longest in use
+JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
 # fields of a tokenizer's components that hold what is written in place of a blank
 SUBSTITUTES = ("replacement", "content", "prepend", "String", "Regex")
 ROLES = "user assistant system tool".split()
@@ -42,65 +42,42 @@ RESERVED_FAMILY = 4  # so many special tokens that differ in a number only are r
 log = logging.getLogger(__name__)
 
 
-class _Generation(Extension):
-    """The tag of chat templates that marks what a model writes."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-JINJA = Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
-
-
-def check_templates(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Warn of a chat template that is no Jinja. Raises UserError for one that is too long."""
-    for template in _templates(tokenizer):
-        if len(template) > TEMPLATE:
-            raise UserError(
-                f"{name}: its chat template has {len(template)} characters, more than {TEMPLATE}; "
-                "remove or shorten it"
-            )
-        try:
-            template_texts(template)
-        except (TemplateSyntaxError, RecursionError) as error:
-            log.warning("%s: its chat template is no Jinja (%s); it stays as it is", name, error)
-
-
 def keep_limits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Take padding and truncation off a tokenizer, which its first call would end for good.
+    """Remember a tokenizer's padding and truncation, which any call of it ends for good."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokenizer.limits = {name: getattr(backend, name, None) for name in ("padding", "truncation")}
+    tokenizer("a")
 
-    `as_loaded` puts them back, for saving.
+
+def as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with its padding and truncation, until its next call."""
+    for name, value in getattr(tokenizer, "limits", {}).items():
+        if value:
+            getattr(tokenizer.backend_tokenizer, f"enable_{name}")(**value)
+    return tokenizer
+
+
+def template_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Return the literals of the chat templates and their texts outside tags.
+
+    A template that is no Jinja is a text as a whole. Raises UserError for one that is too long.
     """
-    if backend := getattr(tokenizer, "backend_tokenizer", None):
-        tokenizer.limits = backend.padding, backend.truncation
-        backend.no_padding()
-        backend.no_truncation()
+    templates = tokenizer.chat_template or {}
+    templates = {"": templates} if isinstance(templates, str) else templates
+    return [text for template in templates.values() for text in _texts(template, name)]
 
 
-@contextmanager
-def as_loaded(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Inside, a tokenizer has the padding and truncation that it was loaded with."""
-    padding, truncation = getattr(tokenizer, "limits", (None, None))
-    if padding:
-        tokenizer.backend_tokenizer.enable_padding(**padding)
-    if truncation:
-        tokenizer.backend_tokenizer.enable_truncation(**truncation)
-    yield
-    keep_limits(tokenizer)
-
-
-def _templates(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    templates = tokenizer.chat_template or []
-    return [templates] if isinstance(templates, str) else list(dict(templates).values())
-
-
-def template_texts(template: str) -> list[str]:
-    """Return a chat template's literals and its texts outside tags. Raises TemplateSyntaxError."""
-    found = JINJA.parse(template).find_all((nodes.Const, nodes.TemplateData))
-    values = (part.value if isinstance(part, nodes.Const) else part.data for part in found)
+@cache  # so that a warning is given once
+def _texts(template: str, name: str) -> list[str]:
+    if len(template) > TEMPLATE:
+        problem = f"its chat template has more than {TEMPLATE} characters; shorten or remove it"
+        raise UserError(f"{name}: {problem}")
+    try:
+        literals = list(JINJA.parse(GENERATION.sub("", template)).find_all(nodes.Literal))
+    except (TemplateSyntaxError, RecursionError) as error:
+        log.warning("%s: its chat template is no Jinja (%s); it stays as it is", name, error)
+        return [template]
+    values = (getattr(literal, literal.fields[0]) for literal in literals)
     return [value for value in values if isinstance(value, str)]
 
 
@@ -115,8 +92,7 @@ class TrimmableTokenizer:
             kind = type(tokenizer).__name__
             raise _refused(name, f"a slow one ({kind}, without a tokenizer.json)")
         self.tokenizer, self.name = tokenizer, name
-        with as_loaded(tokenizer):
-            self.data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.data: dict[str, Any] = json.loads(as_loaded(tokenizer).backend_tokenizer.to_str())
         model = self.data["model"]
         self.kind = model.get("type")
         if self.kind not in ("BPE", "Unigram"):
@@ -204,15 +180,11 @@ class TrimmableTokenizer:
 
     def template_ids(self) -> set[int]:
         """Return the tokens of the chat templates: of literals, text outside tags, and roles."""
-        templates = _templates(self.tokenizer)
-        texts = list(ROLES) if templates else []
-        for template in templates:
-            try:
-                texts += template_texts(template)
-            except (TemplateSyntaxError, RecursionError):
-                texts.append(template)
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        return {index for encoding in encodings for index in encoding.ids}
+        if not self.tokenizer.chat_template:
+            return set()
+        texts = [*ROLES, *template_texts(self.tokenizer, self.name)]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return {index for each in ids for index in each}
 
     def trimmed_json(self, kept: Sequence[int]) -> dict[str, Any]:
         """Return the content of a tokenizer.json with only the tokens `kept`, in this order."""

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
-from lib.data.tokenizer import check_templates, keep_limits
+from lib.data.tokenizer import keep_limits, template_texts
 from lib.model.access import (
     INDEX,
     WEIGHTS,
@@ -88,7 +88,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the model's tokenizer. Raises UserError if it has none that works."""
     with as_user_error(checkpoint, "its tokenizer", "put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.options())
-        check_templates(tokenizer, str(checkpoint))
+        template_texts(tokenizer, str(checkpoint))  # which checks them
         keep_limits(tokenizer)
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
         raise UserError(f"{checkpoint}: its tokenizer turns text into no tokens")
@@ -158,41 +158,27 @@ def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
     Raises UserError where it can't be built, or is far larger than a local folder's weights.
     """
     checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
-    with (
-        as_user_error(checkpoint, "a model of its kind", "name a causal language model"),
-        _as_large_as_weights(checkpoint),
-        torch.device("meta"),
-    ):
-        return AutoModelForCausalLM.from_config(
-            config, trust_remote_code=checkpoint.trust_remote_code
-        )
-
-
-@contextmanager
-def _as_large_as_weights(checkpoint: Checkpoint) -> Iterator[None]:
-    """Inside, UserError ends a model's building once it outgrows a local folder's weights.
-
-    A config may ask for so many layers that building them takes all time and memory.
-    """
     stored = stored_names(checkpoint) if Path(checkpoint.name).is_dir() else {}
     n_bytes = sum(map(os.path.getsize, set(stored.values())))
-    count = weights = 0
+    tensors, weights = MOST_TENSORS * len(stored), MOST_WEIGHTS * n_bytes
 
     def on_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        nonlocal count, weights
-        count, weights = count + 1, weights + parameter.numel()
-        if count > MOST_TENSORS * len(stored) or weights > MOST_WEIGHTS * n_bytes:
+        nonlocal tensors, weights
+        tensors, weights = tensors - 1, weights - parameter.numel()
+        if stored and min(tensors, weights) < 0:
             raise UserError(
                 f"{checkpoint}: its config.json describes a far larger model than its weights, "
                 f"{len(stored)} tensors in {n_bytes} bytes; these do not belong together"
             )
 
-    hook = register_module_parameter_registration_hook(on_parameter) if stored else None
-    try:
-        yield
-    finally:
-        if hook:
-            hook.remove()
+    with (
+        as_user_error(checkpoint, "a model of its kind", "name a causal language model"),
+        register_module_parameter_registration_hook(on_parameter),
+        torch.device("meta"),
+    ):
+        return AutoModelForCausalLM.from_config(
+            config, trust_remote_code=checkpoint.trust_remote_code
+        )
 
 
 def set_field(config: Any, field: str, value: int) -> None:

@@ -270,8 +270,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                         save_model(runner.model, stage, runner.save_dtype)
             except SafetensorError as error:
                 raise UserError(f"--save_model {target}: can't be saved ({error})") from error
-            with as_loaded(job.tokenizer):
-                job.tokenizer.save_pretrained(stage)
+            as_loaded(job.tokenizer).save_pretrained(stage)
             write_tokenizer_model(job.tokenizer, stage)
             sync_all(stage)
             failed.pop_all()

@@ -145,7 +145,7 @@ def test_files_and_folders(tmp_path):
 BAD_LINES = {
     b"{text}": "not JSON",
     b'{"title": "a", "id": 1}': "no column 'text'; there are: title, id; name one by --column",
-    b'{"text": [{"role": "user"}]}': "'text' is of type list, not a string; write each",
+    b'{"text": [{"role": "user"}]}': "'text' is of type list, not a string; name a column",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
     b'{"text": "\xff"}': "not UTF-8",
 }
@@ -321,14 +321,13 @@ def test_rows_without_a_text_are_left_out_and_counted(tmp_path, caplog):
 def test_small_files_that_become_large_ones_are_not_read_whole(tmp_path, caplog, monkeypatch):
     """A text of 1 MB, repeated, would become 60 GB."""
     monkeypatch.setattr(documents, "ROWS_CHARACTERS", 2**22)
-    monkeypatch.setattr(documents, "LINE_BYTES", 2**20)
     repeated = pyarrow.array(["x" * 10**6]).dictionary_encode().take(pyarrow.array([0] * 60000))
     parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet")
     assert len(read(parse_source(str(tmp_path / "a.parquet"), FLAG))) == 5
     assert "a.parquet: no more than 4194304 characters are read" in caplog.text
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows("one").encode() + b" " * 2**21))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows("one").encode() + b" " * 2**23))
     line = message(read, parse_source(str(tmp_path / "b.jsonl.gz"), FLAG))
-    assert "b.jsonl.gz, line 2: has 1048576 bytes or more; cut its text in parts" in line
+    assert "b.jsonl.gz, line 2: it is 4194304 bytes or longer; cut it" in line
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])

@@ -159,7 +159,7 @@ BROKEN = {  # file: what it becomes (None: it is missing), and words of the line
     "weights missing": ("model.safetensors", lambda m: None, "safetensors only"),
     "weights cut short": ("model.safetensors", lambda m: cut(m / "model.safetensors"), "cut short"),
     "no header": ("model.safetensors", lambda m: bytes(4000), "download it again"),
-    "long template": ("chat_template.jinja", lambda m: b"{%" * 33000, "template has 66000 char"),
+    "long template": ("chat_template.jinja", lambda m: b"{%" * 33000, "template has more than"),
     "no tokenizer": ("tokenizer.json", lambda m: cut(m / "tokenizer.json"), "put the tokenizer's"),
 }
 

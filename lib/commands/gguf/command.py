@@ -25,7 +25,7 @@ import torch
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import TYPES, run_child
 from lib.commands.gguf.proof import INSTALL, RUNNER, prove
-from lib.commands.gguf.source import METHOD, open_folder, weight_bytes
+from lib.commands.gguf.source import METHOD, open_folder
 from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         facts = run_child(
             f"IN {args.source}: llama.cpp's converter",
             llama_cpp.convert,
-            size=weight_bytes(weights),
+            size=sum(part.stat().st_size for part in weights.glob("*.safetensors")),
             folder=str(source.view(stage / "view", weights)),
             name=Path(args.source).absolute().name,
             files={kind: str(file) for kind, file in files.items()},

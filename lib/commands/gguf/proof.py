@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import run_child
-from lib.commands.gguf.source import ModelFolder, weight_bytes
+from lib.commands.gguf.source import ModelFolder
 from lib.data.documents import read_documents
 from lib.data.sources import Source
 from lib.data.windows import test_documents
@@ -69,7 +69,7 @@ def prove(
     if count:
         print(f"q4_0: {changed:,} of {count:,} values change", flush=True)
     proof: dict[str, Any] = {"tensors": tensors}
-    needed = 2 * weight_bytes(weights)
+    needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
@@ -207,11 +207,9 @@ def prove_predictions(
         expected.append(logits.double().log_softmax(-1))
     del model
     dense = torch.cat(expected)  # (places, rows)
-    # a processor that reads 10 MB a second can multiply with a byte 300 times meanwhile
-    size = weight_bytes(weights) * (1 + sum(map(len, prompts)) / 300)
     distances = {}
     for weight_type, file in files.items():
-        distances[weight_type] = distance = _distance(dense, file, prompts, letter, size=size)
+        distances[weight_type] = distance = _distance(dense, file, prompts, letter)
         if not distance <= LIMITS[weight_type]:
             raise UserError(
                 f"in {weight_type} predictions differ by {distance:.2g}, more than "
@@ -221,15 +219,14 @@ def prove_predictions(
     return {"windows": lengths, "places": len(prompts), "distances": distances}
 
 
-def _distance(
-    dense: Tensor, file: Path, prompts: list[list[int]], letter: int, size: float
-) -> float:
+def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) -> float:
     """Return the distance of log-probabilities relative to their spread, over all places.
 
     `dense` (places, rows) is compared where llama.cpp names its likeliest tokens.
     """
     rows = dense.shape[-1]
     options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
+    size = file.stat().st_size * (1 + sum(map(len, prompts)) / 300)  # read, and multiplied by all
     answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), prompts=prompts, **options)
     distances = []
     for own, pairs in zip(dense, answer["logprobs"], strict=True):

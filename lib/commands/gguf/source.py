@@ -119,11 +119,6 @@ def open_folder(path: str) -> ModelFolder:
     return opened
 
 
-def weight_bytes(folder: Path) -> int:
-    """Return the size of a folder's weights."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def named_by_parts(data: dict[str, Any]) -> str | None:
     """Return llama.cpp's name for how the tokenizer of a tokenizer.json, `data`, splits words.
 
