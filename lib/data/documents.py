@@ -158,9 +158,10 @@ def _csv(source: Source, path: Path) -> Iterator[str | None]:
     """Yield the text of each row of a table with a header, separated by commas, ";" or tabs."""
     csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:
-        delimiter = max(",;\t", key=file.readline().count)
+        lines = iter(lambda: file.readline(ROWS_CHARACTERS + 1), "")
+        delimiter = max(",;\t", key=next(lines, "").count)
         file.seek(0)
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for row in rows:
                 yield text_of(source, row, f"{path}, line {rows.line_num}")

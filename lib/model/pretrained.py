@@ -81,7 +81,10 @@ def load_config(checkpoint: Checkpoint) -> Any:
     check_folder(checkpoint)
     way_out = "check that file and the installed transformers"
     with as_user_error(checkpoint, "its config.json", way_out):
-        return AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
+        config = AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
+    if not checkpoint.trust_remote_code:
+        vars(config).pop("auto_map", None)  # names code that is not saved with the model
+    return config
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

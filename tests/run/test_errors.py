@@ -147,11 +147,13 @@ def cut(file: Path) -> bytes:
     return file.read_bytes()[:-100]
 
 
+MIXTURE = dict(model_type="phimoe", num_local_experts=10**7)
 BROKEN = {  # file: what it becomes (None: it is missing), and words of the line
     "config missing": ("config.json", lambda m: None, "no config.json"),
     "config cut short": ("config.json", lambda m: b"{", "not a valid JSON"),
     "unknown kind": ("config.json", lambda m: config(m, model_type="nosuch"), "nosuch"),
-    "10^7 layers": ("config.json", lambda m: config(m, num_hidden_layers=10**7), "far larger"),
+    "10^7 layers": ("config.json", lambda m: config(m, num_hidden_layers=10**7), "10000000 layers"),
+    "10^7 experts": ("config.json", lambda m: config(m, **MIXTURE), "far larger"),
     "10^11 tokens": ("config.json", lambda m: config(m, vocab_size=10**11), "far larger"),
     "deeper": ("config.json", lambda m: config(m, num_hidden_layers=3), "tensors are missing"),
     "adapter": ("adapter_config.json", lambda m: b"{}", "holds an adapter (adapter_config.json"),
@@ -190,12 +192,16 @@ def test_what_is_not_used_is_told(
     model: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "more")
-    (folder / "config.json").write_bytes(config(model, num_hidden_layers=1))
+    (folder / "config.json").write_bytes(
+        config(model, num_hidden_layers=1, auto_map={"AutoConfig": "a.A"})
+    )
     (folder / "log.txt").touch()
     os.truncate(folder / "log.txt", 2**40)  # nor are they read whole
     (folder / "chat_template.jinja").write_text("{% generation %}{% for m in messages %}")
-    done = call("--model", folder, "--calibration_data", texts, *WANDA)
+    given = ["--calibration_data", texts, "--save_model", tmp_path / "new"]
+    done = call("--model", folder, *given, *WANDA)
     assert done.status == 0
+    assert "auto_map" not in (tmp_path / "new/config.json").read_text()  # its code is not saved
     assert f"--model {folder}: 9 tensors are not used: model.layers.1" in caplog.text
     assert f"--model {folder}: its chat template is no Jinja (Unexpected end" in caplog.text
 
