@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from lib.util.hub import hub_problem
 TIMEOUT = 10.0  # seconds for the hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+LAYERS = re.compile(rb'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{1,18})')
 log = logging.getLogger(__name__)
 
 
@@ -68,11 +70,17 @@ def check_folder(checkpoint: Checkpoint) -> None:
             f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
+    for file in (*folder.glob("*"), *folder.glob("*/*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{checkpoint}: {file} is no file but a pipe or a device; remove it")
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         with as_user_error(checkpoint, INDEX, "download it again"):
             index = json.loads((folder / INDEX).read_text("utf-8"))
             files = sorted(set(index["weight_map"].values()))
+            if outside := [file for file in files if Path(file).name != file]:
+                raise ValueError(f"it names {outside[0]}, which is no file of this folder")
+    tensors = 0
     for file in files:
         if not (folder / file).is_file():
             raise UserError(
@@ -80,7 +88,13 @@ def check_folder(checkpoint: Checkpoint) -> None:
                 "from safetensors only, download or convert them"
             )
         with as_user_error(checkpoint, file, "it is damaged or cut short; download it again"):
-            safe_open(folder / file, framework="pt").keys()
+            tensors += len(safe_open(folder / file, framework="pt").keys())
+    layers = LAYERS.findall((folder / "config.json").read_bytes())
+    if more := [number for number in map(int, layers) if number > tensors]:
+        raise UserError(
+            f"{checkpoint}: its config.json tells of {more[0]} layers, but its weights are "
+            f"{tensors} tensors; these do not belong together"
+        )
 
 
 @cache

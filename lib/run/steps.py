@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from lib.data.tokenizer import as_loaded
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from lib.methods.registry import method_of
@@ -258,7 +259,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                         save_model(runner.model, stage, runner.save_dtype)
             except SafetensorError as error:
                 raise UserError(f"--save_model {target}: can't be saved ({error})") from error
-            job.tokenizer.save_pretrained(stage)
+            as_loaded(job.tokenizer).save_pretrained(stage)
             write_tokenizer_model(job.tokenizer, stage)
             sync_all(stage)
             failed.pop_all()
