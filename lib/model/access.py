@@ -177,3 +177,10 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
     unused = sorted(info["unexpected_keys"])
     if unused:
         log.warning("%s: %d tensors are not used: %s ...", checkpoint, len(unused), unused[0])
+
+
+def stored_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return how many tensors, and bytes, the weights of a local checkpoint are; else 0."""
+    files = [*Path(checkpoint.name).glob("*.safetensors")]
+    tensors = sum(len(safe_open(file, framework="pt").keys()) for file in files)
+    return tensors, sum(file.stat().st_size for file in files)
