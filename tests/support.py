@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
 
 import main
 from lib.distributed.context import DistContext
@@ -32,6 +33,7 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
+from lib.model.pretrained import auto_class
 from lib.packed.formats import PACKED
 from lib.pruning.allocation import Allocation, uniform
 from lib.pruning.pruner import Pruned, Pruner
@@ -231,6 +233,12 @@ def prune_(
         sparsity = uniform(runner, sparsity)
     pruner = Pruner(runner, method_of(method), sparsity)
     return pruner.run(windows(5) if ids is None else ids)
+
+
+def loaded(folder: Path | str, **options: object) -> PreTrainedModel:
+    """A saved model as the class of transformers that its checkpoint names loads it."""
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    return kind.from_pretrained(folder, **options).eval()
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:

@@ -110,6 +110,59 @@ HYBRID_SPECS: dict[str, tuple[str, dict]] = {
         MAMBA | EXPERTS | SHARED | dict(layer_types=["mamba", "attention"]),
     ),
 }
+TOWER = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
+TOWER |= dict(image_size=8, patch_size=4)
+MERGED = dict(depth=2, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
+MERGED |= dict(patch_size=4, temporal_patch_size=1, spatial_merge_size=2, num_position_embeddings=4)
+ROPE_3D = dict(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)
+LINEAR = dict(layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=2)
+LINEAR |= dict(linear_num_key_heads=2, linear_num_value_heads=2)
+LINEAR |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
+WITH_3D = dict(head_dim=8, rope_parameters=ROPE | ROPE_3D)
+IMAGE = VOCAB - 1
+AROUND = dict(boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3)
+QWEN = dict(
+    zip(("video_token_id", "vision_start_token_id", "vision_end_token_id"), (318, 317, 316))
+)
+QWEN |= dict(image_token_id=IMAGE)
+LLAMA = dict(model_type="llama")
+
+# name: (model type, what differs from SIZE in its text, its tower, its own fields)
+VISION_SPECS: dict[str, tuple[str, dict, dict, dict]] = {
+    "Gemma 3 multimodal": (
+        "gemma3",
+        WIDE | MIXED,
+        TOWER,
+        AROUND | dict(image_token_index=IMAGE, mm_tokens_per_image=4),
+    ),
+    "Qwen 3.5 multimodal": ("qwen3_5", LINEAR | WITH_3D, MERGED, QWEN),
+    "Qwen 3.5 MoE multimodal": ("qwen3_5_moe", EXPERTS | SHARED | LINEAR | WITH_3D, MERGED, QWEN),
+    "Qwen3-VL": ("qwen3_vl", WITH_3D, MERGED | dict(deepstack_visual_indexes=[0]), QWEN),
+    "Mistral 3": (
+        "mistral3",
+        dict(model_type="mistral", head_dim=8),
+        TOWER | dict(model_type="pixtral", head_dim=8),
+        dict(image_token_index=IMAGE, spatial_merge_size=2),
+    ),
+    "Llava": (
+        "llava",
+        LLAMA,
+        TOWER | dict(model_type="clip_vision_model", projection_dim=16),
+        dict(image_token_index=IMAGE),
+    ),
+    "Idefics 3": ("idefics3", LLAMA, TOWER, dict(image_token_id=IMAGE, scale_factor=2)),
+    "SmolVLM": ("smolvlm", LLAMA, TOWER, dict(image_token_id=IMAGE, scale_factor=2)),
+}
+TILES = dict(num_global_layers=1, vision_output_dim=32, intermediate_layers_indices=[0])
+TILES |= dict(attention_heads=2, max_num_tiles=1, supported_aspect_ratios=[[1, 1]])
+GEMMA_4_TOWER = dict(num_key_value_heads=2, head_dim=8, position_embedding_size=64)
+GEMMA_4_IDS = {
+    name: IMAGE - place
+    for place, name in enumerate(
+        "image_token_id video_token_id audio_token_id boi_token_id eoi_token_id boa_token_id "
+        "eoa_token_index".split()
+    )
+}
 
 
 def build(model_type: str, seed: int = 0, **overrides) -> PreTrainedModel:
@@ -123,25 +176,11 @@ def tiny_llama(seed: int = 0, **overrides) -> PreTrainedModel:
     return build("llama", seed, **overrides)
 
 
-def gemma3_multimodal(seed: int = 0) -> PreTrainedModel:
-    """Random Gemma 3 with its vision tower: the language model sits one level deeper."""
-    vision = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
-    vision |= dict(image_size=8, patch_size=4)
-    image = dict(image_token_index=VOCAB - 1, boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3)
-    image |= dict(vision_config=vision, mm_tokens_per_image=4)
-    config = AutoConfig.for_model("gemma3", text_config=SIZE | WIDE | MIXED, **image)
+def vision(model_type: str, text: dict, tower: dict, seed: int = 0, **fields) -> PreTrainedModel:
+    """Random model that also sees: the language model sits one level deeper."""
+    fields |= dict(text_config=SIZE | text, vision_config=tower)
+    config = AutoConfig.for_model(model_type, **fields)
     return _draw(lambda: AutoModelForImageTextToText.from_config(config), seed)
-
-
-def gemma4_multimodal(seed: int = 0) -> PreTrainedModel:
-    """Random Gemma 4 with its vision tower, and keys that blocks share."""
-    vision = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
-    vision |= dict(num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=64)
-    names = "image_token_id video_token_id audio_token_id boi_token_id eoi_token_id boa_token_id"
-    ids = {name: VOCAB - 1 - place for place, name in enumerate(names.split())}
-    ids |= dict(eoa_token_index=VOCAB - 7, vision_config=vision, audio_config=None)
-    config = AutoConfig.for_model("gemma4", text_config=SIZE | PER_LAYER | SHARED_KEYS, **ids)
-    return _draw(lambda: AutoModelForCausalLM.from_config(config), seed)
 
 
 def _draw(make: Callable[[], PreTrainedModel], seed: int) -> PreTrainedModel:
@@ -159,14 +198,20 @@ def _makers(specs: dict[str, tuple[str, dict]]) -> dict[str, Callable[[], PreTra
 
 
 ARCHITECTURES = _makers(SPECS)
-HYBRIDS = _makers(HYBRID_SPECS) | {"Gemma 3 multimodal": gemma3_multimodal}
+VISION = {
+    name: partial(vision, kind, text, tower, **fields)
+    for name, (kind, text, tower, fields) in VISION_SPECS.items()
+}
+HYBRIDS = _makers(HYBRID_SPECS) | VISION
 ALL = ARCHITECTURES | HYBRIDS
 # hidden states that are not (windows, tokens, hidden), or are changed between the blocks; or keys
 # of another block
 REFUSED = {
     "Gemma 3n": partial(build, "gemma3n_text", **PER_LAYER | GEMMA_3N),
     "Gemma 4, shared keys": partial(build, "gemma4_text", **PER_LAYER | SHARED_KEYS),
-    "Gemma 4 multimodal": gemma4_multimodal,
+    "Gemma 4 multimodal": partial(
+        vision, "gemma4", PER_LAYER | SHARED_KEYS, TOWER | GEMMA_4_TOWER, **GEMMA_4_IDS
+    ),
     "RWKV, rescaled every 2 blocks": partial(
         build, "rwkv", attention_hidden_size=32, num_hidden_layers=4, rescale_every=2
     ),

@@ -5,17 +5,27 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from lib.data.tokenizer import keep_limits, template_texts
@@ -83,9 +93,28 @@ def load_config(checkpoint: Checkpoint) -> Any:
     way_out = "check that file and the installed transformers"
     with as_user_error(checkpoint, "its config.json", way_out):
         config = AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{checkpoint}: an encoder-decoder ({config.model_type}), whose blocks read more than "
+            "the text before; name a causal language model"
+        )
     if not checkpoint.trust_remote_code:
         vars(config).pop("auto_map", None)  # names code that is not saved with the model
     return config
+
+
+def auto_class(config: Any) -> type:
+    """Return the class of transformers that loads a config's checkpoint whole.
+
+    It is AutoModelForCausalLM, unless a class that also sees has this config and the checkpoint's
+    `architectures` do not name the language model's.
+    """
+    causal, seeing = (
+        each._model_mapping.get(type(config), None)
+        for each in (AutoModelForCausalLM, AutoModelForImageTextToText)
+    )
+    named = causal is not None and causal.__name__ in (config.architectures or ())
+    return AutoModelForImageTextToText if seeing and not named else AutoModelForCausalLM
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -159,7 +188,8 @@ def saved_dtype(name: str, config, narrows: bool = False) -> torch.dtype:
 def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
     """Build the model without weights, on the meta device.
 
-    Raises UserError where it can't be built, or is far larger than a local folder's weights.
+    Its `unread` are the names of the parameters and buffers that text alone does not read. Raises
+    UserError where it can't be built, or is far larger than a local folder's weights.
     """
     checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
     stored, n_bytes = stored_size(checkpoint)
@@ -179,9 +209,40 @@ def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
         register_module_parameter_registration_hook(on_parameter),
         torch.device("meta"),
     ):
-        return AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             config, trust_remote_code=checkpoint.trust_remote_code
         )
+    if config.get_text_config(decoder=True) is not config:
+        model.unread = _unread(model.eval())
+    return model
+
+
+def _unread(model: nn.Module) -> frozenset[str]:
+    """Return the names of what a text-only pass does not read in a model without weights.
+
+    Where it can't run so, that is all but the decoder, the embedding and the head.
+    """
+    read: set[int] = set()
+
+    class Reads(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            read.update(map(id, tree_leaves((args, kwargs))))
+            return func(*args, **(kwargs or {}))
+
+    before = model.get_experts_implementation()
+    try:
+        model.set_experts_implementation("batched_mm")  # no shape depends on values
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            with Reads():
+                model(input_ids=ids, use_cache=False)
+    except Exception:  # any model's class may need values in its own way
+        parts = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+        read = {id(each) for part in parts for each in part.state_dict(keep_vars=True).values()}
+    finally:
+        model.set_experts_implementation(before)
+    state = model.state_dict(keep_vars=True)
+    return frozenset(name for name, each in state.items() if id(each) not in read)
 
 
 def set_field(config: Any, field: str, value: int) -> None:
@@ -214,8 +275,15 @@ def load_model(
     """Load the model in eval mode by `device_map`. Raises UserError if weights are damaged."""
     checkpoint = checkpoint.pinned(config)
     way_out = "are they complete? download them again; where memory is short, --offload FOLDER"
-    with as_user_error(checkpoint, "its weights", way_out):
-        model, info = AutoModelForCausalLM.from_pretrained(
+    bare = skeleton(config, checkpoint)
+    unread = getattr(bare, "unread", frozenset())
+    plan = bare._get_dtype_plan(dtype) | {f"^{re.escape(name)}$": None for name in unread}
+    with (
+        as_user_error(checkpoint, "its weights", way_out),
+        # None: the stored dtype
+        mock.patch.object(type(bare), "_get_dtype_plan", lambda *_: plan),
+    ):
+        model, info = auto_class(config).from_pretrained(
             checkpoint.name,
             config=config,
             dtype=dtype,
@@ -228,11 +296,12 @@ def load_model(
             **quantisation(load_bit),
         )
     check_complete(checkpoint, info)
+    model.unread = unread
     if getattr(model, "is_quantized", False):
         keep_bnb_layout(model)
         # the other weights of a quantised checkpoint keep their stored dtype
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point() and name not in unread:
                 parameter.data = parameter.data.to(dtype)
     return model.eval().requires_grad_(False)
 
@@ -324,15 +393,21 @@ def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
 
-    If there are several (a multimodal model), it is the one inside the language part.
+    If there are several (a model that also sees), it is the one inside the language part. Raises
+    UserError if there is none, or text alone does not go through all of its blocks.
     """
-    classes = set(model._no_split_modules or ())
+    classes, unread = set(model._no_split_modules or ()), getattr(model, "unread", frozenset())
+
+    def is_read(name: str, module: nn.Module) -> bool:
+        return any(f"{name}.{path}" not in unread for path, _ in module.named_parameters())
+
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(type(child).__name__ in classes for child in module)
+        and is_read(name, module)
     ]
     if len(lists) > 1 and isinstance(model.get_decoder(), nn.Module):
         inside = set(model.get_decoder().modules())
@@ -344,7 +419,14 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
             "one is needed; this architecture can't be pruned"
         )
-    return lists[0]
+    [(name, blocks)] = lists
+    if alien := [i for i, block in enumerate(blocks) if not is_read(f"{name}.{i}", block)]:
+        raise UserError(
+            f"--model {model.name_or_path} ({type(model).__name__}): text alone does not go "
+            f"through block {alien[0]} of {name}, which reads pictures; this architecture can't be "
+            "pruned"
+        )
+    return name, blocks
 
 
 def footprint(model: nn.Module) -> int:

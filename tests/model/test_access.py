@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -56,8 +55,7 @@ def test_weights_come_from_the_commit_of_the_config(
         asked.append(options["revision"])
         raise OSError("offline")
 
-    model_class = SimpleNamespace(from_pretrained=from_pretrained)
-    monkeypatch.setattr(pretrained, "AutoModelForCausalLM", model_class)
+    monkeypatch.setattr(pretrained.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(access, "local_only", lambda checkpoint: False)
     with pytest.raises(UserError, match="offline"):
         load_model(Checkpoint("owner/name"), config, dtype=torch.float32, device_map={"": "cpu"})

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import prune_, runner_of, windows
+from support import loaded, prune_, runner_of, windows
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lib.model.pretrained import decoder_blocks
 from lib.pruning.pruner import Pruned
@@ -89,7 +89,7 @@ def test_the_more_a_method_makes_up_for_the_nearer_the_dense_model(name: str) ->
 def test_a_pruned_model_survives_a_reload(name: str, tmp_path: Path) -> None:
     pruned, _, expected = example(name, "sparsegpt")
     pruned.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = loaded(tmp_path)
     assert type(again) is type(pruned)
     torch.testing.assert_close(logits(again), expected, rtol=1e-6, atol=1e-6)
     original, saved = (model.state_dict() for model in (example(name, None)[0], pruned))

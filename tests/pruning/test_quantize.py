@@ -21,7 +21,7 @@ from lib.util.errors import UserError
 INT4 = PACKED[4]
 # fused, transposed, stacked, shared, and by a forward of their own
 NAMES = ["Llama", "Phi-3", "GPT-2", "OPT", "BLOOM", "Falcon", "Mixtral", "GPT-OSS", "DeepSeek-V3"]
-NAMES += ["JetMoE", "Mamba", "RWKV", "Jamba", "Zamba2", "Gemma 3 multimodal"]
+NAMES += ["JetMoE", "Mamba", "RWKV", "Jamba", "Zamba2", *tiny.VISION]
 
 
 def pruned(model: PreTrainedModel) -> BlockRunner:

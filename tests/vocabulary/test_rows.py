@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from support import loaded
+from transformers import GenerationConfig, PreTrainedModel
 
 from lib.model.access import Checkpoint
 from lib.model.pretrained import fresh_copy
@@ -17,7 +18,7 @@ from lib.util.errors import UserError
 ROWS = torch.tensor([0, 1, 2, *range(5, 60, 3), 100, 77, 319, 317, 318])
 TIED = dict(tie_word_embeddings=True)
 # biased heads, scaled embeddings, projections after them, softcapped logits, experts, Conv1D
-NAMES = "Llama|Gemma 2|Phi|GPT-J|GPT-2|OPT|MPT|Cohere|Granite|Mixtral|Gemma 3 multimodal|Mamba"
+NAMES = "Llama|Gemma 2|Phi|GPT-J|GPT-2|OPT|MPT|Cohere|Granite|Mixtral|Mamba"
 # a table for all blocks, of Gemma 3n with fewer rows than the vocabulary
 NAMES += "|Gemma 3n|Gemma 4|Gemma 4, shared keys|Gemma 4 multimodal"
 
@@ -31,7 +32,7 @@ def is_tied(model: PreTrainedModel) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
-@pytest.mark.parametrize("name", NAMES.split("|"))
+@pytest.mark.parametrize("name", [*NAMES.split("|"), *tiny.VISION])
 def test_same_logits_here_and_loaded_again(name: str, tmp_path: Path) -> None:
     model = (tiny.ALL | tiny.REFUSED)[name]()
     ids = torch.randint(len(ROWS), (2, 24), generator=torch.Generator().manual_seed(0))
@@ -43,7 +44,7 @@ def test_same_logits_here_and_loaded_again(name: str, tmp_path: Path) -> None:
     fields = vars(model.config.get_text_config(decoder=True))
     assert {fields[key] for key in fields if "vocab_size" in key} == {len(ROWS)}
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    again = loaded(tmp_path)
     torch.testing.assert_close(logits(again, ids), before, rtol=1e-5, atol=1e-5)
     assert is_tied(again) == tied and trimmable_rows(again, Checkpoint("m")) == len(ROWS)
 
@@ -63,7 +64,7 @@ def test_tied_untied_and_a_copy_that_shares() -> None:
 
 
 def test_every_number_follows(tmp_path: Path) -> None:
-    model = tiny.gemma3_multimodal()
+    model = tiny.VISION["Gemma 3 multimodal"]()
     model.config.text_config.eos_token_id = [1, 8]
     model.generation_config = GenerationConfig(
         bos_token_id=0, eos_token_id=[1, 11], pad_token_id=2, suppress_tokens=[14, 17]
@@ -126,4 +127,4 @@ def test_a_table_that_is_read_otherwise_afterwards_is_refused(monkeypatch) -> No
     """The model reads its padding for an image's token, whatever has that id now."""
     monkeypatch.setattr("lib.model.rows._renumber_", lambda *args: None)
     with pytest.raises(UserError, match="a table that is read otherwise now"):
-        keep_rows_(tiny.gemma4_multimodal(), torch.arange(tiny.VOCAB).flip(0))
+        keep_rows_(tiny.REFUSED["Gemma 4 multimodal"](), torch.arange(tiny.VOCAB).flip(0))
