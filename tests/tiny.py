@@ -121,10 +121,8 @@ LINEAR |= dict(linear_key_head_dim=8, linear_value_head_dim=8)
 WITH_3D = dict(head_dim=8, rope_parameters=ROPE | ROPE_3D)
 IMAGE = VOCAB - 1
 AROUND = dict(boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3)
-QWEN = dict(
-    zip(("video_token_id", "vision_start_token_id", "vision_end_token_id"), (318, 317, 316))
-)
-QWEN |= dict(image_token_id=IMAGE)
+QWEN = dict(image_token_id=IMAGE, video_token_id=318)
+QWEN |= dict(vision_start_token_id=317, vision_end_token_id=316)
 LLAMA = dict(model_type="llama")
 
 # name: (model type, what differs from SIZE in its text, its tower, its own fields)

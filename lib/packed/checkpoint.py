@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import (
@@ -202,6 +203,9 @@ def mark_packed_(model: PreTrainedModel) -> None:
     embeddings = {name: list(module.weight.shape) for name, module in rows.items()}
     quantizer = PackedQuantizer(PackedConfig(linears, bits, PACKED[bits].group, embeddings or None))
     model.hf_quantizer, model.is_quantized = quantizer, True
+    if conversions := getattr(model, "_weight_conversions", None):  # names stay the model's
+        kept = [each for each in conversions if isinstance(each, WeightConverter)]
+        model._weight_conversions = kept
     model.quantization_method = METHOD
     quantizer.postprocess_model(model)
 

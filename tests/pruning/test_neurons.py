@@ -137,7 +137,7 @@ def test_neurons_that_depend_on_each_other_are_noticed(method: str) -> None:
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("Llama", "sparsegpt"), ("GPT-2", "wanda"), ("Qwen 3.5 multimodal", "admm")],
+    [("Llama", "sparsegpt"), ("GPT-2", "wanda"), ("Qwen3-VL", "admm")],
 )
 def test_a_run_saves_what_loads_anywhere(name: str, method: str) -> None:
     tiny.write_model("model", tiny.ALL[name]())
