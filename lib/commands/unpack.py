@@ -25,17 +25,20 @@ def unpack_folder(source: str, target: str) -> None:
         raise UserError(f"IN {source}: no model folder (it has no config.json)")
     check_new_folder("OUT", target)
 
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from lib.model.pretrained import auto_class
 
     # this registers the format with transformers
     from lib.packed.checkpoint import METHOD
     from lib.util.progress import quiet
 
     quiet()
-    stored = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}
+    config = AutoConfig.from_pretrained(folder)
+    stored = getattr(config, "quantization_config", None) or {}
     if stored.get("quant_method") != METHOD:
         raise UserError(f"IN {source}: not a packed checkpoint, nothing to unpack")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = auto_class(config).from_pretrained(folder, dtype="auto")
     if model.is_quantized:  # without kernels for this processor it is dense already
         model.dequantize()
     with staged_folder(target, "OUT") as stage:

@@ -226,7 +226,8 @@ def _unread(model: nn.Module) -> frozenset[str]:
 
     class Reads(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            read.update(map(id, tree_leaves((args, kwargs))))
+            if func.__name__ != "__get__":  # of a dtype or a device
+                read.update(map(id, tree_leaves((args, kwargs))))
             return func(*args, **(kwargs or {}))
 
     before = model.get_experts_implementation()
@@ -320,6 +321,35 @@ def fresh_copy(dense: nn.Module) -> nn.Module:
         if id(p) not in written
     }
     return copy.deepcopy(dense, memo)
+
+
+def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """Return transformers' own model of the text alone, with the parts of one that also sees.
+
+    Raises UserError where the model has no other part, or transformers no such class.
+    """
+    if not getattr(model, "unread", None):
+        raise UserError(f"--text_only: {checkpoint} is the text model alone; leave the flag out")
+    decoder, whole = model.get_decoder(), model.config
+    config = copy.deepcopy(whole.get_text_config(decoder=True))
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    config.tie_word_embeddings = head.weight is embedding.weight
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "vocabulary_trimmed_from"):
+        if getattr(config, name, None) is None and getattr(whole, name, None) is not None:
+            setattr(config, name, getattr(whole, name))
+    alone = None
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        with torch.device("meta"):
+            alone = AutoModelForCausalLM.from_config(config)
+    if alone is None or type(alone.base_model) is not type(decoder):
+        raise UserError(
+            f"--text_only: transformers has no class for the text of {checkpoint} alone "
+            f"({type(decoder).__name__}); leave the flag out"
+        )
+    setattr(alone, alone.base_model_prefix, decoder)
+    alone.set_output_embeddings(head)
+    alone.generation_config, alone.name_or_path = model.generation_config, model.name_or_path
+    return alone.eval()
 
 
 def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:

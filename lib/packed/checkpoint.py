@@ -263,12 +263,12 @@ def _replace_embeddings_(model: PreTrainedModel, sizes: dict[str, list[int] | No
         model.set_submodule(name, module)
 
 
-def card_lines(folder: str) -> list[str]:
-    """How to load a packed checkpoint, for its model card."""
+def card_lines(folder: str, kind: str = "AutoModelForCausalLM") -> list[str]:
+    """How to load a packed checkpoint as `kind`, for its model card."""
     return [
         f"import {PACKAGE}  # teaches transformers the packed form",
-        "from transformers import AutoModelForCausalLM",
-        f"model = AutoModelForCausalLM.from_pretrained({folder!r})",
+        f"from transformers import {kind}",
+        f"model = {kind}.from_pretrained({folder!r})",
     ]
 
 

@@ -83,7 +83,8 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     recovered or trimmed on. `online`: the base model's own card may be fetched from the hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
-    imported, *code = card_lines(folder)
+    kind = results.get("loaded_by") or "AutoModelForCausalLM"
+    imported, *code = card_lines(folder, kind)
     packed, model = "", results["model"]
     if is_packed := bool(results["flags"].get("replace_sparse_layers")):
         bits = results.get("packed", {}).get("bits", 16)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.data.documents import check_source
+from lib.data.processor import processor_ids
 from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
 from lib.methods.sparsity import EXPERTS, NEURONS
@@ -152,6 +153,8 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         job.left = count_left(job.layout.count, plan.sparsity.ratio)
     elif plan.method:
         check_widths(blocks, blocks_name, plan.sparsity)
+    if args.text_only:
+        pretrained.text_alone(skeleton, checkpoint)  # raises where that can't be
     if plan.packs:
         check_packable(skeleton, blocks_name)
     if args.device is None:
@@ -174,7 +177,8 @@ def _set_vocabulary(job: Job) -> None:
             sources=job.vocabulary_sources,
             dist=job.dist,
             rows=rows,
-            config_ids=config_token_ids(job.checkpoint, job.config),
+            config_ids=config_token_ids(job.checkpoint, job.config)
+            | processor_ids(job.checkpoint, job.tokenizer),
         )
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)

@@ -335,6 +335,11 @@ def build_parser() -> argparse.ArgumentParser:
         "continues after an interruption; removed after success",
         metavar="FOLDER",
     )
+    switch(
+        "text_only",
+        RESULT,
+        "of a model that also sees or hears, save the text model alone",
+    )
     switch("debug", OTHER, "show the full traceback of an error")
     return parser
 
@@ -374,9 +379,11 @@ NEEDS = {  # a flag: others of which one must be given
     "recover_ce": ("recover",),
     "include_path": ("tasks",),
     "allocation": ("prune_method",),
+    "text_only": ("save_model",),
 }
 EXCLUDES = (  # two flags, and why not both
     ("offload", "load_bit", "blocks can't be quantised on their way from disk"),
+    ("text_only", "load_bit", "its parts are quantised as one"),
     ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
     ("replace_sparse_layers", "load_bit", "quantised weights can't be packed"),
     ("quantize", "load_bit", "weights are quantised once"),
@@ -443,7 +450,7 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
             )
     if args.save_model:
         target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
-        if args.eval_only and not (packs or args.trim_vocabulary):
+        if args.eval_only and not (packs or args.trim_vocabulary or args.text_only):
             yield f"{saved}: --eval_only changes no weight; leave it out"
         for name in ("save", "model", "offload", "resume", "teacher"):
             value = getattr(args, name)

@@ -15,7 +15,7 @@ import lib
 from lib.data.windows import TestSet
 from lib.eval import exp
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import footprint, parameter_bytes
+from lib.model.pretrained import auto_class, footprint, parameter_bytes
 from lib.run.fingerprint import versions
 from lib.run.job import Job
 from lib.run.results import RESULTS, read_results
@@ -39,6 +39,7 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "method": plan.name,
         "sparsity_type": plan.kind if plan.method else None,
         "sparsity_ratio": plan.sparsity.ratio if plan.method else None,
+        "loaded_by": auto_class(job.config).__name__,
         "flags": vars(args),
         "seed": args.seed,
         "versions": {"langprune": lib.__version__} | versions(),

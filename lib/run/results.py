@@ -5,6 +5,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
 
     {
         "model": "owner/name", "method": "admm",    # or "dense", "recovered", ...
+        "loaded_by": "AutoModelForCausalLM",                # null: by that, as text alone
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
         "flags": {...},                                     # all of the command line
         "seed": 0, "versions": {"torch": "2.9"}, "bos": 2,

@@ -9,8 +9,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
+from lib.data.processor import copy_processor
 from lib.data.tokenizer import as_loaded
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
@@ -18,7 +19,13 @@ from lib.methods.registry import method_of
 from lib.methods.sparsity import NEURONS
 from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import footprint, parameter_bytes, save_in_shards, save_model
+from lib.model.pretrained import (
+    footprint,
+    parameter_bytes,
+    save_in_shards,
+    save_model,
+    text_alone,
+)
 from lib.model.reference import (
     DenseReference,
     compared_windows,
@@ -28,6 +35,7 @@ from lib.model.reference import (
     tail_of,
 )
 from lib.model.rows import keep_rows_
+from lib.packed.checkpoint import mark_packed_
 from lib.packed.formats import FORMATS, Grid
 from lib.prune import Reached
 from lib.prune import prune as prune_blocks
@@ -240,7 +248,7 @@ def pack(
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
-    weights, moved = runner.weights, {}
+    weights, moved, model = runner.weights, {}, runner.model
     weights.wait_for_readers()
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
     if job.dist.is_main:
@@ -248,19 +256,24 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
         stage.mkdir(parents=True, exist_ok=True)
         for file in stage.glob("model*.safetensors*"):
             file.unlink()  # of a run that was killed while it saved
+        if job.args.text_only:
+            model = _text_alone(job, model)
         with job.timed("save"), ExitStack() as failed:
             if not holds_blocks:
                 failed.callback(shutil.rmtree, stage, ignore_errors=True)
             try:
-                shards = weights.shards()
-                names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
+                shards = weights.shards() if model is runner.model else None
+                names = shards and save_in_shards(model, stage, runner.save_dtype, shards)
                 if not names:
                     with weights.mapped():
-                        save_model(runner.model, stage, runner.save_dtype)
+                        save_model(model, stage, runner.save_dtype)
             except SafetensorError as error:
                 raise UserError(f"--save_model {target}: can't be saved ({error})") from error
             as_loaded(job.tokenizer).save_pretrained(stage)
             write_tokenizer_model(job.tokenizer, stage)
+            if model is runner.model:
+                rows = job.vocabulary.rows.tolist() if job.vocabulary else ()
+                copy_processor(job.checkpoint, stage, {old: new for new, old in enumerate(rows)})
             sync_all(stage)
             failed.pop_all()
             moved = {old: str(target / name) for old, name in (names or {}).items()}
@@ -283,6 +296,23 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
         job.results["saved_bytes"] = sum(file.stat().st_size for file in weight_files)
         print(f"saved: {target}", flush=True)
     weights.moved(job.dist.all_gather_object(moved)[0])
+
+
+def _text_alone(job: Job, model: nn.Module) -> nn.Module:
+    """Return the text model alone, say what goes, and check that it computes the same."""
+    alone = text_alone(model, job.checkpoint)
+    if job.plan.packs:
+        mark_packed_(alone)
+    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
+    before, after = some_logits(model, window), some_logits(alone, window)
+    check_same_outputs(before, after, "--text_only: whole and text alone", least=1e-5)
+    gone = {name: each for name, each in model.state_dict().items() if name in model.unread}
+    parts = sorted({".".join(name.split(".")[:2]) for name in gone})
+    size = gib(sum(each.nbytes for each in gone.values()))
+    line = f"text only: {', '.join(parts)} are left out, {len(gone)} tensors, {size}"
+    job.results |= {"notes": [*job.results.get("notes", []), line], "loaded_by": None}
+    job.print(line)
+    return alone
 
 
 def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 NAMES = re.compile(
-    r"(.*_)?tokens?_(ids?|index|indices)|(begin_)?suppress_tokens|(bad|force)_words_ids"
+    r"(.*_)?tokens?_(ids?|index|indices)|(image|video|audio|slice)_(start|end|pad)_id|newline_id|(begin_)?suppress_tokens|(bad|force)_words_ids"
     r"|forced_decoder_ids|sequence_bias|padding_idx"
 )
 

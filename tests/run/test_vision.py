@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, call, loaded, results, succeed, weights
+from support import QUICK, call, loaded, succeed, weights, windows
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from lib.model.pretrained import skeleton
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.filterwarnings("ignore")]
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--save_model", "new"]
@@ -31,15 +29,16 @@ RUNS = {
 
 def write(model: PreTrainedModel) -> dict[str, Tensor]:
     """Save a model in bfloat16, its vision in float32; return the tensors of the vision."""
-    unread = skeleton(model.config).unread
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if name in unread else torch.bfloat16)
+    parts = model.get_decoder(), model.get_output_embeddings()
+    text = {parameter for part in parts for parameter in part.parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if parameter in text else torch.float32)
     model.config.dtype = torch.bfloat16
     tiny.write_model("model", model)
     tiny.write_texts("uk", test=3)
     stored = weights("model")
     seeing = {name: each for name, each in stored.items() if each.dtype == torch.float32}
-    assert 10 < len(seeing) == len(unread) < len(stored)
+    assert 10 < len(seeing) < len(stored)
     return seeing
 
 
@@ -57,3 +56,27 @@ def test_what_text_does_not_read_comes_out_bit_for_bit(name: str) -> None:
     text = before.keys() - seeing.keys()
     assert any(not torch.equal(saved.get(each, before[each] + 1), before[each]) for each in text)
     assert type(loaded("new")) is kind
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.VISION if name != "Qwen3-VL"])
+def test_the_text_alone_if_asked(name: str) -> None:
+    seeing = write(tiny.VISION[name]())
+    done = succeed(*BASE, "--eval_only", "--text_only")
+    text, whole = loaded("new"), loaded("model")
+    assert type(text) is AutoModelForCausalLM._model_mapping[type(whole.config.get_text_config())]
+    assert f"left out, {len(seeing)} tensors" in done.out
+    with torch.no_grad():
+        expected, found = (model(input_ids=windows(3)).logits for model in (whole, text))
+    torch.testing.assert_close(found, expected)
+    assert len(weights("new")) + len(seeing) == len(weights("model"))
+    card = Path("new/README.md").read_text("utf-8")
+    assert "are left out" in card and "AutoModelForCausalLM" in card
+
+
+def test_what_has_no_text_alone() -> None:
+    write(tiny.VISION["Qwen3-VL"]())
+    done = call(*BASE, "--eval_only", "--text_only")
+    assert done.status == 1 and "transformers has no class for the text" in done.complaints[0]
+    tiny.write_model("text")
+    done = call(*BASE, "--model", "text", "--eval_only", "--text_only")
+    assert "--text_only: --model text is the text model alone" in done.complaints[0]
