@@ -17,7 +17,7 @@ from lib.model.pretrained import decoder_blocks, set_field, skeleton
 from lib.util.errors import UserError
 
 EXPERTS = "Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, GPT-OSS, GraniteMoE, JetMoE, PhiMoE, DeepSeek-V3"
-EXPERTS = [*EXPERTS.split(", "), "Jamba", "GraniteMoE hybrid"]
+EXPERTS = [*EXPERTS.split(", "), "Jamba", "GraniteMoE hybrid", "Qwen 3.5 MoE multimodal"]
 WITHOUT = ["BLOOM", "MPT", "Mamba", "Mamba 2", "Zamba2"]
 FOUND = [name for name in tiny.ALL if name not in (*EXPERTS, *WITHOUT)]
 
