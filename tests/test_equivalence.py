@@ -137,7 +137,7 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
         argv += ["--resume", tmp_path / "kept"]
         argv += [] if kind in ("wanda", "recovered", "quantised") else away
         step = {"recovered": "recovering 7"}.get(kind, "pruning 1")
-        step = "rounding 1" if "--quantize" in KINDS[kind] else step
+        step = "rounding 1" if "q4_0" in kind else step
         fault = f"{step}:SIGKILL"
         check(processes.run(argv, place, fault), -signal.SIGKILL)
         assert not (tmp_path / "model").exists()
