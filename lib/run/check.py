@@ -65,8 +65,7 @@ def check(
             job.print(
                 f"{test.text}: a tenth of the documents, {count}, is held apart to measure on"
             )
-    if reads_train(args):
-        job.print(*same_texts(sources, tests))
+    job.print(*same_texts([source for source, split in read if split == "train"], tests))
     if args.recover:
         _set_schedule(job)
     if args.trim_vocabulary:

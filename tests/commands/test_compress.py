@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from lib.commands import compress, process
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
+from lib.run.texts import named_sources
 from lib.util.command import CALLED, run, typed
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
@@ -112,6 +114,23 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     for name in ("on disk, MB", "tokens a second", "bits per byte, uk"):
         assert all(re.match(r"\d", cell.strip()) for cell in rows[name]), name
     assert rows["on disk, MB"][0] != rows["on disk, MB"][1]
+
+
+def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
+    """`--data uk/a.jsonl --eval_data uk`: the tests become files of their own."""
+    tiny.write_texts("uk", tiny.sentences(40, words=2000), 0)
+    Path("uk/test.jsonl").unlink()
+    parser, data = build_parser(), ["--model", "m", "--calibration_data", "uk/train.jsonl"]
+    _, _, tests = named_sources(parser.parse_args([*data, "--eval_data", "uk"]))
+    text = SimpleNamespace(name="uk", bytes=500_000, windows=range(100))
+    job = SimpleNamespace(tests=tests, texts=SimpleNamespace(tests=[text]))
+    job.args = SimpleNamespace(column="text")
+    cut = compress._cut_tests(job, Path("cut"), 0.08)
+    (train,), _, (test,) = named_sources(parser.parse_args([*data, "--eval_data", *cut]))
+    measured, trained = read_documents(test, "test")[0], read_documents(train, "train")[0]
+    whole = read_documents(tests[0], "test")[0]
+    assert len(set(measured) & set(whole)) == 2 and len(measured) > 3 and len(trained) > 37
+    assert not [text for text in measured if any(text in each for each in trained)]
 
 
 @pytest.mark.parametrize(
