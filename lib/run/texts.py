@@ -123,9 +123,18 @@ def _windows(job: Job, bos: int | None) -> Texts:
 
 
 def resolve_bos(job: Job, runner: BlockRunner) -> None:
-    """Under `--bos auto`, check whether the dense model needs BOS before every window."""
+    """Under `--bos auto`, check whether the dense model needs BOS before every window.
+
+    A run that is continued has the windows that it was begun with, whatever it is measured on now.
+    """
     bos = default_bos_id(job.tokenizer) if job.args.bos == "auto" else None
-    if bos is not None and needs_bos(runner, job.texts.tests[0].windows, bos):
-        job.print("the model collapses without its BOS token: every window begins with it")
-        job.texts = read_texts(job, bos)
+    if bos is not None:
+        needs = job.dist.all_gather_object(job.store and job.store.decided.get("bos"))[0]
+        if needs is None:
+            needs = needs_bos(runner, job.texts.tests[0].windows, bos)
+        if job.store:
+            job.store.begin(job.fingerprint["pruning"], bos=needs)
+        if needs:
+            job.print("the model collapses without its BOS token: every window begins with it")
+            job.texts = read_texts(job, bos)
     job.dist.check_equal({"BOS": job.texts.bos})  # each has decided for itself
