@@ -23,6 +23,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lib.data import hub
 from lib.data.documents import read_documents
+from lib.data.samples import Sample, prepend, windows_of, with_bos
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
 from lib.util.errors import UserError
 
@@ -227,12 +228,12 @@ def test_set(
     first = int(bos is not None and len(ids) > 0 and ids[0] == bos)
     ids = ids[first:]
     step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
-    count = len(ids) // step
+    windows = windows_of([Sample(ids)], step).ids
+    count = len(windows)
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
         way_out = f"use --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
         raise TextTooShort(source, f"{problem}; {way_out}", len(ids))
-    windows = ids[: count * step].view(count, step)
     if bos is not None:
         windows = prepend(windows, bos)
     sizes = token_bytes(encoding, text)[first:][: count * step].view(count, step)
@@ -276,17 +277,19 @@ def _prompts(
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
         if len(prompts) >= count:
             break
-        ids = tokenise(tokenizer, texts[row][:PROMPT_CHARACTERS])
-        if bos is not None and len(ids) and ids[0] != bos:
-            ids = prepend(ids[None], bos)[0]
+        ids = tokenise(tokenizer, texts[row][:PROMPT_CHARACTERS], bos)
         if len(ids) > tokens:
             prompts.append(ids[:tokens])
     return prompts
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens."""
-    return encode(tokenizer, text).input_ids[0].long()  # an empty text comes as float
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = None) -> Tensor:
+    """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens.
+
+    Those of a text that has any begin with `bos` where it is given.
+    """
+    ids = encode(tokenizer, text).input_ids[0].long()  # an empty text comes as float
+    return ids if bos is None or not len(ids) or ids[0] == bos else prepend(ids[None], bos)[0]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:
@@ -301,18 +304,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:
 def token_bytes(encoding: BatchEncoding, text: str) -> Tensor:
     """Return how many UTF-8 bytes of a text each of its tokens stands for: (tokens,), int64.
 
-    Tokens that stand for the same characters, such as the bytes of one, have equal parts of it,
-    whole bytes. What the tokenizer leaves out, such as blanks, counts with the token after it.
-    Tokenizers without offsets, those in Python, count as if all tokens were as long.
+    Tokens of the same characters, such as the bytes of one, have equal parts of them, in whole
+    bytes; so have all tokens where the tokenizer, in Python, tells no offsets. What a tokenizer
+    leaves out, such as blanks, counts with the token after it, as does a letter that it ends in.
     """
     codes = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     sizes = 1 + (codes > 0x7F).long() + (codes > 0x7FF) + (codes > 0xFFFF)
     before = F.pad(sizes.cumsum(0), (1, 0))  # (characters + 1,)
-    if encoding.is_fast:
-        spans = torch.tensor(encoding.encodings[0].offsets)  # (tokens, 2), of characters
-    else:
-        edges = torch.linspace(0, len(text), encoding.input_ids.shape[1] + 1).long()
-        spans = torch.stack([edges[:-1], edges[1:]], 1)
+    all_of_it = [(0, len(text))] * encoding.input_ids.shape[1]
+    spans = torch.tensor(encoding[0].offsets if encoding.is_fast else all_of_it)  # (tokens, 2)
     run = F.pad((spans[1:] != spans[:-1]).any(1).cumsum(0), (1, 0))  # of the same characters
     length = run.bincount()
     last = length.cumsum(0) - 1  # token of each run
@@ -321,16 +321,6 @@ def token_bytes(encoding: BatchEncoding, text: str) -> Tensor:
     place = torch.arange(1, len(spans) + 1) - (last + 1 - length)[run]  # in its run, from 1 on
     parts = starts[run] + (ends - starts)[run] * place // length[run]
     return parts.diff(prepend=parts.new_zeros(1))
-
-
-def prepend(windows: Tensor, bos: int) -> Tensor:
-    """Put `bos` before each of windows (n, tokens): (n, tokens + 1)."""
-    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
-
-
-def with_bos(windows: Tensor, bos: int) -> Tensor:
-    """Let each of windows (n, seqlen) begin with `bos`, in place of its last token if need be."""
-    return torch.where(windows[:, :1] == bos, windows, prepend(windows[:, :-1], bos))
 
 
 def digest(windows: Tensor) -> str:

@@ -211,7 +211,7 @@ def _check_tokens(job: Job) -> None:
     texts = job.texts
     sets = [texts.windows, *(test.windows for test in texts.tests)]
     if texts.training:
-        sets += [texts.training.windows, texts.training.held_out]
+        sets += [texts.training.windows.ids, texts.training.held_out.ids]
     highest = max(int(ids.max()) for ids in sets if ids is not None and len(ids))
     if highest >= rows:
         token = job.tokenizer.convert_ids_to_tokens(highest)
