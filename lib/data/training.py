@@ -160,10 +160,10 @@ def _cut_windows(
         groups = [whole[start:end], join([whole[:start], whole[end:]])]
     else:  # as they come, those that have more than is wanted last
         groups.sort(key=lambda group: len(group) if len(group) > wanted else 0)
-    sums = accumulate(map(len, groups[:-1]))
-    n_out = next((n for n, total in enumerate(sums, 1) if total >= wanted), len(groups) - 1)
-    trained, held = join(groups[n_out:])[:share], join(groups[:n_out])[:n_held]
-    return trained, held, n_dropped, revision
+    sums = [*accumulate(map(len, groups[:-1]), initial=0)]
+    n_out = next((total for total in sums if total >= wanted), sums[-1])
+    windows = join(groups)
+    return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped, revision
 
 
 def _shuffled_texts(source: Source, documents: Iterable[str], rng: random.Random) -> Iterator[str]:

@@ -77,6 +77,8 @@ def test_a_mixture_by_weight_spread_evenly(two: list[str]) -> None:
     assert all(sum(which[start : start + 8]) == 2 for start in range(0, 40, 8))
     assert sum(tuple(row.tolist()) in english for row in text.held_out.ids) == 1
     assert [one["share"] for one in text.facts["sources"]] == [0.75, 0.25]
+    few = drawn(["uk=0.9", "en=0.1"], 40)  # too few for a window to hold out
+    assert [one["held_out"] for one in few.facts["sources"]] == [4, 0]
 
 
 def test_a_short_text_is_read_again_in_another_order() -> None:
