@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -277,34 +278,28 @@ def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
 
 def test_what_is_measured_is_not_read_for_training(tmp_path):
     """Whatever of folder, file, `:test` and `:train` is named, and copies are the same text."""
-    few, copy, book = sentences(4, 5, words=1500), tmp_path / "copy.jsonl", tmp_path / "book.txt"
-    for name, texts in {"a": few, "b": sentences(40, 1), "c": sentences(40, 2)}.items():
-        (tmp_path / "uk").mkdir(exist_ok=True)
-        (tmp_path / f"uk/{name}.jsonl").write_text(rows(*texts))
-    uk, a, b = (str(tmp_path / name) for name in ("uk", "uk/a.jsonl", "uk/b.jsonl"))
-    copy.write_text(rows(*few))
-    book.write_text("\n\n".join(few))
-
-    def seen(train: list[str], test: list[str]) -> tuple[int, list[str]]:
-        """How many test texts are trained on, and what is said of it."""
-        argv = ["--model", "m", "--trim_vocabulary", *train, "--eval_data", *test]
-        sources, vocabulary, tests = named_sources(build_parser().parse_args(argv))
-        train = [text for s in [*sources, *vocabulary] if s.path for text in read(s)]
-        assert train
-        texts = [text for test in tests for text in read(test, "test")]
-        known = [text for text in texts if any(text in each or each in text for each in train)]
-        return len(known), same_texts(vocabulary, tests)
-
-    for flag in ("--calibration_data", "--vocabulary_data"):
-        for pair in [(a, uk), (uk, f"{a}:test"), (b, f"{uk}:test"), (f"{b}:train", uk), (uk, b)]:
-            assert seen([flag, pair[0]], [pair[1]]) == (0, [])
-        for train in (f"{a}:train", str(copy)):  # a few texts are cut into pieces
-            for test in (uk, f"{a}:test", f"{copy}:test"):
-                assert seen([flag, train], [test]) == (0, [])
-        assert seen([flag, str(book)], [f"{book}:test"]) == (0, [])
-        for whole in (b, str(book)):
-            count, [line] = seen([flag, whole], [whole])
-            assert count and f"--eval_data {whole}: {flag} {whole} reads this text too" in line
+    few = sentences(4, 5, words=1500)  # which are cut into pieces
+    uk, a, b, copy, book = (
+        str(tmp_path / name) for name in ("uk", "uk/a.jsonl", "uk/b.jsonl", "copy.jsonl", "c.txt")
+    )
+    Path(uk).mkdir()
+    for file, texts in {a: few, b: sentences(40, 1), copy: few}.items():
+        Path(file).write_text(rows(*texts))
+    Path(book).write_text("\n\n".join(few))
+    apart = [(a, uk), (uk, f"{a}:test"), (b, f"{uk}:test"), (f"{b}:train", uk), (uk, b)]
+    apart += product((f"{a}:train", copy), (uk, f"{a}:test", f"{copy}:test"))
+    apart += [(book, f"{book}:test")]
+    for flag, (train, test) in product(
+        ("--calibration_data", "--vocabulary_data"), [*apart, (b, b), (book, book)]
+    ):
+        argv = ["--model", "m", "--trim_vocabulary", flag, train, "--eval_data", test]
+        _, vocabulary, tests = named_sources(build_parser().parse_args(argv))
+        trained = [text for source in vocabulary if source.path for text in read(source)]
+        measured = [text for each in tests for text in read(each, "test")]
+        seen = [text for text in measured if any(text in each or each in text for each in trained)]
+        lines = same_texts(vocabulary, tests)
+        assert trained and bool(seen) == bool(lines) == (train == test)
+        assert all(f"--eval_data {test}: {flag} {train} reads this" in line for line in lines)
 
 
 def parquet_bytes(tmp_path, **columns) -> bytes:

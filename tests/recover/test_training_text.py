@@ -106,10 +106,9 @@ def test_held_out_are_whole_documents_or_a_piece_of_a_single_one() -> None:
     text = drawn(["book.txt"], 9999, seqlen=seqlen)
     ids = tokenise(tiny.tiny_tokenizer(), " ".join(texts))
     every = [tuple(row) for row in ids[: len(ids) // seqlen * seqlen].view(-1, seqlen).tolist()]
-    places = [every.index(row) for row in map(tuple, text.held_out.ids.tolist())]
-    assert places == list(range(places[0], places[0] + 16)) and not rows(text.held_out) & rows(
-        text.windows
-    )
+    places = [every.index(tuple(row)) for row in text.held_out.ids.tolist()]
+    assert places == list(range(places[0], places[0] + 16))
+    assert not rows(text.held_out) & rows(text.windows)
 
 
 def test_short_documents_share_a_window() -> None:
