@@ -1,8 +1,8 @@
 """Windows to recover a pruned model on: whole documents, cut, with nothing of the test text.
 
 Documents are taken in an order drawn by a seed and cut into windows; those shorter than a window
-share one, each with its own positions. No model is told of the others' tokens whose layers take
-positions and a mask (lib/model/blocks.py); recurrent layers read on. A window is dropped if a
+share one, each with its own positions. Models whose masks transformers makes of positions, most
+with attention, read each alone; the others, and recurrent layers, read on. A window is dropped if a
 passage of the test windows stands in it, wherever it begins there. Held out are whole documents.
 """
 
