@@ -233,7 +233,9 @@ class BlockRunner:
         return self.model.get_submodule(self.name.rpartition(".")[0])
 
     def iter_final_states(
-        self, sets: Sequence[Windows], on_progress: Callable[[int], None] = lambda windows: None
+        self,
+        sets: Sequence[Tensor | Windows],
+        on_progress: Callable[[int], None] = lambda windows: None,
     ) -> Iterator[tuple[int, int, HiddenStates]]:
         """Yield hidden states after the last block: number of the set, first window, states.
 
