@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.data.samples import Windows, as_windows
 from lib.model.blocks import (
     HEAD_POSITIONS,
     BlockRunner,
@@ -30,18 +31,18 @@ TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS t
 COLLAPSE = 1.5  # perplexity without BOS over that with it, from which on a model needs it
 
 
-def perplexity(runner: BlockRunner, windows: Tensor) -> float:
+def perplexity(runner: BlockRunner, windows: Tensor | Windows) -> float:
     """Perplexity of windows (n, tokens)."""
     return perplexities(runner, [windows])[0]["perplexity"]
 
 
 def perplexities(
     runner: BlockRunner,
-    tests: Sequence[Tensor],
+    tests: Sequence[Tensor | Windows],
     on_progress: Callable[[int], None] = lambda windows: None,
     reference: DenseReference | None = None,
 ) -> list[dict[str, float]]:
-    """Return the figures of each test set, windows (n, tokens).
+    """Return the figures of each test set, windows (n, tokens); their masks say what counts.
 
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
@@ -55,7 +56,8 @@ def perplexities(
     called with the number of this rank's windows that are done. UserError where a loss is not
     finite.
     """
-    dist = runner.dist
+    dist, tests = runner.dist, [as_windows(test) for test in tests]
+    counted = [test.counted for test in tests]
     shares = [range(len(test))[dist.share(len(test))] for test in tests]
     figures = [
         torch.zeros(len(FIGURES), len(test), dtype=torch.float64, device=runner.device)
@@ -66,19 +68,20 @@ def perplexities(
         for batch in states.batches:
             first = shares[number].start + start + batch.start
             compare = reference and partial(reference.logits, number, first)
-            of_batch = _figures(runner, states, batch, compare).double()
+            weights = counted[number][first:][: batch.stop - batch.start, :-1]
+            of_batch = _figures(runner, states, batch, weights, compare).double()
             figures[number][:, first : first + of_batch.shape[1]] = of_batch
     dist.sum_(figures)
     return [
-        _means(runner, test, by_window, compared=reference is not None)
-        for test, by_window in zip(tests, figures, strict=True)
+        _means(runner, weights[:, :-1].sum(1), by_window, compared=reference is not None)
+        for weights, by_window in zip(counted, figures, strict=True)
     ]
 
 
 def _means(
-    runner: BlockRunner, windows: Tensor, by_window: Tensor, compared: bool
+    runner: BlockRunner, counts: Tensor, by_window: Tensor, compared: bool
 ) -> dict[str, float]:
-    """Means over windows (n, tokens) of FIGURES (figures, n)."""
+    """Means over windows with `counts` (n,) predicted tokens of FIGURES (figures, n)."""
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
@@ -90,10 +93,10 @@ def _means(
     means = {
         "perplexity": value,
         "standard_error": value * _standard_error(losses),
-        "nats": mean * len(losses) * (windows.shape[1] - 1),
+        "nats": (losses * counts.to(losses.device)).sum().item(),
     }
     if compared:
-        chosen = compared_windows(len(windows))
+        chosen = compared_windows(len(counts))
         figures = {"loss_change": losses - dense}
         figures |= zip(("kl", "top1_agreement"), divergences, strict=True)
         for name, values in figures.items():
@@ -119,24 +122,28 @@ def _figures(
     runner: BlockRunner,
     states: HiddenStates,
     batch: slice,
+    weights: Tensor,
     compare: Callable[[Tensor], tuple[list[int], Callable[[Tensor], Tensor]]] | None,
 ) -> Tensor:
     """FIGURES of each window in the batch, (figures, n): means over its predicted positions.
 
+    `weights` (n, positions) is False where they do not count.
     `compare`, of ids (n, tokens): the rows to compare, and what gives their dense logits. Figures
     of the other rows stay 0.
     """
     ids = states.windows[batch].to(runner.device)  # (n, tokens)
-    predicted = ids.shape[1] - 1
+    weights = weights.to(ids.device)
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     losses, dense, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=ids.device)
     rows, dense_logits = compare(ids) if compare else ([], None)
     chosen = torch.tensor(rows, device=ids.device)  # copied once: the host waits for it
     logits_at = runner.logits(states, batch)
-    for positions, logits in iter_logits(logits_at, predicted, runner.device, chunk):
+    for positions, logits in iter_logits(logits_at, weights.shape[1], runner.device, chunk):
         targets = ids[:, positions + 1]
-        losses += cross_entropy(logits.flatten(0, 1), targets.flatten()).view(len(ids), -1).sum(1)
+        counts = weights[:, positions]
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        losses += (loss.view(len(ids), -1) * counts).sum(1)
         if rows:
             own = logits if len(rows) == len(ids) else logits[chosen]
             del logits
@@ -144,11 +151,11 @@ def _figures(
             divergence, same = compare_logits(expected, own.flatten(0, 1))
             loss = cross_entropy(expected, targets[chosen].flatten())
             for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
-                figure[chosen] += values.view(len(rows), -1).sum(1)
+                figure[chosen] += (values.view(len(rows), -1) * counts[chosen]).sum(1)
             del own, expected
         else:
             del logits  # before the next ones come
-    return total / predicted
+    return total / weights.sum(1)
 
 
 def compare_logits(dense: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
-from lib.data.documents import read_documents
+from lib.data.documents import PIECE_CHARACTERS, pieces_of, read_documents
 from lib.data.languages import language_text
 from lib.data.sources import PART, parse_source
 from lib.methods.sparsity import EXPERTS, NEURONS
@@ -443,9 +443,11 @@ def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         with open(files[-1], "w", encoding="utf-8") as lines:
             while left > 0 and texts:
-                text = texts.pop().encode()[:left]
-                left -= len(text)
-                text = text.decode(errors="ignore")
+                text = texts.pop()
+                if len(text.encode()) > left and len(text) > PIECE_CHARACTERS:
+                    texts += reversed(pieces_of(text))  # by which training leaves them out
+                    continue
+                left -= len(text.encode())
                 row = {"text": text, job.args.column: text}  # for gguf and for main.py
                 lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return files

@@ -66,8 +66,7 @@ def check(
             job.print(
                 f"{test.text}: a tenth of the documents, {count}, is held apart to measure on"
             )
-    if plan.reads_train:
-        job.print(*same_texts(sources, tests))
+    job.print(*same_texts([source for source, split in read if split == "train"], tests))
     if plan.tokens:
         _set_schedule(job)
     if plan.trims:
@@ -207,7 +206,7 @@ def _check_tokens(job: Job) -> None:
     texts = job.texts
     sets = [texts.windows, *(test.windows for test in texts.tests)]
     if texts.training:
-        sets += [texts.training.windows, texts.training.held_out]
+        sets += [texts.training.windows.ids, texts.training.held_out.ids]
     highest = max(int(ids.max()) for ids in sets if ids is not None and len(ids))
     if highest >= rows:
         token = job.tokenizer.convert_ids_to_tokens(highest)

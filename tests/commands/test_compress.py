@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from lib.commands import compress, process
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
+from lib.run.texts import named_sources
 from lib.util.command import CALLED, run, typed
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
@@ -114,6 +116,21 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert rows["on disk, MB"][0] != rows["on disk, MB"][1]
 
 
+def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
+    """`--data uk/a.jsonl --eval_data uk`: the tests become files of their own."""
+    tiny.write_texts("uk", tiny.sentences(40, words=2000), 0)
+    Path("uk/test.jsonl").unlink()
+    parser, data = build_parser(), ["--model", "m", "--calibration_data", "uk/train.jsonl"]
+    _, _, tests = named_sources(parser.parse_args([*data, "--eval_data", "uk"]))
+    texts = SimpleNamespace(tests=[SimpleNamespace(name="uk", bytes=40_000, windows=range(100))])
+    job = SimpleNamespace(tests=tests, texts=texts, args=SimpleNamespace(column="text"))
+    cut = compress._cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
+    (train,), _, (test,) = named_sources(parser.parse_args([*data, "--eval_data", *cut]))
+    measured, trained = read_documents(test, "test")[0], read_documents(train, "train")[0]
+    assert len(measured) > 3 and len(trained) > 37
+    assert not [text for text in measured if any(text in each for each in trained)]
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "shares"),
     [("Llama", "neurons", (0.97, 0.93, 0.89)), ("Qwen3-MoE", "experts", (0.99, 0.97, 0.94))],
@@ -138,10 +155,10 @@ def test_parts_are_removed_until_the_file_is_as_small(
 
 def test_windows_are_as_long_as_the_texts_allow() -> None:
     tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024))
-    tiny.write_texts("uk", tiny.sentences(40, words=120), 8)
+    tiny.write_texts("uk", tiny.sentences(7, words=40), 8)
     flags = ["--model", "dense", "--device", "cpu", "--calibration_data", "uk", "--nsamples", "8"]
     job = compress._check([*flags, "--quantize", "q4_0"], recover=2048)
-    assert 128 <= job.seqlen < 512 and job.texts.training.windows.shape[1] == job.seqlen
+    assert 128 <= job.seqlen < 512 and job.texts.training.windows.ids.shape[1] == job.seqlen
 
 
 def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
