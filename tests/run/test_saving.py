@@ -94,7 +94,7 @@ def test_blocks_in_files_become_shards_once_all_is_written(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lib.run.steps.write_tokenizer_model", fail)
+        patched.setattr("lib.run.save.write_tokenizer_model", fail)
         done = call(*given, "--resume", kept, "--offload", "away")
     assert done.status == 1 and len(list(Path(kept).glob("block-*"))) == 3
     assert Path("new.partial").exists() == (kept == "new.partial")
