@@ -28,6 +28,7 @@ from lib.recover import CROSS_ENTROPY, TrainSchedule
 from lib.run.fingerprint import differences, fingerprint
 from lib.run.flags import default_save, quantises, reads_train, shown
 from lib.run.job import Job
+from lib.run.save import CARD
 from lib.run.tasks import check_tasks
 from lib.run.teacher import set_teacher
 from lib.run.texts import named_sources, read_texts, same_texts
@@ -90,16 +91,30 @@ def check_outputs(args: argparse.Namespace) -> None:
     check_writable("--save", args.save)
     if args.save_model:
         check_new_folder("--save_model", args.save_model)
-        stage = partial_of(args.save_model)
-        is_resumed = args.resume and Path(args.resume).resolve() == stage.resolve()
-        if stage.exists() and not is_resumed:
-            can_resume = f"continue that by --resume {stage}, or " * (stage / JOB).exists()
-            raise UserError(
-                f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
-                f"{can_resume}remove it"
-            )
+        _check_unfinished(args, partial_of(args.save_model))
     if args.tasks:
         check_tasks(args.tasks, args.include_path)
+
+
+def _check_unfinished(args: argparse.Namespace, stage: Path) -> None:
+    """Raise UserError where this run would not continue what another has left in OUT.partial."""
+    left = {each.name for each in stage.iterdir()} if stage.exists() else set()
+    if CARD in left:
+        raise UserError(
+            f"--save_model {args.save_model}: {stage} is the whole model of a run that was killed; "
+            f"rename it to {args.save_model}"
+        )
+    resumed = Path(args.resume) if args.resume else None
+    if resumed and resumed.resolve() == stage.resolve():
+        return
+    if resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
+        return  # it was killed while it saved, and will save again
+    if left:
+        can_resume = f"continue that by --resume {stage}, or " * (JOB in left)
+        raise UserError(
+            f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
+            f"{can_resume}remove it"
+        )
 
 
 def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:

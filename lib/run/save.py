@@ -1,4 +1,9 @@
-"""How a run's model is saved."""
+"""Saves the model of a run: a new folder, whole or not at all, and nothing lost on the way.
+
+OUT.partial gets weights, tokenizer and, last, the card: a folder with a card is a whole model. Then
+it gets its name. Finished blocks that lie elsewhere are removed after that, so that at any moment
+what is on the disk can be continued or is the model.
+"""
 
 from __future__ import annotations
 
@@ -10,58 +15,94 @@ from tempfile import TemporaryDirectory
 from safetensors import SafetensorError
 
 from lib.data.tokenizer_model import write_tokenizer_model
+from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import save_in_shards, save_model
+from lib.run.card import model_card
 from lib.run.job import Job
+from lib.run.record import finish_results
+from lib.run.results import UNMEASURED, write_results
 from lib.util.errors import UserError, first_line
-from lib.util.files import partial_of, put_in_place, sync_all
+from lib.util.files import partial_of, put_in_place, sync_all, write_text
+
+CARD = "README.md"  # the last file of a model that is saved
 
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
-    weights, moved = runner.weights, {}
-    weights.wait_for_readers()
-    stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
+    runner.weights.wait_for_readers()
+    moved = {}
     if job.dist.is_main:
-        holds_blocks = bool(job.store) and job.store.folder.resolve() == stage.resolve()
-        stage.mkdir(parents=True, exist_ok=True)
-        for file in stage.glob("model*.safetensors*"):
-            file.unlink()  # of a run that was killed while it saved
-        with job.timed("save"), ExitStack() as failed:
-            if not holds_blocks:
-                failed.callback(shutil.rmtree, stage, ignore_errors=True)
-            try:
-                shards = weights.shards()
-                names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
-                if not names:
-                    with weights.mapped():
-                        save_model(runner.model, stage, runner.save_dtype)
-            except SafetensorError as error:
-                raise UserError(f"--save_model {target}: can't be saved ({error})") from error
-            job.tokenizer.save_pretrained(stage)
-            write_tokenizer_model(job.tokenizer, stage)
-            sync_all(stage)
-            failed.pop_all()
-            moved = {old: str(target / name) for old, name in (names or {}).items()}
-            if job.store and (weights.resident or holds_blocks):
-                if not (weights.resident or names):  # what is still read stays until the end
-                    other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-                    for file in job.store.files():
-                        moved[str(file)] = shutil.move(file, other)
-                job.store.clear()
-                job.store = None
-            try:
-                put_in_place(stage, target)
-            except OSError as error:
-                raise UserError(
-                    f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
-                ) from error
-            for file in names or ():  # it has another name now
-                Path(file).unlink(missing_ok=True)
-        weight_files = target.glob("*.safetensors")
-        job.results["saved_bytes"] = sum(file.stat().st_size for file in weight_files)
-        print(f"saved: {target}", flush=True)
-    weights.moved(job.dist.all_gather_object(moved)[0])
+        with job.timed("save"):
+            moved = _save(job, runner, cleanup)
+        print(f"saved: {job.args.save_model}", flush=True)
+    runner.weights.moved(job.dist.all_gather_object(moved)[0])
+
+
+def _save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> dict[str, str]:
+    """Save the model in the main rank; return where files of blocks are now, {old: new path}."""
+    store, resident = job.store, runner.weights.resident
+    stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
+    holds_blocks = bool(store) and store.folder.resolve() == stage.resolve()
+    with ExitStack() as failed:
+        if not holds_blocks:
+            failed.callback(shutil.rmtree, stage, ignore_errors=True)
+        shards = _write(job, runner, stage)
+        failed.pop_all()
+    moved = {file: str(target / name) for file, name in shards.items()}
+    if holds_blocks:  # the folder is about to become the model
+        if not (resident or shards):  # what is still read stays until the end
+            other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
+            for file in store.files():
+                moved[str(file)] = shutil.move(file, other)
+        store.clear()
+        job.store = None
+    try:
+        put_in_place(stage, target)
+    except OSError as error:
+        del job.results["saved_bytes"]
+        raise UserError(
+            f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
+        ) from error
+    for file in shards:  # it has another name now
+        Path(file).unlink(missing_ok=True)
+    if job.store and resident:
+        store.clear()
+        job.store = None
+    return moved
+
+
+def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
+    """Write the whole model into a folder; return {file of a block: the shard that it becomes}."""
+    stage.mkdir(parents=True, exist_ok=True)
+    for file in stage.glob("model*.safetensors*"):
+        file.unlink()  # of a run that was killed while it saved
+    try:
+        shards = runner.weights.shards()
+        names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
+        if not names:
+            with runner.weights.mapped():
+                save_model(runner.model, stage, runner.save_dtype)
+    except SafetensorError as error:
+        raise UserError(f"--save_model {job.args.save_model}: can't be saved ({error})") from error
+    job.tokenizer.save_pretrained(stage)
+    write_tokenizer_model(job.tokenizer, stage)
+    sync_all(stage)
+    sizes = (file.stat().st_size for file in stage.glob("model*.safetensors"))
+    job.results |= {"saved_bytes": sum(sizes), "evaluation": []}
+    finish_results(job, runner)
+    Path(job.args.save).mkdir(parents=True, exist_ok=True)
+    write_results(job.args.save, job.results, UNMEASURED)
+    write_card(job, stage)
+    return names or {}
+
+
+def write_card(job: Job, folder: str | Path) -> None:
+    """Write the card of the saved model in `folder`, with the figures that are known by now."""
+    sources = [source.text for source in job.sources if job.calibrated or job.schedule]
+    sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
+    card = model_card(job.results, sources, online=not local_only(job.checkpoint))
+    write_text(Path(folder, CARD), card)
 
 
 def close_store(job: Job) -> None:

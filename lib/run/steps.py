@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lib.eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from lib.methods.sparsity import NEURONS, SMALLER
-from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes
 from lib.model.reference import (
@@ -32,12 +31,11 @@ from lib.pruning.neurons import NeuronPruner
 from lib.pruning.quantise import LlamaCppQuantiser, Quantiser, check_q4_0, q4_0_weights
 from lib.recover import Recoverer
 from lib.run import plots, tasks
-from lib.run.card import model_card
 from lib.run.job import Job
 from lib.run.load import load
 from lib.run.record import evaluation_record, finish_results, keep_other_results, write_log
-from lib.run.results import write_results
-from lib.run.save import close_store, save
+from lib.run.results import UNMEASURED, write_results
+from lib.run.save import close_store, save, write_card
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.sparse import check_same_outputs, pack_, packed_weights, relative_difference
@@ -251,10 +249,8 @@ def record(job: Job, runner: BlockRunner) -> None:
     write_results(folder, job.results)
     write_log(folder, job.results)
     if job.args.save_model:
-        sources = [source.text for source in job.sources if job.calibrated or job.schedule]
-        sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
-        card = model_card(job.results, sources, online=not local_only(job.checkpoint))
-        (Path(job.args.save_model) / "README.md").write_text(card, "utf-8")
+        write_card(job, job.args.save_model)
+        (folder / UNMEASURED).unlink(missing_ok=True)
     if "recovery" in job.results:
         if plots.can_draw():
             plots.save(plots.recovery_curve(job.results), folder / "recovery.png")

@@ -36,7 +36,7 @@ def check_saved(done: Done, *words: str) -> None:
     assert done.status == 1, done
     lines = [line for line in done.complaints if line.startswith("error: ")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.err
-    assert "saved: new" in done.out
+    assert "saved: new" in done.out and "# model, pruned by" in Path("new/README.md").read_text()
     assert sum(int((weight == 0).sum()) for weight in saved_weights("new").values()) > 1000
     assert not Path("new.partial").exists()
 
@@ -187,6 +187,23 @@ def test_a_reader_that_has_gone_leaves_the_model(given: list) -> None:
     ):
         assert command.run(main.main, [str(part) for part in given]) == 1
     assert saved_weights("new")
+
+
+@pytest.mark.parametrize("kept", ["kept", "new.partial"])
+def test_killed_while_it_saves_it_loses_nothing(kept: str, given: list, tmp_path: Path) -> None:
+    succeed(*given)
+    Path("new").rename("whole")
+    given += ["--resume", kept]
+    for moment in ("write_tokenizer_model", "put_in_place"):
+        fault = f"before lib.run.save.{moment}:SIGKILL"
+        assert processes.run(given, tmp_path, fault).status == -signal.SIGKILL
+    [line] = call(*given).complaints
+    assert line.endswith(
+        "new.partial is the whole model of a run that was killed; rename it to new"
+    )
+    stage = content("new.partial")
+    assert stage["model.safetensors"] == content("whole")["model.safetensors"]
+    assert stage.keys() == content("whole").keys()  # with the card
 
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGKILL"])
