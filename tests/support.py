@@ -166,6 +166,11 @@ def wait_until(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, on Linux."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def _environment(folder: Path) -> dict[str, str]:
     settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
     return os.environ | settings
