@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
 from huggingface_hub import metadata_load
-from support import content, results
+from processes import Worker
+from support import children, content, results, wait_until
 
-from lib.commands import compress, process
+from lib.commands import compress, compress_plan, process
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
@@ -45,7 +48,7 @@ def test_the_minutes_are_kept() -> None:
     assert (tokens - planned(1800, passes=30)[1]) / 512 == pytest.approx(30 * 0.2 / 0.6, abs=1)
     assert (tokens - planned(1500)[1]) / 512 == pytest.approx(300 / 0.6, abs=1)
     assert planned(300)[0] == int(0.15 * 300 / (0.2 * (6 + 2)))
-    assert planned(-5)[:2] == (compress.LEAST_TESTS, compress.LEAST_WINDOWS * 512)
+    assert planned(-5)[:2] == (compress_plan.LEAST_TESTS, compress_plan.LEAST_WINDOWS * 512)
     assert planned(-5)[2] > 60
 
 
@@ -114,6 +117,51 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert rows["on disk, MB"][0] != rows["on disk, MB"][1]
 
 
+def test_killed_it_continues_to_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, "dense")
+    tiny.write_texts("uk", 40, 8)
+    argv = "dense small --data uk --language uk --recover 8192 --device cpu".split()
+    assert run(compress.main, argv) == 0
+    Path("small").rename("whole")
+    Path("small-compress").rename("whole-compress")
+    for faults in (
+        (
+            "recovering 30",
+            "before lib.run.save.write_tokenizer_model",
+            "before lib.run.save.put_in_place",
+        ),
+        ("after lib.run.save.put_in_place",),
+    ):
+        for fault in faults:
+            worker = Worker([argv], tmp_path, f"{fault}:SIGKILL", program="lib.commands.compress")
+            assert worker.end().status == -signal.SIGKILL, fault
+        assert run(compress.main, argv) == 0
+        cards = [metadata_load(f"{name}/README.md") for name in ("small", "whole")]
+        assert cards[0] == cards[1] and not Path("small.partial").exists()
+        files = [content(name) for name in ("small", "whole")]
+        assert files[0] | {"README.md": None} == files[1] | {"README.md": None}
+        whole, made = (results(f"{name}-compress/compressed") for name in ("whole", "small"))
+        for key in ("method", "flags", "quantized", "vocabulary", "perplexity"):
+            assert made[key] == whole[key], key
+        assert made["recovery"]["curve"] == whole["recovery"]["curve"]
+        shutil.rmtree("small")
+        shutil.rmtree("small-compress")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
+    tiny.write_model("dense")
+    tiny.write_texts("uk", 40, 4)
+    argv = "dense small --data uk --recover 128 --device cpu".split()
+    worker = Worker([argv], tmp_path, program="lib.commands.compress")
+    wait_until(lambda: children(worker.process.pid))
+    (run,) = children(worker.process.pid)
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.end()
+    wait_until(lambda: not Path(f"/proc/{run}").exists())
+    assert not list(Path("small-compress").rglob("results.json"))
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "shares"),
     [("Llama", "neurons", (0.97, 0.93, 0.89)), ("Qwen3-MoE", "experts", (0.99, 0.97, 0.94))],
@@ -125,7 +173,7 @@ def test_parts_are_removed_until_the_file_is_as_small(
     tiny.write_texts("uk", 40, 4)
     flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
     flags += ["--nsamples", "8", "--trim_vocabulary", *compress.SMALLER[kind].split(), "0.5"]
-    job = compress._check([*flags, "--quantize", "q4_0"], recover=128)
+    job = compress.check_job([*flags, "--quantize", "q4_0"], recover=128)
     removed, what = compress.choose_size(job, 1)
     assert removed is None and "nothing pruned" in what
     whole = float(what.split("about ")[1].split()[0])
@@ -140,7 +188,7 @@ def test_windows_are_as_long_as_the_texts_allow() -> None:
     tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024))
     tiny.write_texts("uk", tiny.sentences(40, words=120), 8)
     flags = ["--model", "dense", "--device", "cpu", "--calibration_data", "uk", "--nsamples", "8"]
-    job = compress._check([*flags, "--quantize", "q4_0"], recover=2048)
+    job = compress.check_job([*flags, "--quantize", "q4_0"], recover=2048)
     assert 128 <= job.seqlen < 512 and job.texts.training.windows.shape[1] == job.seqlen
 
 
