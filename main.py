@@ -36,37 +36,32 @@ def run(job: Job) -> dict[str, Any]:
     from lib.run.completions import Completions
     from lib.run.record import base_results, print_summary
 
-    args, results = job.args, job.results
+    plan, results = job.plan, job.results
     with ExitStack() as cleanup:
         cleanup.callback(steps.close_store, job)
         runner = steps.load(job, cleanup)
         results |= base_results(job, runner)
-        if job.vocabulary:
+        if plan.trims:
             steps.trim(job, runner)
-        teacher = steps.load_teacher(job, runner) if job.schedule or args.teacher else None
+        teacher = steps.load_teacher(job, runner) if plan.tokens or plan.teacher else None
         steps.resolve_bos(job, teacher or runner)
         completions, reference = Completions(job, runner), None
-        if job.has_dense:
-            dense = teacher if args.teacher else runner
+        if plan.has_dense:
+            dense = teacher if plan.teacher else runner
             completions.generate("dense", dense.model)
             reference = steps.dense_reference(job, dense)
             del dense  # with a teacher, the memory of a whole model
-        reached, grids, unrounded = steps.Reached(), None, None
-        before = steps.first_logits(job, runner) if args.quantize else None
-        if job.method:
-            reached = steps.prune(job, runner)
-        if job.schedule:
-            grids = steps.recover(job, runner, teacher, reached)
-        del teacher
-        if job.quantises:
-            if args.replace_sparse_layers:
-                unrounded = steps.first_logits(job, runner)
-            steps.quantise(job, runner, reached)
-        if args.quantize:
-            steps.check_quantized(job, runner, before)
-        if args.replace_sparse_layers:
-            steps.pack(job, runner, grids, unrounded)
-        if args.save_model:
+        untouched = steps.first_logits(job, runner) if plan.narrows else None
+        reached = steps.prune(job, runner)
+        unrounded = steps.first_logits(job, runner) if plan.rounds and plan.packs else None
+        starts = steps.quantize(job, runner, reached) if plan.rounds else {}
+        scales = steps.recover(job, runner, teacher, reached, starts) if plan.tokens else None
+        del teacher, starts
+        if plan.narrows:
+            steps.check_quantized(job, runner, untouched)
+        if plan.packs:
+            steps.pack(job, runner, scales, unrounded)
+        if job.args.save_model:
             steps.save(job, runner, cleanup)
         steps.evaluate(job, runner, reference)
         completions.generate("model", runner.model)
@@ -76,7 +71,7 @@ def run(job: Job) -> dict[str, Any]:
         results["completions"] = completions.records()
         steps.record(job, runner)
         print_summary(results)
-        if args.tasks:
+        if job.args.tasks:
             steps.run_tasks(job, runner)
     return results
 

@@ -9,8 +9,10 @@ the logits of a whole batch never stand in memory. While it trains, the model ho
 they will be saved: rounded to the dtype they are saved in, or to the integers and scales that they
 are packed as or that llama.cpp runs (`Grid`). Float32 masters beside it keep what rounding would
 lose, and get the gradients of the rounded weights, so that what is measured on the way is what is
-saved. Where masters do not fit, `rank` trains updates B A of every matrix instead, masked and
-merged into it (as PERP does, arXiv 2312.15230).
+saved. What was rounded on text (lib/pruning/quantize.py) is trained from there: its masters are
+what each weight was just before that, and the rounded model is the first that is measured. Where
+masters do not fit, `rank` trains updates B A of every matrix instead, masked and merged into it (as
+PERP does, arXiv 2312.15230).
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.data.training import TrainingText
-from lib.eval import perplexity
+from lib.eval import perplexities
 from lib.model.blocks import BlockRunner, iter_logits, run_block
 from lib.model.linears import find_linears
+from lib.model.reference import DenseReference, dense_states, tail_of
 from lib.packed.errors import PackedError
-from lib.packed.formats import FORMATS, Int4
+from lib.packed.formats import Grid
 from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
 
@@ -97,50 +100,31 @@ def default_rate(matrices: Iterable[Tensor], width: int, blocks: int) -> float:
     return RATE * (squares / max(count, 1)) ** 0.5 / (width**0.5 * blocks)
 
 
-class Grid:
-    """The numbers of a format that a matrix can hold, by scales that are fitted to it.
-
-    `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D. Of a stack of matrices, as
-    of experts, the rows of all count as those of one.
-    """
-
-    def __init__(self, transposed: bool = False, form: Int4 = FORMATS[4]) -> None:
-        self.transposed, self.form = transposed, form
-        self.scales: Tensor | None = None  # (out, groups)
-
-    def fit_(self, weight: Tensor) -> None:
-        """Take the scales that are nearest to a weight."""
-        scales = self.form.fit_scales(self._oriented(weight).flatten(0, -2))
-        self.scales = scales if self.scales is None else self.scales.copy_(scales)
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """The values on the grid that stand for a weight, float32."""
-        rows = self._oriented(weight)
-        values = self.form.round_to(rows.flatten(0, -2), self.scales)
-        return self._oriented(values.view(rows.shape))
-
-    def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.mT if self.transposed else weight
-
-
 class Whole:
     """Trains every weight of a parameter; of a matrix those that are not zero.
 
-    `dtype` or `grid` say as what it will be saved.
+    `dtype` says as what it is saved. Where that is a grid, `start` holds the masters, of the
+    parameter's shape, and it: the parameter is what they are when rounded.
     """
 
     def __init__(
-        self, parameter: nn.Parameter, is_matrix: bool, dtype: torch.dtype, grid: Grid | None
+        self,
+        parameter: nn.Parameter,
+        is_matrix: bool,
+        dtype: torch.dtype,
+        start: tuple[Tensor, Grid] | None = None,
     ) -> None:
-        self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, grid
-        if grid:
-            grid.fit_(parameter.data)
-        self.leaves = self.start()  # what is trained, float32
+        self.parameter, self.is_matrix, self.dtype, self.grid = parameter, is_matrix, dtype, None
+        masters = held = parameter.data
+        if start:
+            masters, self.grid = start
+            rounded = self.grid.rounded(masters)
+            masters = torch.where(rounded == held, masters, held.to(masters.dtype))
+        self.leaves = self.begin(masters)  # what is trained, float32
 
-    def start(self) -> dict[str, Tensor]:
-        exact = self.parameter.dtype == self.dtype == torch.float32 and not self.grid
-        held = self.parameter.data
-        self.master = held if exact else held.to(torch.float32, copy=True)
+    def begin(self, masters: Tensor) -> dict[str, Tensor]:
+        exact = self.parameter.dtype == self.dtype == torch.float32 or self.grid
+        self.master = masters if exact else masters.to(torch.float32, copy=True)
         return {"master": self.master}
 
     def take_gradient_(self) -> None:
@@ -177,20 +161,20 @@ class LowRank(Whole):
         self,
         parameter: nn.Parameter,
         dtype: torch.dtype,
-        grid: Grid | None,
+        start: tuple[Tensor, Grid] | None,
         rank: int,
         generator: torch.Generator,
     ) -> None:
         self.rank, self.generator = rank, generator
-        super().__init__(parameter, True, dtype, grid)
+        super().__init__(parameter, True, dtype, start)
 
-    def start(self) -> dict[str, Tensor]:
-        held, rank = self.parameter.data, self.rank
-        self.base = held.to(self.dtype, copy=True)
-        *stack, rows, columns = held.shape
+    def begin(self, masters: Tensor) -> dict[str, Tensor]:
+        rank, device = self.rank, masters.device
+        self.base = masters.to(self.dtype, copy=True)
+        *stack, rows, columns = masters.shape
         down = torch.randn(*stack, rank, columns, generator=self.generator) / rank**0.5
-        self.down = down.to(held.device)  # A
-        self.up = torch.zeros(*stack, rows, rank, device=held.device)  # B
+        self.down = down.to(device)  # A
+        self.up = torch.zeros(*stack, rows, rank, device=device)  # B
         return {"up": self.up, "down": self.down}
 
     def take_gradient_(self) -> None:
@@ -207,17 +191,15 @@ class LowRank(Whole):
 def trained_parts(
     runner: BlockRunner,
     whole: bool = False,
-    packed: Mapping[str, bool] | None = None,
+    starts: Mapping[int, tuple[Tensor, Grid]] | None = None,
     rank: int | None = None,
     seed: int = 0,
-    form: Int4 = FORMATS[4],
 ) -> dict[str, Whole]:
     """All that recovery trains, by the parameters' names; parameters with two names once.
 
     These are the linears with zeros, all of them if `whole`, and the norms and biases of the
-    blocks; what the blocks share with embeddings or head is left alone. What will be `packed`,
-    see `Recoverer`, is trained on the grid of `form`, and matrices get updates of `rank` if there
-    is one.
+    blocks; what the blocks share with embeddings or head is left alone. What has been rounded is
+    trained from its `starts`, see `Recoverer`, and matrices get updates of `rank` if there is one.
     """
     model, inside, linears = runner.model, f"{runner.name}.", set()
     for block in runner.blocks:
@@ -237,21 +219,21 @@ def trained_parts(
         if is_matrix or vector:
             kept = runner.save_dtype or parameter.dtype
             dtype = torch.float32 if strict.intersection(name.split(".")) else kept
-            grid = Grid(packed[name], form) if packed and name in packed else None
+            start = (starts or {}).get(id(parameter))
             if is_matrix and rank:
-                parts[name] = LowRank(parameter, dtype, grid, rank, generator)
+                parts[name] = LowRank(parameter, dtype, start, rank, generator)
             else:
-                parts[name] = Whole(parameter, is_matrix, dtype, grid)
+                parts[name] = Whole(parameter, is_matrix, dtype, start)
     return parts
 
 
 class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
-    `whole`: all linears of the blocks are trained, not only those with zeros. `packed`: the weights
-    that will be held as 4-bit integers of `form`, {name: whether it is (in, out)}. Kept are the
-    weights for which `measure(runner, windows)` is lowest; it is the same in every rank. What was
-    measured stands in `curve`, its lowest figure at `best`.
+    `whole`: all linears of the blocks are trained, not only those with zeros. `starts`: the masters
+    and grids of those that are rounded already, by their parameters' ids. Kept are the weights of
+    the least loss on the windows held out, as `measure(runner)` says: `loss`, and other figures of
+    the curve, the same in every rank. What was measured stands in `curve`, its best at `best`.
     """
 
     def __init__(
@@ -262,14 +244,12 @@ class Recoverer:
         text: TrainingText,
         *,
         whole: bool = False,
-        packed: Mapping[str, bool] | None = None,
-        form: Int4 = FORMATS[4],
-        measure: Callable[[BlockRunner, Tensor], float] = perplexity,
+        starts: Mapping[int, tuple[Tensor, Grid]] | None = None,
+        measure: Callable[[BlockRunner], dict[str, float]] | None = None,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
-        self.measure = measure
-        self.parts = trained_parts(runner, whole, packed, schedule.rank, schedule.seed, form)
-        self.form = form
+        self.measure = measure or self._beside_teacher()
+        self.parts = trained_parts(runner, whole, starts, schedule.rank, schedule.seed)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
@@ -278,7 +258,7 @@ class Recoverer:
         self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
         self.strict = True  # until an operation is met that is not deterministic
-        self.curve: list[dict[str, float]] = []  # tokens, perplexity, loss
+        self.curve: list[dict[str, float]] = []  # tokens, figures on what is held out, and of steps
         self.best = 0  # of the curve
         self.tokens, self.seconds = 0, 0.0  # once it has run
 
@@ -287,7 +267,8 @@ class Recoverer:
         schedule = self.schedule
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
-        grids = f", {count} as {self.form.name}," if self.grids else ""
+        titles = {grid.form.title for grid in self.grids.values()}
+        grids = f", {count} as {titles.pop()}," if titles else ""
         return [
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
@@ -307,12 +288,13 @@ class Recoverer:
 
     def line(self) -> str:
         """What a user should know at the end."""
-        first, best = self.curve[0]["perplexity"], self.curve[self.best]
+        first, best = self.curve[0], self.curve[self.best]
         if not self.best:
             return "recovery: nothing was better than the model before it, which is kept"
         return (
-            f"recovery: perplexity {first:.4f} to {best['perplexity']:.4f} on what was held out, "
-            f"after {best['tokens']} of {self.tokens} tokens"
+            f"recovery: loss {first['loss']:.4f} to {best['loss']:.4f} on what was held out, "
+            f"perplexity {first['perplexity']:.4f} to {best['perplexity']:.4f}, after "
+            f"{best['tokens']} of {self.tokens} tokens"
         )
 
     def record(self) -> dict[str, Any]:
@@ -468,11 +450,26 @@ class Recoverer:
             hidden.backward(last.grad)
         return loss
 
-    def _note(self, tokens: int, loss: float | None) -> None:
+    def _beside_teacher(self) -> Callable[[BlockRunner], dict[str, float]]:
+        """Return what measures the windows held out by the loss that is trained."""
+        windows, teacher = [self.text.held_out], self.teacher
+        reference = DenseReference(tail_of(teacher), dense_states(teacher, windows))
+
+        def measure(runner: BlockRunner) -> dict[str, float]:
+            (figures,) = perplexities(runner, windows, reference=reference)
+            text, kl, share = figures["own_nats"], figures["kl"], self.schedule.share
+            return {
+                "loss": kl + share * (text - kl),
+                "perplexity": figures["perplexity"],
+                "kl": kl,
+            }
+
+        return measure
+
+    def _note(self, tokens: int, trained: float | None) -> None:
         """Measure the windows held out, and keep the weights if they are the best so far."""
-        figure = self.measure(self.runner, self.text.held_out)
-        self.curve.append({"tokens": tokens, "perplexity": figure, "loss": loss})
-        if len(self.curve) == 1 or figure < self.curve[self.best]["perplexity"]:
+        self.curve.append({"tokens": tokens, "trained": trained} | self.measure(self.runner))
+        if len(self.curve) == 1 or self.curve[-1]["loss"] < self.curve[self.best]["loss"]:
             self.best = len(self.curve) - 1
             self._take_best()
 

@@ -17,34 +17,27 @@ from transformers.pytorch_utils import Conv1D
 from lib.eval import some_logits
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
-from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import footprint
 from lib.packed import kernels
 from lib.packed.checkpoint import check_embeddings, mark_packed_, pack_embeddings_
 from lib.packed.errors import PackedError
-from lib.packed.formats import FORMATS, Int4, Values
-from lib.packed.linear import SparseLinear, multiplying
+from lib.packed.formats import PACKED, Int4, Values
+from lib.packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
+from lib.pruning.quantize import NOTHING
 from lib.util.errors import UserError
 from lib.util.host import gib
 
-NOTHING_TO_PACK = (
-    "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method first"
-)
-OWN_FORWARD = "has a forward of its own"
-FORWARDS = nn.Linear.forward, Conv1D.forward
 
-
-def check_packable(skeleton: PreTrainedModel, blocks_name: str, bits: int) -> None:
+def check_packable(skeleton: PreTrainedModel, blocks_name: str) -> None:
     """Raise UserError if no linear of the blocks of a model, which may be on the meta device, is of
     a class that can be packed."""
     modules = skeleton.get_submodule(blocks_name).modules()
     classes = {type(module) for module in modules if isinstance(module, nn.Linear | Conv1D)}
     if not any(cls.forward in FORWARDS for cls in classes):
-        flag = "--replace_sparse_layers" if bits == 16 else f"--pack_bits {bits}"
         names = " and ".join(sorted(cls.__name__ for cls in classes)) or "none"
         raise UserError(
-            f"{flag}: no linear of {type(skeleton).__name__} can be packed, their class ({names}) "
-            f"{OWN_FORWARD}; remove the flag"
+            f"--replace_sparse_layers: no linear of {type(skeleton).__name__} can be packed, "
+            f"their class ({names}) {OWN_FORWARD}; remove the flag"
         )
 
 
@@ -106,7 +99,7 @@ def pack_(
 
 
 def swap_linears_(
-    runner: BlockRunner, fmt: Values = FORMATS[16], scales: Mapping[str, Tensor] | None = None
+    runner: BlockRunner, fmt: Values = PACKED[16], scales: Mapping[str, Tensor] | None = None
 ) -> dict[str, str]:
     """Replace every sparse linear of the blocks by a `SparseLinear`; {linear's name: how it runs}.
 
@@ -129,20 +122,9 @@ def swap_linears_(
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
             paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
     if all("left dense" in path for path in paths.values()):
-        raise UserError(NOTHING_TO_PACK)
+        raise UserError(NOTHING["int4"])
     mark_packed_(runner.model)
     return paths
-
-
-def packed_weights(runner: BlockRunner) -> dict[str, bool]:
-    """{weight's name: whether it is (in, out)} of the linears that `swap_linears_` packs."""
-    packed = filter(is_packed, runner.each_linear())
-    return {f"{linear.name}.weight": linear.transposed for linear in packed}
-
-
-def is_packed(linear: PrunableLinear) -> bool:
-    """Return whether `swap_linears_` packs a linear, whose weight is in memory."""
-    return linear.expert is None and not _why_not_packed(linear.module)
 
 
 def relative_difference(before: Tensor, after: Tensor) -> float:
@@ -228,31 +210,16 @@ def _path(module: SparseLinear, target: torch.device) -> str:
 def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear | str:
     """Pack a linear, or return why it stays dense. Raises UserError if what is packed is not its
     weight on the grid nearest to it, or its very weight where its scales are given."""
-    if why := _why_not_packed(linear):
+    if why := why_dense(linear):
         return why
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:
-        raise UserError(f"--pack_bits {fmt.bits}: {name}: {error}") from None
+        raise UserError(f"--quantize {fmt.name}: {name}: {error}") from None
     if isinstance(fmt, Int4):
         weight = (linear.weight.T if isinstance(linear, Conv1D) else linear.weight).float()
         expected = fmt.round_to(weight, sparse.scale) if scales is None else weight
         if not torch.equal(sparse.dense(torch.float32), expected):
-            flag = f"--pack_bits {fmt.bits}"
+            flag = f"--quantize {fmt.name}"
             raise UserError(f"{flag}: {name} is not what was packed; run without the flag")
     return sparse
-
-
-def _why_not_packed(linear: nn.Module) -> str:
-    """Return why a linear is not packed, or an empty string if it should be."""
-    weight = linear.weight
-    if type(linear).forward not in FORWARDS:
-        return f"{type(linear).__name__} {OWN_FORWARD}"
-    if weight.is_meta:
-        return "not in memory"
-    if not weight.is_floating_point():
-        return f"quantised to {weight.dtype}"
-    matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
-    nnz, offsets = int(torch.count_nonzero(matrix)), 8 * (len(matrix) + 1)  # counted on loading
-    smaller = FORMATS[16].nbytes(*matrix.shape, nnz) + offsets < 2 * matrix.numel()
-    return "" if smaller else "too few zeros to be smaller packed"

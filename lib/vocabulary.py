@@ -1,14 +1,14 @@
 """The vocabulary of one language: a model keeps only the tokens that the language's texts use.
 
     python main.py --model MODEL --trim_vocabulary --calibration_data uk --prune_method admm ...
-    bash launch.sh vocabulary MODEL OUT --vocabulary_data uk en
+    python main.py --model MODEL --trim_vocabulary --vocabulary_data uk en --save_model OUT
 
 It keeps every token that the sources' train text uses, with all tokens that it is merged from;
 the bytes; special and added tokens; the tokens of the chat template and the configs; and, up to a
-multiple of 64 or the requested number, tokens that no text uses but that are written with the
-texts' letters, most frequent first. Special tokens that are merely reserved go, unless a text, the
-template or a config uses them. All other rows of the embedding and the head are removed, which
-makes the model smaller in every engine.
+multiple of 64, tokens that no text uses but that are written with the texts' letters, most frequent
+first. Special tokens that are merely reserved go, unless a text, the template or a config uses
+them. All other rows of the embedding and the head are removed, which makes the model smaller in
+every engine.
 
     trimmed = trim_vocabulary(...)      before any weight is read: the smaller tokenizer
     trimmed.prove(sources)              test texts decode to the same text
@@ -129,13 +129,11 @@ def trim_vocabulary(
     *,
     rows: int,
     config_ids: set[int],
-    size: int | None = None,
 ) -> TrimmedVocabulary:
     """Count the train text of `sources`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
-    `size` rows stay, if given. The processes of `dist` share the counting. Raises UserError if the
-    tokenizer can't be trimmed, or not so far.
+    The processes of `dist` share the counting. Raises UserError if the tokenizer can't be trimmed.
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     required = tokens.required_ids() | tokens.template_ids()
@@ -143,13 +141,6 @@ def trim_vocabulary(
     reserved = tokens.reserved_ids() - required
     required = {part for index in required for part in tokens.merge_parts(index)}
     unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
-    if size is not None and len(required) + len(unnamed) > size:
-        raise UserError(
-            f"--vocabulary_size {size}: bytes, special tokens and what the model's files name take "
-            f"{len(required) + len(unnamed)}; give at least so many"
-        )
-    if size in MISLEADING_ROWS:
-        size -= 1
     counts = count_tokens(sources, tokenizer, dist.rank, dist.size).to(dist.device)
     dist.sum_([counts])
     counts = counts.cpu()
@@ -165,12 +156,11 @@ def trim_vocabulary(
         counts,
         required,
         reserved=reserved | {i for i in tokens.id_to_token if i >= rows},
-        size=None if size is None else size - len(unnamed),
         n_unnamed=len(unnamed),
     )
     model_ids = {tokens.token_to_id[token] for token in tokens.model_tokens}
     kept = sorted(chosen, key=lambda index: (index not in model_ids, index))  # added tokens last
-    order = _row_order(tokens, kept, unnamed=unnamed, rows=rows, size=size)
+    order = _row_order(tokens, kept, unnamed=unnamed, rows=rows)
     smaller = tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code)
     trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order))
     trimmed.facts = {
@@ -188,7 +178,7 @@ def trim_vocabulary(
 
 
 def _row_order(
-    tokens: TrimmableTokenizer, kept: Sequence[int], unnamed: list[int], rows: int, size: int | None
+    tokens: TrimmableTokenizer, kept: Sequence[int], unnamed: list[int], rows: int
 ) -> list[int]:
     """Return the original row of each new one: those of `kept`, then rows without a token.
 
@@ -196,8 +186,7 @@ def _row_order(
     have been dropped.
     """
     spare = [i for i in range(rows) if i not in tokens.id_to_token and i not in unnamed]
-    limit = rows if size is None else min(rows, size)
-    missing = min(_round_up(len(kept) + len(unnamed)), limit) - len(kept) - len(unnamed)
+    missing = min(_round_up(len(kept) + len(unnamed)), rows) - len(kept) - len(unnamed)
     order = [*kept, *sorted(unnamed + spare[: max(0, missing)])]
     used = set(order)
     dropped = (i for i in range(rows - 1, -1, -1) if i not in used)
@@ -210,32 +199,23 @@ def choose_tokens(
     required: set[int],
     *,
     reserved: set[int] | frozenset[int] = frozenset(),
-    size: int | None = None,
     n_unnamed: int = 0,
 ) -> set[int]:
-    """Return the tokens that stay: `required`, and those that texts use, by falling `counts`.
+    """Return the tokens that stay: `required`, and those that texts use by `counts` (tokens,).
 
-    `required` is closed over merges; every other token comes with its parts, or not at all if
-    there are more than `size` then. The tokens of `_fill_order` fill the vocabulary up to `size`,
-    or with `n_unnamed` rows that have no token up to a multiple of MULTIPLE. Of the `reserved`
-    tokens only those stay that texts use. `counts` is (tokens,).
+    `required` is closed over merges, and every other token comes with its parts. The tokens of
+    `_fill_order` fill the vocabulary, with `n_unnamed` rows that have no token, up to a multiple of
+    MULTIPLE; of those with parts only what fits. `reserved` tokens stay only where texts use them.
     """
-    chosen = set(required)
-
-    def add(indices: Iterable[int], limit: float) -> None:
-        for index in indices:
-            if len(chosen) >= limit:
-                break
-            if index not in chosen:
-                new = tokens.merge_parts(index) - chosen
-                if len(chosen) + len(new) <= limit:
-                    chosen.update(new)
-
-    order = _fill_order(tokens, counts)
-    used = counts > 0
-    add((index for index in order if used[index]), float("inf") if size is None else size)
-    limit = _round_up(len(chosen) + n_unnamed) - n_unnamed if size is None else size
-    add((index for index in order if index not in reserved), limit)
+    order, used, chosen = _fill_order(tokens, counts), counts > 0, set(required)
+    chosen.update(*(tokens.merge_parts(index) for index in order if used[index]))
+    limit = _round_up(len(chosen) + n_unnamed) - n_unnamed
+    for index in order:
+        if len(chosen) == limit:
+            break
+        if index not in chosen and index not in reserved:
+            new = tokens.merge_parts(index) - chosen
+            chosen |= new if len(chosen) + len(new) <= limit else set()
     return chosen
 
 

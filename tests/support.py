@@ -33,8 +33,10 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.prune import Pruned, Pruner
+from lib.packed.formats import PACKED
 from lib.pruning.allocation import Allocation, uniform
+from lib.pruning.pruner import Pruned, Pruner
+from lib.pruning.quantize import takes
 from lib.run import steps
 from lib.util import command
 from lib.util.progress import progress
@@ -201,7 +203,7 @@ def launch(argv: list[object], folder: Path, **environment: str) -> Done:
 
 
 def launched(argv: list[object], folder: Path, *more: object, **environment: str) -> str:
-    """What a recipe of launch.sh that succeeds writes to stdout."""
+    """What a command of launch.sh that succeeds writes to stdout."""
     done = launch([*argv, *more], folder, **environment)
     assert done.status == 0, done.err
     return done.out
@@ -220,6 +222,12 @@ def runner_of(model: nn.Module, batch_size: int = 3) -> BlockRunner:
 def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
     """What can be pruned in one block; names begin with the block's number."""
     return find_linears(runner.blocks[index], str(index))[0]
+
+
+def packed_weights(runner: BlockRunner) -> dict[str, bool]:
+    """{weight's name: whether it is (in, out)} of the linears that are packed."""
+    packed = (one for one in runner.each_linear() if takes(PACKED[4], one))
+    return {f"{linear.name}.weight": linear.transposed for linear in packed}
 
 
 def prune_(

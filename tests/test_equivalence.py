@@ -23,7 +23,7 @@ ALIKE = 0.999  # of all weights, where sums are rounded otherwise
 BLOCKS = 3
 BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
 WANDA, SPARSEGPT, ADMM = (["--prune_method", name] for name in ("wanda", "sparsegpt", "admm"))
-HALF = ["--sparsity_type", "2:4"]
+HALF, PACK = ["--sparsity_type", "2:4"], ["--replace_sparse_layers"]
 FEWER = ["--sparsity_type", "experts", "--sparsity_ratio", "0.25"]
 KINDS = {
     "wanda": ["--model", "deep", *WANDA],
@@ -33,8 +33,16 @@ KINDS = {
     "fewer experts": ["--model", "mixture", "--prune_method", "reap", *FEWER],
     "neurons": ["--model", "wide", *SPARSEGPT, "--sparsity_type", "neurons"],
     "recovered": ["--model", "bfloat16", *WANDA, *HALF, "--recover", "2600"],
-    "packed": ["--model", "bfloat16", *WANDA, *HALF, "--replace_sparse_layers"],
-    "4 bits": ["--model", "bfloat16", *WANDA, *HALF, "--replace_sparse_layers", "--pack_bits", "4"],
+    "packed": ["--model", "bfloat16", *WANDA, *HALF, *PACK],
+    "4 bits": [
+        "--model",
+        "bfloat16",
+        *WANDA,
+        *HALF,
+        "--replace_sparse_layers",
+        "--quantize",
+        "int4",
+    ],
     "trimmed": ["--model", "bfloat16", *WANDA, "--trim_vocabulary"],
     "quantised": ["--model", "deep", *WANDA, "--load_bit", "8"],
 }

@@ -53,7 +53,7 @@ ANY, PACKED = "any", "packed"
 PLANS = {
     ANY: "--quantize q4_0",
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
-    "--replace_sparse_layers --pack_bits 4",
+    "--replace_sparse_layers --quantize int4",
     "2:4": "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
 }
 SMALLER = {  # what removes as much as --megabytes asks for
@@ -158,7 +158,7 @@ class Compression:
 
     def measuring(self, *model: str) -> list[str]:
         """Return flags that measure a model, by default the dense one, on the planned tests."""
-        kept, names = self.kept, (*PRUNING_FLAGS, "vocabulary_data", "vocabulary_size")
+        kept, names = self.kept, (*PRUNING_FLAGS, "vocabulary_data")
         flags = [*(model or ["--model", self.args.model]), *kept["common"]]
         return [
             *flags,
@@ -266,7 +266,7 @@ def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
     start = time.monotonic()
     rehearsal = it.run([*flags, *without(it.passed_on, PRUNING_FLAGS[:5])], "rehearsal")
     wall = time.monotonic() - start
-    passes = PRUNING_PASSES * job.args.nsamples if job.method else 0
+    passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
     left = it.announce("Plan")
     windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
     it.keep(tests=cut_tests(job, it.folder / "tests", windows / most), tokens=tokens)
@@ -410,7 +410,7 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     text = "Flags of main.py may follow, such as --column body --seqlen 256"
-    parser = Parser(prog="compress", description=__doc__.splitlines()[0], epilog=text)
+    parser = Parser("compress", description=__doc__.splitlines()[0], epilog=text)
 
     def add(name: str, text: str, **options: Any) -> None:
         parser.add_argument(name, help=text, **options)

@@ -101,10 +101,9 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.Parser(prog="demo", description=__doc__.split("\n")[0])
+    parser = command.make_parser("demo", __doc__)
     parser.add_argument("--folder", default="demo", help="what it makes goes here (default: demo)")
     parser.add_argument("--small", action="store_true", help="in seconds: hardly train it")
-    command.add_debug_flag(parser)
     args = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the runs
     start = time.perf_counter()

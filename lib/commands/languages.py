@@ -3,9 +3,8 @@
     bash launch.sh languages MODEL SOURCE SOURCE [SOURCE ...] [--method wanda] [--out FOLDER]
 
 It prunes MODEL once for each calibration set, and once more with another seed, which shows how much
-of a difference is chance. Then it measures how far the masks overlap, and of three or more
-languages what goes with the loss in one that was not calibrated on (overlap.py). What follows `--`
-goes to every run of main.py; finished runs are kept, as in sweep.py.
+of a difference is chance. Then it measures how far the masks overlap (overlap.py). What follows
+`--` goes to every run of main.py; finished runs are kept, as in sweep.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lib.util.errors import UserError
 def main(argv: list[str]) -> None:
     argv, passed_on = command.split_argv(argv)
     parser = command.Parser(
-        prog="languages",
+        "languages",
         description=__doc__.split("\n")[0],
         epilog=sweep.EPILOG,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -6,9 +6,7 @@ A RUN is the folder of a saved, pruned model, or the `--save` folder of a run th
 each pruned matrix it shows the share of the kept weights that both masks keep, and the share that
 chance would give; where whole neurons or experts were removed, and RUN is a `--save` folder, the
 same of each block's. `--noise` names prunings that differ from RUN_A, RUN_B, ... (in this order) in
-nothing but the seed: only a difference larger than theirs is due to the language. Of three or more
-`--save` folders, each calibrated on one language and measured on all of them, it also shows what
-goes with the loss in another language: shared tokens, script or masks (likeness.py).
+nothing but the seed: only a difference larger than theirs is due to the language.
 """
 
 from __future__ import annotations
@@ -23,7 +21,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib.commands.likeness import PAIR, correlations, likeness
 from lib.methods.sparsity import SMALLER
 from lib.run import plots
 from lib.run.results import NONE, RESULTS, read_results
@@ -260,19 +257,6 @@ def draw(counts: DataFrame) -> Any:
     return plots.overlap(cells, _title(counts), label, difference=column == "excess")
 
 
-def by_language(counts: DataFrame) -> DataFrame:
-    """Return the share that both of each two languages keep, in all and in each block, by PAIR."""
-    import pandas
-
-    on, test = PAIR
-    counts = counts[~counts["seeds"]]
-    a, b = (counts[run].str.replace(r" \(seed \d+\)$", "", regex=True) for run in "ab")
-    counts = pandas.concat(counts.assign(**{on: x, test: y}) for x, y in ((a, b), (b, a)))
-    masks = shares(counts, ["block", *PAIR])["both keep"].unstack("block")
-    masks.insert(0, "masks", shares(counts, PAIR)["both keep"])
-    return masks
-
-
 def main(argv: list[str]) -> None:
     parser = command.make_parser("overlap", __doc__, out=True)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or its run")
@@ -282,26 +266,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
     counts = compare_masks(args.runs, args.noise)
-    out, text, pictures = Path(args.out), overlap_text(counts), {"overlap": partial(draw, counts)}
+    out, text = Path(args.out), overlap_text(counts)
     out.mkdir(parents=True, exist_ok=True)
     counts.to_csv(out / "overlap.csv", index=False)
-    runs = [read_results(Path(run)) for run in args.runs if Path(run, RESULTS).is_file()]
-    pairs = None
-    try:
-        pairs = likeness(runs, by_language(counts))
-    except UserError as error:  # a text or the dense model's tokenizer has gone
-        print(f"not compared with the loss: {error}", file=sys.stderr)
-    if pairs is not None:
-        pairs.to_csv(out / "likeness.csv", index=False)
-        for name, value in (ranks := correlations(pairs)).items():
-            what = name if isinstance(name, str) else f"masks of block {name}"
-            text += f"- rank correlation of the loss with {what}: {value:+.2f}\n"
-        pictures["likeness"] = partial(plots.likeness, pairs, ranks)
     print(text)
     if plots.can_draw():
-        for name, picture in pictures.items():
-            plots.save(picture(), out / f"{name}.png")
-            text += f"\n![{name}]({name}.png)\n"
+        plots.save(draw(counts), out / "overlap.png")
+        text += "\n![overlap](overlap.png)\n"
     write_text(out / "overlap.md", text)
     print(f"wrote {out}/overlap.md", file=sys.stderr)
 

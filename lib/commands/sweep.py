@@ -27,7 +27,8 @@ from lib.commands.process import call
 from lib.data.sources import mixture_name, parse_sources
 from lib.methods.registry import EXPERT_METHODS, METHODS
 from lib.methods.sparsity import SMALLER, TYPES
-from lib.run.flags import build_parser, check_flags, reads_train
+from lib.run.flags import build_parser, check_flags
+from lib.run.plan import Plan
 from lib.run.results import ERROR, RESULTS, write_results
 from lib.run.texts import default_tests
 from lib.util import command
@@ -40,7 +41,7 @@ OWN_FLAGS = {  # of main.py, which the sweep sets
     *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
 }
 PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
-    *("allocation", "use_variant", "replace_sparse_layers", "pack_bits", "quantize"),
+    *("allocation", "use_variant", "replace_sparse_layers", "quantize"),
     *("recover", "recover_rank", "recover_rate", "recover_ce", "resume"),
 )
 SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
@@ -55,7 +56,7 @@ class Run(NamedTuple):
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = command.Parser(prog="sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
+    parser = command.Parser("sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
@@ -141,7 +142,9 @@ def _points(
             name = f"{method}-{share}" + f"-{kind}" * (kind in SMALLER)
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio), *passed_on]
-            if not reads_train(parser.parse_args(["--model", "any", *flags])):  # no set, no seed
+            if not Plan.of(
+                parser.parse_args(["--model", "any", *flags])
+            ).reads_train:  # no set, no seed
                 yield name, flags
                 continue
             for (text, parts), seed in product(calibrations.items(), args.seeds):

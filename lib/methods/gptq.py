@@ -1,8 +1,8 @@
-"""Quantise kept weights column by column, and let those that are left make up for it.
+"""Quantize kept weights column by column, and let those that are left make up for it.
 
 A pruned matrix W (out, in) becomes Q on a grid of lib/packed/formats.py, zero where W is zero. As
 in ADMM it aims at what the untouched model computes, which is here the model before it is
-quantised: wanted is the least tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are
+quantized: wanted is the least tr(Q A Q^T) - 2 tr(B Q^T) of lib/methods/least_squares.py. There are
 three steps.
 
  1. Conjugate gradients take W to the best real values on its mask, for the inputs have changed.
@@ -23,7 +23,7 @@ Linears that share the input are solved side by side, transposed to (in, out).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,82 +31,96 @@ from torch import Tensor
 from lib.methods.gram import cholesky
 from lib.methods.least_squares import LeastSquares, conjugate_gradients_
 from lib.methods.sparsegpt import unit_inverse
-from lib.packed.formats import FORMATS, Q4_0, Int4
+from lib.packed.formats import Grid, Int4
+
+
+class Start(NamedTuple):
+    """From where a rounded matrix (out, in) is trained on: `Grid` fits `scales` (out, groups).
+
+    `masters` (out, in), float32, are what each weight was just before it was rounded: of the same
+    codes, and near those that it may change to. Pruned weights are 0.
+    """
+
+    masters: Tensor
+    scales: Tensor
 
 
 class GPTQ(LeastSquares):
-    """The sums of one input of a block, and what quantises the linears that receive it."""
+    """The sums of one input of a block, and what rounds the linears that receive it to `fmt`."""
 
-    fmt: ClassVar[Int4] = FORMATS[4]  # whose numbers the weights become
+    fmt: ClassVar[Int4]
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # of coordinate descent over all columns
 
-    def quantise_(self, weights: Sequence[Tensor]) -> None:
-        """Quantise float32 matrices (out_i, in) in place. UserError where A can't be factored."""
+    @classmethod
+    def to(cls, fmt: Int4) -> type[GPTQ]:
+        """The method that rounds to a format."""
+        return type(cls.__name__, (cls,), {"fmt": fmt})
+
+    def quantize_(self, weights: Sequence[Tensor]) -> list[Start]:
+        """Quantize float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         start, target, hessian, across, *_ = self.problem(weights)
         mask = start == 0
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
-        grid = ColumnGrid(self.fmt, across, keep=(~mask).float())
-        solution = round_in_order(start, hessian, grid)
-        descend_(solution, target, hessian, grid, self.sweeps)
-        parts = grid.matrix(solution).split([len(weight) for weight in weights])
-        for weight, part in zip(weights, parts, strict=True):
+        grid = SolverGrid(self.fmt, across, keep=(~mask).float())
+        solution, unrounded = round_in_order(start, hessian, grid)
+        descend_(solution, target, hessian, grid, self.sweeps, unrounded)
+        unrounded.mul_(grid.keep).div_(across)
+        sizes = [len(weight) for weight in weights]
+        for weight, part in zip(weights, grid.matrix(solution).split(sizes), strict=True):
             weight.copy_(part)
+        masters = unrounded.T.contiguous().split(sizes)
+        return [Start(*each) for each in zip(masters, grid.scales.split(sizes), strict=True)]
 
 
-class GPTQForLlamaCpp(GPTQ):
-    """GPTQ to the values of llama.cpp's q4_0."""
-
-    fmt = Q4_0()
-
-
-class ColumnGrid:
+class SolverGrid(Grid):
     """The grid of a solution (in, out): columns of integers times scales, times norms of inputs.
 
-    `across` (in, 1) are the norms; `keep` (in, out) is 1.0 where a weight is kept, else 0.0.
-    `scales` (groups, out) are 1 until they are fitted, group by group.
+    `across` (in, 1) are the norms; `keep` (in, out) is 1.0 where a weight is kept, else 0.0. Scales
+    are 1 until they are fitted, group by group.
     """
 
-    def __init__(self, fmt: Int4, across: Tensor, keep: Tensor) -> None:
-        self.fmt, self.across, self.keep = fmt, across, keep
-        self.scales = keep.new_ones(fmt.n_groups(len(keep)), keep.shape[1])
-        starts = range(0, len(keep), fmt.group)
-        self.groups = [slice(start, min(start + fmt.group, len(keep))) for start in starts]
+    def __init__(self, form: Int4, across: Tensor, keep: Tensor) -> None:
+        scales = keep.new_ones(form.n_groups(len(keep)), keep.shape[1]).T  # a column is contiguous
+        super().__init__(form, transposed=True, scales=scales)
+        self.across, self.keep = across, keep
+        starts = range(0, len(keep), form.group)
+        self.groups = [slice(start, min(start + form.group, len(keep))) for start in starts]
 
-    def fit_(self, values: Tensor, here: slice) -> None:
+    def fit_group_(self, values: Tensor, here: slice) -> None:
         """Take the scales that suit the values (inputs, out) of a group of inputs."""
         across = self.across[here]
         matrix = values.mul(self.keep[here]).div_(across).T.contiguous()
-        scales = self.fmt.fit_scales(matrix, costs=across.flatten().square())
-        self.scales[here.start // self.fmt.group] = scales.flatten()
+        scales = self.form.fit_scales(matrix, costs=across.flatten().square())
+        self.scales[:, here.start // self.form.group] = scales.flatten()
 
     def round_column(self, values: Tensor, column: int, out: Tensor) -> None:
         """Write the point of the grid that is nearest to a column's values (out,) into `out`."""
-        step = self.scales[column // self.fmt.group] * self.across[column]
+        step = self.scales[:, column // self.form.group] * self.across[column]
         torch.div(values, step, out=out)
-        out.round_().clamp_(self.fmt.lowest, self.fmt.highest).mul_(step).mul_(self.keep[column])
+        out.round_().clamp_(self.form.lowest, self.form.highest)
+        out.mul_(step).mul_(self.keep[column])
 
     def matrix(self, solution: Tensor) -> Tensor:
-        """A solution (in, out) on the grid as the matrix (out, in) that is packed, to the bit."""
-        matrix = (solution / self.across).T.contiguous()
-        return self.fmt.round_to(matrix, self.scales.T.contiguous())
+        """A solution (in, out) on the grid as the matrix (out, in) that is saved, to the bit."""
+        return self.rounded(solution / self.across).T.contiguous()
 
 
-def round_in_order(ideal: Tensor, hessian: Tensor, grid: ColumnGrid) -> Tensor:
+def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Tensor, Tensor]:
     """Step 2: a solution on the grid, of the best real values (in, out) and A (in, in).
 
-    UserError where A can't be factored.
+    And its values before each was rounded. UserError where A can't be factored.
     """
     factor = cholesky(hessian.flip(0, 1)).flip(0, 1)
     factor.div_(factor.diagonal().clone())  # C
-    solution, change = torch.empty_like(ideal), torch.empty_like(ideal)  # Q and D
+    solution, change, unrounded = (torch.empty_like(ideal) for _ in range(3))  # Q, D
     for here in grid.groups:
         inverse = unit_inverse(factor[here, here])
         values = ideal[here].clone()
         if here.start:
             push = factor[: here.start, here] @ inverse
             values.addmm_(push.T, change[: here.start])
-        grid.fit_(values, here)
+        grid.fit_group_(values, here)
         errors = torch.empty_like(values)
         for j, column in enumerate(range(here.start, here.stop)):
             if j:
@@ -114,13 +128,22 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: ColumnGrid) -> Tensor:
             grid.round_column(values[j], column, out=solution[column])
             torch.sub(values[j], solution[column], out=errors[j])
         torch.sub(ideal[here], solution[here], out=change[here])
-    return solution
+        unrounded[here] = values
+    return solution, unrounded
 
 
 def descend_(
-    solution: Tensor, target: Tensor, hessian: Tensor, grid: ColumnGrid, sweeps: int
+    solution: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    grid: SolverGrid,
+    sweeps: int,
+    unrounded: Tensor,
 ) -> None:
-    """Step 3: lower tr(Q A Q^T) - 2 tr(B Q^T) from Q = `solution` (in, out) on its grid."""
+    """Step 3: lower tr(Q A Q^T) - 2 tr(B Q^T) from Q = `solution` (in, out) on its grid.
+
+    `unrounded` (in, out) gets what the last sweep wanted each value to be.
+    """
     residual = torch.addmm(target, hessian, solution, alpha=-1)  # B - A Q
     diagonal = hessian.diagonal()
     for _ in range(sweeps):
@@ -135,3 +158,4 @@ def descend_(
                 grid.round_column(best[j], column, out=solution[column])
                 torch.sub(solution[column], before[j], out=changes[j])
             residual.addmm_(hessian[:, here], changes, alpha=-1)
+            unrounded[here] = best

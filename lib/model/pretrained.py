@@ -136,13 +136,13 @@ def pick_dtype(name: str, config, device: torch.device) -> torch.dtype:
     return dtype if fast else torch.float32
 
 
-def saved_dtype(name: str, config, quantize: str | None = None) -> torch.dtype:
+def saved_dtype(name: str, config, narrows: bool = False) -> torch.dtype:
     """Return the dtype in which a changed model is saved; `auto` is the checkpoint's.
 
-    What is quantised needs 16 bits: bfloat16 in place of float32.
+    `narrows`: bfloat16 in place of float32.
     """
     dtype = checkpoint_dtype(config) if name == "auto" else DTYPES[name]
-    return torch.bfloat16 if quantize and dtype == torch.float32 else dtype
+    return torch.bfloat16 if narrows and dtype == torch.float32 else dtype
 
 
 def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
@@ -340,10 +340,3 @@ def default_bos_id(tokenizer) -> int | None:
     bos = tokenizer.bos_token_id
     first = tokenizer("a").input_ids[:1]
     return bos if bos is not None and first == [bos] else None
-
-
-def required_bos_id(tokenizer) -> int:
-    """Return the BOS id for `--bos always`. Raises UserError if the tokenizer has none."""
-    if tokenizer.bos_token_id is None:
-        raise UserError("--bos always: the model's tokenizer has no BOS token; use --bos never")
-    return tokenizer.bos_token_id

@@ -23,7 +23,14 @@ from lib.util.errors import UserError, first_line
 from lib.util.files import PARTIAL, check_writable, exclusive_lock, sync, write_text
 
 JOB, LOCK = "job.json", ".lock"
-KEPT = ("block-*", "quantised-*", "changed-*", "allocation", "recovery")  # without endings
+KEPT = (
+    "block-*",
+    "quantized-*",
+    "start-*",
+    "changed-*",
+    "allocation",
+    "recovery",
+)  # without endings
 CONVERTED = "converted"  # where transformers writes weights that it converts on loading
 
 

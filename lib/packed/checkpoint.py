@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import kernels
 from .embedding import PackedEmbedding, PackedHead, PackedRows
 from .errors import PackedError, PackedWarning
-from .formats import FORMATS
+from .formats import PACKED
 from .linear import PackedModule, SparseLinear
 
 PACKAGE = "packed_bitmask"  # the name under which pip installs this package
@@ -58,7 +58,7 @@ class PackedConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        fmt = FORMATS.get(bits) if type(bits) is int else None
+        fmt = PACKED.get(bits) if type(bits) is int else None
         entries = {"bits": bits, "group": group, **unknown}
         sizes = _are_sizes(linears, 3) and _are_sizes(embeddings or {}, 2)
         for right, problem in (
@@ -97,7 +97,7 @@ class PackedQuantizer(HfQuantizer):
         for name, (*size, nnz) in config.linears.items():
             linear, sparse = modules.get(name), None
             if isinstance(linear, nn.Linear | Conv1D):
-                sparse = SparseLinear(linear, nnz, FORMATS[config.bits])
+                sparse = SparseLinear(linear, nnz, PACKED[config.bits])
             if not sparse or [sparse.out_features, sparse.in_features] != size:
                 raise PackedError(
                     f"quantization_config: {name} of {size} is no linear of this "
@@ -164,7 +164,7 @@ def check_files(files: Iterable[str], config: PackedConfig) -> dict[str, str]:
     wanted = {
         f"{name}.{part}": tensor
         for name, size in config.linears.items()
-        for part, tensor in FORMATS[config.bits].tensors(*size).items()
+        for part, tensor in PACKED[config.bits].tensors(*size).items()
     }
     for name, (rows, width) in (config.embeddings or {}).items():
         wanted[f"{name}.weight"] = (rows, width), torch.int8
@@ -200,9 +200,7 @@ def mark_packed_(model: PreTrainedModel) -> None:
     linears = {n: [m.out_features, m.in_features, m.nnz] for n, m in packed.items()}
     rows = {n: m for n, m in model.named_modules() if isinstance(m, PackedRows) and not m.tied}
     embeddings = {name: list(module.weight.shape) for name, module in rows.items()}
-    quantizer = PackedQuantizer(
-        PackedConfig(linears, bits, FORMATS[bits].group, embeddings or None)
-    )
+    quantizer = PackedQuantizer(PackedConfig(linears, bits, PACKED[bits].group, embeddings or None))
     model.hf_quantizer, model.is_quantized = quantizer, True
     model.quantization_method = METHOD
     quantizer.postprocess_model(model)

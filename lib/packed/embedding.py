@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .formats import FORMATS, SMALLEST, check_finite
+from .formats import PACKED, SMALLEST, check_finite
 from .layout import tiles
 from .linear import PackedModule
 
@@ -140,7 +140,7 @@ class PackedHead(PackedRows):
         if self._all_kept is None:
             width = self.in_features
             offsets = torch.arange(0, (self.out_features + 1) * width, width)
-            self._all_kept = FORMATS[16].encode(torch.ones(1, width)).mask, offsets
+            self._all_kept = PACKED[16].encode(torch.ones(1, width)).mask, offsets
         mask, offsets = self._all_kept
         return mask, self.weight.view(-1), offsets, self.scale
 

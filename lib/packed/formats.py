@@ -1,7 +1,8 @@
 """How kept weights are stored: in the model's own dtype, or as 4-bit integers times scales.
 
-A format is one object. What packs a matrix, what trains on the grid of its numbers and what
-quantises hold the same one, and only it knows which numbers a matrix can hold.
+A format is one object, and FORMATS has them by name. What packs a matrix, what trains on the grid
+of its numbers and what rounds to it hold the same one, and only it knows which numbers a matrix can
+hold: which rows it takes, which scales fit, how a matrix is rounded, whether one is on the grid.
 
 `Int4` has integers from -8 to 7, two in a byte, the first in the low bits, and a bfloat16 scale for
 each `group` of inputs of a row. Scales have five significant bits, so that a product of code and
@@ -41,9 +42,11 @@ def check_finite(matrix: Tensor, bits: int) -> None:
 class Values:
     """Kept weights as they are, in the matrix's dtype."""
 
+    name = "16"
     bits = 16
     group: int | None = None  # inputs that share a scale
     stored: torch.dtype | None = None  # of `weight`; None: the matrix's own
+    packs = True  # whether a packed checkpoint holds it
 
     def tensors(self, out_features: int, in_features: int, nnz: int) -> Tensors:
         """Shapes and dtypes (None: the model's own) of a packed matrix with `nnz` kept weights."""
@@ -107,7 +110,8 @@ class Values:
 class Int4(Values):
     """Integers of four bits, with a scale for each `group` inputs of a row."""
 
-    name = "the 4-bit integers that are packed"
+    name = "int4"
+    title = "the 4-bit integers that are packed"
     bits = 4
     group = 64
     stored = torch.uint8
@@ -118,6 +122,18 @@ class Int4(Values):
             "weight": (((nnz + 1) // 2,), torch.uint8),
             "scale": ((out_features, self.n_groups(in_features)), torch.bfloat16),
         }
+
+    def takes(self, in_features: int) -> bool:
+        """Whether it can hold rows of so many weights."""
+        return True
+
+    def nearest(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) on the grid nearest to it, float32."""
+        return self.round_to(matrix, self.fit_scales(matrix))
+
+    def holds(self, matrix: Tensor) -> bool:
+        """Whether every value of a matrix (out, in) is on its grid: storing changes none."""
+        return torch.equal(self.nearest(matrix), matrix.float())
 
     def n_groups(self, in_features: int) -> int:
         """How many scales a row has."""
@@ -231,16 +247,14 @@ class Q4_0(Int4):
     scales the one of least squared error is taken, which is nearer to the weights than the rule's.
     """
 
-    name = "llama.cpp's q4_0"
+    name = "q4_0"
+    title = "llama.cpp's q4_0"
     group = 32
+    packs = False
 
     def takes(self, in_features: int) -> bool:
         """Whether rows are whole blocks; llama.cpp leaves others at 16 bits."""
         return in_features % self.group == 0
-
-    def nearest(self, matrix: Tensor) -> Tensor:
-        """A matrix (out, in) on the grid nearest to it, float32."""
-        return self.round_to(matrix, self.fit_scales(matrix))
 
     def round_to(self, matrix: Tensor, scales: Tensor) -> Tensor:
         """A matrix (out, in) on the grid of `scales`, float32, with a code -8 in every block.
@@ -283,4 +297,30 @@ def _steps(first: Tensor, count: int) -> Iterator[Tensor]:
     return ((bits + step << DROPPED_BITS).view(torch.float32) for step in range(count))
 
 
-FORMATS: dict[int, Values | Int4] = {16: Values(), 4: Int4()}  # by the bits of a kept value
+class Grid:
+    """The numbers of a format that a matrix can hold, by scales (out, groups) fitted to it.
+
+    `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D and in solvers. Of a stack of
+    matrices, as of experts, the rows of all count as those of one.
+    """
+
+    def __init__(self, form: Int4, transposed: bool = False, scales: Tensor | None = None) -> None:
+        self.form, self.transposed, self.scales = form, transposed, scales
+
+    def fit_(self, weight: Tensor) -> None:
+        """Take the scales that are nearest to a weight."""
+        scales = self.form.fit_scales(self._oriented(weight).flatten(0, -2))
+        self.scales = scales if self.scales is None else self.scales.copy_(scales)
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The values on the grid that stand for a weight, float32."""
+        rows = self._oriented(weight)
+        values = self.form.round_to(rows.flatten(0, -2), self.scales)
+        return self._oriented(values.view(rows.shape))
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+
+FORMATS: dict[str, Values | Int4] = {fmt.name: fmt for fmt in (Values(), Int4(), Q4_0())}
+PACKED = {fmt.bits: fmt for fmt in FORMATS.values() if fmt.packs}  # what packed checkpoints hold

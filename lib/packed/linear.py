@@ -19,10 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from . import kernels
 from .errors import PackedError, one_line
-from .formats import FORMATS, Values
+from .formats import PACKED, Values
 from .kernels import DTYPES
 from .layout import Packed, is_two_of_four, row_offsets
 
+OWN_FORWARD = "has a forward of its own"
+FORWARDS = nn.Linear.forward, Conv1D.forward
 TILE_WEIGHTS = 2**20  # unpacked at a time by each thread: what lies in a cache is multiplied fast
 DECODED_TOKENS = 4  # at a time, at most, where a model decodes: the kernels' path for few tokens
 
@@ -115,7 +117,7 @@ class SparseLinear(PackedModule):
     packed form stop at the shape, instead of filling in random numbers.
     """
 
-    def __init__(self, linear: nn.Module, nnz: int, fmt: Values = FORMATS[16]) -> None:
+    def __init__(self, linear: nn.Module, nnz: int, fmt: Values = PACKED[16]) -> None:
         """Of the size, dtype and device of an `nn.Linear` or `Conv1D`; tensors are not filled.
 
         `nnz`: kept weights, which `fmt` stores.
@@ -143,7 +145,7 @@ class SparseLinear(PackedModule):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, fmt: Values = FORMATS[16], scales: Tensor | None = None
+        cls, linear: nn.Module, fmt: Values = PACKED[16], scales: Tensor | None = None
     ) -> SparseLinear:
         """From an `nn.Linear` or `Conv1D`; shares the bias. `scales` (out, groups): of `encode`."""
         weight = linear.weight.detach()
@@ -303,3 +305,18 @@ def semi_structured_bytes(model: nn.Module) -> int:
     tensors = [getattr(module, "semi_structured", None) for module in model.modules()]
     parts = [part for one in tensors if one is not None for part in (one.packed, one.meta)]
     return sum(part.nbytes for part in parts if part is not None)
+
+
+def why_dense(linear: nn.Module) -> str:
+    """Why a linear stays dense; empty where it is to be packed, which makes it smaller."""
+    weight = linear.weight
+    if type(linear).forward not in FORWARDS:
+        return f"{type(linear).__name__} {OWN_FORWARD}"
+    if weight.is_meta:
+        return "not in memory"
+    if not weight.is_floating_point():
+        return f"quantised to {weight.dtype}"
+    matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
+    nnz, offsets = int(torch.count_nonzero(matrix)), 8 * (len(matrix) + 1)  # counted on loading
+    smaller = PACKED[16].nbytes(*matrix.shape, nnz) + offsets < 2 * matrix.numel()
+    return "" if smaller else "too few zeros to be smaller packed"

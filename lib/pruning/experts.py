@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib.model.blocks import Stop, run_block
 from lib.model.experts import ExpertLayout, keep_experts_
 from lib.model.matrix import PrunableLinear
-from lib.prune import PartPruner, Smaller
+from lib.pruning.pruner import PartPruner, Smaller
 from lib.util.errors import UserError
 from lib.util.host import malloc_trim
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lib.model.matrix import PrunableLinear
 from lib.model.mlp import fit_sizes_, keep_neurons_, output_dim
-from lib.prune import UNREACHED, PartPruner
 from lib.pruning.inputs import Group
+from lib.pruning.pruner import UNREACHED, PartPruner
 from lib.util.errors import UserError
 from lib.util.host import malloc_trim
 

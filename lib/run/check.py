@@ -12,8 +12,7 @@ from typing import Any
 from lib.data.documents import check_source
 from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
-from lib.methods.registry import method_of
-from lib.methods.sparsity import EXPERTS, NEURONS, Sparsity
+from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.model import pretrained
 from lib.model.access import Checkpoint
 from lib.model.experts import find_experts
@@ -26,8 +25,9 @@ from lib.pruning.inputs import check_widths
 from lib.pruning.neurons import count_left
 from lib.recover import CROSS_ENTROPY, TrainSchedule
 from lib.run.fingerprint import differences, fingerprint
-from lib.run.flags import default_save, quantises, reads_train, shown
+from lib.run.flags import default_save, shown
 from lib.run.job import Job
+from lib.run.plan import Plan
 from lib.run.save import CARD
 from lib.run.tasks import check_tasks
 from lib.run.teacher import set_teacher
@@ -50,13 +50,14 @@ def check(
     `longest` is the most tokens of a window without --seqlen. Raises UserError, in one line, for
     what can't be done.
     """
+    plan = Plan.of(args)
     check_outputs(args)
-    sources, vocabulary_sources, tests = named_sources(args)
-    read = [(source, "train") for source in sources] if reads_train(args) else []
+    sources, vocabulary_sources, tests = named_sources(args, plan)
+    read = [(source, "train") for source in sources] if plan.reads_train else []
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
     read += [(source, "test") for source in tests]
     _check_readable(read, hub=False)
-    job = _open_model(args, longest)
+    job = _open_model(args, plan, longest)
     job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
@@ -66,18 +67,15 @@ def check(
             job.print(
                 f"{test.text}: a tenth of the documents, {count}, is held apart to measure on"
             )
-    if reads_train(args):
+    if plan.reads_train:
         job.print(*same_texts(sources, tests))
-    if args.recover:
+    if plan.tokens:
         _set_schedule(job)
-    if args.trim_vocabulary:
+    if plan.trims:
         _set_vocabulary(job)
-    if args.teacher:
+    if plan.teacher:
         set_teacher(job)
-    bos = None
-    if args.bos == "always":
-        bos = pretrained.required_bos_id(job.tokenizer)
-    job.texts = read_texts(job, bos)
+    job.texts = read_texts(job, None)
     width = job.config.get_text_config(decoder=True).hidden_size
     job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     _check_tokens(job)
@@ -123,7 +121,7 @@ def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
             check_source(source, split)
 
 
-def _open_model(args: argparse.Namespace, longest: int) -> Job:
+def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     """Read config and tokenizer, and check that the flags fit the model's shape."""
     quiet()
     device = local_device(pretrained.pick_device(args.device))
@@ -134,9 +132,8 @@ def _open_model(args: argparse.Namespace, longest: int) -> Job:
     )
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    changes = [name for name in ("prune_method", "recover") if getattr(args, name)]
-    changes += ["quantize" if args.quantize else "pack_bits"] if quantises(args) else []
-    changes += ["replace_sparse_layers"] if args.replace_sparse_layers else []
+    changes = [name for name in ("prune_method", "recover", "quantize") if getattr(args, name)]
+    changes += ["replace_sparse_layers"] if plan.packs else []
     check_format(
         checkpoint,
         config,
@@ -148,6 +145,7 @@ def _open_model(args: argparse.Namespace, longest: int) -> Job:
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
     job = Job(
         args=args,
+        plan=plan,
         sources=[],
         vocabulary_sources=[],
         tests=[],
@@ -160,19 +158,17 @@ def _open_model(args: argparse.Namespace, longest: int) -> Job:
         batch_size=0,  # the texts decide how long windows are
         skeleton=skeleton,
         blocks_name=blocks_name,
-        method=method_of(args.prune_method, args.use_variant) if args.prune_method else None,
-        sparsity=Sparsity.parse(args.sparsity_type, args.sparsity_ratio),
     )
-    if job.method and args.sparsity_type == EXPERTS:
+    if plan.removes == EXPERTS:
         job.layout = find_experts(config, checkpoint, skeleton, blocks_name)
-        job.left = experts_left(job.layout, job.sparsity.ratio)
-    elif job.method and args.sparsity_type == NEURONS:
+        job.left = experts_left(job.layout, plan.sparsity.ratio)
+    elif plan.removes == NEURONS:
         job.layout = find_mlps(config, checkpoint, skeleton, blocks_name)
-        job.left = count_left(job.layout.count, job.sparsity.ratio)
-    elif job.method:
-        check_widths(blocks, blocks_name, job.sparsity)
-    if args.replace_sparse_layers:
-        check_packable(skeleton, blocks_name, args.pack_bits)
+        job.left = count_left(job.layout.count, plan.sparsity.ratio)
+    elif plan.method:
+        check_widths(blocks, blocks_name, plan.sparsity)
+    if plan.packs:
+        check_packable(skeleton, blocks_name)
     if args.device is None:
         job.print(f"device: {device}")
     return job
@@ -194,7 +190,6 @@ def _set_vocabulary(job: Job) -> None:
             dist=job.dist,
             rows=rows,
             config_ids=config_token_ids(job.checkpoint, job.config),
-            size=job.args.vocabulary_size,
         )
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)
@@ -243,7 +238,7 @@ def open_store(job: Job) -> None:
 
     Raises UserError if an interrupted run, or another rank, has another fingerprint.
     """
-    args, changes = job.args, job.changes
+    args, changes = job.args, job.plan.changes
     places = [("--resume", args.resume if changes else None), ("--offload", args.offload)]
     if changes and args.save_model:
         places.append(("--save_model", str(partial_of(args.save_model))))

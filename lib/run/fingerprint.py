@@ -40,12 +40,12 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     counted = {
         f"--{name}": getattr(args, name)
         for name, role in ROLES.items()
-        if role == RESULT and (job.calibrated or name not in CALIBRATION)
+        if role == RESULT and (job.plan.calibrated or name not in CALIBRATION)
     }
     working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
-    saved = dtype_name(saved_dtype(args.dtype, job.config, args.quantize))
+    saved = dtype_name(saved_dtype(args.dtype, job.config, job.plan.narrows))
     pruning = counted | {
-        "--seed": args.seed if job.calibrated or texts.training else None,
+        "--seed": args.seed if job.plan.calibrated or texts.training else None,
         "--dtype": f"{working}, saved as {saved}",
         "--seqlen": job.seqlen,
         "kind of device": job.device.type,

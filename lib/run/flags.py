@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         "begin every window with the BOS token; never: as published; auto: where the tokenizer "
         "adds it by itself and the dense model collapses without it",
         default="auto",
-        choices=("auto", "always", "never"),
+        choices=("auto", "never"),
     )
     flag(
         "batch_size",
@@ -185,15 +185,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         shown="the calibration sources alone",
     )
-    flag(
-        "vocabulary_size",
-        RESULT,
-        "keep this many tokens, the most frequent first; if the texts use fewer, add the most "
-        "frequent other tokens of the same letters",
-        type=POSITIVE,
-        metavar="N",
-        shown="all used tokens, filled up to a multiple of 64",
-    )
 
     section("pruning")
     flag(
@@ -235,22 +226,13 @@ def build_parser() -> argparse.ArgumentParser:
         "weight, and the kept values; where zeros are too few to be smaller they stay dense",
     )
     flag(
-        "pack_bits",
-        RESULT,
-        "16 keeps the kept values in the dtype they are saved in; 4 rounds them to 4-bit integers, "
-        "with a 16-bit scale for every 64 inputs of a row, on calibration text where the run reads "
-        "it, and embedding and head to int8",
-        type=int,
-        default=16,
-        choices=(4, 16),
-    )
-    flag(
         "quantize",
         RESULT,
-        "hold the linears of the blocks as values of llama.cpp's q4_0 that a GGUF file keeps "
-        "exactly: with --recover trained as them, else rounded on calibration text; saved in 16 "
-        "bits",
-        choices=("q4_0",),
+        "round the linears of the blocks to 4 bits, on calibration text, and with --recover train "
+        "them from there. q4_0: to values that llama.cpp's type of that name holds exactly, saved "
+        "in 16 bits; int4: to what --replace_sparse_layers packs, with a 16-bit scale for every "
+        "64 inputs of a row, and embedding and head to int8 (with --eval_only to nearest)",
+        choices=("q4_0", "int4"),
     )
 
     section("recovery")
@@ -258,9 +240,8 @@ def build_parser() -> argparse.ArgumentParser:
         "recover",
         RESULT,
         "after pruning, train the kept weights on this many tokens of the calibration sources' "
-        "train text, with the dense model as teacher; zeros stay zeros, and with --pack_bits 4 the "
-        "model is trained as the integers that will be packed; without --prune_method all weights "
-        "of the blocks",
+        "train text, with the dense model as teacher; zeros stay zeros, and with --quantize all "
+        "stays on its grid; without --prune_method all weights of the blocks",
         type=POSITIVE,
         metavar="TOKENS",
     )
@@ -387,8 +368,6 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 NEEDS = {  # a flag: others of which one must be given
     "vocabulary_data": ("trim_vocabulary",),
-    "vocabulary_size": ("trim_vocabulary",),
-    "pack_bits": ("replace_sparse_layers",),
     "teacher": ("recover", "eval_only"),
     "recover_rank": ("recover",),
     "recover_rate": ("recover",),
@@ -400,9 +379,7 @@ EXCLUDES = (  # two flags, and why not both
     ("offload", "load_bit", "blocks can't be quantised on their way from disk"),
     ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
     ("replace_sparse_layers", "load_bit", "quantised weights can't be packed"),
-    ("quantize", "eval_only", "--eval_only changes no weight"),
     ("quantize", "load_bit", "weights are quantised once"),
-    ("quantize", "replace_sparse_layers", "llama.cpp runs no packed weights"),
     ("recover", "eval_only", "--eval_only changes no weight"),
     ("recover", "load_bit", "quantised weights can't be trained"),
     ("recover", "offload", "blocks on disk can't be trained"),
@@ -429,7 +406,16 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
             names = " or ".join(f"--{other}" for other in needed)
             yield f"{shown(args, name)}: is for {names}, which is not given"
     method, kind, ratio = args.prune_method, args.sparsity_type, args.sparsity_ratio
-    if not (method or args.eval_only or args.recover or args.trim_vocabulary or quantises(args)):
+    packs, form = args.replace_sparse_layers, shown(args, "quantize")
+    if args.quantize == "int4" and not packs:
+        yield f"{form}: is for --replace_sparse_layers, which is not given"
+    if args.quantize == "q4_0" and packs:
+        yield f"{form}: llama.cpp runs no packed weights; leave out --replace_sparse_layers"
+    if args.quantize == "q4_0" and args.eval_only:
+        yield f"{form}: --eval_only changes no weight; leave out --eval_only"
+    has_text = args.calibration_data or args.prune_on_c4
+    rounds = args.quantize and (has_text or not packs)
+    if not (method or args.eval_only or args.recover or args.trim_vocabulary or rounds):
         yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
     if args.use_variant and method != "wanda":
         yield f"--use_variant: is for wanda, not for {method or 'the dense model'}"
@@ -445,46 +431,24 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
             yield f"--sparsity_ratio 0: with {smaller} nothing would go"
         if args.load_bit:
             yield f"{smaller}: quantised weights can't be cut; leave out --load_bit {args.load_bit}"
-        if args.replace_sparse_layers:
+        if packs:
             yield f"{smaller}: leaves no zeros for --replace_sparse_layers; leave that out"
     if method and kind == UNSTRUCTURED:
         if args.recover and ratio == 0:
             yield f"{shown(args, 'recover')}: with --sparsity_ratio 0 there is nothing to recover"
-        if args.replace_sparse_layers and ratio <= FEWEST_ZEROS:
+        if packs and ratio <= FEWEST_ZEROS:
             yield (
                 f"--replace_sparse_layers: with --sparsity_ratio {ratio:g} nothing is smaller "
                 f"packed; give more than {FEWEST_ZEROS:g}, or leave it out"
             )
     if args.save_model:
         target, saved = Path(args.save_model).resolve(), shown(args, "save_model")
-        if args.eval_only and not (args.replace_sparse_layers or args.trim_vocabulary):
+        if args.eval_only and not (packs or args.trim_vocabulary):
             yield f"{saved}: --eval_only changes no weight; leave it out"
         for name in ("save", "model", "offload", "resume", "teacher"):
             value = getattr(args, name)
             if value and Path(value).resolve().is_relative_to(target):
                 yield f"{saved}: must be a new folder, but --{name} {value} is in it"
-
-
-def observes(args: argparse.Namespace) -> bool:
-    """Return whether pruning reads calibration text."""
-    from lib.methods.registry import method_of
-
-    method = args.prune_method
-    return bool(method and (args.allocation != "uniform" or method_of(method).observes))
-
-
-def quantises(args: argparse.Namespace) -> bool:
-    """Return whether the run rounds kept weights on calibration text."""
-    if args.quantize:
-        return not args.recover
-    if not args.replace_sparse_layers or args.pack_bits == 16 or args.eval_only or args.recover:
-        return False
-    return bool(args.calibration_data or args.prune_on_c4 or observes(args))
-
-
-def reads_train(args: argparse.Namespace) -> bool:
-    """Return whether the run reads the train text of the calibration sources."""
-    return bool(args.recover or observes(args) or quantises(args))
 
 
 def default_save(args: argparse.Namespace) -> str:

@@ -18,14 +18,12 @@ from lib.data.sources import Source
 from lib.data.training import TrainingText
 from lib.data.windows import TestSet
 from lib.distributed.context import DistContext
-from lib.methods.base import PruningMethod
-from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
 from lib.model.experts import ExpertLayout
 from lib.model.mlp import MlpLayout
 from lib.model.run_folder import RunFolder
 from lib.recover import TrainSchedule
-from lib.run.flags import observes, quantises
+from lib.run.plan import Plan
 from lib.vocabulary import TrimmedVocabulary
 
 
@@ -45,6 +43,7 @@ class Job:
     """Everything that is decided about a run before any weight is read."""
 
     args: argparse.Namespace
+    plan: Plan
     sources: list[Source]  # of the calibration
     vocabulary_sources: list[Source]  # whose tokens are kept; none if nothing is trimmed
     tests: list[Source]
@@ -57,8 +56,6 @@ class Job:
     batch_size: int
     skeleton: nn.Module  # the model without weights
     blocks_name: str
-    method: type[PruningMethod] | None
-    sparsity: Sparsity
     layout: MlpLayout | ExpertLayout | None = None  # of neurons or experts, which are removed
     left: int | None = None  # of these, in each block
     vocabulary: TrimmedVocabulary | None = None
@@ -73,26 +70,6 @@ class Job:
     shared: Path | None = None  # the folder of a sweep, whose runs share the dense model's states
     results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
     seconds: dict[str, float] = field(default_factory=dict)  # by step
-
-    @property
-    def quantises(self) -> bool:
-        """Whether kept weights are rounded on calibration text, to be packed or by --quantize."""
-        return quantises(self.args)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether pruning or rounding observes calibration text."""
-        return self.quantises or observes(self.args)
-
-    @property
-    def changes(self) -> bool:
-        """Whether the run changes weights of the blocks, which can then be continued."""
-        return bool(self.method or self.schedule or self.quantises)
-
-    @property
-    def has_dense(self) -> bool:
-        """Whether the run compares with a dense model: the model itself, or its teacher."""
-        return bool(self.method or self.schedule or self.args.teacher or self.args.quantize)
 
     @property
     def dense_key(self) -> str:

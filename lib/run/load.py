@@ -41,8 +41,8 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
             model, files = _read_in_files(job, cleanup)
         else:
             model, files = _read_model(job, {"": job.device}), None
-    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config, job.args.quantize)
-    if job.args.quantize and not plan.fetched:
+    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config, job.plan.narrows)
+    if job.plan.narrows and not plan.fetched:
         with pretrained.cast(model, save_dtype):
             pass  # the model is measured as it will be saved
     name, blocks = pretrained.decoder_blocks(model)
@@ -54,7 +54,7 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
         save_dtype=save_dtype,
         exact=frozenset(model._keep_in_fp32_modules_strict or ()),
         finished=job.store,
-        resumes=any(job.dist.all_gather_object(bool(job.store and job.changes))),
+        resumes=any(job.dist.all_gather_object(bool(job.store and job.plan.changes))),
         dist=job.dist,
     )
     runner = BlockRunner(
@@ -73,7 +73,7 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
     try:
         runner.verify()
     except UserError as error:
-        if job.changes or job.has_dense:
+        if job.plan.changes or job.plan.has_dense:
             raise
         runner.whole = True
         runner.verify()

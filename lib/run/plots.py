@@ -304,28 +304,3 @@ def overlap(cells: DataFrame, title: str, label: str, *, difference: bool = Fals
     axes.set_ylabel("block")
     figure.colorbar(image, ax=axes, label=label)
     return figure
-
-
-def likeness(pairs: DataFrame, correlations: Mapping[Any, float]) -> Figure:
-    """Draw what calibrating on another language costs, against how alike the two languages are.
-
-    `pairs` as of lib/commands/likeness.py; `correlations` of its columns with the cost.
-    """
-    title = "Calibrated on another language: bits per byte beyond calibration on itself"
-    figure, (*panels, by_block) = _panels(title, 3, 3, 4.2, 3.8)
-    shown = ("tokens", "share of its tokens that the other's text has")
-    shown = (shown, ("masks", "share of kept weights that both masks keep"))
-    for axes, (name, label) in zip(panels, shown, strict=True):
-        for index, (same, its) in enumerate(pairs.groupby("script")):
-            look = {"color": COLOURS[index], "marker": MARKERS[index], "linestyle": "none"}
-            axes.plot(
-                its[name], its["beyond"], label=f"{'same' if same else 'other'} script", **look
-            )
-        axes.set(title=f"{name}: rank correlation {correlations[name]:+.2f}", xlabel=label)
-    panels[0].legend()
-    panels[0].set_ylabel("bits per byte")
-    blocks = {block: value for block, value in correlations.items() if not isinstance(block, str)}
-    by_block.plot(list(blocks), list(blocks.values()), color=COLOURS[0], marker=MARKERS[0])
-    by_block.set(title="masks, block by block", xlabel="block", ylabel="rank correlation")
-    by_block.locator_params("x", integer=True)
-    return figure

@@ -27,29 +27,25 @@ from lib.vocabulary import NOTE, vocabulary_record
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
     """Return what is known of a run before its first step; see lib/run/results.py."""
-    args, method, device = job.args, job.args.prune_method, job.device
+    args, plan, device = job.args, job.plan, job.device
     dtype = runner.save_dtype or runner.model.dtype
     if device.type == "cpu":
         threads = torch.get_num_threads()
         about = f"{threads} thread{'s' * (threads > 1)}"
     else:
         about = torch.get_device_module(device).get_device_name(device)
-    if args.teacher or (job.quantises and not args.quantize):
-        done = "pruned before"
-    else:
-        done = args.quantize or ("recovered" if args.recover else "dense")
     return {
         "model": args.model,
-        "method": method or done,
-        "sparsity_type": args.sparsity_type if method else None,
-        "sparsity_ratio": args.sparsity_ratio if method else None,
+        "method": plan.name,
+        "sparsity_type": plan.kind if plan.method else None,
+        "sparsity_ratio": plan.sparsity.ratio if plan.method else None,
         "flags": vars(args),
         "seed": args.seed,
         "versions": {"langprune": lib.__version__} | versions(),
         "device": f"{device} ({about})",
         "processor": processor(),
         "footprint": {"before": footprint(runner.model)},
-        "dense_bytes": None if args.teacher else parameter_bytes(runner.model, dtype),
+        "dense_bytes": None if plan.teacher else parameter_bytes(runner.model, dtype),
         "fingerprint": job.fingerprint,
     }
 

@@ -99,7 +99,7 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
 
 def write_card(job: Job, folder: str | Path) -> None:
     """Write the card of the saved model in `folder`, with the figures that are known by now."""
-    sources = [source.text for source in job.sources if job.calibrated or job.schedule]
+    sources = [source.text for source in job.sources if job.plan.reads_train]
     sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
     card = model_card(job.results, sources, online=not local_only(job.checkpoint))
     write_text(Path(folder, CARD), card)

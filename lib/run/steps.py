@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from lib.eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
-from lib.methods.sparsity import NEURONS, SMALLER
+from lib.methods.registry import method_of
+from lib.methods.sparsity import NEURONS
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes
 from lib.model.reference import (
@@ -21,14 +22,17 @@ from lib.model.reference import (
     tail_of,
 )
 from lib.model.rows import keep_rows_
-from lib.packed.formats import FORMATS, Q4_0
-from lib.prune import Pruner, first_of
+from lib.packed.formats import FORMATS, Grid
+from lib.prune import Reached
+from lib.prune import prune as prune_blocks
 from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
 from lib.pruning.by_error import by_error
 from lib.pruning.check import measure
 from lib.pruning.experts import ExpertPruner
 from lib.pruning.neurons import NeuronPruner
-from lib.pruning.quantise import LlamaCppQuantiser, Quantiser, check_q4_0, q4_0_weights
+from lib.pruning.pruner import Pruner, first_of
+from lib.pruning.quantize import Quantizer
+from lib.pruning.quantize import check_quantized as check_quantized_weights
 from lib.recover import Recoverer
 from lib.run import plots, tasks
 from lib.run.job import Job
@@ -38,20 +42,13 @@ from lib.run.results import UNMEASURED, write_results
 from lib.run.save import close_store, save, write_card
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
-from lib.sparse import check_same_outputs, pack_, packed_weights, relative_difference
-from lib.util.errors import UserError
+from lib.sparse import check_same_outputs, pack_, relative_difference
 from lib.util.host import gib
 from lib.util.progress import progress
 from lib.vocabulary import PROOF_TOKENS
 
 __all__ = ["close_store", "load", "load_teacher", "resolve_bos", "save"]  # steps of main.run too
-
-
-class Reached:
-    """What pruning reached, for checks of later steps."""
-
-    sparsity = None  # by linear, if it must be reached
-    left_dense: frozenset[str] = frozenset()  # names of linears
+Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
@@ -91,31 +88,29 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
 
 def prune(job: Job, runner: BlockRunner) -> Reached:
     """Prune the linears of the blocks, or neurons or experts, and check what was reached."""
-    args, is_main, reached, size = job.args, job.dist.is_main, Reached(), 0
-    if args.sparsity_type in SMALLER:
-        size = parameter_bytes(runner.model, runner.save_dtype)
-        kind = NeuronPruner if args.sparsity_type == NEURONS else ExpertPruner
-        pruner = kind(runner, job.method, job.layout, job.left, args.seed)
+    plan, args, sparsity = job.plan, job.args, None
+    if not plan.method:
+        return Reached(measure(runner))
+    method = method_of(plan.method, plan.variant)
+    size = parameter_bytes(runner.model, runner.save_dtype)
+    if plan.removes:
+        kind = NeuronPruner if plan.removes == NEURONS else ExpertPruner
+        pruner = kind(runner, method, job.layout, job.left, args.seed)
     else:
         allocation = allocate(job, runner)
-        pruner = Pruner(runner, job.method, allocation)
-        if not args.use_variant:  # which only comes near the ratio
-            reached.sparsity = allocation.sparsity
-    with job.timed("prune"), progress(len(runner.blocks), "pruning", "block", is_main) as bar:
-        pruned = pruner.run(job.texts.windows, bar)
-    if not is_main:
-        return reached
-    print(*pruned.summary(), sep="\n", flush=True)
-    job.results["notes"] = pruned.summary()[1:]
-    if args.sparsity_type in SMALLER:
-        job.results[args.sparsity_type] = pruned.record() | {
+        pruner = Pruner(runner, method, allocation)
+        if not plan.variant:  # which only comes near the ratio
+            sparsity = allocation.sparsity
+    shown = progress(len(runner.blocks), "pruning", "block", job.dist.is_main)
+    with job.timed("prune"), shown as bar:
+        pruned, reached = prune_blocks(pruner, job.texts.windows, sparsity, bar)
+    job.print(*pruned.summary())
+    job.results |= {"notes": pruned.summary()[1:], "sparsity": reached.measured.shares()}
+    if plan.removes:
+        job.results[plan.removes] = pruned.record() | {
             "bytes_before": size,
             "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
         }
-    else:
-        reached.left_dense = frozenset(pruned.left_dense)
-    measured = measure(runner, reached.sparsity, reached.left_dense)
-    job.results["sparsity"] = measured.shares()
     return reached
 
 
@@ -123,7 +118,7 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
     """Return the sparsity of every linear."""
     args = job.args
     if args.allocation == "uniform":
-        return uniform(runner, job.sparsity)
+        return uniform(runner, job.plan.sparsity)
     allocation = kept_allocation(runner)
     if allocation is None:
         passes = 2 * len(runner.blocks)
@@ -140,14 +135,30 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
     return allocation
 
 
-def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached) -> Any:
-    """Train the kept weights, check that every zero is still zero, and return their grids."""
-    args, schedule, text = job.args, job.schedule, job.texts.training
-    before = measure(runner)
-    untouched = not (job.method or args.teacher)
+def quantize(job: Job, runner: BlockRunner, reached: Reached) -> Starts:
+    """Round linears on calibration text; return from where they are trained, if they are."""
+    plan, blocks = job.plan, len(runner.blocks)
+    masters = None
+    if plan.tokens:  # updates of a low rank leave no memory for float32 masters
+        masters = runner.save_dtype if job.schedule.rank else torch.float32
+    quantizer = Quantizer(runner, FORMATS[plan.format], masters)
+    shown = progress(blocks, "rounding", "block", job.dist.is_main)
+    with job.timed("quantize"), shown as bar:
+        quantizer.run(job.texts.windows, bar)
+    job.print(*quantizer.summary())
+    job.results["notes"] = job.results.get("notes", []) + quantizer.summary()[1:]
+    job.results["sparsity"] = reached.measure(runner).shares()
+    return quantizer.starts
+
+
+def recover(
+    job: Job, runner: BlockRunner, teacher: BlockRunner, reached: Reached, starts: Starts
+) -> dict[str, Tensor]:
+    """Train the kept weights, check that every zero is still zero, and return their scales."""
+    plan, schedule, text = job.plan, job.schedule, job.texts.training
     tests = {  # the windows on which evaluation compares with the dense model
         test.name: test.windows[compared_windows(len(test.windows))]
-        for test in ([] if untouched else job.texts.tests)
+        for test in (job.texts.tests if plan.method or plan.teacher or starts else [])
     }
     shown = progress(1 + len(tests), "measuring before", "text", job.dist.is_main)
     with job.timed("measure before"), shown as bar:
@@ -155,49 +166,21 @@ def recover(job: Job, runner: BlockRunner, teacher: BlockRunner, pruned: Reached
         bar(1)
         figures = perplexities(runner, list(tests.values()))
         bar(len(tests))
-    packed, form = {}, FORMATS[4]
-    if args.quantize:
-        packed, form = q4_0_weights(runner)[0], Q4_0()
-    elif args.replace_sparse_layers and args.pack_bits < 16:
-        packed = packed_weights(runner)
-    recoverer = Recoverer(
-        runner,
-        teacher,
-        schedule,
-        text,
-        whole=bool(job.layout or job.smaller or untouched or args.quantize),
-        packed=packed,
-        form=form,
-    )
+    whole = plan.trains_all or job.smaller
+    recoverer = Recoverer(runner, teacher, schedule, text, whole=whole, starts=starts)
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     job.print(*recoverer.summary())
     with job.timed("recover"), progress(tokens, "recovering", "token", job.dist.is_main) as bar:
         recoverer.run(bar)
-    after = measure(runner, pruned.sparsity, pruned.left_dense)
-    if lost := [name for name, zeros in before.zeros.items() if after.zeros[name] < zeros]:
-        raise UserError(f"--recover: {lost[0]} has lost zeros in training; report this")
     job.print(recoverer.line())
-    job.results["sparsity"] = after.shares()
+    job.results["sparsity"] = reached.measure(runner).shares()
     job.results["recovery"] = recoverer.record() | {
-        "teacher": args.teacher or args.model,
+        "teacher": job.args.teacher or job.args.model,
         "text": text.facts,
         "held_out": {"dense": held_out},
         "before": dict(zip(tests, (each["perplexity"] for each in figures), strict=True)),
     }
     return recoverer.scales
-
-
-def quantise(job: Job, runner: BlockRunner, pruned: Reached) -> None:
-    """Round linears on calibration text."""
-    is_main, blocks = job.dist.is_main, len(runner.blocks)
-    quantiser = (LlamaCppQuantiser if job.args.quantize else Quantiser)(runner)
-    with job.timed("quantise"), progress(blocks, "quantising", "block", is_main) as bar:
-        quantiser.run(job.texts.windows, bar)
-    if is_main:
-        print(*quantiser.summary(), sep="\n", flush=True)
-        job.results["notes"] = job.results.get("notes", []) + quantiser.summary()[1:]
-        measured = measure(runner, pruned.sparsity, pruned.left_dense)
-        job.results["sparsity"] = measured.shares()
 
 
 def first_logits(job: Job, runner: BlockRunner) -> Tensor:
@@ -207,23 +190,28 @@ def first_logits(job: Job, runner: BlockRunner) -> Tensor:
 
 
 def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
-    """Check and record that conversion to q4_0 will change no linear; `before`: `first_logits`."""
-    record = check_q4_0(runner)
+    """Check and record that conversion will change no linear; `before`: `first_logits`."""
+    record = check_quantized_weights(runner, FORMATS[job.plan.format])
     record["difference"] = relative_difference(before, first_logits(job, runner))
     job.results["quantized"] = record
     job.print(
-        f"q4_0: conversion by llama.cpp will change no value of {record['tensors']} tensors; "
-        f"logits have changed by {record['difference']:.2%}"
+        f"{record['format']}: conversion by llama.cpp will change no value of {record['tensors']} "
+        f"tensors; logits have changed by {record['difference']:.2%}"
     )
     if left := record["left"]:
         job.print(f"left at 16 bits, rows are no multiple of 32: {first_of(left)}")
 
 
-def pack(job: Job, runner: BlockRunner, grids: Any, unrounded: Any) -> None:
+def pack(
+    job: Job,
+    runner: BlockRunner,
+    scales: dict[str, Tensor] | None,
+    unrounded: Tensor | None,
+) -> None:
     """Pack every sparse linear; raises UserError if the outputs on a window are not the same."""
     window = job.texts.tests[0].windows[:1].to(job.device)
     with job.timed("pack"):
-        record = pack_(runner, FORMATS[job.args.pack_bits], window, grids, unrounded)
+        record = pack_(runner, FORMATS[job.plan.format], window, scales, unrounded)
     job.results |= record
 
 
@@ -262,7 +250,7 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
     options = dict(batch_size=job.batch_size, include_path=args.include_path)
     with job.timed("tasks"):
         results["tasks"] = tasks.run_tasks(runner.model, job.tokenizer, args.tasks, **options)
-        if job.changes and not args.teacher:
+        if job.plan.changes and not args.teacher:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
             runner.model.to("meta")  # its memory is the dense model's now
             with ExitStack() as cleanup:

@@ -93,7 +93,7 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
     passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
     if not job.teacher:
         return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
-    needs_zeros = job.schedule and not (job.args.quantize or job.smaller)
+    needs_zeros = job.schedule and not (job.plan.narrows or job.smaller)
     if needs_zeros and (zeros := measure(runner).overall) < LEAST_ZEROS:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "

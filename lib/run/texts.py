@@ -13,15 +13,15 @@ from lib.data.windows import TextTooShort, calibration_windows, test_set
 from lib.eval import needs_bos
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import default_bos_id
-from lib.run.flags import reads_train
 from lib.run.job import Job, Texts
+from lib.run.plan import Plan
 
 PUBLISHED = ("ubertext", "c4")  # which are measured on UberText
 SHORTEST = 128  # tokens: a shorter window is used only where it is asked for
 
 
 def named_sources(
-    args: argparse.Namespace,
+    args: argparse.Namespace, plan: Plan
 ) -> tuple[list[Source], list[Source], list[Source]]:
     """Return the sources for calibration, for the trimmed vocabulary, and for evaluation."""
     names = args.calibration_data or ["c4" if args.prune_on_c4 else "ubertext"]
@@ -29,9 +29,9 @@ def named_sources(
     flag += " (default)" if names == ["ubertext"] and not args.calibration_data else ""
     sources = parse_sources(names, flag, mixture=True, column=args.column)
     more = parse_sources(args.vocabulary_data or [], "--vocabulary_data", column=args.column)
-    uses_sources = args.calibration_data or args.prune_on_c4 or not more or reads_train(args)
+    uses_sources = plan.names_text or not more or plan.reads_train
     kept = [*sources, *more] if uses_sources else more
-    vocabulary_sources = list({s.text: s for s in kept}.values()) if args.trim_vocabulary else []
+    vocabulary_sources = list({s.text: s for s in kept}.values()) if plan.trims else []
     names = args.eval_data or default_tests([*sources, *vocabulary_sources])
     flag = "--eval_data" if args.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, column=args.column)
@@ -99,7 +99,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
 def _windows(job: Job, bos: int | None) -> Texts:
     args, texts = job.args, Texts(bos)
     common = dict(seqlen=job.seqlen, bos=bos)
-    if job.calibrated:
+    if job.plan.calibrated:
         texts.windows, texts.calibration = calibration_windows(
             job.sources, job.tokenizer, nsamples=args.nsamples, seed=args.seed, **common
         )

@@ -32,10 +32,11 @@ JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian 
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong flag in one line."""
+    """Reports a wrong flag in one line; `command` is its name in the console's list."""
 
-    def __init__(self, **options) -> None:
-        super().__init__(**{"allow_abbrev": False} | options)
+    def __init__(self, command: str = "prune", **options) -> None:
+        prog = typed(command).removeprefix("python ")
+        super().__init__(prog=prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         defer_to_rank0()
@@ -68,7 +69,7 @@ def make_parser(name: str, about: str | None, out: bool = False) -> argparse.Arg
 
     `out`: with `--out` for a folder of files, by default of the command's name.
     """
-    parser = Parser(prog=name, description=about.split("\n")[0])
+    parser = Parser(name, description=about.split("\n")[0])
     if out:
         parser.add_argument("--out", default=name, help=f"folder for the files (default: {name})")
     add_debug_flag(parser)

@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TYPES = ("q8_0", "q4_k_m", "q4_0", "q3_k_m")
 CHUNKS, WINDOW = 32, 512  # of the importance matrix, and tokens of each
 TEXT = 2_000_000  # characters of the train text, from which they come
-PACKED = "--prune_method admm --allocation error --replace_sparse_layers --pack_bits 4"
+PACKED = "--prune_method admm --allocation error --replace_sparse_layers --quantize int4"
 NEURONS = "--prune_method admm --sparsity_type neurons --sparsity_ratio"
 Q4_0 = " --quantize q4_0"
 # {label: series, flags of main.py, llama.cpp's types}

@@ -34,7 +34,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.pretrained import decoder_blocks
 from lib.packed import kernels
 from lib.packed.checkpoint import pack_embeddings_
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.linear import SparseLinear
 from lib.sparse import swap_linears_
 
@@ -95,7 +95,7 @@ def bench_product(
     copies = max(1, COPIES // dense.weight.nbytes)
     weights = [dense.weight.clone() for _ in range(copies)]
     held = {}
-    for bits, fmt in FORMATS.items():
+    for bits, fmt in PACKED.items():
         packed = SparseLinear.from_linear(dense, fmt)
         held[bits] = [copy.deepcopy(packed) for _ in range(2 * copies)]
     found: dict[str, list[float]] = {}
@@ -188,10 +188,10 @@ def made(args: argparse.Namespace) -> nn.Module:
 def packed_models(args: argparse.Namespace) -> dict[str, nn.Module]:
     """The dense model and, made of it, one of each packed kind."""
     models = {"dense": made(args)}
-    for bits, fmt in FORMATS.items():
+    for bits, fmt in PACKED.items():
         models[f"packed, {bits} bits"] = model = copy.deepcopy(models["dense"])
         swap_linears_(BlockRunner(model, CPU), fmt)
-    pack_embeddings_(model)  # at 4 bits, as --pack_bits 4 does
+    pack_embeddings_(model)  # at 4 bits, as --quantize int4 does
     return models
 
 

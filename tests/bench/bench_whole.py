@@ -36,7 +36,7 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
     """Return the stages in their order; each works on what one before it has saved."""
     saved = {name: str(folder / name / "model") for name in ("trimmed", "pruned", "recovered")}
     train, pack = ["--calibration_data", *data], ["--model", saved["recovered"]]
-    pack += ["--replace_sparse_layers", "--pack_bits"]
+    pack += ["--replace_sparse_layers"]
     prune = ["--model", saved["trimmed"], "--prune_method", "admm", "--allocation", "error", *train]
     again = ["--model", saved["pruned"], "--teacher", saved["trimmed"], *train]
     trim = ["--model", model, "--trim_vocabulary", "--vocabulary_data", *data]
@@ -45,8 +45,8 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
         "trimmed": ("+ vocabulary trimmed", trim),
         "pruned": ("+ half pruned by admm", prune),
         "recovered": (f"+ recovered, {tokens:,} tokens", [*again, "--recover", str(tokens)]),
-        "packed-16": ("+ packed, 16 bits", [*pack, "16", "--eval_only"]),
-        "packed-4": ("+ packed, 4 bits, embedding 8", [*pack, "4", *train]),
+        "packed-16": ("+ packed, 16 bits", [*pack, "--eval_only"]),
+        "packed-4": ("+ packed, 4 bits, embedding 8", [*pack, "--quantize", "int4", *train]),
     }
     made = []
     for name, (heading, own) in flags.items():

@@ -12,7 +12,7 @@ six minutes of one core. `compare` names what differs, with status 1 if anything
 only AFTER has are no difference.
 
 kinds.txt lists the kinds, beside those of METHODS and ARCHITECTURES. There `@name` is a model or
-text of place/, and flags in braces, which have since been retired, are tried first. A step begins
+text of place/, and of {OLD|NEW} the retired flags OLD are tried first, then NEW. A step begins
 with `ranks N:` (so many processes, as torchrun starts them), `resumed N:` (killed and started
 again) or `kill N:` (SIGKILL when file N+1 of --resume is complete and about to be renamed).
 """
@@ -98,8 +98,8 @@ def record(checkout: Path, out: Path, cuda: str | None, only: str) -> None:
     for name, steps in kinds().items():
         if only in name and name.startswith("cuda") == on_cuda:
             folder = runs / re.sub(r"\W+", "_", name)
-            for retired in (r"\1", ""):
-                spelled = [re.sub(r"\{(.*?)\}", retired, step) for step in steps]
+            for which in (r"\1", r"\2"):
+                spelled = [re.sub(r"\{(.*?)(?:\|(.*?))?\}", which, step) for step in steps]
                 failure = run_all(spelled, checkout, folder, place)
                 if not failure or spelled == steps:
                     break

@@ -67,7 +67,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     trained: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, "dense")
-    tiny.write_texts("uk", 40, 8)
+    tiny.write_texts("uk", 120, 8)
     Path("uk/test.jsonl").unlink()  # a tenth is held apart
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
     call, plan, runs = compress.call, compress.plan_time, []
@@ -119,7 +119,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
 
 def test_killed_it_continues_to_the_same_bytes(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, "dense")
-    tiny.write_texts("uk", 40, 8)
+    tiny.write_texts("uk", 120, 8)
     argv = "dense small --data uk --language uk --recover 8192 --device cpu".split()
     assert run(compress.main, argv) == 0
     Path("small").rename("whole")
@@ -151,7 +151,7 @@ def test_killed_it_continues_to_the_same_bytes(trained: Path, tmp_path: Path) ->
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
 def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
     tiny.write_model("dense")
-    tiny.write_texts("uk", 40, 4)
+    tiny.write_texts("uk", 120, 4)
     argv = "dense small --data uk --recover 128 --device cpu".split()
     worker = Worker([argv], tmp_path, program="lib.commands.compress")
     wait_until(lambda: children(worker.process.pid))
@@ -209,9 +209,9 @@ def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
 def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
     Path("lib").mkdir()  # a folder of the user's, which hides no module
     Path("lib/__init__.py").touch()
-    assert process.call("lib.commands.ubertext", "--help") == 0
-    assert process.call("lib.commands.ubertext", "nowhere", "new") == 1
-    assert "FOLDER_OF_DUMPS nowhere" in capfd.readouterr().err
+    assert process.call("lib.commands.unpack", "--help") == 0
+    assert process.call("lib.commands.unpack", "nowhere", "new") == 1
+    assert "nowhere" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--save", "mine"], "--save mine: holds no plan.json"),
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--language", "xx"], "--language xx: is no language"),
-        (["--", "--pack_bits", "5"], "--pack_bits"),
+        (["--", "--quantize", "q5"], "--quantize"),
         (["--save_model", "mine"], "--save_model: compress sets it"),
         (["--minuts", "3"], "unrecognized arguments: --minuts 3; --help lists all flags"),
     ],

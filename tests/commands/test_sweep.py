@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import tiny
 from processes import Worker
 from support import QUICK, Done, call, children, results, wait_until
 
-from lib.commands import languages, overlap, sweep, sweep_run
+from lib.commands import languages, sweep, sweep_run
 from lib.run.flags import build_parser
 from lib.util import command
 
@@ -76,15 +75,15 @@ def test_flags_of_a_run(texts) -> None:
     argv = ["--models", "m", *WANDA, "--calibration", f"{uk}=3,{en}=1", "--out", "o", "--seeds", 5]
     passed_on = ["--nsamples", "7", "--resume", "r", "--trim_vocabulary", "--recover", "999"]
     passed_on += ["--recover_ce", "0.5", "--allocation", "error", "--replace_sparse_layers"]
-    runs = planned(*argv, "--save_models", passed_on=[*passed_on, "--pack_bits", "4"])
+    runs = planned(*argv, "--save_models", passed_on=[*passed_on, "--quantize", "int4"])
     dense, wanda = map(build_parser().parse_args, runs.values())
     assert dense.eval_only and not dense.save_model and not dense.resume
     assert (dense.recover, dense.allocation, dense.nsamples) == (None, "uniform", 7)
-    assert not dense.replace_sparse_layers and dense.pack_bits == 16
+    assert not dense.replace_sparse_layers and dense.quantize is None
     assert dense.eval_data == wanda.eval_data == [str(uk), str(en)]
     assert wanda.calibration_data == [f"{uk}=3", f"{en}=1"]
     assert (wanda.seed, wanda.sparsity_ratio, wanda.nsamples) == (5, 0.5, 7)
-    assert (wanda.recover, wanda.recover_ce, wanda.pack_bits) == (999, 0.5, 4)
+    assert (wanda.recover, wanda.recover_ce, wanda.quantize) == (999, 0.5, "int4")
     name = "m/wanda-50-uk=0.75+en=0.25-seed5"
     assert wanda.save == f"o/{name}" and wanda.save_model == f"o/{name}/model"
     assert wanda.resume == f"r/{name}"  # finished blocks of two runs do not meet
@@ -235,23 +234,6 @@ def test_languages(trained, texts) -> None:
     assert 50 < shares[1] < 100 and shares[2] < 60  # both keep; chance
     refused = done(languages.main, trained, *texts, "--method", "magnitude")
     assert refused.status == 2 and "no text" in refused.complaints[-1]
-
-
-def test_likeness(trained, texts) -> None:
-    shutil.copytree(texts[0], "same")  # as Ukrainian, by another name
-    argv = [*texts, "same", "--seeds", 0, "--out", "runs", *PASSED]
-    said = done(languages.main, trained, *argv)
-    assert said.status == 0 and "the loss with masks of block 1: " in said.out, said.err
-    with Path("runs/overlap/likeness.csv").open() as file:
-        pairs = {(row["calibrated_on"], row["measured_on"]): row for row in csv.DictReader(file)}
-    alike, unlike = pairs["uk", "same"], pairs["en", "uk"]
-    assert len(pairs) == 6 and float(alike["beyond"]) == 0
-    assert float(alike["tokens"]) == float(alike["script"]) == float(alike["masks"]) == 1
-    assert float(unlike["tokens"]) < 1 and 0.5 < float(unlike["masks"]) < 1
-    assert Path("runs/overlap/likeness.png").stat().st_size > 10_000
-    shutil.rmtree("same")
-    said = done(overlap.main, *sorted(Path("runs").glob("*/wanda*")))
-    assert said.status == 0 and "not compared with the loss" in said.err and "same" in said.err
 
 
 def test_experts_that_languages_share(texts, tmp_path) -> None:

@@ -27,7 +27,7 @@ BASE += ["--calibration_data", "uk", "--eval_data", "uk"]
 PATTERNS = ["unstructured", "2:4", "4:8", "neurons"]
 ADMM = ["--prune_method", "admm", "--sparsity_type", "2:4"]
 RECOVER = ["--recover", "2560"]
-PACK = ["--replace_sparse_layers", "--pack_bits", "4"]
+PACK = ["--replace_sparse_layers", "--quantize", "int4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import whole
+from lib.pruning.quantise import LlamaCppQuantiser, check_q4_0, q4_0_weights
 from safetensors.torch import load_file
 from support import QUICK, results, runner_of, succeed, windows
 from torch import Tensor
@@ -14,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from lib.commands.gguf.command import main
 from lib.packed.formats import Q4_0
-from lib.pruning.quantise import LlamaCppQuantiser, check_q4_0, q4_0_weights
 
 pytest.importorskip("gguf.quants", reason=f"no converter: {whole.HOW}")
 import gguf  # noqa: E402  by itself, without the package, it would be this folder

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lib.methods.gptq import GPTQ
 from lib.methods.least_squares import FLOOR
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 
 CPU = torch.device("cpu")
 CODES = numpy.arange(-8, 8)
-INT4 = FORMATS[4]
+INT4 = PACKED[4]
 
 
 def problem(width: int, *outputs: int, tokens: int = 600):
@@ -28,11 +28,11 @@ def problem(width: int, *outputs: int, tokens: int = 600):
 def quantised(
     x: Tensor, weights: list[Tensor], dense: Tensor | None = None, sweeps: int = 2
 ) -> list[Tensor]:
-    method = GPTQ(x.shape[1], CPU)
+    method = GPTQ.to(INT4)(x.shape[1], CPU)
     method.sweeps = sweeps
     method.observe(x, dense)
     copies = [weight.clone() for weight in weights]
-    method.quantise_(copies)
+    method.quantize_(copies)
     return copies
 
 
@@ -139,9 +139,9 @@ def test_the_aim_is_what_the_model_computes_before_quantising() -> None:
         return (x @ matrix.T - dense @ weight.T).square().sum().item()
 
     assert error(repaired) < 0.8 * error(kept)
-    method, by_stream = GPTQ(96, CPU), weight.clone()
+    method, by_stream = GPTQ.to(INT4)(96, CPU), weight.clone()
     method.observe(x, residual_error=(dense - x) @ weight.T)
-    method.quantise_([by_stream])
+    method.quantize_([by_stream])
     assert torch.isclose(by_stream, repaired).float().mean() > 0.97
 
 

@@ -16,7 +16,7 @@ from lib.commands.unpack import unpack_folder
 from lib.methods.sparsity import n_of_m
 from lib.model.pretrained import decoder_blocks
 from lib.packed.errors import PackedError, PackedWarning
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.linear import SparseLinear
 from lib.sparse import swap_linears_
 from lib.util.command import run
@@ -56,7 +56,7 @@ def packed(dense, tmp_path_factory):
         patch.setattr("lib.packed.kernels.ready", lambda: False)
         for bits in BITS:
             model = AutoModelForCausalLM.from_pretrained(dense)
-            swap_linears_(runner_of(model), FORMATS[bits])
+            swap_linears_(runner_of(model), PACKED[bits])
             folders[bits] = tmp_path_factory.mktemp(f"packed{bits}")
             model.save_pretrained(folders[bits], max_shard_size="8KB")
     return folders
@@ -96,7 +96,7 @@ def on_grid(model, bits, dtype):
     linears = [m for m in decoder_blocks(model)[1].modules() if isinstance(m, nn.Linear)]
     for linear in linears if bits == 4 else ():
         weight = linear.weight.bfloat16()
-        rounded = FORMATS[4].round_to(weight, FORMATS[4].fit_scales(weight))
+        rounded = PACKED[4].round_to(weight, PACKED[4].fit_scales(weight))
         linear.weight.data = rounded.to(dtype)
     return model
 

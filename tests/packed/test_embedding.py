@@ -14,7 +14,7 @@ from lib.packed import kernels
 from lib.packed.checkpoint import pack_embeddings_
 from lib.packed.embedding import PackedEmbedding, PackedHead, dense_rows, quantise_rows
 from lib.packed.errors import PackedError
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.linear import multiplying
 from lib.sparse import pack_
 
@@ -26,7 +26,7 @@ TIED = {"Llama": False, "Gemma 3": True, "GPT-2": True}
 def packed_model(kind):
     model = tiny.ARCHITECTURES[kind]().eval().requires_grad_(False)
     prune_(model)
-    pack_(runner_of(model), FORMATS[4], IDS)
+    pack_(runner_of(model), PACKED[4], IDS)
     return model
 
 

@@ -6,10 +6,10 @@ import torch
 from lib.packed import layout
 from lib.packed.embedding import dense_rows, quantise_rows
 from lib.packed.errors import PackedError
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.layout import is_two_of_four, kept_of, row_offsets
 
-VALUES, INT4 = FORMATS[16], FORMATS[4]
+VALUES, INT4 = PACKED[16], PACKED[4]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 8), (5, 13), (16, 64), (3, 65), (2, 200), (7, 129)]
 
@@ -198,7 +198,7 @@ def test_what_integers_can_not_hold(quantise, value):
 def test_what_is_damaged_is_told(bits, part, change, word):
     weight = sparse(3, 13)
     weight[2, 12] = 0 if weight[2, :12].count_nonzero() + weight[:2].count_nonzero() & 1 else 1
-    fmt, nnz = FORMATS[bits], int(weight.count_nonzero())
+    fmt, nnz = PACKED[bits], int(weight.count_nonzero())
     packed = fmt.encode(weight)
     assert nnz % 2 and not fmt.problem(packed, 13, nnz)
     change(getattr(packed, part))

@@ -15,7 +15,7 @@ from support import LIMIT
 
 from lib.packed import kernels
 from lib.packed.embedding import dense_rows, quantise_rows
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.layout import row_offsets
 
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -53,12 +53,12 @@ def arguments(weight: torch.Tensor, bits: int) -> tuple[tuple, torch.Tensor]:
     rows, columns = weight.shape
     if bits == 8:  # nothing is pruned, and there is one mask
         codes, scale = quantise_rows(weight)
-        mask = FORMATS[16].encode(torch.ones(1, columns)).mask
+        mask = PACKED[16].encode(torch.ones(1, columns)).mask
         offsets = torch.arange(0, (rows + 1) * columns, columns)
         return (mask, codes.flatten(), offsets, scale), dense_rows(codes, scale).double()
-    packed = FORMATS[bits].encode(weight)
+    packed = PACKED[bits].encode(weight)
     parts = packed.mask, packed.weight, row_offsets(packed.mask), packed.scale
-    return parts, FORMATS[bits].decode(packed, columns).double()
+    return parts, PACKED[bits].decode(packed, columns).double()
 
 
 def off(y: torch.Tensor, exact: torch.Tensor) -> float:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lib.methods.sparsity import n_of_m
 from lib.packed import kernels
 from lib.packed import linear as packed_linear
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.layout import row_offsets
 from lib.packed.linear import SparseLinear, multiplying
 
@@ -39,7 +39,7 @@ def two_of_four_linear(rows=24, columns=40):
 
 
 def from_linear(linear, bits=16):
-    return SparseLinear.from_linear(linear, FORMATS[bits])
+    return SparseLinear.from_linear(linear, PACKED[bits])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,8 +49,8 @@ def from_linear(linear, bits=16):
 def test_linear_equals_dense(dtype, bias, columns, bits, monkeypatch):
     dense = dense_linear(columns=columns, bias=bias, dtype=dtype)
     if bits == 4:
-        scales = FORMATS[4].fit_scales(dense.weight)
-        dense.weight.data = FORMATS[4].round_to(dense.weight, scales).to(dtype)
+        scales = PACKED[4].fit_scales(dense.weight)
+        dense.weight.data = PACKED[4].round_to(dense.weight, scales).to(dtype)
     packed = from_linear(dense, bits)
     assert packed.dtype == dtype and torch.equal(packed.dense(), dense.weight)
     for shape in ((columns,), (3, columns), (2, 3, columns), (2, 1, 3, columns), (0, columns)):
@@ -80,7 +80,7 @@ def test_casts_copies_and_state(bits):
     if bits < 16:
         assert torch.equal(half.scale, scale) and half.weight.dtype == packed.weight.dtype
         assert torch.equal(half.half().float().scale, scale)
-    empty = SparseLinear(dense, packed.nnz, FORMATS[bits]).to("meta")
+    empty = SparseLinear(dense, packed.nnz, PACKED[bits]).to("meta")
     assert empty.offsets.is_meta and (empty.scale is None or empty.scale.is_meta)
     empty(torch.empty(2, 40, device="meta"))  # shapes alone
     empty = empty.to_empty(device="cpu")

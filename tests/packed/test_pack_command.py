@@ -1,4 +1,4 @@
-"""--replace_sparse_layers and --pack_bits through main.py: packed, saved, loaded, packed again."""
+"""--replace_sparse_layers, with --quantize int4 too, as runs of main.py: packed, saved, loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from support import QUICK, call, results, succeed, weights
 
 TEXTS = ["--calibration_data", "uk", "--eval_data", "uk"]
 WANDA = ["--prune_method", "wanda"]
-PACK = ["--replace_sparse_layers", "--pack_bits"]
+PACK = ["--replace_sparse_layers"]
+PACK4 = [*PACK, "--quantize", "int4"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def size(folder: Path) -> int:
 @pytest.mark.parametrize(("bits", "kind"), [(16, "2:4"), (4, "unstructured")])
 def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path) -> None:
     run("model", *WANDA, "--sparsity_type", kind, to=tmp_path / "dense")
-    done = run("model", *WANDA, *PACK, bits, "--sparsity_type", kind, to=tmp_path / "packed")
+    pack = PACK if bits == 16 else PACK4
+    done = run("model", *WANDA, *pack, "--sparsity_type", kind, to=tmp_path / "packed")
     assert "14 by the kernels" in done.out or "could not be built" in done.out
     found = results(tmp_path / "packed/out")
     assert found["packed"]["bits"] == bits and found["packed"]["linears"] == 14
@@ -59,23 +61,23 @@ def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path
 def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
     """Also of a model that was pruned before, and alike."""
     run("model", *WANDA, to=tmp_path / "pruned")
-    done = run("model", *WANDA, *PACK, 4, to=tmp_path / "once")
+    done = run("model", *WANDA, *PACK4, to=tmp_path / "once")
     assert "rounded 14 linears to 4 bits, column by column" in done.out
-    run(tmp_path / "pruned/model", *PACK, 4, to=tmp_path / "later")
+    run(tmp_path / "pruned/model", *PACK4, to=tmp_path / "later")
     one, two = weights(tmp_path / "once/model"), weights(tmp_path / "later/model")
     assert one.keys() == two.keys() and all(one[name].equal(two[name]) for name in one)
     assert results(tmp_path / "later/out")["calibration"]["windows"] == 8
     magnitude = ["--model", "model", *QUICK, "--eval_data", "uk", "--prune_method", "magnitude"]
     for text, rounded in (([], False), (["--calibration_data", "uk"], True)):
-        done = call(*magnitude, *text, *PACK, 4, "--save", tmp_path / f"magnitude {rounded}")
+        done = call(*magnitude, *text, *PACK4, "--save", tmp_path / f"magnitude {rounded}")
         assert done.status == 0 and ("column by column" in done.out) == rounded
 
 
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["--model", "falcon", *WANDA, *PACK, 4], ["--pack_bits 4", "FalconLinear"]),
-        (["--model", "model", *PACK, 4], ["no linear is smaller packed; prune with"]),
+        (["--model", "falcon", *WANDA, *PACK4], ["--replace_sparse_layers: no", "FalconLinear"]),
+        (["--model", "model", *PACK4], ["no linear is smaller packed; prune with"]),
     ],
 )
 def test_refused_in_one_line(argv: list[object], words: list[str], tmp_path: Path) -> None:
@@ -85,7 +87,7 @@ def test_refused_in_one_line(argv: list[object], words: list[str], tmp_path: Pat
 
 
 def test_a_packed_model_is_not_pruned_again(tmp_path: Path) -> None:
-    run("model", *WANDA, PACK[0], to=tmp_path)
-    for flags in (WANDA, [*PACK, 4], [PACK[0], "--eval_only"]):
+    run("model", *WANDA, *PACK, to=tmp_path)
+    for flags in (WANDA, [*PACK4], [*PACK, "--eval_only"]):
         done = call("--model", tmp_path / "model", *QUICK, *TEXTS, *flags)
         assert done.status == 1 and "unpack" in done.complaints[-1]

@@ -5,13 +5,13 @@ import copy
 import pytest
 import tiny
 import torch
-from support import prune_, runner_of, windows
+from support import packed_weights, prune_, runner_of, windows
 from torch import nn
 
 from lib import sparse
 from lib.packed import kernels
 from lib.packed.embedding import PackedEmbedding
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.linear import SparseLinear
 from lib.sparse import pack_, swap_linears_
 from lib.util.errors import UserError
@@ -40,7 +40,7 @@ def test_outputs_stay_and_the_record_tells_sizes(bits, built, monkeypatch, capsy
     dense = runner.blocks[0].self_attn.q_proj
     dense.weight[dense.weight == 0] = 1  # the first is not sparse
     before = logits(runner)
-    figures = pack_(runner, FORMATS[bits], WINDOW)
+    figures = pack_(runner, PACKED[bits], WINDOW)
     packed, out = figures["packed"], capsys.readouterr().out
     assert packed["bits"] == bits and packed["linears"] == 13
     linears = [m for m in runner.model.modules() if isinstance(m, SparseLinear)]
@@ -61,7 +61,7 @@ def test_embedding_and_head_are_packed_where_they_can_be(capsys):
             return super().forward(x)
 
     runner = pruned()
-    record = pack_(runner, FORMATS[4], WINDOW)["packed_embeddings"]
+    record = pack_(runner, PACKED[4], WINDOW)["packed_embeddings"]
     assert record["bits"] == 8 and record["modules"] == ["model.embed_tokens", "lm_head"]
     assert record["bytes"] == 2 * 320 * (32 + 4) and record["dense_bytes"] == 2 * 320 * 32 * 4
     assert 0 < record["difference"] < 0.1
@@ -70,7 +70,7 @@ def test_embedding_and_head_are_packed_where_they_can_be(capsys):
     head = runner.model.lm_head
     runner.model.lm_head = Head(32, 320, bias=False)
     runner.model.lm_head.weight = head.weight
-    assert "packed_embeddings" not in pack_(runner, FORMATS[4], WINDOW)
+    assert "packed_embeddings" not in pack_(runner, PACKED[4], WINDOW)
     assert "stay as they are: LlamaForCausalLM has a head of class Head" in capsys.readouterr().out
     assert type(runner.model.lm_head) is Head
 
@@ -79,17 +79,17 @@ def test_embedding_and_head_are_packed_where_they_can_be(capsys):
 def test_scales_of_another_matrix_are_refused():
     """What was trained on a grid is packed as it is, or not at all."""
     runner, scales = pruned(), {}
-    for name in sparse.packed_weights(runner):
+    for name in packed_weights(runner):
         weight = runner.model.get_parameter(name)
         weight *= 1 + 0.2 * torch.rand(weight.shape)
-        scales[name] = FORMATS[4].fit_scales(weight) * 1.125
-        weight.copy_(FORMATS[4].round_to(weight, scales[name]))
+        scales[name] = PACKED[4].fit_scales(weight) * 1.125
+        weight.copy_(PACKED[4].round_to(weight, scales[name]))
     other = runner_of(copy.deepcopy(runner.model))
     weights = {name: runner.model.get_parameter(name).clone() for name in scales}
-    swap_linears_(runner, FORMATS[4], scales)
+    swap_linears_(runner, PACKED[4], scales)
     for name, weight in weights.items():
         module = runner.model.get_submodule(name.removesuffix(".weight"))
         assert torch.equal(module.dense(), weight) and torch.equal(module.scale, scales[name])
     scales["model.layers.1.mlp.up_proj.weight"] *= 2
-    with pytest.raises(UserError, match="4: model.layers.1.mlp.up_proj is not what was packed"):
-        swap_linears_(other, FORMATS[4], scales)
+    with pytest.raises(UserError, match="int4: model.layers.1.mlp.up_proj is not what was packed"):
+        swap_linears_(other, PACKED[4], scales)

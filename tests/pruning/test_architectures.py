@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lib.model.pretrained import decoder_blocks
-from lib.prune import Pruned
+from lib.pruning.pruner import Pruned
 
 METHODS = ("magnitude", "sparsegpt", "admm")  # wanda takes the inputs that sparsegpt takes
 

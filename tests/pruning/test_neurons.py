@@ -17,8 +17,8 @@ from lib.methods.registry import method_of
 from lib.model.access import Checkpoint
 from lib.model.mlp import MlpLayout, find_mlps
 from lib.model.pretrained import decoder_blocks, skeleton
-from lib.prune import Smaller
 from lib.pruning.neurons import NeuronPruner, count_left
+from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
 
 NAMES = ["Llama", "Gemma 3", "GPT-2", "Phi", "GPT-NeoX", "Phi-3", "Gemma 3 multimodal"]

@@ -17,8 +17,8 @@ from lib.methods.registry import method_of
 from lib.model.access import Checkpoint
 from lib.model.experts import ExpertLayout, find_experts
 from lib.model.pretrained import decoder_blocks, skeleton
-from lib.prune import Smaller
 from lib.pruning.experts import ExpertPruner, count_left
+from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
 
 NAMES = ["Mixtral", "Qwen3-MoE", "OLMoE", "GPT-OSS", "DeepSeek-V3", "PhiMoE", "GraniteMoE", "Jamba"]

@@ -18,6 +18,7 @@ from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import fresh_copy
+from lib.packed.formats import PACKED, Grid
 from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
 from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
@@ -101,20 +102,21 @@ def trainer(
     runner.save_dtype = dtype
     runner.weights.finished, runner.weights.resumes = finished, finished is not None
     ids = windows(4, SEQLEN)
-    packed = {}
-    if grid:  # every linear that is a module
-        packed = {
-            f"{runner.name}.{path}.weight": isinstance(module, Conv1D)
-            for path, module in runner.blocks.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
+    starts = {}
+    for module in runner.blocks.modules() if grid else ():  # every linear that is a module
+        if isinstance(module, nn.Linear | Conv1D):
+            one = Grid(PACKED[4], isinstance(module, Conv1D))
+            masters = module.weight.data.clone()
+            one.fit_(masters)
+            module.weight.data.copy_(one.rounded(masters))
+            starts[id(module.weight)] = masters.to(dtype or masters.dtype) if rank else masters, one
     return Recoverer(
         runner=runner,
         teacher=teacher,
         schedule=more.pop("schedule", schedule(rank)),
         text=TrainingText(ids, torch.arange(2 * STEPS) % 4, ids[:2], {"sources": []}),
-        measure=more.pop("measure", lambda one, ids: divergence(teacher, one, ids)),
-        packed=packed,
+        measure=more.pop("measure", lambda one: {"loss": divergence(teacher, one, ids[:2])}),
+        starts=starts,
         **more,
     )
 
@@ -149,25 +151,23 @@ def test_learns_and_keeps_every_zero(name: str, way: str) -> None:
     one = trainer(name, **WAYS[way])
     model, dense = one.runner.model, state(one.teacher.model)
     before, seen = state(model), []
+    pruned_of = {key: part.values() == 0 for key, part in one.parts.items() if part.is_matrix}
     plain = one.measure
 
-    def measure(runner: BlockRunner, ids: Tensor) -> float:
+    def measure(runner: BlockRunner) -> dict[str, float]:
         assert_on_grids(one, {key: grid.scales for key, grid in one.grids.items()})
         seen.append([grid.scales.clone() for grid in one.grids.values()])
-        return plain(runner, ids)
+        return plain(runner)
 
     one.measure = measure
     one.run()
     after = state(model)
-    best, first = one.curve[one.best]["perplexity"], one.curve[0]["perplexity"]
-    assert best < (first if "grid" in way else 0.9 * first) and best == plain(
-        one.runner, one.text.held_out
-    )
+    best, first = one.curve[one.best]["loss"], one.curve[0]["loss"]
+    assert best < (first if "grid" in way else 0.9 * first)
+    assert best == plain(one.runner)["loss"]
     assert len(one.curve) == 1 + recover.MEASURED
-    masked = {key for key, part in one.parts.items() if part.is_matrix}
-    assert masked
-    for key in masked:
-        zero = before[key] == 0
+    assert pruned_of
+    for key, zero in pruned_of.items():
         assert zero.any() and (after[key][zero] == 0).all()
         if "grid" not in way:  # the sign of a zero is kept too
             assert torch.equal(
@@ -177,7 +177,7 @@ def test_learns_and_keeps_every_zero(name: str, way: str) -> None:
     for key, parameter in model.named_parameters():
         moved = not torch.equal(after[key], before[key])
         assert not moved or id(parameter) in trained, key
-        assert moved or key not in masked, key
+        assert moved or key not in pruned_of, key
     assert all(torch.equal(now, dense[key]) for key, now in state(one.teacher.model).items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert_on_grids(one, one.scales)
@@ -210,12 +210,12 @@ def test_the_best_is_kept_with_its_scales(best: int, way: str) -> None:
     figures, states = [9.0] * 11, []
     figures[best], figures[1] = 3.0, 4.0 if best else 9.0
 
-    def measure(runner: BlockRunner, _: Tensor) -> float:
+    def measure(runner: BlockRunner) -> dict[str, float]:
         scales = {key: grid.scales.clone() for key, grid in one.grids.items()}
         states.append((state(runner.model), scales))
         held = (part.parameter.data for part in one.parts.values() if not part.grid)
         assert all(torch.equal(values, values.to(BFLOAT16).float()) for values in held)
-        return figures[len(states) - 1]
+        return {"loss": figures[len(states) - 1], "perplexity": 1.0}
 
     one = trainer(**WAYS[way], dtype=BFLOAT16, measure=measure)
     one.run()
@@ -233,7 +233,7 @@ def test_batches_and_checkpoints_change_nothing_but_rounding() -> None:
         one = trainer(batch_size=batch_size, schedule=two)
         one.runner.checkpointed = checkpointed
         one.run()
-        found.append(one.curve[-1]["perplexity"])
+        found.append(one.curve[-1]["loss"])
     assert found[1] == found[2]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
@@ -277,9 +277,9 @@ def test_steps_are_plain_adamw_on_the_plain_loss() -> None:
     losses, _, expected = plain_adamw(one, clip=clip)
     falling = iter(range(100, 0, -1))
     three = dataclasses.replace(three, clip=clip)
-    one = trainer(models=models, schedule=three, measure=lambda *_: next(falling))
+    one = trainer(models=models, schedule=three, measure=lambda _: {"loss": next(falling)})
     one.run()
-    assert one.curve[-1]["loss"] == pytest.approx(losses[-1], rel=1e-4)
+    assert one.curve[-1]["trained"] == pytest.approx(losses[-1], rel=1e-4)
     off = clipping = 0.0
     for name, parameter in models[0].model.named_parameters():
         if name in expected:
@@ -339,8 +339,9 @@ def test_taken_up_again_it_ends_the_same(stop: int, way: str) -> None:
     """The best is kept across an interruption too: of step 10, between two fits of the scales."""
 
     def run(finished: Store | None, stop: int | None = None) -> Recoverer:
-        def measure(runner: BlockRunner, ids: Tensor) -> float:
-            return divergence(one.teacher, runner, ids) + (len(one.curve) != 5)
+        def measure(runner: BlockRunner) -> dict[str, float]:
+            loss = divergence(one.teacher, runner, one.text.held_out)
+            return {"loss": loss + (len(one.curve) != 5)}
 
         def on_progress(tokens: int, note: str = "") -> None:
             steps.append(note)

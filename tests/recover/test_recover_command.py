@@ -21,7 +21,7 @@ TOKENS = STEPS * 256 + 9
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--eval_data", "uk"]
 RECOVER = ["--recover", TOKENS, "--recover_rate", "0.01"]
 PRUNE = ["--prune_method", "wanda", "--sparsity_type", "2:4"]
-PACK = ["--replace_sparse_layers", "--pack_bits", "4"]
+PACK = ["--replace_sparse_layers", "--quantize", "int4"]
 pytestmark = pytest.mark.usefixtures("at_place")
 
 
@@ -102,10 +102,11 @@ def test_a_model_that_was_pruned_before(tmp_path: Path, monkeypatch) -> None:
     argv = ["--prune_method", "magnitude", "--sparsity_ratio", "0.6"]
     _, first = run(tmp_path / "first", *argv)
     pruned = tmp_path / "first/model"
-    argv = ["--model", pruned, "--teacher", "model", *RECOVER, *PACK]
+    argv = ["--model", pruned, "--teacher", "model", *RECOVER]
     _, second = run(tmp_path / "second", *argv)
     pruned_only = first["evaluation"][0]["compared_perplexity"]
     assert second["recovery"]["before"]["uk"] == pytest.approx(pruned_only)
+    _, second = run(tmp_path / "second", *argv, *PACK)
     assert second["recovery"]["teacher"] == "model"
     curve = [point["perplexity"] for point in second["recovery"]["curve"]]
     assert min(curve) < curve[0]
@@ -172,6 +173,19 @@ def test_q4_0_as_it_was_measured(model: str, flags: list[str], tmp_path: Path) -
         assert found["recovery"]["kept"]["perplexity"] == min(curve)
     else:
         assert found["evaluation"][0]["kl"] > 0 and found["method"] == "q4_0"
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "int4"])
+def test_training_that_does_not_help_leaves_what_was_rounded_on_text(
+    kind: str, tmp_path: Path
+) -> None:
+    argv = ["--quantize", "q4_0"] if kind == "q4_0" else [*PRUNE, *PACK]
+    run(tmp_path / "rounded", *argv)
+    done, found = run(tmp_path / "trained", *argv, "--recover", 512, "--recover_rate", "0.9")
+    assert "nothing was better than the model before it" in done.out
+    assert found["recovery"]["kept"]["tokens"] == 0
+    rounded, trained = (weights(tmp_path / name / "model") for name in ("rounded", "trained"))
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in rounded.items())
 
 
 REFUSED = {

@@ -85,12 +85,12 @@ def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
 
 def test_a_packed_folder_tells_how_it_is_loaded_and_unpacked() -> None:
     found = made(packed={"bits": 4})
-    found["flags"] = found["flags"] | {"replace_sparse_layers": True, "pack_bits": 4}
+    found["flags"] = found["flags"] | {"replace_sparse_layers": True, "quantize": "int4"}
     head, text = parsed(found)
     assert "library_name" not in head and head["base_model_relation"] == "quantized"
     assert "kept weights as 4-bit integers" in text
     assert "import packed_bitmask" in text and "from_pretrained('small')" in text
-    assert "langprune unpack small small-dense" in text and "--pack_bits 4" in text
+    assert "langprune unpack small small-dense" in text and "--quantize int4" in text
 
 
 def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:

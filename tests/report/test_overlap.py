@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from lib.commands.overlap import block_and_linear, compare_masks, draw, main, shares
 from lib.packed.checkpoint import PackedConfig
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -116,7 +116,7 @@ def test_packed_checkpoints_count_like_dense_ones(tmp_path: Path) -> None:
         score = torch.rand(6, 13, generator=generator)
         weight = score.masked_fill(score < 0.4, 0)
         plain.append(save(tmp_path / f"{index}" / "plain", {Q.format(0): weight}))
-        mask, values, _ = FORMATS[16].encode(weight)
+        mask, values, _ = PACKED[16].encode(weight)
         tensors = {f"{name}.weight": values, f"{name}.mask": mask}
         packed.append(save(tmp_path / f"{index}" / "packed", tensors))
         config = PackedConfig({name: [6, 13, len(values)]}, 16).to_dict()

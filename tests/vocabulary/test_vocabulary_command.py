@@ -23,7 +23,6 @@ from transformers import (
 
 import lib.data.tokenizer
 import lib.run.steps
-from lib.run.console import program
 
 pytestmark = pytest.mark.usefixtures("at_place")
 ROWS = 640  # more than the tokenizer has
@@ -49,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
-    """The vocabulary alone, by its name in launch.sh, and the run's folder."""
+    """The vocabulary alone, and the run's folder."""
     folder = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
@@ -101,11 +100,9 @@ def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
     assert second["vocabulary"]["rows_before"] == ROWS
 
 
-def test_by_its_name(tmp_path: Path) -> None:
-    argv = ["model", str(tmp_path / "OUT"), "--vocabulary_data", "uk", "en", *QUICK]
-    done = call(*program("vocabulary", argv)[1], "--save", tmp_path / "run")
+def test_for_two_languages(tmp_path: Path) -> None:
+    done = call(*TRIM, "--vocabulary_data", "uk", "en", "--save", tmp_path / "run")
     assert "uk: all 9 test" in done.out and "en: all 9 test" in done.out
-    assert (tmp_path / "OUT/tokenizer.json").exists()
 
 
 def test_trimmed_first_then_all_as_on_a_model_trimmed_before(
@@ -149,12 +146,14 @@ def test_a_teacher_with_more_tokens(alone: tuple[Done, Path], tmp_path: Path) ->
         assert found.status == 0, found.err
         losses.append([one["loss"] for one in results(tmp_path / "out")["recovery"]["curve"]])
     assert losses[0] == losses[1]
-    argv += ["--trim_vocabulary", "--vocabulary_size", 330, "--save", tmp_path / "both"]
-    both = call(*argv, "--teacher", "model")
+    few = kinds.texts(UK[:2], 60, 1), kinds.texts(UK[:2], 9, 2)
+    few = tiny.write_texts(tmp_path / "few", train=few[0], test=few[1])
+    argv += ["--trim_vocabulary", "--calibration_data", few, "--save", tmp_path / "both"]
+    both = call(*argv, "--eval_data", few, "--teacher", "model")
     assert both.status == 0, both.err  # trimmed once more, further
     record = results(tmp_path / "both")["vocabulary"]
-    assert record["rows"] == 330
-    assert record["rows_before"] == results(folder / "out")["vocabulary"]["rows"]
+    before = results(folder / "out")["vocabulary"]["rows"]
+    assert record["rows"] < record["rows_before"] == before
 
 
 def test_tables_of_layers_in_a_model_that_is_measured_as_a_whole(tmp_path: Path) -> None:
@@ -177,18 +176,16 @@ def test_tables_of_layers_in_a_model_that_is_measured_as_a_whole(tmp_path: Path)
 
 
 BAD = {
-    "no train text": (["--vocabulary_data", "untaught"], 1, "--vocabulary_data untaught: no train"),
-    "small": (["--vocabulary_size", "99"], 1, "--vocabulary_size 99: bytes, special tokens and"),
-    "zero": (["--vocabulary_size", "0"], 2, "--vocabulary_size: 0: must be at least 1"),
-    "slow": (["--model", "slow"], 1, "is a slow one (ByT5Tokenizer, without a tokenizer"),
-    "words": (["--model", "words"], 1, "the tokenizer of --model words is of the kind WordLevel"),
-    "few rows": (["--model", "few"], 1, "but the embedding of --model few has 512 rows"),
+    "no train text": (["--vocabulary_data", "untaught"], "--vocabulary_data untaught: no train"),
+    "slow": (["--model", "slow"], "is a slow one (ByT5Tokenizer, without a tokenizer"),
+    "words": (["--model", "words"], "the tokenizer of --model words is of the kind WordLevel"),
+    "few rows": (["--model", "few"], "but the embedding of --model few has 512 rows"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case: str, place: Path, no_weights: None) -> None:
-    argv, status, words = BAD[case]
+    argv, words = BAD[case]
     if "slow" in argv:
         tiny.write_model("slow", tokenizer=ByT5Tokenizer())
     if "words" in argv:
@@ -198,7 +195,7 @@ def test_bad_input(case: str, place: Path, no_weights: None) -> None:
         few = tiny.tiny_llama(vocab_size=512)
         tiny.write_model("few", few, kinds.byte_level(regex=False))
     found = call(*TRIM, "--vocabulary_data", "uk", *argv)
-    assert found.status == status, found
+    assert found.status == 1, found
     (line,) = found.complaints
     assert words in line
 

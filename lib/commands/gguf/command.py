@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    gguf_parser = Parser(prog="gguf", description=__doc__.splitlines()[0])
+    gguf_parser = Parser("gguf", description=__doc__.splitlines()[0])
     gguf_parser.add_argument("source", metavar="IN", help="folder of a model, as main.py saves it")
     gguf_parser.add_argument("out", metavar="OUT.gguf", help="new file to write")
     gguf_parser.add_argument(

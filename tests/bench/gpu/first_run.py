@@ -195,12 +195,12 @@ WANDA = ["--prune_method", "wanda", "--sparsity_type", "2:4"]
 ADMM = ["--prune_method", "admm", "--sparsity_type", "2:4"]
 RECOVERED = [*WANDA, "--recover", "2048"]
 BY_ERROR = ["--prune_method", "sparsegpt", "--allocation", "error"]
-PACKED = [*WANDA, "--replace_sparse_layers", "--pack_bits"]
+PACKED = [*WANDA, "--replace_sparse_layers"]
 CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "methods": check_methods,
     "2:4 products": check_products,
-    "packed, 16 bits": lambda runs: runs.loaded_again(*PACKED, "16"),
-    "packed, 4 bits": lambda runs: runs.loaded_again(*PACKED, "4"),
+    "packed, 16 bits": lambda runs: runs.loaded_again(*PACKED),
+    "packed, 4 bits": lambda runs: runs.loaded_again(*PACKED, "--quantize", "int4"),
     "fetched blocks": same_bytes(ADMM, [*ADMM, "--offload", "@away"]),
     "recovery, twice": same_bytes(RECOVERED, RECOVERED),
     "allocation, twice": same_bytes(BY_ERROR, BY_ERROR),

@@ -1,24 +1,24 @@
-"""A pruned model quantised block by block, on linears of every kind: what is, and to what."""
+"""A pruned model quantized block by block, on linears of every kind: what is, and to what."""
 
 from __future__ import annotations
 
 import pytest
 import tiny
 import torch
-from support import prune_, runner_of, windows
+from support import packed_weights, prune_, runner_of, windows
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.packed.formats import FORMATS
+from lib.packed.formats import PACKED
 from lib.packed.linear import SparseLinear
-from lib.prune import UNREACHED
-from lib.pruning.quantise import Quantiser
-from lib.sparse import packed_weights, swap_linears_
+from lib.pruning.pruner import UNREACHED
+from lib.pruning.quantize import Quantizer
+from lib.sparse import swap_linears_
 from lib.util.errors import UserError
 
-INT4 = FORMATS[4]
+INT4 = PACKED[4]
 # fused, transposed, stacked, shared, and by a forward of their own
 NAMES = ["Llama", "Phi-3", "GPT-2", "OPT", "BLOOM", "Falcon", "Mixtral", "GPT-OSS", "DeepSeek-V3"]
 NAMES += ["JetMoE", "Mamba", "RWKV", "Jamba", "Zamba2", "Gemma 3 multimodal"]
@@ -30,10 +30,10 @@ def pruned(model: PreTrainedModel) -> BlockRunner:
     return runner
 
 
-def quantise_(runner: BlockRunner) -> Quantiser:
-    quantiser = Quantiser(runner)
-    quantiser.run(windows(5))
-    return quantiser
+def quantize_(runner: BlockRunner) -> Quantizer:
+    quantizer = Quantizer(runner, INT4)
+    quantizer.run(windows(5))
+    return quantizer
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -42,25 +42,25 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_quantised_is_what_is_packed(name: str) -> None:
+def test_what_is_quantized_is_what_is_packed(name: str) -> None:
     runner = pruned(tiny.ALL[name]())
     before, names = parameters(runner.model), packed_weights(runner)
     if name == "Falcon":  # its linears have a forward of their own, and none is packed
         with pytest.raises(UserError, match="no linear is smaller packed"):
-            quantise_(runner)
+            quantize_(runner)
         return
-    quantiser = quantise_(runner)
+    quantizer = quantize_(runner)
     after = parameters(runner.model)
-    reached = {f"{linear}.weight" for linear in quantiser.done.pruned}
+    reached = {f"{linear}.weight" for linear in quantizer.done.pruned}
     assert reached <= names.keys() and len(reached) > len(names) / 2
     places = {key: runner.model.get_parameter(key).data_ptr() for key in before}
-    shared = {places[key] for key in reached}
+    rounded = {places[key] for key in names}
     for key, weight in before.items():
-        assert torch.equal(after[key], weight) == (places[key] not in shared), key
-        if places[key] in shared:
+        assert torch.equal(after[key], weight) == (places[key] not in rounded), key
+        if places[key] in rounded:
             assert bool((after[key][weight == 0] == 0).all()), key
     swap_linears_(runner, INT4)
-    for key in reached:
+    for key in names:
         module = runner.model.get_submodule(key.removesuffix(".weight"))
         assert isinstance(module, SparseLinear) and module.fmt.bits == 4
         dense = module.dense(torch.float32)
@@ -80,7 +80,7 @@ def test_later_linears_make_up_for_what_earlier_ones_lost() -> None:
     nearest = runner.model(input_ids=ids, use_cache=False).logits
     for key, weight in weights.items():
         runner.model.get_parameter(key).copy_(weight)
-    quantise_(runner)
+    quantize_(runner)
     quantised = runner.model(input_ids=ids, use_cache=False).logits
     assert (quantised - before).norm() < 0.8 * (nearest - before).norm()
 
@@ -97,8 +97,8 @@ class Unused(nn.Module):
 
 
 @torch.no_grad()
-def test_what_stays_as_it_is() -> None:
-    """A linear with few zeros is left, and one that no token reaches is named."""
+def test_what_is_not_rounded_on_text() -> None:
+    """A linear with few zeros is left, and one that no token reaches is rounded by itself."""
     model = tiny.tiny_llama()
     few = model.model.layers[1].mlp.up_proj
     kept = few.weight.clone()
@@ -108,7 +108,7 @@ def test_what_stays_as_it_is() -> None:
     unreached = never.clone()
     runner = pruned(model)
     few.weight.copy_(kept)
-    quantiser = quantise_(runner)
-    assert torch.equal(few.weight, kept) and torch.equal(never, unreached)
+    quantizer = quantize_(runner)
+    assert torch.equal(few.weight, kept) and torch.equal(never, INT4.nearest(unreached))
     line = f"rounded to nearest, {UNREACHED}: model.layers.0.mlp.never"
-    assert quantiser.summary() == ["rounded 13 linears to 4 bits, column by column", line]
+    assert quantizer.summary() == ["rounded 13 linears to 4 bits, column by column", line]

@@ -1,0 +1,366 @@
+"""Prune a model block by block: observe what its linears receive, solve, propagate."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.methods.base import PruningMethod
+from lib.model.blocks import BlockRunner, HiddenStates
+from lib.model.linears import eager_experts, find_linears
+from lib.model.matrix import PrunableLinear
+from lib.model.pretrained import set_field
+from lib.packed.layout import all_finite
+from lib.pruning.allocation import Allocation
+from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
+from lib.pruning.ordered import OrderedBlock, Stage, find_order
+from lib.util.errors import RunWarning, UserError
+
+UNREACHED = "no calibration token reached it, or it is used without being called"
+
+
+@dataclass
+class BlockNotes:
+    """What pruning one block gave to report, as it is kept with the block."""
+
+    pruned: list[str] = field(default_factory=list)  # linears
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # method: experts
+    warnings: list[str] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)  # neurons or experts that stay
+    routed: list[float] = field(default_factory=list)  # share of the tokens sent to each expert
+
+
+@dataclass
+class Pruned:
+    """What was pruned, in weights by linear, and what was left dense, with the reason."""
+
+    pruned: dict[str, int] = field(default_factory=dict)
+    left_dense: dict[str, tuple[int, str]] = field(default_factory=dict)
+    notes: list[BlockNotes] = field(default_factory=list)
+    weights_before: int = 0  # of the blocks
+    weights_after: int = 0
+
+    @property
+    def warnings(self) -> list[str]:
+        return [warning for notes in self.notes for warning in notes.warnings]
+
+    def summary(self) -> list[str]:
+        """Lines for the user: nothing is left dense silently."""
+        pruned, left = sum(self.pruned.values()), sum(n for n, _ in self.left_dense.values())
+        by_reason: dict[str, list[str]] = {}
+        for name, (_, reason) in self.left_dense.items():
+            by_reason.setdefault(f"left dense, {reason}", []).append(name)
+        for notes in self.notes:
+            for method, experts in notes.fallbacks.items():
+                reason = f"pruned by {method}, too few tokens were routed to them"
+                by_reason.setdefault(reason, []).extend(experts)
+        left_dense = f"; left {left:,} weights of the blocks dense" if left else ""
+        return [
+            f"pruned {pruned:,} weights in {len(self.pruned)} linears{left_dense}",
+            *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
+            *self.warnings,
+        ]
+
+
+@dataclass
+class Smaller(Pruned):
+    """Which neurons or experts went, of `before` in each block, of which `left` stay."""
+
+    kind: str = ""
+    before: int = 0
+    left: int = 0
+
+    def summary(self) -> list[str]:
+        cut = sum(bool(notes.kept) for notes in self.notes)
+        share = 1 - self.weights_after / self.weights_before
+        return [
+            f"removed {self.before - self.left} of {self.before} {self.kind} in each of {cut} "
+            f"blocks, {share:.1%} of the blocks' weights",
+            *self.warnings,
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """The record for results.json."""
+        every = set(range(self.before))
+        return {
+            "before": self.before,
+            "after": self.left,
+            "weights_before": self.weights_before,
+            "weights_after": self.weights_after,
+            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
+            "routed": [notes.routed for notes in self.notes],
+        }
+
+
+def first_of(names: list[str]) -> str:
+    """Name the first three, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def count_weights(runner: BlockRunner) -> int:
+    return sum(p.numel() for block in runner.blocks for p in block.parameters())
+
+
+class Pruner:
+    """Prunes every linear of every block in place; embeddings and the output head stay dense.
+
+    `method` makes an object for each input; `allocation`: how sparse each linear becomes. The
+    result is reported in `done`. This class walks the blocks; a subclass that does something else
+    to them says to which linears (`_linears`), and what (`_change_`).
+    """
+
+    stage = "block"  # the name under which --resume keeps finished blocks
+
+    def __init__(
+        self, runner: BlockRunner, method: type[PruningMethod], allocation: Allocation
+    ) -> None:
+        self.runner = runner
+        self.method = method
+        self.allocation = allocation
+        self.dist = runner.dist
+        self.save_dtype = runner.save_dtype  # to which what is pruned is rounded
+        self.done = Pruned()
+        # weights that several blocks share are pruned once, where tokens reach them first
+        count = Counter(id(p) for block in runner.blocks for p in block.parameters())
+        self.shared = {key for key, times in count.items() if times > 1}
+        self.shared_done: set[tuple[int, int | None]] = set()
+        # of classes of blocks: the linears of the first, and their order
+        self.orders: dict[tuple, tuple[list[PrunableLinear], list[Stage]]] = {}
+        # from another memory they would take longer to come than to be computed again
+        on_device = torch.device(runner.state_device).type == runner.device.type
+        self.cache_inputs = runner.cache_inputs and on_device
+        self.states: HiddenStates | None = None  # before the next block
+        self.dense_states: HiddenStates | None = None  # the same in the untouched model
+
+    @torch.no_grad()
+    def run(
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
+    ) -> Pruned:
+        """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
+
+        `on_progress(1)` is called after each block. Raises UserError where a weight or an
+        activation is not finite.
+        """
+        runner = self.runner
+        self.done.weights_before = count_weights(runner)
+        with eager_experts(runner.model):
+            if self.method.observes:
+                own, self.idle = own_windows(windows, self.dist)
+                self.states = runner.capture(own)
+            if self.method.dense_stream:
+                hidden = runner.transfer.copy(self.states.hidden)
+                self.dense_states = replace(self.states, hidden=hidden)
+            for index in range(len(runner.blocks)):
+                with runner.on_device(index, write_back=True):
+                    self._block_(index)
+                on_progress(1)
+        self.done.weights_after = count_weights(runner)
+        return self.done
+
+    def _block_(self, index: int) -> None:
+        """Prune one block, or load it as it was finished, and take the streams through it."""
+        runner, states, ordered = self.runner, self.states, None
+        dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
+        need_outputs = states is not None and index + 1 < len(runner.blocks)
+        self.done.notes.append(BlockNotes())
+        # of blocks that are not fetched they were checked when they were loaded
+        for linear in runner.linears(index) if not runner.weights.resident else ():
+            linear.check_finite(runner.named)
+        linears = self._linears(index)
+        if not self._restore_(index, linears):
+            if dense and linears:
+                ordered = OrderedBlock(
+                    runner=runner,
+                    states=states,
+                    index=index,
+                    order=self._order(index, linears),
+                    dense=dense,
+                    dense_states=self.dense_states,
+                    method=self.method,
+                    cache_inputs=self.cache_inputs,
+                    need_outputs=need_outputs,
+                )
+            written = self._prune_(index, linears, ordered)
+            self._finish_(index)
+            # of quantised linears --resume keeps what their codes are made of
+            matrices = {
+                linear.name.removeprefix(f"{runner.name}.{index}."): written[linear.name]
+                for linear in linears
+                if linear.is_quantised and linear.name in written
+            }
+            notes = vars(self.done.notes[-1])
+            runner.weights.save(index, notes, matrices, stage=self.stage)
+        for linear in linears:
+            if linear.name not in self.done.pruned:
+                self.done.left_dense[linear.name] = prod(linear.shape), UNREACHED
+        if not need_outputs:
+            return
+        if ordered:
+            ordered.advance_()
+        else:
+            if dense:
+                runner.advance_(self.dense_states, index, dense)
+            runner.advance_(states, index)
+        states.block_args[index] = []  # the block's recorded arguments are not needed again
+
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        """The block's linears that are still to be changed; the others are reported."""
+        linears, left_dense = find_linears(self.runner.blocks[index], f"{self.runner.name}.{index}")
+        self.done.left_dense |= left_dense
+        return [linear for linear in linears if weight_key(linear) not in self.shared_done]
+
+    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
+        """Load the block and its notes if an interrupted run has finished it; whether it has."""
+        facts = self.runner.weights.restore(index, stage=self.stage)
+        if facts is None:
+            return False
+        notes = BlockNotes(**facts)
+        self.done.notes[-1] = replace(notes, pruned=[])
+        for linear in linears:
+            if linear.name in notes.pruned:
+                self._mark_pruned(linear)
+        return True
+
+    def _finish_(self, index: int) -> None:
+        """Share the notes of all processes, once the block's linears are pruned."""
+        notes = self.done.notes[-1]
+        of_all = self.dist.all_gather_object((notes.warnings, notes.kept))
+        notes.warnings, notes.kept = (sum(lists, []) for lists in zip(*of_all, strict=True))
+
+    def _order(self, index: int, linears: list[PrunableLinear]) -> list[Stage]:
+        """The order in which the linears' inputs are taken, tried once for a class of blocks."""
+        prefix = f"{self.runner.name}.{index}."
+        names = [(linear.name.removeprefix(prefix), linear.shape) for linear in linears]
+        key = type(self.runner.blocks[index]), *names
+        if key not in self.orders:
+            self.orders[key] = linears, find_order(self.runner, self.states, index, linears)
+        first, order = self.orders[key]
+        own = dict(zip(first, linears, strict=True))
+        return [replace(stage, linears=[own[one] for one in stage.linears]) for stage in order]
+
+    def _prune_(
+        self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
+    ) -> dict[str, Tensor]:
+        """Observe and prune, stage by stage or all at once; {linear's name: what it now holds}."""
+        runner, method = self.runner, self.method
+        if self.states is None:
+            return self._solve_(
+                [Group([one], method(one.shape[1], runner.device)) for one in linears]
+            )
+        written: dict[str, Tensor] = {}
+        stages = [stage.linears for stage in ordered.order] if ordered else [linears]
+        for place, stage in enumerate(stages):
+            if ordered:
+                groups = ordered.observe(place)
+            else:
+                passes = ((run, {}) for _, run in runner.iter_batches(self.states, index))
+                groups = observe(runner, linears, method, passes)
+            for group in groups if self.idle else ():
+                for statistic in group.method.statistics():
+                    statistic.zero_()
+                group.method.tokens = 0
+            written |= self._solve_(merge(groups, stage, method, runner))
+        return written
+
+    def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
+        """Solve this process's groups, and store those of all processes."""
+        sums = [self.dist.all_reduce_(group.method.statistics()) for group in groups]
+        owners = self.dist.assign_owners([group.cost for group in groups])
+        written: dict[str, Tensor] = {}
+        for group, owner, works in zip(groups, owners, sums, strict=True):
+            self.dist.wait(works)
+            if group.fallback:
+                self.done.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
+            if owner == self.dist.rank:
+                for linear, matrix in zip(group.linears, self._solved(group), strict=True):
+                    self._store_(linear, matrix)
+                    written[linear.name] = matrix
+        self.dist.barrier()
+        for group, owner in zip(groups, owners, strict=True) if self.dist.size > 1 else ():
+            for linear in group.linears:
+                matrix = written.get(linear.name)
+                if matrix is None:
+                    dtype, device = linear.saved_dtype(self.save_dtype), linear.raw_weight.device
+                    matrix = torch.empty(linear.shape, dtype=dtype, device=device)
+                matrix = self.dist.broadcast_(matrix, owner)
+                if owner != self.dist.rank:
+                    self._store_(linear, matrix)
+                written[linear.name] = matrix
+        return written
+
+    def _solved(self, group: Group) -> list[Tensor]:
+        """The group's matrices (out, in), pruned, in the dtype in which they are saved."""
+        _check_finite(group.method.statistics(), f"{group.names}: activations are not finite")
+        matrices = [linear.matrix() for linear in group.linears]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                self._change_(group, matrices)
+            except UserError as error:
+                raise UserError(f"{group.names}: {error}") from error
+        for warning in caught:
+            prefix = "" if issubclass(warning.category, RunWarning) else f"{group.names}: "
+            self.done.notes[-1].warnings.append(f"{prefix}{warning.message}")
+        solved = []
+        for linear, matrix in zip(group.linears, matrices, strict=True):
+            _check_finite([matrix], f"{linear.name}: pruned weights are not finite")
+            solved.append(matrix.to(linear.saved_dtype(self.save_dtype)))
+        return solved
+
+    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
+        """Prune the matrices (out, in) of a group in place."""
+        names, solver = [linear.name for linear in group.linears], group.solver()
+        solver.output_costs = [self.allocation.output_costs.get(name) for name in names]
+        solver.prune_(matrices, [self.allocation.sparsity[name] for name in names])
+
+    def _store_(self, linear: PrunableLinear, matrix: Tensor) -> None:
+        linear.set_weight_(matrix)
+        self._mark_pruned(linear)
+
+    def _mark_pruned(self, linear: PrunableLinear) -> None:
+        self.done.pruned[linear.name] = prod(linear.shape)
+        self.done.notes[-1].pruned.append(linear.name)
+        if weight_key(linear)[0] in self.shared:
+            self.shared_done.add(weight_key(linear))
+
+
+class PartPruner(Pruner):
+    """Removes neurons or experts, until `left` stay in each block, and sets the config's field.
+
+    `layout` says where a model has them; `seed` is for choices at random.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        method: type[PruningMethod],
+        layout: Any,
+        left: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(runner, method, Allocation({}))
+        self.layout, self.left, self.seed = layout, left, seed
+        self.cache_inputs = False  # they would have the wrong width once neurons are removed
+        self.done = Smaller(kind=layout.kind, before=layout.count, left=left)
+
+    def run(
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
+    ) -> Smaller:
+        """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
+        super().run(windows, on_progress)
+        set_field(self.runner.model.config, self.layout.field, self.left)
+        return self.done
+
+
+def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
+    if not all(map(all_finite, tensors)):
+        raise UserError(f"{what}; try --dtype float32")

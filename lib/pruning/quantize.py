@@ -1,0 +1,170 @@
+"""Round what a model keeps to numbers of 4 bits, that it will be packed as or that llama.cpp runs.
+
+One more pass over the blocks with calibration text: each linear receives what the rounded blocks
+before it give, and aims at what the model computes without them (lib/methods/gptq.py). Zeros stay
+zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib.methods.gptq import GPTQ, Start
+from lib.model.blocks import BlockRunner
+from lib.model.matrix import PrunableLinear
+from lib.packed.formats import Grid, Int4
+from lib.packed.linear import why_dense
+from lib.pruning.allocation import Allocation
+from lib.pruning.inputs import Group
+from lib.pruning.ordered import OrderedBlock
+from lib.pruning.pruner import UNREACHED, Pruned, Pruner, first_of
+from lib.util.errors import UserError
+
+NOTHING = {  # to round: the error, by format
+    "int4": "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method first",
+    "q4_0": "--quantize q4_0: no linear has rows of whole blocks of 32; remove the flag",
+}
+
+
+def takes(fmt: Int4, linear: PrunableLinear) -> bool:
+    """Whether a linear is to be on a format's grid: if it will be packed, or if its rows fit."""
+    if fmt.packs:
+        return linear.expert is None and not why_dense(linear.module)
+    return fmt.takes(linear.shape[1])
+
+
+def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
+    """The record of a quantized model. UserError where storing as `fmt` would change a value."""
+    tensors: dict[str, bool] = {}  # whether they are on the grid
+    for linear in runner.each_linear():
+        name = f"{linear.name}.{linear.parameter}" if linear.expert is None else linear.stage
+        tensors[name] = takes(fmt, linear)
+        if tensors[name] and not fmt.holds(linear.matrix()):
+            raise UserError(f"--quantize {fmt.name}: {linear.name} is not on the grid; report this")
+    left = [name for name, on_grid in tensors.items() if not on_grid]
+    return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}
+
+
+class Quantizer(Pruner):
+    """Rounds the linears that `fmt` takes, in place; what a linear was is its aim.
+
+    Those that no token reaches, and experts that fewer reach than they have inputs, are rounded to
+    nearest. The result is reported in `done`, as if they were pruned. Where the model is trained
+    on, `starts` holds the masters, of `master_dtype`, and the grid of each parameter, by its id.
+    """
+
+    stage = "quantized"
+
+    def __init__(
+        self, runner: BlockRunner, fmt: Int4, master_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(runner, GPTQ.to(fmt), Allocation({}))
+        self.fmt, self.master_dtype = fmt, master_dtype
+        self.starts: dict[int, tuple[Tensor, Grid]] = {}
+        self.fresh: dict[PrunableLinear, Start] = {}  # of the block that is being rounded
+        self.save_dtype = None  # integers times scales are kept as they are
+
+    def run(
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
+    ) -> Pruned:
+        if not any(takes(self.fmt, linear) for linear in self.runner.each_linear()):
+            raise UserError(NOTHING[self.fmt.name])
+        return super().run(windows, on_progress)
+
+    def summary(self) -> list[str]:
+        """Lines for the user: what is left to rounding to nearest is named."""
+        count, bits = len(self.done.pruned), self.fmt.bits
+        lines = [f"rounded {count} linears to {bits} bits, column by column"]
+        dense = self.done.left_dense.items()
+        if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
+            lines.append(f"rounded to nearest, {UNREACHED}: {first_of(left)}")
+        return lines + self.done.warnings
+
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        return [linear for linear in super()._linears(index) if takes(self.fmt, linear)]
+
+    def _prune_(
+        self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
+    ) -> dict[str, Tensor]:
+        self.fresh.clear()
+        written = super()._prune_(index, linears, ordered)
+        for linear in linears:
+            if linear.name not in written:
+                matrix = linear.matrix()
+                self.fresh[linear] = self._nearest_(matrix)
+                linear.set_weight_(matrix)
+        return written
+
+    def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
+        """Masters and scales go to all processes, as the solved matrices do."""
+        written = super()._solve_(groups)
+        owners = self.dist.assign_owners([group.cost for group in groups])
+        for group, owner in zip(groups, owners, strict=True):
+            for linear in group.linears if self.master_dtype and self.dist.size > 1 else ():
+                start = self.fresh.get(linear)
+                if owner != self.dist.rank:
+                    rows, columns = linear.shape
+                    sizes = columns, self.fmt.n_groups(columns)
+                    device = self.runner.device
+                    start = Start(*(torch.empty(rows, size, device=device) for size in sizes))
+                self.fresh[linear] = Start(*(self.dist.broadcast_(t, owner) for t in start))
+        return written
+
+    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
+        if group.fallback:
+            starts = [self._nearest_(matrix) for matrix in matrices]
+        else:
+            starts = group.method.quantize_(matrices)
+        if self.master_dtype:
+            self.fresh |= zip(group.linears, starts, strict=True)
+
+    def _nearest_(self, matrix: Tensor) -> Start:
+        """Round a matrix (out, in) in place, by itself."""
+        start = Start(matrix.clone(), self.fmt.fit_scales(matrix).float())
+        matrix.copy_(self.fmt.round_to(matrix, start.scales))
+        return start
+
+    def _finish_(self, index: int) -> None:
+        """Take, and keep where the run can be continued, from where the block is trained on."""
+        super()._finish_(index)
+        if not self.master_dtype:
+            return
+        for linear, start in self.fresh.items():
+            self._take(linear, start)
+        if finished := self.runner.weights.finished:
+            named = {
+                f"{part} of {linear.name}": tensor
+                for linear, start in self.fresh.items()
+                for part, tensor in start._asdict().items()
+            }
+            finished.write(f"start-{index:05d}", named, {})
+
+    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
+        kept = self.runner.weights.read_kept(f"start-{index:05d}") if self.master_dtype else None
+        if (self.master_dtype and not kept) or not super()._restore_(index, linears):
+            return False
+        tensors = dict(kept[0]) if kept else {}
+        for linear in linears if kept else ():
+            parts = (tensors[f"{part} of {linear.name}"] for part in Start._fields)
+            self._take(linear, Start(*(part.to(self.runner.device) for part in parts)))
+        return True
+
+    def _take(self, linear: PrunableLinear, start: Start) -> None:
+        """Keep a linear's start in the shape of its parameter, which may be a stack of experts."""
+        parameter = getattr(linear.module, linear.parameter)
+        masters = start.masters.T if linear.transposed else start.masters
+        if linear.expert is None:
+            grid = Grid(self.fmt, linear.transposed, start.scales)
+            self.starts[id(parameter)] = masters.to(self.master_dtype).contiguous(), grid
+            return
+        if id(parameter) not in self.starts:
+            scales = start.scales.new_ones(len(parameter), *start.scales.shape)
+            grid = Grid(self.fmt, linear.transposed, scales.flatten(0, 1))
+            self.starts[id(parameter)] = parameter.data.to(self.master_dtype, copy=True), grid
+        stack, grid = self.starts[id(parameter)]
+        stack[linear.expert] = masters
+        grid.scales.view(len(parameter), -1, start.scales.shape[1])[linear.expert] = start.scales
