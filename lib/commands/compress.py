@@ -225,6 +225,7 @@ def plan(it: Compression) -> None:
     `common` are flags of every run, `plan` those that make the model; `tests` and `tokens`.
     """
     from lib.model.experts import FIELDS
+    from lib.run.check import check_room
 
     if it.kept["planned"]:
         return
@@ -238,6 +239,7 @@ def plan(it: Compression) -> None:
     flags += ["--eval_data", *args.eval_data] if args.eval_data else []
     flags += [*it.passed_on, "--save_model", it.out]
     job = check_job(flags, args.recover, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
+    check_room(job, "--save", it.folder)
     for index, source in enumerate(job.sources):  # the tests will be files of their own
         if source.parted:
             weight = f"={source.weight:g}" if source.weight else ""

@@ -6,6 +6,8 @@ job = check(args)  # everything that can fail cheaply fails here
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from lib.run.texts import named_sources, read_texts, same_texts
 from lib.sparse import check_packable
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, partial_of
+from lib.util.host import gib
 from lib.util.progress import quiet
 from lib.vocabulary import trim_vocabulary
 
@@ -262,9 +265,38 @@ def open_store(job: Job) -> None:
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
+    try:
+        check_room(job, flag, path)
+    except UserError:
+        store.close()
+        raise
     store.begin(pruning)
     job.store = store
     if store.begun:
-        done = len(list(store.folder.glob("block-*.safetensors")))
+        kept = Counter(file.stem.partition("-")[0] for file in store.files())
         total = len(job.skeleton.get_submodule(job.blocks_name))
-        job.print(f"{flag} {path}: {done} of {total} blocks were finished before")
+        steps = {"block": "pruned", "quantized": "rounded"}
+        done = [f"{kept[name]} of {total} blocks {step}" for name, step in steps.items()]
+        done += ["a state of the training"] * kept["recovery"]
+        job.print(f"{flag} {path}: finished before: {', '.join(done)}")
+
+
+def check_room(job: Job, flag: str, folder: str | Path) -> None:
+    """Tell what the state of a training takes on disk; UserError where it can't be rewritten."""
+    model, args = job.skeleton, job.args
+    if not job.schedule:
+        return
+    if job.layout:
+        config, field = job.config, job.layout.field
+        model = pretrained.skeleton_with(config, field, job.left, job.checkpoint) or model
+    # the best weights so far; masters and two averages, all float32
+    size = pretrained.pick_dtype(args.dtype, job.config, job.device).itemsize
+    size += 0 if job.schedule.rank else 12
+    size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
+    kept = Path(folder, "recovery.safetensors")
+    free = shutil.disk_usage(folder).free + (kept.stat().st_size if kept.exists() else 0)
+    line = f"{flag} {folder}: the training's state takes {gib(size)}, twice while it is rewritten, "
+    line += f"of {gib(free)} free"
+    if 2 * size > free:
+        raise UserError(f"{line}; make room, or name a folder on another disk")
+    job.print(line)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
 from lib.util.command import CALLED, run, typed
+from lib.util.files import exclusive_lock
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 
@@ -243,7 +245,10 @@ def test_mistakes_end_it_before_the_model_is_measured(
         ("--seqlen 64 dense small --data uk", "--seqlen: give flags of main.py after"),
         ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
         ("dense small --language uk", "--language uk: the hub can't be reached"),
-        ("dense small --data uk --for packed --nsamples 99", "can give only"),
+        (
+            "dense small --data uk --for packed --nsamples 99",
+            "--data uk: its 40 texts can give only",
+        ),
         ("nowhere/model small --data uk", "nowhere/model"),
     ],
 )
@@ -255,7 +260,7 @@ def _refused(argv: list[str], capfd: pytest.CaptureFixture) -> str:
     """What the command says that writes nothing."""
     tiny.write_model("dense")
     tiny.write_texts("uk", 40, 4)
-    Path("mine").mkdir()
+    Path("mine").mkdir(exist_ok=True)
     for file in ("mine/thesis.txt", "taken.gguf"):
         Path(file).write_text("mine")
     before = content(".")
@@ -266,6 +271,17 @@ def _refused(argv: list[str], capfd: pytest.CaptureFixture) -> str:
         status = left.code
     assert status in (1, 2) and content(".") == before
     return capfd.readouterr().err
+
+
+def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> None:
+    argv = "dense small --data uk --recover 128".split()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    said = _refused([*argv, "--nsamples", "8"], capfd)
+    assert "--save small-compress: the training's state takes" in said and "98 KiB free" in said
+    Path("small-compress").mkdir()
+    with exclusive_lock(Path("small-compress/.lock"), ""):
+        said = _refused(argv, capfd)
+    assert "--save small-compress: another command works there" in said
 
 
 def test_nothing_is_packed_where_packed_weights_are_slow(monkeypatch, capfd) -> None:

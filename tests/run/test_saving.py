@@ -7,6 +7,7 @@ import signal
 import threading
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -160,6 +161,17 @@ def test_what_fails_after_saving_leaves_the_model(
 def test_a_full_disk_for_the_results(given: list) -> None:
     with full_disk("perplexity", size=500):
         check_saved(call(*given), "File too large")
+
+
+def test_a_disk_too_small_for_the_state_of_a_training(
+    given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given += ["--recover", 512]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    [line] = call(*given).complaints
+    assert "--save_model new.partial: the training's state takes" in line and "98 KiB" in line
+    assert line.endswith("make room, or name a folder on another disk")
+    assert not Path("new.partial").exists()
 
 
 def test_a_full_disk_while_saving_keeps_the_blocks(given: list) -> None:
