@@ -10,9 +10,9 @@ they will be saved: rounded to the dtype they are saved in, or to the integers a
 are packed as or that llama.cpp runs (`Grid`). Float32 masters beside it keep what rounding would
 lose, and get the gradients of the rounded weights, so that what is measured on the way is what is
 saved. What was rounded on text (lib/pruning/quantize.py) is trained from there: its masters are
-what each weight was just before that, and the rounded model is the first that is measured. Where
-masters do not fit, `rank` trains updates B A of every matrix instead, masked and merged into it (as
-PERP does, arXiv 2312.15230).
+what each weight was just before that, its scales stay, and the rounded model is the first that is
+measured. Where masters do not fit, `rank` trains updates B A of every matrix instead, masked and
+merged into it (as PERP does, arXiv 2312.15230).
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ LAST_RATE = 0.05  # of the peak rate, at the end
 BETAS = (0.9, 0.95)
 GRADIENT_NORM = 1.0  # at most; a step's gradient is clipped to it
 MEASURED = 10  # times on the windows held out
-REFIT = 16  # steps between two fits of a grid's scales
 KEEP_SECONDS = 600  # between two states that are kept, at most
 
 
@@ -140,12 +139,10 @@ class Whole:
         """What was trained, float32, before it is rounded."""
         return self.master
 
-    def write_(self, refit: bool) -> None:
-        """Put what was trained into the parameter, rounded; `refit`: by new scales of a grid."""
+    def write_(self) -> None:
+        """Put what was trained into the parameter, rounded."""
         values, held = self.values(), self.parameter.data
         if self.grid:
-            if refit:
-                self.grid.fit_(values)
             held.copy_(self.grid.rounded(values))
         elif values.data_ptr() != held.data_ptr():
             held.copy_(values.to(self.dtype))
@@ -281,8 +278,8 @@ class Recoverer:
 
     @property
     def scales(self) -> dict[str, Tensor]:
-        """The scales of the grids of the best weights, by every name of a parameter."""
-        scales = {id(self.parts[name].parameter): one for name, one in self.best_scales.items()}
+        """The scales of the grids, by every name of a parameter."""
+        scales = {id(self.parts[name].parameter): grid.scales for name, grid in self.grids.items()}
         parameters = self.runner.model.named_parameters(remove_duplicate=False)
         return {name: scales[id(one)] for name, one in parameters if id(one) in scales}
 
@@ -331,7 +328,7 @@ class Recoverer:
         self.optimizer = torch.optim.AdamW(self.leaves, betas=BETAS, weight_decay=0.0, fused=True)
         state = self._resumed()
         if not state:
-            self._write_(refit=False)
+            self._write_()
             self._note(0, None)
             state = {"step": 0, "losses": [], "seconds": 0.0}
         first, losses, before = state["step"], state["losses"], state["seconds"]
@@ -398,7 +395,7 @@ class Recoverer:
             group["lr"] = schedule.rate_at(step)
         self.optimizer.step()
         try:
-            self._write_(refit=(step + 1) % REFIT == 0)
+            self._write_()
         except PackedError:  # integers hold no nan
             raise self._diverged(step, "weights are") from None
         return loss.item()
@@ -410,9 +407,9 @@ class Recoverer:
             "smaller one, or --dtype float32"
         )
 
-    def _write_(self, refit: bool) -> None:
+    def _write_(self) -> None:
         for part in self.parts.values():
-            part.write_(refit)
+            part.write_()
 
     def _accumulate_(self, step: int) -> Tensor:
         """Gradients of this process's share of a step's windows, and its part of the loss (1,)."""
@@ -477,7 +474,6 @@ class Recoverer:
         """Keep the trained parameters on the host, as they are."""
         parameters = (part.parameter.detach() for part in self.parts.values())
         self.best_values = [parameter.to("cpu", copy=True) for parameter in parameters]
-        self.best_scales = {name: grid.scales.clone() for name, grid in self.grids.items()}
 
     def _state(self) -> dict[str, Tensor]:
         """All that the next step depends on, besides facts, and the best weights so far."""
@@ -488,9 +484,6 @@ class Recoverer:
                 for key, value in self.optimizer.state[leaf].items():
                     state[f"{key} of {kind} of {name}"] = value
             state[f"best of {name}"] = best
-        for name, grid in self.grids.items():
-            state[f"scales of {name}"] = grid.scales
-            state[f"best scales of {name}"] = self.best_scales[name]
         return state
 
     def _resumed(self) -> dict[str, Any] | None:
@@ -506,7 +499,7 @@ class Recoverer:
         state = self._state()
         for name, tensor in tensors:
             state[name].copy_(tensor)
-        self._write_(refit=False)
+        self._write_()
         self.curve, self.best = facts["curve"], facts["best"]
         return facts
 

@@ -142,9 +142,9 @@ def _points(
             name = f"{method}-{share}" + f"-{kind}" * (kind in SMALLER)
             flags = ["--prune_method", method, "--sparsity_type", kind]
             flags += ["--sparsity_ratio", str(ratio), *passed_on]
-            if not Plan.of(
-                parser.parse_args(["--model", "any", *flags])
-            ).reads_train:  # no set, no seed
+            of_point = parser.parse_args(["--model", "any", *flags])
+            check_flags(parser, of_point)
+            if not Plan.of(of_point).reads_train:  # no set, no seed
                 yield name, flags
                 continue
             for (text, parts), seed in product(calibrations.items(), args.seeds):

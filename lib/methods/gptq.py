@@ -82,7 +82,7 @@ class SolverGrid(Grid):
 
     def __init__(self, form: Int4, across: Tensor, keep: Tensor) -> None:
         scales = keep.new_ones(form.n_groups(len(keep)), keep.shape[1]).T  # a column is contiguous
-        super().__init__(form, transposed=True, scales=scales)
+        super().__init__(form, True, scales)
         self.across, self.keep = across, keep
         starts = range(0, len(keep), form.group)
         self.groups = [slice(start, min(start + form.group, len(keep))) for start in starts]

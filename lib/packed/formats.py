@@ -298,19 +298,14 @@ def _steps(first: Tensor, count: int) -> Iterator[Tensor]:
 
 
 class Grid:
-    """The numbers of a format that a matrix can hold, by scales (out, groups) fitted to it.
+    """The numbers of a format that a matrix can hold, by its scales (out, groups).
 
     `transposed`: the matrix stands as (in, out), as in GPT-2's Conv1D and in solvers. Of a stack of
     matrices, as of experts, the rows of all count as those of one.
     """
 
-    def __init__(self, form: Int4, transposed: bool = False, scales: Tensor | None = None) -> None:
+    def __init__(self, form: Int4, transposed: bool, scales: Tensor) -> None:
         self.form, self.transposed, self.scales = form, transposed, scales
-
-    def fit_(self, weight: Tensor) -> None:
-        """Take the scales that are nearest to a weight."""
-        scales = self.form.fit_scales(self._oriented(weight).flatten(0, -2))
-        self.scales = scales if self.scales is None else self.scales.copy_(scales)
 
     def rounded(self, weight: Tensor) -> Tensor:
         """The values on the grid that stand for a weight, float32."""

@@ -7,14 +7,15 @@ import pytest
 import tiny
 import torch
 import whole
-from lib.pruning.quantise import LlamaCppQuantiser, check_q4_0, q4_0_weights
 from safetensors.torch import load_file
 from support import QUICK, results, runner_of, succeed, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lib.commands.gguf.command import main
+from lib.model.blocks import BlockRunner
 from lib.packed.formats import Q4_0
+from lib.pruning.quantize import Quantizer, check_quantized
 
 pytest.importorskip("gguf.quants", reason=f"no converter: {whole.HOW}")
 import gguf  # noqa: E402  by itself, without the package, it would be this folder
@@ -28,6 +29,15 @@ def converted(matrix: Tensor) -> Tensor:
     """A matrix (out, in) by ggml's rule and back."""
     blocks = gguf.quants.quantize(matrix.float().contiguous().numpy(), RULE)
     return torch.from_numpy(gguf.quants.dequantize(blocks, RULE))
+
+
+def on_grid(runner: BlockRunner) -> dict[str, bool]:
+    """{weight's name: whether it is (in, out)} of all that q4_0 can hold."""
+    return {
+        linear.stage if linear.expert is not None else f"{linear.name}.weight": linear.transposed
+        for linear in runner.each_linear()
+        if FORMAT.takes(linear.shape[1])
+    }
 
 
 def drawn() -> dict[str, Tensor]:
@@ -70,9 +80,10 @@ def test_every_kind_of_linear(name: str) -> None:
     """Rounded on text: what ggml stores in rows of blocks is (out, in), however the model does."""
     runner = runner_of(tiny.ALL[name]().requires_grad_(False))
     before = {key: one.clone() for key, one in runner.model.state_dict().items()}
-    LlamaCppQuantiser(runner).run(windows(5))
-    names, left = q4_0_weights(runner)
-    assert check_q4_0(runner) == {"format": "q4_0", "tensors": len(names), "left": left}
+    Quantizer(runner, FORMAT).run(windows(5))
+    names, record = on_grid(runner), check_quantized(runner, FORMAT)
+    assert (record["format"], record["tensors"]) == ("q4_0", len(names))
+    left = record["left"]
     assert names and not set(names) & set(left)
     for key in left:
         assert torch.equal(runner.model.state_dict()[key], before[key])
@@ -110,7 +121,10 @@ def test_no_value_changes_in_a_file(name: str, texts, tmp_path, capsys) -> None:
     changed, values = whole.record_of(tmp_path / "q4.gguf")["proof"]["tensors"]["q4_0"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q4", dtype=torch.float32)
     runner = runner_of(model.requires_grad_(False))
-    names = q4_0_weights(runner)[0]  # all others are routers
+    names = on_grid(runner)  # all others are routers
     assert changed == 0 and values == sum(model.get_parameter(key).numel() for key in names)
     record = results(tmp_path / "run")
-    assert record["quantized"]["tensors"] == len(names) and check_q4_0(runner)["left"] == []
+    assert (
+        record["quantized"]["tensors"] == len(names)
+        and check_quantized(runner, FORMAT)["left"] == []
+    )
