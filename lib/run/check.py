@@ -282,21 +282,21 @@ def open_store(job: Job) -> None:
 
 
 def check_room(job: Job, flag: str, folder: str | Path) -> None:
-    """Tell what the state of a training takes on disk; UserError where it can't be rewritten."""
+    """Tell what a training keeps on disk at most; UserError where there is no room for it."""
     model, args = job.skeleton, job.args
     if not job.schedule:
         return
     if job.layout:
         config, field = job.config, job.layout.field
         model = pretrained.skeleton_with(config, field, job.left, job.checkpoint) or model
-    # the best weights so far; masters and two averages, all float32
-    size = pretrained.pick_dtype(args.dtype, job.config, job.device).itemsize
-    size += 0 if job.schedule.rank else 12
+    # of a weight its best value so far; its master and two averages, float32
+    state = pretrained.pick_dtype(args.dtype, job.config, job.device).itemsize
+    state += 0 if job.schedule.rank else 12
+    size = 2 * state + (6 if job.plan.rounds else 0)  # the state is rewritten beside itself
     size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
-    kept = Path(folder, "recovery.safetensors")
-    free = shutil.disk_usage(folder).free + (kept.stat().st_size if kept.exists() else 0)
-    line = f"{flag} {folder}: the training's state takes {gib(size)}, twice while it is rewritten, "
-    line += f"of {gib(free)} free"
-    if 2 * size > free:
+    kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+    free = shutil.disk_usage(folder).free + kept
+    line = f"{flag} {folder}: training keeps up to {gib(size)} there, of {gib(free)} free"
+    if size > free:
         raise UserError(f"{line}; make room, or name a folder on another disk")
     job.print(line)

@@ -277,7 +277,7 @@ def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> 
     argv = "dense small --data uk --recover 128".split()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     said = _refused([*argv, "--nsamples", "8"], capfd)
-    assert "--save small-compress: the training's state takes" in said and "98 KiB free" in said
+    assert "--save small-compress: training keeps up to" in said and "98 KiB free" in said
     Path("small-compress").mkdir()
     with exclusive_lock(Path("small-compress/.lock"), ""):
         said = _refused(argv, capfd)

@@ -169,7 +169,7 @@ def test_a_disk_too_small_for_the_state_of_a_training(
     given += ["--recover", 512]
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
     [line] = call(*given).complaints
-    assert "--save_model new.partial: the training's state takes" in line and "98 KiB" in line
+    assert "--save_model new.partial: training keeps up to" in line and "98 KiB" in line
     assert line.endswith("make room, or name a folder on another disk")
     assert not Path("new.partial").exists()
 
