@@ -16,11 +16,10 @@ import argparse
 import io
 import json
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,17 +32,10 @@ from lib.data.languages import language_text
 from lib.data.sources import PART, parse_source
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
-from lib.run.results import RESULTS, UNMEASURED, read_results, write_results
+from lib.run.results import RESULTS, read_results
 from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv, typed
 from lib.util.errors import UserError
-from lib.util.files import (
-    check_new_folder,
-    check_writable,
-    exclusive_lock,
-    partial_of,
-    put_in_place,
-    write_text,
-)
+from lib.util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from lib.util.markdown import padded_table
 
 if TYPE_CHECKING:
@@ -63,13 +55,12 @@ SMALLER = {  # what removes as much as --megabytes asks for
 OWN_FLAGS = (
     "calibration_data eval_only recover save save_model resume offload trim_vocabulary".split()
 )
-OWN_NAMES = {"--calibration_data": "--data", "--save_model": "OUT"}  # of what main.py's flags hold
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 GPU_SEQLEN, GPU_REHEARSED = 1024, 64  # few texts of the web are longer
-# in the folder of a compression: how it was begun and is planned, its lock, results of main.py
-PLAN, LOCK, DENSE, SMALL = "plan.json", ".lock", "dense", "compressed"
+# in the folder of a compression: how it was begun and is planned, and results of main.py
+PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 
 
 def main(argv: list[str]) -> None:
@@ -82,18 +73,14 @@ def main(argv: list[str]) -> None:
         raise UserError("--language: name one, such as uk, or give texts of your own by --data")
     args.save = args.save or f"{args.out.rstrip('/')}-compress"
     check_writable("--save", args.save)
-    folder = Path(args.save)
-    held = f"--save {folder}: another command works there; wait for its end, or name another OUT"
-    with ExitStack() as cleanup:
-        folder.mkdir(parents=True, exist_ok=True)
-        cleanup.callback(_remove_if_empty, folder)
-        cleanup.enter_context(exclusive_lock(folder / LOCK, held))
+    held = f"--save {args.save}: another command works there; wait for its end, or name another OUT"
+    with exclusive_lock(Path(f"{args.save}.lock"), held):
         compression = Compression(args, [*others, *passed_on])
         try:
             for step in STEPS:
                 step(compression)
         except (KeyboardInterrupt, SystemExit):
-            if (folder / PLAN).is_file():
+            if (compression.folder / PLAN).is_file():
                 print("the same command continues", file=sys.stderr, flush=True)
             raise
 
@@ -111,7 +98,7 @@ class Compression:
         self.data = [*(args.data or [])]
         command = vars(args) | {"--": passed_on}
         self.kept = {"command": command, "seconds": 0.0, "planned": False}
-        if any(each.name != LOCK for each in self.folder.iterdir()):
+        if self.folder.is_dir() and any(self.folder.iterdir()):
             self._continue(command)
         self.began = time.monotonic() - self.kept["seconds"]
 
@@ -133,12 +120,12 @@ class Compression:
     def keep(self, **facts: Any) -> None:
         """Write plan.json, with the time that has passed and more facts."""
         self.kept |= facts | {"seconds": time.monotonic() - self.began}
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.folder / PLAN, json.dumps(self.kept, indent=1, ensure_ascii=False))
 
     def has(self, name: str) -> bool:
-        """Return whether there are results of a run of main.py that has come to its end."""
-        folder = self.folder / name
-        return (folder / RESULTS).exists() and not (folder / UNMEASURED).exists()
+        """Return whether there are results of a run of main.py, which has come to its end."""
+        return (self.folder / name / RESULTS).exists()
 
     def announce(self, what: str) -> float:
         """Print what comes next; return the seconds that are left."""
@@ -155,18 +142,6 @@ class Compression:
             raise SystemExit(status)
         self.keep()
         return read_results(self.folder / name)
-
-    def measuring(self, *model: str) -> list[str]:
-        """Return flags that measure a model, by default the dense one, on the planned tests."""
-        kept, names = self.kept, (*PRUNING_FLAGS, "vocabulary_data")
-        flags = [*(model or ["--model", self.args.model]), *kept["common"]]
-        return [
-            *flags,
-            *without(self.passed_on, names),
-            "--eval_data",
-            *kept["tests"],
-            "--eval_only",
-        ]
 
 
 def check(it: Compression) -> None:
@@ -282,42 +257,30 @@ def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
 
 def measure_dense(it: Compression) -> None:
     """Measure the model as it is. Needs the plan; leaves dense/results.json."""
-    if not it.has(DENSE):
-        it.announce("Measuring the model as it is")
-        it.run(it.measuring(), DENSE)
+    if it.has(DENSE):
+        return
+    it.announce("Measuring the model as it is")
+    flags = without(it.passed_on, (*PRUNING_FLAGS, "vocabulary_data"))
+    flags = ["--model", it.args.model, *it.kept["common"], *flags]
+    it.run([*flags, "--eval_data", *it.kept["tests"], "--eval_only"], DENSE)
 
 
 def make_small(it: Compression) -> None:
-    """Make the model. Needs the plan; leaves OUT, and compressed/results.json."""
+    """Make the model. Needs the plan; leaves OUT, and at last compressed/results.json.
+
+    What was killed before that is saved again from what blocks/ has, where training is not lost.
+    """
     if it.has(SMALL):
         return
     it.announce("Compressing")
-    stage, kept = partial_of(it.out), it.kept
-    if (stage / "README.md").exists():  # whole: the run was killed before the folder had its name
-        put_in_place(stage, Path(it.out))
-    if Path(it.out, "config.json").exists():
-        measure_small(it)
-        return
-    flags = [*kept["plan"], "--eval_data", *kept["tests"]]
-    flags += ["--recover", str(kept["tokens"])] if kept["tokens"] else []
-    flags += ["--save_model", it.out, "--resume", str(it.folder / "blocks"), *it.passed_on]
-    it.run(flags, SMALL)
-
-
-def measure_small(it: Compression) -> None:
-    """Measure the model of a run that was killed once it had saved it, as that would have."""
-    from lib.run.card import model_card
-
-    small, file = it.folder / SMALL, it.folder / SMALL / UNMEASURED
-    figures = it.run(it.measuring("--model", it.out, "--teacher", it.args.model), "measured")
-    results = json.loads(file.read_text("utf-8"))
-    results |= {name: figures[name] for name in ("evaluation", "perplexity", "completions")}
-    flags = results["flags"]
-    sources = [*flags["calibration_data"], *(flags["vocabulary_data"] or [])]
-    write_text(Path(it.out, "README.md"), model_card(results, sources))
-    write_results(small, results)
-    shutil.rmtree(it.folder / "blocks", ignore_errors=True)
-    file.unlink()
+    out, stage, blocks = Path(it.out), partial_of(it.out), it.folder / "blocks"
+    if (blocks / "job.json").exists():
+        if (out / "config.json").exists():
+            out.rename(stage)
+        (stage / "README.md").unlink(missing_ok=True)  # which says that it is whole
+    flags = [*it.kept["plan"], "--eval_data", *it.kept["tests"]]
+    flags += ["--recover", str(it.kept["tokens"])] if it.kept["tokens"] else []
+    it.run([*flags, "--save_model", it.out, "--resume", str(blocks), *it.passed_on], SMALL)
 
 
 def convert(it: Compression) -> None:
@@ -454,15 +417,8 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
         with redirect_stdout(io.StringIO()):  # the run will say it
             return check(args, longest=longest)
     except UserError as error:
-        line = str(error)
-        for name, own in OWN_NAMES.items():
-            line = line.replace(name, own)
+        line = str(error).replace("--calibration_data", "--data").replace("--save_model", "OUT")
         raise UserError(line) from error
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
 
 
 def _time(seconds: float) -> str:

@@ -252,6 +252,7 @@ def open_store(job: Job) -> None:
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
     if not path or not job.dist.is_main:
         return
+    check_room(job, flag, path)
     store = RunFolder(flag, path)
     changed = differences(store.begun, pruning) if store.begun else {}
     name, (before, now) = next(iter(changed.items()), (None, (None, None)))
@@ -265,11 +266,6 @@ def open_store(job: Job) -> None:
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
-    try:
-        check_room(job, flag, path)
-    except UserError:
-        store.close()
-        raise
     store.begin(pruning)
     job.store = store
     if store.begun:
@@ -295,7 +291,10 @@ def check_room(job: Job, flag: str, folder: str | Path) -> None:
     size = 2 * state + (6 if job.plan.rounds else 0)  # the state is rewritten beside itself
     size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
     kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
-    free = shutil.disk_usage(folder).free + kept
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free + kept
     line = f"{flag} {folder}: training keeps up to {gib(size)} there, of {gib(free)} free"
     if size > free:
         raise UserError(f"{line}; make room, or name a folder on another disk")

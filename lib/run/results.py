@@ -63,7 +63,6 @@ from lib.util.files import write_text
 
 RESULTS = "results.json"
 ERROR = "error.json"  # {"error": "..."} of a run of a sweep whose last try failed
-UNMEASURED = "unmeasured.json"  # the results of a run that has saved its model, until it ends
 NONE = "none"  # the name of the calibration text where there is none
 NEEDED = ("model", "method", "evaluation")
 

@@ -1,8 +1,8 @@
 """Saves the model of a run: a new folder, whole or not at all, and nothing lost on the way.
 
 OUT.partial gets weights, tokenizer and, last, the card: a folder with a card is a whole model. Then
-it gets its name. Finished blocks that lie elsewhere are removed after that, so that at any moment
-what is on the disk can be continued or is the model.
+it gets its name. Finished blocks that lie elsewhere stay until the results are written, so that at
+any moment what is on the disk can be continued, or is the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from lib.model.pretrained import save_in_shards, save_model
 from lib.run.card import model_card
 from lib.run.job import Job
 from lib.run.record import finish_results
-from lib.run.results import UNMEASURED, write_results
 from lib.util.errors import UserError, first_line
 from lib.util.files import partial_of, put_in_place, sync_all, write_text
 
@@ -30,46 +29,34 @@ CARD = "README.md"  # the last file of a model that is saved
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
-    runner.weights.wait_for_readers()
-    moved = {}
-    if job.dist.is_main:
-        with job.timed("save"):
-            moved = _save(job, runner, cleanup)
-        print(f"saved: {job.args.save_model}", flush=True)
-    runner.weights.moved(job.dist.all_gather_object(moved)[0])
-
-
-def _save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> dict[str, str]:
-    """Save the model in the main rank; return where files of blocks are now, {old: new path}."""
-    store, resident = job.store, runner.weights.resident
+    weights, store, moved = runner.weights, job.store, {}
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
-    holds_blocks = bool(store) and store.folder.resolve() == stage.resolve()
-    with ExitStack() as failed:
-        if not holds_blocks:
-            failed.callback(shutil.rmtree, stage, ignore_errors=True)
-        shards = _write(job, runner, stage)
-        failed.pop_all()
-    moved = {file: str(target / name) for file, name in shards.items()}
-    if holds_blocks:  # the folder is about to become the model
-        if not (resident or shards):  # what is still read stays until the end
-            other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-            for file in store.files():
-                moved[str(file)] = shutil.move(file, other)
-        store.clear()
-        job.store = None
-    try:
-        put_in_place(stage, target)
-    except OSError as error:
-        del job.results["saved_bytes"]
-        raise UserError(
-            f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
-        ) from error
-    for file in shards:  # it has another name now
-        Path(file).unlink(missing_ok=True)
-    if job.store and resident:
-        store.clear()
-        job.store = None
-    return moved
+    weights.wait_for_readers()
+    if job.dist.is_main:
+        holds_blocks = bool(store) and store.folder.resolve() == stage.resolve()
+        with job.timed("save"), ExitStack() as failed:
+            if not holds_blocks:
+                failed.callback(shutil.rmtree, stage, ignore_errors=True)
+            shards = _write(job, runner, stage)
+            failed.pop_all()
+            moved = {file: str(target / name) for file, name in shards.items()}
+            if holds_blocks:  # the folder is about to become the model
+                if not (weights.resident or shards):  # what is still read stays until the end
+                    other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
+                    for file in store.files():
+                        moved[str(file)] = shutil.move(file, other)
+                store.clear()
+                job.store = None
+            try:
+                put_in_place(stage, target)
+            except OSError as error:
+                raise UserError(
+                    f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
+                ) from error
+            for file in shards:  # it has another name now
+                Path(file).unlink(missing_ok=True)
+        print(f"saved: {target}", flush=True)
+    weights.moved(job.dist.all_gather_object(moved)[0])
 
 
 def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
@@ -91,8 +78,6 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
     sizes = (file.stat().st_size for file in stage.glob("model*.safetensors"))
     job.results |= {"saved_bytes": sum(sizes), "evaluation": []}
     finish_results(job, runner)
-    Path(job.args.save).mkdir(parents=True, exist_ok=True)
-    write_results(job.args.save, job.results, UNMEASURED)
     write_card(job, stage)
     return names or {}
 
@@ -109,7 +94,7 @@ def close_store(job: Job) -> None:
     """Remove the folder of finished blocks, or say how to go on where the run ended early."""
     if not job.store:
         return
-    if "saved_bytes" in job.results or ("seconds" in job.results and not job.args.save_model):
+    if job.is_recorded:
         job.store.clear()
         return
     job.store.close()
@@ -117,4 +102,5 @@ def close_store(job: Job) -> None:
         how = "the same command continues"
         if not job.args.resume:
             how = f"add --resume {job.store.folder} to continue"
+        how += " with another --save_model" * ("saved_bytes" in job.results)
         print(f"kept what is finished: {how}", flush=True)

@@ -38,7 +38,7 @@ from lib.run import plots, tasks
 from lib.run.job import Job
 from lib.run.load import load
 from lib.run.record import evaluation_record, finish_results, keep_other_results, write_log
-from lib.run.results import UNMEASURED, write_results
+from lib.run.results import write_results
 from lib.run.save import close_store, save, write_card
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
@@ -234,14 +234,14 @@ def record(job: Job, runner: BlockRunner) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keep_other_results(folder, job.fingerprint)
     finish_results(job, runner)
-    write_results(folder, job.results)
     write_log(folder, job.results)
     if job.args.save_model:
         write_card(job, job.args.save_model)
-        (folder / UNMEASURED).unlink(missing_ok=True)
     if "recovery" in job.results:
         if plots.can_draw():
             plots.save(plots.recovery_curve(job.results), folder / "recovery.png")
+    write_results(folder, job.results)  # last: with them a run is at its end
+    job.is_recorded = True
 
 
 def run_tasks(job: Job, runner: BlockRunner) -> None:
@@ -254,8 +254,9 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
             runner.model.to("meta")  # its memory is the dense model's now
             with ExitStack() as cleanup:
-                job.store = None
+                store, job.store = job.store, None  # which is of the other model
                 dense = load(job, cleanup).model
+                job.store = store
                 results["dense_tasks"] = tasks.run_tasks(dense, original, args.tasks, **options)
     write_results(Path(args.save), results)
     print(*tasks.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)
