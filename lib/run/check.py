@@ -100,22 +100,16 @@ def check_outputs(args: argparse.Namespace) -> None:
 def _check_unfinished(args: argparse.Namespace, stage: Path) -> None:
     """Raise UserError where this run would not continue what another has left in OUT.partial."""
     left = {each.name for each in stage.iterdir()} if stage.exists() else set()
+    problem, resumed = None, Path(args.resume) if args.resume else None
     if CARD in left:
-        raise UserError(
-            f"--save_model {args.save_model}: {stage} is the whole model of a run that was killed; "
-            f"rename it to {args.save_model}"
-        )
-    resumed = Path(args.resume) if args.resume else None
-    if resumed and resumed.resolve() == stage.resolve():
-        return
-    if resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
-        return  # it was killed while it saved, and will save again
-    if left:
+        problem = f"is the whole model of a run that was killed; rename it to {args.save_model}"
+    elif resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
+        return  # the run was killed while it saved, and saves again
+    elif left and not (resumed and resumed.resolve() == stage.resolve()):
         can_resume = f"continue that by --resume {stage}, or " * (JOB in left)
-        raise UserError(
-            f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
-            f"{can_resume}remove it"
-        )
+        problem = f"holds what an unfinished run has done; {can_resume}remove it"
+    if problem:
+        raise UserError(f"--save_model {args.save_model}: {stage} {problem}")
 
 
 def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
