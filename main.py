@@ -39,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
     plan, results = job.plan, job.results
     with ExitStack() as cleanup:
         cleanup.callback(steps.close_store, job)
-        runner = steps.load(job, cleanup)
+        runner = steps.load(job, cleanup, job.folder)
         results |= base_results(job, runner)
         if plan.trims:
             steps.trim(job, runner)

@@ -205,7 +205,6 @@ def trained_parts(
                 linears.add(id(getattr(linear.module, linear.parameter)))
     every = model.named_parameters(remove_duplicate=False)
     outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
-    strict = set(model._keep_in_fp32_modules_strict or ())
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for path, parameter in runner.blocks.named_parameters():
@@ -214,8 +213,7 @@ def trained_parts(
         if id(parameter) in outside or not parameter.is_floating_point():
             continue
         if is_matrix or vector:
-            kept = runner.save_dtype or parameter.dtype
-            dtype = torch.float32 if strict.intersection(name.split(".")) else kept
+            dtype = runner.weights.saved.of(name, parameter)
             start = (starts or {}).get(id(parameter))
             if is_matrix and rank:
                 parts[name] = LowRank(parameter, dtype, start, rank, generator)

@@ -81,7 +81,9 @@ def needs_bos(models: Path) -> Path:
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that reads weights fails the test."""
-    monkeypatch.setattr("lib.run.load._read_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "lib.model.pretrained.load_model", lambda *_, **__: pytest.fail("weights were read")
+    )
 
 
 @pytest.fixture

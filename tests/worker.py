@@ -23,7 +23,7 @@ from support import at, call_here
 from tqdm import tqdm
 
 import main  # noqa: F401
-from lib.model.store import BlockStore
+from lib.model.store import FileBlockStore
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -85,7 +85,7 @@ def _fail(how: str) -> None:
     if how in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[how])
     elif how == "late":
-        own = BlockStore._read
-        BlockStore._read = lambda self, index: time.sleep(0.15) or own(self, index)
+        own = FileBlockStore._read
+        FileBlockStore._read = lambda self, index: time.sleep(0.15) or own(self, index)
     else:
         raise RuntimeError(how) if how == "defect" else UserError(how)

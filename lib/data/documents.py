@@ -21,6 +21,8 @@ from lib.data.sources import FILES, JOINED, PLAIN, Source, folder_files, is_part
 from lib.util.errors import first_line
 
 TEXT_CHARACTERS = 2**25  # read of plain text, whose tokens are in memory at once
+ROWS_CHARACTERS = 2**29  # read of rows, which are in memory at once with
+ROW_CHARACTERS = 64  # beside each
 TENTH = 10  # one document in so many is held apart to measure on
 FEW = 20  # documents: fewer are cut at blank lines before that, else at line breaks or blanks
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
@@ -38,12 +40,19 @@ def read_documents(
     if source.hub:
         return hub.load(source, split)
     if split not in source.read:
-        texts = []
-        for path in _files_of(source, split):
-            texts += _read(source, path)
-            if source.draw == JOINED and sum(map(len, texts)) >= TEXT_CHARACTERS:
-                log.warning("%s: no more than %d characters are read", path, TEXT_CHARACTERS)
+        texts, nulls = [], 0
+        limit = left = TEXT_CHARACTERS if source.draw == JOINED else ROWS_CHARACTERS
+        rows = ((path, text) for path in _files_of(source, split) for text in _read(source, path))
+        for file, text in rows:
+            nulls += text is None
+            texts += [] if text is None else [text]
+            left -= ROW_CHARACTERS + len(text or "")
+            if left <= 0:
+                log.warning("%s: no more than %d characters are read", file, limit)
                 break
+        if nulls:
+            where = f"{source.flag} {source.text}"
+            log.warning("%s: %d rows without a %r are left out", where, nulls, source.column)
         if not texts:
             raise source.error("holds no text; give a source with at least one row")
         if is_parted(source, split):
@@ -103,10 +112,12 @@ def _files_of(source: Source, split: str) -> list[Path]:
             f"no train*.jsonl nor other texts in this folder (it holds: {names}); add a file in "
             f"{', '.join(FILES)}"
         )
+    if others := [path for path in paths if not path.is_file()]:
+        raise source.error(f"{others[0]} is no file but a pipe, a device or a lost link; remove it")
     return paths
 
 
-def _read(source: Source, path: Path) -> Iterator[str]:
+def _read(source: Source, path: Path) -> Iterator[str | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
         yield from kinds.get(path.suffix, _json_lines)(source, path)
@@ -114,19 +125,23 @@ def _read(source: Source, path: Path) -> Iterator[str]:
         raise source.error(f"{path}: {conversion(error)}") from None
     except (OSError, EOFError, zlib.error) as error:  # a damaged .gz raises any of them
         raise _damaged(source, path, error) from error
+    except MemoryError:
+        raise source.error(f"{path} takes more memory than there is; give a part of it") from None
 
 
 def _damaged(source: Source, path: Path, error: Exception) -> Exception:
     return source.error(f"{path} can't be read ({first_line(error)}); is it damaged?")
 
 
-def _json_lines(source: Source, path: Path) -> Iterator[str]:
+def _json_lines(source: Source, path: Path) -> Iterator[str | None]:
     """Yield the text of each row; a line ends at "\\n" alone, and blank lines are no rows."""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
+            place = f"{path}, line {number}"
+            if len(line) == ROWS_CHARACTERS:
+                raise source.error(f"{place}: it is {len(line)} bytes or longer; cut it into rows")
             if not line.strip():
                 continue
-            place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except UnicodeDecodeError as error:
@@ -139,13 +154,14 @@ def _json_lines(source: Source, path: Path) -> Iterator[str]:
             yield text_of(source, row, place)
 
 
-def _csv(source: Source, path: Path) -> Iterator[str]:
+def _csv(source: Source, path: Path) -> Iterator[str | None]:
     """Yield the text of each row of a table with a header, separated by commas, ";" or tabs."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:
-        delimiter = max(",;\t", key=file.readline().count)
+        lines = iter(lambda: file.readline(ROWS_CHARACTERS + 1), "")
+        delimiter = max(",;\t", key=next(lines, "").count)
         file.seek(0)
-        rows = csv.DictReader(file, delimiter=delimiter, strict=True)
+        rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
         try:
             for row in rows:
                 yield text_of(source, row, f"{path}, line {rows.line_num}")
@@ -154,19 +170,20 @@ def _csv(source: Source, path: Path) -> Iterator[str]:
             raise source.error(problem) from None
 
 
-def _parquet(source: Source, path: Path) -> Iterator[str]:
+def _parquet(source: Source, path: Path) -> Iterator[str | None]:
     from pyarrow import ArrowException, parquet
 
+    column = source.column
     try:
-        with parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
-            if source.column not in columns:
-                text_of(source, dict.fromkeys(columns), path)  # which says so
-            number = 0
-            for batch in file.iter_batches(columns=[source.column]):
-                for row in batch.to_pylist():
-                    yield text_of(source, row, f"{path}, row {number}")
-                    number += 1
+        schema = parquet.read_schema(path)
+        if column not in schema.names:
+            text_of(source, dict.fromkeys(schema.names), path)  # which says so
+        # a text that is repeated is in memory once, but nested values can't be read so
+        repeated = [] if schema.types[schema.names.index(column)].num_fields else [column]
+        with parquet.ParquetFile(path, read_dictionary=repeated) as file:
+            batches = file.iter_batches(columns=[column])
+            for number, value in enumerate(value for batch in batches for value in batch.column(0)):
+                yield text_of(source, {column: value.as_py()}, f"{path}, row {number}")
     except (ArrowException, UnicodeDecodeError) as error:
         raise _damaged(source, path, error) from error
 

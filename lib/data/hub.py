@@ -35,8 +35,8 @@ class Texts:
     location: object
 
     def text(self, row: dict, number: int) -> str:
-        """Return the text of a row. Raises UserError if it has none."""
-        return text_of(self.source, row, f"row {number}, column {self.source.column!r}")
+        """Return the text of a row, which null leaves empty. Raises UserError for another type."""
+        return text_of(self.source, row, f"row {number}") or ""
 
 
 class Column(Texts, Sequence):

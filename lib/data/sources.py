@@ -156,15 +156,18 @@ def folder_files(path: Path, split: str) -> list[Path]:
     return []
 
 
-def text_of(source: Source, row: Mapping[str, object], place: object) -> str:
-    """Return the text of the row at `place`. Raises UserError if no tokenizer can take it."""
+def text_of(source: Source, row: Mapping[str, object], place: object) -> str | None:
+    """Return the row's text, None for null. Raises UserError if no tokenizer can take it."""
     if source.column not in row:
         columns = ", ".join(map(str, row)) or "none"
         problem = f"{place}: no column {source.column!r}; there are: {columns}"
         raise source.error(f"{problem}; name one by --column")
     text = row[source.column]
+    if text is None:
+        return None
     if not isinstance(text, str):
-        raise source.error(f"{place}: the text is of type {type(text).__name__}, not a string")
+        problem = f"{source.column!r} is of type {type(text).__name__}, not a string"
+        raise source.error(f"{place}: {problem}; name a column of texts by --column")
     try:
         text.encode()
     except UnicodeEncodeError:

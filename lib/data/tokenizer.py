@@ -12,14 +12,17 @@ with exactly the tokenizer that a user of the saved model will load.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, TemplateSyntaxError, nodes
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -28,13 +31,54 @@ from lib.util.errors import UserError
 from lib.util.token_ids import map_token_ids
 
 FLAG = "--trim_vocabulary"
-LITERALS = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", re.DOTALL)
-TAGS = re.compile(r"\{[{%#].*?[}%#]\}", re.DOTALL)
+TEMPLATE = 2**16  # characters of a chat template, several times the longest in use
+JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
+GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # a tag that transformers adds
 # fields of a tokenizer's components that hold what is written in place of a blank
 SUBSTITUTES = ("replacement", "content", "prepend", "String", "Regex")
 ROLES = "user assistant system tool".split()
 NUMBER = re.compile(r"\d+")
 RESERVED_FAMILY = 4  # so many special tokens that differ in a number only are reserved ones
+log = logging.getLogger(__name__)
+
+
+def keep_limits(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Remember a tokenizer's padding and truncation, which any call of it ends for good."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokenizer.limits = {name: getattr(backend, name, None) for name in ("padding", "truncation")}
+    tokenizer("a")
+
+
+def as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with its padding and truncation, until its next call."""
+    for name, value in getattr(tokenizer, "limits", {}).items():
+        if value:
+            getattr(tokenizer.backend_tokenizer, f"enable_{name}")(**value)
+    return tokenizer
+
+
+def template_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Return the literals of the chat templates and their texts outside tags.
+
+    A template that is no Jinja is a text as a whole. Raises UserError for one that is too long.
+    """
+    templates = tokenizer.chat_template or {}
+    templates = {"": templates} if isinstance(templates, str) else templates
+    return [text for template in templates.values() for text in _texts(template, name)]
+
+
+@cache  # so that a warning is given once
+def _texts(template: str, name: str) -> list[str]:
+    if len(template) > TEMPLATE:
+        problem = f"its chat template has more than {TEMPLATE} characters; shorten or remove it"
+        raise UserError(f"{name}: {problem}")
+    try:
+        literals = list(JINJA.parse(GENERATION.sub("", template)).find_all(nodes.Literal))
+    except (TemplateSyntaxError, RecursionError) as error:
+        log.warning("%s: its chat template is no Jinja (%s); it stays as it is", name, error)
+        return [template]
+    values = (getattr(literal, literal.fields[0]) for literal in literals)
+    return [value for value in values if isinstance(value, str)]
 
 
 class TrimmableTokenizer:
@@ -48,7 +92,7 @@ class TrimmableTokenizer:
             kind = type(tokenizer).__name__
             raise _refused(name, f"a slow one ({kind}, without a tokenizer.json)")
         self.tokenizer, self.name = tokenizer, name
-        self.data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.data: dict[str, Any] = json.loads(as_loaded(tokenizer).backend_tokenizer.to_str())
         model = self.data["model"]
         self.kind = model.get("type")
         if self.kind not in ("BPE", "Unigram"):
@@ -136,14 +180,11 @@ class TrimmableTokenizer:
 
     def template_ids(self) -> set[int]:
         """Return the tokens of the chat templates: of literals, text outside tags, and roles."""
-        templates = self.tokenizer.chat_template or {}
-        texts = list(ROLES) if templates else []
-        for template in templates.values() if isinstance(templates, dict) else [templates]:
-            literals = (single or double for single, double in LITERALS.findall(template))
-            texts += [literal.replace("\\n", "\n") for literal in literals]
-            texts += TAGS.split(template)
-        encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-        return {index for encoding in encodings for index in encoding.ids}
+        if not self.tokenizer.chat_template:
+            return set()
+        texts = [*ROLES, *template_texts(self.tokenizer, self.name)]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+        return {index for each in ids for index in each}
 
     def trimmed_json(self, kept: Sequence[int]) -> dict[str, Any]:
         """Return the content of a tokenizer.json with only the tokens `kept`, in this order."""
@@ -194,6 +235,7 @@ class TrimmableTokenizer:
             trimmed = AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+            keep_limits(trimmed)
         trimmed.name_or_path = self.tokenizer.name_or_path
         expected = {self.id_to_token[index]: place for index, place in new_ids.items()}
         wrong = sorted(expected.items() ^ trimmed.get_vocab().items(), key=lambda item: item[1])

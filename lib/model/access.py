@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 
@@ -26,6 +27,7 @@ from lib.util.hub import hub_problem
 TIMEOUT = 10.0  # seconds for the hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+LAYERS = re.compile(rb'"(?:num_hidden_layers|num_layers|n_layers?)"\s*:\s*(\d{1,18})')
 log = logging.getLogger(__name__)
 
 
@@ -68,11 +70,17 @@ def check_folder(checkpoint: Checkpoint) -> None:
             f"{checkpoint}: the folder holds no config.json, so it is not a model; "
             "name one that save_pretrained wrote"
         )
+    for file in (*folder.glob("*"), *folder.glob("*/*")):
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{checkpoint}: {file} is no file but a pipe or a device; remove it")
     files = [WEIGHTS]
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         with as_user_error(checkpoint, INDEX, "download it again"):
             index = json.loads((folder / INDEX).read_text("utf-8"))
             files = sorted(set(index["weight_map"].values()))
+            if outside := [file for file in files if Path(file).name != file]:
+                raise ValueError(f"it names {outside[0]}, which is no file of this folder")
+    tensors = 0
     for file in files:
         if not (folder / file).is_file():
             raise UserError(
@@ -80,7 +88,13 @@ def check_folder(checkpoint: Checkpoint) -> None:
                 "from safetensors only, download or convert them"
             )
         with as_user_error(checkpoint, file, "it is damaged or cut short; download it again"):
-            safe_open(folder / file, framework="pt").keys()
+            tensors += len(safe_open(folder / file, framework="pt").keys())
+    layers = LAYERS.findall((folder / "config.json").read_bytes())
+    if more := [number for number in map(int, layers) if number > tensors]:
+        raise UserError(
+            f"{checkpoint}: its config.json tells of {more[0]} layers, but its weights are "
+            f"{tensors} tensors; these do not belong together"
+        )
 
 
 @cache
@@ -165,22 +179,8 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
         log.warning("%s: %d tensors are not used: %s ...", checkpoint, len(unused), unused[0])
 
 
-def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return {name of a tensor: the file that holds it} of a checkpoint on this machine."""
-    folder = Path(checkpoint.name)
-    if not folder.is_dir():
-        folder = Path(
-            snapshot_download(
-                checkpoint.name,
-                revision=checkpoint.revision,
-                cache_dir=checkpoint.cache_dir,
-                allow_patterns=["*.safetensors", "*.safetensors.index.json"],
-                local_files_only=True,
-            )
-        )
-    names: dict[str, str] = {}
-    single = folder / WEIGHTS
-    for file in [single] if single.is_file() else sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as stored:
-            names |= dict.fromkeys(stored.keys(), str(file))
-    return names
+def stored_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Return how many tensors, and bytes, the weights of a local checkpoint are; else 0."""
+    files = [*Path(checkpoint.name).glob("*.safetensors")]
+    tensors = sum(len(safe_open(file, framework="pt").keys()) for file in files)
+    return tensors, sum(file.stat().st_size for file in files)

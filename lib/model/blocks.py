@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_map
 from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.pretrained import decoder_blocks
 from lib.model.store import BlockStore
 from lib.model.transfer import Transfer
 from lib.util.errors import UserError
@@ -64,7 +63,9 @@ class BlockRunner:
     It carries what every pass needs: `dist`, the processes that share the work; `batch_size`, the
     windows per forward pass; `state_device`, which holds hidden states between two blocks;
     `cache_inputs`, whether there is memory for inputs of a block that save passes through it; and
-    `save_dtype`, in which the model will be saved (None: as it is).
+    `checkpointed`, whether a block's activations are computed again in training. `weights` says in
+    which dtype the model will be saved. All blocks are run at once if `whole`, for those that can't
+    be run one by one.
     """
 
     def __init__(
@@ -78,23 +79,28 @@ class BlockRunner:
         batch_size: int = 1,
         state_device: torch.device | None = None,
         cache_inputs: bool = True,
-        save_dtype: torch.dtype | None = None,
+        checkpointed: bool = False,
+        whole: bool = False,
     ) -> None:
         self.model = model
-        self.name, self.blocks = decoder_blocks(model)
+        self.weights = weights or BlockStore(model, device)
+        self.name, self.blocks = self.weights.name, self.weights.blocks
         self.device = device
         self.dist = dist or DistContext(device, alone=True)
-        self.weights = weights or BlockStore(self.blocks, device, self.name)
         self.flag = flag
         self.batch_size = batch_size
         self.state_device = state_device or device
         self.cache_inputs = cache_inputs
-        self.save_dtype = save_dtype
-        self.checkpointed = False  # a block's activations are computed again in training
-        self.whole = False  # the blocks can't be run one by one, so all of them are run at once
+        self.checkpointed = checkpointed
+        self.whole = whole
         self.output: type | None = None  # the decoder's, if so
         self.transfer = Transfer(device)
         self.tuples = self._probe()
+
+    @property
+    def save_dtype(self) -> torch.dtype | None:
+        """The dtype in which the model will be saved; None: as it is."""
+        return self.weights.saved.dtype
 
     def alone(self, batch_size: int) -> BlockRunner:
         """Return the same runner for this rank alone, with another batch size."""

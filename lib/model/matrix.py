@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lib.model.dtypes import SaveDtypes
 from lib.packed.layout import all_finite
 from lib.util.errors import UserError
 
@@ -58,11 +59,11 @@ class PrunableLinear:
         weight = self.raw_weight.T if self.transposed else self.raw_weight
         return weight.to(torch.float32, copy=True).contiguous()
 
-    def saved_dtype(self, save_dtype: torch.dtype | None) -> torch.dtype:
-        """The dtype in which ranks send the matrix, and save it; None: the weight's own."""
+    def saved_dtype(self, saved: SaveDtypes) -> torch.dtype:
+        """The dtype in which ranks send the matrix, and save it."""
         if self.is_quantised:  # it is quantised again afterwards
             return torch.float32
-        return save_dtype or self.raw_weight.dtype
+        return saved.of(self.name, self.raw_weight)
 
     def set_weight_(self, matrix: Tensor) -> None:
         """Write a matrix (out, in) into the weight."""

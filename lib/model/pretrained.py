@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
+from lib.data.tokenizer import keep_limits, template_texts
 from lib.model.access import (
     INDEX,
     WEIGHTS,
@@ -25,7 +27,9 @@ from lib.model.access import (
     check_complete,
     check_folder,
     quantisation,
+    stored_size,
 )
+from lib.model.dtypes import SaveDtypes
 from lib.model.quantised import keep_bnb_layout
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
@@ -34,6 +38,8 @@ LONGEST_WINDOW = 4096  # tokens, where neither a flag nor the model says less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BATCH_TOKENS, GPU_BATCH_TOKENS = 1024, 8192  # in one forward pass, roughly
 NARROW = 4096  # width below which that many tokens do not keep a GPU busy
+MOST_TENSORS = 10  # parameters of a model for each tensor in its weights, far above any kind's
+MOST_WEIGHTS = 16  # numbers for each byte in its weights
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -76,13 +82,18 @@ def load_config(checkpoint: Checkpoint) -> Any:
     check_folder(checkpoint)
     way_out = "check that file and the installed transformers"
     with as_user_error(checkpoint, "its config.json", way_out):
-        return AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
+        config = AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
+    if not checkpoint.trust_remote_code:
+        vars(config).pop("auto_map", None)  # names code that is not saved with the model
+    return config
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """Load the model's tokenizer. Raises UserError if it has none that works."""
     with as_user_error(checkpoint, "its tokenizer", "put the tokenizer's files beside the weights"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.name, **checkpoint.options())
+        template_texts(tokenizer, str(checkpoint))  # which checks them
+        keep_limits(tokenizer)
     if not tokenizer("a").input_ids and not tokenizer("text").input_ids:
         raise UserError(f"{checkpoint}: its tokenizer turns text into no tokens")
     return tokenizer
@@ -146,10 +157,26 @@ def saved_dtype(name: str, config, narrows: bool = False) -> torch.dtype:
 
 
 def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
-    """Build the model without weights, on the meta device."""
+    """Build the model without weights, on the meta device.
+
+    Raises UserError where it can't be built, or is far larger than a local folder's weights.
+    """
     checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
+    stored, n_bytes = stored_size(checkpoint)
+    tensors, weights = MOST_TENSORS * stored, MOST_WEIGHTS * n_bytes
+
+    def on_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal tensors, weights
+        tensors, weights = tensors - 1, weights - parameter.numel()
+        if stored and min(tensors, weights) < 0:
+            raise UserError(
+                f"{checkpoint}: its config.json describes a far larger model than its weights, "
+                f"{stored} tensors in {n_bytes} bytes; these do not belong together"
+            )
+
     with (
         as_user_error(checkpoint, "a model of its kind", "name a causal language model"),
+        register_module_parameter_registration_hook(on_parameter),
         torch.device("meta"),
     ):
         return AutoModelForCausalLM.from_config(
@@ -279,13 +306,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Afterwards they have their own again, with values that were rounded to it.
     """
-    strict = set(model._keep_in_fp32_modules_strict or ())
+    saved = SaveDtypes(model, dtype)
     before = {parameter: parameter.dtype for parameter in model.parameters()}
     config_dtype = model.config.dtype
     try:
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and not strict.intersection(name.split(".")):
-                parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(saved.of(name, parameter))
         model.config.dtype = dtype
         yield
     finally:
@@ -329,10 +355,8 @@ def footprint(model: nn.Module) -> int:
 
 def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Return the bytes of the parameters saved in `dtype`, shared ones counted once."""
-    return sum(
-        parameter.numel() * (dtype if parameter.is_floating_point() else parameter.dtype).itemsize
-        for parameter in model.parameters()
-    )
+    saved = SaveDtypes(model, dtype)
+    return sum(one.numel() * saved.of(name, one).itemsize for name, one in model.named_parameters())
 
 
 def default_bos_id(tokenizer) -> int | None:

@@ -42,20 +42,20 @@ class RunFolder:
     """
 
     def __init__(self, flag: str, path: str | Path) -> None:
-        self.label, self.folder = f"{flag} {path}", Path(path)
+        self.label, self.path = f"{flag} {path}", Path(path)
         self.digest = ""
         self._lock = ExitStack()
         check_writable(flag, str(path))
-        names = sorted(each.name for each in self.folder.glob("*") if each.name != LOCK)
+        names = sorted(each.name for each in self.path.glob("*") if each.name != LOCK)
         if names and JOB not in names:
             raise UserError(f"{self.label}: holds {names[0]}, but no {JOB}; name another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         held = f"{self.label}: another run uses it; name another folder, or wait for its end"
-        self._lock.enter_context(exclusive_lock(self.folder / LOCK, held))
+        self._lock.enter_context(exclusive_lock(self.path / LOCK, held))
         self.begun: dict[str, Any] | None = None
         if names:
             try:
-                self.begun = dict(json.loads((self.folder / JOB).read_text("utf-8")))
+                self.begun = dict(json.loads((self.path / JOB).read_text("utf-8")))
             except (ValueError, TypeError) as error:
                 self._lock.close()
                 reason = f"{JOB} can't be read ({first_line(error)})"
@@ -64,12 +64,12 @@ class RunFolder:
     def begin(self, job: Mapping[str, Any]) -> None:
         """Write what the run's result depends on; files of other jobs are not read."""
         text = json.dumps(job, indent=2, ensure_ascii=False, sort_keys=True)
-        write_text(self.folder / JOB, text)
+        write_text(self.path / JOB, text)
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
         """Write tensors and plain facts into `name`.safetensors, whole or not at all."""
-        file = self.folder / f"{name}.safetensors"
+        file = self.path / f"{name}.safetensors"
         stage = file.with_suffix(PARTIAL)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"format": "pt", "job": self.digest, "facts": json.dumps(facts)}
@@ -82,13 +82,13 @@ class RunFolder:
                 stage.unlink()
             raise UserError(
                 f"{self.label}: {file.name} can't be written ({first_line(error)}); what was "
-                f"written before it is kept: make room and continue by --resume {self.folder}"
+                f"written before it is kept: make room and continue by --resume {self.path}"
             ) from error
         return file
 
     def read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Return tensors and facts of a file; None if it is missing, damaged or of another run."""
-        file = self.folder / f"{name}.safetensors"
+        file = self.path / f"{name}.safetensors"
         if not file.is_file():
             return None
         try:
@@ -105,18 +105,18 @@ class RunFolder:
 
     def files(self) -> list[Path]:
         """Return the files with what a run would have to do again."""
-        return [file for name in KEPT for file in self.folder.glob(f"{name}.safetensors")]
+        return [file for name in KEPT for file in self.path.glob(f"{name}.safetensors")]
 
     def clear(self) -> None:
         """Remove the files of runs, and the folder if nothing else is in it; unlock it."""
-        if (self.folder / JOB).is_file():
-            shutil.rmtree(self.folder / CONVERTED, ignore_errors=True)
-            for file in [*self.files(), *self.folder.glob(f"*{PARTIAL}")]:
+        if (self.path / JOB).is_file():
+            shutil.rmtree(self.path / CONVERTED, ignore_errors=True)
+            for file in [*self.files(), *self.path.glob(f"*{PARTIAL}")]:
                 file.unlink(missing_ok=True)
-            (self.folder / JOB).unlink(missing_ok=True)
+            (self.path / JOB).unlink(missing_ok=True)
         self._lock.close()
         with suppress(OSError):  # it has other files, or is gone
-            self.folder.rmdir()
+            self.path.rmdir()
 
     def close(self) -> None:
         """Unlock the folder; remove it if no block was finished."""

@@ -127,7 +127,7 @@ class Pruner:
         self.method = method
         self.allocation = allocation
         self.dist = runner.dist
-        self.save_dtype = runner.save_dtype  # to which what is pruned is rounded
+        self.saved = runner.weights.saved  # to which dtype what is pruned is rounded
         self.done = Pruned()
         # weights that several blocks share are pruned once, where tokens reach them first
         count = Counter(id(p) for block in runner.blocks for p in block.parameters())
@@ -198,7 +198,7 @@ class Pruner:
                 if linear.is_quantised and linear.name in written
             }
             notes = vars(self.done.notes[-1])
-            runner.weights.save(index, notes, matrices, stage=self.stage)
+            runner.weights.put(index, notes, matrices, stage=self.stage)
         for linear in linears:
             if linear.name not in self.done.pruned:
                 self.done.left_dense[linear.name] = prod(linear.shape), UNREACHED
@@ -220,7 +220,7 @@ class Pruner:
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         """Load the block and its notes if an interrupted run has finished it; whether it has."""
-        facts = self.runner.weights.restore(index, stage=self.stage)
+        facts = self.runner.weights.get(index, stage=self.stage)
         if facts is None:
             return False
         notes = BlockNotes(**facts)
@@ -289,7 +289,7 @@ class Pruner:
             for linear in group.linears:
                 matrix = written.get(linear.name)
                 if matrix is None:
-                    dtype, device = linear.saved_dtype(self.save_dtype), linear.raw_weight.device
+                    dtype, device = linear.saved_dtype(self.saved), linear.raw_weight.device
                     matrix = torch.empty(linear.shape, dtype=dtype, device=device)
                 matrix = self.dist.broadcast_(matrix, owner)
                 if owner != self.dist.rank:
@@ -313,7 +313,7 @@ class Pruner:
         solved = []
         for linear, matrix in zip(group.linears, matrices, strict=True):
             _check_finite([matrix], f"{linear.name}: pruned weights are not finite")
-            solved.append(matrix.to(linear.saved_dtype(self.save_dtype)))
+            solved.append(matrix.to(linear.saved_dtype(self.saved)))
         return solved
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib.methods.gptq import GPTQ, Start
 from lib.model.blocks import BlockRunner
+from lib.model.dtypes import SaveDtypes
 from lib.model.matrix import PrunableLinear
 from lib.packed.formats import Grid, Int4
 from lib.packed.linear import why_dense
@@ -66,7 +67,7 @@ class Quantizer(Pruner):
         self.fmt, self.master_dtype = fmt, master_dtype
         self.starts: dict[int, tuple[Tensor, Grid]] = {}
         self.fresh: dict[PrunableLinear, Start] = {}  # of the block that is being rounded
-        self.save_dtype = None  # integers times scales are kept as they are
+        self.saved = SaveDtypes()  # integers times scales are kept as they are
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None

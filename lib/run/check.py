@@ -261,7 +261,7 @@ def open_store(job: Job) -> None:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
     store.begin(pruning)
-    job.store = store
+    job.folder = store
     if store.begun:
         kept = Counter(file.stem.partition("-")[0] for file in store.files())
         total = len(job.skeleton.get_submodule(job.blocks_name))

@@ -27,6 +27,7 @@ PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
 CHUNK = 2**24  # bytes read at a time
 SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # of tokenizer and generation
+SETTINGS_BYTES = 2**26  # read of one, more than any tokenizer has; a log beside it may be endless
 CALIBRATION = "seed", "nsamples"
 
 
@@ -120,11 +121,14 @@ def _settings(name: str, config: Any, patterns: Iterable[str]) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None))
-    files = {file for pattern in patterns for file in folder.glob(pattern)}
+    files = {file for each in patterns for file in folder.glob(each) if file.is_file()}
     files -= {folder / "config.json"} if "config.json" not in patterns else set()
-    return _digest(
-        part for file in sorted(files) for part in (file.name.encode(), file.read_bytes())
-    )
+    return _digest(part for file in sorted(files) for part in (file.name.encode(), _head(file)))
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(SETTINGS_BYTES)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

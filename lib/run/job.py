@@ -66,7 +66,7 @@ class Job:
     smaller: bool = False  # the model has fewer neurons or experts than the teacher
     texts: Texts = field(default_factory=lambda: Texts(None))
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
-    store: RunFolder | None = None  # of finished blocks, in the main rank
+    folder: RunFolder | None = None  # of finished blocks, in the main rank
     shared: Path | None = None  # the folder of a sweep, whose runs share the dense model's states
     results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
     seconds: dict[str, float] = field(default_factory=dict)  # by step

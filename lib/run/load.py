@@ -11,16 +11,17 @@ import shutil
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lib.model import pretrained
-from lib.model.access import stored_names
 from lib.model.blocks import BlockRunner
-from lib.model.run_folder import RunFolder
-from lib.model.store import CONVERTED, BlockStore, Files, are_apart, device_map, place_blocks
+from lib.model.run_folder import CONVERTED, RunFolder
+from lib.model.store import BlockStore, FileBlockStore, are_apart, device_map
 from lib.run.job import Job
 from lib.util.errors import UserError
 from lib.util.host import available, gib, keep_freed_memory
@@ -32,42 +33,48 @@ KEPT = 40  # activations of a block that a backward pass needs, in hidden states
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
 
-def load(job: Job, cleanup: ExitStack) -> BlockRunner:
-    """Load the dense model where it fits; `cleanup` closes and removes what that needs."""
+def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
+    """Load the dense model where it fits; `cleanup` closes and removes what that needs.
+
+    `folder` is the run's own, in the main rank, where blocks are kept.
+    """
     keep_freed_memory()
-    plan = plan_memory(job)
+    args, plan = job.args, plan_memory(job)
+    where, converted, blocks_at = {"": job.device}, None, None
+    if plan.fetched:
+        where = device_map(job.skeleton, job.blocks_name, job.device)
+        if job.dist.is_local_main:
+            blocks_at = _block_folder(job, cleanup, folder)
+            converted = blocks_at.path / CONVERTED
+        else:  # this rank maps what it converts itself
+            converted = cleanup.enter_context(tempfile.TemporaryDirectory())
     with job.timed("load"):
-        if plan.fetched:
-            model, files = _read_in_files(job, cleanup)
-        else:
-            model, files = _read_model(job, {"": job.device}), None
-    save_dtype = pretrained.saved_dtype(job.args.dtype, job.config, job.plan.narrows)
-    if job.plan.narrows and not plan.fetched:
+        model = pretrained.load_model(
+            job.checkpoint,
+            job.config,
+            dtype=pretrained.pick_dtype(args.dtype, job.config, job.device),
+            device_map=where,
+            offload=converted and str(converted),
+            load_bit=args.load_bit,
+        )
+    save_dtype = pretrained.saved_dtype(args.dtype, job.config, job.plan.narrows)
+    if job.plan.narrows:
         with pretrained.cast(model, save_dtype):
-            pass  # the model is measured as it will be saved
-    name, blocks = pretrained.decoder_blocks(model)
-    weights = BlockStore(
-        blocks,
-        job.device,
-        name,
-        files=files,
-        save_dtype=save_dtype,
-        exact=frozenset(model._keep_in_fp32_modules_strict or ()),
-        finished=job.store,
-        resumes=any(job.dist.all_gather_object(bool(job.store and job.plan.changes))),
-        dist=job.dist,
-    )
-    runner = BlockRunner(
-        model,
-        job.device,
-        weights,
+            pass  # it is measured as it will be saved; blocks in files are cast when fetched
+    store = BlockStore
+    if plan.fetched:
+        on_disk, narrow = bool(args.offload), job.plan.narrows
+        store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=narrow)
+    finished = folder if job.plan.changes else None
+    weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
+    options = dict(
         dist=job.dist,
         batch_size=job.batch_size,
         state_device=plan.state_device,
         cache_inputs=plan.cache_inputs,
-        save_dtype=save_dtype,
+        checkpointed=plan.checkpointed,
     )
-    runner.checkpointed = plan.checkpointed
+    runner = BlockRunner(model, job.device, weights, **options)
     if weights.resident:  # otherwise every block is checked when it is fetched
         runner.check_finite()
     try:
@@ -75,7 +82,7 @@ def load(job: Job, cleanup: ExitStack) -> BlockRunner:
     except UserError as error:
         if job.plan.changes or job.plan.has_dense:
             raise
-        runner.whole = True
+        runner = BlockRunner(model, job.device, weights, **options, whole=True)
         runner.verify()
         job.print(f"measured as a whole: {error}")
     return runner
@@ -106,6 +113,10 @@ def plan_memory(job: Job) -> MemoryPlan:
         free = available() // dist.local_size
     bits = BITS[args.load_bit] if args.load_bit else 8 * dtype.itemsize
     weights = int(inside * bits / 8) + outside * dtype.itemsize
+    teacher = inside * dtype.itemsize if job.schedule else 0  # the copy shares what is outside
+    if job.teacher:
+        dense = pretrained.skeleton(job.teacher_config, job.teacher)
+        teacher = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
     quantised = args.load_bit or getattr(config, "quantization_config", None)
     apart = not quantised and not job.schedule and are_apart(blocks)
     if args.offload and not apart:
@@ -113,47 +124,50 @@ def plan_memory(job: Job) -> MemoryPlan:
             f"--offload {args.offload}: the model's blocks share weights, or are quantised; leave "
             "it out"
         )
-    many = 2 * weights > free if gpu else dist.local_size > 1
+    many = 2 * weights + teacher > free if gpu else dist.local_size > 1
     fetched = any(dist.all_gather_object(bool(args.offload or (apart and many))))
     texts, width = job.texts, config.get_text_config(decoder=True).hidden_size
     windows = 0 if texts.windows is None else len(texts.windows)
     windows = len(range(windows)[dist.share(windows)])
     hidden = 2 * windows * job.seqlen * width * dtype.itemsize  # pruned and dense stream
-    left = free - (3 * weights // len(blocks) if fetched else weights)
+    left = free - teacher - (3 * weights // len(blocks) if fetched else weights)
     on_device = not gpu or 4 * hidden < left
     batch = job.batch_size * job.seqlen * width * dtype.itemsize
-    training = TRAINED * inside + weights + KEPT * len(blocks) * batch
+    trained = _trained_bytes(blocks, args.recover_rank, dtype)
+    training = trained + weights + teacher + KEPT * len(blocks) * batch
+    checkpointed = bool(job.schedule) and training > free
     where = "" if not gpu else f" on {job.device}" if on_device else " on the host"
     job.print(
-        f"memory: weights {gib(weights)}{', one block at a time' if fetched else ''}, hidden "
-        f"states {gib(hidden)}{where}, of {gib(free)} free"
+        f"memory: weights {gib(weights)}{', one block at a time' if fetched else ''}, "
+        + f"teacher {gib(teacher)}, " * bool(teacher)
+        + f"hidden states {gib(hidden)}{where}, of {gib(free)} free"
+        + "; activations are computed again in training" * checkpointed
     )
     return MemoryPlan(
         fetched=fetched,
         state_device=job.device if on_device else torch.device("cpu"),
         cache_inputs=left - hidden > CACHED * hidden,
-        checkpointed=training > free,
+        checkpointed=checkpointed,
     )
 
 
-def _read_in_files(job: Job, cleanup: ExitStack) -> tuple[nn.Module, Files]:
-    """Load the dense model with its blocks in files, which the ranks of a machine share."""
-    folder = _block_folder(job, cleanup) if job.dist.is_local_main else None
-    if folder:
-        converted = folder.folder
-    else:  # this rank maps what it converts itself
-        converted = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
-    (converted / CONVERTED).mkdir(exist_ok=True)
-    where = device_map(job.skeleton, job.blocks_name, job.device)
-    model = _read_model(job, where, str(converted / CONVERTED))
-    places = place_blocks(model, job.blocks_name, stored_names(job.checkpoint), converted)
-    return model, Files(places, folder, on_disk=bool(job.args.offload))
+def _trained_bytes(blocks: nn.Module, rank: int | None, dtype: torch.dtype) -> int:
+    """Return the bytes that training the blocks takes, besides their weights and activations."""
+    size = 0
+    for parameter in blocks.parameters():
+        if rank and parameter.dim() > 1:  # B and A for every matrix, which is kept beside them
+            *stack, rows, columns = parameter.shape
+            size += TRAINED * prod(stack) * rank * (rows + columns)
+            size += parameter.numel() * dtype.itemsize
+        else:
+            size += TRAINED * parameter.numel()
+    return size
 
 
-def _block_folder(job: Job, cleanup: ExitStack) -> RunFolder:
+def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> RunFolder:
     """Return where this machine keeps changed blocks: the run's own folder, or a temporary one."""
-    if job.store:
-        return job.store
+    if folder:
+        return folder
     if job.args.offload:
         path = Path(f"{job.args.offload}-rank-{job.dist.rank}")
     else:
@@ -165,18 +179,3 @@ def _block_folder(job: Job, cleanup: ExitStack) -> RunFolder:
     cleanup.callback(folder.clear)
     folder.begin({})
     return folder
-
-
-def _read_model(job: Job, where: dict, converted: str | None = None) -> nn.Module:
-    """Load the dense model, each part on the device that `where` maps it to.
-
-    Weights on disk that transformers converts on loading go into the folder `converted`.
-    """
-    return pretrained.load_model(
-        job.checkpoint,
-        job.config,
-        dtype=pretrained.pick_dtype(job.args.dtype, job.config, job.device),
-        device_map=where,
-        offload=converted,
-        load_bit=job.args.load_bit,
-    )

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
+from lib.data.tokenizer import as_loaded
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
@@ -29,11 +30,11 @@ CARD = "README.md"  # the last file of a model that is saved
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
-    weights, store, moved = runner.weights, job.store, {}
+    weights, folder, moved = runner.weights, job.folder, {}
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
     weights.wait_for_readers()
     if job.dist.is_main:
-        holds_blocks = bool(store) and store.folder.resolve() == stage.resolve()
+        holds_blocks = bool(folder) and folder.path.resolve() == stage.resolve()
         with job.timed("save"), ExitStack() as failed:
             if not holds_blocks:
                 failed.callback(shutil.rmtree, stage, ignore_errors=True)
@@ -43,10 +44,10 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
             if holds_blocks:  # the folder is about to become the model
                 if not (weights.resident or shards):  # what is still read stays until the end
                     other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-                    for file in store.files():
+                    for file in folder.files():
                         moved[str(file)] = shutil.move(file, other)
-                store.clear()
-                job.store = None
+                folder.clear()
+                job.folder = None
             try:
                 put_in_place(stage, target)
             except OSError as error:
@@ -72,7 +73,7 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
                 save_model(runner.model, stage, runner.save_dtype)
     except SafetensorError as error:
         raise UserError(f"--save_model {job.args.save_model}: can't be saved ({error})") from error
-    job.tokenizer.save_pretrained(stage)
+    as_loaded(job.tokenizer).save_pretrained(stage)
     write_tokenizer_model(job.tokenizer, stage)
     sync_all(stage)
     sizes = (file.stat().st_size for file in stage.glob("model*.safetensors"))
@@ -92,15 +93,15 @@ def write_card(job: Job, folder: str | Path) -> None:
 
 def close_store(job: Job) -> None:
     """Remove the folder of finished blocks, or say how to go on where the run ended early."""
-    if not job.store:
+    if not job.folder:
         return
     if job.is_recorded:
-        job.store.clear()
+        job.folder.clear()
         return
-    job.store.close()
-    if job.store.files():
+    job.folder.close()
+    if job.folder.files():
         how = "the same command continues"
         if not job.args.resume:
-            how = f"add --resume {job.store.folder} to continue"
+            how = f"add --resume {job.folder.path} to continue"
         how += " with another --save_model" * ("saved_bytes" in job.results)
         print(f"kept what is finished: {how}", flush=True)

@@ -254,9 +254,7 @@ def run_tasks(job: Job, runner: BlockRunner) -> None:
             original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
             runner.model.to("meta")  # its memory is the dense model's now
             with ExitStack() as cleanup:
-                store, job.store = job.store, None  # which is of the other model
-                dense = load(job, cleanup).model
-                job.store = store
+                dense = load(job, cleanup, None).model
                 results["dense_tasks"] = tasks.run_tasks(dense, original, args.tasks, **options)
     write_results(Path(args.save), results)
     print(*tasks.task_lines(results["tasks"], results.get("dense_tasks")), sep="\n", flush=True)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
 from pyarrow import parquet
 from tiny import sentences, write_texts
 
+from lib.data import documents
 from lib.data.documents import check_source, locations, read_documents
 from lib.data.sources import AGAIN, BUILT_IN, JOINED, ONCE, has_test, parse_source, parse_sources
 from lib.run.flags import build_parser
@@ -143,7 +145,7 @@ def test_files_and_folders(tmp_path):
 BAD_LINES = {
     b"{text}": "not JSON",
     b'{"title": "a", "id": 1}': "no column 'text'; there are: title, id; name one by --column",
-    b'{"text": null}': "NoneType",
+    b'{"text": [{"role": "user"}]}': "'text' is of type list, not a string; name a column",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
     b'{"text": "\xff"}': "not UTF-8",
 }
@@ -293,13 +295,47 @@ def test_bad_files_are_named(tmp_path):
         ("inside.parquet", whole[:4] + b"\xff" * 36 + whole[40:], "is it damaged?"),
         ("letters.parquet", parquet_bytes(tmp_path, text=binary), "is it damaged?"),
         ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "there are: id, body"),
-        ("null.parquet", parquet_bytes(tmp_path, text=["a", None]), "null.parquet, row 1: the"),
+        ("list.parquet", parquet_bytes(tmp_path, text=[["a"]]), "row 0: 'text' is of type list"),
+        ("null.csv", b"id,text\n1\n", "holds no text"),
         ("bad.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("blank.txt", b" \n", "holds no text"),
     ]:
         (tmp_path / name).write_bytes(content)
         line = message(lambda name=name: read(parse_source(str(tmp_path / name), FLAG)))
         assert name in line and words in line
+
+
+def test_rows_without_a_text_are_left_out_and_counted(tmp_path, caplog):
+    table = parquet_bytes(tmp_path, text=["a", None, "b", None])
+    for name, content in [
+        ("a.jsonl", b'{"text": "a"}\n{"text": null}\n{"text": "b"}\n{"text": null}\n'),
+        ("a.csv", b"id,text\n1,a\n2\n3,b\n4\n"),
+        ("a.parquet", table),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        caplog.clear()
+        assert read(parse_source(str(tmp_path / name), FLAG)) == ["a", "b"]
+        assert f"{name}: 2 rows without a 'text' are left out" in caplog.text
+
+
+def test_small_files_that_become_large_ones_are_not_read_whole(tmp_path, caplog, monkeypatch):
+    """A text of 1 MB, repeated, would become 60 GB."""
+    monkeypatch.setattr(documents, "ROWS_CHARACTERS", 2**22)
+    repeated = pyarrow.array(["x" * 10**6]).dictionary_encode().take(pyarrow.array([0] * 60000))
+    parquet.write_table(pyarrow.table({"text": repeated}), tmp_path / "a.parquet")
+    assert len(read(parse_source(str(tmp_path / "a.parquet"), FLAG))) == 5
+    assert "a.parquet: no more than 4194304 characters are read" in caplog.text
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(rows("one").encode() + b" " * 2**23))
+    line = message(read, parse_source(str(tmp_path / "b.jsonl.gz"), FLAG))
+    assert "b.jsonl.gz, line 2: it is 4194304 bytes or longer; cut it" in line
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_pipes_and_devices_are_not_read(tmp_path, make):
+    make(tmp_path / "a.jsonl")
+    line = message(read, parse_source(str(tmp_path), FLAG))
+    assert "a.jsonl is no file but a pipe, a device or a lost link; remove it" in line
+    assert "nor a file in" in message(parse_source, str(tmp_path / "a.jsonl"), FLAG)
 
 
 # --- the hub
@@ -357,7 +393,7 @@ def test_what_the_hub_set_lacks(hub):
     for text, words in {
         "owner/name::tset": "no split 'tset'; there are: dev, train",
         "owner/name": "no column 'text'; there are: body, id",
-        "owner/name:::id": "row 0, column 'id': the text is of type int",
+        "owner/name:::id": "row 0: 'id' is of type int",
         "ubertext": "the split 'train' is empty; name another",
     }.items():
         assert words in message(check_source, parse_source(text, FLAG), "train")

@@ -47,7 +47,7 @@ def quickly(runs: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
     from lib.commands.gguf import command, llama_cpp, proof
 
-    def here(what: str, function: Callable, **arguments: object) -> object:
+    def here(what: str, function: Callable, size: float = 0, **arguments: object) -> object:
         try:
             if function is llama_cpp.run:
                 return runs.submit(function, **arguments).result(LIMIT)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.request import Request
 
 import kinds
 import numpy as np
@@ -222,6 +225,21 @@ def test_without_a_runner_only_tensors_are_proven(
     main([str(llama), str(tmp_path / "model.gguf")])
     assert "not proven: tokens and predictions (xllamacpp is not inst" in capsys.readouterr().out
     assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
+
+
+def test_a_server_has_worked_before_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If its loop has not begun by then, it waits for ever; on one processor in a third of runs."""
+    asked = []
+
+    def answer(request: Request, timeout: float) -> io.StringIO:
+        asked.append(request.selector)
+        return io.StringIO("{}")
+
+    server = SimpleNamespace(listening_address="http://server")
+    monkeypatch.setattr(llama_cpp, "start", lambda *_: server)
+    monkeypatch.setattr(llama_cpp, "DIRECT", SimpleNamespace(open=answer))
+    llama_cpp.run("model.gguf", context=64)
+    assert asked == ["/completion"]
 
 
 def test_relative_paths_children_and_a_proxy(

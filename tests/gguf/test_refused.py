@@ -44,7 +44,7 @@ def test_one_line_for_each_mistake(llama: Path, tmp_path: Path) -> None:
         (llama, "c.gguf --type q4_k_m", "f16, .*then llama-quantize f16.gguf OUT.gguf Q4_K_M$"),
         (llama, "c.gguf --data ./nowhere", "--data .*nowhere: no such"),
         (tmp_path / "none", "c.gguf", "IN .*none: no model folder"),
-        (tmp_path / "no_weights", "c.gguf", "IN .*no_weights: holds no weights"),
+        (tmp_path / "no_weights", "c.gguf", "IN .*no_weights: its weights are incomplete"),
         (tmp_path / "four", "c.gguf", "IN .*four: its weights are quantised by bitsandbytes"),
         (tmp_path / "unigram", "c.gguf", "of the kind Unigram, neither byte-level"),
     ]
@@ -102,8 +102,10 @@ def test_what_came_to_lie_at_out_meanwhile_stays(tmp_path: Path) -> None:
 
 
 def test_a_child_that_hangs_or_dies_is_ended_with_a_line(monkeypatch) -> None:
-    with pytest.raises(UserError, match="^this: it did not end within 0 s"):
-        llama_cpp.run_child("this", llama_cpp.run, seconds=0.01)
+    with monkeypatch.context() as patched:
+        patched.setattr(llama_cpp, "LIMIT", 0.01)
+        with pytest.raises(UserError, match="^this: it did not end within 0 s; .* chat template"):
+            llama_cpp.run_child("this", llama_cpp.run, size=1e5)
     with pytest.raises(UserError, match="^this: TypeError: .* 'model'"):
         llama_cpp.run_child("this", llama_cpp.run)
     monkeypatch.setattr(sys, "executable", "/bin/false")

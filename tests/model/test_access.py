@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +22,26 @@ def folder(tmp_path: Path) -> Path:
     return tiny.write_model(tmp_path / "model", tiny.tiny_llama())
 
 
-@pytest.mark.parametrize("index", ["[]", '{"weight_map": [1]}', '{"weight_map": {"a": {}}}'])
+@pytest.mark.parametrize(
+    "index",
+    ["[]", '{"weight_map": [1]}']
+    + [f'{{"weight_map": {{"a": {name}}}}}' for name in ("{}", "5", '"../a"', '"/dev/zero"')],
+)
 def test_an_index_of_another_form_is_refused(index: str, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(index)
     with pytest.raises(UserError, match="model.safetensors.index.json can't be loaded"):
         check_folder(Checkpoint(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "tokenizer.json", "additional_chat_templates/a.jinja"])
+def test_pipes_and_devices_are_not_read(name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        with pytest.raises(UserError, match=f"{name} is no file but a pipe or a device; remove"):
+            load_config(Checkpoint(str(folder)))
 
 
 def test_weights_come_from_the_commit_of_the_config(

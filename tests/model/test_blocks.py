@@ -74,10 +74,10 @@ def test_blocks_that_read_the_keys_of_others_are_refused(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", tiny.REFUSED)
 def test_they_are_measured_by_their_whole_forward(name: str) -> None:
-    runner, ids = runner_of(tiny.REFUSED[name]()), windows(5)
+    runner = BlockRunner(tiny.REFUSED[name](), CPU, batch_size=3, whole=True)
+    ids = windows(5)
     with torch.no_grad():
         logits = runner.model(input_ids=ids, use_cache=False).logits[:, :-1]
-    runner.whole = True
     runner.verify()
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     assert perplexity(runner, ids) == pytest.approx(loss.exp().item(), rel=1e-4)

@@ -17,6 +17,7 @@ from lib import recover
 from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
+from lib.model.dtypes import SaveDtypes
 from lib.model.pretrained import fresh_copy
 from lib.packed.formats import PACKED, Grid
 from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
@@ -94,7 +95,7 @@ def trainer(
     """Of a pruned model, on random windows that it is also measured on."""
     runner, teacher = models or pruned(name)
     runner.batch_size = teacher.batch_size = batch_size
-    runner.save_dtype = dtype
+    runner.weights.saved = SaveDtypes(runner.model, dtype)
     runner.weights.finished, runner.weights.resumes = finished, finished is not None
     ids = windows(4, SEQLEN)
     starts = {}

@@ -106,12 +106,12 @@ def test_a_model_that_was_pruned_before(tmp_path: Path, monkeypatch) -> None:
     _, second = run(tmp_path / "second", *argv)
     pruned_only = first["evaluation"][0]["compared_perplexity"]
     assert second["recovery"]["before"]["uk"] == pytest.approx(pruned_only)
-    _, second = run(tmp_path / "second", *argv, *PACK)
+    _, second = run(tmp_path / "packed", *argv, *PACK)
     assert second["recovery"]["teacher"] == "model"
     curve = [point["perplexity"] for point in second["recovery"]["curve"]]
     assert min(curve) < curve[0]
     before = weights(pruned)
-    for name, tensor in held(tmp_path / "second/model", torch.float32).items():
+    for name, tensor in held(tmp_path / "packed/model", torch.float32).items():
         assert (tensor[before[f"{name}.weight"] == 0] == 0).all()
 
 
@@ -186,6 +186,18 @@ def test_training_that_does_not_help_leaves_what_was_rounded_on_text(
     assert found["recovery"]["kept"]["tokens"] == 0
     rounded, trained = (weights(tmp_path / name / "model") for name in ("rounded", "trained"))
     assert all(torch.equal(tensor, trained[name]) for name, tensor in rounded.items())
+
+
+@pytest.mark.parametrize(("kilobytes", "rank", "again"), [(750, 0, True), (650, 1, False)])
+def test_memory_counts_the_teacher_and_what_a_rank_saves(
+    kilobytes: int, rank: int, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights need 782 KB, 62 of them the teacher's; by updates of rank 1 it is 613 KB."""
+    monkeypatch.setattr("lib.run.load.available", lambda: 1000 * kilobytes)
+    how = ["--recover", 64, "--batch_size", 1] + ["--recover_rank", rank] * bool(rank)
+    done, _ = run(tmp_path, "--model", "other", *PRUNE, *how)
+    assert ("; activations are computed again in training" in done.out) == again
+    assert ", teacher 61 KiB, " in done.out
 
 
 REFUSED = {

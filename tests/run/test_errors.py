@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -145,16 +146,21 @@ def cut(file: Path) -> bytes:
     return file.read_bytes()[:-100]
 
 
+MIXTURE = dict(model_type="phimoe", num_local_experts=10**7)
 BROKEN = {  # file: what it becomes (None: it is missing), and words of the line
     "config missing": ("config.json", lambda m: None, "no config.json"),
     "config cut short": ("config.json", lambda m: b"{", "not a valid JSON"),
     "unknown kind": ("config.json", lambda m: config(m, model_type="nosuch"), "nosuch"),
+    "10^7 layers": ("config.json", lambda m: config(m, num_hidden_layers=10**7), "10000000 layers"),
+    "10^7 experts": ("config.json", lambda m: config(m, **MIXTURE), "far larger"),
+    "10^11 tokens": ("config.json", lambda m: config(m, vocab_size=10**11), "far larger"),
     "deeper": ("config.json", lambda m: config(m, num_hidden_layers=3), "tensors are missing"),
     "adapter": ("adapter_config.json", lambda m: b"{}", "holds an adapter (adapter_config.json"),
     "wider": ("config.json", lambda m: config(m, intermediate_size=128), "[32, 128]"),
     "weights missing": ("model.safetensors", lambda m: None, "safetensors only"),
     "weights cut short": ("model.safetensors", lambda m: cut(m / "model.safetensors"), "cut short"),
     "no header": ("model.safetensors", lambda m: bytes(4000), "download it again"),
+    "long template": ("chat_template.jinja", lambda m: b"{%" * 33000, "template has more than"),
     "no tokenizer": ("tokenizer.json", lambda m: cut(m / "tokenizer.json"), "put the tokenizer's"),
 }
 
@@ -181,14 +187,22 @@ def test_a_lost_shard(texts: Path, tmp_path: Path, no_weights: None) -> None:
     complaint(done, 1, f"--model {folder}: ", lost.name, "download")
 
 
-def test_weights_that_are_not_used_are_told(
+def test_what_is_not_used_is_told(
     model: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(model, tmp_path / "more")
-    (folder / "config.json").write_bytes(config(model, num_hidden_layers=1))
-    done = call("--model", folder, "--calibration_data", texts, *WANDA)
+    (folder / "config.json").write_bytes(
+        config(model, num_hidden_layers=1, auto_map={"AutoConfig": "a.A"})
+    )
+    (folder / "log.txt").touch()
+    os.truncate(folder / "log.txt", 2**40)  # nor are they read whole
+    (folder / "chat_template.jinja").write_text("{% generation %}{% for m in messages %}")
+    given = ["--calibration_data", texts, "--save_model", tmp_path / "new"]
+    done = call("--model", folder, *given, *WANDA)
     assert done.status == 0
+    assert "auto_map" not in (tmp_path / "new/config.json").read_text()  # its code is not saved
     assert f"--model {folder}: 9 tensors are not used: model.layers.1" in caplog.text
+    assert f"--model {folder}: its chat template is no Jinja (Unexpected end" in caplog.text
 
 
 def test_models_that_cant_be_pruned(
@@ -234,7 +248,7 @@ TEXTS = [  # files of a folder, the flag that is complained of, words
     ({"train": "", "test": GOOD}, "--calibration_data", ["no text"]),
     ({"train": GOOD + "{oops\n", "test": GOOD}, "--calibration_data", ["line 21", "not JSON"]),
     ({"train": GOOD + '{"body": 1}\n', "test": GOOD}, "--calibration_data", ["line 21", "'text'"]),
-    ({"train": GOOD + '{"text": 5}\n', "test": GOOD}, "--calibration_data", ["line 21", "string"]),
+    ({"train": GOOD + '{"text": 5}\n', "test": GOOD}, "--calibration_data", ["line 21", "int,"]),
     ({"train": GOOD, "test": GOOD}, "--calibration_data", ["20", "21", "--nsamples"]),
     ({"train": GOOD, "test": "{\n"}, "--eval_data", ["test.jsonl, line 1", "not JSON"]),
     ({"train": GOOD, "test": '{"text": "сонце"}\n'}, "--eval_data", ["tokens", "--seqlen"]),

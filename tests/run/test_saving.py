@@ -158,6 +158,19 @@ def test_what_fails_after_saving_leaves_the_model(
     assert Path("out/results.json").exists() == (step == "run_tasks")
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--offload"])
+def test_tasks_leave_no_folder_of_the_run(
+    flag: str, given: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the dense model is loaded again for them."""
+    found = {"arc": {"acc,none": 0.5}}
+    monkeypatch.setattr("lib.run.tasks.run_tasks", lambda *_, **__: found)
+    monkeypatch.setattr("lib.run.check.check_tasks", lambda *_: None)
+    where = given.index("--save_model")
+    succeed(*given[:where], *given[where + 2 :], flag, "kept", "--tasks", "arc")
+    assert results()["dense_tasks"] == found and not list(Path().glob("kept*"))
+
+
 def test_a_full_disk_for_the_results(given: list) -> None:
     with full_disk("perplexity", size=500):
         check_saved(call(*given), "File too large")

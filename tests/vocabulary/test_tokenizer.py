@@ -136,7 +136,7 @@ def test_what_the_post_processor_and_padding_name_stays(uk: Path) -> None:
     backend.post_processor = processors.Sequence([processors.BertProcessing(sep, cls)])
     backend.enable_padding(pad_id=backend.token_to_id("Ġtown"), pad_token="Ġtown")
     found = trimmed(tokenizer, uk)
-    padding = found.tokenizer.backend_tokenizer.padding  # a call ends it
+    padding = found.tokenizer.limits["padding"]
     assert found.rows[padding["pad_id"]] == backend.token_to_id("Ġtown")
     ids = found.tokenizer("тихо").input_ids
     assert [found.rows[ids[place]].item() for place in (0, -1)] == [cls[1], sep[1]]

@@ -100,6 +100,20 @@ def test_loads_and_does_the_same(alone: tuple[Done, Path], place: Path) -> None:
     assert second["vocabulary"]["rows_before"] == ROWS
 
 
+@pytest.mark.parametrize("flags", [["--trim_vocabulary"], []], ids=["trimmed", "whole"])
+def test_padding_and_truncation_are_saved_as_loaded(flags: list[str], tmp_path: Path) -> None:
+    folder = shutil.copytree("model", tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding(pad_id=tokenizer.token_to_id("Ġriver"), pad_token="Ġriver", length=9)
+    tokenizer.enable_truncation(100, stride=7, direction="left")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    argv = ["--model", folder, *QUICK, *PRUNE, *flags, "--save", tmp_path / "out"]
+    assert call(*argv, "--save_model", tmp_path / "new").status == 0
+    saved = Tokenizer.from_file(str(tmp_path / "new/tokenizer.json"))
+    assert saved.truncation == tokenizer.truncation
+    assert saved.padding == tokenizer.padding | {"pad_id": saved.token_to_id("Ġriver")}
+
+
 def test_for_two_languages(tmp_path: Path) -> None:
     done = call(*TRIM, "--vocabulary_data", "uk", "en", "--save", tmp_path / "run")
     assert "uk: all 9 test" in done.out and "en: all 9 test" in done.out

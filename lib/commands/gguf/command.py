@@ -70,6 +70,7 @@ def main(arguments: list[str]) -> None:
         facts = run_child(
             f"IN {args.source}: llama.cpp's converter",
             llama_cpp.convert,
+            size=sum(part.stat().st_size for part in weights.glob("*.safetensors")),
             folder=str(source.view(stage / "view", weights)),
             name=Path(args.source).absolute().name,
             files={kind: str(file) for kind, file in files.items()},

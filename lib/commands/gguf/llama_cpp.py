@@ -33,20 +33,20 @@ LINEAR = re.compile(r"blk\.\d+\.(?!ffn_gate_inp)(attn|ffn)_\w+\.weight")
 OUTER = ("token_embd.weight", "output.weight")
 PER_LAYER = "per_layer_token_embd.weight"  # a row for each token, too
 BY_TYPE = {"general.file_type", "general.quantization_version"}  # fields that a type may change
-LIMIT = 6 * 3600  # seconds for one child, the conversion of a large model included
-WAIT = 600  # seconds for one answer of llama.cpp
+LIMIT = 600  # seconds for one child, and for one answer of llama.cpp
+PACE = 1e7  # bytes that a child goes through for each further second, far slower than any disk
 FORCED = 1000.0  # added to a logit that is to be the highest
 F32 = 0  # ggml_type, of cached keys and values
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # texts meet no proxy
 
 
-def run_child(
-    what: str, function: Callable[..., Any], *, seconds: float = LIMIT, **arguments: Any
-) -> Any:
+def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arguments: Any) -> Any:
     """Return `function(**arguments)` of this file, called in a child; all travels as JSON.
 
-    Raises UserError, `what` and one line, if it fails or does not end within `seconds`.
+    Raises UserError, `what` and one line, if it fails or does not end in the time that `size` bytes
+    of weights take.
     """
+    seconds = LIMIT + size / PACE
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answer.json"
         command, environment = started_by(__name__, function.__name__, file)
@@ -61,7 +61,10 @@ def run_child(
                 timeout=seconds,
             )
         except subprocess.TimeoutExpired:
-            raise UserError(f"{what}: it did not end within {seconds:.0f} s") from None
+            raise UserError(
+                f"{what}: it did not end within {seconds:.0f} s; is this machine busy with other "
+                "work, or does the model's chat template never end?"
+            ) from None
         answer = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     if "result" in answer:
         return answer["result"]
@@ -263,14 +266,14 @@ def run(
     ids, the `top` likeliest next ids are returned with their log-probabilities; `letter` is the id
     of a token of letters.
     """
-    server = start(model, context)
+    server = start(model, context)  # ended before its loop has begun, it would wait for ever
 
     def post(path: str, fields: dict[str, Any]) -> dict[str, Any]:
         body = json.dumps(fields).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(server.listening_address + path, body, headers)
         try:
-            with DIRECT.open(request, timeout=WAIT) as answer:
+            with DIRECT.open(request, timeout=LIMIT) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise ValueError(error.read().decode(errors="replace")) from error
@@ -287,6 +290,7 @@ def run(
         (token,) = post("/completion", fields)["completion_probabilities"]
         return [(entry["id"], entry["logprob"]) for entry in token["top_logprobs"]]
 
+    post("/completion", {"prompt": [letter], "n_predict": 1})  # the answer shows that it has
     return {
         "tokens": [tokens_of(*text) for text in texts],
         "logprobs": [likeliest(prompt) for prompt in prompts],

@@ -98,7 +98,7 @@ def prove(
 def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     """Compare all tensors and fields; see llama_cpp.compare. UserError at the first difference."""
     paths = dict(file=str(file), exact=str(exact), weights=str(weights))
-    return run_child("tensors", llama_cpp.compare, **paths)
+    return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
 
 
 def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str, list[str]]:
@@ -129,7 +129,8 @@ def prove_tokens(
         for special in ((False, True) if number == 1 else (False,))
     ]
     asked = [(text, special) for *_, text, special in places]
-    answer = run_child(RUNS, llama_cpp.run, model=str(file), context=64, texts=asked)
+    size = file.stat().st_size
+    answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), context=64, texts=asked)
     totals: Counter[str] = Counter()
     for (name, number, text, special), theirs in zip(places, answer["tokens"], strict=True):
         ids = tokenizer(text, add_special_tokens=special).input_ids
@@ -225,7 +226,8 @@ def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) 
     """
     rows = dense.shape[-1]
     options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
-    answer = run_child(RUNS, llama_cpp.run, model=str(file), prompts=prompts, **options)
+    size = file.stat().st_size * (1 + sum(map(len, prompts)) / 300)  # read, and multiplied by all
+    answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), prompts=prompts, **options)
     distances = []
     for own, pairs in zip(dense, answer["logprobs"], strict=True):
         ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)

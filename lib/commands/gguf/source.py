@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lib.data.tokenizer_model import (
     begins_with_blank,
@@ -24,6 +24,8 @@ from lib.data.tokenizer_model import (
     is_sentencepiece,
     write_tokenizer_model,
 )
+from lib.model.access import Checkpoint
+from lib.model.pretrained import load_config, load_tokenizer, skeleton
 from lib.packed.checkpoint import METHOD
 from lib.util.errors import UserError
 
@@ -97,15 +99,9 @@ def open_folder(path: str) -> ModelFolder:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise UserError(f"IN {path}: no model folder (it has no config.json)")
-    try:
-        options = dict(local_files_only=True, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"IN {path}: its config or tokenizer can't be read: {reason}") from error
-    if not list(folder.glob("*.safetensors")):
-        raise UserError(f"IN {path}: holds no weights (*.safetensors)")
+    checkpoint = Checkpoint(path, flag="IN")
+    config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
+    skeleton(config, checkpoint)  # raises where it would be far larger than the weights
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"IN {path}: its tokenizer has no tokenizer.json; only such are converted")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
