@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
     args.save = args.save or f"{args.out.rstrip('/')}-compress"
     check_writable("--save", args.save)
     held = f"--save {args.save}: another command works there; wait for its end, or name another OUT"
-    with exclusive_lock(Path(f"{args.save}.lock"), held):
+    with exclusive_lock(Path(f"{Path(args.save)}.lock"), held):
         compression = Compression(args, [*others, *passed_on])
         try:
             for step in STEPS:
@@ -283,6 +283,17 @@ def make_small(it: Compression) -> None:
     it.run([*flags, "--save_model", it.out, "--resume", str(blocks), *it.passed_on], SMALL)
 
 
+def complete_card(it: Compression) -> None:
+    """Name language and data set in the card of OUT."""
+    from huggingface_hub import ModelCard
+
+    file = Path(it.out, "README.md")
+    if it.facts and file.is_file():
+        card = ModelCard.load(file)
+        vars(card.data).update(it.facts)
+        write_text(file, str(card))
+
+
 def convert(it: Compression) -> None:
     """Write OUT.gguf for llama.cpp where its converter is installed, else say how."""
     it.failed, it.later = 0, []
@@ -300,17 +311,10 @@ def convert(it: Compression) -> None:
 
 def compare(it: Compression) -> None:
     """Measure sizes and speeds, and show what has become of the model. Leaves compressed.md."""
-    from huggingface_hub import ModelCard
-
     from lib.model.access import Checkpoint
     from lib.model.pretrained import checkpoint_dtype, dtype_name, load_config
 
     it.announce("Measuring sizes and speeds")
-    card = Path(it.out, "README.md")
-    if card.is_file():
-        changed = ModelCard.load(card)
-        vars(changed.data).update(it.facts)
-        write_text(card, str(changed))
     models = [it.args.model, it.out]
     models += [it.gguf] if it.gguf and Path(it.gguf).exists() else []
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(it.out))))  # of both
@@ -323,7 +327,7 @@ def compare(it: Compression) -> None:
         raise UserError(f"{it.gguf}: not written, see above; the model is saved in {it.out}")
 
 
-STEPS = (check, fetch_text, plan, measure_dense, make_small, convert, compare)
+STEPS = (check, fetch_text, plan, measure_dense, make_small, complete_card, convert, compare)
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
