@@ -6,6 +6,8 @@ job = check(args)  # everything that can fail cheaply fails here
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,14 @@ from lib.run.fingerprint import differences, fingerprint
 from lib.run.flags import default_save, shown
 from lib.run.job import Job
 from lib.run.plan import Plan
+from lib.run.save import CARD
 from lib.run.tasks import check_tasks
 from lib.run.teacher import set_teacher
 from lib.run.texts import named_sources, read_texts, same_texts
 from lib.sparse import check_packable
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, partial_of
+from lib.util.host import gib
 from lib.util.progress import quiet
 from lib.vocabulary import trim_vocabulary
 
@@ -87,16 +91,24 @@ def check_outputs(args: argparse.Namespace) -> None:
     check_writable("--save", args.save)
     if args.save_model:
         check_new_folder("--save_model", args.save_model)
-        stage = partial_of(args.save_model)
-        is_resumed = args.resume and Path(args.resume).resolve() == stage.resolve()
-        if stage.exists() and not is_resumed:
-            can_resume = f"continue that by --resume {stage}, or " * (stage / JOB).exists()
-            raise UserError(
-                f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
-                f"{can_resume}remove it"
-            )
+        _check_unfinished(args, partial_of(args.save_model))
     if args.tasks:
         check_tasks(args.tasks, args.include_path)
+
+
+def _check_unfinished(args: argparse.Namespace, stage: Path) -> None:
+    """Raise UserError where this run would not continue what another has left in OUT.partial."""
+    left = {each.name for each in stage.iterdir()} if stage.exists() else set()
+    problem, resumed = None, Path(args.resume) if args.resume else None
+    if CARD in left:
+        problem = f"is the whole model of a run that was killed; rename it to {args.save_model}"
+    elif resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
+        return  # the run was killed while it saved, and saves again
+    elif left and not (resumed and resumed.resolve() == stage.resolve()):
+        can_resume = f"continue that by --resume {stage}, or " * (JOB in left)
+        problem = f"holds what an unfinished run has done; {can_resume}remove it"
+    if problem:
+        raise UserError(f"--save_model {args.save_model}: {stage} {problem}")
 
 
 def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
@@ -233,6 +245,7 @@ def open_store(job: Job) -> None:
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
     if not path or not job.dist.is_main:
         return
+    check_room(job, flag, path)
     store = RunFolder(flag, path)
     changed = differences(store.begun, pruning) if store.begun else {}
     name, (before, now) = next(iter(changed.items()), (None, (None, None)))
@@ -249,6 +262,33 @@ def open_store(job: Job) -> None:
     store.begin(pruning)
     job.folder = store
     if store.begun:
-        done = len(list(store.path.glob("block-*.safetensors")))
+        kept = Counter(file.stem.partition("-")[0] for file in store.files())
         total = len(job.skeleton.get_submodule(job.blocks_name))
-        job.print(f"{flag} {path}: {done} of {total} blocks were finished before")
+        steps = {"block": "pruned", "quantized": "rounded"}
+        done = [f"{kept[name]} of {total} blocks {step}" for name, step in steps.items()]
+        done += ["a state of the training"] * kept["recovery"]
+        job.print(f"{flag} {path}: finished before: {', '.join(done)}")
+
+
+def check_room(job: Job, flag: str, folder: str | Path) -> None:
+    """Tell what a training keeps on disk at most; UserError where there is no room for it."""
+    model, args = job.skeleton, job.args
+    if not job.schedule:
+        return
+    if job.layout:
+        config, field = job.config, job.layout.field
+        model = pretrained.skeleton_with(config, field, job.left, job.checkpoint) or model
+    # of a weight its best value so far; its master and two averages, float32
+    state = pretrained.pick_dtype(args.dtype, job.config, job.device).itemsize
+    state += 0 if job.schedule.rank else 12
+    size = 2 * state + (6 if job.plan.rounds else 0)  # the state is rewritten beside itself
+    size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
+    kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free + kept
+    line = f"{flag} {folder}: training keeps up to {gib(size)} there, of {gib(free)} free"
+    if size > free:
+        raise UserError(f"{line}; make room, or name a folder on another disk")
+    job.print(line)
