@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 
 from lib.data.documents import locations
-from lib.data.sources import PART, Source, has_test, is_parted, parse_sources
+from lib.data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
 from lib.data.training import training_windows
 from lib.data.windows import TextTooShort, calibration_windows, test_set
 from lib.eval import needs_bos
@@ -79,17 +79,24 @@ def read_texts(job: Job, bos: int | None) -> Texts:
     """Return the windows for calibration, evaluation and recovery, each after `bos` if given.
 
     Where the texts do not give enough of the model's windows, and `--seqlen` asks for none, the
-    job's window becomes the longest power of two of which they do.
+    job's window becomes the longest power of two of which they do; where that is too short, the
+    documents of a local source are joined to one text.
     """
     texts, models_window = None, job.seqlen
     while texts is None:
         try:
             texts = _windows(job, bos)
         except TextTooShort as error:
-            if job.args.seqlen or error.fits < SHORTEST:
+            short = [source.path and source.draw != JOINED for source in job.sources]
+            if job.args.seqlen or (error.fits < SHORTEST and not any(short)):
                 raise
-            job.seqlen = 2 ** (error.fits.bit_length() - 1)
-            job.schedule = job.schedule and replace(job.schedule, seqlen=job.seqlen)
+            if error.fits >= SHORTEST:
+                job.seqlen = 2 ** (error.fits.bit_length() - 1)
+                job.schedule = job.schedule and replace(job.schedule, seqlen=job.seqlen)
+                continue
+            pairs = zip(job.sources, short, strict=True)
+            job.sources = [replace(s, draw=JOINED, read={}) if joins else s for s, joins in pairs]
+            job.print("texts: too few are as long as a window, so they are joined to one text")
     if job.seqlen < models_window:
         job.print(
             f"window: {job.seqlen} tokens, the longest power of two for which the texts are long "
