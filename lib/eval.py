@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.data.samples import Windows, as_windows
 from lib.model.blocks import (
     HEAD_POSITIONS,
     BlockRunner,
@@ -21,7 +22,7 @@ from lib.model.blocks import (
     positions_at_once,
     rows_at_once,
 )
-from lib.model.reference import DenseReference, compared_windows
+from lib.model.reference import DenseReference, compared_windows, local_windows
 from lib.util.errors import UserError
 
 FIGURES = "loss", "dense_loss", "kl", "agreement"  # of each window
@@ -30,18 +31,19 @@ TRIED_WINDOWS, TRIED_TOKENS = 4, 256  # to see whether the model needs its BOS t
 COLLAPSE = 1.5  # perplexity without BOS over that with it, from which on a model needs it
 
 
-def perplexity(runner: BlockRunner, windows: Tensor) -> float:
+def perplexity(runner: BlockRunner, windows: Tensor | Windows) -> float:
     """Perplexity of windows (n, tokens)."""
     return perplexities(runner, [windows])[0]["perplexity"]
 
 
 def perplexities(
     runner: BlockRunner,
-    tests: Sequence[Tensor],
+    tests: Sequence[Tensor | Windows],
     on_progress: Callable[[int], None] = lambda windows: None,
     reference: DenseReference | None = None,
+    only_compared: bool = False,
 ) -> list[dict[str, float]]:
-    """Return the figures of each test set, windows (n, tokens).
+    """Return the figures of each test set, windows (n, tokens); their masks say what counts.
 
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
@@ -49,36 +51,41 @@ def perplexities(
     `own_nats`, both models' mean negative log-likelihood of a token; `loss_change`, the mean of
     their difference window by window; `kl`, the mean KL(dense || model) in nats a token; and
     `top1_agreement`, the share of positions where both have the same most likely token; the last
-    three with their standard errors.
+    three with their standard errors. `only_compared`: all figures are of these windows.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
     finite.
     """
-    dist = runner.dist
-    shares = [range(len(test))[dist.share(len(test))] for test in tests]
+    dist, tests = runner.dist, [as_windows(test) for test in tests]
+    counted = [test.counted for test in tests]
+    shares = [list(range(len(test))[dist.share(len(test))]) for test in tests]
+    chosen = [slice(None) for _ in tests]
+    if only_compared:
+        shares = [local_windows(len(test), dist) for test in tests]
+        chosen = [compared_windows(len(test)) for test in tests]
     figures = [
         torch.zeros(len(FIGURES), len(test), dtype=torch.float64, device=runner.device)
         for test in tests
     ]
-    local = [test[share.start : share.stop] for test, share in zip(tests, shares, strict=True)]
+    local = [test[share] for test, share in zip(tests, shares, strict=True)]
     for number, start, states in runner.iter_final_states(local, on_progress):
         for batch in states.batches:
-            first = shares[number].start + start + batch.start
-            compare = reference and partial(reference.logits, number, first)
-            of_batch = _figures(runner, states, batch, compare).double()
-            figures[number][:, first : first + of_batch.shape[1]] = of_batch
+            which = shares[number][start + batch.start : start + batch.stop]
+            compare = reference and partial(reference.logits, number, which)
+            weights = counted[number][which, :-1]
+            figures[number][:, which] = _figures(runner, states, batch, weights, compare).double()
     dist.sum_(figures)
     return [
-        _means(runner, test, by_window, compared=reference is not None)
-        for test, by_window in zip(tests, figures, strict=True)
+        _means(runner, weights[of, :-1].sum(1), by_window[:, of], compared=reference is not None)
+        for weights, by_window, of in zip(counted, figures, chosen, strict=True)
     ]
 
 
 def _means(
-    runner: BlockRunner, windows: Tensor, by_window: Tensor, compared: bool
+    runner: BlockRunner, counts: Tensor, by_window: Tensor, compared: bool
 ) -> dict[str, float]:
-    """Means over windows (n, tokens) of FIGURES (figures, n)."""
+    """Means over windows with `counts` (n,) predicted tokens of FIGURES (figures, n)."""
     losses, dense, *divergences = by_window
     mean = losses.mean().item()
     if not math.isfinite(mean):
@@ -90,10 +97,10 @@ def _means(
     means = {
         "perplexity": value,
         "standard_error": value * _standard_error(losses),
-        "nats": mean * len(losses) * (windows.shape[1] - 1),
+        "nats": (losses * counts.to(losses.device)).sum().item(),
     }
     if compared:
-        chosen = compared_windows(len(windows))
+        chosen = compared_windows(len(counts))
         figures = {"loss_change": losses - dense}
         figures |= zip(("kl", "top1_agreement"), divergences, strict=True)
         for name, values in figures.items():
@@ -119,24 +126,28 @@ def _figures(
     runner: BlockRunner,
     states: HiddenStates,
     batch: slice,
+    weights: Tensor,
     compare: Callable[[Tensor], tuple[list[int], Callable[[Tensor], Tensor]]] | None,
 ) -> Tensor:
     """FIGURES of each window in the batch, (figures, n): means over its predicted positions.
 
+    `weights` (n, positions) is False where they do not count.
     `compare`, of ids (n, tokens): the rows to compare, and what gives their dense logits. Figures
     of the other rows stay 0.
     """
     ids = states.windows[batch].to(runner.device)  # (n, tokens)
-    predicted = ids.shape[1] - 1
+    weights = weights.to(ids.device)
     vocabulary = runner.model.config.get_text_config(decoder=True).vocab_size
     chunk = positions_at_once(runner.device, vocabulary, len(ids), HEAD_POSITIONS)
     losses, dense, kl, agreement = total = torch.zeros(len(FIGURES), len(ids), device=ids.device)
     rows, dense_logits = compare(ids) if compare else ([], None)
     chosen = torch.tensor(rows, device=ids.device)  # copied once: the host waits for it
     logits_at = runner.logits(states, batch)
-    for positions, logits in iter_logits(logits_at, predicted, runner.device, chunk):
+    for positions, logits in iter_logits(logits_at, weights.shape[1], runner.device, chunk):
         targets = ids[:, positions + 1]
-        losses += cross_entropy(logits.flatten(0, 1), targets.flatten()).view(len(ids), -1).sum(1)
+        counts = weights[:, positions]
+        loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        losses += (loss.view(len(ids), -1) * counts).sum(1)
         if rows:
             own = logits if len(rows) == len(ids) else logits[chosen]
             del logits
@@ -144,11 +155,11 @@ def _figures(
             divergence, same = compare_logits(expected, own.flatten(0, 1))
             loss = cross_entropy(expected, targets[chosen].flatten())
             for figure, values in ((dense, loss), (kl, divergence), (agreement, same)):
-                figure[chosen] += values.view(len(rows), -1).sum(1)
+                figure[chosen] += (values.view(len(rows), -1) * counts[chosen]).sum(1)
             del own, expected
         else:
             del logits  # before the next ones come
-    return total / predicted
+    return total / weights.sum(1)
 
 
 def compare_logits(dense: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lib.data.samples import Windows, as_windows
 from lib.data.training import TrainingText
 from lib.eval import perplexities
 from lib.model.blocks import BlockRunner, iter_logits, run_block
@@ -413,20 +414,21 @@ class Recoverer:
         """Gradients of this process's share of a step's windows, and its part of the loss (1,)."""
         runner, windows = self.runner, self.schedule.windows
         places = self.text.order[step * windows : (step + 1) * windows]
-        own = self.text.windows[places[runner.dist.share(len(places))]]
+        every = as_windows(self.text.windows)[places]
+        own, tokens = every[runner.dist.share(len(places))], int(every.counted.sum())
         for part in self.parts.values():
             part.parameter.grad = None
         self.gradient.zero_()
         loss = torch.zeros(1, dtype=torch.float64, device=runner.device)
-        for ids in own.split(runner.batch_size) if len(own) else ():
-            loss += self._backward(ids.to(runner.device), len(places) * self.schedule.seqlen)
+        for start in range(0, len(own), runner.batch_size):
+            loss += self._backward(own[start : start + runner.batch_size], tokens)
         return loss
 
-    def _backward(self, ids: Tensor, tokens: int) -> Tensor:
-        """Gradients of windows (n, seqlen), one of a step's batches, and their part of its loss."""
-        runner, teacher = self.runner, self.teacher
-        (teacher_states,) = teacher.run_blocks([ids], state_device=runner.device)
-        states = runner.capture(ids, len(ids), runner.device)
+    def _backward(self, windows: Windows, tokens: int) -> Tensor:
+        """Gradients of a batch, and its part of the loss of a step with so many predictions."""
+        runner, teacher, ids = self.runner, self.teacher, windows.ids.to(self.runner.device)
+        (teacher_states,) = teacher.run_blocks([windows], state_device=runner.device)
+        states = runner.capture(windows, len(ids), runner.device)
         hidden = states.hidden  # (n, tokens, hidden)
         for block, ((args, kwargs),) in zip(runner.blocks, states.block_args, strict=True):
             if runner.checkpointed:
@@ -439,6 +441,7 @@ class Recoverer:
             teacher_logits=teacher.logits(teacher_states, slice(0, len(ids))),
             ids=ids,
             tokens=tokens,
+            counted=windows.counted.to(ids.device),
             share=self.schedule.share,
         )
         with deterministic(runner.device, self.strict):
@@ -507,9 +510,10 @@ def divergence_(
     teacher_logits: Callable[[Tensor], Tensor],
     ids: Tensor,
     tokens: int,
+    counted: Tensor,
     share: float = 0.0,
 ) -> Tensor:
-    """KL(teacher || model) summed over all positions of windows `ids` (n, seqlen), over `tokens`.
+    """KL(teacher || model) summed over `counted` positions of windows (n, seqlen), over `tokens`.
 
     `logits(positions)` and `teacher_logits(positions)` give (n, positions, vocabulary). The loss
     is `share` times cross-entropy with the text's own next tokens, and the rest divergence. What
@@ -531,8 +535,9 @@ def divergence_(
                 loss[:, :count] += share * (text - loss[:, :count])
                 q[:, :count] *= 1 - share
                 q[:, :count].scatter_add_(-1, following, torch.full_like(text, share)[..., None])
-            total += loss.sum() / tokens
-            gradient = log_p.exp_().sub_(q).div_(tokens).to(chunk.dtype)
+            counts = counted[:, start : start + len(positions)]
+            total += (loss * counts).sum() / tokens
+            gradient = log_p.exp_().sub_(q).mul_(counts.unsqueeze(-1) / tokens).to(chunk.dtype)
         start += len(positions)
         chunk.backward(gradient)
     return total

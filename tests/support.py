@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,11 @@ def succeed(*argv: object) -> Done:
     done = call(*argv)
     assert done.status == 0, done.err
     return done
+
+
+def call_here(module: str, *argv: object) -> int:
+    """As lib.commands.process.call, but in this process, where torch is imported already."""
+    return command.run(import_module(module).main, [str(each) for each in argv])
 
 
 @contextmanager
@@ -162,6 +168,11 @@ def wait_until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started, on Linux."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _environment(folder: Path) -> dict[str, str]:

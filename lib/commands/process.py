@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from lib.util.command import ENDS_WITH_STDIN
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -25,10 +27,11 @@ def call(module: str, *argv: object) -> int:
     """Run `python -m MODULE ARGV...` to its end and return its exit status.
 
     The process ends with this one: at Ctrl-C, which a terminal sends to both, it is waited for, and
-    whatever else ends this process terminates it.
+    whatever else ends this process terminates it. Where this one is killed, the end of its stdin
+    tells it.
     """
     command, environment = started_by(module, *argv)
-    # the end of its stdin tells it that this process is gone
+    environment[ENDS_WITH_STDIN] = "1"
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
         try:
             return process.wait()

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 import shutil
-import signal
 import sys
-import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -66,13 +63,6 @@ def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str 
     return None
 
 
-def _end_with_the_sweep() -> None:
-    """Wait until the process of the sweep is gone, and end this one, whose end nobody awaits."""
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
 def main(argv: list[str]) -> None:
     (shared,), flags = command.split_argv(argv)
     args = build_parser().parse_args(flags)
@@ -85,5 +75,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    threading.Thread(target=_end_with_the_sweep, daemon=True).start()
     sys.exit(command.run(main))

@@ -25,6 +25,7 @@ ROWS_CHARACTERS = 2**29  # read of rows, which are in memory at once with
 ROW_CHARACTERS = 64  # beside each
 TENTH = 10  # one document in so many is held apart to measure on
 FEW = 20  # documents: fewer are cut at blank lines before that, else at line breaks or blanks
+PIECE_CHARACTERS = 4_000  # at most
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ def read_documents(
             raise source.error("holds no text; give a source with at least one row")
         if is_parted(source, split):
             texts = part(source, texts, split)
+        if source.tests and split == "train":
+            texts = list(_not_measured(source, texts)) or texts
         if source.draw == JOINED and split == "train":
             texts = ["\n\n".join(texts)]
         source.read[split] = texts
@@ -70,8 +73,7 @@ def part(source: Source, texts: list[str], split: str) -> list[str]:
     UserError if there is but one document.
     """
     if len(texts) < FEW:
-        pieces = (piece.strip() for text in texts for piece in PIECE.findall(text))
-        texts = [piece for piece in pieces if piece]
+        texts = [piece for text in texts for piece in pieces_of(text)]
     digests = [hashlib.sha256(text.encode()).digest() for text in texts]
     distinct = sorted(set(digests))
     if len(distinct) < 2:
@@ -84,6 +86,21 @@ def part(source: Source, texts: list[str], split: str) -> list[str]:
     return [text for text, digest in pairs if (digest <= last) == (split == "test")]
 
 
+def pieces_of(text: str) -> list[str]:
+    """Return a text in pieces of 2,000 to PIECE_CHARACTERS characters, if it has so many."""
+    return [piece.strip() for piece in PIECE.findall(text) if piece.strip()]
+
+
+def _not_measured(source: Source, texts: list[str]) -> Iterator[str]:
+    """Yield the texts, of some only pieces, without what stands in the source's test texts."""
+    tests = [text for test in source.tests for text in read_documents(test, "test")[0]]
+    measured = {text.strip() for text in tests}.union(*map(pieces_of, tests))
+    for text in texts:
+        pieces = pieces_of(text) if text.strip() not in measured else []
+        left = [piece for piece in pieces if piece not in measured]
+        yield from [text] if left == pieces != [] else left
+
+
 def check_source(source: Source, split: str) -> None:
     """Raise UserError if a source can't be read; of a hub set, only the first row is."""
     documents, _ = read_documents(source, split)
@@ -92,14 +109,12 @@ def check_source(source: Source, split: str) -> None:
 
 
 def locations(source: Source, split: str) -> set[object]:
-    """Return the files, or the split of a hub set, that the documents of a split are read from.
+    """Return the local documents of a split, or the split of a hub set that they are read from.
 
     Two sources that share none have no text in common.
     """
-    if source.hub:
-        return {hub.load(source, split)[0].location}
-    part_of = split if is_parted(source, split) else None
-    return {(path.resolve(), part_of) for path in _files_of(source, split)}
+    documents, _ = read_documents(source, split)
+    return {documents.location} if source.hub else {text.strip() for text in documents}
 
 
 def _files_of(source: Source, split: str) -> list[Path]:

@@ -6,16 +6,15 @@ import ast
 import inspect
 import json
 import re
-import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from lib.model.access import Checkpoint
+from lib.model.access import Checkpoint, as_user_error
 from lib.util.token_ids import find_token_ids, map_token_ids
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -43,9 +42,10 @@ def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     ids, kinds = set(), {tokenizer.init_kwargs.get("processor_class")}
     for file in processor_files(checkpoint).values():
         if file.suffix == ".json":
-            fields = json.loads(file.read_text("utf-8"))
-            ids |= find_token_ids(fields)
-            kinds.add(fields.get("processor_class"))
+            with as_user_error(checkpoint, file.name, "download it again"):
+                fields = json.loads(file.read_text("utf-8"))
+                ids |= find_token_ids(fields)
+                kinds.add(fields.get("processor_class"))
     classes = [getattr(transformers, kind, None) for kind in kinds if kind]
     modules = {sys.modules[kind.__module__] for kind in classes if kind}
     code = "".join(map(inspect.getsource, modules))
@@ -56,15 +56,17 @@ def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     return ids | {index for match, index in numbered if match and match[1] in code}
 
 
-def copy_processor(
-    checkpoint: Checkpoint, folder: Path, new_ids: Mapping[int, int] | None = None
-) -> None:
-    """Copy the processor's files into `folder`, where it lacks them, with new ids of tokens."""
+def copy_processor(checkpoint: Checkpoint, folder: Path, rows: Tensor | None) -> None:
+    """Copy the processor's files into `folder`, where it lacks them.
+
+    `rows` (rows,) holds the original id of each new one of a trimmed vocabulary.
+    """
+    new_ids = {old: new for new, old in enumerate([] if rows is None else rows.tolist())}
     for name, file in processor_files(checkpoint).items():
         if (folder / name).exists():
             continue
-        shutil.copyfile(file, folder / name)
+        text = file.read_text("utf-8")
         if new_ids and file.suffix == ".json":
-            fields = json.loads(file.read_text("utf-8"))
-            fields = map_token_ids(fields, lambda index: new_ids.get(index, index))
-            (folder / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False), "utf-8")
+            fields = map_token_ids(json.loads(text), lambda index: new_ids.get(index, index))
+            text = json.dumps(fields, indent=2, ensure_ascii=False)
+        (folder / name).write_text(text, "utf-8")

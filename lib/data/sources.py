@@ -56,6 +56,7 @@ class Source:
     sampled: bool = False
     separator: str = "\n\n"  # between the documents of the test text
     parted: bool = False  # a tenth of the local documents is the test, the others are for training
+    tests: tuple[Source, ...] = ()  # local ones: what they hold is not read for training
     read: dict = field(default_factory=dict, compare=False, repr=False)  # local texts, by split
 
     def error(self, problem: str) -> UserError:

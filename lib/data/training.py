@@ -1,7 +1,9 @@
 """Windows to recover a pruned model on: whole documents, cut, with nothing of the test text.
 
-Documents are taken in an order drawn by a seed and cut into windows one after another. A window is
-dropped if a passage of the test windows stands in it, wherever it begins there.
+Documents are taken in an order drawn by a seed and cut into windows; those shorter than a window
+share one, each with its own positions. Models whose masks transformers makes of positions, most
+with attention, read each alone; the others, and recurrent layers, read on. A window is dropped if a
+passage of the test windows stands in it, wherever it begins there. Held out are whole documents.
 """
 
 from __future__ import annotations
@@ -10,13 +12,14 @@ import logging
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lib.data.documents import read_documents
+from lib.data.samples import Sample, Windows, join, windows_of
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
     STREAM_LIMIT,
@@ -26,7 +29,6 @@ from lib.data.windows import (
     interleave,
     shuffle_stream,
     tokenise,
-    with_bos,
 )
 
 HELD_OUT = (4, 16)  # windows of the training text that are held out, at least and at most
@@ -40,9 +42,9 @@ log = logging.getLogger(__name__)
 class TrainingText:
     """The windows that a model is recovered on. `facts` is the record for results.json."""
 
-    windows: Tensor  # (windows, seqlen), int64; all different
+    windows: Windows  # all different
     order: Tensor  # (windows trained on,): rows of `windows`; in several passes if they are few
-    held_out: Tensor  # (windows, seqlen): to measure on
+    held_out: Windows  # to measure on
     facts: dict
 
 
@@ -58,37 +60,36 @@ def training_windows(
     """Cut `count` windows of `seqlen` tokens, and some to hold out, from the sources' train text.
 
     What is left of a document after its last whole window is dropped, and so is every window that
-    holds a passage of `tests`, windows (n, seqlen). A source with too few windows repeats them in
-    another order. The sources are mixed by weight, and `bos` begins each window, as for
-    `calibration_windows`. Raises UserError if a source has fewer than two windows.
+    holds a passage of `tests`, windows (n, seqlen). A document that has more windows than are to be
+    held out is trained on, unless all have, and a single one in part. A source with too few windows
+    repeats them in another order. The sources are mixed by weight, and `bos` begins each window, as
+    for `calibration_windows`. Raises UserError if a source has fewer than two windows.
     """
     weights = [source.weight or 1.0 for source in sources]
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
     shares, held_out_shares = apportion(weights, count), apportion(weights, held_out)
     overlap = OverlapFilter(tests, seqlen, bos)
-    windows: list[Tensor] = []  # of each source, (windows, seqlen)
+    windows: list[Windows] = []  # of each source
     orders: list[Tensor] = []  # of each source, (share,): rows of its `windows`
-    held: list[Tensor] = []  # of each source, (held out, seqlen)
+    held: list[Windows] = []  # of each source
     records = []
     for source, share, n_held in zip(sources, shares, held_out_shares, strict=True):
         if not share:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
             continue
-        cut, n_dropped, revision = _cut_windows(
-            source, tokenizer, share + n_held, seqlen=seqlen, seed=seed, overlap=overlap
+        cut, out, n_dropped, revision = _cut_windows(
+            source, tokenizer, share, n_held, seqlen=seqlen, seed=seed, bos=bos, overlap=overlap
         )
-        if len(cut) < share + n_held:
-            n_held = min(n_held, max(1, int(HELD_OUT_SHARE * len(cut))))
-        size = len(cut) - n_held
+        size = len(cut)
         n_passes = -(-share // size)
         generator = torch.Generator().manual_seed(seed)
         passes = [torch.randperm(size, generator=generator) for _ in range(n_passes)]
-        windows.append(cut[n_held:])
+        windows.append(cut)
         orders.append(torch.cat(passes)[:share])
-        held.append(cut[:n_held])
+        held.append(out)
         records.append(
             {"name": source.name, "source": source.text, "revision": revision, "windows": size}
-            | {"held_out": n_held, "passes": n_passes, "dropped": n_dropped}
+            | {"held_out": len(out), "passes": n_passes, "dropped": n_dropped}
             | {"share": share / count}
         )
     source_of = torch.tensor(interleave([len(order) for order in orders]))
@@ -97,9 +98,7 @@ def training_windows(
     for index, (part, rows) in enumerate(zip(windows, orders, strict=True)):
         order[source_of == index] = rows + offset
         offset += len(part)
-    trained, out = torch.cat(windows), torch.cat(held)
-    if bos is not None:
-        trained, out = with_bos(trained, bos), with_bos(out, bos)
+    trained, out = join(windows), join(held)
     facts = {
         "name": mixture_name(sources),
         "sources": records,
@@ -107,7 +106,7 @@ def training_windows(
         "held_out": len(out),
         "seqlen": seqlen,
         "bos": bos,
-        "digest": digest(torch.cat([trained[order], out])),
+        "digest": digest(torch.cat([trained.ids[order], out.ids])),
     }
     return TrainingText(trained, order, out, facts)
 
@@ -115,35 +114,56 @@ def training_windows(
 def _cut_windows(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    limit: int,
+    share: int,
+    n_held: int,
     *,
     seqlen: int,
     seed: int,
+    bos: int | None,
     overlap: OverlapFilter,
-) -> tuple[Tensor, int, str | None]:
-    """Return at most `limit` windows (n, seqlen), how many were dropped, and the revision."""
+) -> tuple[Windows, Windows, int, str | None]:
+    """Return some `share` windows, those held out, how many were dropped, and the revision."""
     rng = random.Random(seed)
-    windows: list[Tensor] = []
-    n_tried = n_dropped = longest = 0
+    groups: list[Windows] = []  # of one document, or one of several short ones
+    short: list[Sample] = []  # documents for the next window
+    n_tried = n_dropped = n_windows = n_tokens = longest = 0
     documents, revision = read_documents(source, "train")
     for text in _shuffled_texts(source, documents, rng):
-        ids = tokenise(tokenizer, text)
-        n_tried, longest = n_tried + 1, max(longest, len(ids))
-        cut = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
-        clean = cut[~overlap.found_in(cut)]
-        n_dropped += len(cut) - len(clean)
-        windows += clean
-        if len(windows) >= limit:
+        short.append(Sample(tokenise(tokenizer, text, bos)))
+        length = len(short[-1].ids)
+        n_tried, n_tokens, longest = n_tried + 1, n_tokens + length, max(longest, length)
+        if length >= seqlen:
+            samples = [short.pop()]
+        elif sum(len(sample.ids) for sample in short) >= seqlen:
+            samples, short = short, []
+        else:
+            continue
+        cut = windows_of(samples, seqlen, bos)
+        groups.append(cut[~overlap.found_in(cut.ids)])
+        n_dropped += len(cut) - len(groups[-1])
+        n_windows += len(groups[-1])
+        if n_windows >= share + 2 * n_held:
             break
-    if len(windows) < 2:
+    groups = [group for group in groups if len(group)]
+    if n_windows < 2:
         if n_dropped:
             raise source.error("its train text is part of the test text; recover on other texts")
-        problem = f"its {n_tried} texts give {len(windows)} windows of {seqlen} tokens to recover "
-        problem += f"on, two are needed; the longest has {longest}, use a smaller --seqlen or "
-        raise TextTooShort(source, f"{problem}longer texts", longest // 2)
-    del windows[limit:]
-    rng.shuffle(windows)
-    return torch.stack(windows), n_dropped, revision
+        problem = f"its {n_tried} texts give {n_windows} windows of {seqlen} tokens to recover on, "
+        problem += f"two are needed; the longest has {longest}, use a smaller --seqlen or more text"
+        raise TextTooShort(source, problem, max(longest // 2, n_tokens // 6))
+    wanted = n_held
+    if n_windows < share + n_held:
+        wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))
+    if len(groups) == 1:  # one long text: a piece of it is held out
+        (whole,), start = groups, rng.randrange(n_windows - wanted + 1)
+        end = start + wanted
+        groups = [whole[start:end], join([whole[:start], whole[end:]])]
+    else:  # as they come, those that have more than is wanted last
+        groups.sort(key=lambda group: len(group) if len(group) > wanted else 0)
+    sums = [*accumulate(map(len, groups[:-1]), initial=0)]
+    n_out = next((total for total in sums if total >= wanted), sums[-1])
+    windows = join(groups)
+    return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped, revision
 
 
 def _shuffled_texts(source: Source, documents: Iterable[str], rng: random.Random) -> Iterator[str]:

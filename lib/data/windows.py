@@ -18,17 +18,19 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch.nn import functional as F
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lib.data import hub
 from lib.data.documents import read_documents
+from lib.data.samples import Sample, prepend, windows_of, with_bos
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
 from lib.util.errors import UserError
 
 BUFFER = 1_000  # documents of a stream that are shuffled among each other
 STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
-TEST_CHARACTERS = 4_000_000  # read of a large set's test text: 256 windows of 4,096 tokens
-TEST_WINDOWS = 256  # measured of a large set
+TEST_CHARACTERS = 4_000_000  # read of a large set's test text
+TEST_BYTES = 1024  # of it, times the tokens of a window, are measured: some 256 windows
 PROMPT = 16  # tokens of a prompt
 PROMPT_CHARACTERS = 50 * PROMPT  # of a document that are tokenised for its prompt
 APART = 4  # windows of plain text begin a fourth of a window apart or more, on average
@@ -187,10 +189,9 @@ def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
 class TestSet:
     """Test windows and the text that they cover.
 
-    `bytes` counts the UTF-8 bytes of the tokens that are predicted, all but the first of each
-    window: the text's length times the share of its tokens that are predicted. So bits per byte =
-    summed loss / ln 2 / bytes, whatever the tokenizer does inside a word. `facts` is the record
-    for results.json. `prompts` are beginnings of documents.
+    `bytes` counts the UTF-8 bytes of the tokens that are predicted (`token_bytes`), all but the
+    first of each window. So bits per byte = summed loss / ln 2 / bytes, whatever the tokenizer does
+    inside a word. `facts` is the record for results.json. `prompts` are beginnings of documents.
     """
 
     __test__ = False  # not a class of tests, whatever pytest makes of its name
@@ -211,29 +212,32 @@ def test_set(
     """Cut the test text into windows: its documents are joined and tokenised as one text.
 
     What is left after the last whole window is dropped. Of a large set only the first documents
-    (`hub.TEST_DOCUMENTS`) and `TEST_WINDOWS` windows are used. With `bos` each window is that
-    token and seqlen - 1 tokens of the text. Raises UserError if the text is shorter than one
-    window.
+    (`hub.TEST_DOCUMENTS`) and `TEST_BYTES` are used, the same ones by every tokenizer. With `bos`
+    each window is that token and seqlen - 1 tokens of the text. Raises UserError if the text is
+    shorter than one window.
     """
     length = min(PROMPT, seqlen // 2)
     documents, revision = read_documents(source, "test")
     texts = test_documents(source, documents)
     text = source.separator.join(texts)
+    if source.sampled:
+        text = text.encode()[: TEST_BYTES * seqlen].decode(errors="ignore")
     prompts = _prompts(texts, tokenizer, n_prompts, length, bos)
-    ids = tokenise(tokenizer, text)
-    if bos is not None and len(ids) and ids[0] == bos:
-        ids = ids[1:]
+    encoding = encode(tokenizer, text)
+    ids = encoding.input_ids[0].long()
+    first = int(bos is not None and len(ids) > 0 and ids[0] == bos)
+    ids = ids[first:]
     step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
-    count = len(ids) // step
+    windows = windows_of([Sample(ids)], step).ids
+    count = len(windows)
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
         way_out = f"use --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
         raise TextTooShort(source, f"{problem}; {way_out}", len(ids))
-    count = min(count, TEST_WINDOWS) if source.sampled else count
-    windows = ids[: count * step].view(count, step)
     if bos is not None:
         windows = prepend(windows, bos)
-    covered = round(len(text.encode()) * count * (seqlen - 1) / len(ids))
+    sizes = token_bytes(encoding, text)[first:][: count * step].view(count, step)
+    covered = sizes[:, step + 1 - seqlen :].sum().item()  # after BOS the first is predicted too
     facts = {"name": source.name, "source": source.text, "revision": revision, "windows": count}
     facts |= {"seqlen": seqlen, "tokens": windows.numel(), "bytes": covered, "bos": bos}
     facts["digest"] = digest(windows)
@@ -273,32 +277,50 @@ def _prompts(
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
         if len(prompts) >= count:
             break
-        ids = tokenise(tokenizer, texts[row][:PROMPT_CHARACTERS])
-        if bos is not None and len(ids) and ids[0] != bos:
-            ids = prepend(ids[None], bos)[0]
+        ids = tokenise(tokenizer, texts[row][:PROMPT_CHARACTERS], bos)
         if len(ids) > tokens:
             prompts.append(ids[:tokens])
     return prompts
 
 
-def tokenise(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = None) -> Tensor:
     """Return the token ids (tokens,) of one text, int64, with the tokenizer's special tokens.
+
+    Those of a text that has any begin with `bos` where it is given.
+    """
+    ids = encode(tokenizer, text).input_ids[0].long()  # an empty text comes as float
+    return ids if bos is None or not len(ids) or ids[0] == bos else prepend(ids[None], bos)[0]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:
+    """Tokenise one text, with the tokenizer's special tokens.
 
     The tokenizer's warning about texts longer than the model's window is left out, since the text
     is cut into windows afterwards.
     """
-    encoding = tokenizer(text, return_tensors="pt", return_attention_mask=False, verbose=False)
-    return encoding.input_ids[0].long()  # an empty text comes as float
+    return tokenizer(text, return_tensors="pt", return_attention_mask=False, verbose=False)
 
 
-def prepend(windows: Tensor, bos: int) -> Tensor:
-    """Put `bos` before each of windows (n, tokens): (n, tokens + 1)."""
-    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+def token_bytes(encoding: BatchEncoding, text: str) -> Tensor:
+    """Return how many UTF-8 bytes of a text each of its tokens stands for: (tokens,), int64.
 
-
-def with_bos(windows: Tensor, bos: int) -> Tensor:
-    """Let each of windows (n, seqlen) begin with `bos`, in place of its last token if need be."""
-    return torch.where(windows[:, :1] == bos, windows, prepend(windows[:, :-1], bos))
+    Tokens of the same characters, such as the bytes of one, have equal parts of them, in whole
+    bytes; so have all tokens where the tokenizer, in Python, tells no offsets. What a tokenizer
+    leaves out, such as blanks, counts with the token after it, as does a letter that it ends in.
+    """
+    codes = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
+    sizes = 1 + (codes > 0x7F).long() + (codes > 0x7FF) + (codes > 0xFFFF)
+    before = F.pad(sizes.cumsum(0), (1, 0))  # (characters + 1,)
+    all_of_it = [(0, len(text))] * encoding.input_ids.shape[1]
+    spans = torch.tensor(encoding[0].offsets if encoding.is_fast else all_of_it)  # (tokens, 2)
+    run = F.pad((spans[1:] != spans[:-1]).any(1).cumsum(0), (1, 0))  # of the same characters
+    length = run.bincount()
+    last = length.cumsum(0) - 1  # token of each run
+    ends = before[spans[:, 1].cummax(0).values[last]]  # (runs,), of bytes
+    starts = F.pad(ends[:-1], (1, 0))
+    place = torch.arange(1, len(spans) + 1) - (last + 1 - length)[run]  # in its run, from 1 on
+    parts = starts[run] + (ends - starts)[run] * place // length[run]
+    return parts.diff(prepend=parts.new_zeros(1))
 
 
 def digest(windows: Tensor) -> str:

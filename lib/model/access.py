@@ -121,8 +121,11 @@ def local_only(checkpoint: Checkpoint) -> bool:
         return True
 
 
-def quantisation(load_bit: str | None) -> dict:
-    """Return keyword arguments for `from_pretrained` under `--load_bit`: `4`, `8` or None."""
+def quantisation(load_bit: str | None, skipped: list[str]) -> dict:
+    """Return keyword arguments for `from_pretrained` under `--load_bit`: `4`, `8` or None.
+
+    The modules `skipped` stay as they are.
+    """
     if load_bit is None:
         return {}
     from transformers import BitsAndBytesConfig
@@ -133,6 +136,7 @@ def quantisation(load_bit: str | None) -> dict:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype="bfloat16",
+        llm_int8_skip_modules=skipped,
     )
     return {"quantization_config": config}
 

@@ -17,12 +17,14 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lib.data.samples import Windows, as_windows
 from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
@@ -130,14 +132,15 @@ class BlockRunner:
     @torch.no_grad()
     def capture(
         self,
-        windows: Tensor,
+        windows: Tensor | Windows,
         batch_size: int | None = None,
         state_device: torch.device | str | None = None,
     ) -> HiddenStates:
         """Embed the windows (n, tokens) and record every block's own arguments for each batch."""
         batch_size = batch_size or self.batch_size
         state_device = state_device or self.state_device
-        states = HiddenStates(windows, batch_size, block_args=[[] for _ in self.blocks])
+        windows = as_windows(windows)
+        states = HiddenStates(windows.ids, batch_size, block_args=[[] for _ in self.blocks])
         tensors = TensorDeduplicator()
         received: list[Tensor] = []  # hidden states that the blocks of this batch received
 
@@ -148,7 +151,7 @@ class BlockRunner:
                 if len(received) != index + 1 or hidden is not received[0]:
                     raise self._refused("does something between its decoder blocks")
                 if index == 0:
-                    if hidden.dim() != 3 or hidden.shape[:2] != windows[batch].shape:
+                    if hidden.dim() != 3 or hidden.shape[:2] != states.windows[batch].shape:
                         raise self._refused("has hidden states of another shape than its windows")
                     if states.hidden is None:
                         states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
@@ -164,7 +167,7 @@ class BlockRunner:
             received.clear()
             tensors.seen.clear()
             with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
-                self._call_model(windows[batch].to(self.device))
+                self._call_model(windows[batch])
         return states
 
     def iter_batches(
@@ -192,7 +195,7 @@ class BlockRunner:
 
     def run_blocks(
         self,
-        sets: Sequence[Tensor],
+        sets: Sequence[Tensor | Windows],
         on_block: Callable[[int], None] = lambda index: None,
         state_device: torch.device | str | None = None,
     ) -> list[HiddenStates]:
@@ -202,7 +205,7 @@ class BlockRunner:
         """
         if self.whole:
             state_device = state_device or self.state_device
-            all_states = [self._whole_states(windows, state_device) for windows in sets]
+            all_states = [self._whole_states(as_windows(each), state_device) for each in sets]
             for index in range(len(self.blocks)):
                 on_block(index)
             return all_states
@@ -215,9 +218,9 @@ class BlockRunner:
         return all_states
 
     @torch.no_grad()
-    def _whole_states(self, windows: Tensor, state_device: torch.device | str) -> HiddenStates:
+    def _whole_states(self, windows: Windows, state_device: torch.device | str) -> HiddenStates:
         """Return what the decoder itself gives for windows (n, tokens), all blocks in one."""
-        states = HiddenStates(windows, self.batch_size)
+        states = HiddenStates(windows.ids, self.batch_size)
 
         def see(decoder: nn.Module, args: tuple, out: Any) -> None:
             hidden, self.output = out.last_hidden_state, type(out)
@@ -228,7 +231,7 @@ class BlockRunner:
 
         with self._decoder.register_forward_hook(see):
             for batch in states.batches:
-                self._call_model(windows[batch].to(self.device))
+                self._call_model(windows[batch])
         return states
 
     @property
@@ -236,7 +239,9 @@ class BlockRunner:
         return self.model.get_submodule(self.name.rpartition(".")[0])
 
     def iter_final_states(
-        self, sets: Sequence[Tensor], on_progress: Callable[[int], None] = lambda windows: None
+        self,
+        sets: Sequence[Tensor | Windows],
+        on_progress: Callable[[int], None] = lambda windows: None,
     ) -> Iterator[tuple[int, int, HiddenStates]]:
         """Yield hidden states after the last block: number of the set, first window, states.
 
@@ -338,12 +343,20 @@ class BlockRunner:
         with ExitStack() as hooks:
             for block in self.blocks:
                 hooks.enter_context(block.register_forward_hook(see))
-            self._call_model(torch.zeros(1, 2, dtype=torch.long, device=self.device))
+            self._call_model(Windows(torch.zeros(1, 2, dtype=torch.long)))
         return lengths
 
-    def _call_model(self, ids: Tensor) -> None:
+    def _call_model(self, windows: Windows) -> None:
+        """Call the model, with positions where documents share a window, if it takes any.
+
+        Then its own code ends masks between documents, in most architectures with attention.
+        """
+        more, positions = {}, windows.positions
+        if positions is not None and not positions[:, 1:].all():
+            if "position_ids" in signature(self.model.forward).parameters:
+                more["position_ids"] = positions.to(self.device)
         try:
-            self.model(input_ids=ids, use_cache=False)
+            self.model(input_ids=windows.ids.to(self.device), use_cache=False, **more)
         except Stop:
             return
         raise self._refused("does not go through its last decoder block")

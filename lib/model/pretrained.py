@@ -27,6 +27,7 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers.base import get_keys_to_not_convert
 
 from lib.data.tokenizer import keep_limits, template_texts
 from lib.model.access import (
@@ -40,7 +41,7 @@ from lib.model.access import (
     stored_size,
 )
 from lib.model.dtypes import SaveDtypes
-from lib.model.quantised import keep_bnb_layout
+from lib.model.quantised import keep_bnb_layout, stored_bits
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
 
@@ -278,6 +279,7 @@ def load_model(
     way_out = "are they complete? download them again; where memory is short, --offload FOLDER"
     bare = skeleton(config, checkpoint)
     unread = getattr(bare, "unread", frozenset())
+    skipped = [*get_keys_to_not_convert(bare), *{name.rpartition(".")[0] for name in unread}]
     plan = bare._get_dtype_plan(dtype) | {f"^{re.escape(name)}$": None for name in unread}
     with (
         as_user_error(checkpoint, "its weights", way_out),
@@ -294,7 +296,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
             **checkpoint.options(),
-            **quantisation(load_bit),
+            **quantisation(load_bit, skipped),
         )
     check_complete(checkpoint, info)
     model.unread = unread
@@ -328,8 +330,9 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
 
     Raises UserError where the model has no other part, or transformers no such class.
     """
-    if not getattr(model, "unread", None):
-        raise UserError(f"--text_only: {checkpoint} is the text model alone; leave the flag out")
+    if stored_bits(model.config) or not getattr(model, "unread", None):
+        what = "quantised" if stored_bits(model.config) else "the text model alone"
+        raise UserError(f"--text_only: {checkpoint} is {what}; leave the flag out")
     decoder, whole = model.get_decoder(), model.config
     config = copy.deepcopy(whole.get_text_config(decoder=True))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

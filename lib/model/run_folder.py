@@ -12,6 +12,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,18 @@ from lib.util.errors import UserError, first_line
 from lib.util.files import PARTIAL, check_writable, exclusive_lock, sync, write_text
 
 JOB, LOCK = "job.json", ".lock"
-KEPT = (
-    "block-*",
-    "quantized-*",
-    "start-*",
-    "changed-*",
-    "allocation",
-    "recovery",
-)  # without endings
+DECIDED = "decided"  # in job.json: by the run itself, from what it read
+# without endings
+KEPT = ("block-*", "quantized-*", "start-*", "changed-*", "allocation", "recovery")
 CONVERTED = "converted"  # where transformers writes weights that it converts on loading
 
 
 class RunFolder:
     """Finished blocks in folder `path`, which `flag` named.
 
-    `begun` is the content of job.json, None for a new folder. Raises UserError if another run uses
-    the folder, or if it holds other files. Call `close` at the end, after errors too.
+    `begun` is the content of job.json, None for a new folder, besides what was `decided`. Raises
+    UserError if another run uses the folder, or if it holds other files. Call `close` at the end,
+    after errors too.
     """
 
     def __init__(self, flag: str, path: str | Path) -> None:
@@ -53,19 +50,25 @@ class RunFolder:
         held = f"{self.label}: another run uses it; name another folder, or wait for its end"
         self._lock.enter_context(exclusive_lock(self.path / LOCK, held))
         self.begun: dict[str, Any] | None = None
+        self.decided: dict[str, Any] = {}
         if names:
             try:
                 self.begun = dict(json.loads((self.path / JOB).read_text("utf-8")))
+                self.decided = dict(self.begun.pop(DECIDED, {}))
             except (ValueError, TypeError) as error:
                 self._lock.close()
                 reason = f"{JOB} can't be read ({first_line(error)})"
                 raise UserError(f"{self.label}: {reason}; name another folder") from error
 
-    def begin(self, job: Mapping[str, Any]) -> None:
-        """Write what the run's result depends on; files of other jobs are not read."""
-        text = json.dumps(job, indent=2, ensure_ascii=False, sort_keys=True)
-        write_text(self.path / JOB, text)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+    def begin(self, job: Mapping[str, Any], **decided: Any) -> None:
+        """Write what the run's result depends on; files of other jobs are not read.
+
+        What a run has `decided` since, it decides again alike when it is continued.
+        """
+        dumps = partial(json.dumps, indent=2, ensure_ascii=False, sort_keys=True)
+        self.digest = hashlib.sha256(dumps(job).encode()).hexdigest()
+        self.decided |= decided
+        write_text(self.path / JOB, dumps({**job, DECIDED: self.decided}))
 
     def write(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> Path:
         """Write tensors and plain facts into `name`.safetensors, whole or not at all."""

@@ -6,6 +6,8 @@ job = check(args)  # everything that can fail cheaply fails here
 from __future__ import annotations
 
 import argparse
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +31,14 @@ from lib.run.fingerprint import differences, fingerprint
 from lib.run.flags import default_save, shown
 from lib.run.job import Job
 from lib.run.plan import Plan
+from lib.run.save import CARD
 from lib.run.tasks import check_tasks
 from lib.run.teacher import set_teacher
 from lib.run.texts import named_sources, read_texts, same_texts
 from lib.sparse import check_packable
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, partial_of
+from lib.util.host import gib
 from lib.util.progress import quiet
 from lib.vocabulary import trim_vocabulary
 
@@ -67,8 +71,7 @@ def check(
             job.print(
                 f"{test.text}: a tenth of the documents, {count}, is held apart to measure on"
             )
-    if plan.reads_train:
-        job.print(*same_texts(sources, tests))
+    job.print(*same_texts([source for source, split in read if split == "train"], tests))
     if plan.tokens:
         _set_schedule(job)
     if plan.trims:
@@ -89,16 +92,24 @@ def check_outputs(args: argparse.Namespace) -> None:
     check_writable("--save", args.save)
     if args.save_model:
         check_new_folder("--save_model", args.save_model)
-        stage = partial_of(args.save_model)
-        is_resumed = args.resume and Path(args.resume).resolve() == stage.resolve()
-        if stage.exists() and not is_resumed:
-            can_resume = f"continue that by --resume {stage}, or " * (stage / JOB).exists()
-            raise UserError(
-                f"--save_model {args.save_model}: {stage} holds what an unfinished run has done; "
-                f"{can_resume}remove it"
-            )
+        _check_unfinished(args, partial_of(args.save_model))
     if args.tasks:
         check_tasks(args.tasks, args.include_path)
+
+
+def _check_unfinished(args: argparse.Namespace, stage: Path) -> None:
+    """Raise UserError where this run would not continue what another has left in OUT.partial."""
+    left = {each.name for each in stage.iterdir()} if stage.exists() else set()
+    problem, resumed = None, Path(args.resume) if args.resume else None
+    if CARD in left:
+        problem = f"is the whole model of a run that was killed; rename it to {args.save_model}"
+    elif resumed and (resumed / JOB).exists() and JOB not in left and "config.json" in left:
+        return  # the run was killed while it saved, and saves again
+    elif left and not (resumed and resumed.resolve() == stage.resolve()):
+        can_resume = f"continue that by --resume {stage}, or " * (JOB in left)
+        problem = f"holds what an unfinished run has done; {can_resume}remove it"
+    if problem:
+        raise UserError(f"--save_model {args.save_model}: {stage} {problem}")
 
 
 def _check_readable(sources: list[tuple[Any, str]], hub: bool) -> None:
@@ -169,6 +180,9 @@ def _set_vocabulary(job: Job) -> None:
     differently.
     """
     rows = trimmable_rows(job.skeleton, job.checkpoint)
+    ids = config_token_ids(job.checkpoint, job.config)
+    if hasattr(job.skeleton, "unread"):
+        ids |= processor_ids(job.checkpoint, job.tokenizer)
     with job.timed("vocabulary"):
         job.vocabulary = trim_vocabulary(
             job.tokenizer,
@@ -177,8 +191,7 @@ def _set_vocabulary(job: Job) -> None:
             sources=job.vocabulary_sources,
             dist=job.dist,
             rows=rows,
-            config_ids=config_token_ids(job.checkpoint, job.config)
-            | processor_ids(job.checkpoint, job.tokenizer),
+            config_ids=ids,
         )
         job.tokenizer = job.vocabulary.tokenizer
         lines = job.vocabulary.prove(job.tests)
@@ -211,7 +224,7 @@ def _check_tokens(job: Job) -> None:
     texts = job.texts
     sets = [texts.windows, *(test.windows for test in texts.tests)]
     if texts.training:
-        sets += [texts.training.windows, texts.training.held_out]
+        sets += [texts.training.windows.ids, texts.training.held_out.ids]
     highest = max(int(ids.max()) for ids in sets if ids is not None and len(ids))
     if highest >= rows:
         token = job.tokenizer.convert_ids_to_tokens(highest)
@@ -238,6 +251,7 @@ def open_store(job: Job) -> None:
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
     if not path or not job.dist.is_main:
         return
+    check_room(job, flag, path)
     store = RunFolder(flag, path)
     changed = differences(store.begun, pruning) if store.begun else {}
     name, (before, now) = next(iter(changed.items()), (None, (None, None)))
@@ -254,6 +268,33 @@ def open_store(job: Job) -> None:
     store.begin(pruning)
     job.folder = store
     if store.begun:
-        done = len(list(store.path.glob("block-*.safetensors")))
+        kept = Counter(file.stem.partition("-")[0] for file in store.files())
         total = len(job.skeleton.get_submodule(job.blocks_name))
-        job.print(f"{flag} {path}: {done} of {total} blocks were finished before")
+        steps = {"block": "pruned", "quantized": "rounded"}
+        done = [f"{kept[name]} of {total} blocks {step}" for name, step in steps.items()]
+        done += ["a state of the training"] * kept["recovery"]
+        job.print(f"{flag} {path}: finished before: {', '.join(done)}")
+
+
+def check_room(job: Job, flag: str, folder: str | Path) -> None:
+    """Tell what a training keeps on disk at most; UserError where there is no room for it."""
+    model, args = job.skeleton, job.args
+    if not job.schedule:
+        return
+    if job.layout:
+        config, field = job.config, job.layout.field
+        model = pretrained.skeleton_with(config, field, job.left, job.checkpoint) or model
+    # of a weight its best value so far; its master and two averages, float32
+    state = pretrained.pick_dtype(args.dtype, job.config, job.device).itemsize
+    state += 0 if job.schedule.rank else 12
+    size = 2 * state + (6 if job.plan.rounds else 0)  # the state is rewritten beside itself
+    size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())
+    kept = sum(file.stat().st_size for file in Path(folder).rglob("*.safetensors"))
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free + kept
+    line = f"{flag} {folder}: training keeps up to {gib(size)} there, of {gib(free)} free"
+    if size > free:
+        raise UserError(f"{line}; make room, or name a folder on another disk")
+    job.print(line)

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
-from lib.data.processor import copy_processor
-from lib.data.tokenizer import as_loaded
-from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
 from lib.methods.registry import method_of
 from lib.methods.sparsity import NEURONS
-from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import (
-    footprint,
-    parameter_bytes,
-    save_in_shards,
-    save_model,
-    text_alone,
-)
+from lib.model.pretrained import footprint, parameter_bytes
 from lib.model.reference import (
     DenseReference,
-    compared_windows,
     dense_states,
     local_windows,
     shared_states,
     tail_of,
 )
 from lib.model.rows import keep_rows_
-from lib.packed.checkpoint import mark_packed_
 from lib.packed.formats import FORMATS, Grid
 from lib.prune import Reached
 from lib.prune import prune as prune_blocks
@@ -49,37 +34,21 @@ from lib.pruning.quantize import Quantizer
 from lib.pruning.quantize import check_quantized as check_quantized_weights
 from lib.recover import Recoverer
 from lib.run import plots, tasks
-from lib.run.card import model_card
 from lib.run.job import Job
 from lib.run.load import load
 from lib.run.record import evaluation_record, finish_results, keep_other_results, write_log
 from lib.run.results import write_results
+from lib.run.save import close_store, save, write_card
 from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.sparse import check_same_outputs, pack_, relative_difference
-from lib.util.errors import UserError, first_line
-from lib.util.files import partial_of, put_in_place, sync_all
 from lib.util.host import gib
 from lib.util.progress import progress
 from lib.vocabulary import PROOF_TOKENS
 
-__all__ = ["load", "load_teacher", "resolve_bos"]  # steps of main.run too
+__all__ = ["close_store", "load", "load_teacher", "resolve_bos", "save"]  # steps of main.run too
+BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
 Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
-
-
-def close_store(job: Job) -> None:
-    """Remove the folder of finished blocks, or say how to go on where the run ended early."""
-    if not job.folder:
-        return
-    if "saved_bytes" in job.results or ("seconds" in job.results and not job.args.save_model):
-        job.folder.clear()
-        return
-    job.folder.close()
-    if job.folder.files():
-        how = "the same command continues"
-        if not job.args.resume:
-            how = f"add --resume {job.folder.path} to continue"
-        print(f"kept what is finished: {how}", flush=True)
 
 
 def trim(job: Job, runner: BlockRunner) -> None:
@@ -183,20 +152,24 @@ def quantize(job: Job, runner: BlockRunner, reached: Reached) -> Starts:
 
 
 def recover(
-    job: Job, runner: BlockRunner, teacher: BlockRunner, reached: Reached, starts: Starts
+    job: Job,
+    runner: BlockRunner,
+    teacher: BlockRunner,
+    reached: Reached,
+    starts: Starts,
+    reference: DenseReference,
 ) -> dict[str, Tensor]:
     """Train the kept weights, check that every zero is still zero, and return their scales."""
     plan, schedule, text = job.plan, job.schedule, job.texts.training
-    tests = {  # the windows on which evaluation compares with the dense model
-        test.name: test.windows[compared_windows(len(test.windows))]
-        for test in (job.texts.tests if plan.method or plan.teacher or starts else [])
-    }
+    tests = job.texts.tests if plan.method or plan.teacher or starts else []
     shown = progress(1 + len(tests), "measuring before", "text", job.dist.is_main)
     with job.timed("measure before"), shown as bar:
         held_out = perplexity(teacher, text.held_out)
         bar(1)
-        figures = perplexities(runner, list(tests.values()))
+        windows = [test.windows for test in tests]
+        figures = perplexities(runner, windows, reference=reference, only_compared=True)
         bar(len(tests))
+    records = (evaluation_record(*pair, True) for pair in zip(tests, figures, strict=True))
     whole = plan.trains_all or job.smaller
     recoverer = Recoverer(runner, teacher, schedule, text, whole=whole, starts=starts)
     tokens = schedule.steps * schedule.windows * schedule.seqlen
@@ -209,7 +182,7 @@ def recover(
         "teacher": job.args.teacher or job.args.model,
         "text": text.facts,
         "held_out": {"dense": held_out},
-        "before": dict(zip(tests, (each["perplexity"] for each in figures), strict=True)),
+        "before": {one["name"]: {key: one.get(key) for key in BEFORE} for one in records},
     }
     return recoverer.scales
 
@@ -246,75 +219,6 @@ def pack(
     job.results |= record
 
 
-def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
-    """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
-    weights, moved, model = runner.weights, {}, runner.model
-    weights.wait_for_readers()
-    stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
-    if job.dist.is_main:
-        holds_blocks = bool(job.folder) and job.folder.path.resolve() == stage.resolve()
-        stage.mkdir(parents=True, exist_ok=True)
-        for file in stage.glob("model*.safetensors*"):
-            file.unlink()  # of a run that was killed while it saved
-        if job.args.text_only:
-            model = _text_alone(job, model)
-        with job.timed("save"), ExitStack() as failed:
-            if not holds_blocks:
-                failed.callback(shutil.rmtree, stage, ignore_errors=True)
-            try:
-                shards = weights.shards() if model is runner.model else None
-                names = shards and save_in_shards(model, stage, runner.save_dtype, shards)
-                if not names:
-                    with weights.mapped():
-                        save_model(model, stage, runner.save_dtype)
-            except SafetensorError as error:
-                raise UserError(f"--save_model {target}: can't be saved ({error})") from error
-            as_loaded(job.tokenizer).save_pretrained(stage)
-            write_tokenizer_model(job.tokenizer, stage)
-            if model is runner.model:
-                rows = job.vocabulary.rows.tolist() if job.vocabulary else ()
-                copy_processor(job.checkpoint, stage, {old: new for new, old in enumerate(rows)})
-            sync_all(stage)
-            failed.pop_all()
-            moved = {old: str(target / name) for old, name in (names or {}).items()}
-            if job.folder and (weights.resident or holds_blocks):
-                if not (weights.resident or names):  # what is still read stays until the end
-                    other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-                    for file in job.folder.files():
-                        moved[str(file)] = shutil.move(file, other)
-                job.folder.clear()
-                job.folder = None
-            try:
-                put_in_place(stage, target)
-            except OSError as error:
-                raise UserError(
-                    f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
-                ) from error
-            for file in names or ():  # it has another name now
-                Path(file).unlink(missing_ok=True)
-        weight_files = target.glob("*.safetensors")
-        job.results["saved_bytes"] = sum(file.stat().st_size for file in weight_files)
-        print(f"saved: {target}", flush=True)
-    weights.moved(job.dist.all_gather_object(moved)[0])
-
-
-def _text_alone(job: Job, model: nn.Module) -> nn.Module:
-    """Return the text model alone, say what goes, and check that it computes the same."""
-    alone = text_alone(model, job.checkpoint)
-    if job.plan.packs:
-        mark_packed_(alone)
-    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
-    before, after = some_logits(model, window), some_logits(alone, window)
-    check_same_outputs(before, after, "--text_only: whole and text alone", least=1e-5)
-    gone = {name: each for name, each in model.state_dict().items() if name in model.unread}
-    parts = sorted({".".join(name.split(".")[:2]) for name in gone})
-    size = gib(sum(each.nbytes for each in gone.values()))
-    line = f"text only: {', '.join(parts)} are left out, {len(gone)} tensors, {size}"
-    job.results |= {"notes": [*job.results.get("notes", []), line], "loaded_by": None}
-    job.print(line)
-    return alone
-
-
 def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) -> None:
     """Measure perplexity and the divergence from the dense model on every test set, in one pass."""
     tests, dist = job.texts.tests, job.dist
@@ -334,16 +238,14 @@ def record(job: Job, runner: BlockRunner) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keep_other_results(folder, job.fingerprint)
     finish_results(job, runner)
-    write_results(folder, job.results)
     write_log(folder, job.results)
     if job.args.save_model:
-        sources = [source.text for source in job.sources if job.plan.reads_train]
-        sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
-        card = model_card(job.results, sources, online=not local_only(job.checkpoint))
-        (Path(job.args.save_model) / "README.md").write_text(card, "utf-8")
+        write_card(job, job.args.save_model)
     if "recovery" in job.results:
         if plots.can_draw():
             plots.save(plots.recovery_curve(job.results), folder / "recovery.png")
+    write_results(folder, job.results)  # last: with them a run is at its end
+    job.is_recorded = True
 
 
 def run_tasks(job: Job, runner: BlockRunner) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 from lib.data.documents import locations
-from lib.data.sources import PART, Source, has_test, is_parted, parse_sources
+from lib.data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
 from lib.data.training import training_windows
 from lib.data.windows import TextTooShort, calibration_windows, test_set
 from lib.eval import needs_bos
@@ -36,10 +37,13 @@ def named_sources(
     flag = "--eval_data" if args.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, column=args.column)
     parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
+    local = tuple(test for test in tests if test.path)
 
     def as_measured(group: list[Source]) -> list[Source]:
-        its_rest = (s.parted or (s.path and s.path.resolve() in parted) for s in group)
-        return [replace(s, parted=bool(p)) for s, p in zip(group, its_rest, strict=True)]
+        return [
+            replace(s, parted=s.parted or s.path.resolve() in parted, tests=local) if s.path else s
+            for s in group
+        ]
 
     return as_measured(sources), as_measured(vocabulary_sources), tests
 
@@ -61,13 +65,13 @@ def default_tests(sources: Sequence[Source]) -> list[str]:
 
 
 def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
-    """Return a warning for each test set whose text is also calibrated on."""
-    read = {place for source in sources for place in locations(source, "train")}
+    """Return a warning for each test set whose text is also read for what is measured by it."""
+    pairs = product(tests, [(source, locations(source, "train")) for source in sources])
     return [
-        f"--eval_data {test.text}: the model is calibrated on this text too, so it is measured "
-        "better than on text that it has not seen"
-        for test in tests
-        if read.intersection(locations(test, "test"))
+        f"--eval_data {test.text}: {source.flag} {source.text} reads this text too, so the model "
+        "is measured better than on text that it has not seen"
+        for test, (source, read) in pairs
+        if not read.isdisjoint(locations(test, "test"))
     ]
 
 
@@ -75,17 +79,24 @@ def read_texts(job: Job, bos: int | None) -> Texts:
     """Return the windows for calibration, evaluation and recovery, each after `bos` if given.
 
     Where the texts do not give enough of the model's windows, and `--seqlen` asks for none, the
-    job's window becomes the longest power of two of which they do.
+    job's window becomes the longest power of two of which they do; where that is too short, the
+    documents of a local source are joined to one text.
     """
     texts, models_window = None, job.seqlen
     while texts is None:
         try:
             texts = _windows(job, bos)
         except TextTooShort as error:
-            if job.args.seqlen or error.fits < SHORTEST:
+            short = [source.path and source.draw != JOINED for source in job.sources]
+            if job.args.seqlen or (error.fits < SHORTEST and not any(short)):
                 raise
-            job.seqlen = 2 ** (error.fits.bit_length() - 1)
-            job.schedule = job.schedule and replace(job.schedule, seqlen=job.seqlen)
+            if error.fits >= SHORTEST:
+                job.seqlen = 2 ** (error.fits.bit_length() - 1)
+                job.schedule = job.schedule and replace(job.schedule, seqlen=job.seqlen)
+                continue
+            pairs = zip(job.sources, short, strict=True)
+            job.sources = [replace(s, draw=JOINED, read={}) if joins else s for s, joins in pairs]
+            job.print("texts: too few are as long as a window, so they are joined to one text")
     if job.seqlen < models_window:
         job.print(
             f"window: {job.seqlen} tokens, the longest power of two for which the texts are long "
@@ -119,9 +130,18 @@ def _windows(job: Job, bos: int | None) -> Texts:
 
 
 def resolve_bos(job: Job, runner: BlockRunner) -> None:
-    """Under `--bos auto`, check whether the dense model needs BOS before every window."""
+    """Under `--bos auto`, check whether the dense model needs BOS before every window.
+
+    A run that is continued has the windows that it was begun with, whatever it is measured on now.
+    """
     bos = default_bos_id(job.tokenizer) if job.args.bos == "auto" else None
-    if bos is not None and needs_bos(runner, job.texts.tests[0].windows, bos):
-        job.print("the model collapses without its BOS token: every window begins with it")
-        job.texts = read_texts(job, bos)
+    if bos is not None:
+        needs = job.dist.all_gather_object(job.folder and job.folder.decided.get("bos"))[0]
+        if needs is None:
+            needs = needs_bos(runner, job.texts.tests[0].windows, bos)
+        if job.folder:
+            job.folder.begin(job.fingerprint["pruning"], bos=needs)
+        if needs:
+            job.print("the model collapses without its BOS token: every window begins with it")
+            job.texts = read_texts(job, bos)
     job.dist.check_equal({"BOS": job.texts.bos})  # each has decided for itself

@@ -13,6 +13,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ TERMINATED = 128 + signal.SIGTERM  # as launchers and batch systems end what the
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TURN_SECONDS = 3
 CALLED = "LANGPRUNE_CALLED"  # in the environment: what the user has typed before a command's name
+ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment: as lib/commands/process.py asks
 JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
@@ -104,6 +106,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
+        if os.environ.pop(ENDS_WITH_STDIN, None):  # what this process starts has a stdin of its own
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
         try:
             main(argv)
             sys.stdout.flush()  # a reader that has gone shows here, not while the interpreter ends
@@ -122,6 +126,13 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
             print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
             return FAILED
     return 0
+
+
+def _end_with_stdin() -> None:
+    """Wait until whoever holds the other end of stdin is gone, and end as SIGTERM ends this."""
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager

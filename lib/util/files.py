@@ -78,11 +78,17 @@ def put_in_place(stage: Path, target: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file whole or not at all. Raises UserError where it can't be written."""
     stage = path.with_name(f".{path.name}{PARTIAL}")
-    stage.write_text(text, "utf-8")
-    sync(stage)
-    stage.replace(path)
+    try:
+        stage.write_text(text, "utf-8")
+        sync(stage)
+        stage.replace(path)
+    except OSError as error:
+        stage.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: can't be written ({error.strerror}); make room on its disk and try again"
+        ) from error
 
 
 def sync(path: Path) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from huggingface_hub import metadata_load
-from support import content, results
+from processes import Worker
+from support import children, content, results, wait_until
 
-from lib.commands import compress, process
+from lib.commands import compress, compress_plan, process
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
+from lib.run.plan import Plan
+from lib.run.texts import named_sources
 from lib.util.command import CALLED, run, typed
+from lib.util.files import exclusive_lock
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 
@@ -45,7 +52,7 @@ def test_the_minutes_are_kept() -> None:
     assert (tokens - planned(1800, passes=30)[1]) / 512 == pytest.approx(30 * 0.2 / 0.6, abs=1)
     assert (tokens - planned(1500)[1]) / 512 == pytest.approx(300 / 0.6, abs=1)
     assert planned(300)[0] == int(0.15 * 300 / (0.2 * (6 + 2)))
-    assert planned(-5)[:2] == (compress.LEAST_TESTS, compress.LEAST_WINDOWS * 512)
+    assert planned(-5)[:2] == (compress_plan.LEAST_TESTS, compress_plan.LEAST_WINDOWS * 512)
     assert planned(-5)[2] > 60
 
 
@@ -64,7 +71,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     trained: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, "dense")
-    tiny.write_texts("uk", 40, 8)
+    tiny.write_texts("uk", 120, 8)
     Path("uk/test.jsonl").unlink()  # a tenth is held apart
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
     call, plan, runs = compress.call, compress.plan_time, []
@@ -114,6 +121,67 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert rows["on disk, MB"][0] != rows["on disk, MB"][1]
 
 
+def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
+    """`--data uk/a.jsonl --eval_data uk`: the tests become files of their own."""
+    tiny.write_texts("uk", tiny.sentences(40, words=2000), 0)
+    Path("uk/test.jsonl").unlink()
+    parser, data = build_parser(), ["--model", "m", "--calibration_data", "uk/train.jsonl"]
+
+    def named(args):
+        return named_sources(args, Plan.of(args))
+
+    _, _, tests = named(parser.parse_args([*data, "--eval_data", "uk"]))
+    texts = SimpleNamespace(tests=[SimpleNamespace(name="uk", bytes=40_000, windows=range(100))])
+    job = SimpleNamespace(tests=tests, texts=texts, args=SimpleNamespace(column="text"))
+    cut = compress_plan.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
+    (train,), _, (test,) = named(parser.parse_args([*data, "--eval_data", *cut]))
+    measured, trained = read_documents(test, "test")[0], read_documents(train, "train")[0]
+    assert len(measured) > 3 and len(trained) > 37
+    assert not [text for text in measured if any(text in each for each in trained)]
+
+
+def test_killed_it_continues_to_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, "dense")
+    tiny.write_texts("uk", 120, 8)
+    argv = "dense small --data uk --language uk --recover 8192 --device cpu".split()
+    assert run(compress.main, argv) == 0
+    Path("small").rename("whole")
+    Path("small-compress").rename("whole-compress")
+    for faults in (
+        (
+            "recovering 30",
+            "before lib.run.save.write_tokenizer_model",
+            "before lib.run.save.put_in_place",
+        ),
+        ("after lib.run.save.put_in_place",),
+    ):
+        for fault in faults:
+            worker = Worker([argv], tmp_path, f"{fault}:SIGKILL", program="lib.commands.compress")
+            assert worker.end().status == -signal.SIGKILL, fault
+        assert run(compress.main, argv) == 0
+        assert content("small") == content("whole") and not Path("small.partial").exists()
+        whole, made = (results(f"{name}-compress/compressed") for name in ("whole", "small"))
+        for key in ("method", "flags", "quantized", "vocabulary", "evaluation", "completions"):
+            assert made[key] == whole[key], key
+        assert made["recovery"]["curve"] == whole["recovery"]["curve"]
+        shutil.rmtree("small")
+        shutil.rmtree("small-compress")
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")
+def test_what_it_has_started_ends_with_it(tmp_path: Path) -> None:
+    tiny.write_model("dense")
+    tiny.write_texts("uk", 120, 4)
+    argv = "dense small --data uk --recover 128 --device cpu".split()
+    worker = Worker([argv], tmp_path, program="lib.commands.compress")
+    wait_until(lambda: children(worker.process.pid))
+    (run,) = children(worker.process.pid)
+    os.kill(worker.process.pid, signal.SIGKILL)
+    worker.end()
+    wait_until(lambda: not Path(f"/proc/{run}").exists())
+    assert not list(Path("small-compress").rglob("results.json"))
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "shares"),
     [("Llama", "neurons", (0.97, 0.93, 0.89)), ("Qwen3-MoE", "experts", (0.99, 0.97, 0.94))],
@@ -125,7 +193,7 @@ def test_parts_are_removed_until_the_file_is_as_small(
     tiny.write_texts("uk", 40, 4)
     flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
     flags += ["--nsamples", "8", "--trim_vocabulary", *compress.SMALLER[kind].split(), "0.5"]
-    job = compress._check([*flags, "--quantize", "q4_0"], recover=128)
+    job = compress.check_job([*flags, "--quantize", "q4_0"], recover=128)
     removed, what = compress.choose_size(job, 1)
     assert removed is None and "nothing pruned" in what
     whole = float(what.split("about ")[1].split()[0])
@@ -138,10 +206,10 @@ def test_parts_are_removed_until_the_file_is_as_small(
 
 def test_windows_are_as_long_as_the_texts_allow() -> None:
     tiny.write_model("dense", tiny.tiny_llama(max_position_embeddings=1024))
-    tiny.write_texts("uk", tiny.sentences(40, words=120), 8)
+    tiny.write_texts("uk", tiny.sentences(7, words=40), 8)
     flags = ["--model", "dense", "--device", "cpu", "--calibration_data", "uk", "--nsamples", "8"]
-    job = compress._check([*flags, "--quantize", "q4_0"], recover=2048)
-    assert 128 <= job.seqlen < 512 and job.texts.training.windows.shape[1] == job.seqlen
+    job = compress.check_job([*flags, "--quantize", "q4_0"], recover=2048)
+    assert 128 <= job.seqlen < 512 and job.texts.training.windows.ids.shape[1] == job.seqlen
 
 
 def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +263,10 @@ def test_mistakes_end_it_before_the_model_is_measured(
         ("--seqlen 64 dense small --data uk", "--seqlen: give flags of main.py after"),
         ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
         ("dense small --language uk", "--language uk: the hub can't be reached"),
-        ("dense small --data uk --for packed --nsamples 99", "can give only"),
+        (
+            "dense small --data uk --for packed --nsamples 99",
+            "--data uk: its 40 texts can give only",
+        ),
         ("nowhere/model small --data uk", "nowhere/model"),
     ],
 )
@@ -207,7 +278,7 @@ def _refused(argv: list[str], capfd: pytest.CaptureFixture) -> str:
     """What the command says that writes nothing."""
     tiny.write_model("dense")
     tiny.write_texts("uk", 40, 4)
-    Path("mine").mkdir()
+    Path("mine").mkdir(exist_ok=True)
     for file in ("mine/thesis.txt", "taken.gguf"):
         Path(file).write_text("mine")
     before = content(".")
@@ -218,6 +289,16 @@ def _refused(argv: list[str], capfd: pytest.CaptureFixture) -> str:
         status = left.code
     assert status in (1, 2) and content(".") == before
     return capfd.readouterr().err
+
+
+def test_what_another_command_or_the_disk_stands_against(monkeypatch, capfd) -> None:
+    argv = "dense small --data uk --recover 128".split()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    said = _refused([*argv, "--nsamples", "8"], capfd)
+    assert "--save small-compress: training keeps up to" in said and "98 KiB free" in said
+    with exclusive_lock(Path("small-compress.lock"), ""):
+        said = _refused(argv, capfd)
+    assert "--save small-compress: another command works there" in said
 
 
 def test_nothing_is_packed_where_packed_weights_are_slow(monkeypatch, capfd) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 from processes import Worker
-from support import QUICK, Done, call, results, wait_until
+from support import QUICK, Done, call, children, results, wait_until
 
 from lib.commands import languages, sweep, sweep_run
 from lib.run.flags import build_parser
@@ -191,10 +191,6 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
     assert len(list(shared.iterdir())) == 3  # models of one shape do not share
     shutil.rmtree(folder / "model")
     assert "its model was not kept" in said("--nsamples", "9")
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux")

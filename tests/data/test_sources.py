@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ from lib.data import documents
 from lib.data.documents import check_source, locations, read_documents
 from lib.data.sources import AGAIN, BUILT_IN, JOINED, ONCE, has_test, parse_source, parse_sources
 from lib.run.flags import build_parser
-from lib.run.texts import named_sources
+from lib.run.plan import Plan
+from lib.run.texts import named_sources, same_texts
 from lib.util.errors import UserError
 
 FLAG = "--calibration_data"
@@ -261,7 +263,7 @@ def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
 
     def named(*flags):
         args = build_parser().parse_args(["--model", "m", "--prune_method", "wanda", *flags])
-        sources, _, tests = named_sources(args)
+        sources, _, tests = named_sources(args, Plan.of(args))
         return [s.parted for s in sources], [t.text for t in tests]
 
     given = ["--calibration_data", file, folder]
@@ -275,6 +277,33 @@ def test_who_is_measured_on_a_tenth_is_trained_on_the_others(tmp_path):
     assert named("--prune_on_c4") == named() == ([False], ["ubertext"])
     assert named("--calibration_data", "c4:uk") == ([False], ["c4:uk"])
     assert "no test text" in message(named, "--calibration_data", "owner/name::train")
+
+
+def test_what_is_measured_is_not_read_for_training(tmp_path):
+    """Whatever of folder, file, `:test` and `:train` is named, and copies are the same text."""
+    few = sentences(4, 5, words=1500)  # which are cut into pieces
+    uk, a, b, copy, book = (
+        str(tmp_path / name) for name in ("uk", "uk/a.jsonl", "uk/b.jsonl", "copy.jsonl", "c.txt")
+    )
+    Path(uk).mkdir()
+    for file, texts in {a: few, b: sentences(40, 1), copy: few}.items():
+        Path(file).write_text(rows(*texts))
+    Path(book).write_text("\n\n".join(few))
+    apart = [(a, uk), (uk, f"{a}:test"), (b, f"{uk}:test"), (f"{b}:train", uk), (uk, b)]
+    apart += product((f"{a}:train", copy), (uk, f"{a}:test", f"{copy}:test"))
+    apart += [(book, f"{book}:test")]
+    for flag, (train, test) in product(
+        ("--calibration_data", "--vocabulary_data"), [*apart, (b, b), (book, book)]
+    ):
+        argv = ["--model", "m", "--trim_vocabulary", flag, train, "--eval_data", test]
+        args = build_parser().parse_args(argv)
+        _, vocabulary, tests = named_sources(args, Plan.of(args))
+        trained = [text for source in vocabulary if source.path for text in read(source)]
+        measured = [text for each in tests for text in read(each, "test")]
+        seen = [text for text in measured if any(text in each or each in text for each in trained)]
+        lines = same_texts(vocabulary, tests)
+        assert trained and bool(seen) == bool(lines) == (train == test)
+        assert all(f"--eval_data {test}: {flag} {train} reads this" in line for line in lines)
 
 
 def parquet_bytes(tmp_path, **columns) -> bytes:

@@ -201,29 +201,34 @@ def test_test_text_is_tokenised_as_one(tmp_path, bos, add_bos):
     source = folder(tmp_path / "uk", test=texts)
     found = data.test_set(source, tiny_tokenizer(add_bos=add_bos), SEQLEN, bos)
     text = "\n\n".join(texts)
-    size = len(text.encode()) / ids(bare, text).numel()  # bytes of a token
     if bos is None:
         expected = stream_windows(texts, bare, SEQLEN)
         assert torch.equal(found.windows, expected)
-        predicted = expected[:, 1:].numel()
+        predicted = expected[:, 1:]
     else:  # every token of the text is predicted, from BOS on
         expected = stream_windows(texts, bare, SEQLEN - 1)
         assert torch.equal(found.windows[:, 1:], expected) and (found.windows[:, 0] == bos).all()
-        predicted = expected.numel()
-    assert found.bytes == found.facts["bytes"] == round(size * predicted)
+        predicted = expected
+    tokens = bare.convert_ids_to_tokens(predicted.flatten())  # a letter of theirs is a byte
+    assert found.bytes == found.facts["bytes"]
+    assert found.bytes == pytest.approx(sum(map(len, tokens)), abs=len(expected))  # split letters
     with pytest.raises(UserError, match=f"has {ids(bare, text).numel()} tokens, less than one"):
         data.test_set(source, bare, 10_000)
 
 
 def test_large_sets_are_measured_in_part(hub, tokenizer, monkeypatch):
-    """The first 1,100 documents, or those up to 4 million characters; of these 256 windows."""
-    texts = sentences(TEST_DOCUMENTS + 20, words=3)
+    """The first 1,100 documents, or those up to 4 million characters; of these 1 KiB a token."""
+    texts = [*sentences(40, words=3), *sentences(TEST_DOCUMENTS - 20, words=12)]
     hub.sets[("allenai/c4",)] = {"validation": {"text": texts}}
-    for seqlen, most in ((100, 255), (SEQLEN, 256)):
-        found = data.test_set(parse_source("c4", FLAG), tokenizer, seqlen)
-        windows = stream_windows(texts[:TEST_DOCUMENTS], tokenizer, seqlen, " ")
-        assert (len(windows) > 256) == (most == 256)
-        assert torch.equal(found.windows, windows[:most])
+    for seqlen, whole in ((200, True), (SEQLEN, False)):
+        text = " ".join(texts[:TEST_DOCUMENTS]).encode()
+        assert (len(text) < 1024 * seqlen) == whole
+        text = text[: 1024 * seqlen].decode(errors="ignore")
+        for cut in (tokenizer, tiny_tokenizer(size=259)):
+            found = data.test_set(parse_source("c4", FLAG), cut, seqlen)
+            assert torch.equal(found.windows, stream_windows([text], cut, seqlen))
+        # the same text, though others make more tokens of it
+        assert len(found.windows) > 1.5 * len(stream_windows([text], tokenizer, seqlen))
     monkeypatch.setattr(data, "TEST_CHARACTERS", len(texts[0]) + 1)
     hub.sets[("owner/name",)] = {"train": {"text": texts}}
     found = data.test_set(parse_source("owner/name", FLAG), tokenizer, 5)

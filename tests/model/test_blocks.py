@@ -10,6 +10,7 @@ import torch
 from support import CPU, linears_of, prune_, runner_of, windows
 from torch import Tensor, nn
 
+from lib.data.samples import Sample, Windows, join, windows_of
 from lib.eval import perplexities, perplexity
 from lib.methods.registry import method_of
 from lib.model.blocks import BlockRunner
@@ -28,7 +29,7 @@ def patches(model: nn.Module) -> list[str]:
     return found
 
 
-def through(runner: BlockRunner, ids: Tensor, positions: Tensor) -> Tensor:
+def through(runner: BlockRunner, ids: Tensor | Windows, positions: Tensor) -> Tensor:
     """Logits (n, positions, vocabulary) by way of the runner, in batches of three."""
     states = runner.capture(ids, 3, CPU)
     for index in range(len(runner.blocks)):
@@ -88,16 +89,31 @@ def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) 
     runner, ids = runner_of(tiny.tiny_llama(), 2), windows(4)
     with torch.no_grad():
         logits = runner.model(input_ids=ids).logits[:, :-1].double()
-    losses = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1).mean(1)
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.7
+    losses = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]
+    nats, losses = losses.sum().item(), losses.sum(1) / mask[:, 1:].sum(1)
     expected = losses.mean().exp().item()
     row = 4 * tiny.VOCAB  # bytes
     for room, least in ((2**28, 1), (row * 2 * 5, 1), (1, 1), (row, 6), (1, 128)):
         monkeypatch.setattr("lib.model.blocks.LOGIT_BYTES", room)
         monkeypatch.setattr("lib.eval.HEAD_POSITIONS", least)
-        [found] = perplexities(runner, [ids])
+        [found] = perplexities(runner, [Windows(ids, mask)])
         assert found["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert found["nats"] == pytest.approx(nats, rel=1e-5)
     deviation = losses.std().item() / 2  # of the mean of four
     assert found["standard_error"] == pytest.approx(expected * deviation, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 3", "GPT-2", "Qwen3-MoE", "DeepSeek-V3"])
+def test_documents_of_one_window_do_not_see_each_other(name: str) -> None:
+    documents = [windows(1, count, seed=count) for count in (13, 17, 18)]
+    runner = runner_of(tiny.ALL[name]())
+    packed = windows_of([Sample(ids[0]) for ids in documents], 48)
+    logits = through(runner, join([packed, packed]), torch.arange(48))
+    with torch.no_grad():
+        alone = [runner.model(input_ids=ids, use_cache=False).logits for ids in documents]
+    expected = torch.cat(alone, 1).expand_as(logits)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 class Interrupted(Exception):

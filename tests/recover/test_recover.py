@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lib import recover
+from lib.data.samples import Windows
 from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
@@ -274,9 +275,12 @@ def test_steps_are_plain_adamw_on_the_plain_loss() -> None:
     assert off < 1e-4 * clipping  # gradients that are not clipped would show
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_in_chunks(
+    chunk: int, share: float, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The loss and its gradient, against float64 and all logits at once."""
     ids = torch.randint(11, (2, 7), generator=torch.Generator().manual_seed(1))
     draw = torch.Generator().manual_seed(0)
@@ -288,7 +292,11 @@ def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatc
     log_q = taught.double().log_softmax(-1)
     each = F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)
     text = F.cross_entropy(log_p[:, :-1].mT, ids[:, 1:], reduction="none")
-    loss = (each.sum() + share * (text - each[:, :-1]).sum()) / 14
+    mask = torch.rand(2, 7, generator=draw) < 0.6 if masked else None
+    counted = Windows(ids, mask).counted
+    assert masked or counted.all()
+    each = torch.cat([(1 - share) * each[:, :-1] + share * text, each[:, -1:]], 1)
+    loss = (each * counted).sum() / counted.sum()
     loss.backward()
     last, asked = hidden.clone().requires_grad_(), []
 
@@ -296,7 +304,8 @@ def test_loss_in_chunks(chunk: int, share: float, monkeypatch: pytest.MonkeyPatc
         asked.append(len(positions))
         return last[:, positions] @ head.T
 
-    found = divergence_(logits, lambda at: taught[:, at], ids, 14, share)
+    tokens = int(counted.sum())
+    found = divergence_(logits, lambda at: taught[:, at], ids, tokens, counted, share)
     assert sum(asked) == 7 and max(asked) <= max(1, min(chunk, 6))
     assert found.item() == pytest.approx(loss.item(), rel=1e-6)
     torch.testing.assert_close(last.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)

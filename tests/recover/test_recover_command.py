@@ -82,7 +82,7 @@ def test_what_a_run_leaves(recovered: Path, tmp_path: Path) -> None:
     assert set(recovery["before"]) == set(found["perplexity"]) == {"uk"}
     assert found["sparsity"]["overall"] == 0.5
     _, plain = run(tmp_path, *PRUNE)
-    assert recovery["before"]["uk"] == pytest.approx(plain["perplexity"]["uk"], rel=1e-6)
+    assert recovery["before"]["uk"]["perplexity"] == pytest.approx(plain["perplexity"]["uk"], rel=1e-6)
     before, after = weights(tmp_path / "model"), weights(recovered / "model")
     changed = 0
     for name, tensor in before.items():
@@ -105,7 +105,7 @@ def test_a_model_that_was_pruned_before(tmp_path: Path, monkeypatch) -> None:
     argv = ["--model", pruned, "--teacher", "model", *RECOVER]
     _, second = run(tmp_path / "second", *argv)
     pruned_only = first["evaluation"][0]["compared_perplexity"]
-    assert second["recovery"]["before"]["uk"] == pytest.approx(pruned_only)
+    assert second["recovery"]["before"]["uk"]["perplexity"] == pytest.approx(pruned_only)
     _, second = run(tmp_path / "packed", *argv, *PACK)
     assert second["recovery"]["teacher"] == "model"
     curve = [point["perplexity"] for point in second["recovery"]["curve"]]
@@ -215,7 +215,7 @@ REFUSED = {
     "short": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "short"],
         1,
-        "--calibration_data short: its 9 texts give 0 windows of 32 tokens to recover on",
+        "--calibration_data short: its 9 texts give 1 windows of 32 tokens to recover on",
     ),
     "seen": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "seen", "--eval_data", "seen"],
@@ -243,8 +243,8 @@ def test_two_processes_as_one(place: Path, tmp_path: Path) -> None:
     assert (first.status, second.status) == (0, 0), first.err + second.err
     both = results(tmp_path / "out")
     for before, after in zip(alone["recovery"]["curve"], both["recovery"]["curve"], strict=True):
-        for name in ("perplexity", "loss"):  # where sums differ in a bit, some codes do
-            assert after[name] == pytest.approx(before[name], rel=3e-2)
+        # where sums differ in a bit, some codes do
+        assert after["loss"] == pytest.approx(before["loss"], rel=3e-2)
     assert alone["recovery"]["text"] == both["recovery"]["text"]
     again = evaluated(tmp_path / "model", *exact)
     assert again == pytest.approx(both["perplexity"]["uk"], rel=1e-5)

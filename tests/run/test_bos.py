@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
+import processes
 import pytest
 import tiny
 import torch
-from support import runner_of
+from support import QUICK, results, runner_of, succeed, weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -49,3 +51,23 @@ def test_a_model_needs_bos_from_one_and_a_half_times_the_perplexity_on(
         low, high = (share, high) if ratio(model, windows[:, 1:]) < wanted else (low, share)
     assert ratio(model, windows[:, 1:]) == pytest.approx(wanted, rel=1e-3)
     assert measuring.needs_bos(runner_of(model), windows, BOS) == needs
+
+
+def test_a_run_that_is_continued_decides_as_it_did(needs_bos: Path, tmp_path: Path) -> None:
+    """Though on another test text it would not; no two blocks see different windows."""
+    uk = tiny.write_texts(tmp_path / "uk")
+    letters = "".join(random.Random(1).choices("qzxwvjkбгґщьюя#%&@!", k=4000))
+    noise = tiny.write_texts(tmp_path / "noise", test=[letters])
+
+    def flags(name: str, test: Path) -> list:
+        argv = ["--model", needs_bos, "--prune_method", "wanda", "--calibration_data", uk, *QUICK]
+        argv += ["--eval_data", test, "--resume", tmp_path / f"{name}-kept"]
+        return [*argv, "--save_model", tmp_path / f"{name}-m", "--save", tmp_path / f"{name}-out"]
+
+    assert processes.run(flags("resumed", noise), tmp_path, "pruning 1:SIGKILL").status < 0
+    for name, test in (("resumed", uk), ("noise", noise), ("uk", uk)):
+        succeed(*flags(name, test))
+    begun = {name: results(tmp_path / f"{name}-out")["bos"] for name in ("resumed", "noise", "uk")}
+    assert begun == {"resumed": None, "noise": None, "uk": 0}
+    whole, resumed = weights(tmp_path / "noise-m"), weights(tmp_path / "resumed-m")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())

@@ -280,7 +280,7 @@ def test_calibrating_and_measuring_on_one_text_is_noted(model: Path, texts: Path
     for own in (texts / "train.jsonl", texts):
         done = call(*given, own)
         assert done.status == 0
-        assert (f"--eval_data {own}: the model is calibrated on" in done.out) == own.is_file()
+        assert (f"--eval_data {own}: --calibration_data" in done.out) == own.is_file()
 
 
 # --- what is found on the way: status 1

@@ -7,6 +7,7 @@ import signal
 import threading
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -36,7 +37,7 @@ def check_saved(done: Done, *words: str) -> None:
     assert done.status == 1, done
     lines = [line for line in done.complaints if line.startswith("error: ")]
     assert len(lines) == 1 and all(word in lines[0] for word in words), done.err
-    assert "saved: new" in done.out
+    assert "saved: new" in done.out and "# model, pruned by" in Path("new/README.md").read_text()
     assert sum(int((weight == 0).sum()) for weight in saved_weights("new").values()) > 1000
     assert not Path("new.partial").exists()
 
@@ -94,7 +95,7 @@ def test_blocks_in_files_become_shards_once_all_is_written(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lib.run.steps.write_tokenizer_model", fail)
+        patched.setattr("lib.run.save.write_tokenizer_model", fail)
         done = call(*given, "--resume", kept, "--offload", "away")
     assert done.status == 1 and len(list(Path(kept).glob("block-*"))) == 3
     assert Path("new.partial").exists() == (kept == "new.partial")
@@ -175,6 +176,17 @@ def test_a_full_disk_for_the_results(given: list) -> None:
         check_saved(call(*given), "File too large")
 
 
+def test_a_disk_too_small_for_the_state_of_a_training(
+    given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given += ["--recover", 512]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    [line] = call(*given).complaints
+    assert "--save_model new.partial: training keeps up to" in line and "98 KiB" in line
+    assert line.endswith("make room, or name a folder on another disk")
+    assert not Path("new.partial").exists()
+
+
 def test_a_full_disk_while_saving_keeps_the_blocks(given: list) -> None:
     with full_disk("pruning", 3, size=30_000):
         done = call(*given)
@@ -200,6 +212,23 @@ def test_a_reader_that_has_gone_leaves_the_model(given: list) -> None:
     ):
         assert command.run(main.main, [str(part) for part in given]) == 1
     assert saved_weights("new")
+
+
+@pytest.mark.parametrize("kept", ["kept", "new.partial"])
+def test_killed_while_it_saves_it_loses_nothing(kept: str, given: list, tmp_path: Path) -> None:
+    succeed(*given)
+    Path("new").rename("whole")
+    given += ["--resume", kept]
+    for moment in ("write_tokenizer_model", "put_in_place"):
+        fault = f"before lib.run.save.{moment}:SIGKILL"
+        assert processes.run(given, tmp_path, fault).status == -signal.SIGKILL
+    [line] = call(*given).complaints
+    assert line.endswith(
+        "new.partial is the whole model of a run that was killed; rename it to new"
+    )
+    stage = content("new.partial")
+    assert stage["model.safetensors"] == content("whole")["model.safetensors"]
+    assert stage.keys() == content("whole").keys()  # with the card
 
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM", "SIGKILL"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import kinds
@@ -16,6 +17,7 @@ from lib.data.counts import compare_tokenizers, count_tokens, plain_backend
 from lib.data.sources import parse_sources
 from lib.data.tokenizer import TrimmableTokenizer
 from lib.data.tokenizer_model import CHECK, check_of
+from lib.data.windows import encode, token_bytes
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
 from lib.util.errors import UserError
@@ -215,3 +217,24 @@ def test_the_whole_vocabularys_check_outlives_trimming_twice(uk: Path, tmp_path:
     assert len(twice) < len(once)
     assert once.init_kwargs[CHECK] == twice.init_kwargs[CHECK] == check_of(before)
     assert CHECK not in trimmed(kinds.byte_fallback(), uk).tokenizer.init_kwargs
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "without bytes" not in kind])
+def test_each_token_stands_for_its_bytes(kind: str) -> None:
+    """As told by the tokens themselves, wherever one ends with a letter of the text."""
+    text = " сонце над рікою,  the river runs. 我们今天去公园 🙂 ґанок\n\nnew ﬁ"
+    tokenizer = KINDS[kind]()
+    encoding = encode(tokenizer, text)
+    tokens = tokenizer.convert_ids_to_tokens(encoding.input_ids[0])[1:]  # the first is BOS
+    if "byte-level" in kind:
+        own = [len(token) for token in tokens]
+    else:
+        own = [1 if "<0x" in token else len(token.replace("▁", " ").encode()) for token in tokens]
+        own[0] -= tokens[0] == "▁" and kind == "byte fallback"  # put before the text
+    sizes = token_bytes(encoding, text)
+    assert sizes[0] == 0 and sizes.sum() == sum(own) == len(text.encode())
+    ends = set(itertools.accumulate(len(letter.encode()) for letter in text))
+    pairs = list(zip(sizes[1:].cumsum(0).tolist(), itertools.accumulate(own), strict=True))
+    assert all(by_offsets == end for by_offsets, end in pairs if end in ends)
+    inside = [by_offsets - end for by_offsets, end in pairs if end not in ends]
+    assert inside and all(-4 < difference < 4 for difference in inside)

@@ -1,0 +1,74 @@
+"""Samples: what documents become, and the windows that samples are cut into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The tokens of a document; where there is a `mask`, only those in it count as predicted."""
+
+    ids: Tensor  # (tokens,), int64
+    mask: Tensor | None = None  # (tokens,), bool
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of token ids; without more, all tokens count, and each window is one document's."""
+
+    ids: Tensor  # (windows, tokens), int64
+    mask: Tensor | None = None  # (windows, tokens), bool: what counts when it is predicted
+    positions: Tensor | None = None  # (windows, tokens), int64: from 0 on in each document
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice | Tensor) -> Windows:
+        return Windows(*(each if each is None else each[rows] for each in vars(self).values()))
+
+    @property
+    def counted(self) -> Tensor:
+        """Return whether what is predicted at each position counts; the last's as its own token."""
+        mask = torch.ones_like(self.ids).bool() if self.mask is None else self.mask
+        return torch.cat([mask[:, 1:], mask[:, -1:]], 1)
+
+
+def as_windows(windows: Tensor | Windows) -> Windows:
+    """Return windows of which the ids alone (n, tokens) may be given."""
+    return windows if isinstance(windows, Windows) else Windows(windows)
+
+
+def join(parts: Sequence[Windows]) -> Windows:
+    """Join windows that have a mask and positions."""
+    return Windows(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -> Windows:
+    """Cut samples, one after another, into whole windows; what is left over is dropped.
+
+    Several samples are for one window. With `bos` the ids are those of `with_bos`.
+    """
+    masks = [torch.ones_like(s.ids).bool() if s.mask is None else s.mask for s in samples]
+    places = [torch.arange(len(s.ids)) for s in samples]
+    joined = map(torch.cat, ([s.ids for s in samples], masks, places))
+    ids, mask, places = (each[: len(each) // seqlen * seqlen].view(-1, seqlen) for each in joined)
+    if bos is not None:
+        mask = torch.where(ids[:, :1] == bos, mask, mask.roll(1, 1))
+        ids = with_bos(ids, bos)
+    positions = places - places[:, :1]
+    return Windows(ids, mask & (positions > 0), positions)  # nothing foretells a beginning
+
+
+def prepend(windows: Tensor, bos: int) -> Tensor:
+    """Put `bos` before each of windows (n, tokens): (n, tokens + 1)."""
+    return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
+
+
+def with_bos(windows: Tensor, bos: int) -> Tensor:
+    """Let each of windows (n, seqlen) begin with `bos`, in place of its last token if need be."""
+    return torch.where(windows[:, :1] == bos, windows, prepend(windows[:, :-1], bos))

@@ -1,0 +1,133 @@
+"""Saves the model of a run: a new folder, whole or not at all, and nothing lost on the way.
+
+OUT.partial gets weights, tokenizer and, last, the card: a folder with a card is a whole model. Then
+it gets its name. Finished blocks that lie elsewhere stay until the results are written, so that at
+any moment what is on the disk can be continued, or is the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from safetensors import SafetensorError
+from torch import nn
+
+from lib.data.processor import copy_processor
+from lib.data.tokenizer import as_loaded
+from lib.data.tokenizer_model import write_tokenizer_model
+from lib.eval import COMPARED_POSITIONS, some_logits
+from lib.model.access import local_only
+from lib.model.blocks import BlockRunner
+from lib.model.pretrained import save_in_shards, save_model, text_alone
+from lib.packed.checkpoint import mark_packed_
+from lib.run.card import model_card
+from lib.run.job import Job
+from lib.run.record import finish_results
+from lib.sparse import check_same_outputs
+from lib.util.errors import UserError, first_line
+from lib.util.files import partial_of, put_in_place, sync_all, write_text
+from lib.util.host import gib
+
+CARD = "README.md"  # the last file of a model that is saved
+
+
+def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
+    """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
+    weights, folder, moved = runner.weights, job.folder, {}
+    stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
+    weights.wait_for_readers()
+    if job.dist.is_main:
+        holds_blocks = bool(folder) and folder.path.resolve() == stage.resolve()
+        with job.timed("save"), ExitStack() as failed:
+            if not holds_blocks:
+                failed.callback(shutil.rmtree, stage, ignore_errors=True)
+            shards = _write(job, runner, stage)
+            failed.pop_all()
+            moved = {file: str(target / name) for file, name in shards.items()}
+            if holds_blocks:  # the folder is about to become the model
+                if not (weights.resident or shards):  # what is still read stays until the end
+                    other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
+                    for file in folder.files():
+                        moved[str(file)] = shutil.move(file, other)
+                folder.clear()
+                job.folder = None
+            try:
+                put_in_place(stage, target)
+            except OSError as error:
+                raise UserError(
+                    f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
+                ) from error
+            for file in shards:  # it has another name now
+                Path(file).unlink(missing_ok=True)
+        print(f"saved: {target}", flush=True)
+    weights.moved(job.dist.all_gather_object(moved)[0])
+
+
+def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
+    """Write the whole model into a folder; return {file of a block: the shard that it becomes}."""
+    stage.mkdir(parents=True, exist_ok=True)
+    for file in stage.glob("model*.safetensors*"):
+        file.unlink()  # of a run that was killed while it saved
+    alone = _text_alone(job, runner.model) if job.args.text_only else None
+    try:
+        shards = None if alone else runner.weights.shards()
+        names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
+        if not names:
+            with runner.weights.mapped():
+                save_model(alone or runner.model, stage, runner.save_dtype)
+    except SafetensorError as error:
+        raise UserError(f"--save_model {job.args.save_model}: can't be saved ({error})") from error
+    as_loaded(job.tokenizer).save_pretrained(stage)
+    write_tokenizer_model(job.tokenizer, stage)
+    if not alone and getattr(runner.model, "unread", None):
+        copy_processor(job.checkpoint, stage, job.vocabulary and job.vocabulary.rows)
+    sync_all(stage)
+    sizes = (file.stat().st_size for file in stage.glob("model*.safetensors"))
+    job.results |= {"saved_bytes": sum(sizes), "evaluation": []}
+    finish_results(job, runner)
+    write_card(job, stage)
+    return names or {}
+
+
+def _text_alone(job: Job, model: nn.Module) -> nn.Module:
+    """Return the text model alone, say what goes, and check that it computes the same."""
+    alone = text_alone(model, job.checkpoint)
+    if getattr(model, "hf_quantizer", None):
+        mark_packed_(alone)
+    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
+    before, after = some_logits(model, window), some_logits(alone, window)
+    check_same_outputs(before, after, "--text_only: whole and text alone", least=1e-5)
+    gone = {name: each for name, each in model.state_dict().items() if name in model.unread}
+    parts = ", ".join(sorted({".".join(name.split(".")[:2]) for name in gone}))
+    size = gib(sum(each.nbytes for each in gone.values()))
+    line = f"text only: {parts} are left out, {len(gone)} tensors, {size}"
+    job.results |= {"notes": [*job.results.get("notes", []), line], "loaded_by": None}
+    job.print(line)
+    return alone
+
+
+def write_card(job: Job, folder: str | Path) -> None:
+    """Write the card of the saved model in `folder`, with the figures that are known by now."""
+    sources = [source.text for source in job.sources if job.plan.reads_train]
+    sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
+    card = model_card(job.results, sources, online=not local_only(job.checkpoint))
+    write_text(Path(folder, CARD), card)
+
+
+def close_store(job: Job) -> None:
+    """Remove the folder of finished blocks, or say how to go on where the run ended early."""
+    if not job.folder:
+        return
+    if job.is_recorded:
+        job.folder.clear()
+        return
+    job.folder.close()
+    if job.folder.files():
+        how = "the same command continues"
+        if not job.args.resume:
+            how = f"add --resume {job.folder.path} to continue"
+        how += " with another --save_model" * ("saved_bytes" in job.results)
+        print(f"kept what is finished: {how}", flush=True)
