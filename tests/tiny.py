@@ -113,7 +113,7 @@ HYBRID_SPECS: dict[str, tuple[str, dict]] = {
 TOWER = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2)
 TOWER |= dict(image_size=8, patch_size=4)
 MERGED = dict(depth=2, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32)
-MERGED |= dict(patch_size=4, temporal_patch_size=1, spatial_merge_size=2, num_position_embeddings=4)
+MERGED |= dict(patch_size=4, temporal_patch_size=2, spatial_merge_size=2, num_position_embeddings=4)
 ROPE_3D = dict(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)
 LINEAR = dict(layer_types=["linear_attention", "full_attention"], linear_conv_kernel_dim=2)
 LINEAR |= dict(linear_num_key_heads=2, linear_num_value_heads=2)

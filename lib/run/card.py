@@ -60,7 +60,7 @@ GGUF = """\
 ## How to run it
 
 ```bash
-llama-cli -m {4}
+llama-cli -m {4}{5}
 echo FROM ./{4} > Modelfile && ollama create NAME -f Modelfile
 ```
 """
@@ -106,8 +106,10 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     )
 
 
-def gguf_card(folder: str, file: Path, kind: str) -> str:
+def gguf_card(folder: str, file: Path, kind: str, mmproj: Path | None = None) -> str:
     """Return the card of a GGUF file of weights of `kind`, made from the saved model in `folder`.
+
+    `mmproj` is the file by which it sees.
 
     Licence, base model, languages and data sets are those of the folder's card, as is its text
     where a run has written it.
@@ -130,7 +132,8 @@ def gguf_card(folder: str, file: Path, kind: str) -> str:
         tags=list(dict.fromkeys([*(card.data.tags or []), "gguf"])),
         **{name: card.data.get(name) for name in kept},
     )
-    return GGUF.format(data, title, kind, text, shlex.quote(file.name))
+    sees = f" --mmproj {shlex.quote(mmproj.name)}" if mmproj else ""
+    return GGUF.format(data, title, kind, text, shlex.quote(file.name), sees)
 
 
 def _metadata(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import sys
@@ -17,8 +18,9 @@ import pytest
 import tiny
 import torch
 import whole
-from support import QUICK, content, succeed
-from transformers import AutoTokenizer
+from safetensors.torch import save_file
+from support import QUICK, content, succeed, weights
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lib.commands.gguf import command, llama_cpp, proof
 from lib.commands.gguf.command import main
@@ -260,3 +262,48 @@ def test_relative_paths_children_and_a_proxy(
     assert missing == "not proven: texts past 127 tokens, the chat template"
     assert written.startswith("written: new/model.gguf, ") and " KiB, q8_0, and" in written
     assert sorted(os.listdir("new")) == ["model.gguf", "model.gguf.json", "model.gguf.md"]
+
+
+def seeing(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, text: dict, tower: dict):
+    """A model that also sees, with its tensors under the names of the hub's checkpoints."""
+    kind, own, its, fields = tiny.VISION_SPECS[name]
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    text = text | {name: getattr(tokenizer, name) for name in names}
+    text |= dict(vocab_size=max(tokenizer.get_vocab().values()) + 5)
+    ids = {name: text["vocab_size"] - 1 for name, value in fields.items() if value == tiny.IMAGE}
+    model = tiny.vision(kind, own | text, its | tower, **fields | ids)
+    tiny.write_model(folder, model.bfloat16(), tokenizer)
+    hub = [("model.language_model.", "language_model.model."), ("model.multi_", "multi_")]
+    hub += [("model.vision_tower.", "vision_tower.vision_model.")]
+    stored = weights(folder)
+    for before, after in hub if name.startswith("Gemma") else ():
+        stored = {key.replace(before, after): value for key, value in stored.items()}
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    pictures = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=dict(longest_edge=8))
+    pictures["size"]["shortest_edge"] = 4
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    return stored
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 multimodal", "Qwen3-VL", "Llava"])
+def test_what_sees_is_a_file_beside_the_text(
+    name: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer, text, tower = kinds.byte_level(), {}, {}
+    if name == "Gemma 3 multimodal":
+        tokenizer, text = whole.gemma(), whole.GEMMA | dict(num_hidden_layers=6, layer_types=None)
+    if name == "Qwen3-VL":
+        rope = tiny.ROPE | dict(mrope_section=[3, 3, 2])
+        text, tower = dict(head_dim=16, rope_parameters=rope), dict(out_hidden_size=64)
+    stored = seeing(name, tmp_path / "model", tokenizer, whole.WIDTHS | text, tower)
+    smaller = trimmed(tmp_path / "model", texts, tmp_path / "smaller")
+    assert weights(smaller).keys() == stored.keys()
+    convert(smaller, texts, tmp_path / "smaller.gguf", "--type", "q8_0")
+    said, mmproj = capsys.readouterr().out, command.mmproj_of(tmp_path / "smaller.gguf")
+    if name == "Llava":  # with CLIP
+        assert "text alone, no mmproj for pictures: " in said and not mmproj.exists()
+        return
+    assert "tensors are the checkpoint's, rounded to f16" in said and mmproj.is_file()
+    assert f"--mmproj {mmproj.name}" in (tmp_path / "smaller.gguf.md").read_text("utf-8")
+    reader = gguf.GGUFReader(mmproj)
+    assert reader.fields["general.type"].contents() == "mmproj" and len(reader.tensors) > 30

