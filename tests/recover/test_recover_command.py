@@ -82,7 +82,9 @@ def test_what_a_run_leaves(recovered: Path, tmp_path: Path) -> None:
     assert set(recovery["before"]) == set(found["perplexity"]) == {"uk"}
     assert found["sparsity"]["overall"] == 0.5
     _, plain = run(tmp_path, *PRUNE)
-    assert recovery["before"]["uk"]["perplexity"] == pytest.approx(plain["perplexity"]["uk"], rel=1e-6)
+    assert recovery["before"]["uk"]["perplexity"] == pytest.approx(
+        plain["perplexity"]["uk"], rel=1e-6
+    )
     before, after = weights(tmp_path / "model"), weights(recovered / "model")
     changed = 0
     for name, tensor in before.items():
