@@ -19,18 +19,20 @@ from lib.util.token_ids import find_token_ids, map_token_ids
 
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 FILES += ("audio_tokenizer_config.json", "chat_template.json", "chat_template.jinja")
+QUIET = dict(_raise_exceptions_for_missing_entries=False)
 NUMBERED = re.compile(r"([^\d]*[^\W\d][^\d]*)\d")  # a token's text before its first number
 
 
-def processor_files(checkpoint: Checkpoint) -> dict[str, Path]:
-    """Return {name: file} of what a checkpoint has beside its weights and its tokenizer."""
-    options = checkpoint.options()
+def processor_files(checkpoint: Checkpoint) -> dict[str, dict | str]:
+    """Return {name: fields or text} of what a checkpoint has beside its weights and tokenizer."""
+    options, files = checkpoint.options() | QUIET, {}
     options.pop("trust_remote_code")
-    quiet = dict.fromkeys(
-        ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), False
-    )
-    found = {name: cached_file(checkpoint.name, name, **quiet, **options) for name in FILES}
-    return {name: Path(file) for name, file in found.items() if file}
+    for name in FILES:
+        with as_user_error(checkpoint, name, "download it again"):
+            if file := cached_file(checkpoint.name, name, **options):
+                text = Path(file).read_text("utf-8")
+                files[name] = json.loads(text) if name.endswith(".json") else text
+    return files
 
 
 def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -39,16 +41,11 @@ def processor_ids(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) ->
     That is literals without letters, such as line breaks around a picture, and numbered tokens,
     such as `<row_2_col_3>` for a part of it, which no text has and no setting names.
     """
-    ids, kinds = set(), {tokenizer.init_kwargs.get("processor_class")}
-    for file in processor_files(checkpoint).values():
-        if file.suffix == ".json":
-            with as_user_error(checkpoint, file.name, "download it again"):
-                fields = json.loads(file.read_text("utf-8"))
-                ids |= find_token_ids(fields)
-                kinds.add(fields.get("processor_class"))
-    classes = [getattr(transformers, kind, None) for kind in kinds if kind]
-    modules = {sys.modules[kind.__module__] for kind in classes if kind}
-    code = "".join(map(inspect.getsource, modules))
+    files = processor_files(checkpoint)
+    fields = [tokenizer.init_kwargs, *(each for each in files.values() if isinstance(each, dict))]
+    kinds = (getattr(transformers, each.get("processor_class") or "", None) for each in fields)
+    modules = {sys.modules[kind.__module__] for kind in kinds if kind}
+    ids, code = find_token_ids(files), "".join(map(inspect.getsource, modules))
     for text in (getattr(node, "value", None) for node in ast.walk(ast.parse(code))):
         if isinstance(text, str) and text.upper() == text.lower():
             ids.update(tokenizer(text, add_special_tokens=False).input_ids)
@@ -62,11 +59,9 @@ def copy_processor(checkpoint: Checkpoint, folder: Path, rows: Tensor | None) ->
     `rows` (rows,) holds the original id of each new one of a trimmed vocabulary.
     """
     new_ids = {old: new for new, old in enumerate([] if rows is None else rows.tolist())}
-    for name, file in processor_files(checkpoint).items():
-        if (folder / name).exists():
-            continue
-        text = file.read_text("utf-8")
-        if new_ids and file.suffix == ".json":
-            fields = map_token_ids(json.loads(text), lambda index: new_ids.get(index, index))
-            text = json.dumps(fields, indent=2, ensure_ascii=False)
-        (folder / name).write_text(text, "utf-8")
+    files = map_token_ids(processor_files(checkpoint), lambda index: new_ids.get(index, index))
+    for name, content in files.items():
+        if not (folder / name).exists():
+            is_text = isinstance(content, str)
+            text = content if is_text else json.dumps(content, indent=2, ensure_ascii=False)
+            (folder / name).write_text(text, "utf-8")

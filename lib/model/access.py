@@ -122,10 +122,7 @@ def local_only(checkpoint: Checkpoint) -> bool:
 
 
 def quantisation(load_bit: str | None, skipped: list[str]) -> dict:
-    """Return keyword arguments for `from_pretrained` under `--load_bit`: `4`, `8` or None.
-
-    The modules `skipped` stay as they are.
-    """
+    """Return arguments for `from_pretrained` under `--load_bit`: all but `skipped` in 4 or 8."""
     if load_bit is None:
         return {}
     from transformers import BitsAndBytesConfig

@@ -149,11 +149,11 @@ watch_outputs = partial(watch_inputs, after=True)
 
 
 @contextmanager
-def eager_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, experts multiply one by one, so that each one's input can be seen; same results."""
+def experts_by(model: nn.Module, implementation: str) -> Iterator[None]:
+    """Inside, experts multiply so; `eager` is one by one, each one's input seen; same results."""
     before = model.get_experts_implementation()
     try:
-        model.set_experts_implementation("eager")
+        model.set_experts_implementation(implementation)
         yield
     finally:
         model.set_experts_implementation(before)

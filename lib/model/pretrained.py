@@ -41,6 +41,7 @@ from lib.model.access import (
     stored_size,
 )
 from lib.model.dtypes import SaveDtypes
+from lib.model.linears import experts_by
 from lib.model.quantised import keep_bnb_layout, stored_bits
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
@@ -95,10 +96,8 @@ def load_config(checkpoint: Checkpoint) -> Any:
     with as_user_error(checkpoint, "its config.json", way_out):
         config = AutoConfig.from_pretrained(checkpoint.name, **checkpoint.options())
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{checkpoint}: an encoder-decoder ({config.model_type}), whose blocks read more than "
-            "the text before; name a causal language model"
-        )
+        what = f"an encoder-decoder ({config.model_type}), whose blocks read more than the text"
+        raise UserError(f"{checkpoint}: {what} before; name a causal language model")
     if not checkpoint.trust_remote_code:
         vars(config).pop("auto_map", None)  # names code that is not saved with the model
     return config
@@ -231,18 +230,14 @@ def _unread(model: nn.Module) -> frozenset[str]:
                 read.update(map(id, tree_leaves((args, kwargs))))
             return func(*args, **(kwargs or {}))
 
-    before = model.get_experts_implementation()
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        model.set_experts_implementation("batched_mm")  # no shape depends on values
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"), torch.no_grad():
-            ids = torch.zeros(1, 2, dtype=torch.long)
-            with Reads():
-                model(input_ids=ids, use_cache=False)
+        # as batched_mm no shape depends on values
+        with experts_by(model, "batched_mm"), fake, torch.device("meta"), torch.no_grad(), Reads():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
     except Exception:  # any model's class may need values in its own way
         parts = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
         read = {id(each) for part in parts for each in part.state_dict(keep_vars=True).values()}
-    finally:
-        model.set_experts_implementation(before)
     state = model.state_dict(keep_vars=True)
     return frozenset(name for name, each in state.items() if id(each) not in read)
 
@@ -280,12 +275,10 @@ def load_model(
     bare = skeleton(config, checkpoint)
     unread = getattr(bare, "unread", frozenset())
     skipped = [*get_keys_to_not_convert(bare), *{name.rpartition(".")[0] for name in unread}]
+    # None: the stored dtype
     plan = bare._get_dtype_plan(dtype) | {f"^{re.escape(name)}$": None for name in unread}
-    with (
-        as_user_error(checkpoint, "its weights", way_out),
-        # None: the stored dtype
-        mock.patch.object(type(bare), "_get_dtype_plan", lambda *_: plan),
-    ):
+    planned = mock.patch.object(type(bare), "_get_dtype_plan", lambda *_: plan)
+    with as_user_error(checkpoint, "its weights", way_out), planned:
         model, info = auto_class(config).from_pretrained(
             checkpoint.name,
             config=config,
@@ -328,27 +321,24 @@ def fresh_copy(dense: nn.Module) -> nn.Module:
 def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """Return transformers' own model of the text alone, with the parts of one that also sees.
 
-    Raises UserError where the model has no other part, or transformers no such class.
+    Raises UserError where there is no other part, or transformers has no such class.
     """
-    if stored_bits(model.config) or not getattr(model, "unread", None):
-        what = "quantised" if stored_bits(model.config) else "the text model alone"
+    whole = model.config
+    if stored_bits(whole) or not getattr(model, "unread", None):
+        what = "quantised" if stored_bits(whole) else "the text model alone"
         raise UserError(f"--text_only: {checkpoint} is {what}; leave the flag out")
-    decoder, whole = model.get_decoder(), model.config
-    config = copy.deepcopy(whole.get_text_config(decoder=True))
+    decoder, config = model.get_decoder(), copy.deepcopy(whole.get_text_config(decoder=True))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     config.tie_word_embeddings = head.weight is embedding.weight
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "vocabulary_trimmed_from"):
         if getattr(config, name, None) is None and getattr(whole, name, None) is not None:
             setattr(config, name, getattr(whole, name))
-    alone = None
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        with torch.device("meta"):
-            alone = AutoModelForCausalLM.from_config(config)
-    if alone is None or type(alone.base_model) is not type(decoder):
-        raise UserError(
-            f"--text_only: transformers has no class for the text of {checkpoint} alone "
-            f"({type(decoder).__name__}); leave the flag out"
-        )
+    with torch.device("meta"):
+        known = type(config) in AutoModelForCausalLM._model_mapping
+        alone = AutoModelForCausalLM.from_config(config) if known else None
+    if type(getattr(alone, "base_model", None)) is not type(decoder):
+        what = f"for the text of {checkpoint} alone ({type(decoder).__name__})"
+        raise UserError(f"--text_only: transformers has no class {what}; leave the flag out")
     setattr(alone, alone.base_model_prefix, decoder)
     alone.set_output_embeddings(head)
     alone.generation_config, alone.name_or_path = model.generation_config, model.name_or_path
@@ -426,21 +416,21 @@ def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return name and list of the decoder blocks: the ModuleList of classes in `_no_split_modules`.
 
-    If there are several (a model that also sees), it is the one inside the language part. Raises
-    UserError if there is none, or text alone does not go through all of its blocks.
+    If there are several (a model that also sees), it is the one whose blocks all read text. Raises
+    UserError if there is none.
     """
     classes, unread = set(model._no_split_modules or ()), getattr(model, "unread", frozenset())
 
-    def is_read(name: str, module: nn.Module) -> bool:
-        return any(f"{name}.{path}" not in unread for path, _ in module.named_parameters())
+    def is_block(name: str, child: nn.Module) -> bool:
+        read = any(f"{name}.{path}" not in unread for path, _ in child.named_parameters())
+        return read and type(child).__name__ in classes
 
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
-        and all(type(child).__name__ in classes for child in module)
-        and is_read(name, module)
+        and all(is_block(f"{name}.{index}", child) for index, child in enumerate(module))
     ]
     if len(lists) > 1 and isinstance(model.get_decoder(), nn.Module):
         inside = set(model.get_decoder().modules())
@@ -448,18 +438,11 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if len(lists) != 1:
         raise UserError(
             f"--model {model.name_or_path} ({type(model).__name__}): "
-            f"{len(lists) or 'no'} lists of decoder blocks "
+            f"{len(lists) or 'no'} lists of decoder blocks that all read text "
             f"({', '.join(sorted(classes)) or 'the model names no block class'}) were found where "
             "one is needed; this architecture can't be pruned"
         )
-    [(name, blocks)] = lists
-    if alien := [i for i, block in enumerate(blocks) if not is_read(f"{name}.{i}", block)]:
-        raise UserError(
-            f"--model {model.name_or_path} ({type(model).__name__}): text alone does not go "
-            f"through block {alien[0]} of {name}, which reads pictures; this architecture can't be "
-            "pruned"
-        )
-    return name, blocks
+    return lists[0]
 
 
 def footprint(model: nn.Module) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.linears import eager_experts
+from lib.model.linears import experts_by
 from lib.pruning.allocation import Allocation
 from lib.pruning.fisher import BackwardPass, FisherDiagonal
 from lib.pruning.inputs import first_names, own_windows
@@ -65,7 +65,7 @@ def by_error(
     sizes: dict[str, int] = {}  # of weights, by their first name
     weight_costs: dict[str, Tensor] = {}  # at each sparsity of the span (STEPS + 1,)
     output_costs: dict[str, Tensor] = {}  # (out,)
-    with deterministic(runner.device, strict=False), eager_experts(runner.model):
+    with deterministic(runner.device, strict=False), experts_by(runner.model, "eager"):
         backward = BackwardPass(runner, own, uniforms, on_progress)
         for index in reversed(range(len(runner.blocks))):
             with runner.on_device(index):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
-from lib.model.linears import eager_experts, find_linears
+from lib.model.linears import experts_by, find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import set_field
 from lib.packed.layout import all_finite
@@ -152,7 +152,7 @@ class Pruner:
         """
         runner = self.runner
         self.done.weights_before = count_weights(runner)
-        with eager_experts(runner.model):
+        with experts_by(runner.model, "eager"):
             if self.method.observes:
                 own, self.idle = own_windows(windows, self.dist)
                 self.states = runner.capture(own)

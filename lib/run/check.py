@@ -181,7 +181,7 @@ def _set_vocabulary(job: Job) -> None:
     """
     rows = trimmable_rows(job.skeleton, job.checkpoint)
     ids = config_token_ids(job.checkpoint, job.config)
-    if hasattr(job.skeleton, "unread"):
+    if getattr(job.skeleton, "unread", None):
         ids |= processor_ids(job.checkpoint, job.tokenizer)
     with job.timed("vocabulary"):
         job.vocabulary = trim_vocabulary(

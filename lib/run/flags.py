@@ -335,11 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
         "continues after an interruption; removed after success",
         metavar="FOLDER",
     )
-    switch(
-        "text_only",
-        RESULT,
-        "of a model that also sees or hears, save the text model alone",
-    )
+    switch("text_only", RESULT, "of a model that also sees or hears, save the text alone")
     switch("debug", OTHER, "show the full traceback of an error")
     return parser
 

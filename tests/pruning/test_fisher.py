@@ -9,7 +9,7 @@ from support import runner_of, windows
 from torch import Tensor
 
 from lib.model.blocks import BlockRunner
-from lib.model.linears import eager_experts, watch_outputs
+from lib.model.linears import experts_by, watch_outputs
 from lib.pruning.fisher import BackwardPass, FisherDiagonal, sampled_nll_backward_
 
 MODELS = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Falcon", "GPT-OSS", "Mamba", "Zamba2")
@@ -20,7 +20,7 @@ def sensed(
 ) -> dict[str, FisherDiagonal]:
     found: dict[str, FisherDiagonal] = {}
     runner.batch_size = batch_size
-    with eager_experts(runner.model):
+    with experts_by(runner.model, "eager"):
         way = BackwardPass(runner, ids, uniforms)
         for index in reversed(range(len(runner.blocks))):
             found |= way.through(index, runner.linears(index))
@@ -39,7 +39,7 @@ def by_autograd(runner: BlockRunner, ids: Tensor, uniforms: Tensor) -> dict[str,
 
     for window, drawn in zip(ids, uniforms, strict=True):
         outputs.clear()
-        with eager_experts(model), watch_outputs(linears, see):
+        with experts_by(model, "eager"), watch_outputs(linears, see):
             embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_()
             logits = model(inputs_embeds=embedded, use_cache=False).logits[0].double()
         sums = logits.detach().softmax(-1).cumsum(-1)

@@ -25,7 +25,7 @@ import torch
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import TYPES, run_child
 from lib.commands.gguf.proof import INSTALL, RUNNER, prove, prove_tensors
-from lib.commands.gguf.source import METHOD, ModelFolder, open_folder
+from lib.commands.gguf.source import METHOD, open_folder
 from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
             facts["proof"] = prove(source, weights, files, texts)
         except UserError as error:
             raise UserError(f"OUT {args.out}: not written, {error}") from error
-        seeing = convert_seeing(args, source, weights, stage, weight_type)
+        seeing = source.sees and convert_seeing(args.source, weights, stage, weight_type)
         put_in_place(files[weight_type], out, args.out, facts)
         if seeing:
             seeing.rename(mmproj_of(out))
@@ -94,21 +94,16 @@ def main(arguments: list[str]) -> None:
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card_of(out).name}")
 
 
-def convert_seeing(
-    args: argparse.Namespace, source: ModelFolder, weights: Path, stage: Path, weight_type: str
-) -> Path | None:
-    """Convert and prove what a model sees or hears by, in 16 bits where OUT has fewer.
+def convert_seeing(source: str, weights: Path, stage: Path, weight_type: str) -> Path | None:
+    """Convert what a model sees or hears by, in 16 bits where OUT has fewer; prove its tensors.
 
-    Returns the file in `stage`; None, with a line, where the converter can't. The text part is
-    whole without it.
+    Returns the file in `stage`; None, with a line, where the converter can't.
     """
-    if not source.sees:
-        return None
     kind = weight_type if weight_type in ("f32", "f16", "bf16") else "f16"
     files = {each: str(stage / f"mmproj-{each}.gguf") for each in dict.fromkeys(("f32", kind))}
     size = sum(part.stat().st_size for part in weights.glob("*.safetensors"))
     try:
-        view = dict(folder=str(stage / "view"), name=Path(args.source).absolute().name)
+        view = dict(folder=str(stage / "view"), name=Path(source).absolute().name)
         made = run_child("its converter", llama_cpp.convert_vision, size=size, files=files, **view)
         prove_tensors(Path(files[kind]), Path(files["f32"]), weights)
     except UserError as error:

@@ -110,7 +110,7 @@ def open_folder(path: str) -> ModelFolder:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"IN {path}: its tokenizer has no tokenizer.json; only such are converted")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
-    opened = ModelFolder(folder, config, tokenizer, data, hasattr(bare, "unread"))
+    opened = ModelFolder(folder, config, tokenizer, data, bool(getattr(bare, "unread", None)))
     if opened.quantised_by not in (None, METHOD):
         raise UserError(
             f"IN {path}: its weights are quantised by {opened.quantised_by}; convert the model "
