@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lib.data.documents import check_source
-from lib.data.processor import processor_ids
 from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
 from lib.methods.sparsity import EXPERTS, NEURONS
@@ -20,6 +19,7 @@ from lib.model import pretrained
 from lib.model.access import Checkpoint
 from lib.model.experts import find_experts
 from lib.model.mlp import find_mlps
+from lib.model.processor import processor_ids
 from lib.model.quantised import check_format, stored_bits
 from lib.model.rows import config_token_ids, trimmable_rows
 from lib.model.run_folder import JOB, RunFolder

@@ -15,13 +15,13 @@ from tempfile import TemporaryDirectory
 from safetensors import SafetensorError
 from torch import nn
 
-from lib.data.processor import copy_processor
 from lib.data.tokenizer import as_loaded
 from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, some_logits
 from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import save_in_shards, save_model, text_alone
+from lib.model.processor import copy_processor
 from lib.packed.checkpoint import mark_packed_
 from lib.run.card import model_card
 from lib.run.job import Job

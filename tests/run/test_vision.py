@@ -13,8 +13,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -101,10 +99,6 @@ READERS |= dict(decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=1
         (
             lambda: tiny.vision("mllama", INSIDE, tiny.TOWER | tiny.TILES, image_token_index=319),
             "(MllamaForConditionalGeneration): no lists of decoder blocks that all read text",
-        ),
-        (
-            lambda: T5ForConditionalGeneration(T5Config(d_model=16, d_ff=16, num_layers=1)),
-            "an encoder-decoder (t5), whose blocks read more than the text before",
         ),
         (
             lambda: WhisperForConditionalGeneration(WhisperConfig(**READERS)),

@@ -10,7 +10,6 @@ import kinds
 import pytest
 import tiny
 import torch
-from PIL import Image
 from support import QUICK, loaded, succeed
 from tokenizers import AddedToken
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 pytestmark = [pytest.mark.usefixtures("elsewhere"), pytest.mark.filterwarnings("ignore")]
 TEXT = dict(bos_token_id=1, eos_token_id=2, pad_token_id=3, vocab_size=640)
 

@@ -17,7 +17,6 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lib.data.processor import FILES
 from lib.data.tokenizer_model import (
     begins_with_blank,
     check_of,
@@ -27,6 +26,7 @@ from lib.data.tokenizer_model import (
 )
 from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_tokenizer, skeleton
+from lib.model.processor import FILES
 from lib.packed.checkpoint import METHOD
 from lib.util.errors import UserError
 
