@@ -113,28 +113,20 @@ def gguf_card(folder: str, file: Path, kind: str) -> str:
     Licence, base model, languages and data sets are those of the folder's card, as is its text
     where a run has written it.
     """
-    how = GGUF.format(shlex.quote(file.name))
-    changed = "its embedding and head alone"
-    return _converted(folder, f"GGUF ({kind})", kind, ["gguf"], changed, [], how)
+    changed, how = "its embedding and head alone", GGUF.format(shlex.quote(file.name))
+    return _converted(folder, f"GGUF ({kind})", "gguf", kind, changed, (), how)
 
 
-def export_card(folder: str, new: Path, to: str, engine: Any, proof: Sequence[str]) -> str:
-    """Return the card of a folder of codes and scales for an engine, made from a saved one."""
-    name, changed = shlex.quote(new.name), engine.rounded or "no value"
+def export_card(folder: str, new: str, to: str, engine: Any, proof: Sequence[str]) -> str:
+    """Return the card of the folder `new` for an engine, with `proof`; see lib/commands/export."""
+    name = shlex.quote(Path(new).name)
     how = f"{engine.how.format(name)}\nhf upload USER/{name} {name}"
-    return _converted(folder, to, "q4_0", [to], changed, proof, how)
+    return _converted(folder, to, to, "q4_0", engine.changed, proof, how)
 
 
 def _converted(
-    folder: str,
-    what: str,
-    kind: str,
-    tags: list[str],
-    changed: str,
-    proof: Sequence[str],
-    how: str,
+    folder: str, what: str, tag: str, kind: str, changed: str, proof: Sequence[str], how: str
 ) -> str:
-    """Return the card of a model of weights of `kind`, made from the saved model in `folder`."""
     title, text = f"# {Path(folder).resolve().name}", ""
     try:
         card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
@@ -146,12 +138,12 @@ def _converted(
         text += f"The figures are those of the model that was converted, before {kind}"
         exact = kind == "q4_0" and kind in card.data.tags
         text += f", which has changed {changed}.\n" if exact else ".\n"
-    text += "".join(f"- {line}\n" for line in ("", *proof) if line) if proof else ""
+    text += "".join(f"\n- {line}" for line in proof) + "\n" * bool(proof)
     kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
     data = ModelCardData(
         pipeline_tag="text-generation",
         base_model_relation="quantized" if card.data.get("base_model") else None,
-        tags=list(dict.fromkeys([*(card.data.tags or []), *tags])),
+        tags=list(dict.fromkeys([*(card.data.tags or []), tag])),
         **{name: card.data.get(name) for name in kept},
     )
     return CONVERTED.format(data=data, title=title, what=what, text=text, how=how)

@@ -1,4 +1,4 @@
-"""The folder that is exported: the codes and scales of its linears, which every engine gets."""
+"""The folder that is exported, and the codes and scales of its linears, which every engine gets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,13 @@ from lib.packed.formats import FORMATS
 from lib.util.errors import UserError
 
 GRID = FORMATS["q4_0"]
-COPIED = ("*.json", "*.jinja", "tokenizer.model")
 
 
 @dataclass
 class GridFolder:
-    """A folder whose linears are on the grid of q4_0.
+    """A folder with linears on the grid of q4_0: `linears`, {tensor: whether it is (in, out)}.
 
-    `linears` are the names of their tensors, with whether these stand as (in, out); `others` are
-    the names of the modules that stay as they are; `rows` counts the digests of all rows.
+    `others` names the modules of linears that stay as they are. `experts`: some are in stacks.
     """
 
     folder: Path
@@ -40,33 +39,31 @@ class GridFolder:
     tokenizer: PreTrainedTokenizerBase
     files: dict[str, str]
     linears: dict[str, bool]
-    has_experts: bool  # among the linears, stacked as one tensor of the model
     others: list[str]
-    rows: Counter[bytes] = field(default_factory=Counter)
+    experts: bool
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self.files[name], "pt") as stored:
             return stored.get_tensor(name)
 
-    def check_grid(self) -> None:
-        """Read every linear once. Raises UserError at the first that is not on the grid."""
+    def rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes and scales of each linear. Raises UserError at the first that is off the grid."""
         for name, transposed in self.linears.items():
             weight = self.tensor(name)
             rows = (weight.mT if transposed else weight).flatten(0, -2)
-            codes, scales = split(rows)
-            off = (values_of(codes, scales) - rows.float()).abs().max()
+            codes, scales, off = split(rows)
             if not off == 0:  # nan neither
                 raise UserError(
                     f"OUT {self.folder}: {name} is not on the grid of q4_0, a weight is "
-                    f"{off / rows.float().abs().max():.1%} of the largest away from it; make the "
-                    "folder by --quantize q4_0, and change no weight afterwards"
+                    f"{off / rows.abs().max():.1%} of the largest away from it; make the folder "
+                    "by --quantize q4_0, and change no weight afterwards"
                 )
-            self.rows += digests(codes, scales)
+            yield codes, scales
 
-    def copy_files(self, new: Path, **fields: Any) -> None:
-        """Copy tokenizer and settings, the config with other `fields`."""
-        for file in (file for pattern in COPIED for file in self.folder.glob(pattern)):
-            if file.name != "config.json" and not file.name.endswith(".safetensors.index.json"):
+    def copy_settings(self, new: Path, **fields: Any) -> None:
+        """Copy the tokenizer and the configs, config.json with more `fields`."""
+        for file in self.folder.iterdir():
+            if file.suffix in (".json", ".jinja", ".model") and "safetensors" not in file.name:
                 shutil.copy2(file, new)
         config = json.loads((self.folder / "config.json").read_text("utf-8")) | fields
         (new / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
@@ -78,48 +75,51 @@ def open_folder(path: str) -> GridFolder:
         raise UserError(f"OUT {path}: no such folder")
     checkpoint = Checkpoint(path, "OUT")
     config = load_config(checkpoint)
-    if quantized := getattr(config, "quantization_config", None):
-        how = quantized.get("quant_method")
-        kind = "packed zeros, which no engine reads" if how == METHOD else f"weights of {how}"
+    if how := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+        what = "packed zeros, which no engine reads" if how == METHOD else f"weights of {how}"
         raise UserError(
-            f"OUT {path}: its config.json has a quantization_config, it holds {kind}; name a "
-            "folder made by --quantize q4_0"
+            f"OUT {path}: config.json has a quantization_config: {what}; name a folder of "
+            "--quantize q4_0"
         )
     model = skeleton(config, checkpoint)
     prefix, blocks = decoder_blocks(model)
-    stored, transposed, experts = {}, {}, False
-    for index, block in enumerate(blocks):
-        for linear in find_linears(block, f"{prefix}.{index}")[0]:
-            if GRID.takes(linear.shape[1]):
-                whole = linear.name if linear.expert is None else linear.stage
-                name = f"{whole}.weight" if linear.expert is None else whole
-                stored[name] = getattr(linear.module, linear.parameter)
-                transposed[name] = linear.transposed
-                experts |= linear.expert is not None
-    linears = {name: transposed.get(name, False) for name in revert_weight_conversion(model, stored)}
-    files = stored_names(checkpoint)
-    if missing := [name for name in linears if name not in files]:
-        raise UserError(f"OUT {path}: its weights hold no {missing[0]}; save it again")
-    others = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.weight" not in linears
+    found = [
+        linear
+        for index, block in enumerate(blocks)
+        for linear in find_linears(block, f"{prefix}.{index}")[0]
+        if GRID.takes(linear.shape[1])
     ]
-    tokenizer = load_tokenizer(checkpoint)
-    return GridFolder(Path(path), config, tokenizer, files, linears, experts, others)
+    names = {
+        f"{each.name}.weight" if each.expert is None else each.stage: each.transposed
+        for each in found
+    }
+    stored = revert_weight_conversion(model, {name: model.get_parameter(name) for name in names})
+    return GridFolder(
+        folder=Path(path),
+        config=config,
+        tokenizer=load_tokenizer(checkpoint),
+        files=stored_names(checkpoint),
+        linears={name: names.get(name, False) for name in stored},
+        others=[
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and f"{name}.weight" not in names
+        ],
+        experts=any(each.expert is not None for each in found),
+    )
 
 
-def split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 (out, in) and scales float32 (out, groups) of rows on the grid, by ggml's rule."""
+def split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 (out, in) and scales float32 (out, groups) of rows, by ggml's rule.
+
+    Returns the largest distance of a weight from these, too: 0 where the rows are on the grid.
+    """
     blocks = rows.float().reshape(len(rows), -1, GRID.group)
     scales = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2) / GRID.lowest
-    scales.masked_fill_(scales == 0, -1)  # any is right for a block of zeros
-    return GRID.codes(rows, scales), scales
-
-
-def values_of(codes: Tensor, scales: Tensor) -> Tensor:
-    """What codes and scales stand for, float32 (out, in)."""
-    return codes.float() * GRID.spread_scales(scales, codes.shape[1])
+    scales.masked_fill_(scales == 0, -1)  # any will do for a block of zeros
+    codes = GRID.codes(rows, scales)
+    values = codes.float() * GRID.spread_scales(scales, codes.shape[1])
+    return codes, scales, (values - rows.float()).abs().max()
 
 
 def packed_bytes(codes: Tensor) -> Tensor:
@@ -129,14 +129,17 @@ def packed_bytes(codes: Tensor) -> Tensor:
 
 
 def codes_of(packed: Tensor) -> Tensor:
-    """The inverse of `packed_bytes`, of any integers with the same bytes: int8 (out, in)."""
+    """The inverse of `packed_bytes`, of integers of any width with the same bytes."""
     packed = packed.contiguous().view(torch.uint8)
     return torch.stack((packed & 15, packed >> 4), -1).flatten(1).view(torch.int8) - 8
 
 
-def digests(codes: Tensor, scales: Tensor) -> Counter[bytes]:
-    """How often which row of codes and scales occurs; the scale of a block of zeros is no part."""
-    live = codes.view(len(codes), -1, GRID.group).any(2)
-    scales = torch.where(live, scales.float(), 0).contiguous()
-    both = torch.cat([codes.contiguous().view(torch.uint8), scales.view(torch.uint8)], 1)
-    return Counter(hashlib.blake2b(row, digest_size=16).digest() for row in both.numpy())
+def digests(rows: Iterator[tuple[Tensor, Tensor]]) -> Counter[bytes]:
+    """How often each row of codes and scales occurs; the scale of a block of zeros is no part."""
+    counts: Counter[bytes] = Counter()
+    for codes, scales in rows:
+        live = codes.view(len(codes), -1, GRID.group).any(2)
+        scales = torch.where(live, scales.float(), 0).contiguous()
+        both = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], 1).numpy()
+        counts.update(hashlib.blake2b(row, digest_size=16).digest() for row in both)
+    return counts
