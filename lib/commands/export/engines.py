@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from lib.commands.export.source import GRID, GridFolder, codes_of, packed_bytes, split
 from lib.commands.gguf.llama_cpp import run_child
@@ -28,8 +28,14 @@ NEW_TOKENS = 32
 Loaded = tuple[Callable[[list[int]], Tensor], Callable[[list[int]], list[int]]]
 
 
-def load_transformers(folder: Path, dtype: str | torch.dtype = "auto") -> Loaded:
+def load_transformers(
+    folder: Path, dtype: str | torch.dtype = "auto", tables: list[Tensor] | None = None
+) -> Loaded:
+    """Load a model, with other `tables` as its embedding and head."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    both = (model.get_input_embeddings(), model.get_output_embeddings())
+    for module, table in zip(both, tables or (), strict=False):  # a tied head has none of its own
+        module.weight.data = table
     model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)
 
     def complete(prompt: list[int]) -> list[int]:
@@ -53,11 +59,13 @@ class CompressedTensors:
     packages = ("compressed_tensors",)
     requirements = "requirements-vllm.txt"
     dtype: ClassVar[str | torch.dtype] = "auto"  # in which OUT runs beside NEW
-    limit = 0.0  # transformers makes the same matrices of both
     changed = "no value"
     not_run = "vLLM and SGLang, which load the same files"
     how = "vllm serve {}  # a CPU with AMX rounds activations, unless VLLM_CPU_INT4_W4A8=0 is set"
     load = staticmethod(load_transformers)
+
+    def tables(self, new: Path) -> list[Tensor]:
+        return []
 
     def lacks(self, source: GridFolder) -> str:
         if any(source.linears.values()):
@@ -85,14 +93,26 @@ class CompressedTensors:
             yield codes_of(tensors[name]), tensors[name.removesuffix("_packed") + "_scale"]
 
 
+def older_names(config: PretrainedConfig) -> dict[str, Any]:
+    """Fields under the names that they had before transformers 5, which mlx-lm reads."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    whole, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+    fields = {
+        "rope_theta": whole.get("rope_theta"),
+        "rope_local_base_freq": local.get("rope_theta"),
+        "rope_scaling": None if whole.get("rope_type") == "default" else whole,
+        "n_ctx": getattr(config, "n_positions", None),
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
 class Mlx:
     """mlx-lm's folders: codes plus 8, and for 32 inputs a scale d and a bias -8 d."""
 
     packages = ("mlx", "mlx_lm")
     requirements = "requirements-mlx.txt"
     dtype: ClassVar[str | torch.dtype] = torch.float32
-    limit = 0.03  # of embedding and head in 8 bits
-    changed = "its embedding and head alone"
+    changed = "its embedding and head alone, now in 8 bits"
     not_run = (
         "Apple's GPUs; on a CPU, where this was proven in float32, bfloat16 rounds the weights"
     )
@@ -107,12 +127,17 @@ class Mlx:
 
     def write(self, source: GridFolder, new: Path) -> None:
         import mlx.core as mx
+        import mlx.nn as nn
         from mlx.utils import tree_unflatten
         from mlx_lm.utils import load_model, save_model
 
-        model, _ = load_model(source.folder, lazy=True)
+        names = older_names(source.config.get_text_config())
+        model, _ = load_model(source.folder, lazy=True, model_config=names)
         vocabulary, how, changed = source.config.get_text_config().vocab_size, {}, []
-        for path, module in model.named_modules():
+        # the embedding comes before the head
+        for path, module in sorted(
+            model.named_modules(), key=lambda m: isinstance(m[1], nn.Linear)
+        ):
             if not hasattr(module, "to_quantized") or module.weight.shape[-1] % GRID.group:
                 continue
             weight = torch.from_numpy(np.array(module.weight.astype(mx.float32)))
@@ -132,16 +157,30 @@ class Mlx:
         model.update_modules(tree_unflatten(changed))
         save_model(new, model)
         how |= dict(group_size=GRID.group, bits=4)
-        source.copy_settings(new, quantization=how, quantization_config=how)
+        source.copy_settings(new, quantization=how, quantization_config=how, **names)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        eight = json.loads((new / "config.json").read_text("utf-8"))["quantization"]
+        for _, packed, scales, biases in self.parts(new, 4):
+            yield codes_of(packed), scales.where(biases == -8 * scales, torch.nan)
+
+    def tables(self, new: Path) -> list[Tensor]:
+        """Embedding, and the head if it has one of its own, as they are rounded: float32."""
+        return [
+            packed.view(torch.uint8) * scales.float().repeat_interleave(group, 1)
+            + biases.float().repeat_interleave(group, 1)
+            for group, packed, scales, biases in self.parts(new, 8)
+        ]
+
+    def parts(self, new: Path, bits: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Group, codes, scales and biases of what is stored in so many bits, rows of matrices."""
+        how = json.loads((new / "config.json").read_text("utf-8"))["quantization"]
         tensors = tensors_of(new)
-        for path in (name.removesuffix(".scales") for name in tensors if name.endswith(".scales")):
-            if path not in eight:
-                parts = (tensors[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
-                packed, scales, biases = (part.flatten(0, -2) for part in parts)
-                yield codes_of(packed), scales.where(biases == -8 * scales, torch.nan)
+        eight = [path for path in how if f"{path}.scales" in tensors]
+        four = (name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
+        for path in eight if bits == 8 else (path for path in four if path not in eight):
+            parts = (tensors[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
+            group = how[path]["group_size"] if bits == 8 else GRID.group
+            yield group, *(part.flatten(0, -2) for part in parts)
 
     def load(self, folder: Path) -> Loaded:
         import mlx.core as mx
@@ -167,10 +206,10 @@ class Onnx:
     packages = ("onnxruntime_genai", "onnx_ir")
     requirements = "requirements-onnx.txt"
     dtype: ClassVar[str | torch.dtype] = torch.float32
-    limit = 0.001  # of sums in another order
     changed = "no value"
     not_run = "transformers.js and WebGPU, which load the same file"
     how = 'await pipeline("text-generation", "USER/{}", {{dtype: "q4"}})  // of transformers.js'
+    tables = CompressedTensors.tables
 
     def lacks(self, source: GridFolder) -> str:
         kind = (source.config.architectures or ["?"])[0]
