@@ -101,7 +101,6 @@ def older_names(config: PretrainedConfig) -> dict[str, Any]:
         "rope_theta": whole.get("rope_theta"),
         "rope_local_base_freq": local.get("rope_theta"),
         "rope_scaling": None if whole.get("rope_type") == "default" else whole,
-        "n_ctx": getattr(config, "n_positions", None),
     }
     return {name: value for name, value in fields.items() if value}
 
