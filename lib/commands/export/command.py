@@ -55,8 +55,11 @@ def export(path: str, new: str, to: str) -> None:
             f"--to {to}: {missing[0]} is not installed; pip install -r {engine.requirements}"
         )
     source = open_folder(path)
-    if lacking := engine.lacks(source):
-        raise UserError(f"--to {to}: it knows no {lacking}, as of OUT {path}; gguf may")
+    if not engine.stacks and (source.experts or any(source.linears.values())):
+        raise UserError(
+            f"--to {to}: takes no stacks of experts and no linears that stand as (in, out), which "
+            f"OUT {path} has; --to mlx may, or gguf"
+        )
     expected = digests(source.rows())
     by = as_user_error(Checkpoint(path, "OUT"), f"its model in {to}'s code", "gguf may convert it")
     with staged_folder(new, "NEW") as stage, redirect_stderr(StringIO()), by:  # it hides bars
@@ -78,16 +81,16 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
         return [f"not proven: predictions (comparing them needs {gib(needed)} of memory)"]
     windows = windows_of(source.tokenizer, {"": LINES}, source.config)[""]
     prompts = [source.tokenizer(line).input_ids[:PROMPT] for line in LINES]
-    dense = load_transformers(source.folder, engine.dtype, engine.tables(stage))
-    loaded = dense, engine.load(stage)
+    new_model = engine.load(stage)
+    out_model = load_transformers(source.folder, engine.dtype, new_model.tables)
     dense, own = (
         torch.cat(
             [
-                logits(window.tolist())[:-1].double().log_softmax(-1).gather(1, window[1:, None])
-                for window in windows
+                model.logits(ids.tolist())[:-1].double().log_softmax(-1).gather(1, ids[1:, None])
+                for ids in windows
             ]
         )
-        for logits, _ in loaded
+        for model in (out_model, new_model)
     )
     distance = float((own - dense).norm() / (dense - dense.mean()).norm())
     if not distance <= LIMIT:
@@ -95,9 +98,9 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
             f"NEW {new}: not written, log-probabilities differ by {distance:.2g} of their spread, "
             f"more than {LIMIT}: the engine computes this model otherwise"
         )
-    expected = [loaded[0][1](prompt) for prompt in prompts]
+    expected = [out_model.complete(prompt) for prompt in prompts]
     start = time.perf_counter()
-    texts = [loaded[1][1](prompt) for prompt in prompts]
+    texts = [new_model.complete(prompt) for prompt in prompts]
     speed = sum(map(len, texts)) / (time.perf_counter() - start)
     # some engines stop at an end of text, some go on
     same = sum(

@@ -1,4 +1,4 @@
-"""The engines, a class each: what it lacks, and its folder written, read back and run.
+"""The engines, a class each: its folder written, read back and run.
 
 Codes and scales are given: nothing is rounded but MLX's embedding and head. Packages are imported
 where they are used, since each engine needs its own alone.
@@ -7,10 +7,9 @@ where they are used, since each engine needs its own alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -24,17 +23,25 @@ from lib.commands.export.source import GRID, GridFolder, codes_of, packed_bytes,
 from lib.commands.gguf.llama_cpp import run_child
 
 NEW_TOKENS = 32
-# a loaded model: logits (tokens, rows) of a window, and the tokens that follow a prompt
-Loaded = tuple[Callable[[list[int]], Tensor], Callable[[list[int]], list[int]]]
+
+
+class Loaded(NamedTuple):
+    """A model that runs: logits (tokens, rows) of a window, and the tokens that follow a prompt.
+
+    `tables` are the embedding, and the head if it has one of its own, where these are rounded.
+    """
+
+    logits: Callable[[list[int]], Tensor]
+    complete: Callable[[list[int]], list[int]]
+    tables: Sequence[Tensor] = ()
 
 
 def load_transformers(
-    folder: Path, dtype: str | torch.dtype = "auto", tables: list[Tensor] | None = None
+    folder: Path, dtype: str | torch.dtype = "auto", tables: Sequence[Tensor] = ()
 ) -> Loaded:
-    """Load a model, with other `tables` as its embedding and head."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
     both = (model.get_input_embeddings(), model.get_output_embeddings())
-    for module, table in zip(both, tables or (), strict=False):  # a tied head has none of its own
+    for module, table in zip(both, tables, strict=False):
         module.weight.data = table
     model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)
 
@@ -46,7 +53,7 @@ def load_transformers(
     def logits(window: list[int]) -> Tensor:
         return model(torch.tensor([window]), use_cache=False).logits[0]
 
-    return logits, complete
+    return Loaded(logits, complete)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -57,6 +64,7 @@ class CompressedTensors:
     """`pack-quantized` of the library compressed-tensors, for vLLM, SGLang and transformers."""
 
     packages = ("compressed_tensors",)
+    stacks = False  # whether it takes stacks of experts, and linears that are (in, out)
     requirements = "requirements-vllm.txt"
     dtype: ClassVar[str | torch.dtype] = "auto"  # in which OUT runs beside NEW
     changed = "no value"
@@ -64,18 +72,10 @@ class CompressedTensors:
     how = "vllm serve {}  # a CPU with AMX rounds activations, unless VLLM_CPU_INT4_W4A8=0 is set"
     load = staticmethod(load_transformers)
 
-    def tables(self, new: Path) -> list[Tensor]:
-        return []
-
-    def lacks(self, source: GridFolder) -> str:
-        if any(source.linears.values()):
-            return "linears that stand as (in, out)"
-        return "stacks of experts" if source.experts else ""
-
     def write(self, source: GridFolder, new: Path) -> None:
-        tensors = {name: source.tensor(name) for name in source.files}
+        tensors = {name: source.tensor(name) for name in source.files if name not in source.linears}
         for name in source.linears:
-            weight = tensors.pop(name)
+            weight = source.tensor(name)
             codes, scales, _ = split(weight)
             tensors[f"{name}_packed"] = packed_bytes(codes).view(torch.int32)
             tensors[f"{name}_scale"] = scales.to(weight.dtype)
@@ -94,14 +94,14 @@ class CompressedTensors:
 
 
 def older_names(config: PretrainedConfig) -> dict[str, Any]:
-    """Fields under the names that they had before transformers 5, which mlx-lm reads."""
+    """RoPE's settings under their names before transformers 5, which most of mlx-lm reads."""
     rope = getattr(config, "rope_parameters", None) or {}
     whole, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
     fields = {
         "rope_theta": whole.get("rope_theta"),
         "rope_local_base_freq": local.get("rope_theta"),
-        "rope_scaling": None if whole.get("rope_type") == "default" else whole,
     }
+    fields["rope_scaling"] = None if whole.get("rope_type") == "default" else whole
     return {name: value for name, value in fields.items() if value}
 
 
@@ -109,6 +109,7 @@ class Mlx:
     """mlx-lm's folders: codes plus 8, and for 32 inputs a scale d and a bias -8 d."""
 
     packages = ("mlx", "mlx_lm")
+    stacks = True
     requirements = "requirements-mlx.txt"
     dtype: ClassVar[str | torch.dtype] = torch.float32
     changed = "its embedding and head alone, now in 8 bits"
@@ -117,26 +118,15 @@ class Mlx:
     )
     how = "mlx_lm.generate --model {} --prompt TEXT"
 
-    def lacks(self, source: GridFolder) -> str:
-        from mlx_lm.utils import MODEL_REMAPPING
-
-        kind = source.config.model_type
-        known = find_spec(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
-        return "" if known else f"models of the kind {kind}"
-
     def write(self, source: GridFolder, new: Path) -> None:
         import mlx.core as mx
-        import mlx.nn as nn
         from mlx.utils import tree_unflatten
         from mlx_lm.utils import load_model, save_model
 
         names = older_names(source.config.get_text_config())
         model, _ = load_model(source.folder, lazy=True, model_config=names)
         vocabulary, how, changed = source.config.get_text_config().vocab_size, {}, []
-        # the embedding comes before the head
-        for path, module in sorted(
-            model.named_modules(), key=lambda m: isinstance(m[1], nn.Linear)
-        ):
+        for path, module in model.named_modules():
             if not hasattr(module, "to_quantized") or module.weight.shape[-1] % GRID.group:
                 continue
             weight = torch.from_numpy(np.array(module.weight.astype(mx.float32)))
@@ -159,62 +149,46 @@ class Mlx:
         source.copy_settings(new, quantization=how, quantization_config=how, **names)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
-        for _, packed, scales, biases in self.parts(new, 4):
-            yield codes_of(packed), scales.where(biases == -8 * scales, torch.nan)
-
-    def tables(self, new: Path) -> list[Tensor]:
-        """Embedding, and the head if it has one of its own, as they are rounded: float32."""
-        return [
-            packed.view(torch.uint8) * scales.float().repeat_interleave(group, 1)
-            + biases.float().repeat_interleave(group, 1)
-            for group, packed, scales, biases in self.parts(new, 8)
-        ]
-
-    def parts(self, new: Path, bits: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Group, codes, scales and biases of what is stored in so many bits, rows of matrices."""
-        how = json.loads((new / "config.json").read_text("utf-8"))["quantization"]
+        eight = json.loads((new / "config.json").read_text("utf-8"))["quantization"]
         tensors = tensors_of(new)
-        eight = [path for path in how if f"{path}.scales" in tensors]
-        four = (name.removesuffix(".scales") for name in tensors if name.endswith(".scales"))
-        for path in eight if bits == 8 else (path for path in four if path not in eight):
-            parts = (tensors[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
-            group = how[path]["group_size"] if bits == 8 else GRID.group
-            yield group, *(part.flatten(0, -2) for part in parts)
+        for path in (name.removesuffix(".scales") for name in tensors if name.endswith(".scales")):
+            if path not in eight:
+                parts = (tensors[f"{path}.{part}"] for part in ("weight", "scales", "biases"))
+                packed, scales, biases = (part.flatten(0, -2) for part in parts)
+                yield codes_of(packed), scales.where(biases == -8 * scales, torch.nan)
 
     def load(self, folder: Path) -> Loaded:
         import mlx.core as mx
-        from mlx.utils import tree_map
+        import mlx.nn as nn
         from mlx_lm.generate import generate_step
         from mlx_lm.utils import load_model
-
-        def widened(array: mx.array) -> mx.array:
-            return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
         def complete(prompt: list[int]) -> list[int]:
             steps = generate_step(mx.array(prompt), model, max_tokens=NEW_TOKENS)
             return [int(token) for token, _ in steps]
 
         model, _ = load_model(folder)
-        model.update(tree_map(widened, model.parameters()))
-        return lambda window: torch.from_numpy(np.array(model(mx.array([window]))[0])), complete
+        model.set_dtype(mx.float32)
+        modules = [m for _, m in model.named_modules() if getattr(m, "bits", None) == 8]
+        tables = [
+            torch.from_numpy(np.array(mx.dequantize(m.weight, m.scales, m.biases, m.group_size, 8)))
+            for m in sorted(modules, key=lambda m: isinstance(m, nn.QuantizedLinear))
+        ]
+        return Loaded(
+            lambda ids: torch.from_numpy(np.array(model(mx.array([ids]))[0])), complete, tables
+        )
 
 
 class Onnx:
     """ONNX Runtime's MatMulNBits, by the builder of onnxruntime-genai; for transformers.js too."""
 
     packages = ("onnxruntime_genai", "onnx_ir")
+    stacks = False
     requirements = "requirements-onnx.txt"
     dtype: ClassVar[str | torch.dtype] = torch.float32
     changed = "no value"
     not_run = "transformers.js and WebGPU, which load the same file"
     how = 'await pipeline("text-generation", "USER/{}", {{dtype: "q4"}})  // of transformers.js'
-    tables = CompressedTensors.tables
-
-    def lacks(self, source: GridFolder) -> str:
-        kind = (source.config.architectures or ["?"])[0]
-        (package,) = find_spec("onnxruntime_genai").submodule_search_locations
-        known = f'"{kind}"' in Path(package, "models/builder.py").read_text("utf-8")
-        return "stacks of experts" if source.experts else "" if known else f"class {kind}"
 
     def write(self, source: GridFolder, new: Path) -> None:
         source.copy_settings(new)
@@ -250,7 +224,7 @@ class Onnx:
                 generator.generate_next_token()
             return generator.get_sequence(0)[len(prompt) :].tolist()
 
-        return lambda window: torch.tensor(started(window, 1).get_output("logits")[0]), complete
+        return Loaded(lambda ids: torch.tensor(started(ids, 1).get_output("logits")[0]), complete)
 
 
 ONNX_FILE = "onnx/model_q4.onnx"  # as transformers.js names it
