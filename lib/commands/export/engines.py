@@ -188,7 +188,10 @@ class Onnx:
     dtype: ClassVar[str | torch.dtype] = torch.float32
     changed = "no value"
     not_run = "transformers.js and WebGPU, which load the same file"
-    how = 'await pipeline("text-generation", "USER/{}", {{dtype: "q4"}})  // of transformers.js'
+    how = (
+        'await (await pipeline("text-generation", "USER/{}", {{dtype: "q4"}}))("TEXT", '
+        "{{add_special_tokens: true}})  // in transformers.js, which else adds no BOS"
+    )
 
     def write(self, source: GridFolder, new: Path) -> None:
         source.copy_settings(new)
