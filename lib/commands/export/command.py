@@ -82,7 +82,7 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
     windows = windows_of(source.tokenizer, {"": LINES}, source.config)[""]
     prompts = [source.tokenizer(line).input_ids[:PROMPT] for line in LINES]
     new_model = engine.load(stage)
-    out_model = load_transformers(source.folder, engine.dtype, new_model.tables)
+    out_model = load_transformers(source.folder, new_model.tables)
     dense, own = (
         torch.cat(
             [

@@ -1,4 +1,4 @@
-"""The engines, a class each: its folder written, read back and run.
+"""The engines, a class each: its folder written, read back and run in float32.
 
 Codes and scales are given: nothing is rounded but MLX's embedding and head. Packages are imported
 where they are used, since each engine needs its own alone.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -36,10 +36,9 @@ class Loaded(NamedTuple):
     tables: Sequence[Tensor] = ()
 
 
-def load_transformers(
-    folder: Path, dtype: str | torch.dtype = "auto", tables: Sequence[Tensor] = ()
-) -> Loaded:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> Loaded:
+    how = dict(dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     for module, table in zip(both, tables, strict=False):
         module.weight.data = table
@@ -66,7 +65,6 @@ class CompressedTensors:
     packages = ("compressed_tensors",)
     stacks = False  # whether it takes stacks of experts, and linears that are (in, out)
     requirements = "requirements-vllm.txt"
-    dtype: ClassVar[str | torch.dtype] = "auto"  # in which OUT runs beside NEW
     changed = "no value"
     not_run = "vLLM and SGLang, which load the same files"
     how = "vllm serve {}  # a CPU with AMX rounds activations, unless VLLM_CPU_INT4_W4A8=0 is set"
@@ -111,7 +109,6 @@ class Mlx:
     packages = ("mlx", "mlx_lm")
     stacks = True
     requirements = "requirements-mlx.txt"
-    dtype: ClassVar[str | torch.dtype] = torch.float32
     changed = "its embedding and head alone, now in 8 bits"
     not_run = (
         "Apple's GPUs; on a CPU, where this was proven in float32, bfloat16 rounds the weights"
@@ -185,7 +182,6 @@ class Onnx:
     packages = ("onnxruntime_genai", "onnx_ir")
     stacks = False
     requirements = "requirements-onnx.txt"
-    dtype: ClassVar[str | torch.dtype] = torch.float32
     changed = "no value"
     not_run = "transformers.js and WebGPU, which load the same file"
     how = (
@@ -194,9 +190,9 @@ class Onnx:
     )
 
     def write(self, source: GridFolder, new: Path) -> None:
-        source.copy_settings(new)
         what = f"OUT {source.folder}: onnxruntime-genai's builder"
         run_child(what, build, folder=str(source.folder), new=str(new))
+        source.copy_settings(new)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
         import onnx
