@@ -155,8 +155,10 @@ def test_one_line_for_each_mistake(folders, tmp_path, monkeypatch) -> None:
         monkeypatch.setattr(type(engine), "packages", ())
     llama, new = folders["LLaMA"], tmp_path / "new"
     to = ["--to", "compressed-tensors"]
-    (tmp_path / "old").mkdir()
-    refused([llama, tmp_path / "old", *to], "NEW .*old: exists; name a new folder")
+    tiny.write_texts(tmp_path / "old")
+    (tmp_path / "ended.partial").mkdir()  # of a run that was killed
+    refused([llama, tmp_path / "old", *to], "NEW .*old: holds .*; name a new folder")
+    refused([llama, tmp_path / "ended", *to], "NEW .*: ended.partial is in the way")
     refused([tmp_path / "none", new, *to], "OUT .*none: no such folder")
     refused([folders["GPT-2"], new, *to], "--to compressed-tensors: .* experts and no linears")
     refused([folders["Mixtral"], new, *to], "--to compressed-tensors: .* experts and no linears")

@@ -24,7 +24,7 @@ from lib.model.access import Checkpoint, as_user_error
 from lib.run.card import export_card
 from lib.util.command import make_parser
 from lib.util.errors import UserError
-from lib.util.files import staged_folder
+from lib.util.files import check_new_folder, partial_of, staged_folder
 from lib.util.host import available, gib
 from lib.util.progress import quiet
 
@@ -48,8 +48,9 @@ def export(path: str, new: str, to: str) -> None:
     Raises UserError, and leaves no folder, where it can't be written or differs.
     """
     engine = ENGINES[to]
-    if Path(new).exists():
-        raise UserError(f"NEW {new}: exists; name a new folder")
+    check_new_folder("NEW", new)
+    if partial_of(new).exists():
+        raise UserError(f"NEW {new}: {partial_of(new).name} is in the way; name a new folder")
     if missing := [name for name in engine.packages if find_spec(name) is None]:
         raise UserError(
             f"--to {to}: {missing[0]} is not installed; pip install -r {engine.requirements}"
