@@ -19,7 +19,7 @@ import torch
 
 from lib.commands.export.engines import ENGINES, load_transformers
 from lib.commands.export.source import GridFolder, digests, open_folder
-from lib.commands.gguf.proof import LINES, windows_of
+from lib.commands.gguf.proof import LINES, SHORT, windows_of
 from lib.model.access import Checkpoint, as_user_error
 from lib.run.card import export_card
 from lib.util.command import make_parser
@@ -80,7 +80,7 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
     needed = 3 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if needed > available():
         return [f"not proven: predictions (comparing them needs {gib(needed)} of memory)"]
-    windows = windows_of(source.tokenizer, {"": LINES}, source.config)[""]
+    windows = [ids[:SHORT] for ids in windows_of(source.tokenizer, {"": LINES}, source.config)[""]]
     prompts = [source.tokenizer(line).input_ids[:PROMPT] for line in LINES]
     new_model = engine.load(stage)
     out_model = load_transformers(source.folder, new_model.tables)
