@@ -68,7 +68,7 @@ def export(path: str, new: str, to: str) -> None:
         found = digests(engine.stored(stage))
         if wrong := (expected - found).total() + (found - expected).total():
             raise UserError(f"NEW {new}: not written, {wrong} rows of codes or scales differ")
-        lines = [f"codes and scales of all {found.total():,} rows of its linears are OUT's"]
+        lines = [f"{found.total():,} rows of codes and scales: 0 differ from the converted model's"]
         lines += prove(source, engine, stage, new)
         (stage / "README.md").write_text(export_card(path, new, to, engine, lines), "utf-8")
     size = sum(file.stat().st_size for file in Path(new).rglob("*.*") if file.is_file())
