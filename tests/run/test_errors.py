@@ -213,12 +213,7 @@ def test_models_that_cant_be_pruned(
     narrow = tiny.tiny_llama(hidden_size=36, num_attention_heads=6, intermediate_size=60)
     narrow = tiny.write_model(tmp_path / "narrow", narrow)
     given = ["--calibration_data", texts, *WANDA]
-    complaint(
-        call("--model", t5, *given),
-        1,
-        "an encoder-decoder (t5), whose blocks read more than the text before",
-        "causal language model",
-    )
+    complaint(call("--model", t5, *given), 1, "an encoder-decoder (t5)", "causal language model")
     done = call("--model", narrow, *given, "--sparsity_type", "4:8")
     complaint(done, 1, "4:8", "q_proj", "36", "unstructured")
     done = call("--model", model, *given, "--seqlen", "129")
