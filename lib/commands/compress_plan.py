@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.data.chats import Dialogue, row_of
 from lib.data.documents import PIECE_CHARACTERS, pieces_of, read_documents
 from lib.methods.sparsity import EXPERTS
 from lib.util.errors import UserError
@@ -115,11 +116,12 @@ def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
         lines = []
         while left > 0 and texts:
             text = texts.pop()
-            if len(text.encode()) > left and len(text) > PIECE_CHARACTERS:
+            whole = isinstance(text, Dialogue) or len(text) <= PIECE_CHARACTERS
+            if len(text.encode()) > left and not whole:
                 texts += reversed(pieces_of(text))  # by which training leaves them out
                 continue
             left -= len(text.encode())
-            row = {"text": text, job.args.column: text}  # for gguf and for main.py
+            row = row_of(text, job.args.column)  # for gguf and for main.py
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text(Path(files[-1]), "".join(lines))
     return files

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+from lib.data.chats import SHAPES, Dialogue, dialogue_of
 from lib.util.errors import UserError
 
 ONCE = "once"  # a document gives at most one window (UberText's rule)
@@ -56,6 +57,7 @@ class Source:
     sampled: bool = False
     separator: str = "\n\n"  # between the documents of the test text
     parted: bool = False  # a tenth of the local documents is the test, the others are for training
+    as_text: bool = False  # dialogues are read as plain text
     tests: tuple[Source, ...] = ()  # local ones: what they hold is not read for training
     read: dict = field(default_factory=dict, compare=False, repr=False)  # local texts, by split
 
@@ -157,13 +159,23 @@ def folder_files(path: Path, split: str) -> list[Path]:
     return []
 
 
-def text_of(source: Source, row: Mapping[str, object], place: object) -> str | None:
-    """Return the row's text, None for null. Raises UserError if no tokenizer can take it."""
-    if source.column not in row:
-        columns = ", ".join(map(str, row)) or "none"
-        problem = f"{place}: no column {source.column!r}; there are: {columns}"
-        raise source.error(f"{problem}; name one by --column")
-    text = row[source.column]
+def text_of(source: Source, row: Mapping[str, object], place: object) -> str | Dialogue | None:
+    """Return the row's text or dialogue, None for null. UserError if no tokenizer can take it."""
+    text = row.get(source.column)
+    has_messages = isinstance(text, list) and all(isinstance(each, dict) for each in text)
+    if source.column not in row or has_messages:
+        try:
+            dialogue = dialogue_of(row, source.column)
+            if not (dialogue and source.as_text):
+                return dialogue
+            text = "\n\n".join(message["content"] for message in dialogue.messages)
+        except LookupError:
+            columns = ", ".join(map(str, row)) or "none"
+            problem = f"{place}: no column {source.column!r}; there are: {columns}"
+            problem += f"; name one by --column, or give dialogues: {SHAPES}"
+            raise source.error(problem) from None
+        except ValueError as error:
+            raise source.error(f"{place}: {error}") from None
     if text is None:
         return None
     if not isinstance(text, str):

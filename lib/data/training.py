@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.documents import read_documents
+from lib.data.chats import Dialogue
+from lib.data.documents import are_dialogues, read_documents
 from lib.data.samples import Sample, Windows, join, windows_of
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
@@ -27,8 +28,9 @@ from lib.data.windows import (
     apportion,
     digest,
     interleave,
+    packed_dialogues,
+    sample_of,
     shuffle_stream,
-    tokenise,
 )
 
 HELD_OUT = (4, 16)  # windows of the training text that are held out, at least and at most
@@ -128,17 +130,22 @@ def _cut_windows(
     short: list[Sample] = []  # documents for the next window
     n_tried = n_dropped = n_windows = n_tokens = longest = 0
     documents, revision = read_documents(source, "train")
-    for text in _shuffled_texts(source, documents, rng):
-        short.append(Sample(tokenise(tokenizer, text, bos)))
-        length = len(short[-1].ids)
-        n_tried, n_tokens, longest = n_tried + 1, n_tokens + length, max(longest, length)
-        if length >= seqlen:
-            samples = [short.pop()]
-        elif sum(len(sample.ids) for sample in short) >= seqlen:
-            samples, short = short, []
-        else:
-            continue
-        cut = windows_of(samples, seqlen, bos)
+
+    def cut_texts() -> Iterator[Windows]:
+        nonlocal short, n_tried, n_tokens, longest
+        for text in texts:
+            short.append(sample_of(tokenizer, text, bos))
+            length = len(short[-1].ids)
+            n_tried, n_tokens, longest = n_tried + 1, n_tokens + length, max(longest, length)
+            if length >= seqlen:
+                yield windows_of([short.pop()], seqlen, bos)
+            elif sum(len(sample.ids) for sample in short) >= seqlen:
+                yield windows_of(short, seqlen, bos)
+                short = []
+
+    texts = _shuffled_texts(source, documents, rng)
+    chat = are_dialogues(documents)
+    for cut in packed_dialogues(source, tokenizer, texts, seqlen, bos) if chat else cut_texts():
         groups.append(cut[~overlap.found_in(cut.ids)])
         n_dropped += len(cut) - len(groups[-1])
         n_windows += len(groups[-1])
@@ -150,6 +157,8 @@ def _cut_windows(
             raise source.error("its train text is part of the test text; recover on other texts")
         problem = f"its {n_tried} texts give {n_windows} windows of {seqlen} tokens to recover on, "
         problem += f"two are needed; the longest has {longest}, use a smaller --seqlen or more text"
+        if chat:
+            raise source.error(f"its dialogues give {n_windows} windows to recover on; give more")
         raise TextTooShort(source, problem, max(longest // 2, n_tokens // 6))
     wanted = n_held
     if n_windows < share + n_held:
@@ -166,7 +175,9 @@ def _cut_windows(
     return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped, revision
 
 
-def _shuffled_texts(source: Source, documents: Iterable[str], rng: random.Random) -> Iterator[str]:
+def _shuffled_texts(
+    source: Source, documents: Iterable[str | Dialogue], rng: random.Random
+) -> Iterator[str | Dialogue]:
     if source.stream:
         yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
     elif source.draw == JOINED:

@@ -37,7 +37,7 @@ def named_sources(
     flag = "--eval_data" if args.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, column=args.column)
     parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
-    local = tuple(test for test in tests if test.path)
+    local = tuple(replace(t, as_text=args.no_template) for t in tests if t.path)
 
     def as_measured(group: list[Source]) -> list[Source]:
         return [
@@ -45,7 +45,10 @@ def named_sources(
             for s in group
         ]
 
-    return as_measured(sources), as_measured(vocabulary_sources), tests
+    groups = as_measured(sources), as_measured(vocabulary_sources), tests
+    if args.no_template:
+        groups = tuple([replace(s, as_text=True) for s in group] for group in groups)
+    return groups
 
 
 def default_tests(sources: Sequence[Source]) -> list[str]:
@@ -123,7 +126,7 @@ def _windows(job: Job, bos: int | None) -> Texts:
             job.tokenizer,
             count=job.schedule.steps * job.schedule.windows,
             seed=args.seed,
-            tests=[test.windows for test in texts.tests],
+            tests=[test.ids for test in texts.tests],
             **common,
         )
     return texts
@@ -138,7 +141,7 @@ def resolve_bos(job: Job, runner: BlockRunner) -> None:
     if bos is not None:
         needs = job.dist.all_gather_object(job.folder and job.folder.decided.get("bos"))[0]
         if needs is None:
-            needs = needs_bos(runner, job.texts.tests[0].windows, bos)
+            needs = needs_bos(runner, job.texts.tests[0].ids, bos)
         if job.folder:
             job.folder.begin(job.fingerprint["pruning"], bos=needs)
         if needs:

@@ -147,7 +147,7 @@ def test_files_and_folders(tmp_path):
 BAD_LINES = {
     b"{text}": "not JSON",
     b'{"title": "a", "id": 1}': "no column 'text'; there are: title, id; name one by --column",
-    b'{"text": [{"role": "user"}]}': "'text' is of type list, not a string; name a column",
+    b'{"text": ["user"]}': "'text' is of type list, not a string; name a column",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
     b'{"text": "\xff"}': "not UTF-8",
 }

@@ -24,6 +24,7 @@ from lib.commands.gguf.llama_cpp import run_child
 from lib.commands.gguf.source import ModelFolder
 from lib.data.documents import read_documents
 from lib.data.sources import Source
+from lib.data.templates import text_by
 from lib.data.windows import test_documents
 from lib.model.pretrained import window_length
 from lib.util.errors import UserError
@@ -73,7 +74,7 @@ def prove(
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
-        documents = documents_of(texts, source.begins_with_blank)
+        documents = documents_of(texts, source.begins_with_blank, source.tokenizer)
         proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
             print(f"{cut['name']}: llama.cpp cuts all {cut['documents']} documents alike")
@@ -101,7 +102,9 @@ def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
 
 
-def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str, list[str]]:
+def documents_of(
+    sources: Sequence[Source], begins_with_blank: bool, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[str]]:
     """Return the test documents of each source, and built-in lines in many scripts.
 
     If the tokenizer `begins_with_blank`, leading blanks of texts are removed: llama.cpp adds one
@@ -110,7 +113,8 @@ def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str
     texts = {"built-in lines": LINES}
     for source in sources:
         documents, _ = read_documents(source, "test")
-        texts[source.name] = list(test_documents(source, documents))
+        chosen = test_documents(source, documents)
+        texts[source.name] = [text_by(tokenizer, each) for each in chosen]
     blanks = " " if begins_with_blank else ""
     return {name: [text.lstrip(blanks) for text in texts[name]] for name in texts}
 
