@@ -1,9 +1,9 @@
 """Renders dialogues by a chat template, as a process of its own, since a template may never end.
 
 The first line that it reads is the template, what it is given besides messages, and the seconds
-for one rendering; then each line is [messages, whether an answer is to follow]. It answers each by
-a line: the text, and the spans of characters that an assistant has written, its end of turn too; or
-an error.
+for one rendering; then each line is [messages, whether an answer is to follow, tools]. It answers
+each by a line: the text, and the spans of characters that an assistant has written, its end of turn
+too; or an error.
 """
 
 import faulthandler
@@ -24,7 +24,7 @@ def main() -> None:
 
     for line in sys.stdin:
         try:
-            messages, follows = json.loads(line)
+            messages, follows, given["tools"] = json.loads(line)
             text = text_of(messages, follows)
             answer = {"text": text, "spans": [] if follows else spans_of(text_of, messages, text)}
         except Exception as error:  # noqa: BLE001  a template raises anything

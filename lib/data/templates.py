@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ from lib.data.chats import Dialogue
 from lib.data.samples import Sample
 from lib.util.errors import UserError
 
+ASKED, SAID = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+TYPED = {"type": "string", "description": "a"}
+TAKES = {"type": "object", "properties": {"a": TYPED}, "required": ["a"]}
+FUNCTION = {"name": "a", "description": "a", "parameters": TAKES}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "a", "arguments": {"a": "a"}}}
+RESULT = {"role": "tool", "name": "a", "tool_call_id": CALL["id"], "content": "a"}
+EXAMPLES = {  # of all that templates write
+    "system": [{"role": "system", "content": "a"}, ASKED, SAID],
+    "several turns": [ASKED, SAID, ASKED, SAID],
+    "thinking": [ASKED, SAID | {"reasoning_content": "a"}],
+    "tool call": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, SAID],
+}
 SECONDS = 20.0  # for one rendering, thousands of times as long as it takes
 
 
@@ -36,14 +50,17 @@ class Template:
             raise self._error(f"fails ({self.problem})")
 
     def render(
-        self, messages: list[dict[str, Any]], follows: bool = False
+        self,
+        messages: list[dict[str, Any]],
+        follows: bool = False,
+        tools: list[dict[str, Any]] | None = None,
     ) -> tuple[str, list[tuple[int, int]]] | None:
         """Return the text and the assistant's spans of it; None where the template raises.
 
         `follows`: an answer is to follow.
         """
         try:
-            self.child.stdin.write(json.dumps([messages, follows]) + "\n")
+            self.child.stdin.write(json.dumps([messages, follows, tools]) + "\n")
             self.child.stdin.flush()
             answer = json.loads(self.child.stdout.readline())
         except (BrokenPipeError, ValueError):  # it has ended
@@ -69,6 +86,16 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
             "or read them as such by --no_template"
         ) from None
     return _template(name, template, tuple(tokenizer.special_tokens_map.items()))
+
+
+def examples(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """Yield kind and text of the EXAMPLES that the tokenizer's template takes."""
+    template = template_of(tokenizer)
+    for kind, messages in EXAMPLES.items():
+        for follows in (False, True):
+            tools = TOOLS if kind == "tool call" else None
+            if rendered := template.render(messages[: -1 if follows else None], follows, tools):
+                yield kind, rendered[0]
 
 
 def text_by(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str:

@@ -43,6 +43,7 @@ STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
 TEST_CHARACTERS = 4_000_000  # read of a large set's test text
 TEST_BYTES = 1024  # of it, times the tokens of a window, are measured: some 256 windows
 PROMPT = 16  # tokens of a prompt
+ASKED = 32  # test dialogues whose prompts are answered
 PROMPT_CHARACTERS = 50 * PROMPT  # of a document that are tokenised for its prompt
 APART = 4  # windows of plain text begin a fourth of a window apart or more, on average
 log = logging.getLogger(__name__)
@@ -269,7 +270,7 @@ class TestSet:
     bytes: int
     facts: dict
     prompts: Tensor  # (prompts, tokens), int64
-    dialogues: Sequence[str | Dialogue] = ()  # which the windows are made of
+    dialogues: Sequence[Dialogue] = ()  # whose prompts are answered
 
     @property
     def ids(self) -> Tensor:
@@ -347,7 +348,8 @@ def _dialogue_set(
     facts |= {"bytes": sum(sizes), "bos": bos, "digest": digest(windows.ids)}
     facts |= {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
     no_prompts = windows.ids[:0, : min(PROMPT, seqlen // 2)]
-    return TestSet(source.name, windows, sum(sizes), facts, no_prompts, texts)
+    asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
+    return TestSet(source.name, windows, sum(sizes), facts, no_prompts, asked)
 
 
 def test_documents(source: Source, documents: Iterable[str | Dialogue]) -> Sequence[str | Dialogue]:

@@ -211,6 +211,14 @@ def _table(results: Mapping[str, Any]) -> str:
                     for each in (dense, test)
                 )
                 rows.append([f"{escape(test['name'])}, {words}", *pair])
+    for answers in results.get("answers", []):
+        words = {"ended": "answers that end", "in_language": "answers in the language"}
+        words |= {"tokens": f"tokens of an answer, at most {answers['limit']}"}
+        for key, each in words.items():
+            pair = (answers.get(name, {}).get(key) for name in ("dense", "model"))
+            of = f", of {answers['prompts']}" * (key != "tokens")
+            cells = ("" if value is None else f"{value:.0f}" for value in pair)
+            rows.append([f"{escape(answers['test'])}, {each}{of}", *cells])
     if "saved_bytes" in results:
         sizes = (results.get(name) for name in ("dense_bytes", "saved_bytes"))
         rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
