@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.data.chats import COLUMNS, Dialogue, row_of
+from lib.data.languages import codes_of
 from lib.data.sources import Source, text_of
 from lib.util.errors import UserError
 from lib.util.files import staged_folder
@@ -105,6 +106,9 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
                 f"{source.hub}:{source.config or ''}:SPLIT"
             )
         rows = sets[name]
+        if source.language:
+            codes = codes_of(source.language)
+            rows = rows.filter(lambda row: row["language_code"] in codes)
         columns = rows.column_names  # None for a stream of files without a schema
         if columns and source.column not in columns and not COLUMNS.intersection(columns):
             text_of(source, dict.fromkeys(columns), source.hub)  # which says so

@@ -48,6 +48,17 @@ def is_in(written: str | None, known: Set[str], text: str) -> bool:
     return written != "LATIN" or sum(word in known for word in words) >= len(words) / 2
 
 
+def codes_of(tag: str) -> set[str]:
+    """Return the names of a language in ISO 639-3, itself and as an individual one."""
+    from langcodes import Language
+
+    try:
+        code = Language.get(tag).to_alpha3()
+    except (LookupError, ValueError):
+        code = tag
+    return {code, INDIVIDUAL.get(code, code)}
+
+
 def language_text(tag: str) -> tuple[str, str]:
     """Return the language of a tag, as cards name it, and the built-in source of its text.
 

@@ -50,6 +50,7 @@ class Source:
     config: str | None = None
     split: str | None = None  # None: train to calibrate, test or validation to measure
     column: str = "text"
+    language: str | None = None  # of the rows that are read, by their `language_code`
     train_file: str | None = None  # a single file of the hub set, in place of a whole split
     test_file: str | None = None
     stream: bool = False
@@ -81,6 +82,7 @@ BUILT_IN: dict[str, dict] = {
     "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", **STREAMED),
     "fineweb2:LANGUAGE": dict(hub="HuggingFaceFW/fineweb-2", config="{}", **STREAMED),
     "wikipedia:LANGUAGE": dict(hub="wikimedia/wikipedia", config="20231101.{}", **STREAMED),
+    "aya:LANGUAGE": dict(hub="CohereLabs/aya_dataset", language="{}"),
     "wikitext2": dict(hub="Salesforce/wikitext", config="wikitext-2-raw-v1", draw=JOINED),
 }
 
@@ -225,7 +227,8 @@ def _built_in(text: str, flag: str) -> Source | None:
     entry = BUILT_IN.get(f"{name}:LANGUAGE")
     if not (entry and language):
         return None
-    return Source(text, flag, text, **entry | {"config": entry["config"].format(language)})
+    place = "language" if "language" in entry else "config"
+    return Source(text, flag, text, **entry | {place: entry[place].format(language)})
 
 
 def _on_hub(text: str, flag: str, column: str) -> Source | None:
@@ -234,7 +237,7 @@ def _on_hub(text: str, flag: str, column: str) -> Source | None:
     hub, *parts = text.split(":")
     config, split, own_column = [part or None for part in (*parts, "", "", "")[:3]]
     place = {"hub": hub, "config": config} if config else {"hub": hub}
-    entries = [e for e in BUILT_IN.values() if "train_file" not in e]
+    entries = [e for e in BUILT_IN.values() if not e.keys() & {"train_file", "language"}]
     same = (e for e in entries if place == {k: e[k] for k in ("hub", "config") if k in e})
     rules = next(same, STREAMED) | place | dict(split=split, column=own_column or column)
     return Source(text, flag, text.partition("/")[2], **rules)

@@ -83,9 +83,8 @@ class Completions:
         longest = max(map(len, prompts), default=0)
         step = max(1, job.batch_size * job.seqlen // (longest + tokens))
         for start in range(0, len(prompts), step):
-            rows = [torch.as_tensor(ids).flip(0) for ids in prompts[start : start + step]]
-            ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1).to(job.device)
-            new_ids += continue_greedily(model, ids.clamp(min=0), tokens, ids >= 0)
+            ids, mask = padded_left(prompts[start : start + step], job.device)
+            new_ids += continue_greedily(model, ids, tokens, mask)
         return new_ids
 
     def answers(self) -> list[dict[str, Any]]:
@@ -129,6 +128,21 @@ class Completions:
         self.job.print(f"completions: none, {reason}")
 
 
+def padded_left(
+    prompts: Sequence[Tensor | list[int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return prompts as ids (n, tokens), padded before them, and where they are, bool."""
+    rows = [torch.as_tensor(ids).flip(0) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1).to(device)
+    return ids.clamp(min=0), ids >= 0
+
+
+def ends_of(model: nn.Module) -> list[int]:
+    """Return the tokens that the model's generation settings stop at."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
 def continue_greedily(
     model: nn.Module, ids: Tensor, tokens: int, mask: Tensor | None = None
 ) -> list[list[int]]:
@@ -136,9 +150,7 @@ def continue_greedily(
 
     The model's own generation settings (penalties, temperature) do not apply.
     """
-    settings = model.generation_config
-    ends = settings.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    settings, ends = model.generation_config, ends_of(model)
     model.generation_config = GenerationConfig()
     try:
         options = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}

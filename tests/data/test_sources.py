@@ -470,3 +470,14 @@ def test_a_stream_that_breaks_is_one_line(hub):
 
     hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Stream()}
     assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
+
+
+def test_prompts_of_a_language(hub):
+    """Aya's rows are chosen by their language, named as in a tag."""
+    codes, asked = ["ukr", "eng", "ukr"], ["Де?", "Where?", "Хто?"]
+    columns = {"inputs": asked, "targets": ["Тут.", "Here.", "Я."], "language_code": codes}
+    hub.sets[("CohereLabs/aya_dataset",)] = {"train": columns}
+    for name in ("aya:uk", "aya:ukr"):
+        documents = read(parse_source(name, FLAG))
+        assert [each.messages[0]["content"] for each in documents] == ["Де?", "Хто?"]
+    assert "is empty" in message(read, parse_source("aya:de", FLAG))
