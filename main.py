@@ -55,7 +55,9 @@ def run(job: Job) -> dict[str, Any]:
         reached = steps.prune(job, runner)
         unrounded = steps.first_logits(job, runner) if plan.rounds and plan.packs else None
         starts = steps.quantize(job, runner, reached) if plan.rounds else {}
-        scales = steps.recover(job, runner, teacher, reached, starts) if plan.tokens else None
+        scales = None
+        if plan.tokens:
+            scales = steps.recover(job, runner, teacher, reached, starts, reference)
         del teacher, starts
         if plan.narrows:
             steps.check_quantized(job, runner, untouched)

@@ -22,7 +22,7 @@ from lib.model.blocks import (
     positions_at_once,
     rows_at_once,
 )
-from lib.model.reference import DenseReference, compared_windows
+from lib.model.reference import DenseReference, compared_windows, local_windows
 from lib.util.errors import UserError
 
 FIGURES = "loss", "dense_loss", "kl", "agreement"  # of each window
@@ -41,6 +41,7 @@ def perplexities(
     tests: Sequence[Tensor | Windows],
     on_progress: Callable[[int], None] = lambda windows: None,
     reference: DenseReference | None = None,
+    only_compared: bool = False,
 ) -> list[dict[str, float]]:
     """Return the figures of each test set, windows (n, tokens); their masks say what counts.
 
@@ -50,8 +51,8 @@ def perplexities(
     `own_nats`, both models' mean negative log-likelihood of a token; `dense_sum_nats`, the dense
     one's sum; `loss_change`, the mean of their difference window by window; `kl`, the mean
     KL(dense || model) in nats a token; and `top1_agreement`, the share of positions where both have
-    the same most likely token; the last
-    three with their standard errors.
+    the same most likely token; the last three with their standard errors. `only_compared`: all
+    figures are of these windows.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
@@ -59,23 +60,26 @@ def perplexities(
     """
     dist, tests = runner.dist, [as_windows(test) for test in tests]
     counted = [test.counted for test in tests]
-    shares = [range(len(test))[dist.share(len(test))] for test in tests]
+    shares = [list(range(len(test))[dist.share(len(test))]) for test in tests]
+    chosen = [slice(None) for _ in tests]
+    if only_compared:
+        shares = [local_windows(len(test), dist) for test in tests]
+        chosen = [compared_windows(len(test)) for test in tests]
     figures = [
         torch.zeros(len(FIGURES), len(test), dtype=torch.float64, device=runner.device)
         for test in tests
     ]
-    local = [test[share.start : share.stop] for test, share in zip(tests, shares, strict=True)]
+    local = [test[share] for test, share in zip(tests, shares, strict=True)]
     for number, start, states in runner.iter_final_states(local, on_progress):
         for batch in states.batches:
-            first = shares[number].start + start + batch.start
-            compare = reference and partial(reference.logits, number, first)
-            weights = counted[number][first:][: batch.stop - batch.start, :-1]
-            of_batch = _figures(runner, states, batch, weights, compare).double()
-            figures[number][:, first : first + of_batch.shape[1]] = of_batch
+            which = shares[number][start + batch.start : start + batch.stop]
+            compare = reference and partial(reference.logits, number, which)
+            weights = counted[number][which, :-1]
+            figures[number][:, which] = _figures(runner, states, batch, weights, compare).double()
     dist.sum_(figures)
     return [
-        _means(runner, weights[:, :-1].sum(1), by_window, compared=reference is not None)
-        for weights, by_window in zip(counted, figures, strict=True)
+        _means(runner, weights[of, :-1].sum(1), by_window[:, of], compared=reference is not None)
+        for weights, by_window, of in zip(counted, figures, chosen, strict=True)
     ]
 
 

@@ -42,6 +42,7 @@ from lib.util.errors import UserError
 STEPS = 256  # about so many, while a step's size is between these:
 LEAST, MOST = 2**8, 2**16  # tokens of a step
 RATE = 0.6  # see `default_rate`
+GRID_RATE = 0.25  # of that, and constant, where weights stay on a grid: a larger one adds noise
 CROSS_ENTROPY = 0.2  # of the loss: what the teacher does not know of the language, the text does
 WARM_UP = 0.1  # of the steps
 LAST_RATE = 0.05  # of the peak rate, at the end
@@ -63,6 +64,7 @@ class TrainSchedule:
     seed: int = 0
     least: int = LEAST  # tokens of a step
     clip: float = GRADIENT_NORM
+    falls: bool = True  # the rate, after its rise
 
     @property
     def windows(self) -> int:
@@ -75,9 +77,9 @@ class TrainSchedule:
         return self.tokens // (self.windows * self.seqlen)
 
     def rate_at(self, step: int) -> float:
-        """A short rise, then half a cosine down."""
+        """A short rise, then half a cosine down, if it falls."""
         rise = min(1.0, (step + 1) / math.ceil(WARM_UP * self.steps))
-        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        fall = 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.falls else 1.0
         return self.rate * rise * (LAST_RATE + (1 - LAST_RATE) * fall)
 
     @property
@@ -246,12 +248,14 @@ class Recoverer:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.measure = measure or self._beside_teacher()
         self.parts = trained_parts(runner, whole, starts, schedule.rank, schedule.seed)
+        self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
+        schedule = replace(schedule, falls=not self.grids)
         if schedule.rate is None:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
-            schedule = replace(schedule, rate=default_rate(matrices, width, len(runner.blocks)))
+            rate = default_rate(matrices, width, len(runner.blocks))
+            schedule = replace(schedule, rate=rate * GRID_RATE if self.grids else rate)
         self.schedule = schedule
-        self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
         self.strict = True  # until an operation is met that is not deterministic
         self.curve: list[dict[str, float]] = []  # tokens, figures on what is held out, and of steps

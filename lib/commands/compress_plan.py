@@ -7,7 +7,7 @@ import math
 import random
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lib.data.chats import Dialogue, row_of
 from lib.data.documents import PIECE_CHARACTERS, pieces_of, read_documents
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
     from lib.run.job import Job
 
-LEAST_WINDOWS = 16  # of training, which take less time than rounding on calibration text
+REHEARSED_ROUNDING = 2  # windows, on which the rehearsal rounds
+LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.4  # windows to round on, and at most that part of the time
+LEAST_WINDOWS = 16  # of training; with fewer, what is rounded on text is not trained
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
 
 # costs in passes of one window through the trimmed model
-TEST_PASSES = 6  # of a test window: both models, before and after, and the proof by llama.cpp
+TEST_PASSES = 7  # of a test window: both models, before and after, and the proof by llama.cpp
 PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
+ROUNDING_PASSES = 8  # of a calibration window
 HELD_OUT_PASSES = 13  # of a window held out of training
 FIXED = 7  # times a rehearsal's loading and generating, for both models, proof and speeds
 
@@ -33,36 +36,56 @@ BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in q4_0, and in q8_0
 TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score
 
 
-def plan_time(
-    rehearsal: dict[str, Any], wall: float, left: float, most: int, passes: int
-) -> tuple[int, int, float]:
-    """Return windows to measure on, tokens to train on, few at least, and seconds they will take.
+class Times(NamedTuple):
+    """What there is time for: windows to measure and to round on, tokens to train on."""
 
-    `rehearsal` are the results of a small run, which took `wall` seconds; of `left` seconds all
-    that follows is to be done. The test text has `most` windows; pruning takes so many `passes` of
-    one.
+    tests: int
+    rounding: int
+    tokens: int
+    seconds: float  # that all of it takes
+
+
+def plan_time(
+    rehearsal: dict[str, Any], wall: float, left: float, *, tests: int, rounding: int, passes: int
+) -> Times:
+    """Plan what follows in `left` seconds by the results of a small run, which took `wall` seconds.
+
+    There are so many windows of the `tests`, and for `rounding` at most. Pruning takes so many
+    `passes` of a window, and needs training after it; what is but rounded may do without.
     """
     from lib.data.training import HELD_OUT, HELD_OUT_SHARE
 
     spent, recovery, size = rehearsal["seconds"], rehearsal["recovery"], rehearsal["footprint"]
-    seqlen, held_out = rehearsal["evaluation"][0]["seqlen"], recovery["text"]["held_out"]
-    scaling = sum(spent[step] for step in ("dense", "measure before", "recover", "eval"))
-    passed = spent["measure before"] / held_out  # seconds of a pass
+    evaluation, held_out = rehearsal["evaluation"], recovery["text"]["held_out"]
+    steps = ("dense", "quantize", "measure before", "recover", "eval")
+    scaling = sum(spent.get(step, 0) for step in steps)
+    rehearsed = held_out + sum(test["windows"] for test in evaluation)
+    passed = spent["measure before"] / rehearsed  # seconds of a pass
     training = spent["recover"] - len(recovery["curve"]) * held_out * passed
-    training = max(3 * passed, training * seqlen / recovery["tokens"])  # seconds of a window
+    training *= evaluation[0]["seqlen"] / recovery["tokens"]
+    training = max(3 * passed, training)  # seconds of a window
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed
-    windows = min(most, max(LEAST_TESTS, int(TEST_SHARE * left / tested)))
-    rest = FIXED * (wall - scaling) + windows * tested + passes * passed
+    windows = min(tests, max(LEAST_TESTS, int(TEST_SHARE * left / tested)))
+    fixed = FIXED * (wall - scaling) + windows * tested + passes * passed
+    if "quantize" in spent:
+        rounded = ROUNDING_PASSES * passed
+        solving = max(0, spent["quantize"] - REHEARSED_ROUNDING * rounded)
+        fits = int((ROUNDING_SHARE * left - solving) / rounded)
+        rounding = min(rounding, max(LEAST_ROUNDING, fits))
+        fixed += solving + rounding * rounded
     for held_out in range(HELD_OUT[1], HELD_OUT[0] - 1, -1):  # the fewer, the less is trained on
-        fixed = rest + HELD_OUT_PASSES * held_out * passed
-        trained = max(LEAST_WINDOWS, int((left - fixed) / training))
+        measured = HELD_OUT_PASSES * held_out * passed
+        trained = max(LEAST_WINDOWS, int((left - fixed - measured) / training))
         if held_out <= HELD_OUT_SHARE * trained:
             break
-    return windows, trained * seqlen, fixed + trained * training
+    seconds = fixed + measured + trained * training
+    if seconds > left and "quantize" in spent and not passes:
+        return Times(windows, rounding, 0, fixed)
+    return Times(windows, rounding, trained * evaluation[0]["seqlen"], seconds)
 
 
-def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
-    """Return the share of experts or neurons that a q4_0 file of `megabytes` needs to lose, if any.
+def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str]:
+    """Return the type of a file of `megabytes`, the share of experts or neurons to lose, if any.
 
     And the plan in words. Raises UserError where the blocks have too few.
     """
@@ -73,14 +96,21 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
     def blocks(model: Any) -> list[Tensor]:
         return list(model.get_submodule(job.blocks_name).parameters())
 
-    def nbytes(weight: Tensor) -> float:  # norms, biases, rows of no whole blocks: 16 bits
-        held = weight.dim() > 1 and weight.shape[-1] % 32 == 0
-        return weight.numel() * (BLOCK_BYTES if held else 2)
+    def megabytes_of(model: Any, bytes_of: float) -> float:
+        sizes = rows * (outer * OUTER_BYTES + TOKEN_BYTES)
+        for weight in blocks(model):  # norms, biases, rows of no whole blocks: 16 bits
+            held = weight.dim() > 1 and weight.shape[-1] % 32 == 0
+            sizes += weight.numel() * (bytes_of if held else 2)
+        return sizes / 1e6
 
     model, layout, embedding = job.skeleton, job.layout, job.skeleton.get_input_embeddings()
     weights, rows = sum(p.numel() for p in model.parameters()), len(job.vocabulary.rows)
     outer = (weights - sum(p.numel() for p in blocks(model))) / embedding.num_embeddings
     summary, counts = f"{rows:,} of {embedding.num_embeddings:,} rows of the vocabulary, ", [0]
+    dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
+    if megabytes and (size := megabytes_of(model, OUTER_BYTES)) <= megabytes:
+        what = f"nothing rounded to 4 bits, as q8_0 of about {size:.3g} MB is small enough, "
+        return "q8_0", None, summary + what
     if layout:
         mixture = layout.kind == EXPERTS
         step = layout.groups if mixture else multiple_of(layout.count)
@@ -89,17 +119,15 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str | None, str]:
     for left in counts:
         if left < counts[0]:
             model = skeleton_with(job.config, layout.field, left, job.checkpoint)
-        size = sum(map(nbytes, blocks(model))) + rows * (outer * OUTER_BYTES + TOKEN_BYTES)
-        if (size := size / 1e6) <= (megabytes or math.inf):
+        if (size := megabytes_of(model, BLOCK_BYTES)) <= (megabytes or math.inf):
             break
     cut = left < counts[0]
     kept = f"{left} of {layout.count} {layout.kind} in each block" if cut else "nothing pruned"
-    dense = weights * checkpoint_dtype(job.config).itemsize / 1e6
     summary += f"{kept}, about {size:.3g} MB as q4_0 of {dense:.3g} MB, "
     if megabytes and size > megabytes:
         problem = f"--megabytes {megabytes}: {summary}which is the least"
         raise UserError(f"{problem}; give more, or take a smaller model")
-    return (f"{1 - left / counts[0]:.6g}" if cut else None), summary
+    return "q4_0", (f"{1 - left / counts[0]:.6g}" if cut else None), summary
 
 
 def cut_tests(job: Job, folder: Path, share: float) -> list[str]:

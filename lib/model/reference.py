@@ -50,18 +50,18 @@ class DenseReference:
     states: States
 
     def logits(
-        self, test: int, first: int, ids: Tensor
+        self, test: int, numbers: Sequence[int], ids: Tensor
     ) -> tuple[list[int], Callable[[Tensor], Tensor]]:
         """Return which of windows `ids` (n, tokens) are compared, and a function for their logits.
 
-        `first`: the number of the first window in its test set. The second value turns positions
-        into logits (compared, len(positions), vocabulary).
+        `numbers`: of the windows in their test set. The second value turns positions into logits
+        (compared, len(positions), vocabulary).
         """
         states = self.states[test]
-        rows = [row for row in range(len(ids)) if first + row in states]
+        rows = [row for row, number in enumerate(numbers) if number in states]
         if not rows:
             return rows, lambda positions: ids.new_empty(0)
-        hidden = torch.stack([states[first + row] for row in rows]).to(ids.device)
+        hidden = torch.stack([states[numbers[row]] for row in rows]).to(ids.device)
         compared = ids[rows]
 
         @torch.no_grad()

@@ -272,7 +272,8 @@ def recovery_curve(results: Mapping[str, Any]) -> Figure:
     for test in results["evaluation"]:
         name, dense = test["name"], test["dense"]["perplexity"]
         after = test.get("compared_perplexity", test["perplexity"])
-        points = [(0, recovery["before"].get(name, dense)), (recovery["tokens"], after)]
+        before = recovery["before"].get(name, {"perplexity": dense})["perplexity"]
+        points = [(0, before), (recovery["tokens"], after)]
         drawn.append((f"measured on {name}", points, dense))
     title = f"{Path(results['model']).name}, {results['method']}: recovery by training"
     figure, panels = _panels(title, len(drawn), min(len(drawn), PANELS_IN_A_ROW), 4.2, 3.8)

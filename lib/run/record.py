@@ -69,10 +69,13 @@ def finish_results(job: Job, runner: BlockRunner) -> None:
     results |= {"seconds": job.seconds, "peak_memory": peak_memory(job.device)}
 
 
-def evaluation_record(test: TestSet, figures: dict[str, float]) -> dict[str, Any]:
+def evaluation_record(
+    test: TestSet, figures: dict[str, float], only_compared: bool = False
+) -> dict[str, Any]:
     """Return the record of a test set: what it is, and its figures (lib/eval.py)."""
     record = test.facts | {name: figures[name] for name in figures if "nats" not in name}
-    record["bits_per_byte"] = figures["nats"] / math.log(2) / test.bytes
+    if not only_compared or figures["compared_windows"] == len(test.windows):
+        record["bits_per_byte"] = figures["nats"] / math.log(2) / test.bytes
     if "dense_nats" in figures:
         dense, own = (figures[name] for name in ("dense_nats", "own_nats"))
         record["dense"] = {"perplexity": exp(dense)}
@@ -171,13 +174,14 @@ def answers_line(answers: dict[str, Any]) -> str:
 def beside_dense(results: dict[str, Any]) -> Iterator[str]:
     """Yield a line for each test set: the perplexities of the dense model and of this one."""
     recovery, method = results.get("recovery"), results["method"]
+    earlier = "pruned" if results["sparsity_type"] or method == "pruned before" else "rounded"
     name = "recovered" if recovery else "pruned" if method == "pruned before" else method
     for test in results["evaluation"]:
         if "dense" not in test:
             continue
         figures, windows = {"dense": test["dense"]["perplexity"]}, ""
         if recovery and test["name"] in recovery["before"]:
-            figures["pruned"] = recovery["before"][test["name"]]
+            figures[earlier] = recovery["before"][test["name"]]["perplexity"]
         figures[name] = test.get("compared_perplexity", test["perplexity"])
         if "compared_perplexity" in test:
             windows = f", on {test['compared_windows']} of {test['windows']} windows"

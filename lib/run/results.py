@@ -23,9 +23,10 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "vocabulary": {"note": "...", "rows": 30000, "rows_before": 262144, "digest": "..."},
         "recovery": {
             "tokens": 300000, "seconds": 60.0, "teacher": "owner/name", "cross_entropy": 0.2,
-            "text": {...}, "curve": [{"tokens": 0, "perplexity": 30.0, "loss": null}],
+            "text": {...}, "curve": [{                      # `trained`: mean loss of the steps
+                "tokens": 0, "loss": 1.2, "perplexity": 30.0, "kl": 0.1, "trained": null}],
             "held_out": {"dense": 20.0},                    # perplexity of training text held out
-            "before": {"uk": 27.0}},                        # on a test set's compared windows
+            "before": {"uk": {"perplexity": 27.0, "kl": 0.2}}}, # on a test's compared windows
         "packed": {"bits": 4, "linears": 96, "bytes": 5, "dense_bytes": 16, "difference": 0.01},
         "packed_embeddings": {"modules": ["lm_head"], "bits": 8, "bytes": 5, "dense_bytes": 16},
         "quantized": {

@@ -15,7 +15,6 @@ from lib.model.blocks import BlockRunner
 from lib.model.pretrained import footprint, parameter_bytes
 from lib.model.reference import (
     DenseReference,
-    compared_windows,
     dense_states,
     local_windows,
     shared_states,
@@ -48,6 +47,7 @@ from lib.util.progress import progress
 from lib.vocabulary import PROOF_TOKENS
 
 __all__ = ["close_store", "load", "load_teacher", "resolve_bos", "save"]  # steps of main.run too
+BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
 Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
 
 
@@ -152,20 +152,24 @@ def quantize(job: Job, runner: BlockRunner, reached: Reached) -> Starts:
 
 
 def recover(
-    job: Job, runner: BlockRunner, teacher: BlockRunner, reached: Reached, starts: Starts
+    job: Job,
+    runner: BlockRunner,
+    teacher: BlockRunner,
+    reached: Reached,
+    starts: Starts,
+    reference: DenseReference,
 ) -> dict[str, Tensor]:
     """Train the kept weights, check that every zero is still zero, and return their scales."""
     plan, schedule, text = job.plan, job.schedule, job.texts.training
-    tests = {  # the windows on which evaluation compares with the dense model
-        test.name: test.windows[compared_windows(len(test.windows))]
-        for test in (job.texts.tests if plan.method or plan.teacher or starts else [])
-    }
+    tests = job.texts.tests if plan.method or plan.teacher or starts else []
     shown = progress(1 + len(tests), "measuring before", "text", job.dist.is_main)
     with job.timed("measure before"), shown as bar:
         held_out = perplexity(teacher, text.held_out)
         bar(1)
-        figures = perplexities(runner, list(tests.values()))
+        windows = [test.windows for test in tests]
+        figures = perplexities(runner, windows, reference=reference, only_compared=True)
         bar(len(tests))
+    records = (evaluation_record(*pair, True) for pair in zip(tests, figures, strict=True))
     whole = plan.trains_all or job.smaller
     recoverer = Recoverer(runner, teacher, schedule, text, whole=whole, starts=starts)
     tokens = schedule.steps * schedule.windows * schedule.seqlen
@@ -178,7 +182,7 @@ def recover(
         "teacher": job.args.teacher or job.args.model,
         "text": text.facts,
         "held_out": {"dense": held_out},
-        "before": dict(zip(tests, (each["perplexity"] for each in figures), strict=True)),
+        "before": {one["name"]: {key: one.get(key) for key in BEFORE} for one in records},
     }
     return recoverer.scales
 

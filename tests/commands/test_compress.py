@@ -34,26 +34,33 @@ def without_a_converter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_minutes_are_kept() -> None:
-    spent = {"load": 2, "dense": 0.2, "measure before": 0.8, "recover": 4.4, "eval": 0.3}
+    spent = {"load": 2, "dense": 0.2, "measure before": 1.0, "recover": 4.4, "eval": 0.3}
+    spent["completions"] = 1
     rehearsal = {
-        "seconds": spent | {"completions": 1},
+        "seconds": spent,
         "recovery": {"tokens": 1024, "curve": [{}] * 4, "text": {"held_out": 4}},
         "evaluation": [{"windows": 1, "seqlen": 512}],
         "footprint": {"before": 20, "after": 10},
     }
 
-    def planned(seconds: float, passes: int = 0) -> tuple[int, int, float]:
-        return compress.plan_time(rehearsal, 20, seconds, most=100, passes=passes)
+    def planned(seconds: float, passes: int = 0) -> compress_plan.Times:
+        most, wall = dict(tests=100, rounding=32), 20 + spent.get("quantize", 0)
+        return compress.plan_time(rehearsal, wall, seconds, **most, passes=passes)
 
-    windows, tokens, seconds = planned(1800)
+    windows, rounding, tokens, seconds = planned(1800)
     assert 1800 - 0.6 < seconds <= 1800
-    assert windows == 100 and tokens % 512 == 0  # there is time for all tests
+    assert windows == 100 and tokens % 512 == 0 and rounding == 32  # there is time for all tests
     # a pass takes 0.2 s; training on a window 0.6, the rest of the 4.4 was measuring
-    assert (tokens - planned(1800, passes=30)[1]) / 512 == pytest.approx(30 * 0.2 / 0.6, abs=1)
-    assert (tokens - planned(1500)[1]) / 512 == pytest.approx(300 / 0.6, abs=1)
-    assert planned(300)[0] == int(0.15 * 300 / (0.2 * (6 + 2)))
-    assert planned(-5)[:2] == (compress_plan.LEAST_TESTS, compress_plan.LEAST_WINDOWS * 512)
-    assert planned(-5)[2] > 60
+    assert (tokens - planned(1800, passes=30).tokens) / 512 == pytest.approx(30 * 0.2 / 0.6, abs=1)
+    assert (tokens - planned(1500).tokens) / 512 == pytest.approx(300 / 0.6, abs=1)
+    assert planned(300).tests == int(0.15 * 300 / (0.2 * (7 + 2)))
+    least = planned(-5)
+    assert (least.tests, least.tokens) == (compress_plan.LEAST_TESTS, 512 * 16)
+    assert least.seconds > 60
+    spent["quantize"] = 2 * 8 * 0.2 + 30  # of which solving takes 30 seconds
+    assert planned(1800).rounding == 32 and planned(100).rounding == (0.4 * 100 - 30) // 1.6 + 2
+    assert planned(100)[2] == 0 and planned(-5)[1:3] == (8, 0)  # rounded, and not trained
+    assert planned(-5, passes=30).tokens == 512 * 16  # what is pruned is trained
 
 
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
@@ -76,10 +83,10 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
     call, plan, runs = compress.call, compress.plan_time, []
 
-    def plan_little(*given: object) -> tuple[int, int, float]:
-        windows, tokens, _ = plan(*given)
-        assert windows > 0 and tokens >= 16 * 128
-        return min(2, windows), 16 * 128, 600.0
+    def plan_little(*given: float, **most: int) -> compress_plan.Times:
+        times = plan(*given, **most)
+        assert times.tests > 0 and 8 <= times.rounding <= 32
+        return compress_plan.Times(min(2, times.tests), 8, 16 * 128, 600.0)
 
     def once_interrupted(module: str, *flags: object) -> int:
         runs.append([str(flag) for flag in flags])
@@ -114,11 +121,13 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     table = Path("small-compress/compressed.md").read_text("utf-8")
     assert table in out and "hf upload YOUR_NAME/small small" in out
     rows = {
-        cells[1].strip(): cells[2:4] for cells in (row.split("|") for row in table.splitlines())
+        cells[1].strip(): cells[2:5] for cells in (row.split("|") for row in table.splitlines())
     }
+    assert "rounded, not trained" in rows[""][1] and re.search(r"\d nats", str(rows))
+    assert re.match(r" *\d", rows["bits per byte, uk"].pop(1))
     for name in ("on disk, MB", "tokens a second", "bits per byte, uk"):
-        assert all(re.match(r"\d", cell.strip()) for cell in rows[name]), name
-    assert rows["on disk, MB"][0] != rows["on disk, MB"][1]
+        assert all(re.match(r"\d", cell.strip()) for cell in (rows[name][0], rows[name][-1])), name
+    assert rows["on disk, MB"][0] != rows["on disk, MB"][2]
 
 
 def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
@@ -194,14 +203,16 @@ def test_parts_are_removed_until_the_file_is_as_small(
     flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
     flags += ["--nsamples", "8", "--trim_vocabulary", *compress.SMALLER[kind].split(), "0.5"]
     job = compress.check_job([*flags, "--quantize", "q4_0"], recover=128)
-    removed, what = compress.choose_size(job, 1)
-    assert removed is None and "nothing pruned" in what
+    type_, removed, what = compress.choose_size(job, None)
+    assert (type_, removed) == ("q4_0", None) and "nothing pruned" in what
     whole = float(what.split("about ")[1].split()[0])
     sizes = [whole * share for share in shares]
-    ratios = [float(compress.choose_size(job, size)[0]) for size in sizes]
+    ratios = [float(compress.choose_size(job, size)[1]) for size in sizes]
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
     with pytest.raises(compress.UserError, match=f"{kind} in each block.*is the least"):
         compress.choose_size(job, 0.001)
+    type_, removed, what = compress.choose_size(job, 2 * whole)
+    assert (type_, removed) == ("q8_0", None) and "nothing rounded to 4 bits" in what
 
 
 def test_windows_are_as_long_as_the_texts_allow() -> None:
@@ -221,7 +232,8 @@ def test_commands_are_named_as_this_one_was_started(monkeypatch: pytest.MonkeyPa
 
 def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
     monkeypatch.setattr(compress, "call", lambda *_: 1)
-    monkeypatch.setattr(compress, "read_results", lambda _: {"evaluation": []})
+    nothing = {"evaluation": [], "sparsity_type": None}
+    monkeypatch.setattr(compress, "read_results", lambda _: nothing)
     table = compress.comparison(["dense", "small"], Path("."), {})
     assert "| on disk, MB | – | –" in " ".join(table.split())
 
@@ -264,8 +276,8 @@ def test_mistakes_end_it_before_the_model_is_measured(
         ("dense small", "--language: name one, such as uk, or give texts of your own by --data"),
         ("dense small --language uk", "--language uk: the hub can't be reached"),
         (
-            "dense small --data uk --for packed --nsamples 99",
-            "--data uk: its 40 texts can give only",
+            "dense small --data uk --for packed --nsamples 9999",
+            "tokens are",
         ),
         ("nowhere/model small --data uk", "nowhere/model"),
     ],

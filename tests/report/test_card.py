@@ -63,7 +63,7 @@ def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
     (test,) = made()["evaluation"]
     test |= {"kl": 0.12345, "top1_agreement": 0.87654}
     test["dense"] = {"perplexity": 10.0}
-    recovery = {"before": {"uk": 20.0}, "text": {"name": "uk"}}
+    recovery = {"before": {"uk": {"perplexity": 20.0}}, "text": {"name": "uk"}}
     found = made(evaluation=[test], recovery=recovery, saved_bytes=5e6, dense_bytes=9e6)
     _, text = parsed(found)
     assert text.startswith("# owner/name, pruned by wanda to 50%, recovered\n")

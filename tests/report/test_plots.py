@@ -89,7 +89,7 @@ def test_bytes_against_bits(pruned: list[dict]) -> None:
 def test_recovery_curve() -> None:
     curve = [{"tokens": t, "perplexity": p} for t, p in ((0, 30.0), (64, 25.0), (128, None))]
     recovery = {"tokens": 128, "curve": curve, "held_out": {"dense": 20.0}}
-    recovery["before"] = {"uk": 27.0}
+    recovery["before"] = {"uk": {"perplexity": 27.0}}
     made = results("wanda", {"uk": 22.0}, recovery=recovery)
     made["evaluation"][0]["dense"] = {"perplexity": 18.0}
     figure = plots.recovery_curve(made)
