@@ -88,14 +88,15 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
     return _template(name, template, tuple(tokenizer.special_tokens_map.items()))
 
 
-def examples(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Yield kind and text of the EXAMPLES that the tokenizer's template takes."""
-    template = template_of(tokenizer)
+def examples(
+    tokenizer: PreTrainedTokenizerBase, follows: bool
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield kind, messages with tools, and text of the EXAMPLES that the template takes."""
     for kind, messages in EXAMPLES.items():
-        for follows in (False, True):
-            tools = TOOLS if kind == "tool call" else None
-            if rendered := template.render(messages[: -1 if follows else None], follows, tools):
-                yield kind, rendered[0]
+        asked = messages[: -1 if follows else None]
+        tools = TOOLS if kind == "tool call" else None
+        if rendered := template_of(tokenizer).render(asked, follows, tools):
+            yield kind, {"messages": asked, "tools": tools}, rendered[0]
 
 
 def text_by(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str:

@@ -185,7 +185,8 @@ class TrimmableTokenizer:
             return set()
         texts = [*ROLES, *template_texts(self.tokenizer, self.name)]
         try:
-            texts += [text for _, text in examples(self.tokenizer)]
+            for follows in (False, True):
+                texts += [text for *_, text in examples(self.tokenizer, follows)]
         except UserError as error:  # nobody has asked for dialogues
             log.warning("%s", error)
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids

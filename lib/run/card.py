@@ -60,8 +60,8 @@ GGUF = """\
 ## How to run it
 
 ```bash
-llama-cli -m {4}
-echo FROM ./{4} > Modelfile && ollama create NAME -f Modelfile
+llama-cli -m {4}{5}
+echo FROM ./{4} > Modelfile && ollama create NAME -f Modelfile && ollama run NAME
 ```
 """
 FIGURES = {
@@ -105,8 +105,10 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     )
 
 
-def gguf_card(folder: str, file: Path, kind: str) -> str:
+def gguf_card(folder: str, file: Path, kind: str, chats: bool = False) -> str:
     """Return the card of a GGUF file of weights of `kind`, made from the saved model in `folder`.
+
+    `chats`: the model has a chat template.
 
     Licence, base model, languages and data sets are those of the folder's card, as is its text
     where a run has written it.
@@ -129,7 +131,8 @@ def gguf_card(folder: str, file: Path, kind: str) -> str:
         tags=list(dict.fromkeys([*(card.data.tags or []), "gguf"])),
         **{name: card.data.get(name) for name in kept},
     )
-    return GGUF.format(data, title, kind, text, shlex.quote(file.name))
+    how = " --jinja -cnv" * chats  # as a dialogue
+    return GGUF.format(data, title, kind, text, shlex.quote(file.name), how)
 
 
 def _metadata(

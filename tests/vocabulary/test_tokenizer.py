@@ -103,7 +103,7 @@ def test_what_the_template_writes_stays(uk: Path, template: str) -> None:
     """Roles, tool calls and thinking marks too, as they stand in a dialogue."""
     tokenizer = kinds.byte_level()
     tokenizer.chat_template = template
-    texts = [text for _, text in examples(tokenizer)]
+    texts = [text for follows in (False, True) for *_, text in examples(tokenizer, follows)]
     assert len(texts) >= 4 and any("<think>" in text for text in texts) == ("think" in template)
     left = trimmed(tokenizer, uk).tokenizer
     for text in texts:

@@ -85,7 +85,8 @@ def main(arguments: list[str]) -> None:
         except UserError as error:
             raise UserError(f"OUT {args.out}: not written, {error}") from error
         put_in_place(files[weight_type], out, args.out, facts)
-    write_text(card_of(out), gguf_card(args.source, out, weight_type))
+    chats = bool(source.tokenizer.chat_template)
+    write_text(card_of(out), gguf_card(args.source, out, weight_type, chats))
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card_of(out).name}")
 
 

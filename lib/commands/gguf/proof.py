@@ -9,6 +9,7 @@ loosely, which shows that llama.cpp's code for the type works.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -22,9 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import run_child
 from lib.commands.gguf.source import ModelFolder
+from lib.data.chats import Dialogue
 from lib.data.documents import read_documents
 from lib.data.sources import Source
-from lib.data.templates import text_by
+from lib.data.templates import EXAMPLES, examples, sample_of_dialogue, text_by
 from lib.data.windows import test_documents
 from lib.model.pretrained import window_length
 from lib.util.errors import UserError
@@ -78,6 +80,7 @@ def prove(
         proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
             print(f"{cut['name']}: llama.cpp cuts all {cut['documents']} documents alike")
+        missing += prove_chat(file, source.tokenizer)
         if needed > available():
             missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
         else:
@@ -91,7 +94,6 @@ def prove(
             longest = max(max(lengths) for lengths in compared["windows"].values())
             missing.append(f"texts past {longest} tokens")
     missing += [] if texts else ["languages of the model (no --data)"]
-    missing.append("the chat template")
     print(f"not proven: {', '.join(missing)}", flush=True)
     return proof | {"not_proven": missing}
 
@@ -146,6 +148,36 @@ def prove_tokens(
         {"name": name, "documents": len(documents), "tokens": totals[name]}
         for name, documents in texts.items()
     ]
+
+
+def prove_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Compare how llama.cpp renders dialogues, and whether it stops at an answer's end.
+
+    Returns what is not proven. Raises UserError at a difference but in tool calls; where the
+    tokenizer puts BOS before a text, llama.cpp does so where a template has not.
+    """
+    if not tokenizer.chat_template:
+        return []
+    kinds, asked, texts = zip(*examples(tokenizer, True), strict=True)
+    said = sample_of_dialogue(tokenizer, Dialogue(json.dumps(EXAMPLES["several turns"])))
+    end = int(said.ids[said.mask][-1])
+    answer = run_child(
+        *(RUNS, llama_cpp.run),
+        size=file.stat().st_size,
+        **dict(model=str(file), context=64, chats=asked, end=end, letter=letter_of(tokenizer)),
+    )
+    proven, missing = [], []
+    for kind, text, theirs in zip(kinds, texts, answer["chats"], strict=True):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        same = theirs in (ids, [tokenizer.bos_token_id, *ids])
+        if not same and kind != "tool call":
+            raise UserError(f"chat template, {kind}: {_difference(tokenizer, ids, theirs)}")
+        (proven if same else missing).append(kind)
+    print(f"dialogues ({', '.join(proven)}): llama.cpp renders them alike", flush=True)
+    missing = [f"the chat template of a {kind}" for kind in missing]
+    if not answer["stops"]:
+        missing.append(f"the end of an answer (llama.cpp goes on at {tokenizer.decode([end])!r})")
+    return missing
 
 
 def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], theirs: list[int]) -> str:
