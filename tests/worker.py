@@ -85,7 +85,7 @@ def _fail(how: str) -> None:
     if how in signal.Signals.__members__:
         os.kill(os.getpid(), signal.Signals[how])
     elif how == "late":
-        own = FileBlockStore._read
-        FileBlockStore._read = lambda self, index: time.sleep(0.15) or own(self, index)
+        own = FileBlockStore.fetch
+        FileBlockStore.fetch = lambda self, index: time.sleep(0.15) or own(self, index)
     else:
         raise RuntimeError(how) if how == "defect" else UserError(how)

@@ -12,9 +12,8 @@ Both keep every finished block in such a file where the run can be continued.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -30,12 +29,10 @@ from lib.model.dtypes import SaveDtypes
 from lib.model.linears import find_linears
 from lib.model.pretrained import decoder_blocks
 from lib.model.run_folder import RunFolder
-from lib.model.transfer import empty_pinned, wait_for_older
 from lib.packed.linear import SparseLinear
 from lib.util.errors import UserError
 
 META = torch.device("meta")
-ALIGNED = 512  # bytes; tensors begin at multiples of it, as in torch's allocator
 
 
 class BlockStore:
@@ -67,7 +64,7 @@ class BlockStore:
 
     @contextmanager
     def on_device(self, index: int, write_back: bool = False) -> Iterator[None]:
-        """Inside, block `index` is on the device, and the next one is being copied to a GPU.
+        """Inside, block `index` is on the device.
 
         With `write_back`, changes of its weights are kept, and every rank must call this, since
         each waits for all.
@@ -210,7 +207,6 @@ class FileBlockStore(BlockStore):
     ) -> None:
         super().__init__(model, device, **kept)
         self.folder, self.on_disk, self.narrow = folder, on_disk, narrow
-        self._ahead = Prefetcher(device, self._read) if device.type != "cpu" else None
         self.places = self._stored()  # of each block: {path: (file, name in it)}
         for module in model.modules():
             remove_hook_from_module(module)
@@ -246,10 +242,8 @@ class FileBlockStore(BlockStore):
 
     def fetch(self, index: int) -> None:
         """Bring block `index` to the device."""
-        ahead = self._ahead
-        tensors = ahead.take(index, len(self.blocks)) if ahead else self._read(index)
-        for path, tensor in tensors.items():
-            set_tensor(self.blocks[index], path, tensor)
+        for path, _, tensor in self._each(index):
+            set_tensor(self.blocks[index], path, tensor.to(self.device))
 
     def evict(self, index: int) -> None:
         """Move the weights of block `index` to the meta device."""
@@ -288,11 +282,6 @@ class FileBlockStore(BlockStore):
                 return None
             shards[file] = [name for _, name in places.values()]
         return shards
-
-    def wait_for_readers(self) -> None:
-        if self._ahead:
-            self._ahead.forget()
-        super().wait_for_readers()
 
     def moved(self, files: Mapping[str, str]) -> None:
         self.narrow = True  # as a model that stays in memory is once it was saved
@@ -342,9 +331,6 @@ class FileBlockStore(BlockStore):
             narrow = self._as_saved(index, path, tensor) if self.narrow else tensor
             yield path, tensor, narrow.to(empty[path].dtype)
 
-    def _read(self, index: int) -> dict[str, Tensor]:
-        return {path: tensor for path, _, tensor in self._each(index)}
-
     def _write(self, index: int) -> None:
         """Write the block on the device to a file, from which it is read from now on."""
         places = None
@@ -355,8 +341,6 @@ class FileBlockStore(BlockStore):
             places = {path: (str(file), prefix + path) for path in self._held(index)}
         owner = self.dist.rank - self.dist.local_rank
         self.places[index] = self.dist.all_gather_object(places)[owner]
-        if self._ahead:
-            self._ahead.forget(index)
 
 
 class FetchHook(ModelHook):
@@ -375,73 +359,6 @@ class FetchHook(ModelHook):
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         self.store.evict(self.index)
         return output
-
-
-class Prefetcher:
-    """Copies blocks to a GPU while the block before computes, at most one block ahead.
-
-    A thread reads the next block from its files into one of two pinned buffers, from which it is
-    copied in one piece on a stream of its own. Three blocks are on the GPU at most: one that
-    computes, one whose work is queued, and one that arrives.
-    """
-
-    def __init__(self, device: torch.device, read: Callable[[int], Mapping[str, Tensor]]) -> None:
-        self.device, self.read = device, read
-        self.side = torch.Stream(device)
-        self.thread = ThreadPoolExecutor(1)
-        self.buffers: list[Tensor | None] = [None, None]  # (bytes,)
-        self.copied: list[torch.Event | None] = [None, None]  # when each buffer was copied
-        self.turn = 0
-        self.last = -1
-        self.pending: tuple[int, Future] | None = None
-        self.computed: deque[torch.Event] = deque()  # the ends of blocks that were taken
-
-    def take(self, index: int, count: int) -> dict[str, Tensor]:
-        """Return what `read` gives of block `index`, on the device, and bring the next block."""
-        pending, self.pending = self.pending, None
-        if pending is None or pending[0] != index:
-            if pending:
-                pending[1].result()  # its buffer is in use until then
-            pending = index, self.thread.submit(self._bring, index)
-        views, piece = pending[1].result()
-        stream = torch.accelerator.current_stream(self.device)
-        wait_for_older(self.computed, stream, ahead=1)
-        stream.wait_stream(self.side)
-        piece.record_stream(stream)  # or its memory is reused too early
-        following = index - 1 if self.last == index + 1 else index + 1  # in either direction
-        self.last = index
-        if 0 <= following < count:
-            self.pending = following, self.thread.submit(self._bring, following)
-        return views
-
-    def forget(self, index: int | None = None) -> None:
-        """Drop the block that was brought if it is `index`, whose file has changed; None: any."""
-        if self.pending and index in (None, self.pending[0]):
-            self.pending[1].result()
-            self.pending = None
-
-    def _bring(self, index: int) -> tuple[dict[str, Tensor], Tensor]:
-        tensors, starts, end = self.read(index), {}, 0
-        for path, tensor in tensors.items():
-            starts[path] = end
-            end += -(-tensor.nbytes // ALIGNED) * ALIGNED
-        self.turn = 1 - self.turn
-        if self.copied[self.turn]:
-            self.copied[self.turn].synchronize()
-        buffer = self.buffers[self.turn]
-        if buffer is None or len(buffer) < end:
-            buffer = self.buffers[self.turn] = empty_pinned((end,), torch.uint8)
-
-        def view(memory: Tensor, path: str) -> Tensor:
-            tensor, start = tensors[path], starts[path]
-            return memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-
-        for path, tensor in tensors.items():
-            view(buffer, path).copy_(tensor)
-        with self.side:
-            piece = buffer[:end].to(self.device, non_blocking=True)
-            self.copied[self.turn] = self.side.record_event()
-        return {path: view(piece, path) for path in tensors}, piece
 
 
 def set_tensor(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
