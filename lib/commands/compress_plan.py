@@ -140,6 +140,8 @@ def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
         texts = list(test_documents(source, read_documents(source, "test")[0]))
         random.Random(0).shuffle(texts)
         left = math.ceil(test.bytes * max(share, 2 / len(test.windows)))
+        if test.dialogues:  # all of them, or two where few windows are measured
+            texts, left = texts[: None if share else 2], math.inf
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         lines = []
         while left > 0 and texts:

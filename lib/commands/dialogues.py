@@ -58,7 +58,9 @@ def main(argv: list[str]) -> None:
     checkpoint = Checkpoint(args.model, flag="MODEL")
     device, config = pretrained.pick_device(args.device), pretrained.load_config(checkpoint)
     tokenizer = pretrained.load_tokenizer(checkpoint)
-    limit = pretrained.window_length(config, None) - args.tokens
+    window = pretrained.window_length(config, None)
+    args.tokens = min(args.tokens, window // 2)
+    limit = window - args.tokens
     asked = list(islice(_prompts(sources, tokenizer, limit, args.seed), MORE * args.count))
     if not asked:
         raise UserError(f"--data {' '.join(args.data)}: no prompt is of 1 to {limit} tokens")

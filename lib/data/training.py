@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lib.data.chats import Dialogue
 from lib.data.documents import are_dialogues, read_documents
-from lib.data.samples import Sample, Windows, join, windows_of
+from lib.data.samples import Sample, Windows, as_windows, join, windows_of
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
     STREAM_LIMIT,
@@ -57,7 +57,7 @@ def training_windows(
     seqlen: int,
     seed: int,
     bos: int | None = None,
-    tests: Sequence[Tensor] = (),
+    tests: Sequence[Tensor | Windows] = (),
 ) -> TrainingText:
     """Cut `count` windows of `seqlen` tokens, and some to hold out, from the sources' train text.
 
@@ -193,12 +193,20 @@ class OverlapFilter:
     A passage is known by a sum of its tokens times fixed random factors, modulo 2^64.
     """
 
-    def __init__(self, tests: Sequence[Tensor], seqlen: int, bos: int | None) -> None:
+    def __init__(
+        self, tests: Sequence[Tensor | Windows], seqlen: int, bos: int | None
+    ) -> None:
         self.length = min(PASSAGE, seqlen // 2)
         generator = torch.Generator().manual_seed(0)
         self.factors = torch.randint(1, 2**62, (self.length,), generator=generator).tolist()
         first = 0 if bos is None else 1
-        sums = [self._sums(test[:, first:])[:, :: self.length].flatten() for test in tests]
+        sums = [self._sums(as_windows(test).ids[:, first:]) for test in tests]
+        for place, test in enumerate(tests):
+            if isinstance(test, Windows):  # what all dialogues begin with is no passage of a test
+                own = test.mask[:, first:].unfold(1, self.length, 1).all(-1)
+                sums[place] = sums[place][own]
+            else:
+                sums[place] = sums[place][:, :: self.length].flatten()
         # the largest int64 is a sum that ends every search; it is never a passage by chance
         end = torch.tensor([torch.iinfo(torch.long).max])
         self.sums = torch.cat([*sums, end]).unique()  # sorted

@@ -126,7 +126,7 @@ def _windows(job: Job, bos: int | None) -> Texts:
             job.tokenizer,
             count=job.schedule.steps * job.schedule.windows,
             seed=args.seed,
-            tests=[test.ids for test in texts.tests],
+            tests=[test.windows for test in texts.tests],
             **common,
         )
     return texts

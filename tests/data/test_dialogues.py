@@ -126,7 +126,7 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
 
     windows, record = data.calibration_windows([source], tokenizer, 9, seqlen, seed=1)
     assert windows.shape == (9, seqlen) and record["windows"] == 9 and windows.positions.any()
-    text = training_windows([source], tokenizer, 12, seqlen, 0, tests=[test.ids[:3]])
+    text = training_windows([source], tokenizer, 12, seqlen, 0, tests=[test.windows[:3]])
     trained, held_out = text.windows, text.held_out
     assert trained.mask.any(1).all() and held_out.mask.any(1).all()
     assert not set(map(tuple, held_out.ids.tolist())) & set(map(tuple, trained.ids.tolist()))
