@@ -322,7 +322,7 @@ def measure_dense(it: Compression) -> None:
     it.announce("Measuring the model as it is")
     flags = without(it.passed_on, (*PRUNING_FLAGS, "vocabulary_data"))
     flags = ["--model", it.args.model, *it.kept["common"], *flags]
-    it.run([*flags, "--eval_data", *it.kept["tests"], "--eval_only"], DENSE)
+    it.run([*flags, "--prompts", "0", "--eval_data", *it.kept["tests"], "--eval_only"], DENSE)
 
 
 def make_small(it: Compression) -> None:
