@@ -193,20 +193,18 @@ class OverlapFilter:
     A passage is known by a sum of its tokens times fixed random factors, modulo 2^64.
     """
 
-    def __init__(
-        self, tests: Sequence[Tensor | Windows], seqlen: int, bos: int | None
-    ) -> None:
+    def __init__(self, tests: Sequence[Tensor | Windows], seqlen: int, bos: int | None) -> None:
         self.length = min(PASSAGE, seqlen // 2)
         generator = torch.Generator().manual_seed(0)
         self.factors = torch.randint(1, 2**62, (self.length,), generator=generator).tolist()
         first = 0 if bos is None else 1
-        sums = [self._sums(as_windows(test).ids[:, first:]) for test in tests]
-        for place, test in enumerate(tests):
-            if isinstance(test, Windows):  # what all dialogues begin with is no passage of a test
-                own = test.mask[:, first:].unfold(1, self.length, 1).all(-1)
-                sums[place] = sums[place][own]
-            else:
-                sums[place] = sums[place][:, :: self.length].flatten()
+        sums = []
+        for test in map(as_windows, tests):
+            passages = self._sums(test.ids[:, first:])
+            if test.mask is None:
+                sums.append(passages[:, :: self.length].flatten())
+            else:  # what every dialogue begins with is no passage of the test
+                sums.append(passages[test.mask[:, first:].unfold(1, self.length, 1).all(-1)])
         # the largest int64 is a sum that ends every search; it is never a passage by chance
         end = torch.tensor([torch.iinfo(torch.long).max])
         self.sums = torch.cat([*sums, end]).unique()  # sorted

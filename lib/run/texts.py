@@ -37,18 +37,17 @@ def named_sources(
     flag = "--eval_data" if args.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, column=args.column)
     parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
-    local = tuple(replace(t, as_text=args.no_template) for t in tests if t.path)
+    tests = [replace(test, as_text=args.no_template) for test in tests]
+    local = tuple(test for test in tests if test.path)
 
     def as_measured(group: list[Source]) -> list[Source]:
+        group = [replace(source, as_text=args.no_template) for source in group]
         return [
             replace(s, parted=s.parted or s.path.resolve() in parted, tests=local) if s.path else s
             for s in group
         ]
 
-    groups = as_measured(sources), as_measured(vocabulary_sources), tests
-    if args.no_template:
-        groups = tuple([replace(s, as_text=True) for s in group] for group in groups)
-    return groups
+    return as_measured(sources), as_measured(vocabulary_sources), tests
 
 
 def default_tests(sources: Sequence[Source]) -> list[str]:
