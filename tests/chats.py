@@ -28,7 +28,8 @@ QWEN_3 = """\
 {{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content }}
 {%- for call in m.tool_calls or [] %}{{ '<tool>' + call.function | tojson + '</tool>' }}
 {%- endfor %}{{- '<|im_end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
+{%- if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
 MISTRAL = """\
 {{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}
 {{- ' ' + m.content + eos_token }}{% else %}{{ '[INST] ' + m.content + ' [/INST]' }}{% endif %}

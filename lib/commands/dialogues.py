@@ -29,7 +29,7 @@ from lib.data.chats import Dialogue
 from lib.data.documents import check_source, pieces_of, read_documents
 from lib.data.languages import script_of
 from lib.data.sources import Source, parse_sources
-from lib.data.templates import template_of
+from lib.data.templates import prompt_of
 from lib.data.windows import shuffle_stream
 from lib.model import pretrained
 from lib.model.access import Checkpoint, as_user_error
@@ -74,7 +74,9 @@ def main(argv: list[str]) -> None:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=dtype, **options)
     model = model.to(device).eval()
     left_out, tried = Counter(), []
-    with progress(args.count - count, "answering", "dialogue") as bar, out.open("a") as file:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shown = progress(args.count - count, "answering", "dialogue")
+    with shown as bar, out.open("a", encoding="utf-8") as file:
         for start in range(0, len(asked), args.batch_size):
             if count >= args.count or time.monotonic() - began > 60 * args.minutes:
                 break
@@ -104,7 +106,7 @@ def _prompts(
     sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, limit: int, seed: int
 ) -> Iterator[tuple[list[dict[str, Any]], list[int]]]:
     """Yield messages and tokens of different prompts, of one source after another."""
-    template, seen = template_of(tokenizer), set()
+    seen = set()
     for source in sources:
         for document in shuffle_stream(read_documents(source, "train")[0], random.Random(seed)):
             if isinstance(document, Dialogue):
@@ -114,8 +116,7 @@ def _prompts(
                 cut = max(passage.rfind(end) for end in (". ", "! ", "? ", "\n")) + 1
                 passage = passage[:cut] if len(passage) == PASSAGE and cut else passage
                 messages = [{"role": "user", "content": passage.strip()}]
-            text, _ = (template.render(messages, True) if messages else None) or ("", [])
-            ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            ids = prompt_of(tokenizer, messages)
             if 0 < len(ids) <= limit and tuple(ids) not in seen:
                 seen.add(tuple(ids))
                 yield messages, ids

@@ -1,7 +1,7 @@
 """Renders dialogues by a chat template, as a process of its own, since a template may never end.
 
 The first line that it reads is the template, what it is given besides messages, and the seconds
-for one rendering; then each line is [messages, whether an answer is to follow, tools]. It answers
+for one rendering; then each line is [messages, whether an answer is to follow, more]. It answers
 each by a line: the text, and the spans of characters that an assistant has written, its end of turn
 too; or an error.
 """
@@ -19,12 +19,12 @@ def main() -> None:
 
     def text_of(messages: list[dict], follows: bool = False) -> str:
         faulthandler.dump_traceback_later(seconds, exit=True)  # also amid a product of strings
-        options = given | {"chat_template": template, "add_generation_prompt": follows}
+        options = given | more | {"chat_template": template, "add_generation_prompt": follows}
         return render_jinja_template([messages], **options)[0][0]
 
     for line in sys.stdin:
         try:
-            messages, follows, given["tools"] = json.loads(line)
+            messages, follows, more = json.loads(line)
             text = text_of(messages, follows)
             answer = {"text": text, "spans": [] if follows else spans_of(text_of, messages, text)}
         except Exception as error:  # noqa: BLE001  a template raises anything

@@ -40,12 +40,12 @@ SECONDS = 20.0  # for one rendering, thousands of times as long as it takes
 class Template:
     """A chat template in its child; `name` is the model's. `problem`: what was wrong last."""
 
-    def __init__(self, name: str, template: str, given: dict[str, str]) -> None:
+    def __init__(self, name: str, template: str, given: str) -> None:
         self.name, self.problem = name, ""
         command = [sys.executable, "-P", str(Path(__file__).with_name("render_child.py"))]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
-        self.child.stdin.write(json.dumps([template, given, SECONDS]) + "\n")
+        self.child.stdin.write(json.dumps([template, json.loads(given), SECONDS]) + "\n")
         if self.render([{"role": "user", "content": "Hi"}], True) is None:
             raise self._error(f"fails ({self.problem})")
 
@@ -54,13 +54,14 @@ class Template:
         messages: list[dict[str, Any]],
         follows: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        **more: bool,
     ) -> tuple[str, list[tuple[int, int]]] | None:
         """Return the text and the assistant's spans of it; None where the template raises.
 
-        `follows`: an answer is to follow.
+        `follows`: an answer is to follow. `more` is what else the template is to know.
         """
         try:
-            self.child.stdin.write(json.dumps([messages, follows, tools]) + "\n")
+            self.child.stdin.write(json.dumps([messages, follows, more | {"tools": tools}]) + "\n")
             self.child.stdin.flush()
             answer = json.loads(self.child.stdout.readline())
         except (BrokenPipeError, ValueError):  # it has ended
@@ -72,7 +73,7 @@ class Template:
         return UserError(f"{self.name}: its chat template {problem}; mend it, or add --no_template")
 
 
-_template = cache(lambda name, template, given: Template(name, template, dict(given)))
+_template = cache(Template)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -85,7 +86,7 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
             f"{name}: its tokenizer has no chat template, which dialogues need; give plain text, "
             "or read them as such by --no_template"
         ) from None
-    return _template(name, template, tuple(tokenizer.special_tokens_map.items()))
+    return _template(name, template, json.dumps(tokenizer.special_tokens_map))
 
 
 def examples(
@@ -97,6 +98,14 @@ def examples(
         tools = TOOLS if kind == "tool call" else None
         if rendered := template_of(tokenizer).render(asked, follows, tools):
             yield kind, {"messages": asked, "tools": tools}, rendered[0]
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+    """Return the tokens before an answer that begins at once, without thinking; [] for none."""
+    template = template_of(tokenizer)
+    rendered = messages and template.render(messages, True, enable_thinking=False)
+    text = rendered[0] if rendered else ""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
 def text_by(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str:

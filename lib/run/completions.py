@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from lib.data.languages import is_in, script_of, words_of
 from lib.data.samples import as_windows
-from lib.data.templates import template_of
+from lib.data.templates import prompt_of
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import window_length
 from lib.run.job import Job
@@ -50,9 +50,7 @@ class Completions:
         limit = window_length(job.config, None)
         for test in job.texts.tests if job.args.prompts else ():
             for dialogue in test.dialogues:
-                rendered = template_of(job.tokenizer).render(dialogue.prompt, True)
-                text = rendered[0] if rendered and dialogue.prompt else ""
-                ids = job.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+                ids = prompt_of(job.tokenizer, dialogue.prompt)
                 if 0 < len(ids) < limit - NEW_TOKENS:
                     self.asked.append((test.name, dialogue.prompt[-1]["content"], ids))
         longest = max((len(ids) for *_, ids in self.asked), default=0)

@@ -16,7 +16,7 @@ from lib.data.counts import count_tokens
 from lib.data.documents import read_documents
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
-from lib.data.templates import sample_of_dialogue, text_by
+from lib.data.templates import prompt_of, sample_of_dialogue, text_by
 from lib.data.training import training_windows
 from lib.util.errors import UserError
 
@@ -84,6 +84,8 @@ def test_the_mask_is_on_answers_and_their_end(template):
     blank = " " * (template == chats.MISTRAL)
     first, last = (f"{blank}{each}{end}" for each in ("river runs", "quiet town"))
     thinks = template == chats.QWEN_3  # which writes earlier turns anew
+    prompt = tokenizer.decode(prompt_of(tokenizer, turns[:1]))
+    assert prompt.endswith("</think>\n\n") == thinks and text.startswith(prompt[:20])
     assert counted == (f"<think>\n\n</think>\n\n{last}" if thinks else first + last)
 
 
