@@ -179,8 +179,10 @@ def check_complete(checkpoint: Checkpoint, info: dict) -> None:
         log.warning("%s: %d tensors are not used: %s ...", checkpoint, len(unused), unused[0])
 
 
-def stored_size(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return how many tensors, and bytes, the weights of a local checkpoint are; else 0."""
-    files = [*Path(checkpoint.name).glob("*.safetensors")]
-    tensors = sum(len(safe_open(file, framework="pt").keys()) for file in files)
-    return tensors, sum(file.stat().st_size for file in files)
+def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """Return {name of a tensor: the file that holds it} of a local checkpoint; else nothing."""
+    names: dict[str, str] = {}
+    for file in sorted(Path(checkpoint.name).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            names |= dict.fromkeys(stored.keys(), str(file))
+    return names

@@ -27,7 +27,7 @@ from lib.model.access import (
     check_complete,
     check_folder,
     quantisation,
-    stored_size,
+    stored_names,
 )
 from lib.model.dtypes import SaveDtypes
 from lib.model.quantised import keep_bnb_layout
@@ -162,8 +162,9 @@ def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
     Raises UserError where it can't be built, or is far larger than a local folder's weights.
     """
     checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
-    stored, n_bytes = stored_size(checkpoint)
-    tensors, weights = MOST_TENSORS * stored, MOST_WEIGHTS * n_bytes
+    stored = stored_names(checkpoint)
+    n_bytes = sum(map(os.path.getsize, set(stored.values())))
+    tensors, weights = MOST_TENSORS * len(stored), MOST_WEIGHTS * n_bytes
 
     def on_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal tensors, weights
@@ -171,7 +172,7 @@ def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
         if stored and min(tensors, weights) < 0:
             raise UserError(
                 f"{checkpoint}: its config.json describes a far larger model than its weights, "
-                f"{stored} tensors in {n_bytes} bytes; these do not belong together"
+                f"{len(stored)} tensors in {n_bytes} bytes; these do not belong together"
             )
 
     with (

@@ -51,19 +51,21 @@ the folder of the project that wrote them. The kernels are for x86-64 with AVX2 
 elsewhere the weights become dense when they are loaded. Other engines read dense weights, which
 `langprune unpack {} {}-dense` makes.
 """
-GGUF = """\
+CONVERTED = """\
 ---
-{0}
+{data}
 ---
-{1}, as GGUF ({2})
-{3}
+{title}, as {what}
+{text}
 ## How to run it
 
 ```bash
-llama-cli -m {4}{5}
-echo FROM ./{4} > Modelfile && ollama create NAME -f Modelfile && ollama run NAME
+{how}
 ```
 """
+GGUF = """\
+llama-cli -m {0}{1}
+echo FROM ./{0} > Modelfile && ollama create NAME -f Modelfile && ollama run NAME"""
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ".4f"),
@@ -113,6 +115,21 @@ def gguf_card(folder: str, file: Path, kind: str, chats: bool = False) -> str:
     Licence, base model, languages and data sets are those of the folder's card, as is its text
     where a run has written it.
     """
+    changed = "its embedding and head alone"
+    how = GGUF.format(shlex.quote(file.name), " --jinja -cnv" * chats)  # as a dialogue
+    return _converted(folder, f"GGUF ({kind})", "gguf", kind, changed, (), how)
+
+
+def export_card(folder: str, new: str, to: str, engine: Any, proof: Sequence[str]) -> str:
+    """Return the card of the folder `new` for an engine, with `proof`; see lib/commands/export."""
+    name = shlex.quote(Path(new).name)
+    how = f"{engine.how.format(name)}\nhf upload USER/{name} {name}"
+    return _converted(folder, to, to, "q4_0", engine.changed, proof, how)
+
+
+def _converted(
+    folder: str, what: str, tag: str, kind: str, changed: str, proof: Sequence[str], how: str
+) -> str:
     title, text = f"# {Path(folder).resolve().name}", ""
     try:
         card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
@@ -123,16 +140,16 @@ def gguf_card(folder: str, file: Path, kind: str, chats: bool = False) -> str:
         text = text.partition(f"\n{HEADING}\n")[0]
         text += f"The figures are those of the model that was converted, before {kind}"
         exact = kind == "q4_0" and kind in card.data.tags
-        text += ", which has changed its embedding and head alone.\n" if exact else ".\n"
+        text += f", which has changed {changed}.\n" if exact else ".\n"
+    text += "".join(f"\n- {line}" for line in proof) + "\n" * bool(proof)
     kept = ("license", "license_name", "license_link", "base_model", "language", "datasets")
     data = ModelCardData(
         pipeline_tag="text-generation",
         base_model_relation="quantized" if card.data.get("base_model") else None,
-        tags=list(dict.fromkeys([*(card.data.tags or []), "gguf"])),
+        tags=list(dict.fromkeys([*(card.data.tags or []), tag])),
         **{name: card.data.get(name) for name in kept},
     )
-    how = " --jinja -cnv" * chats  # as a dialogue
-    return GGUF.format(data, title, kind, text, shlex.quote(file.name), how)
+    return CONVERTED.format(data=data, title=title, what=what, text=text, how=how)
 
 
 def _metadata(

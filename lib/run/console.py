@@ -28,6 +28,7 @@ NAME ..., where NAME is one of these; NAME --help lists its flags
   tasks DATA OUT                 tasks for lm-eval from documents, for --tasks and --include_path
   unpack IN OUT                  a packed model as a plain dense one
   gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
+  export OUT NEW --to mlx        the same 4 bits for vLLM, MLX or ONNX; no number changes
 
 In a checkout alone:
   bench                          speed and memory, beside llm-compressor

@@ -130,7 +130,7 @@ def plan_memory(job: Job) -> MemoryPlan:
     windows = 0 if texts.windows is None else len(texts.windows)
     windows = len(range(windows)[dist.share(windows)])
     hidden = 2 * windows * job.seqlen * width * dtype.itemsize  # pruned and dense stream
-    left = free - teacher - (3 * weights // len(blocks) if fetched else weights)
+    left = free - teacher - (2 * weights // len(blocks) if fetched else weights)
     on_device = not gpu or 4 * hidden < left
     batch = job.batch_size * job.seqlen * width * dtype.itemsize
     trained = _trained_bytes(blocks, args.recover_rank, dtype)

@@ -6,6 +6,7 @@ model folder.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -41,7 +42,7 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # texts m
 
 
 def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arguments: Any) -> Any:
-    """Return `function(**arguments)` of this file, called in a child; all travels as JSON.
+    """Return `function(**arguments)` of any module, called in a child; all travels as JSON.
 
     Raises UserError, `what` and one line, if it fails or does not end in the time that `size` bytes
     of weights take.
@@ -49,7 +50,7 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
     seconds = LIMIT + size / PACE
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "answer.json"
-        command, environment = started_by(__name__, function.__name__, file)
+        command, environment = started_by(__name__, function.__module__, function.__name__, file)
         try:
             process = subprocess.run(
                 command,
@@ -74,10 +75,11 @@ def run_child(what: str, function: Callable[..., Any], *, size: float = 0, **arg
     raise UserError(f"{what}: {reason}")
 
 
-def _answer(name: str, file: str) -> None:
+def _answer(module: str, name: str, file: str) -> None:
     """Call the function `name` in the child; an error becomes one line for the user."""
     try:
-        answer = {"result": globals()[name](**json.load(sys.stdin))}
+        function = getattr(importlib.import_module(module), name)
+        answer = {"result": function(**json.load(sys.stdin))}
     except Exception as error:  # noqa: BLE001  converters raise anything; users read one line
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         answer = {"error": kind + " ".join(str(error).split())}
