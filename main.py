@@ -71,6 +71,8 @@ def run(job: Job) -> dict[str, Any]:
         if not job.dist.is_main:
             return {}
         results["completions"] = completions.records()
+        if answers := completions.answers():
+            results["answers"] = answers
         steps.record(job, runner)
         print_summary(results)
         if job.args.tasks:

@@ -48,10 +48,11 @@ def perplexities(
     `perplexity`: exp of the mean over windows of each window's mean negative log-likelihood, with
     its `standard_error` from the spread over windows (nan for a single one); `nats`: that of all
     predicted tokens together. With `reference`, over `compared_windows` windows: `dense_nats` and
-    `own_nats`, both models' mean negative log-likelihood of a token; `loss_change`, the mean of
-    their difference window by window; `kl`, the mean KL(dense || model) in nats a token; and
-    `top1_agreement`, the share of positions where both have the same most likely token; the last
-    three with their standard errors. `only_compared`: all figures are of these windows.
+    `own_nats`, both models' mean negative log-likelihood of a token; `dense_sum_nats`, the dense
+    one's sum; `loss_change`, the mean of their difference window by window; `kl`, the mean
+    KL(dense || model) in nats a token; and `top1_agreement`, the share of positions where both have
+    the same most likely token; the last three with their standard errors. `only_compared`: all
+    figures are of these windows.
 
     The ranks of `runner.dist` share the windows, as they did for `reference`. `on_progress` is
     called with the number of this rank's windows that are done. UserError where a loss is not
@@ -108,6 +109,7 @@ def _means(
             means[f"{name}_standard_error"] = _standard_error(values[chosen])
         means["compared_windows"] = len(chosen)
         means["dense_nats"] = dense[chosen].mean().item()
+        means["dense_sum_nats"] = (dense * counts.to(dense.device))[chosen].sum().item()
         means["own_nats"] = losses[chosen].mean().item()
     return means
 

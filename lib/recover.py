@@ -272,6 +272,8 @@ class Recoverer:
         return [
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
+            + ", the teacher alone"
+            * (not schedule.share)
         ] + [
             f"recovery: {source['name']} has {source['windows']} windows of train text, which are "
             f"read {source['passes']} times"

@@ -36,7 +36,7 @@ from lib.commands.compress_plan import (
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
-from lib.data.sources import PART, parse_source
+from lib.data.sources import PART, parse_source, parse_sources
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import RESULTS, read_results
@@ -59,6 +59,7 @@ SMALLER = {  # what removes as much as --megabytes asks for
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
+FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # that are worth it; that are held out
 OWN_FLAGS = (
     "calibration_data eval_only recover save save_model resume offload trim_vocabulary".split()
 )
@@ -201,6 +202,49 @@ def fetch_text(it: Compression) -> None:
         it.keep()
 
 
+def answer_prompts(it: Compression) -> None:
+    """Let a chat model write the dialogues that it is compressed on, where the data has none.
+
+    Leaves them in dialogues/, of which the last ones are a test; two thirds of the data are they.
+    """
+    from lib.data.documents import are_dialogues, read_documents
+    from lib.model.access import Checkpoint
+    from lib.model.pretrained import load_tokenizer
+    from lib.run.texts import default_tests
+
+    args, folder = it.args, it.folder / "dialogues"
+    it.tests = args.eval_data
+    if it.kept["planned"] or not args.dialogues or "--no_template" in it.passed_on:
+        return
+    column = build_parser().parse_args(["--model", args.model, *it.passed_on]).column
+    sources = parse_sources(it.data, "--data", mixture=True, column=column)
+    if not load_tokenizer(Checkpoint(args.model, **it.options)).chat_template or any(
+        are_dialogues(read_documents(source, "train")[0]) for source in sources
+    ):
+        return
+    it.announce("A chat model: it answers prompts, to be compressed on what it says")
+    it.keep()
+    written = it.folder / "dialogues.jsonl"
+    flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", it.device]
+    of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
+    for prompts in [*of_people, [source.text for source in sources]]:
+        own = ["--data", *prompts, "--column", column, *flags]
+        if not call("lib.commands.dialogues", args.model, written, *own):
+            break
+    rows = written.read_text("utf-8").splitlines(keepends=True) if written.is_file() else []
+    if len(rows) < FEW_DIALOGUES:
+        print(f"{len(rows)} dialogues are too few; it is compressed on plain text", flush=True)
+        return
+    folder.mkdir(exist_ok=True)
+    held_out = min(TEST_DIALOGUES, len(rows) // 4)
+    write_text(folder / "train.jsonl", "".join(rows[:-held_out]))
+    write_text(folder / "test.jsonl", "".join(rows[-held_out:]))
+    it.tests = it.tests or [*default_tests(sources), str(folder)]
+    total = sum(source.weight or 1 for source in sources)
+    it.data = [f"{each.text}={(each.weight or 1) / total:.6g}" for each in sources]
+    it.data.append(f"{folder}=2")
+
+
 def plan(it: Compression) -> None:
     """Choose what is removed, and plan the time by a rehearsal. Leaves plan.json, and tests/.
 
@@ -218,7 +262,7 @@ def plan(it: Compression) -> None:
     trained = ["--model", args.model, "--trim_vocabulary", "--calibration_data"]
     flags = [*common, *trained, *it.data, *it.format, "--nsamples", str(windows)]
     flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known
-    flags += ["--eval_data", *args.eval_data] if args.eval_data else []
+    flags += ["--eval_data", *it.tests] if it.tests else []
     flags += [*it.passed_on, "--save_model", it.out]
     job = check_job(flags, args.recover, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
     check_room(job, "--save", it.folder)
@@ -278,7 +322,7 @@ def measure_dense(it: Compression) -> None:
     it.announce("Measuring the model as it is")
     flags = without(it.passed_on, (*PRUNING_FLAGS, "vocabulary_data"))
     flags = ["--model", it.args.model, *it.kept["common"], *flags]
-    it.run([*flags, "--eval_data", *it.kept["tests"], "--eval_only"], DENSE)
+    it.run([*flags, "--prompts", "0", "--eval_data", *it.kept["tests"], "--eval_only"], DENSE)
 
 
 def make_small(it: Compression) -> None:
@@ -344,7 +388,8 @@ def compare(it: Compression) -> None:
         raise UserError(f"{it.gguf}: not written, see above; the model is saved in {it.out}")
 
 
-STEPS = (check, fetch_text, plan, measure_dense, make_small, complete_card, convert, compare)
+STEPS = (check, fetch_text, answer_prompts, plan, measure_dense, make_small)
+STEPS += (complete_card, convert, compare)
 
 
 def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
@@ -370,6 +415,10 @@ def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> 
         rows.append([f"bits per byte, {name}", *bits])
         same = [f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}" for one in shown[1:]]
         rows.append([f"KL to dense; same first choice, {name}", "", *same])
+    for each in small.get("answers", []):
+        ended = (str(each[model]["ended"]) for model in ("dense", "model"))
+        rows.append([f"of {each['prompts']} answers end, {each['test']}", *ended])
+        rows[-1][2:2] = [""] * bool(rounded)
     early = "pruned" if small["sparsity_type"] else "rounded"
     head = ["", "dense", *([f"{early}, not trained"] if rounded else []), "small"]
     head += ["small in llama.cpp"] * (len(models) > 2)
@@ -415,6 +464,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--minutes", "time for all of it (default: 30)", type=POSITIVE, default=30)
     text = "train on so many, 0 for none (default: as many as --minutes leave time for)"
     add("--recover", text, type=NATURAL, metavar="TOKENS")
+    text = "that a chat model writes, to be compressed on (default: 256; 0 for none)"
+    add("--dialogues", text, type=NATURAL, default=256, metavar="N")
     text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
     text += "sparse kernels (default: any)"
     add("--for", text, dest="target", choices=PLANS, default=ANY)

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lib.data.chats import Dialogue, row_of
 from lib.data.documents import PIECE_CHARACTERS, pieces_of, read_documents
 from lib.methods.sparsity import EXPERTS
 from lib.util.errors import UserError
@@ -139,15 +140,18 @@ def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
         texts = list(test_documents(source, read_documents(source, "test")[0]))
         random.Random(0).shuffle(texts)
         left = math.ceil(test.bytes * max(share, 2 / len(test.windows)))
+        if test.dialogues:  # all of them, or two where few windows are measured
+            texts, left = texts[: None if share else 2], math.inf
         files.append(str(folder / (re.sub(r"[^\w.-]+", "_", test.name) + ".jsonl")))
         lines = []
         while left > 0 and texts:
             text = texts.pop()
-            if len(text.encode()) > left and len(text) > PIECE_CHARACTERS:
+            whole = isinstance(text, Dialogue) or len(text) <= PIECE_CHARACTERS
+            if len(text.encode()) > left and not whole:
                 texts += reversed(pieces_of(text))  # by which training leaves them out
                 continue
             left -= len(text.encode())
-            row = {"text": text, job.args.column: text}  # for gguf and for main.py
+            row = row_of(text, job.args.column)  # for gguf and for main.py
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_text(Path(files[-1]), "".join(lines))
     return files

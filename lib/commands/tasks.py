@@ -22,6 +22,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pairs", metavar="FILE", help="JSON lines with `good` and `bad`")
     args = parser.parse_args(argv)
     check_writable("OUT", args.out)
-    source = parse_source(args.data, "DATA", args.column)
+    source = replace(parse_source(args.data, "DATA", args.column), as_text=True)
     questions = last_words(read_documents(source, "test")[0], args.seed)
     if not questions:
         raise source.error(

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lib.data.chats import Dialogue
 from lib.data.documents import read_documents
 from lib.data.sources import Source
+from lib.data.templates import text_by
 from lib.util.progress import progress
 
 HUB_CHARACTERS = 100_000_000  # counted of a hub set; local text is counted whole
@@ -44,7 +46,7 @@ def count_tokens(
         what = f"counting tokens of {source.name}"
         with progress(total, what, "text", rank == 0) as on_progress:
             for batch in batches(documents, limit):
-                own = batch[rank::size]
+                own = [text_by(tokenizer, each) for each in batch[rank::size]]
                 encodings = backend.encode_batch_fast(own, add_special_tokens=False)
                 ids = torch.tensor([i for e in encodings for i in e.ids], dtype=torch.long)
                 counts += torch.bincount(ids, minlength=n_tokens)
@@ -52,7 +54,9 @@ def count_tokens(
     return counts
 
 
-def batches(texts: Iterable[str], limit: float = math.inf) -> Iterator[list[str]]:
+def batches(
+    texts: Iterable[str | Dialogue], limit: float = math.inf
+) -> Iterator[list[str | Dialogue]]:
     """Yield lists of at least BATCH_CHARACTERS characters until `limit` characters were read."""
     batch, size = [], 0
     for text in texts:
@@ -69,7 +73,7 @@ def batches(texts: Iterable[str], limit: float = math.inf) -> Iterator[list[str]
 
 
 def compare_tokenizers(
-    texts: Iterable[str],
+    documents: Iterable[str | Dialogue],
     before: PreTrainedTokenizerBase,
     after: PreTrainedTokenizerBase,
     rows: Tensor,
@@ -84,7 +88,7 @@ def compare_tokenizers(
     n_documents = n_alike = n_before = n_after = 0
     damaged, old_ids = None, rows.tolist()
     backends = plain_backend(before), plain_backend(after)
-    for batch in batches(texts):
+    for batch in batches(text_by(before, document) for document in documents):
         cut, read = [], []  # ids and decoded texts of both tokenizers
         for backend in backends:
             encodings = backend.encode_batch_fast(batch, add_special_tokens=False)

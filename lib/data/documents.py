@@ -12,10 +12,11 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lib.data import hub
+from lib.data.chats import COLUMNS, Dialogue
 from lib.data.encodings import conversion
 from lib.data.sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
 from lib.util.errors import first_line
@@ -32,11 +33,11 @@ log = logging.getLogger(__name__)
 
 def read_documents(
     source: Source, split: str
-) -> tuple[list[str] | hub.Column | hub.StreamedRows, str | None]:
+) -> tuple[list[str | Dialogue] | hub.Column | hub.StreamedRows, str | None]:
     """Return the documents of a split (`train` or `test`) and their revision (hub commit or None).
 
-    The documents are a sequence of texts, or of a streamed set an iterable of them. Raises
-    UserError for whatever is wrong with the data.
+    The documents are a sequence of texts and dialogues, or of a streamed set an iterable of them.
+    Raises UserError for whatever is wrong with the data.
     """
     if source.hub:
         return hub.load(source, split)
@@ -66,7 +67,7 @@ def read_documents(
     return source.read[split], None
 
 
-def part(source: Source, texts: list[str], split: str) -> list[str]:
+def part(source: Source, texts: list[str | Dialogue], split: str) -> list[str | Dialogue]:
     """Return the tenth of the documents that is held apart (`test`), or the others (`train`).
 
     It is the tenth with the lowest digests, so that order and copies do not matter. Raises
@@ -86,12 +87,19 @@ def part(source: Source, texts: list[str], split: str) -> list[str]:
     return [text for text, digest in pairs if (digest <= last) == (split == "test")]
 
 
-def pieces_of(text: str) -> list[str]:
+def are_dialogues(documents: Iterable[str | Dialogue]) -> bool:
+    """Return whether the first document is a dialogue."""
+    return isinstance(next(iter(documents), None), Dialogue)
+
+
+def pieces_of(text: str | Dialogue) -> list[str | Dialogue]:
     """Return a text in pieces of 2,000 to PIECE_CHARACTERS characters, if it has so many."""
+    if isinstance(text, Dialogue):
+        return [text]
     return [piece.strip() for piece in PIECE.findall(text) if piece.strip()]
 
 
-def _not_measured(source: Source, texts: list[str]) -> Iterator[str]:
+def _not_measured(source: Source, texts: list[str | Dialogue]) -> Iterator[str | Dialogue]:
     """Yield the texts, of some only pieces, without what stands in the source's test texts."""
     tests = [text for test in source.tests for text in read_documents(test, "test")[0]]
     measured = {text.strip() for text in tests}.union(*map(pieces_of, tests))
@@ -132,7 +140,7 @@ def _files_of(source: Source, split: str) -> list[Path]:
     return paths
 
 
-def _read(source: Source, path: Path) -> Iterator[str | None]:
+def _read(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
         yield from kinds.get(path.suffix, _json_lines)(source, path)
@@ -148,7 +156,7 @@ def _damaged(source: Source, path: Path, error: Exception) -> Exception:
     return source.error(f"{path} can't be read ({first_line(error)}); is it damaged?")
 
 
-def _json_lines(source: Source, path: Path) -> Iterator[str | None]:
+def _json_lines(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
     """Yield the text of each row; a line ends at "\\n" alone, and blank lines are no rows."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
@@ -169,7 +177,7 @@ def _json_lines(source: Source, path: Path) -> Iterator[str | None]:
             yield text_of(source, row, place)
 
 
-def _csv(source: Source, path: Path) -> Iterator[str | None]:
+def _csv(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
     """Yield the text of each row of a table with a header, separated by commas, ";" or tabs."""
     csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:
@@ -185,20 +193,24 @@ def _csv(source: Source, path: Path) -> Iterator[str | None]:
             raise source.error(problem) from None
 
 
-def _parquet(source: Source, path: Path) -> Iterator[str | None]:
+def _parquet(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
     from pyarrow import ArrowException, parquet
 
-    column = source.column
     try:
         schema = parquet.read_schema(path)
-        if column not in schema.names:
+        names = schema.names if source.column not in schema.names else [source.column]
+        columns = [name for name in names if name == source.column or name in COLUMNS]
+        if not columns:
             text_of(source, dict.fromkeys(schema.names), path)  # which says so
         # a text that is repeated is in memory once, but nested values can't be read so
-        repeated = [] if schema.types[schema.names.index(column)].num_fields else [column]
+        nested = {name for name in columns if schema.field(name).type.num_fields}
+        repeated = [name for name in columns if name not in nested]
         with parquet.ParquetFile(path, read_dictionary=repeated) as file:
-            batches = file.iter_batches(columns=[column])
-            for number, value in enumerate(value for batch in batches for value in batch.column(0)):
-                yield text_of(source, {column: value.as_py()}, f"{path}, row {number}")
+            batches = file.iter_batches(columns=columns)
+            rows = (row for batch in batches for row in zip(*batch.columns, strict=True))
+            for number, row in enumerate(rows):
+                values = zip(columns, (value.as_py() for value in row), strict=True)
+                yield text_of(source, dict(values), f"{path}, row {number}")
     except (ArrowException, UnicodeDecodeError) as error:
         raise _damaged(source, path, error) from error
 

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lib.data.chats import COLUMNS, Dialogue, row_of
+from lib.data.languages import codes_of
 from lib.data.sources import Source, text_of
 from lib.util.errors import UserError
 from lib.util.files import staged_folder
@@ -34,7 +36,7 @@ class Texts:
     first: int
     location: object
 
-    def text(self, row: dict, number: int) -> str:
+    def text(self, row: dict, number: int) -> str | Dialogue:
         """Return the text of a row, which null leaves empty. Raises UserError for another type."""
         return text_of(self.source, row, f"row {number}") or ""
 
@@ -45,7 +47,7 @@ class Column(Texts, Sequence):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> str:
+    def __getitem__(self, row: int) -> str | Dialogue:
         return self.text(self.rows[row], row)
 
     def check(self) -> None:
@@ -56,10 +58,10 @@ class Column(Texts, Sequence):
 class StreamedRows(Texts):
     """Texts of a streamed set, in its own order."""
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str | Dialogue]:
         return self._texts(self.first)
 
-    def _texts(self, first: int) -> Iterator[str]:
+    def _texts(self, first: int) -> Iterator[str | Dialogue]:
         count = 0
         with _as_user_error(self.source):
             for row in self.rows:
@@ -104,9 +106,12 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
                 f"{source.hub}:{source.config or ''}:SPLIT"
             )
         rows = sets[name]
+        if source.language:
+            codes = codes_of(source.language)
+            rows = rows.filter(lambda row: row["language_code"] in codes)
         columns = rows.column_names  # None for a stream of files without a schema
-        if columns and source.column not in columns:
-            raise source.error(f"no column {source.column!r}; there are: {', '.join(columns)}")
+        if columns and source.column not in columns and not COLUMNS.intersection(columns):
+            text_of(source, dict.fromkeys(columns), source.hub)  # which says so
         parted = split == "train" and not (source.split or any(t in sets for t in TESTS))
         first = TEST_DOCUMENTS if source.stream and parted else 0
         location = (source.hub, source.config, options.get("data_files", {}).get(name), name, first)
@@ -127,7 +132,7 @@ def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:
                 progress(limit, f"reading {source.name}, {split}", "character") as on_progress,
             ):
                 for text in texts:
-                    file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+                    file.write(json.dumps(row_of(text), ensure_ascii=False) + "\n")
                     on_progress(len(text))
                     count += len(text)
                     if count >= limit:

@@ -6,7 +6,10 @@ It names the individual language where a tag may mean several, and Chinese scrip
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections import Counter
+from collections.abc import Set
 
 from lib.util.errors import UserError
 
@@ -25,6 +28,35 @@ SCRIPTS = {"Hans": "Hani", "Hant": "Hani", "Kore": "Hang"}
 def script(letter: str) -> str:
     """Return the script of a letter, by its name in Unicode, such as `LATIN`."""
     return unicodedata.name(letter, "").partition(" ")[0]
+
+
+def script_of(text: str) -> str | None:
+    """Return the script of most letters of a text."""
+    letters = Counter(script(letter) for letter in text if letter.isalpha())
+    return max(letters, key=letters.get, default=None)
+
+
+def words_of(text: str) -> list[str]:
+    return re.findall(r"[^\W\d_]+", text.casefold())
+
+
+def is_in(written: str | None, known: Set[str], text: str) -> bool:
+    """Return whether a text is in a script and, if that is Latin, half of its words are known."""
+    words = words_of(text)
+    if not words or script_of(text) != written:
+        return bool(text.strip() and not words)
+    return written != "LATIN" or sum(word in known for word in words) >= len(words) / 2
+
+
+def codes_of(tag: str) -> set[str]:
+    """Return the names of a language in ISO 639-3, itself and as an individual one."""
+    from langcodes import Language
+
+    try:
+        code = Language.get(tag).to_alpha3()
+    except (LookupError, ValueError):
+        code = tag
+    return {code, INDIVIDUAL.get(code, code)}
 
 
 def language_text(tag: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,10 @@ class Sample:
 
     ids: Tensor  # (tokens,), int64
     mask: Tensor | None = None  # (tokens,), bool
+
+    @property
+    def uncounted(self) -> Sample:
+        return Sample(self.ids, torch.zeros_like(self.ids).bool())
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,10 @@ class Windows:
 
     def __getitem__(self, rows: slice | Tensor) -> Windows:
         return Windows(*(each if each is None else each[rows] for each in vars(self).values()))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.ids.shape
 
     @property
     def counted(self) -> Tensor:
@@ -62,6 +70,34 @@ def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -
         ids = with_bos(ids, bos)
     positions = places - places[:, :1]
     return Windows(ids, mask & (positions > 0), positions)  # nothing foretells a beginning
+
+
+def packed(samples: Iterable[Sample], seqlen: int) -> Iterator[Windows]:
+    """Yield windows of whole samples each, and of long ones cut, in which something counts.
+
+    A window is filled up by the next sample, which counts in the window after it alone.
+    """
+    begun: list[Sample] = []
+    first = None
+    for sample in samples:
+        masks = torch.ones_like(sample.ids).bool() if sample.mask is None else sample.mask
+        for piece in map(Sample, sample.ids.split(seqlen), masks.split(seqlen)):
+            first = first or piece
+            length = sum(len(each.ids) for each in begun)
+            if begun and length + len(piece.ids) > seqlen:
+                yield from _filled(begun, piece, seqlen)
+                begun = []
+            begun.append(piece)
+    if begun:
+        yield from _filled(begun, first, seqlen)
+
+
+def _filled(begun: list[Sample], more: Sample, seqlen: int) -> Iterator[Windows]:
+    missing = seqlen - sum(len(sample.ids) for sample in begun)
+    fillers = [more.uncounted] * -(-missing // len(more.ids))
+    window = windows_of([*begun, *fillers], seqlen)[:1]
+    if window.counted[:, :-1].any():
+        yield window
 
 
 def prepend(windows: Tensor, bos: int) -> Tensor:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+from lib.data.chats import SHAPES, Dialogue, dialogue_of
 from lib.util.errors import UserError
 
 ONCE = "once"  # a document gives at most one window (UberText's rule)
@@ -49,6 +50,7 @@ class Source:
     config: str | None = None
     split: str | None = None  # None: train to calibrate, test or validation to measure
     column: str = "text"
+    language: str | None = None  # of the rows that are read, by their `language_code`
     train_file: str | None = None  # a single file of the hub set, in place of a whole split
     test_file: str | None = None
     stream: bool = False
@@ -56,6 +58,7 @@ class Source:
     sampled: bool = False
     separator: str = "\n\n"  # between the documents of the test text
     parted: bool = False  # a tenth of the local documents is the test, the others are for training
+    as_text: bool = False  # dialogues are read as plain text
     tests: tuple[Source, ...] = ()  # local ones: what they hold is not read for training
     read: dict = field(default_factory=dict, compare=False, repr=False)  # local texts, by split
 
@@ -79,6 +82,7 @@ BUILT_IN: dict[str, dict] = {
     "fineweb": dict(hub="HuggingFaceFW/fineweb", config="sample-10BT", **STREAMED),
     "fineweb2:LANGUAGE": dict(hub="HuggingFaceFW/fineweb-2", config="{}", **STREAMED),
     "wikipedia:LANGUAGE": dict(hub="wikimedia/wikipedia", config="20231101.{}", **STREAMED),
+    "aya:LANGUAGE": dict(hub="CohereLabs/aya_dataset", language="{}"),
     "wikitext2": dict(hub="Salesforce/wikitext", config="wikitext-2-raw-v1", draw=JOINED),
 }
 
@@ -157,13 +161,23 @@ def folder_files(path: Path, split: str) -> list[Path]:
     return []
 
 
-def text_of(source: Source, row: Mapping[str, object], place: object) -> str | None:
-    """Return the row's text, None for null. Raises UserError if no tokenizer can take it."""
-    if source.column not in row:
-        columns = ", ".join(map(str, row)) or "none"
-        problem = f"{place}: no column {source.column!r}; there are: {columns}"
-        raise source.error(f"{problem}; name one by --column")
-    text = row[source.column]
+def text_of(source: Source, row: Mapping[str, object], place: object) -> str | Dialogue | None:
+    """Return the row's text or dialogue, None for null. UserError if no tokenizer can take it."""
+    text = row.get(source.column)
+    has_messages = isinstance(text, list) and all(isinstance(each, dict) for each in text)
+    if source.column not in row or has_messages:
+        try:
+            dialogue = dialogue_of(row, source.column)
+            if not (dialogue and source.as_text):
+                return dialogue
+            text = "\n\n".join(message["content"] for message in dialogue.messages)
+        except LookupError:
+            columns = ", ".join(map(str, row)) or "none"
+            problem = f"{place}: no column {source.column!r}; there are: {columns}"
+            problem += f"; name one by --column, or give dialogues: {SHAPES}"
+            raise source.error(problem) from None
+        except ValueError as error:
+            raise source.error(f"{place}: {error}") from None
     if text is None:
         return None
     if not isinstance(text, str):
@@ -213,7 +227,8 @@ def _built_in(text: str, flag: str) -> Source | None:
     entry = BUILT_IN.get(f"{name}:LANGUAGE")
     if not (entry and language):
         return None
-    return Source(text, flag, text, **entry | {"config": entry["config"].format(language)})
+    place = "language" if "language" in entry else "config"
+    return Source(text, flag, text, **entry | {place: entry[place].format(language)})
 
 
 def _on_hub(text: str, flag: str, column: str) -> Source | None:
@@ -222,7 +237,7 @@ def _on_hub(text: str, flag: str, column: str) -> Source | None:
     hub, *parts = text.split(":")
     config, split, own_column = [part or None for part in (*parts, "", "", "")[:3]]
     place = {"hub": hub, "config": config} if config else {"hub": hub}
-    entries = [e for e in BUILT_IN.values() if "train_file" not in e]
+    entries = [e for e in BUILT_IN.values() if not e.keys() & {"train_file", "language"}]
     same = (e for e in entries if place == {k: e[k] for k in ("hub", "config") if k in e})
     rules = next(same, STREAMED) | place | dict(split=split, column=own_column or column)
     return Source(text, flag, text.partition("/")[2], **rules)

@@ -26,6 +26,7 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lib.data.templates import examples
 from lib.data.tokenizer_model import BYTE_TOKENS, CHECK, check_of
 from lib.util.errors import UserError
 from lib.util.token_ids import map_token_ids
@@ -179,10 +180,15 @@ class TrimmableTokenizer:
         return ids
 
     def template_ids(self) -> set[int]:
-        """Return the tokens of the chat templates: of literals, text outside tags, and roles."""
+        """Return the tokens of the chat templates: of literals, text outside tags, and examples."""
         if not self.tokenizer.chat_template:
             return set()
         texts = [*ROLES, *template_texts(self.tokenizer, self.name)]
+        try:
+            for follows in (False, True):
+                texts += [text for *_, text in examples(self.tokenizer, follows)]
+        except UserError as error:  # nobody has asked for dialogues
+            log.warning("%s", error)
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
         return {index for each in ids for index in each}
 

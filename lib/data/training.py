@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.documents import read_documents
-from lib.data.samples import Sample, Windows, join, windows_of
+from lib.data.chats import Dialogue
+from lib.data.documents import are_dialogues, read_documents
+from lib.data.samples import Sample, Windows, as_windows, join, windows_of
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
     STREAM_LIMIT,
@@ -27,8 +28,9 @@ from lib.data.windows import (
     apportion,
     digest,
     interleave,
+    packed_dialogues,
+    sample_of,
     shuffle_stream,
-    tokenise,
 )
 
 HELD_OUT = (4, 16)  # windows of the training text that are held out, at least and at most
@@ -55,7 +57,7 @@ def training_windows(
     seqlen: int,
     seed: int,
     bos: int | None = None,
-    tests: Sequence[Tensor] = (),
+    tests: Sequence[Tensor | Windows] = (),
 ) -> TrainingText:
     """Cut `count` windows of `seqlen` tokens, and some to hold out, from the sources' train text.
 
@@ -128,17 +130,22 @@ def _cut_windows(
     short: list[Sample] = []  # documents for the next window
     n_tried = n_dropped = n_windows = n_tokens = longest = 0
     documents, revision = read_documents(source, "train")
-    for text in _shuffled_texts(source, documents, rng):
-        short.append(Sample(tokenise(tokenizer, text, bos)))
-        length = len(short[-1].ids)
-        n_tried, n_tokens, longest = n_tried + 1, n_tokens + length, max(longest, length)
-        if length >= seqlen:
-            samples = [short.pop()]
-        elif sum(len(sample.ids) for sample in short) >= seqlen:
-            samples, short = short, []
-        else:
-            continue
-        cut = windows_of(samples, seqlen, bos)
+
+    def cut_texts() -> Iterator[Windows]:
+        nonlocal short, n_tried, n_tokens, longest
+        for text in texts:
+            short.append(sample_of(tokenizer, text, bos))
+            length = len(short[-1].ids)
+            n_tried, n_tokens, longest = n_tried + 1, n_tokens + length, max(longest, length)
+            if length >= seqlen:
+                yield windows_of([short.pop()], seqlen, bos)
+            elif sum(len(sample.ids) for sample in short) >= seqlen:
+                yield windows_of(short, seqlen, bos)
+                short = []
+
+    texts = _shuffled_texts(source, documents, rng)
+    chat = are_dialogues(documents)
+    for cut in packed_dialogues(source, tokenizer, texts, seqlen, bos) if chat else cut_texts():
         groups.append(cut[~overlap.found_in(cut.ids)])
         n_dropped += len(cut) - len(groups[-1])
         n_windows += len(groups[-1])
@@ -150,6 +157,8 @@ def _cut_windows(
             raise source.error("its train text is part of the test text; recover on other texts")
         problem = f"its {n_tried} texts give {n_windows} windows of {seqlen} tokens to recover on, "
         problem += f"two are needed; the longest has {longest}, use a smaller --seqlen or more text"
+        if chat:
+            raise source.error(f"its dialogues give {n_windows} windows to recover on; give more")
         raise TextTooShort(source, problem, max(longest // 2, n_tokens // 6))
     wanted = n_held
     if n_windows < share + n_held:
@@ -166,7 +175,9 @@ def _cut_windows(
     return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped, revision
 
 
-def _shuffled_texts(source: Source, documents: Iterable[str], rng: random.Random) -> Iterator[str]:
+def _shuffled_texts(
+    source: Source, documents: Iterable[str | Dialogue], rng: random.Random
+) -> Iterator[str | Dialogue]:
     if source.stream:
         yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
     elif source.draw == JOINED:
@@ -182,12 +193,18 @@ class OverlapFilter:
     A passage is known by a sum of its tokens times fixed random factors, modulo 2^64.
     """
 
-    def __init__(self, tests: Sequence[Tensor], seqlen: int, bos: int | None) -> None:
+    def __init__(self, tests: Sequence[Tensor | Windows], seqlen: int, bos: int | None) -> None:
         self.length = min(PASSAGE, seqlen // 2)
         generator = torch.Generator().manual_seed(0)
         self.factors = torch.randint(1, 2**62, (self.length,), generator=generator).tolist()
         first = 0 if bos is None else 1
-        sums = [self._sums(test[:, first:])[:, :: self.length].flatten() for test in tests]
+        sums = []
+        for test in map(as_windows, tests):
+            passages = self._sums(test.ids[:, first:])
+            if test.mask is None:
+                sums.append(passages[:, :: self.length].flatten())
+            else:  # what every dialogue begins with is no passage of the test
+                sums.append(passages[test.mask[:, first:].unfold(1, self.length, 1).all(-1)])
         # the largest int64 is a sum that ends every search; it is never a passage by chance
         end = torch.tensor([torch.iinfo(torch.long).max])
         self.sums = torch.cat([*sums, end]).unique()  # sorted

@@ -22,9 +22,20 @@ from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lib.data import hub
-from lib.data.documents import read_documents
-from lib.data.samples import Sample, prepend, windows_of, with_bos
+from lib.data.chats import Dialogue
+from lib.data.documents import are_dialogues, read_documents
+from lib.data.samples import (
+    Sample,
+    Windows,
+    as_windows,
+    join,
+    packed,
+    prepend,
+    windows_of,
+    with_bos,
+)
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
+from lib.data.templates import sample_of_dialogue, template_of, text_by
 from lib.util.errors import UserError
 
 BUFFER = 1_000  # documents of a stream that are shuffled among each other
@@ -32,6 +43,7 @@ STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up
 TEST_CHARACTERS = 4_000_000  # read of a large set's test text
 TEST_BYTES = 1024  # of it, times the tokens of a window, are measured: some 256 windows
 PROMPT = 16  # tokens of a prompt
+ASKED = 32  # test dialogues whose prompts are answered
 PROMPT_CHARACTERS = 50 * PROMPT  # of a document that are tokenised for its prompt
 APART = 4  # windows of plain text begin a fourth of a window apart or more, on average
 log = logging.getLogger(__name__)
@@ -52,29 +64,34 @@ def calibration_windows(
     seqlen: int,
     seed: int,
     bos: int | None = None,
-) -> tuple[Tensor, dict]:
+) -> tuple[Tensor | Windows, dict]:
     """Draw windows (nsamples, seqlen), int64, and record where each was drawn from.
 
     Several sources are mixed by weight: apportioned by largest remainder and interleaved; every
     source gives the first windows that it would give alone. With `bos` every window begins with
-    that token, in place of its last one, unless it does so already. Raises UserError if the texts
-    have fewer windows.
+    that token, in place of its last one, unless it does so already. Dialogues are packed, with
+    their own positions and a template's BOS. Raises UserError if the texts have fewer windows.
     """
     assert nsamples > 0 and seqlen > 1
     counts = apportion([s.weight or 1.0 for s in sources], nsamples)
     windows = torch.empty(nsamples, seqlen, dtype=torch.long)
+    positions = torch.arange(seqlen).repeat(nsamples, 1)
     order = torch.tensor(interleave(counts))
     drawn = []
     for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
         if count == 0:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
-        windows[order == index], record = _draw_windows(source, tokenizer, count, seqlen, seed)
+        cut, record = _draw_windows(source, tokenizer, count, seqlen, seed, bos)
+        if isinstance(cut, Windows):
+            positions[order == index], cut = cut.positions, cut.ids
+        elif bos is not None:
+            cut = with_bos(cut, bos)
+        windows[order == index] = cut
         drawn.append(record | {"share": count / nsamples})
-    if bos is not None:
-        windows = with_bos(windows, bos)
     record = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
     record |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
-    return windows, record
+    whole = bool((positions[:, 1:] > 0).all())
+    return windows if whole else Windows(windows, positions=positions), record
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -95,8 +112,13 @@ def interleave(counts: Sequence[int]) -> list[int]:
 
 
 def _draw_windows(
-    source: Source, tokenizer: PreTrainedTokenizerBase, count: int, seqlen: int, seed: int
-) -> tuple[Tensor, dict]:
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    seqlen: int,
+    seed: int,
+    bos: int | None,
+) -> tuple[Tensor | Windows, dict]:
     """Draw windows (count, seqlen) from one source, and record where each was drawn from.
 
     The published loops search endlessly where too few texts are long enough. This one raises
@@ -108,6 +130,15 @@ def _draw_windows(
     lengths: dict[int, int] = {}  # tokens of each text that was tried
     rng = random.Random(seed)
     documents, revision = read_documents(source, "train")
+    if count and are_dialogues(documents):
+        every = _in_other_orders(documents, rng)
+        cut = list(islice(packed_dialogues(source, tokenizer, every, seqlen, bos), count))
+        if len(cut) < count:
+            way_out = f"give more, --nsamples {len(cut)} or a smaller --seqlen"
+            problem = f"its dialogues give {len(cut)} windows of {seqlen} tokens; {way_out}"
+            raise source.error(problem)
+        record = {"name": source.name, "source": source.text, "revision": revision}
+        return join(cut), record | {"windows": count}
     for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng) if count else ():
         lengths[row] = len(ids)
         if len(ids) <= seqlen:
@@ -139,9 +170,48 @@ def _draw_windows(
     return windows, record | {"windows": count, "rows": rows, "starts": starts}
 
 
+def _in_other_orders(
+    documents: Sequence[str | Dialogue] | hub.StreamedRows, rng: random.Random
+) -> Iterator[str | Dialogue]:
+    """Yield each document APART times, as it comes between others."""
+    for _ in range(APART):
+        if isinstance(documents, hub.StreamedRows):
+            yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
+        else:
+            rows = rng.sample(range(len(documents)), len(documents))
+            yield from (documents[row] for row in rows)
+
+
+def packed_dialogues(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[str | Dialogue],
+    seqlen: int,
+    bos: int | None,
+) -> Iterator[Windows]:
+    """Yield the windows of documents, some of them dialogues (`lib.data.samples.packed`).
+
+    At the end, how many the chat template does not take is told.
+    """
+    left_out: dict[str | Dialogue, str] = {}
+
+    def samples() -> Iterator[Sample]:
+        for document in documents:
+            sample = sample_of(tokenizer, document, bos)
+            if len(sample.ids):
+                yield sample
+            elif document:
+                left_out[document] = template_of(tokenizer).problem
+
+    yield from packed(samples(), seqlen)
+    if left_out:
+        what = "%s %s: %d dialogues are left out, which the chat template does not take: %s"
+        log.warning(what, source.flag, source.text, len(left_out), next(iter(left_out.values())))
+
+
 def _drawn_texts(
     source: Source,
-    documents: Sequence[str] | hub.StreamedRows,
+    documents: Sequence[str | Dialogue] | hub.StreamedRows,
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int,
     rng: random.Random,
@@ -153,7 +223,7 @@ def _drawn_texts(
     if isinstance(documents, hub.StreamedRows):  # as they come, each once
         texts = islice(enumerate(documents, documents.first), STREAM_LIMIT)
         for row, text in shuffle_stream(texts, rng):
-            yield row, tokenise(tokenizer, text)
+            yield row, sample_of(tokenizer, text).ids
     elif source.draw == JOINED:
         ids = tokenise(tokenizer, " ".join(documents))
         yield 0, ids
@@ -165,7 +235,7 @@ def _drawn_texts(
             row = rng.randint(0, len(documents) - 1)
             if row in done:
                 continue
-            ids = tokenise(tokenizer, documents[row])
+            ids = sample_of(tokenizer, documents[row]).ids
             if len(ids) <= seqlen or source.draw != AGAIN:
                 done.add(row)
             yield row, ids
@@ -196,10 +266,15 @@ class TestSet:
 
     __test__ = False  # not a class of tests, whatever pytest makes of its name
     name: str
-    windows: Tensor  # (windows, seqlen), int64
+    windows: Tensor | Windows  # (windows, seqlen), int64
     bytes: int
     facts: dict
     prompts: Tensor  # (prompts, tokens), int64
+    dialogues: Sequence[Dialogue] = ()  # whose prompts are answered
+
+    @property
+    def ids(self) -> Tensor:
+        return as_windows(self.windows).ids
 
 
 def test_set(
@@ -219,7 +294,9 @@ def test_set(
     length = min(PROMPT, seqlen // 2)
     documents, revision = read_documents(source, "test")
     texts = test_documents(source, documents)
-    text = source.separator.join(texts)
+    if are_dialogues(texts):
+        return _dialogue_set(source, tokenizer, texts, seqlen, bos, revision)
+    text = source.separator.join(text_by(tokenizer, each) for each in texts)
     if source.sampled:
         text = text.encode()[: TEST_BYTES * seqlen].decode(errors="ignore")
     prompts = _prompts(texts, tokenizer, n_prompts, length, bos)
@@ -248,7 +325,34 @@ def test_set(
     return TestSet(source.name, windows, bytes=covered, facts=facts, prompts=shown)
 
 
-def test_documents(source: Source, documents: Iterable[str]) -> Sequence[str]:
+def _dialogue_set(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str | Dialogue],
+    seqlen: int,
+    bos: int | None,
+    revision: str | None,
+) -> TestSet:
+    """Pack test dialogues into windows, in which only what an assistant says is measured."""
+    cut = list(packed_dialogues(source, tokenizer, texts, seqlen, bos))
+    if not cut:
+        raise source.error("no test dialogue has an answer that the chat template takes")
+    windows = join(cut)
+    counted = windows.counted[:, :-1]
+    answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
+    sizes = [
+        len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode()) for ids in answers
+    ]
+    facts = {"name": source.name, "source": source.text, "revision": revision}
+    facts |= {"windows": len(windows), "seqlen": seqlen, "tokens": windows.ids.numel()}
+    facts |= {"bytes": sum(sizes), "bos": bos, "digest": digest(windows.ids)}
+    facts |= {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
+    no_prompts = windows.ids[:0, : min(PROMPT, seqlen // 2)]
+    asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
+    return TestSet(source.name, windows, sum(sizes), facts, no_prompts, asked)
+
+
+def test_documents(source: Source, documents: Iterable[str | Dialogue]) -> Sequence[str | Dialogue]:
     """Return the documents of an open test split to measure on: the first ones of a large set."""
     if not source.sampled:
         return documents
@@ -277,7 +381,7 @@ def _prompts(
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
         if len(prompts) >= count:
             break
-        ids = tokenise(tokenizer, texts[row][:PROMPT_CHARACTERS], bos)
+        ids = tokenise(tokenizer, text_by(tokenizer, texts[row])[:PROMPT_CHARACTERS], bos)
         if len(ids) > tokens:
             prompts.append(ids[:tokens])
     return prompts
@@ -290,6 +394,15 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = No
     """
     ids = encode(tokenizer, text).input_ids[0].long()  # an empty text comes as float
     return ids if bos is None or not len(ids) or ids[0] == bos else prepend(ids[None], bos)[0]
+
+
+def sample_of(
+    tokenizer: PreTrainedTokenizerBase, document: str | Dialogue, bos: int | None = None
+) -> Sample:
+    """Return the tokens of a document; a template puts BOS before a dialogue itself, or none."""
+    if isinstance(document, Dialogue):
+        return sample_of_dialogue(tokenizer, document)
+    return Sample(tokenise(tokenizer, document, bos))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:

@@ -65,7 +65,7 @@ CONVERTED = """\
 """
 GGUF = """\
 llama-cli -m {0}{1}
-echo FROM ./{0} > Modelfile && ollama create NAME -f Modelfile"""
+echo FROM ./{0} > Modelfile && ollama create NAME -f Modelfile && ollama run NAME"""
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ".4f"),
@@ -108,14 +108,19 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     )
 
 
-def gguf_card(folder: str, file: Path, kind: str, mmproj: Path | None = None) -> str:
+def gguf_card(
+    folder: str, file: Path, kind: str, mmproj: Path | None = None, chats: bool = False
+) -> str:
     """Return the card of a GGUF file of weights of `kind`, made from the saved model in `folder`.
+
+    `chats`: the model has a chat template.
 
     Licence, base model, languages and data sets are those of the folder's card, as is its text
     where a run has written it. `mmproj` is the file by which it sees.
     """
-    sees = f" --mmproj {shlex.quote(mmproj.name)}" if mmproj else ""
-    changed, how = "its embedding and head alone", GGUF.format(shlex.quote(file.name), sees)
+    more = f" --mmproj {shlex.quote(mmproj.name)}" if mmproj else ""
+    more += " --jinja -cnv" * chats  # as a dialogue
+    changed, how = "its embedding and head alone", GGUF.format(shlex.quote(file.name), more)
     return _converted(folder, f"GGUF ({kind})", "gguf", kind, changed, (), how)
 
 
@@ -230,6 +235,14 @@ def _table(results: Mapping[str, Any]) -> str:
                     for each in (dense, test)
                 )
                 rows.append([f"{escape(test['name'])}, {words}", *pair])
+    for answers in results.get("answers", []):
+        words = {"ended": "answers that end", "in_language": "answers in the language"}
+        words |= {"tokens": f"tokens of an answer, at most {answers['limit']}"}
+        for key, each in words.items():
+            pair = (answers.get(name, {}).get(key) for name in ("dense", "model"))
+            of = f", of {answers['prompts']}" * (key != "tokens")
+            cells = ("" if value is None else f"{value:.0f}" for value in pair)
+            rows.append([f"{escape(answers['test'])}, {each}{of}", *cells])
     if "saved_bytes" in results:
         sizes = (results.get(name) for name in ("dense_bytes", "saved_bytes"))
         rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])

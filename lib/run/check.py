@@ -11,7 +11,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lib.data.documents import check_source
+from lib.data.documents import are_dialogues, check_source, read_documents
+from lib.data.samples import as_windows
 from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
 from lib.methods.sparsity import EXPERTS, NEURONS
@@ -208,12 +209,14 @@ def _set_schedule(job: Job) -> None:
         )
     if stored_bits(job.config):
         raise UserError(f"{flag}: {args.model} is quantised, and its weights can't be trained")
+    chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
+    default = 0.0 if chats else CROSS_ENTROPY  # of a chat model the text is not its own
     job.schedule = TrainSchedule(
         tokens=args.recover,
         seqlen=job.seqlen,
         rate=args.recover_rate,
         rank=args.recover_rank,
-        share=CROSS_ENTROPY if args.recover_ce is None else args.recover_ce,
+        share=default if args.recover_ce is None else args.recover_ce,
         seed=args.seed,
     )
 
@@ -224,8 +227,8 @@ def _check_tokens(job: Job) -> None:
     texts = job.texts
     sets = [texts.windows, *(test.windows for test in texts.tests)]
     if texts.training:
-        sets += [texts.training.windows.ids, texts.training.held_out.ids]
-    highest = max(int(ids.max()) for ids in sets if ids is not None and len(ids))
+        sets += [texts.training.windows, texts.training.held_out]
+    highest = max(int(as_windows(one).ids.max()) for one in sets if one is not None and len(one))
     if highest >= rows:
         token = job.tokenizer.convert_ids_to_tokens(highest)
         raise UserError(

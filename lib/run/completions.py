@@ -1,26 +1,39 @@
 """Beginnings of test documents, continued greedily by the dense and by the pruned model.
 
+So are the prompts of test dialogues, up to their answer's end.
+
 Decoding is greedy, so that a model always gives the same text. The model and its generation
 settings stay as they are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lib.data.languages import is_in, script_of, words_of
+from lib.data.samples import as_windows
+from lib.data.templates import prompt_of
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import window_length
 from lib.run.job import Job
 from lib.util.errors import first_line
 
 NEW_TOKENS = 40  # generated after each prompt
+ANSWER_TOKENS = 256  # of an answer, at most
+KNOWN_WINDOWS = 512  # whose words are known
 REPLACEMENT = "\ufffd"  # tokenizers decode half a character to it
 
 
 class Completions:
     """Continues the prompts of every test set, `--prompts` of each, by one model after another.
+
+    Of test dialogues more are answered, but if that is 0.
 
     Every rank of a job generates all of them, so that none waits for another. If a model can't
     generate, one line says why and the run continues without completions.
@@ -32,27 +45,69 @@ class Completions:
         self.prompts = [
             (test.name, ids) for test in job.texts.tests for ids in test.prompts if job.args.prompts
         ]
-        if self.prompts and not runner.weights.zero_copy:
+        self.asked: list[tuple[str, str, list[int]]] = []  # test, its words, and its tokens
+        self.answered: dict[str, list[list[int]]] = {}
+        limit = window_length(job.config, None)
+        for test in job.texts.tests if job.args.prompts else ():
+            for dialogue in test.dialogues:
+                ids = prompt_of(job.tokenizer, dialogue.prompt)
+                if 0 < len(ids) < limit - NEW_TOKENS:
+                    self.asked.append((test.name, dialogue.prompt[-1]["content"], ids))
+        longest = max((len(ids) for *_, ids in self.asked), default=0)
+        self.limit = min(ANSWER_TOKENS, limit - longest)
+        if (self.prompts or self.asked) and not runner.weights.zero_copy:
             self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
 
     def generate(self, name: str, model: nn.Module) -> None:
         """Continue every prompt by `model`; `name`: `dense`, or `model` for the pruned one."""
-        if not self.prompts:
-            return
-        job = self.job
-        prompts = torch.stack([ids for _, ids in self.prompts])  # (prompts, tokens)
-        tokens = min(NEW_TOKENS, window_length(job.config, None) - prompts.shape[1])
-        batch_size = max(1, job.batch_size * job.seqlen // (prompts.shape[1] + tokens))
-        new_ids = []
+        prompts, asked = ([ids for *_, ids in each] for each in (self.prompts, self.asked))
         try:
-            with job.timed("completions"):
-                for batch in prompts.split(batch_size):
-                    new_ids += continue_greedily(model, batch.to(job.device), tokens)
+            with self.job.timed("completions"):
+                length = max(map(len, prompts), default=0)
+                tokens = min(NEW_TOKENS, window_length(self.job.config, None) - length)
+                new_ids = self._continued(model, prompts, tokens)
+                self.answered[name] = self._continued(model, asked, self.limit)
         except Exception as error:  # raised by any model's own code; the pruned model must be saved
             self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
         else:
-            pairs = zip(prompts.tolist(), new_ids, strict=True)
-            self.texts[name] = [decode_completion(job.tokenizer, *pair) for pair in pairs]
+            pairs = zip((ids.tolist() for ids in prompts), new_ids, strict=True)
+            self.texts[name] = [decode_completion(self.job.tokenizer, *pair) for pair in pairs]
+
+    def _continued(
+        self, model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
+    ) -> list[list[int]]:
+        """Return up to `tokens` ids after each prompt; shorter ones of a batch are padded left."""
+        job, new_ids = self.job, []
+        longest = max(map(len, prompts), default=0)
+        step = max(1, job.batch_size * job.seqlen // (longest + tokens))
+        for start in range(0, len(prompts), step):
+            ids, mask = padded_left(prompts[start : start + step], job.device)
+            new_ids += continue_greedily(model, ids, tokens, mask)
+        return new_ids
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Return a record of each set of test dialogues: how many answers end, and more."""
+        job, records = self.job, []
+        read = (job.texts.training and job.texts.training.windows, job.texts.windows)
+        read = [each for each in read if each is not None]
+        for test in job.texts.tests:
+            places = [place for place, (name, *_) in enumerate(self.asked) if name == test.name]
+            if not (places and self.answered):
+                continue
+            windows = [as_windows(each).ids[:KNOWN_WINDOWS] for each in (*read, test.windows)]
+            text = "\n".join(decode(job.tokenizer, ids) for each in windows for ids in each)
+            written, known = script_of(text), set(words_of(text))
+            record = {"test": test.name, "prompts": len(places), "limit": self.limit}
+            for name, answers in self.answered.items():
+                own = [answers[place] for place in places]
+                texts = [decode(job.tokenizer, ids) for ids in own]
+                record[name] = {
+                    "ended": sum(len(ids) < self.limit for ids in own),
+                    "in_language": sum(is_in(written, known, text) for text in texts),
+                    "tokens": sum(map(len, own)) / len(own),
+                }
+            records.append(record)
+        return records
 
     def records(self) -> list[dict[str, str]]:
         """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
@@ -60,27 +115,46 @@ class Completions:
             {"test": test, "prompt": decode(self.job.tokenizer, ids)}
             | {name: texts[index] for name, texts in self.texts.items()}
             for index, (test, ids) in enumerate(self.prompts)
+        ] + [
+            {"test": test, "prompt": prompt}
+            | {name: decode(self.job.tokenizer, ids[index]) for name, ids in self.answered.items()}
+            for index, (test, prompt, _) in enumerate(self.asked[: self.job.args.prompts])
         ]
 
     def _skip(self, reason: str) -> None:
-        self.prompts = []
+        self.prompts, self.asked = [], []
         self.job.print(f"completions: none, {reason}")
 
 
-def continue_greedily(model: nn.Module, ids: Tensor, tokens: int) -> list[list[int]]:
-    """Return up to `tokens` ids that continue each row of `ids` (n, tokens) greedily.
+def padded_left(
+    prompts: Sequence[Tensor | list[int]], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return prompts as ids (n, tokens), padded before them, and where they are, bool."""
+    rows = [torch.as_tensor(ids).flip(0) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1).to(device)
+    return ids.clamp(min=0), ids >= 0
+
+
+def ends_of(model: nn.Module) -> list[int]:
+    """Return the tokens that the model's generation settings stop at."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def continue_greedily(
+    model: nn.Module, ids: Tensor, tokens: int, mask: Tensor | None = None
+) -> list[list[int]]:
+    """Return up to `tokens` ids that continue each row of `ids` (n, tokens), in `mask`, greedily.
 
     The model's own generation settings (penalties, temperature) do not apply.
     """
-    settings = model.generation_config
-    ends = settings.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    settings, ends = model.generation_config, ends_of(model)
     model.generation_config = GenerationConfig()
     try:
         options = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}
         output = model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=(torch.ones_like(ids) if mask is None else mask.long()),
             max_new_tokens=tokens,
             do_sample=False,
             **options,

@@ -163,6 +163,11 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
     )
     switch(
+        "no_template",
+        RESULT,
+        "read dialogues as plain text, not as the tokenizer's chat template renders them",
+    )
+    switch(
         "prune_on_c4",
         INPUT,
         "calibrate on English C4, short for --calibration_data c4; the test stays UberText",
@@ -278,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
         "teacher alone",
         type=SHARE,
         metavar="SHARE",
-        shown="0.2",
+        shown="0.2; 0 where dialogues are read",
     )
 
     section("evaluation")

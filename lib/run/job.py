@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, device, nn
 
+from lib.data.samples import Windows
 from lib.data.sources import Source
 from lib.data.training import TrainingText
 from lib.data.windows import TestSet
@@ -32,7 +33,7 @@ class Texts:
     """All windows of a run; `bos` is the id that begins each of them, None for none."""
 
     bos: int | None
-    windows: Tensor | None = None  # (windows, tokens) to calibrate on
+    windows: Tensor | Windows | None = None  # (windows, tokens) to calibrate on
     calibration: dict[str, Any] | None = None  # the record of their source
     tests: list[TestSet] = field(default_factory=list)
     training: TrainingText | None = None  # for the recovery

@@ -81,8 +81,8 @@ def evaluation_record(
         dense, own = (figures[name] for name in ("dense_nats", "own_nats"))
         record["dense"] = {"perplexity": exp(dense)}
         if figures["compared_windows"] == len(test.windows):
-            predicted = test.windows.numel() - len(test.windows)
-            record["dense"]["bits_per_byte"] = dense * predicted / math.log(2) / test.bytes
+            bits = figures["dense_sum_nats"] / math.log(2)
+            record["dense"]["bits_per_byte"] = bits / test.bytes
         else:  # what the dense model's perplexity is to be compared with
             record["compared_perplexity"] = exp(own)
     return record
@@ -146,6 +146,7 @@ def print_summary(results: dict[str, Any]) -> None:
         lines += [
             f"  {name}: {one_line(each[name])!r}" for name in ("dense", "model") if name in each
         ]
+    lines += [answers_line(each) for each in results.get("answers", [])]
     if vocabulary := results.get("vocabulary"):
         lines.append(vocabulary["note"])
         for test in results["evaluation"]:
@@ -154,6 +155,21 @@ def print_summary(results: dict[str, Any]) -> None:
     for test in results["evaluation"]:
         lines.append(f"perplexity {one_line(test['name'])}: {test['perplexity']:.4f}")
     print(*lines, sep="\n")
+
+
+def answers_line(answers: dict[str, Any]) -> str:
+    """Return what a test set's answers are, beside the dense model's where these are known."""
+    forms = {
+        "ended": f"{{}} of {answers['prompts']} prompts are answered to an end",
+        "in_language": "{} in the language of the text",
+        "tokens": "with {:.0f} tokens on average",
+    }
+    parts = []
+    for key, form in forms.items():
+        dense = f" (dense: {answers['dense'][key]:.0f})" if "dense" in answers else ""
+        parts.append(form.format(answers["model"][key]) + dense)
+    limit = f", of at most {answers['limit']}"
+    return f"{one_line(answers['test'])}: {', '.join(parts)}{limit}"
 
 
 def beside_dense(results: dict[str, Any]) -> Iterator[str]:

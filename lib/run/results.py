@@ -42,6 +42,8 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "dense": {"perplexity": 18.0, "bits_per_byte": 0.88}}], # where it was measured
         "perplexity": {"uk": 20.1},
         "completions": [{"test": "uk", "prompt": "...", "dense": "...", "model": "..."}],
+        "answers": [{"test": "chat", "prompts": 32, "limit": 256,  # tokens; of test dialogues
+            "dense": {"ended": 30, "in_language": 32, "tokens": 80.5}, "model": {}}],
         "tasks": {"uk_last_word": {"acc,none": 0.73, "acc_stderr,none": 0.03}},     # of lm-eval
         "dense_tasks": {"uk_last_word": {"acc,none": 0.81, "acc_stderr,none": 0.02}},
         "seconds": {"load": 1.0}, "peak_memory": {"host": 9, "device": null},       # bytes

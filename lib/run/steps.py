@@ -54,7 +54,7 @@ Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
 def trim(job: Job, runner: BlockRunner) -> None:
     """Remove the rows of dropped tokens, and check that the others keep their logits."""
     model, vocabulary = runner.model, job.vocabulary
-    window = job.texts.tests[0].windows[:1, :PROOF_TOKENS].to(job.device)
+    window = job.texts.tests[0].ids[:1, :PROOF_TOKENS].to(job.device)
     with job.timed("trim"):
         size = footprint(model)
         rows = vocabulary.rows.to(job.device)
@@ -189,7 +189,7 @@ def recover(
 
 def first_logits(job: Job, runner: BlockRunner) -> Tensor:
     """Return logits on the beginning of the first test window."""
-    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS]
+    window = job.texts.tests[0].ids[:1, :COMPARED_POSITIONS]
     return some_logits(runner.model, window.to(job.device))
 
 
@@ -213,7 +213,7 @@ def pack(
     unrounded: Tensor | None,
 ) -> None:
     """Pack every sparse linear; raises UserError if the outputs on a window are not the same."""
-    window = job.texts.tests[0].windows[:1].to(job.device)
+    window = job.texts.tests[0].ids[:1].to(job.device)
     with job.timed("pack"):
         record = pack_(runner, FORMATS[job.plan.format], window, scales, unrounded)
     job.results |= record

@@ -37,9 +37,11 @@ def named_sources(
     flag = "--eval_data" if args.eval_data else "--eval_data (default)"
     tests = parse_sources(names, flag, column=args.column)
     parted = {test.path.resolve() for test in tests if is_parted(test, "test")}
+    tests = [replace(test, as_text=args.no_template) for test in tests]
     local = tuple(test for test in tests if test.path)
 
     def as_measured(group: list[Source]) -> list[Source]:
+        group = [replace(source, as_text=args.no_template) for source in group]
         return [
             replace(s, parted=s.parted or s.path.resolve() in parted, tests=local) if s.path else s
             for s in group
@@ -138,7 +140,7 @@ def resolve_bos(job: Job, runner: BlockRunner) -> None:
     if bos is not None:
         needs = job.dist.all_gather_object(job.folder and job.folder.decided.get("bos"))[0]
         if needs is None:
-            needs = needs_bos(runner, job.texts.tests[0].windows, bos)
+            needs = needs_bos(runner, job.texts.tests[0].ids, bos)
         if job.folder:
             job.folder.begin(job.fingerprint["pruning"], bos=needs)
         if needs:

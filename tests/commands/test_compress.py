@@ -10,13 +10,14 @@ import signal
 from pathlib import Path
 from types import SimpleNamespace
 
+import chats
 import pytest
 import tiny
 from huggingface_hub import metadata_load
 from processes import Worker
 from support import children, content, results, wait_until
 
-from lib.commands import compress, compress_plan, process
+from lib.commands import compress, compress_plan, dialogues, process
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.run.flags import build_parser, check_flags
@@ -130,6 +131,41 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert rows["on disk, MB"][0] != rows["on disk, MB"][2]
 
 
+def test_a_chat_model_is_compressed_on_what_it_says(
+    trained: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, "dense")
+    Path("dense/chat_template.jinja").write_text(chats.QWEN_3)
+    said = iter(tiny.sentences(200, 3, words=4))
+
+    def answers(model: object, prompts: list, *_: object) -> list[list[int] | None]:
+        return [encode(next(said)) if ends else None for _ in prompts]
+
+    ends, encode = True, tiny.tiny_tokenizer(add_bos=False).encode
+    monkeypatch.setattr(dialogues, "_answers", answers)
+    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    tiny.write_texts("uk", [*tiny.sentences(80), *tiny.sentences(160, 2, words=3)], 8)
+    argv = "dense small --data uk --language uk --recover 1024 --device cpu".split()
+    assert run(compress.main, [*argv, "--dialogues", "40"]) == 0
+    out = capfd.readouterr().out
+    assert "A chat model: it answers prompts" in out and "40 dialogues" in out
+    after = results("small-compress/compressed")
+    shares = {each["name"]: each["share"] for each in after["calibration"]["sources"]}
+    assert shares == pytest.approx({"uk": 1 / 3, "dialogues": 2 / 3}, abs=0.05)
+    assert after["recovery"]["cross_entropy"] == 0
+    assert [test["name"] for test in after["evaluation"]] == ["uk", "dialogues"]
+    assert after["answers"][0]["prompts"] == 10
+    assert "of 10 answers end, dialogues" in Path("small-compress/compressed.md").read_text()
+
+    shutil.rmtree("small-compress")
+    shutil.rmtree("small")
+    ends = False
+    assert run(compress.main, argv) == 0  # its answers do not end
+    said = capfd.readouterr()
+    assert "so it is no chat model" in said.err and "it is compressed on plain text" in said.out
+    assert results("small-compress/compressed")["recovery"]["cross_entropy"] > 0
+
+
 def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
     """`--data uk/a.jsonl --eval_data uk`: the tests become files of their own."""
     tiny.write_texts("uk", tiny.sentences(40, words=2000), 0)
@@ -140,7 +176,8 @@ def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
         return named_sources(args, Plan.of(args))
 
     _, _, tests = named(parser.parse_args([*data, "--eval_data", "uk"]))
-    texts = SimpleNamespace(tests=[SimpleNamespace(name="uk", bytes=40_000, windows=range(100))])
+    test = SimpleNamespace(name="uk", bytes=40_000, windows=range(100), dialogues=())
+    texts = SimpleNamespace(tests=[test])
     job = SimpleNamespace(tests=tests, texts=texts, args=SimpleNamespace(column="text"))
     cut = compress_plan.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
     (train,), _, (test,) = named(parser.parse_args([*data, "--eval_data", *cut]))

@@ -147,7 +147,7 @@ def test_files_and_folders(tmp_path):
 BAD_LINES = {
     b"{text}": "not JSON",
     b'{"title": "a", "id": 1}': "no column 'text'; there are: title, id; name one by --column",
-    b'{"text": [{"role": "user"}]}': "'text' is of type list, not a string; name a column",
+    b'{"text": ["user"]}': "'text' is of type list, not a string; name a column",
     b'{"text": "\\ud800"}': "half of a surrogate pair",
     b'{"text": "\xff"}': "not UTF-8",
 }
@@ -470,3 +470,14 @@ def test_a_stream_that_breaks_is_one_line(hub):
 
     hub.sets[("owner/name",)] = {"test": {"text": ["a"]}, "train": Stream()}
     assert "can't be reached" in message(read, parse_source("owner/name", FLAG))
+
+
+def test_prompts_of_a_language(hub):
+    """Aya's rows are chosen by their language, named as in a tag."""
+    codes, asked = ["ukr", "eng", "ukr"], ["Де?", "Where?", "Хто?"]
+    columns = {"inputs": asked, "targets": ["Тут.", "Here.", "Я."], "language_code": codes}
+    hub.sets[("CohereLabs/aya_dataset",)] = {"train": columns}
+    for name in ("aya:uk", "aya:ukr"):
+        documents = read(parse_source(name, FLAG))
+        assert [each.messages[0]["content"] for each in documents] == ["Де?", "Хто?"]
+    assert "is empty" in message(read, parse_source("aya:de", FLAG))

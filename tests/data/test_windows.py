@@ -181,7 +181,7 @@ def test_stream_reads_no_more_than_it_needs(hub, tokenizer, monkeypatch):
     hub.sets[("owner/name",)] = {"train": Endless(), "test": {"text": ["a"]}}
     source = parse_source("owner/name", FLAG)
     draw(source, tokenizer, 5)
-    assert len(read) == data.BUFFER + 5
+    assert len(read) == 1 + data.BUFFER + 5  # the first tells whether it is a dialogue
     monkeypatch.setattr(data, "STREAM_LIMIT", 20)
     assert "its 20 texts can give only 20 windows" in message(source, tokenizer, 30)
 

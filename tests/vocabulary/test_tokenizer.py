@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import chats
 import kinds
 import pytest
 import tiny
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFas
 
 from lib.data.counts import compare_tokenizers, count_tokens, plain_backend
 from lib.data.sources import parse_sources
+from lib.data.templates import examples
 from lib.data.tokenizer import TrimmableTokenizer
 from lib.data.tokenizer_model import CHECK, check_of
 from lib.data.windows import encode, token_bytes
@@ -94,6 +96,18 @@ def test_words_of_the_chat_template_stay(uk: Path, several: bool) -> None:
     template = template.replace("WORD", quoted.replace("Ġ", " ")).replace("PLAIN", plain[1:])
     tokenizer.chat_template = {"default": "{%", "rag": template} if several else template
     assert trimmed(tokenizer, uk).tokenizer.get_vocab().keys() >= {quoted, plain}
+
+
+@pytest.mark.parametrize("template", chats.MARKS, ids="llama gemma qwen mistral".split())
+def test_what_the_template_writes_stays(uk: Path, template: str) -> None:
+    """Roles, tool calls and thinking marks too, as they stand in a dialogue."""
+    tokenizer = kinds.byte_level()
+    tokenizer.chat_template = template
+    texts = [text for follows in (False, True) for *_, text in examples(tokenizer, follows)]
+    assert len(texts) >= 4 and any("<think>" in text for text in texts) == ("think" in template)
+    left = trimmed(tokenizer, uk).tokenizer
+    for text in texts:
+        assert tokenizer.tokenize(text) == left.tokenize(text)
 
 
 def test_every_token_used_stays_with_its_parts(uk: Path) -> None:

@@ -88,7 +88,8 @@ def main(arguments: list[str]) -> None:
         put_in_place(files[weight_type], out, args.out, facts)
         if seeing:
             seeing.rename(mmproj_of(out))
-    write_text(card_of(out), gguf_card(args.source, out, weight_type, seeing and mmproj_of(out)))
+    chats, mmproj = bool(source.tokenizer.chat_template), seeing and mmproj_of(out)
+    write_text(card_of(out), gguf_card(args.source, out, weight_type, mmproj, chats))
     if seeing:
         print(f"written: {mmproj_of(Path(args.out))}, by which {args.out} sees")
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card_of(out).name}")

@@ -311,12 +311,15 @@ def run(
     prompts: Sequence[list[int]] = (),
     top: int = 0,
     letter: int = 0,
+    chats: Sequence[dict[str, Any]] = (),
+    end: int = 0,
 ) -> dict[str, Any]:
     """Run llama.cpp on the file `model`.
 
     `texts` are tokenised, with special tokens where that is said. After each of `prompts`, lists of
     ids, the `top` likeliest next ids are returned with their log-probabilities; `letter` is the id
-    of a token of letters.
+    of a token of letters. Of `chats`, messages and tools, the tokens of a prompt are returned, and
+    whether generation stops at the token `end`.
     """
     server = start(model, context)  # ended before its loop has begun, it would wait for ever
 
@@ -342,8 +345,18 @@ def run(
         (token,) = post("/completion", fields)["completion_probabilities"]
         return [(entry["id"], entry["logprob"]) for entry in token["top_logprobs"]]
 
+    def chat(fields: dict[str, Any]) -> list[int]:
+        fields = json.loads(json.dumps(fields))
+        for call in (call for m in fields["messages"] for call in m.get("tool_calls", [])):
+            call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        fields = {key: value for key, value in fields.items() if value}
+        return tokens_of(post("/apply-template", fields)["prompt"], True)
+
     post("/completion", {"prompt": [letter], "n_predict": 1})  # the answer shows that it has
+    forced = {"prompt": [letter], "n_predict": 2, "logit_bias": [[end, FORCED]]}
     return {
+        "chats": [chat(fields) for fields in chats],
+        "stops": bool(chats) and post("/completion", forced)["stop_type"] == "eos",
         "tokens": [tokens_of(*text) for text in texts],
         "logprobs": [likeliest(prompt) for prompt in prompts],
     }

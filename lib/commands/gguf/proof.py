@@ -9,6 +9,7 @@ loosely, which shows that llama.cpp's code for the type works.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -22,8 +23,10 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import run_child
 from lib.commands.gguf.source import ModelFolder
+from lib.data.chats import Dialogue
 from lib.data.documents import read_documents
 from lib.data.sources import Source
+from lib.data.templates import EXAMPLES, examples, sample_of_dialogue, text_by
 from lib.data.windows import test_documents
 from lib.model.pretrained import auto_class, window_length
 from lib.util.errors import UserError
@@ -73,10 +76,11 @@ def prove(
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
-        documents = documents_of(texts, source.begins_with_blank)
+        documents = documents_of(texts, source.begins_with_blank, source.tokenizer)
         proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
             print(f"{cut['name']}: llama.cpp cuts all {cut['documents']} documents alike")
+        missing += prove_chat(file, source.tokenizer)
         if needed > available():
             missing.append(f"predictions (comparing them needs {gib(needed)} of memory)")
         else:
@@ -90,7 +94,6 @@ def prove(
             longest = max(max(lengths) for lengths in compared["windows"].values())
             missing.append(f"texts past {longest} tokens")
     missing += [] if texts else ["languages of the model (no --data)"]
-    missing.append("the chat template")
     print(f"not proven: {', '.join(missing)}", flush=True)
     return proof | {"not_proven": missing}
 
@@ -101,7 +104,9 @@ def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
 
 
-def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str, list[str]]:
+def documents_of(
+    sources: Sequence[Source], begins_with_blank: bool, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[str]]:
     """Return the test documents of each source, and built-in lines in many scripts.
 
     If the tokenizer `begins_with_blank`, leading blanks of texts are removed: llama.cpp adds one
@@ -110,7 +115,8 @@ def documents_of(sources: Sequence[Source], begins_with_blank: bool) -> dict[str
     texts = {"built-in lines": LINES}
     for source in sources:
         documents, _ = read_documents(source, "test")
-        texts[source.name] = list(test_documents(source, documents))
+        chosen = test_documents(source, documents)
+        texts[source.name] = [text_by(tokenizer, each) for each in chosen]
     blanks = " " if begins_with_blank else ""
     return {name: [text.lstrip(blanks) for text in texts[name]] for name in texts}
 
@@ -142,6 +148,36 @@ def prove_tokens(
         {"name": name, "documents": len(documents), "tokens": totals[name]}
         for name, documents in texts.items()
     ]
+
+
+def prove_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Compare how llama.cpp renders dialogues, and whether it stops at an answer's end.
+
+    Returns what is not proven. Raises UserError at a difference but in tool calls; where the
+    tokenizer puts BOS before a text, llama.cpp does so where a template has not.
+    """
+    if not tokenizer.chat_template:
+        return []
+    kinds, asked, texts = zip(*examples(tokenizer, True), strict=True)
+    said = sample_of_dialogue(tokenizer, Dialogue(json.dumps(EXAMPLES["several turns"])))
+    end = int(said.ids[said.mask][-1])
+    answer = run_child(
+        *(RUNS, llama_cpp.run),
+        size=file.stat().st_size,
+        **dict(model=str(file), context=64, chats=asked, end=end, letter=letter_of(tokenizer)),
+    )
+    proven, missing = [], []
+    for kind, text, theirs in zip(kinds, texts, answer["chats"], strict=True):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        same = theirs in (ids, [tokenizer.bos_token_id, *ids])
+        if not same and kind != "tool call":
+            raise UserError(f"chat template, {kind}: {_difference(tokenizer, ids, theirs)}")
+        (proven if same else missing).append(kind)
+    print(f"dialogues ({', '.join(proven)}): llama.cpp renders them alike", flush=True)
+    missing = [f"the chat template of a {kind}" for kind in missing]
+    if not answer["stops"]:
+        missing.append(f"the end of an answer (llama.cpp goes on at {tokenizer.decode([end])!r})")
+    return missing
 
 
 def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], theirs: list[int]) -> str:

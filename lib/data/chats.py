@@ -1,0 +1,95 @@
+"""Rows of chat sets, in the shapes that these have, as dialogues. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LISTS = ("messages", "conversation", "conversations")  # columns of messages
+PAIRS = (  # columns of what is asked, and of the answer
+    (("prompt",), "completion"),
+    (("instruction", "input"), "output"),
+    (("instruction", "input"), "response"),
+    (("inputs",), "targets"),
+)
+COLUMNS = {*LISTS, *(name for names, answer in PAIRS for name in (*names, answer))}
+SHAPES = (
+    "messages or conversation (role, content), conversations (from, value), prompt and completion, "
+    "instruction (and input) and output or response, inputs and targets"
+)
+ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
+ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # of a message
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Messages as a chat template takes them, in JSON; a document beside those of text."""
+
+    json: str
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return json.loads(self.json)
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages before the first answer."""
+        messages = self.messages
+        roles = [*(message["role"] for message in messages), "assistant"]
+        return messages[: roles.index("assistant")]
+
+    def __len__(self) -> int:
+        return len(self.json)
+
+    def strip(self) -> Dialogue:
+        return self
+
+    def encode(self) -> bytes:
+        return self.json.encode()
+
+
+def row_of(document: str | Dialogue, column: str = "text") -> dict[str, object]:
+    """Return the row that a document is read from."""
+    if isinstance(document, Dialogue):
+        return {"messages": document.messages}
+    return {"text": document, column: document}
+
+
+def dialogue_of(row: Mapping[str, object], column: str) -> Dialogue | None:
+    """Return a row's dialogue, None where a message has no words.
+
+    Raises LookupError for a row without the columns of one, ValueError for what they can't hold.
+    """
+    for name in (column, *LISTS):
+        if isinstance(row.get(name), list):
+            return _dialogue(row[name])
+    for names, answer in PAIRS:
+        if answer in row and any(name in row for name in names):
+            parts = [row[name] for name in (*names, answer) if row.get(name)]
+            if any(isinstance(part, list) for part in parts):  # of messages
+                return _dialogue([message for part in parts for message in part])
+            asked = {"role": "user", "content": "\n\n".join(map(str, parts[:-1]))}
+            return _dialogue([asked, {"role": "assistant", "content": row[answer]}])
+    raise LookupError
+
+
+def _dialogue(rows: list[Any]) -> Dialogue | None:
+    messages = []
+    for row in rows:
+        row = row if isinstance(row, dict) else {}
+        role, content = (
+            row.get(a) or row.get(b) for a, b in (("role", "from"), ("content", "value"))
+        )
+        if role not in ROLES:
+            raise ValueError(f"the role {role!r} is none of {', '.join(ROLES)}; rename it")
+        if isinstance(content, list):  # of parts, such as text and images
+            content = "".join(part.get("text") or "" for part in content)
+        more = {key: row[key] for key in KEPT if row.get(key)}
+        if not (isinstance(content, str) and content.strip()) and "tool_calls" not in more:
+            return None
+        (content or "").encode()  # raises ValueError for half a surrogate pair
+        messages.append({"role": ROLES[role], "content": content or ""} | more)
+    return Dialogue(json.dumps(messages, ensure_ascii=False)) if messages else None

@@ -1,0 +1,50 @@
+"""Renders dialogues by a chat template, as a process of its own, since a template may never end.
+
+The first line that it reads is the template, what it is given besides messages, and the seconds
+for one rendering; then each line is [messages, whether an answer is to follow, more]. It answers
+each by a line: the text, and the spans of characters that an assistant has written, its end of turn
+too; or an error.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+
+def main() -> None:
+    template, given, seconds = json.loads(sys.stdin.readline())
+
+    def text_of(messages: list[dict], follows: bool = False) -> str:
+        faulthandler.dump_traceback_later(seconds, exit=True)  # also amid a product of strings
+        options = given | more | {"chat_template": template, "add_generation_prompt": follows}
+        return render_jinja_template([messages], **options)[0][0]
+
+    for line in sys.stdin:
+        try:
+            messages, follows, more = json.loads(line)
+            text = text_of(messages, follows)
+            answer = {"text": text, "spans": [] if follows else spans_of(text_of, messages, text)}
+        except Exception as error:  # noqa: BLE001  a template raises anything
+            answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+        faulthandler.cancel_dump_traceback_later()
+        print(json.dumps(answer), flush=True)
+
+
+def spans_of(text_of, messages: list[dict], text: str) -> list[tuple[int, int]]:
+    """Return the spans of the assistant's turns, but of those that later turns have changed."""
+    spans = []
+    for end, message in enumerate(messages, start=1):
+        if message["role"] == "assistant":
+            until = text if end == len(messages) else text_of(messages[:end])
+            before = text_of(messages[: end - 1], True) if end > 1 else ""
+            if text.startswith(until):
+                start = len(os.path.commonprefix([before, until]))
+                spans.append((start, len(until.rstrip())))
+    return spans
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What a model's chat template makes of dialogues: text, and which of it an assistant has written.
+
+A template is a program that comes with the model. It runs in a child (render_child.py), one for all
+dialogues, which ends where a rendering takes too long.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lib.data.chats import Dialogue
+from lib.data.samples import Sample
+from lib.util.errors import UserError
+
+ASKED, SAID = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
+TYPED = {"type": "string", "description": "a"}
+TAKES = {"type": "object", "properties": {"a": TYPED}, "required": ["a"]}
+FUNCTION = {"name": "a", "description": "a", "parameters": TAKES}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "a", "arguments": {"a": "a"}}}
+RESULT = {"role": "tool", "name": "a", "tool_call_id": CALL["id"], "content": "a"}
+EXAMPLES = {  # of all that templates write
+    "system": [{"role": "system", "content": "a"}, ASKED, SAID],
+    "several turns": [ASKED, SAID, ASKED, SAID],
+    "thinking": [ASKED, SAID | {"reasoning_content": "a"}],
+    "tool call": [ASKED, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, SAID],
+}
+SECONDS = 20.0  # for one rendering, thousands of times as long as it takes
+
+
+class Template:
+    """A chat template in its child; `name` is the model's. `problem`: what was wrong last."""
+
+    def __init__(self, name: str, template: str, given: str) -> None:
+        self.name, self.problem = name, ""
+        command = [sys.executable, "-P", str(Path(__file__).with_name("render_child.py"))]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self.child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
+        self.child.stdin.write(json.dumps([template, json.loads(given), SECONDS]) + "\n")
+        if self.render([{"role": "user", "content": "Hi"}], True) is None:
+            raise self._error(f"fails ({self.problem})")
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        follows: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        **more: bool,
+    ) -> tuple[str, list[tuple[int, int]]] | None:
+        """Return the text and the assistant's spans of it; None where the template raises.
+
+        `follows`: an answer is to follow. `more` is what else the template is to know.
+        """
+        try:
+            self.child.stdin.write(json.dumps([messages, follows, more | {"tools": tools}]) + "\n")
+            self.child.stdin.flush()
+            answer = json.loads(self.child.stdout.readline())
+        except (BrokenPipeError, ValueError):  # it has ended
+            raise self._error("never ends, or takes more memory than there is") from None
+        self.problem = answer.get("error", "")
+        return None if self.problem else (answer["text"], answer["spans"])
+
+    def _error(self, problem: str) -> UserError:
+        return UserError(f"{self.name}: its chat template {problem}; mend it, or add --no_template")
+
+
+_template = cache(Template)
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Return the template of a tokenizer. Raises UserError if it has none that works."""
+    name = f"--model {tokenizer.name_or_path}"
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise UserError(
+            f"{name}: its tokenizer has no chat template, which dialogues need; give plain text, "
+            "or read them as such by --no_template"
+        ) from None
+    return _template(name, template, json.dumps(tokenizer.special_tokens_map))
+
+
+def examples(
+    tokenizer: PreTrainedTokenizerBase, follows: bool
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield kind, messages with tools, and text of the EXAMPLES that the template takes."""
+    for kind, messages in EXAMPLES.items():
+        asked = messages[: -1 if follows else None]
+        tools = TOOLS if kind == "tool call" else None
+        if rendered := template_of(tokenizer).render(asked, follows, tools):
+            yield kind, {"messages": asked, "tools": tools}, rendered[0]
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+    """Return the tokens before an answer that begins at once, without thinking; [] for none."""
+    template = template_of(tokenizer)
+    rendered = messages and template.render(messages, True, enable_thinking=False)
+    text = rendered[0] if rendered else ""
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+
+def text_by(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str:
+    """Return a document's text; none of a dialogue that the template does not take."""
+    if isinstance(document, str):
+        return document
+    return (template_of(tokenizer).render(document.messages) or ("",))[0]
+
+
+def sample_of_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Sample:
+    """Return a dialogue's tokens, and in the mask those that an assistant has written."""
+    text, spans = template_of(tokenizer).render(dialogue.messages) or ("", [])
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False)
+    if not encoding.is_fast:
+        name = f"--model {tokenizer.name_or_path}"
+        raise UserError(f"{name}: its tokenizer has no tokenizer.json, which dialogues need")
+    starts, ends = torch.tensor(encoding[0].offsets, dtype=torch.long).view(-1, 2).T
+    mask = torch.zeros(len(starts), dtype=torch.bool)
+    for start, end in spans:
+        mask |= (ends > start) & (starts < end)
+    return Sample(torch.tensor(encoding.input_ids, dtype=torch.long), mask)

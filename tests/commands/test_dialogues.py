@@ -1,0 +1,74 @@
+"""A chat model answers prompts; what it says is kept, gone on with, and can be trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import chats
+import pytest
+import tiny
+
+from lib.commands import dialogues
+from lib.util.command import run
+
+pytestmark = pytest.mark.usefixtures("elsewhere")
+BASE = ["model", "a.jsonl"]
+FLAGS = ["--count", "12", "--tokens", "24", "--device", "cpu", "--seed", "3"]
+
+
+@pytest.fixture(autouse=True)
+def model(elsewhere: None) -> None:
+    """A model whose answers end soon: any token may be the end."""
+    model = tiny.tiny_llama()
+    model.generation_config.do_sample = True
+    model.generation_config.eos_token_id = list(range(3, 300, 8))
+    tiny.write_model("model", model, chats.tokenizer_with(chats.GEMMA))
+
+
+def rows(name: str) -> list[list[dict[str, str]]]:
+    lines = Path(name).read_text("utf-8").splitlines()
+    return [json.loads(line)["messages"] for line in lines]
+
+
+def test_prompts_are_answered_and_none_is_lost(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
+    asked = chats.some(40)
+    chats.write(Path("chat"), asked, asked[:1])
+    argv = [*BASE, "--data", "chat", *FLAGS]
+    assert run(dialogues.main, argv) == 0
+    first = rows("a.jsonl")
+    assert len(first) == 12 and "a.jsonl: 12 dialogues" in capsys.readouterr().out
+    prompts = [each[0]["content"] for each in asked]
+    for messages in first:
+        assert [each["role"] for each in messages] == ["user", "assistant"]
+        assert messages[0]["content"] in prompts and messages[1]["content"].strip()
+    assert len({messages[0]["content"] for messages in first}) == 12
+    assert run(dialogues.main, ["model", "b.jsonl", *argv[2:]]) == 0 and rows("b.jsonl") == first
+
+    lines = Path("a.jsonl").read_bytes().splitlines(keepends=True)
+    Path("a.jsonl").write_bytes(b"".join(lines[:7]) + lines[7][:-5])  # as if killed while writing
+    assert run(dialogues.main, argv) == 0
+    again = rows("a.jsonl")
+    assert again[:7] == first[:7] and len(again) == 12
+    assert len({messages[0]["content"] for messages in again}) == 12
+
+
+def test_what_is_left_out_is_counted(capsys, monkeypatch) -> None:
+    texts = [f"the old river {number}" for number in range(60)]
+    tiny.write_texts("texts", texts, 1)  # passages of plain text
+    encode = tiny.tiny_tokenizer(add_bos=False).encode
+    answers = [encode("a quiet town"), encode("ріка"), None, []]
+    monkeypatch.setattr(dialogues, "_answers", lambda *_: answers)
+    assert run(dialogues.main, [*BASE, "--data", "texts", "--batch_size", "4", *FLAGS]) == 0
+    left_out = "12 that are in another script than the prompts, 12 that do not end, 12 that are"
+    assert f"a.jsonl: 12 dialogues; left out: {left_out} empty" in capsys.readouterr().out
+    for asked, answered in rows("a.jsonl"):
+        assert asked["content"] in texts and answered["content"] == "a quiet town"
+
+
+def test_no_chat_model(capsys, monkeypatch) -> None:
+    tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
+    monkeypatch.setattr(dialogues, "_answers", lambda model, batch, *_: [None] * len(batch))
+    assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
+    assert "of 8 answers 0 end within 24 tokens" in capsys.readouterr().err
