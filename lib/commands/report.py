@@ -126,7 +126,6 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "seed": results.get("seed") or 0,
         "zeros": zeros,
         "saved_bytes": results.get("saved_bytes"),
-        "bits": results.get("packed", {}).get("bits"),
     }
     for name, value in results.get("fingerprint", {}).get("pruning", {}).items():
         if name.startswith("--") and name[2:] not in WITH_COLUMN and value is not None:
@@ -266,11 +265,7 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
 
     out.mkdir(parents=True, exist_ok=True)
     by_model, drawn = tables(runs), []
-    draw = {
-        "perplexity": plots.perplexity_by_sparsity,
-        "languages": plots.cross_language,
-        "bytes": plots.bytes_against_bits,
-    }
+    draw = {"perplexity": plots.perplexity_by_sparsity, "languages": plots.cross_language}
     for number, table in enumerate(by_model if plots.can_draw() else (), 1):
         suffix = f"-{number}" if len(by_model) > 1 else ""
         for name, picture in draw.items():

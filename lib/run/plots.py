@@ -215,52 +215,6 @@ def cross_language(table: DataFrame) -> Figure | None:
     return figure
 
 
-def bytes_against_bits(table: DataFrame) -> Figure | None:
-    """Draw the saved models of a table by their bytes, and by bits per byte of its first test set.
-
-    Of models for several languages, those calibrated on that set's. None for fewer than two.
-    """
-    if "saved_bytes" not in table or "bits_per_byte" not in table:
-        return None
-    test = table["measured_on"].iloc[0]
-    here = table[table["measured_on"] == test]
-    saved = here[here["saved_bytes"].notna()]
-    own = saved[saved["calibrated_on"].isin([test, NONE])]
-    saved = saved if own.empty else own
-    if len(saved) < 2:
-        return None
-    bits = [f", {n:.0f} bits" if n > 0 else "" for n in saved.get("bits", [0] * len(saved))]
-    saved = saved.assign(label=saved["type"] + bits, series=saved["method"])
-    dense = here[here["type"] == "dense"]["bits_per_byte"]
-    return frontier(saved, f"{_model(table)}: bytes against bits per byte of {test}", *dense[:1])
-
-
-def frontier(models: DataFrame, title: str, dense: float | None = None) -> Figure:
-    """Draw models with columns series, label, saved_bytes, bits_per_byte: a line for each series.
-
-    `dense`: the dense model's bits per byte, a dashed line.
-    """
-    figure, (axes,) = _panels(title, 1, 1, 8.5, 4.8)
-    models = models.assign(mb=models["saved_bytes"] / 1e6).sort_values("mb", kind="stable")
-    for index, (series, its) in enumerate(models.groupby("series")):
-        look = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": ":"}
-        axes.plot(its["mb"], its["bits_per_byte"], label=series, **look)
-    span = models["bits_per_byte"].max() - models["bits_per_byte"].min()
-    for label, mb, bits in models[["label", "mb", "bits_per_byte"]].to_numpy():
-        alike = (models["bits_per_byte"] - bits).abs() <= 0.03 * span
-        beside = (alike & models["mb"].between(mb, 1.2 * mb, inclusive="right")).any()
-        side = {"xytext": (-7, -3), "ha": "right"} if beside else {"xytext": (5, 5)}
-        axes.annotate(label, (mb, bits), textcoords="offset points", fontsize=8, **side)
-    if dense is not None:
-        axes.axhline(dense, **DENSE_LINE)
-    axes.set(xscale="log", xlabel="MB saved (log scale)")
-    axes.set_ylabel("bits per byte of test text, lower is better")
-    axes.margins(x=0.15, y=0.1)
-    axes.legend()
-    _log_ticks(axes.xaxis)
-    return figure
-
-
 def recovery_curve(results: Mapping[str, Any]) -> Figure:
     """Draw perplexity against tokens trained on: of training text held out, and of each test set.
 

@@ -74,18 +74,6 @@ def test_cross_language(pruned: list[dict]) -> None:
     assert plots.cross_language(table(pruned[0], pruned[1])) is None  # a single text
 
 
-def test_bytes_against_bits(pruned: list[dict]) -> None:
-    for number, run in enumerate(pruned[1:]):
-        run |= {"saved_bytes": 1e6 * (1 + number), "packed": {"bits": 4}}
-    (axes,) = plots.bytes_against_bits(table(*pruned)).axes
-    # wanda for uk at 50% (the mean of seeds 0 and 1), 60% and 2:4, by size
-    (wanda,) = [line for line in axes.lines if line.get_label() == "wanda"]
-    assert list(wanda.get_xdata()) == [2.0, 5.0, 6.0]
-    assert list(wanda.get_ydata()) == pytest.approx([0.25, 0.28, 0.33])
-    assert "60%, 4 bits" in [text.get_text() for text in axes.texts]
-    assert plots.bytes_against_bits(table(pruned[0])) is None
-
-
 def test_recovery_curve() -> None:
     curve = [{"tokens": t, "perplexity": p} for t, p in ((0, 30.0), (64, 25.0), (128, None))]
     recovery = {"tokens": 128, "curve": curve, "held_out": {"dense": 20.0}}
