@@ -30,7 +30,7 @@ def test_the_whole_demo(capsys: pytest.CaptureFixture) -> None:
     assert rows == {("dense", "none"), ("admm", "uk"), ("admm + recovery", "uk")}
     assert "| admm + recovery |" in Path("demo/report.md").read_text("utf-8")
     files = list(Path("demo/runs").rglob("results.json"))
-    assert len(files) == 3 and list(Path("demo").glob("*.png"))
+    assert len(files) == 3
     for file in files:
         run = results(file.parent)
         assert list(run["perplexity"]) == ["uk", "en"] and run["flags"]["device"] == "cpu"
