@@ -37,7 +37,7 @@ from lib.commands.compress_plan import (
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
-from lib.data.sources import PART, parse_source
+from lib.data.sources import parse_source
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import RESULTS, read_results
@@ -60,9 +60,7 @@ SMALLER = {  # what removes as much as --megabytes asks for
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
-OWN_FLAGS = (
-    "calibration_data eval_only recover save save_model resume offload trim_vocabulary".split()
-)
+OWN_FLAGS = "calibration_data eval_only recover save save_model resume offload trim_vocabulary"
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
@@ -168,7 +166,7 @@ def check(it: Compression) -> None:
     if args.megabytes and args.target != ANY:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
     more = build_parser().parse_args(["--model", args.model, *it.passed_on])
-    if wrong := [name for name in OWN_FLAGS if given(more, name)]:
+    if wrong := [name for name in OWN_FLAGS.split() if given(more, name)]:
         raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
     it.options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
     it.config = pretrained.load_config(Checkpoint(args.model, **it.options))
@@ -217,10 +215,6 @@ def plan(it: Compression) -> None:
     flags += [*it.passed_on, "--save_model", it.out]
     job = check_job(flags, args.recover, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
     check_room(job, "--save", it.folder)
-    for index, source in enumerate(job.sources):  # the tests will be files of their own
-        if source.parted:
-            weight = f"={source.weight:g}" if source.weight else ""
-            it.data[index] = PART.sub("", source.text) + ":train" + weight
     common += ["--seqlen", str(job.seqlen)]
     trained = [*common, *trained, *it.data]
     type_, removed, what = "", None, ""
@@ -393,25 +387,22 @@ def _parser() -> argparse.ArgumentParser:
     text = "Flags of main.py may follow, such as --column body --seqlen 256"
     parser = Parser("compress", description=__doc__.splitlines()[0], epilog=text)
 
-    def add(name: str, text: str, **options: Any) -> None:
-        parser.add_argument(name, help=text, **options)
-
-    add("model", "hub id or local folder of a dense model", metavar="MODEL")
-    add("out", "new folder for the small model, and OUT.gguf beside it", metavar="OUT")
-    add("--language", "such as uk or pt-BR: chooses FineWeb's text of it", metavar="TAG")
-    several = dict(nargs="+", metavar="SOURCE")
-    add("--data", "texts of your own, as --calibration_data", **several)
-    add("--eval_data", "test texts (default: those of the data)", **several)
-    add("--minutes", "time for all of it (default: 30)", type=POSITIVE, default=30)
+    add, several = parser.add_argument, dict(nargs="+", metavar="SOURCE")
+    add("model", help="hub id or local folder of a dense model", metavar="MODEL")
+    add("out", help="new folder for the small model, and OUT.gguf beside it", metavar="OUT")
+    add("--language", help="such as uk or pt-BR: chooses FineWeb's text of it", metavar="TAG")
+    add("--data", help="texts of your own, as --calibration_data", **several)
+    add("--eval_data", help="test texts (default: those of the data)", **several)
+    add("--minutes", help="time for all of it (default: 30)", type=POSITIVE, default=30)
     text = "train on so many, 0 for none (default: as many as --minutes leave time for)"
-    add("--recover", text, type=NATURAL, metavar="TOKENS")
+    add("--recover", help=text, type=NATURAL, metavar="TOKENS")
     text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
     text += "sparse kernels (default: any)"
-    add("--for", text, dest="target", choices=PLANS, default=ANY)
+    add("--for", help=text, dest="target", choices=PLANS, default=ANY)
     text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
-    add("--megabytes", text, type=POSITIVE, metavar="N")
-    add("--device", "where blocks are computed (default: the first GPU, else cpu)")
-    add("--save", "for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
+    add("--megabytes", help=text, type=POSITIVE, metavar="N")
+    add("--device", help="where blocks are computed (default: the first GPU, else cpu)")
+    add("--save", help="for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
     add_debug_flag(parser)
     return parser
 
