@@ -322,7 +322,7 @@ def compare(it: Compression) -> None:
     lacks = it.gguf and not Path(it.gguf).exists()
     models = [it.args.model, it.out, *([it.gguf] if it.gguf and not lacks else [])]
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(it.out))))  # of both
-    table = comparison(models, it.folder, it.options | {"device": it.device, "dtype": dtype})
+    table = comparison(models, it.folder, json.dumps([it.device, dtype, it.options]))
     write_text(it.folder / "compressed.md", f"{table}\n")
     took = f"{it.out}: made in {_time(time.monotonic() - it.began)}; {it.folder} can be removed now"
     print(f"\n{table}\n", *closing(models, read_results(it.folder / SMALL)), "", took, sep="\n")
@@ -335,14 +335,14 @@ def compare(it: Compression) -> None:
 STEPS = (check, fetch_text, plan, measure_dense, make_small, complete_card, convert, compare)
 
 
-def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
+def comparison(models: Sequence[str], folder: Path, options: str) -> str:
     """Return the table of the dense model, the small one and its GGUF file; each is measured."""
     dense, small = (read_results(folder / name) for name in (DENSE, SMALL))
     early = f"{'pruned' if small['sparsity_type'] else 'rounded'}, not trained"
     columns: dict[str, dict[str, str]] = {"dense": {}, early: {}, "small": {}}
     for name, model in zip(("dense", "small", "small in llama.cpp"), models, strict=False):
         file = folder / "figures.json"
-        failed = call("lib.commands.compress_measure", model, file, json.dumps(options))
+        failed = call("lib.commands.compress_measure", model, file, options)
         figures = {} if failed else json.loads(file.read_text("utf-8"))
         columns[name] = {row: f"{figures[row]:,.1f}" if row in figures else "–" for row in ROWS}
     rounded = small.get("recovery", {}).get("before", {})  # before it was trained

@@ -1,8 +1,8 @@
 """What a saved model, or a GGUF file, takes on disk, and its tokens a second.
 
-    python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu", "dtype": "bfloat16"}'
+    python -m lib.commands.compress_measure MODEL FILE.json '["cpu", "bfloat16", {}]'
 
-The last argument has device and dtype, and what from_pretrained needs to find and load the model.
+The last argument has device, dtype, and what from_pretrained needs to find and load the model.
 """
 
 from __future__ import annotations
@@ -60,8 +60,7 @@ def llama_cpp_speed(server: Any) -> float:
 
 def main(argv: list[str]) -> None:
     name, file, options = argv
-    source = json.loads(options)
-    device, dtype = source.pop("device"), source.pop("dtype")
+    device, dtype, source = json.loads(options)
     if name.endswith(".gguf"):
         from lib.commands.gguf.llama_cpp import start
 
@@ -76,13 +75,12 @@ def main(argv: list[str]) -> None:
 
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source).to(device).eval()
         size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
         speed = decoding_speed
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source).to(device).eval()
     figures = {ROWS[0]: size / 1e6}
     if model:
-        speeds = [speed(model) for _ in range(ROUNDS + 1)]
-        figures[ROWS[1]] = statistics.median(speeds[1:])
+        figures[ROWS[1]] = statistics.median([speed(model) for _ in range(ROUNDS + 1)][1:])
     Path(file).write_text(json.dumps(figures), "utf-8")
 
 

@@ -234,7 +234,7 @@ def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
     monkeypatch.setattr(compress, "call", lambda *_: 1)
     nothing = {"evaluation": [], "sparsity_type": None}
     monkeypatch.setattr(compress, "read_results", lambda _: nothing)
-    table = compress.comparison(["dense", "small"], Path("."), {})
+    table = compress.comparison(["dense", "small"], Path("."), "")
     assert "| on disk, MB | – | –" in " ".join(table.split())
 
 
