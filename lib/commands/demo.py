@@ -4,7 +4,7 @@
 
 The demo needs neither network nor GPU. It trains a tiny model on Ukrainian and English stories and
 prunes it in one sweep: by every method, at 50% and 2:4, calibrated on either language, measured on
-both. The best of the 2:4 models are also recovered. The report with its pictures comes last. The
+both. The best of the 2:4 models are also recovered. The report with its picture comes last. The
 model and finished runs are kept, so that the same command resumes after an interruption.
 """
 
@@ -16,14 +16,12 @@ import os
 import shlex
 import shutil
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 from lib.commands.demo_model import DemoTraining, train_model
 from lib.commands.sweep import Run, build_sweep_parser, plan, run_all
 from lib.methods.registry import METHODS
-from lib.run.results import read_results
 from lib.util import command
 from lib.util.files import check_new_folder
 
@@ -80,13 +78,6 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
             saved = folder / "runs" / name
             runs.append(Run(name, saved, [*of_run, *recover, "--save", str(saved)]))
     run_all(runs, str(folder / "runs"), report=str(folder))
-    print("4. Texts that the dense model and the last of these runs continue:")
-    last = read_results(runs[-1].folder)["completions"]
-    for test in LANGUAGES:
-        for prompt in [each for each in last if each["test"] == test][:1]:
-            for name in ("dense", "model"):
-                text = f"   {test}, {name}: {prompt['prompt']} ... {prompt.get(name, '')}"
-                print(*textwrap.wrap(text, 80, subsequent_indent="     "), sep="\n")
     print(f"all figures and texts: {folder / 'report.md'}")
 
 

@@ -194,10 +194,9 @@ def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]
                 yield name, kept
 
 
-def shares(counts: DataFrame, by: str | list[str]) -> DataFrame:
+def shares(counts: DataFrame, *by: str) -> DataFrame:
     """Return shares of the counts summed `by` columns, with `seeds` where those were compared."""
-    by = ["seeds", by] if isinstance(by, str) else ["seeds", *by]
-    sums = counts.groupby(by, sort=False)[COUNTS].sum()
+    sums = counts.groupby(["seeds", *by], sort=False)[COUNTS].sum()
     kept = sums["kept_a"] + sums["kept_b"]
     of_all = (kept / (2 * sums["weights"])).to_frame("kept")
     of_all["both keep"] = 2 * sums["both"] / kept.clip(lower=1)
@@ -253,7 +252,7 @@ def draw(counts: DataFrame) -> Any:
         counts = counts.assign(linear=counts["a"] + "\n" + counts["b"])
     elif counts["seeds"].any():
         column, label = "excess", "seeds share more than languages, points"
-    cells = 100 * shares(counts, ["block", "linear"])[column].unstack(sort=False)
+    cells = 100 * shares(counts, "block", "linear")[column].unstack(sort=False)
     return plots.overlap(cells, _title(counts), label, difference=column == "excess")
 
 

@@ -1,9 +1,9 @@
-"""One table over many runs, and the pictures that go with it.
+"""One table over many runs, and a picture of what each calibration text loses on each test.
 
     python -m lib.commands.report RUN [RUN ...] [--out FOLDER]
 
 A RUN is a run's `--save` folder, or a folder that holds such folders. The table, completions and
-pictures go to report.md, unrounded figures to report.csv. The terminal gets a table of one figure
+picture go to report.md, unrounded figures to report.csv. The terminal gets a table of one figure
 for each test set.
 """
 
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
 Runs = Mapping[Path, Mapping[str, Any]]  # {folder: results}
 DENSE = "dense"  # the method and the type of a model that was not pruned
 SETTING, TASK = "setting ", "task "  # what the columns of settings and of tasks begin with
-WITH_COLUMN = set("seed prune_method sparsity_type sparsity_ratio use_variant".split())
-WITH_COLUMN |= {"prune_on_c4", "eval_only"}
+WITH_COLUMN = "seed prune_method sparsity_type sparsity_ratio use_variant prune_on_c4 eval_only"
 RUN_COLUMNS = {  # title: figure, format, unit
     "zeros": ("zeros", ".2%"),
     "seeds": ("seeds", ".0f"),
@@ -126,10 +125,9 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "seed": results.get("seed") or 0,
         "zeros": zeros,
         "saved_bytes": results.get("saved_bytes"),
-        "bits": results.get("packed", {}).get("bits"),
     }
     for name, value in results.get("fingerprint", {}).get("pruning", {}).items():
-        if name.startswith("--") and name[2:] not in WITH_COLUMN and value is not None:
+        if name.startswith("--") and name[2:] not in WITH_COLUMN.split() and value is not None:
             columns[SETTING + name[2:]] = str(value)
     for task, metrics in results.get("tasks", {}).items():
         numbers = {name: v for name, v in metrics.items() if isinstance(v, int | float)}
@@ -261,21 +259,15 @@ def failed_runs(paths: Iterable[str | Path]) -> str:
 
 
 def write_report(runs: Runs, out: Path, failures: str = "") -> str:
-    """Write report.md, report.csv and the pictures into folder `out`; return brief tables."""
+    """Write report.md, report.csv and the picture into folder `out`; return brief tables."""
     import pandas
 
     out.mkdir(parents=True, exist_ok=True)
     by_model, drawn = tables(runs), []
-    draw = {
-        "perplexity": plots.perplexity_by_sparsity,
-        "languages": plots.cross_language,
-        "bytes": plots.bytes_against_bits,
-    }
     for number, table in enumerate(by_model if plots.can_draw() else (), 1):
         suffix = f"-{number}" if len(by_model) > 1 else ""
-        for name, picture in draw.items():
-            if figure := picture(table):
-                drawn.append(plots.save(figure, out / f"{name}{suffix}.png"))
+        if figure := plots.cross_language(table):
+            drawn.append(plots.save(figure, out / f"languages{suffix}.png"))
     text = "\n".join(filter(None, [report_text(by_model), failures]))
     parts = [text, completions(runs, by_model), *(f"![{path.stem}]({path.name})" for path in drawn)]
     write_text(out / "report.md", "\n\n".join(part.strip() for part in parts if part) + "\n")

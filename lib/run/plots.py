@@ -31,9 +31,7 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "grid.color": "#DDDDDD",
 }
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-LINES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (3, 1, 1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#0072B2", "#D55E00")
 DENSE_LINE = {"color": "#555555", "linestyle": "--", "linewidth": 1.2, "label": "dense"}
 PANELS_IN_A_ROW = 4
 WIDEST = 13.0  # inches
@@ -103,74 +101,11 @@ def _heat_map(axes: Any, cells: DataFrame, form: str, size: float, **options: An
     return image
 
 
-def calibrations(table: DataFrame) -> list[str]:
-    """Return the texts calibrated on: the test sets in their order, then others, `none` last."""
-    labels = set(table.loc[table["type"] != "dense", "calibrated_on"])
-    first = [name for name in dict.fromkeys(table["measured_on"]) if name in labels]
-    return first + sorted(labels - set(first), key=lambda label: (label == NONE, label))
-
-
 def targets(table: DataFrame) -> list[str]:
     """Return the types of a table, unstructured ratios first, each from loose to strict."""
     order = table["kind"].map({kind: place for place, kind in enumerate(STRICTNESS)}).fillna(-1)
     lines = table.assign(order=order).sort_values(["order", "ratio"], kind="stable")
     return list(dict.fromkeys(lines["type"]))
-
-
-def line_style(index: int) -> dict[str, Any]:
-    """Return colour and line of the index-th series; no two of the first 36 have both alike."""
-    return {"color": COLOURS[index % 6], "linestyle": LINES[(index + index // 6) % 6]}
-
-
-def _model(table: DataFrame) -> str:
-    return Path(table["model"].iloc[0]).name
-
-
-def perplexity_by_sparsity(table: DataFrame) -> Figure | None:
-    """Draw axes for each test set, with a place on the x axis for each sparsity and type.
-
-    Methods differ by their marks, calibration texts by colour and by their place beside each other;
-    unstructured ratios are joined by lines, dense is dashed. None where nothing was pruned.
-    """
-    if "perplexity" not in table:
-        return None
-    pruned = table[(table["type"] != "dense") & table["perplexity"].map(math.isfinite)]
-    if pruned.empty:
-        return None
-    tests, labels = list(dict.fromkeys(table["measured_on"])), calibrations(table)
-    places, methods = targets(pruned), list(dict.fromkeys(pruned["method"]))
-    title, columns = f"{_model(table)}: perplexity by sparsity", min(len(tests), 4)
-    figure, panels = _panels(title, len(tests), columns, 4.4, 4.2)
-    named: dict[str, Any] = {}  # {name of a series: its handle in the legend}
-    for axes, test in zip(panels, tests, strict=True):
-        here = pruned[pruned["measured_on"] == test]
-        keys = [here["method"], here["calibrated_on"], here["kind"] == "unstructured"]
-        for (method, label, is_line), line in here.groupby(keys, sort=False):
-            index, line = labels.index(label), line.sort_values("ratio")
-            beside = 0.7 * ((index + 0.5) / len(labels) - 0.5)
-            spread = line["perplexity_deviation"]
-            axes.errorbar(
-                [places.index(target) + beside for target in line["type"]],
-                line["perplexity"],
-                yerr=spread if spread.notna().any() else None,
-                marker=MARKERS[methods.index(method) % 6],
-                capsize=2,
-                label=method if label == NONE else f"{method}, {label}",
-                **line_style(index) | ({} if is_line else {"linestyle": "none"}),
-            )
-        dense = table[(table["type"] == "dense") & (table["measured_on"] == test)]["perplexity"]
-        for value in filter(math.isfinite, dense):
-            axes.axhline(value, **DENSE_LINE)
-            test += f" (dense {value:,.4g})"
-        axes.set(title=f"measured on {test}", xlabel="weights pruned", yscale="log")
-        axes.set_xticks(range(len(places)), [place.replace(" ", "\n") for place in places])
-        axes.set_xlim(-0.5, len(places) - 0.5)
-        _log_ticks(axes.yaxis)
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            named.setdefault(name, handle)
-    panels[0].set_ylabel("perplexity per token (log scale)")
-    figure.legend(named.values(), named, loc="outside lower center", ncols=2 + columns)
-    return figure
 
 
 def cross_language(table: DataFrame) -> Figure | None:
@@ -183,7 +118,9 @@ def cross_language(table: DataFrame) -> Figure | None:
     import pandas
     from matplotlib.colors import LogNorm
 
-    labels = [label for label in calibrations(table) if label != NONE]
+    labels = set(table.loc[table["type"] != "dense", "calibrated_on"]) - {NONE}
+    first = [name for name in dict.fromkeys(table["measured_on"]) if name in labels]
+    labels = first + sorted(labels - set(first))  # in the order of the tests
     if "more_bits" not in table or len(labels) < 2:
         return None
     rows = table[table["more_bits"].map(math.isfinite)]
@@ -196,7 +133,8 @@ def cross_language(table: DataFrame) -> Figure | None:
     names = [name for name in names if name in groups]
     width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
     columns = max(1, min(rows["method"].nunique(), PANELS_IN_A_ROW, int(WIDEST / width)))
-    title = f"{_model(table)}: bits per byte over dense, by calibration and test text"
+    title = Path(table["model"].iloc[0]).name
+    title += ": bits per byte over dense, by calibration and test text"
     figure, panels = _panels(title, len(names), columns, width, height)
     shown = rows["more_bits"].clip(lower=1e-3)
     norm = LogNorm(shown.min() / 1.05, shown.max() * 1.05, clip=True)
@@ -212,52 +150,6 @@ def cross_language(table: DataFrame) -> Figure | None:
         axes.set(title=f"{method} {kind}", ylabel="calibrated on", xlabel="measured on")
     bar = figure.colorbar(image, ax=panels, aspect=40, label="bits per byte over dense (log scale)")
     _log_ticks(bar.ax.yaxis)
-    return figure
-
-
-def bytes_against_bits(table: DataFrame) -> Figure | None:
-    """Draw the saved models of a table by their bytes, and by bits per byte of its first test set.
-
-    Of models for several languages, those calibrated on that set's. None for fewer than two.
-    """
-    if "saved_bytes" not in table or "bits_per_byte" not in table:
-        return None
-    test = table["measured_on"].iloc[0]
-    here = table[table["measured_on"] == test]
-    saved = here[here["saved_bytes"].notna()]
-    own = saved[saved["calibrated_on"].isin([test, NONE])]
-    saved = saved if own.empty else own
-    if len(saved) < 2:
-        return None
-    bits = [f", {n:.0f} bits" if n > 0 else "" for n in saved.get("bits", [0] * len(saved))]
-    saved = saved.assign(label=saved["type"] + bits, series=saved["method"])
-    dense = here[here["type"] == "dense"]["bits_per_byte"]
-    return frontier(saved, f"{_model(table)}: bytes against bits per byte of {test}", *dense[:1])
-
-
-def frontier(models: DataFrame, title: str, dense: float | None = None) -> Figure:
-    """Draw models with columns series, label, saved_bytes, bits_per_byte: a line for each series.
-
-    `dense`: the dense model's bits per byte, a dashed line.
-    """
-    figure, (axes,) = _panels(title, 1, 1, 8.5, 4.8)
-    models = models.assign(mb=models["saved_bytes"] / 1e6).sort_values("mb", kind="stable")
-    for index, (series, its) in enumerate(models.groupby("series")):
-        look = {"color": COLOURS[index % 6], "marker": MARKERS[index % 6], "linestyle": ":"}
-        axes.plot(its["mb"], its["bits_per_byte"], label=series, **look)
-    span = models["bits_per_byte"].max() - models["bits_per_byte"].min()
-    for label, mb, bits in models[["label", "mb", "bits_per_byte"]].to_numpy():
-        alike = (models["bits_per_byte"] - bits).abs() <= 0.03 * span
-        beside = (alike & models["mb"].between(mb, 1.2 * mb, inclusive="right")).any()
-        side = {"xytext": (-7, -3), "ha": "right"} if beside else {"xytext": (5, 5)}
-        axes.annotate(label, (mb, bits), textcoords="offset points", fontsize=8, **side)
-    if dense is not None:
-        axes.axhline(dense, **DENSE_LINE)
-    axes.set(xscale="log", xlabel="MB saved (log scale)")
-    axes.set_ylabel("bits per byte of test text, lower is better")
-    axes.margins(x=0.15, y=0.1)
-    axes.legend()
-    _log_ticks(axes.xaxis)
     return figure
 
 

@@ -30,7 +30,6 @@ import torch
 from measure import decoding_speeds, table
 from safetensors.torch import load_file, save_file
 
-from lib.run import plots
 from lib.util.command import add_debug_flag, run, split_argv
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +50,7 @@ for share in (0.5, 0.6):
 
 
 class Point(NamedTuple):
-    """One model: the line of the picture that it is on, its label, its file, what was measured."""
+    """One model: its series, its label, its file, what was measured."""
 
     series: str
     label: str
@@ -195,17 +194,6 @@ def speeds(files: Sequence[Path], llama: Path) -> dict[Path, float]:
     return {file: median(each) for file, each in timed.items()}
 
 
-def draw(points: Sequence[Point], file: Path) -> None:
-    """Draw a line for each series; points more than 35% above the best one fall out."""
-    from pandas import DataFrame
-
-    most = 1.35 * min(point.test["bits_per_byte"] for point in points)
-    rows = [(p.series, p.label, p.size, p.test["bits_per_byte"]) for p in points]
-    columns = ["series", "label", "saved_bytes", "bits_per_byte"]
-    models = DataFrame([row for row in rows if row[-1] < most], columns=columns)
-    plots.save(plots.frontier(models, "Bytes against bits per byte, all trained alike"), file)
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="local folder of a dense model")
@@ -245,8 +233,6 @@ def main(argv: list[str]) -> None:
         for p in models
     ]
     (args.out / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
-    draw(models, args.out / "frontier.png")
-    print(f"picture: {args.out / 'frontier.png'}")
 
 
 if __name__ == "__main__":

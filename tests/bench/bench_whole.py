@@ -4,8 +4,7 @@
 
 Each stage is a run of main.py on what the stage before has saved: `--out` keeps models and results,
 and the same command goes on where it was. Then one token after another is decoded by every stage's
-model in turn, and a table tells bytes on disk, bits per byte and tokens a second; a picture shows
-the first two.
+model in turn, and a table tells bytes on disk, bits per byte and tokens a second.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from measure import decoding_speeds
-from pandas import DataFrame
 from stages import Stage, do
 
 from lib.commands.compress_measure import disk_size
 from lib.model.pretrained import pick_device
-from lib.run import plots
 from lib.run.flags import build_parser
 from lib.run.results import read_results
 from lib.util.command import add_debug_flag, run, split_argv
@@ -56,7 +53,7 @@ def stages(model: str, data: Sequence[str], folder: Path, tokens: int) -> list[S
 
 
 def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None:
-    """Print the table and write it into `--out`, with the picture."""
+    """Print the table and write it into `--out`."""
     folders = [Path(args.model) if s.name == "dense" else args.out / s.name / "model" for s in done]
     evaluations = [read_results(args.out / stage.name)["evaluation"] for stage in done]
     sizes = [disk_size(folder) for folder in folders]
@@ -76,17 +73,6 @@ def report(args: argparse.Namespace, done: Sequence[Stage], device: str) -> None
     text = padded_table(head, body)
     print(text)
     (args.out / "whole.md").write_text(text + "\n", "utf-8")
-    if plots.can_draw():
-        models = DataFrame(
-            {
-                "series": f"for {tests[0]}",
-                "label": [stage.heading for stage in done],
-                "saved_bytes": sizes,
-                "bits_per_byte": [its[0]["bits_per_byte"] for its in evaluations],
-            }
-        )
-        title = f"{Path(args.model).name}: bytes against bits per byte of {tests[0]}"
-        print(f"picture: {plots.save(plots.frontier(models, title), args.out / 'whole.png')}")
 
 
 def main(argv: list[str]) -> None:

@@ -24,13 +24,14 @@ def test_the_whole_demo(capsys: pytest.CaptureFixture) -> None:
     demo.main(["--small"])
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith("|")]
-    assert max(map(len, table)) <= 80 and any(line.startswith("   en, model: ") for line in lines)
+    assert max(map(len, table)) <= 80
     rows = [[cell.strip() for cell in line.split("|")[1:4:2]] for line in lines]
     rows = {tuple(row) for row in rows if row and row[0].startswith(("dense", "admm"))}
     assert rows == {("dense", "none"), ("admm", "uk"), ("admm + recovery", "uk")}
-    assert "| admm + recovery |" in Path("demo/report.md").read_text("utf-8")
+    report = Path("demo/report.md").read_text("utf-8")
+    assert "| admm + recovery |" in report and "\n- admm + recovery, 2:4, uk: " in report
     files = list(Path("demo/runs").rglob("results.json"))
-    assert len(files) == 3 and list(Path("demo").glob("*.png"))
+    assert len(files) == 3
     for file in files:
         run = results(file.parent)
         assert list(run["perplexity"]) == ["uk", "en"] and run["flags"]["device"] == "cpu"

@@ -77,7 +77,7 @@ def test_the_noise_floor_singles_out_the_specific_block(languages: dict) -> None
     found = shares(counts, "block")
     assert found["excess"].idxmax() == 1 and found.loc[1, "excess"] > 0.3
     assert found.loc[0, "both keep"] == 1.0 and found.loc[0, "excess"] < 0
-    heat = 100 * shares(counts, ["block", "linear"])["excess"].unstack(sort=False)
+    heat = 100 * shares(counts, "block", "linear")["excess"].unstack(sort=False)
     assert draw(counts).axes[0].images[0].get_array().data == pytest.approx(heat.to_numpy())
 
 

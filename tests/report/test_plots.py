@@ -30,30 +30,9 @@ def pruned() -> list[dict]:
     return [*runs, results("magnitude", {"uk": None, "en": 99.0})]
 
 
-def marks(axes: Axes) -> list[tuple[list[float], list[float]]]:
-    """(x, y) of each line with marks, x rounded to its place on the axis."""
-    lines = [line for line in axes.lines if line.get_marker() in plots.MARKERS]
-    return [([round(x) for x in line.get_xdata()], list(line.get_ydata())) for line in lines]
-
-
 def drawn(figure: Figure, title: str) -> Axes:
     (axes,) = [axes for axes in figure.axes if axes.get_title().startswith(title)]
     return axes
-
-
-def test_perplexity_by_sparsity(pruned: list[dict]) -> None:
-    figure = plots.perplexity_by_sparsity(table(*pruned))
-    axes = drawn(figure, "measured on uk (dense 20)")
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["50%", "60%", "2:4"]
-    assert ([0, 1], [25.0, 28.0]) in marks(axes)  # wanda on uk: a mean over seeds, then 60%
-    assert ([0], [31.0]) in marks(axes) and ([2], [33.0]) in marks(axes)
-    assert len(marks(axes)) == 3  # a perplexity that is not finite is left out
-    assert any(list(line.get_ydata()) == [20.0, 20.0] for line in axes.lines)
-    english = drawn(figure, "measured on en")
-    assert ([0], [99.0]) in marks(english) and english.get_yscale() == "log"
-    legend = [text.get_text() for text in figure.legends[0].texts]
-    assert sorted(legend) == ["dense", "magnitude", "wanda, en", "wanda, uk"]
-    assert plots.perplexity_by_sparsity(table(pruned[0])) is None
 
 
 def cells(axes: Axes) -> list[list[str]]:
@@ -72,18 +51,6 @@ def test_cross_language(pruned: list[dict]) -> None:
     assert cells(drawn(figure, "wanda 2:4")) == [["+0.13", "+0.30"]]  # calibrated on uk alone
     assert plots.cross_language(table(*pruned[1:])) is None  # no dense run
     assert plots.cross_language(table(pruned[0], pruned[1])) is None  # a single text
-
-
-def test_bytes_against_bits(pruned: list[dict]) -> None:
-    for number, run in enumerate(pruned[1:]):
-        run |= {"saved_bytes": 1e6 * (1 + number), "packed": {"bits": 4}}
-    (axes,) = plots.bytes_against_bits(table(*pruned)).axes
-    # wanda for uk at 50% (the mean of seeds 0 and 1), 60% and 2:4, by size
-    (wanda,) = [line for line in axes.lines if line.get_label() == "wanda"]
-    assert list(wanda.get_xdata()) == [2.0, 5.0, 6.0]
-    assert list(wanda.get_ydata()) == pytest.approx([0.25, 0.28, 0.33])
-    assert "60%, 4 bits" in [text.get_text() for text in axes.texts]
-    assert plots.bytes_against_bits(table(pruned[0])) is None
 
 
 def test_recovery_curve() -> None:
