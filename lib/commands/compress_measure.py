@@ -69,15 +69,17 @@ def main(argv: list[str]) -> None:
         figures = {"bytes": Path(name).stat().st_size}
         figures |= {"tokens_per_second": llama_cpp_speed(name)} if find_spec("xllamacpp") else {}
     else:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.utils import cached_file
 
         import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
+        from lib.model.pretrained import auto_class
         from lib.util.progress import quiet
 
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source).to(device).eval()
+        kind = auto_class(AutoConfig.from_pretrained(name, **source))
+        model = kind.from_pretrained(name, dtype=dtype, **source).to(device).eval()
         speeds = [decoding_speed(model) for _ in range(ROUNDS + 1)]
         figures = {"bytes": disk_size(Path(cached_file(name, "config.json", **source)).parent)}
         figures |= {"tokens_per_second": statistics.median(speeds[1:])}
