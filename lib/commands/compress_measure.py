@@ -67,17 +67,19 @@ def main(argv: list[str]) -> None:
         size, speed = Path(name).stat().st_size, llama_cpp_speed
         model = start(name, 2 * (PROMPT + STEPS)) if find_spec("xllamacpp") else None
     else:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
         from transformers.utils import cached_file
 
         import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
+        from lib.model.pretrained import auto_class
         from lib.util.progress import quiet
 
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names
         size = disk_size(Path(cached_file(name, "config.json", **source)).parent)
         speed = decoding_speed
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **source).to(device).eval()
+        kind = auto_class(AutoConfig.from_pretrained(name, **source))
+        model = kind.from_pretrained(name, dtype=dtype, **source).to(device).eval()
     figures = {ROWS[0]: size / 1e6}
     if model:
         figures[ROWS[1]] = statistics.median([speed(model) for _ in range(ROUNDS + 1)][1:])
