@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.commands.export import command, engines
 from lib.commands.export.command import main
-from lib.commands.export.source import open_folder
+from lib.commands.export.engines import open_folder
 from lib.packed.checkpoint import METHOD
 from lib.packed.formats import FORMATS
 from lib.util.errors import UserError
@@ -58,7 +58,7 @@ def needs(engine: str) -> None:
 def matrices(folder: Path) -> list[Tensor]:
     """The linears of a folder, float32 (out, in)."""
     source = open_folder(str(folder))
-    named = ((source.tensor(name).float(), turned) for name, turned in source.linears.items())
+    named = ((source.tensors[name].float(), turned) for name, turned in source.linears.items())
     return [weight.T if turned else weight for weight, turned in named]
 
 
