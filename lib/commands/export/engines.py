@@ -28,7 +28,6 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from lib.commands.gguf.llama_cpp import run_child
 from lib.model.access import Checkpoint
 from lib.model.linears import find_linears
 from lib.model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
@@ -238,13 +237,10 @@ class Mlx:
 
         # RoPE's settings under their names before transformers 5, which most of mlx-lm reads
         rope = getattr(source.config.get_text_config(), "rope_parameters", None) or {}
-        whole, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
-        names = {
-            "rope_theta": whole.get("rope_theta"),
-            "rope_local_base_freq": local.get("rope_theta"),
-            "rope_scaling": None if whole.get("rope_type") == "default" else whole,
-        }
-        names = {name: value for name, value in names.items() if value}
+        rope = rope.get("full_attention", rope)
+        names = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        if rope.get("rope_type", "default") != "default":
+            names["rope_scaling"] = rope
         model, _ = load_model(source.folder, lazy=True, model_config=names)
         vocabulary, how, changed = source.config.get_text_config().vocab_size, {}, []
         for path, module in model.named_modules():
@@ -314,8 +310,41 @@ class Onnx:
     )
 
     def write(self, source: GridFolder, new: Path) -> None:
-        what = f"OUT {source.folder}: onnxruntime-genai's builder"
-        run_child(what, build, folder=str(source.folder), new=str(new))
+        import onnx
+        from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+        original = quantizer.DefaultWeightOnlyQuantizer.quantize_matmul
+
+        # what is on the grid the builder rounds by ggml's rule; the rest stays
+        def on_grid(own: Any, node: Any, graphs: Any) -> Any:
+            weight, _ = quantizer.get_initializer(node.input[1], graphs)
+            if weight is None or len(weight.dims) != 2 or weight.dims[0] % GRID.group:
+                return [node]
+            rows = torch.tensor(onnx.numpy_helper.to_array(weight)).T
+            return original(own, node, graphs) if split(rows)[2] == 0 else [node]
+
+        target = new / ONNX_FILE
+        target.parent.mkdir()
+        options = (
+            "block_size=32 is_symmetric=true accuracy_level=1 algo_config=default hf_token=false "
+        )
+        options += f"op_types_to_quantize=MatMul filename={ONNX_FILE} "
+        options += "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
+        where = ("", str(source.folder), str(new), "int4", "cpu", f"{new}/cache")
+        with mock.patch.object(quantizer.DefaultWeightOnlyQuantizer, "quantize_matmul", on_grid):
+            create_model(*where, **parse_extra_options(*where, options.split()))
+        settings = json.loads((new / "genai_config.json").read_text("utf-8"))
+        model = onnx.load(target)
+        Path(f"{target}.data").unlink()
+        # transformers.js needs a number where the builder names the dimension of the heads
+        for value in (*model.graph.input, *model.graph.output):
+            if value.name.startswith(("past_key_values.", "present.")):
+                value.type.tensor_type.shape.dim[3].dim_value = settings["model"]["decoder"][
+                    "head_size"
+                ]
+        large = model.ByteSize() > 2**31 - 2**20  # what one file can't hold
+        onnx.save(model, target, save_as_external_data=large, location=f"{target.name}_data")
         source.copy_settings(new)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
@@ -348,45 +377,6 @@ class Onnx:
             return generator.get_sequence(0)[len(prompt) :].tolist()
 
         return Loaded(lambda ids: torch.tensor(started(ids, 1).get_output("logits")[0]), complete)
-
-
-def build(folder: str, new: str) -> None:
-    """Let the builder write into the folder `new`; called in a process of its own.
-
-    What is on the grid it rounds by ggml's rule; the rest stays. transformers.js needs a number
-    where the builder names the dimension of the heads.
-    """
-    import onnx
-    from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    original = quantizer.DefaultWeightOnlyQuantizer.quantize_matmul
-
-    def on_grid(self: Any, node: Any, graphs: Any) -> Any:
-        weight, _ = quantizer.get_initializer(node.input[1], graphs)
-        if weight is None or len(weight.dims) != 2 or weight.dims[0] % GRID.group:
-            return [node]
-        rows = torch.tensor(onnx.numpy_helper.to_array(weight)).T
-        return original(self, node, graphs) if split(rows)[2] == 0 else [node]
-
-    target = Path(new, ONNX_FILE)
-    target.parent.mkdir()
-    options = "block_size=32 is_symmetric=true accuracy_level=1 algo_config=default hf_token=false "
-    options += f"op_types_to_quantize=MatMul filename={ONNX_FILE} "
-    options += "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
-    where = ("", folder, new, "int4", "cpu", f"{new}/cache")
-    with mock.patch.object(quantizer.DefaultWeightOnlyQuantizer, "quantize_matmul", on_grid):
-        create_model(*where, **parse_extra_options(*where, options.split()))
-    size = json.loads(Path(new, "genai_config.json").read_text("utf-8"))["model"]["decoder"][
-        "head_size"
-    ]
-    model = onnx.load(target)
-    Path(f"{target}.data").unlink()
-    for value in (*model.graph.input, *model.graph.output):
-        if value.name.startswith(("past_key_values.", "present.")):
-            value.type.tensor_type.shape.dim[3].dim_value = size
-    large = model.ByteSize() > 2**31 - 2**20  # what one file can't hold
-    onnx.save(model, target, save_as_external_data=large, location=f"{target.name}_data")
 
 
 ENGINES = {"compressed-tensors": CompressedTensors(), "mlx": Mlx(), "onnx": Onnx()}
