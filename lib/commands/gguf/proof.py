@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -136,22 +137,20 @@ def prove_tokens(
         ids = tokenizer(text, add_special_tokens=special).input_ids
         if ids != theirs:
             where = f"document {number} of {name}{' with special tokens' if special else ''}"
-            raise UserError(f"{where}: {_difference(tokenizer, ids, theirs)}")
+            pairs = enumerate(zip_longest(ids, theirs))
+            at = next(place for place, (own, other) in pairs if own != other)
+            ours, other = (
+                f"{part} {tokenizer.convert_ids_to_tokens(part)}"
+                for part in (ids[at : at + 3], theirs[at : at + 3])
+            )
+            raise UserError(
+                f"{where}: at token {at + 1} llama.cpp has {other}, the folder's tokenizer {ours}"
+            )
         totals[name] += 0 if special else len(ids)
     return [
         {"name": name, "documents": len(documents), "tokens": totals[name]}
         for name, documents in texts.items()
     ]
-
-
-def _difference(tokenizer: PreTrainedTokenizerBase, ids: list[int], theirs: list[int]) -> str:
-    pairs = enumerate(zip(ids, theirs, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(theirs)))
-    ours, other = (
-        f"{part} {tokenizer.convert_ids_to_tokens(part)}"
-        for part in (ids[place : place + 3], theirs[place : place + 3])
-    )
-    return f"at token {place + 1} llama.cpp has {other}, the folder's tokenizer {ours}"
 
 
 def windows_of(
@@ -190,8 +189,9 @@ def prove_predictions(
     """Compare what each file predicts (type: file) with the model in the folder `weights`.
 
     `windows` (name: each (tokens,)) are what it reads, `letter` is the id of a token of letters.
-    Returns the windows' lengths, the number of places and the distances by type. Raises UserError
-    if llama.cpp differs by more than the type's limit.
+    They are compared where llama.cpp names its likeliest tokens. Returns the windows' lengths, the
+    number of places and the distances by type: of log-probabilities, relative to their spread.
+    Raises UserError if llama.cpp differs by more than the type's limit.
     """
     prompts, expected = [], []
     model = AutoModelForCausalLM.from_pretrained(
@@ -206,10 +206,17 @@ def prove_predictions(
             logits = model(window[None], use_cache=False, logits_to_keep=last).logits[0]
         expected.append(logits.double().log_softmax(-1))
     del model
-    dense = torch.cat(expected)  # (places, rows)
-    distances = {}
+    rows, distances = expected[0].shape[-1], {}
+    how = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
     for weight_type, file in files.items():
-        distances[weight_type] = distance = _distance(dense, file, prompts, letter)
+        size = file.stat().st_size * (1 + sum(map(len, prompts)) / 300)  # read, multiplied by all
+        answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), prompts=prompts, **how)
+        squares = []
+        for own, pairs in zip(torch.cat(expected), answer["logprobs"], strict=True):
+            ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)
+            theirs, ours = torch.tensor(values, dtype=torch.float64), own[list(ids)]
+            squares.append(((theirs - ours).norm() / (ours - ours.mean()).norm()).square())
+        distances[weight_type] = distance = float(torch.stack(squares).mean().sqrt())
         if not distance <= LIMITS[weight_type]:
             raise UserError(
                 f"in {weight_type} predictions differ by {distance:.2g}, more than "
@@ -217,20 +224,3 @@ def prove_predictions(
             )
     lengths = {name: [len(window) for window in its] for name, its in windows.items()}
     return {"windows": lengths, "places": len(prompts), "distances": distances}
-
-
-def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) -> float:
-    """Return the distance of log-probabilities relative to their spread, over all places.
-
-    `dense` (places, rows) is compared where llama.cpp names its likeliest tokens.
-    """
-    rows = dense.shape[-1]
-    options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
-    size = file.stat().st_size * (1 + sum(map(len, prompts)) / 300)  # read, and multiplied by all
-    answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), prompts=prompts, **options)
-    distances = []
-    for own, pairs in zip(dense, answer["logprobs"], strict=True):
-        ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)
-        theirs, ours = torch.tensor(values, dtype=torch.float64), own[list(ids)]
-        distances.append((theirs - ours).norm() / (ours - ours.mean()).norm())
-    return float(torch.stack(distances).square().mean().sqrt())

@@ -141,11 +141,10 @@ def named_by_parts(data: dict[str, Any]) -> str | None:
 
 def _without_code(path: Path) -> dict[str, Any]:
     """Read a file's fields, at any depth without those that name code to run."""
-
-    def without_code(fields: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in fields.items() if name != CODE}
-
-    return json.loads(path.read_text("utf-8"), object_hook=without_code)
+    return json.loads(
+        path.read_text("utf-8"),
+        object_hook=lambda fields: {name: fields[name] for name in fields if name != CODE},
+    )
 
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
