@@ -18,13 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lib.commands.export.engines import (
-    ENGINES,
-    GridFolder,
-    digests,
-    load_transformers,
-    open_folder,
-)
+from lib.commands.export.engines import ENGINES, GridFolder, digests, load_transformers, open_folder
 from lib.commands.gguf.proof import LINES, SHORT, windows_of
 from lib.model.access import Checkpoint, as_user_error
 from lib.run.card import export_card
@@ -39,20 +33,17 @@ LIMIT = 1e-3  # sums in another order make 1e-5
 
 
 def main(arguments: list[str]) -> None:
+    """Write the folder OUT as the folder NEW for an engine, and prove it.
+
+    Raises UserError, and leaves no folder, where it can't be written or differs.
+    """
     parser = make_parser("export", __doc__)
     parser.add_argument("source", metavar="OUT", help="folder saved with --quantize q4_0")
     parser.add_argument("new", metavar="NEW", help="new folder to write")
     parser.add_argument("--to", required=True, choices=list(ENGINES), help="format of NEW")
     args = parser.parse_args(arguments)
     quiet()
-    export(args.source, args.new, args.to)
-
-
-def export(path: str, new: str, to: str) -> None:
-    """Write the folder `path` as the folder `new` for an engine, and prove it.
-
-    Raises UserError, and leaves no folder, where it can't be written or differs.
-    """
+    path, new, to = args.source, args.new, args.to
     engine = ENGINES[to]
     check_new_folder("NEW", new)
     if partial_of(new).exists():
@@ -87,7 +78,9 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
     needed = 3 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
     if needed > available():
         return [f"not proven: predictions (comparing them needs {gib(needed)} of memory)"]
-    windows = [ids[:SHORT] for ids in windows_of(source.tokenizer, {"": LINES}, source.config)[""]]
+    windows = [
+        ids[:SHORT] for ids in windows_of(source.tokenizer, {"": LINES}, source.model.config)[""]
+    ]
     prompts = [source.tokenizer(line).input_ids[:PROMPT] for line in LINES]
     new_model = engine.load(stage)
     out_model = load_transformers(source.folder, new_model.tables)

@@ -20,12 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from lib.model.access import Checkpoint
@@ -43,12 +38,12 @@ ONNX_FILE = "onnx/model_q4.onnx"  # as transformers.js names it
 class GridFolder(NamedTuple):
     """A folder with linears on the grid of q4_0: `linears`, {tensor: whether it is (in, out)}.
 
-    `others` names the modules of linears that stay as they are. `plain`: no linear is in a stack,
-    none is (in, out).
+    `model` has no weights, these are `tensors`. `others` names the modules of linears that stay as
+    they are. `plain`: no linear is in a stack, none is (in, out).
     """
 
     folder: Path
-    config: PretrainedConfig
+    model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     tensors: dict[str, Tensor]
     linears: dict[str, bool]
@@ -104,15 +99,9 @@ def open_folder(path: str) -> GridFolder:
     others = [
         n for n in modules if isinstance(modules[n], nn.Linear) and f"{n}.weight" not in names
     ]
-    return GridFolder(
-        folder=Path(path),
-        config=config,
-        tokenizer=load_tokenizer(checkpoint),
-        tensors=tensors_of(Path(path)),
-        linears={name: names.get(name, False) for name in stored},
-        others=others,
-        plain=plain,
-    )
+    linears = {name: names.get(name, False) for name in stored}
+    tokenizer, tensors = load_tokenizer(checkpoint), tensors_of(Path(path))
+    return GridFolder(Path(path), model, tokenizer, tensors, linears, others, plain)
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
@@ -225,9 +214,7 @@ class Mlx:
     stacks = True
     requirements = "requirements-mlx.txt"
     changed = "its embedding and head alone, now in 8 bits"
-    not_run = (
-        "Apple's GPUs; on a CPU, where this was proven in float32, bfloat16 rounds the weights"
-    )
+    not_run = "Apple's GPUs; on a CPU, bfloat16 rounds the weights"
     how = "mlx_lm.generate --model {} --prompt TEXT"
 
     def write(self, source: GridFolder, new: Path) -> None:
@@ -236,13 +223,13 @@ class Mlx:
         from mlx_lm.utils import load_model, save_model
 
         # RoPE's settings under their names before transformers 5, which most of mlx-lm reads
-        rope = getattr(source.config.get_text_config(), "rope_parameters", None) or {}
+        rope = getattr(source.model.config.get_text_config(), "rope_parameters", None) or {}
         rope = rope.get("full_attention", rope)
         names = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
         if rope.get("rope_type", "default") != "default":
             names["rope_scaling"] = rope
         model, _ = load_model(source.folder, lazy=True, model_config=names)
-        vocabulary, how, changed = source.config.get_text_config().vocab_size, {}, []
+        vocabulary, how, changed = source.model.config.get_text_config().vocab_size, {}, []
         for path, module in model.named_modules():
             if not hasattr(module, "to_quantized") or module.weight.shape[-1] % GRID.group:
                 continue
