@@ -25,10 +25,11 @@ import torch
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import TYPES, run_child
 from lib.commands.gguf.proof import INSTALL, RUNNER, prove
-from lib.commands.gguf.source import METHOD, open_folder
+from lib.commands.gguf.source import METHOD, named_by_parts, open_folder
 from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
+from lib.data.tokenizer_model import check_of
 from lib.model.pretrained import checkpoint_dtype
 from lib.run.card import gguf_card
 from lib.util.command import make_parser
@@ -64,8 +65,7 @@ def main(arguments: list[str]) -> None:
         help="llama.cpp's name for how a byte-level tokenizer splits words (default: as the "
         "converter's table or the tokenizer's parts say)",
     )
-    args = parser.parse_args(arguments)
-    convert(args)
+    convert(parser.parse_args(arguments))
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -103,7 +103,8 @@ def convert(args: argparse.Namespace) -> None:
             name=Path(args.source).absolute().name,
             files={kind: str(file) for kind, file in files.items()},
             pre=args.pre,
-            **source.checks,
+            check=check_of(source.tokenizer),
+            parts=named_by_parts(source.data),
         )
         installed = [PACKAGE, RUNNER] if find_spec(RUNNER) else [PACKAGE]
         versions = {name: metadata.version(name) for name in installed}

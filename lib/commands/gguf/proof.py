@@ -25,6 +25,7 @@ from lib.commands.gguf.llama_cpp import run_child
 from lib.commands.gguf.source import ModelFolder
 from lib.data.documents import read_documents
 from lib.data.sources import Source
+from lib.data.tokenizer_model import begins_with_blank
 from lib.data.windows import test_documents
 from lib.model.pretrained import window_length
 from lib.util.errors import UserError
@@ -74,7 +75,7 @@ def prove(
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
-        documents = documents_of(texts, source.begins_with_blank)
+        documents = documents_of(texts, begins_with_blank(source.data))
         proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
             print(f"{cut['name']}: llama.cpp cuts all {cut['documents']} documents alike")
