@@ -148,7 +148,7 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     argv = "dense small --data uk --language uk --recover 1024 --device cpu".split()
     assert run(compress.main, [*argv, "--dialogues", "40"]) == 0
     out = capfd.readouterr().out
-    assert "A chat model: it answers prompts" in out and "40 dialogues" in out
+    assert "A chat model: it answers prompts" in out and "40 dialogues" in out, out
     after = results("small-compress/compressed")
     shares = {each["name"]: each["share"] for each in after["calibration"]["sources"]}
     assert shares == pytest.approx({"uk": 1 / 3, "dialogues": 2 / 3}, abs=0.05)

@@ -1,9 +1,115 @@
-"""python -m lib.commands.export: see lib/commands/export/command.py."""
+"""Write a folder of --quantize q4_0 for another engine, and prove that both agree.
+
+bash launch.sh export OUT NEW --to compressed-tensors | mlx | onnx
+
+OUT is a folder that main.py has saved with --quantize q4_0. All codes and scales are read back from
+NEW and compared. Then the engine runs NEW, and transformers runs OUT. At the first difference the
+command stops, and there is no NEW.
+"""
+
+from __future__ import annotations
 
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from importlib.util import find_spec
+from io import StringIO
+from operator import eq
+from pathlib import Path
 
-from lib.commands.export.command import main
-from lib.util.command import run
+import torch
+
+from lib.commands.export.engines import ENGINES, GridFolder, digests, load_transformers, open_folder
+from lib.commands.gguf.proof import LINES, SHORT, windows_of
+from lib.model.access import Checkpoint, as_user_error
+from lib.run.card import export_card
+from lib.util.command import make_parser, run
+from lib.util.errors import UserError
+from lib.util.files import check_new_folder, partial_of, staged_folder
+from lib.util.host import available, gib
+from lib.util.progress import quiet
+
+PROMPT = 8  # tokens
+LIMIT = 1e-3  # sums in another order make 1e-5
+
+
+def main(arguments: list[str]) -> None:
+    """Write the folder OUT as the folder NEW for an engine, and prove it.
+
+    Raises UserError, and leaves no folder, where it can't be written or differs.
+    """
+    parser = make_parser("export", __doc__)
+    parser.add_argument("source", metavar="OUT", help="folder saved with --quantize q4_0")
+    parser.add_argument("new", metavar="NEW", help="new folder to write")
+    parser.add_argument("--to", required=True, choices=list(ENGINES), help="format of NEW")
+    args = parser.parse_args(arguments)
+    quiet()
+    path, new, to = args.source, args.new, args.to
+    engine = ENGINES[to]
+    check_new_folder("NEW", new)
+    if partial_of(new).exists():
+        raise UserError(f"NEW {new}: {partial_of(new).name} is in the way; name a new folder")
+    if missing := [name for name in engine.packages if find_spec(name) is None]:
+        raise UserError(
+            f"--to {to}: {missing[0]} is not installed; pip install -r {engine.requirements}"
+        )
+    source = open_folder(path)
+    if not (engine.stacks or source.plain):
+        raise UserError(
+            f"--to {to}: takes no stacks of experts and no linears that stand as (in, out), which "
+            f"OUT {path} has; --to mlx may, or gguf"
+        )
+    expected = digests(source.rows())
+    by = as_user_error(Checkpoint(path, "OUT"), f"its model in {to}'s code", "gguf may convert it")
+    quieted = redirect_stderr(StringIO()), redirect_stdout(StringIO())
+    with staged_folder(new, "NEW") as stage, quieted[0], quieted[1], by:  # engines tell much
+        engine.write(source, stage)
+        found = digests(engine.stored(stage))
+        if wrong := (expected - found).total() + (found - expected).total():
+            raise UserError(f"NEW {new}: not written, {wrong} rows of codes or scales differ")
+        lines = [f"{found.total():,} rows of codes and scales: 0 differ from the converted model's"]
+        lines += prove(source, engine, stage, new)
+        (stage / "README.md").write_text(export_card(path, new, to, engine, lines), "utf-8")
+    size = sum(file.stat().st_size for file in Path(new).rglob("*.*") if file.is_file())
+    print(*lines, f"written: {new}, {gib(size)}, {to}", sep="\n")
+
+
+def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
+    """Run OUT and `stage`. Raises UserError where log-probabilities differ beyond the limit."""
+    needed = 3 * sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    if needed > available():
+        return [f"not proven: predictions (comparing them needs {gib(needed)} of memory)"]
+    windows = [
+        ids[:SHORT] for ids in windows_of(source.tokenizer, {"": LINES}, source.model.config)[""]
+    ]
+    prompts = [source.tokenizer(line).input_ids[:PROMPT] for line in LINES]
+    new_model = engine.load(stage)
+    out_model = load_transformers(source.folder, new_model.tables)
+    dense, own = (
+        torch.cat(
+            [
+                model.logits(ids.tolist())[:-1].double().log_softmax(-1).gather(1, ids[1:, None])
+                for ids in windows
+            ]
+        )
+        for model in (out_model, new_model)
+    )
+    distance = float((own - dense).norm() / (dense - dense.mean()).norm())
+    if not distance <= LIMIT:
+        raise UserError(
+            f"NEW {new}: not written, log-probabilities differ by {distance:.2g} of their spread, "
+            f"more than {LIMIT}: the engine computes this model otherwise"
+        )
+    expected = [out_model.complete(prompt) for prompt in prompts]
+    texts = [new_model.complete(prompt) for prompt in prompts]
+    # as far as both go: some engines stop at an end of text, some go on
+    same = sum(all(map(eq, *pair)) for pair in zip(expected, texts, strict=True))
+    return [
+        f"log-probabilities of {len(own)} tokens differ by {distance:.2g} of their spread, by "
+        f"{float((own - dense).abs().max()):.2g} nats at most",
+        f"greedy completions: {same} of {len(texts)} are the same",
+        f"not run: {engine.not_run}",
+    ]
+
 
 if __name__ == "__main__":
     sys.exit(run(main))

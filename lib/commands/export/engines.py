@@ -1,4 +1,4 @@
-"""The engines, a class each: its folder written, read back and run in float32.
+"""The folder that is exported, and the engines, a class each: NEW written, read back and run.
 
 Codes and scales are given: nothing is rounded but MLX's embedding and head. Packages are imported
 where they are used, since each engine needs its own alone.
@@ -6,7 +6,10 @@ where they are used, since each engine needs its own alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +19,130 @@ import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
-from lib.commands.export.source import GRID, GridFolder, codes_of, packed_bytes, split
-from lib.commands.gguf.llama_cpp import run_child
+from lib.model.access import Checkpoint
+from lib.model.linears import find_linears
+from lib.model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
+from lib.packed.checkpoint import METHOD
+from lib.packed.formats import FORMATS
+from lib.util.errors import UserError
 
+GRID = FORMATS["q4_0"]
 NEW_TOKENS = 32
+ONNX_FILE = "onnx/model_q4.onnx"  # as transformers.js names it
+
+
+class GridFolder(NamedTuple):
+    """A folder with linears on the grid of q4_0: `linears`, {tensor: whether it is (in, out)}.
+
+    `model` has no weights, these are `tensors`. `others` names the modules of linears that stay as
+    they are. `plain`: no linear is in a stack, none is (in, out).
+    """
+
+    folder: Path
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    tensors: dict[str, Tensor]
+    linears: dict[str, bool]
+    others: list[str]
+    plain: bool
+
+    def rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Codes and scales of each linear. Raises UserError at the first that is off the grid."""
+        for name, transposed in self.linears.items():
+            weight = self.tensors[name]
+            rows = (weight.mT if transposed else weight).flatten(0, -2)
+            codes, scales, off = split(rows)
+            if not off == 0:  # nan neither
+                raise UserError(
+                    f"OUT {self.folder}: {name} is not on the grid of q4_0, a weight is "
+                    f"{off / rows.abs().max():.1%} of the largest away from it; make the folder "
+                    "by --quantize q4_0, and change no weight afterwards"
+                )
+            yield codes, scales
+
+    def copy_settings(self, new: Path, **fields: Any) -> None:
+        """Copy the tokenizer and the configs, config.json with more `fields`."""
+        for file in self.folder.iterdir():
+            if file.suffix in (".json", ".jinja", ".model") and "safetensors" not in file.name:
+                shutil.copy2(file, new)
+        config = json.loads((self.folder / "config.json").read_text("utf-8")) | fields
+        (new / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), "utf-8")
+
+
+def open_folder(path: str) -> GridFolder:
+    """Read a folder. Raises UserError if it can't be exported."""
+    if not Path(path).is_dir():
+        raise UserError(f"OUT {path}: no such folder")
+    checkpoint = Checkpoint(path, "OUT")
+    config = load_config(checkpoint)
+    if how := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+        what = "packed zeros, which no engine reads" if how == METHOD else f"weights of {how}"
+        raise UserError(
+            f"OUT {path}: config.json has a quantization_config: {what}; name a folder of "
+            "--quantize q4_0"
+        )
+    model = skeleton(config, checkpoint)
+    prefix, blocks = decoder_blocks(model)
+    names, plain = {}, True
+    for index, block in enumerate(blocks):
+        for each in find_linears(block, f"{prefix}.{index}")[0]:
+            if GRID.takes(each.shape[1]):
+                stage = f"{each.name}.weight" if each.expert is None else each.stage
+                names[stage] = each.transposed
+                plain &= each.expert is None and not each.transposed
+    stored = revert_weight_conversion(model, {name: model.get_parameter(name) for name in names})
+    modules = dict(model.named_modules())
+    others = [
+        n for n in modules if isinstance(modules[n], nn.Linear) and f"{n}.weight" not in names
+    ]
+    linears = {name: names.get(name, False) for name in stored}
+    tokenizer, tensors = load_tokenizer(checkpoint), tensors_of(Path(path))
+    return GridFolder(Path(path), model, tokenizer, tensors, linears, others, plain)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder, which lie in its files until they are used."""
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def split(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes int8 (out, in) and scales float32 (out, groups) of rows, by ggml's rule.
+
+    Returns the largest distance of a weight from these, too: 0 where the rows are on the grid.
+    """
+    blocks = rows.float().reshape(len(rows), -1, GRID.group)
+    scales = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2) / GRID.lowest
+    scales.masked_fill_(scales == 0, -1)  # any will do for a block of zeros
+    codes = GRID.codes(rows, scales)
+    values = codes.float() * GRID.spread_scales(scales, codes.shape[1])
+    return codes, scales, (values - rows.float()).abs().max()
+
+
+def packed_bytes(codes: Tensor) -> Tensor:
+    """Codes plus 8, two in a byte, the first in the low bits: uint8 (out, in / 2)."""
+    pairs = (codes + 8).view(torch.uint8).view(len(codes), -1, 2)
+    return pairs[..., 0] | pairs[..., 1] << 4
+
+
+def codes_of(packed: Tensor) -> Tensor:
+    """The inverse of `packed_bytes`, of integers of any width with the same bytes."""
+    packed = packed.contiguous().view(torch.uint8)
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(1).view(torch.int8) - 8
+
+
+def digests(rows: Iterator[tuple[Tensor, Tensor]]) -> Counter[bytes]:
+    """How often each row of codes and scales occurs; the scale of a block of zeros is no part."""
+    counts: Counter[bytes] = Counter()
+    for codes, scales in rows:
+        live = codes.view(len(codes), -1, GRID.group).any(2)
+        scales = torch.where(live, scales.float(), 0).contiguous()
+        both = torch.cat([codes.view(torch.uint8), scales.view(torch.uint8)], 1).numpy()
+        counts.update(hashlib.blake2b(row, digest_size=16).digest() for row in both)
+    return counts
 
 
 class Loaded(NamedTuple):
@@ -55,10 +175,6 @@ def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> Loaded:
     return Loaded(logits, complete)
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
-
-
 class CompressedTensors:
     """`pack-quantized` of the library compressed-tensors, for vLLM, SGLang and transformers."""
 
@@ -71,9 +187,9 @@ class CompressedTensors:
     load = staticmethod(load_transformers)
 
     def write(self, source: GridFolder, new: Path) -> None:
-        tensors = {name: source.tensor(name) for name in source.files if name not in source.linears}
+        tensors = dict(source.tensors)
         for name in source.linears:
-            weight = source.tensor(name)
+            weight = tensors.pop(name)
             codes, scales, _ = split(weight)
             tensors[f"{name}_packed"] = packed_bytes(codes).view(torch.int32)
             tensors[f"{name}_scale"] = scales.to(weight.dtype)
@@ -91,18 +207,6 @@ class CompressedTensors:
             yield codes_of(tensors[name]), tensors[name.removesuffix("_packed") + "_scale"]
 
 
-def older_names(config: PretrainedConfig) -> dict[str, Any]:
-    """RoPE's settings under their names before transformers 5, which most of mlx-lm reads."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    whole, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
-    fields = {
-        "rope_theta": whole.get("rope_theta"),
-        "rope_local_base_freq": local.get("rope_theta"),
-    }
-    fields["rope_scaling"] = None if whole.get("rope_type") == "default" else whole
-    return {name: value for name, value in fields.items() if value}
-
-
 class Mlx:
     """mlx-lm's folders: codes plus 8, and for 32 inputs a scale d and a bias -8 d."""
 
@@ -110,9 +214,7 @@ class Mlx:
     stacks = True
     requirements = "requirements-mlx.txt"
     changed = "its embedding and head alone, now in 8 bits"
-    not_run = (
-        "Apple's GPUs; on a CPU, where this was proven in float32, bfloat16 rounds the weights"
-    )
+    not_run = "Apple's GPUs; on a CPU, bfloat16 rounds the weights"
     how = "mlx_lm.generate --model {} --prompt TEXT"
 
     def write(self, source: GridFolder, new: Path) -> None:
@@ -120,9 +222,14 @@ class Mlx:
         from mlx.utils import tree_unflatten
         from mlx_lm.utils import load_model, save_model
 
-        names = older_names(source.config.get_text_config())
+        # RoPE's settings under their names before transformers 5, which most of mlx-lm reads
+        rope = getattr(source.model.config.get_text_config(), "rope_parameters", None) or {}
+        rope = rope.get("full_attention", rope)
+        names = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        if rope.get("rope_type", "default") != "default":
+            names["rope_scaling"] = rope
         model, _ = load_model(source.folder, lazy=True, model_config=names)
-        vocabulary, how, changed = source.config.get_text_config().vocab_size, {}, []
+        vocabulary, how, changed = source.model.config.get_text_config().vocab_size, {}, []
         for path, module in model.named_modules():
             if not hasattr(module, "to_quantized") or module.weight.shape[-1] % GRID.group:
                 continue
@@ -190,8 +297,41 @@ class Onnx:
     )
 
     def write(self, source: GridFolder, new: Path) -> None:
-        what = f"OUT {source.folder}: onnxruntime-genai's builder"
-        run_child(what, build, folder=str(source.folder), new=str(new))
+        import onnx
+        from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+        original = quantizer.DefaultWeightOnlyQuantizer.quantize_matmul
+
+        # what is on the grid the builder rounds by ggml's rule; the rest stays
+        def on_grid(own: Any, node: Any, graphs: Any) -> Any:
+            weight, _ = quantizer.get_initializer(node.input[1], graphs)
+            if weight is None or len(weight.dims) != 2 or weight.dims[0] % GRID.group:
+                return [node]
+            rows = torch.tensor(onnx.numpy_helper.to_array(weight)).T
+            return original(own, node, graphs) if split(rows)[2] == 0 else [node]
+
+        target = new / ONNX_FILE
+        target.parent.mkdir()
+        options = (
+            "block_size=32 is_symmetric=true accuracy_level=1 algo_config=default hf_token=false "
+        )
+        options += f"op_types_to_quantize=MatMul filename={ONNX_FILE} "
+        options += "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
+        where = ("", str(source.folder), str(new), "int4", "cpu", f"{new}/cache")
+        with mock.patch.object(quantizer.DefaultWeightOnlyQuantizer, "quantize_matmul", on_grid):
+            create_model(*where, **parse_extra_options(*where, options.split()))
+        settings = json.loads((new / "genai_config.json").read_text("utf-8"))
+        model = onnx.load(target)
+        Path(f"{target}.data").unlink()
+        # transformers.js needs a number where the builder names the dimension of the heads
+        for value in (*model.graph.input, *model.graph.output):
+            if value.name.startswith(("past_key_values.", "present.")):
+                value.type.tensor_type.shape.dim[3].dim_value = settings["model"]["decoder"][
+                    "head_size"
+                ]
+        large = model.ByteSize() > 2**31 - 2**20  # what one file can't hold
+        onnx.save(model, target, save_as_external_data=large, location=f"{target.name}_data")
         source.copy_settings(new)
 
     def stored(self, new: Path) -> Iterator[tuple[Tensor, Tensor]]:
@@ -224,51 +364,6 @@ class Onnx:
             return generator.get_sequence(0)[len(prompt) :].tolist()
 
         return Loaded(lambda ids: torch.tensor(started(ids, 1).get_output("logits")[0]), complete)
-
-
-ONNX_FILE = "onnx/model_q4.onnx"  # as transformers.js names it
-
-
-def build(folder: str, new: str) -> None:
-    """Let the builder write into the folder `new`; called in a process of its own.
-
-    What is on the grid it rounds by ggml's rule; the rest stays. transformers.js needs a number
-    where the builder names the dimension of the heads.
-    """
-    import onnx
-    from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
-    from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-    original = quantizer.DefaultWeightOnlyQuantizer.quantize_matmul
-
-    def on_grid(self: Any, node: Any, graphs: Any) -> Any:
-        weight, _ = quantizer.get_initializer(node.input[1], graphs)
-        if weight is None or len(weight.dims) != 2 or weight.dims[0] % GRID.group:
-            return [node]
-        rows = torch.tensor(onnx.numpy_helper.to_array(weight)).T
-        return original(self, node, graphs) if split(rows)[2] == 0 else [node]
-
-    options = "block_size=32 is_symmetric=true accuracy_level=1 algo_config=default hf_token=false "
-    options += "op_types_to_quantize=MatMul "
-    options += "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
-    where = ("", folder, new, "int4", "cpu", f"{new}/cache")
-    with mock.patch.object(quantizer.DefaultWeightOnlyQuantizer, "quantize_matmul", on_grid):
-        create_model(*where, **parse_extra_options(*where, options.split()))
-    settings = Path(new, "genai_config.json")
-    fields = json.loads(settings.read_text("utf-8"))
-    decoder = fields["model"]["decoder"]
-    model = onnx.load(Path(new, decoder["filename"]))
-    for value in (*model.graph.input, *model.graph.output):
-        if value.name.startswith(("past_key_values.", "present.")):
-            value.type.tensor_type.shape.dim[3].dim_value = decoder["head_size"]
-    for file in Path(new).glob(f"{decoder['filename']}*"):
-        file.unlink()
-    target = Path(new, ONNX_FILE)
-    target.parent.mkdir()
-    large = model.ByteSize() > 2**31 - 2**20  # what one file can't hold
-    onnx.save(model, target, save_as_external_data=large, location=f"{target.name}_data")
-    decoder["filename"] = ONNX_FILE
-    settings.write_text(json.dumps(fields, indent=2), "utf-8")
 
 
 ENGINES = {"compressed-tensors": CompressedTensors(), "mlx": Mlx(), "onnx": Onnx()}
