@@ -37,7 +37,7 @@ from lib.commands.compress_plan import (
 from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
-from lib.data.sources import parse_source, parse_sources
+from lib.data.sources import PART, parse_source, parse_sources
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import RESULTS, read_results
@@ -259,6 +259,10 @@ def plan(it: Compression) -> None:
     flags += [*it.passed_on, "--save_model", it.out]
     job = check_job(flags, args.recover, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
     check_room(job, "--save", it.folder)
+    for index, source in enumerate(job.sources):  # the tests will be files of their own
+        if source.parted:
+            weight = f"={source.weight:g}" if source.weight else ""
+            it.data[index] = PART.sub("", source.text) + ":train" + weight
     common += ["--seqlen", str(job.seqlen)]
     trained = [*common, *trained, *it.data]
     type_, removed, what = "", None, ""

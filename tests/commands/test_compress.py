@@ -135,7 +135,7 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     trained: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(trained, "dense")
-    Path("dense/chat_template.jinja").write_text(chats.QWEN_3)
+    Path("dense/chat_template.jinja").write_text(chats.LLAMA_3)
     said = iter(tiny.sentences(200, 3, words=4))
 
     def answers(model: object, prompts: list, *_: object) -> list[list[int] | None]:
@@ -147,8 +147,8 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     tiny.write_texts("uk", [*tiny.sentences(80), *tiny.sentences(160, 2, words=3)], 8)
     argv = "dense small --data uk --language uk --recover 1024 --device cpu".split()
     assert run(compress.main, [*argv, "--dialogues", "40"]) == 0
-    out = capfd.readouterr().out
-    assert "A chat model: it answers prompts" in out and "40 dialogues" in out, out
+    out, err = capfd.readouterr()
+    assert "A chat model: it answers prompts" in out and "40 dialogues" in out, err
     after = results("small-compress/compressed")
     shares = {each["name"]: each["share"] for each in after["calibration"]["sources"]}
     assert shares == pytest.approx({"uk": 1 / 3, "dialogues": 2 / 3}, abs=0.05)
