@@ -54,8 +54,8 @@ PLANS = {
     ANY: "--quantize q4_0",
     PACKED: "--prune_method admm --sparsity_ratio 0.5 --allocation error "
     "--replace_sparse_layers --quantize int4",
-    "2:4": "--prune_method admm --sparsity_type 2:4 --replace_sparse_layers",
 }
+ENGINES = {"vllm": "compressed-tensors", "mlx": "mlx", "onnx": "onnx"}  # beside OUT.gguf
 SMALLER = {  # what removes as much as --megabytes asks for
     NEURONS: f"--prune_method admm --sparsity_type {NEURONS} --sparsity_ratio",
     EXPERTS: f"--prune_method contribution --sparsity_type {EXPERTS} --sparsity_ratio",
@@ -101,7 +101,10 @@ class Compression:
     def __init__(self, args: argparse.Namespace, passed_on: list[str]) -> None:
         self.args, self.passed_on = args, passed_on  # the latter are flags of main.py
         self.folder, self.out = Path(args.save), args.out.rstrip("/")
-        self.gguf = f"{self.out}.gguf" if args.target == ANY else None
+        self.target = PACKED if PACKED in args.target else ANY
+        self.gguf = f"{self.out}.gguf" if self.target == ANY else None
+        # {folder: format} of each other engine
+        self.exports = {f"{self.out}-{one}": ENGINES[one] for one in args.target if one in ENGINES}
         self.data = [*(args.data or [])]
         command, file = vars(args) | {"--": passed_on}, self.folder / PLAN
         self.kept = {"command": command, "seconds": 0.0, "planned": False}
@@ -149,6 +152,7 @@ class Compression:
 
 def check(it: Compression) -> None:
     """Refuse what can be refused before anything is fetched or measured; choose the format."""
+    from lib.commands.export.__main__ import check_installed
     from lib.commands.gguf.command import check_new
     from lib.model import pretrained
     from lib.model.access import Checkpoint
@@ -160,12 +164,17 @@ def check(it: Compression) -> None:
         if it.gguf:
             check_new(Path(it.gguf), it.out)
     it.device = str(device := pretrained.pick_device(args.device))
-    it.on_cpu, it.format = device.type == "cpu", PLANS[args.target].split()
-    if it.on_cpu and args.target != ANY and not kernels.supported():
+    it.on_cpu, it.format = device.type == "cpu", PLANS[it.target].split()
+    if it.target == PACKED and len(args.target) > 1:
+        raise UserError("--for packed: no other engine runs that; name it alone")
+    if it.on_cpu and it.target != ANY and not kernels.supported():
         what = "its kernels need an x86-64 processor with AVX2"
-        raise UserError(f"--for {args.target}: {what}; without it the model runs everywhere")
-    if args.megabytes and args.target != ANY:
-        raise UserError(f"--megabytes {args.megabytes}: leave out --for {args.target}")
+        raise UserError(f"--for {it.target}: {what}; without it the model runs everywhere")
+    if args.megabytes and it.target != ANY:
+        raise UserError(f"--megabytes {args.megabytes}: leave out --for {it.target}")
+    for new, to in it.exports.items() if not it.kept["planned"] else ():
+        check_new_folder("OUT", new)
+        check_installed(to)
     more = build_parser().parse_args(["--model", args.model, *it.passed_on])
     if wrong := [name for name in OWN_FLAGS.split() if given(more, name)]:
         raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
@@ -266,7 +275,7 @@ def plan(it: Compression) -> None:
     common += ["--seqlen", str(job.seqlen)]
     trained = [*common, *trained, *it.data]
     type_, removed, what = "", None, ""
-    if args.target == ANY:
+    if it.target == ANY:
         type_, removed, what = choose_size(job, args.megabytes)
     made = [*trained, *([*smaller, removed] if removed else [])]
     made += it.format if type_ != "q8_0" else []
@@ -361,6 +370,14 @@ def convert(it: Compression) -> None:
         call("lib.commands.gguf", *flags)
 
 
+def export(it: Compression) -> None:
+    """Write OUT for other engines, where no folder of its name is there. A failure is told."""
+    for new, to in it.exports.items():
+        if not Path(new).exists() and it.kept["type"] == "q4_0":
+            it.announce(f"Writing {new}")
+            call("lib.commands.export", it.out, new, "--to", to)
+
+
 def compare(it: Compression) -> None:
     """Measure sizes and speeds, and show what has become of the model. Leaves compressed.md."""
     from lib.model.access import Checkpoint
@@ -381,7 +398,7 @@ def compare(it: Compression) -> None:
 
 
 STEPS = (check, fetch_text, answer_prompts, plan, measure_dense, make_small)
-STEPS += (complete_card, convert, compare)
+STEPS += (complete_card, convert, export, compare)
 
 
 def comparison(models: Sequence[str], folder: Path, options: str) -> str:
@@ -451,9 +468,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--recover", help=text, type=NATURAL, metavar="TOKENS")
     text = "that a chat model writes, to be compressed on (default: 256; 0 for none)"
     add("--dialogues", help=text, type=NATURAL, default=256, metavar="N")
-    text = "any engine; packed, the smallest, for transformers on an x86-64 CPU; 2:4 for CUDA's "
-    text += "sparse kernels (default: any)"
-    add("--for", help=text, dest="target", choices=PLANS, default=ANY)
+    text = "any: OUT, and OUT.gguf; vllm, mlx or onnx: beside these the same four bits in a folder "
+    text += "of that engine; packed: the smallest, for transformers on an x86-64 CPU (default: any)"
+    targets = dict(choices=(*PLANS, *ENGINES), nargs="+", default=[ANY])
+    add("--for", help=text, dest="target", metavar="ENGINE", **targets)
     text = "remove neurons, of a mixture experts, until the GGUF file is as small (default: none)"
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="where blocks are computed (default: the first GPU, else cpu)")

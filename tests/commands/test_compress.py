@@ -292,6 +292,8 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--save", "mine/thesis.txt"], "--save mine/thesis.txt: is a file"),
         (["--save", "mine"], "--save mine: holds no plan.json"),
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
+        (["--for", "packed", "any"], "--for packed: no other engine runs that; name it alone"),
+        (["--for", "2:4"], "invalid choice: '2:4'"),
         (["--language", "xx"], "--language xx: is no language"),
         (["--", "--quantize", "q5"], "--quantize"),
         (["--save_model", "mine"], "--save_model: compress sets it"),

@@ -48,10 +48,7 @@ def main(arguments: list[str]) -> None:
     check_new_folder("NEW", new)
     if partial_of(new).exists():
         raise UserError(f"NEW {new}: {partial_of(new).name} is in the way; name a new folder")
-    if missing := [name for name in engine.packages if find_spec(name) is None]:
-        raise UserError(
-            f"--to {to}: {missing[0]} is not installed; pip install -r {engine.requirements}"
-        )
+    check_installed(to)
     source = open_folder(path)
     if not (engine.stacks or source.plain):
         raise UserError(
@@ -71,6 +68,15 @@ def main(arguments: list[str]) -> None:
         (stage / "README.md").write_text(export_card(path, new, to, engine, lines), "utf-8")
     size = sum(file.stat().st_size for file in Path(new).rglob("*.*") if file.is_file())
     print(*lines, f"written: {new}, {gib(size)}, {to}", sep="\n")
+
+
+def check_installed(to: str) -> None:
+    """Raise UserError where a package is missing that writes or proves a format."""
+    engine = ENGINES[to]
+    if missing := [name for name in engine.packages if find_spec(name) is None]:
+        raise UserError(
+            f"--to {to}: {missing[0]} is not installed; pip install -r {engine.requirements}"
+        )
 
 
 def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
