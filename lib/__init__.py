@@ -1,3 +1,3 @@
 """Language-specific pruning of causal language models."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
