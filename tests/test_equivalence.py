@@ -41,7 +41,7 @@ KINDS = {
     "packed": ["bfloat16", *WANDA, *HALF, *PACK],
     "int4": ["bfloat16", *WANDA, *HALF, *INT4],
     "int4, trained": ["bfloat16", *WANDA, *INT4, *TRAIN],
-    "quantised on loading": ["deep", *WANDA, "--load_bit", "8"],
+    "quantized on loading": ["deep", *WANDA, "--load_bit", "8"],
     "sharded": ["sharded", *SPARSEGPT],
     "tied": ["tied", *TRIM, *WANDA],
     "transposed": ["transposed", *WANDA],

@@ -22,14 +22,11 @@ FLOORS = [
     ["pruning"],
     ["eval"],
     ["prune", "sparse", "vocabulary"],
-    ["pruners"],
     ["recover"],
     ["run"],
     ["main"],
     ["commands"],
 ]
-# of lib/pruning: what a Pruner may do to a block
-PRUNERS = ("experts.py", "neurons.py", "quantise.py")
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # packages for some uses, or in an environment of their own
 OPTIONAL = """
@@ -58,11 +55,8 @@ def test_imports_go_down() -> None:
     wrong = []
     for file in sources("lib"):
         here = file.relative_to(LIB).parts[0].removesuffix(".py") if LIB in file.parents else "main"
-        here = "pruners" if file.name in PRUNERS and here == "pruning" else here
         for line, module in imports(file):
             there = module.split(".")[1] if module.startswith("lib.") else module
-            if module.startswith("lib.pruning.") and f"{module.split('.')[2]}.py" in PRUNERS:
-                there = "pruners"
             if there != here and FLOOR_OF.get(here, -1) <= FLOOR_OF.get(there, -2):
                 wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)

@@ -9,7 +9,7 @@ Wanted is the masked matrix Q that minimises
 
 Where SparseGPT keeps a linear's own outputs X W^T, this also repairs what the linears before it
 broke, in its input (asymmetric calibration: GPTAQ, arXiv 2504.02692, and
-Qronos, arXiv 2505.11695, both for quantisation) and in the stream it writes to. (1) needs sums over
+Qronos, arXiv 2505.11695, both for quantization) and in the stream it writes to. (1) needs sums over
 tokens: A = X^T X, F = (D - X)^T X of the input's error and G = L^T X of the stream's. The
 differences are summed because they are small: D^T X would drown them in rounding.
 

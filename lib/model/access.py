@@ -121,7 +121,7 @@ def local_only(checkpoint: Checkpoint) -> bool:
         return True
 
 
-def quantisation(load_bit: str | None, skipped: list[str]) -> dict:
+def quantization(load_bit: str | None, skipped: list[str]) -> dict:
     """Return arguments for `from_pretrained` under `--load_bit`: all but `skipped` in 4 or 8."""
     if load_bit is None:
         return {}

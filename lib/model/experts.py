@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lib.model.access import Checkpoint
 from lib.model.pretrained import skeleton_with
-from lib.model.quantised import stored_bits
+from lib.model.quantized import stored_bits
 from lib.model.store import set_tensor
 from lib.util.errors import UserError
 
@@ -45,11 +45,11 @@ class ExpertLayout:
 def find_experts(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> ExpertLayout:
     """Return the experts of the blocks `name` of `model`, which needs no weights.
 
-    Raises UserError for quantised models, and where no field of the config sets their number.
+    Raises UserError for quantized models, and where no field of the config sets their number.
     """
     why = "no field of its config sets the number of stacked experts in its blocks"
     if stored_bits(config):
-        why = "it is quantised, and its experts can't be cut"
+        why = "it is quantized, and its experts can't be cut"
     else:
         text = config.get_text_config(decoder=True)
         for field in FIELDS:

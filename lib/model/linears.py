@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.matrix import PrunableLinear
-from lib.model.quantised import quantised_linear
+from lib.model.quantized import quantized_linear
 from lib.packed.linear import SparseLinear
 
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -30,7 +30,7 @@ def find_linears(
     for path, module in block.named_modules():
         name = f"{prefix}.{path}" if path else prefix
         if isinstance(module, nn.Linear | Conv1D):
-            linear = quantised_linear(name, module) or PrunableLinear(
+            linear = quantized_linear(name, module) or PrunableLinear(
                 name, name, module, transposed=isinstance(module, Conv1D)
             )
             experts = experts_of.get(path.rpartition(".")[0])

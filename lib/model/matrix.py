@@ -32,7 +32,7 @@ class PrunableLinear:
     parameter: str = "weight"
     expert: int | None = None
     transposed: bool = False
-    is_quantised: ClassVar[bool] = False  # its weight holds codes, not values
+    is_quantized: ClassVar[bool] = False  # its weight holds codes, not values
 
     @property
     def raw_weight(self) -> Tensor:
@@ -61,7 +61,7 @@ class PrunableLinear:
 
     def saved_dtype(self, saved: SaveDtypes) -> torch.dtype:
         """The dtype in which ranks send the matrix, and save it."""
-        if self.is_quantised:  # it is quantised again afterwards
+        if self.is_quantized:  # it is quantized again afterwards
             return torch.float32
         return saved.of(self.name, self.raw_weight)
 

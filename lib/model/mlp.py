@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lib.model.access import Checkpoint
 from lib.model.linears import find_linears
 from lib.model.pretrained import skeleton_with
-from lib.model.quantised import stored_bits
+from lib.model.quantized import stored_bits
 from lib.util.errors import UserError
 
 # {name of a down projection: names of the linears beside it that may make its inputs}
@@ -59,7 +59,7 @@ class MlpLayout:
 def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) -> MlpLayout:
     """Return the MLPs of the blocks `name` of `model`, which needs no weights.
 
-    Raises UserError for quantised models, experts, MLPs of several widths, and models whose config
+    Raises UserError for quantized models, experts, MLPs of several widths, and models whose config
     has no field for the width.
     """
     blocks = model.get_submodule(name)
@@ -67,7 +67,7 @@ def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) 
     widths = {width for mlps in by_block for width, _ in mlps}
     why = "no field of its config sets the width of one MLP in each block and of it alone"
     if stored_bits(config):
-        why = "it is quantised, and its matrices can't be cut"
+        why = "it is quantized, and its matrices can't be cut"
     elif any(one.expert is not None for block in blocks for one in find_linears(block, "")[0]):
         why = "its MLPs are experts"
     elif len(widths) == 1 and all(len(mlps) == 1 for mlps in by_block):

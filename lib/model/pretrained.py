@@ -37,12 +37,12 @@ from lib.model.access import (
     as_user_error,
     check_complete,
     check_folder,
-    quantisation,
+    quantization,
     stored_names,
 )
 from lib.model.dtypes import SaveDtypes
 from lib.model.linears import experts_by
-from lib.model.quantised import keep_bnb_layout, stored_bits
+from lib.model.quantized import keep_bnb_layout, stored_bits
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
 
@@ -290,13 +290,13 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, in one line
             **checkpoint.options(),
-            **quantisation(load_bit, skipped),
+            **quantization(load_bit, skipped),
         )
     check_complete(checkpoint, info)
     model.unread = unread
     if getattr(model, "is_quantized", False):
         keep_bnb_layout(model)
-        # the other weights of a quantised checkpoint keep their stored dtype
+        # the other weights of a quantized checkpoint keep their stored dtype
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and name not in unread:
                 parameter.data = parameter.data.to(dtype)
@@ -326,7 +326,7 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """
     whole = model.config
     if stored_bits(whole) or not getattr(model, "unread", None):
-        what = "quantised" if stored_bits(whole) else "the text model alone"
+        what = "quantized" if stored_bits(whole) else "the text model alone"
         raise UserError(f"--text_only: {checkpoint} is {what}; leave the flag out")
     decoder, config = model.get_decoder(), copy.deepcopy(whole.get_text_config(decoder=True))
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

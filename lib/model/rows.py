@@ -102,7 +102,7 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
     """Replace embedding and head of `model` by their `rows` (tokens,), in this order.
 
     All `token_tables` and all token ids in its configs and modules follow; tied weights stay tied.
-    Raises UserError if a table is quantised, or read by anything but tokens.
+    Raises UserError if a table is quantized, or read by anything but tokens.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables, after, tied = token_tables(model), len(rows), head.weight is embedding.weight
@@ -114,7 +114,7 @@ def keep_rows_(model: nn.Module, rows: Tensor) -> None:
         if not module.weight.is_floating_point():
             raise UserError(
                 f"--trim_vocabulary: the model's {type(module).__name__} of its vocabulary is "
-                f"quantised to {module.weight.dtype}; trim the model that it was made of"
+                f"quantized to {module.weight.dtype}; trim the model that it was made of"
             )
         for name, parameter in module.named_parameters(recurse=False):
             if tied and module is head and name == "weight":

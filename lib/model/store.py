@@ -82,13 +82,13 @@ class BlockStore:
             return None
         tensors, notes = kept
         block, prefix = self.blocks[index], self._prefix(index)
-        quantised = {
-            linear.name: linear for linear in find_linears(block, "")[0] if linear.is_quantised
+        quantized = {
+            linear.name: linear for linear in find_linears(block, "")[0] if linear.is_quantized
         }
         for name, tensor in tensors:
             path = name.removeprefix(prefix)
-            if f".{path}" in quantised:
-                quantised[f".{path}"].set_weight_(tensor)
+            if f".{path}" in quantized:
+                quantized[f".{path}"].set_weight_(tensor)
             else:
                 parameter = block.get_parameter(path)
                 if parameter.shape == tensor.shape:
@@ -108,7 +108,7 @@ class BlockStore:
     ) -> None:
         """Keep block `index`, which is on the device, with its notes, if the run can be continued.
 
-        `matrices` holds {path of a quantised linear: its solved weight}. The main rank writes, and
+        `matrices` holds {path of a quantized linear: its solved weight}. The main rank writes, and
         all wait for it.
         """
         if not self.resumes:

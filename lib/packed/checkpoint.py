@@ -223,7 +223,7 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
         own = [names[module] for module in dense[: 1 if tied else 2]]
         _replace_embeddings_(model, {name: None for name in own})
         for name, module in zip(own, dense, strict=False):
-            model.get_submodule(name).quantise_(module.weight)
+            model.get_submodule(name).quantize_(module.weight)
     return [names[module] for module in dense]
 
 

@@ -19,7 +19,7 @@ from .linear import PackedModule
 LARGEST = 127  # integer
 
 
-def quantise_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The integers nearest to a matrix (rows, width), int8, and the scales (rows,), float32.
 
     A row's scale is its largest weight over 127. PackedError where the matrix holds nan or inf.
@@ -70,9 +70,9 @@ class PackedRows(PackedModule):
         """Whether the rows are those of another module."""
         return bool(self._owner)
 
-    def quantise_(self, weight: Tensor) -> None:
+    def quantize_(self, weight: Tensor) -> None:
         """Hold the integers nearest to `weight` (rows, width)."""
-        codes, scales = quantise_rows(weight.detach())
+        codes, scales = quantize_rows(weight.detach())
         self.weight.data.copy_(codes)  # in place: a tied head has the same parameter
         self.scale.copy_(scales)
         self.checked = True

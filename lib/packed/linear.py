@@ -315,7 +315,7 @@ def why_dense(linear: nn.Module) -> str:
     if weight.is_meta:
         return "not in memory"
     if not weight.is_floating_point():
-        return f"quantised to {weight.dtype}"
+        return f"quantized to {weight.dtype}"
     matrix = weight.detach().T if isinstance(linear, Conv1D) else weight.detach()
     nnz, offsets = int(torch.count_nonzero(matrix)), 8 * (len(matrix) + 1)  # counted on loading
     smaller = PACKED[16].nbytes(*matrix.shape, nnz) + offsets < 2 * matrix.numel()

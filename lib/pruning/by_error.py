@@ -15,7 +15,7 @@ the dense model; so no linear goes too far from r.
 
 LSA (Yang et al., ICLR 2026) allocates by the reconstruction errors of layers, which ignore what
 later layers make of them. The diagonal of Fisher's information is as in GroupFisher (Liu et
-al. 2021, arXiv 2108.00708) and Guided quantisation (Kim et al. 2025, arXiv 2505.07004).
+al. 2021, arXiv 2108.00708) and Guided quantization (Kim et al. 2025, arXiv 2505.07004).
 Run: `python main.py ... --sparsity_ratio 0.7 --allocation error`.
 """
 

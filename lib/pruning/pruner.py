@@ -191,11 +191,11 @@ class Pruner:
                 )
             written = self._prune_(index, linears, ordered)
             self._finish_(index)
-            # of quantised linears --resume keeps what their codes are made of
+            # of quantized linears --resume keeps what their codes are made of
             matrices = {
                 linear.name.removeprefix(f"{runner.name}.{index}."): written[linear.name]
                 for linear in linears
-                if linear.is_quantised and linear.name in written
+                if linear.is_quantized and linear.name in written
             }
             notes = vars(self.done.notes[-1])
             runner.weights.put(index, notes, matrices, stage=self.stage)

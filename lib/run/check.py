@@ -21,7 +21,7 @@ from lib.model.access import Checkpoint
 from lib.model.experts import find_experts
 from lib.model.mlp import find_mlps
 from lib.model.processor import processor_ids
-from lib.model.quantised import check_format, stored_bits
+from lib.model.quantized import check_format, stored_bits
 from lib.model.rows import config_token_ids, trimmable_rows
 from lib.model.run_folder import JOB, RunFolder
 from lib.pruning.experts import count_left as experts_left
@@ -208,7 +208,7 @@ def _set_schedule(job: Job) -> None:
             f"{job.seqlen}, or a smaller --seqlen"
         )
     if stored_bits(job.config):
-        raise UserError(f"{flag}: {args.model} is quantised, and its weights can't be trained")
+        raise UserError(f"{flag}: {args.model} is quantized, and its weights can't be trained")
     chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
     default = 0.0 if chats else CROSS_ENTROPY  # of a chat model the text is not its own
     job.schedule = TrainSchedule(

@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "load_bit",
         RESULT,
-        "quantise on loading with bitsandbytes: 4 (NF4, double quantisation, bfloat16 compute) or "
+        "quantize on loading with bitsandbytes: 4 (NF4, double quantization, bfloat16 compute) or "
         "8 (LLM.int8) bits per weight",
         choices=("4", "8"),
     )
@@ -383,13 +383,13 @@ NEEDS = {  # a flag: others of which one must be given
     "text_only": ("save_model",),
 }
 EXCLUDES = (  # two flags, and why not both
-    ("offload", "load_bit", "blocks can't be quantised on their way from disk"),
-    ("text_only", "load_bit", "its parts are quantised as one"),
+    ("offload", "load_bit", "blocks can't be quantized on their way from disk"),
+    ("text_only", "load_bit", "its parts are quantized as one"),
     ("prune_on_c4", "calibration_data", "is short for --calibration_data c4"),
-    ("replace_sparse_layers", "load_bit", "quantised weights can't be packed"),
-    ("quantize", "load_bit", "weights are quantised once"),
+    ("replace_sparse_layers", "load_bit", "quantized weights can't be packed"),
+    ("quantize", "load_bit", "weights are quantized once"),
     ("recover", "eval_only", "--eval_only changes no weight"),
-    ("recover", "load_bit", "quantised weights can't be trained"),
+    ("recover", "load_bit", "quantized weights can't be trained"),
     ("recover", "offload", "blocks on disk can't be trained"),
     ("teacher", "offload", "the teacher is held in memory whole"),
     ("teacher", "prune_method", "the model itself, before it is pruned, is the teacher"),
@@ -438,7 +438,7 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         if ratio == 0:
             yield f"--sparsity_ratio 0: with {smaller} nothing would go"
         if args.load_bit:
-            yield f"{smaller}: quantised weights can't be cut; leave out --load_bit {args.load_bit}"
+            yield f"{smaller}: quantized weights can't be cut; leave out --load_bit {args.load_bit}"
         if packs:
             yield f"{smaller}: leaves no zeros for --replace_sparse_layers; leave that out"
     if method and kind == UNSTRUCTURED:

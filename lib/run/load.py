@@ -117,11 +117,11 @@ def plan_memory(job: Job) -> MemoryPlan:
     if job.teacher:
         dense = pretrained.skeleton(job.teacher_config, job.teacher)
         teacher = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
-    quantised = args.load_bit or getattr(config, "quantization_config", None)
-    apart = not quantised and not job.schedule and are_apart(blocks)
+    quantized = args.load_bit or getattr(config, "quantization_config", None)
+    apart = not quantized and not job.schedule and are_apart(blocks)
     if args.offload and not apart:
         raise UserError(
-            f"--offload {args.offload}: the model's blocks share weights, or are quantised; leave "
+            f"--offload {args.offload}: the model's blocks share weights, or are quantized; leave "
             "it out"
         )
     many = 2 * weights + teacher > free if gpu else dist.local_size > 1

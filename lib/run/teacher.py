@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lib.model import pretrained
 from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
-from lib.model.quantised import check_format, stored_bits
+from lib.model.quantized import check_format, stored_bits
 from lib.model.rows import keep_rows_, trimmable_rows
 from lib.pruning.check import measure
 from lib.run.job import Job
@@ -31,7 +31,7 @@ def set_teacher(job: Job) -> None:
     checkpoint = checkpoint.pinned(config)
     check_format(checkpoint, config, load_bit=None, changes="--recover")
     if stored_bits(config):
-        raise UserError(f"{checkpoint}: is quantised; name the unquantised model")
+        raise UserError(f"{checkpoint}: is quantized; name the unquantized model")
     dense = copy.deepcopy(pretrained.skeleton(config, checkpoint))
     model = copy.deepcopy(job.skeleton)
     if job.vocabulary:

@@ -1,12 +1,12 @@
-"""Bytes against bits per byte at equal training: quantised, pruned and both, here and by llama.cpp.
+"""Bytes against bits per byte at equal training: quantized, pruned and both, here and by llama.cpp.
 
     python tests/bench/bench_frontier.py MODEL --data uk --tokens 131072 --llama BUILT \
         --out frontier -- --device cpu --seqlen 512
 
 Every model is MODEL with its vocabulary trimmed and then trained on the same windows: as it is, as
 q4_0, with fewer neurons, with half or 60% of its weights at 4 bits. What was trained at 16 bits is
-quantised by llama.cpp's programs, in the folder BUILT, with an importance matrix of the train text;
-the files are dequantised and measured by main.py like all others, on the whole test text. All are
+quantized by llama.cpp's programs, in the folder BUILT, with an importance matrix of the train text;
+the files are dequantized and measured by main.py like all others, on the whole test text. All are
 timed in one run by one thread: files by llama-bench, saved models in transformers. Bytes are those
 of the tensors. `--out` keeps models and results, and the same command goes on where it was;
 `--only` trains some.
@@ -87,7 +87,7 @@ def file_bytes(file: Path) -> int:
     return sum(int(tensor.n_bytes) for tensor in GGUFReader(file).tensors)
 
 
-def dequantise(file: Path, dense: Path, folder: Path) -> None:
+def dequantize(file: Path, dense: Path, folder: Path) -> None:
     """Write `dense` with the matrices of a GGUF file into `folder`."""
     from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map, quants
 
@@ -144,11 +144,11 @@ def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
             size = file_bytes(file)
         yield Point(series, label, model, file, size, test)
         for kind in types if args.llama else ():
-            file = quantised(args, model, args.out / f"{name}-{kind}.gguf", kind)
-            dense = args.out / f"{name}-{kind}-dequantised"
+            file = quantized(args, model, args.out / f"{name}-{kind}.gguf", kind)
+            dense = args.out / f"{name}-{kind}-dequantized"
             if not (args.out / f"{name}-{kind}").is_dir():
                 shutil.rmtree(dense, ignore_errors=True)
-                dequantise(file, model, dense)
+                dequantize(file, model, dense)
             flags = ["--model", dense, "--teacher", args.model, "--eval_only", *common]
             test = measured(args.out / f"{name}-{kind}", *flags)
             shutil.rmtree(dense, ignore_errors=True)
@@ -168,7 +168,7 @@ def converted(model: Path, file: Path, kind: str) -> Path:
     return file
 
 
-def quantised(args: argparse.Namespace, model: Path, file: Path, kind: str) -> Path:
+def quantized(args: argparse.Namespace, model: Path, file: Path, kind: str) -> Path:
     """Return the file that llama.cpp makes of a model in one of its types."""
     whole, matrix = model.with_suffix(".f16.gguf"), model.with_suffix(".imatrix.gguf")
     if file.is_file():

@@ -64,7 +64,7 @@ CASES = {
 CASES["variant"] = ["--prune_method", "wanda", "--use_variant"]
 CASES["vocabulary"] = ["--prune_method", "magnitude", "--trim_vocabulary"]
 CASES["packed"] = ["--prune_method", "wanda", "--replace_sparse_layers"]
-CASES["quantised"] = ["--prune_method", "sparsegpt", *PACK]
+CASES["quantized"] = ["--prune_method", "sparsegpt", *PACK]
 CASES["bfloat16"] = ["--prune_method", "sparsegpt", "--dtype", "bfloat16"]
 
 
@@ -75,7 +75,7 @@ def test_a_run_is_the_cpus(case: str, tmp_path: Path) -> None:
     assert found["cuda:0"]["peak_memory"]["device"] > 0
 
 
-@pytest.mark.parametrize("case", ["wanda neurons", "sparsegpt 4:8", "admm 2:4", "quantised"])
+@pytest.mark.parametrize("case", ["wanda neurons", "sparsegpt 4:8", "admm 2:4", "quantized"])
 def test_blocks_in_files_are_the_same(case: str, tmp_path: Path) -> None:
     run(tmp_path / "whole", "cuda:0", *CASES[case])
     run(tmp_path / "files", "cuda:0", *CASES[case], "--offload", tmp_path / "blocks")

@@ -33,7 +33,7 @@ CASES = {
     "one window": "llama --prune_method wanda --nsamples 1",
     "offloaded": "llama --prune_method wanda --offload away",
     "packed": "llama --prune_method wanda --sparsity_type 2:4 --replace_sparse_layers",
-    "quantised": "llama --prune_method sparsegpt --load_bit 8",
+    "quantized": "llama --prune_method sparsegpt --load_bit 8",
     "recovered": "llama --prune_method wanda --recover 512",
 }
 FILES = ("wanda", "offloaded", "packed", "recovered")  # where machines matter
@@ -107,8 +107,8 @@ def check_alike(case: str, alone: str, shared: str) -> None:
     assert many["perplexity"]["uk"] == pytest.approx(one["perplexity"]["uk"], rel=5e-3)
     for name in ("kl", "top1_agreement"):
         (a,), (b,) = ([entry[name] for entry in found["evaluation"]] for found in (one, many))
-        # int8 products quantise inputs by the batch, which other ranks cut otherwise
-        rounding = 2e-2 if case == "quantised" else 2e-3
+        # int8 products quantize inputs by the batch, which other ranks cut otherwise
+        rounding = 2e-2 if case == "quantized" else 2e-3
         assert b == pytest.approx(a, rel=2e-2, abs=rounding), name
     assert many["calibration"] == one["calibration"]
     dense = [[entry["dense"] for entry in found["completions"]] for found in (one, many)]

@@ -45,7 +45,7 @@ def test_one_line_for_each_mistake(llama: Path, tmp_path: Path) -> None:
         (llama, "c.gguf --data ./nowhere", "--data .*nowhere: no such"),
         (tmp_path / "none", "c.gguf", "IN .*none: no model folder"),
         (tmp_path / "no_weights", "c.gguf", "IN .*no_weights: its weights are incomplete"),
-        (tmp_path / "four", "c.gguf", "IN .*four: its weights are quantised by bitsandbytes"),
+        (tmp_path / "four", "c.gguf", "IN .*four: its weights are quantized by bitsandbytes"),
         (tmp_path / "unigram", "c.gguf", "of the kind Unigram, neither byte-level"),
     ]
     for folder, arguments, words in cases:

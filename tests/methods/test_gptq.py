@@ -25,7 +25,7 @@ def problem(width: int, *outputs: int, tokens: int = 600):
     return x, [weight.masked_fill(chance > 0, 0) for weight, chance in draw]
 
 
-def quantised(
+def quantized(
     x: Tensor, weights: list[Tensor], dense: Tensor | None = None, sweeps: int = 2
 ) -> list[Tensor]:
     method = GPTQ.to(INT4)(x.shape[1], CPU)
@@ -109,7 +109,7 @@ def loss(x: Tensor, result, weight: Tensor) -> float:
 @pytest.mark.parametrize("width", [40, 64, 150])
 def test_as_column_by_column(width: int, sweeps: int) -> None:
     x, [weight] = problem(width, 8)
-    [found] = quantised(x, [weight], sweeps=sweeps)
+    [found] = quantized(x, [weight], sweeps=sweeps)
     expected = reference(x, weight, sweeps)
     same = numpy.isclose(found.numpy(), expected, rtol=1e-5, atol=1e-7)
     assert same.mean() > 0.9  # a value between two codes may fall to either, and its row with it
@@ -122,18 +122,18 @@ def test_zeros_stay_and_the_rest_is_on_the_grid(width: int) -> None:
     x, weights = problem(width, 16, 5)
     weights[0][3] = 0  # a row, and a group of others
     weights[1][:, :64] = 0
-    for weight, found in zip(weights, quantised(x, weights), strict=True):
+    for weight, found in zip(weights, quantized(x, weights), strict=True):
         assert bool((found[weight == 0] == 0).all())
         assert torch.equal(nearest(found), found)  # they say which scales they have
 
 
-def test_the_aim_is_what_the_model_computes_before_quantising() -> None:
+def test_the_aim_is_what_the_model_computes_before_quantizing() -> None:
     """Told by the inputs of that model, or by the error of the residual stream."""
     x, [weight] = problem(96, 24)
     generator = torch.Generator().manual_seed(1)
     mix = torch.eye(96) + 0.3 * torch.randn(96, 96, generator=generator) / 96**0.5
     dense = x @ mix + 0.1 * torch.randn(x.shape, generator=generator)
-    [repaired], [kept] = quantised(x, [weight], dense), quantised(x, [weight])
+    [repaired], [kept] = quantized(x, [weight], dense), quantized(x, [weight])
 
     def error(matrix: Tensor) -> float:
         return (x @ matrix.T - dense @ weight.T).square().sum().item()
@@ -149,14 +149,14 @@ def test_weights_of_dead_inputs_are_rounded_by_themselves() -> None:
     """No text tells anything of them: they stay, and change no others."""
     x, [weight] = problem(128, 8)
     x[:, 64:] = 0
-    [found] = quantised(x, [weight])
+    [found] = quantized(x, [weight])
     assert torch.equal(found[:, 64:], nearest(weight)[:, 64:])
     weight[:, 64:] = 0
-    assert torch.equal(found[:, :64], quantised(x, [weight])[0][:, :64])
+    assert torch.equal(found[:, :64], quantized(x, [weight])[0][:, :64])
 
 
 def test_linears_that_share_an_input_are_as_each_alone() -> None:
     x, weights = problem(150, 24, 8, 40)
-    for weight, found in zip(weights, quantised(x, weights), strict=True):
-        [alone] = quantised(x, [weight])
+    for weight, found in zip(weights, quantized(x, weights), strict=True):
+        [alone] = quantized(x, [weight])
         assert torch.isclose(alone, found).float().mean() > 0.99

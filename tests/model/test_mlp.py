@@ -62,9 +62,9 @@ def test_models_without_such_mlps_are_refused_without_weights(name: str) -> None
         layout_of(tiny.ALL[name]())
 
 
-def test_quantised_models_are_refused() -> None:
+def test_quantized_models_are_refused() -> None:
     model = tiny.tiny_llama()
     bare, config = skeleton(model.config), copy.deepcopy(model.config)
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    with pytest.raises(UserError, match="it is quantised"):
+    with pytest.raises(UserError, match="it is quantized"):
         find_mlps(config, Checkpoint("model"), bare, decoder_blocks(bare)[0])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lib.packed import kernels
 from lib.packed.checkpoint import pack_embeddings_
-from lib.packed.embedding import PackedEmbedding, PackedHead, dense_rows, quantise_rows
+from lib.packed.embedding import PackedEmbedding, PackedHead, dense_rows, quantize_rows
 from lib.packed.errors import PackedError
 from lib.packed.formats import PACKED
 from lib.packed.linear import multiplying
@@ -36,7 +36,7 @@ def logits(model):
 
 
 def rounded(weight):
-    return dense_rows(*quantise_rows(weight.detach())).to(weight.dtype)
+    return dense_rows(*quantize_rows(weight.detach())).to(weight.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,7 +45,7 @@ def test_a_head_multiplies_by_its_rounded_rows(dtype, width, with_bias, monkeypa
     torch.manual_seed(0)
     head = nn.Linear(width, 50, bias=with_bias, dtype=dtype).requires_grad_(False)
     packed = PackedHead(head)
-    packed.quantise_(head.weight)
+    packed.quantize_(head.weight)
     assert torch.equal(packed.dense(), rounded(head.weight))
     exact = packed.to_dense().double()
     exact.weight.data = dense_rows(packed.weight, packed.scale).double()

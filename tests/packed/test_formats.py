@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.packed import layout
-from lib.packed.embedding import dense_rows, quantise_rows
+from lib.packed.embedding import dense_rows, quantize_rows
 from lib.packed.errors import PackedError
 from lib.packed.formats import PACKED
 from lib.packed.layout import is_two_of_four, kept_of, row_offsets
@@ -167,19 +167,19 @@ def test_two_values_stand_in_a_byte_the_first_in_its_low_bits():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rows_of_eight_bits_are_off_by_half_a_step_and_come_back(shape):
     weight = sparse(*shape)
-    codes, scale = quantise_rows(weight)
+    codes, scale = quantize_rows(weight)
     largest, step = weight.abs().amax(1), scale[:, None]
     torch.testing.assert_close(scale[largest > 0], largest[largest > 0] / 127)
     assert ((codes.double() * step - weight).abs() <= step * (0.5 + 1e-5)).all()
     dense = dense_rows(codes, scale)
-    assert torch.equal(dense_rows(*quantise_rows(dense)), dense)
+    assert torch.equal(dense_rows(*quantize_rows(dense)), dense)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("quantise", [INT4.encode, INT4.fit_scales, quantise_rows])
-def test_what_integers_can_not_hold(quantise, value):
+@pytest.mark.parametrize("quantize", [INT4.encode, INT4.fit_scales, quantize_rows])
+def test_what_integers_can_not_hold(quantize, value):
     with pytest.raises(PackedError, match="a weight is nan or inf"):
-        quantise(torch.tensor([[1.0, value]]))
+        quantize(torch.tensor([[1.0, value]]))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from processes import forkserver
 from support import LIMIT
 
 from lib.packed import kernels
-from lib.packed.embedding import dense_rows, quantise_rows
+from lib.packed.embedding import dense_rows, quantize_rows
 from lib.packed.formats import PACKED
 from lib.packed.layout import row_offsets
 
@@ -52,7 +52,7 @@ def arguments(weight: torch.Tensor, bits: int) -> tuple[tuple, torch.Tensor]:
     """Mask, weight, offsets and scale, and the dense matrix, float64, that they stand for."""
     rows, columns = weight.shape
     if bits == 8:  # nothing is pruned, and there is one mask
-        codes, scale = quantise_rows(weight)
+        codes, scale = quantize_rows(weight)
         mask = PACKED[16].encode(torch.ones(1, columns)).mask
         offsets = torch.arange(0, (rows + 1) * columns, columns)
         return (mask, codes.flatten(), offsets, scale), dense_rows(codes, scale).double()

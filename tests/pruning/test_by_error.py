@@ -125,7 +125,7 @@ def test_architectures_reach_what_was_allocated(name: str) -> None:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_4_bit_linear_counts_by_its_weights_not_its_bytes() -> None:
-    """Beside linears that are not quantised, of the same shapes."""
+    """Beside linears that are not quantized, of the same shapes."""
     tiny.write_model("model", tiny.tiny_llama(hidden_size=64, intermediate_size=192))
     checkpoint = Checkpoint("model")
     options = dict(dtype=torch.float32, device_map={"": CPU}, load_bit="4")

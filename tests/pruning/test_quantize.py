@@ -81,8 +81,8 @@ def test_later_linears_make_up_for_what_earlier_ones_lost() -> None:
     for key, weight in weights.items():
         runner.model.get_parameter(key).copy_(weight)
     quantize_(runner)
-    quantised = runner.model(input_ids=ids, use_cache=False).logits
-    assert (quantised - before).norm() < 0.8 * (nearest - before).norm()
+    quantized = runner.model(input_ids=ids, use_cache=False).logits
+    assert (quantized - before).norm() < 0.8 * (nearest - before).norm()
 
 
 class Unused(nn.Module):

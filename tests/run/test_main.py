@@ -174,7 +174,7 @@ def test_a_hub_that_is_out_of_reach_but_a_model_that_is_in_the_cache(
 
 
 @pytest.mark.parametrize("bits", ["8", "4"])
-def test_quantised_models(bits: str, trained: Path, uk: Path) -> None:
+def test_quantized_models(bits: str, trained: Path, uk: Path) -> None:
     given = ["--eval_only", "--eval_data", uk]
     run(trained, *given)
     done = run(trained, *given, "--load_bit", bits, save="small")

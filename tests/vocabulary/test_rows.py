@@ -106,12 +106,12 @@ def test_refused() -> None:
     ):
         with pytest.raises(UserError, match=words):
             trimmable_rows(model, Checkpoint("m"))
-    quantised = tiny.tiny_llama()
-    quantised.model.embed_tokens.weight = torch.nn.Parameter(
+    quantized = tiny.tiny_llama()
+    quantized.model.embed_tokens.weight = torch.nn.Parameter(
         torch.zeros(320, 32, dtype=torch.uint8), requires_grad=False
     )
-    with pytest.raises(UserError, match="quantised to torch.uint8"):
-        keep_rows_(quantised, ROWS)
+    with pytest.raises(UserError, match="quantized to torch.uint8"):
+        keep_rows_(quantized, ROWS)
     for read in (lambda ids: ids * 0, lambda ids: ids):  # of a kind of token; past its end
         model = tiny.tiny_llama(type_vocab_size=7)
         model.model.types = table = torch.nn.Embedding(7, 32)

@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         stage, weights = Path(folder), source.folder
-        if source.quantised_by == METHOD:
+        if source.quantized_by == METHOD:
             weights = stage / "dense"
             unpack_folder(args.source, str(weights))
         files = {kind: stage / f"{kind}.gguf" for kind in dict.fromkeys(("f32", weight_type))}

@@ -54,7 +54,7 @@ class ModelFolder:
     sees: bool  # or hears
 
     @property
-    def quantised_by(self) -> str | None:
+    def quantized_by(self) -> str | None:
         return (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
 
     @property
@@ -111,9 +111,9 @@ def open_folder(path: str) -> ModelFolder:
         raise UserError(f"IN {path}: its tokenizer has no tokenizer.json; only such are converted")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     opened = ModelFolder(folder, config, tokenizer, data, bool(getattr(bare, "unread", None)))
-    if opened.quantised_by not in (None, METHOD):
+    if opened.quantized_by not in (None, METHOD):
         raise UserError(
-            f"IN {path}: its weights are quantised by {opened.quantised_by}; convert the model "
+            f"IN {path}: its weights are quantized by {opened.quantized_by}; convert the model "
             "that it was made of"
         )
     if not (is_byte_level(data) or is_sentencepiece(data)):

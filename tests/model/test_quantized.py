@@ -19,7 +19,7 @@ from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
-from lib.model.quantised import stored_bits
+from lib.model.quantized import stored_bits
 from lib.util.errors import UserError
 
 KINDS = {"unstructured": HALF, "2:4": Sparsity(0.5, 2, 4)}
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("at_place")
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
-    # rows of whole scales: bitsandbytes 0.50 mixes up the others on a CPU, whoever quantised them
+    # rows of whole scales: bitsandbytes 0.50 mixes up the others on a CPU, whoever quantized them
     wide = tiny.tiny_llama(hidden_size=64, intermediate_size=192)
     tiny.write_model(folder / "model", wide)
     tiny.write_texts(folder / "uk", test=3)
@@ -132,23 +132,23 @@ def test_saved_and_reloaded_with_the_same_perplexity(
         assert compare_masks([saved, saved])["both"].sum() > 0
 
 
-def test_a_checkpoint_that_is_already_quantised(loaded: nn.Module, tmp_path: Path) -> None:
-    quantised, folder = str(tmp_path / "quantised"), tmp_path / "run"
-    loaded.save_pretrained(quantised)
-    tiny.tiny_tokenizer().save_pretrained(quantised)
+def test_a_checkpoint_that_is_already_quantized(loaded: nn.Module, tmp_path: Path) -> None:
+    quantized, folder = str(tmp_path / "quantized"), tmp_path / "run"
+    loaded.save_pretrained(quantized)
+    tiny.tiny_tokenizer().save_pretrained(quantized)
     flags = ["--prune_method", "sparsegpt", "--sparsity_type", "2:4"]
-    done = prune(quantised, folder, *flags)
+    done = prune(quantized, folder, *flags)
     assert done.status == 0, done.err
     assert results(folder)["sparsity"]["overall"] >= 0.5
     for more in (["--load_bit", "4"], ["--offload", str(tmp_path / "away")]):
-        (line,) = prune(quantised, folder, *flags, *more).complaints
-        assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantised" in line
+        (line,) = prune(quantized, folder, *flags, *more).complaints
+        assert line.startswith(f"error: {more[0]} {more[1]}: ") and "quantized" in line
     recover = ["--recover", "64", "--teacher"]
-    (line,) = prune(quantised, folder, *recover, "model").complaints
-    words = f"--recover 64: {quantised} is quantised, and its weights can't be trained"
+    (line,) = prune(quantized, folder, *recover, "model").complaints
+    words = f"--recover 64: {quantized} is quantized, and its weights can't be trained"
     assert line == f"error: {words}"
-    (line,) = prune("model", folder, *recover, quantised).complaints
-    assert line == f"error: --teacher {quantised}: is quantised; name the unquantised model"
+    (line,) = prune("model", folder, *recover, quantized).complaints
+    assert line == f"error: --teacher {quantized}: is quantized; name the unquantized model"
 
 
 @pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
@@ -158,5 +158,5 @@ def test_other_formats_are_refused(method: str, place: Path, tmp_path: Path) -> 
     config["quantization_config"] = {"quant_method": method, "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
     (line,) = prune(folder, tmp_path / "run", "--prune_method", "wanda").complaints
-    assert line.startswith(f"error: --model {folder}: its weights are quantised by {method}")
-    assert "start from the unquantised model" in line
+    assert line.startswith(f"error: --model {folder}: its weights are quantized by {method}")
+    assert "start from the unquantized model" in line

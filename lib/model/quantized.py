@@ -1,8 +1,8 @@
-"""Linears whose weights bitsandbytes stores in 4 or 8 bits: dequantised, pruned, requantised.
+"""Linears whose weights bitsandbytes stores in 4 or 8 bits: dequantized, pruned, requantized.
 
 Zero is one of NF4's sixteen values and one of int8's, so a mask survives. If a method only drops
 weights, the kept ones keep their codes and scales; if it also changes them, the matrix is
-requantised in the same format.
+requantized in the same format.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FORMATS = ("bitsandbytes",)
 
 
 @dataclass(eq=False)
-class Quantised4bit(PrunableLinear):
+class Quantized4bit(PrunableLinear):
     """bitsandbytes' Linear4bit: codes of 4 bits, two in a byte, with a scale for each block."""
 
-    is_quantised: ClassVar[bool] = True
+    is_quantized: ClassVar[bool] = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,7 +47,7 @@ class Quantised4bit(PrunableLinear):
             return
         state = weight.quant_state
         weight = Params4bit(
-            matrix.to(weight.device, state.dtype),  # the move below quantises it
+            matrix.to(weight.device, state.dtype),  # the move below quantizes it
             requires_grad=False,
             blocksize=weight.blocksize,
             compress_statistics=weight.compress_statistics,
@@ -68,10 +68,10 @@ class Quantised4bit(PrunableLinear):
 
 
 @dataclass(eq=False)
-class Quantised8bit(PrunableLinear):
+class Quantized8bit(PrunableLinear):
     """bitsandbytes' Linear8bitLt: int8 with a scale for each row, the row's largest weight."""
 
-    is_quantised: ClassVar[bool] = True
+    is_quantized: ClassVar[bool] = True
 
     def matrix(self) -> Tensor:
         codes, scale = self._codes()
@@ -91,12 +91,12 @@ class Quantised8bit(PrunableLinear):
         return weight.data, weight.SCB if weight.SCB is not None else state.SCB
 
 
-def quantised_linear(name: str, module: nn.Linear) -> PrunableLinear | None:
-    """Return the module as a prunable matrix if bitsandbytes quantised it, else None."""
+def quantized_linear(name: str, module: nn.Linear) -> PrunableLinear | None:
+    """Return the module as a prunable matrix if bitsandbytes quantized it, else None."""
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
-        return Quantised4bit(name, name, module)
-    return Quantised8bit(name, name, module) if hasattr(weight, "SCB") else None
+        return Quantized4bit(name, name, module)
+    return Quantized8bit(name, name, module) if hasattr(weight, "SCB") else None
 
 
 def check_format(
@@ -122,19 +122,19 @@ def check_format(
         return
     if method not in FORMATS:
         raise UserError(
-            f"{checkpoint}: its weights are quantised by {method}, which can't be pruned; "
-            "start from the unquantised model, and give --load_bit 4 or 8 if it should be small"
+            f"{checkpoint}: its weights are quantized by {method}, which can't be pruned; "
+            "start from the unquantized model, and give --load_bit 4 or 8 if it should be small"
         )
     if load_bit:
         raise UserError(
-            f"--load_bit {load_bit}: {checkpoint.name} is quantised already; leave out the flag"
+            f"--load_bit {load_bit}: {checkpoint.name} is quantized already; leave out the flag"
         )
     if offload:
-        raise UserError(f"--offload {offload}: {checkpoint.name} is quantised; leave out the flag")
+        raise UserError(f"--offload {offload}: {checkpoint.name} is quantized; leave out the flag")
 
 
 def stored_bits(config) -> str | None:
-    """Return `4` or `8` if bitsandbytes quantised the checkpoint, else None."""
+    """Return `4` or `8` if bitsandbytes quantized the checkpoint, else None."""
     stored, method = _stored(config)
     if method not in FORMATS:
         return None
@@ -142,7 +142,7 @@ def stored_bits(config) -> str | None:
 
 
 def _stored(config) -> tuple[dict, str | None]:
-    """Return the checkpoint's quantisation config, and its method or None."""
+    """Return the checkpoint's quantization config, and its method or None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return {}, None
