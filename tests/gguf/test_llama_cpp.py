@@ -256,8 +256,10 @@ def test_relative_paths_children_and_a_proxy(
     shutil.copytree(llama, "in")
     shutil.copytree(texts / "uk", "uk")
     main(["in", "new/model.gguf", "--type", "Q8_0", "--data", "uk"])
-    tokens, predictions, missing, written = capsys.readouterr().out.splitlines()[-4:]
+    tokens, dialogues, *last = capsys.readouterr().out.splitlines()[-5:]
+    predictions, missing, written = last
     assert tokens == "uk: llama.cpp cuts all 9 documents alike"
+    assert dialogues.endswith("llama.cpp renders them alike")
     assert predictions.startswith("predictions after 32 beginnings differ by ")
     assert missing == "not proven: texts past 127 tokens"
     assert written.startswith("written: new/model.gguf, ") and " KiB, q8_0, and" in written
