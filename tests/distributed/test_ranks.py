@@ -35,6 +35,7 @@ CASES = {
     "packed": "llama --prune_method wanda --sparsity_type 2:4 --replace_sparse_layers",
     "quantized": "llama --prune_method sparsegpt --load_bit 8",
     "recovered": "llama --prune_method wanda --recover 512",
+    "never called": "mamba --prune_method wanda --recover 512",  # one of its linears
 }
 FILES = ("wanda", "offloaded", "packed", "recovered")  # where machines matter
 EXACT = ("wanda", "experts", "one window", "offloaded", "packed")
@@ -54,6 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     tiny.write_model(folder / "llama", tiny.tiny_llama(num_hidden_layers=3))
     tiny.write_model(folder / "mixtral", tiny.ARCHITECTURES["Mixtral"]())
+    tiny.write_model(folder / "mamba", tiny.HYBRIDS["Mamba"]())
     tiny.write_texts(folder / "uk", test=3)
     return folder
 
