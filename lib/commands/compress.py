@@ -433,6 +433,8 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
 
 def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
     """Return a sentence by the dense and by the small model, and how to run and upload it."""
+    from lib.commands.gguf.command import mmproj_of
+
     out, prompt, lines = models[1], "...", []
     for record in results["completions"][:1]:
         prompt = one_line(record["prompt"])
@@ -445,8 +447,10 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
     code += 'print(p("text-generation", {})({}))'.format(*words)
     lines += ["", f"python -c {shlex.quote(code)}"]
     lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
-    for file in map(shlex.quote, models[2:]):
-        lines += [f"llama-cli -m {file} -p {shlex.quote(prompt)}"]
+    for path in models[2:]:
+        file, seeing = shlex.quote(path), mmproj_of(Path(path))
+        sees = f" --mmproj {shlex.quote(str(seeing))}" if seeing.exists() else ""
+        lines += [f"llama-cli -m {file}{sees} -p {shlex.quote(prompt)}"]
         lines += [f"echo FROM {file} > Modelfile && ollama create {name.lower()} -f Modelfile"]
         lines += [f"ollama run {name.lower()} {shlex.quote(prompt)}"]
         lines += [f"hf upload YOUR_NAME/{name}-GGUF {file}"]
