@@ -26,11 +26,11 @@ LEAST_WINDOWS = 16  # of training; with fewer, what is rounded on text is not tr
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
 
 # costs in passes of one window through the trimmed model
-TEST_PASSES = 7  # of a test window: both models, before and after, and the proof by llama.cpp
+TEST_PASSES = 6  # of a test window: both models, before and after, and the proof by llama.cpp
 PRUNING_PASSES = 7  # of a calibration window: ADMM's passes and solving, allocation
 ROUNDING_PASSES = 8  # of a calibration window
 HELD_OUT_PASSES = 13  # of a window held out of training
-FIXED = 7  # times a rehearsal's loading and generating, for both models, proof and speeds
+FIXED = 4  # times a rehearsal's loading and generating, for both models, proof and speeds
 
 BLOCK_BYTES, OUTER_BYTES = 18 / 32, 34 / 32  # of a weight in q4_0, and in q8_0
 TOKEN_BYTES = 40  # of a token in a GGUF file, about: its text, merge and score
@@ -59,9 +59,9 @@ def plan_time(
     evaluation, held_out = rehearsal["evaluation"], recovery["text"]["held_out"]
     steps = ("dense", "quantize", "measure before", "recover", "eval")
     scaling = sum(spent.get(step, 0) for step in steps)
-    rehearsed = held_out + sum(test["windows"] for test in evaluation)
-    passed = spent["measure before"] / rehearsed  # seconds of a pass
-    training = spent["recover"] - len(recovery["curve"]) * held_out * passed
+    rehearsed = 2 * sum(test["windows"] for test in evaluation)
+    passed = (spent["dense"] + spent["eval"]) / rehearsed  # seconds of a pass
+    training = spent["recover"] - (1 + len(recovery["curve"])) * held_out * passed
     training *= evaluation[0]["seqlen"] / recovery["tokens"]
     training = max(3 * passed, training)  # seconds of a window
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed
