@@ -3,13 +3,13 @@
     python tests/bench/bench_frontier.py MODEL --data uk --tokens 131072 --llama BUILT \
         --out frontier -- --device cpu --seqlen 512
 
-Every model is MODEL with its vocabulary trimmed and then trained on the same windows: as it is, as
-q4_0, with fewer neurons, with half or 60% of its weights at 4 bits. What was trained at 16 bits is
-quantized by llama.cpp's programs, in the folder BUILT, with an importance matrix of the train text;
-the files are dequantized and measured by main.py like all others, on the whole test text. All are
-timed in one run by one thread: files by llama-bench, saved models in transformers. Bytes are those
-of the tensors. `--out` keeps models and results, and the same command goes on where it was;
-`--only` trains some.
+Every model is MODEL, whole or with its vocabulary trimmed; rounded to q4_0 on the train text; or
+trained on the same windows: as it is, as q4_0, with fewer neurons, with half or 60% of its weights
+at 4 bits. What has 16 bits is quantized by llama.cpp's programs, in the folder BUILT, with an
+importance matrix of the train text; the files are dequantized and measured by main.py like all
+others, on the whole test text and on others that `--also` names. All are timed in one run by one
+thread: files by llama-bench, saved models in transformers. Bytes are those of the tensors. `--out`
+keeps models and results, and the same command goes on where it was; `--only` makes some.
 """
 
 from __future__ import annotations
@@ -40,7 +40,15 @@ PACKED = "--prune_method admm --allocation error --replace_sparse_layers --quant
 NEURONS = "--prune_method admm --sparsity_type neurons --sparsity_ratio"
 Q4_0 = " --quantize q4_0"
 # {label: series, flags of main.py, llama.cpp's types}
-MODELS = {"trained": ("trained", "", TYPES), "q4_0": ("trained as q4_0", Q4_0, ())}
+UNTOUCHED = "untouched"
+MODELS = {
+    UNTOUCHED: (UNTOUCHED, "", TYPES),
+    "trimmed": ("trimmed", "", TYPES),
+    "rounded": ("rounded on text", Q4_0, ()),
+    "trained": ("trained", "", TYPES),
+    "q4_0": ("trained as q4_0", Q4_0, ()),
+}
+UNTRAINED = UNTOUCHED, "trimmed", "rounded"
 for share in (0.125, 0.25, 0.375, 0.5):
     label, flags = f"neurons {100 * share:g}%", f"{NEURONS} {share}"
     MODELS[label] = "neurons", flags, ("q8_0", "q4_0")
@@ -57,7 +65,7 @@ class Point(NamedTuple):
     model: Path | None  # for transformers
     file: Path | None  # for llama.cpp
     size: int  # bytes of its tensors
-    test: dict[str, Any]  # of its results.json
+    tests: list[dict[str, Any]]  # of its results.json
 
 
 def child(*command: object) -> str:
@@ -68,12 +76,12 @@ def child(*command: object) -> str:
     return done.stdout
 
 
-def measured(folder: Path, *flags: object) -> dict[str, Any]:
-    """Run main.py, unless `folder` shows that it was; return the record of the test text."""
+def measured(folder: Path, *flags: object) -> list[dict[str, Any]]:
+    """Run main.py, unless `folder` shows that it was; return the records of the test texts."""
     if not (folder / "results.json").is_file():
         resume = [] if "--eval_only" in flags else ["--resume", f"{folder}-state"]
         child(sys.executable, ROOT / "main.py", *flags, *resume, "--save", folder)
-    return json.loads((folder / "results.json").read_text("utf-8"))["evaluation"][0]
+    return json.loads((folder / "results.json").read_text("utf-8"))["evaluation"]
 
 
 def tensor_bytes(folder: Path) -> int:
@@ -121,45 +129,35 @@ def in_halves(values, config: dict, name: str):
 
 
 def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
-    """Train and measure every model, and what llama.cpp makes of it."""
-    common = ["--eval_data", args.data, "--prompts", "0", *passed_on]
+    """Make and measure every model, and what llama.cpp makes of it."""
+    common = ["--eval_data", args.data, *args.also, "--prompts", "0", *passed_on]
     whole = ["--model", args.model, *common]
-    yield Point(
-        "untouched",
-        "untouched",
-        args.model,
-        None,
-        tensor_bytes(args.model),
-        measured(args.out / "dense", *whole, "--eval_only"),
-    )
     for label in args.only:
         series, flags, types = MODELS[label]
         name = label.replace(" ", "-").replace(",", "").replace("%", "")
-        model = args.out / f"{name}-model"
-        training = ["--trim_vocabulary", "--calibration_data", args.data, "--recover", args.tokens]
-        trained = [*whole, *training, *flags.split(), "--save_model", model]
-        test, size, file = measured(args.out / name, *trained), tensor_bytes(model), None
+        if label == UNTOUCHED:
+            model, tests = args.model, measured(args.out / name, *whole, "--eval_only")
+        else:
+            model = args.out / f"{name}-model"
+            made = ["--trim_vocabulary", "--calibration_data", args.data, *flags.split()]
+            made += [] if label in UNTRAINED else ["--recover", args.tokens]
+            tests = measured(args.out / name, *whole, *made, "--save_model", model)
+        size, file = tensor_bytes(model), None
         if Q4_0 in flags:
             file = converted(model, args.out / f"{name}.gguf", "q4_0")
             size = file_bytes(file)
-        yield Point(series, label, model, file, size, test)
+        yield Point(series, label, model, file, size, tests)
         for kind in types if args.llama else ():
-            file = quantized(args, model, args.out / f"{name}-{kind}.gguf", kind)
+            file = quantized(args, model, name, kind)
             dense = args.out / f"{name}-{kind}-dequantized"
             if not (args.out / f"{name}-{kind}").is_dir():
                 shutil.rmtree(dense, ignore_errors=True)
                 dequantize(file, model, dense)
             flags = ["--model", dense, "--teacher", args.model, "--eval_only", *common]
-            test = measured(args.out / f"{name}-{kind}", *flags)
+            tests = measured(args.out / f"{name}-{kind}", *flags)
             shutil.rmtree(dense, ignore_errors=True)
-            yield Point(
-                f"{series}, {kind}" if "neurons" in label else series,
-                f"{label} {kind}",
-                None,
-                file,
-                file_bytes(file),
-                test,
-            )
+            series_of = f"{series}, {kind}" if "neurons" in label else series
+            yield Point(series_of, f"{label} {kind}", None, file, file_bytes(file), tests)
 
 
 def converted(model: Path, file: Path, kind: str) -> Path:
@@ -168,9 +166,10 @@ def converted(model: Path, file: Path, kind: str) -> Path:
     return file
 
 
-def quantized(args: argparse.Namespace, model: Path, file: Path, kind: str) -> Path:
+def quantized(args: argparse.Namespace, model: Path, name: str, kind: str) -> Path:
     """Return the file that llama.cpp makes of a model in one of its types."""
-    whole, matrix = model.with_suffix(".f16.gguf"), model.with_suffix(".imatrix.gguf")
+    files = (args.out / f"{name}{end}.gguf" for end in (f"-{kind}", ".f16", ".imatrix"))
+    file, whole, matrix = files
     if file.is_file():
         return file
     converted(model, whole, "f16")
@@ -198,6 +197,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, metavar="MODEL", help="local folder of a dense model")
     parser.add_argument("--data", required=True, help="folder with train.jsonl and test.jsonl")
+    help_ = "more texts to measure on"
+    parser.add_argument("--also", nargs="+", default=[], metavar="TEXTS", help=help_)
     parser.add_argument("--tokens", type=int, default=131072, help="of each training")
     parser.add_argument("--llama", type=Path, metavar="BUILT", help="folder of its programs")
     parser.add_argument("--only", nargs="+", default=[*MODELS], choices=[*MODELS], metavar="LABEL")
@@ -213,24 +214,28 @@ def main(argv: list[str]) -> None:
     if args.llama:
         torch.set_num_threads(1)  # as llama-bench
         saved = dict(zip(folders, decoding_speeds(folders, "cpu", rounds=3), strict=True))
-    header = ["", "MB", "bits per byte", "loss beside dense, nats", "KL"]
+    header = ["", "MB"]
+    for test in models[0].tests:
+        header += [f"bits per byte, {test['name']}", "loss beside dense, nats", "KL"]
     header += ["tokens a second in llama.cpp", "in transformers"]
     cells = []
     for point in models:
-        test = point.test
-        figures = [f"{point.size / 1e6:.1f}", f"{test['bits_per_byte']:.4f}"]
-        for name, form in (("loss_change", "+.4f"), ("kl", ".4f")):
-            error = test.get(f"{name}_standard_error", 0)
-            figures.append(f"{test[name]:{form}} ± {error:.4f}" if name in test else "")
+        figures = [f"{point.size / 1e6:.1f}"]
+        for test in point.tests:
+            figures.append(f"{test['bits_per_byte']:.4f}")
+            for name, form in (("loss_change", "+.4f"), ("kl", ".4f")):
+                error = test.get(f"{name}_standard_error", 0)
+                figures.append(f"{test[name]:{form}} ± {error:.4f}" if name in test else "")
         for speed in (timed.get(point.file), saved.get(point.model)):
             figures.append(f"{speed:.0f}" if speed else "")
         cells.append([f"{point.series}: {point.label}", *figures])
     table(header, cells)
     records = [
-        {name: value for name, value in p.test.items() if isinstance(value, int | float)}
+        {name: value for name, value in test.items() if isinstance(value, int | float | str)}
         | {"series": p.series, "label": p.label, "bytes": p.size}
         | {"tokens_per_second": timed.get(p.file), "in_transformers": saved.get(p.model)}
         for p in models
+        for test in p.tests
     ]
     (args.out / "frontier.json").write_text(json.dumps(records, indent=1) + "\n", "utf-8")
 
