@@ -19,7 +19,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -43,7 +42,6 @@
 namespace {
 
 constexpr int64_t WORD = 64;           // columns that one 64-bit word of the mask covers
-constexpr int SCALE_AT = WORD;         // where the scale of a word's integers stands
 constexpr int64_t FEW = 8;             // tokens, at most, in one pass over the packed bytes
 constexpr int64_t TILE = 8 << 20;      // bytes of unpacked rows that should stay in the cache
 constexpr int64_t UNPACKED = 8 << 10;  // bytes that 4-bit integers are unpacked to at a time,
@@ -53,7 +51,6 @@ constexpr int64_t AHEAD = 2048;        // bytes by which values are fetched befo
 constexpr int ZERO_OF_4 = 8, ZERO_OF_8 = 128;  // by which integers are moved up to be unsigned
 constexpr float SMALL = 1.f / 16;      // of the largest input of a word: the small ones, whose
 constexpr float RANGE = 300;           // root mean square integers show that are so much larger
-constexpr int64_t GROUP = WORD;        // inputs of a row that share a scale at 4 bits
 
 enum Path { NONE = -1, AVX2, AVX512, AVX512_BF16 };
 const std::array<const char*, 3> NAMES = {"avx2", "avx512", "avx512_bf16"};
@@ -89,70 +86,65 @@ Path chosen_path(const std::optional<std::string>& name) {
 }
 
 // A weight as the kernels see it: V is float, c10::BFloat16 or c10::Half; or int8_t, of which every
-// weight is kept, so that all rows have the first one's mask.
-template <class V>
+// weight is kept, so that all rows have the first one's mask; or two 4-bit integers, see FourBits.
+template <class V, class S = float>
 struct Weight {
   const uint8_t* mask;      // (out, stride)
-  const V* values;          // (nnz,)
-  const int64_t* offsets;   // (out + 1,)
-  const float* scale;       // (out,), of int8 alone
+  const V* values;          // (nnz,), of 4 bits (ceil(nnz / 2),)
+  const int64_t* offsets;   // (out + 1,), in kept weights
+  const S* scale;           // of int8 (out,), of 4 bits (out, words)
   int64_t out, in;
   int64_t stride() const { return (in + 7) / 8; }
+  int64_t words() const { return (in + WORD - 1) / WORD; }
   const uint8_t* mask_of(int64_t r) const {
     return mask + (std::is_same_v<V, int8_t> ? 0 : r * stride());
   }
+  const S* scales_of(int64_t r) const { return scale + r * words(); }
 };
 
-// A weight of 4-bit integers, two in a byte, with a scale for every GROUP inputs of a row.
-struct FourBits {
-  const uint8_t* mask;         // (out, stride)
-  const uint8_t* values;       // (ceil(nnz / 2),)
-  const int64_t* offsets;      // (out + 1,), in values
-  const c10::BFloat16* scale;  // (out, groups())
-  int64_t out, in;
-  int64_t stride() const { return (in + 7) / 8; }
-  int64_t groups() const { return std::max<int64_t>(1, (in + GROUP - 1) / GROUP); }
-  const uint8_t* mask_of(int64_t r) const { return mask + r * stride(); }
-  const c10::BFloat16* scales_of(int64_t r) const { return scale + r * groups(); }
-};
+// A weight of 4-bit integers, two in a byte, with a scale for every word of a row.
+using FourBits = Weight<uint8_t, c10::BFloat16>;
 
 // Word k of a row's mask; bytes after the row's last count as zero.
 INLINE uint64_t mask_word(const uint8_t* mask, int64_t k, int64_t stride) {
   uint64_t bits = 0;
   const int64_t left = stride - k * 8;
-  std::memcpy(&bits, mask + k * 8, left < 8 ? left : 8);
+  if (left >= 8) {
+    std::memcpy(&bits, mask + k * 8, 8);
+  } else {
+    std::memcpy(&bits, mask + k * 8, left);
+  }
   return bits;
 }
 
-INLINE uint64_t whole_word(const uint8_t* mask, int64_t k) {
-  uint64_t bits;
-  std::memcpy(&bits, mask + k * 8, 8);
-  return bits;
-}
-
-// The values of row r, in `copy`, where loads may read on behind the last.
-template <class V>
-const V* with_room(const Weight<V>& w, int64_t r, std::vector<V>& copy) {
-  copy.assign(w.offsets[r + 1] - w.offsets[r] + BEYOND, V(0));
-  std::copy(w.values + w.offsets[r], w.values + w.offsets[r + 1], copy.begin());
-  return copy.data();
-}
-
-// The integers of a row: `values` begins with the byte that holds the first one, which is in its
-// high bits where `odd`.
-struct Integers {
-  const uint8_t* values;
-  bool odd;
+// What a thread needs for a row.
+struct Buffers {
+  std::vector<uint8_t> copy;
+  std::vector<int8_t> codes, spread;
 };
 
-// Those of row r, in `copy` where loads may read on behind the last.
-Integers integers_of(const FourBits& w, int64_t r, std::vector<uint8_t>& copy) {
-  const int64_t begin = w.offsets[r] / 2, end = (w.offsets[r + 1] + 1) / 2;
-  const bool odd = w.offsets[r] % 2;
-  if (end + BEYOND <= w.offsets[w.out] / 2) return {w.values + begin, odd};
-  copy.assign(end - begin + BEYOND, 0);
-  std::copy(w.values + begin, w.values + end, copy.begin());
-  return {copy.data(), odd};
+// What lies from `begin` to `end`, a copy where loads may not read on up to `limit`.
+template <class V>
+const V* with_room(const V* begin, const V* end, const V* limit, Buffers& buffers) {
+  if (end + BEYOND <= limit) return begin;
+  buffers.copy.assign((end - begin + BEYOND) * sizeof(V), 0);
+  std::memcpy(buffers.copy.data(), begin, (end - begin) * sizeof(V));
+  return reinterpret_cast<const V*>(buffers.copy.data());
+}
+
+// The values of row r, behind the last of which loads may read on.
+template <class V>
+const V* values_of(const Weight<V>& w, int64_t r, Buffers& buffers) {
+  const auto at = [&](int64_t row) { return w.values + w.offsets[row]; };
+  return with_room(at(r), at(r + 1), at(w.out), buffers);
+}
+
+// The integers of row r, from the byte on that holds the first one, in its high bits where the
+// row's offset is odd.
+const uint8_t* values_of(const FourBits& w, int64_t r, Buffers& buffers) {
+  const uint8_t* end = w.values + (w.offsets[r + 1] + 1) / 2;
+  const uint8_t* limit = w.values + w.offsets[w.out] / 2;
+  return with_room(w.values + w.offsets[r] / 2, end, limit, buffers);
 }
 
 template <class V>
@@ -206,16 +198,20 @@ FOR_AVX2 INLINE __m256 spread8_of_4(uint8_t bits, const float* values) {
 // A step takes COLUMNS columns of one row: `spread` gives its weights in registers and `add`
 // multiplies them by the inputs of one token, X, of which a word of the mask takes STRIDE.
 
-template <class V>
-struct Avx2Step {
+struct Step {
   using X = float;
   static constexpr int STRIDE = WORD;
+  static constexpr bool EVEN_FIRST = false;
+  static constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
+};
+
+template <class V>
+struct Avx2Step : Step {
+  using Instructions = std::integral_constant<Path, AVX2>;
   using Sum = __m256;
   using Weights = __m256;
   static constexpr int COLUMNS = 8;
   static constexpr int rows_at_once(int tokens) { return 1; }
-  static constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
-  static constexpr bool EVEN_FIRST = false;
   FOR_AVX2 static INLINE Sum zero() { return _mm256_setzero_ps(); }
   FOR_AVX2 static INLINE Weights spread(uint64_t bits, const V* values) {
     const uint8_t byte = static_cast<uint8_t>(bits);
@@ -240,115 +236,89 @@ struct Avx2Step {
   }
 };
 
-struct Avx512Sums {
+struct Avx512Sums : Step {
+  using Instructions = std::integral_constant<Path, AVX512>;
   using Sum = __m512;
   static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 1 : 2; }
-  static constexpr int chains(int tokens) { return tokens == 1 ? 4 : tokens == 2 ? 2 : 1; }
   FOR_AVX512 static INLINE Sum zero() { return _mm512_setzero_ps(); }
   FOR_AVX512 static INLINE float total(Sum sum) { return _mm512_reduce_add_ps(sum); }
 };
 
-// Widened to float32.
-template <class V>
-struct Avx512Step;
-
-template <>
-struct Avx512Step<float> : Avx512Sums {
-  using X = float;
-  static constexpr int STRIDE = WORD;
-  using Weights = __m512;
-  static constexpr int COLUMNS = 16;
-  static constexpr bool EVEN_FIRST = false;
-  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const float* values) {
-    return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), _mm512_loadu_ps(values));
-  }
-  FOR_AVX512 static INLINE void add(Sum& sum, const Weights& w, const float* x) {
-    sum = _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum);
-  }
-};
-
-struct TwoVectors {
-  __m512 first, second;
-};
-
-struct Avx512Pair : Avx512Sums {
-  using X = float;
-  static constexpr int STRIDE = WORD;
-  using Weights = TwoVectors;
-  static constexpr int COLUMNS = 32;
-  FOR_AVX512 static INLINE void add(Sum& sum, const Weights& w, const float* x) {
-    sum = _mm512_fmadd_ps(w.first, _mm512_loadu_ps(x), sum);
-    sum = _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + 16), sum);
-  }
-};
-
-template <>
-struct Avx512Step<c10::BFloat16> : Avx512Pair {
-  static constexpr bool EVEN_FIRST = true;  // the halves of 32-bit lanes, without a shuffle
-  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const c10::BFloat16* values) {
-    const __m512i both = _mm512_maskz_expand_epi16(
-        static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
-    const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
-  }
-};
-
-template <>
-struct Avx512Step<c10::Half> : Avx512Pair {
-  static constexpr bool EVEN_FIRST = false;
-  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const c10::Half* values) {
-    const __m512i both = _mm512_maskz_expand_epi16(
-        static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
-    return {
-        _mm512_cvtph_ps(_mm512_castsi512_si256(both)),
-        _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
-  }
-};
-
-// Widened first: spreading 16-bit values takes half the time of spreading bytes.
-FOR_AVX512 INLINE __m512i spread32(uint32_t bits, const int8_t* values) {
-  const auto* its = reinterpret_cast<const __m256i*>(values);
-  return _mm512_maskz_expand_epi16(bits, _mm512_cvtepi8_epi16(_mm256_loadu_si256(its)));
+FOR_AVX512 INLINE __m512 widened(const int8_t* values) {
+  const auto* its = reinterpret_cast<const __m128i*>(values);
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(its)));
 }
 
-// int8 weights by int16 inputs: the 64 of a word are integers times a scale of their own, which
-// stands behind them. Exact but for the inputs' rounding to 15 bits of the largest of the 64, where
-// they have 8 or 11 bits themselves.
-template <>
-struct Avx512Step<int8_t> : Avx512Sums {
+// Widened to float32. Of int8 every weight is kept, and what is read behind a row's last one is
+// multiplied by 0.
+template <class V>
+struct Avx512Step : Avx512Sums {
+  static constexpr int COLUMNS = sizeof(V) == 4 ? 16 : 32;
+  // the halves of 32-bit lanes, without a shuffle
+  static constexpr bool EVEN_FIRST = std::is_same_v<V, c10::BFloat16>;
+  struct Weights {
+    __m512 first, second;
+  };
+  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const V* values) {
+    if constexpr (std::is_same_v<V, int8_t>) {
+      return {widened(values), widened(values + 16)};
+    } else if constexpr (std::is_same_v<V, float>) {
+      const __m512 next = _mm512_loadu_ps(values);
+      return {_mm512_maskz_expand_ps(static_cast<__mmask16>(bits), next), _mm512_setzero_ps()};
+    } else {
+      const __m512i both = _mm512_maskz_expand_epi16(
+          static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
+      if constexpr (EVEN_FIRST) {
+        const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff0000));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), _mm512_castsi512_ps(odd)};
+      } else {
+        return {
+            _mm512_cvtph_ps(_mm512_castsi512_si256(both)),
+            _mm512_cvtph_ps(_mm512_extracti64x4_epi64(both, 1))};
+      }
+    }
+  }
+  FOR_AVX512 static INLINE void add(Sum& sum, const Weights& w, const float* x) {
+    sum = _mm512_fmadd_ps(w.first, _mm512_loadu_ps(x), sum);
+    if constexpr (COLUMNS == 32) sum = _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + 16), sum);
+  }
+};
+
+// Inputs as int16: the 64 of a word are integers times a scale of their own, which stands behind
+// them. Exact but for their rounding to 15 bits of the largest of the 64, where they have 8 or 11
+// bits themselves.
+constexpr int INTEGERS = WORD + sizeof(float) / sizeof(int16_t);  // from one word to the next
+
+INLINE float scale_behind(const int16_t* x) {
+  float scale;
+  std::memcpy(&scale, x + WORD, sizeof(scale));
+  return scale;
+}
+
+FOR_AVX512 INLINE __m512 integer_products(__m512i first, __m512i second, const int16_t* x) {
+  __m512i products = _mm512_setzero_si512();
+  products = _mm512_dpwssd_epi32(products, first, _mm512_loadu_si512(x));
+  products = _mm512_dpwssd_epi32(products, second, _mm512_loadu_si512(x + 32));
+  return _mm512_cvtepi32_ps(products);
+}
+
+// int8 weights by these.
+struct IntegerStep : Avx512Sums {
   using X = int16_t;
   struct Weights {
     __m512i first, second;
   };
-  static constexpr int STRIDE = WORD + sizeof(float) / sizeof(int16_t);
-  static constexpr int COLUMNS = WORD;
-  static constexpr bool EVEN_FIRST = false;
+  static constexpr int STRIDE = INTEGERS, COLUMNS = WORD;
   static constexpr int chains(int tokens) { return tokens == 1 ? 2 : 1; }
   FOR_AVX512 static INLINE Weights spread(uint64_t bits, const int8_t* values) {
-    const uint32_t first = static_cast<uint32_t>(bits), second = bits >> 32;
-    return {spread32(first, values), spread32(second, values + __builtin_popcount(first))};
+    const auto* its = reinterpret_cast<const __m256i*>(values);
+    return {
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(its)),
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(its + 1))};
   }
   FOR_AVX512 static INLINE void add(Sum& sum, const Weights& w, const int16_t* x) {
-    __m512i products = _mm512_setzero_si512();
-    products = _mm512_dpwssd_epi32(products, w.first, _mm512_loadu_si512(x));
-    products = _mm512_dpwssd_epi32(products, w.second, _mm512_loadu_si512(x + 32));
-    float scale;
-    std::memcpy(&scale, x + SCALE_AT, sizeof(scale));
-    sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_set1_ps(scale), sum);
-  }
-};
-
-FOR_AVX512 INLINE __m512 widened(__m256i integers) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(integers));
-}
-
-// int8 weights by float32 inputs, whose every bit counts.
-struct WideBytesStep : Avx512Pair {
-  static constexpr bool EVEN_FIRST = false;
-  FOR_AVX512 static INLINE Weights spread(uint64_t bits, const int8_t* values) {
-    const __m512i all = spread32(static_cast<uint32_t>(bits), values);
-    return {
-        widened(_mm512_castsi512_si256(all)), widened(_mm512_extracti64x4_epi64(all, 1))};
+    const __m512 products = integer_products(w.first, w.second, x);
+    sum = _mm512_fmadd_ps(products, _mm512_set1_ps(scale_behind(x)), sum);
   }
 };
 
@@ -356,19 +326,16 @@ struct WideBytesStep : Avx512Pair {
 // zero. All int8 values are bfloat16 numbers.
 template <class V>
 struct Bf16Step : Avx512Sums {
+  using Instructions = std::integral_constant<Path, AVX512_BF16>;
   using X = c10::BFloat16;
-  static constexpr int STRIDE = WORD;
   using Weights = __m512i;
   static constexpr int COLUMNS = 32;
-  static constexpr bool EVEN_FIRST = false;
   FOR_AVX512_BF16 static INLINE Weights spread(uint64_t bits, const V* values) {
-    const __mmask32 mask = static_cast<__mmask32>(bits);
-    if constexpr (std::is_same_v<V, c10::BFloat16>) {
-      return _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(values));
+    if constexpr (std::is_same_v<V, int8_t>) {
+      return (__m512i)_mm512_cvtne2ps_pbh(widened(values + 16), widened(values));
     } else {
-      const __m512i all = spread32(mask, values);
-      return (__m512i)_mm512_cvtne2ps_pbh(
-          widened(_mm512_extracti64x4_epi64(all, 1)), widened(_mm512_castsi512_si256(all)));
+      return _mm512_maskz_expand_epi16(
+          static_cast<__mmask32>(bits), _mm512_loadu_si512(values));
     }
   }
   FOR_AVX512_BF16 static INLINE void add(Sum& sum, const Weights& w, const X* x) {
@@ -380,7 +347,7 @@ struct Bf16Step : Avx512Sums {
 //
 // The same loop for each set of instructions, because a function has one set.
 
-#define DEFINE_ROWS(NAME, TARGET)                                                                  \
+#define DEFINE_ROWS(NAME, PATH, TARGET)                                                            \
   template <class Step, int TOKENS, int ROWS, int CHAINS, class V>                                 \
   TARGET INLINE void NAME##_word(                                                                  \
       const uint64_t (&bits)[ROWS], const V* (&values)[ROWS], const typename Step::X* x,           \
@@ -401,17 +368,19 @@ struct Bf16Step : Avx512Sums {
     }                                                                                              \
   }                                                                                                \
                                                                                                    \
+  /* ROWS rows from `first` on, of y (TOKENS, out). */                                             \
   template <class Step, int TOKENS, int ROWS, class V>                                             \
   TARGET void NAME##_sums(                                                                         \
-      const V* const* starts, const uint8_t* const* masks, int64_t stride,                         \
-      const typename Step::X* x, float* sums) {                                                    \
+      const Weight<V>& w, int64_t first, const typename Step::X* x, float* y, Buffers* buffers) {  \
     constexpr int CHAINS = Step::chains(TOKENS), STEPS = WORD / Step::COLUMNS;                     \
     constexpr int WORDS = CHAINS > STEPS ? CHAINS / STEPS : 1; /* that start no chain twice */     \
-    const int64_t words = (stride + 7) / 8, whole = stride / 8;                                    \
+    const int64_t stride = w.stride(), words = w.words(), whole = stride / 8;                      \
     typename Step::Sum sum[ROWS][TOKENS][CHAINS];                                                  \
     const V* values[ROWS];                                                                         \
+    const uint8_t* masks[ROWS];                                                                    \
     for (int r = 0; r < ROWS; r++) {                                                               \
-      values[r] = starts[r];                                                                       \
+      values[r] = values_of(w, first + r, buffers[r]);                                             \
+      masks[r] = w.mask_of(first + r);                                                             \
       for (int t = 0; t < TOKENS; t++)                                                             \
         for (int c = 0; c < CHAINS; c++) sum[r][t][c] = Step::zero();                              \
     }                                                                                              \
@@ -424,55 +393,36 @@ struct Bf16Step : Avx512Sums {
       }                                                                                            \
       _Pragma("GCC unroll 4") for (int i = 0; i < WORDS; i++) {                                    \
         for (int r = 0; r < ROWS; r++) std::memcpy(&bits[r], masks[r] + (k + i) * 8, 8);           \
-        NAME##_word<Step, TOKENS, ROWS, CHAINS, V>(                                                \
-            bits, values, x + (k + i) * TOKENS * Step::STRIDE, sum, i * STEPS);                    \
+        NAME##_word<Step>(bits, values, x + (k + i) * TOKENS * Step::STRIDE, sum, i * STEPS);      \
       }                                                                                            \
     }                                                                                              \
     for (; k < words; k++) {                                                                       \
       for (int r = 0; r < ROWS; r++) bits[r] = mask_word(masks[r], k, stride);                     \
-      NAME##_word<Step, TOKENS, ROWS, CHAINS, V>(                                                  \
-          bits, values, x + k * TOKENS * Step::STRIDE, sum, 0);                                    \
+      NAME##_word<Step>(bits, values, x + k * TOKENS * Step::STRIDE, sum, 0);                      \
     }                                                                                              \
     for (int r = 0; r < ROWS; r++) {                                                               \
       for (int t = 0; t < TOKENS; t++) {                                                           \
         float all = 0;                                                                             \
         for (int c = 0; c < CHAINS; c++) all += Step::total(sum[r][t][c]);                         \
-        sums[r * TOKENS + t] = all;                                                                \
+        y[t * w.out + first + r] = all;                                                            \
       }                                                                                            \
     }                                                                                              \
   }                                                                                                \
                                                                                                    \
   template <class Step, int TOKENS, class V>                                                       \
-  TARGET void NAME##_rows(                                                                         \
-      const Weight<V>& w, const typename Step::X* x, float* y, int64_t from, int64_t to) {         \
+  TARGET void step_rows(                                                                           \
+      std::integral_constant<Path, PATH>, const Weight<V>& w, const typename Step::X* x, float* y, \
+      int64_t from, int64_t to) {                                                                  \
     constexpr int ROWS = Step::rows_at_once(TOKENS);                                               \
-    const int64_t stride = w.stride(), nnz = w.offsets[w.out];                                     \
-    float sums[ROWS * TOKENS];                                                                     \
-    std::vector<V> copy;                                                                           \
-    for (int64_t r = from; r < to;) {                                                              \
-      const V* starts[ROWS];                                                                       \
-      const uint8_t* masks[ROWS];                                                                  \
-      const bool apart = r + ROWS > to || w.offsets[r + ROWS] + BEYOND > nnz;                      \
-      const int rows = apart ? 1 : ROWS;                                                           \
-      for (int i = 0; i < rows; i++) {                                                             \
-        starts[i] = w.values + w.offsets[r + i];                                                   \
-        masks[i] = w.mask_of(r + i);                                                           \
-      }                                                                                            \
-      if (apart) { /* with room behind its last value */                                           \
-        starts[0] = with_room(w, r, copy);                                                         \
-        NAME##_sums<Step, TOKENS, 1, V>(starts, masks, stride, x, sums);                           \
-      } else {                                                                                     \
-        NAME##_sums<Step, TOKENS, ROWS, V>(starts, masks, stride, x, sums);                        \
-      }                                                                                            \
-      for (int i = 0; i < rows; i++)                                                               \
-        for (int t = 0; t < TOKENS; t++) y[t * w.out + r + i] = sums[i * TOKENS + t];              \
-      r += rows;                                                                                   \
-    }                                                                                              \
+    Buffers buffers[ROWS];                                                                         \
+    for (; from + ROWS <= to; from += ROWS)                                                        \
+      NAME##_sums<Step, TOKENS, ROWS>(w, from, x, y, buffers);                                     \
+    for (; from < to; from++) NAME##_sums<Step, TOKENS, 1>(w, from, x, y, buffers);                \
   }
 
-DEFINE_ROWS(avx2, FOR_AVX2)
-DEFINE_ROWS(avx512, FOR_AVX512)
-DEFINE_ROWS(avx512_bf16, FOR_AVX512_BF16)
+DEFINE_ROWS(avx2, AVX2, FOR_AVX2)
+DEFINE_ROWS(avx512, AVX512, FOR_AVX512)
+DEFINE_ROWS(avx512_bf16, AVX512_BF16, FOR_AVX512_BF16)
 
 template <class V>
 FOR_AVX2 void avx2_unpack(const V* values, const uint8_t* mask, int64_t in, V* row) {
@@ -490,9 +440,9 @@ FOR_AVX2 void avx2_unpack(const V* values, const uint8_t* mask, int64_t in, V* r
   unpack_plainly(values, mask + in / 8, in % 8, row + in / 8 * 8);
 }
 
-// Integers times `scale`, rounded to T: as many as fill vectors; how many.
+// Integers times `scale`, rounded to T.
 template <class T>
-FOR_AVX2 int64_t avx2_scaled(const int8_t* values, int64_t count, float scale, T* row) {
+FOR_AVX2 void avx2_scaled(const int8_t* values, int64_t count, float scale, T* row) {
   const __m256 factor = _mm256_set1_ps(scale);
   int64_t j = 0;
   for (; j + 8 <= count; j += 8) {
@@ -512,19 +462,7 @@ FOR_AVX2 int64_t avx2_scaled(const int8_t* values, int64_t count, float scale, T
       _mm_storeu_si128(to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(both, 0x08)));
     }
   }
-  return j;
-}
-
-template <class V>
-FOR_AVX512 INLINE __m512i spread64_bytes(uint64_t bits, const V* values) {
-  const __m512i next = _mm512_loadu_si512(values);
-  if constexpr (sizeof(V) == 1) {
-    return _mm512_maskz_expand_epi8(bits, next);
-  } else if constexpr (sizeof(V) == 2) {
-    return _mm512_maskz_expand_epi16(static_cast<__mmask32>(bits), next);
-  } else {
-    return _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), next);
-  }
+  for (; j < count; j++) row[j] = static_cast<T>(static_cast<float>(values[j]) * scale);
 }
 
 template <class V>
@@ -537,7 +475,12 @@ FOR_AVX512 void avx512_unpack(const V* values, const uint8_t* mask, int64_t in, 
     std::memcpy(&bits, mask + j / 8, 8);
     _Pragma("GCC unroll 4") for (int64_t c = 0; c < WORD; c += COLUMNS) {
       const uint64_t its = bits >> c & ALL;
-      _mm512_storeu_si512(row + j + c, spread64_bytes(its, values));
+      const __m512i next = _mm512_loadu_si512(values);
+      if constexpr (sizeof(V) == 2) {
+        _mm512_storeu_si512(row + j + c, _mm512_maskz_expand_epi16(its, next));
+      } else {
+        _mm512_storeu_si512(row + j + c, _mm512_maskz_expand_epi32(its, next));
+      }
       values += __builtin_popcountll(its);
     }
   }
@@ -554,23 +497,22 @@ FOR_AVX2 INLINE __m128i spread16_of_1(uint16_t bits, const int8_t* values) {
       spread8_of_1(first, values), spread8_of_1(second, values + __builtin_popcount(first)));
 }
 
-// The integers of row r, a byte each, in `codes`; returns where the first one stands there.
-FOR_AVX2 const int8_t* avx2_codes(
-    const FourBits& w, int64_t r, std::vector<uint8_t>& copy, std::vector<int8_t>& codes) {
-  const Integers integers = integers_of(w, r, copy);
-  const int64_t count = w.offsets[r + 1] - w.offsets[r] + integers.odd;
-  codes.resize(w.in + 2 * BEYOND);
+// The integers of row r, a byte each.
+FOR_AVX2 const int8_t* avx2_codes(const FourBits& w, int64_t r, Buffers& buffers) {
+  const uint8_t* values = values_of(w, r, buffers);
+  const int64_t before = w.offsets[r] % 2, count = w.offsets[r + 1] - w.offsets[r] + before;
+  buffers.codes.resize(w.in + 2 * BEYOND);
   const __m256i low = _mm256_set1_epi16(0x000f), high = _mm256_set1_epi16(0x0f00);
   const __m256i eight = _mm256_set1_epi8(8);
   for (int64_t i = 0; i < count; i += 32) {
-    const auto* its = reinterpret_cast<const __m128i*>(integers.values + i / 2);
+    const auto* its = reinterpret_cast<const __m128i*>(values + i / 2);
     const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(its));
     const __m256i fields = _mm256_or_si256(
         _mm256_and_si256(pairs, low), _mm256_and_si256(_mm256_slli_epi16(pairs, 4), high));
-    auto* to = reinterpret_cast<__m256i*>(codes.data() + i);
+    auto* to = reinterpret_cast<__m256i*>(buffers.codes.data() + i);
     _mm256_storeu_si256(to, _mm256_sub_epi8(_mm256_xor_si256(fields, eight), eight));
   }
-  return codes.data() + integers.odd;
+  return buffers.codes.data() + before;
 }
 
 // Which bytes eight integers come from, at which bits they begin (where the first one is in a
@@ -590,11 +532,10 @@ struct FieldTables {
 };
 const FieldTables FIELDS;
 
-// 64 integers from position `next` of a row on, spread to the columns whose bit is set.
-FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, uint64_t bits) {
-  next += integers.odd;
+// 64 integers from position `next` on, spread to the columns whose bit is set.
+FOR_AVX512 INLINE __m512i four_bits_64(const uint8_t* values, int64_t next, uint64_t bits) {
   const __m512i bytes = _mm512_permutexvar_epi8(
-      _mm512_load_si512(FIELDS.bytes), _mm512_loadu_si512(integers.values + next / 2));
+      _mm512_load_si512(FIELDS.bytes), _mm512_loadu_si512(values + next / 2));
   const __m512i fields = _mm512_multishift_epi64_epi8(
       _mm512_load_si512(FIELDS.shifts[next & 1]), bytes);
   const __m512i codes = _mm512_permutexvar_epi8(fields, _mm512_load_si512(FIELDS.values));
@@ -604,30 +545,36 @@ FOR_AVX512 INLINE __m512i four_bits_64(const Integers& integers, int64_t next, u
 FOR_AVX2 INLINE __m256 as_floats(__m256 sums) { return sums; }
 FOR_AVX2 INLINE __m256 as_floats(__m256i sums) { return _mm256_cvtepi32_ps(sums); }
 
-// By float32 inputs, or by integers, see Avx512Step<int8_t>. The columns of a word have one scale.
-template <int TOKENS, class X>
-FOR_AVX2 void avx2_rows(const FourBits& w, const X* x, float* y, int64_t from, int64_t to) {
-  constexpr bool BY_INTEGERS = std::is_same_v<X, int16_t>;
-  constexpr int STRIDE = BY_INTEGERS ? Avx512Step<int8_t>::STRIDE : WORD;
-  using Sum = std::conditional_t<BY_INTEGERS, __m256i, __m256>;
-  const int64_t words = (w.stride() + 7) / 8, whole = w.stride() / 8;
-  std::vector<uint8_t> copy;
-  std::vector<int8_t> codes;
+// By float32 inputs, or by integers. The columns of a word have one scale.
+template <Path PATH, class Input>
+struct FourBitsStep {
+  using Instructions = std::integral_constant<Path, PATH>;
+  using X = Input;
+  static constexpr bool BY_INTEGERS = std::is_same_v<X, int16_t>, EVEN_FIRST = false;
+  static constexpr int STRIDE = BY_INTEGERS ? INTEGERS : WORD;
+};
+
+template <class Step, int TOKENS, class X>
+FOR_AVX2 void step_rows(
+    std::integral_constant<Path, AVX2>, const FourBits& w, const X* x, float* y, int64_t from,
+    int64_t to) {
+  using Sum = std::conditional_t<Step::BY_INTEGERS, __m256i, __m256>;
+  Buffers buffers;
   for (int64_t r = from; r < to; r++) {
-    const int8_t* values = avx2_codes(w, r, copy, codes);
+    const int8_t* values = avx2_codes(w, r, buffers);
     const uint8_t* mask = w.mask_of(r);
     __m256 sums[TOKENS] = {};
-    for (int64_t k = 0; k < words; k++) {
-      const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, w.stride());
-      const X* word = x + k * TOKENS * STRIDE;
+    for (int64_t k = 0; k < w.words(); k++) {
+      const uint64_t bits = mask_word(mask, k, w.stride());
+      const X* word = x + k * TOKENS * Step::STRIDE;
       Sum products[TOKENS] = {};
       _Pragma("GCC unroll 4") for (int c = 0; c < WORD; c += 16) {
         const uint16_t its = static_cast<uint16_t>(bits >> c);
         const __m128i some = spread16_of_1(its, values);
         values += __builtin_popcount(its);
         _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++) {
-          const X* inputs = word + t * STRIDE + c;
-          if constexpr (BY_INTEGERS) {
+          const X* inputs = word + t * Step::STRIDE + c;
+          if constexpr (Step::BY_INTEGERS) {
             const auto* all = reinterpret_cast<const __m256i*>(inputs);
             products[t] = _mm256_add_epi32(products[t], _mm256_madd_epi16(
                 _mm256_cvtepi8_epi16(some), _mm256_loadu_si256(all)));
@@ -642,7 +589,7 @@ FOR_AVX2 void avx2_rows(const FourBits& w, const X* x, float* y, int64_t from, i
       }
       _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++) {
         float step = 1;
-        if constexpr (BY_INTEGERS) std::memcpy(&step, word + t * STRIDE + SCALE_AT, sizeof(step));
+        if constexpr (Step::BY_INTEGERS) step = scale_behind(word + t * Step::STRIDE);
         const __m256 all = as_floats(products[t]);
         sums[t] = _mm256_fmadd_ps(all, _mm256_set1_ps(step * w.scales_of(r)[k]), sums[t]);
       }
@@ -651,36 +598,30 @@ FOR_AVX2 void avx2_rows(const FourBits& w, const X* x, float* y, int64_t from, i
   }
 }
 
-template <int TOKENS, class X>
-FOR_AVX512 void avx512_rows(const FourBits& w, const X* x, float* y, int64_t from, int64_t to) {
-  constexpr bool BY_INTEGERS = std::is_same_v<X, int16_t>;
-  constexpr int STRIDE = BY_INTEGERS ? Avx512Step<int8_t>::STRIDE : WORD;
-  const int64_t words = (w.stride() + 7) / 8, whole = w.stride() / 8;
-  std::vector<uint8_t> copy;
+template <class Step, int TOKENS, class X>
+FOR_AVX512 void step_rows(
+    std::integral_constant<Path, AVX512>, const FourBits& w, const X* x, float* y, int64_t from,
+    int64_t to) {
+  Buffers buffers;
   for (int64_t r = from; r < to; r++) {
-    const Integers integers = integers_of(w, r, copy);
+    const uint8_t* values = values_of(w, r, buffers);
     const uint8_t* mask = w.mask_of(r);
     const c10::BFloat16* scales = w.scales_of(r);
     __m512 sums[TOKENS];
     for (int t = 0; t < TOKENS; t++) sums[t] = _mm512_setzero_ps();
-    int64_t next = 0;
-    for (int64_t k = 0; k < words; k++) {
-      const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, w.stride());
-      __builtin_prefetch(integers.values + next / 2 + AHEAD);
-      const __m512i codes = four_bits_64(integers, next, bits);
+    int64_t next = w.offsets[r] % 2;
+    for (int64_t k = 0; k < w.words(); k++) {
+      const uint64_t bits = mask_word(mask, k, w.stride());
+      __builtin_prefetch(values + next / 2 + AHEAD);
+      const __m512i codes = four_bits_64(values, next, bits);
       next += __builtin_popcountll(bits);
-      const X* word = x + k * TOKENS * STRIDE;
-      if constexpr (BY_INTEGERS) {
+      const X* word = x + k * TOKENS * Step::STRIDE;
+      if constexpr (Step::BY_INTEGERS) {
         const __m512i first = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes));
         const __m512i second = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1));
-        _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++, word += STRIDE) {
-          float step;
-          std::memcpy(&step, word + SCALE_AT, sizeof(step));
-          __m512i products = _mm512_setzero_si512();
-          products = _mm512_dpwssd_epi32(products, first, _mm512_loadu_si512(word));
-          products = _mm512_dpwssd_epi32(products, second, _mm512_loadu_si512(word + 32));
-          const __m512 part = _mm512_cvtepi32_ps(products);
-          sums[t] = _mm512_fmadd_ps(part, _mm512_set1_ps(step * scales[k]), sums[t]);
+        _Pragma("GCC unroll 8") for (int t = 0; t < TOKENS; t++, word += Step::STRIDE) {
+          const __m512 scale = _mm512_set1_ps(scale_behind(word) * scales[k]);
+          sums[t] = _mm512_fmadd_ps(integer_products(first, second, word), scale, sums[t]);
         }
       } else {
         alignas(64) int8_t each[WORD];
@@ -729,21 +670,17 @@ FOR_AVX512 INLINE __m512 byte_products(__m512i weights, const ByteWord& x) {
 // 8-bit integers.
 FOR_AVX512 void avx512_row_by_row(
     const Weight<int8_t>& w, const ByteInputs& x, float* y, int64_t from, int64_t to) {
-  const int64_t stride = w.stride(), words = (stride + 7) / 8, nnz = w.offsets[w.out];
   const __m512i zero = _mm512_set1_epi8(ZERO_OF_8);
   float rest = 0;
-  for (int64_t k = 0; k < words; k++) rest += x.rests[k];
-  std::vector<int8_t> copy;
+  for (int64_t k = 0; k < w.words(); k++) rest += x.rests[k];
+  Buffers buffers;
   for (int64_t r = from; r < to; r++) {
-    const bool last = w.offsets[r + 1] + BEYOND > nnz;
-    const int8_t* values = last ? with_room(w, r, copy) : w.values + w.offsets[r];
+    const int8_t* values = values_of(w, r, buffers);
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t k = 0; k < words; k++) {
+    for (int64_t k = 0; k < w.words(); k++, values += WORD) {
       __builtin_prefetch(values + AHEAD);
-      __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(values), zero);
-      if ((k + 1) * WORD > w.in)
-        weights = _mm512_mask_expand_epi8(zero, mask_word(w.mask, k, stride), weights);
-      values += WORD;
+      // those behind the row's last are multiplied by 0
+      const __m512i weights = _mm512_xor_si512(_mm512_loadu_si512(values), zero);
       sum = _mm512_fmadd_ps(byte_products(weights, x.words[k]), _mm512_set1_ps(x.steps[k]), sum);
     }
     y[r] = _mm512_reduce_add_ps(sum) + rest;
@@ -760,7 +697,7 @@ FOR_AVX512 INLINE __m512 word_factors(
   const auto* scales = w.scales_of(r);
   __m512 sum = _mm512_setzero_ps();
   for (int64_t k = 0; k * WORD < w.in; k += 16) {
-    const int64_t left = w.groups() - k;
+    const int64_t left = w.words() - k;
     const __mmask16 some = left >= 16 ? 0xffff : (1u << left) - 1;
     const __m512 its = widened_scales(_mm256_maskz_loadu_epi16(some, scales + k));
     _mm512_storeu_ps(factors + k, _mm512_mul_ps(its, _mm512_loadu_ps(x.steps.data() + k)));
@@ -792,7 +729,7 @@ FOR_AVX512 INLINE void unsigned_codes(const uint8_t* values, int64_t bytes, uint
 // 4-bit integers, of some rows at a time unpacked to bytes.
 FOR_AVX512 void avx512_row_by_row(
     const FourBits& w, const ByteInputs& x, float* y, int64_t from, int64_t to) {
-  const int64_t stride = w.stride(), words = (stride + 7) / 8, whole = stride / 8;
+  const int64_t stride = w.stride(), words = w.words();
   const int64_t padded = (words + 15) / 16 * 16;  // factors of a row
   const __m512i zero = _mm512_set1_epi8(ZERO_OF_4);
   std::vector<uint8_t> codes;
@@ -814,7 +751,7 @@ FOR_AVX512 void avx512_row_by_row(
       const float* its = factors.data() + i * padded;
       __m512 sum = sums[i];
       for (int64_t k = 0; k < words; k++) {
-        const uint64_t bits = k < whole ? whole_word(mask, k) : mask_word(mask, k, stride);
+        const uint64_t bits = mask_word(mask, k, stride);
         __builtin_prefetch(mask + k * 8 + AHEAD / 4);
         __m512i next = _mm512_loadu_si512(values);
         asm("" : "+v"(next));  // expanding from memory takes longer
@@ -828,90 +765,40 @@ FOR_AVX512 void avx512_row_by_row(
   }
 }
 
-FOR_AVX512 void avx512_spread(
-    const Integers& integers, const uint8_t* mask, int64_t in, int8_t* row) {
-  int64_t next = 0;
-  for (int64_t k = 0; k * WORD < in; k++) {
-    const uint64_t bits = mask_word(mask, k, (in + 7) / 8);
-    _mm512_storeu_si512(row + k * WORD, four_bits_64(integers, next, bits));
+// The integers of row r where they belong, zeros elsewhere.
+FOR_AVX512 void avx512_spread(const FourBits& w, int64_t r, Buffers& buffers) {
+  const uint8_t *values = values_of(w, r, buffers), *mask = w.mask_of(r);
+  int64_t next = w.offsets[r] % 2;
+  for (int64_t k = 0; k < w.words(); k++) {
+    const uint64_t bits = mask_word(mask, k, w.stride());
+    _mm512_storeu_si512(buffers.spread.data() + k * WORD, four_bits_64(values, next, bits));
     next += __builtin_popcountll(bits);
   }
 }
+
 // ------------------------------------------------------------------------------ one to 8 tokens
 
+// The inputs of a word as integers up to `limit`, zeros behind the last, and `step`, which is what
+// they are to be multiplied by for that: what isn't finite makes it NaN. False where the largest
+// input is so large beside the small ones that their rounding would show.
 template <class From>
-FOR_AVX512 INLINE __m512 widened_16(const From* from, __mmask16 some) {
-  if constexpr (std::is_same_v<From, float>) {
-    return _mm512_maskz_loadu_ps(some, from);
-  } else if constexpr (std::is_same_v<From, c10::Half>) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, from));
-  } else {
-    return widened_scales(_mm256_maskz_loadu_epi16(some, from));
-  }
-}
-
-// The inputs of a word as integers up to `limit`, which is what they are to be multiplied by for
-// that: what isn't finite makes `step` NaN. False where the largest input is so large beside the
-// small ones that their rounding would show.
-template <class From>
-FOR_AVX512 INLINE bool as_integers(
-    const From* from, int64_t columns, float limit, __m512i (&integers)[4], float& step) {
-  const uint64_t all = columns < WORD ? (1ull << columns) - 1 : ~0ull;
-  __m512 inputs[4], largest_of = _mm512_setzero_ps(), nothing = _mm512_setzero_ps();
-  for (int i = 0; i < 4; i++) {
-    inputs[i] = widened_16(from + 16 * i, static_cast<__mmask16>(all >> 16 * i));
-    integers[i] = _mm512_setzero_si512();
-    largest_of = _mm512_max_ps(_mm512_abs_ps(inputs[i]), largest_of);
-    nothing = _mm512_add_ps(nothing, _mm512_sub_ps(inputs[i], inputs[i]));  // NaN if not finite
-  }
-  const float largest = _mm512_reduce_max_ps(largest_of);
-  step = largest / limit + _mm512_reduce_add_ps(nothing);
-  if (!(step >= std::numeric_limits<float>::min())) return true;  // too small to matter, or NaN
-  const __m512 inverse = _mm512_set1_ps(1 / step), below = _mm512_set1_ps(SMALL * largest);
-  __m512 squares = _mm512_setzero_ps();
-  int count = 0;
-  for (int i = 0; i < 4; i++) {
-    const __m512 size = _mm512_abs_ps(inputs[i]);
-    const __mmask16 small = _mm512_cmp_ps_mask(size, below, _CMP_LT_OQ) &
-        _mm512_cmp_ps_mask(size, _mm512_setzero_ps(), _CMP_GT_OQ);
-    squares = _mm512_mask3_fmadd_ps(size, size, squares, small);
-    count += __builtin_popcount(small);
-    integers[i] = _mm512_cvtps_epi32(_mm512_mul_ps(inputs[i], inverse));
-  }
-  return largest * largest * count <= RANGE * RANGE * _mm512_reduce_add_ps(squares);
-}
-
-// As int16, and behind them the float that they are to be multiplied by.
-template <class From>
-FOR_AVX512 bool as_words(const From* from, int64_t columns, int16_t* word) {
-  __m512i integers[4];
-  float step;
-  const bool fine = as_integers(from, columns, INT16_MAX, integers, step);
-  std::memcpy(word + SCALE_AT, &step, sizeof(step));
-  for (int i = 0; i < 4; i++)
-    _mm256_storeu_si256(
-        reinterpret_cast<__m256i*>(word + 16 * i), _mm512_cvtepi32_epi16(integers[i]));
-  return fine;
-}
-
-// The same by AVX2.
-template <class From>
-FOR_AVX2 bool avx2_as_words(const From* from, int64_t columns, int16_t* word) {
+FOR_AVX2 bool as_integers(
+    const From* from, int64_t columns, float limit, int32_t (&integers)[WORD], float& step) {
   From its[WORD] = {};
   std::copy(from, from + columns, its);
+  std::fill(integers, integers + WORD, 0);
   const __m256 none = _mm256_setzero_ps(), sign = _mm256_set1_ps(-0.f);
   __m256 inputs[8], largest_of = none, nothing = none, squares = none;
   for (int i = 0; i < 8; i++) {
     inputs[i] = Avx2Step<From>::spread(0xff, its + 8 * i);
     largest_of = _mm256_max_ps(_mm256_andnot_ps(sign, inputs[i]), largest_of);
-    nothing = _mm256_add_ps(nothing, _mm256_sub_ps(inputs[i], inputs[i]));
+    nothing = _mm256_add_ps(nothing, _mm256_sub_ps(inputs[i], inputs[i]));  // NaN if not finite
   }
   float lanes[8];
   _mm256_storeu_ps(lanes, largest_of);
   const float largest = *std::max_element(lanes, lanes + 8);
-  const float step = largest / INT16_MAX + Avx2Step<float>::total(nothing);
-  std::memcpy(word + SCALE_AT, &step, sizeof(step));
-  if (!(step >= std::numeric_limits<float>::min())) return true;
+  step = largest / limit + Avx2Step<float>::total(nothing);
+  if (!(step >= std::numeric_limits<float>::min())) return true;  // too small to matter, or NaN
   const __m256 inverse = _mm256_set1_ps(1 / step), below = _mm256_set1_ps(SMALL * largest);
   int count = 0;
   for (int i = 0; i < 8; i++) {
@@ -920,31 +807,46 @@ FOR_AVX2 bool avx2_as_words(const From* from, int64_t columns, int16_t* word) {
         _mm256_cmp_ps(size, below, _CMP_LT_OQ), _mm256_cmp_ps(size, none, _CMP_GT_OQ));
     count += __builtin_popcount(_mm256_movemask_ps(small));
     squares = _mm256_fmadd_ps(size, _mm256_and_ps(size, small), squares);
-    const __m256i integers = _mm256_cvtps_epi32(_mm256_mul_ps(inputs[i], inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(word + 8 * i), _mm_packs_epi32(
-        _mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1)));
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(integers + 8 * i),
+        _mm256_cvtps_epi32(_mm256_mul_ps(inputs[i], inverse)));
   }
   return largest * largest * count <= RANGE * RANGE * Avx2Step<float>::total(squares);
+}
+
+// As int16, and behind them the float that they are to be multiplied by.
+template <class From>
+FOR_AVX2 bool as_words(const From* from, int64_t columns, int16_t* word) {
+  int32_t integers[WORD];
+  float step;
+  const bool fine = as_integers(from, columns, INT16_MAX, integers, step);
+  for (int i = 0; i < WORD; i += 8) {
+    const auto* some = reinterpret_cast<const __m128i*>(integers + i);
+    const __m128i eight = _mm_packs_epi32(_mm_loadu_si128(some), _mm_loadu_si128(some + 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(word + i), eight);
+  }
+  std::memcpy(word + WORD, &step, sizeof(step));
+  return fine;
 }
 
 // One token's inputs (in,) for weights moved up by `zero`; none where integers can't hold them.
 template <class From>
 FOR_AVX512 ByteInputs as_bytes(const From* from, int64_t in, int zero) {
-  const int64_t words = (in + WORD - 1) / WORD;
-  const int64_t padded = (words + 15) / 16 * 16;
+  const int64_t words = (in + WORD - 1) / WORD, padded = (words + 15) / 16 * 16;
   ByteInputs to;
   to.words.resize(words);
   to.steps.resize(padded), to.rests.resize(padded);
   const __m512i half = _mm512_set1_epi32(128), zeros = _mm512_set1_epi8(static_cast<char>(zero));
   for (int64_t k = 0; k < words; k++) {
     ByteWord& word = to.words[k];
-    __m512i integers[4];
+    int32_t integers[WORD];
     const int64_t columns = std::min(WORD, in - k * WORD);
     if (!as_integers(from + k * WORD, columns, LARGEST, integers, to.steps[k])) return {};
     for (int i = 0; i < 4; i++) {
-      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(integers[i], half), 8);
+      const __m512i some = _mm512_loadu_si512(integers + 16 * i);
+      const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(some, half), 8);
       _mm_store_si128(reinterpret_cast<__m128i*>(word.high) + i, _mm512_cvtepi32_epi8(high));
-      _mm_store_si128(reinterpret_cast<__m128i*>(word.low) + i, _mm512_cvtepi32_epi8(integers[i]));
+      _mm_store_si128(reinterpret_cast<__m128i*>(word.low) + i, _mm512_cvtepi32_epi8(some));
     }
     __m512i sums = _mm512_dpbusd_epi32(
         _mm512_setzero_si512(), zeros, _mm512_load_si512(word.high));
@@ -961,7 +863,7 @@ FOR_AVX512 ByteInputs as_bytes(const From* from, int64_t in, int zero) {
 // (words, padded, Step::STRIDE), zeros behind the last. None where integers can't hold them.
 template <class Step, class From>
 std::vector<typename Step::X> arranged(
-    const From* x, int64_t tokens, int64_t in, int64_t padded, Path path = AVX512) {
+    const From* x, int64_t tokens, int64_t in, int64_t padded) {
   using X = typename Step::X;
   const int64_t words = (in + WORD - 1) / WORD;
   std::vector<X> to(words * padded * Step::STRIDE, X(0));
@@ -971,8 +873,7 @@ std::vector<typename Step::X> arranged(
       const From* from = x + t * in + k * WORD;
       const int64_t columns = std::min(WORD, in - k * WORD);
       if constexpr (std::is_same_v<X, int16_t>) {
-        const auto as = path < AVX512 ? avx2_as_words<From> : as_words<From>;
-        if (!as(from, columns, word)) return {};
+        if (!as_words(from, columns, word)) return {};
       } else if constexpr (Step::EVEN_FIRST) {
         for (int64_t j = 0; j < columns; j++)
           word[j / 32 * 32 + j % 2 * 16 + j % 32 / 2] = static_cast<X>(from[j]);
@@ -984,191 +885,134 @@ std::vector<typename Step::X> arranged(
   return to;
 }
 
-// y (padded, out), float32, by SUMS(from, to) for ranges of rows on torch's threads; then FINISH.
-template <class Sums, class Finish>
-void over_rows(int64_t out, int64_t in, const Sums& sums, const Finish& finish) {
-  const int64_t grain = std::max<int64_t>(16, (1 << 16) / std::max<int64_t>(in, 1));
-  at::parallel_for(0, out, grain, [&](int64_t from, int64_t to) {
-    sums(from, to);
-    finish(from, to);
+// The inputs and outputs of at most FEW tokens.
+template <class T>
+struct Batch {
+  const T* x;  // (tokens, in)
+  int64_t tokens;
+  const T* bias;  // (out,), or none
+  T* y;  // (tokens, out)
+};
+
+// The batch's outputs by sums (tokens or more, out) that `add_up(sums, from, to)` writes for some
+// rows, on torch's threads.
+template <class W, class T, class AddUp>
+void over_rows(const W& w, const Batch<T>& batch, const AddUp& add_up) {
+  const std::unique_ptr<float[]> sums(new float[FEW * w.out]);  // not touched before it is written
+  const int64_t grain = std::max<int64_t>(16, (1 << 16) / w.in);
+  at::parallel_for(0, w.out, grain, [&](int64_t from, int64_t to) {
+    add_up(sums.get(), from, to);
+    for (int64_t t = 0; t < batch.tokens; t++) {
+      for (int64_t r = from; r < to; r++) {
+        float sum = sums[t * w.out + r];
+        if constexpr (std::is_same_v<W, Weight<int8_t>>) sum *= w.scale[r];
+        if (batch.bias) sum += static_cast<float>(batch.bias[r]);
+        batch.y[t * w.out + r] = static_cast<T>(sum);
+      }
+    }
   });
 }
 
-// Tokens for which there is a loop: others are made up to them by zeros.
-int64_t padded_tokens(int64_t tokens) {
-  return tokens <= 2 ? tokens : tokens <= 4 ? 4 : 8;
+// One token, bytes by bytes; false where integers can't hold its inputs.
+template <class W, class T>
+bool by_bytes(const W& w, const Batch<T>& batch, int zero) {
+  const ByteInputs inputs = as_bytes(batch.x, w.in, zero);
+  if (inputs.words.empty()) return false;
+  over_rows(w, batch, [&](float* sums, int64_t from, int64_t to) {
+    avx512_row_by_row(w, inputs, sums, from, to);
+  });
+  return true;
 }
 
-#define DEFINE_BY_TOKENS(NAME)                                                                  \
-  template <class Step, class V>                                                                \
-  void NAME##_by_tokens(                                                                        \
-      const Weight<V>& w, const typename Step::X* x, int64_t tokens, float* y, int64_t from,    \
-      int64_t to) {                                                                             \
-    switch (tokens) {                                                                           \
-      case 1: return NAME##_rows<Step, 1, V>(w, x, y, from, to);                                \
-      case 2: return NAME##_rows<Step, 2, V>(w, x, y, from, to);                                \
-      case 4: return NAME##_rows<Step, 4, V>(w, x, y, from, to);                                \
-      default: return NAME##_rows<Step, 8, V>(w, x, y, from, to);                               \
-    }                                                                                           \
-  }
-
-DEFINE_BY_TOKENS(avx2)
-DEFINE_BY_TOKENS(avx512)
-DEFINE_BY_TOKENS(avx512_bf16)
-
-// x (tokens, in), at most FEW tokens -> y (tokens, out), both T.
-template <class V, class T>
-void small_batch(
-    const Weight<V>& w, const T* x, int64_t tokens, const T* bias, T* y, Path path) {
-  const std::unique_ptr<float[]> sums(new float[FEW * w.out]);  // not touched before it is written
-  const auto finish = [&](int64_t from, int64_t to) {
-    for (int64_t t = 0; t < tokens; t++) {
-      for (int64_t r = from; r < to; r++) {
-        float sum = sums[t * w.out + r];
-        if (w.scale) sum *= w.scale[r];
-        if (bias) sum += static_cast<float>(bias[r]);
-        y[t * w.out + r] = static_cast<T>(sum);
-      }
+// By inputs as `Step` takes them; false where integers can't hold them. There are loops for some
+// numbers of tokens, and others are made up to them by zeros.
+template <class Step, class W, class T>
+bool by_step(const W& w, const Batch<T>& batch) {
+  const int64_t padded = batch.tokens <= 2 ? batch.tokens : batch.tokens <= 4 ? 4 : 8;
+  const auto inputs = arranged<Step>(batch.x, batch.tokens, w.in, padded);
+  if (inputs.empty()) return false;
+  over_rows(w, batch, [&](float* sums, int64_t from, int64_t to) {
+    constexpr typename Step::Instructions by{};
+    switch (padded) {
+      case 1: return step_rows<Step, 1>(by, w, inputs.data(), sums, from, to);
+      case 2: return step_rows<Step, 2>(by, w, inputs.data(), sums, from, to);
+      case 4: return step_rows<Step, 4>(by, w, inputs.data(), sums, from, to);
+      default: return step_rows<Step, 8>(by, w, inputs.data(), sums, from, to);
     }
-  };
-#define WITH(NAME, STEP)                                                                        \
-  {                                                                                             \
-    const int64_t padded = padded_tokens(tokens);                                               \
-    const auto inputs = arranged<STEP>(x, tokens, w.in, padded);                                \
-    if (!inputs.empty()) {                                                                      \
-      const auto rows = [&](int64_t from, int64_t to) {                                         \
-        NAME##_by_tokens<STEP, V>(w, inputs.data(), padded, sums.get(), from, to);              \
-      };                                                                                        \
-      return over_rows(w.out, w.in, rows, finish);                                              \
-    }                                                                                           \
-  }
-  constexpr bool pairs = std::is_same_v<T, c10::BFloat16> &&
-      (std::is_same_v<V, c10::BFloat16> || std::is_same_v<V, int8_t>);
-  if constexpr (pairs)
-    if (path == AVX512_BF16 && (sizeof(V) == 2 || tokens > 4)) WITH(avx512_bf16, Bf16Step<V>)
-  if constexpr (std::is_same_v<V, int8_t> && std::is_same_v<T, float>)
-    if (path >= AVX512) WITH(avx512, WideBytesStep)
-  if constexpr (std::is_same_v<V, int8_t>) {
-    if (path >= AVX512 && tokens == 1) {
-      const ByteInputs inputs = as_bytes(x, w.in, ZERO_OF_8);
-      const auto rows = [&](int64_t from, int64_t to) {
-        avx512_row_by_row(w, inputs, sums.get(), from, to);
-      };
-      if (!inputs.words.empty()) return over_rows(w.out, w.in, rows, finish);
-    }
-  }
-  const bool bytes = std::is_same_v<V, int8_t> && tokens == 1;  // tried already
-  if (path >= AVX512 && !bytes) WITH(avx512, Avx512Step<V>)
-  if constexpr (std::is_same_v<V, int8_t>)
-    if (path >= AVX512) WITH(avx512, WideBytesStep)
-  if (path == AVX2) WITH(avx2, Avx2Step<V>)
-#undef WITH
+  });
+  return true;
 }
 
-// By the loop of so many tokens.
-#define BY_TOKENS(ROWS)                                                                   \
-  switch (padded) {                                                                       \
-    case 1: return ROWS<1>(w, inputs.data(), sums.get(), from, to);                       \
-    case 2: return ROWS<2>(w, inputs.data(), sums.get(), from, to);                       \
-    case 4: return ROWS<4>(w, inputs.data(), sums.get(), from, to);                       \
-    default: return ROWS<8>(w, inputs.data(), sums.get(), from, to);                      \
-  }
+// Each of these ends with a way for all inputs, and returns true.
+template <class T>
+bool small_batch(const Weight<T>& w, const Batch<T>& batch, Path path) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    if (path == AVX512_BF16) return by_step<Bf16Step<T>>(w, batch);
+  return path >= AVX512 ? by_step<Avx512Step<T>>(w, batch) : by_step<Avx2Step<T>>(w, batch);
+}
 
 template <class T>
-void small_batch(
-    const FourBits& w, const T* x, int64_t tokens, const T* bias, T* y, Path path) {
-  const std::unique_ptr<float[]> sums(new float[FEW * w.out]);
-  const auto finish = [&](int64_t from, int64_t to) {
-    for (int64_t t = 0; t < tokens; t++) {
-      for (int64_t r = from; r < to; r++) {
-        const float sum = sums[t * w.out + r] + (bias ? static_cast<float>(bias[r]) : 0);
-        y[t * w.out + r] = static_cast<T>(sum);
-      }
-    }
-  };
-  const int64_t padded = padded_tokens(tokens);
+bool small_batch(const Weight<int8_t>& w, const Batch<T>& batch, Path path) {
+  if (path < AVX512) return by_step<Avx2Step<int8_t>>(w, batch);
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    if (path == AVX512_BF16 && batch.tokens > 4) return by_step<Bf16Step<int8_t>>(w, batch);
   if constexpr (!std::is_same_v<T, float>) {
-    if (path >= AVX512 && tokens == 1) {
-      const ByteInputs inputs = as_bytes(x, w.in, ZERO_OF_4);
-      const auto rows = [&](int64_t from, int64_t to) {
-        avx512_row_by_row(w, inputs, sums.get(), from, to);
-      };
-      if (!inputs.words.empty()) return over_rows(w.out, w.in, rows, finish);
-    } else {
-      const auto inputs = arranged<Avx512Step<int8_t>>(x, tokens, w.in, padded, path);
-      const auto rows = [&](int64_t from, int64_t to) {
-        if (path >= AVX512) BY_TOKENS(avx512_rows)
-        BY_TOKENS(avx2_rows)
-      };
-      if (!inputs.empty()) return over_rows(w.out, w.in, rows, finish);
-    }
+    if (batch.tokens == 1 && by_bytes(w, batch, ZERO_OF_8)) return true;
+    if (by_step<IntegerStep>(w, batch)) return true;
   }
-  const auto inputs = arranged<Avx2Step<float>>(x, tokens, w.in, padded);
-  const auto rows = [&](int64_t from, int64_t to) {
-    if (path >= AVX512) BY_TOKENS(avx512_rows)
-    BY_TOKENS(avx2_rows)
-  };
-  over_rows(w.out, w.in, rows, finish);
-#undef BY_TOKENS
+  return by_step<Avx512Step<int8_t>>(w, batch);
+}
+
+template <Path PATH, class T>
+bool four_bits_batch(const FourBits& w, const Batch<T>& batch) {
+  if constexpr (!std::is_same_v<T, float>) {
+    if (PATH == AVX512 && batch.tokens == 1 && by_bytes(w, batch, ZERO_OF_4)) return true;
+    if (by_step<FourBitsStep<PATH, int16_t>>(w, batch)) return true;
+  }
+  return by_step<FourBitsStep<PATH, float>>(w, batch);
+}
+
+template <class T>
+bool small_batch(const FourBits& w, const Batch<T>& batch, Path path) {
+  return path < AVX512 ? four_bits_batch<AVX2>(w, batch) : four_bits_batch<AVX512>(w, batch);
 }
 
 // ---------------------------------------------------------------------------------- more tokens
 
-// Rows `from` to `to`, dense (rows, in), as T.
-template <class V, class T>
-void unpack_rows(const Weight<V>& w, int64_t from, int64_t to, T* rows, Path path) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(w.in, 1));
-  const int64_t nnz = w.offsets[w.out];
-  at::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
-    std::vector<V> spread(std::is_same_v<V, T> ? 0 : w.in), copy;
-    for (int64_t r = first; r < last; r++) {
-      const V* values = w.values + w.offsets[r];
-      const uint8_t* mask = w.mask_of(r);
-      T* row = rows + (r - from) * w.in;
-      V* to_spread;
-      if constexpr (std::is_same_v<V, T>) {
-        to_spread = row;
-      } else {
-        to_spread = spread.data();
-      }
-      if (w.offsets[r + 1] + BEYOND > nnz) values = with_room(w, r, copy);
-      if (path >= AVX512) {
-        avx512_unpack(values, mask, w.in, to_spread);
-      } else {
-        avx2_unpack(values, mask, w.in, to_spread);
-      }
-      if constexpr (!std::is_same_v<V, T>) {
-        int64_t j = avx2_scaled(to_spread, w.in, w.scale[r], row);
-        for (; j < w.in; j++)
-          row[j] = static_cast<T>(static_cast<float>(to_spread[j]) * w.scale[r]);
-      }
-    }
-  });
+// Row r, dense (in,), as T.
+template <class T>
+void unpack_row(const Weight<T>& w, int64_t r, T* row, Path path, Buffers& buffers) {
+  const auto unpack = path >= AVX512 ? avx512_unpack<T> : avx2_unpack<T>;
+  unpack(values_of(w, r, buffers), w.mask_of(r), w.in, row);
 }
 
-// Rows `from` to `to`, dense (rows, in), as T. Products of integer and scale are T numbers.
 template <class T>
-void unpack_rows(const FourBits& w, int64_t from, int64_t to, T* rows, Path path) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(w.in, 1));
+void unpack_row(const Weight<int8_t>& w, int64_t r, T* row, Path, Buffers&) {
+  avx2_scaled(w.values + r * w.in, w.in, w.scale[r], row);
+}
+
+// Products of 4-bit integer and scale are T numbers.
+template <class T>
+void unpack_row(const FourBits& w, int64_t r, T* row, Path path, Buffers& buffers) {
+  buffers.spread.resize(w.words() * WORD);
+  const int8_t* codes = buffers.spread.data();
+  if (path >= AVX512) {
+    avx512_spread(w, r, buffers);
+  } else {
+    avx2_unpack(avx2_codes(w, r, buffers), w.mask_of(r), w.in, buffers.spread.data());
+  }
+  for (int64_t j = 0; j < w.in; j += WORD)
+    avx2_scaled(codes + j, std::min(WORD, w.in - j), w.scales_of(r)[j / WORD], row + j);
+}
+
+// Rows `from` to `to`, dense (rows, in), as T.
+template <class W, class T>
+void unpack_rows(const W& w, int64_t from, int64_t to, T* rows, Path path) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 14) / w.in);
   at::parallel_for(from, to, grain, [&](int64_t first, int64_t last) {
-    std::vector<int8_t> spread((w.in + WORD - 1) / WORD * WORD);
-    std::vector<uint8_t> copy;
-    std::vector<int8_t> codes;
-    for (int64_t r = first; r < last; r++) {
-      if (path >= AVX512) {
-        avx512_spread(integers_of(w, r, copy), w.mask_of(r), w.in, spread.data());
-      } else {
-        avx2_unpack(avx2_codes(w, r, copy, codes), w.mask_of(r), w.in, spread.data());
-      }
-      for (int64_t begin = 0; begin < w.in; begin += GROUP) {
-        const int64_t count = std::min(GROUP, w.in - begin);
-        const int8_t* codes = spread.data() + begin;
-        const float scale = w.scales_of(r)[begin / GROUP];
-        T* row = rows + (r - from) * w.in + begin;
-        int64_t j = avx2_scaled(codes, count, scale, row);
-        for (; j < count; j++) row[j] = static_cast<T>(static_cast<float>(codes[j]) * scale);
-      }
-    }
+    Buffers buffers;
+    for (int64_t r = first; r < last; r++)
+      unpack_row(w, r, rows + (r - from) * w.in, path, buffers);
   });
 }
 
@@ -1187,7 +1031,7 @@ at::Tensor scratch(int64_t count, const at::TensorOptions& options) {
 // Up to so many tokens passes of FEW at a time are faster than unpacking: fewest where torch's
 // products are by AMX.
 template <class T>
-int64_t several(Path path) {
+int64_t several() {
   static const bool amx = has_amx();
   if (amx && std::is_same_v<T, c10::BFloat16>) return FEW;
   return sizeof(T) == 4 ? 8 * FEW : 3 * FEW;
@@ -1197,7 +1041,7 @@ int64_t several(Path path) {
 template <class T, class W>
 void large_batch(
     const W& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
-  const int64_t bytes = std::max<int64_t>(1, w.in * static_cast<int64_t>(sizeof(T)));
+  const int64_t bytes = w.in * static_cast<int64_t>(sizeof(T));
   const int64_t tile = std::min(w.out, std::max<int64_t>(64, TILE / bytes / 64 * 64));
   const at::Tensor rows = scratch(tile * w.in, x.options()).view({tile, w.in});
   for (int64_t from = 0; from < w.out; from += tile) {
@@ -1215,74 +1059,74 @@ void large_batch(
 template <class T, class W>
 void product(const W& w, const at::Tensor& x, const at::Tensor& bias, at::Tensor& y, Path path) {
   const int64_t tokens = x.size(0);
-  if (tokens > several<T>(path)) return large_batch<T>(w, x, bias, y, path);
+  if (tokens > several<T>()) return large_batch<T>(w, x, bias, y, path);
   const T* added = bias.defined() ? bias.const_data_ptr<T>() : nullptr;
   for (int64_t t = 0; t < tokens; t += FEW) {
     const T* from = x.const_data_ptr<T>() + t * w.in;
     T* to = y.mutable_data_ptr<T>() + t * w.out;
-    small_batch(w, from, std::min(FEW, tokens - t), added, to, path);
+    TORCH_INTERNAL_ASSERT(
+        small_batch(w, Batch<T>{from, std::min(FEW, tokens - t), added, to}, path));
   }
 }
 
 // Whether rows begin at 0, one behind the other.
-bool are_offsets(const at::Tensor& offsets) {
-  const int64_t* starts = offsets.const_data_ptr<int64_t>();
-  const int64_t rows = offsets.size(0) - 1;
-  bool ordered = starts[0] == 0;
-  for (int64_t r = 0; r < rows; r++) ordered &= starts[r] <= starts[r + 1];
-  return ordered;
+bool are_offsets(const int64_t* starts, int64_t rows) {
+  return rows >= 0 && starts[0] == 0 && std::is_sorted(starts, starts + rows + 1);
+}
+
+void check(
+    const char* name, const at::Tensor& tensor, at::ScalarType dtype, at::IntArrayRef shape) {
+  const bool whole = tensor.is_cpu() && tensor.is_contiguous();
+  TORCH_CHECK(
+      whole && tensor.scalar_type() == dtype && tensor.sizes() == shape, name, ": not ", dtype, " ",
+      shape, " in memory");
 }
 
 at::Tensor linear(
     const at::Tensor& x, const at::Tensor& mask, const at::Tensor& weight,
     const at::Tensor& offsets, const std::optional<at::Tensor>& scale,
     const std::optional<at::Tensor>& bias, std::optional<std::string> path) {
-  TORCH_CHECK(mask.is_cpu() && weight.is_cpu() && offsets.is_cpu(), "not in memory");
-  TORCH_CHECK(x.dim() > 0 && mask.dim() == 2 && offsets.dim() == 1, "x, mask, offsets: shapes");
-  TORCH_CHECK(x.size(-1) > 0, "x: no inputs");
-  const int64_t out = offsets.size(0) - 1, in = x.size(-1);
-  TORCH_CHECK(mask.size(1) == (in + 7) / 8, "mask: shape");
-  TORCH_CHECK(mask.scalar_type() == at::kByte && offsets.scalar_type() == at::kLong, "dtypes");
-  TORCH_CHECK(weight.dim() == 1 && mask.is_contiguous() && weight.is_contiguous(), "not packed");
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, "x: no inputs");
+  const int64_t out = offsets.numel() - 1, in = x.size(-1);
+  check("offsets", offsets, at::kLong, {out + 1});
+  const int64_t* starts = offsets.const_data_ptr<int64_t>();
+  const int64_t nnz = out < 0 ? 0 : starts[out];
   const bool four = weight.scalar_type() == at::kByte, eight = weight.scalar_type() == at::kChar;
-  TORCH_CHECK(four || eight || weight.scalar_type() == x.scalar_type(), "x, weight: dtypes differ");
-  TORCH_CHECK(offsets.is_contiguous(), "offsets");
-  const int64_t nnz = offsets.const_data_ptr<int64_t>()[out];
-  TORCH_CHECK((four ? (nnz + 1) / 2 : nnz) == weight.size(0) && are_offsets(offsets), "offsets");
+  TORCH_CHECK(are_offsets(starts, out) && (!eight || nnz == out * in), "offsets");
+  check("mask", mask, at::kByte, {eight ? 1 : out, (in + 7) / 8});
+  if (four || eight) {
+    check("weight", weight, weight.scalar_type(), {four ? (nnz + 1) / 2 : nnz});
+  } else {
+    check("weight", weight, x.scalar_type(), {nnz});
+  }
   TORCH_CHECK((four || eight) == scale.has_value(), "scale");
-  TORCH_CHECK(mask.size(0) == (eight ? 1 : out) && (!eight || nnz == out * in), "mask: rows");
-  at::Tensor factors, added;
-  if (eight) factors = scale->to(at::kFloat).contiguous();
-  TORCH_CHECK(!eight || factors.numel() == out, "scale: shape");
-  if (four) factors = scale->contiguous();
-  TORCH_CHECK(
-      !four || (factors.dim() == 2 && factors.size(0) == out &&
-                factors.size(1) == std::max<int64_t>(1, (in + GROUP - 1) / GROUP) &&
-                factors.scalar_type() == at::kBFloat16), "scale: shape or dtype");
-  if (bias) added = bias->to(x.scalar_type()).contiguous();
-  TORCH_CHECK(!bias || added.numel() == out, "bias: shape");
+  at::Tensor scales, added;
+  if (scale) scales = scale->contiguous();
+  if (four) check("scale", scales, at::kBFloat16, {out, (in + WORD - 1) / WORD});
+  if (eight) check("scale", scales, at::kFloat, {out});
+  if (bias) check("bias", added = bias->to(x.scalar_type()).contiguous(), x.scalar_type(), {out});
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = out;
   const at::Tensor result = at::empty(shape, x.options());
   if (!result.numel()) return result;
   const at::Tensor inputs = x.contiguous().view({-1, in});
   at::Tensor y = result.view({-1, out});
-  const uint8_t* masks = mask.const_data_ptr<uint8_t>();
-  const int64_t* starts = offsets.const_data_ptr<int64_t>();
+  const auto as = [&](auto value, auto factor) {
+    using V = decltype(value);
+    using S = decltype(factor);
+    const S* factors = scale ? scales.const_data_ptr<S>() : nullptr;
+    const auto* masks = mask.const_data_ptr<uint8_t>();
+    return Weight<V, S>{masks, weight.const_data_ptr<V>(), starts, factors, out, in};
+  };
   const auto run = [&](auto one) {
     using T = decltype(one);
     const Path by = chosen_path(path);
     if (four) {
-      const auto* scales = factors.const_data_ptr<c10::BFloat16>();
-      const auto* values = weight.const_data_ptr<uint8_t>();
-      product<T>(FourBits{masks, values, starts, scales, out, in}, inputs, added, y, by);
+      product<T>(as(uint8_t(), c10::BFloat16()), inputs, added, y, by);
     } else if (eight) {
-      const auto* scales = factors.const_data_ptr<float>();
-      const auto* values = weight.const_data_ptr<int8_t>();
-      product<T>(Weight<int8_t>{masks, values, starts, scales, out, in}, inputs, added, y, by);
+      product<T>(as(int8_t(), float()), inputs, added, y, by);
     } else {
-      const auto* values = weight.const_data_ptr<T>();
-      product<T>(Weight<T>{masks, values, starts, nullptr, out, in}, inputs, added, y, by);
+      product<T>(as(one, float()), inputs, added, y, by);
     }
   };
   switch (x.scalar_type()) {
