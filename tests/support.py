@@ -216,6 +216,17 @@ def windows(count: int, tokens: int = 24, seed: int = 0) -> Tensor:
     return torch.randint(3, 300, (count, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def alike_inputs(
+    width: int, *outputs: int, tokens: int = 600, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """Inputs (tokens, in) that are alike, of several sizes, and weights (out, in)."""
+    draw = torch.Generator().manual_seed(seed)
+    mix = torch.eye(width) + torch.randn(width, width, generator=draw) / width**0.5
+    x = torch.randn(tokens, width, generator=draw) @ mix
+    x *= torch.rand(width, generator=draw) + 0.1
+    return x, [torch.randn(out, width, generator=draw) for out in outputs]
+
+
 def runner_of(model: nn.Module, batch_size: int = 3) -> BlockRunner:
     """The model's decoder blocks, run on the CPU."""
     return BlockRunner(model, CPU, batch_size=batch_size)

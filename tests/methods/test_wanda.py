@@ -112,25 +112,13 @@ def test_squares_of_halves_do_not_overflow(dtype: torch.dtype, tokens: int) -> N
     torch.testing.assert_close(wanda.square_sum, x.double().square().sum(0), rtol=1e-6, atol=0)
 
 
-# --- magnitude: the whole matrix, or each group
-
-
-def smallest_dropped(weight: Tensor, sparsity: Sparsity) -> Tensor:
-    flat = weight.flatten().tolist()
-    step = sparsity.m or len(flat)
-    count = sparsity.n or int(len(flat) * sparsity.ratio)
-    for start in range(0, len(flat), step):
-        group = range(start, start + step)
-        for place in sorted(group, key=lambda i: abs(flat[i]))[:count]:
-            flat[place] = 0.0
-    return torch.tensor(flat).view(weight.shape)
-
-
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(("kind", "ratio"), KINDS)
-def test_the_smallest_go_from_the_left(kind: str, ratio: float, ties: bool) -> None:
-    weight = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
-    weight = weight.round() if ties else weight
-    sparsity, pruned = Sparsity.parse(kind, ratio), weight.clone()
-    Magnitude(40, CPU).prune_([pruned], [sparsity])
-    assert torch.equal(pruned, smallest_dropped(weight, sparsity))
+def test_magnitude_by_hand() -> None:
+    """The whole matrix is compared, or each group; of equal ones the first go."""
+    weight = torch.tensor([[5.0, -1.0, 4.0, 3.0], [-1.0, 2.0, 6.0, -1.0]])
+    for sparsity, expected in (
+        (Sparsity(0.25), [[5, 0, 4, 3], [0, 2, 6, -1]]),
+        (Sparsity(0.5, 2, 4), [[5, 0, 4, 0], [0, 2, 6, 0]]),
+    ):
+        found = weight.clone()
+        Magnitude(4, CPU).prune_([found], [sparsity])
+        assert found.tolist() == expected

@@ -10,7 +10,6 @@ from support import prune_, runner_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lib.packed import kernels
 from lib.packed.checkpoint import pack_embeddings_
 from lib.packed.embedding import PackedEmbedding, PackedHead, dense_rows, quantize_rows
 from lib.packed.errors import PackedError
@@ -20,14 +19,19 @@ from lib.sparse import pack_
 
 IDS = torch.arange(3, 15)[None]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TIED = {"Llama": False, "Gemma 3": True, "GPT-2": True}
+TIED = {"Llama": False, "Phi": False, "Gemma 3": True, "GPT-2": True}  # Phi's head has a bias
+
+
+def pruned(kind):
+    runner = runner_of(tiny.ARCHITECTURES[kind]().eval().requires_grad_(False))
+    prune_(runner)
+    return runner
 
 
 def packed_model(kind):
-    model = tiny.ARCHITECTURES[kind]().eval().requires_grad_(False)
-    prune_(model)
-    pack_(runner_of(model), PACKED[4], IDS)
-    return model
+    runner = pruned(kind)
+    pack_(runner, PACKED[4], IDS)
+    return runner.model
 
 
 def logits(model):
@@ -37,26 +41,6 @@ def logits(model):
 
 def rounded(weight):
     return dense_rows(*quantize_rows(weight.detach())).to(weight.dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width, with_bias", [(8, True), (33, False), (64, True)])
-def test_a_head_multiplies_by_its_rounded_rows(dtype, width, with_bias, monkeypatch):
-    torch.manual_seed(0)
-    head = nn.Linear(width, 50, bias=with_bias, dtype=dtype).requires_grad_(False)
-    packed = PackedHead(head)
-    packed.quantize_(head.weight)
-    assert torch.equal(packed.dense(), rounded(head.weight))
-    exact = packed.to_dense().double()
-    exact.weight.data = dense_rows(packed.weight, packed.scale).double()
-    for built in {False, kernels.ready()}:
-        monkeypatch.setattr(kernels, "ready", lambda built=built: built)
-        for shape in ((width,), (2, 3, width), (40, width)):
-            x = torch.randn(shape).to(dtype)
-            y, expected = packed(x), exact(x.double())
-            assert y.dtype == dtype and y.shape == expected.shape
-            slack = 4 * torch.finfo(dtype).eps * expected.abs().max()
-            assert (y.double() - expected).abs().max() <= slack
 
 
 @pytest.mark.parametrize("kind", TIED)
@@ -145,3 +129,25 @@ def test_config_that_does_not_fit(embeddings, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PackedError, match="quantization_config.*embeddings"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+class Head(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_what_is_packed_and_what_stays_is_told(capsys):
+    record = pack_(pruned("Llama"), PACKED[4], IDS)["packed_embeddings"]
+    assert record["bits"] == 8 and record["modules"] == ["model.embed_tokens", "lm_head"]
+    assert record["bytes"] == 2 * 320 * (32 + 4) and record["dense_bytes"] == 2 * 320 * 32 * 4
+    assert 0 < record["difference"] < 0.1
+    runner = pruned("Llama")
+    head, query = runner.model.lm_head, runner.blocks[0].self_attn.q_proj
+    runner.model.lm_head = Head(32, 320, bias=False)
+    runner.model.lm_head.weight = head.weight
+    query.weight[query.weight == 0] = 1
+    figures, out = pack_(runner, PACKED[4], IDS), capsys.readouterr().out
+    assert figures["packed"]["linears"] == 13 and "packed_embeddings" not in figures
+    assert "1 left dense (too few zeros to be smaller packed)" in out
+    assert "stay as they are: LlamaForCausalLM has a head of class Head" in out
+    assert type(runner.model.lm_head) is Head

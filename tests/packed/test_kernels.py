@@ -207,13 +207,6 @@ def test_without_a_working_compiler_one_line_says_so(there, reason, tmp_path):
     assert not any("WARNING" in line for line in lines)
 
 
-def test_a_processor_without_avx2_builds_nothing(tmp_path, monkeypatch, recwarn):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "new"))
-    assert kernels._load.__wrapped__() is False
-    assert not recwarn and not list(tmp_path.iterdir())
-
-
 def test_what_was_built_is_found_again_in_a_folder_of_ones_own(tmp_path):
     base = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     folder = tmp_path / f"packed_bitmask-{os.geteuid()}"

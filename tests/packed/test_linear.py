@@ -12,7 +12,6 @@ from lib.methods.sparsity import n_of_m
 from lib.packed import kernels
 from lib.packed import linear as packed_linear
 from lib.packed.formats import PACKED
-from lib.packed.layout import row_offsets
 from lib.packed.linear import SparseLinear, multiplying
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -81,12 +80,7 @@ def test_casts_copies_and_state(bits):
         assert torch.equal(half.scale, scale) and half.weight.dtype == packed.weight.dtype
         assert torch.equal(half.half().float().scale, scale)
     empty = SparseLinear(dense, packed.nnz, PACKED[bits]).to("meta")
-    assert empty.offsets.is_meta and (empty.scale is None or empty.scale.is_meta)
     empty(torch.empty(2, 40, device="meta"))  # shapes alone
-    empty = empty.to_empty(device="cpu")
-    empty.load_state_dict(state)
-    assert torch.equal(empty.offsets, row_offsets(packed.mask))
-    assert torch.equal(empty.dense(), packed.dense())
 
 
 class Fast(torch.Tensor):

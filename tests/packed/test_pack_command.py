@@ -46,6 +46,7 @@ def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path
     pack = PACK if bits == 16 else PACK4
     done = run("model", *WANDA, *pack, "--sparsity_type", kind, to=tmp_path / "packed")
     assert "14 by the kernels" in done.out or "could not be built" in done.out
+    assert "footprint" in done.out
     found = results(tmp_path / "packed/out")
     assert found["packed"]["bits"] == bits and found["packed"]["linears"] == 14
     assert ("packed_embeddings" in found) == (bits == 4)
@@ -56,6 +57,9 @@ def test_what_was_measured_is_what_is_saved(bits: int, kind: str, tmp_path: Path
     run(tmp_path / "packed/model", "--eval_only", to=tmp_path / "again", saved=False)
     again = perplexity(tmp_path / "again")
     assert again == pytest.approx(perplexity(tmp_path / "packed"), rel=1e-5)
+    for flags in (WANDA, PACK4, [*PACK, "--eval_only"]):  # a packed model is not pruned again
+        done = call("--model", tmp_path / "packed/model", *QUICK, *TEXTS, *flags)
+        assert done.status == 1 and "unpack" in done.complaints[-1]
 
 
 def test_rounded_on_text_wherever_it_is_read(tmp_path: Path) -> None:
@@ -84,10 +88,3 @@ def test_refused_in_one_line(argv: list[object], words: list[str], tmp_path: Pat
     done = call(*argv, *QUICK, *TEXTS, "--save", tmp_path, "--save_model", tmp_path / "model")
     assert done.status == 1 and all(word in done.complaints[-1] for word in words)
     assert not (tmp_path / "model").exists()
-
-
-def test_a_packed_model_is_not_pruned_again(tmp_path: Path) -> None:
-    run("model", *WANDA, *PACK, to=tmp_path)
-    for flags in (WANDA, [*PACK4], [*PACK, "--eval_only"]):
-        done = call("--model", tmp_path / "model", *QUICK, *TEXTS, *flags)
-        assert done.status == 1 and "unpack" in done.complaints[-1]

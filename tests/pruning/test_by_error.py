@@ -9,7 +9,6 @@ import pytest
 import tiny
 import torch
 from support import CPU, prune_, runner_of, windows
-from torch import Tensor
 
 from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
@@ -75,15 +74,6 @@ def test_any_ratio_has_its_total(ratio: float) -> None:
     assert total == pytest.approx(ratio * 1380, abs=1e-3 * 1380)
 
 
-def test_the_same_twice_and_another_by_another_seed() -> None:
-    runner = runner_of(tiny.tiny_llama().requires_grad_(False))
-    found, again = (by_error(runner, windows(3), 0.7) for _ in range(2))
-    assert found.sparsity == again.sparsity
-    assert same(found.output_costs, again.output_costs)
-    other = by_error(runner, windows(3), 0.7, seed=1)
-    assert not same(found.output_costs, other.output_costs)
-
-
 def test_what_errors_cost_reaches_the_method() -> None:
     models = [tiny.tiny_llama().requires_grad_(False) for _ in range(2)]
     allocation = by_error(runner_of(models[0]), windows(3), 0.7)
@@ -92,10 +82,6 @@ def test_what_errors_cost_reaches_the_method() -> None:
     first, second = (model.model.layers[0].self_attn.q_proj.weight for model in models)
     assert not torch.equal(first == 0, second == 0)
     assert (first == 0).sum() == (second == 0).sum()
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mixtral", "GPT-2", "Zamba2"])
