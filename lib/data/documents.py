@@ -13,6 +13,7 @@ import logging
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from lib.data import hub
@@ -33,11 +34,11 @@ log = logging.getLogger(__name__)
 
 def read_documents(
     source: Source, split: str
-) -> tuple[list[str | Dialogue] | hub.Column | hub.StreamedRows, str | None]:
+) -> tuple[list[str | Dialogue] | hub.HubTexts, str | None]:
     """Return the documents of a split (`train` or `test`) and their revision (hub commit or None).
 
-    The documents are a sequence of texts and dialogues, or of a streamed set an iterable of them.
-    Raises UserError for whatever is wrong with the data.
+    The documents are texts and dialogues in a sequence; those of a streamed set are iterated over
+    alone. Raises UserError for whatever is wrong with the data.
     """
     if source.hub:
         return hub.load(source, split)
@@ -113,7 +114,7 @@ def check_source(source: Source, split: str) -> None:
     """Raise UserError if a source can't be read; of a hub set, only the first row is."""
     documents, _ = read_documents(source, split)
     if source.hub:
-        documents.check()
+        next(iter(replace(documents, first=0)))
 
 
 def locations(source: Source, split: str) -> set[object]:

@@ -7,7 +7,7 @@ a few windows cost a few megabytes. The current commit is looked up first, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -27,61 +27,46 @@ TIMEOUT = 10.0  # seconds for the hub's first answer
 TESTS = ("test", "validation")
 
 
-@dataclass
-class Texts:
-    """The texts of a set, from row `first` on; `location` identifies where they are read from."""
+@dataclass(frozen=True)
+class HubTexts:
+    """The texts of a set, from row `first` on; `location` identifies where they are read from.
+
+    Those of a downloaded set are read from disk one at a time, of a streamed one in its own order.
+    """
 
     source: Source
     rows: Any
     first: int
     location: object
 
-    def text(self, row: dict, number: int) -> str | Dialogue:
-        """Return the text of a row, which null leaves empty. Raises UserError for another type."""
-        return text_of(self.source, row, f"row {number}") or ""
-
-
-class Column(Texts, Sequence):
-    """Texts of a downloaded set, read from disk one at a time."""
-
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> str | Dialogue:
-        return self.text(self.rows[row], row)
-
-    def check(self) -> None:
-        """Raise UserError if the first row is not text."""
-        self[0]
-
-
-class StreamedRows(Texts):
-    """Texts of a streamed set, in its own order."""
+        return self._text(self.rows[row], row)
 
     def __iter__(self) -> Iterator[str | Dialogue]:
-        return self._texts(self.first)
-
-    def _texts(self, first: int) -> Iterator[str | Dialogue]:
         count = 0
         with _as_user_error(self.source):
             for row in self.rows:
-                text = self.text(row, count)
+                text = self._text(row, count)
                 count += 1
-                if count > first:
+                if count > self.first:
                     yield text
-        if count <= first:
+        if count <= self.first:
             raise self.source.error(
-                f"holds {count} rows, of which the first {first} are the test; name another set, "
-                f"or the split to draw from: {self.source.hub}:{self.source.config or ''}:SPLIT"
+                f"holds {count} rows, of which the first {self.first} are the test; name another "
+                f"set, or the split to draw from: {self.source.hub}:{self.source.config or ''}"
+                ":SPLIT"
             )
 
-    def check(self) -> None:
-        """Read one row; raises UserError if it can't be reached or is not text."""
-        next(self._texts(0))
+    def _text(self, row: dict, number: int) -> str | Dialogue:
+        """Return the text of a row, which null leaves empty. Raises UserError for another type."""
+        return text_of(self.source, row, f"row {number}") or ""
 
 
 @cache
-def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]:
+def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
     """Return the texts of a split (`train` or `test`) and their commit, None if unknown.
 
     Of a set without test and validation split the first `TEST_DOCUMENTS` rows are the test, and
@@ -115,11 +100,9 @@ def load(source: Source, split: str) -> tuple[Column | StreamedRows, str | None]
         parted = split == "train" and not (source.split or any(t in sets for t in TESTS))
         first = TEST_DOCUMENTS if source.stream and parted else 0
         location = (source.hub, source.config, options.get("data_files", {}).get(name), name, first)
-        if source.stream:
-            return StreamedRows(source, rows, first, location), commit
-        if not len(rows):
+        if not (source.stream or len(rows)):
             raise source.error(f"the split {name!r} is empty; name another")
-        return Column(source, rows, first, location), commit
+        return HubTexts(source, rows, first, location), commit
 
 
 def keep_text(source: Source, folder: Path, characters: dict[str, int]) -> None:

@@ -10,27 +10,25 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.chats import Dialogue
 from lib.data.documents import are_dialogues, read_documents
 from lib.data.samples import Sample, Windows, as_windows, join, windows_of
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
-    STREAM_LIMIT,
     TextTooShort,
     apportion,
     digest,
     interleave,
     packed_dialogues,
     sample_of,
-    shuffle_stream,
+    shuffled,
 )
 
 HELD_OUT = (4, 16)  # windows of the training text that are held out, at least and at most
@@ -128,22 +126,22 @@ def _cut_windows(
     rng = random.Random(seed)
     groups: list[Windows] = []  # of one document, or one of several short ones
     short: list[Sample] = []  # documents for the next window
-    n_tried = n_dropped = n_windows = n_tokens = longest = 0
+    lengths: list[int] = []  # of the texts, in tokens
+    n_dropped = n_windows = 0
     documents, revision = read_documents(source, "train")
 
     def cut_texts() -> Iterator[Windows]:
-        nonlocal short, n_tried, n_tokens, longest
         for text in texts:
             short.append(sample_of(tokenizer, text, bos))
-            length = len(short[-1].ids)
-            n_tried, n_tokens, longest = n_tried + 1, n_tokens + length, max(longest, length)
-            if length >= seqlen:
+            lengths.append(len(short[-1].ids))
+            if lengths[-1] >= seqlen:
                 yield windows_of([short.pop()], seqlen, bos)
             elif sum(len(sample.ids) for sample in short) >= seqlen:
                 yield windows_of(short, seqlen, bos)
-                short = []
+                short.clear()
 
-    texts = _shuffled_texts(source, documents, rng)
+    joined = source.draw == JOINED
+    texts = [" ".join(documents)] if joined else shuffled(source, documents, rng)
     chat = are_dialogues(documents)
     for cut in packed_dialogues(source, tokenizer, texts, seqlen, bos) if chat else cut_texts():
         groups.append(cut[~overlap.found_in(cut.ids)])
@@ -155,11 +153,12 @@ def _cut_windows(
     if n_windows < 2:
         if n_dropped:
             raise source.error("its train text is part of the test text; recover on other texts")
-        problem = f"its {n_tried} texts give {n_windows} windows of {seqlen} tokens to recover on, "
-        problem += f"two are needed; the longest has {longest}, use a smaller --seqlen or more text"
         if chat:
             raise source.error(f"its dialogues give {n_windows} windows to recover on; give more")
-        raise TextTooShort(source, problem, max(longest // 2, n_tokens // 6))
+        longest, found = max(lengths), f"its {len(lengths)} texts give {n_windows} windows"
+        problem = f"{found} of {seqlen} tokens to recover on, two are needed; the longest has "
+        problem += f"{longest}, use a smaller --seqlen or more text"
+        raise TextTooShort(source, problem, max(longest // 2, sum(lengths) // 6))
     wanted = n_held
     if n_windows < share + n_held:
         wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))
@@ -173,18 +172,6 @@ def _cut_windows(
     n_out = next((total for total in sums if total >= wanted), sums[-1])
     windows = join(groups)
     return windows[n_out:][:share], windows[:n_out][:n_held], n_dropped, revision
-
-
-def _shuffled_texts(
-    source: Source, documents: Iterable[str | Dialogue], rng: random.Random
-) -> Iterator[str | Dialogue]:
-    if source.stream:
-        yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
-    elif source.draw == JOINED:
-        yield " ".join(documents)
-    else:
-        rows = rng.sample(range(len(documents)), len(documents))
-        yield from (documents[row] for row in rows[:STREAM_LIMIT])
 
 
 class OverlapFilter:
@@ -217,15 +204,8 @@ class OverlapFilter:
             sums += windows[:, offset : offset + n_passages] * factor
         return sums
 
-    def found_in(self, windows: Tensor, chunk: int = CHUNK) -> Tensor:
-        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool.
-
-        About `chunk` tokens are looked at together.
-        """
-        contained = windows.new_zeros(len(windows), dtype=torch.bool)
-        step = max(1, chunk // max(1, windows.shape[1]))
-        for start in range(0, len(windows), step):
-            sums = self._sums(windows[start : start + step])
-            index = torch.searchsorted(self.sums, sums)
-            contained[start : start + step] = (self.sums[index] == sums).any(1)
-        return contained
+    def found_in(self, windows: Tensor) -> Tensor:
+        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool."""
+        parts = map(self._sums, windows.split(max(1, CHUNK // windows.shape[1])))
+        places = ((sums, torch.searchsorted(self.sums, sums)) for sums in parts)
+        return torch.cat([(self.sums[place] == sums).any(1) for sums, place in places])

@@ -14,7 +14,8 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,14 +131,15 @@ def _draw_windows(
     lengths: dict[int, int] = {}  # tokens of each text that was tried
     rng = random.Random(seed)
     documents, revision = read_documents(source, "train")
+    record = {"name": source.name, "source": source.text, "revision": revision}
     if count and are_dialogues(documents):
-        every = _in_other_orders(documents, rng)
+        # each APART times, as it comes between others
+        every = chain.from_iterable(shuffled(source, documents, rng) for _ in range(APART))
         cut = list(islice(packed_dialogues(source, tokenizer, every, seqlen, bos), count))
         if len(cut) < count:
             way_out = f"give more, --nsamples {len(cut)} or a smaller --seqlen"
             problem = f"its dialogues give {len(cut)} windows of {seqlen} tokens; {way_out}"
             raise source.error(problem)
-        record = {"name": source.name, "source": source.text, "revision": revision}
         return join(cut), record | {"windows": count}
     for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng) if count else ():
         lengths[row] = len(ids)
@@ -166,20 +168,7 @@ def _draw_windows(
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
         problem += f"{seqlen}; give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
         raise TextTooShort(source, problem, fits)
-    record = {"name": source.name, "source": source.text, "revision": revision}
     return windows, record | {"windows": count, "rows": rows, "starts": starts}
-
-
-def _in_other_orders(
-    documents: Sequence[str | Dialogue] | hub.StreamedRows, rng: random.Random
-) -> Iterator[str | Dialogue]:
-    """Yield each document APART times, as it comes between others."""
-    for _ in range(APART):
-        if isinstance(documents, hub.StreamedRows):
-            yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
-        else:
-            rows = rng.sample(range(len(documents)), len(documents))
-            yield from (documents[row] for row in rows)
 
 
 def packed_dialogues(
@@ -211,7 +200,7 @@ def packed_dialogues(
 
 def _drawn_texts(
     source: Source,
-    documents: Sequence[str | Dialogue] | hub.StreamedRows,
+    documents: list[str | Dialogue] | hub.HubTexts,
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int,
     rng: random.Random,
@@ -220,7 +209,7 @@ def _drawn_texts(
 
     It ends once no text is left that may give another window.
     """
-    if isinstance(documents, hub.StreamedRows):  # as they come, each once
+    if source.stream:  # as they come, each once
         texts = islice(enumerate(documents, documents.first), STREAM_LIMIT)
         for row, text in shuffle_stream(texts, rng):
             yield row, sample_of(tokenizer, text).ids
@@ -239,6 +228,17 @@ def _drawn_texts(
             if len(ids) <= seqlen or source.draw != AGAIN:
                 done.add(row)
             yield row, ids
+
+
+def shuffled(
+    source: Source, documents: list[str | Dialogue] | hub.HubTexts, rng: random.Random
+) -> Iterator[str | Dialogue]:
+    """Yield at most STREAM_LIMIT documents of the source in an order drawn by `rng`."""
+    if source.stream:
+        yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
+    else:
+        rows = rng.sample(range(len(documents)), len(documents))
+        yield from (documents[row] for row in rows[:STREAM_LIMIT])
 
 
 def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
@@ -315,9 +315,7 @@ def test_set(
         windows = prepend(windows, bos)
     sizes = token_bytes(encoding, text)[first:][: count * step].view(count, step)
     covered = sizes[:, step + 1 - seqlen :].sum().item()  # after BOS the first is predicted too
-    facts = {"name": source.name, "source": source.text, "revision": revision, "windows": count}
-    facts |= {"seqlen": seqlen, "tokens": windows.numel(), "bytes": covered, "bos": bos}
-    facts["digest"] = digest(windows)
+    facts = _facts(source, revision, windows, covered, bos)
     if n_prompts and len(prompts) < n_prompts:  # few documents, such as one long one
         starts = windows[:: max(1, count // n_prompts), :length]
         prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
@@ -343,13 +341,20 @@ def _dialogue_set(
     sizes = [
         len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode()) for ids in answers
     ]
-    facts = {"name": source.name, "source": source.text, "revision": revision}
-    facts |= {"windows": len(windows), "seqlen": seqlen, "tokens": windows.ids.numel()}
-    facts |= {"bytes": sum(sizes), "bos": bos, "digest": digest(windows.ids)}
+    facts = _facts(source, revision, windows.ids, sum(sizes), bos)
     facts |= {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
     no_prompts = windows.ids[:0, : min(PROMPT, seqlen // 2)]
     asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
     return TestSet(source.name, windows, sum(sizes), facts, no_prompts, asked)
+
+
+def _facts(
+    source: Source, revision: str | None, windows: Tensor, size: int, bos: int | None
+) -> dict[str, Any]:
+    """Return the record of test windows (n, tokens), which cover `size` bytes."""
+    facts = {"name": source.name, "source": source.text, "revision": revision}
+    facts |= {"windows": len(windows), "seqlen": windows.shape[1], "tokens": windows.numel()}
+    return facts | {"bytes": size, "bos": bos, "digest": digest(windows)}
 
 
 def test_documents(source: Source, documents: Iterable[str | Dialogue]) -> Sequence[str | Dialogue]:
