@@ -9,13 +9,12 @@ named here, and what is cut loads as any other model.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lib.model.access import Checkpoint
-from lib.model.pretrained import skeleton_with
+from lib.model.pretrained import changed_shapes, skeleton_with
 from lib.model.quantized import stored_bits
 from lib.model.store import set_tensor
 from lib.util.errors import UserError
@@ -54,7 +53,7 @@ def find_experts(config: Any, checkpoint: Checkpoint, model: nn.Module, name: st
         text = config.get_text_config(decoder=True)
         for field in FIELDS:
             if (getattr(text, field, None) or 0) > 1:
-                layout = _layout(config, text, field, checkpoint, model, name)
+                layout = _layout(config, field, checkpoint, model, name)
                 if layout:
                     return layout
     raise UserError(
@@ -63,30 +62,19 @@ def find_experts(config: Any, checkpoint: Checkpoint, model: nn.Module, name: st
 
 
 def _layout(
-    config: Any,
-    text: Any,
-    field: str,
-    checkpoint: Checkpoint,
-    model: nn.Module,
-    name: str,
+    config: Any, field: str, checkpoint: Checkpoint, model: nn.Module, name: str
 ) -> ExpertLayout | None:
     """The layout that `field` stands for; None where it changes anything else than experts."""
+    text = config.get_text_config(decoder=True)
     count, groups = getattr(text, field), getattr(text, "n_group", None) or 1
     fewer = count - groups
     other = skeleton_with(config, field, fewer, checkpoint)
     if other is None:
         return None
-    ours, theirs = (
-        {
-            path: tuple(tensor.shape)
-            for path, tensor in chain(one.named_parameters(), one.named_buffers())
-        }
-        for one in (model, other)
-    )
-    changed = [path for path, shape in ours.items() if theirs.get(path) != shape]
+    changed = changed_shapes(model, other)
     prefix = f"{name}."
-    for path in changed:
-        if not path.startswith(prefix) or theirs.get(path) != (fewer, *ours[path][1:]):
+    for path, (shape, its) in changed.items():
+        if not path.startswith(prefix) or its != (fewer, *shape[1:]):
             return None
     blocks = model.get_submodule(name)
     tensors = [
@@ -94,7 +82,7 @@ def _layout(
         for i in range(len(blocks))
     ]
     holders = [
-        {path.rpartition(".")[0] for path in paths if len(ours[f"{prefix}{i}.{path}"]) == 3}
+        {path.rpartition(".")[0] for path in paths if len(changed[f"{prefix}{i}.{path}"][0]) == 3}
         for i, paths in enumerate(tensors)
     ]
     if not any(holders) or max(map(len, holders)) > 1:

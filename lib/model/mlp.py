@@ -1,11 +1,10 @@
-"""The neurons of the blocks' MLPs: their rows and columns, in every architecture that names them.
+"""The neurons of the blocks' MLPs: their rows and columns, in any architecture.
 
 A neuron is an input of an MLP's down projection, with the row of each linear that makes this input
-(gate and up, or one linear before the activation), and their biases. Linears are known by their
-names, their width by a field of the config; a model that is built with a narrower field, without
-weights, shows that the field means them and nothing else, so that the smaller model loads as any
-other. That each neuron depends on its own rows alone shows when some are removed
-(lib/pruning/neurons.py).
+(gate and up, or one linear before the activation), and their biases. A field of the config sets
+their width; a model that is built with a narrower field, without weights, shows which linears these
+are, and that nothing else changes, so that the smaller model loads as any other. That each neuron
+depends on its own rows alone shows when some are removed (lib/pruning/neurons.py).
 """
 
 from __future__ import annotations
@@ -19,19 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
 from lib.model.linears import find_linears
-from lib.model.pretrained import skeleton_with
+from lib.model.pretrained import changed_shapes, skeleton_with
 from lib.model.quantized import stored_bits
 from lib.util.errors import UserError
 
-# {name of a down projection: names of the linears beside it that may make its inputs}
-NAMES = {
-    "down_proj": ("gate_proj", "up_proj", "gate_up_proj"),
-    "fc2": ("fc1",),
-    "c_proj": ("c_fc",),
-    "dense_4h_to_h": ("dense_h_to_4h",),
-    "fc_out": ("fc_in",),
-    "feed_forward.value": ("key",),
-}
 FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 
 
@@ -62,59 +52,48 @@ def find_mlps(config: Any, checkpoint: Checkpoint, model: nn.Module, name: str) 
     Raises UserError for quantized models, experts, MLPs of several widths, and models whose config
     has no field for the width.
     """
-    blocks = model.get_submodule(name)
-    by_block = [_mlps(block) for block in blocks]
-    widths = {width for mlps in by_block for width, _ in mlps}
+    blocks, text = model.get_submodule(name), config.get_text_config(decoder=True)
     why = "no field of its config sets the width of one MLP in each block and of it alone"
     if stored_bits(config):
         why = "it is quantized, and its matrices can't be cut"
     elif any(one.expert is not None for block in blocks for one in find_linears(block, "")[0]):
         why = "its MLPs are experts"
-    elif len(widths) == 1 and all(len(mlps) == 1 for mlps in by_block):
-        [width], text = widths, config.get_text_config(decoder=True)
+    else:
         for field in FIELDS:
-            if getattr(text, field, 0) in (width, None):
-                layout = MlpLayout(width, field, tuple(mlp for [(_, mlp)] in by_block))
-                if _narrows(layout, config, checkpoint, model, name):
-                    return layout
+            count = getattr(text, field, 0)
+            count = 4 * text.hidden_size if count is None else count  # as models then have it
+            if isinstance(count, int) and count > 2:
+                narrower = skeleton_with(config, field, count - 2, checkpoint)
+                if narrower and (mlps := _mlps(count, model, narrower, name)):
+                    return MlpLayout(count, field, tuple(mlps))
     raise UserError(
         f"--sparsity_type neurons: {checkpoint}: {why}; use --sparsity_type unstructured"
     )
 
 
-def _mlps(block: nn.Module) -> list[tuple[int, BlockMlp]]:
-    """The width and the linears of what may be MLPs."""
-    shapes = {linear.name.lstrip("."): linear.shape for linear in find_linears(block, "")[0]}
-    mlps = []
-    for down, (_, width) in shapes.items():
-        known = next((names for key, names in NAMES.items() if f".{down}".endswith(f".{key}")), ())
-        beside = [down.removesuffix(down.rpartition(".")[2]) + name for name in known]
-        rows = {path: shapes[path][0] for path in beside if path in shapes}
-        if rows and not any(count % width for count in rows.values()):
-            producers = {path: count // width for path, count in rows.items()}
-            mlps.append((width, BlockMlp(down, producers)))
-    return mlps
-
-
-def _narrows(
-    layout: MlpLayout, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
-) -> bool:
-    """Return whether a narrower field narrows the MLPs of all blocks, and nothing else."""
-    narrow = layout.count - 2
-    built = skeleton_with(config, layout.field, narrow, checkpoint)
-    expected = {path: list(parameter.shape) for path, parameter in model.named_parameters()}
-    for index, mlp in enumerate(layout.blocks):
-        for path, parts in [(mlp.down, 0), *mlp.producers.items()]:
-            prefix = f"{name}.{index}.{path}"
-            if f"{prefix}.weight" not in expected:  # another block has it too
-                return False
-            dim = output_dim(model.get_submodule(prefix))
-            expected[f"{prefix}.weight"][dim if parts else 1 - dim] = narrow * max(1, parts)
-            if parts and f"{prefix}.bias" in expected:
-                expected[f"{prefix}.bias"] = [narrow * parts]
-    return bool(built) and expected == {
-        path: list(parameter.shape) for path, parameter in built.named_parameters()
-    }
+def _mlps(count: int, model: nn.Module, narrower: nn.Module, name: str) -> list[BlockMlp] | None:
+    """Return the MLP of each block, if these and nothing else have two neurons less there."""
+    downs: list[list[str]] = [[] for _ in model.get_submodule(name)]
+    producers: list[dict[str, int]] = [{} for _ in downs]
+    for path, (shape, other) in changed_shapes(model, narrower).items():
+        owner, _, kind = path.rpartition(".")
+        linear = model.get_submodule(owner)
+        if not (owner.startswith(f"{name}.") and isinstance(linear, nn.Linear | Conv1D) and other):
+            return None
+        if kind == "bias":  # which has the rows of its weight
+            continue
+        index, _, inner = owner.removeprefix(f"{name}.").partition(".")
+        turn = -1 if isinstance(linear, Conv1D) else 1
+        (rows, columns), (fewer_rows, fewer_columns) = shape[::turn], other[::turn]
+        if (columns, fewer_columns, fewer_rows) == (count, count - 2, rows):
+            downs[int(index)].append(inner)
+        elif columns == fewer_columns and fewer_rows * count == rows * (count - 2):
+            producers[int(index)][inner] = rows // count
+        else:
+            return None
+    if all(len(each) == 1 for each in downs) and all(producers):
+        return [BlockMlp(down, made) for [down], made in zip(downs, producers, strict=True)]
+    return None
 
 
 def output_dim(linear: nn.Module) -> int:

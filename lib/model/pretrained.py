@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -261,6 +262,19 @@ def skeleton_with(config: Any, field: str, value: int, checkpoint: Checkpoint) -
         return None
 
 
+def changed_shapes(model: nn.Module, other: nn.Module) -> dict[str, tuple[tuple, tuple]]:
+    """Return {path: its shape, that in the other model} of parameters and buffers that differ.
+
+    The shape of what the other model does not have is ().
+    """
+    ours, theirs = (
+        {path: tuple(each.shape) for path, each in chain(m.named_parameters(), m.named_buffers())}
+        for m in (model, other)
+    )
+    pairs = {path: (shape, theirs.get(path, ())) for path, shape in ours.items()}
+    return {path: (shape, its) for path, (shape, its) in pairs.items() if shape != its}
+
+
 def load_model(
     checkpoint: Checkpoint,
     config: Any,
@@ -303,20 +317,26 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def fresh_copy(dense: nn.Module) -> nn.Module:
-    """Return a copy of a model that may be changed freely.
+@torch.no_grad()
+def fresh_copy(model: nn.Module, with_blocks: bool = True) -> nn.Module:
+    """Return a copy of a model that may be changed freely, or without weights in its blocks.
 
-    The weights outside its blocks, which no run writes into, share memory with `dense` until they
-    are moved or cast.
+    Matrices outside the blocks, which no run writes into, share memory with the model's until they
+    are moved or cast; vectors are copied, since they may be trained.
     """
-    _, blocks = decoder_blocks(dense)
-    written = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.data, requires_grad=False)
-        for p in dense.parameters()
-        if id(p) not in written
-    }
-    return copy.deepcopy(dense, memo)
+    _, blocks = decoder_blocks(model)
+    inside = {id(tensor) for tensor in (*blocks.parameters(), *blocks.buffers())}
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in inside and not with_blocks:
+            value = torch.empty_like(tensor, device="meta")
+        elif id(tensor) not in inside and tensor.dim() > 1:
+            value = tensor.data
+        else:
+            continue
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+    return copy.deepcopy(model, memo)
 
 
 def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:

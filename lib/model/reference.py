@@ -11,18 +11,16 @@ norm and the head that do so are those of the dense model, whatever becomes of t
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.distributed.context import DistContext
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import decoder_blocks
+from lib.model.pretrained import decoder_blocks, fresh_copy
 from lib.util.files import PARTIAL
 
 COMPARED_WINDOWS = 64  # of each test set, at most
@@ -91,46 +89,17 @@ def dense_states(
 
 def shared_states(folder: Path, key: str, compute: Callable[[], States]) -> States:
     """Return the states that another run has left in `folder` under `key`, or compute them."""
-    file = folder / f"dense-{key}.safetensors"
+    file = folder / f"dense-{key}.pt"
     if not file.is_file():
-        named = {
-            f"{number}.{window}": hidden
-            for number, states in enumerate(compute())
-            for window, hidden in states.items()
-        }
         folder.mkdir(exist_ok=True)
-        save_file(named, file.with_suffix(PARTIAL))
+        torch.save(compute(), file.with_suffix(PARTIAL))
         file.with_suffix(PARTIAL).replace(file)
-    states: dict[int, dict[int, Tensor]] = defaultdict(dict)
-    for name, hidden in load_file(file).items():
-        number, window = map(int, name.split("."))
-        states[number][window] = hidden
-    return [states[number] for number in sorted(states)]
+    return torch.load(file)
 
 
-@torch.no_grad()
 def tail_of(runner: BlockRunner) -> BlockRunner:
-    """Return a runner with a copy of the model whose blocks have no weights.
-
-    Matrices outside the blocks share memory with the model's; vectors are copied, since they may be
-    trained.
-    """
-    inside = {id(tensor) for block in runner.blocks for tensor in _tensors(block)}
-    memo: dict[int, Tensor] = {}
-    for tensor in _tensors(runner.model):
-        if id(tensor) in inside:
-            value = torch.empty_like(tensor, device="meta")
-        elif tensor.dim() > 1:
-            value = tensor.data
-        else:
-            continue
-        parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if parameter else value
+    """Return a runner with a copy of the model whose blocks have no weights."""
     tail = copy.copy(runner)
-    tail.model = copy.deepcopy(runner.model, memo)
+    tail.model = fresh_copy(runner.model, with_blocks=False)
     tail.blocks = decoder_blocks(tail.model)[1]
     return tail
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
