@@ -275,17 +275,14 @@ def _components(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _map_ids(value: Any, new_id: Callable[[int], Any]) -> Any:
-    """Return a post-processor with new ids; templates hold them in lists, others as [token, id]."""
-    if not isinstance(value, dict):
-        return value
-    value = dict(value)
-    if value["type"] == "Sequence":
-        value["processors"] = [_map_ids(part, new_id) for part in value["processors"]]
-    for token, entry in (value.get("special_tokens") or {}).items():
-        moved = entry | {"ids": [new_id(index) for index in entry["ids"]]}
-        value["special_tokens"] = value["special_tokens"] | {token: moved}
-    for end in ("cls", "sep"):
-        if isinstance(value.get(end), list):
-            token, index = value[end]
-            value[end] = [token, new_id(index)]
+    """Return a post-processor with new ids; templates hold them as `ids`, others as [token, id]."""
+    match value:
+        case [str() as token, int() as index]:
+            return [token, new_id(index)]
+        case list():
+            return [_map_ids(each, new_id) for each in value]
+        case {"ids": list() as ids}:
+            return value | {"ids": [new_id(index) for index in ids]}
+        case dict():
+            return {key: _map_ids(each, new_id) for key, each in value.items()}
     return value
