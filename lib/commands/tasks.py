@@ -77,7 +77,7 @@ def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[
     All are of one script, have the same number of letters and occur about as often: their counts
     have the same logarithm of base 2, rounded down. The place of the right one is drawn.
     """
-    from lib.data.counts import batches
+    from lib.vocabulary import batches
 
     texts = list(chain.from_iterable(batches(texts, CHARACTERS)))
     words = (word for text in texts for word in re.findall(WORD, text))

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from lib.data import hub
 from lib.data.chats import COLUMNS, Dialogue
-from lib.data.encodings import conversion
 from lib.data.sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
 from lib.util.errors import first_line
 
@@ -28,6 +27,8 @@ ROW_CHARACTERS = 64  # beside each
 TENTH = 10  # one document in so many is held apart to measure on
 FEW = 20  # documents: fewer are cut at blank lines before that, else at line breaks or blanks
 PIECE_CHARACTERS = 4_000  # at most
+ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # that are still met
+AROUND = 2**15  # bytes before and after the first that is not UTF-8, which tell the encoding
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,19 @@ def _read(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
 
 def _damaged(source: Source, path: Path, error: Exception) -> Exception:
     return source.error(f"{path} can't be read ({first_line(error)}); is it damaged?")
+
+
+def conversion(error: UnicodeDecodeError) -> str:
+    """Return what to do with the bytes that could not be read as UTF-8."""
+    from charset_normalizer import from_bytes
+
+    sample = error.object[max(0, error.start - AROUND) : error.start + AROUND]
+    likely = from_bytes(sample, cp_isolation=ENCODINGS).best()
+    if likely is None:
+        return "neither UTF-8 text nor in a known encoding; save it as UTF-8"
+    name = likely.encoding.replace("_", "-")
+    seen = max(str(likely).split(), key=lambda word: not word.isascii(), default="")[:20]
+    return f"not UTF-8 but likely {name} ({seen!r}); iconv -f {name} -t utf-8 OLD > NEW"
 
 
 def _json_lines(source: Source, path: Path) -> Iterator[str | Dialogue | None]:

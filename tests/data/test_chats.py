@@ -12,13 +12,13 @@ from pyarrow import parquet
 from lib.data import templates
 from lib.data import windows as data
 from lib.data.chats import Dialogue
-from lib.data.counts import count_tokens
 from lib.data.documents import read_documents
 from lib.data.samples import Windows
 from lib.data.sources import parse_source
 from lib.data.templates import prompt_of, sample_of_dialogue, text_by
 from lib.data.training import training_windows
 from lib.util.errors import UserError
+from lib.vocabulary import count_tokens
 
 FLAG = "--calibration_data"
 ASKED, ANSWERED = "Де тече ріка?", "Над старим містом."

@@ -14,7 +14,6 @@ from kinds import EN, KINDS, RESERVED, UK
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerFast
 
-from lib.data.counts import compare_tokenizers, count_tokens, plain_backend
 from lib.data.sources import parse_sources
 from lib.data.templates import examples
 from lib.data.tokenizer import TrimmableTokenizer
@@ -23,7 +22,15 @@ from lib.data.windows import encode, token_bytes
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
 from lib.util.errors import UserError
-from lib.vocabulary import RARE_SIGNS, TrimmedVocabulary, choose_tokens, trim_vocabulary
+from lib.vocabulary import (
+    RARE_SIGNS,
+    TrimmedVocabulary,
+    choose_tokens,
+    compare_tokenizers,
+    count_tokens,
+    plain_backend,
+    trim_vocabulary,
+)
 
 ALONE = DistContext(torch.device("cpu"), alone=True)
 UNHEARD = [
