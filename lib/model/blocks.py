@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -369,17 +370,10 @@ class Stop(Exception):
 @contextmanager
 def replaced(blocks: Sequence[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
     """Inside, block i's forward is `make(i)`; afterwards it is restored."""
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
+    with ExitStack() as patches:
         for index, block in enumerate(blocks):
-            block.forward = make(index)
+            patches.enter_context(mock.patch.object(block, "forward", make(index)))
         yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward
 
 
 def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,6 @@ class BlockStore:
         """Return {file of a block: names of its tensors}, if all can be files of a saved model."""
         return None
 
-    def wait_for_readers(self) -> None:
-        """Wait until no rank reads blocks any longer: their files may then be moved."""
-        self.dist.barrier()
-
     def moved(self, files: Mapping[str, str]) -> None:
         """Read blocks, once they are saved, from {old path: new path}; for every rank."""
 
@@ -260,16 +256,12 @@ class FileBlockStore(BlockStore):
 
         They are mapped from their files, and in memory only while they are read.
         """
-        empty = []
-        try:
+        with ExitStack() as emptied:
             for index, block in enumerate(self.blocks):
                 for path, tensor in self._mapped(index).items():
                     before = set_tensor(block, path, self._as_saved(index, path, tensor))
-                    empty.append((block, path, before))
+                    emptied.callback(set_tensor, block, path, before)
             yield
-        finally:
-            for before in empty:
-                set_tensor(*before)
 
     def shards(self) -> dict[Path, list[str]] | None:
         shards: dict[Path, list[str]] = {}

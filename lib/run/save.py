@@ -38,7 +38,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
     weights, folder, moved = runner.weights, job.folder, {}
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
-    weights.wait_for_readers()
+    job.dist.barrier()  # files that no rank reads any longer may be moved
     if job.dist.is_main:
         holds_blocks = bool(folder) and folder.path.resolve() == stage.resolve()
         with job.timed("save"), ExitStack() as failed:

@@ -136,13 +136,6 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     assert counts[tokenizer.convert_tokens_to_ids("<end>")] == sum(map(len, every))
 
 
-def test_a_thousand_turns(tmp_path):
-    turns = chats.said(*["the river"] * 1000)
-    sample = sample_of_dialogue(chats.tokenizer_with(chats.LLAMA_3), Dialogue(json.dumps(turns)))
-    end = chats.tokenizer_with(chats.LLAMA_3).convert_tokens_to_ids("<|eot|>")
-    assert int((sample.ids[sample.mask] == end).sum()) == 500
-
-
 def test_plain_text_is_read_as_before(tmp_path):
     """A template alone changes nothing, and with --no_template dialogues are plain text too."""
     folder = tiny.write_texts(tmp_path / "uk")

@@ -11,7 +11,6 @@ import torch
 
 from lib.model import access, pretrained
 from lib.model.access import Checkpoint, check_folder
-from lib.model.matrix import all_finite
 from lib.model.pretrained import load_config, load_model
 from lib.util.errors import UserError
 
@@ -60,12 +59,3 @@ def test_weights_come_from_the_commit_of_the_config(
     with pytest.raises(UserError, match="offline"):
         load_model(Checkpoint("owner/name"), config, dtype=torch.float32, device_map={"": "cpu"})
     assert asked == ["c0ffee"]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_all_finite_sees_every_kind(dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
-    assert all_finite(torch.tensor([[-largest, 0.0, largest]], dtype=dtype))
-    assert all_finite(torch.empty(0, dtype=dtype))
-    for bad in (float("nan"), float("inf"), float("-inf")):
-        assert not all_finite(torch.tensor([[1.0, bad], [2.0, 3.0]], dtype=dtype))

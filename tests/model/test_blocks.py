@@ -151,18 +151,3 @@ def test_nothing_stays_patched_after_an_exception(work: str, place: str) -> None
     broken.__class__ = before
     assert not patches(model)
     assert model.config.use_cache == caches
-
-
-def test_nothing_stays_patched_when_the_models_own_forward_fails() -> None:
-    model = tiny.tiny_llama()
-    runner = runner_of(model)
-    states = runner.capture(windows(2), 2, CPU)
-    handle = model.lm_head.register_forward_pre_hook(interrupted)
-    with pytest.raises(Interrupted):
-        runner.logits(states, slice(0, 2))(torch.arange(4))
-    handle.remove()
-    handle = model.model.embed_tokens.register_forward_pre_hook(interrupted)
-    with pytest.raises(Interrupted):
-        runner.capture(windows(2), 2, CPU)
-    handle.remove()
-    assert not patches(model)

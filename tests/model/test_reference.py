@@ -137,16 +137,6 @@ def test_a_run_records_and_prints_it(place: Path) -> None:
     assert figures("zero") == [[0, 0, 1, 0]] * 2
 
 
-def test_a_recovered_model_is_compared_with_its_teacher(place: Path) -> None:
-    base = ["--model", "model", *QUICK, *CALIBRATED]
-    prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]
-    succeed(*prune)
-    again = ["--model", "new", *base[2:], "--teacher", "model", "--recover", 320, "--save", "two"]
-    succeed(*again, "--recover_rate", 1e-9)
-    for before, after in zip(figures("one"), figures("two"), strict=True):
-        assert after == pytest.approx(before, rel=1e-3)
-
-
 def test_a_model_pruned_before_is_compared_with_what_it_was_made_of(place: Path) -> None:
     base = ["--model", "model", *QUICK, *CALIBRATED, "--trim_vocabulary"]
     prune = [*base, "--prune_method", "wanda", "--save", "one", "--save_model", "new"]

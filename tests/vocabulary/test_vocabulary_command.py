@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import kinds
-import processes
 import pytest
 import tiny
 import torch
@@ -133,20 +132,6 @@ def test_trimmed_first_then_all_as_on_a_model_trimmed_before(
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert len(before[EMBEDDING]) == results(tmp_path / "one")["vocabulary"]["rows"]
-
-
-def test_two_processes_choose_the_same(
-    alone: tuple[Done, Path], place: Path, tmp_path: Path
-) -> None:
-    _, folder = alone
-    argv = [*TRIM, "--vocabulary_data", "uk", "--save", tmp_path / "out"]
-    argv += ["--save_model", tmp_path / "model"]
-    first, second = processes.ended(processes.together(2, [argv], place))
-    assert (first.status, second.status) == (0, 0), first.err + second.err
-    for file in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (tmp_path / "model" / file).read_bytes() == (folder / "model" / file).read_bytes()
-    one, two = (results(where / "out")["vocabulary"] for where in (folder, tmp_path))
-    assert one["digest"] == two["digest"] and one["used"] == two["used"]
 
 
 def test_a_teacher_with_more_tokens(alone: tuple[Done, Path], tmp_path: Path) -> None:
