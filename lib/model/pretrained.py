@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -151,8 +150,7 @@ def default_batch_size(device: torch.device, seqlen: int, width: int) -> int:
 
 def checkpoint_dtype(config) -> torch.dtype:
     """Return the dtype that the checkpoint's config names; float32 if it names none."""
-    dtype = config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return config.dtype or config.get_text_config(decoder=True).dtype or torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -395,8 +393,7 @@ def save_in_shards(
     with cast(model, dtype):
         rest = {name: value for name, value in model.state_dict().items() if name not in inside}
         model.save_pretrained(folder, state_dict=rest)
-    count = len(shards) + 1
-    weight_map, size, moved = {}, 0, {}
+    count, moved = len(shards) + 1, {}
     for number, file in enumerate([folder / WEIGHTS, *shards], 1):
         shard = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
         try:
@@ -404,11 +401,11 @@ def save_in_shards(
         except OSError:  # another disk, or one without hard links
             shutil.copyfile(file, shard)
         moved[str(file)] = shard.name
-        with safe_open(shard, "pt") as stored:
-            weight_map |= dict.fromkeys(stored.keys(), shard.name)
-        size += shard.stat().st_size
     (folder / WEIGHTS).unlink()
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    names = stored_names(Checkpoint(str(folder)))
+    weight_map = {name: Path(file).name for name, file in sorted(names.items())}
+    size = sum(map(os.path.getsize, set(names.values())))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
     return moved
 

@@ -15,11 +15,6 @@ from torch import Tensor
 AHEAD = 2  # batches that the host may be ahead of the GPU; their memory can't be reused yet
 
 
-def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return an empty pinned tensor on the host, which a GPU copies while it computes."""
-    return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
-
-
 class Transfer:
     """Copies batches between buffers (windows, tokens, hidden) and `device`."""
 
@@ -31,9 +26,9 @@ class Transfer:
     def buffer(self, count: int, hidden: Tensor, state_device: torch.device | str) -> Tensor:
         """Return a buffer on `state_device` for `count` windows of the shape of `hidden`."""
         shape = (count, *hidden.shape[1:])
-        if self.side is not None and torch.device(state_device).type == "cpu":
-            return empty_pinned(shape, hidden.dtype)
-        return torch.empty(shape, dtype=hidden.dtype, device=state_device)
+        # a GPU copies what is pinned while it computes
+        pinned = self.side is not None and torch.device(state_device).type == "cpu"
+        return torch.empty(shape, dtype=hidden.dtype, device=state_device, pin_memory=pinned)
 
     def copy(self, buffer: Tensor) -> Tensor:
         """Return another buffer with the same contents."""
@@ -85,8 +80,8 @@ class Transfer:
         return tensor
 
 
-def wait_for_older(events: deque[torch.Event], stream: torch.Stream, ahead: int = AHEAD) -> None:
-    """Record an event on `stream`, and wait for the event recorded `ahead` calls ago."""
+def wait_for_older(events: deque[torch.Event], stream: torch.Stream) -> None:
+    """Record an event on `stream`, and wait for the event recorded AHEAD calls ago."""
     events.append(stream.record_event())
-    if len(events) > ahead:
+    if len(events) > AHEAD:
         events.popleft().synchronize()
