@@ -16,10 +16,6 @@ class Sample:
     ids: Tensor  # (tokens,), int64
     mask: Tensor | None = None  # (tokens,), bool
 
-    @property
-    def uncounted(self) -> Sample:
-        return Sample(self.ids, torch.zeros_like(self.ids).bool())
-
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -94,7 +90,8 @@ def packed(samples: Iterable[Sample], seqlen: int) -> Iterator[Windows]:
 
 def _filled(begun: list[Sample], more: Sample, seqlen: int) -> Iterator[Windows]:
     missing = seqlen - sum(len(sample.ids) for sample in begun)
-    fillers = [more.uncounted] * -(-missing // len(more.ids))
+    uncounted = Sample(more.ids, torch.zeros_like(more.ids).bool())
+    fillers = [uncounted] * -(-missing // len(more.ids))
     window = windows_of([*begun, *fillers], seqlen)[:1]
     if window.counted[:, :-1].any():
         yield window

@@ -14,10 +14,7 @@ from lib.model.linears import find_linears, watch_inputs, watch_outputs
 
 PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "by place": lambda x, w: F.linear(x, w),
-    "weight by name": lambda x, w: F.linear(x, weight=w),
     "both by name": lambda x, w: F.linear(weight=w, input=x),
-    "with a bias": lambda x, w: F.linear(x, w, bias=torch.ones(len(w))),
-    "matmul": lambda x, w: torch.matmul(x, w.T),
     "matmul by name": lambda x, w: torch.matmul(x, other=w.T),
     "method": lambda x, w: x.matmul(w.T),
     "operator": lambda x, w: x @ w.T,

@@ -107,15 +107,10 @@ def prune(model: str | Path, folder: Path, *flags: object) -> Done:
     return call("--model", model, *QUICK, *data, *flags)
 
 
-@pytest.mark.parametrize(
-    ("bits", "method", "kind"), [("4", "wanda", "unstructured"), ("8", "sparsegpt", "2:4")]
-)
-def test_saved_and_reloaded_with_the_same_perplexity(
-    bits: str, method: str, kind: str, tmp_path: Path
-) -> None:
+def test_saved_and_reloaded_with_the_same_perplexity(tmp_path: Path) -> None:
     saved = tmp_path / "model"
-    flags = ["--prune_method", method, "--sparsity_type", kind, "--save_model", saved]
-    done = prune("model", tmp_path / "run", *flags, "--load_bit", bits)
+    flags = ["--prune_method", "wanda", "--save_model", saved, "--load_bit", "4"]
+    done = prune("model", tmp_path / "run", *flags)
     assert done.status == 0, done.err
     done = prune(saved, tmp_path / "again", "--eval_only")
     assert done.status == 0, done.err
@@ -124,12 +119,9 @@ def test_saved_and_reloaded_with_the_same_perplexity(
     assert after["sparsity"] == before["sparsity"]
     assert before["sparsity"]["overall"] >= 0.499
     assert after["footprint"]["before"] == before["footprint"]["after"]
-    assert stored_bits(AutoModelForCausalLM.from_pretrained(saved).config) == bits
-    if bits == "4":  # two weights share a byte
-        with pytest.raises(UserError, match="no matrix has zeros in all RUNs"):
-            compare_masks([saved, saved])
-    else:
-        assert compare_masks([saved, saved])["both"].sum() > 0
+    assert stored_bits(AutoModelForCausalLM.from_pretrained(saved).config) == "4"
+    with pytest.raises(UserError, match="no matrix has zeros in all RUNs"):  # two share a byte
+        compare_masks([saved, saved])
 
 
 def test_a_checkpoint_that_is_already_quantized(loaded: nn.Module, tmp_path: Path) -> None:
