@@ -92,12 +92,9 @@ def training_windows(
             | {"held_out": len(out), "passes": n_passes, "dropped": n_dropped}
             | {"share": share / count}
         )
-    source_of = torch.tensor(interleave([len(order) for order in orders]))
-    order = torch.empty(len(source_of), dtype=torch.long)
-    offset = 0
-    for index, (part, rows) in enumerate(zip(windows, orders, strict=True)):
-        order[source_of == index] = rows + offset
-        offset += len(part)
+    starts = accumulate(map(len, windows[:-1]), initial=0)
+    rows = torch.cat([order + start for order, start in zip(orders, starts, strict=True)])
+    order = rows[interleave([len(order) for order in orders])]
     trained, out = join(windows), join(held)
     facts = {
         "name": mixture_name(sources),

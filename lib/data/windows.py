@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from typing import Any
 
 import torch
@@ -75,20 +75,20 @@ def calibration_windows(
     """
     assert nsamples > 0 and seqlen > 1
     counts = apportion([s.weight or 1.0 for s in sources], nsamples)
-    windows = torch.empty(nsamples, seqlen, dtype=torch.long)
-    positions = torch.arange(seqlen).repeat(nsamples, 1)
-    order = torch.tensor(interleave(counts))
-    drawn = []
-    for index, (source, count) in enumerate(zip(sources, counts, strict=True)):
+    cuts, positions, drawn = [], [], []
+    for source, count in zip(sources, counts, strict=True):
         if count == 0:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
         cut, record = _draw_windows(source, tokenizer, count, seqlen, seed, bos)
         if isinstance(cut, Windows):
-            positions[order == index], cut = cut.positions, cut.ids
-        elif bos is not None:
-            cut = with_bos(cut, bos)
-        windows[order == index] = cut
+            cuts.append(cut.ids)
+            positions.append(cut.positions)
+        else:
+            cuts.append(cut if bos is None else with_bos(cut, bos))
+            positions.append(torch.arange(seqlen).expand_as(cut))
         drawn.append(record | {"share": count / nsamples})
+    order = interleave(counts)
+    windows, positions = torch.cat(cuts)[order], torch.cat(positions)[order]
     record = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
     record |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
     whole = bool((positions[:, 1:] > 0).all())
@@ -107,9 +107,10 @@ def apportion(weights: Sequence[float], total: int) -> list[int]:
 
 
 def interleave(counts: Sequence[int]) -> list[int]:
-    """Return the source index of each window, every source spread evenly over the whole."""
-    positions = [((2 * j + 1) / n, i) for i, n in enumerate(counts) for j in range(n)]
-    return [i for _, i in sorted(positions)]
+    """Return an order of sources' windows that spreads each source evenly over the whole."""
+    places = [((2 * j + 1) / n, i, j) for i, n in enumerate(counts) for j in range(n)]
+    starts = [0, *accumulate(counts)]
+    return [starts[i] + j for _, i, j in sorted(places)]
 
 
 def _draw_windows(
