@@ -2,7 +2,7 @@
 
 `nn.Linear` keeps its weight (out, in), GPT-2's `Conv1D` (in, out), a fused mixture-of-experts
 parameter (experts, out, in) or, transposed, (experts, in, out). Solvers see a float32 (out, in)
-matrix and none of that.
+matrix and none of that. It is saved in the dtype that `SaveDtypes` says, as any parameter is.
 """
 
 from __future__ import annotations
@@ -13,9 +13,27 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lib.model.dtypes import SaveDtypes
 from lib.packed.layout import all_finite
 from lib.util.errors import UserError
+
+
+class SaveDtypes:
+    """Says in which dtype a parameter is saved, kept, fetched, sent and trained.
+
+    The model is saved in `dtype` (None: as it is), except for what its class always keeps in
+    float32 (some routers), by parts of names, and what text does not read.
+    """
+
+    def __init__(self, model: nn.Module | None = None, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self.exact = frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        self.unread = getattr(model, "unread", frozenset())
+
+    def of(self, name: str, parameter: Tensor) -> torch.dtype:
+        """Return the dtype in which a parameter is saved; `name` is that in the model."""
+        if self.dtype is None or name in self.unread or self.exact & set(name.split(".")):
+            return parameter.dtype
+        return self.dtype if parameter.is_floating_point() else parameter.dtype
 
 
 @dataclass(eq=False)

@@ -40,8 +40,8 @@ from lib.model.access import (
     quantization,
     stored_names,
 )
-from lib.model.dtypes import SaveDtypes
 from lib.model.linears import experts_by
+from lib.model.matrix import SaveDtypes
 from lib.model.quantized import keep_bnb_layout, stored_bits
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError

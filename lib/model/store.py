@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lib.distributed.context import DistContext
-from lib.model.dtypes import SaveDtypes
 from lib.model.linears import find_linears
+from lib.model.matrix import SaveDtypes
 from lib.model.pretrained import decoder_blocks
 from lib.model.run_folder import RunFolder
 from lib.packed.linear import SparseLinear

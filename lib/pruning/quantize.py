@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lib.methods.gptq import GPTQ, Start
 from lib.model.blocks import BlockRunner
-from lib.model.dtypes import SaveDtypes
-from lib.model.matrix import PrunableLinear
+from lib.model.matrix import PrunableLinear, SaveDtypes
 from lib.packed.formats import Grid, Int4
 from lib.packed.linear import why_dense
 from lib.pruning.allocation import Allocation

@@ -18,7 +18,7 @@ from lib.data.samples import Windows
 from lib.data.training import TrainingText
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
-from lib.model.dtypes import SaveDtypes
+from lib.model.matrix import SaveDtypes
 from lib.model.pretrained import fresh_copy
 from lib.packed.formats import PACKED, Grid
 from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
