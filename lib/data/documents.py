@@ -163,7 +163,8 @@ def conversion(error: UnicodeDecodeError) -> str:
     from charset_normalizer import from_bytes
 
     sample = error.object[max(0, error.start - AROUND) : error.start + AROUND]
-    likely = from_bytes(sample, cp_isolation=ENCODINGS).best()
+    pairs = sample[: len(sample) // 2 * 2]  # a line of UTF-16 ends amid a letter
+    likely = from_bytes(pairs, cp_isolation=ENCODINGS).best()
     if likely is None:
         return "neither UTF-8 text nor in a known encoding; save it as UTF-8"
     name = likely.encoding.replace("_", "-")

@@ -318,7 +318,7 @@ def test_bad_files_are_named(tmp_path):
         ("column.parquet", parquet_bytes(tmp_path, id=[1], body=["a"]), "there are: id, body"),
         ("list.parquet", parquet_bytes(tmp_path, text=[["a"]]), "row 0: 'text' is of type list"),
         ("null.csv", b"id,text\n1\n", "holds no text"),
-        ("bad.txt", b"\xff\xfe\x00", "neither UTF-8"),
+        ("bad.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("blank.txt", b" \n", "holds no text"),
     ]:
         (tmp_path / name).write_bytes(content)
