@@ -12,7 +12,6 @@ Both keep every finished block in such a file where the run can be continued.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
@@ -82,19 +81,14 @@ class BlockStore:
             return None
         tensors, notes = kept
         block, prefix = self.blocks[index], self._prefix(index)
-        quantized = {
-            linear.name: linear for linear in find_linears(block, "")[0] if linear.is_quantized
-        }
+        linears, _ = find_linears(block, f"{self.name}.{index}")
+        quantized = {linear.name: linear for linear in linears if linear.is_quantized}
         for name, tensor in tensors:
-            path = name.removeprefix(prefix)
-            if f".{path}" in quantized:
-                quantized[f".{path}"].set_weight_(tensor)
-            else:
-                parameter = block.get_parameter(path)
-                if parameter.shape == tensor.shape:
-                    parameter.data.copy_(tensor)
-                else:  # it has lost rows or columns
-                    parameter.data = tensor.to(parameter.device, parameter.dtype)
+            if name in quantized:
+                quantized[name].set_weight_(tensor)
+            else:  # it may have lost rows or columns
+                parameter = block.get_parameter(name.removeprefix(prefix))
+                parameter.data = tensor.to(parameter.device, parameter.dtype, copy=True)
         if self.finished:
             self._kept = self.finished.path / f"{file}.safetensors"
         return notes
@@ -301,11 +295,9 @@ class FileBlockStore(BlockStore):
 
     def _mapped(self, index: int) -> dict[str, Tensor]:
         """Map the tensors of block `index`, by path, in the dtypes of their files."""
-        by_file: dict[str, dict[str, str]] = defaultdict(dict)
-        for path, (file, name) in self.places[index].items():
-            by_file[file][path] = name
-        tensors = {}
-        for file, names in by_file.items():
+        places, tensors = self.places[index], {}
+        for file in sorted({file for file, _ in places.values()}):
+            names = {path: name for path, (its, name) in places.items() if its == file}
             try:
                 with safe_open(file, framework="pt") as stored:
                     tensors |= {path: stored.get_tensor(name) for path, name in names.items()}
