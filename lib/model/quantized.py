@@ -7,8 +7,7 @@ requantized in the same format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +21,10 @@ from lib.util.errors import UserError
 FORMATS = ("bitsandbytes",)
 
 
-@dataclass(eq=False)
 class Quantized4bit(PrunableLinear):
     """bitsandbytes' Linear4bit: codes of 4 bits, two in a byte, with a scale for each block."""
 
-    is_quantized: ClassVar[bool] = True
+    is_quantized = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -67,11 +65,10 @@ class Quantized4bit(PrunableLinear):
         weight.data.view(torch.uint8).copy_(packed.view_as(weight.data.view(torch.uint8)))
 
 
-@dataclass(eq=False)
 class Quantized8bit(PrunableLinear):
     """bitsandbytes' Linear8bitLt: int8 with a scale for each row, the row's largest weight."""
 
-    is_quantized: ClassVar[bool] = True
+    is_quantized = True
 
     def matrix(self) -> Tensor:
         codes, scale = self._codes()
