@@ -443,7 +443,7 @@ class Recoverer:
                 hidden = run_block(block, hidden, args, kwargs)
         last = hidden.detach().requires_grad_()
         loss = divergence_(
-            logits=lambda positions: runner.logits_from_hidden(ids, lambda: last, positions),
+            logits=lambda positions: runner.logits_from_hidden(ids, last, positions),
             teacher_logits=teacher.logits(teacher_states, slice(0, len(ids))),
             ids=ids,
             tokens=tokens,

@@ -272,25 +272,22 @@ class BlockRunner:
         """
         ids = states.windows[batch].to(self.device)
         last = self.transfer.fetch(states.hidden, batch)
+        return torch.no_grad()(lambda positions: self.logits_from_hidden(ids, last, positions))
 
-        return torch.no_grad()(lambda at: self.logits_from_hidden(ids, lambda: last, at))
-
-    def logits_from_hidden(
-        self, ids: Tensor, last: Callable[[], Tensor], positions: Tensor
-    ) -> Tensor:
+    def logits_from_hidden(self, ids: Tensor, last: Tensor, positions: Tensor) -> Tensor:
         """Return logits (n, len(positions), vocabulary) of windows `ids` (n, tokens).
 
-        `last` returns their hidden states (n, tokens, hidden) after the last block, which receive
+        `last` are their hidden states (n, tokens, hidden) after the last block, which receive
         gradients.
         """
 
         def player(index: int) -> Callable:
             def forward(*args, **kwargs):
                 if self.whole:
-                    return self.output(last_hidden_state=last())
+                    return self.output(last_hidden_state=last)
                 hidden, *_ = take_hidden(args, kwargs)
                 if index == len(self.blocks) - 1:
-                    hidden = last()
+                    hidden = last
                 return self._block_output(index, hidden)
 
             return forward

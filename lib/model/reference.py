@@ -60,13 +60,8 @@ class DenseReference:
         if not rows:
             return rows, lambda positions: ids.new_empty(0)
         hidden = torch.stack([states[numbers[row]] for row in rows]).to(ids.device)
-        compared = ids[rows]
-
-        @torch.no_grad()
-        def logits(positions: Tensor) -> Tensor:
-            return self.tail.logits_from_hidden(compared, lambda: hidden, positions)
-
-        return rows, logits
+        tail, compared = self.tail, ids[rows]
+        return rows, torch.no_grad()(lambda at: tail.logits_from_hidden(compared, hidden, at))
 
 
 def dense_states(

@@ -76,7 +76,7 @@ class BackwardPass:
             last = runner.transfer.fetch(self.states.hidden, batch).detach().requires_grad_()
 
             def logits(positions: Tensor, ids=ids, last=last) -> Tensor:
-                return runner.logits_from_hidden(ids, lambda: last, positions)
+                return runner.logits_from_hidden(ids, last, positions)
 
             with torch.enable_grad():
                 sampled_nll_backward_(logits, uniforms[batch].to(runner.device))
