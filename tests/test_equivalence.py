@@ -147,7 +147,9 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
     argv = flags(kind, tmp_path)
     away = ["--offload", tmp_path / "away"]
     if way == "loaded again":
-        argv = [*BASE, "--model", plain / "model", "--eval_only", "--save", tmp_path / "out"]
+        dtype = results(plain / "out")["fingerprint"]["pruning"]["--dtype"]  # a folder has its own
+        argv = [*BASE, "--model", plain / "model", "--eval_only", "--dtype", dtype]
+        argv += ["--save", tmp_path / "out"]
         check(call(*argv))
         assert figures(tmp_path)[:2] == pytest.approx(figures(plain)[:2], rel=1e-6)
         return
