@@ -96,15 +96,32 @@ def examples(
     for kind, messages in EXAMPLES.items():
         asked = messages[: -1 if follows else None]
         tools = TOOLS if kind == "tool call" else None
-        if rendered := template_of(tokenizer).render(asked, follows, tools):
-            yield kind, {"messages": asked, "tools": tools}, rendered[0]
+        if found := template_of(tokenizer).render(asked, follows, tools):
+            yield kind, {"messages": asked, "tools": tools}, found[0]
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    follows: bool = False,
+    **more: bool,
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return what `Template.render` does; no text of messages that the template does not take.
+
+    Where it knows no system, as Gemma's, what that says goes before the first question.
+    """
+    template = template_of(tokenizer)
+    found = template.render(messages, follows, **more)
+    if found is None and [message["role"] for message in messages[:2]] == ["system", "user"]:
+        words = "\n\n".join(message["content"] for message in messages[:2])
+        joined = [messages[1] | {"content": words}, *messages[2:]]
+        found = template.render(joined, follows, **more)
+    return found or ("", [])
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
     """Return the tokens before an answer that begins at once, without thinking; [] for none."""
-    template = template_of(tokenizer)
-    rendered = messages and template.render(messages, True, enable_thinking=False)
-    text = rendered[0] if rendered else ""
+    text = rendered(tokenizer, messages, True, enable_thinking=False)[0] if messages else ""
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids
 
 
@@ -112,12 +129,12 @@ def text_by(tokenizer: PreTrainedTokenizerBase, document: str | Dialogue) -> str
     """Return a document's text; none of a dialogue that the template does not take."""
     if isinstance(document, str):
         return document
-    return (template_of(tokenizer).render(document.messages) or ("",))[0]
+    return rendered(tokenizer, document.messages)[0]
 
 
 def sample_of_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue) -> Sample:
     """Return a dialogue's tokens, and in the mask those that an assistant has written."""
-    text, spans = template_of(tokenizer).render(dialogue.messages) or ("", [])
+    text, spans = rendered(tokenizer, dialogue.messages)
     encoding = tokenizer(text, add_special_tokens=False, verbose=False)
     if not encoding.is_fast:
         name = f"--model {tokenizer.name_or_path}"

@@ -109,7 +109,9 @@ def test_what_a_template_can_do_wrong_is_a_line(monkeypatch):
 
 def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     tokenizer, seqlen = chats.tokenizer_with(chats.GEMMA), 96
-    refused = [{"role": "system", "content": "a"}, *SAID]
+    refused = [{"role": "system", "content": "be brief"}, SAID[1]]
+    joined = text_by(tokenizer, Dialogue(json.dumps([refused[0], *SAID])))
+    assert f"be brief\n\n{SAID[0]['content']}" in joined  # the template knows no system
     long = chats.said("the old", " ".join(tiny.WORDS * 20))  # longer than a window
     every = [*chats.some(30), long, chats.said("a " * 200, "b")]
     source = source_of(tmp_path, *({"messages": each} for each in [*every, refused]))
