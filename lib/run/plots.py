@@ -182,18 +182,3 @@ def recovery_curve(results: Mapping[str, Any]) -> Figure:
         _log_ticks(axes.yaxis)
     panels[0].set_ylabel("perplexity per token (log scale)")
     return figure
-
-
-def overlap(cells: DataFrame, title: str, label: str, *, difference: bool = False) -> Figure:
-    """Draw what masks share, in percent: blocks (rows) x linears or pairs (columns).
-
-    `label` is that of the colour bar. A `difference`, in points, has colours around zero.
-    """
-    width, height = max(6.5, 2.6 + 0.65 * cells.shape[1]), 2.0 + 0.28 * len(cells)
-    figure, (axes,) = _panels(title, 1, 1, width, height)
-    reach = max(1e-6, cells.abs().max(axis=None))
-    scale = {"vmin": -reach, "vmax": reach, "cmap": "PuOr_r"} if difference else {}
-    image = _heat_map(axes, cells, "+.1f" if difference else ".0f", 8, **scale)
-    axes.set_ylabel("block")
-    figure.colorbar(image, ax=axes, label=label)
-    return figure

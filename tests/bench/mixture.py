@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from pandas import DataFrame
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -62,9 +62,14 @@ def draw(model: nn.Module, texts: dict[str, Tensor], path: Path) -> None:
         routers = model.model(input_ids=batch, output_router_logits=True).router_logits
         uses.append(torch.stack([use(logits) for logits in routers]))  # (blocks, experts)
     shares = (100 * uses[0] / sum(uses).clamp(min=1e-9)).sort(descending=True).values
-    places = DataFrame(shares.numpy(), columns=range(1, EXPERTS + 1))
+    figure = Figure(figsize=(7, 2 + 0.3 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares.numpy(), aspect="auto", cmap="cividis")
+    axes.set(xlabel="expert", ylabel="block")
     title = "Share of {0} in the tokens of each expert, as many {0} as {1} tokens read"
-    plots.save(plots.overlap(places, title.format(*texts), "%; sorted in each block"), path)
+    figure.suptitle(title.format(*texts))
+    figure.colorbar(image, label="%; sorted in each block")
+    plots.save(figure, path)
 
 
 def main() -> None:

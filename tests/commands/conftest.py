@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from support import call_here
 
-from lib.commands import compress, languages, sweep
+from lib.commands import compress, sweep
 
 
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands start others in this process, where torch is imported already."""
-    for module in (compress, languages, sweep):
+    for module in (compress, sweep):
         monkeypatch.setattr(module, "call", call_here)

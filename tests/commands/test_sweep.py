@@ -16,7 +16,7 @@ import tiny
 from processes import Worker
 from support import QUICK, Done, call, children, results, wait_until
 
-from lib.commands import languages, sweep, sweep_run
+from lib.commands import sweep, sweep_run
 from lib.run.flags import build_parser
 from lib.util import command
 
@@ -222,30 +222,3 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     worker.end()
     wait_until(lambda: not Path(f"/proc/{run}").exists())
     assert not list(Path("runs").rglob("results.json"))
-
-
-def test_languages(trained, texts) -> None:
-    said = done(languages.main, trained, *texts, "--out", "runs", *PASSED)
-    assert said.status == 0 and said.out.count("\n| wanda ") == 2
-    text = Path("runs/overlap/overlap.md").read_text("utf-8")
-    assert "uk (seed 0)" in text and "en (seed 0)" in text and "excess" in text
-    row = next(line for line in text.split("\n") if line.startswith("| uk") and "and en" in line)
-    shares = [float(cell.strip(" %")) for cell in row.split("|") if "%" in cell]
-    assert 50 < shares[1] < 100 and shares[2] < 60  # both keep; chance
-    refused = done(languages.main, trained, *texts, "--method", "magnitude")
-    assert refused.status == 2 and "no text" in refused.complaints[-1]
-
-
-def test_experts_that_languages_share(texts, tmp_path) -> None:
-    model = tiny.write_model(tmp_path / "mixture", tiny.ARCHITECTURES["Mixtral"]())
-    argv = [model, *texts, "--method", "reap", "--type", "experts", "--out", "runs", *PASSED]
-    said = done(languages.main, *argv)
-    assert said.status == 0, said.err
-    removed = [
-        results(f"runs/mixture/reap-50-experts-{text}-seed0")["experts"]["removed"]
-        for text in ("uk", "en")
-    ]
-    shared = [2 - len({*uk} - {*en}) for uk, en in zip(*removed, strict=True)]  # of 2 kept
-    text = " ".join(Path("runs/overlap/overlap.md").read_text("utf-8").split())
-    assert "### Experts that the masks of" in text
-    assert f"| uk (seed 0) and en (seed 0) | 50.0% | {sum(shared) / 2 / len(shared):.1%} |" in text
