@@ -73,28 +73,27 @@ def build_parser() -> argparse.ArgumentParser:
         nonlocal group
         group = parser.add_argument_group(name)
 
-    def flag(name: str, role: str, text: str, **options: Any) -> None:
+    def flag(name: str, text: str, role: str = RESULT, **options: Any) -> None:
         shown = options.pop("shown", options.get("default"))
         ROLES[name] = role
         if options.get("action") != "store_true" and shown is not None:
             text += f" (default: {shown})"
         group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
 
-    def switch(name: str, role: str, text: str) -> None:
-        flag(name, role, text, action="store_true")
+    def switch(name: str, text: str, role: str = RESULT) -> None:
+        flag(name, text, role, action="store_true")
 
     section("model")
-    flag("model", INPUT, "hub id (owner/name) or local folder", required=True)
-    flag("cache_dir", OTHER, "folder for weights from the hub", shown="the hub's own cache")
+    flag("model", "hub id (owner/name) or local folder", required=True, role=INPUT)
+    flag("cache_dir", "folder for weights from the hub", shown="the hub's own cache", role=OTHER)
     flag(
         "device",
-        OTHER,
         "where blocks are computed: cuda:N, xpu:N or cpu",
         shown="the first GPU if there is one, else cpu",
+        role=OTHER,
     )
     flag(
         "dtype",
-        RESULT,
         "dtype of the weights while working; auto: the checkpoint's where the device multiplies it "
         "by itself (a CPU: bfloat16 with AMX or AVX-512), else float32",
         default="auto",
@@ -102,21 +101,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "load_bit",
-        RESULT,
         "quantize on loading with bitsandbytes: 4 (NF4, double quantization, bfloat16 compute) or "
         "8 (LLM.int8) bits per weight",
         choices=("4", "8"),
     )
     flag(
         "seqlen",
-        RESULT,
         "length of a calibration or test window in tokens",
         type=WINDOW,
         shown="the model's limit, at most 4096",
     )
     flag(
         "bos",
-        RESULT,
         "begin every window with the BOS token; never: as published; auto: where the tokenizer "
         "adds it by itself and the dense model collapses without it",
         default="auto",
@@ -124,84 +120,79 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "batch_size",
-        OTHER,
         "windows per forward pass; changes speed and memory, and results only by rounding",
         type=POSITIVE,
         shown="windows of about 1024 tokens on a CPU, 8192 on a GPU, more for a narrow model",
+        role=OTHER,
     )
     flag(
         "offload",
-        OTHER,
         "for a model larger than memory: blocks are read from the checkpoint one at a time, "
         "pruned ones kept in this folder until they are saved",
         metavar="FOLDER",
+        role=OTHER,
     )
     switch(
         "trust_remote_code",
-        RESULT,
         "run Python code that comes with the model; only for models you trust",
     )
 
     section("calibration")
-    flag("seed", RESULT, "seed of the random draw of the windows", type=int, default=0)
-    flag("nsamples", RESULT, "calibration windows", type=POSITIVE, default=128)
+    flag("seed", "seed of the random draw of the windows", type=int, default=0)
+    flag("nsamples", "calibration windows", type=POSITIVE, default=128)
     flag(
         "calibration_data",
-        INPUT,
         "ubertext, c4, another built-in set, a hub set (owner/name[:config][:split][:column]), or "
         "a file or folder of .jsonl, .csv, .parquet or plain text; several as SOURCE=WEIGHT make a "
         "mixture",
         nargs="+",
         metavar="SOURCE",
         shown="ubertext",
+        role=INPUT,
     )
     flag(
         "column",
-        INPUT,
         "column of your files and hub sets that holds the texts",
         default="text",
         metavar="NAME",
+        role=INPUT,
     )
     switch(
         "no_template",
-        RESULT,
         "read dialogues as plain text, not as the tokenizer's chat template renders them",
     )
     switch(
         "prune_on_c4",
-        INPUT,
         "calibrate on English C4, short for --calibration_data c4; the test stays UberText",
+        role=INPUT,
     )
 
     section("vocabulary")
     switch(
         "trim_vocabulary",
-        RESULT,
         "before pruning, remove the tokens that the train text of the sources does not use, with "
         "their rows of the embedding and the head; checked on the test text before anything is "
         "saved; also without --prune_method",
     )
     flag(
         "vocabulary_data",
-        INPUT,
         "more text whose tokens stay, as for --calibration_data, without weights; of hub sets the "
         "first 100 million characters count",
         nargs="+",
         metavar="SOURCE",
         shown="the calibration sources alone",
+        role=INPUT,
     )
 
     section("pruning")
     flag(
         "prune_method",
-        RESULT,
         "how the weights to drop are chosen; of experts: reap (the mean of gate times output), "
         "contribution (its sum over all tokens), frequency, or at random",
         choices=(*METHODS, *EXPERT_METHODS),
     )
     flag(
         "sparsity_ratio",
-        RESULT,
         "share of the weights, of the MLPs' neurons or of the experts to drop, in [0, 1); N:M "
         "types need N/M",
         type=float,
@@ -209,7 +200,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "sparsity_type",
-        RESULT,
         "anywhere; N of every M consecutive weights of a row; or whole neurons of the MLPs, or "
         "experts of a mixture, which leaves a smaller model without zeros",
         default=UNSTRUCTURED,
@@ -217,22 +207,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "allocation",
-        RESULT,
         "how zeros are distributed, at an equal total; error: fewer in linears whose errors "
         "change the predictions more, by one backward pass through the model",
         default="uniform",
         choices=ALLOCATIONS,
     )
-    switch("use_variant", RESULT, "wanda: let each row have its own share of zeros")
+    switch("use_variant", "wanda: let each row have its own share of zeros")
     switch(
         "replace_sparse_layers",
-        RESULT,
         "swap the pruned linears, of any type, for packed ones before saving: a bit for each "
         "weight, and the kept values; where zeros are too few to be smaller they stay dense",
     )
     flag(
         "quantize",
-        RESULT,
         "round the linears of the blocks to 4 bits, on calibration text, and with --recover train "
         "them from there. q4_0: to values that llama.cpp's type of that name holds exactly, saved "
         "in 16 bits; int4: to what --replace_sparse_layers packs, with a 16-bit scale for every "
@@ -243,7 +230,6 @@ def build_parser() -> argparse.ArgumentParser:
     section("recovery")
     flag(
         "recover",
-        RESULT,
         "after pruning, train the kept weights on this many tokens of the calibration sources' "
         "train text, with the dense model as teacher; zeros stay zeros, and with --quantize all "
         "stays on its grid; without --prune_method all weights of the blocks",
@@ -252,14 +238,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "teacher",
-        INPUT,
         "the dense model that an already pruned model was made from, for --recover to train "
         "against or --eval_only to compare with",
         metavar="MODEL",
+        role=INPUT,
     )
     flag(
         "recover_rank",
-        RESULT,
         "train updates of this rank of every pruned matrix, merged into it at the end, in place "
         "of all its kept weights: for a fraction of the memory",
         type=POSITIVE,
@@ -268,7 +253,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "recover_rate",
-        RESULT,
         "peak learning rate of the recovery",
         type=RATE,
         metavar="RATE",
@@ -277,7 +261,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flag(
         "recover_ce",
-        RESULT,
         "share of cross-entropy with the text itself in the loss: teaches the model more of this "
         "text, and less of what the teacher knows of others, or of answering in a chat; 0: the "
         "teacher alone",
@@ -287,61 +270,61 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     section("evaluation")
-    switch("eval_only", RESULT, "evaluate the model as it is; prune nothing")
+    switch("eval_only", "evaluate the model as it is; prune nothing")
     flag(
         "eval_data",
-        INPUT,
         "test texts, given as for --calibration_data; each is measured separately",
         nargs="+",
         metavar="SOURCE",
         shown="the calibration sources' own test text; of ubertext and c4, ubertext; of files "
         "without one, a tenth of the documents, which is held apart",
+        role=INPUT,
     )
     flag(
         "prompts",
-        OTHER,
         "beginnings of documents of each test set that the dense and the pruned model continue "
         "greedily, for results.json and report; none where blocks are fetched",
         type=NATURAL,
         default=3,
         metavar="N",
+        role=OTHER,
     )
     flag(
         "tasks",
-        FIGURES,
         "tasks of lm-eval (if installed) to run on the dense and the pruned model at the end, in "
         "place of wanda's --eval_zero_shot",
         type=_names,
         metavar="NAME,...",
+        role=FIGURES,
     )
     flag(
         "include_path",
-        INPUT,
         "folder of your own tasks for --tasks, as YAML files that lm-eval reads; their data may "
         "be local files",
         metavar="FOLDER",
+        role=INPUT,
     )
 
     section("output")
     flag(
         "save",
-        OTHER,
         "folder for log_METHOD.txt and results.json",
         metavar="FOLDER",
         shown="out/MODEL-METHOD-TYPE-RATIO",
+        role=OTHER,
     )
     flag(
         "save_model", OTHER, "new folder for the pruned model, tokenizer and card", metavar="FOLDER"
     )
     flag(
         "resume",
-        OTHER,
         "keep pruned blocks and the state of the recovery in this folder, so that the same command "
         "continues after an interruption; removed after success",
         metavar="FOLDER",
+        role=OTHER,
     )
-    switch("text_only", RESULT, "of a model that also sees or hears, save the text alone")
-    switch("debug", OTHER, "show the full traceback of an error")
+    switch("text_only", "of a model that also sees or hears, save the text alone")
+    switch("debug", "show the full traceback of an error", role=OTHER)
     return parser
 
 
