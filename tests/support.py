@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -39,7 +40,6 @@ from lib.packed.formats import PACKED
 from lib.pruning.allocation import Allocation, uniform
 from lib.pruning.pruner import Pruned, Pruner
 from lib.pruning.quantize import takes
-from lib.run import steps
 from lib.util import command
 from lib.util.progress import progress
 
@@ -112,11 +112,8 @@ def at(what: str, number: int, act: Callable[[], object]) -> Iterator[None]:
                 act()
             yield told
 
-    steps.progress = watched
-    try:
+    with mock.patch("lib.run.job.progress", watched):
         yield
-    finally:
-        steps.progress = progress
 
 
 def raising(error: BaseException, what: str, number: int = 0):

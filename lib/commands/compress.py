@@ -155,7 +155,7 @@ class Compression:
 def check(it: Compression) -> None:
     """Refuse what can be refused before anything is fetched or measured; choose the format."""
     from lib.commands.export.__main__ import check_installed
-    from lib.commands.gguf.command import check_new
+    from lib.commands.gguf.__main__ import check_new
     from lib.model import pretrained
     from lib.model.access import Checkpoint
     from lib.packed import kernels
@@ -437,7 +437,7 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
 
 def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
     """Return a sentence by the dense and by the small model, and how to run and upload it."""
-    from lib.commands.gguf.command import mmproj_of
+    from lib.commands.gguf.__main__ import mmproj_of
 
     out, prompt, lines = models[1], "...", []
     for record in results["completions"][:1]:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lib.data.chats import Dialogue
@@ -33,7 +32,7 @@ from lib.data.templates import prompt_of
 from lib.data.windows import shuffle_stream
 from lib.model import pretrained
 from lib.model.access import Checkpoint, as_user_error
-from lib.run.completions import decode, ends_of, padded_left
+from lib.run.completions import continue_rows, decode, padded_left
 from lib.run.flags import POSITIVE
 from lib.util.command import make_parser, run
 from lib.util.errors import UserError
@@ -81,13 +80,18 @@ def main(argv: list[str]) -> None:
             if count >= args.count or time.monotonic() - began > 60 * args.minutes:
                 break
             batch = asked[start : start + args.batch_size]
-            answers = _answers(model, [ids for _, ids in batch], args.tokens, args.seed + count)
+            torch.manual_seed(args.seed + count)
+            prompts = padded_left([ids for _, ids in batch], model.device)
+            answers = continue_rows(model, *prompts, args.tokens)
             for (messages, _), answer in zip(batch, answers, strict=True):
-                text = "" if answer is None else decode(tokenizer, answer).strip()
-                reason = "do not end" if answer is None else "are empty" if not text else None
-                if not reason and script_of(text) not in (written, None):
+                text, reason = decode(tokenizer, answer).strip(), None
+                if len(answer) == args.tokens:
+                    reason = "do not end"
+                elif not text:
+                    reason = "are empty"
+                elif script_of(text) not in (written, None):
                     reason = "are in another script than the prompts"
-                tried.append(answer is not None)
+                tried.append(len(answer) < args.tokens)
                 left_out[reason] += 1
                 if not reason and count < args.count:
                     said = [*messages, {"role": "assistant", "content": text}]
@@ -120,21 +124,6 @@ def _prompts(
             if 0 < len(ids) <= limit and tuple(ids) not in seen:
                 seen.add(tuple(ids))
                 yield messages, ids
-
-
-def _answers(
-    model: nn.Module, prompts: Sequence[list[int]], tokens: int, seed: int
-) -> list[list[int] | None]:
-    """Return the tokens of each answer, without its end; None of one that does not end."""
-    torch.manual_seed(seed)
-    (ids, mask), ends = padded_left(prompts, model.device), ends_of(model)
-    options = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}
-    answers = model.generate(
-        input_ids=ids, attention_mask=mask.long(), max_new_tokens=tokens, **options
-    )
-    rows = answers[:, ids.shape[1] :].tolist()
-    lengths = [next((i for i, id in enumerate(row) if id in ends), None) for row in rows]
-    return [None if n is None else row[:n] for row, n in zip(rows, lengths, strict=True)]
 
 
 def _parser() -> argparse.ArgumentParser:

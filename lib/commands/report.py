@@ -279,7 +279,8 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = command.make_parser("report", __doc__, out=True)
+    parser = command.make_parser("report", __doc__)
+    parser.add_argument("--out", default="report", help="folder for the files (default: report)")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     args = parser.parse_args(argv)
     check_writable("--out", args.out)

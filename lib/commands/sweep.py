@@ -35,7 +35,6 @@ from lib.util import command
 from lib.util.errors import UserError
 from lib.util.files import check_writable
 
-EPILOG = "What follows -- goes to every run of main.py, such as: -- --nsamples 64 --device cpu"
 OWN_FLAGS = {  # of main.py, which the sweep sets
     *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
     *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
@@ -56,7 +55,8 @@ class Run(NamedTuple):
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = command.Parser("sweep", description=__doc__.split("\n")[0], epilog=EPILOG)
+    epilog = "What follows -- goes to every run of main.py, such as: -- --nsamples 64 --device cpu"
+    parser = command.make_parser("sweep", __doc__, epilog=epilog)
 
     def several(name: str, text: str, **options) -> None:
         parser.add_argument(f"--{name}", nargs="+", help=text, **options)
@@ -73,16 +73,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     several("seeds", "default: 0", type=int, default=[0])
     parser.add_argument("--save_models", action="store_true", help="keep every pruned model")
     parser.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
-    command.add_debug_flag(parser)
     return parser
-
-
-def sweep(argv: list[str], passed_on: Sequence[str]) -> list[Run]:
-    """Run the sweep that `argv` describes, report on it, and return its runs."""
-    args = build_sweep_parser().parse_args(argv)
-    runs = plan(args, passed_on)
-    run_all(runs, args.out)
-    return runs
 
 
 def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
@@ -205,7 +196,9 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
 
 
 def main(argv: list[str]) -> None:
-    sweep(*command.split_argv(argv))
+    argv, passed_on = command.split_argv(argv)
+    args = build_sweep_parser().parse_args(argv)
+    run_all(plan(args, passed_on), args.out)
 
 
 if __name__ == "__main__":

@@ -41,14 +41,14 @@ class Completions:
 
     def __init__(self, job: Job, runner: BlockRunner) -> None:
         self.job = job
-        self.texts: dict[str, list[str]] = {}  # {"dense" or "model": one text for each prompt}
-        self.prompts = [
-            (test.name, ids) for test in job.texts.tests for ids in test.prompts if job.args.prompts
-        ]
-        self.asked: list[tuple[str, str, list[int]]] = []  # test, its words, and its tokens
+        # of prompts and of questions: test, words, tokens
+        self.prompts: list[tuple[str, str, Tensor | list[int]]] = []
+        self.asked: list[tuple[str, str, Tensor | list[int]]] = []
+        self.texts: dict[str, list[str]] = {}  # {"dense" or "model": what follows on all of them}
         self.answered: dict[str, list[list[int]]] = {}
         limit = window_length(job.config, None)
         for test in job.texts.tests if job.args.prompts else ():
+            self.prompts += [(test.name, decode(job.tokenizer, ids), ids) for ids in test.prompts]
             for dialogue in test.dialogues:
                 ids = prompt_of(job.tokenizer, dialogue.prompt)
                 if 0 < len(ids) < limit - NEW_TOKENS:
@@ -61,17 +61,19 @@ class Completions:
     def generate(self, name: str, model: nn.Module) -> None:
         """Continue every prompt by `model`; `name`: `dense`, or `model` for the pruned one."""
         prompts, asked = ([ids for *_, ids in each] for each in (self.prompts, self.asked))
+        length, tokenizer = max(map(len, prompts), default=0), self.job.tokenizer
+        tokens = min(NEW_TOKENS, window_length(self.job.config, None) - length)
         try:
             with self.job.timed("completions"):
-                length = max(map(len, prompts), default=0)
-                tokens = min(NEW_TOKENS, window_length(self.job.config, None) - length)
                 new_ids = self._continued(model, prompts, tokens)
-                self.answered[name] = self._continued(model, asked, self.limit)
+                answers = self._continued(model, asked, self.limit)
         except Exception as error:  # raised by any model's own code; the pruned model must be saved
             self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
-        else:
-            pairs = zip((ids.tolist() for ids in prompts), new_ids, strict=True)
-            self.texts[name] = [decode_completion(self.job.tokenizer, *pair) for pair in pairs]
+            return
+        pairs = zip((ids.tolist() for ids in prompts), new_ids, strict=True)
+        self.texts[name] = [decode_completion(tokenizer, *pair) for pair in pairs]
+        self.texts[name] += [decode(tokenizer, ids) for ids in answers]
+        self.answered[name] = answers
 
     def _continued(
         self, model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
@@ -81,8 +83,8 @@ class Completions:
         longest = max(map(len, prompts), default=0)
         step = max(1, job.batch_size * job.seqlen // (longest + tokens))
         for start in range(0, len(prompts), step):
-            ids, mask = padded_left(prompts[start : start + step], job.device)
-            new_ids += continue_greedily(model, ids, tokens, mask)
+            batch = padded_left(prompts[start : start + step], job.device)
+            new_ids += continue_greedily(model, *batch, tokens)
         return new_ids
 
     def answers(self) -> list[dict[str, Any]]:
@@ -100,10 +102,10 @@ class Completions:
             record = {"test": test.name, "prompts": len(places), "limit": self.limit}
             for name, answers in self.answered.items():
                 own = [answers[place] for place in places]
-                texts = [decode(job.tokenizer, ids) for ids in own]
+                texts = self.texts[name][len(self.prompts) :]
                 record[name] = {
                     "ended": sum(len(ids) < self.limit for ids in own),
-                    "in_language": sum(is_in(written, known, text) for text in texts),
+                    "in_language": sum(is_in(written, known, texts[place]) for place in places),
                     "tokens": sum(map(len, own)) / len(own),
                 }
             records.append(record)
@@ -111,14 +113,11 @@ class Completions:
 
     def records(self) -> list[dict[str, str]]:
         """Return one record for each prompt: `test`, `prompt`, and each model's completion."""
+        shown = [*self.prompts, *self.asked[: self.job.args.prompts]]
         return [
-            {"test": test, "prompt": decode(self.job.tokenizer, ids)}
-            | {name: texts[index] for name, texts in self.texts.items()}
-            for index, (test, ids) in enumerate(self.prompts)
-        ] + [
             {"test": test, "prompt": prompt}
-            | {name: decode(self.job.tokenizer, ids[index]) for name, ids in self.answered.items()}
-            for index, (test, prompt, _) in enumerate(self.asked[: self.job.args.prompts])
+            | {name: texts[index] for name, texts in self.texts.items()}
+            for index, (test, prompt, _) in enumerate(shown)
         ]
 
     def _skip(self, reason: str) -> None:
@@ -135,34 +134,31 @@ def padded_left(
     return ids.clamp(min=0), ids >= 0
 
 
-def ends_of(model: nn.Module) -> list[int]:
-    """Return the tokens that the model's generation settings stop at."""
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+def continue_rows(model: nn.Module, ids: Tensor, mask: Tensor, tokens: int) -> list[list[int]]:
+    """Return what continues each row of `ids` (n, tokens) in `mask`, as the model's settings say.
 
-
-def continue_greedily(
-    model: nn.Module, ids: Tensor, tokens: int, mask: Tensor | None = None
-) -> list[list[int]]:
-    """Return up to `tokens` ids that continue each row of `ids` (n, tokens), in `mask`, greedily.
-
-    The model's own generation settings (penalties, temperature) do not apply.
+    These are up to `tokens` ids, and fewer where the text has come to its end, which is left out.
     """
-    settings, ends = model.generation_config, ends_of(model)
-    model.generation_config = GenerationConfig()
-    try:
-        options = {"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=(torch.ones_like(ids) if mask is None else mask.long()),
-            max_new_tokens=tokens,
-            do_sample=False,
-            **options,
-        )
-    finally:
-        model.generation_config = settings
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        max_new_tokens=tokens,
+        **({"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}),
+    )
     rows = output[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, id in enumerate(row) if id in ends), None)] for row in rows]
+
+
+def continue_greedily(model: nn.Module, ids: Tensor, mask: Tensor, tokens: int) -> list[list[int]]:
+    """Do as `continue_rows`, but greedily: settings such as penalties do not apply."""
+    settings = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id, do_sample=False)
+    try:
+        return continue_rows(model, ids, mask, tokens)
+    finally:
+        model.generation_config = settings
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:

@@ -25,7 +25,6 @@ from lib.run.job import Job
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
-CHUNK = 2**24  # bytes read at a time
 SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # of tokenizer and generation
 SETTINGS_BYTES = 2**26  # read of one, more than any tokenizer has; a log beside it may be endless
 CALIBRATION = "seed", "nsamples"
@@ -109,11 +108,8 @@ def _weights(name: str, config: Any) -> str:
 
 
 def _file_digest(file: Path) -> bytes:
-    hasher = hashlib.sha256()
     with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            hasher.update(chunk)
-    return hasher.digest()
+        return hashlib.file_digest(opened, "sha256").digest()
 
 
 def _settings(name: str, config: Any, patterns: Iterable[str]) -> str:

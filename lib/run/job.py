@@ -25,6 +25,7 @@ from lib.model.mlp import MlpLayout
 from lib.model.run_folder import RunFolder
 from lib.recover import TrainSchedule
 from lib.run.plan import Plan
+from lib.util.progress import progress
 from lib.vocabulary import TrimmedVocabulary
 
 
@@ -83,10 +84,14 @@ class Job:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @contextmanager
-    def timed(self, step: str) -> Iterator[None]:
-        """Inside, wall time counts as that of `step`."""
+    def timed(self, step: str, what: str = "", total: int = 0, unit: str = "block") -> Iterator:
+        """Inside, wall time counts as that of `step`; yields what advances a bar, where it has one.
+
+        The bar is named `what`, and is full after `total` units.
+        """
         start = time.perf_counter()
-        yield
+        with progress(total, what, unit, bool(what) and self.dist.is_main) as on_progress:
+            yield on_progress
         total = self.seconds.get(step, 0) + time.perf_counter() - start
         self.seconds[step] = round(total, 3)
 

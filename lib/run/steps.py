@@ -43,7 +43,6 @@ from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.sparse import check_same_outputs, pack_, relative_difference
 from lib.util.host import gib
-from lib.util.progress import progress
 from lib.vocabulary import PROOF_TOKENS
 
 __all__ = ["close_store", "load", "load_teacher", "resolve_bos", "save"]  # steps of main.run too
@@ -78,7 +77,7 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
     windows = sum(len(local_windows(len(each), dist)) for each in sets)
 
     def compute():
-        with job.timed("dense"), progress(windows, "dense", "window", dist.is_main) as bar:
+        with job.timed("dense", "dense", windows, "window") as bar:
             return dense_states(dense, sets, bar)
 
     shares = job.shared and dist.size == 1
@@ -101,8 +100,7 @@ def prune(job: Job, runner: BlockRunner) -> Reached:
         pruner = Pruner(runner, method, allocation)
         if not plan.variant:  # which only comes near the ratio
             sparsity = allocation.sparsity
-    shown = progress(len(runner.blocks), "pruning", "block", job.dist.is_main)
-    with job.timed("prune"), shown as bar:
+    with job.timed("prune", "pruning", len(runner.blocks)) as bar:
         pruned, reached = prune_blocks(pruner, job.texts.windows, sparsity, bar)
     job.print(*pruned.summary())
     job.results |= {"notes": pruned.summary()[1:], "sparsity": reached.measured.shares()}
@@ -121,11 +119,7 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
         return uniform(runner, job.plan.sparsity)
     allocation = kept_allocation(runner)
     if allocation is None:
-        passes = 2 * len(runner.blocks)
-        with (
-            job.timed("allocate"),
-            progress(passes, "measuring errors", "block", job.dist.is_main) as bar,
-        ):
+        with job.timed("allocate", "measuring errors", 2 * len(runner.blocks)) as bar:
             windows, ratio = job.texts.windows, args.sparsity_ratio
             allocation = by_error(runner, windows, ratio, seed=args.seed, on_progress=bar)
         keep_allocation(runner, allocation)
@@ -137,13 +131,11 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
 
 def quantize(job: Job, runner: BlockRunner, reached: Reached) -> Starts:
     """Round linears on calibration text; return from where they are trained, if they are."""
-    plan, blocks = job.plan, len(runner.blocks)
-    masters = None
+    plan, masters = job.plan, None
     if plan.tokens:  # updates of a low rank leave no memory for float32 masters
         masters = runner.save_dtype if job.schedule.rank else torch.float32
     quantizer = Quantizer(runner, FORMATS[plan.format], masters)
-    shown = progress(blocks, "rounding", "block", job.dist.is_main)
-    with job.timed("quantize"), shown as bar:
+    with job.timed("quantize", "rounding", len(runner.blocks)) as bar:
         quantizer.run(job.texts.windows, bar)
     job.print(*quantizer.summary())
     job.results["notes"] = job.results.get("notes", []) + quantizer.summary()[1:]
@@ -162,8 +154,7 @@ def recover(
     """Train the kept weights, check that every zero is still zero, and return their scales."""
     plan, schedule, text = job.plan, job.schedule, job.texts.training
     tests = job.texts.tests if plan.method or plan.teacher or starts else []
-    shown = progress(1 + len(tests), "measuring before", "text", job.dist.is_main)
-    with job.timed("measure before"), shown as bar:
+    with job.timed("measure before", "measuring before", 1 + len(tests), "text") as bar:
         held_out = perplexity(teacher, text.held_out)
         bar(1)
         windows = [test.windows for test in tests]
@@ -174,7 +165,7 @@ def recover(
     recoverer = Recoverer(runner, teacher, schedule, text, whole=whole, starts=starts)
     tokens = schedule.steps * schedule.windows * schedule.seqlen
     job.print(*recoverer.summary())
-    with job.timed("recover"), progress(tokens, "recovering", "token", job.dist.is_main) as bar:
+    with job.timed("recover", "recovering", tokens, "token") as bar:
         recoverer.run(bar)
     job.print(recoverer.line())
     job.results["sparsity"] = reached.measure(runner).shares()
@@ -223,7 +214,7 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
     """Measure perplexity and the divergence from the dense model on every test set, in one pass."""
     tests, dist = job.texts.tests, job.dist
     windows = sum(len(range(len(test.windows))[dist.share(len(test.windows))]) for test in tests)
-    with job.timed("eval"), progress(windows, "perplexity", "window", dist.is_main) as bar:
+    with job.timed("eval", "perplexity", windows, "window") as bar:
         figures = perplexities(runner, [test.windows for test in tests], bar, reference)
     records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]
     job.results["evaluation"] = records

@@ -64,14 +64,9 @@ def add_debug_flag(parser: argparse.ArgumentParser) -> argparse.Action:
     )
 
 
-def make_parser(name: str, about: str | None, out: bool = False) -> argparse.ArgumentParser:
-    """Return the parser of a command, with `--debug`; `about` is its module's docstring.
-
-    `out`: with `--out` for a folder of files, by default of the command's name.
-    """
-    parser = Parser(name, description=about.split("\n")[0])
-    if out:
-        parser.add_argument("--out", default=name, help=f"folder for the files (default: {name})")
+def make_parser(name: str, about: str, **options: str) -> argparse.ArgumentParser:
+    """Return the parser of a command, with `--debug`; `about` is its module's docstring."""
+    parser = Parser(name, description=about.split("\n")[0], **options)
     add_debug_flag(parser)
     return parser
 

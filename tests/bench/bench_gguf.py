@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from lib.commands.gguf.command import main as convert  # noqa: E402
+from lib.commands.gguf.__main__ import main as convert  # noqa: E402
 from lib.commands.gguf.llama_cpp import DIRECT, start  # noqa: E402
 from lib.data.documents import read_documents  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402

@@ -58,8 +58,8 @@ def test_what_is_left_out_is_counted(capsys, monkeypatch) -> None:
     texts = [f"the old river {number}" for number in range(60)]
     tiny.write_texts("texts", texts, 1)  # passages of plain text
     encode = tiny.tiny_tokenizer(add_bos=False).encode
-    answers = [encode("a quiet town"), encode("ріка"), None, []]
-    monkeypatch.setattr(dialogues, "_answers", lambda *_: answers)
+    answers = [encode("a quiet town"), encode("ріка"), 24 * [5], []]
+    monkeypatch.setattr(dialogues, "continue_rows", lambda *_: answers)
     assert run(dialogues.main, [*BASE, "--data", "texts", "--batch_size", "4", *FLAGS]) == 0
     left_out = "12 that are in another script than the prompts, 12 that do not end, 12 that are"
     assert f"a.jsonl: 12 dialogues; left out: {left_out} empty" in capsys.readouterr().out
@@ -69,6 +69,6 @@ def test_what_is_left_out_is_counted(capsys, monkeypatch) -> None:
 
 def test_no_chat_model(capsys, monkeypatch) -> None:
     tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
-    monkeypatch.setattr(dialogues, "_answers", lambda model, batch, *_: [None] * len(batch))
+    monkeypatch.setattr(dialogues, "continue_rows", lambda model, ids, *_: len(ids) * [24 * [5]])
     assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
     assert "of 8 answers 0 end within 24 tokens" in capsys.readouterr().err

@@ -45,7 +45,8 @@ def runs() -> Iterator[ProcessPoolExecutor]:
 @pytest.fixture
 def quickly(runs: ProcessPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The converter and the reader run here, where torch is imported already."""
-    from lib.commands.gguf import command, llama_cpp, proof
+    from lib.commands.gguf import __main__ as command
+    from lib.commands.gguf import llama_cpp, proof
 
     def here(what: str, function: Callable, size: float = 0, **arguments: object) -> object:
         try:

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import whole
 
-from lib.commands.gguf.command import main
+from lib.commands.gguf.__main__ import main
 from lib.commands.gguf.source import ModelFolder
 from lib.util.errors import UserError
 

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from support import QUICK, content, succeed, weights
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lib.commands.gguf import command, llama_cpp, proof
-from lib.commands.gguf.command import main
+from lib.commands.gguf import __main__ as command
+from lib.commands.gguf import llama_cpp, proof
+from lib.commands.gguf.__main__ import main
 from lib.commands.gguf.proof import letter_of, prove_predictions, prove_tensors, prove_tokens
 from lib.commands.gguf.source import open_folder
 from lib.data.tokenizer_model import FILE, check_of

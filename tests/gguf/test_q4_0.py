@@ -12,7 +12,7 @@ from support import QUICK, results, runner_of, succeed, windows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lib.commands.gguf.command import main
+from lib.commands.gguf.__main__ import main
 from lib.model.blocks import BlockRunner
 from lib.packed.formats import Q4_0
 from lib.pruning.quantize import Quantizer, check_quantized

@@ -13,7 +13,7 @@ import tiny
 import whole
 
 from lib.commands.gguf import llama_cpp
-from lib.commands.gguf.command import main, put_in_place
+from lib.commands.gguf.__main__ import main, put_in_place
 from lib.commands.gguf.source import named_by_parts
 from lib.util.errors import UserError
 

