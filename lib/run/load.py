@@ -10,10 +10,10 @@ from __future__ import annotations
 import shutil
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,9 +39,9 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     `folder` is the run's own, in the main rank, where blocks are kept.
     """
     keep_freed_memory()
-    args, plan = job.args, plan_memory(job)
+    args, (fetched, options) = job.args, plan_memory(job)
     where, converted, blocks_at = {"": job.device}, None, None
-    if plan.fetched:
+    if fetched:
         where = device_map(job.skeleton, job.blocks_name, job.device)
         if job.dist.is_local_main:
             blocks_at = _block_folder(job, cleanup, folder)
@@ -62,18 +62,11 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
         with pretrained.cast(model, save_dtype):
             pass  # it is measured as it will be saved; blocks in files are cast when fetched
     store = BlockStore
-    if plan.fetched:
+    if fetched:
         on_disk, narrow = bool(args.offload), job.plan.narrows
         store = partial(FileBlockStore, folder=blocks_at, on_disk=on_disk, narrow=narrow)
     finished = folder if job.plan.changes else None
     weights = store(model, job.device, save_dtype=save_dtype, finished=finished, dist=job.dist)
-    options = dict(
-        dist=job.dist,
-        batch_size=job.batch_size,
-        state_device=plan.state_device,
-        cache_inputs=plan.cache_inputs,
-        checkpointed=plan.checkpointed,
-    )
     runner = BlockRunner(model, job.device, weights, **options)
     if weights.resident:  # otherwise every block is checked when it is fetched
         runner.check_finite()
@@ -88,18 +81,8 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     return runner
 
 
-@dataclass(frozen=True)
-class MemoryPlan:
-    """What is kept where."""
-
-    fetched: bool  # blocks come to the device one at a time
-    state_device: torch.device  # holds hidden states between two blocks
-    cache_inputs: bool  # of the linears of a block; saves passes through it
-    checkpointed: bool  # activations are computed again in training
-
-
-def plan_memory(job: Job) -> MemoryPlan:
-    """Decide where blocks and hidden states are kept, and print one line on it."""
+def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
+    """Decide whether blocks are fetched, and other options of a `BlockRunner`; print a line."""
     args, dist, config = job.args, job.dist, job.config
     blocks = job.skeleton.get_submodule(job.blocks_name)
     dtype = pretrained.pick_dtype(args.dtype, config, job.device)
@@ -143,8 +126,9 @@ def plan_memory(job: Job) -> MemoryPlan:
         + f"hidden states {gib(hidden)}{where}, of {gib(free)} free"
         + "; activations are computed again in training" * checkpointed
     )
-    return MemoryPlan(
-        fetched=fetched,
+    return fetched, dict(
+        dist=dist,
+        batch_size=job.batch_size,
         state_device=job.device if on_device else torch.device("cpu"),
         cache_inputs=left - hidden > CACHED * hidden,
         checkpointed=checkpointed,

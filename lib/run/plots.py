@@ -1,7 +1,7 @@
 """All pictures, in one style; matplotlib is imported only where something is drawn.
 
-The colours of lines are Okabe and Ito's, those of heat maps matplotlib's `cividis` and `PuOr_r`:
-both are told apart by the colour-blind. The tables are those of lib/commands/report.py.
+The colours of lines are Okabe and Ito's, those of heat maps matplotlib's `cividis`: both are told
+apart by the colour-blind. The tables are those of lib/commands/report.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from numpy import ndenumerate
 
 from lib.methods.sparsity import SMALLER
 from lib.run.results import NONE
@@ -82,19 +84,20 @@ def _log_ticks(axis: Axis) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def _heat_map(axes: Any, cells: DataFrame, form: str, size: float, **options: Any) -> Any:
-    """Draw a table with its figures in format `form`; nan stays blank. `options` are imshow's."""
-    image = axes.imshow(cells.to_numpy(float), aspect="auto", **{"cmap": "cividis"} | options)
+def _heat_map(axes: Any, cells: DataFrame, norm: Any) -> Any:
+    """Draw a table with its figures; nan stays blank."""
+    values = cells.to_numpy(float)
+    image = axes.imshow(values, aspect="auto", cmap="cividis", norm=norm)
     slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     long = max(len(str(name)) for name in cells.columns) > 4
     axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
     axes.set_yticks(range(cells.shape[0]), cells.index)
-    for row, line in enumerate(cells.to_numpy(float)) if cells.size <= MOST_FIGURES else ():
-        for column, value in enumerate(line):
-            if math.isfinite(value):
-                dark = sum(image.cmap(image.norm(value))[:3]) < 1.35
-                look = {"color": "white" if dark else "black", "fontsize": size}
-                axes.text(column, row, format(value, form), ha="center", va="center", **look)
+    form, size = "+.2f" if cells.max(axis=None) >= 0.1 else "+.3f", 7.5 if len(values.T) > 6 else 9
+    for (row, column), value in ndenumerate(values) if cells.size <= MOST_FIGURES else ():
+        if math.isfinite(value):
+            dark = sum(image.cmap(norm(value))[:3]) < 1.35
+            look = {"color": "white" if dark else "black", "fontsize": size}
+            axes.text(column, row, format(value, form), ha="center", va="center", **look)
     axes.grid(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -145,8 +148,7 @@ def cross_language(table: DataFrame) -> Figure | None:
         cells = cells.reindex(index=[*labels, *["no text"] * (len(plain) > 0)], columns=tests)
         cells = cells.dropna(how="all")
         cells.index = [n if len(n) < 25 else f"{n.count('+') + 1} mixed" for n in cells.index]
-        form = "+.2f" if cells.max(axis=None) >= 0.1 else "+.3f"
-        image = _heat_map(axes, cells, form, 7.5 if len(tests) > 6 else 9, norm=norm)
+        image = _heat_map(axes, cells, norm)
         axes.set(title=f"{method} {kind}", ylabel="calibrated on", xlabel="measured on")
     bar = figure.colorbar(image, ax=panels, aspect=40, label="bits per byte over dense (log scale)")
     _log_ticks(bar.ax.yaxis)
