@@ -144,16 +144,12 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     job = Job(
         args=args,
         plan=plan,
-        sources=[],
-        vocabulary_sources=[],
-        tests=[],
         device=device,
         dist=dist,
         checkpoint=checkpoint,
         config=config,
         tokenizer=pretrained.load_tokenizer(checkpoint),
         seqlen=pretrained.window_length(config, args.seqlen, longest),
-        batch_size=0,  # the texts decide how long windows are
         skeleton=skeleton,
         blocks_name=blocks_name,
     )

@@ -46,18 +46,18 @@ class Job:
 
     args: argparse.Namespace
     plan: Plan
-    sources: list[Source]  # of the calibration
-    vocabulary_sources: list[Source]  # whose tokens are kept; none if nothing is trimmed
-    tests: list[Source]
     device: device
     dist: DistContext
     checkpoint: Checkpoint
     config: Any
     tokenizer: Any  # the trimmed one, if the vocabulary is trimmed
     seqlen: int
-    batch_size: int
     skeleton: nn.Module  # the model without weights
     blocks_name: str
+    sources: list[Source] = field(default_factory=list)  # of the calibration
+    vocabulary_sources: list[Source] = field(default_factory=list)  # whose tokens are kept
+    tests: list[Source] = field(default_factory=list)
+    batch_size: int = 1
     layout: MlpLayout | ExpertLayout | None = None  # of neurons or experts, which are removed
     left: int | None = None  # of these, in each block
     vocabulary: TrimmedVocabulary | None = None

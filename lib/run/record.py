@@ -20,6 +20,7 @@ from lib.run.fingerprint import versions
 from lib.run.job import Job
 from lib.run.results import RESULTS, read_results
 from lib.util.command import one_line
+from lib.util.errors import UserError
 from lib.util.files import move_aside, write_text
 from lib.util.host import gib, peak_memory
 from lib.vocabulary import NOTE, vocabulary_record
@@ -111,11 +112,10 @@ def write_log(folder: Path, results: dict[str, Any]) -> None:
 def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Move the results of another run in the folder aside."""
     try:
-        before = read_results(folder)["fingerprint"]
-        same = all(before[name] == fingerprint[name] for name in ("pruning", "measuring"))
-    except (OSError, ValueError, LookupError, TypeError):
-        same = False
-    if not same:
+        before = read_results(folder).get("fingerprint")
+    except UserError:  # there are none
+        before = None
+    if before != fingerprint:
         logs = (f for f in folder.glob("log_*.txt") if "." not in f.stem)  # the others were moved
         logs = [f for f in logs if f.read_bytes().startswith(b"method\t")]
         for file in [folder / RESULTS, *logs, folder / "recovery.png"]:
