@@ -1,6 +1,6 @@
 """What many tests need: main.py as a user calls it, models pruned, windows, folders read.
 
-`call` runs main.py in this process; `start` and `ended` are for processes of their own.
+`call` runs main.py in this process; `start`, `python` and `ended` are for processes of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -69,12 +68,12 @@ class Done:
         return [line for line in said if line.strip() and not PROGRESS.search(line)]
 
 
-def call(*argv: object) -> Done:
+def call(*argv: object, program: Callable = main.main) -> Done:
     """Run main.py's main in this process, with its error handling and exit status."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            status = command.run(main.main, [str(part) for part in argv])
+            status = command.run(program, [str(part) for part in argv])
         except SystemExit as left:  # argparse
             status = left.code
     return Done(status, out.getvalue(), err.getvalue())
@@ -146,17 +145,22 @@ def full_disk(what: str, number: int = 0, size: int = 10_000) -> Iterator[None]:
         yield
 
 
-def start(code: list[str], folder: Path, **environment: str) -> subprocess.Popen:
-    """Start `python CODE...` from the root, with one thread and caches in `folder`."""
+def start(command: list[object], folder: Path, **environment: str) -> subprocess.Popen:
+    """Start a command in `folder`, with one thread and its caches there."""
+    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
     return subprocess.Popen(
-        [sys.executable, *code],
+        [str(part) for part in command],
         cwd=folder,
-        env=_environment(folder) | {"PYTHONPATH": str(ROOT)} | environment,
+        env=os.environ | settings | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_hear_ctrl_c,
     )
+
+
+def python(code: str, *argv: object, folder: Path) -> subprocess.Popen:
+    """Start `python -c CODE ARGV...`, which finds this package."""
+    return start([sys.executable, "-c", code, *argv], folder, PYTHONPATH=str(ROOT))
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -172,16 +176,6 @@ def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    settings = dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", XDG_CACHE_HOME=str(folder))
-    return os.environ | settings
-
-
-def _hear_ctrl_c() -> None:
-    """Whoever runs the tests in the background has made them, and their children, deaf to it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def ended(process: subprocess.Popen) -> Done:
     """Wait for the end of a process."""
     out, err = process.communicate(timeout=LIMIT)
@@ -190,20 +184,13 @@ def ended(process: subprocess.Popen) -> Done:
 
 def launch(argv: list[object], folder: Path, **environment: str) -> Done:
     """Run `bash launch.sh ARGV...` from `folder`, to its end."""
-    process = subprocess.Popen(
-        ["bash", str(ROOT / "launch.sh"), *map(str, argv)],
-        cwd=folder,
-        env=_environment(folder) | {"PYTHON": sys.executable} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    return ended(process)
+    own = {"PYTHON": sys.executable} | environment
+    return ended(start(["bash", ROOT / "launch.sh", *argv], folder, **own))
 
 
-def launched(argv: list[object], folder: Path, *more: object, **environment: str) -> str:
+def launched(argv: list[object], folder: Path, **environment: str) -> str:
     """What a command of launch.sh that succeeds writes to stdout."""
-    done = launch([*argv, *more], folder, **environment)
+    done = launch(argv, folder, **environment)
     assert done.status == 0, done.err
     return done.out
 

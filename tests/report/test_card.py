@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from huggingface_hub import ModelCard
 from made_up import results
-from support import QUICK, call
 
 from lib.run.card import gguf_card, model_card
 from lib.run.record import beside_dense
@@ -170,14 +168,3 @@ def test_names_in_a_card_are_plain_words() -> None:
     command, _, after = after.partition("\n```\n")
     assert "\n" not in command and after.count("```") == 2
     assert "<img" not in before + after and "[a]" not in before + after and "\u200b" not in text
-
-
-def test_a_run_writes_a_card_that_the_hub_reads(tmp_path: Path) -> None:
-    model, texts = tiny.write_model(tmp_path / "model"), tiny.write_texts(tmp_path / "uk")
-    flags = ["--prune_method", "wanda", "--calibration_data", texts, "--save_model", "small"]
-    done = call("--model", model, *QUICK, *flags)
-    assert done.status == 0, done.err
-    card = ModelCard.load("small/README.md")
-    assert card.data.tags == ["langprune", "pruned", "wanda"]
-    assert "--calibration_data uk" in card.text and str(tmp_path) not in card.content
-    assert "| uk, perplexity" in card.text

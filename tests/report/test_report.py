@@ -11,14 +11,12 @@ from pathlib import Path
 
 import pytest
 from made_up import LANGUAGES, results, write_run
-from support import content
+from support import call, content
 
 from lib.commands.report import completions, load_runs, main, report_text, tables, write_report
 from lib.run import plots
 from lib.run.results import read_results, write_results
-from lib.util import command
 from lib.util.command import one_line
-from lib.util.errors import UserError
 from lib.util.markdown import escape
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -221,26 +219,22 @@ def test_the_command(sweep: Path, capsys: pytest.CaptureFixture, monkeypatch) ->
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        (None, "no such folder"),
         ("{", "not valid JSON"),
         ("[]", "not a run's results"),
         ("{}", "lacks model"),
-        (None, "holds no results.json"),
+        ("", "holds no results.json"),
+        ("{}", "--out report: is a file"),
     ],
 )
-def test_bad_files_are_one_line(tmp_path: Path, capsys, text: str | None, words: str) -> None:
+def test_bad_paths_and_files_are_one_line(text: str | None, words: str) -> None:
     if text is not None:
-        (tmp_path / "results.json").write_text(text)
-    assert command.run(main, [str(tmp_path)]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and words in err
-
-
-def test_bad_paths(sweep: Path) -> None:
-    Path("file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        main([str(sweep), "--out", "file"])
-    with pytest.raises(UserError, match="no such folder"):
-        main(["nowhere"])
+        Path("run").mkdir()
+        Path("run", "results.json" if text else "other.json").write_text(text or "{}")
+    if "--out" in words:
+        Path("report").touch()
+    done = call("run", program=main)
+    assert done.status == 1 and len(done.complaints) == 1 and words in done.complaints[0]
 
 
 def test_results_are_json_whatever_was_measured(tmp_path: Path) -> None:

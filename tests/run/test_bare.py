@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import QUICK, ROOT, content, ended, results, start
+from support import QUICK, ROOT, content, ended, python, results
 
 MISSING = "datasets,pyarrow,pandas,bitsandbytes,matplotlib,sentencepiece,langcodes,ninja,lm_eval"
 # runs a program where the modules named in argv[1] are not to be found
@@ -26,7 +26,7 @@ def test_prunes_recovers_and_saves(tmp_path: Path) -> None:
     tiny.write_texts("uk")
     argv = ["--prune_method", "sparsegpt", "--calibration_data", "uk", "--save_model", "saved"]
     argv += ["--model", "llama", *QUICK, "--recover", "64", "--save", "out"]
-    done = ended(start(["-c", BARE, MISSING, str(ROOT / "main.py"), *argv], tmp_path))
+    done = ended(python(BARE, MISSING, ROOT / "main.py", *argv, folder=tmp_path))
     assert done.status == 0, done.err
     assert not Path("out/recovery.png").exists() and "matplotlib" in done.err
     assert results()["versions"]["torch"] and "model.safetensors" in content("saved")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
+import processes
 import pytest
 import tiny
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
-from support import QUICK, Done, call, ended, results, start, succeed, weights
+from support import QUICK, Done, call, ended, python, results, succeed, weights
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,6 +131,9 @@ def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
     assert before.keys() == after.keys()
     for name in before.keys() - masks.keys():
         assert torch.equal(before[name], after[name]), name
+    card = ModelCard.load("new/README.md")
+    assert card.data.tags == ["langprune", "pruned", method] and "| uk, perplexity" in card.text
+    assert "--calibration_data uk" in card.text and str(uk.parent) not in card.content
     if method in ("wanda", "magnitude"):  # which only drop
         for name, mask in masks.items():
             assert torch.equal(before[name].masked_fill(mask, 0), after[name]), name
@@ -184,16 +189,6 @@ def test_quantized_models(bits: str, trained: Path, uk: Path) -> None:
     assert small["perplexity"]["uk"] != dense["perplexity"]["uk"]
     assert small["footprint"]["after"] < dense["footprint"]["after"]
     assert done.complaints == []
-
-
-def test_another_seed_draws_other_windows(model: Path, uk: Path) -> None:
-    found = []
-    for seed in (0, 1):
-        run(model, "--prune_method", "wanda", "--calibration_data", uk, "--seed", seed)
-        found.append(results())
-    one, other = found
-    assert one["calibration"]["digest"] != other["calibration"]["digest"]
-    assert one["perplexity"] != other["perplexity"] and other["seed"] == 1
 
 
 def test_dtypes(trained: Path, uk: Path, tmp_path: Path) -> None:
@@ -278,6 +273,27 @@ def test_bos_is_put_before_windows_where_the_model_needs_it(
     assert results("needs-auto")["bos"] == 0 and results("needs-never")["bos"] is None
 
 
+def test_a_run_that_is_continued_decides_as_it_did(
+    needs_bos: Path, uk: Path, tmp_path: Path
+) -> None:
+    """Though on another test text it would not; no two blocks see different windows."""
+    letters = "".join(random.Random(1).choices("qzxwvjkбгґщьюя#%&@!", k=4000))
+    noise = tiny.write_texts(tmp_path / "noise", test=[letters])
+
+    def flags(name: str, test: Path) -> list:
+        argv = ["--model", needs_bos, "--prune_method", "wanda", "--calibration_data", uk, *QUICK]
+        argv += ["--eval_data", test, "--resume", tmp_path / f"{name}-kept"]
+        return [*argv, "--save_model", tmp_path / f"{name}-m", "--save", tmp_path / f"{name}-out"]
+
+    assert processes.run(flags("resumed", noise), tmp_path, "pruning 1:SIGKILL").status < 0
+    for name, test in (("resumed", uk), ("noise", noise), ("uk", uk)):
+        succeed(*flags(name, test))
+    begun = {name: results(tmp_path / f"{name}-out")["bos"] for name in ("resumed", "noise", "uk")}
+    assert begun == {"resumed": None, "noise": None, "uk": 0}
+    whole, resumed = weights(tmp_path / "noise-m"), weights(tmp_path / "resumed-m")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items())
+
+
 def test_with_a_teacher_it_is_the_dense_model_that_needs_bos(needs_bos: Path, uk: Path) -> None:
     pruned = AutoModelForCausalLM.from_pretrained(needs_bos, dtype=torch.float32)
     embedding = pruned.get_input_embeddings().weight.data
@@ -290,9 +306,7 @@ def test_with_a_teacher_it_is_the_dense_model_that_needs_bos(needs_bos: Path, uk
 
 def test_a_run_without_seqlen_takes_the_models_window_up_to_4096(trained: Path, uk: Path) -> None:
     for limit, window in ((131_072, 4096), (4096, 4096), (2048, 2048)):
-        config = SimpleNamespace(max_position_embeddings=limit)
-        config.get_text_config = lambda config=config, **_: config
-        assert window_length(config, None) == window
+        assert window_length(tiny.tiny_llama(max_position_embeddings=limit).config, None) == window
     given = ["--device", "cpu", "--eval_only", "--eval_data", uk, "--save", "out"]
     succeed("--model", trained, *given)
     assert results()["evaluation"][0]["seqlen"] == 128  # max_position_embeddings of tiny models
@@ -370,7 +384,7 @@ def test_help_and_mistakes_import_nothing_heavy(argv: str, said: str, tmp_path: 
         "except SystemExit: pass\n"
         "print('imported:', *sys.modules)"
     )
-    done = ended(start(["-c", code, argv], tmp_path))
+    done = ended(python(code, argv, folder=tmp_path))
     assert said in done.out + done.err, done.err
     _, imported = done.out.split("imported:")
     heavy = {"torch", "transformers", "numpy", "datasets", "huggingface_hub", "matplotlib"}
