@@ -17,9 +17,8 @@ from typing import Any
 from lib.data.chats import COLUMNS, Dialogue, row_of
 from lib.data.languages import codes_of
 from lib.data.sources import Source, text_of
-from lib.util.errors import UserError
+from lib.util.errors import UserError, hub_problem
 from lib.util.files import staged_folder
-from lib.util.hub import hub_problem
 from lib.util.progress import progress
 
 TEST_DOCUMENTS = 1_100  # the first documents of a large set, which are its test text

@@ -21,8 +21,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 
 from lib.packed.errors import PackedError
-from lib.util.errors import UserError, first_line
-from lib.util.hub import hub_problem
+from lib.util.errors import UserError, first_line, hub_problem
 
 TIMEOUT = 10.0  # seconds for the hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -1,4 +1,4 @@
-"""The exception that a user sees as a single line, and a warning about the run as a whole."""
+"""The exception that a user sees as a single line, and what other errors are in such a line."""
 
 
 class UserError(ValueError):
@@ -17,3 +17,33 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message without final punctuation, or its class."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".:, ")[:300]
+
+
+def hub_problem(error: Exception, kind: str) -> str | None:
+    """Return what the hub's client met, and the way out; None for an error that is not its own.
+
+    `kind` is what was looked for: `model` or `data set`.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
+
+    if isinstance(error, GatedRepoError):
+        return "its owners give access on request; accept their terms, then `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"no such {kind} on the hub, or it needs a login (`hf auth login`), and no local "
+            "folder or file of that name; check the name"
+        )
+    if isinstance(error, HfHubHTTPError):
+        return f"the hub refused: {first_line(error)}; try again later"
+    if isinstance(error, (HTTPError, ConnectionError, TimeoutError)):  # offline mode too
+        local = "folder" if kind == "model" else "file or folder of texts"
+        return (
+            f"the hub can't be reached ({first_line(error)}); check the network, or give a local "
+            f"{local}"
+        )
+    return None

@@ -10,8 +10,8 @@ import torch
 from support import content, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib.commands import demo, demo_model
-from lib.commands.demo_model import DemoTraining, train_model
+from lib.commands import demo
+from lib.commands.demo import DemoTraining, train_model
 from lib.util.errors import UserError
 
 TINY = DemoTraining(
@@ -68,6 +68,6 @@ def test_a_model_learns_and_is_kept(tmp_path: Path) -> None:
             loss = model(input_ids=windows, labels=windows).loss.item()
         assert loss < 0.9 * math.log(len(tokenizer))
     weights = (folder / "model.safetensors").read_bytes()
-    (folder / demo_model.SETTINGS).unlink()  # as an interruption leaves it
+    (folder / demo.SETTINGS).unlink()  # as an interruption leaves it
     assert train_model(folder, texts, TINY)
     assert (folder / "model.safetensors").read_bytes() == weights
