@@ -1,7 +1,6 @@
 """All pictures, in one style; matplotlib is imported only where something is drawn.
 
-The colours of lines are Okabe and Ito's, those of heat maps matplotlib's `cividis`: both are told
-apart by the colour-blind. The tables are those of lib/commands/report.py.
+Their colours are told apart by the colour-blind. The tables are those of lib/commands/report.py.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ STYLE = {
     "figure.constrained_layout.use": True,
     "grid.color": "#DDDDDD",
 }
-COLOURS = ("#0072B2", "#D55E00")
-DENSE_LINE = {"color": "#555555", "linestyle": "--", "linewidth": 1.2, "label": "dense"}
 PANELS_IN_A_ROW = 4
 WIDEST = 13.0  # inches
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
@@ -156,31 +153,16 @@ def cross_language(table: DataFrame) -> Figure | None:
 
 
 def recovery_curve(results: Mapping[str, Any]) -> Figure:
-    """Draw perplexity against tokens trained on: of training text held out, and of each test set.
-
-    Dense perplexities are dashed lines.
-    """
+    """Draw the perplexity of training text held out against tokens trained on; dense is dashed."""
     recovery = results["recovery"]
     curve = [(point["tokens"], point["perplexity"]) for point in recovery["curve"]]
-    drawn = [("training text, held out", curve, recovery["held_out"]["dense"])]
-    for test in results["evaluation"]:
-        name, dense = test["name"], test["dense"]["perplexity"]
-        after = test.get("compared_perplexity", test["perplexity"])
-        before = recovery["before"].get(name, {"perplexity": dense})["perplexity"]
-        points = [(0, before), (recovery["tokens"], after)]
-        drawn.append((f"measured on {name}", points, dense))
+    points = [(x, y) for x, y in curve if y is not None and math.isfinite(y)]
     title = f"{Path(results['model']).name}, {results['method']}: recovery by training"
-    figure, panels = _panels(title, len(drawn), min(len(drawn), PANELS_IN_A_ROW), 4.2, 3.8)
-    for index, (axes, (name, points, of_dense)) in enumerate(zip(panels, drawn, strict=True)):
-        points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-        look = {"color": COLOURS[index > 0], "marker": "o", "linestyle": ":" if index else "-"}
-        axes.plot([x for x, _ in points], [y for _, y in points], **look)
-        if points:
-            name += f"\n{points[0][1]:,.4g} → {points[-1][1]:,.4g}"
-        axes.axhline(of_dense, **DENSE_LINE)
-        axes.set(title=f"{name} (dense {of_dense:,.4g})", xlabel="tokens trained on", yscale="log")
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.locator_params("x", nbins=4)
-        _log_ticks(axes.yaxis)
-    panels[0].set_ylabel("perplexity per token (log scale)")
+    figure, (axes,) = _panels(title, 1, 1, 4.2, 3.8)
+    axes.plot(*zip(*points, strict=True), color="#0072B2", marker="o")
+    axes.axhline(recovery["held_out"]["dense"], color="#555555", linestyle="--", label="dense")
+    axes.set(xlabel="tokens trained on", yscale="log", ylabel="perplexity of text held out (log)")
+    axes.legend()
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    _log_ticks(axes.yaxis)
     return figure
