@@ -38,12 +38,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop() -> None:
-    if processes := sys.modules.get("processes"):  # some test wants them
-        processes.start_server()
-
-
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """On CI no test may be skipped for what .ci/run installs."""

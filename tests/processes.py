@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import socket
-import sys
 import tempfile
 import time
-from contextlib import suppress
-from multiprocessing import forkserver as server
-from multiprocessing import resource_tracker, util
 from multiprocessing.connection import wait
 from pathlib import Path
-from unittest import mock
 
 import torch.distributed as torch_dist
 import worker
@@ -114,30 +108,6 @@ def kept_port() -> socket.socket:
 
 def forkserver() -> multiprocessing.context.BaseContext:
     """What starts processes in which everything is imported."""
-    return multiprocessing.get_context("forkserver")
-
-
-def start_server() -> None:
-    """Fork the server off this process, before a test has changed anything in it.
-
-    multiprocessing would start another interpreter, and import everything again.
-    """
-
-    def fork(_: object, argv: list[str], kept: list[int]) -> int:
-        child = os.fork()
-        if child:
-            return child
-        try:
-            pipe = os.fstat(kept[1]).st_ino  # the server ends when all others have closed it
-            for fd in set(map(int, os.listdir("/dev/fd"))).difference(kept):
-                with suppress(OSError):
-                    if os.fstat(fd).st_ino == pipe:
-                        os.close(fd)
-            sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))
-            exec(argv[-1])
-        finally:
-            os._exit(0)
-
-    resource_tracker.ensure_running()  # an interpreter of its own, and light
-    with mock.patch.object(util, "spawnv_passfds", fork):
-        server.ensure_running()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "worker"])
+    return context

@@ -18,16 +18,17 @@ import datasets  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
-from accelerate.commands import launch
 from support import at, call_here
 from tqdm import tqdm
 
+import lib.run.steps  # noqa: F401
 import main  # noqa: F401
 from lib.model.store import FileBlockStore
 from lib.util import command
 from lib.util.errors import UserError
 
 tqdm.get_lock()  # of this process: one made in a process that is killed would be left behind
+os.fsync = lambda _: None  # as in conftest.py
 
 
 def work(
@@ -66,13 +67,6 @@ def work(
             os.environ.update(variables)
             status = status or command.run(module.main, argv)
     sys.exit(status)
-
-
-def accelerate(flags: list[str], folder: str) -> None:
-    """Be `accelerate launch FLAGS...`, started in `folder`."""
-    os.chdir(folder)
-    sys.argv[1:] = flags
-    launch.main()
 
 
 def _around(name: str, before: Callable = int, after: Callable = int):

@@ -52,12 +52,12 @@ def run(args: argparse.Namespace, shared: Path) -> None:
 
 def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str | None:
     """Return in what the run differs from the finished one in its folder; None if in nothing."""
-    from lib.run.fingerprint import differences
+    from lib.run.fingerprint import first_difference
 
     before = read_results(args.save).get("fingerprint", {})
     for section, facts in now.items():
-        for name, (old, new) in differences(before.get(section, {}), facts).items():
-            return f"{name} was {old!r}, is {new!r}"
+        if changed := first_difference(before.get(section, {}), facts):
+            return "{} was {!r}, is {!r}".format(*changed)
     if args.save_model and not Path(args.save_model, "config.json").is_file():
         return "its model was not kept"
     return None

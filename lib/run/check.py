@@ -28,7 +28,7 @@ from lib.pruning.experts import count_left as experts_left
 from lib.pruning.inputs import check_widths
 from lib.pruning.neurons import count_left
 from lib.recover import CROSS_ENTROPY, TrainSchedule
-from lib.run.fingerprint import differences, fingerprint
+from lib.run.fingerprint import fingerprint, first_difference
 from lib.run.flags import default_save, shown
 from lib.run.job import Job
 from lib.run.plan import Plan
@@ -252,15 +252,13 @@ def open_store(job: Job) -> None:
         return
     check_room(job, flag, path)
     store = RunFolder(flag, path)
-    changed = differences(store.begun, pruning) if store.begun else {}
-    name, (before, now) = next(iter(changed.items()), (None, (None, None)))
-    problem = None
+    changed, problem = store.begun and first_difference(store.begun, pruning), None
     if store.begun is not None and flag != "--resume":
         problem = f"holds what an unfinished run has done; add --resume {path} to continue that, "
         problem += "or remove it"
-    elif name:
-        problem = f"was begun with {name} {before!r}, now it is {now!r}; give the same again, or "
-        problem += "another folder"
+    elif changed:
+        problem = "was begun with {} {!r}, now it is {!r}; give the same again, or another folder"
+        problem = problem.format(*changed)
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")

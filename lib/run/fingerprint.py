@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
-from lib.run.flags import FIGURES, RESULT, ROLES
+from lib.run.flags import FIGURES, NO_RESULT
 from lib.run.job import Job
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
@@ -37,11 +37,8 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     digest of all bytes of the models' weights, where something is resumed or skipped.
     """
     args, texts = job.args, job.texts
-    counted = {
-        f"--{name}": getattr(args, name)
-        for name, role in ROLES.items()
-        if role == RESULT and (job.plan.calibrated or name not in CALIBRATION)
-    }
+    uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
+    counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
     working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
     saved = dtype_name(saved_dtype(args.dtype, job.config, job.plan.narrows))
     pruning = counted | {
@@ -60,9 +57,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     if texts.training:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
-    measuring = {
-        f"--{name}": getattr(args, name) for name, role in ROLES.items() if role == FIGURES
-    }
+    measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
     measuring["tokenizer of --model"] = _settings(args.model, job.config, SETTINGS)
     for test in texts.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]
@@ -73,13 +68,10 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     return json.loads(json.dumps(sections, default=str))
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return {name: both values} of all entries in which two sections differ."""
-    return {
-        name: (before.get(name), now.get(name))
-        for name in {**now, **before}
-        if before.get(name) != now.get(name)
-    }
+def first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return name and both values of the first entry in which two sections differ."""
+    names = (name for name in {**now, **before} if before.get(name) != now.get(name))
+    return next(((name, before.get(name), now.get(name)) for name in names), None)
 
 
 @cache

