@@ -7,8 +7,8 @@ Of the test documents of DATA it asks for the last word of a sentence, after the
 LAMBADA, arXiv 1606.06031): `last_word` offers four words of the same text that are as long and
 about as frequent; for `last_word_said` the model writes the word itself, which a pruned model
 often no longer does although it still finds the right word the likeliest (arXiv 2606.17609).
-`--pairs` makes `pairs` of a file of JSON lines with `good` and `bad`, two texts of which the first
-is right (as BLiMP, arXiv 1912.00582). The same documents and seed give the same questions.
+`--pairs` makes `pairs` of a file of rows with `good` and `bad`, two texts of which the first is
+right (as BLiMP, arXiv 1912.00582). The same documents and seed give the same questions.
 
 A task is a YAML file and its questions in JSON lines, which the YAML names by their absolute path:
 run the command again where the folder moves.
@@ -71,8 +71,8 @@ SAY = {
 PAIRS = CHOOSE | {"doc_to_text": "", "target_delimiter": ""}
 
 
-def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[dict[str, Any]]:
-    """Make at most `count` questions for the last word of a sentence, among CHOICES words.
+def last_words(texts: Iterable[str], seed: int) -> list[dict[str, Any]]:
+    """Make at most QUESTIONS questions for the last word of a sentence, among CHOICES words.
 
     All are of one script, have the same number of letters and occur about as often: their counts
     have the same logarithm of base 2, rounded down. The place of the right one is drawn.
@@ -106,7 +106,7 @@ def last_words(texts: Iterable[str], seed: int, count: int = QUESTIONS) -> list[
         if len(context) >= LEAST_CONTEXT and len(others) >= CHOICES - 1:
             wrong = draw.sample(others, CHOICES - 1)
             questions.append({"context": context} | _options(word, wrong, draw))
-        if len(questions) == count:
+        if len(questions) == QUESTIONS:
             break
     return questions
 
@@ -116,26 +116,16 @@ def read_pairs(path: str, seed: int) -> list[dict[str, Any]]:
 
     Every text ends with a line break, without which a truncated text would be likelier.
     """
+    draw, form = random.Random(seed), "give every row two different texts, good and bad"
+    sources = [replace(parse_source(path, "--pairs", key), as_text=True) for key in ("good", "bad")]
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--pairs {path}: can't be read ({error})") from None
-    draw, questions = random.Random(seed), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place, form = f"--pairs {path}: line {number}", 'write {"good": "...", "bad": "..."}'
-        try:
-            row = json.loads(line)
-            good, bad = (row[key].strip() + "\n" for key in ("good", "bad"))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{place}: no two texts in JSON; {form}") from None
-        if good == bad or "\n" in (good, bad):
-            raise UserError(f"{place}: a text is empty, or both are the same; {form}")
-        questions.append(_options(good, [bad], draw))
-    if not questions:
-        raise UserError(f"--pairs {path}: holds no pair; write a line for each")
-    return questions
+        columns = [read_documents(source, "train")[0] for source in sources]
+    except UserError as error:
+        raise UserError(f"{str(error).partition('; name one')[0]}; {form}") from None
+    pairs = [[text.strip() + "\n" for text in pair] for pair in zip(*columns, strict=False)]
+    if len({*map(len, columns)}) > 1 or any(a == b or "\n" in (a, b) for a, b in pairs):
+        raise sources[0].error(f"a text is missing or empty, or both are the same; {form}")
+    return [_options(good, [bad], draw) for good, bad in pairs]
 
 
 def _options(right: str, wrong: Sequence[str], draw: random.Random) -> dict[str, Any]:
@@ -168,7 +158,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--column", default="text", help="of the texts in DATA (default: text)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
-    parser.add_argument("--pairs", metavar="FILE", help="JSON lines with `good` and `bad`")
+    parser.add_argument("--pairs", metavar="FILE", help="file of rows with `good` and `bad`")
     args = parser.parse_args(argv)
     check_writable("OUT", args.out)
     source = replace(parse_source(args.data, "DATA", args.column), as_text=True)
