@@ -28,20 +28,12 @@ NAME ..., where NAME is one of these; NAME --help lists its flags
   gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
   export OUT NEW --to mlx        the same 4 bits for vLLM, MLX or ONNX; no number changes
 
-In a checkout alone:
-  bench                          speed and memory, beside llm-compressor
-  bench_sparse products | model  packed weights beside dense ones: speed, size, loading
-  gpu                            what must hold on a GPU and how fast it is, in 25 minutes
-
 MODEL: hub id (owner/name) or local folder."""
 NAMES = re.findall(r"(?m)^  (\w+)", LIST)
-BENCHES = {"bench": "bench.py", "bench_sparse": "bench_sparse.py", "gpu": "gpu/first_run.py"}
 
 
-def program(name: str) -> str | Path:
-    """Return what `name` runs: a module's name or a file."""
-    if name in BENCHES:
-        return ROOT / "tests" / "bench" / BENCHES[name]
+def program(name: str) -> str:
+    """Return the module that `name` runs."""
     return "main" if name == "prune" else f"lib.commands.{name}"
 
 
@@ -60,10 +52,8 @@ def start(argv: list[str]) -> None:
     elif name not in NAMES:
         Parser().error(f"{name}: no such command; {called} --help lists all")
     else:
-        what, sys.argv[1:] = program(name), argv
-        if isinstance(what, Path):
-            os.execv(sys.executable, [sys.executable, str(what), *argv])
-        runpy.run_module(what, run_name="__main__", alter_sys=True)
+        sys.argv[1:] = argv
+        runpy.run_module(program(name), run_name="__main__", alter_sys=True)
 
 
 def main() -> None:

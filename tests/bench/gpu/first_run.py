@@ -1,8 +1,8 @@
 """The first run on a GPU: what must hold there, one check after another, each in its own process.
 
-    bash launch.sh gpu                           # on one card with 24 GB or more
-    bash launch.sh gpu --only published          # one of them, or some
-    bash launch.sh gpu --device cpu --small      # what a CPU can do of it, in small
+    python tests/bench/gpu/first_run.py                       # on one card with 24 GB or more
+    python tests/bench/gpu/first_run.py --only published      # one of them, or some
+    python tests/bench/gpu/first_run.py --device cpu --small  # what a CPU can do of it, in small
 
 Apart from `published`, which repeats published figures if the hub can be reached, nothing needs
 network, text or model. A check that fails, crashes or hangs is a line with its reason, and the rest
@@ -242,7 +242,7 @@ def in_own_process(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="launch.sh gpu", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cuda:0", help="cuda:N or cpu (default: cuda:0)")
     parser.add_argument("--small", action="store_true", help="small sizes, as a CPU can do them")
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS), metavar="NAME")
