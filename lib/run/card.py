@@ -6,6 +6,7 @@ that comes from a file or a flag is escaped.
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,6 +72,7 @@ FIGURES = {
     "perplexity": ("perplexity", ".4f"),
     "kl": ("KL from dense, nats a token", ".4f"),
     "top1_agreement": ("same likeliest token", ".2%"),
+    "loss_change": ("loss over dense, nats a token", "+.4f"),  # paired by window
 }
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
@@ -100,7 +102,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
         title=f"{escape(model)}, {_what_was_done(results)}",
         texts=f" for the texts of {texts}" if texts else "",
         command=_command(results["flags"]),
-        table=_table(results),
+        table=figures_table(results),
         notes="".join(f"- {escape(note)}\n" for note in _notes(results)),
         heading=HEADING,
         packed=packed,
@@ -219,7 +221,7 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     return ", ".join(words for key, words in steps.items() if results.get(key)) or "saved as it was"
 
 
-def _table(results: Mapping[str, Any]) -> str:
+def figures_table(results: Mapping[str, Any]) -> str:
     """Return the table of figures: their names, the dense model's where it is known, this one's."""
     rows = []
     for test in results["evaluation"]:
@@ -230,10 +232,7 @@ def _table(results: Mapping[str, Any]) -> str:
             rows.append([name, *(f"{value:.4f}" for value in pair)])
         for key, (words, form) in FIGURES.items():
             if key in test:
-                pair = (
-                    "" if each.get(key) is None else format(each[key], form)
-                    for each in (dense, test)
-                )
+                pair = (_with_error(each, key, form) for each in (dense, test))
                 rows.append([f"{escape(test['name'])}, {words}", *pair])
     for answers in results.get("answers", []):
         words = {"ended": "answers that end", "in_language": "answers in the language"}
@@ -247,6 +246,15 @@ def _table(results: Mapping[str, Any]) -> str:
         sizes = (results.get(name) for name in ("dense_bytes", "saved_bytes"))
         rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
     return padded_table(["", "dense", "this model"], rows)
+
+
+def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:
+    """Format a figure, with its standard error where it has one: `0.123 ± 0.004`."""
+    name = "standard_error" if key == "perplexity" else f"{key}_standard_error"
+    value, error = figures.get(key), figures.get(name)
+    shown = "" if value is None else format(value, form)
+    has_error = shown and error is not None and math.isfinite(error)  # nan for a single window
+    return f"{shown} ± {error:{form.strip('+')}}" if has_error else shown
 
 
 def _notes(results: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from lib.data.windows import TestSet
 from lib.eval import exp
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import auto_class, footprint, parameter_bytes
+from lib.run.card import figures_table
 from lib.run.fingerprint import versions
 from lib.run.job import Job
 from lib.run.results import RESULTS, read_results
@@ -123,7 +124,7 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 
 def print_summary(results: dict[str, Any]) -> None:
-    """Print the summary of a run, one fact a line; its last line ends with a perplexity."""
+    """Print the summary of a run; its last line ends with a perplexity."""
     kind = results["sparsity_type"]
     if smaller := results.get(kind):
         pruned = (
@@ -139,37 +140,18 @@ def print_summary(results: dict[str, Any]) -> None:
     device = f", device {gib(memory['device'])}" if memory["device"] else ""
     lines = [f"{results['method']}{variant}: {pruned}"]
     lines.append(f"time: {times}; peak memory: host {gib(memory['host'])}{device}")
-    for test in results["evaluation"]:
-        lines += _test_lines(test)
     for each in results["completions"]:
         lines.append(f"{one_line(each['test'])}: {one_line(each['prompt'])!r}")
         lines += [
             f"  {name}: {one_line(each[name])!r}" for name in ("dense", "model") if name in each
         ]
-    lines += [answers_line(each) for each in results.get("answers", [])]
-    if vocabulary := results.get("vocabulary"):
-        lines.append(vocabulary["note"])
-        for test in results["evaluation"]:
-            lines.append(f"bits per byte {one_line(test['name'])}: {test['bits_per_byte']:.4f}")
+    named = {one_line(test["name"]): test for test in results["evaluation"]}
+    lines += [f"{name}: {t['windows']} windows, {t['tokens']} tokens" for name, t in named.items()]
+    lines.append(figures_table(results))
+    lines += [results["vocabulary"]["note"]] if "vocabulary" in results else []
     lines += beside_dense(results)
-    for test in results["evaluation"]:
-        lines.append(f"perplexity {one_line(test['name'])}: {test['perplexity']:.4f}")
+    lines += [f"perplexity {name}: {test['perplexity']:.4f}" for name, test in named.items()]
     print(*lines, sep="\n")
-
-
-def answers_line(answers: dict[str, Any]) -> str:
-    """Return what a test set's answers are, beside the dense model's where these are known."""
-    forms = {
-        "ended": f"{{}} of {answers['prompts']} prompts are answered to an end",
-        "in_language": "{} in the language of the text",
-        "tokens": "with {:.0f} tokens on average",
-    }
-    parts = []
-    for key, form in forms.items():
-        dense = f" (dense: {answers['dense'][key]:.0f})" if "dense" in answers else ""
-        parts.append(form.format(answers["model"][key]) + dense)
-    limit = f", of at most {answers['limit']}"
-    return f"{one_line(answers['test'])}: {', '.join(parts)}{limit}"
 
 
 def beside_dense(results: dict[str, Any]) -> Iterator[str]:
@@ -188,29 +170,3 @@ def beside_dense(results: dict[str, Any]) -> Iterator[str]:
             windows = f", on {test['compared_windows']} of {test['windows']} windows"
         words = ", ".join(f"{each} {value:.4f}" for each, value in figures.items())
         yield f"{one_line(test['name'])}: {words}{windows}"
-
-
-def _test_lines(test: dict[str, Any]) -> list[str]:
-    """Lines on a test set: its size, bits per byte, errors, and divergence from the dense model."""
-    name = one_line(test["name"])
-    line = f"{name}: {test['windows']} windows, {test['tokens']} tokens, "
-    line += f"{test['bits_per_byte']:.4f} bits per byte"
-    if math.isfinite(test["standard_error"]):  # nan for a single window
-        line += f", standard error of the perplexity {test['standard_error']:.2f}"
-    if "kl" not in test:
-        return [line]
-    forms = {"kl": ".4f", "top1_agreement": ".2%", "loss_change": "+.4f"}
-    kl, same, change = (_with_error(test, *of) for of in forms.items())
-    return [
-        line,
-        f"{name}: KL {kl} nats a token from the dense model, the same most likely token at {same} "
-        f"of the positions of {test['compared_windows']} windows",
-        f"{name}: loss {change} nats a token from the dense model's, paired by window",
-    ]
-
-
-def _with_error(test: dict[str, Any], key: str, form: str) -> str:
-    """Format a figure of a test set, with its standard error if it has one: `0.123 ± 0.004`."""
-    error = test.get(f"{key}_standard_error")
-    has_error = error is not None and math.isfinite(error)
-    return f"{test[key]:{form}}" + (f" ± {error:{form.strip('+')}}" if has_error else "")

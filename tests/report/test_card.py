@@ -59,7 +59,8 @@ def cells(text: str) -> list[list[str]]:
 
 def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
     (test,) = made()["evaluation"]
-    test |= {"kl": 0.12345, "top1_agreement": 0.87654}
+    test |= {"kl": 0.12345, "kl_standard_error": 0.01, "top1_agreement": 0.87654}
+    test |= {"loss_change": 0.2, "loss_change_standard_error": float("nan")}
     test["dense"] = {"perplexity": 10.0}
     recovery = {"before": {"uk": {"perplexity": 20.0}}, "text": {"name": "uk"}}
     found = made(evaluation=[test], recovery=recovery, saved_bytes=5e6, dense_bytes=9e6)
@@ -67,9 +68,10 @@ def test_figures_stand_beside_the_dense_models_where_those_are_known() -> None:
     assert text.startswith("# owner/name, pruned by wanda to 50%, recovered\n")
     assert cells(text) == [
         ["uk, bits per byte", "", "0.1235"],
-        ["uk, perplexity", "10.0000", "12.3457"],
-        ["uk, KL from dense, nats a token", "", "0.1235"],
+        ["uk, perplexity", "10.0000", "12.3457 ± 2.0000"],
+        ["uk, KL from dense, nats a token", "", "0.1235 ± 0.0100"],
         ["uk, same likeliest token", "", "87.65%"],
+        ["uk, loss over dense, nats a token", "", "+0.2000"],
         ["MB", "9.0", "5.0"],
     ]
     assert list(beside_dense(found)) == ["uk: dense 10.0000, pruned 20.0000, recovered 12.3457"]

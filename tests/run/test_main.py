@@ -123,7 +123,7 @@ def test_a_whole_run(method: str, kind: str, model: Path, uk: Path) -> None:
     assert float(last.split()[-1]) == pytest.approx(value, rel=1e-4)
     [test] = found["evaluation"]
     assert test["kl"] > 0 and test["compared_windows"] == test["windows"]
-    assert f"KL {test['kl']:.4f}" in done.out
+    assert "| uk, KL from dense, nats" in done.out and f" {test['kl']:.4f} ± " in done.out
     assert test["dense"]["perplexity"] == pytest.approx(published_perplexity(model, uk), rel=1e-4)
     beside = f"uk: dense {test['dense']['perplexity']:.4f}, {method} {test['perplexity']:.4f}\n"
     assert beside in done.out and f"# {beside}" in Path(f"out/log_{method}.txt").read_text("utf-8")
