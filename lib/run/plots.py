@@ -35,7 +35,6 @@ STYLE = {
 PANELS_IN_A_ROW = 4
 WIDEST = 13.0  # inches
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
-MOST_FIGURES = 400  # in the cells of a heat map
 
 
 def can_draw() -> bool:
@@ -90,7 +89,7 @@ def _heat_map(axes: Any, cells: DataFrame, norm: Any) -> Any:
     axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
     axes.set_yticks(range(cells.shape[0]), cells.index)
     form, size = "+.2f" if cells.max(axis=None) >= 0.1 else "+.3f", 7.5 if len(values.T) > 6 else 9
-    for (row, column), value in ndenumerate(values) if cells.size <= MOST_FIGURES else ():
+    for (row, column), value in ndenumerate(values):
         if math.isfinite(value):
             dark = sum(image.cmap(norm(value))[:3]) < 1.35
             look = {"color": "white" if dark else "black", "fontsize": size}

@@ -146,7 +146,8 @@ def print_summary(results: dict[str, Any]) -> None:
             f"  {name}: {one_line(each[name])!r}" for name in ("dense", "model") if name in each
         ]
     named = {one_line(test["name"]): test for test in results["evaluation"]}
-    lines += [f"{name}: {t['windows']} windows, {t['tokens']} tokens" for name, t in named.items()]
+    for name, test in named.items():
+        lines.append(f"{name}: {test['windows']} windows, {test['tokens']} tokens")
     lines.append(figures_table(results))
     lines += [results["vocabulary"]["note"]] if "vocabulary" in results else []
     lines += beside_dense(results)

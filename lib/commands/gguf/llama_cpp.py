@@ -106,13 +106,7 @@ def convert(
 
     load = partial(_with_older_names, ModelBase.load_hparams)
     architecture = get_model_architecture(load(Path(folder), False), ModelType.TEXT)
-    try:
-        model_class = get_model_class(architecture)
-    except NotImplementedError:
-        raise ValueError(f"it knows no {architecture}") from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"its part for {architecture} can't be loaded ({reason})") from error
+    model_class = get_model_class(architecture)
     if check and not pre:
         pre = pre_tokenizer(base.TextModel, check, parts)
     for weight_type, file in files.items():
