@@ -1,6 +1,6 @@
 """The whole job in small, on the project's own texts and a model trained on them.
 
-    bash launch.sh demo [--folder demo] [--small]
+    bash launch.sh demo [--folder demo]
 
 The demo needs neither network nor GPU. It trains a tiny model on Ukrainian and English stories and
 prunes it in one sweep: by every method, at 50% and 2:4, calibrated on either language, measured on
@@ -51,8 +51,8 @@ RECOVERED = "model/sparsegpt-2of4", "model/admm-2of4"
 
 
 @dataclass(frozen=True)
-class DemoTraining:
-    """The size of the demo's model and of its training."""
+class Size:
+    """The size of the demo: of its model and its training, and how many runs there are."""
 
     vocabulary: int = 1024  # tokens
     window: int = 128  # tokens
@@ -62,18 +62,15 @@ class DemoTraining:
     heads: int = 4
     batch: int = 16  # windows a step, half of them in either language
     steps: int = 600
+    stories: tuple[int, int] = (500, 25)  # of each language, to train and to measure on
+    methods: Sequence[str] = tuple(METHODS)
+    types: Sequence[str] = ("unstructured", "2:4")
+    nsamples: int = 64
+    recover: int = 50_000  # tokens
 
 
-SMALL = DemoTraining(
-    vocabulary=300, window=32, width=16, inner=32, blocks=1, heads=2, batch=4, steps=2
-)
-
-
-def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
-    """Make texts, model, runs and report in `folder`, which holds nothing but a demo.
-
-    `small`: a model that hardly learns, and few runs.
-    """
+def demo(folder: Path, size: Size, debug: bool = False) -> None:
+    """Make texts, model, runs and report in `folder`, which holds nothing but a demo."""
     import torch
 
     torch.set_num_threads(1)  # matrices this small gain nothing from more
@@ -82,14 +79,13 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARK).write_text("Made by the demo, which may replace what is here.\n", "utf-8")
 
-    train, test = (10, 1) if small else (500, 25)  # stories of each language
-    print(f"1. Text: {train + test} stories each in {', '.join(LANGUAGES)}")
-    texts = {language: write_texts(folder / language, train, test) for language in LANGUAGES}
+    print(f"1. Text: {sum(size.stories)} stories each in {', '.join(LANGUAGES)}")
+    texts = {language: write_texts(folder / language, *size.stories) for language in LANGUAGES}
 
     print(f"2. Model: a tiny LLaMA for both, in {folder / 'model'}", flush=True)
     quiet()
     start = time.perf_counter()
-    if train_model(folder / "model", texts, SMALL if small else DemoTraining()):
+    if train_model(folder / "model", texts, size):
         shutil.rmtree(folder / "runs", ignore_errors=True)  # they were of another model
         print(f"   trained in {time.perf_counter() - start:.0f} s")
     else:
@@ -97,11 +93,10 @@ def demo(folder: Path, small: bool = False, debug: bool = False) -> None:
 
     tests = [str(folder / language) for language in LANGUAGES]
     flags = ["--models", str(folder / "model"), "--out", str(folder / "runs")]
-    flags += ["--methods", *(["admm"] if small else METHODS)]
-    flags += ["--types", *(["2:4"] if small else ["unstructured", "2:4"])]
-    flags += ["--calibration", *(tests[:1] if small else tests), "--eval_data", *tests]
-    run_flags = ["--device", "cpu", "--nsamples", "8" if small else "64"]
-    recover = ["--recover", "64" if small else "50000"]
+    flags += ["--methods", *size.methods, "--types", *size.types]
+    flags += ["--calibration", *tests, "--eval_data", *tests]
+    run_flags = ["--device", "cpu", "--nsamples", str(size.nsamples)]
+    recover = ["--recover", str(size.recover)]
     print(f"3. Runs:\n   {command.typed('sweep')} {shlex.join([*flags, '--', *run_flags])}")
     print(f"   and once more with {' '.join(recover)}: {', '.join(RECOVERED)}", flush=True)
     runs = plan(build_sweep_parser().parse_args([*flags, *["--debug"] * debug]), run_flags)
@@ -124,23 +119,23 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
     return [json.loads(line)["text"] for line in lines[:train]]
 
 
-def train_model(folder: Path, texts: Texts, training: DemoTraining) -> bool:
+def train_model(folder: Path, texts: Texts, size: Size) -> bool:
     """Train model and tokenizer and save them in `folder`, unless that holds them already.
 
     Anything else in `folder` is removed. Returns whether it trained.
     """
-    settings, file = json.dumps(asdict(training)), folder / SETTINGS
+    settings, file = json.dumps(asdict(size)), folder / SETTINGS
     if file.is_file() and file.read_text("utf-8") == settings:
         return False
     shutil.rmtree(folder, ignore_errors=True)
-    tokenizer = train_tokenizer(texts, training)
-    train(tokenizer, texts, training).save_pretrained(folder)
+    tokenizer = train_tokenizer(texts, size)
+    train(tokenizer, texts, size).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     file.write_text(settings, "utf-8")  # the last file: with it the model is whole
     return True
 
 
-def train_tokenizer(texts: Texts, training: DemoTraining) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Texts, size: Size) -> PreTrainedTokenizerFast:
     """Train byte-level BPE on all texts; like LLaMA's, it puts `<s>` before a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -149,7 +144,7 @@ def train_tokenizer(texts: Texts, training: DemoTraining) -> PreTrainedTokenizer
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=training.vocabulary,
+        vocab_size=size.vocabulary,
         special_tokens=[BEGIN, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -159,24 +154,22 @@ def train_tokenizer(texts: Texts, training: DemoTraining) -> PreTrainedTokenizer
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 0)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, model_max_length=training.window
+        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, model_max_length=size.window
     )
 
 
-def train(
-    tokenizer: PreTrainedTokenizerFast, texts: Texts, training: DemoTraining
-) -> LlamaForCausalLM:
+def train(tokenizer: PreTrainedTokenizerFast, texts: Texts, size: Size) -> LlamaForCausalLM:
     """Train from scratch on windows drawn in turn from every language; float32, on the CPU."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=training.width,
-        intermediate_size=training.inner,
-        num_hidden_layers=training.blocks,
-        num_attention_heads=training.heads,
-        max_position_embeddings=training.window,
+        hidden_size=size.width,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.blocks,
+        num_attention_heads=size.heads,
+        max_position_embeddings=size.window,
         initializer_range=SPREAD,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -194,17 +187,17 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     rng = random.Random(SEED)
-    with progress(training.steps, "training", "step") as on_progress:
-        for step in range(training.steps):
-            done = step / training.steps
+    with progress(size.steps, "training", "step") as on_progress:
+        for step in range(size.steps):
+            done = step / size.steps
             rate = RATE * min(1.0, (step + 1) / WARM_UP)
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1.0 if done < 0.5 else 0.05 + 1.9 * (1 - done))
             windows = []
-            for i in range(training.batch):
+            for i in range(size.batch):
                 stream = streams[i % len(streams)]
-                start = rng.randint(0, len(stream) - training.window)
-                windows.append(stream[start : start + training.window])
+                start = rng.randint(0, len(stream) - size.window)
+                windows.append(stream[start : start + size.window])
             batch = torch.stack(windows)  # (batch, window)
             model(input_ids=batch, labels=batch).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -217,11 +210,10 @@ def train(
 def main(argv: list[str]) -> None:
     parser = command.make_parser("demo", __doc__)
     parser.add_argument("--folder", default="demo", help="what it makes goes here (default: demo)")
-    parser.add_argument("--small", action="store_true", help="in seconds: hardly train it")
     args = parser.parse_args(argv)
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # of the runs
     start = time.perf_counter()
-    demo(Path(args.folder), args.small, args.debug)
+    demo(Path(args.folder), Size(), args.debug)
     print(f"done in {time.perf_counter() - start:.0f} s")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,27 +12,29 @@ from support import content, results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import demo
-from lib.commands.demo import DemoTraining, train_model
+from lib.commands.demo import Size, train_model
 from lib.util.errors import UserError
 
-TINY = DemoTraining(
-    vocabulary=300, window=16, width=16, inner=32, blocks=2, heads=2, batch=4, steps=40
-)
+TINY = Size(vocabulary=300, window=16, width=16, inner=32, blocks=2, heads=2, batch=4, steps=40)
+FEW = replace(TINY, window=32, blocks=1, steps=2, stories=(10, 1), methods=["admm"], types=["2:4"])
+FEW = replace(FEW, nsamples=8, recover=64)
 
 
 @pytest.mark.usefixtures("elsewhere", "in_this_process")
-def test_the_whole_demo(capsys: pytest.CaptureFixture) -> None:
-    demo.main(["--small"])
+def test_the_whole_demo(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "Size", lambda: FEW)
+    demo.main([])
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert max(map(len, table)) <= 80
     rows = [[cell.strip() for cell in line.split("|")[1:4:2]] for line in lines]
     rows = {tuple(row) for row in rows if row and row[0].startswith(("dense", "admm"))}
-    assert rows == {("dense", "none"), ("admm", "uk"), ("admm + recovery", "uk")}
+    made = {(method, on) for method in ("admm", "admm + recovery") for on in ("uk", "en")}
+    assert rows == {("dense", "none"), *made}
     report = Path("demo/report.md").read_text("utf-8")
     assert "| admm + recovery |" in report and "\n- admm + recovery, 2:4, uk: " in report
     files = list(Path("demo/runs").rglob("results.json"))
-    assert len(files) == 3
+    assert len(files) == 5
     for file in files:
         run = results(file.parent)
         assert list(run["perplexity"]) == ["uk", "en"] and run["flags"]["device"] == "cpu"
@@ -47,7 +50,7 @@ def test_what_is_not_a_demo_is_left_alone(file: str, complaint: str) -> None:
     Path(file).write_text("mine")
     before = content(".")
     with pytest.raises(UserError, match=f"--folder demo: {complaint}"):
-        demo.demo(Path("demo"), small=True)
+        demo.demo(Path("demo"), FEW)
     assert content(".") == before
 
 
