@@ -23,7 +23,6 @@ from lib.util.errors import UserError
 
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
-TERMINATED = 128 + signal.SIGTERM  # as launchers and batch systems end what they started
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TURN_SECONDS = 3
 CALLED = "LANGPRUNE_CALLED"  # in the environment: what the user has typed before a command's name

@@ -21,9 +21,10 @@ from support import QUICK, ROOT, call, results, start, succeed, weights
 from lib.distributed import context
 from lib.distributed.context import DistContext
 from lib.util import command
-from lib.util.command import FAILED, TERMINATED
+from lib.util.command import FAILED
 from lib.util.errors import UserError
 
+TERMINATED = 128 + signal.SIGTERM
 BASE = [*QUICK, "--nsamples", "7", "--eval_data", "uk", "--calibration_data", "uk"]
 CASES = {
     "wanda": "llama --prune_method wanda --prompts 3",
