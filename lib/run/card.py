@@ -103,7 +103,7 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
         texts=f" for the texts of {texts}" if texts else "",
         command=_command(results["flags"]),
         table=figures_table(results),
-        notes="".join(f"- {escape(note)}\n" for note in _notes(results)),
+        notes="".join(f"- {escape(note)}\n" for note in notes(results)),
         heading=HEADING,
         packed=packed,
         code="\n".join(code),
@@ -257,11 +257,16 @@ def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:
     return f"{shown} ± {error:{form.strip('+')}}" if has_error else shown
 
 
-def _notes(results: Mapping[str, Any]) -> Iterator[str]:
+def notes(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what has become of the model, a sentence each."""
+    zeros = results.get("sparsity", {}).get("overall")
+    before = results["flags"].get("eval_only") or _pruned_before(results)
     if smaller := results.get(kind := results["sparsity_type"]):
+        share = smaller["weights_after"] / smaller["weights_before"]
         yield f"Each block has {smaller['after']} of its {smaller['before']} {kind}, all dense."
-    elif kind and results.get("sparsity"):
-        yield f"Zeros among the blocks' weights: {results['sparsity']['overall']:.4f}."
+        yield f"Weights of the blocks that are left: {share:.4f}."
+    elif zeros and (kind or before):
+        yield f"Zeros among the blocks' weights: {zeros:.4f}."
     if vocabulary := results.get("vocabulary"):
         yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
         yield vocabulary["note"]

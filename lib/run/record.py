@@ -16,7 +16,7 @@ from lib.data.windows import TestSet
 from lib.eval import exp
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import auto_class, footprint, parameter_bytes
-from lib.run.card import figures_table
+from lib.run.card import figures_table, notes
 from lib.run.fingerprint import versions
 from lib.run.job import Job
 from lib.run.results import RESULTS, read_results
@@ -125,20 +125,11 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
 
 def print_summary(results: dict[str, Any]) -> None:
     """Print the summary of a run; its last line ends with a perplexity."""
-    kind = results["sparsity_type"]
-    if smaller := results.get(kind):
-        pruned = (
-            f"{smaller['after']} of {smaller['before']} {kind} are left in each block, "
-            f"{smaller['weights_after'] / smaller['weights_before']:.4f} of the blocks' weights"
-        )
-    else:
-        zeros = results["sparsity"]["overall"]
-        pruned = f"{zeros:.4f} of the blocks' weights are zero" if kind or zeros else "not pruned"
     variant = " (variant)" if results["flags"]["use_variant"] else ""
     memory = results["peak_memory"]
     times = ", ".join(f"{step} {value:.1f} s" for step, value in results["seconds"].items())
     device = f", device {gib(memory['device'])}" if memory["device"] else ""
-    lines = [f"{results['method']}{variant}: {pruned}"]
+    lines = [f"{results['method']}{variant}", *notes(results)]
     lines.append(f"time: {times}; peak memory: host {gib(memory['host'])}{device}")
     for each in results["completions"]:
         lines.append(f"{one_line(each['test'])}: {one_line(each['prompt'])!r}")
@@ -149,7 +140,6 @@ def print_summary(results: dict[str, Any]) -> None:
     for name, test in named.items():
         lines.append(f"{name}: {test['windows']} windows, {test['tokens']} tokens")
     lines.append(figures_table(results))
-    lines += [results["vocabulary"]["note"]] if "vocabulary" in results else []
     lines += beside_dense(results)
     lines += [f"perplexity {name}: {test['perplexity']:.4f}" for name, test in named.items()]
     print(*lines, sep="\n")

@@ -125,13 +125,13 @@ def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) 
 
 
 def test_what_was_removed_is_said() -> None:
-    neurons = {"before": 64, "after": 48}
+    neurons = {"before": 64, "after": 48, "weights_before": 8, "weights_after": 7}
     vocabulary = {"rows": 3000, "rows_before": 9000, "note": "Fewer tokens."}
     found = made(sparsity_type="neurons", neurons=neurons, vocabulary=vocabulary, notes=["a|b"])
     head, text = parsed(found)
     assert head["tags"] == ["langprune", "pruned", "wanda", "trimmed"]
     assert "wanda to 50% fewer neurons, its vocabulary trimmed" in text
-    assert "48 of its 64 neurons" in text
+    assert "48 of its 64 neurons" in text and "that are left: 0.8750" in text
     assert "3,000 of 9,000 rows of the vocabulary" in text and "- a&#124;b\n" in text
 
 
