@@ -87,7 +87,7 @@ def succeed(*argv: object) -> Done:
 
 
 def call_here(module: str, *argv: object) -> int:
-    """As lib.commands.process.call, but in this process, where torch is imported already."""
+    """As lib.util.command.call, but in this process, where torch is imported already."""
     return command.run(import_module(module).main, [str(each) for each in argv])
 
 

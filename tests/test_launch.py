@@ -32,11 +32,11 @@ def place(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_name_of_the_list_is_there(place: Path) -> None:
     names = re.findall(r"^  (\w+)", launched([], place), re.MULTILINE)
-    assert len(names) > 10
+    assert len(names) == len(console.NAMES)
     for name in names:
         assert find_spec(console.program(name)), name
     files = {file.stem for file in (ROOT / "lib/commands").iterdir() if file.suffix != ".md"}
-    inner = set("__init__ __pycache__ demo_texts process sweep_run".split())
+    inner = set("__init__ __pycache__ demo_texts sweep_run".split())
     assert {name for name in files - inner if "compress_" not in name} < set(names)
 
 

@@ -34,14 +34,13 @@ from lib.commands.compress_plan import (
     cut_tests,
     plan_time,
 )
-from lib.commands.process import call
 from lib.commands.sweep import PRUNING_FLAGS, without
 from lib.data.languages import language_text
 from lib.data.sources import PART, parse_source, parse_sources
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import RESULTS, read_results
-from lib.util.command import Parser, add_debug_flag, one_line, run, split_argv, typed
+from lib.util.command import Parser, add_debug_flag, call, one_line, run, split_argv, typed
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from lib.util.markdown import padded_table

@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.commands.process import call
 from lib.data.sources import mixture_name, parse_sources
 from lib.methods.registry import EXPERT_METHODS, METHODS
 from lib.methods.sparsity import SMALLER, TYPES
@@ -32,6 +31,7 @@ from lib.run.plan import Plan
 from lib.run.results import ERROR, RESULTS, write_results
 from lib.run.texts import default_tests
 from lib.util import command
+from lib.util.command import call
 from lib.util.errors import UserError
 from lib.util.files import check_writable
 

@@ -3,7 +3,8 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-Importing this file imports nothing heavy.
+A command starts others in processes of their own, in the folder that the user is in, so that
+relative paths mean what they meant to the user. Importing this file imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -12,21 +13,24 @@ import argparse
 import io
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from lib.util.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 TURN_SECONDS = 3
 CALLED = "LANGPRUNE_CALLED"  # in the environment: what the user has typed before a command's name
-ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment: as lib/commands/process.py asks
+ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment of what `call` starts
 JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
@@ -120,6 +124,36 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
             print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
             return FAILED
     return 0
+
+
+def started_by(module: str, *argv: object) -> tuple[list[str], dict[str, str]]:
+    """Return the command `python -m MODULE ARGV...` and the environment to start it in.
+
+    `-P` keeps modules of the user's folder from hiding this package's.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-P", "-m", module, *map(str, argv)]
+    return command, os.environ | {"PYTHONPATH": path}
+
+
+def call(module: str, *argv: object) -> int:
+    """Run `python -m MODULE ARGV...` to its end and return its exit status.
+
+    The process ends with this one: at Ctrl-C, which a terminal sends to both, it is waited for, and
+    whatever else ends this process terminates it. Where this one is killed, the end of its stdin
+    tells it.
+    """
+    command, environment = started_by(module, *argv)
+    environment[ENDS_WITH_STDIN] = "1"
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+        except BaseException:
+            process.terminate()
+            raise
 
 
 def _end_with_stdin() -> None:

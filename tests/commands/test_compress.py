@@ -17,12 +17,12 @@ from huggingface_hub import metadata_load
 from processes import Worker
 from support import children, content, results, wait_until
 
-from lib.commands import compress, compress_plan, dialogues, process
+from lib.commands import compress, compress_plan, dialogues
 from lib.data.documents import read_documents
 from lib.run.flags import build_parser, check_flags
 from lib.run.plan import Plan
 from lib.run.texts import named_sources
-from lib.util.command import CALLED, run, typed
+from lib.util.command import CALLED, call, run, typed
 from lib.util.files import exclusive_lock
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
@@ -279,8 +279,8 @@ def test_a_failed_measurement_leaves_the_others(monkeypatch) -> None:
 def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
     Path("lib").mkdir()  # a folder of the user's, which hides no module
     Path("lib/__init__.py").touch()
-    assert process.call("lib.commands.unpack", "--help") == 0
-    assert process.call("lib.commands.unpack", "nowhere", "new") == 1
+    assert call("lib.commands.unpack", "--help") == 0
+    assert call("lib.commands.unpack", "nowhere", "new") == 1
     assert "nowhere" in capfd.readouterr().err
 
 

@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from lib.commands.process import started_by
+from lib.util.command import started_by
 from lib.util.errors import UserError
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
