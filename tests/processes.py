@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
+import sys
 import tempfile
 import time
+from multiprocessing import forkserver as server
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
 import torch.distributed as torch_dist
 import worker
@@ -109,5 +113,7 @@ def kept_port() -> socket.socket:
 def forkserver() -> multiprocessing.context.BaseContext:
     """What starts processes in which everything is imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "worker"])
+    context.set_forkserver_preload(["pytest", "worker"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        server.ensure_running()
     return context
