@@ -1,6 +1,5 @@
 """Tests run from the repository root, offline, on one thread and without progress bars."""
 
-import gc
 import os
 import sys
 from pathlib import Path
@@ -30,12 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files come first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: no collection of garbage looks through it again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)

@@ -158,9 +158,10 @@ def start(command: list[object], folder: Path, **environment: str) -> subprocess
     )
 
 
-def python(code: str, *argv: object, folder: Path) -> subprocess.Popen:
+def python(code: str, *argv: object, folder: Path, **environment: str) -> subprocess.Popen:
     """Start `python -c CODE ARGV...`, which finds this package."""
-    return start([sys.executable, "-c", code, *argv], folder, PYTHONPATH=str(ROOT))
+    own = {"PYTHONPATH": str(ROOT)} | environment
+    return start([sys.executable, "-c", code, *argv], folder, **own)
 
 
 def wait_until(condition: Callable[[], object]) -> None:

@@ -107,15 +107,18 @@ def test_help_names_the_command_as_it_was_started(place: Path) -> None:
 CODE = """
 import sys
 from lib.util import command
-sys.exit(command.run(lambda argv: print(*range(10**6), sep="\\n")))
+sys.exit(command.run(lambda argv: print("ї", *range(10**6), sep="\\n")))
 """
 
 
 @pytest.mark.parametrize("lines", ["10**6", "3"])
 def test_a_reader_that_has_gone_ends_a_command_without_a_word(lines: str, tmp_path: Path) -> None:
-    """Three lines fit into a buffer, and show only when that is written at the end."""
-    process = python(CODE.replace("10**6", lines), folder=tmp_path)
-    assert lines == "3" or process.stdout.readline() == "0\n"
+    """Three lines fit into a buffer, and show only when that is written at the end.
+
+    A letter that the reader can't read is written as its number.
+    """
+    process = python(CODE.replace("10**6", lines), folder=tmp_path, PYTHONIOENCODING="ascii")
+    assert lines == "3" or process.stdout.readline() == "\\u0457\n"
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=LIMIT) == 1

@@ -130,13 +130,12 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     )
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
-    changes = [name for name in ("prune_method", "recover", "quantize") if getattr(args, name)]
-    changes += ["replace_sparse_layers"] if plan.packs else []
+    changing = ("prune_method", "recover", "quantize", "replace_sparse_layers")
     check_format(
         checkpoint,
         config,
         load_bit=args.load_bit,
-        changes=f"--{changes[0]}" if changes else None,
+        changes=next((f"--{name}" for name in changing if getattr(args, name)), None),
         offload=args.offload,
     )
     skeleton = pretrained.skeleton(config, checkpoint)

@@ -32,7 +32,7 @@ def set_teacher(job: Job) -> None:
     check_format(checkpoint, config, load_bit=None, changes="--recover")
     if stored_bits(config):
         raise UserError(f"{checkpoint}: is quantized; name the unquantized model")
-    dense = pretrained.skeleton(config, checkpoint)
+    dense = copy.deepcopy(pretrained.skeleton(config, checkpoint))  # and its config
     model = copy.deepcopy(job.skeleton)
     if job.vocabulary:
         keep_rows_(model, job.vocabulary.rows)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +13,8 @@ from support import QUICK, Done, at, call, content, full_disk, raising, results,
 from support import weights as saved_weights
 from torch import Tensor
 
-import main
 from lib.methods.sparsegpt import SparseGPT
 from lib.packed.linear import SparseLinear
-from lib.util import command
 from lib.util.files import check_new_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -185,25 +180,6 @@ def test_a_full_disk_while_saving_keeps_the_blocks(given: list) -> None:
     assert done.status == 1 and len(done.complaints) == 1
     assert not Path("new").exists() and len(list(Path("new.partial").glob("block-*"))) == 3
     assert call(*given, "--resume", "new.partial").status == 0 and saved_weights("new")
-
-
-def test_a_reader_that_has_gone_leaves_the_model(given: list) -> None:
-    """It has read what is said in ASCII alone, though a folder's name is not."""
-    read, write = os.pipe()
-
-    def head() -> None:
-        with open(read, encoding="ascii") as pipe:
-            next(line for line in pipe if line.startswith("saved: "))
-
-    reader = threading.Thread(target=head)
-    reader.start()
-    with (
-        open(write, "w", encoding="ascii") as pipe,
-        redirect_stdout(pipe),
-        at("perplexity", 0, reader.join),
-    ):
-        assert command.run(main.main, [str(part) for part in given]) == 1
-    assert saved_weights("new")
 
 
 @pytest.mark.parametrize("kept", ["kept", "new.partial"])
