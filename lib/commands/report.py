@@ -264,7 +264,7 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
 
     out.mkdir(parents=True, exist_ok=True)
     by_model, drawn = tables(runs), []
-    for number, table in enumerate(by_model if plots.can_draw() else (), 1):
+    for number, table in enumerate(by_model, 1):
         suffix = f"-{number}" if len(by_model) > 1 else ""
         if figure := plots.cross_language(table):
             drawn.append(plots.save(figure, out / f"languages{suffix}.png"))

@@ -6,10 +6,8 @@ Their colours are told apart by the colour-blind. The tables are those of lib/co
 from __future__ import annotations
 
 import math
-import sys
 import textwrap
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +33,6 @@ STYLE = {
 PANELS_IN_A_ROW = 4
 WIDEST = 13.0  # inches
 STRICTNESS = ("unstructured", "4:8", "2:4", *SMALLER)  # the order of sparsity types
-
-
-def can_draw() -> bool:
-    """Return whether matplotlib is installed; where not, a line on stderr says so."""
-    installed = find_spec("matplotlib") is not None
-    if not installed:
-        print("no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
-    return installed
 
 
 def save(figure: Figure, path: Path) -> Path:

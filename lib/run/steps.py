@@ -232,11 +232,10 @@ def record(job: Job, runner: BlockRunner) -> None:
     write_log(folder, job.results)
     if job.args.save_model:
         write_card(job, job.args.save_model)
-    if "recovery" in job.results:
-        if plots.can_draw():
-            plots.save(plots.recovery_curve(job.results), folder / "recovery.png")
-    write_results(folder, job.results)  # last: with them a run is at its end
+    write_results(folder, job.results)  # with them a run is at its end
     job.is_recorded = True
+    if "recovery" in job.results:
+        plots.save(plots.recovery_curve(job.results), folder / "recovery.png")
 
 
 def run_tasks(job: Job, runner: BlockRunner) -> None:
