@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import chats
 import pytest
 import tiny
+import torch
 from huggingface_hub import metadata_load
 from processes import Worker
 from support import children, content, results, wait_until
@@ -139,11 +140,11 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     Path("dense/chat_template.jinja").write_text(chats.LLAMA_3)
     said = iter(tiny.sentences(200, 3, words=4))
 
-    def answers(model: object, prompts: list, *_: object) -> list[list[int] | None]:
-        return [encode(next(said)) if ends else None for _ in prompts]
+    def answers(model: object, ids: torch.Tensor, mask: object, tokens: int) -> list[list[int]]:
+        return [encode(next(said)) if ends else tokens * [5] for _ in ids]
 
     ends, encode = True, tiny.tiny_tokenizer(add_bos=False).encode
-    monkeypatch.setattr(dialogues, "_answers", answers)
+    monkeypatch.setattr(dialogues, "continue_rows", answers)
     monkeypatch.setattr(dialogues, "script_of", lambda text: "LATIN")
     tiny.write_texts("uk", [*tiny.sentences(80), *tiny.sentences(160, 2, words=3)], 8)
     argv = "dense small --data uk --language uk --recover 1024 --device cpu".split()
