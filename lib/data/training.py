@@ -56,12 +56,14 @@ def training_windows(
     seed: int,
     bos: int | None = None,
     tests: Sequence[Tensor | Windows] = (),
+    calibration: Tensor | Windows | None = None,
 ) -> TrainingText:
     """Cut `count` windows of `seqlen` tokens, and some to hold out, from the sources' train text.
 
     What is left of a document after its last whole window is dropped, and so is every window that
     holds a passage of `tests`, windows (n, seqlen). A document that has more windows than are to be
-    held out is trained on, unless all have, and a single one in part. A source with too few windows
+    held out is trained on, unless all have, and a single one in part; held out are, where they
+    suffice, documents that `calibration` has not seen. A source with too few windows
     repeats them in another order. The sources are mixed by weight, and `bos` begins each window, as
     for `calibration_windows`. Raises UserError if a source has fewer than two windows.
     """
@@ -69,6 +71,8 @@ def training_windows(
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
     shares, held_out_shares = apportion(weights, count), apportion(weights, held_out)
     overlap = OverlapFilter(tests, seqlen, bos)
+    common = dict(seqlen=seqlen, seed=seed, bos=bos)
+    seen = OverlapFilter([] if calibration is None else [calibration], seqlen, bos)
     windows: list[Windows] = []  # of each source
     orders: list[Tensor] = []  # of each source, (share,): rows of its `windows`
     held: list[Windows] = []  # of each source
@@ -78,7 +82,7 @@ def training_windows(
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
             continue
         cut, out, n_dropped, revision = _cut_windows(
-            source, tokenizer, share, n_held, seqlen=seqlen, seed=seed, bos=bos, overlap=overlap
+            source, tokenizer, share, n_held, overlap=overlap, seen=seen, **common
         )
         size = len(cut)
         n_passes = -(-share // size)
@@ -118,6 +122,7 @@ def _cut_windows(
     seed: int,
     bos: int | None,
     overlap: OverlapFilter,
+    seen: OverlapFilter,
 ) -> tuple[Windows, Windows, int, str | None]:
     """Return some `share` windows, those held out, how many were dropped, and the revision."""
     rng = random.Random(seed)
@@ -164,7 +169,11 @@ def _cut_windows(
         end = start + wanted
         groups = [whole[start:end], join([whole[:start], whole[end:]])]
     else:  # as they come, those that have more than is wanted last
-        groups.sort(key=lambda group: len(group) if len(group) > wanted else 0)
+
+        def place(group: Windows) -> tuple[int, bool]:
+            return len(group) * (len(group) > wanted), bool(seen.found_in(group.ids).any())
+
+        groups.sort(key=place)
     sums = [*accumulate(map(len, groups[:-1]), initial=0)]
     n_out = next((total for total in sums if total >= wanted), sums[-1])
     windows = join(groups)

@@ -126,6 +126,7 @@ def _windows(job: Job, bos: int | None) -> Texts:
             count=job.schedule.steps * job.schedule.windows,
             seed=args.seed,
             tests=[test.windows for test in texts.tests],
+            calibration=texts.windows,
             **common,
         )
     return texts

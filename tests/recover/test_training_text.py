@@ -29,9 +29,11 @@ def drawn(
     bos: int | None = None,
     tests: Sequence[Tensor] = (),
     seqlen: int = SEQLEN,
+    calibration: Tensor | None = None,
 ) -> TrainingText:
     sources = parse_sources(texts, "--calibration_data", mixture=True)
-    return training_windows(sources, tiny.tiny_tokenizer(), count, seqlen, seed, bos, tests)
+    known = tiny.tiny_tokenizer(), count, seqlen, seed, bos, tests, calibration
+    return training_windows(sources, *known)
 
 
 def rows(windows: Windows | Tensor) -> set[tuple[int, ...]]:
@@ -67,6 +69,15 @@ def test_windows_are_cut_from_documents_by_seed(two: list[str]) -> None:
     assert torch.equal(seen(again), seen(text)) and again.facts == text.facts
     assert text.facts["digest"] != other.facts["digest"]
     assert text.facts["windows"] == 20 and text.facts["sources"][0]["passes"] == 1
+
+
+def test_held_out_is_what_calibration_has_not_seen(two: list[str]) -> None:
+    held_out = rows(drawn(["uk"], 20).held_out)
+    calibration = torch.tensor([*held_out])  # with these, the choice would be the same
+    other = drawn(["uk"], 20, calibration=calibration)
+    assert len(other.held_out) == 4 and not rows(other.held_out) & held_out
+    everything = torch.tensor([*cut(tiny.sentences(60, seed=1))])
+    assert rows(drawn(["uk"], 20, calibration=everything).held_out) == held_out
 
 
 def test_a_mixture_by_weight_spread_evenly(two: list[str]) -> None:
