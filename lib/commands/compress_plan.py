@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lib.run.job import Job
 
 REHEARSED_ROUNDING = 2  # windows, on which the rehearsal rounds
-LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.4  # windows to round on, and at most that part of the time
+LEAST_ROUNDING, ROUNDING_SHARE = 8, 0.25  # windows to round on, and at most that part of the time
 LEAST_WINDOWS = 16  # of training; with fewer, what is rounded on text is not trained
 LEAST_TESTS, TEST_SHARE = 4, 0.15  # windows to measure on, and their part of the time
 

@@ -59,7 +59,7 @@ def test_the_minutes_are_kept() -> None:
     assert (least.tests, least.tokens) == (compress_plan.LEAST_TESTS, 512 * 16)
     assert least.seconds > 60
     spent["quantize"] = 2 * 8 * 0.2 + 30  # of which solving takes 30 seconds
-    assert planned(1800).rounding == 32 and planned(100).rounding == (0.4 * 100 - 30) // 1.6 + 2
+    assert planned(1800).rounding == 32 and planned(200).rounding == (0.25 * 200 - 30) // 1.6
     assert planned(100)[2] == 0 and planned(-5)[1:3] == (8, 0)  # rounded, and not trained
     assert planned(-5, passes=30).tokens == 512 * 16  # what is pruned is trained
 
