@@ -97,7 +97,7 @@ def _text_alone(job: Job, model: nn.Module) -> nn.Module:
     alone = text_alone(model, job.checkpoint)
     if getattr(model, "hf_quantizer", None):
         mark_packed_(alone)
-    window = job.texts.tests[0].windows[:1, :COMPARED_POSITIONS].to(job.device)
+    window = job.texts.tests[0].ids[:1, :COMPARED_POSITIONS].to(job.device)
     before, after = some_logits(model, window), some_logits(alone, window)
     check_same_outputs(before, after, "--text_only: whole and text alone", least=1e-5)
     gone = {name: each for name, each in model.state_dict().items() if name in model.unread}
