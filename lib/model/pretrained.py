@@ -69,13 +69,10 @@ def pick_device(name: str | None) -> torch.device:
         return device
     if device.type == "mps":
         raise UserError(f"--device {name}: has no float64, which sums need; use --device cpu")
-    here = torch.accelerator.current_accelerator()
-    if here is None or here.type != device.type or not torch.accelerator.is_available():
-        raise UserError(f"--device {name}: no such device was found; use --device cpu")
-    count = torch.accelerator.device_count()
-    if (device.index or 0) >= count:
+    here, count = torch.accelerator.current_accelerator(), torch.accelerator.device_count()
+    if here is None or here.type != device.type or (device.index or 0) >= count:
         raise UserError(
-            f"--device {name}: devices here are {device.type}:0 to {device.type}:{count - 1}"
+            f"--device {name}: no such device was found (accelerators: {count}); use --device cpu"
         )
     return torch.device(device.type, device.index or 0)
 
