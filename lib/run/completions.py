@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -153,12 +154,10 @@ def continue_rows(model: nn.Module, ids: Tensor, mask: Tensor, tokens: int) -> l
 
 def continue_greedily(model: nn.Module, ids: Tensor, mask: Tensor, tokens: int) -> list[list[int]]:
     """Do as `continue_rows`, but greedily: settings such as penalties do not apply."""
-    settings = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id, do_sample=False)
-    try:
+    ends = model.generation_config.eos_token_id
+    settings = GenerationConfig(eos_token_id=ends, do_sample=False)
+    with mock.patch.object(model, "generation_config", settings):
         return continue_rows(model, ids, mask, tokens)
-    finally:
-        model.generation_config = settings
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:
