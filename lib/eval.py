@@ -200,6 +200,5 @@ def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:
     """Whether perplexity on the first of windows (n, tokens) collapses without BOS."""
     bare = windows[:TRIED_WINDOWS, 1 : 1 + TRIED_TOKENS].clone()  # a text's first token may be BOS
     begun = torch.cat([bare.new_full((len(bare), 1), bos), bare[:, :-1]], dim=1)
-    alone = runner.alone(batch_size=1)  # every rank tries the same windows
-    without, begun = (perplexity(alone, ids) for ids in (bare, begun))
+    without, begun = (perplexity(runner, ids) for ids in (bare, begun))
     return without > COLLAPSE * begun

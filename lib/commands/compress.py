@@ -435,29 +435,14 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
 
 
 def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
-    """Return a sentence by the dense and by the small model, and how to run and upload it."""
-    from lib.commands.gguf.__main__ import mmproj_of
-
-    out, prompt, lines = models[1], "...", []
+    """Return a sentence by the dense and by the small model, and which cards say how to run it."""
+    out, lines = models[1], []
     for record in results["completions"][:1]:
-        prompt = one_line(record["prompt"])
         texts = ((each, record.get(each, " –")) for each in ("dense", "model"))
-        lines = [one_line(f"{each}: {prompt}{text}") for each, text in texts]
-    name = shlex.quote(Path(out).name)
-    words = (json.dumps(word, ensure_ascii=False) for word in (out, prompt))
-    code = "import packed_bitmask; " * ("packed" in results)
-    code += "from transformers import pipeline as p; "
-    code += 'print(p("text-generation", {})({}))'.format(*words)
-    lines += ["", f"python -c {shlex.quote(code)}"]
-    lines += [f"hf upload YOUR_NAME/{name} {shlex.quote(out)}"]
-    for path in models[2:]:
-        file, seeing = shlex.quote(path), mmproj_of(Path(path))
-        sees = f" --mmproj {shlex.quote(str(seeing))}" if seeing.exists() else ""
-        lines += [f"llama-cli -m {file}{sees} -p {shlex.quote(prompt)}"]
-        lines += [f"echo FROM {file} > Modelfile && ollama create {name.lower()} -f Modelfile"]
-        lines += [f"ollama run {name.lower()} {shlex.quote(prompt)}"]
-        lines += [f"hf upload YOUR_NAME/{name}-GGUF {file}"]
-    return lines
+        lines = [one_line(f"{each}: {record['prompt']}{text}") for each, text in texts]
+    upload = f"hf upload YOUR_NAME/{shlex.quote(Path(out).name)} {shlex.quote(out)}"
+    cards = [f"{out}/README.md", *(f"{file}.md" for file in models[2:])]
+    return [*lines, "", f"how to run it: {', '.join(cards)}", upload]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -105,12 +105,6 @@ class BlockRunner:
         """The dtype in which the model will be saved; None: as it is."""
         return self.weights.saved.dtype
 
-    def alone(self, batch_size: int) -> BlockRunner:
-        """Return the same runner for this rank alone, with another batch size."""
-        other = copy.copy(self)
-        other.dist, other.batch_size = DistContext(self.device, alone=True), batch_size
-        return other
-
     def on_device(self, index: int, write_back: bool = False) -> AbstractContextManager:
         """Inside, block `index` is on the device; `write_back` keeps changes of its weights."""
         return self.weights.on_device(index, write_back)
@@ -251,7 +245,7 @@ class BlockRunner:
         called with the number of windows that are done.
         """
         resident, blocks = self.weights.zero_copy, len(self.blocks)
-        step = self.batch_size if resident else max(map(len, sets), default=0)
+        step = self.batch_size if resident else max([1, *map(len, sets)])
         parts = [(n, start) for n, each in enumerate(sets) for start in range(0, len(each), step)]
         for group in [[part] for part in parts] if resident else [parts] if parts else []:
             windows = [sets[number][start : start + step] for number, start in group]

@@ -361,20 +361,10 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     return alone.eval()
 
 
-def save_model(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Write the model into `folder` in `dtype`, as safetensors.
-
-    Modules that the architecture always keeps in float32 (some routers) stay so. The model's own
-    dtypes are restored afterwards.
-    """
-    with cast(model, dtype):
-        model.save_pretrained(folder, max_shard_size="5GB")
-
-
 def save_in_shards(
     model: nn.Module, folder: Path, dtype: torch.dtype, shards: dict[Path, list[str]]
 ) -> dict[str, str] | None:
-    """As `save_model`, but the files of finished blocks, {file: names}, become its shards.
+    """Write the model in `dtype`; the files of finished blocks, {file: names}, become its shards.
 
     They stay where they are, too: on the same disk that takes no room. Returns {file: its name in
     the folder}; None, having written nothing, where the names in a checkpoint of this model differ
@@ -411,7 +401,8 @@ def save_in_shards(
 def cast(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the model's floating-point parameters have the dtype in which they are saved.
 
-    Afterwards they have their own again, with values that were rounded to it.
+    Modules that the architecture always keeps in float32 (some routers) stay so. Afterwards all
+    have their own again, with values that were rounded to it.
     """
     saved = SaveDtypes(model, dtype)
     before = {parameter: parameter.dtype for parameter in model.parameters()}
@@ -470,10 +461,3 @@ def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """Return the bytes of the parameters saved in `dtype`, shared ones counted once."""
     saved = SaveDtypes(model, dtype)
     return sum(one.numel() * saved.of(name, one).itemsize for name, one in model.named_parameters())
-
-
-def default_bos_id(tokenizer) -> int | None:
-    """Return the BOS id if the tokenizer adds it to every text by default, else None."""
-    bos = tokenizer.bos_token_id
-    first = tokenizer("a").input_ids[:1]
-    return bos if bos is not None and first == [bos] else None

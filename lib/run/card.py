@@ -223,7 +223,7 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
 
 def figures_table(results: Mapping[str, Any]) -> str:
     """Return the table of figures: their names, the dense model's where it is known, this one's."""
-    rows = []
+    rows, untrained = [], results.get("recovery", {}).get("before", {})
     for test in results["evaluation"]:
         dense = dict(test.get("dense") or {})
         if "compared_perplexity" in test:
@@ -234,6 +234,9 @@ def figures_table(results: Mapping[str, Any]) -> str:
             if key in test:
                 pair = (_with_error(each, key, form) for each in (dense, test))
                 rows.append([f"{escape(test['name'])}, {words}", *pair])
+        if before := untrained.get(test["name"]):
+            name = f"{escape(test['name'])}, perplexity before training"
+            rows.append([name, "", f"{before['perplexity']:.4f}"])
     for answers in results.get("answers", []):
         words = {"ended": "answers that end", "in_language": "answers in the language"}
         words |= {"tokens": f"tokens of an answer, at most {answers['limit']}"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,8 +93,8 @@ def write_log(folder: Path, results: dict[str, Any]) -> None:
     """Write log_METHOD.txt in wanda's format: names, then one line of values, tab-separated.
 
     `ppl_test` is the first test set; where there are several, each follows as `ppl_NAME`. Where the
-    vocabulary was trimmed, bits per byte come before them. Lines with `#` have the dense model's
-    perplexity, and say why bits per byte come first.
+    vocabulary was trimmed, bits per byte come before them. Lines with `#` have all figures beside
+    the dense model's, and say why bits per byte come first.
     """
     method, vocabulary, tests = results["method"], results.get("vocabulary"), results["evaluation"]
     columns = {"method": method, "actual_sparsity": f"{results['sparsity']['overall']:.4f}"}
@@ -105,7 +104,7 @@ def write_log(folder: Path, results: dict[str, Any]) -> None:
         if len(tests) > 1:
             columns |= {f"{name}_{test['name']}": f"{test[figure]:.4f}" for test in tests}
     lines = ["\t".join(columns), "\t".join(columns.values())]
-    lines += [f"# {line}" for line in beside_dense(results)]
+    lines += [f"# {line}" for line in figures_table(results).splitlines()]
     lines += [f"# {vocabulary['note']}"] if vocabulary else []
     write_text(folder / f"log_{method.replace(' ', '_')}.txt", "\n".join(lines) + "\n")
 
@@ -140,24 +139,5 @@ def print_summary(results: dict[str, Any]) -> None:
     for name, test in named.items():
         lines.append(f"{name}: {test['windows']} windows, {test['tokens']} tokens")
     lines.append(figures_table(results))
-    lines += beside_dense(results)
     lines += [f"perplexity {name}: {test['perplexity']:.4f}" for name, test in named.items()]
     print(*lines, sep="\n")
-
-
-def beside_dense(results: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for each test set: the perplexities of the dense model and of this one."""
-    recovery, method = results.get("recovery"), results["method"]
-    earlier = "pruned" if results["sparsity_type"] or method == "pruned before" else "rounded"
-    name = "recovered" if recovery else "pruned" if method == "pruned before" else method
-    for test in results["evaluation"]:
-        if "dense" not in test:
-            continue
-        figures, windows = {"dense": test["dense"]["perplexity"]}, ""
-        if recovery and test["name"] in recovery["before"]:
-            figures[earlier] = recovery["before"][test["name"]]["perplexity"]
-        figures[name] = test.get("compared_perplexity", test["perplexity"])
-        if "compared_perplexity" in test:
-            windows = f", on {test['compared_windows']} of {test['windows']} windows"
-        words = ", ".join(f"{each} {value:.4f}" for each, value in figures.items())
-        yield f"{one_line(test['name'])}: {words}{windows}"

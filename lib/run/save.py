@@ -20,7 +20,7 @@ from lib.data.tokenizer_model import write_tokenizer_model
 from lib.eval import COMPARED_POSITIONS, some_logits
 from lib.model.access import local_only
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import save_in_shards, save_model, text_alone
+from lib.model.pretrained import cast, save_in_shards, text_alone
 from lib.model.processor import copy_processor
 from lib.packed.checkpoint import mark_packed_
 from lib.run.card import model_card
@@ -76,8 +76,9 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
         shards = None if alone else runner.weights.shards()
         names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
         if not names:
-            with runner.weights.mapped():
-                save_model(alone or runner.model, stage, runner.save_dtype)
+            model = alone or runner.model
+            with runner.weights.mapped(), cast(model, runner.save_dtype):
+                model.save_pretrained(stage, max_shard_size="5GB")
     except SafetensorError as error:
         raise UserError(f"--save_model {job.args.save_model}: can't be saved ({error})") from error
     as_loaded(job.tokenizer).save_pretrained(stage)

@@ -13,7 +13,6 @@ from lib.data.training import training_windows
 from lib.data.windows import TextTooShort, calibration_windows, test_set
 from lib.eval import needs_bos
 from lib.model.blocks import BlockRunner
-from lib.model.pretrained import default_bos_id
 from lib.run.job import Job, Texts
 from lib.run.plan import Plan
 
@@ -137,8 +136,9 @@ def resolve_bos(job: Job, runner: BlockRunner) -> None:
 
     A run that is continued has the windows that it was begun with, whatever it is measured on now.
     """
-    bos = default_bos_id(job.tokenizer) if job.args.bos == "auto" else None
-    if bos is not None:
+    bos = job.tokenizer.bos_token_id
+    begins = bos is not None and job.tokenizer("a").input_ids[:1] == [bos]
+    if job.args.bos == "auto" and begins:  # a text, by default
         needs = job.dist.all_gather_object(job.folder and job.folder.decided.get("bos"))[0]
         if needs is None:
             needs = needs_bos(runner, job.texts.tests[0].ids, bos)
