@@ -225,17 +225,18 @@ def figures_table(results: Mapping[str, Any]) -> str:
     """Return the table of figures: their names, the dense model's where it is known, this one's."""
     rows, untrained = [], results.get("recovery", {}).get("before", {})
     for test in results["evaluation"]:
-        dense = dict(test.get("dense") or {})
+        dense, of = dict(test.get("dense") or {}), ""
         if "compared_perplexity" in test:
             pair = (dense.pop("perplexity"), test["compared_perplexity"])
-            name = f"{escape(test['name'])}, perplexity on {test['compared_windows']} windows"
+            of = f" on {test['compared_windows']} windows"
+            name = f"{escape(test['name'])}, perplexity{of}"
             rows.append([name, *(f"{value:.4f}" for value in pair)])
         for key, (words, form) in FIGURES.items():
             if key in test:
                 pair = (_with_error(each, key, form) for each in (dense, test))
                 rows.append([f"{escape(test['name'])}, {words}", *pair])
         if before := untrained.get(test["name"]):
-            name = f"{escape(test['name'])}, perplexity before training"
+            name = f"{escape(test['name'])}, perplexity before training{of}"
             rows.append([name, "", f"{before['perplexity']:.4f}"])
     for answers in results.get("answers", []):
         words = {"ended": "answers that end", "in_language": "answers in the language"}
