@@ -96,8 +96,8 @@ def examples(
     for kind, messages in EXAMPLES.items():
         asked = messages[: -1 if follows else None]
         tools = TOOLS if kind == "tool call" else None
-        if found := template_of(tokenizer).render(asked, follows, tools):
-            yield kind, {"messages": asked, "tools": tools}, found[0]
+        if rendering := template_of(tokenizer).render(asked, follows, tools):
+            yield kind, {"messages": asked, "tools": tools}, rendering[0]
 
 
 def rendered(
@@ -111,12 +111,12 @@ def rendered(
     Where it knows no system, as Gemma's, what that says goes before the first question.
     """
     template = template_of(tokenizer)
-    found = template.render(messages, follows, **more)
-    if found is None and [message["role"] for message in messages[:2]] == ["system", "user"]:
+    rendering = template.render(messages, follows, **more)
+    if rendering is None and [message["role"] for message in messages[:2]] == ["system", "user"]:
         words = "\n\n".join(message["content"] for message in messages[:2])
         joined = [messages[1] | {"content": words}, *messages[2:]]
-        found = template.render(joined, follows, **more)
-    return found or ("", [])
+        rendering = template.render(joined, follows, **more)
+    return rendering or ("", [])
 
 
 def prompt_of(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
