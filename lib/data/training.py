@@ -171,7 +171,8 @@ def _cut_windows(
     else:  # as they come, those that have more than is wanted last
 
         def place(group: Windows) -> tuple[int, bool]:
-            return len(group) * (len(group) > wanted), bool(seen.found_in(group.ids).any())
+            found = seen.found_in(group.ids, group.mask if chat else None)
+            return len(group) * (len(group) > wanted), bool(found.any())
 
         groups.sort(key=place)
     sums = [*accumulate(map(len, groups[:-1]), initial=0)]
@@ -210,8 +211,12 @@ class OverlapFilter:
             sums += windows[:, offset : offset + n_passages] * factor
         return sums
 
-    def found_in(self, windows: Tensor) -> Tensor:
-        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool."""
+    def found_in(self, windows: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return for each of windows (n, seqlen) whether any passage stands in it: (n,) bool.
+
+        With a `mask` of the windows' shape only passages whose last token it has are looked for.
+        """
         parts = map(self._sums, windows.split(max(1, CHUNK // windows.shape[1])))
         places = ((sums, torch.searchsorted(self.sums, sums)) for sums in parts)
-        return torch.cat([(self.sums[place] == sums).any(1) for sums, place in places])
+        found = torch.cat([self.sums[place] == sums for sums, place in places])
+        return (found if mask is None else found & mask[:, self.length - 1 :]).any(1)

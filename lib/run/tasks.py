@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from lib.util.errors import UserError, first_line
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-Figures = Mapping[str, Mapping[str, float]]  # {task: {metric: value}}
+Figures = Mapping[str, Mapping[str, float | str]]  # {task: {metric: value}}
+RIGHT = "right"  # of a task's figures: 1 for each question that is answered right, else 0
 
 
 def check_tasks(names: Sequence[str], include_path: str | None = None) -> None:
@@ -38,7 +40,8 @@ def run_tasks(
 ) -> Figures:
     """Return {task: {metric: value}} of the model in memory, as the tasks define it.
 
-    The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`.
+    The metrics are lm-eval's, such as `acc,none` and its standard error, `acc_stderr,none`; RIGHT
+    has a digit for each question of a task where an answer is right or wrong, in their order.
     UserError where a task fails, by whatever its code or its data raise.
     """
     from lm_eval import evaluator, simple_evaluate
@@ -46,24 +49,26 @@ def run_tasks(
 
     evaluator.get_git_commit_hash = lambda: None  # git complains where the user's folder has none
     try:
-        results = simple_evaluate(
+        found = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(names),
             task_manager=_manager(tuple(names), include_path),
-        )["results"]
+        )
     except Exception as error:
         reason = describe_error(error) or f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"--tasks {','.join(names)}: {reason}; all other results and the model are saved"
         ) from error
-    return {
-        task: {
-            name: float(value)
-            for name, value in metrics.items()
-            if "," in name and isinstance(value, int | float)
-        }
-        for task, metrics in results.items()
-    }
+    figures: dict[str, dict[str, float | str]] = {}
+    for task, metrics in found["results"].items():
+        numbers = ((name, metrics[name]) for name in metrics if "," in name)
+        figures[task] = {name: float(one) for name, one in numbers if isinstance(one, int | float)}
+        samples = sorted(found["samples"].get(task, ()), key=lambda sample: sample["doc_id"])
+        values = [sample.get("acc", sample.get("exact_match")) for sample in samples]
+        if values and len(samples) == len({sample["doc_id"] for sample in samples}):
+            if all(value in (0, 1) for value in values):
+                figures[task][RIGHT] = "".join(str(int(value)) for value in values)
+    return figures
 
 
 @cache
@@ -82,9 +87,18 @@ def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
     """Yield a line for each figure, with its 95% interval, beside the dense model's if given."""
     for task, metrics in tasks.items():
         before = (dense or {}).get(task, {})
-        for metric in (metric for metric in metrics if "_stderr" not in metric):
+        pair = f"; {mcnemar(before[RIGHT], metrics[RIGHT])}" if RIGHT in metrics and before else ""
+        for metric in (name for name in metrics if "_stderr" not in name and name != RIGHT):
             line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
-            yield line + (f" (dense {_figure(before, metric)})" if metric in before else "")
+            yield line + (f" (dense {_figure(before, metric)}{pair})" if metric in before else "")
+
+
+def mcnemar(dense: str, model: str) -> str:
+    """Compare answers to the same questions (RIGHT): exact test of those where the two differ."""
+    lost, won = (sum(map(str.__gt__, *pair)) for pair in ((dense, model), (model, dense)))
+    n, least = lost + won, min(lost, won)
+    p = min(1.0, 2 * sum(comb(n, k) for k in range(least + 1)) / 2**n)
+    return f"{lost} lost, {won} won, p {p:.2g}"
 
 
 def _figure(metrics: Mapping[str, float], metric: str) -> str:

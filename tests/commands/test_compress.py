@@ -81,7 +81,7 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     shutil.copytree(trained, "dense")
     tiny.write_texts("uk", 120, 8)
     Path("uk/test.jsonl").unlink()  # a tenth is held apart
-    argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu".split()
+    argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu --for vllm".split()
     call, plan, runs = compress.call, compress.plan_time, []
 
     def plan_little(*given: float, **most: int) -> compress_plan.Times:
@@ -93,8 +93,9 @@ def test_a_model_is_compressed_though_it_was_interrupted(
         runs.append([str(flag) for flag in flags])
         if len(runs) == 3:
             raise KeyboardInterrupt
-        return call(module, *flags)
+        return 1 if module == "lib.commands.export" else call(module, *flags)
 
+    monkeypatch.setattr("lib.commands.export.__main__.check_installed", lambda to: None)
     monkeypatch.setattr(compress, "call", once_interrupted)
     monkeypatch.setattr(compress, "plan_time", plan_little)
     assert run(compress.main, argv) == 130 and not Path("small").exists()
@@ -104,9 +105,11 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     assert re.search(plan_line, said.out)
     assert run(compress.main, [*argv, "--megabytes", "9"]) == 1
     assert "was begun with megabytes None, now it is 9" in capfd.readouterr().err
-    assert run(compress.main, argv) == 0
-    out = capfd.readouterr().out
-    assert runs[3] == runs[2] and len(runs) == 6  # a rehearsal, dense, small, and two to measure
+    assert run(compress.main, argv) == 1
+    out, error = capfd.readouterr()
+    assert error.endswith("small-vllm: not written, see above; the model is saved in small\n")
+    # a rehearsal, dense, small, one for an engine, and two to measure
+    assert runs[3] == runs[2] and len(runs) == 7
     assert compress.SAME_SOURCE in out
     before, after = (results(f"small-compress/{name}") for name in ("dense", "compressed"))
     assert before["method"] == "dense" and after["quantized"]["format"] == "q4_0"

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import chats
 import pytest
 import tiny
 import torch
@@ -78,6 +79,18 @@ def test_held_out_is_what_calibration_has_not_seen(two: list[str]) -> None:
     assert len(other.held_out) == 4 and not rows(other.held_out) & held_out
     everything = torch.tensor([*cut(tiny.sentences(60, seed=1))])
     assert rows(drawn(["uk"], 20, calibration=everything).held_out) == held_out
+
+
+def test_dialogues_that_begin_alike_are_told_apart() -> None:
+    """All have the same words of a system, longer than a passage."""
+    tokenizer, seqlen = chats.tokenizer_with(chats.LLAMA_3), 320
+    system = [{"role": "system", "content": " ".join(tiny.WORDS[:12] * 4)}]
+    chats.write(Path("chat"), [system + each for each in chats.some(60, words=25)], [])
+    sources = parse_sources(["chat"], "--calibration_data")
+    common = tokenizer, 20, seqlen, 0, None, ()
+    first = training_windows(sources, *common).held_out
+    other = training_windows(sources, *common, first.ids).held_out
+    assert len(first) == len(other) == 4 and not rows(first) & rows(other)
 
 
 def test_a_mixture_by_weight_spread_evenly(two: list[str]) -> None:

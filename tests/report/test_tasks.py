@@ -9,6 +9,7 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import chats
 import pytest
 import tiny
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.commands import tasks
 from lib.commands.tasks import WORD, last_words, main, read_pairs
-from lib.run.tasks import run_tasks, task_lines
+from lib.run.tasks import RIGHT, run_tasks, task_lines
 from lib.util import command
 from lib.util.errors import UserError
 
@@ -48,6 +49,25 @@ def test_last_words_are_among_words_of_their_kind() -> None:
     places = Counter(question["answer"] for question in questions)
     assert min(places.values()) > len(questions) / 8 and len(places) == 4
     assert last_words(TEXTS, 0) == questions != last_words(TEXTS, 1)
+
+
+def test_words_of_a_chat_model_are_asked_for_after_all_that_was_said(tmp_path, capsys) -> None:
+    tokenizer = chats.tokenizer_with(chats.GEMMA)
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [chats.said(f"{document(n)} {document(n + 99)}", document(n + 30)) for n in range(20)]
+    chats.write(tmp_path / "chat", [], turns)
+    argv = [str(tmp_path / "chat"), str(tmp_path / "out"), "--model", str(tmp_path / "model")]
+    main(argv)
+    questions, asked = read(tmp_path / "out/chat_last_word.jsonl"), "<start>user\n"
+    assert len(questions) > 20
+    for question in questions:
+        context, right = question["context"], question["options"][question["answer"]]
+        (whole,) = (t for t in turns if context.startswith(f"<s>{asked}{t[0]['content']}<end>"))
+        said = context.partition("<start>model\n")[2]
+        assert said and whole[1]["content"].startswith(f"{said} {right}.")
+    write_documents(tmp_path / "plain", TEXTS)
+    assert command.run(main, [str(tmp_path / "plain"), *argv[1:]]) == 1
+    assert "holds no dialogues; leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -145,7 +165,10 @@ def test_lm_eval_runs_the_tasks_on_both_models_offline(place: Path) -> None:
             expected = chosen(folder, questions, before)
             assert found[name]["acc,none"] == pytest.approx(expected)
             assert found[name]["acc_stderr,none"] >= 0
+            right = found[name][RIGHT]
+            assert right.count("1") / len(questions) == pytest.approx(expected)
         said = {"exact_match,first_word": 0.0, "exact_match_stderr,first_word": 0.0}
+        said[RIGHT] = "0" * 40
         assert found["uk_last_word_said"] == said  # the model is random
     assert "uk_last_word, acc: 0." in done.out and " (dense 0." in done.out
 
@@ -184,6 +207,10 @@ def test_lines_have_intervals_and_the_dense_models_figures() -> None:
         "uk, words: 3.0000",
     ]
     assert list(task_lines(tasks))[0] == "uk, acc: 0.5000 ± 0.1960"
+    tasks["uk"][RIGHT], dense["uk"][RIGHT] = "0001100000", "0111011111"
+    (line, _) = task_lines(tasks, dense)
+    pair = "dense 0.6000 ± 0.1960; 7 lost, 1 won, p 0.07)"  # 2 (1 + 8) / 2^8
+    assert line.endswith(pair)
 
 
 def test_a_task_that_fails_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
