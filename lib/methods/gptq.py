@@ -22,7 +22,7 @@ Linears that share the input are solved side by side, transposed to (in, out).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -94,12 +94,15 @@ class SolverGrid(Grid):
         scales = self.form.fit_scales(matrix, costs=across.flatten().square())
         self.scales[:, here.start // self.form.group] = scales.flatten()
 
-    def round_column(self, values: Tensor, column: int, out: Tensor) -> None:
+    def columns(self, here: slice, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield for each input of a group its steps, whether it is kept, and rows of `more`."""
+        steps = self.scales[:, here.start // self.form.group] * self.across[here]
+        return zip(*(each.unbind() for each in (steps, self.keep[here], *more)), strict=True)
+
+    def round_column(self, values: Tensor, step: Tensor, keep: Tensor, out: Tensor) -> None:
         """Write the point of the grid that is nearest to a column's values (out,) into `out`."""
-        step = self.scales[:, column // self.form.group] * self.across[column]
         torch.div(values, step, out=out)
-        out.round_().clamp_(self.form.lowest, self.form.highest)
-        out.mul_(step).mul_(self.keep[column])
+        out.round_().clamp_(self.form.lowest, self.form.highest).mul_(step).mul_(keep)
 
     def matrix(self, solution: Tensor) -> Tensor:
         """A solution (in, out) on the grid as the matrix (out, in) that is saved, to the bit."""
@@ -122,11 +125,12 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Te
             values.addmm_(push.T, change[: here.start])
         grid.fit_group_(values, here)
         errors = torch.empty_like(values)
-        for j, column in enumerate(range(here.start, here.stop)):
+        rows = grid.columns(here, values, solution[here], errors)
+        for j, (step, keep, value, rounded, error) in enumerate(rows):
             if j:
-                values[j].addmv_(errors[:j].T, inverse[:j, j], alpha=-1)
-            grid.round_column(values[j], column, out=solution[column])
-            torch.sub(values[j], solution[column], out=errors[j])
+                value.addmv_(errors[:j].T, inverse[:j, j], alpha=-1)
+            grid.round_column(value, step, keep, out=rounded)
+            torch.sub(value, rounded, out=error)
         torch.sub(ideal[here], solution[here], out=change[here])
         unrounded[here] = values
     return solution, unrounded
@@ -152,10 +156,11 @@ def descend_(
             before = solution[here].clone()
             best = (residual[here] / diagonal[here, None]).add_(before)
             changes = torch.empty_like(before)
-            for j, column in enumerate(range(here.start, here.stop)):
+            rows = grid.columns(here, best, solution[here], before, changes)
+            for j, (step, keep, value, rounded, old, change) in enumerate(rows):
                 if j:
-                    best[j].addmv_(changes[:j].T, own[:j, j], alpha=-1)
-                grid.round_column(best[j], column, out=solution[column])
-                torch.sub(solution[column], before[j], out=changes[j])
+                    value.addmv_(changes[:j].T, own[:j, j], alpha=-1)
+                grid.round_column(value, step, keep, out=rounded)
+                torch.sub(rounded, old, out=change)
             residual.addmm_(hessian[:, here], changes, alpha=-1)
             unrounded[here] = best
