@@ -49,6 +49,7 @@ class GPTQ(LeastSquares):
     """The sums of one input of a block, and what rounds the linears that receive it to `fmt`."""
 
     fmt: ClassVar[Int4]
+    damping = 18.0  # codes of a few bits fit what is chance in few tokens more than zeros do
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # of coordinate descent over all columns
 

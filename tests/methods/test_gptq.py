@@ -40,7 +40,7 @@ def nearest(weight: Tensor) -> Tensor:
     return INT4.round_to(weight, INT4.fit_scales(weight))
 
 
-def scaled_hessian(x: Tensor, damping: float = 6.0):
+def scaled_hessian(x: Tensor, damping: float = 18.0):
     """A (in, in), and the norms of the inputs (in,), as lib/methods/least_squares.py says."""
     x = x.double().numpy()
     norms = numpy.sqrt((x**2).sum(0))
