@@ -64,6 +64,7 @@ OWN_FLAGS = "calibration_data eval_only recover save save_model resume offload t
 CHARACTERS = {"test": 1_000_000, "train": 20_000_000}  # read of a language's text
 # on a CPU, where main.py's 128 windows of up to 4096 tokens would take most of the time
 CPU_WINDOWS, CPU_SEQLEN, CPU_REHEARSED = 32, 512, 2
+CHAT_WINDOWS = 64  # which is rounded for longer, as it is not trained
 GPU_WINDOWS, GPU_SEQLEN, GPU_REHEARSED = 128, 1024, 64  # few texts of the web are longer
 SAME_SOURCE = "measured on texts of the source that it was made with: on others it may lose more; "
 SAME_SOURCE += "--eval_data measures on yours"
@@ -216,14 +217,15 @@ def answer_prompts(it: Compression) -> None:
     from lib.run.texts import default_tests
 
     args, folder = it.args, it.folder / "dialogues"
-    it.tests = args.eval_data
-    if it.kept["planned"] or not args.dialogues or "--no_template" in it.passed_on:
+    it.tests, it.chat = args.eval_data, False
+    if it.kept["planned"] or "--no_template" in it.passed_on:
         return
     column = build_parser().parse_args(["--model", args.model, *it.passed_on]).column
     sources = parse_sources(it.data, "--data", mixture=True, column=column)
-    if not load_tokenizer(Checkpoint(args.model, **it.options)).chat_template or any(
-        are_dialogues(read_documents(source, "train")[0]) for source in sources
-    ):
+    if not load_tokenizer(Checkpoint(args.model, **it.options)).chat_template:
+        return
+    it.chat = any(are_dialogues(read_documents(source, "train")[0]) for source in sources)
+    if it.chat or not args.dialogues:
         return
     it.announce("A chat model: it answers prompts, to be compressed on what it says")
     it.keep()
@@ -248,6 +250,7 @@ def answer_prompts(it: Compression) -> None:
     total = sum(source.weight or 1 for source in sources)
     it.data = [f"{each.text}={(each.weight or 1) / total:.6g}" for each in sources]
     it.data.append(f"{folder}=2")
+    it.chat = True
 
 
 def plan(it: Compression) -> None:
@@ -263,7 +266,8 @@ def plan(it: Compression) -> None:
     args, decoder = it.args, it.config.get_text_config(decoder=True)
     mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS)
     smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
-    common, windows = ["--device", it.device], CPU_WINDOWS if it.on_cpu else GPU_WINDOWS
+    common, windows = ["--device", it.device], CHAT_WINDOWS if it.chat else CPU_WINDOWS
+    windows = windows if it.on_cpu else GPU_WINDOWS
     trained = ["--model", args.model, "--trim_vocabulary", "--calibration_data"]
     flags = [*common, *trained, *it.data, *it.format, "--nsamples", str(windows)]
     flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known
@@ -305,7 +309,9 @@ def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
     left = it.announce("Plan")
     most = sum(len(test.windows) for test in job.texts.tests)
     passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
-    times = plan_time(rehearsal, wall, left, tests=most, rounding=job.args.nsamples, passes=passes)
+    most_of = dict(tests=most, rounding=job.args.nsamples, passes=passes)
+    # by its teacher alone a chat model that was rounded on dialogues does not gain
+    times = plan_time(rehearsal, wall, left, **most_of, trains=bool(passes) or not it.chat)
     windows, rounding, tokens, seconds = times
     what = f"{windows} windows to measure on, about {_time(seconds)} more"
     if it.kept["type"] == "q8_0":

@@ -46,12 +46,20 @@ class Times(NamedTuple):
 
 
 def plan_time(
-    rehearsal: dict[str, Any], wall: float, left: float, *, tests: int, rounding: int, passes: int
+    rehearsal: dict[str, Any],
+    wall: float,
+    left: float,
+    *,
+    tests: int,
+    rounding: int,
+    passes: int,
+    trains: bool = True,
 ) -> Times:
     """Plan what follows in `left` seconds by the results of a small run, which took `wall` seconds.
 
     There are so many windows of the `tests`, and for `rounding` at most. Pruning takes so many
-    `passes` of a window, and needs training after it; what is but rounded may do without.
+    `passes` of a window, and needs training after it; what is but rounded may do without, and does
+    unless it `trains`.
     """
     from lib.data.training import HELD_OUT, HELD_OUT_SHARE
 
@@ -70,9 +78,11 @@ def plan_time(
     if "quantize" in spent:
         rounded = ROUNDING_PASSES * passed
         solving = max(0, spent["quantize"] - REHEARSED_ROUNDING * rounded)
-        fits = int((ROUNDING_SHARE * left - solving) / rounded)
+        fits = int(((ROUNDING_SHARE * left if trains else left - fixed) - solving) / rounded)
         rounding = min(rounding, max(LEAST_ROUNDING, fits))
         fixed += solving + rounding * rounded
+    if not trains:
+        return Times(windows, rounding, 0, fixed)
     for held_out in range(HELD_OUT[1], HELD_OUT[0] - 1, -1):  # the fewer, the less is trained on
         measured = HELD_OUT_PASSES * held_out * passed
         trained = max(LEAST_WINDOWS, int((left - fixed - measured) / training))

@@ -44,9 +44,9 @@ def test_the_minutes_are_kept() -> None:
         "footprint": {"before": 20, "after": 10},
     }
 
-    def planned(seconds: float, passes: int = 0) -> compress_plan.Times:
+    def planned(seconds: float, passes: int = 0, **more: bool) -> compress_plan.Times:
         most, wall = dict(tests=100, rounding=32), 20 + spent.get("quantize", 0)
-        return compress.plan_time(rehearsal, wall, seconds, **most, passes=passes)
+        return compress.plan_time(rehearsal, wall, seconds, **most, passes=passes, **more)
 
     windows, rounding, tokens, seconds = planned(1800)
     assert 1800 - 0.6 < seconds <= 1800
@@ -62,6 +62,8 @@ def test_the_minutes_are_kept() -> None:
     assert planned(1800).rounding == 32 and planned(200).rounding == (0.25 * 200 - 30) // 1.6
     assert planned(100)[2] == 0 and planned(-5)[1:3] == (8, 0)  # rounded, and not trained
     assert planned(-5, passes=30).tokens == 512 * 16  # what is pruned is trained
+    chat = planned(170, trains=False)  # has all the time for rounding
+    assert planned(170).rounding < chat.rounding and chat.tokens == 0 and chat.seconds <= 170
 
 
 @pytest.mark.parametrize("recovery", [[], ["--recover", "8192"]], ids=["pruned", "trained"])
