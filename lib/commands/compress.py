@@ -2,12 +2,12 @@
 
     langprune compress MODEL OUT --language uk [--minutes 30] [--megabytes N] [--for packed]
 
-The vocabulary is trimmed to the language, and the weights are trained on its text as llama.cpp's
-q4_0: OUT is a plain dense folder that every engine loads, and OUT.gguf the same for llama.cpp where
-requirements-gguf.txt is installed. A rehearsal with a few windows measures how fast this machine
-trains the trimmed model, and the minutes are planned by that. Text, plan and figures are kept in
-OUT-compress, from which the same command continues. Each step is a process of its own, which leaves
-its memory to the next one.
+The vocabulary is trimmed to the language, the weights are rounded on its text to llama.cpp's q4_0,
+and those of a base model trained from there: OUT is a plain dense folder that every engine loads,
+and OUT.gguf the same for llama.cpp where requirements-gguf.txt is installed. A rehearsal with a few
+windows measures how fast this machine trains the trimmed model, and the minutes are planned by
+that. Text, plan and figures are kept in OUT-compress, from which the same command continues. Each
+step is a process of its own, which leaves its memory to the next one.
 """
 
 from __future__ import annotations
