@@ -1,16 +1,13 @@
-"""Prune a model block by block, and check what was reached."""
+"""What pruning has reached, against which later steps are checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.pruning.check import Measured, measure
-from lib.pruning.pruner import PartPruner, Pruned, Pruner
 
 
 @dataclass(frozen=True)
@@ -31,19 +28,3 @@ class Reached:
         for name, zeros in self.measured.zeros.items():
             assert now.zeros[name] >= zeros, f"{name} has lost zeros"
         return now
-
-
-def prune(
-    pruner: Pruner,
-    windows: Tensor | None,
-    sparsity: Mapping[str, Sparsity] | None,
-    on_progress: Callable[[int], None],
-) -> tuple[Pruned, Reached]:
-    """Run a pruner on calibration windows (n, tokens); `sparsity` is what linears must reach.
-
-    UserError where one falls short.
-    """
-    pruned = pruner.run(windows, on_progress)
-    left_dense = frozenset(() if isinstance(pruner, PartPruner) else pruned.left_dense)
-    measured = measure(pruner.runner, sparsity, left_dense)
-    return pruned, Reached(measured, sparsity, left_dense)

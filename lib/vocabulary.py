@@ -22,14 +22,14 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.chats import Dialogue
+from lib.data.chats import Document
 from lib.data.documents import read_documents
 from lib.data.sources import Source
 from lib.data.templates import text_by
@@ -139,7 +139,7 @@ def trim_vocabulary(
     """Count the train text of `sources`, choose the tokens, and make the smaller tokenizer.
 
     `rows` is the number of rows of the model's embedding, `config_ids` are the ids in its configs.
-    The processes of `dist` share the counting. Raises UserError if the tokenizer can't be trimmed.
+    Raises UserError if the tokenizer can't be trimmed.
     """
     tokens = TrimmableTokenizer(tokenizer, str(checkpoint))
     required = tokens.required_ids() | tokens.template_ids()
@@ -147,9 +147,7 @@ def trim_vocabulary(
     reserved = tokens.reserved_ids() - required
     required = {part for index in required for part in tokens.merge_parts(index)}
     unnamed = sorted(i for i in config_ids if i < rows and i not in tokens.id_to_token)
-    counts = count_tokens(sources, tokenizer, dist.rank, dist.size).to(dist.device)
-    dist.sum_([counts])
-    counts = counts.cpu()
+    counts = count_tokens(sources, tokenizer, dist)
     used = [i for i in counts.nonzero().flatten().tolist() if i in tokens.id_to_token]
     if used and used[-1] >= rows:
         raise UserError(
@@ -248,42 +246,37 @@ def _round_up(rows: int) -> int:
     return rounded + MULTIPLE if rounded in MISLEADING_ROWS else rounded
 
 
-def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Return a copy of a fast tokenizer's backend without truncation and padding."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
 def count_tokens(
-    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, rank: int = 0, size: int = 1
+    sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase, dist: DistContext
 ) -> Tensor:
     """Return how often each token occurs in the sources' train text: (tokens,) int64.
 
-    Process `rank` of `size` counts every `size`th text. Raises UserError for whatever is wrong with
-    the texts.
+    The processes of `dist` share the texts. Raises UserError for whatever is wrong with these.
     """
-    backend = plain_backend(tokenizer)
     n_tokens = max(tokenizer.get_vocab().values()) + 1
     counts = torch.zeros(n_tokens, dtype=torch.long)
     for source in sources:
         documents, _ = read_documents(source, "train")
         total, limit = (None, HUB_CHARACTERS) if source.hub else (len(documents), math.inf)
         what = f"counting tokens of {source.name}"
-        with progress(total, what, "text", rank == 0) as on_progress:
+        with progress(total, what, "text", dist.is_main) as on_progress:
             for batch in batches(documents, limit):
-                own = [text_by(tokenizer, each) for each in batch[rank::size]]
-                encodings = backend.encode_batch_fast(own, add_special_tokens=False)
-                ids = torch.tensor([i for e in encodings for i in e.ids], dtype=torch.long)
+                own = [text_by(tokenizer, each) for each in batch[dist.rank :: dist.size]]
+                ids = torch.tensor([*chain(*encode_all(tokenizer, own))], dtype=torch.long)
                 counts += torch.bincount(ids, minlength=n_tokens)
                 on_progress(len(batch))
-    return counts
+    counts = counts.to(dist.device)
+    dist.sum_([counts])
+    return counts.cpu()
 
 
-def batches(
-    texts: Iterable[str | Dialogue], limit: float = math.inf
-) -> Iterator[list[str | Dialogue]]:
+def encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the token ids of texts, cut on all cores, without special tokens."""
+    encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def batches(texts: Iterable[Document], limit: float = math.inf) -> Iterator[list[Document]]:
     """Yield lists of at least BATCH_CHARACTERS characters until `limit` characters were read."""
     batch, size = [], 0
     for text in texts:
@@ -300,7 +293,7 @@ def batches(
 
 
 def compare_tokenizers(
-    documents: Iterable[str | Dialogue],
+    documents: Iterable[Document],
     before: PreTrainedTokenizerBase,
     after: PreTrainedTokenizerBase,
     rows: Tensor,
@@ -314,13 +307,12 @@ def compare_tokenizers(
     """
     n_documents = n_alike = n_before = n_after = 0
     damaged, old_ids = None, rows.tolist()
-    backends = plain_backend(before), plain_backend(after)
     for batch in batches(text_by(before, document) for document in documents):
         cut, read = [], []  # ids and decoded texts of both tokenizers
-        for backend in backends:
-            encodings = backend.encode_batch_fast(batch, add_special_tokens=False)
-            cut.append([encoding.ids for encoding in encodings])
-            read.append(backend.decode_batch(cut[-1], skip_special_tokens=False))
+        for tokenizer in (before, after):
+            cut.append(encode_all(tokenizer, batch))
+            decode = tokenizer.backend_tokenizer.decode_batch
+            read.append(decode(cut[-1], skip_special_tokens=False))
         for ids, new_ids, text, new_text in zip(*cut, *read, strict=True):
             n_documents += 1
             if text != new_text and damaged is None:

@@ -51,7 +51,10 @@ class Dialogue:
         return self.json.encode()
 
 
-def row_of(document: str | Dialogue, column: str = "text") -> dict[str, object]:
+Document = str | Dialogue
+
+
+def row_of(document: Document, column: str = "text") -> dict[str, object]:
     """Return the row that a document is read from."""
     if isinstance(document, Dialogue):
         return {"messages": document.messages}

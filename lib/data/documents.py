@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.data import hub
-from lib.data.chats import COLUMNS, Dialogue
+from lib.data.chats import COLUMNS, Dialogue, Document
 from lib.data.sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
 from lib.util.errors import first_line
 
@@ -30,12 +30,11 @@ PIECE_CHARACTERS = 4_000  # at most
 ENCODINGS = "utf_16 cp1251 koi8_u cp866 cp1253 cp1250 cp1252".split()  # that are still met
 AROUND = 2**15  # bytes before and after the first that is not UTF-8, which tell the encoding
 PIECE = re.compile(r"(?s).{2000,4000}?\n\s*\n|.{2000,4000}?\n|.{2000,4000}?\s|.{1,4000}")
+Documents = list[Document] | hub.HubTexts
 log = logging.getLogger(__name__)
 
 
-def read_documents(
-    source: Source, split: str
-) -> tuple[list[str | Dialogue] | hub.HubTexts, str | None]:
+def read_documents(source: Source, split: str) -> tuple[Documents, str | None]:
     """Return the documents of a split (`train` or `test`) and their revision (hub commit or None).
 
     The documents are texts and dialogues in a sequence; those of a streamed set are iterated over
@@ -69,7 +68,7 @@ def read_documents(
     return source.read[split], None
 
 
-def part(source: Source, texts: list[str | Dialogue], split: str) -> list[str | Dialogue]:
+def part(source: Source, texts: list[Document], split: str) -> list[Document]:
     """Return the tenth of the documents that is held apart (`test`), or the others (`train`).
 
     It is the tenth with the lowest digests, so that order and copies do not matter. Raises
@@ -89,19 +88,19 @@ def part(source: Source, texts: list[str | Dialogue], split: str) -> list[str | 
     return [text for text, digest in pairs if (digest <= last) == (split == "test")]
 
 
-def are_dialogues(documents: Iterable[str | Dialogue]) -> bool:
+def are_dialogues(documents: Iterable[Document]) -> bool:
     """Return whether the first document is a dialogue."""
     return isinstance(next(iter(documents), None), Dialogue)
 
 
-def pieces_of(text: str | Dialogue) -> list[str | Dialogue]:
+def pieces_of(text: Document) -> list[Document]:
     """Return a text in pieces of 2,000 to PIECE_CHARACTERS characters, if it has so many."""
     if isinstance(text, Dialogue):
         return [text]
     return [piece.strip() for piece in PIECE.findall(text) if piece.strip()]
 
 
-def _not_measured(source: Source, texts: list[str | Dialogue]) -> Iterator[str | Dialogue]:
+def _not_measured(source: Source, texts: list[Document]) -> Iterator[Document]:
     """Yield the texts, of some only pieces, without what stands in the source's test texts."""
     tests = [text for test in source.tests for text in read_documents(test, "test")[0]]
     measured = {text.strip() for text in tests}.union(*map(pieces_of, tests))
@@ -142,7 +141,7 @@ def _files_of(source: Source, split: str) -> list[Path]:
     return paths
 
 
-def _read(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
+def _read(source: Source, path: Path) -> Iterator[Document | None]:
     kinds = {".parquet": _parquet, ".csv": _csv, ".tsv": _csv} | dict.fromkeys(PLAIN, _plain_text)
     try:
         yield from kinds.get(path.suffix, _json_lines)(source, path)
@@ -172,7 +171,7 @@ def conversion(error: UnicodeDecodeError) -> str:
     return f"not UTF-8 but likely {name} ({seen!r}); iconv -f {name} -t utf-8 OLD > NEW"
 
 
-def _json_lines(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
+def _json_lines(source: Source, path: Path) -> Iterator[Document | None]:
     """Yield the text of each row; a line ends at "\\n" alone, and blank lines are no rows."""
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(ROWS_CHARACTERS), b""), start=1):
@@ -193,7 +192,7 @@ def _json_lines(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
             yield text_of(source, row, place)
 
 
-def _csv(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
+def _csv(source: Source, path: Path) -> Iterator[Document | None]:
     """Yield the text of each row of a table with a header, separated by commas, ";" or tabs."""
     csv.field_size_limit(ROWS_CHARACTERS)
     with path.open(encoding="utf-8-sig") as file:
@@ -209,7 +208,7 @@ def _csv(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
             raise source.error(problem) from None
 
 
-def _parquet(source: Source, path: Path) -> Iterator[str | Dialogue | None]:
+def _parquet(source: Source, path: Path) -> Iterator[Document | None]:
     from pyarrow import ArrowException, parquet
 
     try:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.data.chats import COLUMNS, Dialogue, row_of
+from lib.data.chats import COLUMNS, Document, row_of
 from lib.data.languages import codes_of
 from lib.data.sources import Source, text_of
 from lib.util.errors import UserError, hub_problem
@@ -41,10 +41,10 @@ class HubTexts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> str | Dialogue:
+    def __getitem__(self, row: int) -> Document:
         return self._text(self.rows[row], row)
 
-    def __iter__(self) -> Iterator[str | Dialogue]:
+    def __iter__(self) -> Iterator[Document]:
         count = 0
         with _as_user_error(self.source):
             for row in self.rows:
@@ -59,7 +59,7 @@ class HubTexts:
                 ":SPLIT"
             )
 
-    def _text(self, row: dict, number: int) -> str | Dialogue:
+    def _text(self, row: dict, number: int) -> Document:
         """Return the text of a row, which null leaves empty. Raises UserError for another type."""
         return text_of(self.source, row, f"row {number}") or ""
 

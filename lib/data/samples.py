@@ -11,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The tokens of a document; where there is a `mask`, only those in it count as predicted."""
+    """The tokens of a document; those in the `mask` count when they are predicted."""
 
     ids: Tensor  # (tokens,), int64
-    mask: Tensor | None = None  # (tokens,), bool
+    mask: Tensor  # (tokens,), bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,8 @@ def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -
 
     Several samples are for one window. With `bos` the ids are those of `with_bos`.
     """
-    masks = [torch.ones_like(s.ids).bool() if s.mask is None else s.mask for s in samples]
-    places = [torch.arange(len(s.ids)) for s in samples]
-    joined = map(torch.cat, ([s.ids for s in samples], masks, places))
+    rows = ((s.ids, s.mask, torch.arange(len(s.ids))) for s in samples)
+    joined = map(torch.cat, zip(*rows, strict=True))
     ids, mask, places = (each[: len(each) // seqlen * seqlen].view(-1, seqlen) for each in joined)
     if bos is not None:
         mask = torch.where(ids[:, :1] == bos, mask, mask.roll(1, 1))
@@ -76,8 +75,7 @@ def packed(samples: Iterable[Sample], seqlen: int) -> Iterator[Windows]:
     begun: list[Sample] = []
     first = None
     for sample in samples:
-        masks = torch.ones_like(sample.ids).bool() if sample.mask is None else sample.mask
-        for piece in map(Sample, sample.ids.split(seqlen), masks.split(seqlen)):
+        for piece in map(Sample, sample.ids.split(seqlen), sample.mask.split(seqlen)):
             first = first or piece
             length = sum(len(each.ids) for each in begun)
             if begun and length + len(piece.ids) > seqlen:

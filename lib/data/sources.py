@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from lib.data.chats import SHAPES, Dialogue, dialogue_of
+from lib.data.chats import SHAPES, Document, dialogue_of
 from lib.util.errors import UserError
 
 ONCE = "once"  # a document gives at most one window (UberText's rule)
@@ -161,7 +161,7 @@ def folder_files(path: Path, split: str) -> list[Path]:
     return []
 
 
-def text_of(source: Source, row: Mapping[str, object], place: object) -> str | Dialogue | None:
+def text_of(source: Source, row: Mapping[str, object], place: object) -> Document | None:
     """Return the row's text or dialogue, None for null. UserError if no tokenizer can take it."""
     text = row.get(source.column)
     has_messages = isinstance(text, list) and all(isinstance(each, dict) for each in text)

@@ -17,6 +17,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -51,10 +52,11 @@ def keep_limits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer with its padding and truncation, until its next call."""
-    for name, value in getattr(tokenizer, "limits", {}).items():
-        if value:
-            getattr(tokenizer.backend_tokenizer, f"enable_{name}")(**value)
+    """Return the tokenizer, or a copy of it, with the padding and truncation that it had."""
+    limits = {name: value for name, value in getattr(tokenizer, "limits", {}).items() if value}
+    tokenizer = deepcopy(tokenizer) if limits else tokenizer
+    for name, value in limits.items():
+        getattr(tokenizer.backend_tokenizer, f"enable_{name}")(**value)
     return tokenizer
 
 
@@ -110,7 +112,7 @@ class TrimmableTokenizer:
             raise _refused(name, "one with duplicate tokens")
         self.ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
-            self.ranks.setdefault(_pair(merge), rank)
+            self.ranks.setdefault(tuple(merge), rank)
 
     def merge_parts(self, index: int) -> set[int]:
         """Return the ids of a token and of all tokens that its merges go through.
@@ -204,8 +206,8 @@ class TrimmableTokenizer:
                 model["unk_id"] = places[self.model_tokens[model["unk_id"]]]
         else:
             model["vocab"] = {t: place for t, place in places.items() if t in model["vocab"]}
-            pairs = map(_pair, model["merges"])
-            model["merges"] = [[a, b] for a, b in pairs if {a, b, a + b} <= places.keys()]
+            merges = model["merges"]
+            model["merges"] = [[a, b] for a, b in merges if {a, b, a + b} <= places.keys()]
         added = [
             token | {"id": places[token["content"]]}
             for token in data["added_tokens"]
@@ -258,11 +260,6 @@ def _refused(name: str, what: str) -> UserError:
         f"{FLAG}: the tokenizer of {name} is {what}; only fast ones of the kinds BPE and Unigram "
         "can be trimmed, leave the flag out"
     )
-
-
-def _pair(merge: str | list[str]) -> tuple[str, str]:
-    first, second = merge.split(" ") if isinstance(merge, str) else merge
-    return first, second
 
 
 def _components(value: Any) -> Iterator[dict[str, Any]]:

@@ -96,8 +96,7 @@ def pieces(data: dict[str, Any]) -> list[tuple[str, float, int]]:
     model = data["model"]
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
-        made = "".join(merge.split(" ") if isinstance(merge, str) else merge)
-        ranks.setdefault(made, rank)
+        ranks.setdefault("".join(merge), rank)
     tokens = dict(model["vocab"])
     kinds = dict.fromkeys(BYTE_TOKENS, BYTE)
     for token in data["added_tokens"]:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, chain, islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,18 +22,9 @@ from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from lib.data import hub
-from lib.data.chats import Dialogue
-from lib.data.documents import are_dialogues, read_documents
-from lib.data.samples import (
-    Sample,
-    Windows,
-    as_windows,
-    join,
-    packed,
-    prepend,
-    windows_of,
-    with_bos,
-)
+from lib.data.chats import Dialogue, Document
+from lib.data.documents import Documents, are_dialogues, read_documents
+from lib.data.samples import Sample, Windows, as_windows, join, packed, prepend, with_bos
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
 from lib.data.templates import sample_of_dialogue, template_of, text_by
 from lib.util.errors import UserError
@@ -75,20 +65,18 @@ def calibration_windows(
     """
     assert nsamples > 0 and seqlen > 1
     counts = apportion([s.weight or 1.0 for s in sources], nsamples)
-    cuts, positions, drawn = [], [], []
+    cuts, drawn = [], []
     for source, count in zip(sources, counts, strict=True):
         if count == 0:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
+            continue
         cut, record = _draw_windows(source, tokenizer, count, seqlen, seed, bos)
-        if isinstance(cut, Windows):
-            cuts.append(cut.ids)
-            positions.append(cut.positions)
-        else:
-            cuts.append(cut if bos is None else with_bos(cut, bos))
-            positions.append(torch.arange(seqlen).expand_as(cut))
+        cuts.append(cut)
         drawn.append(record | {"share": count / nsamples})
     order = interleave(counts)
-    windows, positions = torch.cat(cuts)[order], torch.cat(positions)[order]
+    windows, positions = (
+        torch.cat([getattr(cut, name) for cut in cuts])[order] for name in ("ids", "positions")
+    )
     record = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
     record |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
     whole = bool((positions[:, 1:] > 0).all())
@@ -120,7 +108,7 @@ def _draw_windows(
     seqlen: int,
     seed: int,
     bos: int | None,
-) -> tuple[Tensor | Windows, dict]:
+) -> tuple[Windows, dict]:
     """Draw windows (count, seqlen) from one source, and record where each was drawn from.
 
     The published loops search endlessly where too few texts are long enough. This one raises
@@ -133,7 +121,7 @@ def _draw_windows(
     rng = random.Random(seed)
     documents, revision = read_documents(source, "train")
     record = {"name": source.name, "source": source.text, "revision": revision}
-    if count and are_dialogues(documents):
+    if are_dialogues(documents):
         # each APART times, as it comes between others
         every = chain.from_iterable(shuffled(source, documents, rng) for _ in range(APART))
         cut = list(islice(packed_dialogues(source, tokenizer, every, seqlen, bos), count))
@@ -142,7 +130,7 @@ def _draw_windows(
             problem = f"its dialogues give {len(cut)} windows of {seqlen} tokens; {way_out}"
             raise source.error(problem)
         return join(cut), record | {"windows": count}
-    for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng) if count else ():
+    for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng):
         lengths[row] = len(ids)
         if len(ids) <= seqlen:
             continue
@@ -169,13 +157,15 @@ def _draw_windows(
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
         problem += f"{seqlen}; give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
         raise TextTooShort(source, problem, fits)
-    return windows, record | {"windows": count, "rows": rows, "starts": starts}
+    windows = windows if bos is None else with_bos(windows, bos)
+    drawn = Windows(windows, positions=torch.arange(seqlen).expand_as(windows))
+    return drawn, record | {"windows": count, "rows": rows, "starts": starts}
 
 
 def packed_dialogues(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[str | Dialogue],
+    documents: Iterable[Document],
     seqlen: int,
     bos: int | None,
 ) -> Iterator[Windows]:
@@ -183,7 +173,7 @@ def packed_dialogues(
 
     At the end, how many the chat template does not take is told.
     """
-    left_out: dict[str | Dialogue, str] = {}
+    left_out: dict[Document, str] = {}
 
     def samples() -> Iterator[Sample]:
         for document in documents:
@@ -201,7 +191,7 @@ def packed_dialogues(
 
 def _drawn_texts(
     source: Source,
-    documents: list[str | Dialogue] | hub.HubTexts,
+    documents: Documents,
     tokenizer: PreTrainedTokenizerBase,
     seqlen: int,
     rng: random.Random,
@@ -231,9 +221,7 @@ def _drawn_texts(
             yield row, ids
 
 
-def shuffled(
-    source: Source, documents: list[str | Dialogue] | hub.HubTexts, rng: random.Random
-) -> Iterator[str | Dialogue]:
+def shuffled(source: Source, documents: Documents, rng: random.Random) -> Iterator[Document]:
     """Yield at most STREAM_LIMIT documents of the source in an order drawn by `rng`."""
     if source.stream:
         yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
@@ -258,19 +246,18 @@ def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
 
 @dataclass(frozen=True, eq=False)
 class TestSet:
-    """Test windows and the text that they cover.
+    """Test windows; `facts` is their record for results.json.
 
-    `bytes` counts the UTF-8 bytes of the tokens that are predicted (`token_bytes`), all but the
+    Its `bytes` are the UTF-8 bytes of the tokens that are predicted (`token_bytes`), all but the
     first of each window. So bits per byte = summed loss / ln 2 / bytes, whatever the tokenizer does
-    inside a word. `facts` is the record for results.json. `prompts` are beginnings of documents.
+    inside a word. `prompts` are beginnings of documents.
     """
 
     __test__ = False  # not a class of tests, whatever pytest makes of its name
     name: str
     windows: Tensor | Windows  # (windows, seqlen), int64
-    bytes: int
     facts: dict
-    prompts: Tensor  # (prompts, tokens), int64
+    prompts: Sequence[Tensor] = ()  # (tokens,) each, int64
     dialogues: Sequence[Dialogue] = ()  # whose prompts are answered
 
     @property
@@ -289,76 +276,65 @@ def test_set(
 
     What is left after the last whole window is dropped. Of a large set only the first documents
     (`hub.TEST_DOCUMENTS`) and `TEST_BYTES` are used, the same ones by every tokenizer. With `bos`
-    each window is that token and seqlen - 1 tokens of the text. Raises UserError if the text is
-    shorter than one window.
+    each window is that token and seqlen - 1 tokens of the text. Dialogues are packed, and only what
+    an assistant says is measured. Raises UserError if the text is shorter than one window.
     """
-    length = min(PROMPT, seqlen // 2)
     documents, revision = read_documents(source, "test")
     texts = test_documents(source, documents)
+    prompts, asked, more = [], [], {}
     if are_dialogues(texts):
-        return _dialogue_set(source, tokenizer, texts, seqlen, bos, revision)
+        cut = list(packed_dialogues(source, tokenizer, texts, seqlen, bos))
+        if not cut:
+            raise source.error("no test dialogue has an answer that the chat template takes")
+        windows = join(cut)
+        counted = windows.counted[:, :-1]
+        answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
+        said = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
+        size = sum(len(text.encode()) for text in said)
+        more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
+        asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
+    else:
+        windows, size = _text_windows(source, tokenizer, texts, seqlen, bos)
+        length = min(PROMPT, seqlen // 2)
+        prompts = _prompts(texts, tokenizer, n_prompts, length, bos)
+        if n_prompts and len(prompts) < n_prompts:  # few documents, such as one long one
+            starts = windows[:: max(1, len(windows) // n_prompts), :length]
+            prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
+    ids = as_windows(windows).ids
+    facts = {"name": source.name, "source": source.text, "revision": revision}
+    facts |= {"windows": len(ids), "seqlen": seqlen, "tokens": ids.numel(), "bytes": size}
+    facts |= {"bos": bos, "digest": digest(ids)} | more
+    return TestSet(source.name, windows, facts, prompts[:n_prompts], asked)
+
+
+def _text_windows(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    seqlen: int,
+    bos: int | None,
+) -> tuple[Tensor, int]:
+    """Return the windows (n, seqlen) of test texts, and the bytes that they cover."""
     text = source.separator.join(text_by(tokenizer, each) for each in texts)
     if source.sampled:
         text = text.encode()[: TEST_BYTES * seqlen].decode(errors="ignore")
-    prompts = _prompts(texts, tokenizer, n_prompts, length, bos)
     encoding = encode(tokenizer, text)
     ids = encoding.input_ids[0].long()
     first = int(bos is not None and len(ids) > 0 and ids[0] == bos)
     ids = ids[first:]
     step = seqlen if bos is None else seqlen - 1  # tokens of the text in each window
-    windows = windows_of([Sample(ids)], step).ids
-    count = len(windows)
+    count = len(ids) // step
     if not count:
         problem = f"the test text has {len(ids)} tokens, less than one window of {step}"
         way_out = f"use --seqlen {len(ids)} or less" if len(ids) > 1 else "give a longer text"
         raise TextTooShort(source, f"{problem}; {way_out}", len(ids))
-    if bos is not None:
-        windows = prepend(windows, bos)
+    windows = ids[: count * step].view(count, step)
     sizes = token_bytes(encoding, text)[first:][: count * step].view(count, step)
     covered = sizes[:, step + 1 - seqlen :].sum().item()  # after BOS the first is predicted too
-    facts = _facts(source, revision, windows, covered, bos)
-    if n_prompts and len(prompts) < n_prompts:  # few documents, such as one long one
-        starts = windows[:: max(1, count // n_prompts), :length]
-        prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
-    shown = torch.stack(prompts[:n_prompts]) if n_prompts else windows[:0, :length]
-    return TestSet(source.name, windows, bytes=covered, facts=facts, prompts=shown)
+    return windows if bos is None else prepend(windows, bos), covered
 
 
-def _dialogue_set(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str | Dialogue],
-    seqlen: int,
-    bos: int | None,
-    revision: str | None,
-) -> TestSet:
-    """Pack test dialogues into windows, in which only what an assistant says is measured."""
-    cut = list(packed_dialogues(source, tokenizer, texts, seqlen, bos))
-    if not cut:
-        raise source.error("no test dialogue has an answer that the chat template takes")
-    windows = join(cut)
-    counted = windows.counted[:, :-1]
-    answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
-    sizes = [
-        len(tokenizer.decode(ids, clean_up_tokenization_spaces=False).encode()) for ids in answers
-    ]
-    facts = _facts(source, revision, windows.ids, sum(sizes), bos)
-    facts |= {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
-    no_prompts = windows.ids[:0, : min(PROMPT, seqlen // 2)]
-    asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
-    return TestSet(source.name, windows, sum(sizes), facts, no_prompts, asked)
-
-
-def _facts(
-    source: Source, revision: str | None, windows: Tensor, size: int, bos: int | None
-) -> dict[str, Any]:
-    """Return the record of test windows (n, tokens), which cover `size` bytes."""
-    facts = {"name": source.name, "source": source.text, "revision": revision}
-    facts |= {"windows": len(windows), "seqlen": windows.shape[1], "tokens": windows.numel()}
-    return facts | {"bytes": size, "bos": bos, "digest": digest(windows)}
-
-
-def test_documents(source: Source, documents: Iterable[str | Dialogue]) -> Sequence[str | Dialogue]:
+def test_documents(source: Source, documents: Iterable[Document]) -> Sequence[Document]:
     """Return the documents of an open test split to measure on: the first ones of a large set."""
     if not source.sampled:
         return documents
@@ -403,12 +379,13 @@ def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = No
 
 
 def sample_of(
-    tokenizer: PreTrainedTokenizerBase, document: str | Dialogue, bos: int | None = None
+    tokenizer: PreTrainedTokenizerBase, document: Document, bos: int | None = None
 ) -> Sample:
     """Return the tokens of a document; a template puts BOS before a dialogue itself, or none."""
     if isinstance(document, Dialogue):
         return sample_of_dialogue(tokenizer, document)
-    return Sample(tokenise(tokenizer, document, bos))
+    ids = tokenise(tokenizer, document, bos)
+    return Sample(ids, torch.ones_like(ids).bool())
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> BatchEncoding:

@@ -77,13 +77,13 @@ def evaluation_record(
     """Return the record of a test set: what it is, and its figures (lib/eval.py)."""
     record = test.facts | {name: figures[name] for name in figures if "nats" not in name}
     if not only_compared or figures["compared_windows"] == len(test.windows):
-        record["bits_per_byte"] = figures["nats"] / math.log(2) / test.bytes
+        record["bits_per_byte"] = figures["nats"] / math.log(2) / record["bytes"]
     if "dense_nats" in figures:
         dense, own = (figures[name] for name in ("dense_nats", "own_nats"))
         record["dense"] = {"perplexity": exp(dense)}
         if figures["compared_windows"] == len(test.windows):
             bits = figures["dense_sum_nats"] / math.log(2)
-            record["dense"]["bits_per_byte"] = bits / test.bytes
+            record["dense"]["bits_per_byte"] = bits / record["bytes"]
         else:  # what the dense model's perplexity is to be compared with
             record["compared_perplexity"] = exp(own)
     return record

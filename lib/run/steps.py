@@ -23,7 +23,6 @@ from lib.model.reference import (
 from lib.model.rows import keep_rows_
 from lib.packed.formats import FORMATS, Grid
 from lib.prune import Reached
-from lib.prune import prune as prune_blocks
 from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
 from lib.pruning.by_error import by_error
 from lib.pruning.check import measure
@@ -101,7 +100,9 @@ def prune(job: Job, runner: BlockRunner) -> Reached:
         if not plan.variant:  # which only comes near the ratio
             sparsity = allocation.sparsity
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
-        pruned, reached = prune_blocks(pruner, job.texts.windows, sparsity, bar)
+        pruned = pruner.run(job.texts.windows, bar)
+    left_dense = frozenset(pruned.left_dense if sparsity else ())
+    reached = Reached(measure(runner, sparsity, left_dense), sparsity, left_dense)
     job.print(*pruned.summary())
     job.results |= {"notes": pruned.summary()[1:], "sparsity": reached.measured.shares()}
     if plan.removes:

@@ -17,6 +17,7 @@ from lib.data.samples import Windows
 from lib.data.sources import parse_source
 from lib.data.templates import prompt_of, sample_of_dialogue, text_by
 from lib.data.training import training_windows
+from lib.distributed.context import DistContext
 from lib.util.errors import UserError
 from lib.vocabulary import count_tokens
 
@@ -124,7 +125,7 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
         tokenizer.decode(i[m]) for i, m in zip(windows.ids, windows.mask, strict=True)
     )
     assert counted.count("<end>") == len(texts) and all(text in counted for text in texts[:30])
-    assert abs(test.bytes - len("".join(texts).encode())) < 8 * len(windows)
+    assert abs(test.facts["bytes"] - len("".join(texts).encode())) < 8 * len(windows)
     starts = windows.positions == 0
     assert (windows.ids[starts] == 0).sum() >= 32  # BOS, where each begins
 
@@ -134,7 +135,7 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     trained, held_out = text.windows, text.held_out
     assert trained.mask.any(1).all() and held_out.mask.any(1).all()
     assert not set(map(tuple, held_out.ids.tolist())) & set(map(tuple, trained.ids.tolist()))
-    counts = count_tokens([source], tokenizer)
+    counts = count_tokens([source], tokenizer, DistContext(torch.device("cpu"), alone=True))
     assert counts[tokenizer.convert_tokens_to_ids("<end>")] == sum(map(len, every))
 
 
@@ -146,6 +147,6 @@ def test_plain_text_is_read_as_before(tmp_path):
     for tokenizer in (tiny.tiny_tokenizer(), chats.tokenizer_with("{% for")):
         test = data.test_set(source, tokenizer, 16, n_prompts=2)
         windows, record = data.calibration_windows([source], tokenizer, 4, 16, seed=0)
-        drawn.append((windows, test.windows, test.facts, record, test.prompts))
+        drawn.append((windows, test.windows, test.facts, record, torch.stack(test.prompts)))
     for one, other in zip(*drawn, strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

@@ -108,7 +108,7 @@ def test_perplexity_in_chunks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch) 
 def test_documents_of_one_window_do_not_see_each_other(name: str) -> None:
     documents = [windows(1, count, seed=count) for count in (13, 17, 18)]
     runner = runner_of(tiny.ALL[name]())
-    packed = windows_of([Sample(ids[0]) for ids in documents], 48)
+    packed = windows_of([Sample(ids[0], ids[0] >= 0) for ids in documents], 48)
     logits = through(runner, join([packed, packed]), torch.arange(48))
     with torch.no_grad():
         alone = [runner.model(input_ids=ids, use_cache=False).logits for ids in documents]

@@ -27,7 +27,6 @@ from lib.vocabulary import (
     TrimmedVocabulary,
     choose_tokens,
     count_tokens,
-    plain_backend,
     trim_vocabulary,
 )
 
@@ -58,7 +57,7 @@ def trimmed(tokenizer: PreTrainedTokenizerFast, folder: Path, **options) -> Trim
 
 
 def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> list[str]:
-    return plain_backend(tokenizer).encode(text, add_special_tokens=False).tokens
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +118,7 @@ def test_what_the_template_writes_stays(uk: Path, template: str) -> None:
 def test_every_token_used_stays_with_its_parts(uk: Path) -> None:
     tokenizer = kinds.byte_level(800)
     tokens = TrimmableTokenizer(tokenizer, "m")
-    counts = count_tokens(parse_sources([str(uk)], "--vocabulary_data"), tokenizer)
+    counts = count_tokens(parse_sources([str(uk)], "--vocabulary_data"), tokenizer, ALONE)
     everything = choose_tokens(tokens, counts, tokens.required_ids())
     used = set(counts.nonzero().flatten().tolist())
     assert used <= everything and len(everything) % 64 == 0
