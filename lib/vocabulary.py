@@ -123,7 +123,7 @@ def vocabulary_record(trimmed: TrimmedVocabulary | None, config: Any) -> dict[st
     if trimmed or before is None:
         return trimmed and trimmed.facts
     rows = config.get_text_config(decoder=True).vocab_size
-    return {"note": NOTE, "rows": rows, "rows_before": before}
+    return {"rows": rows, "rows_before": before}
 
 
 def trim_vocabulary(
@@ -168,7 +168,6 @@ def trim_vocabulary(
     smaller = tokens.trimmed_tokenizer(kept, config, checkpoint.trust_remote_code)
     trimmed = TrimmedVocabulary(tokenizer, smaller, torch.tensor(order))
     trimmed.facts = {
-        "note": NOTE,
         "rows": len(order),
         "rows_before": rows,
         "tokens": len(kept),

@@ -75,11 +75,10 @@ def load(source: Source, split: str) -> tuple[HubTexts, str | None]:
 
     with _as_user_error(source):
         commit = _revision(source)
-        options = {"revision": commit, "streaming": source.stream or None}
+        options = {"revision": commit, "streaming": source.stream}
         if source.train_file:
-            train = {"train": source.train_file}
-            options["data_files"] = train if split == "train" else {"validation": source.test_file}
-        options = {key: value for key, value in options.items() if value is not None}
+            train, test = {"train": source.train_file}, {"validation": source.test_file}
+            options["data_files"] = train if split == "train" else test
         sets = load_dataset(source.hub, *filter(None, [source.config]), **options)
         names = ["train"] if split == "train" else [*TESTS, "train"]
         names = [source.split] if source.split else names

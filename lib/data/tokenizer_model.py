@@ -48,11 +48,8 @@ def check_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
         return tokenizer.init_kwargs[CHECK]
     if not is_byte_level(_data(tokenizer)):
         return None
-    return {"text": digest(CHECK_TEXT), "ids": list(tokenizer.encode(CHECK_TEXT))}
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(CHECK_TEXT.encode()).hexdigest()
+    return {"text": digest, "ids": list(tokenizer.encode(CHECK_TEXT))}
 
 
 def is_byte_level(data: dict[str, Any]) -> bool:
@@ -120,16 +117,27 @@ def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> 
     """Return a ModelProto: pieces, and as much of the other settings as engines read."""
     unknown = _unknown(data["model"])
     number = next(i for i, (_, _, kind) in enumerate(listed) if kind == UNKNOWN)
-    trainer = _number(3, 2) + _number(4, len(listed)) + _number(35, 1)  # BPE, size, byte fallback
-    trainer += _number(40, number) + _number(41, -1) + _number(42, -1) + _number(43, -1)
-    trainer += _bytes(45, unknown.encode())
-    normalizer = _bytes(1, b"identity") + _number(3, int(begins_with_blank(data)))
-    normalizer += _number(4, 0) + _number(5, 1)  # blanks stay, and are written as ▁
-    written = b"".join(
-        _bytes(1, _bytes(1, text.encode()) + _float(2, score) + _number(3, kind))
-        for text, score, kind in listed
-    )
-    return written + _bytes(2, trainer) + _bytes(3, normalizer)
+    trainer = {3: 2, 4: len(listed), 35: 1}  # BPE, size, byte fallback
+    trainer |= {40: number, 41: -1, 42: -1, 43: -1, 45: unknown.encode()}
+    # blanks stay, and are written as ▁
+    normalizer = {1: b"identity", 3: int(begins_with_blank(data)), 4: 0, 5: 1}
+    pieces = (_message({1: text.encode(), 2: score, 3: kind}) for text, score, kind in listed)
+    written = b"".join(_message({1: piece}) for piece in pieces)
+    return written + _message({2: _message(trainer), 3: _message(normalizer)})
+
+
+def _message(fields: dict[int, int | float | bytes]) -> bytes:
+    """Return a message of protobuf, of its fields by their numbers."""
+    written = b""
+    for number, value in fields.items():
+        match value:
+            case int():
+                written += _varint(number << 3) + _varint(value)
+            case float():
+                written += _varint(number << 3 | 5) + struct.pack("<f", value)
+            case bytes():
+                written += _varint(number << 3 | 2) + _varint(len(value)) + value
+    return written
 
 
 def _varint(value: int) -> bytes:
@@ -139,15 +147,3 @@ def _varint(value: int) -> bytes:
         written.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes([*written, value])
-
-
-def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
-
-
-def _float(field: int, value: float) -> bytes:
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
-
-
-def _bytes(field: int, value: bytes) -> bytes:
-    return _varint(field << 3 | 2) + _varint(len(value)) + value

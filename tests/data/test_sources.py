@@ -367,7 +367,7 @@ def test_sets_are_loaded_whole_and_pinned(hub):
     texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
     assert list(texts) == ["a", "b"] and revision == "c0ffee"
     assert read(parse_source("ubertext", FLAG), "test") == ["c"]
-    assert hub.calls[0] == ((UBERTEXT,), {"revision": "c0ffee"})
+    assert hub.calls[0] == ((UBERTEXT,), {"revision": "c0ffee", "streaming": False})
     hub.sets[("allenai/c4",)] = {"train": {"text": ["a"]}, "validation": {"text": ["v"]}}
     c4 = parse_source("c4", FLAG)
     assert read(c4) == ["a"] and read(c4, "test") == ["v"]
@@ -443,7 +443,7 @@ def test_what_was_downloaded_serves_without_the_hub(hub, tmp_path, monkeypatch):
         hub.sets[(name,)] = {"train": {"text": ["a"]}}
     texts, revision = read_documents(parse_source("ubertext", FLAG), "train")
     assert list(texts) == ["a"] and revision is None
-    assert hub.calls == [((UBERTEXT,), {})]
+    assert hub.calls == [((UBERTEXT,), {"revision": None, "streaming": False})]
     stream = parse_source("owner/name", FLAG)  # can't come from a cache
     assert "can't be reached (no route)" in message(check_source, stream, "train")
 
