@@ -48,8 +48,11 @@ def check_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
         return tokenizer.init_kwargs[CHECK]
     if not is_byte_level(_data(tokenizer)):
         return None
-    digest = hashlib.sha256(CHECK_TEXT.encode()).hexdigest()
-    return {"text": digest, "ids": list(tokenizer.encode(CHECK_TEXT))}
+    return {"text": digest(CHECK_TEXT), "ids": list(tokenizer.encode(CHECK_TEXT))}
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_byte_level(data: dict[str, Any]) -> bool:

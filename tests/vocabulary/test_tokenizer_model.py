@@ -15,6 +15,7 @@ from lib.data.tokenizer_model import (
     CHECK_TEXT,
     FILE,
     check_of,
+    digest,
     write_tokenizer_model,
 )
 
@@ -43,7 +44,7 @@ def test_pieces_have_their_numbers_and_types(tmp_path: Path) -> None:
 def test_check_is_the_whole_vocabularys_and_outlives_saving(tmp_path: Path) -> None:
     tokenizer = tiny.tiny_tokenizer()
     check = check_of(tokenizer)
-    assert check["ids"] == tokenizer(CHECK_TEXT).input_ids
+    assert check == {"text": digest(CHECK_TEXT), "ids": tokenizer(CHECK_TEXT).input_ids}
     assert check_of(kinds.byte_fallback()) is check_of(kinds.unigram()) is None
     assert not write_tokenizer_model(tokenizer, tmp_path) and not list(tmp_path.iterdir())
     tokenizer.init_kwargs[CHECK] = {"text": "another", "ids": [1]}
