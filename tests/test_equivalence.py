@@ -94,15 +94,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(kind: str, folder: Path) -> list[object]:
-    return [
-        *BASE,
-        "--model",
-        *KINDS[kind],
-        "--save",
-        folder / "out",
-        "--save_model",
-        folder / "model",
-    ]
+    saved = ["--save", folder / "out", "--save_model", folder / "model"]
+    return [*BASE, "--model", *KINDS[kind], *saved]
 
 
 def check(done: Done, status: int = 0) -> None:

@@ -137,16 +137,3 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     assert not set(map(tuple, held_out.ids.tolist())) & set(map(tuple, trained.ids.tolist()))
     counts = count_tokens([source], tokenizer, DistContext(torch.device("cpu"), alone=True))
     assert counts[tokenizer.convert_tokens_to_ids("<end>")] == sum(map(len, every))
-
-
-def test_plain_text_is_read_as_before(tmp_path):
-    """A template alone changes nothing, and with --no_template dialogues are plain text too."""
-    folder = tiny.write_texts(tmp_path / "uk")
-    source = parse_source(str(folder), FLAG)
-    drawn = []
-    for tokenizer in (tiny.tiny_tokenizer(), chats.tokenizer_with("{% for")):
-        test = data.test_set(source, tokenizer, 16, n_prompts=2)
-        windows, record = data.calibration_windows([source], tokenizer, 4, 16, seed=0)
-        drawn.append((windows, test.windows, test.facts, record, torch.stack(test.prompts)))
-    for one, other in zip(*drawn, strict=True):
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

@@ -5,7 +5,6 @@ import torch
 
 from lib.methods.gram import (
     PANEL,
-    add_cross_,
     add_upper_gram_,
     cholesky,
     damped_cholesky_,
@@ -30,13 +29,6 @@ def test_gram_adds_up_over_batches(width, dtype):
     assert torch.allclose(hessian.triu().double(), exact.triu(), rtol=1e-5, atol=1e-4)
     mirror_(hessian)
     assert torch.equal(hessian, hessian.T)
-
-
-def test_cross_sums_add_up():
-    left, x, total = inputs(50, 7), inputs(50, 5, torch.bfloat16), torch.ones(7, 5)
-    add_cross_(total, left, x)
-    exact = 1 + left.double().T @ x.double()
-    assert torch.allclose(total.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_two_halves_are_as_good_as_float32():

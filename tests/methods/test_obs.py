@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lib.methods.admm import Admm
 from lib.methods.least_squares import FLOOR
-from lib.methods.obs import choose_rows, solve_rows
 from lib.methods.sparsegpt import SparseGPT
 from lib.methods.wanda import Wanda
 
@@ -36,19 +35,6 @@ def by_brute_force(
 def damped(x: Tensor, share: float = 0.01) -> numpy.ndarray:
     hessian = (x.double().T @ x.double()).numpy()
     return hessian + share * numpy.diag(hessian).mean() * numpy.eye(len(hessian))
-
-
-@pytest.mark.parametrize("count", [1, 15, 39])
-def test_one_at_a_time_is_the_greedy_best(count: int) -> None:
-    x, [weight] = alike_inputs(40, 12)
-    hessian = damped(x)
-    target = hessian @ weight.T.double().numpy()
-    expected, solution = by_brute_force(hessian, target, count)
-    system = torch.from_numpy(hessian)
-    kept = choose_rows(weight.T.double().clone(), torch.linalg.inv(system), count, stage=1)
-    assert kept.tolist() == expected
-    found = solve_rows(system, torch.from_numpy(target), kept)
-    assert numpy.allclose(found.numpy(), solution)
 
 
 @pytest.mark.parametrize("by_stream", [False, True])

@@ -124,16 +124,9 @@ def figures(folder: Path | str) -> list[list[float]]:
     return [[one[name] for name in FIGURES] for one in results(folder)["evaluation"]]
 
 
-def test_a_run_records_and_prints_it(place: Path) -> None:
-    base = ["--model", "model", *QUICK, *CALIBRATED]
-    prune = [*base, "--prune_method", "wanda"]
-    done = succeed(*prune, "--save", "plain", "--save_model", "new")
-    for kl, kl_error, same, same_error in figures("plain"):
-        assert kl > kl_error > 0 and 0 < same < 1 and same_error > 0
-    assert "KL from dense, nats a token" in done.out
-    succeed(*base, "--eval_only", "--save", "dense")
-    assert "kl" not in results("dense")["evaluation"][0]
-    succeed(*prune, "--sparsity_ratio", 0, "--save", "zero")
+def test_what_nothing_was_pruned_from_is_the_dense_model(place: Path) -> None:
+    flags = ["--model", "model", *QUICK, *CALIBRATED, "--prune_method", "wanda"]
+    succeed(*flags, "--sparsity_ratio", 0, "--save", "zero")
     assert figures("zero") == [[0, 0, 1, 0]] * 2
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.model.blocks import BlockRunner
 from lib.model.linears import experts_by, watch_outputs
-from lib.pruning.fisher import BackwardPass, FisherDiagonal, sampled_nll_backward_
+from lib.pruning.fisher import BackwardPass, FisherDiagonal
 
 MODELS = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Falcon", "GPT-OSS", "Mamba", "Zamba2")
 
@@ -74,16 +74,3 @@ def test_as_autograd_through_the_whole_model(name: str) -> None:
         assert any(one.grad_sq.any() for one in found.values())
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-
-
-def test_labels_are_drawn_from_the_distribution() -> None:
-    """A slope is the distribution less the label's one; labels come as often as they are likely."""
-    draw = torch.Generator().manual_seed(0)
-    logits = torch.randn(7, generator=draw)
-    every = logits.expand(4, 5000, 7).clone().requires_grad_()
-    sampled_nll_backward_(lambda some: every[:, some], torch.rand(4, 5000, generator=draw))
-    p = logits.softmax(-1)
-    labels = p - every.grad
-    assert torch.allclose(labels.amax(-1), torch.ones(4, 5000), atol=1e-5)
-    assert torch.allclose(labels.sum(-1), torch.ones(4, 5000), atol=1e-4)
-    assert torch.allclose(labels.mean((0, 1)), p, atol=0.01)

@@ -9,44 +9,17 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from support import linears_of, prune_, runner_of, windows
+from support import prune_, runner_of, windows
 from torch import Tensor, nn
 
 from lib.methods.registry import method_of
 from lib.model.linears import find_linears
-from lib.model.matrix import PrunableLinear
-from lib.pruning.inputs import observe, rows
+from lib.pruning.inputs import rows
 from lib.pruning.ordered import OrderedBlock, find_order
 from lib.pruning.residual import as_residual_projection
 
 NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "BLOOM", "Mixtral", "Falcon", "GPT-NeoX"]
 ORDER = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
-
-
-def last_names(linears: list[PrunableLinear]) -> list[str]:
-    return [linear.name.rpartition(".")[2] for linear in linears]
-
-
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
-def test_inputs_are_shared_and_batches_add_up(name: str, method: str) -> None:
-    runner, ids = runner_of(tiny.ARCHITECTURES[name]()), windows(5)
-    found, computed = [], []
-    handle = runner.blocks[0].mlp.down_proj.register_forward_hook(lambda *_: computed.append(1))
-    for size in (1, 2, 5):
-        states = runner.capture(ids, size)
-        passes = ((run, {}) for _, run in runner.iter_batches(states, 0))
-        groups = observe(runner, linears_of(runner), method_of(method), passes)
-        assert [last_names(group.linears) for group in groups] == ORDER
-        assert [group.method.tokens for group in groups] == [5 * 24] * 4
-        found.append([statistic for g in groups for statistic in g.method.statistics()])
-    handle.remove()
-    assert not computed  # nothing is wanted after its input
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-5)
-    order = find_order(runner, states, 0, linears_of(runner)[::-1])
-    assert [set(last_names(stage.linears)) for stage in order] == list(map(set, ORDER))
-    assert all(stage.shared for stage in order)
 
 
 def pruned(name: str, cache_inputs: bool) -> dict[str, Tensor]:

@@ -22,7 +22,6 @@ from lib.model.matrix import SaveDtypes
 from lib.model.pretrained import fresh_copy
 from lib.packed.formats import PACKED, Grid
 from lib.recover import Recoverer, TrainSchedule, default_rate, divergence_, trained_parts
-from lib.util.deterministic import deterministic
 from lib.util.errors import UserError
 
 SEQLEN, STEPS = 24, 20
@@ -384,27 +383,3 @@ def test_the_default_rate_follows_weights_width_and_depth() -> None:
     known = [part.parameter for part in one.parts.values() if part.is_matrix]
     assert one.schedule.rate == recover.GRID_RATE * default_rate(known, 32, 2)
     assert one.schedule.rate_at(STEPS - 1) == one.schedule.rate
-
-
-def _modes() -> tuple[bool, bool, bool, bool]:
-    enabled, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    return enabled, warns, fills, torch.backends.cuda.cudnn_sdp_enabled()
-
-
-@pytest.mark.parametrize("inner", [True, False])
-def test_determinism_is_an_accelerators_and_ends(inner: bool) -> None:
-    before, cuda, seen = _modes(), torch.device("cuda"), {}
-    with deterministic(torch.device("cpu"), strict=True):
-        assert _modes() == before
-    with pytest.raises(KeyError), deterministic(cuda, strict=False):
-        seen["outside"] = _modes()
-        with deterministic(cuda, strict=inner):
-            seen["backward"] = _modes()
-        seen["after"] = _modes()
-        raise KeyError
-    assert seen["outside"] == seen["after"] == (True, True, False, False)
-    assert seen["backward"] == (True, not inner, False, False) and _modes() == before

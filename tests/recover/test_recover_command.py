@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import processes
 import pytest
 import tiny
 import torch
@@ -234,19 +233,3 @@ def test_refused_in_one_line(case: str) -> None:
     assert found.status == status, found
     (line,) = found.complaints
     assert words in line
-
-
-def test_two_processes_as_one(place: Path, tmp_path: Path) -> None:
-    exact = ["--dtype", "float32"]
-    argv = [*PRUNE, *RECOVER, "--quantize", "q4_0", *exact]
-    _, alone = run(tmp_path / "alone", *argv)
-    argv = [*BASE, *argv, "--save", tmp_path / "out", "--save_model", tmp_path / "model"]
-    first, second = processes.ended(processes.together(2, [argv], place))
-    assert (first.status, second.status) == (0, 0), first.err + second.err
-    both = results(tmp_path / "out")
-    for before, after in zip(alone["recovery"]["curve"], both["recovery"]["curve"], strict=True):
-        # where sums differ in a bit, some codes do
-        assert after["loss"] == pytest.approx(before["loss"], rel=3e-2)
-    assert alone["recovery"]["text"] == both["recovery"]["text"]
-    again = evaluated(tmp_path / "model", *exact)
-    assert again == pytest.approx(both["perplexity"]["uk"], rel=1e-5)

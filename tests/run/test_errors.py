@@ -242,8 +242,6 @@ TEXTS = [  # files of a folder, the flag that is complained of, words
     ({}, "--calibration_data", ["no train*.jsonl"]),
     ({"train": "", "test": GOOD}, "--calibration_data", ["no text"]),
     ({"train": GOOD + "{oops\n", "test": GOOD}, "--calibration_data", ["line 21", "not JSON"]),
-    ({"train": GOOD + '{"body": 1}\n', "test": GOOD}, "--calibration_data", ["line 21", "'text'"]),
-    ({"train": GOOD + '{"text": 5}\n', "test": GOOD}, "--calibration_data", ["line 21", "int,"]),
     ({"train": GOOD, "test": GOOD}, "--calibration_data", ["20", "21", "--nsamples"]),
     ({"train": GOOD, "test": "{\n"}, "--eval_data", ["test.jsonl, line 1", "not JSON"]),
     ({"train": GOOD, "test": '{"text": "сонце"}\n'}, "--eval_data", ["tokens", "--seqlen"]),

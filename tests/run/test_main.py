@@ -148,6 +148,7 @@ def test_evaluation_alone(model: Path, uk: Path) -> None:
     found = results()
     assert found["method"] == "dense" and found["calibration"] is None
     assert found["sparsity_type"] is None and found["sparsity_ratio"] is None
+    assert "kl" not in found["evaluation"][0]
     [test] = found["evaluation"]
     assert test["tokens"] == test["windows"] * SEQLEN == test["windows"] * test["seqlen"]
     nats = math.log(value) * test["windows"] * (SEQLEN - 1)

@@ -26,7 +26,6 @@ from lib.vocabulary import (
     RARE_SIGNS,
     TrimmedVocabulary,
     choose_tokens,
-    count_tokens,
     trim_vocabulary,
 )
 
@@ -115,16 +114,6 @@ def test_what_the_template_writes_stays(uk: Path, template: str) -> None:
         assert tokenizer.tokenize(text) == left.tokenize(text)
 
 
-def test_every_token_used_stays_with_its_parts(uk: Path) -> None:
-    tokenizer = kinds.byte_level(800)
-    tokens = TrimmableTokenizer(tokenizer, "m")
-    counts = count_tokens(parse_sources([str(uk)], "--vocabulary_data"), tokenizer, ALONE)
-    everything = choose_tokens(tokens, counts, tokens.required_ids())
-    used = set(counts.nonzero().flatten().tolist())
-    assert used <= everything and len(everything) % 64 == 0
-    assert all(tokens.merge_parts(number) <= everything for number in everything)
-
-
 def test_what_no_text_uses_fills_up_by_the_letters_of_the_texts(uk: Path) -> None:
     tokenizer = kinds.byte_fallback(600)
     tokens = TrimmableTokenizer(tokenizer, "m")
@@ -194,14 +183,6 @@ def test_a_special_token_without_a_row_stays_where_no_text_has_it(uk: Path) -> N
     originals = result.rows.tolist()
     assert len(set(originals)) == len(originals)
     assert originals[index] not in tokenizer("тихо river", add_special_tokens=False).input_ids
-
-
-def test_proof(uk: Path) -> None:
-    found = trimmed(kinds.byte_level(), uk)
-    (line,) = found.prove(parse_sources([str(uk)], "--eval_data"))
-    assert "all 9 test documents read the same" in line
-    (record,) = found.facts["tests"]
-    assert record["documents"] == 9 and 0 < record["alike"] <= 9
 
 
 def test_refused() -> None:
