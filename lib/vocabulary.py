@@ -37,7 +37,6 @@ from lib.data.tokenizer import FLAG, TrimmableTokenizer
 from lib.data.windows import test_documents
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
-from lib.model.rows import TRIMMED_FROM
 from lib.util.errors import UserError
 from lib.util.progress import progress
 
@@ -112,18 +111,6 @@ class TrimmedVocabulary:
             f"{facts['tokens']} of {facts['tokens_before']} tokens{reserved}; the texts use "
             f"{facts['used']}"
         )
-
-
-def vocabulary_record(trimmed: TrimmedVocabulary | None, config: Any) -> dict[str, Any] | None:
-    """Return the record of a vocabulary that was trimmed in this run or, by `config`, before.
-
-    Returns None for a whole vocabulary.
-    """
-    before = getattr(config, TRIMMED_FROM, None)
-    if trimmed or before is None:
-        return trimmed and trimmed.facts
-    rows = config.get_text_config(decoder=True).vocab_size
-    return {"rows": rows, "rows_before": before}
 
 
 def trim_vocabulary(

@@ -31,12 +31,10 @@ import main
 from lib.distributed.context import DistContext
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
-from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.mlp import MlpLayout, find_mlps
-from lib.model.pretrained import auto_class, decoder_blocks, skeleton
+from lib.model.pretrained import auto_class
 from lib.packed.formats import PACKED
 from lib.pruning.allocation import Allocation, uniform
 from lib.pruning.pruner import Pruned, Pruner
@@ -222,12 +220,6 @@ def runner_of(model: nn.Module, batch_size: int = 3) -> BlockRunner:
 def linears_of(runner: BlockRunner, index: int = 0) -> list[PrunableLinear]:
     """What can be pruned in one block; names begin with the block's number."""
     return find_linears(runner.blocks[index], str(index))[0]
-
-
-def mlps_of(model: nn.Module) -> MlpLayout:
-    """Where a model's neurons are."""
-    bare = skeleton(model.config)
-    return find_mlps(model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
 
 
 def packed_weights(runner: BlockRunner) -> dict[str, bool]:

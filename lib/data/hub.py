@@ -47,9 +47,8 @@ class HubTexts:
     def __iter__(self) -> Iterator[Document]:
         count = 0
         with _as_user_error(self.source):
-            for row in self.rows:
-                text = self._text(row, count)
-                count += 1
+            for count, row in enumerate(self.rows, start=1):
+                text = self._text(row, count - 1)
                 if count > self.first:
                     yield text
         if count <= self.first:

@@ -15,6 +15,7 @@ from lib.data.windows import TestSet
 from lib.eval import exp
 from lib.model.blocks import BlockRunner
 from lib.model.pretrained import auto_class, footprint, parameter_bytes
+from lib.model.rows import TRIMMED_FROM
 from lib.run.card import figures_table, notes
 from lib.run.fingerprint import versions
 from lib.run.job import Job
@@ -23,7 +24,7 @@ from lib.util.command import one_line
 from lib.util.errors import UserError
 from lib.util.files import move_aside, write_text
 from lib.util.host import gib, peak_memory
-from lib.vocabulary import NOTE, vocabulary_record
+from lib.vocabulary import NOTE
 
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
@@ -65,8 +66,11 @@ def finish_results(job: Job, runner: BlockRunner) -> None:
     """Add what is known at the end."""
     results = job.results
     results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
-    if vocabulary := vocabulary_record(job.vocabulary, job.config):
-        results["vocabulary"] = vocabulary | {"note": NOTE}
+    if job.vocabulary:
+        results["vocabulary"] = {"note": NOTE} | job.vocabulary.facts
+    elif before := getattr(job.config, TRIMMED_FROM, None):  # by an earlier run
+        rows = job.config.get_text_config(decoder=True).vocab_size
+        results["vocabulary"] = {"note": NOTE, "rows": rows, "rows_before": before}
     results["footprint"]["after"] = footprint(runner.model)
     results |= {"seconds": job.seconds, "peak_memory": peak_memory(job.device)}
 

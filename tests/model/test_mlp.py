@@ -7,11 +7,12 @@ import copy
 import pytest
 import tiny
 import torch
-from support import CPU, mlps_of, windows
+from support import CPU, windows
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.model.access import Checkpoint
-from lib.model.mlp import find_mlps, keep_neurons_
+from lib.model.mlp import MlpLayout, find_mlps, keep_neurons_
 from lib.model.pretrained import decoder_blocks, set_field, skeleton
 from lib.util.errors import UserError
 
@@ -21,13 +22,18 @@ WITHOUT = ["BLOOM", "MPT", "Mamba", "Mamba 2", "Zamba2"]
 FOUND = [name for name in tiny.ALL if name not in (*EXPERTS, *WITHOUT)]
 
 
+def layout_of(model: nn.Module) -> MlpLayout:
+    bare = skeleton(model.config)
+    return find_mlps(model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", FOUND)
 def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> None:
     """Also: a model made by the narrower config has the same shapes, and the same outputs."""
     model, ids = tiny.ALL[name](), windows(2)
     before = model.config.to_dict()
-    layout = mlps_of(model)
+    layout = layout_of(model)
     assert model.config.to_dict() == before
     assert len(layout.blocks) == len(decoder_blocks(model)[1])
     for parameter in model.parameters():  # biases that are zeros would hide a wrong one
@@ -53,7 +59,7 @@ def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> Non
 def test_models_without_such_mlps_are_refused_without_weights(name: str) -> None:
     reason = "are experts" if name in EXPERTS else "no field of its config"
     with pytest.raises(UserError, match=f"--sparsity_type neurons: --model model: .*{reason}"):
-        mlps_of(tiny.ALL[name]())
+        layout_of(tiny.ALL[name]())
 
 
 def test_quantized_models_are_refused() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, loaded, mlps_of, results, runner_of, succeed, weights, windows
+from support import QUICK, loaded, results, runner_of, succeed, weights, windows
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.methods.registry import method_of
-from lib.model.pretrained import decoder_blocks
+from lib.model.access import Checkpoint
+from lib.model.mlp import MlpLayout, find_mlps
+from lib.model.pretrained import decoder_blocks, skeleton
 from lib.pruning.neurons import NeuronPruner, count_left
 from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
@@ -23,9 +25,14 @@ NAMES += [name for name in tiny.VISION if "MoE" not in name]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+def layout_of(model: nn.Module) -> MlpLayout:
+    bare = skeleton(model.config)
+    return find_mlps(model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
+
+
 def pruned(model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2) -> Smaller:
     runner = runner_of(model, batch_size)
-    return NeuronPruner(runner, method_of(name), mlps_of(model), left).run(ids)
+    return NeuronPruner(runner, method_of(name), layout_of(model), left).run(ids)
 
 
 @torch.no_grad()
@@ -35,7 +42,7 @@ def by_hooks(model: nn.Module, method: str, ids: Tensor, left: int) -> list[list
     A removed neuron is one that down ignores. For all methods but admm, in float64.
     """
     stay = []
-    for block, mlp in zip(decoder_blocks(model)[1], mlps_of(model).blocks, strict=True):
+    for block, mlp in zip(decoder_blocks(model)[1], layout_of(model).blocks, strict=True):
         down, seen = block.get_submodule(mlp.down), []
         handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         for window in ids:
@@ -85,13 +92,13 @@ def rows_norms(block: nn.Module, mlp) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
     model, ids = tiny.ALL[name](), windows(6)
-    for mlp, block in zip(mlps_of(model).blocks, decoder_blocks(model)[1], strict=True):
+    for mlp, block in zip(layout_of(model).blocks, decoder_blocks(model)[1], strict=True):
         first = block.get_submodule(next(iter(mlp.producers)))  # rows of unlike norms
         out = 1 if isinstance(first, Conv1D) else 0
         scale = torch.logspace(-1, 1, first.weight.shape[out])
         first.weight.mul_(scale if out else scale[:, None])
     reference = copy.deepcopy(model)
-    left = mlps_of(model).count - 20
+    left = layout_of(model).count - 20
     done = pruned(model, method, ids, left)
     assert [notes.kept for notes in done.notes] == by_hooks(reference, method, ids, left)
     out = model(input_ids=ids, use_cache=False).logits
