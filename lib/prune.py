@@ -1,4 +1,4 @@
-"""What pruning has reached, against which later steps are checked."""
+"""What pruning (lib/pruning) has reached, against which later steps are checked."""
 
 from __future__ import annotations
 

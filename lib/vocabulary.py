@@ -79,9 +79,8 @@ class TrimmedVocabulary:
 
         Raises UserError if a text decodes differently.
         """
-        given = self.original_tokenizer, self.tokenizer, self.rows
         texts = [RARE_SIGNS, *RARE_SIGNS]
-        _, damaged = compare_tokenizers(texts, *given)
+        _, damaged = self._compare(texts)
         if damaged:
             raise UserError(
                 f"{FLAG}: {texts[damaged - 1]!r}, which is in no text, decodes differently "
@@ -90,7 +89,7 @@ class TrimmedVocabulary:
         lines, self.facts["tests"] = [], []
         for source in sources:
             texts = test_documents(source, read_documents(source, "test")[0])
-            test, damaged = compare_tokenizers(texts, *given)
+            test, damaged = self._compare(texts)
             if damaged:
                 raise source.error(
                     f"its test document {damaged} decodes differently with the trimmed tokenizer; "
@@ -102,6 +101,32 @@ class TrimmedVocabulary:
                 f"{test['alike']} are cut alike, {test['rise']:+.2%} tokens"
             )
         return lines
+
+    def _compare(self, documents: Iterable[Document]) -> tuple[dict[str, Any], int | None]:
+        """Compare how both tokenizers cut and decode documents.
+
+        Returns how many documents there are, how many are cut into the same tokens, and the tokens
+        by both, whose rise is a share; and the number of the first document that decodes to another
+        text, if any.
+        """
+        n_documents = n_alike = n_before = n_after = 0
+        damaged, old_ids = None, self.rows.tolist()
+        for batch in batches(text_by(self.original_tokenizer, each) for each in documents):
+            cut, read = [], []  # ids and decoded texts of both tokenizers
+            for tokenizer in (self.original_tokenizer, self.tokenizer):
+                cut.append(encode_all(tokenizer, batch))
+                decode = tokenizer.backend_tokenizer.decode_batch
+                read.append(decode(cut[-1], skip_special_tokens=False))
+            for ids, new_ids, text, new_text in zip(*cut, *read, strict=True):
+                n_documents += 1
+                if text != new_text and damaged is None:
+                    damaged = n_documents
+                n_alike += ids == [old_ids[index] for index in new_ids]
+                n_before += len(ids)
+                n_after += len(new_ids)
+        record = {"documents": n_documents, "alike": n_alike, "tokens_before": n_before}
+        rise = n_after / max(n_before, 1) - 1
+        return record | {"tokens": n_after, "rise": rise}, damaged
 
     def summary(self) -> str:
         facts = self.facts
@@ -276,36 +301,3 @@ def batches(texts: Iterable[Document], limit: float = math.inf) -> Iterator[list
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def compare_tokenizers(
-    documents: Iterable[Document],
-    before: PreTrainedTokenizerBase,
-    after: PreTrainedTokenizerBase,
-    rows: Tensor,
-) -> tuple[dict[str, Any], int | None]:
-    """Compare how two tokenizers cut and decode texts.
-
-    `rows` (tokens,) holds, for each id of the second tokenizer, the id of the same token in the
-    first one. Returns how many documents there are, how many are cut into the same tokens, and the
-    tokens by both, whose rise is a share; and the number of the first document that decodes to
-    another text, if any.
-    """
-    n_documents = n_alike = n_before = n_after = 0
-    damaged, old_ids = None, rows.tolist()
-    for batch in batches(text_by(before, document) for document in documents):
-        cut, read = [], []  # ids and decoded texts of both tokenizers
-        for tokenizer in (before, after):
-            cut.append(encode_all(tokenizer, batch))
-            decode = tokenizer.backend_tokenizer.decode_batch
-            read.append(decode(cut[-1], skip_special_tokens=False))
-        for ids, new_ids, text, new_text in zip(*cut, *read, strict=True):
-            n_documents += 1
-            if text != new_text and damaged is None:
-                damaged = n_documents
-            n_alike += ids == [old_ids[index] for index in new_ids]
-            n_before += len(ids)
-            n_after += len(new_ids)
-    record = {"documents": n_documents, "alike": n_alike, "tokens_before": n_before}
-    rise = n_after / max(n_before, 1) - 1
-    return record | {"tokens": n_after, "rise": rise}, damaged

@@ -51,6 +51,8 @@ KINDS = {
     "q4_0, experts": ["mixture", *Q4_0, *TRAIN],
     "q4_0, trained": ["bfloat16", *TRIM, *Q4_0, *TRAIN],
     "q4_0, float32, trained": ["deep", *TRIM, *Q4_0, *TRAIN],
+    "q4_0, trained by rank": ["bfloat16", *Q4_0, *TRAIN, "--recover_rank", "4"],
+    "trained in vain": ["deep", *WANDA, *TRAIN, "--recover_rate", "0.5"],  # the first is kept
     "q4_0, neurons, trained": ["wide", *TRIM, *NEURONS, *Q4_0, *TRAIN],
 }
 STEPS = {"pruning": "--prune_method", "rounding": "--quantize", "recovering": "--recover"}

@@ -133,11 +133,9 @@ def _revision(source: Source) -> str | None:
         return HfApi().dataset_info(source.hub, timeout=TIMEOUT).sha
     except OfflineModeIsEnabled:
         return None
-    except HfHubHTTPError:
-        raise
-    except (HTTPError, OSError):
+    except (HTTPError, OSError) as error:
         folder = Path(constants.HF_HUB_CACHE) / f"datasets--{source.hub.replace('/', '--')}"
-        if source.stream or not folder.is_dir():
+        if isinstance(error, HfHubHTTPError) or source.stream or not folder.is_dir():
             raise
         return None
 

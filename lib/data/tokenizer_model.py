@@ -124,8 +124,8 @@ def _model_proto(data: dict[str, Any], listed: list[tuple[str, float, int]]) -> 
     trainer |= {40: number, 41: -1, 42: -1, 43: -1, 45: unknown.encode()}
     # blanks stay, and are written as ▁
     normalizer = {1: b"identity", 3: int(begins_with_blank(data)), 4: 0, 5: 1}
-    pieces = (_message({1: text.encode(), 2: score, 3: kind}) for text, score, kind in listed)
-    written = b"".join(_message({1: piece}) for piece in pieces)
+    parts = (_message({1: text.encode(), 2: score, 3: kind}) for text, score, kind in listed)
+    written = b"".join(_message({1: part}) for part in parts)
     return written + _message({2: _message(trainer), 3: _message(normalizer)})
 
 

@@ -24,7 +24,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from lib.data import hub
 from lib.data.chats import Dialogue, Document
 from lib.data.documents import Documents, are_dialogues, read_documents
-from lib.data.samples import Sample, Windows, as_windows, join, packed, prepend, with_bos
+from lib.data.samples import Sample, Windows, as_windows, join, packed, prepend, windows_of
 from lib.data.sources import AGAIN, JOINED, Source, mixture_name
 from lib.data.templates import sample_of_dialogue, template_of, text_by
 from lib.util.errors import UserError
@@ -73,14 +73,12 @@ def calibration_windows(
         cut, record = _draw_windows(source, tokenizer, count, seqlen, seed, bos)
         cuts.append(cut)
         drawn.append(record | {"share": count / nsamples})
-    order = interleave(counts)
-    windows, positions = (
-        torch.cat([getattr(cut, name) for cut in cuts])[order] for name in ("ids", "positions")
-    )
+    windows = join(cuts)[interleave(counts)]
+    ids, positions = windows.ids, windows.positions
     record = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
-    record |= {"seqlen": seqlen, "tokens": windows.numel(), "bos": bos, "digest": digest(windows)}
+    record |= {"seqlen": seqlen, "tokens": ids.numel(), "bos": bos, "digest": digest(ids)}
     whole = bool((positions[:, 1:] > 0).all())
-    return windows if whole else Windows(windows, positions=positions), record
+    return ids if whole else Windows(ids, positions=positions), record
 
 
 def apportion(weights: Sequence[float], total: int) -> list[int]:
@@ -114,7 +112,7 @@ def _draw_windows(
     The published loops search endlessly where too few texts are long enough. This one raises
     UserError once every text was tried.
     """
-    windows = torch.empty(count, seqlen, dtype=torch.long)
+    cut: list[Windows] = []
     rows: list[int] = []
     starts: list[int] = []
     lengths: dict[int, int] = {}  # tokens of each text that was tried
@@ -135,7 +133,8 @@ def _draw_windows(
         if len(ids) <= seqlen:
             continue
         start = rng.randint(0, len(ids) - seqlen - 1)
-        windows[len(rows)] = ids[start : start + seqlen]
+        piece = ids[start : start + seqlen]
+        cut.append(windows_of([Sample(piece, torch.ones_like(piece).bool())], seqlen, bos))
         rows.append(row)
         starts.append(start)
         if len(rows) == count:
@@ -157,9 +156,7 @@ def _draw_windows(
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
         problem += f"{seqlen}; give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
         raise TextTooShort(source, problem, fits)
-    windows = windows if bos is None else with_bos(windows, bos)
-    drawn = Windows(windows, positions=torch.arange(seqlen).expand_as(windows))
-    return drawn, record | {"windows": count, "rows": rows, "starts": starts}
+    return join(cut), record | {"windows": count, "rows": rows, "starts": starts}
 
 
 def packed_dialogues(

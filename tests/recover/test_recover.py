@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pytest
 import tiny
@@ -40,21 +39,6 @@ WAYS = {"whole": {}, "rank 4": dict(rank=4), "grid": dict(grid=True)}
 WAYS |= {"grid, rank 4": dict(grid=True, rank=4)}
 
 
-class Store:
-    """The folder of `--resume`, in memory."""
-
-    def __init__(self) -> None:
-        self.held, self.taken = {}, False
-
-    def write(self, name: str, tensors: dict[str, Tensor], facts: dict) -> None:
-        copies = {key: one.detach().clone() for key, one in tensors.items()}
-        self.held[name] = copies, json.loads(json.dumps(facts))
-
-    def read(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
-        self.taken = name in self.held
-        return self.held.get(name)
-
-
 def schedule(rank: int | None = None, **changed) -> TrainSchedule:
     known = dict(tokens=STEPS * SEQLEN, seqlen=SEQLEN, rate=1e-2, rank=rank, least=SEQLEN)
     return TrainSchedule(**known | changed)
@@ -87,7 +71,6 @@ def trainer(
     rank: int | None = None,
     grid: bool = False,
     dtype: torch.dtype | None = None,
-    finished: Store | None = None,
     batch_size: int = 2,
     models: tuple[BlockRunner, BlockRunner] | None = None,
     **more,
@@ -96,7 +79,6 @@ def trainer(
     runner, teacher = models or pruned(name)
     runner.batch_size = teacher.batch_size = batch_size
     runner.weights.saved = SaveDtypes(runner.model, dtype)
-    runner.weights.finished, runner.weights.resumes = finished, finished is not None
     ids = windows(4, SEQLEN)
     starts = {}
     for module in runner.blocks.modules() if grid else ():  # every linear that is a module
@@ -326,37 +308,6 @@ def test_what_went_wrong_ends_the_run(case: str) -> None:
     with pytest.raises(UserError, match=words):
         one.run()
     assert not any(p.requires_grad for p in one.runner.model.parameters())
-
-
-@pytest.mark.parametrize(("stop", "way"), [(5, "rank 4"), (19, "grid"), (19, "grid, rank 4")])
-def test_taken_up_again_it_ends_the_same(stop: int, way: str) -> None:
-    """The best is kept across an interruption too: of step 10."""
-
-    def run(finished: Store | None, stop: int | None = None) -> Recoverer:
-        def measure(runner: BlockRunner) -> dict[str, float]:
-            loss = divergence(one.teacher, runner, one.text.held_out)
-            return {"loss": loss + (len(one.curve) != 5)}
-
-        def on_progress(tokens: int, note: str = "") -> None:
-            steps.append(note)
-            if stop and len(steps) > stop:
-                raise KeyboardInterrupt
-
-        steps = []
-        one = trainer(**WAYS[way], dtype=BFLOAT16, finished=finished, measure=measure)
-        one.run(on_progress)
-        return one
-
-    whole = run(None)
-    store = Store()
-    with pytest.raises(KeyboardInterrupt):
-        run(store, stop)
-    assert store.held
-    again = run(store)
-    assert store.taken
-    assert whole.best == 5 and (again.curve, again.best) == (whole.curve, whole.best)
-    expected, found = state(whole.runner.model), state(again.runner.model)
-    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 def test_the_schedule() -> None:

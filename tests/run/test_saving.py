@@ -158,11 +158,6 @@ def test_tasks_leave_no_folder_of_the_run(
     assert results()["dense_tasks"] == found and not list(Path().glob("kept*"))
 
 
-def test_a_full_disk_for_the_results(given: list) -> None:
-    with full_disk("perplexity", size=500):
-        check_saved(call(*given), "File too large")
-
-
 def test_a_disk_too_small_for_the_state_of_a_training(
     given: list, no_weights: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
