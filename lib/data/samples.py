@@ -55,14 +55,16 @@ def join(parts: Sequence[Windows]) -> Windows:
 def windows_of(samples: Sequence[Sample], seqlen: int, bos: int | None = None) -> Windows:
     """Cut samples, one after another, into whole windows; what is left over is dropped.
 
-    Several samples are for one window. With `bos` the ids are those of `with_bos`.
+    Several samples are for one window. With `bos` each window begins with that token, in place of
+    its last one if need be.
     """
     rows = ((s.ids, s.mask, torch.arange(len(s.ids))) for s in samples)
     joined = map(torch.cat, zip(*rows, strict=True))
     ids, mask, places = (each[: len(each) // seqlen * seqlen].view(-1, seqlen) for each in joined)
     if bos is not None:
-        mask = torch.where(ids[:, :1] == bos, mask, mask.roll(1, 1))
-        ids = with_bos(ids, bos)
+        begun = ids[:, :1] == bos
+        mask = torch.where(begun, mask, mask.roll(1, 1))
+        ids = torch.where(begun, ids, prepend(ids[:, :-1], bos))
     positions = places - places[:, :1]
     return Windows(ids, mask & (positions > 0), positions)  # nothing foretells a beginning
 
@@ -98,8 +100,3 @@ def _filled(begun: list[Sample], more: Sample, seqlen: int) -> Iterator[Windows]
 def prepend(windows: Tensor, bos: int) -> Tensor:
     """Put `bos` before each of windows (n, tokens): (n, tokens + 1)."""
     return torch.cat([windows.new_full((len(windows), 1), bos), windows], dim=1)
-
-
-def with_bos(windows: Tensor, bos: int) -> Tensor:
-    """Let each of windows (n, seqlen) begin with `bos`, in place of its last token if need be."""
-    return torch.where(windows[:, :1] == bos, windows, prepend(windows[:, :-1], bos))

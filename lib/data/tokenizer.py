@@ -52,7 +52,7 @@ def keep_limits(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def as_loaded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer, or a copy of it, with the padding and truncation that it had."""
+    """Return the tokenizer, or a copy of it, with its padding and truncation as loaded."""
     limits = {name: value for name, value in getattr(tokenizer, "limits", {}).items() if value}
     tokenizer = deepcopy(tokenizer) if limits else tokenizer
     for name, value in limits.items():
