@@ -219,12 +219,11 @@ def _drawn_texts(
 
 
 def shuffled(source: Source, documents: Documents, rng: random.Random) -> Iterator[Document]:
-    """Yield at most STREAM_LIMIT documents of the source in an order drawn by `rng`."""
+    """Return at most STREAM_LIMIT documents of the source, in an order drawn by `rng`."""
     if source.stream:
-        yield from shuffle_stream(islice(documents, STREAM_LIMIT), rng)
-    else:
-        rows = rng.sample(range(len(documents)), len(documents))
-        yield from (documents[row] for row in rows[:STREAM_LIMIT])
+        return shuffle_stream(islice(documents, STREAM_LIMIT), rng)
+    rows = rng.sample(range(len(documents)), len(documents))
+    return (documents[row] for row in rows[:STREAM_LIMIT])
 
 
 def shuffle_stream(items: Iterable, rng: random.Random) -> Iterator:
@@ -293,8 +292,8 @@ def test_set(
     else:
         windows, size = _text_windows(source, tokenizer, texts, seqlen, bos)
         length = min(PROMPT, seqlen // 2)
-        prompts = _prompts(texts, tokenizer, n_prompts, length, bos)
-        if n_prompts and len(prompts) < n_prompts:  # few documents, such as one long one
+        prompts = list(islice(_prompts(texts, tokenizer, length, bos), n_prompts))
+        if len(prompts) < n_prompts:  # few documents, such as one long one
             starts = windows[:: max(1, len(windows) // n_prompts), :length]
             prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
     ids = as_windows(windows).ids
@@ -345,25 +344,16 @@ def test_documents(source: Source, documents: Iterable[Document]) -> Sequence[Do
 
 
 def _prompts(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    tokens: int,
-    bos: int | None,
-) -> list[Tensor]:
-    """Return the first `tokens` ids (tokens,) of at most `count` documents that have more.
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, bos: int | None
+) -> Iterator[Tensor]:
+    """Yield the first `tokens` ids (tokens,) of documents that have more, in an order of their own.
 
-    The order of the documents does not depend on `count`. A prompt begins as the tokenizer begins
-    a text, and with `bos` where given.
+    A prompt begins as the tokenizer begins a text, and with `bos` where given.
     """
-    prompts: list[Tensor] = []
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
-        if len(prompts) >= count:
-            break
         ids = tokenise(tokenizer, text_by(tokenizer, texts[row])[:PROMPT_CHARACTERS], bos)
         if len(ids) > tokens:
-            prompts.append(ids[:tokens])
-    return prompts
+            yield ids[:tokens]
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, text: str, bos: int | None = None) -> Tensor:
