@@ -81,10 +81,7 @@ class ExpertPruner(PartPruner):
         self._check_once(index)
         method = self.method(self.layout.count, self.runner.device)
         self._observe(index, method.observe)
-        statistics = method.statistics()
-        for one in statistics if self.idle else ():
-            one.zero_()
-        self.dist.sum_(statistics)
+        self.dist.sum_(method.statistics(), self.idle)
         if self.dist.is_main:
             notes, groups = self.done.notes[-1], self.layout.groups
             scores = method.scores(self.seed + index).cpu().view(groups, -1)
@@ -126,7 +123,7 @@ class ExpertPruner(PartPruner):
         if type(block) in self.checked:
             return
         self.checked.add(type(block))
-        hidden = self.runner.transfer.fetch(self.states.hidden, self.states.batches[0])
+        hidden = self.states.hidden[self.states.batches[0]].to(self.runner.device)
         args, kwargs = self.states.block_args[index][0]
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
         order = torch.arange(self.layout.count).view(groups, -1).flip(1).flatten()

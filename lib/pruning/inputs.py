@@ -132,8 +132,9 @@ def merge(
     stage: list[PrunableLinear],
     method: type[PruningMethod],
     runner: BlockRunner,
+    idle: bool,
 ) -> list[Group]:
-    """The groups that any process has, in one order, with empty statistics where this one lacks it.
+    """The groups that any process has, in one order, with the sums of all that are not `idle`.
 
     Experts of `stage` that no token reached get a group too. UserError where none was reached.
     """
@@ -141,12 +142,11 @@ def merge(
     by_name = {linear.name: linear for linear in stage}
     members: dict[str, list[str]] = {}
     tokens: Counter = Counter()
-    for of_process in runner.dist.all_gather_object(
-        [([linear.name for linear in group.linears], group.method.tokens) for group in groups]
-    ):
+    facts = [([linear.name for linear in group.linears], group.method.tokens) for group in groups]
+    for is_idle, of_process in runner.dist.all_gather_object((idle, facts)):
         for names, count in of_process:
             members.setdefault(", ".join(names), names)
-            tokens[", ".join(names)] += count
+            tokens[", ".join(names)] += 0 if is_idle else count
     reached = {name for names in members.values() for name in names}
     experts = [linear.name for linear in stage if linear.expert is not None]
     if experts and not reached.intersection(experts):
@@ -161,6 +161,7 @@ def merge(
         group = own.get(key) or Group(linears, method(linears[0].shape[1], runner.device))
         group.method.tokens = tokens[key]
         merged.append(group)
+    runner.dist.sum_([sums for group in merged for sums in group.method.statistics()], idle)
     return merged
 
 

@@ -157,8 +157,7 @@ class Pruner:
                 own, self.idle = own_windows(windows, self.dist)
                 self.states = runner.capture(own)
             if self.method.dense_stream:
-                hidden = runner.transfer.copy(self.states.hidden)
-                self.dense_states = replace(self.states, hidden=hidden)
+                self.dense_states = self.states.copy()
             for index in range(len(runner.blocks)):
                 with runner.on_device(index, write_back=True):
                     self._block_(index)
@@ -264,20 +263,14 @@ class Pruner:
             else:
                 passes = ((run, {}) for _, run in runner.iter_batches(self.states, index))
                 groups = observe(runner, linears, method, passes)
-            for group in groups if self.idle else ():
-                for statistic in group.method.statistics():
-                    statistic.zero_()
-                group.method.tokens = 0
-            written |= self._solve_(merge(groups, stage, method, runner))
+            written |= self._solve_(merge(groups, stage, method, runner, self.idle))
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
         """Solve this process's groups, and store those of all processes."""
-        sums = [self.dist.all_reduce_(group.method.statistics()) for group in groups]
         owners = self.dist.assign_owners([group.cost for group in groups])
         written: dict[str, Tensor] = {}
-        for group, owner, works in zip(groups, owners, sums, strict=True):
-            self.dist.wait(works)
+        for group, owner in zip(groups, owners, strict=True):
             if group.fallback:
                 self.done.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
             if owner == self.dist.rank:
