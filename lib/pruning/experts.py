@@ -18,22 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from lib.model.blocks import Stop, run_block
-from lib.model.experts import ExpertLayout, keep_experts_
 from lib.model.matrix import PrunableLinear
+from lib.model.parts import PartLayout, keep_parts_
 from lib.pruning.pruner import PartPruner, Smaller
 from lib.util.errors import UserError
-from lib.util.host import malloc_trim
 
 TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more
 
 
-def fewest(layout: ExpertLayout) -> int:
+def fewest(layout: PartLayout) -> int:
     """How many experts must stay: those that the router chooses, two of a group that is scored."""
     least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
     return least * layout.groups
 
 
-def count_left(layout: ExpertLayout, ratio: float) -> int:
+def count_left(layout: PartLayout, ratio: float) -> int:
     """How many experts stay in each block: about 1 - `ratio` of them, as many of each group.
 
     UserError where none goes, or where fewer stay than the router chooses.
@@ -60,19 +59,10 @@ class ExpertPruner(PartPruner):
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
     ) -> Smaller:
         self.checked: set[type] = set()  # classes of blocks
-        super().run(windows, on_progress)
-        for path, attribute in self.layout.counters:  # those of blocks are set already
-            setattr(self.runner.model.get_submodule(path), attribute, self.left)
-        return self.done
+        return super().run(windows, on_progress)
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         return []  # no linear is changed by itself
-
-    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        restored = super()._restore_(index, linears)
-        if restored:
-            self._cut_(index)
-        return restored
 
     def _prune_(self, index: int, linears: list[PrunableLinear], ordered: None) -> dict:
         """Score the block's experts, and note which of them stay."""
@@ -128,7 +118,7 @@ class ExpertPruner(PartPruner):
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
         order = torch.arange(self.layout.count).view(groups, -1).flip(1).flatten()
         turned, name = copy.deepcopy(block), f"{self.runner.name}.{index}"
-        keep_experts_(turned, self.layout, index, name, order)
+        keep_parts_(turned, self.layout, index, name, order)
         expected, out = run(block).float(), run(turned).float()
         dtype = next(block.parameters()).dtype
         tolerance = max(TOLERANCE, 4 * torch.finfo(dtype).eps)
@@ -140,14 +130,7 @@ class ExpertPruner(PartPruner):
 
     def _finish_(self, index: int) -> None:
         super()._finish_(index)
-        if self.layout.modules[index]:
-            self._cut_(index)
-            malloc_trim()
-
-    def _cut_(self, index: int) -> None:
-        if kept := self.done.notes[-1].kept:
-            block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
-            keep_experts_(block, self.layout, index, name, torch.tensor(kept))
+        self._cut_(index)
 
 
 def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:

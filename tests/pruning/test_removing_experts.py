@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lib.methods.registry import method_of
+from lib.methods.sparsity import EXPERTS
 from lib.model.access import Checkpoint
-from lib.model.experts import ExpertLayout, find_experts
+from lib.model.parts import PartLayout, find_parts
 from lib.model.pretrained import decoder_blocks, skeleton
 from lib.pruning.experts import ExpertPruner, count_left
 from lib.pruning.pruner import Smaller
@@ -36,9 +37,10 @@ def mixture(name: str) -> nn.Module:
     return model
 
 
-def layout_of(model: nn.Module) -> ExpertLayout:
+def layout_of(model: nn.Module) -> PartLayout:
     bare = skeleton(model.config)
-    return find_experts(model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
+    name, _ = decoder_blocks(bare)
+    return find_parts(EXPERTS, model.config, Checkpoint("model"), bare, name)
 
 
 def pruned(model: nn.Module, method: str, ids: Tensor, left: int) -> Smaller:
@@ -136,7 +138,7 @@ def test_the_scores_are_those_of_the_paper() -> None:
     ],
 )
 def test_how_many_stay(count, chosen, groups, ratio, left) -> None:
-    layout = ExpertLayout(count, chosen, *groups, "num_experts", (), (), ())
+    layout = PartLayout(EXPERTS, count, "num_experts", (), (), (), chosen, *groups)
     if isinstance(left, int):
         assert count_left(layout, ratio) == left
         return
