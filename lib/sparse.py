@@ -112,11 +112,10 @@ def swap_linears_(
             for path, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear | Conv1D):
                     linear = f"{name}.{path}"
-                    given = (scales or {}).get(f"{linear}.weight")
-                    packed = _packed(linear, module, fmt, given)
-                    if isinstance(packed, str):
-                        paths[linear] = f"left dense ({packed})"
+                    if why := why_dense(module):
+                        paths[linear] = f"left dense ({why})"
                         continue
+                    packed = _packed(linear, module, fmt, (scales or {}).get(f"{linear}.weight"))
                     block.set_submodule(path, packed)
                     paths[linear] = _path(packed, runner.device)
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
@@ -207,11 +206,9 @@ def _path(module: SparseLinear, target: torch.device) -> str:
     return f"unpacked at each forward ({module.reason})"
 
 
-def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear | str:
-    """Pack a linear, or return why it stays dense. Raises UserError if what is packed is not its
-    weight on the grid nearest to it, or its very weight where its scales are given."""
-    if why := why_dense(linear):
-        return why
+def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear:
+    """Pack a linear. Raises UserError if what is packed is not its weight on the grid nearest to
+    it, or its very weight where its scales are given."""
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:

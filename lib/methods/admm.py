@@ -143,10 +143,7 @@ class MaskChoice:
 
     def final(self, total: Tensor) -> Tensor:
         """Mask (in, out) of T, of the exact count."""
-        score = total.abs()
-        if self.sparsity.m:
-            return self.sparsity.mask(score.T).T
-        parts = zip(score.split(self.rows, 1), self.sparsities, strict=True)
+        parts = zip(total.abs().split(self.rows, 1), self.sparsities, strict=True)
         masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts]
         return torch.cat(masks, 1)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -166,7 +166,8 @@ class BlockRunner:
 
         for batch in states.batches:
             received.clear()
-            with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
+            recorders = {block: recorder(i, batch) for i, block in enumerate(self.blocks)}
+            with replaced(recorders):
                 self._call_model(windows[batch])
         return states
 
@@ -286,7 +287,8 @@ class BlockRunner:
 
             return forward
 
-        with replaced([self._decoder] if self.whole else self.blocks, player):
+        played = [self._decoder] if self.whole else self.blocks
+        with replaced({module: player(index) for index, module in enumerate(played)}):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
@@ -359,11 +361,11 @@ class Stop(Exception):
 
 
 @contextmanager
-def replaced(blocks: Sequence[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
-    """Inside, block i's forward is `make(i)`; afterwards it is restored."""
+def replaced(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Inside, modules have other forwards; afterwards these are restored."""
     with ExitStack() as patches:
-        for index, block in enumerate(blocks):
-            patches.enter_context(mock.patch.object(block, "forward", make(index)))
+        for module, forward in forwards.items():
+            patches.enter_context(mock.patch.object(module, "forward", forward))
         yield
 
 

@@ -92,8 +92,8 @@ def quantized_linear(name: str, module: nn.Linear) -> PrunableLinear | None:
     """Return the module as a prunable matrix if bitsandbytes quantized it, else None."""
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
-        return Quantized4bit(name, name, module)
-    return Quantized8bit(name, name, module) if hasattr(weight, "SCB") else None
+        return Quantized4bit(name, module)
+    return Quantized8bit(name, module) if hasattr(weight, "SCB") else None
 
 
 def check_format(

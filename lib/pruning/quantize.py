@@ -41,9 +41,8 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
     """The record of a quantized model. UserError where storing as `fmt` would change a value."""
     tensors: dict[str, bool] = {}  # whether they are on the grid
     for linear in runner.each_linear():
-        name = f"{linear.name}.{linear.parameter}" if linear.expert is None else linear.stage
-        tensors[name] = takes(fmt, linear)
-        if tensors[name] and not fmt.holds(linear.matrix()):
+        tensors[linear.stage] = takes(fmt, linear)
+        if tensors[linear.stage] and not fmt.holds(linear.matrix()):
             raise UserError(f"--quantize {fmt.name}: {linear.name} is not on the grid; report this")
     left = [name for name, on_grid in tensors.items() if not on_grid]
     return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}

@@ -7,13 +7,12 @@ import copy
 import pytest
 import tiny
 import torch
-from support import CPU, windows
-from torch import nn
+from support import CPU, layout_of, windows
 from transformers.pytorch_utils import Conv1D
 
 from lib.methods.sparsity import NEURONS
 from lib.model.access import Checkpoint
-from lib.model.parts import PartLayout, find_parts, keep_parts_
+from lib.model.parts import find_parts, keep_parts_
 from lib.model.pretrained import decoder_blocks, set_field, skeleton
 from lib.util.errors import UserError
 
@@ -23,19 +22,13 @@ WITHOUT = ["BLOOM", "MPT", "Mamba", "Mamba 2", "Zamba2"]
 FOUND = [name for name in tiny.ALL if name not in (*EXPERTS, *WITHOUT)]
 
 
-def layout_of(model: nn.Module) -> PartLayout:
-    bare = skeleton(model.config)
-    name, _ = decoder_blocks(bare)
-    return find_parts(NEURONS, model.config, Checkpoint("model"), bare, name)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", FOUND)
 def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> None:
     """Also: a model made by the narrower config has the same shapes, and the same outputs."""
     model, ids = tiny.ALL[name](), windows(2)
     before = model.config.to_dict()
-    layout = layout_of(model)
+    layout = layout_of(NEURONS, model)
     assert model.config.to_dict() == before
     name, blocks = decoder_blocks(model)
     assert len(layout.modules) == len(blocks)
@@ -62,7 +55,7 @@ def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> Non
 def test_models_without_such_mlps_are_refused_without_weights(name: str) -> None:
     reason = "are experts" if name in EXPERTS else "no field of its config"
     with pytest.raises(UserError, match=f"--sparsity_type neurons: --model model: .*{reason}"):
-        layout_of(tiny.ALL[name]())
+        layout_of(NEURONS, tiny.ALL[name]())
 
 
 def test_quantized_models_are_refused() -> None:

@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, loaded, results, runner_of, succeed, weights, windows
+from support import QUICK, layout_of, loaded, results, runner_of, succeed, weights, windows
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.methods.registry import method_of
 from lib.methods.sparsity import NEURONS
-from lib.model.access import Checkpoint
-from lib.model.parts import PartLayout, find_parts, get_tensor
-from lib.model.pretrained import decoder_blocks, skeleton
+from lib.model.parts import PartLayout, get_tensor
+from lib.model.pretrained import decoder_blocks
 from lib.pruning.neurons import NeuronPruner, count_left
 from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
@@ -26,15 +25,9 @@ NAMES += [name for name in tiny.VISION if "MoE" not in name]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def layout_of(model: nn.Module) -> PartLayout:
-    bare = skeleton(model.config)
-    name, _ = decoder_blocks(bare)
-    return find_parts(NEURONS, model.config, Checkpoint("model"), bare, name)
-
-
 def pruned(model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2) -> Smaller:
     runner = runner_of(model, batch_size)
-    return NeuronPruner(runner, method_of(name), layout_of(model), left).run(ids)
+    return NeuronPruner(runner, method_of(name), layout_of(NEURONS, model), left).run(ids)
 
 
 @torch.no_grad()
@@ -44,7 +37,7 @@ def by_hooks(model: nn.Module, method: str, ids: Tensor, left: int) -> list[list
     A removed neuron is one that down ignores. For all methods but admm, in float64.
     """
     stay = []
-    layout = layout_of(model)
+    layout = layout_of(NEURONS, model)
     for index, block in enumerate(decoder_blocks(model)[1]):
         down, seen = block.get_submodule(layout.modules[index]), []
         handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -95,13 +88,14 @@ def rows_norms(block: nn.Module, layout: PartLayout, index: int) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
     model, ids = tiny.ALL[name](), windows(6)
-    for tensors, block in zip(layout_of(model).tensors, decoder_blocks(model)[1], strict=True):
+    layout, blocks = layout_of(NEURONS, model), decoder_blocks(model)[1]
+    for tensors, block in zip(layout.tensors, blocks, strict=True):
         first, (dim, _) = next(iter(tensors.items()))  # of rows of unlike norms
         weight = get_tensor(block, first)
         scale = torch.logspace(-1, 1, weight.shape[dim])
         weight.mul_(scale if dim else scale[:, None])
     reference = copy.deepcopy(model)
-    left = layout_of(model).count - 20
+    left = layout.count - 20
     done = pruned(model, method, ids, left)
     assert [notes.kept for notes in done.notes] == by_hooks(reference, method, ids, left)
     out = model(input_ids=ids, use_cache=False).logits
