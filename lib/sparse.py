@@ -19,7 +19,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.pretrained import footprint
 from lib.packed import kernels
-from lib.packed.checkpoint import check_embeddings, mark_packed_, pack_embeddings_
+from lib.packed.checkpoint import mark_packed_, pack_embeddings_
 from lib.packed.errors import PackedError
 from lib.packed.formats import PACKED, Int4, Values
 from lib.packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
@@ -87,7 +87,6 @@ def pack_(
     figures = {"packed": record}
     if fmt.bits == 4:
         try:
-            check_embeddings(model)
             figures["packed_embeddings"] = embeddings = _pack_embeddings_(runner, window)
             lines.append(_line(" and ".join(embeddings["modules"]), embeddings))
         except PackedError as error:
