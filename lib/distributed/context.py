@@ -51,11 +51,6 @@ class DistContext:
         """Whether this is the main rank, which prints, logs and saves."""
         return self.rank == 0
 
-    @property
-    def is_local_main(self) -> bool:
-        """Whether this is the first rank of its machine."""
-        return self.local_rank == 0
-
     def share(self, count: int) -> slice:
         """Return this rank's part of `count` windows; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)

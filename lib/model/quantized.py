@@ -148,16 +148,5 @@ def _stored(config) -> tuple[dict, str | None]:
     return stored, str(getattr(method, "value", method))
 
 
-def keep_bnb_layout(model: nn.Module) -> None:
-    """Stop 4-bit layers from repacking their weights on their first call on a CPU.
-
-    Converting that layout back rounds the scales, so the saved model would differ from the
-    measured one.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-
-
 def _only_dropped(before: Tensor, after: Tensor) -> bool:
     return bool(((after == before) | (after == 0)).all())

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lib.model.blocks import Stop, run_block
 from lib.model.matrix import PrunableLinear
 from lib.model.parts import PartLayout, keep_parts_
-from lib.pruning.pruner import PartPruner, Smaller
+from lib.pruning.pruner import PartPruner
 from lib.util.errors import UserError
 
 TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more
@@ -55,11 +55,7 @@ def count_left(layout: PartLayout, ratio: float) -> int:
 class ExpertPruner(PartPruner):
     """Removes experts of a runner's model, in place."""
 
-    def run(
-        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> Smaller:
-        self.checked: set[type] = set()  # classes of blocks
-        return super().run(windows, on_progress)
+    checked: frozenset[type] = frozenset()  # classes of blocks
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         return []  # no linear is changed by itself
@@ -112,7 +108,7 @@ class ExpertPruner(PartPruner):
         block, groups = self.runner.blocks[index], self.layout.groups
         if type(block) in self.checked:
             return
-        self.checked.add(type(block))
+        self.checked |= {type(block)}
         hidden = self.states.hidden[self.states.batches[0]].to(self.runner.device)
         args, kwargs = self.states.block_args[index][0]
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
