@@ -19,7 +19,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.pretrained import footprint
 from lib.packed import kernels
-from lib.packed.checkpoint import check_embeddings, mark_packed_, pack_embeddings_
+from lib.packed.checkpoint import mark_packed_, pack_embeddings_
 from lib.packed.errors import PackedError
 from lib.packed.formats import PACKED, Int4, Values
 from lib.packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
@@ -87,7 +87,6 @@ def pack_(
     figures = {"packed": record}
     if fmt.bits == 4:
         try:
-            check_embeddings(model)
             figures["packed_embeddings"] = embeddings = _pack_embeddings_(runner, window)
             lines.append(_line(" and ".join(embeddings["modules"]), embeddings))
         except PackedError as error:
@@ -112,11 +111,10 @@ def swap_linears_(
             for path, module in list(block.named_modules()):
                 if isinstance(module, nn.Linear | Conv1D):
                     linear = f"{name}.{path}"
-                    given = (scales or {}).get(f"{linear}.weight")
-                    packed = _packed(linear, module, fmt, given)
-                    if isinstance(packed, str):
-                        paths[linear] = f"left dense ({packed})"
+                    if why := why_dense(module):
+                        paths[linear] = f"left dense ({why})"
                         continue
+                    packed = _packed(linear, module, fmt, (scales or {}).get(f"{linear}.weight"))
                     block.set_submodule(path, packed)
                     paths[linear] = _path(packed, runner.device)
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
@@ -207,11 +205,9 @@ def _path(module: SparseLinear, target: torch.device) -> str:
     return f"unpacked at each forward ({module.reason})"
 
 
-def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear | str:
-    """Pack a linear, or return why it stays dense. Raises UserError if what is packed is not its
-    weight on the grid nearest to it, or its very weight where its scales are given."""
-    if why := why_dense(linear):
-        return why
+def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear:
+    """Pack a linear. Raises UserError if what is packed is not its weight on the grid nearest to
+    it, or its very weight where its scales are given."""
     try:
         sparse = SparseLinear.from_linear(linear, fmt, scales)
     except PackedError as error:

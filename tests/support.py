@@ -31,10 +31,12 @@ import main
 from lib.distributed.context import DistContext
 from lib.methods.registry import method_of
 from lib.methods.sparsity import Sparsity
+from lib.model.access import Checkpoint
 from lib.model.blocks import BlockRunner
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
-from lib.model.pretrained import auto_class
+from lib.model.parts import PartLayout, find_parts
+from lib.model.pretrained import auto_class, decoder_blocks, skeleton
 from lib.packed.formats import PACKED
 from lib.pruning.allocation import Allocation, uniform
 from lib.pruning.pruner import Pruned, Pruner
@@ -210,6 +212,12 @@ def alike_inputs(
     x = torch.randn(tokens, width, generator=draw) @ mix
     x *= torch.rand(width, generator=draw) + 0.1
     return x, [torch.randn(out, width, generator=draw) for out in outputs]
+
+
+def layout_of(kind: str, model: nn.Module) -> PartLayout:
+    """The neurons or experts of a model's blocks."""
+    bare = skeleton(model.config)
+    return find_parts(kind, model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
 
 
 def runner_of(model: nn.Module, batch_size: int = 3) -> BlockRunner:

@@ -21,7 +21,7 @@ FLOORS = [
     ["model"],
     ["pruning"],
     ["eval"],
-    ["prune", "sparse", "vocabulary"],
+    ["sparse", "vocabulary"],
     ["recover"],
     ["run"],
     ["main"],

@@ -258,13 +258,13 @@ def plan(it: Compression) -> None:
 
     `common` are flags of every run, `plan` those that make the model; `tests` and `tokens`.
     """
-    from lib.model.experts import FIELDS
+    from lib.model.parts import FIELDS
     from lib.run.check import check_room
 
     if it.kept["planned"]:
         return
     args, decoder = it.args, it.config.get_text_config(decoder=True)
-    mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS)
+    mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS[EXPERTS])
     smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
     common, windows = ["--device", it.device], CHAT_WINDOWS if it.chat else CPU_WINDOWS
     windows = windows if it.on_cpu else GPU_WINDOWS

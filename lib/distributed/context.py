@@ -51,11 +51,6 @@ class DistContext:
         """Whether this is the main rank, which prints, logs and saves."""
         return self.rank == 0
 
-    @property
-    def is_local_main(self) -> bool:
-        """Whether this is the first rank of its machine."""
-        return self.local_rank == 0
-
     def share(self, count: int) -> slice:
         """Return this rank's part of `count` windows; parts differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
@@ -66,26 +61,17 @@ class DistContext:
             with self.collective():
                 torch_dist.monitored_barrier(self.group, WAITING, wait_all_ranks=True)
 
-    def all_reduce_(self, tensors: Sequence[Tensor]) -> list[torch_dist.Work]:
-        """Start summing each tensor over all ranks in place, directly after a barrier.
+    def sum_(self, tensors: Sequence[Tensor], idle: bool = False) -> None:
+        """Sum each tensor over all ranks in place, once all have called this.
 
-        `wait` ends what is returned.
+        Those of a rank that is `idle` do not count.
         """
-        if self.size == 1:
-            return []
-        with self.collective():
-            return [torch_dist.all_reduce(one, async_op=True) for one in tensors]
-
-    def wait(self, works: Sequence[torch_dist.Work]) -> None:
-        """Wait until sums are complete."""
-        with self.collective():
-            for work in works:
-                work.wait()
-
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over all ranks in place, once all have called this."""
+        for one in tensors if idle else ():
+            one.zero_()
         self.barrier()
-        self.wait(self.all_reduce_(tensors))
+        with self.collective():
+            for one in tensors if self.size > 1 else ():
+                torch_dist.all_reduce(one)
 
     def all_gather_object(self, value: Any) -> list[Any]:
         """Return `value` of every rank; for small picklable values only."""

@@ -40,7 +40,6 @@ STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agr
 EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends where no more changes
 LEAST_COST = 0.01  # of the mean cost of outputs' errors: none counts for less
 SETTLED_STEPS = 0.6  # of the refinements, where masks settled
-CACHED = 2**17  # weights that stay in the cache between operations
 
 
 class Admm(LeastSquares):
@@ -57,16 +56,15 @@ class Admm(LeastSquares):
     def prune_(self, weights: Sequence[Tensor], sparsities: Sequence[Sparsity]) -> None:
         """Prune float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         rows = [len(weight) for weight in weights]
-        problem = self.problem(weights)
-        problem.drop_dead_()
-        start, target, hessian, across, unexplained, _ = problem
+        start, target, hessian, across, unexplained = self.problem(weights, drops_dead=True)
         weighting = error_weighting(self.output_costs, rows, start.device)  # (out,) or None
         if weighting is not None:
             start *= weighting
             target *= weighting
         rho = self.rho * unexplained
-        choice = MaskChoice(rows, list(sparsities))
-        solution, mask, settled = alternate(start, target, hessian, rho, self.iterations, choice)
+        solution, mask, settled = alternate(
+            start, target, hessian, rho, self.iterations, rows, sparsities
+        )
         steps = round(self.refinements * SETTLED_STEPS) if settled else self.refinements
         conjugate_gradients_(solution, target, hessian, mask, steps)
         solution /= across
@@ -77,10 +75,7 @@ class Admm(LeastSquares):
 
     def remove_neurons_(self, weight: Tensor, gains: Tensor, count: int) -> Tensor:
         """Remove columns stage by stage (lib/methods/obs.py) from the minimum."""
-        problem = self.problem([weight])
-        problem.drop_dead_()
-        _, target, hessian, scale, *_ = problem
-        del problem
+        _, target, hessian, scale, _ = self.problem([weight], drops_dead=True)
         self.input_error_gram = None  # B holds it
         inverse = inverse_(cholesky(hessian))
         kept = choose_rows(inverse @ target, inverse, count)
@@ -109,46 +104,16 @@ def error_weighting(
     return torch.cat(weighting)
 
 
-class MaskChoice:
-    """The lowest |T| (in, out): in every N:M group, or in each linear of `rows` outputs.
+def masked(part: Tensor, sparsity: Sparsity) -> Tensor:
+    """Z of a linear: its part of T (in, out) with 0 where |T| is lowest, of all or of each group.
 
-    `parts` and `masked` choose quickly, many times over; `final` gives the mask that stays.
+    Ties with the last pruned one are pruned too, where all are compared.
     """
-
-    def __init__(self, rows: list[int], sparsities: list[Sparsity]) -> None:
-        self.rows = rows
-        self.sparsities = sparsities
-        self.sparsity = sparsities[0]  # their pattern is the same
-
-    def parts(self, *matrices: Tensor) -> Iterator[tuple]:
-        """(sparsity, the matrices' parts) of each linear, or of some inputs with whole groups."""
-        m = self.sparsity.m
-        if m:
-            inputs = max(m, CACHED // matrices[0].shape[1] // m * m)
-            cuts = zip(*(matrix.split(inputs) for matrix in matrices), strict=True)
-            yield from ((self.sparsity, *parts) for parts in cuts)
-        else:
-            cuts = (matrix.split(self.rows, 1) for matrix in matrices)
-            yield from zip(self.sparsities, *cuts, strict=True)
-
-    def masked(self, part: Tensor, sparsity: Sparsity) -> Tensor:
-        """Z: a part of T with 0 where it is pruned, ties with the last pruned one included."""
-        if not sparsity.m:
-            count = int(part.numel() * sparsity.ratio)
-            highest = threshold(part.abs(), count)
-            return torch.hardshrink(part, highest)
-        groups = part.unflatten(0, (-1, sparsity.m)).movedim(1, 0)  # (m, in / m, out)
-        mask = n_of_first(groups.abs(), sparsity.n)
-        return groups.masked_fill(mask, 0).movedim(0, 1).flatten(0, 1)
-
-    def final(self, total: Tensor) -> Tensor:
-        """Mask (in, out) of T, of the exact count."""
-        score = total.abs()
-        if self.sparsity.m:
-            return self.sparsity.mask(score.T).T
-        parts = zip(score.split(self.rows, 1), self.sparsities, strict=True)
-        masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts]
-        return torch.cat(masks, 1)
+    if not sparsity.m:
+        return torch.hardshrink(part, threshold(part.abs(), int(part.numel() * sparsity.ratio)))
+    groups = part.unflatten(0, (-1, sparsity.m)).movedim(1, 0)  # (m, in / m, out)
+    mask = n_of_first(groups.abs(), sparsity.n)
+    return groups.masked_fill(mask, 0).movedim(0, 1).flatten(0, 1)
 
 
 def alternate(
@@ -157,15 +122,22 @@ def alternate(
     hessian: Tensor,
     rho: float,
     iterations: int,
-    choice: MaskChoice,
+    rows: list[int],
+    sparsities: Sequence[Sparsity],
 ) -> tuple[Tensor, Tensor, bool]:
     """From T = V = `total` (in, out), overwritten: Z, its mask, and whether the masks settled.
 
+    `rows` are the outputs of each linear, side by side, and each has a sparsity of one pattern.
     A phase has at most so many `iterations`. It ends where hardly any more of a mask changes, and
     with the first phase all end: stiffer ones would change as little.
     """
     signed, last_mask = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
     inverse, settled = None, False
+
+    def parts(*matrices: Tensor) -> Iterator[tuple]:
+        """Each linear's parts of them, and its sparsity."""
+        return zip(*(matrix.split(rows, 1) for matrix in matrices), sparsities, strict=True)
+
     stiffer = STIFFENING * rho
     for own, later, least in ((rho, stiffer, EXPLORED), (stiffer, stiffer, AGREED)):
         if settled:
@@ -176,15 +148,14 @@ def alternate(
         inverse *= -own
         for iteration in range(iterations):
             changed = 0
-            for sparsity, part, negative, fixed, earlier in choice.parts(
-                total, signed, constant, last_mask
-            ):
-                masked = choice.masked(part, sparsity)
-                torch.add(part, masked, alpha=-2, out=negative)  # U - Z
-                mask = masked == 0
+            for part, *others, sparsity in parts(total, signed, constant, last_mask):
+                negative, fixed, earlier = others
+                kept = masked(part, sparsity)
+                torch.add(part, kept, alpha=-2, out=negative)  # U - Z
+                mask = kept == 0
                 changed = changed + (mask != earlier).count_nonzero()
                 earlier.copy_(mask)
-                part.sub_(masked).add_(fixed)  # U, and B's part of V
+                part.sub_(kept).add_(fixed)  # U, and B's part of V
             settled = bool(changed <= least * total.numel())
             end = settled or iteration == iterations - 1
             if end and not settled and own != later:  # U is in units of rho
@@ -192,7 +163,9 @@ def alternate(
             total.addmm_(inverse, signed)
             if end:
                 break
-    mask = choice.final(total)
+    # of the exact counts
+    masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts(total.abs())]
+    mask = torch.cat(masks, 1)
     return total.masked_fill_(mask, 0), mask, settled
 
 

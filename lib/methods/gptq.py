@@ -60,7 +60,7 @@ class GPTQ(LeastSquares):
 
     def quantize_(self, weights: Sequence[Tensor]) -> list[Start]:
         """Quantize float32 matrices (out_i, in) in place. UserError where A can't be factored."""
-        start, target, hessian, across, *_ = self.problem(weights)
+        start, target, hessian, across, _ = self.problem(weights)
         mask = start == 0
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
         grid = SolverGrid(self.fmt, across, keep=(~mask).float())

@@ -55,16 +55,11 @@ def add_cross_(total: Tensor, left: Tensor, x: Tensor) -> None:
     `left` is a difference of activations, small beside them, and wants more digits than x has.
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
-        for part in split(left):
+        high = left.bfloat16()
+        for part in (high, (left - high.float()).bfloat16()):  # their sum has 16 bits of it
             _add_halves_(total, part.T, x)
     else:
         total.addmm_(left.T, x.float())
-
-
-def split(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 tensors whose sum is float32 `values` to 16 bits, for tensor cores."""
-    high = values.bfloat16()
-    return high, (values - high.float()).bfloat16()
 
 
 def _add_halves_(total: Tensor, a: Tensor, b: Tensor) -> None:

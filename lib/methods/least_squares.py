@@ -26,7 +26,6 @@ spoils another: errors can be fitted to few tokens all too well.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,10 +72,14 @@ class LeastSquares(PruningMethod):
         sums = self.hessian, self.input_error_gram, self.residual_error_gram
         return [tensor for tensor in sums if tensor is not None]
 
-    def problem(self, weights: Sequence[Tensor]) -> Problem:
+    def problem(
+        self, weights: Sequence[Tensor], drops_dead: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
         """(1) of matrices (out_i, in) that share the input, scaled.
 
-        The floor of the damping rises where it must; UserError where that does not help.
+        Returns W S and B (in, out), A (in, in), S (in, 1), and the unexplained share. An input that
+        was always 0 is dead and tells nothing of its weights, which go if it `drops_dead`. The
+        floor of the damping rises where it must; UserError where that does not help.
         """
         hessian = self.hessian.clone()
         mirror_(hessian)
@@ -96,26 +99,9 @@ class LeastSquares(PruningMethod):
         else:
             error = (self.input_error_gram.T @ start).div_(across)
         target = (hessian @ start.mul_(across)).add_(error)
-        return Problem(start, target, hessian, across, unexplained, dead)
-
-
-class Problem(NamedTuple):
-    """(1) scaled: W S and B (in, out), A (in, in), S (in, 1), the unexplained share, dead (in,).
-
-    An input that was always 0 is dead: it tells nothing of its weights.
-    """
-
-    start: Tensor
-    target: Tensor
-    hessian: Tensor
-    scale: Tensor
-    unexplained: float
-    dead: Tensor
-
-    def drop_dead_(self) -> None:
-        """Let the weights of dead inputs go."""
-        self.start[self.dead] = 0
-        self.target[self.dead] = 0
+        if drops_dead:
+            start[dead] = target[dead] = 0
+        return start, target, hessian, across, unexplained
 
 
 def conjugate_gradients_(

@@ -75,20 +75,15 @@ class SparseGPT(PruningMethod):
         rows = [len(weight) for weight in weights]
         change = torch.cat(list(weights)).T.contiguous()  # (in, out): W, and left of the block D
         change.masked_fill_(dead[:, None], 0)
-        block = None
         for start in range(0, len(change), self.block_size):
             here = slice(start, start + self.block_size)
-            size = len(change[here])
-            if block is None or len(block.values) != size:
-                block = ColumnBlock(size, rows, list(sparsities), change.device)
-            block.inverse.copy_(unit_inverse(factor[here, here]))
-            block.scale.copy_(scale[here, None])
-            block.values.copy_(change[here])
+            inverse = unit_inverse(factor[here, here]).contiguous()
+            values = change[here].clone()
             if start:
-                push = factor[:start, here] @ block.inverse
-                block.values.addmm_(push.T, change[:start])
-            block.settle_()
-            settled = block.values.sub_(block.errors)  # exactly 0 where pruned
+                push = factor[:start, here] @ inverse
+                values.addmm_(push.T, change[:start])
+            errors = settle_(values, inverse, scale[here, None], rows, sparsities)
+            settled = values.sub_(errors)  # exactly 0 where pruned
             change[here] -= settled
             for weight, part in zip(weights, settled.split(rows, 1), strict=True):
                 weight[:, here] = part.T
@@ -133,49 +128,34 @@ def unit_inverse(upper: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True, unitriangular=True)
 
 
-class ColumnBlock:
-    """Buffers for a block of columns, and views into them: made once, used for many blocks.
+def settle_(
+    values: Tensor,
+    inverse: Tensor,
+    scale: Tensor,
+    rows: list[int],
+    sparsities: Sequence[Sparsity],
+) -> Tensor:
+    """Take the columns of V (block, out) one after another to their last values; return E.
 
-    Making the views takes longer than the small operations on them.
+    `inverse` (block, block) is B and `scale` (block, 1) is diag(R); `rows` are the outputs of each
+    linear. E (block, out) is a weight where it is pruned, else 0.
     """
-
-    def __init__(
-        self, size: int, rows: list[int], sparsities: list[Sparsity], device: torch.device
-    ) -> None:
-        self.rows = rows  # outputs of each linear
-        self.sparsities = sparsities
-        self.sparsity = sparsities[0]  # their pattern is the same
-        self.values = torch.empty(size, sum(rows), device=device)  # V
-        self.errors = torch.empty_like(self.values)  # E: a weight where it is pruned, else 0
-        self.mask = torch.empty_like(self.values)  # 1.0 where a weight is pruned
-        self.inverse = torch.empty(size, size, device=device)  # B
-        self.scale = torch.empty(size, 1, device=device)  # diag(R)
-        width = self.sparsity.m or math.gcd(size, STEP)
-        self.steps = []
-        values, errors, mask, inverse = self.values, self.errors, self.mask, self.inverse
-        for start in range(0, size, width):
-            here = slice(start, start + width)
-            columns = [
-                (values[j], errors[start:j].T, inverse[start:j, j], mask[j], errors[j])
-                for j in range(start, start + width)
-            ]
-            push = inverse[:start, here].T
-            step = values[here], errors[:start], push, self.scale[here], mask[here], columns
-            self.steps.append(step)
-
-    def settle_(self) -> None:
-        """Take the columns of V one after another to their last values; note their errors."""
-        if not self.sparsity.m:  # the lowest scores of each linear's part of the block
-            score = (self.values * self.scale).square_()
-            parts = score.split(self.rows, 1), self.mask.split(self.rows, 1), self.sparsities
-            for part, mask, sparsity in zip(*parts, strict=True):
-                mask.copy_(sparsity.mask(part, overall=True))
-        for values, before, push, scale, mask, columns in self.steps:
-            if len(before):
-                values.addmm_(push, before, alpha=-1)
-            if self.sparsity.m:
-                mask.copy_(n_of_first((values * scale).square_(), self.sparsity.n))
-            for value, earlier, weight, pruned, error in columns:
-                if len(weight):
-                    value.addmv_(earlier, weight, alpha=-1)
-                torch.mul(value, pruned, out=error)
+    errors, mask = torch.empty_like(values), torch.empty_like(values)  # 1.0 where it is pruned
+    n, m = sparsities[0].n, sparsities[0].m  # their pattern is the same
+    if not m:  # the lowest scores of each linear's part of the block
+        score = (values * scale).square_()
+        parts = score.split(rows, 1), mask.split(rows, 1), sparsities
+        for part, own, sparsity in zip(*parts, strict=True):
+            own.copy_(sparsity.mask(part, overall=True))
+    width = m or math.gcd(len(values), STEP)
+    for start in range(0, len(values), width):
+        step = slice(start, start + width)
+        if start:
+            values[step].addmm_(inverse[:start, step].T, errors[:start], alpha=-1)
+        if m:
+            mask[step] = n_of_first((values[step] * scale[step]).square_(), n)
+        for j in range(start, start + width):
+            if j > start:
+                values[j].addmv_(errors[start:j].T, inverse[start:j, j], alpha=-1)
+            torch.mul(values[j], mask[j], out=errors[j])
+    return errors

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from inspect import signature
 from typing import Any
 from unittest import mock
@@ -30,7 +31,6 @@ from lib.distributed.context import DistContext
 from lib.model.linears import find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.store import BlockStore
-from lib.model.transfer import Transfer
 from lib.util.errors import UserError
 
 # of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
@@ -50,6 +50,12 @@ class HiddenStates:
     hidden: Tensor | None = None  # (windows, tokens, hidden)
     # [block][batch]: a block's arguments besides its hidden states
     block_args: list[list[tuple[tuple, dict]]] = field(default_factory=list)
+
+    def copy(self) -> HiddenStates:
+        """Return the same windows with hidden states of their own."""
+        pinned = self.hidden.is_pinned()
+        hidden = torch.empty_like(self.hidden, pin_memory=pinned).copy_(self.hidden)
+        return replace(self, hidden=hidden)
 
     @property
     def batches(self) -> list[slice]:
@@ -97,7 +103,6 @@ class BlockRunner:
         self.checkpointed = checkpointed
         self.whole = whole
         self.output: type | None = None  # the decoder's, if so
-        self.transfer = Transfer(device)
         self.tuples = self._probe()
 
     @property
@@ -136,7 +141,7 @@ class BlockRunner:
         state_device = state_device or self.state_device
         windows = as_windows(windows)
         states = HiddenStates(windows.ids, batch_size, block_args=[[] for _ in self.blocks])
-        tensors = TensorDeduplicator()
+        tensors: dict[tuple, list[Tensor]] = {}
         received: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
@@ -149,9 +154,10 @@ class BlockRunner:
                     if hidden.dim() != 3 or hidden.shape[:2] != states.windows[batch].shape:
                         raise self._refused("has hidden states of another shape than its windows")
                     if states.hidden is None:
-                        states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
-                    states.hidden[batch] = hidden  # the host waits, and may then read it
-                states.block_args[index].append(tree_map(tensors.unique, (args, kwargs)))
+                        states.hidden = hidden_buffer(len(windows), hidden, state_device)
+                    states.hidden[batch] = hidden
+                unique = partial(first_equal, tensors)
+                states.block_args[index].append(tree_map(unique, (args, kwargs)))
                 if index == len(self.blocks) - 1:
                     raise Stop
                 return self._block_output(index, hidden)
@@ -160,8 +166,8 @@ class BlockRunner:
 
         for batch in states.batches:
             received.clear()
-            tensors.seen.clear()
-            with replaced(self.blocks, lambda index, batch=batch: recorder(index, batch)):
+            recorders = {block: recorder(i, batch) for i, block in enumerate(self.blocks)}
+            with replaced(recorders):
                 self._call_model(windows[batch])
         return states
 
@@ -173,20 +179,15 @@ class BlockRunner:
         `block`, if given, replaces block `index`.
         """
         block = block or self.blocks[index]
-        arriving = self.transfer.batches(states.hidden, states.batches)
-        block_args = states.block_args[index]
-        for batch, hidden, (args, kwargs) in zip(states.batches, arriving, block_args, strict=True):
-
-            def run(hidden=hidden, args=args, kwargs=kwargs) -> Tensor:
-                return run_block(block, hidden, args, kwargs)
-
-            yield batch, run
+        for batch, block_args in zip(states.batches, states.block_args[index], strict=True):
+            hidden = states.hidden[batch].to(self.device)
+            yield batch, partial(run_block, block, hidden, *block_args)
 
     @torch.no_grad()
     def advance_(self, states: HiddenStates, index: int, block: nn.Module | None = None) -> None:
         """Replace the hidden states by block `index`'s outputs, in place."""
         for batch, run in self.iter_batches(states, index, block):
-            self.transfer.store_(states.hidden, batch, run())
+            states.hidden[batch] = run()
 
     def run_blocks(
         self,
@@ -220,7 +221,7 @@ class BlockRunner:
         def see(decoder: nn.Module, args: tuple, out: Any) -> None:
             hidden, self.output = out.last_hidden_state, type(out)
             if states.hidden is None:
-                states.hidden = self.transfer.buffer(len(windows), hidden, state_device)
+                states.hidden = hidden_buffer(len(windows), hidden, state_device)
             states.hidden[batch] = hidden
             raise Stop
 
@@ -265,7 +266,7 @@ class BlockRunner:
         The batch's hidden states after the last block are fetched once.
         """
         ids = states.windows[batch].to(self.device)
-        last = self.transfer.fetch(states.hidden, batch)
+        last = states.hidden[batch].to(self.device)
         return torch.no_grad()(lambda positions: self.logits_from_hidden(ids, last, positions))
 
     def logits_from_hidden(self, ids: Tensor, last: Tensor, positions: Tensor) -> Tensor:
@@ -286,7 +287,8 @@ class BlockRunner:
 
             return forward
 
-        with replaced([self._decoder] if self.whole else self.blocks, player):
+        played = [self._decoder] if self.whole else self.blocks
+        with replaced({module: player(index) for index, module in enumerate(played)}):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
@@ -359,12 +361,20 @@ class Stop(Exception):
 
 
 @contextmanager
-def replaced(blocks: Sequence[nn.Module], make: Callable[[int], Callable]) -> Iterator[None]:
-    """Inside, block i's forward is `make(i)`; afterwards it is restored."""
+def replaced(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Inside, modules have other forwards; afterwards these are restored."""
     with ExitStack() as patches:
-        for index, block in enumerate(blocks):
-            patches.enter_context(mock.patch.object(block, "forward", make(index)))
+        for module, forward in forwards.items():
+            patches.enter_context(mock.patch.object(module, "forward", forward))
         yield
+
+
+def hidden_buffer(count: int, hidden: Tensor, device: torch.device | str) -> Tensor:
+    """Return a buffer on `device` for `count` windows (windows, tokens, hidden) like `hidden`."""
+    # a GPU copies pinned memory several times as fast
+    pinned = hidden.device.type != "cpu" and torch.device(device).type == "cpu"
+    shape = (count, *hidden.shape[1:])
+    return torch.empty(shape, dtype=hidden.dtype, device=device, pin_memory=pinned)
 
 
 def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -381,28 +391,22 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     return kwargs.pop("hidden_states"), (), kwargs
 
 
-class TensorDeduplicator:
-    """Keeps one of equal tensors: most arguments of blocks are the same in all batches."""
+def first_equal(tensors: dict[tuple, list[Tensor]], value: Any) -> Any:
+    """Return the first tensor that equals `value`; what is no tensor stays as it is.
 
-    def __init__(self) -> None:
-        self.tensors: dict[tuple, list[Tensor]] = {}  # by shape, dtype and device
-        # {id: (tensor, first equal one)} of one call of the model, in which an id identifies it
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def unique(self, value: Any) -> Any:
-        """Return the first tensor that equals `value`; what is no tensor stays as it is."""
-        if isinstance(value, UserDict):  # keys and values that blocks leave for others
-            return copy.copy(value)
-        if not isinstance(value, Tensor):
-            return value
-        if id(value) not in self.seen:  # comparing waits for the device
-            alike = self.tensors.setdefault((value.shape, value.dtype, value.device), [])
-            equal = (other for other in alike if value is other or torch.equal(value, other))
-            first = next(equal, value)
-            if first is value:
-                alike.append(value)
-            self.seen[id(value)] = value, first
-        return self.seen[id(value)][1]
+    `tensors`, by shape, dtype and device, are those before, to which a new one is added: most
+    arguments of blocks are the same in all batches.
+    """
+    if isinstance(value, UserDict):  # keys and values that blocks leave for others
+        return copy.copy(value)
+    if not isinstance(value, Tensor):
+        return value
+    alike = tensors.setdefault((value.shape, value.dtype, value.device), [])
+    for other in reversed(alike):  # in one call of the model blocks share theirs
+        if value is other or torch.equal(value, other):
+            return other
+    alike.append(value)
+    return value
 
 
 def iter_logits(

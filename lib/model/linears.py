@@ -31,7 +31,7 @@ def find_linears(
         name = f"{prefix}.{path}" if path else prefix
         if isinstance(module, nn.Linear | Conv1D):
             linear = quantized_linear(name, module) or PrunableLinear(
-                name, name, module, transposed=isinstance(module, Conv1D)
+                name, module, transposed=isinstance(module, Conv1D)
             )
             experts = experts_of.get(path.rpartition(".")[0])
             if linear.shape[0] in (1, experts):
@@ -42,7 +42,7 @@ def find_linears(
                 linears.append(linear)
             continue
         if isinstance(module, SparseLinear):
-            linears.append(PackedView(name, name, module))
+            linears.append(PackedView(name, module))
             continue
         transposed = getattr(module, "is_transposed", False)
         for parameter, weight in module.named_parameters(recurse=False):
@@ -51,7 +51,6 @@ def find_linears(
                 linears += [
                     PrunableLinear(
                         name=f"{full_name}.{i}",
-                        stage=full_name,
                         module=module,
                         parameter=parameter,
                         expert=i,

@@ -40,17 +40,22 @@ class SaveDtypes:
 class PrunableLinear:
     """One prunable matrix: (a slice of) a parameter of `module`.
 
-    `name` is the full name in the model, `stage` what the linears that are reached at the same
-    point of the block's forward have in common: the name, for all experts that of their parameter.
+    `name` is the full name in the model.
     """
 
     name: str
-    stage: str
     module: nn.Module
     parameter: str = "weight"
     expert: int | None = None
     transposed: bool = False
     is_quantized: ClassVar[bool] = False  # its weight holds codes, not values
+
+    @property
+    def stage(self) -> str:
+        """The parameter's name, which all of its experts, reached at one point, have in common."""
+        if self.expert is None:
+            return f"{self.name}.{self.parameter}"
+        return self.name.rpartition(".")[0]
 
     @property
     def raw_weight(self) -> Tensor:

@@ -42,7 +42,7 @@ from lib.model.access import (
 )
 from lib.model.linears import experts_by
 from lib.model.matrix import SaveDtypes
-from lib.model.quantized import keep_bnb_layout, stored_bits
+from lib.model.quantized import stored_bits
 from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
 
@@ -304,7 +304,9 @@ def load_model(
     check_complete(checkpoint, info)
     model.unread = unread
     if getattr(model, "is_quantized", False):
-        keep_bnb_layout(model)
+        for module in model.modules():  # scales would be rounded where a CPU repacks weights
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         # the other weights of a quantized checkpoint keep their stored dtype
         for name, parameter in model.named_parameters():
             if parameter.is_floating_point() and name not in unread:

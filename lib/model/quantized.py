@@ -92,8 +92,8 @@ def quantized_linear(name: str, module: nn.Linear) -> PrunableLinear | None:
     """Return the module as a prunable matrix if bitsandbytes quantized it, else None."""
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
-        return Quantized4bit(name, name, module)
-    return Quantized8bit(name, name, module) if hasattr(weight, "SCB") else None
+        return Quantized4bit(name, module)
+    return Quantized8bit(name, module) if hasattr(weight, "SCB") else None
 
 
 def check_format(
@@ -146,17 +146,6 @@ def _stored(config) -> tuple[dict, str | None]:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method")
     return stored, str(getattr(method, "value", method))
-
-
-def keep_bnb_layout(model: nn.Module) -> None:
-    """Stop 4-bit layers from repacking their weights on their first call on a CPU.
-
-    Converting that layout back rounds the scales, so the saved model would differ from the
-    measured one.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _only_dropped(before: Tensor, after: Tensor) -> bool:

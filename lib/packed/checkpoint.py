@@ -215,29 +215,29 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
 
     Where the two are tied they stay so. PackedError where the model has other kinds of them.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    dense = [module for module in (embedding, head) if module is not None]
+    embedding, head = _dense_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
-    if not isinstance(embedding, PackedEmbedding):
-        tied = head is not None and head.weight is embedding.weight
-        own = [names[module] for module in dense[: 1 if tied else 2]]
-        _replace_embeddings_(model, {name: None for name in own})
-        for name, module in zip(own, dense, strict=False):
-            model.get_submodule(name).quantize_(module.weight)
+    dense = [module for module in (embedding, head) if module is not None]
+    tied = head is not None and head.weight is embedding.weight
+    own = {names[module]: module.weight for module in dense[: 1 if tied else 2]}
+    _replace_embeddings_(model, dict.fromkeys(own))
+    for name, weight in own.items():
+        model.get_submodule(name).quantize_(weight)
     return [names[module] for module in dense]
 
 
-def check_embeddings(model: PreTrainedModel) -> None:
-    """Raise PackedError where embedding or head are of a class that can't be packed."""
+def _dense_embeddings(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear | None]:
+    """Embedding and head. PackedError where one is of a class that can't be packed."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    heads = nn.Linear.forward, PackedHead.forward
+    plain = head is None or getattr(type(head), "forward", None) is nn.Linear.forward
     for what, module, fine in (
-        ("an embedding", embedding, isinstance(embedding, nn.Embedding | PackedEmbedding)),
-        ("a head", head, head is None or getattr(type(head), "forward", None) in heads),
+        ("an embedding", embedding, isinstance(embedding, nn.Embedding)),
+        ("a head", head, plain),
     ):
         if not fine:
             kind = type(module).__name__
             raise PackedError(f"{type(model).__name__} has {what} of class {kind}: not packed")
+    return embedding, head
 
 
 def _replace_embeddings_(model: PreTrainedModel, sizes: dict[str, list[int] | None]) -> None:
@@ -246,8 +246,7 @@ def _replace_embeddings_(model: PreTrainedModel, sizes: dict[str, list[int] | No
     `sizes`: [rows, width] of those that have rows of their own, as a checkpoint states them, or
     None; a head that is not named has the embedding's.
     """
-    check_embeddings(model)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = _dense_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
     packed = PackedEmbedding(embedding)
     modules = {names[embedding]: packed}

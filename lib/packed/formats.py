@@ -143,17 +143,13 @@ class Int4(Values):
         """Scales (out, groups) repeated for each input, float32 (out, in)."""
         return scales.float().repeat_interleave(self.group, 1)[:, :in_features]
 
-    def fit_scales(
-        self, matrix: Tensor, mask: Tensor | None = None, costs: Tensor | None = None
-    ) -> Tensor:
+    def fit_scales(self, matrix: Tensor, costs: Tensor | None = None) -> Tensor:
         """The scales (out, groups), bfloat16, of the grid nearest to a matrix (out, in).
 
-        `mask` (out, in) is True where a weight is pruned and does not count. `costs` (in,) weigh
-        the squared error of each input. A matrix that `round_to` has given has the very same
-        values on the grid fitted to it. PackedError where the matrix holds nan or inf.
+        `costs` (in,) weigh the squared error of each input. A matrix that `round_to` has given has
+        the very same values on the grid fitted to it. PackedError where the matrix holds nan or
+        inf.
         """
-        if mask is not None:
-            matrix = matrix.masked_fill(mask, 0)
         check_finite(matrix, 4)
         rows, width = matrix.shape
         scales = matrix.new_empty(rows, self.n_groups(width), dtype=torch.bfloat16)

@@ -55,14 +55,10 @@ def linear(
     `mask`, `weight` and `scale` as in formats.py, weight of x's dtype or 4-bit integers; or int8
     (out * in,) of which every one is kept, with one row of `mask` and float32 `scale` (out,).
     offsets int64 (out + 1,), bias (out,). x is float32, bfloat16 or float16, on a CPU. Sums are
-    float32. `path` is one of `paths()`, else the best of them; `ready()` must be true.
+    float32. `path` is one of `torch.ops.packed_bitmask.paths()`, the sets of instructions that this
+    processor has a kernel for, else the best of them; `ready()` must be true.
     """
     return operator(x, mask, weight, offsets, scale, bias, path)
-
-
-def paths() -> list[str]:
-    """The sets of instructions that this processor has a kernel for, the best one last."""
-    return list(torch.ops.packed_bitmask.paths())
 
 
 @cache

@@ -32,7 +32,7 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.model.linears import experts_by
 from lib.pruning.allocation import Allocation
-from lib.pruning.fisher import BackwardPass, FisherDiagonal
+from lib.pruning.fisher import FisherDiagonal, backward_pass
 from lib.pruning.inputs import first_names, own_windows
 from lib.util.deterministic import deterministic
 
@@ -66,26 +66,16 @@ def by_error(
     weight_costs: dict[str, Tensor] = {}  # at each sparsity of the span (STEPS + 1,)
     output_costs: dict[str, Tensor] = {}  # (out,)
     with deterministic(runner.device, strict=False), experts_by(runner.model, "eager"):
-        backward = BackwardPass(runner, own, uniforms, on_progress)
-        for index in reversed(range(len(runner.blocks))):
-            with runner.on_device(index):
-                linears = runner.linears(index)
-                diagonals = backward.through(index, linears)
-                for diagonal in diagonals.values() if idle else ():
-                    diagonal.inputs.zero_()
-                    diagonal.grad_sq.zero_()
-                    diagonal.tokens = 0
-                counts = dist.all_gather_object([one.tokens for one in diagonals.values()])
-                dist.sum_([s for one in diagonals.values() for s in (one.inputs, one.grad_sq)])
-                for linear, *each in zip(linears, *counts, strict=True):
-                    diagonal, name = diagonals[linear.name], first[linear.name]
-                    if tokens := sum(each):
-                        diagonal.tokens, sizes[name] = tokens, prod(linear.shape)
-                        cost = costs(linear.matrix(), diagonal, ratio)
-                        weight_costs[name] = weight_costs.get(name, 0.0) + cost
-                        mean = diagonal.grad_sq / tokens
-                        output_costs[name] = output_costs.get(name, 0) + mean
-            on_progress(1)
+        for linears, diagonals in backward_pass(runner, own, uniforms, on_progress):
+            dist.sum_([tensor for one in diagonals for tensor in vars(one).values()], idle)
+            for linear, diagonal in zip(linears, diagonals, strict=True):
+                if diagonal.tokens:
+                    name = first[linear.name]
+                    sizes[name] = prod(linear.shape)
+                    cost = costs(linear.matrix(), diagonal, ratio)
+                    weight_costs[name] = weight_costs.get(name, 0.0) + cost
+                    mean = diagonal.grad_sq / diagonal.tokens
+                    output_costs[name] = output_costs.get(name, 0) + mean
     ratios = dist.all_gather_object(choose(weight_costs, sizes, ratio))[0]
     return Allocation(
         {name: Sparsity(ratios.get(first[name], ratio)) for name in first},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 
 from lib.methods.sparsity import Sparsity
@@ -12,8 +12,14 @@ from lib.util.errors import UserError
 
 @dataclass
 class Measured:
-    """Zeros and sizes, in weights, of every linear of the decoder blocks."""
+    """Zeros and sizes, in weights, of every linear of the decoder blocks.
 
+    `target`: the sparsity that each must have, where that is known; `left_dense`: those that are
+    only counted.
+    """
+
+    target: Mapping[str, Sparsity] | None
+    left_dense: Container[str]
     zeros: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 
@@ -26,18 +32,25 @@ class Measured:
         shares = {name: round(self.zeros[name] / self.sizes[name], 6) for name in self.sizes}
         return {"overall": self.overall, "linears": shares}
 
+    def again(self, runner: BlockRunner) -> Measured:
+        """Measure the model as it is now. UserError where a linear is less sparse than it was."""
+        now = measure(runner, self.target, self.left_dense)
+        for name, zeros in self.zeros.items():
+            assert now.zeros[name] >= zeros, f"{name} has lost zeros"
+        return now
+
 
 def measure(
     runner: BlockRunner,
     target: Mapping[str, Sparsity] | None = None,
-    left_dense: frozenset[str] = frozenset(),
+    left_dense: Container[str] = (),
 ) -> Measured:
     """Count the zeros of every linear, and check them against `target` by name, where given.
 
     Linears named in `left_dense` are only counted. Raises UserError naming the linear that fell
     short, or whose N:M groups hold too few zeros.
     """
-    measured = Measured()
+    measured = Measured(target, left_dense)
     for linear in runner.each_linear():
         name, zero = linear.name, linear.matrix() == 0  # (out, in)
         measured.zeros[name] = int(zero.count_nonzero())

@@ -18,22 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from lib.model.blocks import Stop, run_block
-from lib.model.experts import ExpertLayout, keep_experts_
 from lib.model.matrix import PrunableLinear
-from lib.pruning.pruner import PartPruner, Smaller
+from lib.model.parts import PartLayout, keep_parts_
+from lib.pruning.pruner import PartPruner
 from lib.util.errors import UserError
-from lib.util.host import malloc_trim
 
 TOLERANCE = 1e-3  # of the outputs' norm; rounding in bfloat16 needs more
 
 
-def fewest(layout: ExpertLayout) -> int:
+def fewest(layout: PartLayout) -> int:
     """How many experts must stay: those that the router chooses, two of a group that is scored."""
     least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
     return least * layout.groups
 
 
-def count_left(layout: ExpertLayout, ratio: float) -> int:
+def count_left(layout: PartLayout, ratio: float) -> int:
     """How many experts stay in each block: about 1 - `ratio` of them, as many of each group.
 
     UserError where none goes, or where fewer stay than the router chooses.
@@ -56,23 +55,10 @@ def count_left(layout: ExpertLayout, ratio: float) -> int:
 class ExpertPruner(PartPruner):
     """Removes experts of a runner's model, in place."""
 
-    def run(
-        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> Smaller:
-        self.checked: set[type] = set()  # classes of blocks
-        super().run(windows, on_progress)
-        for path, attribute in self.layout.counters:  # those of blocks are set already
-            setattr(self.runner.model.get_submodule(path), attribute, self.left)
-        return self.done
+    checked: frozenset[type] = frozenset()  # classes of blocks
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         return []  # no linear is changed by itself
-
-    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        restored = super()._restore_(index, linears)
-        if restored:
-            self._cut_(index)
-        return restored
 
     def _prune_(self, index: int, linears: list[PrunableLinear], ordered: None) -> dict:
         """Score the block's experts, and note which of them stay."""
@@ -81,10 +67,7 @@ class ExpertPruner(PartPruner):
         self._check_once(index)
         method = self.method(self.layout.count, self.runner.device)
         self._observe(index, method.observe)
-        statistics = method.statistics()
-        for one in statistics if self.idle else ():
-            one.zero_()
-        self.dist.sum_(statistics)
+        self.dist.sum_(method.statistics(), self.idle)
         if self.dist.is_main:
             notes, groups = self.done.notes[-1], self.layout.groups
             scores = method.scores(self.seed + index).cpu().view(groups, -1)
@@ -125,13 +108,13 @@ class ExpertPruner(PartPruner):
         block, groups = self.runner.blocks[index], self.layout.groups
         if type(block) in self.checked:
             return
-        self.checked.add(type(block))
-        hidden = self.runner.transfer.fetch(self.states.hidden, self.states.batches[0])
+        self.checked |= {type(block)}
+        hidden = self.states.hidden[self.states.batches[0]].to(self.runner.device)
         args, kwargs = self.states.block_args[index][0]
         run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
         order = torch.arange(self.layout.count).view(groups, -1).flip(1).flatten()
         turned, name = copy.deepcopy(block), f"{self.runner.name}.{index}"
-        keep_experts_(turned, self.layout, index, name, order)
+        keep_parts_(turned, self.layout, index, name, order)
         expected, out = run(block).float(), run(turned).float()
         dtype = next(block.parameters()).dtype
         tolerance = max(TOLERANCE, 4 * torch.finfo(dtype).eps)
@@ -143,14 +126,7 @@ class ExpertPruner(PartPruner):
 
     def _finish_(self, index: int) -> None:
         super()._finish_(index)
-        if self.layout.modules[index]:
-            self._cut_(index)
-            malloc_trim()
-
-    def _cut_(self, index: int) -> None:
-        if kept := self.done.notes[-1].kept:
-            block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
-            keep_experts_(block, self.layout, index, name, torch.tensor(kept))
+        self._cut_(index)
 
 
 def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:

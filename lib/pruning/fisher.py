@@ -16,14 +16,14 @@ graph of one block at a time; blocks may be fetched one by one.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.model.blocks import BlockRunner, iter_logits, run_block
+from lib.model.blocks import BlockRunner, HiddenStates, iter_logits, run_block
 from lib.model.linears import watch_outputs
 from lib.model.matrix import PrunableLinear
 from lib.pruning.inputs import rows
@@ -33,97 +33,95 @@ from lib.util.errors import RunWarning
 
 @dataclass
 class FisherDiagonal:
-    """Float64 sums of squares over all tokens that reached one linear.
+    """Float64 sums over all tokens that reached one linear.
 
-    `inputs` (in,): of what it receives. `grad_sq` (out,): of g.
+    `inputs` (in,): of the squares of what it receives. `grad_sq` (out,): of those of g. `tokens`
+    (): how many these are.
     """
 
     inputs: Tensor
     grad_sq: Tensor
-    tokens: int = 0
-
-    def add_gradient(self, gradient: Tensor) -> None:
-        """Add a gradient (..., out): a hook of autograd's."""
-        self.grad_sq += _square_sums(gradient)
+    tokens: Tensor
 
 
-class BackwardPass:
-    """Windows (n, tokens) taken through the dense model, to come back block by block.
+@torch.no_grad()
+def backward_pass(
+    runner: BlockRunner,
+    windows: Tensor,
+    uniforms: Tensor,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Iterator[tuple[list[PrunableLinear], list[FisherDiagonal]]]:
+    """Take windows (n, tokens) through the dense model and back, and yield each block's sums.
 
-    `uniforms` (n, tokens): in [0, 1), by which labels are drawn. `on_progress(1)` is called after
-    each block.
+    The last block comes first: its linears, which are on the device meanwhile, and their sums;
+    linears that no token reached are among them. `uniforms` (n, tokens): in [0, 1), by which labels
+    are drawn. `on_progress(1)` is called after each block, forward and back.
     """
+    states, before = runner.capture(windows), []
+    for index in range(len(runner.blocks)):
+        before.append(states.copy())
+        with runner.on_device(index):
+            runner.advance_(states, index)
+        on_progress(1)
+    gradient = states.hidden  # of the loss, in place of the hidden states after the last block
+    for batch in states.batches:
+        ids = states.windows[batch].to(runner.device)
+        last = gradient[batch].to(runner.device).detach().requires_grad_()
 
-    @torch.no_grad()
-    def __init__(
-        self,
-        runner: BlockRunner,
-        windows: Tensor,
-        uniforms: Tensor,
-        on_progress: Callable[[int], Any] = lambda blocks: None,
-    ) -> None:
-        self.runner = runner
-        self.states = runner.capture(windows)
-        self.before: list[Tensor] = []  # hidden states before each block that is still to come
-        for index in range(len(runner.blocks)):
-            self.before.append(runner.transfer.copy(self.states.hidden))
-            with runner.on_device(index):
-                runner.advance_(self.states, index)
-            on_progress(1)
-        # in place of the hidden states after the last block stands the loss's gradient there
-        for batch in self.states.batches:
-            ids = self.states.windows[batch].to(runner.device)
-            last = runner.transfer.fetch(self.states.hidden, batch).detach().requires_grad_()
+        def logits(positions: Tensor, ids=ids, last=last) -> Tensor:
+            return runner.logits_from_hidden(ids, last, positions)
 
-            def logits(positions: Tensor, ids=ids, last=last) -> Tensor:
-                return runner.logits_from_hidden(ids, last, positions)
+        with torch.enable_grad():
+            sampled_nll_backward_(logits, uniforms[batch].to(runner.device))
+        gradient[batch] = last.grad
+    for index in reversed(range(len(runner.blocks))):
+        with runner.on_device(index):
+            linears, given = runner.linears(index), before.pop()
+            try:
+                with deterministic(runner.device, strict=True):
+                    diagonals = _through_(runner, index, linears, given, gradient)
+            except RuntimeError as error:  # of the first batch, before anything was stored
+                if "deterministic" not in str(error):
+                    raise
+                line = f"--allocation error: another run may give other weights: {error}"
+                warnings.warn(line.split("\n")[0], RunWarning, stacklevel=2)
+                diagonals = _through_(runner, index, linears, given, gradient)
+            yield linears, diagonals
+        on_progress(1)
 
-            with torch.enable_grad():
-                sampled_nll_backward_(logits, uniforms[batch].to(runner.device))
-            runner.transfer.store_(self.states.hidden, batch, last.grad)
 
-    def through(self, index: int, linears: list[PrunableLinear]) -> dict[str, FisherDiagonal]:
-        """Come back through block `index`, the last one first; {linear's name: its sums}.
+def _through_(
+    runner: BlockRunner,
+    index: int,
+    linears: list[PrunableLinear],
+    states: HiddenStates,
+    gradient: Tensor,
+) -> list[FisherDiagonal]:
+    """The sums of block `index`, which receives `states`; `gradient` becomes that at its input."""
+    diagonals = {}
+    for linear in linears:
+        sums = (torch.zeros(n, dtype=torch.float64, device=runner.device) for n in linear.shape)
+        grad_sq, inputs = sums
+        diagonals[linear.name] = FisherDiagonal(inputs, grad_sq, inputs.new_zeros(()))
 
-        Linears that no token reached are among them.
-        """
-        try:
-            with deterministic(self.runner.device, strict=True):
-                diagonals = self._through(index, linears)
-        except RuntimeError as error:  # of the first batch, before anything was stored
-            if "deterministic" not in str(error):
-                raise
-            line = f"--allocation error: another run may give other weights: {error}"
-            warnings.warn(line.split("\n")[0], RunWarning, stacklevel=2)
-            diagonals = self._through(index, linears)
-        self.before.pop()
-        return diagonals
+    def see(linear: PrunableLinear, x: Tensor, out: Tensor) -> None:
+        diagonal = diagonals[linear.name]
+        diagonal.inputs += _square_sums(x.detach())
+        diagonal.tokens += len(rows(x))
 
-    def _through(self, index: int, linears: list[PrunableLinear]) -> dict[str, FisherDiagonal]:
-        runner, transfer, device = self.runner, self.runner.transfer, self.runner.device
-        diagonals = {}
-        for linear in linears:
-            out, width = linear.shape
-            zeros = (torch.zeros(n, dtype=torch.float64, device=device) for n in (width, out))
-            diagonals[linear.name] = FisherDiagonal(*zeros)
+        def add(slope: Tensor) -> None:
+            diagonal.grad_sq += _square_sums(slope)
 
-        def see(linear: PrunableLinear, x: Tensor, out: Tensor) -> None:
-            diagonal = diagonals[linear.name]
-            diagonal.inputs += _square_sums(x.detach())
-            diagonal.tokens += len(rows(x))
-            if out.requires_grad:
-                out.register_hook(diagonal.add_gradient)
+        if out.requires_grad:
+            out.register_hook(add)
 
-        before = replace(self.states, hidden=self.before[-1])
-        arriving = transfer.batches(before.hidden, before.batches)
-        calls = before.block_args[index]
-        with torch.enable_grad(), watch_outputs(linears, see):
-            for batch, hidden, call in zip(before.batches, arriving, calls, strict=True):
-                start = hidden.detach().requires_grad_()
-                end = run_block(runner.blocks[index], start, *call)
-                end.backward(transfer.fetch(self.states.hidden, batch))
-                transfer.store_(self.states.hidden, batch, start.grad)
-        return diagonals
+    with torch.enable_grad(), watch_outputs(linears, see):
+        for batch, (args, kwargs) in zip(states.batches, states.block_args[index], strict=True):
+            start = states.hidden[batch].to(runner.device).detach().requires_grad_()
+            end = run_block(runner.blocks[index], start, args, kwargs)
+            end.backward(gradient[batch].to(runner.device))
+            gradient[batch] = start.grad
+    return list(diagonals.values())
 
 
 def _square_sums(x: Tensor) -> Tensor:

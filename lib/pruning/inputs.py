@@ -132,35 +132,33 @@ def merge(
     stage: list[PrunableLinear],
     method: type[PruningMethod],
     runner: BlockRunner,
+    idle: bool,
 ) -> list[Group]:
-    """The groups that any process has, in one order, with empty statistics where this one lacks it.
+    """The groups that any process has, in one order, with the sums of all that are not `idle`.
 
     Experts of `stage` that no token reached get a group too. UserError where none was reached.
     """
-    own = {group.names: group for group in groups}
+    own = {tuple(linear.name for linear in group.linears): group for group in groups}
     by_name = {linear.name: linear for linear in stage}
-    members: dict[str, list[str]] = {}
-    tokens: Counter = Counter()
-    for of_process in runner.dist.all_gather_object(
-        [([linear.name for linear in group.linears], group.method.tokens) for group in groups]
-    ):
-        for names, count in of_process:
-            members.setdefault(", ".join(names), names)
-            tokens[", ".join(names)] += count
-    reached = {name for names in members.values() for name in names}
+    tokens: Counter[tuple[str, ...]] = Counter()  # by the names of linears
+    counts = {names: 0 if idle else group.method.tokens for names, group in own.items()}
+    for of_process in runner.dist.all_gather_object(counts):
+        tokens.update(of_process)
+    reached = {name for names in tokens for name in names}
     experts = [linear.name for linear in stage if linear.expert is not None]
     if experts and not reached.intersection(experts):
         raise UserError(
             f"{experts[0]} and all experts beside it: no calibration token was routed to them; "
             "use more or other text (--calibration_data, --nsamples)"
         )
-    members |= {name: [name] for name in experts if name not in reached}
+    tokens.update({(name,): 0 for name in experts if name not in reached})
     merged = []
-    for key, names in members.items():
+    for names, count in tokens.items():
         linears = [by_name[name] for name in names]
-        group = own.get(key) or Group(linears, method(linears[0].shape[1], runner.device))
-        group.method.tokens = tokens[key]
+        group = own.get(names) or Group(linears, method(linears[0].shape[1], runner.device))
+        group.method.tokens = count
         merged.append(group)
+    runner.dist.sum_([sums for group in merged for sums in group.method.statistics()], idle)
     return merged
 
 

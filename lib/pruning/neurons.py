@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from lib.model.matrix import PrunableLinear
-from lib.model.mlp import fit_sizes_, keep_neurons_, output_dim
+from lib.model.parts import PartLayout, get_tensor
 from lib.pruning.inputs import Group
 from lib.pruning.pruner import UNREACHED, PartPruner
 from lib.util.errors import UserError
-from lib.util.host import malloc_trim
 
 CHECKED = 16  # tokens on which a block is checked where no text is observed
 MULTIPLE = 256  # of neurons, that fast kernels like
@@ -29,12 +28,12 @@ def multiple_of(width: int) -> int:
     return min(MULTIPLE, 2 ** max(0, (width // STEPS).bit_length() - 1))
 
 
-def count_left(width: int, ratio: float) -> int:
-    """How many of `width` neurons stay: about 1 - `ratio` of them, a multiple of `multiple_of`.
+def count_left(layout: PartLayout, ratio: float) -> int:
+    """How many neurons of a block stay: about 1 - `ratio` of them, a multiple of `multiple_of`.
 
     UserError where that removes none.
     """
-    multiple = multiple_of(width)
+    width, multiple = layout.count, multiple_of(layout.count)
     left = max(1, round((1 - ratio) * width / multiple)) * multiple
     if left >= width:
         raise UserError(
@@ -50,23 +49,18 @@ class NeuronPruner(PartPruner):
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The down projection."""
         self.index = index
-        name = f"{self.runner.name}.{index}.{self.layout.blocks[index].down}"
+        name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
         return [linear for linear in self.runner.linears(index) if linear.name == name]
-
-    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        restored = super()._restore_(index, linears)
-        if restored:
-            fit_sizes_(self.runner.blocks[index], self.layout.blocks[index])
-        return restored
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
         """Choose neurons by gains too: the product of the norms of the rows that make each."""
         gains: Tensor | float = 1.0
-        for path, parts in self.layout.blocks[self.index].producers.items():
-            linear = self.runner.blocks[self.index].get_submodule(path)
-            weight = linear.weight.data.T if output_dim(linear) else linear.weight.data
-            for part in weight.chunk(parts):  # (width, in)
-                gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+        down = f"{self.layout.modules[self.index]}.weight"
+        for path, (dim, entries) in self.layout.tensors[self.index].items():
+            weight = get_tensor(self.runner.blocks[self.index], path)
+            if path != down and weight.dim() > 1:
+                for part in (weight.data.T if dim else weight.data).chunk(entries):  # (width, in)
+                    gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
         kept = group.method.remove_neurons_(matrices[0], gains, self.left)
         self.done.notes[-1].kept = kept.tolist()
 
@@ -74,19 +68,17 @@ class NeuronPruner(PartPruner):
         """Make the block smaller in all processes; on a batch that must not change its outputs."""
         super()._finish_(index)
         runner, states, kept = self.runner, self.states, self.done.notes[index].kept
-        block, mlp = runner.blocks[index], self.layout.blocks[index]
         if not kept:
-            raise UserError(f"{runner.name}.{index}.{mlp.down}: {UNREACHED}")
+            raise UserError(f"{runner.name}.{index}.{self.layout.modules[index]}: {UNREACHED}")
         if states is None:  # no text is observed
             ids = torch.arange(CHECKED, device=runner.device)[None]
             states = runner.capture(ids, 1, runner.device)
         _, run = next(runner.iter_batches(states, index))
         expected = run().float()  # down's columns of the neurons that go are zeros
-        keep_neurons_(block, mlp, torch.tensor(kept, device=runner.device))
+        self._cut_(index)
         tolerance = max(TOLERANCE, 4 * torch.finfo(runner.model.dtype).eps)
         if (run().float() - expected).norm() > tolerance * expected.norm():
             raise UserError(
                 f"--sparsity_type neurons: {runner.name}.{index}: its MLP does more than multiply "
                 "by neurons, so that none can be removed; use --sparsity_type unstructured"
             )
-        malloc_trim()  # weights lie in heaps of the threads that read them, which none else fills

@@ -130,20 +130,20 @@ class OrderedBlock:
 
     def _observe_projection(self, place: int, projection: ResidualProjection) -> Group:
         """The statistics of a single linear, with the stream's error once its outputs are added."""
-        [linear], transfer = self.order[place].linears, self.runner.transfer
+        [linear], device = self.order[place].linears, self.runner.device
         group = Group([linear], self.method(linear.shape[1], self.runner.device))
         for batch, needs, cut, run in self._iter_batches(place):
             if projection.last:
                 x, stream = stream_at(run, linear)
-                out, target = linear.module(x), transfer.fetch(self.dense_states.hidden, cut)
+                out, target = linear.module(x), self.dense_states.hidden[cut].to(device)
             else:  # the stream is still the block's input
                 x, out = run_to_outputs(run, linear)
-                stream, target = transfer.fetch(self.states.hidden, cut), needs[linear.name]
+                stream, target = self.states.hidden[cut].to(device), needs[linear.name]
             residual_error = target.float() - (stream.float() + out.float())
             group.method.observe(rows(x), residual_error=rows(residual_error))
             if projection.last and self.finish_from_stream:
                 self.inputs[batch] = {place: owned(x)}
-                transfer.store_(self.states.hidden, cut, stream)
+                self.states.hidden[cut] = stream
             elif self.cache_inputs and projection.ends:
                 self.inputs[batch][place] = owned(x)
         return group
@@ -151,17 +151,16 @@ class OrderedBlock:
     @torch.no_grad()
     def advance_(self) -> None:
         """Take both streams through the pruned block and the untouched one."""
-        states, transfer, last = self.states, self.runner.transfer, self.last
+        states, last = self.states, self.last
         if not self.finish_from_stream:
             for batch, (cut, run) in enumerate(self.runner.iter_batches(states, self.index)):
                 with self._skip_done_modules(last + 1, batch):
-                    transfer.store_(states.hidden, cut, run())
+                    states.hidden[cut] = run()
             return
         [linear] = self.order[last].linears
-        arriving = transfer.batches(states.hidden, states.batches)
-        for cut, stream, inputs in zip(states.batches, arriving, self.inputs, strict=True):
-            out = linear.module(inputs.pop(last))
-            transfer.store_(states.hidden, cut, stream + out)
+        for cut, inputs in zip(states.batches, self.inputs, strict=True):
+            stream = states.hidden[cut].to(self.runner.device)
+            states.hidden[cut] = stream + linear.module(inputs.pop(last))
 
     def _skip_done_modules(self, place: int, batch: int) -> AbstractContextManager[None]:
         """Inside, modules that end in a pruned projection before `place` are not run again."""
@@ -209,7 +208,7 @@ class OrderedBlock:
                 for name, tensor in needs.items():  # an input may be the block's own
                     if same_memory(tensor, states.hidden):
                         needs[name] = tensor.clone()
-                self.runner.transfer.store_(states.hidden, cut, out)
+                states.hidden[cut] = out
             now = {name: needs.pop(name) for name in own if name in needs}
             if needs:
                 self.needs[batch] = {name: owned(tensor) for name, tensor in needs.items()}
@@ -227,7 +226,7 @@ class OrderedBlock:
                 raise Stop
 
         def note_stream(linear: PrunableLinear, _: Tensor, out: Tensor) -> None:
-            note(linear, self.runner.transfer.fetch(self.dense_states.hidden, cut) + out)
+            note(linear, self.dense_states.hidden[cut].to(out.device) + out)
 
         names = {linear.name for linear in wanted}
         adding = {stage.linears[0].name for stage in self.order if stage.projection}

@@ -17,12 +17,14 @@ from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.linears import experts_by, find_linears
 from lib.model.matrix import PrunableLinear
+from lib.model.parts import PartLayout, keep_parts_
 from lib.model.pretrained import set_field
 from lib.packed.layout import all_finite
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
 from lib.pruning.ordered import OrderedBlock, Stage, find_order
 from lib.util.errors import RunWarning, UserError
+from lib.util.host import malloc_trim
 
 UNREACHED = "no calibration token reached it, or it is used without being called"
 
@@ -157,8 +159,7 @@ class Pruner:
                 own, self.idle = own_windows(windows, self.dist)
                 self.states = runner.capture(own)
             if self.method.dense_stream:
-                hidden = runner.transfer.copy(self.states.hidden)
-                self.dense_states = replace(self.states, hidden=hidden)
+                self.dense_states = self.states.copy()
             for index in range(len(runner.blocks)):
                 with runner.on_device(index, write_back=True):
                     self._block_(index)
@@ -264,20 +265,14 @@ class Pruner:
             else:
                 passes = ((run, {}) for _, run in runner.iter_batches(self.states, index))
                 groups = observe(runner, linears, method, passes)
-            for group in groups if self.idle else ():
-                for statistic in group.method.statistics():
-                    statistic.zero_()
-                group.method.tokens = 0
-            written |= self._solve_(merge(groups, stage, method, runner))
+            written |= self._solve_(merge(groups, stage, method, runner, self.idle))
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
         """Solve this process's groups, and store those of all processes."""
-        sums = [self.dist.all_reduce_(group.method.statistics()) for group in groups]
         owners = self.dist.assign_owners([group.cost for group in groups])
         written: dict[str, Tensor] = {}
-        for group, owner, works in zip(groups, owners, sums, strict=True):
-            self.dist.wait(works)
+        for group, owner in zip(groups, owners, strict=True):
             if group.fallback:
                 self.done.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
             if owner == self.dist.rank:
@@ -336,14 +331,15 @@ class Pruner:
 class PartPruner(Pruner):
     """Removes neurons or experts, until `left` stay in each block, and sets the config's field.
 
-    `layout` says where a model has them; `seed` is for choices at random.
+    `layout` says where a model has them; `seed` is for choices at random. A subclass notes which
+    parts of a block stay, before `_cut_`.
     """
 
     def __init__(
         self,
         runner: BlockRunner,
         method: type[PruningMethod],
-        layout: Any,
+        layout: PartLayout,
         left: int,
         seed: int = 0,
     ) -> None:
@@ -358,7 +354,22 @@ class PartPruner(Pruner):
         """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
         super().run(windows, on_progress)
         set_field(self.runner.model.config, self.layout.field, self.left)
+        for path, attribute, entries in self.layout.counters:  # those of blocks are set already
+            setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
         return self.done
+
+    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
+        restored = super()._restore_(index, linears)
+        if restored:
+            self._cut_(index)
+        return restored
+
+    def _cut_(self, index: int) -> None:
+        """Make the block smaller, in all processes."""
+        if kept := self.done.notes[-1].kept:
+            block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
+            keep_parts_(block, self.layout, index, name, torch.tensor(kept))
+            malloc_trim()  # weights lie in heaps of threads that read them, which none else fills
 
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:

@@ -41,9 +41,8 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
     """The record of a quantized model. UserError where storing as `fmt` would change a value."""
     tensors: dict[str, bool] = {}  # whether they are on the grid
     for linear in runner.each_linear():
-        name = f"{linear.name}.{linear.parameter}" if linear.expert is None else linear.stage
-        tensors[name] = takes(fmt, linear)
-        if tensors[name] and not fmt.holds(linear.matrix()):
+        tensors[linear.stage] = takes(fmt, linear)
+        if tensors[linear.stage] and not fmt.holds(linear.matrix()):
             raise UserError(f"--quantize {fmt.name}: {linear.name} is not on the grid; report this")
     left = [name for name, on_grid in tensors.items() if not on_grid]
     return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}
@@ -65,7 +64,6 @@ class Quantizer(Pruner):
         super().__init__(runner, GPTQ.to(fmt), Allocation({}))
         self.fmt, self.master_dtype = fmt, master_dtype
         self.starts: dict[int, tuple[Tensor, Grid]] = {}
-        self.fresh: dict[PrunableLinear, Start] = {}  # of the block that is being rounded
         self.saved = SaveDtypes()  # integers times scales are kept as they are
 
     def run(
@@ -90,13 +88,20 @@ class Quantizer(Pruner):
     def _prune_(
         self, index: int, linears: list[PrunableLinear], ordered: OrderedBlock | None
     ) -> dict[str, Tensor]:
-        self.fresh.clear()
+        """As `Pruner._prune_`; what no token reaches is rounded too, and starts are kept."""
         written = super()._prune_(index, linears, ordered)
         for linear in linears:
             if linear.name not in written:
                 matrix = linear.matrix()
-                self.fresh[linear] = self._nearest_(matrix)
+                self._keep(linear, self._nearest_(matrix))
                 linear.set_weight_(matrix)
+        if self.master_dtype and (finished := self.runner.weights.finished):
+            named = {
+                f"{part} of {linear.name}": tensor
+                for linear in linears
+                for part, tensor in self._start(linear)._asdict().items()
+            }
+            finished.write(f"start-{index:05d}", named, {})
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
@@ -105,13 +110,8 @@ class Quantizer(Pruner):
         owners = self.dist.assign_owners([group.cost for group in groups])
         for group, owner in zip(groups, owners, strict=True):
             for linear in group.linears if self.master_dtype and self.dist.size > 1 else ():
-                start = self.fresh.get(linear)
-                if owner != self.dist.rank:
-                    rows, columns = linear.shape
-                    sizes = columns, self.fmt.n_groups(columns)
-                    device = self.runner.device
-                    start = Start(*(torch.empty(rows, size, device=device) for size in sizes))
-                self.fresh[linear] = Start(*(self.dist.broadcast_(t, owner) for t in start))
+                for part in self._start(linear):
+                    part.copy_(self.dist.broadcast_(part, owner))
         return written
 
     def _change_(self, group: Group, matrices: list[Tensor]) -> None:
@@ -119,8 +119,8 @@ class Quantizer(Pruner):
             starts = [self._nearest_(matrix) for matrix in matrices]
         else:
             starts = group.method.quantize_(matrices)
-        if self.master_dtype:
-            self.fresh |= zip(group.linears, starts, strict=True)
+        for linear, start in zip(group.linears, starts, strict=True):
+            self._keep(linear, start)
 
     def _nearest_(self, matrix: Tensor) -> Start:
         """Round a matrix (out, in) in place, by itself."""
@@ -128,43 +128,30 @@ class Quantizer(Pruner):
         matrix.copy_(self.fmt.round_to(matrix, start.scales))
         return start
 
-    def _finish_(self, index: int) -> None:
-        """Take, and keep where the run can be continued, from where the block is trained on."""
-        super()._finish_(index)
-        if not self.master_dtype:
-            return
-        for linear, start in self.fresh.items():
-            self._take(linear, start)
-        if finished := self.runner.weights.finished:
-            named = {
-                f"{part} of {linear.name}": tensor
-                for linear, start in self.fresh.items()
-                for part, tensor in start._asdict().items()
-            }
-            finished.write(f"start-{index:05d}", named, {})
-
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         kept = self.runner.weights.read_kept(f"start-{index:05d}") if self.master_dtype else None
         if (self.master_dtype and not kept) or not super()._restore_(index, linears):
             return False
         tensors = dict(kept[0]) if kept else {}
         for linear in linears if kept else ():
-            parts = (tensors[f"{part} of {linear.name}"] for part in Start._fields)
-            self._take(linear, Start(*(part.to(self.runner.device) for part in parts)))
+            self._keep(linear, Start(*(tensors[f"{p} of {linear.name}"] for p in Start._fields)))
         return True
 
-    def _take(self, linear: PrunableLinear, start: Start) -> None:
-        """Keep a linear's start in the shape of its parameter, which may be a stack of experts."""
+    def _keep(self, linear: PrunableLinear, start: Start) -> None:
+        """Keep from where a linear is trained on, if it is."""
+        if self.master_dtype:
+            for part, value in zip(self._start(linear), start, strict=True):
+                part.copy_(value)
+
+    def _start(self, linear: PrunableLinear) -> Start:
+        """Views of what is kept in the shape of its parameter, which may be a stack of experts."""
         parameter = getattr(linear.module, linear.parameter)
-        masters = start.masters.T if linear.transposed else start.masters
-        if linear.expert is None:
-            grid = Grid(self.fmt, linear.transposed, start.scales)
-            self.starts[id(parameter)] = masters.to(self.master_dtype).contiguous(), grid
-            return
+        (rows, columns), experts = linear.shape, 1 if linear.expert is None else len(parameter)
         if id(parameter) not in self.starts:
-            scales = start.scales.new_ones(len(parameter), *start.scales.shape)
-            grid = Grid(self.fmt, linear.transposed, scales.flatten(0, 1))
+            sizes = experts * rows, self.fmt.n_groups(columns)
+            grid = Grid(self.fmt, linear.transposed, torch.ones(sizes, device=parameter.device))
             self.starts[id(parameter)] = parameter.data.to(self.master_dtype, copy=True), grid
-        stack, grid = self.starts[id(parameter)]
-        stack[linear.expert] = masters
-        grid.scales.view(len(parameter), -1, start.scales.shape[1])[linear.expert] = start.scales
+        masters, grid = self.starts[id(parameter)]
+        masters = masters if linear.expert is None else masters[linear.expert]
+        scales = grid.scales.view(experts, rows, -1)[linear.expert or 0]
+        return Start(masters.T if linear.transposed else masters, scales)

@@ -11,9 +11,10 @@ the module need not run again: its outputs can be replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -125,16 +126,15 @@ def module_ending_in(
     return None, 0
 
 
-@contextmanager
-def replayed_outputs(block: nn.Module, outputs: dict[str, tuple[Tensor, int]]) -> Iterator[None]:
+def replayed_outputs(
+    block: nn.Module, outputs: dict[str, tuple[Tensor, int]]
+) -> AbstractContextManager[None]:
     """Inside, modules of `block` by name return a tensor, in a tuple of that length if not 0."""
 
-    def make(index: int) -> Callable:
-        out, length = list(outputs.values())[index]
+    def replay(out: Tensor, length: int) -> Callable:
         return lambda *args, **kwargs: (out, *[None] * (length - 1)) if length else out
 
-    with replaced([block.get_submodule(path) for path in outputs], make):
-        yield
+    return replaced({block.get_submodule(path): replay(*each) for path, each in outputs.items()})
 
 
 def stream_at(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor, Tensor]:
@@ -145,22 +145,16 @@ def stream_at(run: Callable[[], Tensor], linear: PrunableLinear) -> tuple[Tensor
     return inputs[0], stream
 
 
-@contextmanager
-def zeroed_outputs(linears: Sequence[PrunableLinear]) -> Iterator[None]:
+def zeroed_outputs(linears: Sequence[PrunableLinear]) -> AbstractContextManager[None]:
     """Inside, the modules of `linears` return zeros; afterwards they compute again."""
-    outputs: dict[nn.Module, dict[str, int]] = {}  # of each parameter
+    widths: dict[nn.Module, dict[str, int]] = {}  # of each parameter's outputs
     for linear in linears:
-        outputs.setdefault(linear.module, {})[linear.parameter] = linear.shape[0]
+        widths.setdefault(linear.module, {})[linear.parameter] = linear.shape[0]
 
-    def make(index: int) -> Callable:
-        counts = list(list(outputs.values())[index].values())
+    def zeros(counts: list[int], *args, **kwargs) -> Tensor:
+        x = first_argument(args, kwargs)
+        # experts of several parameters go from hidden states to the same
+        return x.new_zeros(*x.shape[:-1], x.shape[-1] if len(counts) > 1 else counts[0])
 
-        def forward(*args, **kwargs) -> Tensor:
-            x = first_argument(args, kwargs)
-            # experts of several parameters go from hidden states to the same
-            return x.new_zeros(*x.shape[:-1], x.shape[-1] if len(counts) > 1 else counts[0])
-
-        return forward
-
-    with replaced(list(outputs), make):
-        yield
+    forwards = {module: partial(zeros, [*each.values()]) for module, each in widths.items()}
+    return replaced(forwards)

@@ -15,18 +15,17 @@ from lib.data.documents import are_dialogues, check_source, read_documents
 from lib.data.samples import as_windows
 from lib.data.sources import is_parted
 from lib.distributed.context import DistContext, local_device
-from lib.methods.sparsity import EXPERTS, NEURONS
+from lib.methods.sparsity import EXPERTS
 from lib.model import pretrained
 from lib.model.access import Checkpoint
-from lib.model.experts import find_experts
-from lib.model.mlp import find_mlps
+from lib.model.parts import find_parts
 from lib.model.processor import processor_ids
 from lib.model.quantized import check_format, stored_bits
 from lib.model.rows import config_token_ids, trimmable_rows
 from lib.model.run_folder import JOB, RunFolder
 from lib.pruning.experts import count_left as experts_left
 from lib.pruning.inputs import check_widths
-from lib.pruning.neurons import count_left
+from lib.pruning.neurons import count_left as neurons_left
 from lib.recover import CROSS_ENTROPY, TrainSchedule
 from lib.run.fingerprint import fingerprint, first_difference
 from lib.run.flags import default_save, shown
@@ -152,12 +151,10 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         skeleton=skeleton,
         blocks_name=blocks_name,
     )
-    if plan.removes == EXPERTS:
-        job.layout = find_experts(config, checkpoint, skeleton, blocks_name)
-        job.left = experts_left(job.layout, plan.sparsity.ratio)
-    elif plan.removes == NEURONS:
-        job.layout = find_mlps(config, checkpoint, skeleton, blocks_name)
-        job.left = count_left(job.layout.count, plan.sparsity.ratio)
+    if plan.removes:
+        layout = job.layout = find_parts(plan.removes, config, checkpoint, skeleton, blocks_name)
+        left = experts_left if plan.removes == EXPERTS else neurons_left
+        job.left = left(layout, plan.sparsity.ratio)
     elif plan.method:
         check_widths(blocks, blocks_name, plan.sparsity)
     if args.text_only:

@@ -20,8 +20,7 @@ from lib.data.training import TrainingText
 from lib.data.windows import TestSet
 from lib.distributed.context import DistContext
 from lib.model.access import Checkpoint
-from lib.model.experts import ExpertLayout
-from lib.model.mlp import MlpLayout
+from lib.model.parts import PartLayout
 from lib.model.run_folder import RunFolder
 from lib.recover import TrainSchedule
 from lib.run.plan import Plan
@@ -58,7 +57,7 @@ class Job:
     vocabulary_sources: list[Source] = field(default_factory=list)  # whose tokens are kept
     tests: list[Source] = field(default_factory=list)
     batch_size: int = 1
-    layout: MlpLayout | ExpertLayout | None = None  # of neurons or experts, which are removed
+    layout: PartLayout | None = None  # of neurons or experts, which are removed
     left: int | None = None  # of these, in each block
     vocabulary: TrimmedVocabulary | None = None
     schedule: TrainSchedule | None = None  # of the recovery

@@ -43,7 +43,7 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     where, converted, blocks_at = {"": job.device}, None, None
     if fetched:
         where = device_map(job.skeleton, job.blocks_name, job.device)
-        if job.dist.is_local_main:
+        if job.dist.local_rank == 0:  # the first of its machine
             blocks_at = _block_folder(job, cleanup, folder)
             converted = blocks_at.path / CONVERTED
         else:  # this rank maps what it converts itself

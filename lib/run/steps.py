@@ -22,10 +22,9 @@ from lib.model.reference import (
 )
 from lib.model.rows import keep_rows_
 from lib.packed.formats import FORMATS, Grid
-from lib.prune import Reached
 from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
 from lib.pruning.by_error import by_error
-from lib.pruning.check import measure
+from lib.pruning.check import Measured, measure
 from lib.pruning.experts import ExpertPruner
 from lib.pruning.neurons import NeuronPruner
 from lib.pruning.pruner import Pruner, first_of
@@ -84,11 +83,11 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
     return DenseReference(tail_of(dense), states)
 
 
-def prune(job: Job, runner: BlockRunner) -> Reached:
+def prune(job: Job, runner: BlockRunner) -> Measured:
     """Prune the linears of the blocks, or neurons or experts, and check what was reached."""
     plan, args, sparsity = job.plan, job.args, None
     if not plan.method:
-        return Reached(measure(runner))
+        return measure(runner)
     method = method_of(plan.method, plan.variant)
     size = parameter_bytes(runner.model, runner.save_dtype)
     if plan.removes:
@@ -101,10 +100,9 @@ def prune(job: Job, runner: BlockRunner) -> Reached:
             sparsity = allocation.sparsity
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
         pruned = pruner.run(job.texts.windows, bar)
-    left_dense = frozenset(pruned.left_dense if sparsity else ())
-    reached = Reached(measure(runner, sparsity, left_dense), sparsity, left_dense)
+        reached = measure(runner, sparsity, pruned.left_dense)
     job.print(*pruned.summary())
-    job.results |= {"notes": pruned.summary()[1:], "sparsity": reached.measured.shares()}
+    job.results |= {"notes": pruned.summary()[1:], "sparsity": reached.shares()}
     if plan.removes:
         job.results[plan.removes] = pruned.record() | {
             "bytes_before": size,
@@ -130,7 +128,7 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
     return allocation
 
 
-def quantize(job: Job, runner: BlockRunner, reached: Reached) -> Starts:
+def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     """Round linears on calibration text; return from where they are trained, if they are."""
     plan, masters = job.plan, None
     if plan.tokens:  # updates of a low rank leave no memory for float32 masters
@@ -140,7 +138,7 @@ def quantize(job: Job, runner: BlockRunner, reached: Reached) -> Starts:
         quantizer.run(job.texts.windows, bar)
     job.print(*quantizer.summary())
     job.results["notes"] = job.results.get("notes", []) + quantizer.summary()[1:]
-    job.results["sparsity"] = reached.measure(runner).shares()
+    job.results["sparsity"] = reached.again(runner).shares()
     return quantizer.starts
 
 
@@ -148,7 +146,7 @@ def recover(
     job: Job,
     runner: BlockRunner,
     teacher: BlockRunner,
-    reached: Reached,
+    reached: Measured,
     starts: Starts,
     reference: DenseReference,
 ) -> dict[str, Tensor]:
@@ -169,7 +167,7 @@ def recover(
     with job.timed("recover", "recovering", tokens, "token") as bar:
         recoverer.run(bar)
     job.print(recoverer.line())
-    job.results["sparsity"] = reached.measure(runner).shares()
+    job.results["sparsity"] = reached.again(runner).shares()
     job.results["recovery"] = recoverer.record() | {
         "teacher": job.args.teacher or job.args.model,
         "text": text.facts,

@@ -104,7 +104,7 @@ def bench_product(
         calls = {"dense": in_turn([lambda w=w, x=x: F.linear(x, w) for w in weights])}
         calls["packed"] = by_kernel(held[16], x, None)
         calls["packed, 4 bits"] = by_kernel(held[4], x, None)
-        if "avx2" in kernels.paths():
+        if "avx2" in torch.ops.packed_bitmask.paths():
             calls["packed, AVX2 only"] = by_kernel(held[16], x, "avx2")
         for name, spent in medians(calls, CPU, rounds).items():
             found.setdefault(name, []).append(spent)

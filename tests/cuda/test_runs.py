@@ -84,7 +84,7 @@ def test_blocks_in_files_are_the_same(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["wanda neurons", "admm 2:4", "packed"])
 def test_blocks_are_fetched_where_memory_is_short(case: str, device: Any, tmp_path: Path) -> None:
-    """Hidden states are on the host then, and come and go while blocks compute."""
+    """Hidden states are on the host then, and come and go."""
     argv = [*CASES[case], "--nsamples", "24", "--batch_size", "1"]
     run(tmp_path / "whole", "cuda:0", *argv, model="deep")
     device.set_limit(0, torch.accelerator.memory_allocated(0) + 750_000)

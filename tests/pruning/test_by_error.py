@@ -91,7 +91,7 @@ def test_architectures_reach_what_was_allocated(name: str) -> None:
     allocation = by_error(runner, windows(6), 0.6)
     done = prune_(runner, "admm", allocation, windows(6))
     target = allocation.sparsity
-    measured = measure(runner, target, frozenset(done.left_dense))
+    measured = measure(runner, target, done.left_dense)
     asked = sum(target[name].ratio * size for name, size in measured.sizes.items())
     rows = {
         linear.name: linear.shape[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lib.model.blocks import BlockRunner
 from lib.model.linears import experts_by, watch_outputs
-from lib.pruning.fisher import BackwardPass, FisherDiagonal
+from lib.pruning.fisher import FisherDiagonal, backward_pass
 
 MODELS = ("Llama", "GPT-2", "Gemma 2", "Mixtral", "Falcon", "GPT-OSS", "Mamba", "Zamba2")
 
@@ -21,9 +21,8 @@ def sensed(
     found: dict[str, FisherDiagonal] = {}
     runner.batch_size = batch_size
     with experts_by(runner.model, "eager"):
-        way = BackwardPass(runner, ids, uniforms)
-        for index in reversed(range(len(runner.blocks))):
-            found |= way.through(index, runner.linears(index))
+        for linears, diagonals in backward_pass(runner, ids, uniforms):
+            found |= zip([linear.name for linear in linears], diagonals, strict=True)
     return found
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, loaded, results, runner_of, succeed, weights, windows
+from support import QUICK, layout_of, loaded, results, runner_of, succeed, weights, windows
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lib.methods.registry import method_of
-from lib.model.access import Checkpoint
-from lib.model.mlp import MlpLayout, find_mlps
-from lib.model.pretrained import decoder_blocks, skeleton
+from lib.methods.sparsity import NEURONS
+from lib.model.parts import PartLayout, get_tensor
+from lib.model.pretrained import decoder_blocks
 from lib.pruning.neurons import NeuronPruner, count_left
 from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
@@ -25,14 +25,9 @@ NAMES += [name for name in tiny.VISION if "MoE" not in name]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def layout_of(model: nn.Module) -> MlpLayout:
-    bare = skeleton(model.config)
-    return find_mlps(model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
-
-
 def pruned(model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2) -> Smaller:
     runner = runner_of(model, batch_size)
-    return NeuronPruner(runner, method_of(name), layout_of(model), left).run(ids)
+    return NeuronPruner(runner, method_of(name), layout_of(NEURONS, model), left).run(ids)
 
 
 @torch.no_grad()
@@ -42,8 +37,9 @@ def by_hooks(model: nn.Module, method: str, ids: Tensor, left: int) -> list[list
     A removed neuron is one that down ignores. For all methods but admm, in float64.
     """
     stay = []
-    for block, mlp in zip(decoder_blocks(model)[1], layout_of(model).blocks, strict=True):
-        down, seen = block.get_submodule(mlp.down), []
+    layout = layout_of(NEURONS, model)
+    for index, block in enumerate(decoder_blocks(model)[1]):
+        down, seen = block.get_submodule(layout.modules[index]), []
         handle = down.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         for window in ids:
             model(input_ids=window[None], use_cache=False)
@@ -62,7 +58,7 @@ def by_hooks(model: nn.Module, method: str, ids: Tensor, left: int) -> list[list
             elif method == "wanda":
                 score = solution.norm(dim=1) * x.norm(dim=0)
             else:
-                score = solution.norm(dim=1) * rows_norms(block, mlp).prod(0)
+                score = solution.norm(dim=1) * rows_norms(block, layout, index).prod(0)
             lowest = sorted(alive, key=lambda row: score[row].item())
             gone = lowest[: min(16, len(alive) - left)]
             alive = [row for row in alive if row not in gone]
@@ -77,13 +73,13 @@ def by_hooks(model: nn.Module, method: str, ids: Tensor, left: int) -> list[list
     return stay
 
 
-def rows_norms(block: nn.Module, mlp) -> Tensor:
+def rows_norms(block: nn.Module, layout: PartLayout, index: int) -> Tensor:
     """Norms of the rows that make each neuron (producers, width)."""
     norms = []
-    for path, parts in mlp.producers.items():
-        linear = block.get_submodule(path)
-        weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
-        norms += list(weight.double().norm(dim=1).view(parts, -1))
+    for path, (dim, entries) in layout.tensors[index].items():
+        weight = get_tensor(block, path)
+        if weight.dim() > 1 and not path.startswith(layout.modules[index]):
+            norms += list(weight.double().norm(dim=1 - dim).view(entries, -1))
     return torch.stack(norms)
 
 
@@ -92,13 +88,14 @@ def rows_norms(block: nn.Module, mlp) -> Tensor:
 @pytest.mark.parametrize("name", NAMES)
 def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
     model, ids = tiny.ALL[name](), windows(6)
-    for mlp, block in zip(layout_of(model).blocks, decoder_blocks(model)[1], strict=True):
-        first = block.get_submodule(next(iter(mlp.producers)))  # rows of unlike norms
-        out = 1 if isinstance(first, Conv1D) else 0
-        scale = torch.logspace(-1, 1, first.weight.shape[out])
-        first.weight.mul_(scale if out else scale[:, None])
+    layout, blocks = layout_of(NEURONS, model), decoder_blocks(model)[1]
+    for tensors, block in zip(layout.tensors, blocks, strict=True):
+        first, (dim, _) = next(iter(tensors.items()))  # of rows of unlike norms
+        weight = get_tensor(block, first)
+        scale = torch.logspace(-1, 1, weight.shape[dim])
+        weight.mul_(scale if dim else scale[:, None])
     reference = copy.deepcopy(model)
-    left = layout_of(model).count - 20
+    left = layout.count - 20
     done = pruned(model, method, ids, left)
     assert [notes.kept for notes in done.notes] == by_hooks(reference, method, ids, left)
     out = model(input_ids=ids, use_cache=False).logits
@@ -111,12 +108,12 @@ def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
     [(2048, 0.25, 1536), (9216, 0.3, 6400), (2047, 0.25, 1536), (688, 0.25, 512), (64, 0.99, 8)],
 )
 def test_the_number_left_is_a_multiple(width: int, ratio: float, left: int) -> None:
-    assert count_left(width, ratio) == left
+    assert count_left(PartLayout(NEURONS, width, "intermediate_size"), ratio) == left
 
 
 def test_a_ratio_that_removes_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="--sparsity_ratio 0.05: of 64 neurons .* multiple of 8"):
-        count_left(64, 0.05)
+        count_left(PartLayout(NEURONS, 64, "intermediate_size"), 0.05)
 
 
 class Mixing(nn.Module):

@@ -68,7 +68,7 @@ def test_what_falls_short_is_named() -> None:
     weight[:8] = 1
     with pytest.raises(UserError, match=f"{name}: only 0.4375 of its weights are zero, 0.5 was"):
         measure(runner, dict.fromkeys(done.pruned, HALF))
-    measure(runner, target, frozenset([name]))  # left dense: only counted
+    measure(runner, target, [name])  # left dense: only counted
 
 
 # --- experts that few tokens, or none, are routed to

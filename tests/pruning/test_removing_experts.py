@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from support import QUICK, call, results, runner_of, weights, windows
+from support import QUICK, call, layout_of, results, runner_of, weights, windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lib.methods.registry import method_of
-from lib.model.access import Checkpoint
-from lib.model.experts import ExpertLayout, find_experts
-from lib.model.pretrained import decoder_blocks, skeleton
+from lib.methods.sparsity import EXPERTS
+from lib.model.parts import PartLayout
+from lib.model.pretrained import decoder_blocks
 from lib.pruning.experts import ExpertPruner, count_left
 from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
@@ -36,13 +36,9 @@ def mixture(name: str) -> nn.Module:
     return model
 
 
-def layout_of(model: nn.Module) -> ExpertLayout:
-    bare = skeleton(model.config)
-    return find_experts(model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
-
-
 def pruned(model: nn.Module, method: str, ids: Tensor, left: int) -> Smaller:
-    return ExpertPruner(runner_of(model, 2), method_of(method), layout_of(model), left).run(ids)
+    layout = layout_of(EXPERTS, model)
+    return ExpertPruner(runner_of(model, 2), method_of(method), layout, left).run(ids)
 
 
 def forbid_(model: nn.Module, removed: list[list[int]]) -> None:
@@ -82,7 +78,7 @@ def forbid_(model: nn.Module, removed: list[list[int]]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_as_if_the_removed_could_not_be_chosen(name: str, method: str) -> None:
     model, ids = mixture(name), windows(4)
-    reference, layout = copy.deepcopy(model), layout_of(model)
+    reference, layout = copy.deepcopy(model), layout_of(EXPERTS, model)
     done = pruned(model, method, ids, 4)
     removed = done.record()["removed"]
     assert {len(one) for one, path in zip(removed, layout.modules, strict=True) if path} == {
@@ -136,7 +132,7 @@ def test_the_scores_are_those_of_the_paper() -> None:
     ],
 )
 def test_how_many_stay(count, chosen, groups, ratio, left) -> None:
-    layout = ExpertLayout(count, chosen, *groups, "num_experts", (), (), ())
+    layout = PartLayout(EXPERTS, count, "num_experts", (), (), (), chosen, *groups)
     if isinstance(left, int):
         assert count_left(layout, ratio) == left
         return

@@ -91,8 +91,7 @@ def open_folder(path: str) -> GridFolder:
     for index, block in enumerate(blocks):
         for each in find_linears(block, f"{prefix}.{index}")[0]:
             if GRID.takes(each.shape[1]):
-                stage = f"{each.name}.weight" if each.expert is None else each.stage
-                names[stage] = each.transposed
+                names[each.stage] = each.transposed
                 plain &= each.expert is None and not each.transposed
     stored = revert_weight_conversion(model, {name: model.get_parameter(name) for name in names})
     modules = dict(model.named_modules())

@@ -1,0 +1,172 @@
+"""The parts of a model's blocks that can go: neurons of its MLPs, or routed experts.
+
+The model is built twice without weights, once as its config says and once with fewer parts. The
+tensors that differ have one entry or several for each part in one dimension, and the integers of
+modules that differ count them. So no architecture is named here, and what is cut loads as any other
+model.
+
+A neuron is an input of an MLP's down projection, with the row of each linear that makes this input
+(gate and up, or one linear before the activation), and their biases. An expert is a slice of
+stacked weights, with the router's row, its bias, and the term that corrects its score. That each
+part works by itself is checked when some are removed (lib/pruning/neurons.py and experts.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lib.methods.sparsity import EXPERTS, NEURONS
+from lib.model.access import Checkpoint
+from lib.model.linears import find_linears
+from lib.model.pretrained import changed_shapes, skeleton_with
+from lib.model.quantized import stored_bits
+from lib.model.store import set_tensor
+from lib.util.errors import UserError
+
+FIELDS = {
+    NEURONS: ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    EXPERTS: ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+}
+NO_FIELD = {
+    NEURONS: "no field of its config sets the width of one MLP in each block and of it alone",
+    EXPERTS: "no field of its config sets the number of stacked experts in its blocks",
+}
+
+
+@dataclass(frozen=True)
+class PartLayout:
+    """Where a model has its parts: `count` in each block, which `field` of the text config sets.
+
+    A fused linear has several rows for each neuron; those of one kind are contiguous. A token is
+    sent to `chosen` experts, of `open_groups` of `groups` groups, consecutive and equal in size.
+    """
+
+    kind: str
+    count: int
+    field: str
+    tensors: tuple[dict[str, tuple[int, int]], ...] = ()  # of each block {path: (dim, entries)}
+    # of each block, the down projection, or the module that runs the experts; "" for none
+    modules: tuple[str, ...] = ()
+    counters: tuple[tuple[str, str, int], ...] = ()  # modules, attributes, and for each part
+    chosen: int = 1
+    groups: int = 1
+    open_groups: int = 1
+
+
+def find_parts(
+    kind: str, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
+) -> PartLayout:
+    """Return the neurons or experts of the blocks `name` of `model`, which needs no weights.
+
+    Raises UserError for quantized models, MLPs that are experts or of several widths, and where no
+    field of the config sets the number of parts.
+    """
+    blocks, why = model.get_submodule(name), NO_FIELD[kind]
+    linears = (one for block in blocks for one in find_linears(block, "")[0])
+    if stored_bits(config):
+        why = f"it is quantized, and its {kind} can't be cut"
+    elif kind == NEURONS and any(one.expert is not None for one in linears):
+        why = "its MLPs are experts"
+    else:
+        for field in FIELDS[kind]:
+            if layout := _layout(kind, field, config, checkpoint, model, name):
+                return layout
+    raise UserError(
+        f"--sparsity_type {kind}: {checkpoint}: {why}; use --sparsity_type unstructured"
+    )
+
+
+def _layout(
+    kind: str, field: str, config: Any, checkpoint: Checkpoint, model: nn.Module, name: str
+) -> PartLayout | None:
+    """The layout that `field` stands for; None where it changes anything else than such parts."""
+    blocks, text = model.get_submodule(name), config.get_text_config(decoder=True)
+    groups, count = getattr(text, "n_group", None) or 1, getattr(text, field, 0)
+    if count is None and kind == NEURONS:
+        count = 4 * text.hidden_size  # as models then have it
+    step = 2 if kind == NEURONS else groups
+    if not isinstance(count, int) or count <= step:
+        return None
+    other, fewer = skeleton_with(config, field, count - step, checkpoint), count - step
+    if other is None:
+        return None
+    tensors: list[dict[str, tuple[int, int]]] = [{} for _ in blocks]
+    for path, (shape, its) in changed_shapes(model, other).items():
+        dims = [dim for dim, size in enumerate(shape) if its[dim : dim + 1] != (size,)]
+        if not path.startswith(f"{name}.") or len(its) != len(shape) or len(dims) != 1:
+            return None
+        [dim] = dims
+        if shape[dim] % count or its[dim] * count != shape[dim] * fewer:
+            return None
+        index, _, inner = path.removeprefix(f"{name}.").partition(".")
+        tensors[int(index)][inner] = dim, shape[dim] // count
+    find = _down_projection if kind == NEURONS else _experts_module
+    modules = [find(block, each) for block, each in zip(blocks, tensors, strict=True)]
+    if None in modules or not any(modules):
+        return None
+    others = dict(other.named_modules())
+    counters = [
+        (path, key, value // count)
+        for path, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, int) and value % count == 0 and value != vars(others[path]).get(key)
+    ]
+    return PartLayout(
+        kind=kind,
+        count=count,
+        field=field,
+        tensors=tuple(tensors),
+        modules=tuple(modules),
+        counters=tuple(counters),
+        chosen=getattr(text, "num_experts_per_tok", None) or 1,
+        groups=groups,
+        open_groups=(getattr(text, "topk_group", None) or 1) if groups > 1 else 1,
+    )
+
+
+def _down_projection(block: nn.Module, tensors: dict[str, tuple[int, int]]) -> str | None:
+    """The path of the linear that reads the neurons; None where these are not one MLP's alone."""
+    downs, others = [], []
+    for path, (dim, entries) in tensors.items():
+        owner, _, attribute = path.rpartition(".")
+        linear = block.get_submodule(owner)
+        if not isinstance(linear, nn.Linear | Conv1D):
+            return None
+        reads = attribute == "weight" and dim == (0 if isinstance(linear, Conv1D) else 1)
+        (downs if reads else others).append((owner, entries))
+    return downs[0][0] if others and [each for _, each in downs] == [1] else None
+
+
+def _experts_module(block: nn.Module, tensors: dict[str, tuple[int, int]]) -> str | None:
+    """The path of the module with stacked weights; "" if there is none, None if there are more."""
+    stacks = {p.rpartition(".")[0] for p in tensors if get_tensor(block, p).dim() == 3}
+    if len(stacks) > 1 or any(where != (0, 1) for where in tensors.values()):
+        return None
+    return next(iter(stacks), "")
+
+
+def get_tensor(module: nn.Module, path: str) -> Tensor:
+    """Return a parameter or buffer."""
+    owner, _, attribute = path.rpartition(".")
+    return getattr(module.get_submodule(owner), attribute)
+
+
+def keep_parts_(block: nn.Module, layout: PartLayout, index: int, name: str, kept: Tensor) -> None:
+    """Remove from block `index`, of the name `name`, all parts but `kept` (n,), in this order.
+
+    Tensors that have lost them already, as in a block that was restored, stay as they are.
+    """
+    for path, (dim, entries) in layout.tensors[index].items():
+        tensor = get_tensor(block, path)
+        if tensor.shape[dim] == entries * layout.count:
+            chosen = torch.cat([kept + entry * layout.count for entry in range(entries)])
+            set_tensor(block, path, tensor.data.index_select(dim, chosen.to(tensor.device)))
+    for path, attribute, entries in layout.counters:
+        if path.startswith(f"{name}."):
+            module = block.get_submodule(path.removeprefix(f"{name}."))
+            setattr(module, attribute, entries * len(kept))
