@@ -106,7 +106,7 @@ def demo(folder: Path, size: Size, debug: bool = False) -> None:
             saved = folder / "runs" / name
             runs.append(Run(name, saved, [*of_run, *recover, "--save", str(saved)]))
     run_all(runs, str(folder / "runs"), report=str(folder))
-    print(f"all figures and texts: {folder / 'report.md'}")
+    print(f"all figures: {folder / 'report.md'}")
 
 
 def write_texts(folder: Path, train: int, test: int) -> list[str]:

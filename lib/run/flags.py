@@ -274,7 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "prompts",
         "beginnings of documents of each test set that the dense and the pruned model continue "
-        "greedily, for results.json and report; none where blocks are fetched",
+        "greedily, for results.json; none where blocks are fetched",
         type=NATURAL,
         default=3,
         metavar="N",

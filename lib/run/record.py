@@ -122,7 +122,7 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     if before != fingerprint:
         logs = (f for f in folder.glob("log_*.txt") if "." not in f.stem)  # the others were moved
         logs = [f for f in logs if f.read_bytes().startswith(b"method\t")]
-        for file in [folder / RESULTS, *logs, folder / "recovery.png"]:
+        for file in [folder / RESULTS, *logs]:
             move_aside(file)
 
 

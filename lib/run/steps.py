@@ -31,7 +31,7 @@ from lib.pruning.pruner import Pruner, first_of
 from lib.pruning.quantize import Quantizer
 from lib.pruning.quantize import check_quantized as check_quantized_weights
 from lib.recover import Recoverer
-from lib.run import plots, tasks
+from lib.run import tasks
 from lib.run.job import Job
 from lib.run.load import load
 from lib.run.record import evaluation_record, finish_results, keep_other_results, write_log
@@ -223,7 +223,7 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
 
 
 def record(job: Job, runner: BlockRunner) -> None:
-    """Write results.json, log_METHOD.txt, the picture of a recovery and the saved model's card."""
+    """Write results.json, log_METHOD.txt and the saved model's card."""
     folder = Path(job.args.save)
     folder.mkdir(parents=True, exist_ok=True)
     keep_other_results(folder, job.fingerprint)
@@ -233,8 +233,6 @@ def record(job: Job, runner: BlockRunner) -> None:
         write_card(job, job.args.save_model)
     write_results(folder, job.results)  # with them a run is at its end
     job.is_recorded = True
-    if "recovery" in job.results:
-        plots.save(plots.recovery_curve(job.results), folder / "recovery.png")
 
 
 def run_tasks(job: Job, runner: BlockRunner) -> None:

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib.run import plots
 
 EXPERTS, LENGTH, WIDTH = 8, 512, 352  # tokens of a window; neurons of an expert: 32 times a number
 BATCH, RATE, BALANCE = 2, 2e-3, 0.01  # windows of each language; peak; weight of the balance
@@ -69,7 +68,7 @@ def draw(model: nn.Module, texts: dict[str, Tensor], path: Path) -> None:
     title = "Share of {0} in the tokens of each expert, as many {0} as {1} tokens read"
     figure.suptitle(title.format(*texts))
     figure.colorbar(image, label="%; sorted in each block")
-    plots.save(figure, path)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:

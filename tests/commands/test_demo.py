@@ -32,7 +32,7 @@ def test_the_whole_demo(capsys: pytest.CaptureFixture, monkeypatch: pytest.Monke
     made = {(method, on) for method in ("admm", "admm + recovery") for on in ("uk", "en")}
     assert rows == {("dense", "none"), *made}
     report = Path("demo/report.md").read_text("utf-8")
-    assert "| admm + recovery |" in report and "\n- admm + recovery, 2:4, uk: " in report
+    assert "| admm + recovery |" in report
     files = list(Path("demo/runs").rglob("results.json"))
     assert len(files) == 5
     for file in files:

@@ -13,7 +13,7 @@ import pytest
 from made_up import LANGUAGES, results, write_run
 from support import call, content
 
-from lib.commands.report import completions, load_runs, main, report_text, tables, write_report
+from lib.commands.report import load_runs, main, report_text, tables, write_report
 from lib.run.results import read_results, write_results
 from lib.util.command import one_line
 from lib.util.markdown import escape
@@ -168,21 +168,6 @@ def test_files_of_earlier_versions_and_burst_models_are_read(tmp_path: Path) -> 
     assert row(text, "wanda", "50%", "uk")["en perplexity"] == "9.00"
     assert "uk perplexity" in text and rows(text)[0]["uk perplexity"] == "inf"
     assert len(csv_of(tmp_path)) == 3
-
-
-def test_completions_stand_below_each_other(tmp_path: Path) -> None:
-    words = [{"test": "uk", "prompt": "Був", "dense": "собі\nдід", "model": "a|b"}]
-    for name, seed, kind in (("a", 0, "2:4"), ("b", 1, "2:4"), ("c", 0, "4:8")):
-        more = {"kind": kind, "seed": seed, "completions": words, "on": "uk"}
-        write_run(tmp_path / name, "wanda", {"uk": 9.0}, **more)
-    runs = load_runs([tmp_path])
-    assert completions(runs, tables(runs)).splitlines() == [
-        "**tiny, uk**: Був …",
-        "",
-        "- dense: собі дід",
-        "- wanda, 4:8, uk: a&#124;b",
-        "- wanda, 2:4, uk: a&#124;b",
-    ]
 
 
 NASTY = "a|b `c` <script>x</script>\n\n# d\t*e* _f_ [g](http://h.i) &amp; \\| $j$ ~~k~~ \x1b[31m l"

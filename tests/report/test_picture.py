@@ -1,4 +1,4 @@
-"""Pictures: the figures that are handed to the axes, by made-up runs."""
+"""The picture of a report: the figures that are handed to the axes, by made-up runs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from made_up import LANGUAGES, results
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.commands.report import tables
-from lib.run import plots
+from lib.commands.report import picture, tables
 
 
 def table(*runs: dict):
@@ -42,20 +41,12 @@ def cells(axes: Axes) -> list[list[str]]:
     return [[by_place.get((j, i), "") for j in range(columns)] for i in range(rows)]
 
 
-def test_cross_language(pruned: list[dict]) -> None:
-    figure = plots.cross_language(table(*pruned))
+def test_what_each_calibration_text_loses_on_each_test(pruned: list[dict]) -> None:
+    figure = picture(table(*pruned))
     axes = drawn(figure, "wanda 50%")
     expected = [["+0.05", "+0.21"], ["+0.11", "+0.11"], ["", "+0.59"]]
     assert cells(axes) == expected  # uk, en, and magnitude by uk, en
     assert [text.get_text() for text in axes.get_yticklabels()] == ["uk", "en", "no text"]
     assert cells(drawn(figure, "wanda 2:4")) == [["+0.13", "+0.30"]]  # calibrated on uk alone
-    assert plots.cross_language(table(*pruned[1:])) is None  # no dense run
-    assert plots.cross_language(table(pruned[0], pruned[1])) is None  # a single text
-
-
-def test_recovery_curve() -> None:
-    curve = [{"tokens": t, "perplexity": p} for t, p in ((0, 30.0), (64, 25.0), (128, None))]
-    recovery = {"tokens": 128, "curve": curve, "held_out": {"dense": 20.0}}
-    (axes,) = plots.recovery_curve(results("wanda", {"uk": 22.0}, recovery=recovery)).axes
-    assert list(axes.lines[0].get_xdata()) == [0, 64]
-    assert list(axes.lines[1].get_ydata()) == [20.0, 20.0]
+    assert picture(table(*pruned[1:])) is None  # no dense run
+    assert picture(table(pruned[0], pruned[1])) is None  # a single text
