@@ -32,7 +32,7 @@ from lib.data.templates import prompt_of
 from lib.data.windows import shuffle_stream
 from lib.model import pretrained
 from lib.model.access import Checkpoint, as_user_error
-from lib.run.completions import continue_rows, decode, padded_left
+from lib.run.completions import continue_rows, decode
 from lib.run.flags import POSITIVE
 from lib.util.command import make_parser, run
 from lib.util.errors import UserError
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> None:
         options = checkpoint.options()
         model = AutoModelForCausalLM.from_pretrained(checkpoint.name, dtype=dtype, **options)
     model = model.to(device).eval()
-    left_out, tried = Counter(), []
+    left_out = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     shown = progress(args.count - count, "answering", "dialogue")
     with shown as bar, out.open("a", encoding="utf-8") as file:
@@ -83,8 +83,7 @@ def main(argv: list[str]) -> None:
                 break
             batch = asked[start : start + args.batch_size]
             torch.manual_seed(args.seed + count)
-            prompts = padded_left([ids for _, ids in batch], model.device)
-            answers = continue_rows(model, *prompts, args.tokens)
+            answers = continue_rows(model, [ids for _, ids in batch], args.tokens)
             for (messages, _), answer in zip(batch, answers, strict=True):
                 text, reason = decode(tokenizer, answer).strip(), None
                 if len(answer) == args.tokens:
@@ -93,7 +92,6 @@ def main(argv: list[str]) -> None:
                     reason = "are empty"
                 elif script_of(text) not in (written, None):
                     reason = "are in another script than the prompts"
-                tried.append(len(answer) < args.tokens)
                 left_out[reason] += 1
                 if not reason and count < args.count:
                     said = [*messages, {"role": "assistant", "content": text}]
@@ -101,8 +99,10 @@ def main(argv: list[str]) -> None:
                     count += 1
                     bar(1)
             file.flush()
-            if len(tried) - len(batch) < TRIED <= len(tried) and 2 * sum(tried) < len(tried):
-                problem = f"of {len(tried)} answers {sum(tried)} end within {args.tokens} tokens"
+            tried = left_out.total()
+            ended = tried - left_out["do not end"]
+            if tried - len(batch) < TRIED <= tried and 2 * ended < tried:
+                problem = f"of {tried} answers {ended} end within {args.tokens} tokens"
                 raise UserError(f"MODEL {args.model}: {problem}, so it is no chat model")
     reasons = [f"{number} that {reason}" for reason, number in left_out.items() if reason]
     print(f"{out}: {count} dialogues" + f"; left out: {', '.join(reasons)}" * bool(reasons))

@@ -43,50 +43,39 @@ class Completions:
     def __init__(self, job: Job, runner: BlockRunner) -> None:
         self.job = job
         # of prompts and of questions: test, words, tokens
-        self.prompts: list[tuple[str, str, Tensor | list[int]]] = []
-        self.asked: list[tuple[str, str, Tensor | list[int]]] = []
-        self.texts: dict[str, list[str]] = {}  # {"dense" or "model": what follows on all of them}
-        self.answered: dict[str, list[list[int]]] = {}
-        limit = window_length(job.config, None)
+        self.prompts: list[tuple[str, str, list[int]]] = []
+        self.asked: list[tuple[str, str, list[int]]] = []
+        self.new_ids: dict[str, list[list[int]]] = {}  # what follows on all, by dense and model
+        window = window_length(job.config, None)
         for test in job.texts.tests if job.args.prompts else ():
-            self.prompts += [(test.name, decode(job.tokenizer, ids), ids) for ids in test.prompts]
+            prompts = [(decode(job.tokenizer, ids), ids.tolist()) for ids in test.prompts]
+            self.prompts += [(test.name, *prompt) for prompt in prompts]
             for dialogue in test.dialogues:
                 ids = prompt_of(job.tokenizer, dialogue.prompt)
-                if 0 < len(ids) < limit - NEW_TOKENS:
+                if 0 < len(ids) < window - NEW_TOKENS:
                     self.asked.append((test.name, dialogue.prompt[-1]["content"], ids))
         longest = max((len(ids) for *_, ids in self.asked), default=0)
-        self.limit = min(ANSWER_TOKENS, limit - longest)
+        self.limit = min(ANSWER_TOKENS, window - longest)
         if (self.prompts or self.asked) and not runner.weights.zero_copy:
             self._skip(f"each of {NEW_TOKENS} tokens would fetch every block again")
 
     def generate(self, name: str, model: nn.Module) -> None:
         """Continue every prompt by `model`; `name`: `dense`, or `model` for the pruned one."""
-        prompts, asked = ([ids for *_, ids in each] for each in (self.prompts, self.asked))
-        length, tokenizer = max(map(len, prompts), default=0), self.job.tokenizer
-        tokens = min(NEW_TOKENS, window_length(self.job.config, None) - length)
+        job, new_ids = self.job, []
+        window = window_length(job.config, None)
         try:
-            with self.job.timed("completions"):
-                new_ids = self._continued(model, prompts, tokens)
-                answers = self._continued(model, asked, self.limit)
+            with job.timed("completions"):
+                for prompts, tokens in ((self.prompts, NEW_TOKENS), (self.asked, self.limit)):
+                    longest = max((len(ids) for *_, ids in prompts), default=0)
+                    tokens = min(tokens, window - longest)
+                    step = max(1, job.batch_size * job.seqlen // (longest + tokens))
+                    for start in range(0, len(prompts), step):
+                        batch = [ids for *_, ids in prompts[start : start + step]]
+                        new_ids += continue_greedily(model, batch, tokens)
         except Exception as error:  # raised by any model's own code; the pruned model must be saved
             self._skip(f"{type(model).__name__} can't generate ({first_line(error)})")
-            return
-        pairs = zip((ids.tolist() for ids in prompts), new_ids, strict=True)
-        self.texts[name] = [decode_completion(tokenizer, *pair) for pair in pairs]
-        self.texts[name] += [decode(tokenizer, ids) for ids in answers]
-        self.answered[name] = answers
-
-    def _continued(
-        self, model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
-    ) -> list[list[int]]:
-        """Return up to `tokens` ids after each prompt; shorter ones of a batch are padded left."""
-        job, new_ids = self.job, []
-        longest = max(map(len, prompts), default=0)
-        step = max(1, job.batch_size * job.seqlen // (longest + tokens))
-        for start in range(0, len(prompts), step):
-            batch = padded_left(prompts[start : start + step], job.device)
-            new_ids += continue_greedily(model, *batch, tokens)
-        return new_ids
+        else:
+            self.new_ids[name] = new_ids
 
     def answers(self) -> list[dict[str, Any]]:
         """Return a record of each set of test dialogues: how many answers end, and more."""
@@ -95,18 +84,18 @@ class Completions:
         read = [each for each in read if each is not None]
         for test in job.texts.tests:
             places = [place for place, (name, *_) in enumerate(self.asked) if name == test.name]
-            if not (places and self.answered):
+            if not (places and self.new_ids):
                 continue
             windows = [as_windows(each).ids[:KNOWN_WINDOWS] for each in (*read, test.windows)]
             text = "\n".join(decode(job.tokenizer, ids) for each in windows for ids in each)
             written, known = script_of(text), set(words_of(text))
             record = {"test": test.name, "prompts": len(places), "limit": self.limit}
-            for name, answers in self.answered.items():
-                own = [answers[place] for place in places]
-                texts = self.texts[name][len(self.prompts) :]
+            for name, new_ids in self.new_ids.items():
+                own = [new_ids[len(self.prompts) + place] for place in places]
+                texts = [decode(job.tokenizer, ids) for ids in own]
                 record[name] = {
                     "ended": sum(len(ids) < self.limit for ids in own),
-                    "in_language": sum(is_in(written, known, texts[place]) for place in places),
+                    "in_language": sum(is_in(written, known, text) for text in texts),
                     "tokens": sum(map(len, own)) / len(own),
                 }
             records.append(record)
@@ -117,8 +106,11 @@ class Completions:
         shown = [*self.prompts, *self.asked[: self.job.args.prompts]]
         return [
             {"test": test, "prompt": prompt}
-            | {name: texts[index] for name, texts in self.texts.items()}
-            for index, (test, prompt, _) in enumerate(shown)
+            | {
+                name: decode_completion(self.job.tokenizer, ids, new_ids[index])
+                for name, new_ids in self.new_ids.items()
+            }
+            for index, (test, prompt, ids) in enumerate(shown)
         ]
 
     def _skip(self, reason: str) -> None:
@@ -126,25 +118,21 @@ class Completions:
         self.job.print(f"completions: none, {reason}")
 
 
-def padded_left(
-    prompts: Sequence[Tensor | list[int]], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return prompts as ids (n, tokens), padded before them, and where they are, bool."""
-    rows = [torch.as_tensor(ids).flip(0) for ids in prompts]
-    ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1).to(device)
-    return ids.clamp(min=0), ids >= 0
-
-
-def continue_rows(model: nn.Module, ids: Tensor, mask: Tensor, tokens: int) -> list[list[int]]:
-    """Return what continues each row of `ids` (n, tokens) in `mask`, as the model's settings say.
+def continue_rows(
+    model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
+) -> list[list[int]]:
+    """Return what continues each prompt, ids (tokens,), as the model's settings say.
 
     These are up to `tokens` ids, and fewer where the text has come to its end, which is left out.
+    Shorter prompts are padded before them.
     """
+    rows = [torch.as_tensor(ids).flip(0) for ids in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1).flip(1).to(model.device)
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     output = model.generate(
-        input_ids=ids,
-        attention_mask=mask.long(),
+        input_ids=ids.clamp(min=0),
+        attention_mask=(ids >= 0).long(),
         max_new_tokens=tokens,
         **({"eos_token_id": ends, "pad_token_id": ends[0]} if ends else {}),
     )
@@ -152,12 +140,14 @@ def continue_rows(model: nn.Module, ids: Tensor, mask: Tensor, tokens: int) -> l
     return [row[: next((i for i, id in enumerate(row) if id in ends), None)] for row in rows]
 
 
-def continue_greedily(model: nn.Module, ids: Tensor, mask: Tensor, tokens: int) -> list[list[int]]:
+def continue_greedily(
+    model: nn.Module, prompts: Sequence[Tensor | list[int]], tokens: int
+) -> list[list[int]]:
     """Do as `continue_rows`, but greedily: settings such as penalties do not apply."""
     ends = model.generation_config.eos_token_id
     settings = GenerationConfig(eos_token_id=ends, do_sample=False)
     with mock.patch.object(model, "generation_config", settings):
-        return continue_rows(model, ids, mask, tokens)
+        return continue_rows(model, prompts, tokens)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,9 @@ from lib.run.job import Job
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes
+WEIGHTS = "*.safetensors"
 SETTINGS = "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"  # of tokenizer and generation
-SETTINGS_BYTES = 2**26  # read of one, more than any tokenizer has; a log beside it may be endless
+SETTINGS_BYTES = 2**26  # of one at most, more than any tokenizer has; a log beside it may be larger
 CALIBRATION = "seed", "nsamples"
 
 
@@ -46,24 +48,26 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         "--dtype": f"{working}, saved as {saved}",
         "--seqlen": job.seqlen,
         "kind of device": job.device.type,
-        "config of --model": _settings(args.model, job.config, ("config.json", "*.py")),
-        "weights of --model": _weights(args.model, job.config) if weights else None,
+        "config of --model": _content(args.model, job.config, "config.json", "*.py"),
+        "weights of --model": _content(args.model, job.config, WEIGHTS) if weights else None,
         "windows of --calibration_data": texts.calibration and texts.calibration["digest"][:16],
     }
     if job.teacher_config:
-        pruning["weights of --teacher"] = weights and _weights(args.teacher, job.teacher_config)
+        teacher = weights and _content(args.teacher, job.teacher_config, WEIGHTS)
+        pruning["weights of --teacher"] = teacher
     if job.vocabulary:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     if texts.training:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
-    measuring["tokenizer of --model"] = _settings(args.model, job.config, SETTINGS)
+    settings = _content(args.model, job.config, *SETTINGS, most=SETTINGS_BYTES)
+    measuring["tokenizer of --model"] = settings
     for test in texts.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]
     if args.include_path:
-        files = sorted(path for path in Path(args.include_path).rglob("*") if path.is_file())
-        measuring["--include_path"] = _digest(file.read_bytes() for file in files)
+        files = (path for path in Path(args.include_path).rglob("*") if path.is_file())
+        measuring["--include_path"] = _digest(files)
     sections = {"pruning": pruning, "measuring": measuring}
     return json.loads(json.dumps(sections, default=str))
 
@@ -86,42 +90,24 @@ def versions() -> dict[str, str | None]:
     return installed
 
 
-def _weights(name: str, config: Any) -> str:
-    """Return the commit of a model on the hub, or a digest of all bytes of local weights."""
-    if not Path(name).is_dir():
+def _content(name: str, config: Any, *patterns: str, most: float = math.inf) -> str:
+    """Return the commit of a model on the hub, or a digest of a folder's files up to a size."""
+    folder = Path(name)
+    if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None))
-    files = sorted(Path(name).glob("*.safetensors"))
+    files = {file for each in patterns for file in folder.glob(each) if file.is_file()}
+    return _digest(file for file in files if file.stat().st_size <= most)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Return a digest of the names and all bytes of files, which are read side by side."""
+    files, hasher = sorted(files), hashlib.sha256()
     with ThreadPoolExecutor() as pool:
-        return _digest(
-            each
-            for pair in zip(files, pool.map(_file_digest, files), strict=True)
-            for each in (pair[0].name.encode(), pair[1])
-        )
+        for file, digest in zip(files, pool.map(_file_digest, files), strict=True):
+            hasher.update(file.name.encode() + b"\0" + digest)
+    return hasher.hexdigest()[:16]
 
 
 def _file_digest(file: Path) -> bytes:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").digest()
-
-
-def _settings(name: str, config: Any, patterns: Iterable[str]) -> str:
-    """Return the commit of a model on the hub, or a digest of a folder's small files."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return str(getattr(config, "_commit_hash", None))
-    files = {file for each in patterns for file in folder.glob(each) if file.is_file()}
-    files -= {folder / "config.json"} if "config.json" not in patterns else set()
-    return _digest(part for file in sorted(files) for part in (file.name.encode(), _head(file)))
-
-
-def _head(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(SETTINGS_BYTES)
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(len(part).to_bytes(8, "little"))
-        hasher.update(part)
-    return hasher.hexdigest()[:16]

@@ -56,7 +56,6 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +72,8 @@ NEEDED = ("model", "method", "evaluation")
 
 def write_results(folder: str | Path, results: Mapping[str, Any], name: str = RESULTS) -> Path:
     """Write results.json whole or not at all; nan and inf, which JSON lacks, become null."""
-    text = json.dumps(_finite(results), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    plain = json.loads(json.dumps(results, default=str), parse_constant=lambda _: None)
+    text = json.dumps(plain, indent=2, ensure_ascii=False)
     path = Path(folder) / name
     # numbers in a list stand on one line; no string holds a line break as such
     write_text(path, re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda it: "".join(it[0].split()), text) + "\n")
@@ -94,11 +94,3 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     if missing := [name for name in NEEDED if name not in results]:
         raise UserError(f"RUN {file}: lacks {', '.join(missing)}; remove it or run again")
     return results
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import chats
 import pytest
 import tiny
-import torch
 from huggingface_hub import metadata_load
 from processes import Worker
 from support import children, content, results, wait_until
@@ -145,8 +144,8 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     Path("dense/chat_template.jinja").write_text(chats.LLAMA_3)
     said = iter(tiny.sentences(200, 3, words=4))
 
-    def answers(model: object, ids: torch.Tensor, mask: object, tokens: int) -> list[list[int]]:
-        return [encode(next(said)) if ends else tokens * [5] for _ in ids]
+    def answers(model: object, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        return [encode(next(said)) if ends else tokens * [5] for _ in prompts]
 
     ends, encode = True, tiny.tiny_tokenizer(add_bos=False).encode
     monkeypatch.setattr(dialogues, "continue_rows", answers)

@@ -69,6 +69,6 @@ def test_what_is_left_out_is_counted(capsys, monkeypatch) -> None:
 
 def test_no_chat_model(capsys, monkeypatch) -> None:
     tiny.write_texts("texts", tiny.sentences(60, words=4), 1)
-    monkeypatch.setattr(dialogues, "continue_rows", lambda model, ids, *_: len(ids) * [24 * [5]])
+    monkeypatch.setattr(dialogues, "continue_rows", lambda model, asked, _: len(asked) * [24 * [5]])
     assert run(dialogues.main, [*BASE, "--data", "texts", *FLAGS]) == 1
     assert "of 8 answers 0 end within 24 tokens" in capsys.readouterr().err

@@ -125,13 +125,12 @@ def test_the_most_likely_token_follows(name: str) -> None:
             whole = torch.cat([whole, likely[:, None]], 1)
     model.generation_config.eos_token_id = 300
     own = model.generation_config
-    everywhere = torch.ones_like(ids)
-    assert continue_greedily(model, ids, everywhere, 10) == whole[:, 12:].tolist()
+    assert continue_greedily(model, ids, 10) == whole[:, 12:].tolist()
     assert model.generation_config is own
     ends = int(whole[1, 15])
     model.generation_config.eos_token_id = [300, ends]
     cut = [row[: (row.index(ends) if ends in row else None)] for row in whole[:, 12:].tolist()]
-    assert continue_greedily(model, ids, everywhere, 10) == cut and len(cut[1]) < 10
+    assert continue_greedily(model, ids, 10) == cut and len(cut[1]) < 10
 
 
 def test_characters_that_are_cut_in_two() -> None:
