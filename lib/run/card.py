@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
+from langcodes import Language
 from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
@@ -64,9 +65,6 @@ CONVERTED = """\
 {how}
 ```
 """
-GGUF = """\
-llama-cli -m {0}{1}
-echo FROM ./{0} > Modelfile && ollama create NAME -f Modelfile && ollama run NAME"""
 FIGURES = {
     "bits_per_byte": ("bits per byte", ".4f"),
     "perplexity": ("perplexity", ".4f"),
@@ -87,14 +85,13 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
     recovered or trimmed on. `online`: the base model's own card may be fetched from the hub.
     """
     folder = Path(results["flags"].get("save_model") or "").name
-    kind = results.get("loaded_by") or "AutoModelForCausalLM"
-    imported, *code = card_lines(folder, kind)
+    code = card_lines(folder, results.get("loaded_by") or "AutoModelForCausalLM")
     packed, model = "", results["model"]
     if is_packed := bool(results["flags"].get("replace_sparse_layers")):
         bits = results.get("packed", {}).get("bits", 16)
         values = "as they were" if bits == 16 else f"as {bits}-bit integers"
         name = folder if re.fullmatch(r"[\w.-]+", folder) else "FOLDER"
-        code, packed = [imported, *code], PACKED.format(values, name, name)
+        packed = PACKED.format(values, name, name)
     model = model if _is_hub_id(model) else Path(model).resolve().name
     texts = ", ".join(escape(_public(source)) for source in sources)
     return CARD.format(
@@ -106,36 +103,19 @@ def model_card(results: Mapping[str, Any], sources: Sequence[str], online: bool 
         notes="".join(f"- {escape(note)}\n" for note in notes(results)),
         heading=HEADING,
         packed=packed,
-        code="\n".join(code),
+        code="\n".join(code if is_packed else code[1:]),
     )
 
 
-def gguf_card(
-    folder: str, file: Path, kind: str, mmproj: Path | None = None, chats: bool = False
+def converted_card(
+    folder: str, what: str, tag: str, kind: str, changed: str, how: str, proof: Sequence[str] = ()
 ) -> str:
-    """Return the card of a GGUF file of weights of `kind`, made from the saved model in `folder`.
-
-    `chats`: the model has a chat template.
+    """Return the card of `what` was made of the saved model in `folder`: weights of `kind`.
 
     Licence, base model, languages and data sets are those of the folder's card, as is its text
-    where a run has written it. `mmproj` is the file by which it sees.
+    where a run has written it. `changed` says what conversion has changed of a model saved as
+    `kind`, `how` are commands that run it, `proof` lines on what was compared.
     """
-    more = f" --mmproj {shlex.quote(mmproj.name)}" if mmproj else ""
-    more += " --jinja -cnv" * chats  # as a dialogue
-    changed, how = "its embedding and head alone", GGUF.format(shlex.quote(file.name), more)
-    return _converted(folder, f"GGUF ({kind})", "gguf", kind, changed, (), how)
-
-
-def export_card(folder: str, new: str, to: str, engine: Any, proof: Sequence[str]) -> str:
-    """Return the card of the folder `new` for an engine, with `proof`; see lib/commands/export."""
-    name = shlex.quote(Path(new).name)
-    how = f"{engine.how.format(name)}\nhf upload USER/{name} {name}"
-    return _converted(folder, to, to, "q4_0", engine.changed, proof, how)
-
-
-def _converted(
-    folder: str, what: str, tag: str, kind: str, changed: str, proof: Sequence[str], how: str
-) -> str:
     title, text = f"# {Path(folder).resolve().name}", ""
     try:
         card = ModelCard.load(Path(folder) / "README.md", ignore_metadata_errors=True)
@@ -310,8 +290,6 @@ def _set_and_language(source: str) -> tuple[str | None, str | None]:
     if not language or f"{kind}:LANGUAGE" not in BUILT_IN:
         return hub, LANGUAGE_OF_SET.get(source)
     try:
-        from langcodes import Language
-
         return hub, Language.get(language).language
-    except (ImportError, ValueError):  # Wikipedia has names of its own, such as `simple`
+    except ValueError:  # Wikipedia has names of its own, such as `simple`
         return hub, None

