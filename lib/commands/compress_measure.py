@@ -47,15 +47,11 @@ def decoding_speed(model: Any) -> float:
 
 def llama_cpp_speed(server: Any) -> float:
     """Return the tokens a second of llama.cpp's server."""
-    from urllib.request import Request
-
-    from lib.commands.gguf.llama_cpp import DIRECT
+    from lib.commands.gguf.llama_cpp import ask
 
     fields = {"prompt": [*range(1, 1 + PROMPT)], "n_predict": STEPS}
-    body = json.dumps(fields | {"ignore_eos": True, "temperature": 0}).encode()
-    headers = {"Content-Type": "application/json"}
-    with DIRECT.open(Request(f"{server.listening_address}/completion", body, headers)) as answer:
-        return json.load(answer)["timings"]["predicted_per_second"]
+    answer = ask(server, "/completion", fields | {"ignore_eos": True, "temperature": 0})
+    return answer["timings"]["predicted_per_second"]
 
 
 def main(argv: list[str]) -> None:

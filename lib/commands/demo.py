@@ -27,7 +27,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.commands.sweep import Run, build_sweep_parser, plan, run_all
+from lib.commands.sweep import build_sweep_parser, plan, run_all
 from lib.methods.registry import METHODS
 from lib.util import command
 from lib.util.files import check_new_folder
@@ -100,11 +100,10 @@ def demo(folder: Path, size: Size, debug: bool = False) -> None:
     print(f"3. Runs:\n   {command.typed('sweep')} {shlex.join([*flags, '--', *run_flags])}")
     print(f"   and once more with {' '.join(recover)}: {', '.join(RECOVERED)}", flush=True)
     runs = plan(build_sweep_parser().parse_args([*flags, *["--debug"] * debug]), run_flags)
-    for name, _, of_run in list(runs):
+    for name, of_run in list(runs.items()):
         if name.startswith(RECOVERED):
-            name = f"{name}-recovered"
-            saved = folder / "runs" / name
-            runs.append(Run(name, saved, [*of_run, *recover, "--save", str(saved)]))
+            saved = str(folder / "runs" / f"{name}-recovered")
+            runs[f"{name}-recovered"] = [*of_run, *recover, "--save", saved]
     run_all(runs, str(folder / "runs"), report=str(folder))
     print(f"all figures: {folder / 'report.md'}")
 

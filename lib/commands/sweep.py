@@ -16,10 +16,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -46,14 +45,6 @@ PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
 SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
 
 
-class Run(NamedTuple):
-    """One run of main.py: its name in the sweep, the folder of its results, all of its flags."""
-
-    name: str
-    folder: Path
-    flags: list[str]
-
-
 def build_sweep_parser() -> argparse.ArgumentParser:
     epilog = "What follows -- goes to every run of main.py, such as: -- --nsamples 64 --device cpu"
     parser = command.make_parser("sweep", __doc__, epilog=epilog)
@@ -76,8 +67,8 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
-    """Return the runs of a sweep in their order, model by model, all flags and sources checked."""
+def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> dict[str, list[str]]:
+    """Return the flags of main.py of each run by its name, model by model; all are checked."""
     parser = build_parser()
     for flag in (word.split("=")[0] for word in passed_on):
         if flag in OWN_FLAGS:
@@ -92,24 +83,24 @@ def plan(args: argparse.Namespace, passed_on: Sequence[str]) -> list[Run]:
     parse_sources(tests, "--eval_data")
     folders = _names(args.models, [Path(model).resolve().name for model in args.models])
     passed_on = [*passed_on, *["--debug"] * args.debug]
-    runs: dict[str, Run] = {}
+    runs: dict[str, list[str]] = {}
     for model, parent in zip(args.models, folders, strict=True):
         for short, point in _points(args, calibrations, passed_on):
             name = f"{parent}/{short}"
             if name in runs:
                 raise UserError(f"--out {args.out}: two runs would be {name}; give no value twice")
-            folder = Path(args.out, name)
-            flags = ["--model", model, *point, "--eval_data", *tests, "--save", str(folder)]
+            folder = str(Path(args.out, name))
+            flags = ["--model", model, *point, "--eval_data", *tests, "--save", folder]
             if args.save_models and short != "dense":
-                flags += ["--save_model", str(folder / "model")]
+                flags += ["--save_model", f"{folder}/model"]
             of_run = parser.parse_args(flags)
             if of_run.trim_vocabulary and not of_run.vocabulary_data:  # all of the same tokens
                 flags += ["--vocabulary_data", *dict.fromkeys(source.text for source in sources)]
             if of_run.resume:  # each run keeps its finished blocks apart
                 flags += ["--resume", str(Path(of_run.resume, name))]
             check_flags(parser, parser.parse_args(flags))
-            runs[name] = Run(name, folder, flags)
-    return list(runs.values())
+            runs[name] = flags
+    return runs
 
 
 def without(passed_on: Sequence[str], names: Sequence[str] = PRUNING_FLAGS) -> list[str]:
@@ -151,9 +142,10 @@ def _names(texts: Sequence[str], short: Sequence[str]) -> list[str]:
     ]
 
 
-def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
+def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = None) -> None:
     """Run what is not finished, and report on all of `out` into the folder `report` (or `out`).
 
+    Each run has the folder of its name in `out`, which its flags name by `--save`.
     A run that fails leaves its reason in its error.json and does not stop the others. Raises
     UserError at the end for failed runs.
     """
@@ -165,7 +157,8 @@ def run_all(runs: Sequence[Run], out: str, report: str | None = None) -> None:
     seconds: list[float] = []  # of the runs that were not finished before
     shared = Path(out, SHARED)  # where a sweep was killed, the next goes on with what it left
     try:
-        for index, (name, folder, flags) in enumerate(runs):
+        for index, (name, flags) in enumerate(runs.items()):
+            folder = Path(out, name)
             left = sum(seconds) / max(1, len(seconds)) * (len(runs) - index)
             about = f", about {tqdm.format_interval(left)} left" if seconds else ""
             print(f"[{index + 1}/{len(runs)}] {name}{about}", flush=True)

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import sys
-import urllib.request
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from lib.commands.gguf.__main__ import main as convert  # noqa: E402
-from lib.commands.gguf.llama_cpp import DIRECT, start  # noqa: E402
+from lib.commands.gguf.llama_cpp import ask, start  # noqa: E402
 from lib.data.documents import read_documents  # noqa: E402
 from lib.data.sources import parse_source  # noqa: E402
 
@@ -88,11 +87,8 @@ def by_llama_cpp(file: Path, prompts: list[list[int]], tokens: int) -> list[list
     fields = {"n_predict": tokens, "temperature": 0, "return_tokens": True, "ignore_eos": True}
     written = []
     for ids in prompts:
-        body = json.dumps(fields | {"prompt": ids, "cache_prompt": False}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{server.listening_address}/completion", body, headers)
-        with DIRECT.open(request) as answer:
-            written.append(json.load(answer)["tokens"])
+        asked = fields | {"prompt": ids, "cache_prompt": False}
+        written.append(ask(server, "/completion", asked)["tokens"])
     return written
 
 

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 48
@@ -90,16 +89,14 @@ def walk(folder: Path, clock: bool, way: str) -> list[str]:
 def continued(file: Path, tests: Path) -> tuple[str, str]:
     """Return llama.cpp's tokens for a second of one core's work, and what it writes."""
     sys.path.insert(0, str(ROOT))
-    from lib.commands.gguf.llama_cpp import start
+    from lib.commands.gguf.llama_cpp import ask, start
 
     prompt = " ".join(json.loads(tests.open(encoding="utf-8").readline())["text"].split()[:8])
     server = start(str(file), 512)
     fields = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "ignore_eos": True}
     for _ in range(2):  # the first reads the file
-        body, began = json.dumps(fields).encode(), time.process_time()
-        request = Request(f"{server.listening_address}/completion", body)
-        request.add_header("Content-Type", "application/json")
-        answer = json.load(urlopen(request))
+        began = time.process_time()
+        answer = ask(server, "/completion", fields)
         spent = time.process_time() - began
     words = " ".join(f"{prompt} → {answer['content']}".split()).replace("|", "/")
     return f"{TOKENS / spent:.1f}", words

@@ -37,7 +37,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def planned(*argv: object, passed_on: Sequence[str] = ()) -> dict[str, list[str]]:
     """Return the flags of main.py of every run by name."""
     args = sweep.build_sweep_parser().parse_args([str(part) for part in argv])
-    return {run.name: run.flags for run in sweep.plan(args, passed_on)}
+    return sweep.plan(args, passed_on)
 
 
 # --- which runs there are

@@ -315,17 +315,8 @@ def run(
     of a token of letters. Of `chats`, messages and tools, the tokens of a prompt are returned, and
     whether generation stops at the token `end`.
     """
-    server = start(model, context)  # ended before its loop has begun, it would wait for ever
-
-    def post(path: str, fields: dict[str, Any]) -> dict[str, Any]:
-        body = json.dumps(fields).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(server.listening_address + path, body, headers)
-        try:
-            with DIRECT.open(request, timeout=LIMIT) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise ValueError(error.read().decode(errors="replace")) from error
+    # ended before its loop has begun, the server would wait for ever
+    post = partial(ask, start(model, context))
 
     def tokens_of(text: str, special: bool) -> list[int]:
         fields = {"content": text, "add_special": special, "parse_special": True}
@@ -354,6 +345,17 @@ def run(
         "tokens": [tokens_of(*text) for text in texts],
         "logprobs": [likeliest(prompt) for prompt in prompts],
     }
+
+
+def ask(server: Any, path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer of llama.cpp's server. Raises ValueError for one that tells of an error."""
+    body, headers = json.dumps(fields).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.listening_address + path, body, headers)
+    try:
+        with DIRECT.open(request, timeout=LIMIT) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ValueError(error.read().decode(errors="replace")) from error
 
 
 def start(file: str, context: int) -> Any:
