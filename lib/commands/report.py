@@ -9,7 +9,6 @@ set.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import textwrap
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.methods.sparsity import SMALLER
-from lib.run.results import ERROR, NONE, RESULTS, read_results
+from lib.run.results import NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.command import one_line
 from lib.util.errors import UserError
@@ -71,7 +70,7 @@ def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
         if not path.is_dir():
             raise UserError(f"RUN {path}: no such folder; name a run's --save folder or its parent")
         files = [path / RESULTS] if (path / RESULTS).is_file() else sorted(path.rglob(RESULTS))
-        if not files and not any(path.rglob(ERROR)):  # of a run that has failed
+        if not files:
             raise UserError(f"RUN {path}: holds no {RESULTS}; name a run's --save folder")
         folders |= {file.parent.resolve(): file.parent for file in files}
     return {folder: read_results(folder) for folder in folders.values()}
@@ -319,22 +318,13 @@ def _heat_map(axes: Any, cells: DataFrame, norm: Any) -> Any:
     return image
 
 
-def failed_runs(paths: Iterable[str | Path]) -> str:
-    """Return the runs whose last try failed, below the paths, and why."""
-    lines = []
-    for file in dict.fromkeys(file for path in paths for file in sorted(Path(path).rglob(ERROR))):
-        reason = json.loads(file.read_text("utf-8")).get("error")
-        lines.append(f"- {file.parent}: {one_line(str(reason))}")
-    return "\n".join([f"**Failed runs: {len(lines)}**", "", *lines, ""]) if lines else ""
-
-
-def write_report(runs: Runs, out: Path, failures: str = "") -> str:
+def write_report(runs: Runs, out: Path) -> str:
     """Write report.md, report.csv and the picture into folder `out`; return brief tables."""
     import pandas
 
     out.mkdir(parents=True, exist_ok=True)
     by_model = tables(runs)
-    parts = ["\n".join(filter(None, [report_text(by_model), failures])).strip()]
+    parts = [report_text(by_model).strip()]
     for number, table in enumerate(by_model, 1):
         name = f"languages-{number}" if len(by_model) > 1 else "languages"
         if figure := picture(table):  # the same figures give the same bytes
@@ -345,7 +335,7 @@ def write_report(runs: Runs, out: Path, failures: str = "") -> str:
     frame = frame.drop(columns=["folder", "kind", "seed"], errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
-    return "\n".join(filter(None, [report_text(by_model, brief=True), failures]))
+    return report_text(by_model, brief=True)
 
 
 def main(argv: list[str]) -> None:
@@ -354,7 +344,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     args = parser.parse_args(argv)
     check_writable("--out", args.out)
-    print(write_report(load_runs(args.runs), Path(args.out), failed_runs(args.runs)))
+    print(write_report(load_runs(args.runs), Path(args.out)))
     print(f"wrote {args.out}/report.md", file=sys.stderr)
 
 

@@ -27,7 +27,7 @@ from lib.methods.registry import EXPERT_METHODS, METHODS
 from lib.methods.sparsity import SMALLER, TYPES
 from lib.run.flags import build_parser, check_flags
 from lib.run.plan import Plan
-from lib.run.results import ERROR, RESULTS, write_results
+from lib.run.results import RESULTS
 from lib.run.texts import default_tests
 from lib.util import command
 from lib.util.command import call
@@ -146,8 +146,8 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
     """Run what is not finished, and report on all of `out` into the folder `report` (or `out`).
 
     Each run has the folder of its name in `out`, which its flags name by `--save`.
-    A run that fails leaves its reason in its error.json and does not stop the others. Raises
-    UserError at the end for failed runs.
+    A run that fails says why and does not stop the others. Raises UserError at the end for failed
+    runs.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UserError("a sweep is one process; start main.py itself with several, run by run")
@@ -163,7 +163,6 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
             about = f", about {tqdm.format_interval(left)} left" if seconds else ""
             print(f"[{index + 1}/{len(runs)}] {name}{about}", flush=True)
             folder.mkdir(parents=True, exist_ok=True)
-            write_results(folder, {"error": "its process was killed"}, ERROR)  # until it has ended
             start = time.time()
             try:
                 status = call("lib.commands.sweep_run", shared, "--", *flags)
@@ -172,8 +171,6 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
             if status:
                 failed.append(name)
                 print(f"{folder}: failed with status {status}", flush=True)
-            else:
-                (folder / ERROR).unlink()
             if status or (folder / RESULTS).stat().st_mtime >= start:
                 seconds.append(time.time() - start)
     finally:

@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from lib.run.flags import build_parser
-from lib.run.results import ERROR, RESULTS, read_results, write_results
+from lib.run.results import RESULTS, read_results
 from lib.util import command
 from lib.util.files import partial_of
 
@@ -65,13 +65,7 @@ def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str 
 
 def main(argv: list[str]) -> None:
     (shared,), flags = command.split_argv(argv)
-    args = build_parser().parse_args(flags)
-    try:
-        run(args, Path(shared))
-    except Exception as error:  # the other runs do not depend on this one
-        reason = command.describe_error(error) or f"{type(error).__name__}: {error}"
-        write_results(args.save, {"error": command.one_line(reason)}, ERROR)
-        raise
+    run(build_parser().parse_args(flags), Path(shared))
 
 
 if __name__ == "__main__":

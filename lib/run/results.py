@@ -65,16 +65,15 @@ from lib.util.errors import UserError
 from lib.util.files import write_text
 
 RESULTS = "results.json"
-ERROR = "error.json"  # {"error": "..."} of a run of a sweep whose last try failed
 NONE = "none"  # the name of the calibration text where there is none
 NEEDED = ("model", "method", "evaluation")
 
 
-def write_results(folder: str | Path, results: Mapping[str, Any], name: str = RESULTS) -> Path:
+def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
     """Write results.json whole or not at all; nan and inf, which JSON lacks, become null."""
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda _: None)
     text = json.dumps(plain, indent=2, ensure_ascii=False)
-    path = Path(folder) / name
+    path = Path(folder) / RESULTS
     # numbers in a list stand on one line; no string holds a line break as such
     write_text(path, re.sub(r"\[\n[\d\s.,eE+-]*\]", lambda it: "".join(it[0].split()), text) + "\n")
     return path

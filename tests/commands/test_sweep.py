@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -118,8 +117,8 @@ def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts,
     assert first.status == 1
     failed, finished = Path("runs/tiny/wanda-50-few-seed0"), Path("runs/tiny/wanda-50-uk-seed0")
     assert first.complaints[-1].startswith("error: 1 of 3 runs failed: tiny/wanda-50-few-seed0;")
-    record = json.loads((failed / "error.json").read_text("utf-8"))
-    assert "can give only 3 windows" in record["error"]
+    assert f"{failed}: failed with status 1" in first.out
+    assert any("can give only 3 windows" in line for line in first.complaints)
     assert "[3/3] tiny/wanda-50-uk-seed0, about " in first.out
     assert f"{finished}: few " in first.out and not list(Path("runs").glob(".*"))
     assert "perplexity uk" in (finished / "output.txt").read_text("utf-8")
@@ -135,7 +134,7 @@ def test_runs_are_as_if_alone_and_a_failure_does_not_stop_the_rest(model, texts,
 
     tiny.write_texts(few, 20, 8)
     second = call(*argv, "--calibration", few, *PASSED, program=sweep.main)
-    assert second.status == 0 and not (failed / "error.json").exists()
+    assert second.status == 0
     assert "runs/tiny/dense: finished before" in second.out
     assert results(failed)["perplexity"]
     assert Path("runs/report.md").read_text("utf-8").count("\n| wanda ") == 2
@@ -201,7 +200,6 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     assert done.status == 130
     assert done.err.splitlines()[-1] == "interrupted; the same command continues"
     assert "runs/tiny/dense: failed with status -9" in done.out
-    assert "killed" in json.loads(Path("runs/tiny/dense/error.json").read_text())["error"]
 
     worker, process, run = started()
     wait_until(lambda: len(os.listdir(f"/proc/{run}/task")) > 1)  # it watches the sweep
