@@ -27,10 +27,11 @@ import torch
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import TYPES, run_child
 from lib.commands.gguf.proof import INSTALL, RUNNER, prove, prove_tensors
-from lib.commands.gguf.source import METHOD, open_folder
+from lib.commands.gguf.source import METHOD, named_by_parts, open_folder
 from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
+from lib.data.tokenizer_model import check_of
 from lib.model.pretrained import checkpoint_dtype
 from lib.run.card import converted_card
 from lib.util.command import make_parser, run
@@ -79,8 +80,9 @@ def main(arguments: list[str]) -> None:
             folder=str(source.view(stage / "view", weights)),
             name=Path(args.source).absolute().name,
             files={kind: str(file) for kind, file in files.items()},
+            check=check_of(source.tokenizer),
+            parts=named_by_parts(source.data),
             pre=args.pre,
-            **source.checks,
         )
         installed = [PACKAGE, RUNNER] if find_spec(RUNNER) else [PACKAGE]
         versions = {name: metadata.version(name) for name in installed}

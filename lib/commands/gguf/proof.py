@@ -27,6 +27,7 @@ from lib.data.chats import Dialogue
 from lib.data.documents import read_documents
 from lib.data.sources import Source
 from lib.data.templates import EXAMPLES, examples, sample_of_dialogue, text_by
+from lib.data.tokenizer_model import begins_with_blank
 from lib.data.windows import test_documents
 from lib.model.pretrained import auto_class, window_length
 from lib.util.errors import UserError
@@ -76,7 +77,7 @@ def prove(
     if find_spec(RUNNER) is None:
         missing.append(f"tokens and predictions ({RUNNER} is not installed: {INSTALL})")
     else:
-        documents = documents_of(texts, source.begins_with_blank, source.tokenizer)
+        documents = documents_of(texts, source)
         proof["tokens"] = prove_tokens(file, source.tokenizer, documents)
         for cut in proof["tokens"]:
             print(f"{cut['name']}: llama.cpp cuts all {cut['documents']} documents alike")
@@ -104,20 +105,17 @@ def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     return run_child("tensors", llama_cpp.compare, size=exact.stat().st_size, **paths)
 
 
-def documents_of(
-    sources: Sequence[Source], begins_with_blank: bool, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[str]]:
+def documents_of(sources: Sequence[Source], model: ModelFolder) -> dict[str, list[str]]:
     """Return the test documents of each source, and built-in lines in many scripts.
 
-    If the tokenizer `begins_with_blank`, leading blanks of texts are removed: llama.cpp adds one
+    Where the tokenizer puts a blank before a text, leading blanks are removed: llama.cpp adds one
     more before them as SentencePiece does, tokenizers adds none.
     """
     texts = {"built-in lines": LINES}
     for source in sources:
-        documents, _ = read_documents(source, "test")
-        chosen = test_documents(source, documents)
-        texts[source.name] = [text_by(tokenizer, each) for each in chosen]
-    blanks = " " if begins_with_blank else ""
+        chosen = test_documents(source, read_documents(source, "test")[0])
+        texts[source.name] = [text_by(model.tokenizer, each) for each in chosen]
+    blanks = " " if begins_with_blank(model.data) else ""
     return {name: [text.lstrip(blanks) for text in texts[name]] for name in texts}
 
 

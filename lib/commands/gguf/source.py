@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from lib.data.tokenizer_model import (
     begins_with_blank,
-    check_of,
     is_byte_level,
     is_sentencepiece,
     write_tokenizer_model,
@@ -56,17 +55,6 @@ class ModelFolder:
     @property
     def quantized_by(self) -> str | None:
         return (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
-
-    @property
-    def checks(self) -> dict[str, Any]:
-        """What identifies the pre-tokenizer of a byte-level tokenizer to the converter."""
-        if not is_byte_level(self.data):
-            return {}
-        return {"check": check_of(self.tokenizer), "parts": named_by_parts(self.data)}
-
-    @property
-    def begins_with_blank(self) -> bool:
-        return is_sentencepiece(self.data) and begins_with_blank(self.data)
 
     def view(self, folder: Path, weights: Path) -> Path:
         """Make the view in the new `folder`, with the weight files of the folder `weights`."""
