@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
-from langcodes import Language
 from yaml import YAMLError
 
 from lib.data.sources import BUILT_IN, parse_source
@@ -290,6 +289,8 @@ def _set_and_language(source: str) -> tuple[str | None, str | None]:
     if not language or f"{kind}:LANGUAGE" not in BUILT_IN:
         return hub, LANGUAGE_OF_SET.get(source)
     try:
+        from langcodes import Language
+
         return hub, Language.get(language).language
-    except ValueError:  # Wikipedia has names of its own, such as `simple`
+    except (ImportError, ValueError):  # Wikipedia has names of its own, such as `simple`
         return hub, None
