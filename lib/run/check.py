@@ -6,10 +6,16 @@ job = check(args)  # everything that can fail cheaply fails here
 from __future__ import annotations
 
 import argparse
+import copy
 import shutil
 from collections import Counter
+from dataclasses import replace
+from operator import le
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from lib.data.documents import are_dialogues, check_source, read_documents
 from lib.data.samples import as_windows
@@ -21,7 +27,7 @@ from lib.model.access import Checkpoint
 from lib.model.parts import find_parts
 from lib.model.processor import processor_ids
 from lib.model.quantized import check_format, stored_bits
-from lib.model.rows import config_token_ids, trimmable_rows
+from lib.model.rows import config_token_ids, keep_rows_, trimmable_rows
 from lib.model.run_folder import JOB, RunFolder
 from lib.pruning.experts import count_left as experts_left
 from lib.pruning.inputs import check_widths
@@ -33,7 +39,6 @@ from lib.run.job import Job
 from lib.run.plan import Plan
 from lib.run.save import CARD
 from lib.run.tasks import check_tasks
-from lib.run.teacher import set_teacher
 from lib.run.texts import named_sources, read_texts, same_texts
 from lib.sparse import check_packable
 from lib.util.errors import UserError
@@ -77,7 +82,7 @@ def check(
     if plan.trims:
         _set_vocabulary(job)
     if plan.teacher:
-        set_teacher(job)
+        _set_teacher(job)
     job.texts = read_texts(job, None)
     width = job.config.get_text_config(decoder=True).hidden_size
     job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
@@ -211,6 +216,67 @@ def _set_schedule(job: Job) -> None:
         share=default if args.recover_ce is None else args.recover_ce,
         seed=args.seed,
     )
+
+
+def _set_teacher(job: Job) -> None:
+    """Set the job's teacher. UserError if the model can't have been made from it."""
+    checkpoint = replace(job.checkpoint, name=job.args.teacher, flag="--teacher", revision=None)
+    config = pretrained.load_config(checkpoint)
+    checkpoint = checkpoint.pinned(config)
+    check_format(checkpoint, config, load_bit=None, changes="--recover")
+    if stored_bits(config):
+        raise UserError(f"{checkpoint}: is quantized; name the unquantized model")
+    dense = copy.deepcopy(pretrained.skeleton(config, checkpoint))  # and its config
+    model = copy.deepcopy(job.skeleton)
+    if job.vocabulary:
+        keep_rows_(model, job.vocabulary.rows)
+    rows = _teacher_rows(job, checkpoint, model)
+    if rows is not None:
+        trimmable_rows(dense, checkpoint)
+        keep_rows_(dense, rows)
+    job.smaller = _is_smaller(job, checkpoint, dense, model)
+    job.teacher, job.teacher_config, job.teacher_rows = checkpoint, config, rows
+
+
+def _is_smaller(job: Job, checkpoint: Checkpoint, dense: nn.Module, model: nn.Module) -> bool:
+    """Whether the blocks have lost rows or columns; nothing else may differ in shape."""
+    of_model, of_dense = (
+        {name: list(parameter.shape) for name, parameter in one.named_parameters()}
+        for one in (model, dense)
+    )
+    smaller = False
+    for name in of_model | of_dense:
+        ours, theirs = of_model.get(name), of_dense.get(name)
+        if ours == theirs:
+            continue
+        lost = ours and theirs and len(ours) == len(theirs) and all(map(le, ours, theirs))
+        if not lost or not name.startswith(f"{job.blocks_name}."):
+            raise UserError(
+                f"{checkpoint}: its {name} is {theirs or 'missing'}, that of {job.checkpoint} "
+                f"{ours or 'missing'}; name the dense model that it was made of"
+            )
+        smaller = True
+    return smaller
+
+
+def _teacher_rows(job: Job, checkpoint: Checkpoint, model: nn.Module) -> Tensor | None:
+    """The rows of the teacher's vocabulary that `model`, without weights, has; None: all of them.
+
+    UserError if the teacher lacks tokens of the model.
+    """
+    teacher_ids = pretrained.load_tokenizer(checkpoint).get_vocab()
+    original = job.vocabulary.original_tokenizer if job.vocabulary else job.tokenizer
+    if teacher_ids == original.get_vocab():
+        return job.vocabulary.rows if job.vocabulary else None
+    tokens = sorted(job.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    every_row = range(model.get_input_embeddings().num_embeddings)
+    names_rows = [index for _, index in tokens] == list(every_row)
+    if not names_rows or any(token not in teacher_ids for token, _ in tokens):
+        raise UserError(
+            f"{checkpoint}: has another vocabulary than {job.checkpoint}; name the dense model "
+            "that it was made of"
+        )
+    return torch.tensor([teacher_ids[token] for token, _ in tokens])
 
 
 def _check_tokens(job: Job) -> None:

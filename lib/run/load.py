@@ -1,4 +1,4 @@
-"""Load the dense model of a run, on the device or in files of blocks, as memory allows.
+"""Load the models of a run, the dense one on the device or in files of blocks, as memory allows.
 
 Memory is a rule: the weights and hidden states against what is free decide whether blocks are
 fetched one at a time, where hidden states are, and what is kept in memory to save passes. Nothing
@@ -20,8 +20,10 @@ from torch import nn
 
 from lib.model import pretrained
 from lib.model.blocks import BlockRunner
+from lib.model.rows import keep_rows_
 from lib.model.run_folder import CONVERTED, RunFolder
 from lib.model.store import BlockStore, FileBlockStore, are_apart, device_map
+from lib.pruning.check import measure
 from lib.run.job import Job
 from lib.util.errors import UserError
 from lib.util.host import available, gib, keep_freed_memory
@@ -30,6 +32,7 @@ BITS = {"4": 4.5, "8": 8.1}  # for each weight of --load_bit, scales included
 TRAINED = 16  # bytes of a trained weight: float32, gradient and AdamW's two averages
 CACHED = 8  # inputs of a block's linears, in hidden states
 KEPT = 40  # activations of a block that a backward pass needs, in hidden states of a batch
+LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
 
@@ -79,6 +82,32 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
         runner.verify()
         job.print(f"measured as a whole: {error}")
     return runner
+
+
+def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
+    """Load the teacher: `--teacher`, or a copy of the model as it is before pruning.
+
+    UserError if a model that was pruned before is to be recovered, but has no zeros.
+    """
+    passes = dict(dist=job.dist, batch_size=job.batch_size, state_device=runner.state_device)
+    if not job.teacher:
+        return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
+    needs_zeros = job.schedule and not (job.plan.narrows or job.smaller)
+    if needs_zeros and (zeros := measure(runner).overall) < LEAST_ZEROS:
+        raise UserError(
+            f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
+            "nothing to recover; prune it by --prune_method, without --teacher"
+        )
+    with job.timed("load teacher"):
+        dtype = pretrained.pick_dtype(job.args.dtype, job.config, job.device)
+        model = pretrained.load_model(
+            job.teacher, job.teacher_config, dtype=dtype, device_map={"": job.device}
+        )
+        if job.teacher_rows is not None:
+            keep_rows_(model, job.teacher_rows)
+        teacher = BlockRunner(model, job.device, flag=job.teacher.flag, **passes)
+        teacher.check_finite()
+    return teacher
 
 
 def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:

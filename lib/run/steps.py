@@ -33,11 +33,10 @@ from lib.pruning.quantize import check_quantized as check_quantized_weights
 from lib.recover import Recoverer
 from lib.run import tasks
 from lib.run.job import Job
-from lib.run.load import load
+from lib.run.load import load, load_teacher
 from lib.run.record import evaluation_record, finish_results, keep_other_results, write_log
 from lib.run.results import write_results
 from lib.run.save import close_store, save, write_card
-from lib.run.teacher import load_teacher
 from lib.run.texts import resolve_bos
 from lib.sparse import check_same_outputs, pack_, relative_difference
 from lib.util.host import gib
