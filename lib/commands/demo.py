@@ -4,8 +4,8 @@
 
 The demo needs neither network nor GPU. It trains a tiny model on Ukrainian and English stories and
 prunes it in one sweep: by every method, at 50% and 2:4, calibrated on either language, measured on
-both. The best of the 2:4 models are also recovered. The report comes last. The model and finished
-runs are kept, so that the same command resumes after an interruption.
+both. The best of the 2:4 models are also recovered. The report comes last. After an interruption
+the same command trains the model again, to the same bytes, and keeps the runs that have finished.
 
 The model is small on purpose: without spare capacity it loses by every pruned weight, and which
 weights can be pruned differs between its two languages.
@@ -18,11 +18,10 @@ import json
 import os
 import random
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 Texts = Mapping[str, Sequence[str]]  # documents by language
-SETTINGS = "training.json"  # beside the weights, which depend on it
 BEGIN, END = "<s>", "</s>"  # ids 0 and 1
 SEED = 0
 SPREAD = 0.05  # standard deviation of new weights
@@ -84,12 +82,9 @@ def demo(folder: Path, size: Size, debug: bool = False) -> None:
 
     print(f"2. Model: a tiny LLaMA for both, in {folder / 'model'}", flush=True)
     quiet()
-    start = time.perf_counter()
-    if train_model(folder / "model", texts, size):
-        shutil.rmtree(folder / "runs", ignore_errors=True)  # they were of another model
-        print(f"   trained in {time.perf_counter() - start:.0f} s")
-    else:
-        print("   kept from before")
+    tokenizer = train_tokenizer(texts, size)
+    train(tokenizer, texts, size).save_pretrained(folder / "model")  # the same bytes every time
+    tokenizer.save_pretrained(folder / "model")
 
     tests = [str(folder / language) for language in LANGUAGES]
     flags = ["--models", str(folder / "model"), "--out", str(folder / "runs")]
@@ -116,22 +111,6 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
     (folder / "train.jsonl").write_text("".join(lines[:train]), "utf-8")
     (folder / "test.jsonl").write_text("".join(lines[train:]), "utf-8")
     return [json.loads(line)["text"] for line in lines[:train]]
-
-
-def train_model(folder: Path, texts: Texts, size: Size) -> bool:
-    """Train model and tokenizer and save them in `folder`, unless that holds them already.
-
-    Anything else in `folder` is removed. Returns whether it trained.
-    """
-    settings, file = json.dumps(asdict(size)), folder / SETTINGS
-    if file.is_file() and file.read_text("utf-8") == settings:
-        return False
-    shutil.rmtree(folder, ignore_errors=True)
-    tokenizer = train_tokenizer(texts, size)
-    train(tokenizer, texts, size).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    file.write_text(settings, "utf-8")  # the last file: with it the model is whole
-    return True
 
 
 def train_tokenizer(texts: Texts, size: Size) -> PreTrainedTokenizerFast:
