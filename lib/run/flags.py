@@ -58,12 +58,6 @@ SHARE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
 
 
-def _names(text: str) -> list[str]:
-    if not (names := [name for name in text.split(",") if name]):
-        raise argparse.ArgumentTypeError(f"{text!r}: names no task")
-    return names
-
-
 @cache
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of main.py."""
@@ -283,7 +277,7 @@ def build_parser() -> argparse.ArgumentParser:
         "tasks",
         "tasks of lm-eval (if installed) to run on the dense and the pruned model at the end, in "
         "place of wanda's --eval_zero_shot",
-        type=_names,
+        type=lambda names: names.split(","),
         metavar="NAME,...",
     )
     flag(

@@ -118,7 +118,7 @@ def test_no_value_changes_in_a_file(name: str, texts, tmp_path, capsys) -> None:
     }
     main([str(tmp_path / "q4"), str(tmp_path / "q4.gguf"), "--type", "q4_0"])
     assert "\nq4_0: 0 of " in capsys.readouterr().out
-    changed, values = whole.record_of(tmp_path / "q4.gguf")["proof"]["tensors"]["q4_0"]
+    changed, values = whole.record_of(tmp_path / "q4.gguf")["proof"]["tensors"]["changed"]["Q4_0"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "q4", dtype=torch.float32)
     runner = runner_of(model.requires_grad_(False))
     names = on_grid(runner)  # all others are routers

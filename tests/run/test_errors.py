@@ -77,7 +77,7 @@ FLAGS = [
     ("--vocabulary_data uk", "--vocabulary_data uk", "--trim_vocabulary"),
     ("--eval_only", "--eval_only", "--prune_method wanda"),
     ("--save=", "--save", "empty"),
-    ("--tasks ,", "--tasks", "names no task"),
+    ("--tasks ,", "--tasks", "is empty"),
     ("--include_path tasks", "--include_path tasks", "--tasks"),
     ("--nsample 8", "--nsample", "--help"),
     ("--save_model M", "--save_model M", "--model M"),

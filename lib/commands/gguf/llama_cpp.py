@@ -231,9 +231,8 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
     Every row of embedding and head in `exact` must be the checkpoint's, every tensor of `file` must
     be that of `exact` as the tensor's type rounds it, to the last bit, and all fields but the type
     must be the same. Returns how many tensors have which type (`types`), how many `rows` of
-    embedding and head are the checkpoint's, how many values of each tensor its type has rounded
-    (`changed`), and how many these are, and of how many, in all tensors of q4_0 (`q4_0`). Raises
-    ValueError at the first difference.
+    embedding and head are the checkpoint's, and how many values each type has rounded, of how many
+    (`changed`). Raises ValueError at the first difference.
     """
     import numpy as np
     from gguf import GGUFReader, quants
@@ -249,20 +248,18 @@ def compare(file: str, exact: str, weights: str) -> dict[str, Any]:
     originals = {tensor.name: tensor for tensor in other.tensors}
     if originals.keys() != {tensor.name for tensor in one.tensors}:
         raise ValueError("the file has other tensors than the one in f32")
-    changed, sizes = {}, {}
+    changed: dict[str, list[int]] = {}
     for tensor in one.tensors:
         original, kind = originals[tensor.name], tensor.tensor_type
         values = quants.dequantize(original.data, original.tensor_type)
         if quants.quantize(values, kind).tobytes() != tensor.data.tobytes():
             raise ValueError(f"{tensor.name} is not the checkpoint's, rounded to {kind.name}")
-        rounded = quants.dequantize(tensor.data, kind)
-        changed[tensor.name] = int(np.count_nonzero(rounded != values))
-        if kind.name == "Q4_0":
-            sizes[tensor.name] = int(tensor.n_elements)
+        counts = changed.setdefault(kind.name, [0, 0])
+        counts[0] += int(np.count_nonzero(quants.dequantize(tensor.data, kind) != values))
+        counts[1] += int(tensor.n_elements)
     types = Counter(tensor.tensor_type.name for tensor in one.tensors)
     rows = _compare_rows(other, Path(weights))
-    q4_0 = sum(changed[name] for name in sizes), sum(sizes.values())
-    return {"types": dict(types.most_common()), "rows": rows, "changed": changed, "q4_0": q4_0}
+    return {"types": dict(types.most_common()), "rows": rows, "changed": changed}
 
 
 def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:

@@ -67,11 +67,10 @@ def prove(
     file, missing = list(files.values())[-1], []
     tensors = prove_tensors(file, files["f32"], weights)
     types = ", ".join(f"{count} in {name.lower()}" for name, count in tensors["types"].items())
-    changed = sum(tensors["changed"].values())
+    changed = sum(count for count, _ in tensors["changed"].values())
     print(f"tensors are the checkpoint's: {types}; rounding changed {changed:,} values", flush=True)
-    changed, count = tensors["q4_0"]
-    if count:
-        print(f"q4_0: {changed:,} of {count:,} values change", flush=True)
+    if counts := tensors["changed"].get("Q4_0"):
+        print("q4_0: {:,} of {:,} values change".format(*counts), flush=True)
     proof: dict[str, Any] = {"tensors": tensors}
     needed = 2 * sum(part.stat().st_size for part in weights.glob("*.safetensors"))
     if find_spec(RUNNER) is None:
