@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -90,7 +89,7 @@ def succeed(*argv: object) -> Done:
 
 def call_here(module: str, *argv: object) -> int:
     """As lib.util.command.call, but in this process, where torch is imported already."""
-    return command.run(import_module(module).main, [str(each) for each in argv])
+    return command.run(command.main_of(module), [str(each) for each in argv])
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from lib.data.sources import PART, parse_source, parse_sources
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import RESULTS, read_results
-from lib.util.command import Parser, add_debug_flag, call, one_line, run, split_argv, typed
+from lib.util.command import Parser, add_debug_flag, call, one_line, split_argv, typed
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from lib.util.markdown import padded_table
@@ -508,7 +508,3 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
 
 def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(seconds, 0):.0f} s"
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

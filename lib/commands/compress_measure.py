@@ -1,22 +1,20 @@
 """What a saved model, or a GGUF file, takes on disk, and its tokens a second.
 
-    python -m lib.commands.compress_measure MODEL FILE.json '["cpu", "bfloat16", {}]'
+    python -m lib.util.command lib.commands.compress_measure MODEL FILE.json OPTIONS
 
-The last argument has device, dtype, and what from_pretrained needs to find and load the model.
+OPTIONS, as '["cpu", "bfloat16", {}]', have device, dtype, and what from_pretrained needs to find
+and load the model.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from lib.util.command import run
 
 PROMPT, STEPS = 16, 48  # tokens
 ROUNDS = 3  # of decoding, after one that does not count
@@ -80,7 +78,3 @@ def main(argv: list[str]) -> None:
     if model:
         figures[ROWS[1]] = statistics.median([speed(model) for _ in range(ROUNDS + 1)][1:])
     Path(file).write_text(json.dumps(figures), "utf-8")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

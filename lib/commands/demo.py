@@ -18,7 +18,6 @@ import json
 import os
 import random
 import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +192,3 @@ def main(argv: list[str]) -> None:
     start = time.perf_counter()
     demo(Path(args.folder), Size(), args.debug)
     print(f"done in {time.perf_counter() - start:.0f} s")
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))

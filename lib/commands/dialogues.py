@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from lib.model import pretrained
 from lib.model.access import Checkpoint, as_user_error
 from lib.run.completions import continue_rows, decode
 from lib.run.flags import POSITIVE
-from lib.util.command import make_parser, run
+from lib.util.command import make_parser
 from lib.util.errors import UserError
 from lib.util.files import check_writable
 from lib.util.progress import progress, quiet
@@ -158,7 +157,3 @@ def _kept(out: Path) -> list[list[dict[str, Any]]]:
             file.truncate(len(whole[0] + whole[1]))
     source = parse_sources([str(out)], "OUT")[0]
     return [document.prompt for document in read_documents(source, "train")[0]] if whole[0] else []
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

@@ -1,6 +1,6 @@
 """One table over many runs.
 
-    python -m lib.commands.report RUN [RUN ...] [--out FOLDER]
+    bash launch.sh report RUN [RUN ...] [--out FOLDER]
 
 A RUN is a run's `--save` folder, or a folder that holds such folders. The table goes to report.md,
 unrounded figures to report.csv. The terminal gets a table of one figure for each test set.
@@ -261,7 +261,3 @@ def main(argv: list[str]) -> None:
     check_writable("--out", args.out)
     print(write_report(load_runs(args.runs), Path(args.out)))
     print(f"wrote {args.out}/report.md", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))

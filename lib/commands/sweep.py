@@ -1,6 +1,6 @@
 """Run many prunings: models x methods x types x ratios x calibration sets x seeds.
 
-    python -m lib.commands.sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
+    bash launch.sh sweep --models MODEL --calibration uk en uk=0.5,en=0.5 --seeds 0 1 2
         --out runs -- --nsamples 64 --device cpu
 
 What follows `--` goes to every run of main.py. Each run is a process of its own and has its own
@@ -14,7 +14,6 @@ import argparse
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -189,7 +188,3 @@ def main(argv: list[str]) -> None:
     argv, passed_on = command.split_argv(argv)
     args = build_sweep_parser().parse_args(argv)
     run_all(plan(args, passed_on), args.out)
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))

@@ -1,6 +1,6 @@
 """One run of a sweep, in a process of its own: main.py, unless its results are there already.
 
-    python -m lib.commands.sweep_run FOLDER -- FLAGS
+    python -m lib.util.command lib.commands.sweep_run FOLDER -- FLAGS
 
 FLAGS are those of main.py; FOLDER is where the runs of a sweep share what the dense model computes.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import io
 import shutil
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -66,7 +65,3 @@ def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str 
 def main(argv: list[str]) -> None:
     (shared,), flags = command.split_argv(argv)
     run(build_parser().parse_args(flags), Path(shared))
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))

@@ -1,15 +1,14 @@
 """Convert a packed checkpoint to the plain dense one that any engine reads.
 
-python -m lib.commands.unpack IN OUT
+bash launch.sh unpack IN OUT
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
-from lib.util.command import make_parser, run
+from lib.util.command import make_parser
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, staged_folder
 
@@ -56,7 +55,3 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     unpack_folder(args.source, args.target)
     print(f"unpacked: {args.target}")
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

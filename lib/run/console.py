@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import sys
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def program(name: str) -> str:
 def start(argv: list[str]) -> None:
     """Run the command that the first argument names; without one, list them."""
     from lib import __version__
-    from lib.util.command import CALLED, Parser
+    from lib.util.command import CALLED, Parser, main_of
 
     called = "bash launch.sh" if Path(sys.argv[0]).name == "console.py" else "langprune"
     os.environ[CALLED] = called
@@ -52,8 +51,7 @@ def start(argv: list[str]) -> None:
     elif name not in NAMES:
         Parser().error(f"{name}: no such command; {called} --help lists all")
     else:
-        sys.argv[1:] = argv
-        runpy.run_module(program(name), run_name="__main__", alter_sys=True)
+        main_of(program(name))(argv)
 
 
 def main() -> None:

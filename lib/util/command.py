@@ -1,7 +1,6 @@
 """Runs a command: a user's mistake becomes one line on stderr instead of a traceback.
 
-    if __name__ == "__main__":
-        sys.exit(run(main))
+    python -m lib.util.command MODULE ARGV...     # its main(ARGV)
 
 A command starts others in processes of their own, in the folder that the user is in, so that
 relative paths mean what they meant to the user. Importing this file imports nothing heavy.
@@ -19,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -136,14 +136,20 @@ def started_by(module: str, *argv: object) -> tuple[list[str], dict[str, str]]:
     return command, os.environ | {"PYTHONPATH": path}
 
 
+def main_of(module: str) -> Callable[[list[str]], None]:
+    """Return the `main` of a module, or of a package's `__main__`."""
+    found = import_module(module)
+    return (found if hasattr(found, "main") else import_module(f"{module}.__main__")).main
+
+
 def call(module: str, *argv: object) -> int:
-    """Run `python -m MODULE ARGV...` to its end and return its exit status.
+    """Run `main(ARGV)` of a module in a process of its own and return its exit status.
 
     The process ends with this one: at Ctrl-C, which a terminal sends to both, it is waited for, and
     whatever else ends this process terminates it. Where this one is killed, the end of its stdin
     tells it.
     """
-    command, environment = started_by(module, *argv)
+    command, environment = started_by("lib.util.command", module, *argv)
     environment[ENDS_WITH_STDIN] = "1"
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
         try:
@@ -202,3 +208,7 @@ def describe_error(error: BaseException) -> str | None:
 def one_line(text: str) -> str:
     """Any text on one line, without control, directional and invisible characters."""
     return "".join(c for c in " ".join(text.split()) if c.isprintable() or c in JOINERS)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main_of(sys.argv[1]), sys.argv[2:]))

@@ -10,7 +10,6 @@ command stops, and there is no NEW.
 from __future__ import annotations
 
 import shlex
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from io import StringIO
@@ -23,7 +22,7 @@ from lib.commands.export.engines import ENGINES, GridFolder, digests, load_trans
 from lib.commands.gguf.proof import LINES, SHORT, windows_of
 from lib.model.access import Checkpoint, as_user_error
 from lib.run.card import converted_card
-from lib.util.command import make_parser, run
+from lib.util.command import make_parser
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, partial_of, staged_folder
 from lib.util.host import available, gib
@@ -120,7 +119,3 @@ def prove(source: GridFolder, engine: type, stage: Path, new: str) -> list[str]:
         f"greedy completions: {same} of {len(texts)} are the same",
         f"not run: {engine.not_run}",
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

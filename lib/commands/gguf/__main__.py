@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import shlex
-import sys
 import tempfile
 from importlib import metadata
 from importlib.util import find_spec
@@ -34,7 +33,7 @@ from lib.data.sources import parse_sources
 from lib.data.tokenizer_model import check_of
 from lib.model.pretrained import checkpoint_dtype
 from lib.run.card import converted_card
-from lib.util.command import make_parser, run
+from lib.util.command import make_parser
 from lib.util.errors import UserError
 from lib.util.files import check_writable, sync, write_text
 from lib.util.host import gib
@@ -174,7 +173,3 @@ def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> No
     write_text(beside(out, "json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     file.rename(out)
     sync(out.parent)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))
