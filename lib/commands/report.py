@@ -115,7 +115,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         "vocabulary": rows,
         "note": vocabulary.get("note"),
         "method": results["method"] + variant + (" + recovery" if trained else ""),
-        "kind": kind or "",
+        "strictness": STRICTNESS.index(kind) if kind in STRICTNESS else -1,
         "type": DENSE if results["method"] == DENSE else names.get(kind, kind),
         "ratio": share,
         "calibrated_on": text.get("name") or NONE,
@@ -163,21 +163,14 @@ def _summarised(lines: DataFrame) -> DataFrame:
         of_dense = dense.reindex(table["measured_on"]).reset_index()
         table["rise"] = (table["perplexity"] / of_dense["perplexity"] - 1).mask(is_dense)
         table["more_bits"] = (table["bits_per_byte"] - of_dense["bits_per_byte"]).mask(is_dense)
-    types, tests = types_of(table), list(lines["measured_on"].unique())
+    tests = list(lines["measured_on"].unique())
 
     def place(index: int) -> tuple[Any, ...]:
         row = table.loc[index]
         dense, test = row["type"] == DENSE, tests.index(row["measured_on"])
-        return (not dense, row["method"], types.index(row["type"]), *row[keys[2:-1]], test)
+        return (not dense, *row[["method", "strictness", "ratio", *keys[1:-1]]], test)
 
     return table.loc[sorted(table.index, key=place)].reset_index(drop=True)
-
-
-def types_of(table: DataFrame) -> list[str]:
-    """Return the types of a table, unstructured ratios first, each from loose to strict."""
-    order = table["kind"].map({kind: place for place, kind in enumerate(STRICTNESS)}).fillna(-1)
-    lines = table.assign(order=order).sort_values(["order", "ratio"], kind="stable")
-    return list(dict.fromkeys(lines["type"]))
 
 
 def _unique_names(names: Series, identities: Series) -> Series:
@@ -247,7 +240,7 @@ def write_report(runs: Runs, out: Path) -> str:
     by_model = tables(runs)
     write_text(out / "report.md", report_text(by_model))
     frame = pandas.concat(by_model) if by_model else pandas.DataFrame()
-    frame = frame.drop(columns=["folder", "kind", "seed"], errors="ignore")
+    frame = frame.drop(columns=["folder", "strictness", "seed"], errors="ignore")
     short = {name: name.removeprefix(SETTING).removeprefix(TASK) for name in frame}
     write_text(out / "report.csv", frame.rename(columns=short).to_csv(index=False))
     return report_text(by_model, brief=True)

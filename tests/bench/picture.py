@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from lib.commands.report import DENSE, load_runs, tables, types_of
+from lib.commands.report import DENSE, load_runs, tables
 from lib.run.results import NONE
 from lib.util.command import run
 from lib.util.errors import UserError
@@ -43,7 +43,8 @@ def picture(table: pandas.DataFrame) -> Figure | None:
     without, rows = (rows[(rows["calibrated_on"] == NONE) == none] for none in (True, False))
     if rows.empty:
         return None
-    tests, types = list(dict.fromkeys(rows["measured_on"])), types_of(rows)
+    tests = list(dict.fromkeys(rows["measured_on"]))
+    types = list(rows.sort_values(["strictness", "ratio"])["type"].unique())
     groups = dict(list(rows.groupby(["type", "method"], sort=False)))
     width, height = 1.2 + 0.62 * max(3, len(tests)), 1.2 + 0.42 * max(3, len(labels))
     columns = max(1, min(rows["method"].nunique(), int(WIDEST / width)))

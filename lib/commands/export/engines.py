@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from lib.model.access import Checkpoint
@@ -28,6 +28,7 @@ from lib.model.linears import find_linears
 from lib.model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
 from lib.packed.checkpoint import METHOD
 from lib.packed.formats import FORMATS
+from lib.run.completions import continue_greedily
 from lib.util.errors import UserError
 
 GRID = FORMATS["q4_0"]
@@ -161,17 +162,12 @@ def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> Loaded:
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     for module, table in zip(both, tables, strict=False):
         module.weight.data = table
-    model.generation_config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False)
-
-    def complete(prompt: list[int]) -> list[int]:
-        ids = torch.tensor([prompt])
-        return model.generate(ids, attention_mask=ids >= 0)[0, len(prompt) :].tolist()
 
     @torch.no_grad()
     def logits(window: list[int]) -> Tensor:
         return model(torch.tensor([window]), use_cache=False).logits[0]
 
-    return Loaded(logits, complete)
+    return Loaded(logits, lambda prompt: continue_greedily(model, [prompt], NEW_TOKENS)[0])
 
 
 class CompressedTensors:

@@ -98,7 +98,7 @@ def main(arguments: list[str]) -> None:
     more += " --jinja -cnv" if source.tokenizer.chat_template else ""  # as a dialogue
     about = dict(what=f"GGUF ({weight_type})", tag="gguf", kind=weight_type)
     about |= dict(changed="its embedding and head alone")
-    card, how = beside(out, "md"), HOW.format(shlex.quote(out.name), more)
+    card, how = Path(f"{out}.md"), HOW.format(shlex.quote(out.name), more)
     write_text(card, converted_card(args.source, how=how, **about))
     if seeing:
         print(f"written: {mmproj_of(Path(args.out))}, by which {args.out} sees")
@@ -147,17 +147,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def check_new(out: Path, named: str) -> None:
-    """Raise UserError if OUT is no name of a GGUF file, or it or its record exists."""
+    """Raise UserError if OUT is no name of a GGUF file, or it, its record or its card exists."""
     if out.suffix != ".gguf":
         raise UserError(f"OUT {named}: name a file that ends with .gguf")
-    for path in (out, beside(out, "json"), beside(out, "md"), mmproj_of(out)):
+    for path in (out, Path(f"{out}.json"), Path(f"{out}.md"), mmproj_of(out)):
         if path.exists() or path.is_symlink():
             raise UserError(f"OUT {named}: {path.name} exists; name a new file")
-
-
-def beside(out: Path, ending: str) -> Path:
-    """Return the record of OUT (json), or its card (md)."""
-    return out.with_name(f"{out.name}.{ending}")
 
 
 def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> None:
@@ -170,6 +165,6 @@ def put_in_place(file: Path, out: Path, named: str, facts: dict[str, Any]) -> No
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     check_new(out, named)
     record = {"sha256": digest} | facts
-    write_text(beside(out, "json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_text(Path(f"{out}.json"), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     file.rename(out)
     sync(out.parent)
