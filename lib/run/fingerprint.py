@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import platform
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,8 +60,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
-    settings = _content(args.model, job.config, *SETTINGS, most=SETTINGS_BYTES)
-    measuring["tokenizer of --model"] = settings
+    measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
     for test in texts.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]
     if args.include_path:
@@ -90,13 +88,13 @@ def versions() -> dict[str, str | None]:
     return installed
 
 
-def _content(name: str, config: Any, *patterns: str, most: float = math.inf) -> str:
-    """Return the commit of a model on the hub, or a digest of a folder's files up to a size."""
+def _content(name: str, config: Any, *patterns: str) -> str:
+    """Return the commit of a model on the hub, or a digest of a folder's weights or settings."""
     folder = Path(name)
     if not folder.is_dir():
         return str(getattr(config, "_commit_hash", None))
     files = {file for each in patterns for file in folder.glob(each) if file.is_file()}
-    return _digest(file for file in files if file.stat().st_size <= most)
+    return _digest(f for f in files if f.match(WEIGHTS) or f.stat().st_size <= SETTINGS_BYTES)
 
 
 def _digest(files: Iterable[Path]) -> str:
