@@ -31,7 +31,7 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 # packages for some uses, or in an environment of their own
 OPTIONAL = """
 triton lm_eval llmcompressor conversion convert_hf_to_gguf gguf xllamacpp ua_gec mlx mlx_lm onnx
-onnxruntime onnxruntime_genai matplotlib
+onnxruntime onnxruntime_genai
 """.split()
 
 

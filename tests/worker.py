@@ -15,6 +15,7 @@ from unittest import mock
 
 import bitsandbytes  # noqa: F401  what is heavy is imported once, before processes fork off
 import datasets  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 from support import at, call_here

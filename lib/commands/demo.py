@@ -4,8 +4,9 @@
 
 The demo needs neither network nor GPU. It trains a tiny model on Ukrainian and English stories and
 prunes it in one sweep: by every method, at 50% and 2:4, calibrated on either language, measured on
-both. The best of the 2:4 models are also recovered. The report comes last. After an interruption
-the same command trains the model again, to the same bytes, and keeps the runs that have finished.
+both. The best of the 2:4 models are also recovered. The report with its picture comes last. After
+an interruption the same command trains the model again, to the same bytes, and keeps the runs that
+have finished.
 
 The model is small on purpose: without spare capacity it loses by every pruned weight, and which
 weights can be pruned differs between its two languages.

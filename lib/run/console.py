@@ -20,7 +20,7 @@ NAME ..., where NAME is one of these; NAME --help lists its flags
   compress MODEL OUT --language uk   a small model for every engine, in --minutes 30
 
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
-  report RUN ...                 one table of finished runs
+  report RUN ...                 table and picture of finished runs
   dialogues MODEL OUT --data ... answers of a chat model to prompts, to compress it on
   tasks DATA OUT                 tasks for lm-eval from documents, for --tasks and --include_path
   unpack IN OUT                  a packed model as a plain dense one

@@ -1,4 +1,4 @@
-"""The picture of languages: the figures that are handed to the axes, by made-up runs."""
+"""The picture of a report: the figures that are handed to the axes, by made-up runs."""
 
 from __future__ import annotations
 
@@ -6,15 +6,10 @@ from pathlib import Path
 
 import pytest
 from made_up import LANGUAGES, results
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from lib.commands.report import tables
-
-pytest.importorskip("matplotlib", reason="needs matplotlib")
-
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from tests.bench.picture import picture  # noqa: E402
+from lib.commands.report import picture, tables
 
 
 def table(*runs: dict):

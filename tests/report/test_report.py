@@ -94,7 +94,8 @@ def test_the_same_runs_give_the_same_files(sweep: Path, tmp_path: Path) -> None:
         write_report(load_runs([sweep]), tmp_path / out)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"report.md", "report.csv"}
+    assert names == {"report.md", "report.csv", "languages.png"}
+    assert "![languages](languages.png)" in (tmp_path / "a" / "report.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,9 @@ def test_other_models_and_vocabularies_stand_in_tables_of_their_own(
     assert "uk rise" not in admm  # never against the other table's dense run
     first = "uk bits/byte" if "vocabulary" in other else "uk perplexity"
     assert list(admm)[5] == first and list(row(brief, "admm"))[3:] == [first, f"en{first[2:]}"]
+    if "model" in other:
+        names = {path.name for path in (tmp_path / "out").iterdir()}
+        assert "languages-1.png" in names
 
 
 def test_runs_that_differ_in_a_flag_are_not_averaged(tmp_path: Path) -> None:
