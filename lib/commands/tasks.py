@@ -1,6 +1,6 @@
 """Write tasks for lm-eval from your own documents, to run on a model before and after pruning.
 
-    python -m lib.commands.tasks DATA OUT [--language uk] [--pairs FILE] [--model MODEL]
+    bash launch.sh tasks DATA OUT [--language uk] [--pairs FILE] [--model MODEL]
     python main.py --tasks uk_last_word,uk_last_word_said --include_path OUT ...
 
 Of the test documents of DATA it asks for the last word of a sentence, after the text before it (as
@@ -21,7 +21,6 @@ from __future__ import annotations
 import json
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -205,7 +204,3 @@ def main(argv: list[str]) -> None:
     for task, (its, form) in tasks.items():
         write_task(folder, task, its, form)
     print(f"run them: python main.py --tasks {','.join(tasks)} --include_path {args.out} ...")
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))
