@@ -22,7 +22,7 @@ Linears that share the input are solved side by side, transposed to (in, out).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -95,15 +95,31 @@ class SolverGrid(Grid):
         scales = self.form.fit_scales(matrix, costs=across.flatten().square())
         self.scales[:, here.start // self.form.group] = scales.flatten()
 
-    def columns(self, here: slice, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each input of a group its steps, whether it is kept, and rows of `more`."""
-        steps = self.scales[:, here.start // self.form.group] * self.across[here]
-        return zip(*(each.unbind() for each in (steps, self.keep[here], *more)), strict=True)
+    def round_group_(
+        self,
+        here: slice,
+        values: Tensor,
+        coupling: Tensor,
+        solution: Tensor,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Round a group's values (inputs, out) to the nearest points, in order, into a solution.
 
-    def round_column(self, values: Tensor, step: Tensor, keep: Tensor, out: Tensor) -> None:
-        """Write the point of the grid that is nearest to a column's values (out,) into `out`."""
-        torch.div(values, step, out=out)
-        out.round_().clamp_(self.form.lowest, self.form.highest).mul_(step).mul_(keep)
+        Returns by how much what stood `before`, or else the values, is ahead of these: a value is
+        lowered by the differences of those above it times its column of `coupling`.
+        """
+        steps = self.scales[:, here.start // self.form.group] * self.across[here]
+        differences = torch.empty_like(values)
+        before = values if before is None else before
+        rows = steps, self.keep[here], values, solution[here], before, differences
+        columns = zip(*(each.unbind() for each in rows), strict=True)
+        for j, (step, keep, value, rounded, old, difference) in enumerate(columns):
+            if j:
+                value.addmv_(differences[:j].T, coupling[:j, j], alpha=-1)
+            torch.div(value, step, out=rounded)
+            rounded.round_().clamp_(self.form.lowest, self.form.highest).mul_(step).mul_(keep)
+            torch.sub(old, rounded, out=difference)
+        return differences
 
     def matrix(self, solution: Tensor) -> Tensor:
         """A solution (in, out) on the grid as the matrix (out, in) that is saved, to the bit."""
@@ -125,13 +141,7 @@ def round_in_order(ideal: Tensor, hessian: Tensor, grid: SolverGrid) -> tuple[Te
             push = factor[: here.start, here] @ inverse
             values.addmm_(push.T, change[: here.start])
         grid.fit_group_(values, here)
-        errors = torch.empty_like(values)
-        rows = grid.columns(here, values, solution[here], errors)
-        for j, (step, keep, value, rounded, error) in enumerate(rows):
-            if j:
-                value.addmv_(errors[:j].T, inverse[:j, j], alpha=-1)
-            grid.round_column(value, step, keep, out=rounded)
-            torch.sub(value, rounded, out=error)
+        grid.round_group_(here, values, inverse, solution)
         torch.sub(ideal[here], solution[here], out=change[here])
         unrounded[here] = values
     return solution, unrounded
@@ -153,15 +163,9 @@ def descend_(
     diagonal = hessian.diagonal()
     for _ in range(sweeps):
         for here in grid.groups:
-            own = hessian[here, here] / diagonal[here]
+            coupling = -hessian[here, here] / diagonal[here]
             before = solution[here].clone()
             best = (residual[here] / diagonal[here, None]).add_(before)
-            changes = torch.empty_like(before)
-            rows = grid.columns(here, best, solution[here], before, changes)
-            for j, (step, keep, value, rounded, old, change) in enumerate(rows):
-                if j:
-                    value.addmv_(changes[:j].T, own[:j, j], alpha=-1)
-                grid.round_column(value, step, keep, out=rounded)
-                torch.sub(rounded, old, out=change)
-            residual.addmm_(hessian[:, here], changes, alpha=-1)
+            differences = grid.round_group_(here, best, coupling, solution, before)
+            residual.addmm_(hessian[:, here], differences)
             unrounded[here] = best
