@@ -21,7 +21,7 @@ from support import QUICK, Done, call, results, weights
 from torch import Tensor
 
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
-ALIKE_Q4_0 = 0.97  # there a code that is rounded otherwise changes those after it
+ALIKE_Q4_0 = 0.9  # there a code that is rounded otherwise changes those after it
 BLOCKS = 3
 BASE = [*QUICK, "--eval_data", "uk", "--calibration_data", "uk"]
 WANDA, SPARSEGPT, ADMM = (["--prune_method", name] for name in ("wanda", "sparsegpt", "admm"))
@@ -174,5 +174,6 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
             kept = [results(at / "out")["recovery"]["kept"]["loss"] for at in (plain, tmp_path)]
             assert kept[0] == pytest.approx(kept[1], rel=0.03)
             return
-        assert alike(one, two) >= (ALIKE_Q4_0 if "q4_0" in kind else ALIKE)
-        assert figures(tmp_path) == pytest.approx(figures(plain), rel=5e-3, abs=2e-3)
+        least, rel = (ALIKE_Q4_0, 1e-2) if "q4_0" in kind else (ALIKE, 5e-3)
+        assert alike(one, two) >= least
+        assert figures(tmp_path) == pytest.approx(figures(plain), rel=rel, abs=2e-3)

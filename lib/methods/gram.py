@@ -55,11 +55,16 @@ def add_cross_(total: Tensor, left: Tensor, x: Tensor) -> None:
     `left` is a difference of activations, small beside them, and wants more digits than x has.
     """
     if x.is_cuda and x.dtype == torch.bfloat16:
-        high = left.bfloat16()
-        for part in (high, (left - high.float()).bfloat16()):  # their sum has 16 bits of it
+        for part in split(left):
             _add_halves_(total, part.T, x)
     else:
         total.addmm_(left.T, x.float())
+
+
+def split(left: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors of bfloat16 whose sum has 16 bits of each float32 number."""
+    high = left.bfloat16()
+    return high, (left - high.float()).bfloat16()
 
 
 def _add_halves_(total: Tensor, a: Tensor, b: Tensor) -> None:
