@@ -266,8 +266,8 @@ def plan(it: Compression) -> None:
     args, decoder = it.args, it.config.get_text_config(decoder=True)
     mixture = any((getattr(decoder, field, 0) or 0) > 1 for field in FIELDS[EXPERTS])
     smaller = SMALLER[EXPERTS if mixture else NEURONS].split()
-    common, windows = ["--device", it.device], CHAT_WINDOWS if it.chat else CPU_WINDOWS
-    windows = windows if it.on_cpu else GPU_WINDOWS
+    on_cpu = CHAT_WINDOWS if it.chat else CPU_WINDOWS
+    common, windows = ["--device", it.device], on_cpu if it.on_cpu else GPU_WINDOWS
     trained = ["--model", args.model, "--trim_vocabulary", "--calibration_data"]
     flags = [*common, *trained, *it.data, *it.format, "--nsamples", str(windows)]
     flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known

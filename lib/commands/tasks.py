@@ -28,7 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.data.chats import Dialogue
+from lib.data.chats import Document
 from lib.data.documents import are_dialogues, read_documents
 from lib.data.languages import script
 from lib.data.sources import parse_source
@@ -77,7 +77,7 @@ PAIRS = CHOOSE | {"doc_to_text": "", "target_delimiter": ""}
 
 
 def last_words(
-    texts: Iterable[str | Dialogue], seed: int, tokenizer: PreTrainedTokenizerBase | None = None
+    texts: Iterable[Document], seed: int, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[dict[str, Any]]:
     """Make at most QUESTIONS questions for the last word of a sentence, among CHOICES words.
 
@@ -183,8 +183,7 @@ def main(argv: list[str]) -> None:
     from lib.model.pretrained import load_tokenizer
 
     check_writable("OUT", args.out)
-    source = parse_source(args.data, "DATA", args.column)
-    source = replace(source, as_text=not args.model)
+    source = replace(parse_source(args.data, "DATA", args.column), as_text=not args.model)
     tokenizer = load_tokenizer(Checkpoint(args.model)) if args.model else None
     documents = read_documents(source, "test")[0]
     if args.model and not are_dialogues(documents):

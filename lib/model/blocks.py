@@ -142,6 +142,7 @@ class BlockRunner:
         windows = as_windows(windows)
         states = HiddenStates(windows.ids, batch_size, block_args=[[] for _ in self.blocks])
         tensors: dict[tuple, list[Tensor]] = {}
+        known: dict[int, tuple[Tensor, Tensor]] = {}  # of one call of the model
         received: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
@@ -156,7 +157,7 @@ class BlockRunner:
                     if states.hidden is None:
                         states.hidden = hidden_buffer(len(windows), hidden, state_device)
                     states.hidden[batch] = hidden
-                unique = partial(first_equal, tensors)
+                unique = partial(first_equal, tensors, known)
                 states.block_args[index].append(tree_map(unique, (args, kwargs)))
                 if index == len(self.blocks) - 1:
                     raise Stop
@@ -166,6 +167,7 @@ class BlockRunner:
 
         for batch in states.batches:
             received.clear()
+            known.clear()
             recorders = {block: recorder(i, batch) for i, block in enumerate(self.blocks)}
             with replaced(recorders):
                 self._call_model(windows[batch])
@@ -391,22 +393,26 @@ def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
     return kwargs.pop("hidden_states"), (), kwargs
 
 
-def first_equal(tensors: dict[tuple, list[Tensor]], value: Any) -> Any:
+def first_equal(
+    tensors: dict[tuple, list[Tensor]], known: dict[int, tuple[Tensor, Tensor]], value: Any
+) -> Any:
     """Return the first tensor that equals `value`; what is no tensor stays as it is.
 
     `tensors`, by shape, dtype and device, are those before, to which a new one is added: most
-    arguments of blocks are the same in all batches.
+    arguments of blocks are the same in all batches. `known` has what was found in a call of the
+    model, in which an id identifies a tensor: comparing reads all of both, and waits for a GPU.
     """
     if isinstance(value, UserDict):  # keys and values that blocks leave for others
         return copy.copy(value)
     if not isinstance(value, Tensor):
         return value
-    alike = tensors.setdefault((value.shape, value.dtype, value.device), [])
-    for other in reversed(alike):  # in one call of the model blocks share theirs
-        if value is other or torch.equal(value, other):
-            return other
-    alike.append(value)
-    return value
+    if id(value) not in known:
+        alike = tensors.setdefault((value.shape, value.dtype, value.device), [])
+        first = next((each for each in alike if torch.equal(value, each)), value)
+        if first is value:
+            alike.append(value)
+        known[id(value)] = value, first
+    return known[id(value)][1]
 
 
 def iter_logits(

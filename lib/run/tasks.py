@@ -63,11 +63,10 @@ def run_tasks(
     for task, metrics in found["results"].items():
         numbers = ((name, metrics[name]) for name in metrics if "," in name)
         figures[task] = {name: float(one) for name, one in numbers if isinstance(one, int | float)}
-        samples = sorted(found["samples"].get(task, ()), key=lambda sample: sample["doc_id"])
-        values = [sample.get("acc", sample.get("exact_match")) for sample in samples]
-        if values and len(samples) == len({sample["doc_id"] for sample in samples}):
-            if all(value in (0, 1) for value in values):
-                figures[task][RIGHT] = "".join(str(int(value)) for value in values)
+        samples = found["samples"].get(task, ())
+        right = {one["doc_id"]: one.get("acc", one.get("exact_match")) for one in samples}
+        if right and len(right) == len(samples) and all(one in (0, 1) for one in right.values()):
+            figures[task][RIGHT] = "".join(str(int(right[number])) for number in sorted(right))
     return figures
 
 
@@ -87,7 +86,8 @@ def task_lines(tasks: Figures, dense: Figures | None = None) -> Iterator[str]:
     """Yield a line for each figure, with its 95% interval, beside the dense model's if given."""
     for task, metrics in tasks.items():
         before = (dense or {}).get(task, {})
-        pair = f"; {mcnemar(before[RIGHT], metrics[RIGHT])}" if RIGHT in metrics and before else ""
+        paired = RIGHT in metrics and RIGHT in before
+        pair = f"; {mcnemar(before[RIGHT], metrics[RIGHT])}" if paired else ""
         for metric in (name for name in metrics if "_stderr" not in name and name != RIGHT):
             line = f"{one_line(task)}, {metric.split(',')[0]}: {_figure(metrics, metric)}"
             yield line + (f" (dense {_figure(before, metric)}{pair})" if metric in before else "")
