@@ -183,6 +183,10 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
 def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     """A run that is killed is a failed one; Ctrl-C ends both; one whose sweep is killed ends."""
 
+    def watches(run: int) -> bool:
+        """Whether a run is up to watching its sweep; a signal before its exec would be lost."""
+        return len(os.listdir(f"/proc/{run}/task")) > 1
+
     def started() -> tuple[Worker, int, int]:
         """Start the sweep; return it, and its process and that of its first run."""
         argv = ["--models", model, *WANDA, "--calibration", texts[0], *PASSED]
@@ -194,6 +198,7 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     os.kill(run, signal.SIGKILL)
     wait_until(lambda: [each for each in children(process) if each != run])
     (run,) = children(process)
+    wait_until(lambda: watches(run))
     for each in (process, run):  # as a terminal does
         os.kill(each, signal.SIGINT)
     done = worker.end()
@@ -202,7 +207,7 @@ def test_killed_runs_and_sweeps(model, texts, tmp_path) -> None:
     assert "runs/tiny/dense: failed with status -9" in done.out
 
     worker, process, run = started()
-    wait_until(lambda: len(os.listdir(f"/proc/{run}/task")) > 1)  # it watches the sweep
+    wait_until(lambda: watches(run))
     os.kill(process, signal.SIGKILL)
     worker.end()
     wait_until(lambda: not Path(f"/proc/{run}").exists())
