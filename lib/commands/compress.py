@@ -34,7 +34,7 @@ from lib.commands.compress_plan import (
     cut_tests,
     plan_time,
 )
-from lib.commands.sweep import PRUNING_FLAGS, without
+from lib.commands.sweep import PRUNING_FLAGS, RECOVERY_FLAGS, without
 from lib.data.languages import language_text
 from lib.data.sources import PART, parse_source, parse_sources
 from lib.methods.sparsity import EXPERTS, NEURONS
@@ -273,7 +273,10 @@ def plan(it: Compression) -> None:
     flags += [*smaller, "0.5"] if args.megabytes else []  # until the size is known
     flags += ["--eval_data", *it.tests] if it.tests else []
     flags += [*it.passed_on, "--save_model", it.out]
-    job = check_job(flags, args.recover, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
+    # by its teacher alone a chat model that was rounded on dialogues does not gain
+    untrained = it.chat and it.target == ANY and not args.megabytes
+    tokens = 0 if untrained and args.recover is None else args.recover
+    job = check_job(flags, tokens, CPU_SEQLEN if it.on_cpu else GPU_SEQLEN)
     check_room(job, "--save", it.folder)
     for index, source in enumerate(job.sources):  # the tests will be files of their own
         if source.parted:
@@ -287,7 +290,7 @@ def plan(it: Compression) -> None:
     made = [*trained, *([*smaller, removed] if removed else [])]
     made += it.format if type_ != "q8_0" else []
     it.kept |= {"common": common, "plan": made, "type": type_, "windows": job.args.nsamples}
-    it.kept |= {"tests": [test.text for test in job.tests], "tokens": args.recover}
+    it.kept |= {"tests": [test.text for test in job.tests], "tokens": tokens}
     what += rehearse(it, job, trained) if args.recover is None else ""
     print(what, flush=True)
     for name in (DENSE, SMALL):  # of a plan before
@@ -298,25 +301,22 @@ def plan(it: Compression) -> None:
 def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
     """Plan `tests`, `windows` and `tokens` by how long a few windows take, and say so."""
     it.announce("Rehearsing with a few windows, to plan the time")
-    tokens = (CPU_REHEARSED if it.on_cpu else GPU_REHEARSED) * job.seqlen
+    trains = bool(job.schedule) and it.kept["type"] != "q8_0"
+    tokens = trains * (CPU_REHEARSED if it.on_cpu else GPU_REHEARSED) * job.seqlen
     flags = [*trained, *(it.format if it.kept["type"] == "q4_0" else [])]
-    flags += ["--nsamples", str(REHEARSED_ROUNDING), "--recover", str(tokens), "--prompts", "1"]
+    flags += ["--nsamples", str(REHEARSED_ROUNDING), "--prompts", "1"]
     flags += ["--eval_data", *cut_tests(job, it.folder / "rehearsal", 0)]
-    flags += without(it.passed_on, (*PRUNING_FLAGS[:4], "nsamples"))
+    flags += training(tokens, without(it.passed_on, (*PRUNING_FLAGS[:4], "nsamples")))
     start = time.monotonic()
     rehearsal = it.run(flags, "rehearsal")
     wall = time.monotonic() - start
     left = it.announce("Plan")
     most = sum(len(test.windows) for test in job.texts.tests)
     passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
-    most_of = dict(tests=most, rounding=job.args.nsamples, passes=passes)
-    # by its teacher alone a chat model that was rounded on dialogues does not gain
-    times = plan_time(rehearsal, wall, left, **most_of, trains=bool(passes) or not it.chat)
-    windows, rounding, tokens, seconds = times
+    most_of = dict(tests=most, rounding=job.args.nsamples, passes=passes, trains=trains)
+    windows, rounding, tokens, seconds = plan_time(rehearsal, wall, left, **most_of)
     what = f"{windows} windows to measure on, about {_time(seconds)} more"
-    if it.kept["type"] == "q8_0":
-        tokens = 0
-    else:
+    if it.kept["type"] != "q8_0":
         rounds = f"{rounding} windows to round on, " if it.kept["type"] else ""
         what = f"{rounds}{tokens:,} tokens of training, {what}"
         if seconds > left:
@@ -351,9 +351,13 @@ def make_small(it: Compression) -> None:
             out.rename(stage)
         (stage / "README.md").unlink(missing_ok=True)  # which says that it is whole
     flags = [*it.kept["plan"], "--nsamples", str(it.kept["windows"])]
-    flags += ["--eval_data", *it.kept["tests"]]
-    flags += ["--recover", str(it.kept["tokens"])] if it.kept["tokens"] else []
-    it.run([*flags, "--save_model", it.out, "--resume", str(blocks), *it.passed_on], SMALL)
+    flags += ["--eval_data", *it.kept["tests"], "--save_model", it.out, "--resume", str(blocks)]
+    it.run([*flags, *training(it.kept["tokens"], it.passed_on)], SMALL)
+
+
+def training(tokens: int, passed_on: list[str]) -> list[str]:
+    """Return the flags of a training, and those that are passed on to it or to none."""
+    return ["--recover", str(tokens), *passed_on] if tokens else without(passed_on, RECOVERY_FLAGS)
 
 
 def complete_card(it: Compression) -> None:
@@ -434,7 +438,7 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
             if one:
                 bits = format(one["bits_per_byte"] or math.nan, ".4f")
                 columns[name][f"bits per byte, {test}"] = bits
-            if one and one is not before:
+            if one and "kl" in one:
                 same = f"{one['kl']:.4f} nats; {one['top1_agreement']:.1%}"
                 columns[name][f"KL to dense; same first choice, {test}"] = same
     for each in small.get("answers", []):

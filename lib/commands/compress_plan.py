@@ -63,15 +63,11 @@ def plan_time(
     """
     from lib.data.training import HELD_OUT, HELD_OUT_SHARE
 
-    spent, recovery, size = rehearsal["seconds"], rehearsal["recovery"], rehearsal["footprint"]
-    evaluation, held_out = rehearsal["evaluation"], recovery["text"]["held_out"]
+    spent, size, evaluation = (rehearsal[name] for name in ("seconds", "footprint", "evaluation"))
     steps = ("dense", "quantize", "measure before", "recover", "eval")
     scaling = sum(spent.get(step, 0) for step in steps)
     rehearsed = 2 * sum(test["windows"] for test in evaluation)
-    passed = (spent["dense"] + spent["eval"]) / rehearsed  # seconds of a pass
-    training = spent["recover"] - (1 + len(recovery["curve"])) * held_out * passed
-    training *= evaluation[0]["seqlen"] / recovery["tokens"]
-    training = max(3 * passed, training)  # seconds of a window
+    passed = (spent.get("dense", spent["eval"]) + spent["eval"]) / rehearsed  # seconds of a pass
     tested = (TEST_PASSES + size["before"] / size["after"]) * passed
     windows = min(tests, max(LEAST_TESTS, int(TEST_SHARE * left / tested)))
     fixed = FIXED * (wall - scaling) + windows * tested + passes * passed
@@ -83,6 +79,10 @@ def plan_time(
         fixed += solving + rounding * rounded
     if not trains:
         return Times(windows, rounding, 0, fixed)
+    recovery, seqlen = rehearsal["recovery"], evaluation[0]["seqlen"]
+    held_out = (1 + len(recovery["curve"])) * recovery["text"]["held_out"]
+    training = (spent["recover"] - held_out * passed) * seqlen / recovery["tokens"]
+    training = max(3 * passed, training)  # seconds of a window
     for held_out in range(HELD_OUT[1], HELD_OUT[0] - 1, -1):  # the fewer, the less is trained on
         measured = HELD_OUT_PASSES * held_out * passed
         trained = max(LEAST_WINDOWS, int((left - fixed - measured) / training))
@@ -91,7 +91,7 @@ def plan_time(
     seconds = fixed + measured + trained * training
     if seconds > left and "quantize" in spent and not passes:
         return Times(windows, rounding, 0, fixed)
-    return Times(windows, rounding, trained * evaluation[0]["seqlen"], seconds)
+    return Times(windows, rounding, trained * seqlen, seconds)
 
 
 def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str]:

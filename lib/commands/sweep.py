@@ -37,9 +37,10 @@ OWN_FLAGS = {  # of main.py, which the sweep sets
     *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
     *("--prune_method", "--sparsity_ratio", "--sparsity_type", "--save", "--save_model"),
 }
+RECOVERY_FLAGS = ("recover", "recover_rank", "recover_rate", "recover_ce")
 PRUNING_FLAGS = (  # of main.py, which a run of the dense model goes without
     *("allocation", "use_variant", "replace_sparse_layers", "quantize"),
-    *("recover", "recover_rank", "recover_rate", "recover_ce", "resume"),
+    *(*RECOVERY_FLAGS, "resume"),
 )
 SHARED = ".dense-states"  # folder in --out: what the dense models compute, for all runs
 

@@ -45,7 +45,7 @@ class TextTooShort(UserError):
 
     def __init__(self, source: Source, problem: str, fits: int = 0) -> None:
         super().__init__(str(source.error(problem)))
-        self.fits = fits
+        self.source, self.fits = source, fits
 
 
 def calibration_windows(

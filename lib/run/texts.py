@@ -80,24 +80,24 @@ def read_texts(job: Job, bos: int | None) -> Texts:
     """Return the windows for calibration, evaluation and recovery, each after `bos` if given.
 
     Where the texts do not give enough of the model's windows, and `--seqlen` asks for none, the
-    job's window becomes the longest power of two of which they do; where that is too short, the
-    documents of a local source are joined to one text.
+    job's window becomes the longest power of two of which they do. Where that is too short, or not
+    the window that is asked for, the documents of a local source are joined to one text.
     """
     texts, models_window = None, job.seqlen
     while texts is None:
         try:
             texts = _windows(job, bos)
         except TextTooShort as error:
-            short = [source.path and source.draw != JOINED for source in job.sources]
-            if job.args.seqlen or (error.fits < SHORTEST and not any(short)):
-                raise
-            if error.fits >= SHORTEST:
+            short = error.source
+            if error.fits >= SHORTEST and not job.args.seqlen:
                 job.seqlen = 2 ** (error.fits.bit_length() - 1)
                 job.schedule = job.schedule and replace(job.schedule, seqlen=job.seqlen)
                 continue
-            pairs = zip(job.sources, short, strict=True)
-            job.sources = [replace(s, draw=JOINED, read={}) if joins else s for s, joins in pairs]
-            job.print("texts: too few are as long as a window, so they are joined to one text")
+            if short not in job.sources or not short.path or short.draw == JOINED:
+                raise
+            joined = replace(short, draw=JOINED, read={})
+            job.sources = [joined if source == short else source for source in job.sources]
+            job.print(f"{short.text}: too few are as long as a window, so they are joined to one")
     if job.seqlen < models_window:
         job.print(
             f"window: {job.seqlen} tokens, the longest power of two for which the texts are long "

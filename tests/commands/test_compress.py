@@ -172,6 +172,21 @@ def test_a_chat_model_is_compressed_on_what_it_says(
     assert results("small-compress/compressed")["recovery"]["cross_entropy"] > 0
 
 
+@pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough"])
+def test_main_takes_what_is_planned(kind: str, capfd: pytest.CaptureFixture) -> None:
+    chat = kind == "dialogues"
+    tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3) if chat else None)
+    tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
+    if chat:
+        chats.write(Path("uk"), chats.some(80), chats.some(8, 1))
+    more = {"short texts": ["--recover", "0"], "small enough": ["--megabytes", "9"]}.get(kind, [])
+    argv = ["dense", "small", "--data", "uk", "--device", "cpu", *more]
+    assert run(compress.main, argv) == 0, capfd.readouterr().err
+    assert "recovery" not in results("small-compress/compressed")
+    if kind != "short texts":
+        assert "recovery" not in results("small-compress/rehearsal")
+
+
 def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
     """`--data uk/a.jsonl --eval_data uk`: the tests become files of their own."""
     tiny.write_texts("uk", tiny.sentences(40, words=2000), 0)

@@ -242,7 +242,7 @@ TEXTS = [  # files of a folder, the flag that is complained of, words
     ({}, "--calibration_data", ["no train*.jsonl"]),
     ({"train": "", "test": GOOD}, "--calibration_data", ["no text"]),
     ({"train": GOOD + "{oops\n", "test": GOOD}, "--calibration_data", ["line 21", "not JSON"]),
-    ({"train": GOOD, "test": GOOD}, "--calibration_data", ["20", "21", "--nsamples"]),
+    ({"train": GOOD, "test": GOOD}, "--calibration_data", ["for 2100 windows", "--nsamples"]),
     ({"train": GOOD, "test": "{\n"}, "--eval_data", ["test.jsonl, line 1", "not JSON"]),
     ({"train": GOOD, "test": '{"text": "сонце"}\n'}, "--eval_data", ["tokens", "--seqlen"]),
 ]
@@ -256,7 +256,7 @@ def test_texts(row: tuple, model: Path, tmp_path: Path, no_weights: None) -> Non
     for name, content in files.items():
         (folder / f"{name}.jsonl").write_text(content, "utf-8")
     given = ["--calibration_data", folder, "--eval_data", folder, *WANDA]
-    more = ["--nsamples", 21] if flag == "--calibration_data" else []
+    more = ["--nsamples", 2100] if flag == "--calibration_data" else []
     complaint(call("--model", model, *given, *more), 1, f"{flag} {folder}: ", *words)
 
 
