@@ -28,11 +28,10 @@ from lib.model.linears import find_linears
 from lib.model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
 from lib.packed.checkpoint import METHOD
 from lib.packed.formats import FORMATS
-from lib.run.completions import continue_greedily
 from lib.util.errors import UserError
 
 GRID = FORMATS["q4_0"]
-NEW_TOKENS = 32
+Logits = Callable[[list[int]], Tensor]  # of a window, (tokens, rows)
 ONNX_FILE = "onnx/model_q4.onnx"  # as transformers.js names it
 
 
@@ -145,18 +144,11 @@ def digests(rows: Iterator[tuple[Tensor, Tensor]]) -> Counter[bytes]:
     return counts
 
 
-class Loaded(NamedTuple):
-    """A model that runs: logits (tokens, rows) of a window, and the tokens that follow a prompt.
+def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> tuple[Logits, Sequence]:
+    """Load a model to run it, with its embedding, and a head of its own, from `tables` if given.
 
-    `tables` are the embedding, and the head if it has one of its own, where these are rounded.
+    Returns what each engine's `load` does: logits, and these tables where they are rounded.
     """
-
-    logits: Callable[[list[int]], Tensor]
-    complete: Callable[[list[int]], list[int]]
-    tables: Sequence[Tensor] = ()
-
-
-def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> Loaded:
     how = dict(dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     both = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -167,7 +159,7 @@ def load_transformers(folder: Path, tables: Sequence[Tensor] = ()) -> Loaded:
     def logits(window: list[int]) -> Tensor:
         return model(torch.tensor([window]), use_cache=False).logits[0]
 
-    return Loaded(logits, lambda prompt: continue_greedily(model, [prompt], NEW_TOKENS)[0])
+    return logits, tables
 
 
 class CompressedTensors:
@@ -256,15 +248,10 @@ class Mlx:
                 packed, scales, biases = (part.flatten(0, -2) for part in parts)
                 yield codes_of(packed), scales.where(biases == -8 * scales, torch.nan)
 
-    def load(self, folder: Path) -> Loaded:
+    def load(self, folder: Path) -> tuple[Logits, Sequence]:
         import mlx.core as mx
         import mlx.nn as nn
-        from mlx_lm.generate import generate_step
         from mlx_lm.utils import load_model
-
-        def complete(prompt: list[int]) -> list[int]:
-            steps = generate_step(mx.array(prompt), model, max_tokens=NEW_TOKENS)
-            return [int(token) for token, _ in steps]
 
         model, _ = load_model(folder)
         model.set_dtype(mx.float32)
@@ -273,9 +260,7 @@ class Mlx:
             torch.from_numpy(np.array(mx.dequantize(m.weight, m.scales, m.biases, m.group_size, 8)))
             for m in sorted(modules, key=lambda m: isinstance(m, nn.QuantizedLinear))
         ]
-        return Loaded(
-            lambda ids: torch.from_numpy(np.array(model(mx.array([ids]))[0])), complete, tables
-        )
+        return lambda ids: torch.from_numpy(np.array(model(mx.array([ids]))[0])), tables
 
 
 class Onnx:
@@ -340,25 +325,19 @@ class Onnx:
             )
             yield codes_of(packed.flatten(1)), scales.view(len(packed), -1)
 
-    def load(self, folder: Path) -> Loaded:
+    def load(self, folder: Path) -> tuple[Logits, Sequence]:
         import onnxruntime_genai as og
 
         model = og.Model(str(folder))
 
-        def started(prompt: list[int], more: int) -> Any:
+        def logits(window: list[int]) -> Tensor:
             settings = og.GeneratorParams(model)
-            settings.set_search_options(max_length=len(prompt) + more, do_sample=False)
+            settings.set_search_options(max_length=len(window) + 1)
             generator = og.Generator(model, settings)
-            generator.append_tokens(prompt)
-            return generator
+            generator.append_tokens(window)
+            return torch.tensor(generator.get_output("logits")[0])
 
-        def complete(prompt: list[int]) -> list[int]:
-            generator = started(prompt, NEW_TOKENS)
-            while not generator.is_done():
-                generator.generate_next_token()
-            return generator.get_sequence(0)[len(prompt) :].tolist()
-
-        return Loaded(lambda ids: torch.tensor(started(ids, 1).get_output("logits")[0]), complete)
+        return logits, ()
 
 
 ENGINES = {"compressed-tensors": CompressedTensors(), "mlx": Mlx(), "onnx": Onnx()}
