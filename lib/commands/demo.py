@@ -115,25 +115,17 @@ def write_texts(folder: Path, train: int, test: int) -> list[str]:
 
 def train_tokenizer(texts: Texts, size: Size) -> PreTrainedTokenizerFast:
     """Train byte-level BPE on all texts; like LLaMA's, it puts `<s>` before a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import ByteLevelBPETokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size.vocabulary,
-        special_tokens=[BEGIN, END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(chain.from_iterable(texts.values()), trainer)
+    bpe, how = ByteLevelBPETokenizer(), dict(special_tokens=[BEGIN, END], show_progress=False)
+    documents = chain.from_iterable(texts.values())
+    bpe.train_from_iterator(documents, size.vocabulary, min_frequency=0, **how)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, 0)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BEGIN, eos_token=END, model_max_length=size.window
-    )
+    names = dict(bos_token=BEGIN, eos_token=END, model_max_length=size.window)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names)
 
 
 def train(tokenizer: PreTrainedTokenizerFast, texts: Texts, size: Size) -> LlamaForCausalLM:

@@ -169,13 +169,9 @@ def _summarised(lines: DataFrame) -> DataFrame:
         table["rise"] = (table["perplexity"] / of_dense["perplexity"] - 1).mask(is_dense)
         table["more_bits"] = (table["bits_per_byte"] - of_dense["bits_per_byte"]).mask(is_dense)
     tests = list(lines["measured_on"].unique())
-
-    def place(index: int) -> tuple[Any, ...]:
-        row = table.loc[index]
-        dense, test = row["type"] == DENSE, tests.index(row["measured_on"])
-        return (not dense, *row[["method", "strictness", "ratio", *keys[1:-1]]], test)
-
-    return table.loc[sorted(table.index, key=place)].reset_index(drop=True)
+    table = table.assign(pruned=~is_dense, test=table["measured_on"].map(tests.index))
+    order = ["pruned", "method", "strictness", "ratio", *keys[1:-1], "test"]
+    return table.sort_values(order, ignore_index=True).drop(columns=["pruned", "test"])
 
 
 def _unique_names(names: Series, identities: Series) -> Series:

@@ -311,7 +311,7 @@ def test_commands_start_from_any_folder(capfd: pytest.CaptureFixture) -> None:
         (["--minutes", "0"], "--minutes: 0: must be at least 1"),
         (["--recover", "3"], "--recover 3: less than one step"),
         (["--save", "mine/thesis.txt"], "--save mine/thesis.txt: is a file"),
-        (["--save", "mine"], "--save mine: holds no plan.json"),
+        (["--save", "mine"], "--save mine: holds thesis.txt; name a new folder"),
         (["--megabytes", "1", "--for", "packed"], "--megabytes 1: leave out --for packed"),
         (["--for", "packed", "any"], "--for packed: no other engine runs that; name it alone"),
         (["--for", "2:4"], "invalid choice: '2:4'"),
