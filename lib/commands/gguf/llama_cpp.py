@@ -298,7 +298,7 @@ def _compare_rows(exact: Any, weights: Path) -> dict[str, int]:
 def run(
     model: str,
     context: int,
-    texts: Sequence[tuple[str, bool]] = (),
+    texts: Sequence[str] = (),
     prompts: Sequence[list[int]] = (),
     top: int = 0,
     letter: int = 0,
@@ -307,16 +307,16 @@ def run(
 ) -> dict[str, Any]:
     """Run llama.cpp on the file `model`.
 
-    `texts` are tokenised, with special tokens where that is said. After each of `prompts`, lists of
-    ids, the `top` likeliest next ids are returned with their log-probabilities; `letter` is the id
-    of a token of letters. Of `chats`, messages and tools, the tokens of a prompt are returned, and
+    `texts` are tokenised, with special tokens. After each of `prompts`, lists of ids, the `top`
+    likeliest next ids are returned with their log-probabilities; `letter` is the id of a token of
+    letters. Of `chats`, messages and tools, the tokens of a prompt are returned, and
     whether generation stops at the token `end`.
     """
     # ended before its loop has begun, the server would wait for ever
     post = partial(ask, start(model, context))
 
-    def tokens_of(text: str, special: bool) -> list[int]:
-        fields = {"content": text, "add_special": special, "parse_special": True}
+    def tokens_of(text: str) -> list[int]:
+        fields = {"content": text, "add_special": True, "parse_special": True}
         return post("/tokenize", fields)["tokens"]
 
     def likeliest(prompt: list[int]) -> list[tuple[int, float]]:
@@ -332,14 +332,14 @@ def run(
         for call in (call for m in fields["messages"] for call in m.get("tool_calls", [])):
             call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
         fields = {key: value for key, value in fields.items() if value}
-        return tokens_of(post("/apply-template", fields)["prompt"], True)
+        return tokens_of(post("/apply-template", fields)["prompt"])
 
     post("/completion", {"prompt": [letter], "n_predict": 1})  # the answer shows that it has
     forced = {"prompt": [letter], "n_predict": 2, "logit_bias": [[end, FORCED]]}
     return {
         "chats": [chat(fields) for fields in chats],
         "stops": bool(chats) and post("/completion", forced)["stop_type"] == "eos",
-        "tokens": [tokens_of(*text) for text in texts],
+        "tokens": [tokens_of(text) for text in texts],
         "logprobs": [likeliest(prompt) for prompt in prompts],
     }
 

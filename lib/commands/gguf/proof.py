@@ -10,7 +10,6 @@ loosely, which shows that llama.cpp's code for the type works.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +97,12 @@ def prove(
     return proof | {"not_proven": missing}
 
 
+def _run(file: Path, passes: float = 1, **arguments: Any) -> dict[str, Any]:
+    """Run llama.cpp on a file, which takes as long as reading it so many times."""
+    size = passes * file.stat().st_size
+    return run_child(RUNS, llama_cpp.run, size=size, model=str(file), **arguments)
+
+
 def prove_tensors(file: Path, exact: Path, weights: Path) -> dict[str, Any]:
     """Compare all tensors and fields; see llama_cpp.compare. UserError at the first difference."""
     paths = dict(file=str(file), exact=str(exact), weights=str(weights))
@@ -121,30 +126,22 @@ def documents_of(sources: Sequence[Source], model: ModelFolder) -> dict[str, lis
 def prove_tokens(
     file: Path, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, Sequence[str]]
 ) -> list[dict[str, Any]]:
-    """Compare the tokens of all `texts`; the first of each is compared with special tokens too.
+    """Compare the tokens of all `texts`, with the special tokens that are added to them.
 
     Raises UserError at the first difference, and if llama.cpp does not read the file.
     """
-    places = [
-        (name, number, text, special)
-        for name, documents in texts.items()
-        for number, text in enumerate(documents, start=1)
-        for special in ((False, True) if number == 1 else (False,))
-    ]
-    asked = [(text, special) for *_, text, special in places]
-    size = file.stat().st_size
-    answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), context=64, texts=asked)
-    totals: Counter[str] = Counter()
-    for (name, number, text, special), theirs in zip(places, answer["tokens"], strict=True):
-        ids = tokenizer(text, add_special_tokens=special).input_ids
-        if ids != theirs:
-            where = f"document {number} of {name}{' with special tokens' if special else ''}"
-            raise UserError(f"{where}: {_difference(tokenizer, ids, theirs)}")
-        totals[name] += 0 if special else len(ids)
-    return [
-        {"name": name, "documents": len(documents), "tokens": totals[name]}
-        for name, documents in texts.items()
-    ]
+    answer = _run(file, context=64, texts=[text for its in texts.values() for text in its])
+    tokens, records = iter(answer["tokens"]), []
+    for name, documents in texts.items():
+        count = 0
+        for number, text in enumerate(documents, start=1):
+            ids, theirs = tokenizer(text).input_ids, next(tokens)
+            if ids != theirs:
+                difference = _difference(tokenizer, ids, theirs)
+                raise UserError(f"document {number} of {name}: {difference}")
+            count += len(ids)
+        records.append({"name": name, "documents": len(documents), "tokens": count})
+    return records
 
 
 def prove_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -158,11 +155,7 @@ def prove_chat(file: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     kinds, asked, texts = zip(*examples(tokenizer, True), strict=True)
     said = sample_of_dialogue(tokenizer, Dialogue(json.dumps(EXAMPLES["several turns"])))
     end = int(said.ids[said.mask][-1])
-    answer = run_child(
-        *(RUNS, llama_cpp.run),
-        size=file.stat().st_size,
-        **dict(model=str(file), context=64, chats=asked, end=end, letter=letter_of(tokenizer)),
-    )
+    answer = _run(file, context=64, chats=asked, end=end, letter=letter_of(tokenizer))
     proven, missing = [], []
     for kind, text, theirs in zip(kinds, texts, answer["chats"], strict=True):
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -259,8 +252,8 @@ def _distance(dense: Tensor, file: Path, prompts: list[list[int]], letter: int) 
     """
     rows = dense.shape[-1]
     options = dict(context=max(map(len, prompts)) + 32, top=min(TOP, rows), letter=letter)
-    size = file.stat().st_size * (1 + sum(map(len, prompts)) / 300)  # read, and multiplied by all
-    answer = run_child(RUNS, llama_cpp.run, size=size, model=str(file), prompts=prompts, **options)
+    passes = 1 + sum(map(len, prompts)) / 300  # read, and multiplied by all
+    answer = _run(file, passes, prompts=prompts, **options)
     distances = []
     for own, pairs in zip(dense, answer["logprobs"], strict=True):
         ids, values = zip(*(pair for pair in pairs if pair[0] < rows), strict=True)
