@@ -106,8 +106,8 @@ def last_words(
     for word in sorted(counts):
         alike[kind(word)].append(word)
     places = [
-        (number, match.start(1), match[1])
-        for number, (text, spans) in enumerate(asked)
+        (text, match.start(1), match[1])
+        for text, spans in asked
         for start, end in spans
         for match in LAST_WORD.finditer(text, start, end)
         if match[1].islower() and len(match[1]) >= LEAST_LETTERS
@@ -115,9 +115,9 @@ def last_words(
     draw = random.Random(seed)
     draw.shuffle(places)
     questions = []
-    for number, end, word in places:
+    for text, end, word in places:
         most = end if tokenizer else CONTEXT
-        before = asked[number][0][max(0, end - most) : end]
+        before = text[max(0, end - most) : end]
         if end > most:
             before = before.partition(" ")[2]  # from the beginning of a word on
         context, others = before.strip(), [other for other in alike[kind(word)] if other != word]
@@ -169,15 +169,14 @@ def write_task(folder: Path, name: str, questions: Sequence[Any], form: dict[str
 
 def main(argv: list[str]) -> None:
     parser = command.make_parser("tasks", __doc__)
-    parser.add_argument("data", metavar="DATA", help="folder with test*.jsonl, or another source")
-    parser.add_argument("out", metavar="OUT", help="folder for the tasks")
-    parser.add_argument(
-        "--language", metavar="NAME", help="begins the tasks' names (default: DATA's)"
-    )
-    parser.add_argument("--column", default="text", help="of the texts in DATA (default: text)")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions (default: 0)")
-    parser.add_argument("--pairs", metavar="FILE", help="file of rows with `good` and `bad`")
-    parser.add_argument("--model", metavar="MODEL", help="whose chat template renders dialogues")
+    add = parser.add_argument
+    add("data", metavar="DATA", help="folder with test*.jsonl, or another source")
+    add("out", metavar="OUT", help="folder for the tasks")
+    add("--language", metavar="NAME", help="begins the tasks' names (default: DATA's)")
+    add("--column", default="text", help="of the texts in DATA (default: text)")
+    add("--seed", type=int, default=0, help="of the questions (default: 0)")
+    add("--pairs", metavar="FILE", help="file of rows with `good` and `bad`")
+    add("--model", metavar="MODEL", help="whose chat template renders dialogues")
     args = parser.parse_args(argv)
     from lib.model.access import Checkpoint
     from lib.model.pretrained import load_tokenizer
