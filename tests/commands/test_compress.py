@@ -17,7 +17,7 @@ from huggingface_hub import metadata_load
 from processes import Worker
 from support import children, content, results, wait_until
 
-from lib.commands import compress, compress_plan, dialogues
+from lib.commands import compress, dialogues
 from lib.data.documents import read_documents
 from lib.run.flags import build_parser, check_flags
 from lib.run.plan import Plan
@@ -43,7 +43,7 @@ def test_the_minutes_are_kept() -> None:
         "footprint": {"before": 20, "after": 10},
     }
 
-    def planned(seconds: float, passes: int = 0, **more: bool) -> compress_plan.Times:
+    def planned(seconds: float, passes: int = 0, **more: bool) -> compress.Times:
         most, wall = dict(tests=100, rounding=32), 20 + spent.get("quantize", 0)
         return compress.plan_time(rehearsal, wall, seconds, **most, passes=passes, **more)
 
@@ -55,7 +55,7 @@ def test_the_minutes_are_kept() -> None:
     assert (tokens - planned(1500).tokens) / 512 == pytest.approx(300 / 0.6, abs=1)
     assert planned(300).tests == int(0.15 * 300 / (0.2 * (6 + 2)))
     least = planned(-5)
-    assert (least.tests, least.tokens) == (compress_plan.LEAST_TESTS, 512 * 16)
+    assert (least.tests, least.tokens) == (compress.LEAST_TESTS, 512 * 16)
     assert least.seconds > 60
     spent["quantize"] = 2 * 8 * 0.2 + 30  # of which solving takes 30 seconds
     assert planned(1800).rounding == 32 and planned(200).rounding == (0.25 * 200 - 30) // 1.6
@@ -85,10 +85,10 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu --for vllm".split()
     call, plan, runs = compress.call, compress.plan_time, []
 
-    def plan_little(*given: float, **most: int) -> compress_plan.Times:
+    def plan_little(*given: float, **most: int) -> compress.Times:
         times = plan(*given, **most)
         assert times.tests > 0 and 8 <= times.rounding <= 32
-        return compress_plan.Times(min(2, times.tests), 8, 16 * 128, 600.0)
+        return compress.Times(min(2, times.tests), 8, 16 * 128, 600.0)
 
     def once_interrupted(module: str, *flags: object) -> int:
         runs.append([str(flag) for flag in flags])
@@ -200,7 +200,7 @@ def test_texts_that_are_measured_are_not_trained_on_once_they_are_cut() -> None:
     test = SimpleNamespace(name="uk", facts={"bytes": 40_000}, windows=range(100), dialogues=())
     texts = SimpleNamespace(tests=[test])
     job = SimpleNamespace(tests=tests, texts=texts, args=SimpleNamespace(column="text"))
-    cut = compress_plan.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
+    cut = compress.cut_tests(job, Path("cut"), 1)  # two documents and pieces of a third
     (train,), _, (test,) = named(parser.parse_args([*data, "--eval_data", *cut]))
     measured, trained = read_documents(test, "test")[0], read_documents(train, "train")[0]
     assert len(measured) > 3 and len(trained) > 37
