@@ -174,13 +174,14 @@ def test_a_chat_model_is_compressed_on_what_it_says(
 
 @pytest.mark.parametrize("kind", ["short texts", "dialogues", "small enough"])
 def test_main_takes_what_is_planned(kind: str, capfd: pytest.CaptureFixture) -> None:
-    chat = kind == "dialogues"
+    chat = kind == "dialogues"  # beside short texts, which are joined alone
     tiny.write_model("dense", tokenizer=chats.tokenizer_with(chats.LLAMA_3) if chat else None)
     tiny.write_texts("uk", tiny.sentences(200, words=4), 8)
     if chat:
-        chats.write(Path("uk"), chats.some(80), chats.some(8, 1))
+        chats.write(Path("said"), chats.some(80), chats.some(8, 1))
     more = {"short texts": ["--recover", "0"], "small enough": ["--megabytes", "9"]}.get(kind, [])
-    argv = ["dense", "small", "--data", "uk", "--device", "cpu", *more]
+    data = ["said", "uk"] if chat else ["uk"]
+    argv = ["dense", "small", "--data", *data, "--device", "cpu", *more]
     assert run(compress.main, argv) == 0, capfd.readouterr().err
     assert "recovery" not in results("small-compress/compressed")
     if kind != "short texts":
