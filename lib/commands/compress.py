@@ -326,13 +326,12 @@ def rehearse(it: Compression, job: Job, trained: list[str]) -> str:
     passes = PRUNING_PASSES * job.args.nsamples if job.plan.method else 0
     most_of = dict(tests=most, rounding=job.args.nsamples, passes=passes, trains=trains)
     windows, rounding, tokens, seconds = plan_time(rehearsal, wall, left, **most_of)
-    what = f"{windows} windows to measure on, about {_time(seconds)} more"
-    if it.kept["type"] != "q8_0":
-        rounds = f"{rounding} windows to round on, " if it.kept["type"] else ""
-        what = f"{rounds}{tokens:,} tokens of training, {what}"
-        if seconds > left:
-            minutes, total = it.args.minutes, _time(60 * it.args.minutes + seconds - left)
-            what += f": the least, {total} in all; --minutes {minutes} is too short"
+    what = f"{rounding} windows to round on, " if it.kept["type"] == "q4_0" else ""
+    what += f"{tokens:,} tokens of training, {windows} windows to measure on, "
+    what += f"about {_time(seconds)} more"
+    if seconds > left:
+        minutes, total = it.args.minutes, _time(60 * it.args.minutes + seconds - left)
+        what += f": the least, {total} in all; --minutes {minutes} is too short"
     tests = cut_tests(job, it.folder / "tests", windows / most)
     it.kept |= {"tests": tests, "windows": rounding, "tokens": tokens}
     return what

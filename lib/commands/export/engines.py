@@ -293,23 +293,19 @@ class Onnx:
 
         target = new / ONNX_FILE
         target.parent.mkdir()
-        options = (
-            "block_size=32 is_symmetric=true accuracy_level=1 algo_config=default hf_token=false "
-        )
-        options += f"op_types_to_quantize=MatMul filename={ONNX_FILE} "
+        options = "block_size=32 is_symmetric=true accuracy_level=1 algo_config=default "
+        options += f"hf_token=false op_types_to_quantize=MatMul filename={ONNX_FILE} "
         options += "nodes_to_exclude=/lm_head/MatMul,/model/embed_tokens/Gather"
         where = ("", str(source.folder), str(new), "int4", "cpu", f"{new}/cache")
         with mock.patch.object(quantizer.DefaultWeightOnlyQuantizer, "quantize_matmul", on_grid):
             create_model(*where, **parse_extra_options(*where, options.split()))
-        settings = json.loads((new / "genai_config.json").read_text("utf-8"))
+        settings = json.loads((new / "genai_config.json").read_text("utf-8"))["model"]["decoder"]
         model = onnx.load(target)
         Path(f"{target}.data").unlink()
         # transformers.js needs a number where the builder names the dimension of the heads
         for value in (*model.graph.input, *model.graph.output):
             if value.name.startswith(("past_key_values.", "present.")):
-                value.type.tensor_type.shape.dim[3].dim_value = settings["model"]["decoder"][
-                    "head_size"
-                ]
+                value.type.tensor_type.shape.dim[3].dim_value = settings["head_size"]
         large = model.ByteSize() > 2**31 - 2**20  # what one file can't hold
         onnx.save(model, target, save_as_external_data=large, location=f"{target.name}_data")
         source.copy_settings(new)

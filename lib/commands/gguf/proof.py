@@ -85,9 +85,8 @@ def prove(
         else:
             windows = windows_of(source.tokenizer, documents, source.config)
             compared = prove_predictions(weights, files, windows, letter_of(source.tokenizer))
-            by = ", ".join(
-                f"{value:.2g} in {name}" for name, value in compared["distances"].items()
-            )
+            distances = compared["distances"].items()
+            by = ", ".join(f"{value:.2g} in {name}" for name, value in distances)
             print(f"predictions after {compared['places']} beginnings differ by {by}", flush=True)
             proof["predictions"] = compared
             longest = max(max(lengths) for lengths in compared["windows"].values())
