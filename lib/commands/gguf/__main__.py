@@ -26,7 +26,7 @@ import torch
 from lib.commands.gguf import llama_cpp
 from lib.commands.gguf.llama_cpp import TYPES, run_child
 from lib.commands.gguf.proof import INSTALL, RUNNER, prove, prove_tensors
-from lib.commands.gguf.source import METHOD, named_by_parts, open_folder
+from lib.commands.gguf.source import named_by_parts, open_folder
 from lib.commands.unpack import unpack_folder
 from lib.data.documents import check_source
 from lib.data.sources import parse_sources
@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         stage, weights = Path(folder), source.folder
-        if source.quantized_by == METHOD:
+        if source.packed:
             weights = stage / "dense"
             unpack_folder(args.source, str(weights))
         files = {kind: stage / f"{kind}.gguf" for kind in dict.fromkeys(("f32", weight_type))}

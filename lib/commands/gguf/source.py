@@ -51,10 +51,7 @@ class ModelFolder:
     tokenizer: PreTrainedTokenizerBase
     data: dict[str, Any]
     sees: bool  # or hears
-
-    @property
-    def quantized_by(self) -> str | None:
-        return (getattr(self.config, "quantization_config", None) or {}).get("quant_method")
+    packed: bool
 
     def view(self, folder: Path, weights: Path) -> Path:
         """Make the view in the new `folder`, with the weight files of the folder `weights`."""
@@ -98,18 +95,19 @@ def open_folder(path: str) -> ModelFolder:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"IN {path}: its tokenizer has no tokenizer.json; only such are converted")
     data = json.loads(tokenizer.backend_tokenizer.to_str())
-    opened = ModelFolder(folder, config, tokenizer, data, bool(getattr(bare, "unread", None)))
-    if opened.quantized_by not in (None, METHOD):
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method not in (None, METHOD):
         raise UserError(
-            f"IN {path}: its weights are quantized by {opened.quantized_by}; convert the model "
-            "that it was made of"
+            f"IN {path}: its weights are quantized by {method}; convert the model that it was made "
+            "of"
         )
     if not (is_byte_level(data) or is_sentencepiece(data)):
         raise UserError(
             f"IN {path}: its tokenizer is of the kind {data['model'].get('type')}, neither "
             "byte-level BPE nor BPE with a token for every byte; only such are converted"
         )
-    return opened
+    sees = bool(getattr(bare, "unread", None))
+    return ModelFolder(folder, config, tokenizer, data, sees, packed=method == METHOD)
 
 
 def named_by_parts(data: dict[str, Any]) -> str | None:
