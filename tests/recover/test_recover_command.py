@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     few.add_tokens(["unheard"])
     tiny.write_model(folder / "foreign", tokenizer=few)
     tiny.write_texts(folder / "uk", train=200, test=4)
-    tiny.write_texts(folder / "short", train=["one two"] * 9, test=4)
+    tiny.write_texts(folder / "short", train=["one two"] * 5, test=4)
     lines = (folder / "uk/test.jsonl").read_text("utf-8").splitlines()
     same = [json.loads(line)["text"] for line in lines]
     tiny.write_texts(folder / "seen", train=same, test=same)
@@ -216,7 +216,7 @@ REFUSED = {
     "short": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "short"],
         1,
-        "--calibration_data short: its 9 texts give 1 windows of 32 tokens to recover on",
+        "--calibration_data short: its 1 texts give 1 windows of 32 tokens to recover on",
     ),
     "seen": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "seen", "--eval_data", "seen"],
