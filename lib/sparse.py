@@ -197,12 +197,8 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
 
 
 def _path(module: SparseLinear, target: torch.device) -> str:
-    if target.type == "cpu":
-        by_kernels = module.dtype in kernels.DTYPES and kernels.ready()
-        return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"
-    if module.use_semi_structured_():
-        return "on torch's 2:4 kernels"
-    return f"unpacked at each forward ({module.reason})"
+    by_kernels = target.type == "cpu" and module.dtype in kernels.DTYPES and kernels.ready()
+    return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"
 
 
 def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear:

@@ -10,7 +10,7 @@ work that is not ordered after what another stream did with its memory, pinned m
 before the host has waited for the copy from it, and memory that is freed while another stream may
 use it without `record_stream`: so nothing may be earlier, or later, than CUDA promises.
 
-Limits: no speed, no order of sums, no NCCL, no 2:4 kernels, no bitsandbytes, no TF32, no fused
+Limits: no speed, no order of sums, no NCCL, no bitsandbytes, no TF32, no fused
 attention (compare with the CPU's math path), no Triton. Threads of the host are one host. Where
 torch's internals have moved `install` raises, and a line at the end of the suite says so.
 """

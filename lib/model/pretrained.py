@@ -43,7 +43,6 @@ from lib.model.access import (
 from lib.model.linears import experts_by
 from lib.model.matrix import SaveDtypes
 from lib.model.quantized import stored_bits
-from lib.packed.linear import semi_structured_bytes
 from lib.util.errors import UserError
 
 LONGEST_WINDOW = 4096  # tokens, where neither a flag nor the model says less
@@ -456,7 +455,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def footprint(model: nn.Module) -> int:
     """Return the bytes of parameters and buffers on any device, shared ones counted once."""
     tensors = (*model.parameters(), *model.buffers())
-    return sum(tensor.nbytes for tensor in tensors) + semi_structured_bytes(model)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def parameter_bytes(model: nn.Module, dtype: torch.dtype) -> int:

@@ -1,14 +1,11 @@
 """`SparseLinear`: a linear whose sparse weight stays packed in memory. For inference only.
 
 On a CPU every product goes through the kernels of kernels.cpp, if there is a compiler to build
-them. On CUDA a 2:4 weight, of a shape and dtype that torch's kernels take, is replaced by torch's
-semi-structured tensor at the first forward and packed again whenever the linear is moved or saved.
-Anything else unpacks the one weight it needs at every forward.
+them; elsewhere each forward unpacks the one weight it needs.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,10 +15,10 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from . import kernels
-from .errors import PackedError, one_line
+from .errors import PackedError
 from .formats import PACKED, Values
 from .kernels import DTYPES
-from .layout import Packed, is_two_of_four, row_offsets
+from .layout import Packed, row_offsets
 
 OWN_FORWARD = "has a forward of its own"
 FORWARDS = nn.Linear.forward, Conv1D.forward
@@ -140,8 +137,6 @@ class SparseLinear(PackedModule):
                 self.register_buffer(name, tensor, persistent=name != "offsets")
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(torch.empty_like(bias), False)
-        self.semi_structured: Tensor | None = None  # torch's tensor in place of the packed ones
-        self.reason: str | None = None  # why not semi-structured; None: not tried on this device
 
     @classmethod
     def from_linear(
@@ -160,8 +155,6 @@ class SparseLinear(PackedModule):
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (out, in), in `dtype` or the linear's own."""
         dtype = dtype or self.dtype
-        if self.semi_structured is not None:
-            return self.semi_structured.to_dense().to(dtype)
         self.check()
         return self.fmt.decode(self.packed, self.in_features, dtype=dtype).to(dtype)
 
@@ -171,43 +164,11 @@ class SparseLinear(PackedModule):
 
     @property
     def packed(self) -> Packed:
-        """The packed tensors; packed again where torch's tensor stands in their place."""
-        if self.semi_structured is None:
-            return Packed(self.mask, self.weight, self.scale)
-        return self.fmt.encode(self.semi_structured.to_dense())
+        return Packed(self.mask, self.weight, self.scale)
 
     def count_rows_(self) -> None:
         """Set `offsets` by the mask."""
-        if self.semi_structured is None:
-            self.offsets = row_offsets(self.mask)
-
-    def use_semi_structured_(self) -> bool:
-        """Hand the weight to torch's kernels where they take it; whether they did. Tried once."""
-        if self.semi_structured is None and self.reason is None:
-            self.reason = self._why_not_semi_structured()
-            try:  # libraries and drivers raise exceptions of all classes, and none must end a run
-                tensor = None if self.reason else two_of_four(self.dense())
-            except Exception as error:
-                tensor, self.reason = None, f"cusparselt: {one_line(error)}"
-            if tensor is not None:
-                self._set_packed(Packed(self.mask.new_empty(0), self.weight.new_empty(0)))
-                self.offsets = self.offsets.new_empty(0)
-                self.semi_structured = tensor
-        return self.semi_structured is not None
-
-    def _why_not_semi_structured(self) -> str | None:
-        hook = getattr(self, "_hf_hook", None)  # accelerate's, which fills and empties the tensors
-        hooks = getattr(hook, "hooks", (hook,))
-        if self.weight.is_meta or any(getattr(one, "offload", False) for one in hooks):
-            return "the weights are offloaded"
-        fits = (
-            self.weight.is_cuda
-            and torch.cuda.get_device_capability(self.weight.device) >= (8, 0)
-            and self.weight.dtype in (torch.float16, torch.bfloat16)  # float32 would become TF32
-            and torch.backends.cusparselt.is_available()
-            and is_two_of_four(self.mask)
-        )
-        return None if fits else "torch's kernels are for 2:4 in 16 bits, on CUDA from Ampere on"
+        self.offsets = row_offsets(self.mask)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
@@ -222,15 +183,9 @@ class SparseLinear(PackedModule):
                 "packed linears compute no gradients: run under torch.no_grad(), or train the "
                 "dense model that `model.dequantize()` gives"
             )
-        own = self.way != "dense" and not torch.compiler.is_compiling()
-        if self.semi_structured is not None or own and self.use_semi_structured_():
-            tokens = x.reshape(-1, self.in_features)
-            if len(tokens):  # of older torch, a transpose
-                y = F.linear(tokens, self.semi_structured, self.bias).contiguous()
-                return y.view(*x.shape[:-1], self.out_features)
-        elif self.weight.is_meta and not x.is_meta:  # its operator would return anything
+        if self.weight.is_meta and not x.is_meta:  # its operator would return anything
             raise RuntimeError(f"{self.source or 'a packed linear'}: its weight is not in memory")
-        elif not self.checked:
+        if not self.checked:
             self.check()
         if self.offsets.is_meta and not self.mask.is_meta:  # the mask was fetched
             self.count_rows_()
@@ -253,38 +208,12 @@ class SparseLinear(PackedModule):
         self.mask, self.scale = packed.mask, packed.scale
         self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
-    def _apply(self, fn, recurse=True):
-        """Every move and cast works on the packed tensors; torch's kernels are then tried again."""
-        if self.semi_structured is not None:
-            self._set_packed(self.packed)
-            self.semi_structured = None
-            self.count_rows_()
-        self.reason = None
-        return super()._apply(fn, recurse)
-
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if prefix + "mask" in state_dict and not self.mask.is_meta:
             self.checked = False
             self.count_rows_()
             self.check()
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.semi_structured is not None:
-            packed = self.packed
-            destination |= {prefix + "weight": packed.weight, prefix + "mask": packed.mask}
-
-
-def two_of_four(dense: Tensor) -> Tensor:
-    """Torch's own tensor of a 2:4 matrix (out, in) on CUDA, which has to give the same one back,
-    bit by bit: it will be the one copy in memory."""
-    with warnings.catch_warnings():  # torch calls the class a prototype, once
-        warnings.simplefilter("ignore", UserWarning)
-        tensor = torch.sparse.to_sparse_semi_structured(dense)
-    if not torch.equal(tensor.to_dense(), dense):
-        raise ArithmeticError("its results are wrong here")
-    return tensor
 
 
 @contextmanager
@@ -298,13 +227,6 @@ def multiplying(model: nn.Module, way: str) -> Iterator[None]:
     finally:
         for module in modules:
             module.way = ""
-
-
-def semi_structured_bytes(model: nn.Module) -> int:
-    """Bytes that torch's 2:4 tensors hold: neither parameters nor buffers of the model."""
-    tensors = [getattr(module, "semi_structured", None) for module in model.modules()]
-    parts = [part for one in tensors if one is not None for part in (one.packed, one.meta)]
-    return sum(part.nbytes for part in parts if part is not None)
 
 
 def why_dense(linear: nn.Module) -> str:

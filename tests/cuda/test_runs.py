@@ -221,7 +221,7 @@ def test_a_training_that_is_not_reproducible_goes_on_and_says_so(
     assert capsys.readouterr().out.count("recovery: two runs may differ: reflection") == 1
 
 
-@pytest.mark.parametrize("name", ["methods", "2:4 products", "packed, 4 bits", "fetched blocks"])
+@pytest.mark.parametrize("name", ["methods", "products", "packed, 4 bits", "fetched blocks"])
 def test_a_check_of_launch_sh_gpu_in_small(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

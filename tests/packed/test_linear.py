@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib.methods.sparsity import n_of_m
 from lib.packed import kernels
 from lib.packed import linear as packed_linear
 from lib.packed.formats import PACKED
@@ -29,12 +28,6 @@ def dense_linear(rows=24, columns=40, bias=True, dtype=torch.float32, share=0.5)
     )
     linear.weight.data = weight.to(dtype)
     return linear.requires_grad_(False)
-
-
-def two_of_four_linear(rows=24, columns=40):
-    linear = dense_linear(rows, columns, share=0)
-    linear.weight[n_of_m(torch.rand(rows, columns), 2, 4)] = 0
-    return linear
 
 
 def from_linear(linear, bits=16):
@@ -81,33 +74,6 @@ def test_casts_copies_and_state(bits):
         assert torch.equal(half.half().float().scale, scale)
     empty = SparseLinear(dense, packed.nnz, PACKED[bits]).to("meta")
     empty(torch.empty(2, 40, device="meta"))  # shapes alone
-
-
-class Fast(torch.Tensor):
-    """Stands for torch's sparse tensor on a machine without CUDA."""
-
-    packed = meta = None
-
-    def to_dense(self):
-        return self.as_subclass(torch.Tensor)
-
-
-def test_torchs_own_tensor_takes_the_place_of_the_packed_ones(monkeypatch):
-    monkeypatch.setattr(SparseLinear, "_why_not_semi_structured", lambda _: None)
-    build = lambda dense: dense.clone().as_subclass(Fast)  # noqa: E731
-    monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", build)
-    dense = two_of_four_linear()
-    packed = from_linear(dense)
-    before = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
-    for shape in [(3, 40), (40,), (5, 2, 40), (0, 40)]:
-        x = torch.randn(shape)
-        torch.testing.assert_close(packed(x), dense(x))
-    assert packed.semi_structured is not None and packed.weight.numel() == packed.mask.numel() == 0
-    saved = packed.state_dict()
-    assert saved.keys() == before.keys() and all(torch.equal(saved[k], before[k]) for k in before)
-    packed.to("cpu")  # any move
-    assert packed.semi_structured is None and torch.equal(packed.weight, before["weight"])
-    assert torch.equal(packed.to_dense().weight, dense.weight)
 
 
 @pytest.mark.parametrize("bits", BITS)
