@@ -16,13 +16,13 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lib.data.documents import are_dialogues, read_documents
 from lib.data.samples import Sample, Windows, as_windows, join, windows_of
 from lib.data.sources import JOINED, Source, mixture_name
 from lib.data.windows import (
     TextTooShort,
+    WindowSpec,
     apportion,
     digest,
     interleave,
@@ -50,15 +50,12 @@ class TrainingText:
 
 def training_windows(
     sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
+    spec: WindowSpec,
     count: int,
-    seqlen: int,
-    seed: int,
-    bos: int | None = None,
     tests: Sequence[Tensor | Windows] = (),
     calibration: Tensor | Windows | None = None,
 ) -> TrainingText:
-    """Cut `count` windows of `seqlen` tokens, and some to hold out, from the sources' train text.
+    """Cut `count` windows, and some to hold out, from the sources' train text.
 
     What is left of a document after its last whole window is dropped, and so is every window that
     holds a passage of `tests`, windows (n, seqlen). A document that has more windows than are to be
@@ -70,9 +67,9 @@ def training_windows(
     weights = [source.weight or 1.0 for source in sources]
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
     shares, held_out_shares = apportion(weights, count), apportion(weights, held_out)
-    overlap = OverlapFilter(tests, seqlen, bos)
-    common = dict(seqlen=seqlen, seed=seed, bos=bos)
-    seen = OverlapFilter([] if calibration is None else [calibration], seqlen, bos)
+    overlap = OverlapFilter(tests, spec.seqlen, spec.bos)
+    read = [] if calibration is None else [calibration]
+    seen = OverlapFilter(read, spec.seqlen, spec.bos)
     windows: list[Windows] = []  # of each source
     orders: list[Tensor] = []  # of each source, (share,): rows of its `windows`
     held: list[Windows] = []  # of each source
@@ -82,11 +79,11 @@ def training_windows(
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
             continue
         cut, out, n_dropped, revision = _cut_windows(
-            source, tokenizer, share, n_held, overlap=overlap, seen=seen, **common
+            source, spec, share, n_held, overlap=overlap, seen=seen
         )
         size = len(cut)
         n_passes = -(-share // size)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(spec.seed)
         passes = [torch.randperm(size, generator=generator) for _ in range(n_passes)]
         windows.append(cut)
         orders.append(torch.cat(passes)[:share])
@@ -105,8 +102,8 @@ def training_windows(
         "sources": records,
         "windows": len(order),
         "held_out": len(out),
-        "seqlen": seqlen,
-        "bos": bos,
+        "seqlen": spec.seqlen,
+        "bos": spec.bos,
         "digest": digest(torch.cat([trained.ids[order], out.ids])),
     }
     return TrainingText(trained, order, out, facts)
@@ -114,18 +111,15 @@ def training_windows(
 
 def _cut_windows(
     source: Source,
-    tokenizer: PreTrainedTokenizerBase,
+    spec: WindowSpec,
     share: int,
     n_held: int,
     *,
-    seqlen: int,
-    seed: int,
-    bos: int | None,
     overlap: OverlapFilter,
     seen: OverlapFilter,
 ) -> tuple[Windows, Windows, int, str | None]:
     """Return some `share` windows, those held out, how many were dropped, and the revision."""
-    rng = random.Random(seed)
+    rng, seqlen = random.Random(spec.seed), spec.seqlen
     groups: list[Windows] = []  # of one document, or one of several short ones
     short: list[Sample] = []  # documents for the next window
     lengths: list[int] = []  # of the texts, in tokens
@@ -134,18 +128,18 @@ def _cut_windows(
 
     def cut_texts() -> Iterator[Windows]:
         for text in texts:
-            short.append(sample_of(tokenizer, text, bos))
+            short.append(sample_of(spec.tokenizer, text, spec.bos))
             lengths.append(len(short[-1].ids))
             if lengths[-1] >= seqlen:
-                yield windows_of([short.pop()], seqlen, bos)
+                yield windows_of([short.pop()], seqlen, spec.bos)
             elif sum(len(sample.ids) for sample in short) >= seqlen:
-                yield windows_of(short, seqlen, bos)
+                yield windows_of(short, seqlen, spec.bos)
                 short.clear()
 
     joined = source.draw == JOINED
     texts = [" ".join(documents)] if joined else shuffled(source, documents, rng)
     chat = are_dialogues(documents)
-    for cut in packed_dialogues(source, tokenizer, texts, seqlen, bos) if chat else cut_texts():
+    for cut in packed_dialogues(source, spec, texts) if chat else cut_texts():
         groups.append(cut[~overlap.found_in(cut.ids)])
         n_dropped += len(cut) - len(groups[-1])
         n_windows += len(groups[-1])

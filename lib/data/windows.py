@@ -48,13 +48,18 @@ class TextTooShort(UserError):
         self.source, self.fits = source, fits
 
 
+@dataclass(frozen=True)
+class WindowSpec:
+    """What windows are: `seqlen` tokens by a tokenizer, after `bos` if given, drawn by `seed`."""
+
+    tokenizer: PreTrainedTokenizerBase
+    seqlen: int
+    bos: int | None = None
+    seed: int = 0
+
+
 def calibration_windows(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    nsamples: int,
-    seqlen: int,
-    seed: int,
-    bos: int | None = None,
+    sources: Sequence[Source], spec: WindowSpec, nsamples: int
 ) -> tuple[Tensor | Windows, dict]:
     """Draw windows (nsamples, seqlen), int64, and record where each was drawn from.
 
@@ -63,20 +68,20 @@ def calibration_windows(
     that token, in place of its last one, unless it does so already. Dialogues are packed, with
     their own positions and a template's BOS. Raises UserError if the texts have fewer windows.
     """
-    assert nsamples > 0 and seqlen > 1
+    assert nsamples > 0 and spec.seqlen > 1
     counts = apportion([s.weight or 1.0 for s in sources], nsamples)
     cuts, drawn = [], []
     for source, count in zip(sources, counts, strict=True):
         if count == 0:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
             continue
-        cut, record = _draw_windows(source, tokenizer, count, seqlen, seed, bos)
+        cut, record = _draw_windows(source, spec, count)
         cuts.append(cut)
         drawn.append(record | {"share": count / nsamples})
     windows = join(cuts)[interleave(counts)]
     ids, positions = windows.ids, windows.positions
     record = {"name": mixture_name(sources), "sources": drawn, "windows": nsamples}
-    record |= {"seqlen": seqlen, "tokens": ids.numel(), "bos": bos, "digest": digest(ids)}
+    record |= {"seqlen": spec.seqlen, "tokens": ids.numel(), "bos": spec.bos, "digest": digest(ids)}
     whole = bool((positions[:, 1:] > 0).all())
     return ids if whole else Windows(ids, positions=positions), record
 
@@ -99,14 +104,7 @@ def interleave(counts: Sequence[int]) -> list[int]:
     return [starts[i] + j for _, i, j in sorted(places)]
 
 
-def _draw_windows(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    seqlen: int,
-    seed: int,
-    bos: int | None,
-) -> tuple[Windows, dict]:
+def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows, dict]:
     """Draw windows (count, seqlen) from one source, and record where each was drawn from.
 
     The published loops search endlessly where too few texts are long enough. This one raises
@@ -116,25 +114,25 @@ def _draw_windows(
     rows: list[int] = []
     starts: list[int] = []
     lengths: dict[int, int] = {}  # tokens of each text that was tried
-    rng = random.Random(seed)
+    rng, seqlen = random.Random(spec.seed), spec.seqlen
     documents, revision = read_documents(source, "train")
     record = {"name": source.name, "source": source.text, "revision": revision}
     if are_dialogues(documents):
         # each APART times, as it comes between others
         every = chain.from_iterable(shuffled(source, documents, rng) for _ in range(APART))
-        cut = list(islice(packed_dialogues(source, tokenizer, every, seqlen, bos), count))
+        cut = list(islice(packed_dialogues(source, spec, every), count))
         if len(cut) < count:
             way_out = f"give more, --nsamples {len(cut)} or a smaller --seqlen"
             problem = f"its dialogues give {len(cut)} windows of {seqlen} tokens; {way_out}"
             raise source.error(problem)
         return join(cut), record | {"windows": count}
-    for row, ids in _drawn_texts(source, documents, tokenizer, seqlen, rng):
+    for row, ids in _drawn_texts(source, spec, documents, rng):
         lengths[row] = len(ids)
         if len(ids) <= seqlen:
             continue
         start = rng.randint(0, len(ids) - seqlen - 1)
         piece = ids[start : start + seqlen]
-        cut.append(windows_of([Sample(piece, torch.ones_like(piece).bool())], seqlen, bos))
+        cut.append(windows_of([Sample(piece, torch.ones_like(piece).bool())], seqlen, spec.bos))
         rows.append(row)
         starts.append(start)
         if len(rows) == count:
@@ -160,11 +158,7 @@ def _draw_windows(
 
 
 def packed_dialogues(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[Document],
-    seqlen: int,
-    bos: int | None,
+    source: Source, spec: WindowSpec, documents: Iterable[Document]
 ) -> Iterator[Windows]:
     """Yield the windows of documents, some of them dialogues (`lib.data.samples.packed`).
 
@@ -174,24 +168,20 @@ def packed_dialogues(
 
     def samples() -> Iterator[Sample]:
         for document in documents:
-            sample = sample_of(tokenizer, document, bos)
+            sample = sample_of(spec.tokenizer, document, spec.bos)
             if len(sample.ids):
                 yield sample
             elif document:
-                left_out[document] = template_of(tokenizer).problem
+                left_out[document] = template_of(spec.tokenizer).problem
 
-    yield from packed(samples(), seqlen)
+    yield from packed(samples(), spec.seqlen)
     if left_out:
         what = "%s %s: %d dialogues are left out, which the chat template does not take: %s"
         log.warning(what, source.flag, source.text, len(left_out), next(iter(left_out.values())))
 
 
 def _drawn_texts(
-    source: Source,
-    documents: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int,
-    rng: random.Random,
+    source: Source, spec: WindowSpec, documents: Documents, rng: random.Random
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield row and token ids (tokens,) of texts in the order of the source's published loop.
 
@@ -200,11 +190,11 @@ def _drawn_texts(
     if source.stream:  # as they come, each once
         texts = islice(enumerate(documents, documents.first), STREAM_LIMIT)
         for row, text in shuffle_stream(texts, rng):
-            yield row, sample_of(tokenizer, text).ids
+            yield row, sample_of(spec.tokenizer, text).ids
     elif source.draw == JOINED:
-        ids = tokenise(tokenizer, " ".join(documents))
+        ids = tokenise(spec.tokenizer, " ".join(documents))
         yield 0, ids
-        while len(ids) > seqlen:
+        while len(ids) > spec.seqlen:
             yield 0, ids
     else:
         done: set[int] = set()
@@ -212,8 +202,8 @@ def _drawn_texts(
             row = rng.randint(0, len(documents) - 1)
             if row in done:
                 continue
-            ids = sample_of(tokenizer, documents[row]).ids
-            if len(ids) <= seqlen or source.draw != AGAIN:
+            ids = sample_of(spec.tokenizer, documents[row]).ids
+            if len(ids) <= spec.seqlen or source.draw != AGAIN:
                 done.add(row)
             yield row, ids
 
@@ -261,13 +251,7 @@ class TestSet:
         return as_windows(self.windows).ids
 
 
-def test_set(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int,
-    bos: int | None = None,
-    n_prompts: int = 0,
-) -> TestSet:
+def test_set(source: Source, spec: WindowSpec, n_prompts: int = 0) -> TestSet:
     """Cut the test text into windows: its documents are joined and tokenised as one text.
 
     What is left after the last whole window is dropped. Of a large set only the first documents
@@ -279,42 +263,37 @@ def test_set(
     texts = test_documents(source, documents)
     prompts, asked, more = [], [], {}
     if are_dialogues(texts):
-        cut = list(packed_dialogues(source, tokenizer, texts, seqlen, bos))
+        cut = list(packed_dialogues(source, spec, texts))
         if not cut:
             raise source.error("no test dialogue has an answer that the chat template takes")
         windows = join(cut)
         counted = windows.counted[:, :-1]
         answers = [ids[mask] for ids, mask in zip(windows.ids[:, 1:], counted, strict=True)]
-        said = (tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
+        said = (spec.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers)
         size = sum(len(text.encode()) for text in said)
         more = {"dialogues": len(texts), "answer_tokens": int(counted.sum())}
         asked = list(islice((each for each in texts if isinstance(each, Dialogue)), ASKED))
     else:
-        windows, size = _text_windows(source, tokenizer, texts, seqlen, bos)
-        length = min(PROMPT, seqlen // 2)
-        prompts = list(islice(_prompts(texts, tokenizer, length, bos), n_prompts))
+        windows, size = _text_windows(source, spec, texts)
+        length = min(PROMPT, spec.seqlen // 2)
+        prompts = list(islice(_prompts(texts, spec, length), n_prompts))
         if len(prompts) < n_prompts:  # few documents, such as one long one
             starts = windows[:: max(1, len(windows) // n_prompts), :length]
             prompts += [ids for ids in starts if not any(ids.equal(prompt) for prompt in prompts)]
     ids = as_windows(windows).ids
     facts = {"name": source.name, "source": source.text, "revision": revision}
-    facts |= {"windows": len(ids), "seqlen": seqlen, "tokens": ids.numel(), "bytes": size}
-    facts |= {"bos": bos, "digest": digest(ids)} | more
+    facts |= {"windows": len(ids), "seqlen": spec.seqlen, "tokens": ids.numel(), "bytes": size}
+    facts |= {"bos": spec.bos, "digest": digest(ids)} | more
     return TestSet(source.name, windows, facts, prompts[:n_prompts], asked)
 
 
-def _text_windows(
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    seqlen: int,
-    bos: int | None,
-) -> tuple[Tensor, int]:
+def _text_windows(source: Source, spec: WindowSpec, texts: Sequence[str]) -> tuple[Tensor, int]:
     """Return the windows (n, seqlen) of test texts, and the bytes that they cover."""
-    text = source.separator.join(text_by(tokenizer, each) for each in texts)
+    seqlen, bos = spec.seqlen, spec.bos
+    text = source.separator.join(text_by(spec.tokenizer, each) for each in texts)
     if source.sampled:
         text = text.encode()[: TEST_BYTES * seqlen].decode(errors="ignore")
-    encoding = encode(tokenizer, text)
+    encoding = encode(spec.tokenizer, text)
     ids = encoding.input_ids[0].long()
     first = int(bos is not None and len(ids) > 0 and ids[0] == bos)
     ids = ids[first:]
@@ -343,15 +322,14 @@ def test_documents(source: Source, documents: Iterable[Document]) -> Sequence[Do
     return selected
 
 
-def _prompts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, bos: int | None
-) -> Iterator[Tensor]:
+def _prompts(texts: Sequence[str], spec: WindowSpec, tokens: int) -> Iterator[Tensor]:
     """Yield the first `tokens` ids (tokens,) of documents that have more, in an order of their own.
 
     A prompt begins as the tokenizer begins a text, and with `bos` where given.
     """
     for row in random.Random(0).sample(range(len(texts)), len(texts)):
-        ids = tokenise(tokenizer, text_by(tokenizer, texts[row])[:PROMPT_CHARACTERS], bos)
+        text = text_by(spec.tokenizer, texts[row])[:PROMPT_CHARACTERS]
+        ids = tokenise(spec.tokenizer, text, spec.bos)
         if len(ids) > tokens:
             yield ids[:tokens]
 

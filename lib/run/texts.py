@@ -10,7 +10,7 @@ from itertools import product
 from lib.data.documents import locations
 from lib.data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
 from lib.data.training import training_windows
-from lib.data.windows import TextTooShort, calibration_windows, test_set
+from lib.data.windows import TextTooShort, WindowSpec, calibration_windows, test_set
 from lib.eval import needs_bos
 from lib.model.blocks import BlockRunner
 from lib.run.job import Job, Texts
@@ -110,24 +110,15 @@ def read_texts(job: Job, bos: int | None) -> Texts:
 
 def _windows(job: Job, bos: int | None) -> Texts:
     args, texts = job.args, Texts(bos)
-    common = dict(seqlen=job.seqlen, bos=bos)
+    spec = WindowSpec(job.tokenizer, job.seqlen, bos, args.seed)
     if job.plan.calibrated:
-        texts.windows, texts.calibration = calibration_windows(
-            job.sources, job.tokenizer, nsamples=args.nsamples, seed=args.seed, **common
-        )
-    texts.tests = [
-        test_set(test, job.tokenizer, n_prompts=args.prompts, **common) for test in job.tests
-    ]
+        drawn = calibration_windows(job.sources, spec, args.nsamples)
+        texts.windows, texts.calibration = drawn
+    texts.tests = [test_set(test, spec, args.prompts) for test in job.tests]
     if job.schedule:
-        texts.training = training_windows(
-            job.sources,
-            job.tokenizer,
-            count=job.schedule.steps * job.schedule.windows,
-            seed=args.seed,
-            tests=[test.windows for test in texts.tests],
-            calibration=texts.windows,
-            **common,
-        )
+        count = job.schedule.steps * job.schedule.windows
+        tests = [test.windows for test in texts.tests]
+        texts.training = training_windows(job.sources, spec, count, tests, texts.windows)
     return texts
 
 

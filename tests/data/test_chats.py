@@ -116,7 +116,8 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     long = chats.said("the old", " ".join(tiny.WORDS * 20))  # longer than a window
     every = [*chats.some(30), long, chats.said("a " * 200, "b")]
     source = source_of(tmp_path, *({"messages": each} for each in [*every, refused]))
-    test = data.test_set(source, tokenizer, seqlen)
+    spec = data.WindowSpec(tokenizer, seqlen, seed=1)
+    test = data.test_set(source, spec)
     assert "1 dialogues are left out" in caplog.text and "no system role" in caplog.text
     windows = test.windows
     assert isinstance(windows, Windows) and windows.counted[:, :-1].any(1).all()
@@ -129,9 +130,9 @@ def test_dialogues_share_windows_and_none_is_lost(tmp_path, caplog):
     starts = windows.positions == 0
     assert (windows.ids[starts] == 0).sum() >= 32  # BOS, where each begins
 
-    windows, record = data.calibration_windows([source], tokenizer, 9, seqlen, seed=1)
+    windows, record = data.calibration_windows([source], spec, 9)
     assert windows.shape == (9, seqlen) and record["windows"] == 9 and windows.positions.any()
-    text = training_windows([source], tokenizer, 12, seqlen, 0, tests=[test.windows[:3]])
+    text = training_windows([source], spec, 12, tests=[test.windows[:3]])
     trained, held_out = text.windows, text.held_out
     assert trained.mask.any(1).all() and held_out.mask.any(1).all()
     assert not set(map(tuple, held_out.ids.tolist())) & set(map(tuple, trained.ids.tolist()))

@@ -17,7 +17,7 @@ from lib.data import windows as data
 from lib.data.samples import Windows, as_windows
 from lib.data.sources import parse_sources
 from lib.data.training import OverlapFilter, TrainingText, training_windows
-from lib.data.windows import tokenise
+from lib.data.windows import WindowSpec, tokenise
 
 SEQLEN = 16
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -33,8 +33,8 @@ def drawn(
     calibration: Tensor | None = None,
 ) -> TrainingText:
     sources = parse_sources(texts, "--calibration_data", mixture=True)
-    known = tiny.tiny_tokenizer(), count, seqlen, seed, bos, tests, calibration
-    return training_windows(sources, *known)
+    spec = WindowSpec(tiny.tiny_tokenizer(), seqlen, bos, seed)
+    return training_windows(sources, spec, count, tests, calibration)
 
 
 def rows(windows: Windows | Tensor) -> set[tuple[int, ...]]:
@@ -87,9 +87,9 @@ def test_dialogues_that_begin_alike_are_told_apart() -> None:
     system = [{"role": "system", "content": " ".join(tiny.WORDS[:12] * 4)}]
     chats.write(Path("chat"), [system + each for each in chats.some(60, words=25)], [])
     sources = parse_sources(["chat"], "--calibration_data")
-    common = tokenizer, 20, seqlen, 0, None, ()
-    first = training_windows(sources, *common).held_out
-    other = training_windows(sources, *common, first.ids).held_out
+    spec = WindowSpec(tokenizer, seqlen)
+    first = training_windows(sources, spec, 20).held_out
+    other = training_windows(sources, spec, 20, calibration=first.ids).held_out
     assert len(first) == len(other) == 4 and not rows(first) & rows(other)
 
 
@@ -159,7 +159,7 @@ def test_nothing_of_the_test_text_is_trained_on() -> None:
     stolen = [f"{' '.join(draw.choices(tiny.WORDS, k=5))} {text}" for text in test]
     tiny.write_texts("mixed", train=train + stolen, test=test)
     (source,) = parse_sources(["mixed"], "--eval_data")
-    known = data.test_set(source, tiny.tiny_tokenizer(), seqlen).windows
+    known = data.test_set(source, WindowSpec(tiny.tiny_tokenizer(), seqlen)).windows
     plain = drawn(["mixed"], 9999, seqlen=seqlen)
     text = drawn(["mixed"], 9999, tests=[known], seqlen=seqlen)
     every, left = (rows(one.windows) | rows(one.held_out) for one in (plain, text))
