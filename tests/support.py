@@ -38,7 +38,7 @@ from lib.model.parts import PartLayout, find_parts
 from lib.model.pretrained import auto_class, decoder_blocks, skeleton
 from lib.packed.formats import PACKED
 from lib.pruning.allocation import Allocation, uniform
-from lib.pruning.pruner import Pruned, Pruner
+from lib.pruning.pruner import Pruner
 from lib.pruning.quantize import takes
 from lib.util import command
 from lib.util.progress import progress
@@ -240,13 +240,14 @@ def prune_(
     method: str = "wanda",
     sparsity: Sparsity | Allocation = HALF,
     ids: Tensor | None = None,
-) -> Pruned:
+) -> Pruner:
     """Prune a model, or the one of a runner, in place; by default on five windows."""
     runner = model if isinstance(model, BlockRunner) else runner_of(model)
     if isinstance(sparsity, Sparsity):
         sparsity = uniform(runner, sparsity)
     pruner = Pruner(runner, method_of(method), sparsity)
-    return pruner.run(windows(5) if ids is None else ids)
+    pruner.run(windows(5) if ids is None else ids)
+    return pruner
 
 
 def loaded(folder: Path | str, **options: object) -> PreTrainedModel:

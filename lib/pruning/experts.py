@@ -69,7 +69,7 @@ class ExpertPruner(PartPruner):
         self._observe(index, method.observe)
         self.dist.sum_(method.statistics(), self.idle)
         if self.dist.is_main:
-            notes, groups = self.done.notes[-1], self.layout.groups
+            notes, groups = self.notes[-1], self.layout.groups
             scores = method.scores(self.seed + index).cpu().view(groups, -1)
             best = scores.sort(dim=1, descending=True, stable=True).indices
             best = best[:, : self.left // groups].sort(dim=1).values

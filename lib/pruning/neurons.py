@@ -62,12 +62,12 @@ class NeuronPruner(PartPruner):
                 for part in (weight.data.T if dim else weight.data).chunk(entries):  # (width, in)
                     gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
         kept = group.method.remove_neurons_(matrices[0], gains, self.left)
-        self.done.notes[-1].kept = kept.tolist()
+        self.notes[-1].kept = kept.tolist()
 
     def _finish_(self, index: int) -> None:
         """Make the block smaller in all processes; on a batch that must not change its outputs."""
         super()._finish_(index)
-        runner, states, kept = self.runner, self.states, self.done.notes[index].kept
+        runner, states, kept = self.runner, self.states, self.notes[index].kept
         if not kept:
             raise UserError(f"{runner.name}.{index}.{self.layout.modules[index]}: {UNREACHED}")
         if states is None:  # no text is observed

@@ -40,84 +40,19 @@ class BlockNotes:
     routed: list[float] = field(default_factory=list)  # share of the tokens sent to each expert
 
 
-@dataclass
-class Pruned:
-    """What was pruned, in weights by linear, and what was left dense, with the reason."""
-
-    pruned: dict[str, int] = field(default_factory=dict)
-    left_dense: dict[str, tuple[int, str]] = field(default_factory=dict)
-    notes: list[BlockNotes] = field(default_factory=list)
-    weights_before: int = 0  # of the blocks
-    weights_after: int = 0
-
-    @property
-    def warnings(self) -> list[str]:
-        return [warning for notes in self.notes for warning in notes.warnings]
-
-    def summary(self) -> list[str]:
-        """Lines for the user: nothing is left dense silently."""
-        pruned, left = sum(self.pruned.values()), sum(n for n, _ in self.left_dense.values())
-        by_reason: dict[str, list[str]] = {}
-        for name, (_, reason) in self.left_dense.items():
-            by_reason.setdefault(f"left dense, {reason}", []).append(name)
-        for notes in self.notes:
-            for method, experts in notes.fallbacks.items():
-                reason = f"pruned by {method}, too few tokens were routed to them"
-                by_reason.setdefault(reason, []).extend(experts)
-        left_dense = f"; left {left:,} weights of the blocks dense" if left else ""
-        return [
-            f"pruned {pruned:,} weights in {len(self.pruned)} linears{left_dense}",
-            *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
-            *self.warnings,
-        ]
-
-
-@dataclass
-class Smaller(Pruned):
-    """Which neurons or experts went, of `before` in each block, of which `left` stay."""
-
-    kind: str = ""
-    before: int = 0
-    left: int = 0
-
-    def summary(self) -> list[str]:
-        cut = sum(bool(notes.kept) for notes in self.notes)
-        share = 1 - self.weights_after / self.weights_before
-        return [
-            f"removed {self.before - self.left} of {self.before} {self.kind} in each of {cut} "
-            f"blocks, {share:.1%} of the blocks' weights",
-            *self.warnings,
-        ]
-
-    def record(self) -> dict[str, Any]:
-        """The record for results.json."""
-        every = set(range(self.before))
-        return {
-            "before": self.before,
-            "after": self.left,
-            "weights_before": self.weights_before,
-            "weights_after": self.weights_after,
-            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
-            "routed": [notes.routed for notes in self.notes],
-        }
-
-
 def first_of(names: list[str]) -> str:
     """Name the first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
-def count_weights(runner: BlockRunner) -> int:
-    return sum(p.numel() for block in runner.blocks for p in block.parameters())
-
-
 class Pruner:
     """Prunes every linear of every block in place; embeddings and the output head stay dense.
 
-    `method` makes an object for each input; `allocation`: how sparse each linear becomes. The
-    result is reported in `done`. This class walks the blocks; a subclass that does something else
-    to them says to which linears (`_linears`), and what (`_change_`).
+    `method` makes an object for each input; `allocation`: how sparse each linear becomes. In the
+    end `pruned` has the number of weights by linear, and `left_dense` that and the reason. This
+    class walks the blocks; a subclass that does something else to them says to which linears
+    (`_linears`), and what (`_change_`).
     """
 
     stage = "block"  # the name under which --resume keeps finished blocks
@@ -130,7 +65,9 @@ class Pruner:
         self.allocation = allocation
         self.dist = runner.dist
         self.saved = runner.weights.saved  # to which dtype what is pruned is rounded
-        self.done = Pruned()
+        self.pruned: dict[str, int] = {}
+        self.left_dense: dict[str, tuple[int, str]] = {}
+        self.notes: list[BlockNotes] = []
         # weights that several blocks share are pruned once, where tokens reach them first
         count = Counter(id(p) for block in runner.blocks for p in block.parameters())
         self.shared = {key for key, times in count.items() if times > 1}
@@ -146,14 +83,13 @@ class Pruner:
     @torch.no_grad()
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> Pruned:
+    ) -> None:
         """Calibrate on windows (n, tokens), None for a method that needs none, and prune.
 
         `on_progress(1)` is called after each block. Raises UserError where a weight or an
         activation is not finite.
         """
         runner = self.runner
-        self.done.weights_before = count_weights(runner)
         with experts_by(runner.model, "eager"):
             if self.method.observes:
                 own, self.idle = own_windows(windows, self.dist)
@@ -164,32 +100,42 @@ class Pruner:
                 with runner.on_device(index, write_back=True):
                     self._block_(index)
                 on_progress(1)
-        self.done.weights_after = count_weights(runner)
-        return self.done
+
+    def summary(self) -> list[str]:
+        """Lines for the user: nothing is left dense silently."""
+        pruned, left = sum(self.pruned.values()), sum(n for n, _ in self.left_dense.values())
+        by_reason: dict[str, list[str]] = {}
+        for name, (_, reason) in self.left_dense.items():
+            by_reason.setdefault(f"left dense, {reason}", []).append(name)
+        for notes in self.notes:
+            for method, experts in notes.fallbacks.items():
+                reason = f"pruned by {method}, too few tokens were routed to them"
+                by_reason.setdefault(reason, []).extend(experts)
+        left_dense = f"; left {left:,} weights of the blocks dense" if left else ""
+        return [
+            f"pruned {pruned:,} weights in {len(self.pruned)} linears{left_dense}",
+            *(f"{reason}: {first_of(names)}" for reason, names in by_reason.items()),
+            *self.all_warnings(),
+        ]
+
+    def all_warnings(self) -> list[str]:
+        """Return what the methods have warned of."""
+        return [warning for notes in self.notes for warning in notes.warnings]
 
     def _block_(self, index: int) -> None:
         """Prune one block, or load it as it was finished, and take the streams through it."""
         runner, states, ordered = self.runner, self.states, None
         dense = copy.deepcopy(runner.blocks[index]) if self.dense_states else None
         need_outputs = states is not None and index + 1 < len(runner.blocks)
-        self.done.notes.append(BlockNotes())
+        self.notes.append(BlockNotes())
         # of blocks that are not fetched they were checked when they were loaded
         for linear in runner.linears(index) if not runner.weights.resident else ():
             linear.check_finite(runner.named)
         linears = self._linears(index)
         if not self._restore_(index, linears):
             if dense and linears:
-                ordered = OrderedBlock(
-                    runner=runner,
-                    states=states,
-                    index=index,
-                    order=self._order(index, linears),
-                    dense=dense,
-                    dense_states=self.dense_states,
-                    method=self.method,
-                    cache_inputs=self.cache_inputs,
-                    need_outputs=need_outputs,
-                )
+                order = self._order(index, linears)
+                ordered = OrderedBlock(self, index, order, dense, need_outputs)
             written = self._prune_(index, linears, ordered)
             self._finish_(index)
             # of quantized linears --resume keeps what their codes are made of
@@ -198,11 +144,11 @@ class Pruner:
                 for linear in linears
                 if linear.is_quantized and linear.name in written
             }
-            notes = vars(self.done.notes[-1])
+            notes = vars(self.notes[-1])
             runner.weights.put(index, notes, matrices, stage=self.stage)
         for linear in linears:
-            if linear.name not in self.done.pruned:
-                self.done.left_dense[linear.name] = prod(linear.shape), UNREACHED
+            if linear.name not in self.pruned:
+                self.left_dense[linear.name] = prod(linear.shape), UNREACHED
         if not need_outputs:
             return
         if ordered:
@@ -216,7 +162,7 @@ class Pruner:
     def _linears(self, index: int) -> list[PrunableLinear]:
         """The block's linears that are still to be changed; the others are reported."""
         linears, left_dense = find_linears(self.runner.blocks[index], f"{self.runner.name}.{index}")
-        self.done.left_dense |= left_dense
+        self.left_dense |= left_dense
         return [linear for linear in linears if weight_key(linear) not in self.shared_done]
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
@@ -225,7 +171,7 @@ class Pruner:
         if facts is None:
             return False
         notes = BlockNotes(**facts)
-        self.done.notes[-1] = replace(notes, pruned=[])
+        self.notes[-1] = replace(notes, pruned=[])
         for linear in linears:
             if linear.name in notes.pruned:
                 self._mark_pruned(linear)
@@ -233,7 +179,7 @@ class Pruner:
 
     def _finish_(self, index: int) -> None:
         """Share the notes of all processes, once the block's linears are pruned."""
-        notes = self.done.notes[-1]
+        notes = self.notes[-1]
         of_all = self.dist.all_gather_object((notes.warnings, notes.kept))
         notes.warnings, notes.kept = (sum(lists, []) for lists in zip(*of_all, strict=True))
 
@@ -274,7 +220,7 @@ class Pruner:
         written: dict[str, Tensor] = {}
         for group, owner in zip(groups, owners, strict=True):
             if group.fallback:
-                self.done.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
+                self.notes[-1].fallbacks.setdefault(group.fallback, []).append(group.names)
             if owner == self.dist.rank:
                 for linear, matrix in zip(group.linears, self._solved(group), strict=True):
                     self._store_(linear, matrix)
@@ -304,7 +250,7 @@ class Pruner:
                 raise UserError(f"{group.names}: {error}") from error
         for warning in caught:
             prefix = "" if issubclass(warning.category, RunWarning) else f"{group.names}: "
-            self.done.notes[-1].warnings.append(f"{prefix}{warning.message}")
+            self.notes[-1].warnings.append(f"{prefix}{warning.message}")
         solved = []
         for linear, matrix in zip(group.linears, matrices, strict=True):
             _check_finite([matrix], f"{linear.name}: pruned weights are not finite")
@@ -322,8 +268,8 @@ class Pruner:
         self._mark_pruned(linear)
 
     def _mark_pruned(self, linear: PrunableLinear) -> None:
-        self.done.pruned[linear.name] = prod(linear.shape)
-        self.done.notes[-1].pruned.append(linear.name)
+        self.pruned[linear.name] = prod(linear.shape)
+        self.notes[-1].pruned.append(linear.name)
         if weight_key(linear)[0] in self.shared:
             self.shared_done.add(weight_key(linear))
 
@@ -346,17 +292,41 @@ class PartPruner(Pruner):
         super().__init__(runner, method, Allocation({}))
         self.layout, self.left, self.seed = layout, left, seed
         self.cache_inputs = False  # they would have the wrong width once neurons are removed
-        self.done = Smaller(kind=layout.kind, before=layout.count, left=left)
+        self.weights_before = self._count_weights()
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> Smaller:
+    ) -> None:
         """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
         super().run(windows, on_progress)
         set_field(self.runner.model.config, self.layout.field, self.left)
         for path, attribute, entries in self.layout.counters:  # those of blocks are set already
             setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
-        return self.done
+        self.weights_after = self._count_weights()
+
+    def summary(self) -> list[str]:
+        count, cut = self.layout.count, sum(bool(notes.kept) for notes in self.notes)
+        share = 1 - self.weights_after / self.weights_before
+        return [
+            f"removed {count - self.left} of {count} {self.layout.kind} in each of {cut} blocks, "
+            f"{share:.1%} of the blocks' weights",
+            *self.all_warnings(),
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """Return the record for results.json."""
+        every = set(range(self.layout.count))
+        return {
+            "before": self.layout.count,
+            "after": self.left,
+            "weights_before": self.weights_before,
+            "weights_after": self.weights_after,
+            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
+            "routed": [notes.routed for notes in self.notes],
+        }
+
+    def _count_weights(self) -> int:
+        return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
         restored = super()._restore_(index, linears)
@@ -366,7 +336,7 @@ class PartPruner(Pruner):
 
     def _cut_(self, index: int) -> None:
         """Make the block smaller, in all processes."""
-        if kept := self.done.notes[-1].kept:
+        if kept := self.notes[-1].kept:
             block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
             keep_parts_(block, self.layout, index, name, torch.tensor(kept))
             malloc_trim()  # weights lie in heaps of threads that read them, which none else fills

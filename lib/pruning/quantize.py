@@ -21,7 +21,7 @@ from lib.packed.linear import why_dense
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group
 from lib.pruning.ordered import OrderedBlock
-from lib.pruning.pruner import UNREACHED, Pruned, Pruner, first_of
+from lib.pruning.pruner import UNREACHED, Pruner, first_of
 from lib.util.errors import UserError
 
 NOTHING = {  # to round: the error, by format
@@ -52,7 +52,7 @@ class Quantizer(Pruner):
     """Rounds the linears that `fmt` takes, in place; what a linear was is its aim.
 
     Those that no token reaches, and experts that fewer reach than they have inputs, are rounded to
-    nearest. The result is reported in `done`, as if they were pruned. Where the model is trained
+    nearest. They are reported as if they were pruned. Where the model is trained
     on, `starts` holds the masters, of `master_dtype`, and the grid of each parameter, by its id.
     """
 
@@ -68,19 +68,18 @@ class Quantizer(Pruner):
 
     def run(
         self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> Pruned:
+    ) -> None:
         if not any(takes(self.fmt, linear) for linear in self.runner.each_linear()):
             raise UserError(NOTHING[self.fmt.name])
-        return super().run(windows, on_progress)
+        super().run(windows, on_progress)
 
     def summary(self) -> list[str]:
-        """Lines for the user: what is left to rounding to nearest is named."""
-        count, bits = len(self.done.pruned), self.fmt.bits
+        count, bits = len(self.pruned), self.fmt.bits
         lines = [f"rounded {count} linears to {bits} bits, column by column"]
-        dense = self.done.left_dense.items()
+        dense = self.left_dense.items()
         if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
             lines.append(f"rounded to nearest, {UNREACHED}: {first_of(left)}")
-        return lines + self.done.warnings
+        return lines + self.all_warnings()
 
     def _linears(self, index: int) -> list[PrunableLinear]:
         return [linear for linear in super()._linears(index) if takes(self.fmt, linear)]

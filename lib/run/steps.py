@@ -98,12 +98,12 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
         if not plan.variant:  # which only comes near the ratio
             sparsity = allocation.sparsity
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
-        pruned = pruner.run(job.texts.windows, bar)
-        reached = measure(runner, sparsity, pruned.left_dense)
-    job.print(*pruned.summary())
-    job.results |= {"notes": pruned.summary()[1:], "sparsity": reached.shares()}
+        pruner.run(job.texts.windows, bar)
+        reached = measure(runner, sparsity, pruner.left_dense)
+    job.print(*pruner.summary())
+    job.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
     if plan.removes:
-        job.results[plan.removes] = pruned.record() | {
+        job.results[plan.removes] = pruner.record() | {
             "bytes_before": size,
             "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
         }

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.model.pretrained import decoder_blocks
-from lib.pruning.pruner import Pruned
+from lib.pruning.pruner import Pruner
 
 METHODS = ("magnitude", "sparsegpt", "admm")  # wanda takes the inputs that sparsegpt takes
 
 
 @cache
-def example(name: str, method: str | None) -> tuple[PreTrainedModel, Pruned, Tensor]:
-    """A model pruned to a half, or dense; what is reported, and its logits. Not to be changed."""
+def example(name: str, method: str | None) -> tuple[PreTrainedModel, Pruner | None, Tensor]:
+    """A model pruned to a half, or dense; what has pruned it, and its logits. Not to be changed."""
     if method is None:
-        model, done = tiny.ALL[name](), Pruned()
+        model, done = tiny.ALL[name](), None
         runner_of(model).verify()
     else:
         model = copy.deepcopy(example(name, None)[0])

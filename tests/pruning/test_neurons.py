@@ -17,7 +17,6 @@ from lib.methods.sparsity import NEURONS
 from lib.model.parts import PartLayout, get_tensor
 from lib.model.pretrained import decoder_blocks
 from lib.pruning.neurons import NeuronPruner, count_left
-from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
 
 NAMES = ["Llama", "Gemma 3", "GPT-2", "Phi", "GPT-NeoX", "Phi-3"]
@@ -25,9 +24,13 @@ NAMES += [name for name in tiny.VISION if "MoE" not in name]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def pruned(model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2) -> Smaller:
+def pruned(
+    model: nn.Module, name: str, ids: Tensor, left: int, batch_size: int = 2
+) -> NeuronPruner:
     runner = runner_of(model, batch_size)
-    return NeuronPruner(runner, method_of(name), layout_of(NEURONS, model), left).run(ids)
+    pruner = NeuronPruner(runner, method_of(name), layout_of(NEURONS, model), left)
+    pruner.run(ids)
+    return pruner
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from lib.methods.sparsity import EXPERTS
 from lib.model.parts import PartLayout
 from lib.model.pretrained import decoder_blocks
 from lib.pruning.experts import ExpertPruner, count_left
-from lib.pruning.pruner import Smaller
 from lib.util.errors import UserError
 
 NAMES = ["Mixtral", "Qwen3-MoE", "OLMoE", "GPT-OSS", "DeepSeek-V3", "PhiMoE", "GraniteMoE", "Jamba"]
@@ -36,9 +35,11 @@ def mixture(name: str) -> nn.Module:
     return model
 
 
-def pruned(model: nn.Module, method: str, ids: Tensor, left: int) -> Smaller:
+def pruned(model: nn.Module, method: str, ids: Tensor, left: int) -> ExpertPruner:
     layout = layout_of(EXPERTS, model)
-    return ExpertPruner(runner_of(model, 2), method_of(method), layout, left).run(ids)
+    pruner = ExpertPruner(runner_of(model, 2), method_of(method), layout, left)
+    pruner.run(ids)
+    return pruner
 
 
 def forbid_(model: nn.Module, removed: list[list[int]]) -> None:
