@@ -1,18 +1,14 @@
 """A pretended CUDA device: `cuda:N` tensors in host memory, for `pytest -m cuda` without a GPU.
 
-It fills the CUDA half of a CPU build of torch: allocator, streams, events, pinned memory, and one
-boxed kernel for the dispatch key CUDA, which lets the CPU's kernels work on the same memory.
+It fills the CUDA half of a CPU build of torch: allocator, pinned memory, and one boxed kernel for
+the dispatch key CUDA, which lets the CPU's kernels work on the same memory.
 
 What a GPU would refuse is refused: operands on two devices, integer matrix products, a generator of
-the host, more memory than there is (`set_limit`). Fresh memory is NaN. The host sees what is copied
-to pinned memory only once it has waited for it. By clocks of streams and host, `complaints` has
-work that is not ordered after what another stream did with its memory, pinned memory that changes
-before the host has waited for the copy from it, and memory that is freed while another stream may
-use it without `record_stream`: so nothing may be earlier, or later, than CUDA promises.
+the host, more memory than there is (`set_limit`). Fresh memory is NaN.
 
-Limits: no speed, no order of sums, no NCCL, no bitsandbytes, no TF32, no fused
-attention (compare with the CPU's math path), no Triton. Threads of the host are one host. Where
-torch's internals have moved `install` raises, and a line at the end of the suite says so.
+Limits: no speed, no order of sums, one stream, no NCCL, no bitsandbytes, no TF32, no fused
+attention (compare with the CPU's math path), no Triton. Where torch's internals have moved
+`install` raises, and a line at the end of the suite says so.
 """
 
 from __future__ import annotations
@@ -42,78 +38,23 @@ CPP = r"""
 static const int DEVICES = 2;
 using namespace at;
 using c10::DeviceIndex;
-using c10::StreamId;
-using Key = std::pair<DeviceIndex, StreamId>;  // a stream
-using Clock = std::map<Key, uint64_t>;  // how far each stream has come, as somebody knows
-struct Queue { Clock clock; uint64_t sent = 0; std::map<uint64_t, std::function<void()>> late; };
-struct Read { Key key; uint64_t number; Tensor source, before; };  // of pinned memory
 struct Memory { size_t limit = 80e9, now = 0, peak = 0; };
 
 // never destroyed: tensors outlive them
 static auto& lock = *new std::recursive_mutex;
 using Guard = std::lock_guard<std::recursive_mutex>;
-static auto& complaints = *new std::set<std::string>;
-static auto& queues = *new std::map<Key, Queue>;
-static auto& host = *new Clock;
-static auto& reads = *new std::vector<Read>;
 static auto& memory = *new std::vector<Memory>(DEVICES);
 static auto& pinned = *new std::map<char*, size_t>;
 static thread_local DeviceIndex current = 0;
-static thread_local std::map<DeviceIndex, StreamId> streams;  // the current ones
-static std::atomic<StreamId> next_stream = 1;
-
-static Key here(DeviceIndex device) { return {device, streams[device]}; }
-static std::string name(Key key) {
-  return "stream " + std::to_string(key.second) + " of cuda:" + std::to_string(key.first);
-}
-static void merge(Clock& into, const Clock& other) {
-  for (auto& [key, number] : other) into[key] = std::max(into[key], number);
-}
-static void check_reads(const Clock& clock, bool all = false) {  // those up to there
-  std::erase_if(reads, [&](const Read& read) {
-    auto it = clock.find(read.key);
-    if (!all && (it == clock.end() || it->second < read.number)) return false;
-    if (std::memcmp(read.source.data_ptr(), read.before.data_ptr(), read.before.nbytes()))
-      complaints.insert("pinned memory was overwritten before the host had waited for its copy");
-    return true;
-  });
-}
-static void run_to(const Clock& clock) {  // the late copies up to there
-  for (auto& [key, number] : clock)
-    for (auto& late = queues[key].late; !late.empty() && late.begin()->first <= number;) {
-      check_reads({{key, late.begin()->first}});  // what it may overwrite
-      late.extract(late.begin()).mapped()();
-    }
-}
-static void wait(const Clock& clock) {  // the host waits
-  Guard guard(lock);
-  merge(host, clock);
-  check_reads(host);
-  run_to(clock);
-}
-static Clock launch(Key key) {  // one more piece of work
-  auto& queue = queues[key];
-  merge(queue.clock, host);
-  queue.clock[key] = ++queue.sent;
-  return queue.clock;
-}
 
 // ---- memory of the devices, and pinned memory
 struct Block {
-  Key home; size_t size; void* raw; c10::Storage held;  // memory of its own, or of a CPU's tensor
-  Key writer; uint64_t written = 0;
-  Clock used; std::set<Key> recorded;
+  DeviceIndex device; size_t size; void* raw; c10::Storage held;  // its own, or a CPU's tensor's
 };
 static void release(void* context) {
   Guard guard(lock);
   auto* block = static_cast<Block*>(context);
-  Clock known = queues[block->home].clock;
-  merge(known, host);
-  for (auto& [key, number] : block->used)
-    if (key != block->home && known[key] < number && !block->recorded.count(key))
-      complaints.insert("memory of " + name(block->home) + " was freed while " + name(key) +
-          " may use it, without record_stream");
-  memory[block->home.first].now -= block->size;
+  memory[block->device].now -= block->size;
   std::free(block->raw);
   delete block;
 }
@@ -124,7 +65,7 @@ static DataPtr own(size_t size, DeviceIndex device, c10::Storage held = {}) {
   TORCH_CHECK_WITH(OutOfMemoryError, m.now + whole <= m.limit, "CUDA out of memory. Tried to "
       "allocate ", whole, " bytes. GPU ", int(device), " has ", m.limit - m.now, " free.");
   m.peak = std::max(m.peak, m.now += whole);
-  auto* block = new Block{here(device), whole, nullptr, held};
+  auto* block = new Block{device, whole, nullptr, held};
   void* data = held ? held.mutable_data() : nullptr;
   if (!held && size) data = std::memset(block->raw = std::aligned_alloc(512, whole), 0xFF, whole);
   return DataPtr(data, block, &release, Device(kCUDA, device));
@@ -134,11 +75,7 @@ struct Allocating final : c10::DeviceAllocator {
   void copy_data(void* to, const void* from, size_t n) const override { std::memcpy(to, from, n); }
   bool initialized() override { return true; }
   void emptyCache(c10::MempoolId_t) override {}
-  void recordStream(const DataPtr& data, c10::Stream stream) override {
-    if (data.get_deleter() == &release)
-      static_cast<Block*>(data.get_context())->recorded.insert(
-          {stream.device_index(), stream.id()});
-  }
+  void recordStream(const DataPtr&, c10::Stream) override {}
   c10::CachingDeviceAllocator::DeviceStats getDeviceStats(DeviceIndex device) override {
     c10::CachingDeviceAllocator::DeviceStats s;
     for (auto* bytes : {&s.allocated_bytes, &s.reserved_bytes, &s.active_bytes})
@@ -173,22 +110,6 @@ static bool is_pinned(const void* data) {
   auto it = pinned.upper_bound((char*)data);
   return it != pinned.begin() && (--it, (char*)data < it->first + it->second);
 }
-static void touch(const Tensor& t, Key key, const Clock& clock, bool writes) {
-  auto& data = t.storage().data_ptr();
-  if (data.get_deleter() != &release) return;
-  auto& block = *static_cast<Block*>(data.get_context());
-  auto known = [&](Key other, uint64_t number) {
-    auto it = clock.find(other);
-    if (it == clock.end() || it->second < number)
-      complaints.insert(name(key) + " did not wait for " + name(other) + ", which used its memory");
-  };
-  if (block.written) known(block.writer, block.written);
-  if (writes) {
-    for (auto& [other, number] : block.used) known(other, number);
-    block.writer = key, block.written = clock.at(key);
-  }
-  block.used[key] = clock.at(key);
-}
 
 // ---- device guard and hooks
 struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
@@ -196,8 +117,6 @@ struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
     TORCH_CHECK(d.index() < DEVICES, "CUDA error: invalid device ordinal");
     return d.index() < 0 ? current : d.index();
   }
-  static Key key(const Stream& s) { return {s.device_index(), s.id()}; }
-  static Stream stream(DeviceIndex d, StreamId i) { return Stream(Stream::UNSAFE, {kCUDA, d}, i); }
   DeviceType type() const override { return kCUDA; }
   Device exchangeDevice(Device d) const override {
     return Device(kCUDA, std::exchange(current, index(d)));
@@ -205,28 +124,13 @@ struct GuardImpl final : c10::impl::DeviceGuardImplInterface {
   Device getDevice() const override { return Device(kCUDA, current); }
   void setDevice(Device d) const override { current = index(d); }
   void uncheckedSetDevice(Device d) const noexcept override { current = index(d); }
-  Stream getStream(Device d) const override { return stream(index(d), streams[index(d)]); }
-  Stream getNewStream(Device d, int) const override { return stream(index(d), next_stream++); }
-  Stream exchangeStream(Stream s) const override {
-    return stream(s.device_index(), std::exchange(streams[s.device_index()], s.id()));
-  }
-  void destroyEvent(void* event, DeviceIndex) const noexcept override { delete (Clock*)event; }
-  void record(void** event, const Stream& s, DeviceIndex, c10::EventFlag) const override {
-    Guard guard(lock);
-    if (!*event) *event = new Clock;
-    *(Clock*)*event = queues[key(s)].clock;
-  }
-  void block(void* event, const Stream& s) const override {
-    Guard guard(lock);
-    if (event) merge(queues[key(s)].clock, *(Clock*)event);
-  }
-  void synchronizeEvent(void* event) const override { if (event) wait(Clock(*(Clock*)event)); }
+  Stream getStream(Device d) const override { return Stream(Stream::DEFAULT, {kCUDA, index(d)}); }
+  Stream exchangeStream(Stream s) const override { return s; }
+  void destroyEvent(void*, DeviceIndex) const noexcept override {}
+  void record(void**, const Stream&, DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
   DeviceIndex deviceCount() const noexcept override { return DEVICES; }
-  void synchronizeStream(const Stream& s) const override { wait(Clock(queues[key(s)].clock)); }
-  void synchronizeDevice(DeviceIndex device) const override {
-    Guard guard(lock);
-    for (auto& [key, queue] : queues) if (key.first == device) wait(Clock(queue.clock));
-  }
+  void synchronizeDevice(DeviceIndex) const override {}
 };
 namespace at {
 struct PretendedHooks : CUDAHooksInterface {
@@ -292,7 +196,6 @@ struct Aliases {
 };
 static const std::set<std::string> PRODUCTS{"aten::mm", "aten::addmm", "aten::bmm", "aten::mv"};
 static const std::set<std::string> NO_SCALARS{"aten::cat", "aten::index_select", "aten::gather"};
-static const std::set<std::string> WAITS{"aten::nonzero", "aten::masked_select", "aten::_unique2"};
 
 template <class F> static void change_tensors(c10::IValue& value, F&& change) {
   if (value.isTensor()) value = change(value.toTensor());
@@ -312,8 +215,7 @@ static void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto& schema = op.schema();
   auto& operation = schema.name();
   auto count = schema.arguments().size(), begin = stack->size() - count;
-  bool product = PRODUCTS.count(operation), view = !schema.returns().empty();
-  for (auto& each : schema.returns()) view &= each.alias_info() && !each.alias_info()->isWrite();
+  bool product = PRODUCTS.count(operation);
   Aliases aliases;
   std::vector<Given> given;
   for (size_t i = 0; i < count; i++) {
@@ -341,13 +243,6 @@ static void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     aliases.device = t.device().index();
   }
   if (aliases.device < 0) aliases.device = current;
-  Guard guard(lock);
-  Key key = here(aliases.device);
-  Clock clock = view ? Clock() : launch(key);
-  auto see = [&](const Tensor& t, bool writes) {
-    if (!view && t.defined() && t.is_cuda()) touch(t, key, clock, writes);
-  };
-  for (auto& each : given) see(each.tensor, each.writes);
   for (size_t i = 0; i < count; i++)
     change_tensors((*stack)[begin + i], [&](const Tensor& t) {
       return t.defined() && t.is_cuda() ? aliases.cpu(t) : t;
@@ -356,17 +251,8 @@ static void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     globalContext().alertNotDeterministic("reflection_pad1d_backward_out_cuda");
   op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
   aliases.update();
-  bool waits = WAITS.count(operation);
-  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++) {
-    auto& value = (*stack)[i];
-    waits |= !value.isTensor() && !value.isTensorList();  // a number or a truth value
-    change_tensors(value, [&](const Tensor& t) {
-      auto result = aliases.cuda(t);
-      see(result, true);
-      return result;
-    });
-  }
-  if (waits) wait(clock);
+  for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); i++)
+    change_tensors((*stack)[i], [&](const Tensor& t) { return aliases.cuda(t); });
 }
 
 // ---- what the boxed kernel can't do
@@ -383,36 +269,13 @@ static Tensor cuda_empty_strided(IntArrayRef size, IntArrayRef stride,
   return at::detail::empty_strided_generic(size, stride, &allocator,
       DispatchKeySet(DispatchKey::CUDA), dtype.value_or(get_default_dtype_as_scalartype()));
 }
-static Tensor& cuda_copy_(Tensor& self, const Tensor& from, bool non_blocking) {
-  Tensor held = self, given = from;  // nothing below may want Python's lock while it has ours
+static Tensor& cuda_copy_(Tensor& self, const Tensor& from, bool) {
   Aliases aliases;
-  Guard guard(lock);
-  Key key = here((self.is_cuda() ? self : from).device().index());
-  if (self.is_cuda() && from.is_cuda() && self.device() != from.device())
-    for (auto index : {self.device().index(), from.device().index()})
-      GuardImpl().synchronizeDevice(index);
-  Clock clock = launch(key);
-  for (auto* t : {&from, const_cast<const Tensor*>(&self)})
-    if (t->is_cuda()) touch(*t, key, clock, t == &self);
   auto alias = [&](const Tensor& t) {
     return t.is_cuda() ? aliases.cpu(t) : over(t.storage(), t, DispatchKeySet(DispatchKey::CPU));
   };
-  auto to = alias(self), source = alias(from);
   at::AutoDispatchBelowADInplaceOrView below;
-  auto& on_host = self.is_cuda() ? from : self;
-  bool late = non_blocking && on_host.is_cpu() && is_pinned(on_host.data_ptr());
-  if (late && from.is_cuda()) {  // it is right, but the host sees it later
-    source = source.clone();
-    queues[key].late[clock[key]] = [to, source]() mutable {
-      at::AutoDispatchBelowADInplaceOrView below;
-      to.copy_(source);
-    };
-    return self;
-  }
-  run_to(clock);
-  to.copy_(source);
-  if (late && source.is_contiguous()) reads.push_back({key, clock[key], source, source.clone()});
-  else if (!self.is_cuda() || (!from.is_cuda() && !non_blocking)) wait(clock);
+  alias(self).copy_(alias(from));
   return self;
 }
 static Tensor& cuda_addmm_out(const Tensor& self, const Tensor& a, const Tensor& b,
@@ -431,9 +294,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   aten.impl("empty.memory_format", TORCH_FN(cuda_empty));
   aten.impl("empty_strided", TORCH_FN(cuda_empty_strided));
   aten.impl("copy_", TORCH_FN(cuda_copy_));
-  aten.impl("record_stream", [](Tensor& self, Stream stream) {
-    allocator.recordStream(self.storage().data_ptr(), stream);
-  });
   aten.impl("set_.source_Storage", TORCH_FN(at::native::set_));
   aten.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
   aten.impl("resize_", TORCH_FN(at::native::resize_));
@@ -441,11 +301,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     return at::mm(a.to(dtype), b.to(dtype));
   });
   aten.impl("addmm.dtype_out", TORCH_FN(cuda_addmm_out));
-  module.def("complaints", [] {
-    Guard guard(lock);
-    check_reads({}, true);
-    return std::exchange(complaints, {});
-  });
   module.def("set_limit", [](int device, size_t limit) { memory[device].limit = limit; });
 }
 """
