@@ -70,10 +70,8 @@ def training_windows(
     overlap = OverlapFilter(tests, spec.seqlen, spec.bos)
     read = [] if calibration is None else [calibration]
     seen = OverlapFilter(read, spec.seqlen, spec.bos)
-    windows: list[Windows] = []  # of each source
-    orders: list[Tensor] = []  # of each source, (share,): rows of its `windows`
-    held: list[Windows] = []  # of each source
-    records = []
+    # of each source: windows, those held out, (share,) rows of the first in order, and the record
+    drawn: list[tuple[Windows, Windows, Tensor, dict]] = []
     for source, share, n_held in zip(sources, shares, held_out_shares, strict=True):
         if not share:
             log.warning("%s %s: its weight gives it no window", source.flag, source.text)
@@ -85,14 +83,11 @@ def training_windows(
         n_passes = -(-share // size)
         generator = torch.Generator().manual_seed(spec.seed)
         passes = [torch.randperm(size, generator=generator) for _ in range(n_passes)]
-        windows.append(cut)
-        orders.append(torch.cat(passes)[:share])
-        held.append(out)
-        records.append(
-            {"name": source.name, "source": source.text, "revision": revision, "windows": size}
-            | {"held_out": len(out), "passes": n_passes, "dropped": n_dropped}
-            | {"share": share / count}
-        )
+        record = {"name": source.name, "source": source.text, "revision": revision}
+        record |= {"windows": size, "held_out": len(out), "passes": n_passes}
+        record |= {"dropped": n_dropped, "share": share / count}
+        drawn.append((cut, out, torch.cat(passes)[:share], record))
+    windows, held, orders, records = map(list, zip(*drawn, strict=True))
     starts = accumulate(map(len, windows[:-1]), initial=0)
     rows = torch.cat([order + start for order, start in zip(orders, starts, strict=True)])
     order = rows[interleave([len(order) for order in orders])]

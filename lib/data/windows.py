@@ -110,9 +110,7 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
     The published loops search endlessly where too few texts are long enough. This one raises
     UserError once every text was tried.
     """
-    cut: list[Windows] = []
-    rows: list[int] = []
-    starts: list[int] = []
+    drawn: list[tuple[int, int, Windows]] = []  # row, place in its text, window
     lengths: dict[int, int] = {}  # tokens of each text that was tried
     rng, seqlen = random.Random(spec.seed), spec.seqlen
     documents, revision = read_documents(source, "train")
@@ -132,20 +130,19 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
             continue
         start = rng.randint(0, len(ids) - seqlen - 1)
         piece = ids[start : start + seqlen]
-        cut.append(windows_of([Sample(piece, torch.ones_like(piece).bool())], seqlen, spec.bos))
-        rows.append(row)
-        starts.append(start)
-        if len(rows) == count:
+        sample = Sample(piece, torch.ones_like(piece).bool())
+        drawn.append((row, start, windows_of([sample], seqlen, spec.bos)))
+        if len(drawn) == count:
             break
-    if len(rows) < count:
+    if len(drawn) < count:
         longest = sorted(lengths.values(), reverse=True)
         needed = 1 if source.draw in (AGAIN, JOINED) else count  # texts that a window fits into
         fits = longest[needed - 1] - 1 if len(longest) >= needed else 0
         ways = [f"--seqlen {fits} gives {count} windows"] if fits > 1 else []
-        ways += [f"--nsamples {len(rows)} takes these"] if rows else []
+        ways += [f"--nsamples {len(drawn)} takes these"] if drawn else []
         way_out = " or ".join(ways) or "give longer texts"
-        problem = f"its {len(longest)} texts can give only {len(rows)} windows of {seqlen} tokens, "
-        problem += f"{count} are wanted; the longest has {longest[0]} tokens, {way_out}"
+        problem = f"its {len(longest)} texts can give only {len(drawn)} windows of {seqlen} "
+        problem += f"tokens, {count} are wanted; the longest has {longest[0]} tokens, {way_out}"
         raise TextTooShort(source, problem, fits)
     tokens = sum(lengths.values())
     needed = seqlen + (count - 1) * seqlen // APART
@@ -154,6 +151,7 @@ def _draw_windows(source: Source, spec: WindowSpec, count: int) -> tuple[Windows
         problem = f"its {tokens} tokens are {needed - tokens} too few for {count} windows of "
         problem += f"{seqlen}; give more text, --nsamples {most} or --seqlen {max(fits, 2)}"
         raise TextTooShort(source, problem, fits)
+    rows, starts, cut = map(list, zip(*drawn, strict=True))
     return join(cut), record | {"windows": count, "rows": rows, "starts": starts}
 
 

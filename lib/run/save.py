@@ -44,14 +44,12 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
         with job.timed("save"), ExitStack() as failed:
             if not holds_blocks:
                 failed.callback(shutil.rmtree, stage, ignore_errors=True)
-            shards = _write(job, runner, stage)
+            _write(job, runner, stage)
             failed.pop_all()
-            moved = {file: str(target / name) for file, name in shards.items()}
             if holds_blocks:  # the folder is about to become the model
-                if not (weights.resident or shards):  # what is still read stays until the end
+                if not weights.resident:  # what is still read stays until the end
                     other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
-                    for file in folder.files():
-                        moved[str(file)] = shutil.move(file, other)
+                    moved = {str(file): shutil.move(file, other) for file in folder.files()}
                 folder.clear()
                 job.folder = None
             try:
@@ -60,22 +58,19 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                 raise UserError(
                     f"--save_model {target}: {first_line(error)}; the whole model is in {stage}"
                 ) from error
-            for file in shards:  # it has another name now
-                Path(file).unlink(missing_ok=True)
         print(f"saved: {target}", flush=True)
     weights.moved(job.dist.all_gather_object(moved)[0])
 
 
-def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
-    """Write the whole model into a folder; return {file of a block: the shard that it becomes}."""
+def _write(job: Job, runner: BlockRunner, stage: Path) -> None:
+    """Write the whole model into a folder."""
     stage.mkdir(parents=True, exist_ok=True)
     for file in stage.glob("model*.safetensors*"):
         file.unlink()  # of a run that was killed while it saved
     alone = _text_alone(job, runner.model) if job.args.text_only else None
     try:
         shards = None if alone else runner.weights.shards()
-        names = shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)
-        if not names:
+        if not (shards and save_in_shards(runner.model, stage, runner.save_dtype, shards)):
             model = alone or runner.model
             with runner.weights.mapped(), cast(model, runner.save_dtype):
                 model.save_pretrained(stage, max_shard_size="5GB")
@@ -90,7 +85,6 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> dict[str, str]:
     job.results |= {"saved_bytes": sum(sizes), "evaluation": []}
     finish_results(job, runner)
     write_card(job, stage)
-    return names or {}
 
 
 def _text_alone(job: Job, model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from typing import Any
 
 NAMES = re.compile(
     r"(.*_)?tokens?_(ids?|index|indices)|(image|video|audio|slice)_(start|end|pad)_id|newline_id|(begin_)?suppress_tokens|(bad|force)_words_ids"
-    r"|forced_decoder_ids|sequence_bias|padding_idx"
+    r"|sequence_bias|padding_idx"
 )
 
 
@@ -30,8 +30,6 @@ def map_token_ids(fields: Mapping[str, Any], new_id: Callable[[int], Any]) -> di
 
 def _map_field(name: Any, value: Any, new_id: Callable[[int], Any]) -> Any:
     if isinstance(name, str) and NAMES.fullmatch(name):
-        if name == "forced_decoder_ids" and value:
-            return [[place, _map_ids(index, new_id)] for place, index in value]
         if name == "sequence_bias" and value:
             pairs = value.items() if isinstance(value, Mapping) else value
             moved = [(_map_ids(ids, new_id), bias) for ids, bias in pairs]
