@@ -215,7 +215,7 @@ def alike_inputs(
 
 def layout_of(kind: str, model: nn.Module) -> PartLayout:
     """The neurons or experts of a model's blocks."""
-    bare = skeleton(model.config)
+    bare = skeleton(model.config, Checkpoint("model"))
     return find_parts(kind, model.config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
 
 

@@ -180,13 +180,12 @@ def saved_dtype(name: str, config, narrows: bool = False) -> torch.dtype:
     return torch.bfloat16 if narrows and dtype == torch.float32 else dtype
 
 
-def skeleton(config: Any, checkpoint: Checkpoint | None = None) -> nn.Module:
+def skeleton(config: Any, checkpoint: Checkpoint) -> nn.Module:
     """Build the model without weights, on the meta device.
 
     Its `unread` are the names of the parameters and buffers that text alone does not read. Raises
     UserError where it can't be built, or is far larger than a local folder's weights.
     """
-    checkpoint = checkpoint or Checkpoint(getattr(config, "name_or_path", "?"))
     stored = stored_names(checkpoint)
     n_bytes = sum(map(os.path.getsize, set(stored.values())))
     tensors, weights = MOST_TENSORS * len(stored), MOST_WEIGHTS * n_bytes
@@ -238,18 +237,13 @@ def _unread(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name, each in state.items() if id(each) not in read)
 
 
-def set_field(config: Any, field: str, value: int) -> None:
-    """Set a field of a model's text config."""
-    setattr(config.get_text_config(decoder=True), field, value)
-
-
 def skeleton_with(config: Any, field: str, value: int, checkpoint: Checkpoint) -> nn.Module | None:
     """Build the model without weights, with another value in a field of its text config.
 
     Returns None where it can't be built so.
     """
     changed = copy.deepcopy(config)
-    set_field(changed, field, value)
+    setattr(changed.get_text_config(decoder=True), field, value)
     try:
         return skeleton(changed, checkpoint)
     except Exception:  # any model's class may reject the value in its own way
@@ -259,13 +253,13 @@ def skeleton_with(config: Any, field: str, value: int, checkpoint: Checkpoint) -
 def changed_shapes(model: nn.Module, other: nn.Module) -> dict[str, tuple[tuple, tuple]]:
     """Return {path: its shape, that in the other model} of parameters and buffers that differ.
 
-    The shape of what the other model does not have is ().
+    The shape of what one of them does not have is ().
     """
     ours, theirs = (
         {path: tuple(each.shape) for path, each in chain(m.named_parameters(), m.named_buffers())}
         for m in (model, other)
     )
-    pairs = {path: (shape, theirs.get(path, ())) for path, shape in ours.items()}
+    pairs = {path: (ours.get(path, ()), theirs.get(path, ())) for path in ours | theirs}
     return {path: (shape, its) for path, (shape, its) in pairs.items() if shape != its}
 
 
@@ -364,12 +358,11 @@ def text_alone(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
 
 def save_in_shards(
     model: nn.Module, folder: Path, dtype: torch.dtype, shards: dict[Path, list[str]]
-) -> dict[str, str] | None:
+) -> bool:
     """Write the model in `dtype`; the files of finished blocks, {file: names}, become its shards.
 
-    They stay where they are, too: on the same disk that takes no room. Returns {file: its name in
-    the folder}; None, having written nothing, where the names in a checkpoint of this model differ
-    from those in the files.
+    They stay where they are, too: on the same disk that takes no room. Returns False, having
+    written nothing, where the names in a checkpoint of this model differ from those in the files.
     """
     inside = {name for each in shards.values() for name in each}
     held = {name: each.to("meta") for name, each in model.state_dict().items() if name in inside}
@@ -377,25 +370,24 @@ def save_in_shards(
         getattr(model, "hf_quantizer", None)
         or revert_weight_conversion(model, held).keys() != inside
     ):
-        return None
+        return False
     with cast(model, dtype):
         rest = {name: value for name, value in model.state_dict().items() if name not in inside}
         model.save_pretrained(folder, state_dict=rest)
-    count, moved = len(shards) + 1, {}
+    count = len(shards) + 1
     for number, file in enumerate([folder / WEIGHTS, *shards], 1):
         shard = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
         try:
             os.link(file, shard)
         except OSError:  # another disk, or one without hard links
             shutil.copyfile(file, shard)
-        moved[str(file)] = shard.name
     (folder / WEIGHTS).unlink()
     names = stored_names(Checkpoint(str(folder)))
     weight_map = {name: Path(file).name for name, file in sorted(names.items())}
     size = sum(map(os.path.getsize, set(names.values())))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
-    return moved
+    return True
 
 
 @contextmanager

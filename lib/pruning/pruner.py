@@ -18,7 +18,6 @@ from lib.model.blocks import BlockRunner, HiddenStates
 from lib.model.linears import experts_by, find_linears
 from lib.model.matrix import PrunableLinear
 from lib.model.parts import PartLayout, keep_parts_
-from lib.model.pretrained import set_field
 from lib.packed.layout import all_finite
 from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
@@ -299,7 +298,8 @@ class PartPruner(Pruner):
     ) -> None:
         """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
         super().run(windows, on_progress)
-        set_field(self.runner.model.config, self.layout.field, self.left)
+        text = self.runner.model.config.get_text_config(decoder=True)
+        setattr(text, self.layout.field, self.left)
         for path, attribute, entries in self.layout.counters:  # those of blocks are set already
             setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
         self.weights_after = self._count_weights()

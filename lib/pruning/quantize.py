@@ -7,7 +7,6 @@ zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,13 +64,8 @@ class Quantizer(Pruner):
         self.fmt, self.master_dtype = fmt, master_dtype
         self.starts: dict[int, tuple[Tensor, Grid]] = {}
         self.saved = SaveDtypes()  # integers times scales are kept as they are
-
-    def run(
-        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> None:
-        if not any(takes(self.fmt, linear) for linear in self.runner.each_linear()):
-            raise UserError(NOTHING[self.fmt.name])
-        super().run(windows, on_progress)
+        if not any(takes(fmt, linear) for linear in runner.each_linear()):
+            raise UserError(NOTHING[fmt.name])
 
     def summary(self) -> list[str]:
         count, bits = len(self.pruned), self.fmt.bits

@@ -240,23 +240,16 @@ def _set_teacher(job: Job) -> None:
 
 def _is_smaller(job: Job, checkpoint: Checkpoint, dense: nn.Module, model: nn.Module) -> bool:
     """Whether the blocks have lost rows or columns; nothing else may differ in shape."""
-    of_model, of_dense = (
-        {name: list(parameter.shape) for name, parameter in one.named_parameters()}
-        for one in (model, dense)
-    )
-    smaller = False
-    for name in of_model | of_dense:
-        ours, theirs = of_model.get(name), of_dense.get(name)
-        if ours == theirs:
-            continue
-        lost = ours and theirs and len(ours) == len(theirs) and all(map(le, ours, theirs))
+    changed = pretrained.changed_shapes(model, dense)
+    for name, (ours, theirs) in changed.items():
+        lost = len(ours) == len(theirs) and all(map(le, ours, theirs))
         if not lost or not name.startswith(f"{job.blocks_name}."):
             raise UserError(
-                f"{checkpoint}: its {name} is {theirs or 'missing'}, that of {job.checkpoint} "
-                f"{ours or 'missing'}; name the dense model that it was made of"
+                f"{checkpoint}: its {name} is {list(theirs) or 'missing'}, that of "
+                f"{job.checkpoint} {list(ours) or 'missing'}; name the dense model that it was "
+                "made of"
             )
-        smaller = True
-    return smaller
+    return bool(changed)
 
 
 def _teacher_rows(job: Job, checkpoint: Checkpoint, model: nn.Module) -> Tensor | None:

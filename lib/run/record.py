@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from contextlib import suppress
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,9 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
 
 def processor() -> str:
     """Return the name of the processor, whose kind decides how sums are rounded."""
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    linux = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", linux.read_text()) if linux.exists() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def finish_results(job: Job, runner: BlockRunner) -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lib.methods.sparsity import NEURONS
 from lib.model.access import Checkpoint
 from lib.model.parts import find_parts, keep_parts_
-from lib.model.pretrained import decoder_blocks, set_field, skeleton
+from lib.model.pretrained import decoder_blocks, skeleton
 from lib.util.errors import UserError
 
 EXPERTS = "Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE, GPT-OSS, GraniteMoE, JetMoE, PhiMoE, DeepSeek-V3"
@@ -42,7 +42,7 @@ def test_a_model_without_some_neurons_is_one_that_ignores_them(name: str) -> Non
         (down.weight if isinstance(down, Conv1D) else down.weight.T)[ignored] = 0
     for index, block in enumerate(blocks):
         keep_parts_(block, layout, index, f"{name}.{index}", kept)
-    set_field(model.config, layout.field, len(kept))
+    setattr(model.config.get_text_config(decoder=True), layout.field, len(kept))
     anew = type(model)(model.config).eval()
     anew.load_state_dict(model.state_dict())
     outputs = ignoring(input_ids=ids, use_cache=False).logits
@@ -60,7 +60,7 @@ def test_models_without_such_mlps_are_refused_without_weights(name: str) -> None
 
 def test_quantized_models_are_refused() -> None:
     model = tiny.tiny_llama()
-    bare, config = skeleton(model.config), copy.deepcopy(model.config)
+    bare, config = skeleton(model.config, Checkpoint("model")), copy.deepcopy(model.config)
     config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     with pytest.raises(UserError, match="it is quantized"):
         find_parts(NEURONS, config, Checkpoint("model"), bare, decoder_blocks(bare)[0])
