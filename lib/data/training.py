@@ -67,9 +67,8 @@ def training_windows(
     weights = [source.weight or 1.0 for source in sources]
     held_out = min(max(HELD_OUT[0], int(HELD_OUT_SHARE * count)), HELD_OUT[1])
     shares, held_out_shares = apportion(weights, count), apportion(weights, held_out)
-    overlap = OverlapFilter(tests, spec.seqlen, spec.bos)
-    read = [] if calibration is None else [calibration]
-    seen = OverlapFilter(read, spec.seqlen, spec.bos)
+    overlap = OverlapFilter(tests, spec)
+    seen = OverlapFilter([] if calibration is None else [calibration], spec)
     # of each source: windows, those held out, (share,) rows of the first in order, and the record
     drawn: list[tuple[Windows, Windows, Tensor, dict]] = []
     for source, share, n_held in zip(sources, shares, held_out_shares, strict=True):
@@ -176,11 +175,11 @@ class OverlapFilter:
     A passage is known by a sum of its tokens times fixed random factors, modulo 2^64.
     """
 
-    def __init__(self, tests: Sequence[Tensor | Windows], seqlen: int, bos: int | None) -> None:
-        self.length = min(PASSAGE, seqlen // 2)
+    def __init__(self, tests: Sequence[Tensor | Windows], spec: WindowSpec) -> None:
+        self.length = min(PASSAGE, spec.seqlen // 2)
         generator = torch.Generator().manual_seed(0)
         self.factors = torch.randint(1, 2**62, (self.length,), generator=generator).tolist()
-        first = 0 if bos is None else 1
+        first = 0 if spec.bos is None else 1
         sums = []
         for test in map(as_windows, tests):
             passages = self._sums(test.ids[:, first:])

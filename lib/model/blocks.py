@@ -51,6 +51,15 @@ class HiddenStates:
     # [block][batch]: a block's arguments besides its hidden states
     block_args: list[list[tuple[tuple, dict]]] = field(default_factory=list)
 
+    def put(self, batch: slice, hidden: Tensor, device: torch.device | str) -> None:
+        """Store a batch's hidden states (n, tokens, hidden) in a buffer for all, on `device`."""
+        if self.hidden is None:
+            # a GPU copies pinned memory several times as fast
+            pinned = hidden.device.type != "cpu" and torch.device(device).type == "cpu"
+            shape, options = (len(self.windows), *hidden.shape[1:]), dict(pin_memory=pinned)
+            self.hidden = torch.empty(shape, dtype=hidden.dtype, device=device, **options)
+        self.hidden[batch] = hidden
+
     def copy(self) -> HiddenStates:
         """Return the same windows with hidden states of their own."""
         pinned = self.hidden.is_pinned()
@@ -154,9 +163,7 @@ class BlockRunner:
                 if index == 0:
                     if hidden.dim() != 3 or hidden.shape[:2] != states.windows[batch].shape:
                         raise self._refused("has hidden states of another shape than its windows")
-                    if states.hidden is None:
-                        states.hidden = hidden_buffer(len(windows), hidden, state_device)
-                    states.hidden[batch] = hidden
+                    states.put(batch, hidden, state_device)
                 unique = partial(first_equal, tensors, known)
                 states.block_args[index].append(tree_map(unique, (args, kwargs)))
                 if index == len(self.blocks) - 1:
@@ -222,9 +229,7 @@ class BlockRunner:
 
         def see(decoder: nn.Module, args: tuple, out: Any) -> None:
             hidden, self.output = out.last_hidden_state, type(out)
-            if states.hidden is None:
-                states.hidden = hidden_buffer(len(windows), hidden, state_device)
-            states.hidden[batch] = hidden
+            states.put(batch, hidden, state_device)
             raise Stop
 
         with self._decoder.register_forward_hook(see):
@@ -369,14 +374,6 @@ def replaced(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
         for module, forward in forwards.items():
             patches.enter_context(mock.patch.object(module, "forward", forward))
         yield
-
-
-def hidden_buffer(count: int, hidden: Tensor, device: torch.device | str) -> Tensor:
-    """Return a buffer on `device` for `count` windows (windows, tokens, hidden) like `hidden`."""
-    # a GPU copies pinned memory several times as fast
-    pinned = hidden.device.type != "cpu" and torch.device(device).type == "cpu"
-    shape = (count, *hidden.shape[1:])
-    return torch.empty(shape, dtype=hidden.dtype, device=device, pin_memory=pinned)
 
 
 def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict) -> Tensor:

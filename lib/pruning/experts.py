@@ -95,13 +95,10 @@ class ExpertPruner(PartPruner):
                     observe(expert, gates[tokens, places], outputs)
             raise Stop
 
-        handle = experts.register_forward_pre_hook(see, with_kwargs=True)
-        try:
+        with experts.register_forward_pre_hook(see, with_kwargs=True):
             for _, run in self.runner.iter_batches(self.states, index):
                 with suppress(Stop):
                     run()
-        finally:
-            handle.remove()
 
     def _check_once(self, index: int) -> None:
         """Check for each class of blocks that experts in another order give the same outputs."""

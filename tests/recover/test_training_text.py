@@ -196,7 +196,7 @@ def test_passages_are_found_as_by_a_slow_search(monkeypatch: pytest.MonkeyPatch)
             for row in windows
         ]
         assert 0 < sum(expected) < 400
-        found = OverlapFilter([tests], SEQLEN, bos)
+        found = OverlapFilter([tests], WindowSpec(tiny.tiny_tokenizer(), SEQLEN, bos))
         assert found.found_in(windows).tolist() == expected
-    assert not OverlapFilter([], SEQLEN, None).found_in(windows).any()
+    assert not OverlapFilter([], WindowSpec(tiny.tiny_tokenizer(), SEQLEN)).found_in(windows).any()
     assert found.found_in(windows[:0]).tolist() == []
