@@ -56,8 +56,8 @@ class HiddenStates:
         if self.hidden is None:
             # a GPU copies pinned memory several times as fast
             pinned = hidden.device.type != "cpu" and torch.device(device).type == "cpu"
-            shape, options = (len(self.windows), *hidden.shape[1:]), dict(pin_memory=pinned)
-            self.hidden = torch.empty(shape, dtype=hidden.dtype, device=device, **options)
+            shape = len(self.windows), *hidden.shape[1:]
+            self.hidden = torch.empty(shape, dtype=hidden.dtype, device=device, pin_memory=pinned)
         self.hidden[batch] = hidden
 
     def copy(self) -> HiddenStates:

@@ -356,12 +356,6 @@ def set_tensor(module: nn.Module, path: str, tensor: Tensor) -> Tensor:
     return before
 
 
-def are_apart(blocks: nn.ModuleList) -> bool:
-    """Return whether no two blocks share weights: else one can't be fetched without the other."""
-    parameters = [p for block in blocks for p in block.parameters()]
-    return len(parameters) == len(set(parameters))
-
-
 def device_map(model: nn.Module, name: str, device: torch.device) -> dict[str, str]:
     """Return the map for from_pretrained: the blocks `name` on disk, all else on `device`."""
     where = {f"{name}.{index}": "disk" for index in range(len(model.get_submodule(name)))}

@@ -22,7 +22,7 @@ from lib.model import pretrained
 from lib.model.blocks import BlockRunner
 from lib.model.rows import keep_rows_
 from lib.model.run_folder import CONVERTED, RunFolder
-from lib.model.store import BlockStore, FileBlockStore, are_apart, device_map
+from lib.model.store import BlockStore, FileBlockStore, device_map
 from lib.pruning.check import measure
 from lib.run.job import Job
 from lib.util.errors import UserError
@@ -130,7 +130,9 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
         dense = pretrained.skeleton(job.teacher_config, job.teacher)
         teacher = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
     quantized = args.load_bit or getattr(config, "quantization_config", None)
-    apart = not quantized and not job.schedule and are_apart(blocks)
+    held = [parameter for block in blocks for parameter in block.parameters()]
+    # of blocks that share weights one can't be fetched without the other
+    apart = not quantized and not job.schedule and len(held) == len(set(held))
     if args.offload and not apart:
         raise UserError(
             f"--offload {args.offload}: the model's blocks share weights, or are quantized; leave "

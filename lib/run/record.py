@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lib.run.job import Job
 from lib.run.results import RESULTS, read_results
 from lib.util.command import one_line
 from lib.util.errors import UserError
-from lib.util.files import move_aside, write_text
+from lib.util.files import write_text
 from lib.util.host import gib, peak_memory
 from lib.vocabulary import NOTE
 
@@ -112,7 +113,7 @@ def write_log(folder: Path, results: dict[str, Any]) -> None:
 
 
 def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Move the results of another run in the folder aside."""
+    """Rename the results of another run in the folder to NAME.1.SUFFIX, or the next free number."""
     try:
         before = read_results(folder).get("fingerprint")
     except UserError:  # there are none
@@ -120,8 +121,10 @@ def keep_other_results(folder: Path, fingerprint: dict[str, Any]) -> None:
     if before != fingerprint:
         logs = (f for f in folder.glob("log_*.txt") if "." not in f.stem)  # the others were moved
         logs = [f for f in logs if f.read_bytes().startswith(b"method\t")]
-        for file in [folder / RESULTS, *logs]:
-            move_aside(file)
+        for file in filter(Path.exists, [folder / RESULTS, *logs]):
+            others = (file.with_name(f"{file.stem}.{n}{file.suffix}") for n in count(1))
+            other = file.rename(next(path for path in others if not path.exists()))
+            print(f"{file}: is of another run, and is now {other.name}")
 
 
 def print_summary(results: dict[str, Any]) -> None:

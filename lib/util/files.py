@@ -115,14 +115,3 @@ def exclusive_lock(path: Path, held: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is held: whoever waits for it sees it go
         lock.release()
-
-
-def move_aside(file: Path) -> None:
-    """Rename a file to NAME.1.SUFFIX, or the next number that is free, and say so."""
-    if not file.exists():
-        return
-    number = 1
-    while (other := file.with_name(f"{file.stem}.{number}{file.suffix}")).exists():
-        number += 1
-    file.rename(other)
-    print(f"{file}: is of another run, and is now {other.name}")
