@@ -155,20 +155,20 @@ class BlockRunner:
         received: list[Tensor] = []  # hidden states that the blocks of this batch received
 
         def recorder(index: int, batch: slice) -> Callable:
-            def forward(*args, **kwargs):
-                hidden, args, kwargs = take_hidden(args, kwargs)
-                received.append(hidden)
-                if len(received) != index + 1 or hidden is not received[0]:
+            def forward(hidden_states, *args, **kwargs):
+                received.append(hidden_states)
+                if len(received) != index + 1 or hidden_states is not received[0]:
                     raise self._refused("does something between its decoder blocks")
                 if index == 0:
-                    if hidden.dim() != 3 or hidden.shape[:2] != states.windows[batch].shape:
+                    shape = states.windows[batch].shape
+                    if hidden_states.dim() != 3 or hidden_states.shape[:2] != shape:
                         raise self._refused("has hidden states of another shape than its windows")
-                    states.put(batch, hidden, state_device)
+                    states.put(batch, hidden_states, state_device)
                 unique = partial(first_equal, tensors, known)
                 states.block_args[index].append(tree_map(unique, (args, kwargs)))
                 if index == len(self.blocks) - 1:
                     raise Stop
-                return self._block_output(index, hidden)
+                return self._block_output(index, hidden_states)
 
             return forward
 
@@ -284,18 +284,16 @@ class BlockRunner:
         """
 
         def player(index: int) -> Callable:
-            def forward(*args, **kwargs):
-                if self.whole:
-                    return self.output(last_hidden_state=last)
-                hidden, *_ = take_hidden(args, kwargs)
-                if index == len(self.blocks) - 1:
-                    hidden = last
-                return self._block_output(index, hidden)
+            def forward(hidden_states, *args, **kwargs):
+                is_last = index == len(self.blocks) - 1
+                return self._block_output(index, last if is_last else hidden_states)
 
             return forward
 
-        played = [self._decoder] if self.whole else self.blocks
-        with replaced({module: player(index) for index, module in enumerate(played)}):
+        played = {block: player(index) for index, block in enumerate(self.blocks)}
+        if self.whole:
+            played = {self._decoder: lambda *_, **__: self.output(last_hidden_state=last)}
+        with replaced(played):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits if logits.shape[1] == len(positions) else logits[:, positions]
 
@@ -380,14 +378,6 @@ def run_block(block: nn.Module, hidden: Tensor, args: tuple, kwargs: dict) -> Te
     """Return a block's hidden states (n, tokens, hidden), without its other outputs."""
     out = block(hidden, *args, **kwargs)
     return out[0] if isinstance(out, tuple) else out
-
-
-def take_hidden(args: tuple, kwargs: dict) -> tuple[Tensor, tuple, dict]:
-    """Split a block's arguments into its hidden states and the others."""
-    if args:
-        return args[0], args[1:], kwargs
-    kwargs = dict(kwargs)
-    return kwargs.pop("hidden_states"), (), kwargs
 
 
 def first_equal(

@@ -112,8 +112,7 @@ def _windows(job: Job, bos: int | None) -> Texts:
     args, texts = job.args, Texts(bos)
     spec = WindowSpec(job.tokenizer, job.seqlen, bos, args.seed)
     if job.plan.calibrated:
-        drawn = calibration_windows(job.sources, spec, args.nsamples)
-        texts.windows, texts.calibration = drawn
+        texts.windows, texts.calibration = calibration_windows(job.sources, spec, args.nsamples)
     texts.tests = [test_set(test, spec, args.prompts) for test in job.tests]
     if job.schedule:
         count = job.schedule.steps * job.schedule.windows
