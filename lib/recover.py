@@ -42,7 +42,7 @@ from lib.util.errors import UserError
 STEPS = 256  # about so many, while a step's size is between these:
 LEAST, MOST = 2**8, 2**16  # tokens of a step
 RATE = 0.6  # see `default_rate`
-GRID_RATE = 0.25  # of that, and constant, where weights stay on a grid: a larger one adds noise
+ROUNDED_RATE = 0.25  # of that, where nothing was pruned: rounding took little, more adds noise
 CROSS_ENTROPY = 0.2  # of the loss: what the teacher does not know of the language, the text does
 WARM_UP = 0.1  # of the steps
 LAST_RATE = 0.05  # of the peak rate, at the end
@@ -64,7 +64,8 @@ class TrainSchedule:
     seed: int = 0
     least: int = LEAST  # tokens of a step
     clip: float = GRADIENT_NORM
-    falls: bool = True  # the rate, after its rise
+    falls: bool = True  # the rate, after its rise: not where weights stay on a grid
+    pruned: bool = True  # or else but rounded
 
     @property
     def windows(self) -> int:
@@ -254,7 +255,7 @@ class Recoverer:
             width = runner.model.config.get_text_config(decoder=True).hidden_size
             matrices = (part.parameter for part in self.parts.values() if part.is_matrix)
             rate = default_rate(matrices, width, len(runner.blocks))
-            schedule = replace(schedule, rate=rate * GRID_RATE if self.grids else rate)
+            schedule = replace(schedule, rate=rate * (1 if schedule.pruned else ROUNDED_RATE))
         self.schedule = schedule
         self.trained = sum(part.parameter.numel() for part in self.parts.values())
         self.strict = True  # until an operation is met that is not deterministic

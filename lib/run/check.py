@@ -198,7 +198,7 @@ def _set_vocabulary(job: Job) -> None:
 
 def _set_schedule(job: Job) -> None:
     """Set the schedule of the recovery. Raises UserError if the model can't be recovered."""
-    args, flag = job.args, shown(job.args, "recover")
+    args, plan, flag = job.args, job.plan, shown(job.args, "recover")
     if args.recover < job.seqlen:
         raise UserError(
             f"{flag}: less than one step, a window of {job.seqlen} tokens; give at least "
@@ -215,6 +215,7 @@ def _set_schedule(job: Job) -> None:
         rank=args.recover_rank,
         share=default if args.recover_ce is None else args.recover_ce,
         seed=args.seed,
+        pruned=not plan.rounds or bool(plan.method or plan.teacher),
     )
 
 

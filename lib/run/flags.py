@@ -243,7 +243,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=RATE,
         metavar="RATE",
         shown="0.6 times the root mean square of the pruned weights, over the square root of the "
-        "model's width, over its blocks; with --quantize a quarter of that, which stays",
+        "model's width, over its blocks; a quarter of that with --quantize where nothing is pruned",
     )
     flag(
         "recover_ce",

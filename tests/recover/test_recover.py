@@ -330,7 +330,8 @@ def test_the_default_rate_follows_weights_width_and_depth() -> None:
     rate = default_rate(known, 32, 2)
     one.run()
     assert one.schedule.rate == one.record()["rate"] == rate
-    one = trainer(schedule=schedule(rate=None), grid=True)
-    known = [part.parameter for part in one.parts.values() if part.is_matrix]
-    assert one.schedule.rate == recover.GRID_RATE * default_rate(known, 32, 2)
-    assert one.schedule.rate_at(STEPS - 1) == one.schedule.rate
+    for pruned, share in ((True, 1), (False, recover.ROUNDED_RATE)):
+        one = trainer(schedule=schedule(rate=None, pruned=pruned), grid=True)
+        known = [part.parameter for part in one.parts.values() if part.is_matrix]
+        assert one.schedule.rate == share * default_rate(known, 32, 2)
+        assert one.schedule.rate_at(STEPS - 1) == one.schedule.rate
