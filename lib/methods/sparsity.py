@@ -53,10 +53,10 @@ class Sparsity:
     def mask(self, score: Tensor, overall: bool = False) -> Tensor:
         """Return the mask of the lowest scores of each N:M group or row, or `overall`."""
         if self.m:
-            return n_of_m(score, self.n, self.m)
-        if overall:
-            return lowest_overall(score, int(score.numel() * self.ratio))
-        return lowest_per_row(score, int(score.shape[-1] * self.ratio))
+            groups = score.unflatten(-1, (-1, self.m)).movedim(-1, 0)  # (m, ...)
+            return n_of_first(groups, self.n).movedim(0, -1).reshape(score.shape)
+        rows = score.reshape(1, -1) if overall else score
+        return lowest_per_row(rows, int(rows.shape[-1] * self.ratio)).view(score.shape)
 
 
 def lowest_per_row(score: Tensor, count: int) -> Tensor:
@@ -81,11 +81,6 @@ def lowest_per_row(score: Tensor, count: int) -> Tensor:
     if numpy.count_nonzero(mask.numpy()) > count * mask[..., 0].numel():
         mask = _lowest_up_to(threshold, score, count)
     return mask
-
-
-def lowest_overall(score: Tensor, count: int) -> Tensor:
-    """Mask of exactly the `count` smallest scores, none negative, of the whole matrix."""
-    return lowest_per_row(score.reshape(1, -1), count).view(score.shape)
 
 
 def threshold(score: Tensor, count: int) -> float:
@@ -113,12 +108,6 @@ def _select(scores: Any, count: int) -> Any:
         if below < count <= below + len(near):
             return numpy.partition(near, count - 1 - below)[count - 1 - below]
     return numpy.partition(scores, count - 1)[count - 1]
-
-
-def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
-    """Mask (rows, columns) of the `n` smallest scores in every `m` consecutive columns."""
-    groups = score.reshape(*score.shape[:-1], -1, m)
-    return n_of_first(groups.movedim(-1, 0), n).movedim(0, -1).reshape(score.shape)
 
 
 def n_of_first(score: Tensor, n: int) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.methods import sparsity as module
-from lib.methods.sparsity import Sparsity, lowest_overall, lowest_per_row, n_of_first, n_of_m
+from lib.methods.sparsity import Sparsity, lowest_per_row, n_of_first
 
 
 def by_sorting(row: list[float], count: int) -> list[bool]:
@@ -33,13 +33,12 @@ def test_lowest_per_row(count, ties, dtype):
 
 
 @with_ties
-@pytest.mark.parametrize("count", [0, 1, 100, 215, 216])
-def test_lowest_overall(count, ties):
-    score = scores(9, 24, ties)
+@pytest.mark.parametrize("ratio", [0.0, 0.005, 0.463, 0.996, 1.0])
+def test_lowest_overall(ratio, ties):
+    score = scores(9, 40, ties)[:, 8:32]  # not contiguous
+    count = int(9 * 24 * ratio)
     expected = torch.tensor(by_sorting(score.flatten().tolist(), count)).view(9, 24)
-    assert torch.equal(lowest_overall(score, count), expected)
-    part = scores(9, 40, ties)[:, 8:32]  # not contiguous
-    assert torch.equal(lowest_overall(part, count), lowest_overall(part.contiguous(), count))
+    assert torch.equal(Sparsity(ratio).mask(score, overall=True), expected)
 
 
 @with_ties
@@ -48,7 +47,6 @@ def test_n_of_m(n, m, ties):
     score = scores(9, 24, ties)
     groups = score.view(-1, m).tolist()
     expected = torch.tensor([by_sorting(group, n) for group in groups]).view(9, 24)
-    assert torch.equal(n_of_m(score, n, m), expected)
     assert torch.equal(Sparsity(n / m, n, m).mask(score), expected)
     first = score.view(-1, m).T  # (m, groups)
     assert torch.equal(n_of_first(first, n), expected.view(-1, m).T)
@@ -70,4 +68,4 @@ def test_a_threshold_among_few_is_that_of_all(shape, share):
     assert module.threshold(score, count) == (ordered[count - 1].item() if count else -1)
     first = score.flatten().sort(stable=True).indices[:count]
     expected = torch.zeros(120000, dtype=torch.bool).scatter_(0, first, True)
-    assert torch.equal(lowest_overall(score, count).flatten(), expected)
+    assert torch.equal(Sparsity(share).mask(score, overall=True).flatten(), expected)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib.commands.unpack import main as unpack_main
 from lib.commands.unpack import unpack_folder
-from lib.methods.sparsity import n_of_m
+from lib.methods.sparsity import Sparsity
 from lib.model.pretrained import decoder_blocks
 from lib.packed.errors import PackedError, PackedWarning
 from lib.packed.formats import PACKED
@@ -34,7 +34,7 @@ def pruned(model, pattern="2:4"):
         if isinstance(linear, nn.Linear | Conv1D) and min(linear.weight.shape) >= 8:
             matrix = linear.weight.data.T if isinstance(linear, Conv1D) else linear.weight.data
             if pattern == "2:4":
-                matrix[n_of_m(matrix.abs(), 2, 4)] = 0
+                matrix[Sparsity(0.5, 2, 4).mask(matrix.abs())] = 0
             else:
                 matrix[matrix.abs() < matrix.abs().quantile(0.7)] = 0
     return model.eval()
