@@ -46,24 +46,18 @@ class Start(NamedTuple):
 
 
 class GPTQ(LeastSquares):
-    """The sums of one input of a block, and what rounds the linears that receive it to `fmt`."""
+    """The sums of one input of a block, and what rounds the linears that receive it."""
 
-    fmt: ClassVar[Int4]
     damping = 18.0  # codes of a few bits fit what is chance in few tokens more than zeros do
     refinements: ClassVar[int] = 5  # steps of conjugate gradients
     sweeps: ClassVar[int] = 2  # of coordinate descent over all columns
 
-    @classmethod
-    def to(cls, fmt: Int4) -> type[GPTQ]:
-        """The method that rounds to a format."""
-        return type(cls.__name__, (cls,), {"fmt": fmt})
-
-    def quantize_(self, weights: Sequence[Tensor]) -> list[Start]:
-        """Quantize float32 matrices (out_i, in) in place. UserError where A can't be factored."""
+    def quantize_(self, weights: Sequence[Tensor], fmt: Int4) -> list[Start]:
+        """Round float32 matrices (out_i, in) in place. UserError where A can't be factored."""
         start, target, hessian, across, _ = self.problem(weights)
         mask = start == 0
         conjugate_gradients_(start, target, hessian, mask, self.refinements)
-        grid = SolverGrid(self.fmt, across, keep=(~mask).float())
+        grid = SolverGrid(fmt, across, keep=(~mask).float())
         solution, unrounded = round_in_order(start, hessian, grid)
         descend_(solution, target, hessian, grid, self.sweeps, unrounded)
         unrounded.mul_(grid.keep).div_(across)

@@ -60,7 +60,7 @@ class Quantizer(Pruner):
     def __init__(
         self, runner: BlockRunner, fmt: Int4, master_dtype: torch.dtype | None = None
     ) -> None:
-        super().__init__(runner, GPTQ.to(fmt), Allocation({}))
+        super().__init__(runner, GPTQ, Allocation({}))
         self.fmt, self.master_dtype = fmt, master_dtype
         self.starts: dict[int, tuple[Tensor, Grid]] = {}
         self.saved = SaveDtypes()  # integers times scales are kept as they are
@@ -111,7 +111,7 @@ class Quantizer(Pruner):
         if group.fallback:
             starts = [self._nearest_(matrix) for matrix in matrices]
         else:
-            starts = group.method.quantize_(matrices)
+            starts = group.method.quantize_(matrices, self.fmt)
         for linear, start in zip(group.linears, starts, strict=True):
             self._keep(linear, start)
 

@@ -28,11 +28,11 @@ def problem(width: int, *outputs: int, tokens: int = 600):
 def quantized(
     x: Tensor, weights: list[Tensor], dense: Tensor | None = None, sweeps: int = 2
 ) -> list[Tensor]:
-    method = GPTQ.to(INT4)(x.shape[1], CPU)
+    method = GPTQ(x.shape[1], CPU)
     method.sweeps = sweeps
     method.observe(x, dense)
     copies = [weight.clone() for weight in weights]
-    method.quantize_(copies)
+    method.quantize_(copies, INT4)
     return copies
 
 
@@ -139,9 +139,9 @@ def test_the_aim_is_what_the_model_computes_before_quantizing() -> None:
         return (x @ matrix.T - dense @ weight.T).square().sum().item()
 
     assert error(repaired) < 0.8 * error(kept)
-    method, by_stream = GPTQ.to(INT4)(96, CPU), weight.clone()
+    method, by_stream = GPTQ(96, CPU), weight.clone()
     method.observe(x, residual_error=(dense - x) @ weight.T)
-    method.quantize_([by_stream])
+    method.quantize_([by_stream], INT4)
     assert torch.isclose(by_stream, repaired).float().mean() > 0.97
 
 
