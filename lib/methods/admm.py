@@ -143,7 +143,9 @@ def alternate(
         if settled:
             break
         inverse = None  # frees the last phase's before the next is made
-        inverse = stiff_inverse(hessian, own)
+        stiff = hessian.diagonal_scatter(hessian.diagonal() + own)  # A + rho I
+        inverse = inverse_(cholesky(stiff))
+        del stiff
         constant = inverse @ target  # what B has in V
         inverse *= -own
         for iteration in range(iterations):
@@ -167,10 +169,3 @@ def alternate(
     masks = [sparsity.mask(part.T, overall=True).T for part, sparsity in parts(total.abs())]
     mask = torch.cat(masks, 1)
     return total.masked_fill_(mask, 0), mask, settled
-
-
-def stiff_inverse(hessian: Tensor, rho: float) -> Tensor:
-    """(A + rho I)^-1 (in, in)."""
-    stiff = hessian.clone()
-    stiff.diagonal().add_(rho)
-    return inverse_(cholesky(stiff))

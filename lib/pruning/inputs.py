@@ -37,13 +37,10 @@ class Group:
         return ", ".join(linear.name for linear in self.linears)
 
     @property
-    def width(self) -> int:
-        return self.linears[0].shape[1]
-
-    @property
     def cost(self) -> float:
         """What solving it costs, up to a factor: one factorisation, then every row against it."""
-        return self.width**2 * (self.width + sum(linear.shape[0] for linear in self.linears))
+        width = self.method.width
+        return width**2 * (width + sum(linear.shape[0] for linear in self.linears))
 
     @property
     def fallback(self) -> str | None:
@@ -56,15 +53,15 @@ class Group:
             return None
         if self.method.tokens == 0:
             return "magnitude"
-        few = self.method.inverts_gram and self.method.tokens < self.width
+        few = self.method.inverts_gram and self.method.tokens < self.method.width
         return "wanda" if few else None
 
     def solver(self) -> PruningMethod:
         """The method that prunes the group: its own, or the fallback with the same statistics."""
         if self.fallback == "magnitude":
-            return Magnitude(self.width, torch.device("cpu"))
+            return Magnitude(self.method.width, torch.device("cpu"))
         if self.fallback == "wanda":
-            wanda = Wanda(self.width, self.method.device)
+            wanda = Wanda(self.method.width, self.method.device)
             wanda.square_sum = self.method.hessian.diagonal().clone()
             return wanda
         return self.method
@@ -196,6 +193,4 @@ def rows(x: Tensor) -> Tensor:
 
 def same(a: Tensor, b: Tensor) -> bool:
     """Whether two live tensors are the same memory seen the same way."""
-    return a is b or (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
-    )
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
