@@ -66,9 +66,10 @@ def by_error(
     weight_costs: dict[str, Tensor] = {}  # at each sparsity of the span (STEPS + 1,)
     output_costs: dict[str, Tensor] = {}  # (out,)
     with deterministic(runner.device, strict=False), experts_by(runner.model, "eager"):
-        for linears, diagonals in backward_pass(runner, own, uniforms, on_progress):
-            dist.sum_([tensor for one in diagonals for tensor in vars(one).values()], idle)
-            for linear, diagonal in zip(linears, diagonals, strict=True):
+        for diagonals in backward_pass(runner, own, uniforms, on_progress):
+            sums = [tensor for one in diagonals.values() for tensor in vars(one).values()]
+            dist.sum_(sums, idle)
+            for linear, diagonal in diagonals.items():
                 if diagonal.tokens:
                     name = first[linear.name]
                     sizes[name] = prod(linear.shape)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +51,11 @@ def backward_pass(
     windows: Tensor,
     uniforms: Tensor,
     on_progress: Callable[[int], Any] = lambda blocks: None,
-) -> Iterator[tuple[list[PrunableLinear], list[FisherDiagonal]]]:
+) -> Iterator[dict[PrunableLinear, FisherDiagonal]]:
     """Take windows (n, tokens) through the dense model and back, and yield each block's sums.
 
-    The last block comes first: its linears, which are on the device meanwhile, and their sums;
-    linears that no token reached are among them. `uniforms` (n, tokens): in [0, 1), by which labels
+    The last block comes first: the sums of its linears, which are on the device meanwhile; linears
+    that no token reached are among them. `uniforms` (n, tokens): in [0, 1), by which labels
     are drawn. `on_progress(1)` is called after each block, forward and back.
     """
     states, before = runner.capture(windows), []
@@ -67,45 +68,38 @@ def backward_pass(
     for batch in states.batches:
         ids = states.windows[batch].to(runner.device)
         last = gradient[batch].to(runner.device).detach().requires_grad_()
-
-        def logits(positions: Tensor, ids=ids, last=last) -> Tensor:
-            return runner.logits_from_hidden(ids, last, positions)
-
+        logits = partial(runner.logits_from_hidden, ids, last)
         with torch.enable_grad():
             sampled_nll_backward_(logits, uniforms[batch].to(runner.device))
         gradient[batch] = last.grad
     for index in reversed(range(len(runner.blocks))):
         with runner.on_device(index):
-            linears, given = runner.linears(index), before.pop()
+            given = before.pop()
             try:
                 with deterministic(runner.device, strict=True):
-                    diagonals = _through_(runner, index, linears, given, gradient)
+                    diagonals = _through_(runner, index, given, gradient)
             except RuntimeError as error:  # of the first batch, before anything was stored
                 if "deterministic" not in str(error):
                     raise
                 line = f"--allocation error: another run may give other weights: {error}"
                 warnings.warn(line.split("\n")[0], RunWarning, stacklevel=2)
-                diagonals = _through_(runner, index, linears, given, gradient)
-            yield linears, diagonals
+                diagonals = _through_(runner, index, given, gradient)
+            yield diagonals
         on_progress(1)
 
 
 def _through_(
-    runner: BlockRunner,
-    index: int,
-    linears: list[PrunableLinear],
-    states: HiddenStates,
-    gradient: Tensor,
-) -> list[FisherDiagonal]:
+    runner: BlockRunner, index: int, states: HiddenStates, gradient: Tensor
+) -> dict[PrunableLinear, FisherDiagonal]:
     """The sums of block `index`, which receives `states`; `gradient` becomes that at its input."""
     diagonals = {}
-    for linear in linears:
-        sums = (torch.zeros(n, dtype=torch.float64, device=runner.device) for n in linear.shape)
-        grad_sq, inputs = sums
-        diagonals[linear.name] = FisherDiagonal(inputs, grad_sq, inputs.new_zeros(()))
+    for linear in runner.linears(index):
+        sizes = linear.shape[1], linear.shape[0], ()
+        sums = (torch.zeros(size, dtype=torch.float64, device=runner.device) for size in sizes)
+        diagonals[linear] = FisherDiagonal(*sums)
 
     def see(linear: PrunableLinear, x: Tensor, out: Tensor) -> None:
-        diagonal = diagonals[linear.name]
+        diagonal = diagonals[linear]
         diagonal.inputs += _square_sums(x.detach())
         diagonal.tokens += len(rows(x))
 
@@ -115,13 +109,13 @@ def _through_(
         if out.requires_grad:
             out.register_hook(add)
 
-    with torch.enable_grad(), watch_outputs(linears, see):
+    with torch.enable_grad(), watch_outputs([*diagonals], see):
         for batch, (args, kwargs) in zip(states.batches, states.block_args[index], strict=True):
             start = states.hidden[batch].to(runner.device).detach().requires_grad_()
             end = run_block(runner.blocks[index], start, args, kwargs)
             end.backward(gradient[batch].to(runner.device))
             gradient[batch] = start.grad
-    return list(diagonals.values())
+    return diagonals
 
 
 def _square_sums(x: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ def sensed(
     found: dict[str, FisherDiagonal] = {}
     runner.batch_size = batch_size
     with experts_by(runner.model, "eager"):
-        for linears, diagonals in backward_pass(runner, ids, uniforms):
-            found |= zip([linear.name for linear in linears], diagonals, strict=True)
+        for diagonals in backward_pass(runner, ids, uniforms):
+            found |= {linear.name: diagonal for linear, diagonal in diagonals.items()}
     return found
 
 
