@@ -11,9 +11,3 @@ class PackedError(ValueError):
 
 class PackedWarning(UserWarning):
     """Something works, but not in the fastest way; the message says why."""
-
-
-def one_line(error: Exception) -> str:
-    """The class of an exception and the first line of its message."""
-    message = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import PackedWarning, one_line
+from .errors import PackedWarning
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,8 +113,8 @@ def _load_or_build() -> None:
 
 def _compiler_error(error: Exception) -> str:
     """What is wrong, in one line, of a compiler's output without its command."""
-    lines = [line.strip() for line in str(error).splitlines()[1:]]
-    lines = [line for line in lines if "error:" in line or "not found" in line]
-    if not str(error).startswith("Error building extension") or not lines:
-        return one_line(error)
-    return f"{lines[0]}; install a C++ compiler (g++)"
+    first, *output = str(error).strip().splitlines() or [""]
+    wrong = [line.strip() for line in output if "error:" in line or "not found" in line]
+    if first.startswith("Error building extension") and wrong:
+        return f"{wrong[0]}; install a C++ compiler (g++)"
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

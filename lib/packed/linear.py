@@ -145,7 +145,8 @@ class SparseLinear(PackedModule):
         """From an `nn.Linear` or `Conv1D`; shares the bias. `scales` (out, groups): of `encode`."""
         weight = linear.weight.detach()
         sparse = cls(linear, int(torch.count_nonzero(weight)), fmt)
-        sparse._set_packed(fmt.encode(weight.T if sparse.transposed else weight, scales))
+        packed = fmt.encode(weight.T if sparse.transposed else weight, scales)
+        sparse.mask, sparse.weight.data, sparse.scale = packed
         sparse.count_rows_()
         sparse.checked = True
         if linear.bias is not None:
@@ -203,10 +204,6 @@ class SparseLinear(PackedModule):
 
     def _dense_rows(self, part: slice, dtype: torch.dtype) -> Tensor:
         return self.fmt.decode(self.packed, self.in_features, self.offsets, dtype, part)
-
-    def _set_packed(self, packed: Packed) -> None:
-        self.mask, self.scale = packed.mask, packed.scale
-        self.weight = nn.Parameter(packed.weight, requires_grad=False)
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         super()._load_from_state_dict(state_dict, prefix, *rest)
