@@ -106,7 +106,13 @@ class PackedQuantizer(HfQuantizer):
                 )
             model.set_submodule(name, sparse)
         if config.embeddings:
-            _replace_embeddings_(model, config.embeddings)
+            packed = _replace_embeddings_(model, tied=len(config.embeddings) == 1)
+            own = {name: list(one.weight.shape) for name, one in packed.items() if not one.tied}
+            if own != config.embeddings:
+                raise PackedError(
+                    f"quantization_config: `embeddings` is {config.embeddings}, but this model has "
+                    f"{own}; config.json belongs to another checkpoint"
+                )
         files = check_files(checkpoint_files or [], config)
         for name in (*config.linears, *(config.embeddings or ())):
             model.get_submodule(name).source = f"{files[f'{name}.weight']}: {name}"
@@ -216,14 +222,12 @@ def pack_embeddings_(model: PreTrainedModel) -> list[str]:
     Where the two are tied they stay so. PackedError where the model has other kinds of them.
     """
     embedding, head = _dense_embeddings(model)
-    names = {module: name for name, module in model.named_modules()}
-    dense = [module for module in (embedding, head) if module is not None]
     tied = head is not None and head.weight is embedding.weight
-    own = {names[module]: module.weight for module in dense[: 1 if tied else 2]}
-    _replace_embeddings_(model, dict.fromkeys(own))
-    for name, weight in own.items():
-        model.get_submodule(name).quantize_(weight)
-    return [names[module] for module in dense]
+    packed = _replace_embeddings_(model, tied)
+    for module, dense in zip(packed.values(), (embedding, head), strict=False):  # maybe no head
+        if not module.tied:
+            module.quantize_(dense.weight)
+    return [*packed]
 
 
 def _dense_embeddings(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear | None]:
@@ -240,26 +244,16 @@ def _dense_embeddings(model: PreTrainedModel) -> tuple[nn.Embedding, nn.Linear |
     return embedding, head
 
 
-def _replace_embeddings_(model: PreTrainedModel, sizes: dict[str, list[int] | None]) -> None:
-    """Put packed modules, not filled, in the places of embedding and head.
-
-    `sizes`: [rows, width] of those that have rows of their own, as a checkpoint states them, or
-    None; a head that is not named has the embedding's.
-    """
+def _replace_embeddings_(model: PreTrainedModel, tied: bool) -> dict[str, PackedRows]:
+    """Put packed modules, not filled, in the places of embedding and head; these, by name."""
     embedding, head = _dense_embeddings(model)
     names = {module: name for name, module in model.named_modules()}
-    packed = PackedEmbedding(embedding)
-    modules = {names[embedding]: packed}
+    packed = {names[embedding]: PackedEmbedding(embedding)}
     if head is not None:
-        modules[names[head]] = PackedHead(head, None if names[head] in sizes else packed)
-    expected = {name: list(m.weight.shape) for name, m in modules.items() if not m.tied}
-    if sizes.keys() != expected.keys() or any(sizes[n] not in (None, expected[n]) for n in sizes):
-        raise PackedError(
-            f"quantization_config: `embeddings` is {sizes}, but this model has {expected}; "
-            "config.json belongs to another checkpoint"
-        )
-    for name, module in modules.items():
+        packed[names[head]] = PackedHead(head, packed[names[embedding]] if tied else None)
+    for name, module in packed.items():
         model.set_submodule(name, module)
+    return packed
 
 
 def card_lines(folder: str, kind: str = "AutoModelForCausalLM") -> list[str]:
