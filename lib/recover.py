@@ -231,8 +231,7 @@ class Recoverer:
 
     `whole`: all linears of the blocks are trained, not only those with zeros. `starts`: the masters
     and grids of those that are rounded already, by their parameters' ids. Kept are the weights of
-    the least loss on the windows held out, as `measure(runner)` says: `loss`, and other figures of
-    the curve, the same in every rank. What was measured stands in `curve`, its best at `best`.
+    the least loss on the windows held out. What was measured stands in `curve`, its best at `best`.
     """
 
     def __init__(
@@ -244,10 +243,9 @@ class Recoverer:
         *,
         whole: bool = False,
         starts: Mapping[int, tuple[Tensor, Grid]] | None = None,
-        measure: Callable[[BlockRunner], dict[str, float]] | None = None,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
-        self.measure = measure or self._beside_teacher()
+        self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
         self.parts = trained_parts(runner, whole, starts, schedule.rank, schedule.seed)
         self.grids = {name: part.grid for name, part in self.parts.items() if part.grid}
         schedule = replace(schedule, falls=not self.grids)
@@ -267,19 +265,20 @@ class Recoverer:
         """What is going to be done, and a line on each text that is read again."""
         schedule = self.schedule
         how = f"updates of rank {schedule.rank} to" if schedule.rank else "training"
+        alone = "" if schedule.share else ", the teacher alone"
         count = f"{len(self.grids)} of {len(self.parts)} tensors"
         titles = {grid.form.title for grid in self.grids.values()}
         grids = f", {count} as {titles.pop()}," if titles else ""
         return [
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
-            f"{schedule.windows * schedule.seqlen:,} tokens, learning rate {schedule.rate:.3g}"
-            + ", the teacher alone"
-            * (not schedule.share)
-        ] + [
-            f"recovery: {source['name']} has {source['windows']} windows of train text, which are "
-            f"read {source['passes']} times"
-            for source in self.text.facts["sources"]
-            if source["passes"] > 1
+            f"{schedule.windows * schedule.seqlen:,} tokens, "
+            f"learning rate {schedule.rate:.3g}{alone}",
+            *(
+                f"recovery: {source['name']} has {source['windows']} windows of train text, which "
+                f"are read {source['passes']} times"
+                for source in self.text.facts["sources"]
+                if source["passes"] > 1
+            ),
         ]
 
     @property
@@ -455,25 +454,16 @@ class Recoverer:
             hidden.backward(last.grad)
         return loss
 
-    def _beside_teacher(self) -> Callable[[BlockRunner], dict[str, float]]:
-        """Return what measures the windows held out by the loss that is trained."""
-        windows, teacher = [self.text.held_out], self.teacher
-        reference = DenseReference(tail_of(teacher), dense_states(teacher, windows))
-
-        def measure(runner: BlockRunner) -> dict[str, float]:
-            (figures,) = perplexities(runner, windows, reference=reference)
-            text, kl, share = figures["own_nats"], figures["kl"], self.schedule.share
-            return {
-                "loss": kl + share * (text - kl),
-                "perplexity": figures["perplexity"],
-                "kl": kl,
-            }
-
-        return measure
+    def measure(self) -> dict[str, float]:
+        """The loss that is trained, and other figures, on the windows held out, in every rank."""
+        held_out, share = [self.text.held_out], self.schedule.share
+        (figures,) = perplexities(self.runner, held_out, reference=self.reference)
+        text, kl = figures["own_nats"], figures["kl"]
+        return {"loss": kl + share * (text - kl), "perplexity": figures["perplexity"], "kl": kl}
 
     def _note(self, tokens: int, trained: float | None) -> None:
         """Measure the windows held out, and keep the weights if they are the best so far."""
-        self.curve.append({"tokens": tokens, "trained": trained} | self.measure(self.runner))
+        self.curve.append({"tokens": tokens, "trained": trained} | self.measure())
         if len(self.curve) == 1 or self.curve[-1]["loss"] < self.curve[self.best]["loss"]:
             self.best = len(self.curve) - 1
             self._take_best()

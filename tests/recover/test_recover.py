@@ -88,15 +88,17 @@ def trainer(
             one = Grid(PACKED[4], transposed, scales)
             module.weight.data.copy_(one.rounded(masters))
             starts[id(module.weight)] = masters.to(dtype or masters.dtype) if rank else masters, one
-    return Recoverer(
+    own = more.pop("measure", lambda: {"loss": divergence(teacher, runner, ids[:2])})
+    one = Recoverer(
         runner=runner,
         teacher=teacher,
         schedule=more.pop("schedule", schedule(rank)),
         text=TrainingText(ids, torch.arange(2 * STEPS) % 4, ids[:2], {"sources": []}),
-        measure=more.pop("measure", lambda one: {"loss": divergence(teacher, one, ids[:2])}),
         starts=starts,
         **more,
     )
+    one.measure = own
+    return one
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -132,16 +134,16 @@ def test_learns_and_keeps_every_zero(name: str, way: str) -> None:
     pruned_of = {key: part.values() == 0 for key, part in one.parts.items() if part.is_matrix}
     plain = one.measure
 
-    def measure(runner: BlockRunner) -> dict[str, float]:
+    def measure() -> dict[str, float]:
         assert_on_grids(one, one.scales)
-        return plain(runner)
+        return plain()
 
     one.measure = measure
     one.run()
     after = state(model)
     best, first = one.curve[one.best]["loss"], one.curve[0]["loss"]
     assert best < (first if "grid" in way else 0.9 * first)
-    assert best == plain(one.runner)["loss"]
+    assert best == plain()["loss"]
     assert len(one.curve) == 1 + recover.MEASURED
     assert pruned_of
     for key, zero in pruned_of.items():
@@ -180,8 +182,8 @@ def test_the_best_is_kept(best: int, way: str) -> None:
     figures, states = [9.0] * 11, []
     figures[best], figures[1] = 3.0, 4.0 if best else 9.0
 
-    def measure(runner: BlockRunner) -> dict[str, float]:
-        states.append(state(runner.model))
+    def measure() -> dict[str, float]:
+        states.append(state(one.runner.model))
         held = (part.parameter.data for part in one.parts.values() if not part.grid)
         assert all(torch.equal(values, values.to(BFLOAT16).float()) for values in held)
         return {"loss": figures[len(states) - 1], "perplexity": 1.0}
@@ -245,7 +247,7 @@ def test_steps_are_plain_adamw_on_the_plain_loss() -> None:
     losses, _, expected = plain_adamw(one, clip=clip)
     falling = iter(range(100, 0, -1))
     three = dataclasses.replace(three, clip=clip)
-    one = trainer(models=models, schedule=three, measure=lambda _: {"loss": next(falling)})
+    one = trainer(models=models, schedule=three, measure=lambda: {"loss": next(falling)})
     one.run()
     assert one.curve[-1]["trained"] == pytest.approx(losses[-1], rel=1e-4)
     off = clipping = 0.0
