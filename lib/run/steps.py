@@ -22,8 +22,7 @@ from lib.model.reference import (
 )
 from lib.model.rows import keep_rows_
 from lib.packed.formats import FORMATS, Grid
-from lib.pruning.allocation import Allocation, keep_allocation, kept_allocation, uniform
-from lib.pruning.by_error import by_error
+from lib.pruning.allocation import Allocation, by_error, keep_allocation, kept_allocation, uniform
 from lib.pruning.check import Measured, measure
 from lib.pruning.experts import ExpertPruner
 from lib.pruning.neurons import NeuronPruner

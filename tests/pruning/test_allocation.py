@@ -12,9 +12,8 @@ from support import CPU, prune_, runner_of, windows
 
 from lib.model.access import Checkpoint
 from lib.model.pretrained import load_config, load_model
-from lib.pruning import by_error as module
-from lib.pruning.allocation import Allocation
-from lib.pruning.by_error import by_error, choose, costs, span
+from lib.pruning import allocation as module
+from lib.pruning.allocation import Allocation, by_error, choose, costs, span
 from lib.pruning.check import measure
 from lib.pruning.fisher import FisherDiagonal
 
