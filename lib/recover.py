@@ -32,7 +32,6 @@ from lib.data.samples import Windows, as_windows
 from lib.data.training import TrainingText
 from lib.eval import perplexities
 from lib.model.blocks import BlockRunner, iter_logits, run_block
-from lib.model.linears import find_linears
 from lib.model.reference import DenseReference, dense_states, tail_of
 from lib.packed.errors import PackedError
 from lib.packed.formats import Grid
@@ -203,10 +202,9 @@ def trained_parts(
     trained from its `starts`, see `Recoverer`, and matrices get updates of `rank` if there is one.
     """
     model, inside, linears = runner.model, f"{runner.name}.", set()
-    for block in runner.blocks:
-        for linear in find_linears(block, "")[0]:
-            if whole or bool((linear.raw_weight == 0).any()):
-                linears.add(id(getattr(linear.module, linear.parameter)))
+    for linear in runner.each_linear():
+        if whole or bool((linear.raw_weight == 0).any()):
+            linears.add(id(getattr(linear.module, linear.parameter)))
     every = model.named_parameters(remove_duplicate=False)
     outside = {id(parameter) for name, parameter in every if not name.startswith(inside)}
     generator = torch.Generator().manual_seed(seed)

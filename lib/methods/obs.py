@@ -19,8 +19,7 @@ from lib.util.errors import UserError
 STAGE = 16  # rows that go at a time
 
 
-@torch.no_grad()
-def choose_rows(solution: Tensor, inverse: Tensor, count: int, stage: int = STAGE) -> Tensor:
+def choose_rows(solution: Tensor, inverse: Tensor, count: int) -> Tensor:
     """Indices (count,) in rising order of the rows that stay; both arguments are overwritten.
 
     `solution` (in, out) is Q of all rows, `inverse` (in, in) is A^-1. UserError where they stop
@@ -32,7 +31,7 @@ def choose_rows(solution: Tensor, inverse: Tensor, count: int, stage: int = STAG
     while left:
         score = solution.norm(dim=1).square_() / inverse.diagonal().clamp_min(tiny)
         score.masked_fill_(removed, torch.inf)
-        rows = score.argsort(stable=True)[: min(stage, left)].sort().values
+        rows = score.argsort(stable=True)[: min(STAGE, left)].sort().values
         columns, own = inverse[:, rows].clone(), inverse[rows[:, None], rows]
         # unlike solve, solve_ex does not wait for an accelerator to say that `own` is singular
         solution.addmm_(columns, torch.linalg.solve_ex(own, solution[rows])[0], alpha=-1)
