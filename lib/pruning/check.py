@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, field
 
 from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.util.errors import UserError
 
 
-@dataclass
 class Measured:
-    """Zeros and sizes, in weights, of every linear of the decoder blocks.
+    """Zeros and sizes, in weights, of every linear of the decoder blocks, by name.
 
-    `target`: the sparsity that each must have, where that is known; `left_dense`: those that are
-    only counted.
+    They are checked against `target`, the sparsity that each must have, where it is given; linears
+    named in `left_dense` are only counted. UserError naming the linear that fell short, or whose
+    N:M groups hold too few zeros.
     """
 
-    target: Mapping[str, Sparsity] | None
-    left_dense: Container[str]
-    zeros: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        runner: BlockRunner,
+        target: Mapping[str, Sparsity] | None = None,
+        left_dense: Container[str] = (),
+    ) -> None:
+        self.target, self.left_dense = target, left_dense
+        self.zeros: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
+        for linear in runner.each_linear():
+            name, zero = linear.name, linear.matrix() == 0  # (out, in)
+            self.zeros[name] = int(zero.count_nonzero())
+            self.sizes[name] = zero.numel()
+            if not target or name in left_dense:
+                continue
+            ratio, n, m = target[name].ratio, target[name].n, target[name].m
+            if m:
+                zeros = sum(zero[:, column::m].byte() for column in range(m))
+                if short := int((zeros < n).count_nonzero()):
+                    groups = zero.numel() // m
+                    raise UserError(f"{name}: {short} of {groups} groups are not {n}:{m}")
+            # counts are rounded down, once per row or block of columns
+            elif ratio * zero.numel() - self.zeros[name] > max(linear.shape):
+                raise UserError(
+                    f"{name}: only {zero.float().mean():.4f} of its weights are zero, "
+                    f"{ratio:g} was requested"
+                )
 
     @property
     def overall(self) -> float:
@@ -34,39 +56,7 @@ class Measured:
 
     def again(self, runner: BlockRunner) -> Measured:
         """Measure the model as it is now. UserError where a linear is less sparse than it was."""
-        now = measure(runner, self.target, self.left_dense)
+        now = Measured(runner, self.target, self.left_dense)
         for name, zeros in self.zeros.items():
             assert now.zeros[name] >= zeros, f"{name} has lost zeros"
         return now
-
-
-def measure(
-    runner: BlockRunner,
-    target: Mapping[str, Sparsity] | None = None,
-    left_dense: Container[str] = (),
-) -> Measured:
-    """Count the zeros of every linear, and check them against `target` by name, where given.
-
-    Linears named in `left_dense` are only counted. Raises UserError naming the linear that fell
-    short, or whose N:M groups hold too few zeros.
-    """
-    measured = Measured(target, left_dense)
-    for linear in runner.each_linear():
-        name, zero = linear.name, linear.matrix() == 0  # (out, in)
-        measured.zeros[name] = int(zero.count_nonzero())
-        measured.sizes[name] = zero.numel()
-        if not target or name in left_dense:
-            continue
-        ratio, n, m = target[name].ratio, target[name].n, target[name].m
-        if m:
-            zeros = sum(zero[:, column::m].byte() for column in range(m))
-            if short := int((zeros < n).count_nonzero()):
-                groups = zero.numel() // m
-                raise UserError(f"{name}: {short} of {groups} groups are not {n}:{m}")
-        # counts are rounded down, once per row or block of columns
-        elif ratio * zero.numel() - measured.zeros[name] > max(linear.shape):
-            raise UserError(
-                f"{name}: only {zero.float().mean():.4f} of its weights are zero, "
-                f"{ratio:g} was requested"
-            )
-    return measured

@@ -23,7 +23,7 @@ from lib.model.blocks import BlockRunner
 from lib.model.rows import keep_rows_
 from lib.model.run_folder import CONVERTED, RunFolder
 from lib.model.store import BlockStore, FileBlockStore, device_map
-from lib.pruning.check import measure
+from lib.pruning.check import Measured
 from lib.run.job import Job
 from lib.util.errors import UserError
 from lib.util.host import available, gib, keep_freed_memory
@@ -93,7 +93,7 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
     if not job.teacher:
         return BlockRunner(pretrained.fresh_copy(runner.model), job.device, **passes)
     needs_zeros = job.schedule and not (job.plan.narrows or job.smaller)
-    if needs_zeros and (zeros := measure(runner).overall) < LEAST_ZEROS:
+    if needs_zeros and (zeros := Measured(runner).overall) < LEAST_ZEROS:
         raise UserError(
             f"{job.checkpoint}: {zeros:.1%} of its blocks' weights are zero, so there is "
             "nothing to recover; prune it by --prune_method, without --teacher"

@@ -23,7 +23,7 @@ from lib.model.reference import (
 from lib.model.rows import keep_rows_
 from lib.packed.formats import FORMATS, Grid
 from lib.pruning.allocation import Allocation, by_error, keep_allocation, kept_allocation, uniform
-from lib.pruning.check import Measured, measure
+from lib.pruning.check import Measured
 from lib.pruning.experts import ExpertPruner
 from lib.pruning.neurons import NeuronPruner
 from lib.pruning.pruner import Pruner, first_of
@@ -85,7 +85,7 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
     """Prune the linears of the blocks, or neurons or experts, and check what was reached."""
     plan, args, sparsity = job.plan, job.args, None
     if not plan.method:
-        return measure(runner)
+        return Measured(runner)
     method = method_of(plan.method, plan.variant)
     size = parameter_bytes(runner.model, runner.save_dtype)
     if plan.removes:
@@ -98,7 +98,7 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
             sparsity = allocation.sparsity
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
         pruner.run(job.texts.windows, bar)
-        reached = measure(runner, sparsity, pruner.left_dense)
+        reached = Measured(runner, sparsity, pruner.left_dense)
     job.print(*pruner.summary())
     job.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
     if plan.removes:
@@ -217,7 +217,7 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
     job.results["evaluation"] = records
     job.results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
     if "sparsity" not in job.results:
-        job.results["sparsity"] = measure(runner).shares()
+        job.results["sparsity"] = Measured(runner).shares()
 
 
 def record(job: Job, runner: BlockRunner) -> None:
