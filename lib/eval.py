@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.data.samples import Windows, as_windows
+from lib.data.samples import Windows, as_windows, prepend
 from lib.model.blocks import (
     HEAD_POSITIONS,
     BlockRunner,
@@ -199,6 +199,6 @@ def some_logits(model: nn.Module, window: Tensor) -> Tensor:
 def needs_bos(runner: BlockRunner, windows: Tensor, bos: int) -> bool:
     """Whether perplexity on the first of windows (n, tokens) collapses without BOS."""
     bare = windows[:TRIED_WINDOWS, 1 : 1 + TRIED_TOKENS].clone()  # a text's first token may be BOS
-    begun = torch.cat([bare.new_full((len(bare), 1), bos), bare[:, :-1]], dim=1)
+    begun = prepend(bare[:, :-1], bos)
     without, begun = (perplexity(runner, ids) for ids in (bare, begun))
     return without > COLLAPSE * begun

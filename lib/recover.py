@@ -129,14 +129,14 @@ class Whole:
         self.master = masters if exact else masters.to(torch.float32, copy=True)
         return {"master": self.master}
 
-    def take_gradient_(self) -> None:
+    def take_gradient_(self, parameter: Tensor) -> None:
         """Add the parameter's gradient to that of what is trained. A zero gets none, and AdamW
         without decay leaves what never had a gradient as it is, bit for bit."""
-        gradient = self.parameter.grad
+        gradient = parameter.grad
         if self.is_matrix:
             gradient = gradient.masked_fill_(self.master == 0, 0)
         self.master.grad += gradient
-        self.parameter.grad = None
+        parameter.grad = None
 
     def values(self) -> Tensor:
         """What was trained, float32, before it is rounded."""
@@ -177,11 +177,11 @@ class LowRank(Whole):
         self.up = torch.zeros(*stack, rows, rank, device=device)  # B
         return {"up": self.up, "down": self.down}
 
-    def take_gradient_(self) -> None:
-        gradient = self.parameter.grad.masked_fill_(self.base == 0, 0).float()
+    def take_gradient_(self, parameter: Tensor) -> None:
+        gradient = parameter.grad.masked_fill_(self.base == 0, 0).float()
         self.up.grad += gradient @ self.down.mT
         self.down.grad += self.up.mT @ gradient
-        self.parameter.grad = None
+        parameter.grad = None
 
     def values(self) -> Tensor:
         change = (self.up @ self.down).masked_fill_(self.base == 0, -0.0)  # which changes no zero
@@ -364,10 +364,7 @@ class Recoverer:
         try:
             for part in self.parts.values():
                 parameter = part.parameter.requires_grad_(True)
-                hook = parameter.register_post_accumulate_grad_hook(
-                    lambda _, part=part: part.take_gradient_()
-                )
-                handles.append(hook)
+                handles.append(parameter.register_post_accumulate_grad_hook(part.take_gradient_))
             yield
         finally:
             for handle in handles:

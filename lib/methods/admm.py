@@ -132,7 +132,7 @@ def alternate(
     with the first phase all end: stiffer ones would change as little.
     """
     signed, last_mask = torch.empty_like(total), torch.zeros_like(total, dtype=torch.bool)
-    inverse, settled = None, False
+    settled = False
 
     def parts(*matrices: Tensor) -> Iterator[tuple]:
         """Each linear's parts of them, and its sparsity."""
