@@ -103,9 +103,9 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that all lines of a run have in common."""
     kind, share = results.get("sparsity_type"), results.get("sparsity_ratio")
     zeros = (results.get("sparsity") or {}).get("overall")
-    if share is None:  # dense, or pruned before
-        share = zeros or 0.0
-    names = {None: f"{share:.0%}", "unstructured": f"{100 * share:g}%"}
+    if share is None:
+        share = (zeros or 0.0) if results["method"] == "pruned before" else 0.0  # not rounding's
+    names = {None: f"{share:.0%}" if share else "whole", "unstructured": f"{100 * share:g}%"}
     names |= {kind: f"{100 * share:g}% {kind}" for kind in SMALLER}
     vocabulary, rows = results.get("vocabulary") or {}, ""
     if vocabulary:
@@ -294,7 +294,8 @@ def _heat_map(axes: Any, cells: DataFrame, norm: Any) -> Any:
     long = max(len(str(name)) for name in cells.columns) > 4
     axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
     axes.set_yticks(range(cells.shape[0]), cells.index)
-    form, size = "+.2f" if cells.max(axis=None) >= 0.1 else "+.3f", 7.5 if len(values.T) > 6 else 9
+    form = "+.2f" if cells.stack().median() >= 0.1 else "+.3f"
+    size = 7.5 if len(values.T) > 6 else 9
     for row, line in enumerate(values):
         for column, value in enumerate(line):
             if math.isfinite(value):

@@ -50,3 +50,12 @@ def test_what_each_calibration_text_loses_on_each_test(pruned: list[dict]) -> No
     assert cells(drawn(figure, "wanda 2:4")) == [["+0.13", "+0.30"]]  # calibrated on uk alone
     assert picture(table(*pruned[1:])) is None  # no dense run
     assert picture(table(pruned[0], pruned[1])) is None  # a single text
+
+
+def test_models_that_are_only_rounded_share_a_panel() -> None:
+    """Each has as many zeros as rounding happened to make."""
+    runs = [results("dense", LANGUAGES)]
+    for language, zeros in (("uk", 0.121), ("en", 0.118)):
+        none = dict(kind=None, ratio=None, sparsity={"overall": zeros})
+        runs.append(results("q4_0", {"uk": 25.0, "en": 41.0}, on=language, **none))
+    assert cells(drawn(picture(table(*runs)), "q4_0 whole")) == [["+0.050", "+0.010"]] * 2
