@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.methods.sparsity import SMALLER
+from lib.run.plan import PRUNED_BEFORE
 from lib.run.results import NONE, RESULTS, read_results
 from lib.util import command
 from lib.util.command import one_line
@@ -104,7 +105,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     kind, share = results.get("sparsity_type"), results.get("sparsity_ratio")
     zeros = (results.get("sparsity") or {}).get("overall")
     if share is None:
-        share = (zeros or 0.0) if results["method"] == "pruned before" else 0.0  # not rounding's
+        share = (zeros or 0.0) if results["method"] == PRUNED_BEFORE else 0.0  # not rounding's
     names = {None: f"{share:.0%}" if share else "whole", "unstructured": f"{100 * share:g}%"}
     names |= {kind: f"{100 * share:g}% {kind}" for kind in SMALLER}
     vocabulary, rows = results.get("vocabulary") or {}, ""

@@ -145,9 +145,10 @@ def _cut_windows(
             raise source.error("its train text is part of the test text; recover on other texts")
         if chat:
             raise source.error(f"its dialogues give {n_windows} windows to recover on; give more")
-        longest, found = max(lengths), f"its {len(lengths)} texts give {n_windows} windows"
-        problem = f"{found} of {seqlen} tokens to recover on, two are needed; the longest has "
-        problem += f"{longest}, use a smaller --seqlen or more text"
+        longest, gives = max(lengths), "its text gives" if len(lengths) == 1 else "its texts give"
+        found = "one window" if n_windows else "no window"
+        problem = f"{gives} {found} of {seqlen} tokens to recover on, two are needed; "
+        problem += f"the longest has {longest}, use a smaller --seqlen or more text"
         raise TextTooShort(source, problem, max(longest // 2, sum(lengths) // 6))
     wanted = n_held
     if n_windows < share + n_held:

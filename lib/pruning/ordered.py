@@ -21,19 +21,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from lib.methods.base import PruningMethod
 from lib.model.blocks import BlockRunner, HiddenStates, Stop
 from lib.model.linears import find_linears, watch_inputs, watch_outputs
 from lib.model.matrix import PrunableLinear
 from lib.pruning.inputs import Group, observe, rows, same
 from lib.pruning.residual import ResidualProjection, find_projection, replayed_outputs, stream_at
-
-if TYPE_CHECKING:
-    from lib.pruning.pruner import Pruner
 
 Needs = dict[str, Tensor]  # by a linear's name: its input; of a projection, the stream after it
 
@@ -99,16 +96,17 @@ class OrderedBlock:
     wanted; `advance_` computes them, and ends the block.
     """
 
-    pruner: Pruner
+    runner: BlockRunner
+    method: type[PruningMethod]
     index: int
     order: list[Stage]
     dense: nn.Module
+    states: HiddenStates
+    dense_states: HiddenStates
+    cache_inputs: bool
     need_outputs: bool
 
     def __post_init__(self) -> None:
-        self.runner, self.method = self.pruner.runner, self.pruner.method
-        self.states, self.dense_states = self.pruner.states, self.pruner.dense_states
-        self.cache_inputs = self.pruner.cache_inputs
         self.dense_linears, _ = find_linears(self.dense, f"{self.runner.name}.{self.index}")
         self.last, final, batches = len(self.order) - 1, self.order[-1], self.states.batches
         # the untouched block runs before the first stage for all, or before each for it alone

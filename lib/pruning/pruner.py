@@ -134,7 +134,10 @@ class Pruner:
         if not self._restore_(index, linears):
             if dense and linears:
                 order = self._order(index, linears)
-                ordered = OrderedBlock(self, index, order, dense, need_outputs)
+                both = states, self.dense_states
+                ordered = OrderedBlock(
+                    runner, self.method, index, order, dense, *both, self.cache_inputs, need_outputs
+                )
             written = self._prune_(index, linears, ordered)
             self._finish_(index)
             # of quantized linears --resume keeps what their codes are made of

@@ -20,6 +20,7 @@ from lib.data.sources import BUILT_IN, parse_source
 from lib.methods.sparsity import SMALLER
 from lib.packed.checkpoint import card_lines
 from lib.run.flags import build_parser
+from lib.run.plan import PRUNED_BEFORE
 from lib.util.command import one_line, typed
 from lib.util.errors import UserError
 from lib.util.markdown import escape, padded_table
@@ -183,7 +184,7 @@ def _metadata(
 
 
 def _pruned_before(results: Mapping[str, Any]) -> bool:
-    return "recovery" in results and results["method"] == "pruned before"
+    return "recovery" in results and results["method"] == PRUNED_BEFORE
 
 
 def _what_was_done(results: Mapping[str, Any]) -> str:

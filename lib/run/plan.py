@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from lib.methods.registry import method_of
 from lib.methods.sparsity import SMALLER, Sparsity
 
+PRUNED_BEFORE = "pruned before"  # what results call a run that takes up another's model
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -103,7 +105,7 @@ class Plan:
         if self.method:
             return self.method
         if self.teacher or (self.rounds and self.packs):
-            return "pruned before"
+            return PRUNED_BEFORE
         if self.narrows:
             return self.format
         return "recovered" if self.tokens else "dense"

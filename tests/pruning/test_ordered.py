@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from lib.methods.registry import method_of
 from lib.model.linears import find_linears
-from lib.pruning.allocation import Allocation
 from lib.pruning.inputs import rows
 from lib.pruning.ordered import OrderedBlock, find_order
-from lib.pruning.pruner import Pruner
 from lib.pruning.residual import as_residual_projection
 
 NAMES = ["Llama", "Phi", "GPT-2", "OPT", "Gemma 2", "BLOOM", "Mixtral", "Falcon", "GPT-NeoX"]
@@ -47,10 +45,10 @@ def begun(cache_inputs: bool = True):
     noise = torch.randn(states.hidden.shape, generator=torch.Generator().manual_seed(1))
     states.hidden += noise * states.hidden.std()
     block = copy.deepcopy(runner.blocks[0])
-    pruner = Pruner(runner, method_of("admm"), Allocation({}))
-    pruner.states, pruner.dense_states, pruner.cache_inputs = states, dense, cache_inputs
     order = find_order(runner, states, 0, runner.linears(0))
-    ordered = OrderedBlock(pruner, index=0, order=order, dense=block, need_outputs=True)
+    ordered = OrderedBlock(
+        runner, method_of("admm"), 0, order, block, states, dense, cache_inputs, need_outputs=True
+    )
     return runner, states, dense, block, ordered
 
 
