@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class TrainSchedule:
     seqlen: int
     rate: float | None = None  # None: by default_rate
     rank: int | None = None
+    optimizer: str = "adamw"  # or adamw8bit
     share: float = 0.0  # of the text's own next tokens in the target
     seed: int = 0
     least: int = LEAST  # tokens of a step
@@ -307,6 +309,7 @@ class Recoverer:
             "windows": schedule.windows,
             "rate": schedule.rate,
             "rank": schedule.rank,
+            "optimizer": schedule.optimizer,
             "cross_entropy": schedule.share,
             "weights": self.trained,
             "curve": self.curve,
@@ -328,7 +331,10 @@ class Recoverer:
         self.gradient = torch.zeros(sum(sizes), device=self.runner.device)
         for leaf, gradient in zip(self.leaves, self.gradient.split(sizes), strict=True):
             leaf.grad = gradient.view_as(leaf)
-        self.optimizer = torch.optim.AdamW(self.leaves, betas=BETAS, weight_decay=0.0, fused=True)
+        kind = partial(torch.optim.AdamW, fused=True)
+        if self.schedule.optimizer == "adamw8bit":  # Dettmers et al., arXiv 2110.02861
+            from bitsandbytes.optim import AdamW8bit as kind
+        self.optimizer = kind(self.leaves, betas=BETAS, weight_decay=0.0)
         state = self._resumed()
         if not state:
             self._write_()
@@ -393,7 +399,12 @@ class Recoverer:
         self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
+        masters = [part.master for part in self.parts.values() if type(part) is Whole]
+        # among others of its block the 8-bit average of zeros is none
+        zeros = [(each, each == 0) for each in masters if schedule.optimizer == "adamw8bit"]
         self.optimizer.step()
+        for each, zero in zeros:
+            each.masked_fill_(zero, 0)
         try:
             self._write_()
         except PackedError:  # integers hold no nan
@@ -475,7 +486,8 @@ class Recoverer:
             for kind, leaf in part.leaves.items():
                 state[f"{kind} of {name}"] = leaf
                 for key, value in self.optimizer.state[leaf].items():
-                    state[f"{key} of {kind} of {name}"] = value
+                    if isinstance(value, Tensor) and "qmap" not in key:  # the same for all
+                        state[f"{key} of {kind} of {name}"] = value
             state[f"best of {name}"] = best
         return state
 
@@ -485,9 +497,9 @@ class Recoverer:
         if kept is None:
             return None
         tensors, facts = kept
-        for leaf in self.leaves:  # as the optimizer would have it after a step
-            zeros = {"exp_avg": torch.zeros_like(leaf), "exp_avg_sq": torch.zeros_like(leaf)}
-            self.optimizer.state[leaf] = {"step": torch.zeros((), device=leaf.device)} | zeros
+        self.optimizer.step()  # on zeros it moves nothing, and makes its states
+        for its in self.optimizer.state.values():
+            its["step"] += facts["step"] - 1
         self._take_best()
         state = self._state()
         for name, tensor in tensors:

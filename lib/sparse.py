@@ -116,7 +116,9 @@ def swap_linears_(
                         continue
                     packed = _packed(linear, module, fmt, (scales or {}).get(f"{linear}.weight"))
                     block.set_submodule(path, packed)
-                    paths[linear] = _path(packed, runner.device)
+                    known = runner.device.type == "cpu" and packed.dtype in kernels.DTYPES
+                    unpacked = not (known and kernels.ready())
+                    paths[linear] = "unpacked at each forward" if unpacked else "by the kernels"
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
             paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
     if all("left dense" in path for path in paths.values()):
@@ -194,11 +196,6 @@ def _line(what: str, record: Mapping[str, Any]) -> str:
     if record["bits"] < 16:
         line += f"; {record['bits']} bits change the logits by {record['difference']:.2%}"
     return line
-
-
-def _path(module: SparseLinear, target: torch.device) -> str:
-    by_kernels = target.type == "cpu" and module.dtype in kernels.DTYPES and kernels.ready()
-    return "by the kernels for packed weights" if by_kernels else "unpacked at each forward"
 
 
 def _packed(name: str, linear: nn.Module, fmt: Values, scales: Tensor | None) -> SparseLinear:

@@ -38,6 +38,7 @@ KINDS = {
     "fewer experts": ["mixture", "--prune_method", "reap", *FEWER],
     "neurons": ["wide", *NEURONS],
     "recovered": ["bfloat16", *WANDA, *HALF, *TRAIN],
+    "recovered by 8 bits": ["wide", *WANDA, *HALF, *TRAIN, "--recover_optimizer", "adamw8bit"],
     "packed": ["bfloat16", *WANDA, *HALF, *PACK],
     "int4": ["bfloat16", *WANDA, *HALF, *INT4],
     "int4, trained": ["bfloat16", *WANDA, *INT4, *TRAIN],

@@ -48,6 +48,7 @@ CHARACTERS = 4_000_000  # of the documents that questions are made from
 
 WORD = r"[^\W\d_]+(?:[-'’ʼ][^\W\d_]+)*"
 LAST_WORD = re.compile(rf"(?<=\s)({WORD})[.!?…]+(?=\s|$)")
+FIRST_WORD = {"function": "regex", "regex_pattern": rf"^\s*({WORD})"}
 
 CHOOSE = {
     "output_type": "multiple_choice",
@@ -61,15 +62,7 @@ SAY = {
     "doc_to_text": "{{context}}",
     "doc_to_target": "{{options[answer]}}",
     "generation_kwargs": {"until": list("\n.,!?"), "max_gen_toks": 32, "do_sample": False},
-    "filter_list": [
-        {
-            "name": "first_word",
-            "filter": [
-                {"function": "regex", "regex_pattern": rf"^\s*({WORD})"},
-                {"function": "take_first"},
-            ],
-        }
-    ],
+    "filter_list": [{"name": "first_word", "filter": [FIRST_WORD, {"function": "take_first"}]}],
     "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
 }
 # without a context and the blank after it; the likelier text is the answer

@@ -145,11 +145,11 @@ def _cut_windows(
             raise source.error("its train text is part of the test text; recover on other texts")
         if chat:
             raise source.error(f"its dialogues give {n_windows} windows to recover on; give more")
-        longest, gives = max(lengths), "its text gives" if len(lengths) == 1 else "its texts give"
-        found = "one window" if n_windows else "no window"
-        problem = f"{gives} {found} of {seqlen} tokens to recover on, two are needed; "
-        problem += f"the longest has {longest}, use a smaller --seqlen or more text"
-        raise TextTooShort(source, problem, max(longest // 2, sum(lengths) // 6))
+        problem = (
+            f"its text gives {n_windows} of two windows of {seqlen} tokens to recover on; the "
+        )
+        problem += f"longest has {max(lengths)} tokens, use a smaller --seqlen or more text"
+        raise TextTooShort(source, problem, max(max(lengths) // 2, sum(lengths) // 6))
     wanted = n_held
     if n_windows < share + n_held:
         wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))

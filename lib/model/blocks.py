@@ -283,16 +283,14 @@ class BlockRunner:
         gradients.
         """
 
-        def player(index: int) -> Callable:
-            def forward(hidden_states, *args, **kwargs):
-                is_last = index == len(self.blocks) - 1
-                return self._block_output(index, last if is_last else hidden_states)
+        def forward(index, hidden_states, *args, **kwargs):
+            is_last = index == len(self.blocks) - 1
+            return self._block_output(index, last if is_last else hidden_states)
 
-            return forward
-
-        played = {block: player(index) for index, block in enumerate(self.blocks)}
         if self.whole:
             played = {self._decoder: lambda *_, **__: self.output(last_hidden_state=last)}
+        else:
+            played = {block: partial(forward, i) for i, block in enumerate(self.blocks)}
         with replaced(played):
             logits = self.model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits
         return logits if logits.shape[1] == len(positions) else logits[:, positions]

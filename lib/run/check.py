@@ -206,6 +206,8 @@ def _set_schedule(job: Job) -> None:
         )
     if stored_bits(job.config):
         raise UserError(f"{flag}: {args.model} is quantized, and its weights can't be trained")
+    if args.recover_optimizer == "adamw8bit":
+        import bitsandbytes  # noqa: F401 -- or say now that it is not installed
     chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
     default = 0.0 if chats else CROSS_ENTROPY  # of a chat model the text is not its own
     job.schedule = TrainSchedule(
@@ -213,6 +215,7 @@ def _set_schedule(job: Job) -> None:
         seqlen=job.seqlen,
         rate=args.recover_rate,
         rank=args.recover_rank,
+        optimizer=args.recover_optimizer,
         share=default if args.recover_ce is None else args.recover_ce,
         seed=args.seed,
         pruned=not plan.rounds or bool(plan.method or plan.teacher),

@@ -238,6 +238,13 @@ def build_parser() -> argparse.ArgumentParser:
         shown="all weights",
     )
     flag(
+        "recover_optimizer",
+        "adamw8bit: by bitsandbytes, whose averages take 2 bytes for each trained weight, not 8; "
+        "as good, slower on a CPU",
+        choices=("adamw", "adamw8bit"),
+        default="adamw",
+    )
+    flag(
         "recover_rate",
         "peak learning rate of the recovery",
         type=RATE,
@@ -331,6 +338,7 @@ NEEDS = {  # a flag: others of which one must be given
     "vocabulary_data": ("trim_vocabulary",),
     "teacher": ("recover", "eval_only"),
     "recover_rank": ("recover",),
+    "recover_optimizer": ("recover",),
     "recover_rate": ("recover",),
     "recover_ce": ("recover",),
     "include_path": ("tasks",),

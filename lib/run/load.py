@@ -29,7 +29,7 @@ from lib.util.errors import UserError
 from lib.util.host import available, gib, keep_freed_memory
 
 BITS = {"4": 4.5, "8": 8.1}  # for each weight of --load_bit, scales included
-TRAINED = 16  # bytes of a trained weight: float32, gradient and AdamW's two averages
+TRAINED = {"adamw": 16, "adamw8bit": 11}  # bytes of a weight: float32, gradient, two averages
 CACHED = 8  # inputs of a block's linears, in hidden states
 KEPT = 40  # activations of a block that a backward pass needs, in hidden states of a batch
 LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
@@ -147,7 +147,7 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     left = free - teacher - (2 * weights // len(blocks) if fetched else weights)
     on_device = not gpu or 4 * hidden < left
     batch = job.batch_size * job.seqlen * width * dtype.itemsize
-    trained = _trained_bytes(blocks, args.recover_rank, dtype)
+    trained = _trained_bytes(blocks, TRAINED[args.recover_optimizer], args.recover_rank, dtype)
     training = trained + weights + teacher + KEPT * len(blocks) * batch
     checkpointed = bool(job.schedule) and training > free
     where = "" if not gpu else f" on {job.device}" if on_device else " on the host"
@@ -166,16 +166,16 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     )
 
 
-def _trained_bytes(blocks: nn.Module, rank: int | None, dtype: torch.dtype) -> int:
+def _trained_bytes(blocks: nn.Module, each: int, rank: int | None, dtype: torch.dtype) -> int:
     """Return the bytes that training the blocks takes, besides their weights and activations."""
     size = 0
     for parameter in blocks.parameters():
         if rank and parameter.dim() > 1:  # B and A for every matrix, which is kept beside them
             *stack, rows, columns = parameter.shape
-            size += TRAINED * prod(stack) * rank * (rows + columns)
+            size += each * prod(stack) * rank * (rows + columns)
             size += parameter.numel() * dtype.itemsize
         else:
-            size += TRAINED * parameter.numel()
+            size += each * parameter.numel()
     return size
 
 

@@ -200,7 +200,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, lacking) or "can't allocate memory" in str(error):
         return (
             f"out of memory ({error}); try --batch_size 1, a smaller --seqlen or --nsamples, "
-            "--offload FOLDER, or with --recover --recover_rank 16"
+            "--offload FOLDER, or with --recover --recover_optimizer adamw8bit or --recover_rank 16"
         )
     return None
 

@@ -216,7 +216,7 @@ REFUSED = {
     "short": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "short"],
         1,
-        "--calibration_data short: its text gives one window of 32 tokens to recover on",
+        "--calibration_data short: its text gives 1 of two windows of 32 tokens to recover on",
     ),
     "seen": (
         ["--teacher", "model", *RECOVER, "--calibration_data", "seen", "--eval_data", "seen"],
