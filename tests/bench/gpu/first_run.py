@@ -193,6 +193,7 @@ def check_published(runs: Runs) -> dict[str, Any]:
 WANDA = ["--prune_method", "wanda", "--sparsity_type", "2:4"]
 ADMM = ["--prune_method", "admm", "--sparsity_type", "2:4"]
 RECOVERED = [*WANDA, "--recover", "2048"]
+EIGHT_BITS = [*RECOVERED, "--recover_optimizer", "adamw8bit"]
 BY_ERROR = ["--prune_method", "sparsegpt", "--allocation", "error"]
 PACKED = [*WANDA, "--replace_sparse_layers"]
 CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
@@ -202,6 +203,7 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
     "packed, 4 bits": lambda runs: runs.loaded_again(*PACKED, "--quantize", "int4"),
     "fetched blocks": same_bytes(ADMM, [*ADMM, "--offload", "@away"]),
     "recovery, twice": same_bytes(RECOVERED, RECOVERED),
+    "recovery by 8 bits, twice": same_bytes(EIGHT_BITS, EIGHT_BITS),
     "allocation, twice": same_bytes(BY_ERROR, BY_ERROR),
     "load_bit": check_load_bit,
     "two processes": check_two,
