@@ -399,9 +399,10 @@ class Recoverer:
         self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
-        masters = [part.master for part in self.parts.values() if type(part) is Whole]
+        matrices = [part for part in self.parts.values() if part.is_matrix and not schedule.rank]
         # among others of its block the 8-bit average of zeros is none
-        zeros = [(each, each == 0) for each in masters if schedule.optimizer == "adamw8bit"]
+        eight = schedule.optimizer == "adamw8bit"
+        zeros = [(part.master, part.master == 0) for part in matrices if eight]
         self.optimizer.step()
         for each, zero in zeros:
             each.masked_fill_(zero, 0)

@@ -116,6 +116,19 @@ def test_a_model_that_was_pruned_before(tmp_path: Path, monkeypatch) -> None:
         assert (tensor[before[f"{name}.weight"] == 0] == 0).all()
 
 
+def test_8_bit_averages_train_biases_that_are_zero(tmp_path: Path) -> None:
+    model = tiny.ARCHITECTURES["GPT-2"]()
+    biases = [name for name, one in model.named_parameters() if ".h." in name and "bias" in name]
+    for name in biases:
+        model.get_parameter(name).data.zero_()
+    tiny.write_model(tmp_path / "gpt", model)
+    argv = ["--model", tmp_path / "gpt", *PRUNE, *RECOVER, "--recover_optimizer", "adamw8bit"]
+    _, found = run(tmp_path, *argv)
+    assert found["recovery"]["optimizer"] == "adamw8bit"
+    after = weights(tmp_path / "model")
+    assert all(after[name].any() for name in biases)
+
+
 @pytest.mark.parametrize("flags", [["--dtype", "bfloat16"], ["--recover_rank", "4"]])
 def test_packed_as_it_was_measured(flags: list[str], tmp_path: Path) -> None:
     """In no step after the training are weights rounded again."""
