@@ -399,13 +399,13 @@ class Recoverer:
         self.gradient *= (schedule.clip / (norm + 1e-6)).clamp(max=1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = schedule.rate_at(step)
-        matrices = [part for part in self.parts.values() if part.is_matrix and not schedule.rank]
-        # among others of its block the 8-bit average of zeros is none
-        eight = schedule.optimizer == "adamw8bit"
-        zeros = [(part.master, part.master == 0) for part in matrices if eight]
+        # the 8-bit average of a zero is not quite zero among others of its block
+        strays = schedule.optimizer == "adamw8bit" and not schedule.rank
+        masters = [part.master for part in self.parts.values() if strays and part.is_matrix]
+        zeros = [(master, master == 0) for master in masters]
         self.optimizer.step()
-        for each, zero in zeros:
-            each.masked_fill_(zero, 0)
+        for master, zero in zeros:
+            master.masked_fill_(zero, 0)
         try:
             self._write_()
         except PackedError:  # integers hold no nan

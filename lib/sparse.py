@@ -116,9 +116,9 @@ def swap_linears_(
                         continue
                     packed = _packed(linear, module, fmt, (scales or {}).get(f"{linear}.weight"))
                     block.set_submodule(path, packed)
-                    known = runner.device.type == "cpu" and packed.dtype in kernels.DTYPES
-                    unpacked = not (known and kernels.ready())
-                    paths[linear] = "unpacked at each forward" if unpacked else "by the kernels"
+                    has_kernel = runner.device.type == "cpu" and packed.dtype in kernels.DTYPES
+                    by_kernels = has_kernel and kernels.ready()
+                    paths[linear] = "by the kernels" if by_kernels else "unpacked at each forward"
             experts = (one for one in find_linears(block, name)[0] if one.expert is not None)
             paths |= {one.name: "left dense (experts in one tensor)" for one in experts}
     if all("left dense" in path for path in paths.values()):

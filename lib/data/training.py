@@ -145,11 +145,10 @@ def _cut_windows(
             raise source.error("its train text is part of the test text; recover on other texts")
         if chat:
             raise source.error(f"its dialogues give {n_windows} windows to recover on; give more")
-        problem = (
-            f"its text gives {n_windows} of two windows of {seqlen} tokens to recover on; the "
-        )
-        problem += f"longest has {max(lengths)} tokens, use a smaller --seqlen or more text"
-        raise TextTooShort(source, problem, max(max(lengths) // 2, sum(lengths) // 6))
+        longest = max(lengths)
+        problem = f"its text gives {n_windows} of two windows of {seqlen} tokens to recover on; "
+        problem += f"the longest has {longest} tokens, use a smaller --seqlen or more text"
+        raise TextTooShort(source, problem, max(longest // 2, sum(lengths) // 6))
     wanted = n_held
     if n_windows < share + n_held:
         wanted = min(n_held, max(1, int(HELD_OUT_SHARE * n_windows)))

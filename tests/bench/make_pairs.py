@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from lib.data.documents import read_documents
 from lib.data.sources import parse_source
 from lib.util.command import run
+from lib.util.files import write_text
 
 SENTENCE = re.compile(r"\S[^\n.!?…]*[.!?…](?=\s|$)")
 WORDS = range(5, 21)
@@ -33,8 +34,8 @@ def swapped(data: str, draw: random.Random) -> Iterator[tuple[str, str]]:
     for sentence in draw.sample(sentences, len(sentences)):
         words = sentence.split()
         plain = [word.isalpha() and word.islower() and len(word) > 2 for word in words]
-        places = [i for i in range(len(words) - 1) if plain[i] and plain[i + 1]]
-        places = [i for i in places if words[i] != words[i + 1]]
+        both = [plain[i] and plain[i + 1] for i in range(len(words) - 1)]
+        places = [i for i, good in enumerate(both) if good and words[i] != words[i + 1]]
         if places:
             place = draw.choice(places)
             words[place], words[place + 1] = words[place + 1], words[place]
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> None:
     draw = random.Random(0)
     pairs = corrected(draw) if data == "ua-gec" else swapped(data, draw)
     rows = [{"good": good, "bad": bad} for (good, bad), _ in zip(pairs, range(count), strict=False)]
-    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out}: {len(rows)} pairs")
 
 
