@@ -4,5 +4,6 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 # -P: a folder from which this is called must not hide this package's modules
-exec "${PYTHON:-python3}" -P "$here/lib/run/console.py" "$@"
+exec "${PYTHON:-python3}" -P -m lib.run.console "$@"

@@ -13,8 +13,12 @@ import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from lib.run.flags import build_parser, check_flags
-from lib.util import command
+if __package__:  # installed: lib/ is the package langprune, and this file lies in it
+    from .run.flags import build_parser, check_flags
+    from .util import command
+else:
+    from lib.run.flags import build_parser, check_flags
+    from lib.util import command
 
 if TYPE_CHECKING:
     from lib.run.job import Job
@@ -25,27 +29,22 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check_flags(parser, args)
     # imports torch and transformers, which --help need not wait for
-    from lib.run.check import check
-
-    run(check(args))
+    run(command.part("run.check").check(args))
 
 
 def run(job: Job) -> dict[str, Any]:
     """Run the job and return what results.json holds, in the main rank."""
-    from lib.run import steps
-    from lib.run.completions import Completions
-    from lib.run.record import base_results, print_summary
-
+    steps = command.part("run.steps")
     plan, results = job.plan, job.results
     with ExitStack() as cleanup:
         cleanup.callback(steps.close_store, job)
         runner = steps.load(job, cleanup, job.folder)
-        results |= base_results(job, runner)
+        results |= steps.base_results(job, runner)
         if plan.trims:
             steps.trim(job, runner)
         teacher = steps.load_teacher(job, runner) if plan.tokens or plan.teacher else None
         steps.resolve_bos(job, teacher or runner)
-        completions, reference = Completions(job, runner), None
+        completions, reference = steps.Completions(job, runner), None
         if plan.has_dense:
             dense = teacher if plan.teacher else runner
             completions.generate("dense", dense.model)
@@ -74,7 +73,7 @@ def run(job: Job) -> dict[str, Any]:
         if answers := completions.answers():
             results["answers"] = answers
         steps.record(job, runner)
-        print_summary(results)
+        steps.print_summary(results)
         if job.args.tasks:
             steps.run_tasks(job, runner)
     return results

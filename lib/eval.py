@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lib.data.samples import Windows, as_windows, prepend
-from lib.model.blocks import (
+from .data.samples import Windows, as_windows, prepend
+from .model.blocks import (
     HEAD_POSITIONS,
     BlockRunner,
     HiddenStates,
@@ -22,8 +22,8 @@ from lib.model.blocks import (
     positions_at_once,
     rows_at_once,
 )
-from lib.model.reference import DenseReference, compared_windows, local_windows
-from lib.util.errors import UserError
+from .model.reference import DenseReference, compared_windows, local_windows
+from .util.errors import UserError
 
 FIGURES = "loss", "dense_loss", "kl", "agreement"  # of each window
 COMPARED_POSITIONS = 64  # of a window, before and after linears are packed

@@ -9,7 +9,7 @@ the logits of a whole batch never stand in memory. While it trains, the model ho
 they will be saved: rounded to the dtype they are saved in, or to the integers and scales that they
 are packed as or that llama.cpp runs (`Grid`). Float32 masters beside it keep what rounding would
 lose, and get the gradients of the rounded weights, so that what is measured on the way is what is
-saved. What was rounded on text (lib/pruning/quantize.py) is trained from there: its masters are
+saved. What was rounded on text (lib/quantize.py) is trained from there: its masters are
 what each weight was just before that, its scales stay, and the rounded model is the first that is
 measured. Where masters do not fit, `rank` trains updates B A of every matrix instead, masked and
 merged into it (as PERP does, arXiv 2312.15230).
@@ -29,15 +29,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.data.samples import Windows, as_windows
-from lib.data.training import TrainingText
-from lib.eval import perplexities
-from lib.model.blocks import BlockRunner, iter_logits, run_block
-from lib.model.reference import DenseReference, dense_states, tail_of
-from lib.packed.errors import PackedError
-from lib.packed.formats import Grid
-from lib.util.deterministic import deterministic
-from lib.util.errors import UserError
+from .data.samples import Windows, as_windows
+from .data.training import TrainingText
+from .eval import perplexities
+from .model.blocks import BlockRunner, iter_logits, run_block
+from .model.reference import DenseReference, dense_states, tail_of
+from .packed.errors import PackedError
+from .packed.formats import Grid
+from .util.deterministic import deterministic
+from .util.errors import UserError
 
 STEPS = 256  # about so many, while a step's size is between these:
 LEAST, MOST = 2**8, 2**16  # tokens of a step

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lib.eval import some_logits
-from lib.model.blocks import BlockRunner
-from lib.model.linears import find_linears
-from lib.model.pretrained import footprint
-from lib.packed import kernels
-from lib.packed.checkpoint import mark_packed_, pack_embeddings_
-from lib.packed.errors import PackedError
-from lib.packed.formats import PACKED, Int4, Values
-from lib.packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
-from lib.pruning.quantize import NOTHING
-from lib.util.errors import UserError
-from lib.util.host import gib
+from .eval import some_logits
+from .model.blocks import BlockRunner
+from .model.linears import find_linears
+from .model.pretrained import footprint
+from .packed import kernels
+from .packed.checkpoint import mark_packed_, pack_embeddings_
+from .packed.errors import PackedError
+from .packed.formats import PACKED, Int4, Values
+from .packed.linear import FORWARDS, OWN_FORWARD, SparseLinear, multiplying, why_dense
+from .quantize import NOTHING
+from .util.errors import UserError
+from .util.host import gib
 
 
 def check_packable(skeleton: PreTrainedModel, blocks_name: str) -> None:

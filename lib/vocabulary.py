@@ -29,16 +29,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.chats import Document
-from lib.data.documents import read_documents
-from lib.data.sources import Source
-from lib.data.templates import text_by
-from lib.data.tokenizer import FLAG, TrimmableTokenizer
-from lib.data.windows import test_documents
-from lib.distributed.context import DistContext
-from lib.model.access import Checkpoint
-from lib.util.errors import UserError
-from lib.util.progress import progress
+from .data.chats import Document
+from .data.documents import read_documents
+from .data.sources import Source
+from .data.templates import text_by
+from .data.tokenizer import FLAG, TrimmableTokenizer
+from .data.windows import test_documents
+from .distributed.context import DistContext
+from .model.access import Checkpoint
+from .util.errors import UserError
+from .util.progress import progress
 
 HUB_CHARACTERS = 100_000_000  # counted of a hub set; local text is counted whole
 BATCH_CHARACTERS = 4_000_000  # tokenised at a time, on all cores

@@ -37,9 +37,9 @@ from lib.model.matrix import PrunableLinear
 from lib.model.parts import PartLayout, find_parts
 from lib.model.pretrained import auto_class, decoder_blocks, skeleton
 from lib.packed.formats import PACKED
+from lib.prune import Pruner
 from lib.pruning.allocation import Allocation, uniform
-from lib.pruning.pruner import Pruner
-from lib.pruning.quantize import takes
+from lib.quantize import takes
 from lib.util import command
 from lib.util.progress import progress
 

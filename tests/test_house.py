@@ -20,7 +20,8 @@ FLOORS = [
     ["data", "methods"],
     ["model"],
     ["pruning"],
-    ["eval"],
+    ["eval", "prune"],
+    ["quantize", "remove"],
     ["sparse", "vocabulary"],
     ["recover"],
     ["run"],
@@ -44,11 +45,25 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(ast.parse(file.read_text("utf-8"), str(file))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name) for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            whole = node.module == "lib"  # from lib import prune
-            yield from (
-                (node.lineno, f"lib.{n.name}" if whole else node.module) for n in node.names
-            )
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = file.relative_to(ROOT).parts[: -node.level] or ("lib",)  # main.py's
+                module = ".".join([*package, *filter(None, [node.module])])
+            whole = module == "lib"  # from lib import prune
+            yield from ((node.lineno, f"lib.{n.name}" if whole else module) for n in node.names)
+
+
+def test_modules_of_lib_import_each_other_relatively() -> None:
+    """So that they work under any name: `lib` in a checkout, `langprune` once installed."""
+    wrong = []
+    for file in LIB.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            wrong += [f"{file}:{node.lineno}" for one in names if one.split(".")[0] == "lib"]
+    assert not wrong, wrong
 
 
 def test_imports_go_down() -> None:

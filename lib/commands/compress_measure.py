@@ -1,6 +1,6 @@
 """What a saved model, or a GGUF file, takes on disk, and its tokens a second.
 
-    python -m lib.util.command lib.commands.compress_measure MODEL FILE.json OPTIONS
+    python -m lib.util.command commands.compress_measure MODEL FILE.json OPTIONS
 
 OPTIONS, as '["cpu", "bfloat16", {}]', have device, dtype, and what from_pretrained needs to find
 and load the model.
@@ -45,7 +45,7 @@ def decoding_speed(model: Any) -> float:
 
 def llama_cpp_speed(server: Any) -> float:
     """Return the tokens a second of llama.cpp's server."""
-    from lib.commands.gguf.llama_cpp import ask
+    from .gguf.llama_cpp import ask
 
     fields = {"prompt": [*range(1, 1 + PROMPT)], "n_predict": STEPS}
     answer = ask(server, "/completion", fields | {"ignore_eos": True, "temperature": 0})
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     name, file, options = argv
     device, dtype, source = json.loads(options)
     if name.endswith(".gguf"):
-        from lib.commands.gguf.llama_cpp import start
+        from .gguf.llama_cpp import start
 
         size, speed = Path(name).stat().st_size, llama_cpp_speed
         model = start(name, 2 * (PROMPT + STEPS)) if find_spec("xllamacpp") else None
@@ -64,9 +64,9 @@ def main(argv: list[str]) -> None:
         from transformers import AutoConfig
         from transformers.utils import cached_file
 
-        import lib.packed.checkpoint  # noqa: F401  transformers then loads the packed form
-        from lib.model.pretrained import auto_class
-        from lib.util.progress import quiet
+        from ..model.pretrained import auto_class
+        from ..packed import checkpoint  # noqa: F401  transformers then loads the packed form
+        from ..util.progress import quiet
 
         quiet()
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, which changes names

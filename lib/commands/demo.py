@@ -26,11 +26,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.commands.sweep import build_sweep_parser, plan, run_all
-from lib.methods.registry import METHODS
-from lib.util import command
-from lib.util.files import check_new_folder
-from lib.util.progress import progress, quiet
+from ..methods.registry import METHODS
+from ..util import command
+from ..util.files import check_new_folder
+from ..util.progress import progress, quiet
+from .sweep import build_sweep_parser, plan, run_all
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

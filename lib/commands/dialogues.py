@@ -23,20 +23,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from lib.data.chats import Dialogue
-from lib.data.documents import check_source, pieces_of, read_documents
-from lib.data.languages import script_of
-from lib.data.sources import Source, parse_sources
-from lib.data.templates import prompt_of
-from lib.data.windows import shuffle_stream
-from lib.model import pretrained
-from lib.model.access import Checkpoint, as_user_error
-from lib.run.completions import continue_rows, decode
-from lib.run.flags import POSITIVE
-from lib.util.command import make_parser
-from lib.util.errors import UserError
-from lib.util.files import check_writable
-from lib.util.progress import progress, quiet
+from ..data.chats import Dialogue
+from ..data.documents import check_source, pieces_of, read_documents
+from ..data.languages import script_of
+from ..data.sources import Source, parse_sources
+from ..data.templates import prompt_of
+from ..data.windows import shuffle_stream
+from ..model import pretrained
+from ..model.access import Checkpoint, as_user_error
+from ..run.completions import continue_rows, decode
+from ..run.flags import POSITIVE
+from ..util.command import make_parser
+from ..util.errors import UserError
+from ..util.files import check_writable
+from ..util.progress import progress, quiet
 
 TRIED = 8  # answers, of which half must end
 MORE = 4  # prompts for each dialogue that is wanted, at most

@@ -16,14 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.methods.sparsity import SMALLER
-from lib.run.plan import PRUNED_BEFORE
-from lib.run.results import NONE, RESULTS, read_results
-from lib.util import command
-from lib.util.command import one_line
-from lib.util.errors import UserError
-from lib.util.files import check_writable, write_text
-from lib.util.markdown import EMPTY, padded_table
+from ..methods.sparsity import SMALLER
+from ..run.plan import PRUNED_BEFORE
+from ..run.results import NONE, RESULTS, read_results
+from ..util import command
+from ..util.command import one_line
+from ..util.errors import UserError
+from ..util.files import check_writable, write_text
+from ..util.markdown import EMPTY, padded_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

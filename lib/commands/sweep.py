@@ -21,17 +21,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.data.sources import mixture_name, parse_sources
-from lib.methods.registry import EXPERT_METHODS, METHODS
-from lib.methods.sparsity import SMALLER, TYPES
-from lib.run.flags import build_parser, check_flags
-from lib.run.plan import Plan
-from lib.run.results import RESULTS
-from lib.run.texts import default_tests
-from lib.util import command
-from lib.util.command import call
-from lib.util.errors import UserError
-from lib.util.files import check_writable
+from ..data.sources import mixture_name, parse_sources
+from ..methods.registry import EXPERT_METHODS, METHODS
+from ..methods.sparsity import SMALLER, TYPES
+from ..run.flags import build_parser, check_flags
+from ..run.plan import Plan
+from ..run.results import RESULTS
+from ..run.texts import default_tests
+from ..util import command
+from ..util.command import call
+from ..util.errors import UserError
+from ..util.files import check_writable
 
 OWN_FLAGS = {  # of main.py, which the sweep sets
     *("--model", "--seed", "--calibration_data", "--prune_on_c4", "--eval_data", "--eval_only"),
@@ -165,7 +165,7 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
             folder.mkdir(parents=True, exist_ok=True)
             start = time.time()
             try:
-                status = call("lib.commands.sweep_run", shared, "--", *flags)
+                status = call("commands.sweep_run", shared, "--", *flags)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the same command continues") from None
             if status:
@@ -175,7 +175,7 @@ def run_all(runs: Mapping[str, Sequence[str]], out: str, report: str | None = No
                 seconds.append(time.time() - start)
     finally:
         shutil.rmtree(shared, ignore_errors=True)
-    status = call("lib.commands.report", out, "--out", report or out)
+    status = call("commands.report", out, "--out", report or out)
     if failed:
         raise UserError(
             f"{len(failed)} of {len(runs)} runs failed: {', '.join(failed)}; the same command "

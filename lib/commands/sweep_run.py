@@ -1,6 +1,6 @@
 """One run of a sweep, in a process of its own: main.py, unless its results are there already.
 
-    python -m lib.util.command lib.commands.sweep_run FOLDER -- FLAGS
+    python -m lib.util.command commands.sweep_run FOLDER -- FLAGS
 
 FLAGS are those of main.py; FOLDER is where the runs of a sweep share what the dense model computes.
 """
@@ -13,18 +13,17 @@ import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from lib.run.flags import build_parser
-from lib.run.results import RESULTS, read_results
-from lib.util import command
-from lib.util.files import partial_of
+from ..run.flags import build_parser
+from ..run.results import RESULTS, read_results
+from ..util import command
+from ..util.files import partial_of
 
 OUTPUT = "output.txt"  # what main.py prints, and the mark of a folder that a sweep has made
 
 
 def run(args: argparse.Namespace, shared: Path) -> None:
     """Run main.py with `args`, unless it has finished; earlier results stay until there are new."""
-    import main
-    from lib.run.check import check, check_outputs, open_store
+    from ..run.check import check, check_outputs, open_store
 
     folder, printed = Path(args.save), io.StringIO()
     outputs = dict(save_model=None, resume=None, offload=None)  # what is finished stays as it is
@@ -44,14 +43,14 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     open_store(job)
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
         file.write(printed.getvalue())
-        results = main.run(job)
+        results = command.part("main").run(job)
     figures = (f"{name} {value:.2f}" for name, value in results["perplexity"].items())
     print(f"{folder}: {', '.join(figures)}")
 
 
 def _reason_to_run_again(args: argparse.Namespace, now: dict[str, dict]) -> str | None:
     """Return in what the run differs from the finished one in its folder; None if in nothing."""
-    from lib.run.fingerprint import first_difference
+    from ..run.fingerprint import first_difference
 
     before = read_results(args.save).get("fingerprint", {})
     for section, facts in now.items():

@@ -28,13 +28,13 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.data.chats import Document
-from lib.data.documents import are_dialogues, read_documents
-from lib.data.languages import script
-from lib.data.sources import parse_source
-from lib.util import command
-from lib.util.errors import UserError
-from lib.util.files import check_writable, write_text
+from ..data.chats import Document
+from ..data.documents import are_dialogues, read_documents
+from ..data.languages import script
+from ..data.sources import parse_source
+from ..util import command
+from ..util.errors import UserError
+from ..util.files import check_writable, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,8 +78,8 @@ def last_words(
     have the same logarithm of base 2, rounded down. The place of the right one is drawn. Dialogues
     are rendered by the template of `tokenizer`.
     """
-    from lib.data.templates import rendered
-    from lib.vocabulary import batches
+    from ..data.templates import rendered
+    from ..vocabulary import batches
 
     documents = chain.from_iterable(batches(texts, CHARACTERS))
     # each with where in it words are asked for
@@ -171,8 +171,8 @@ def main(argv: list[str]) -> None:
     add("--pairs", metavar="FILE", help="file of rows with `good` and `bad`")
     add("--model", metavar="MODEL", help="whose chat template renders dialogues")
     args = parser.parse_args(argv)
-    from lib.model.access import Checkpoint
-    from lib.model.pretrained import load_tokenizer
+    from ..model.access import Checkpoint
+    from ..model.pretrained import load_tokenizer
 
     check_writable("OUT", args.out)
     source = replace(parse_source(args.data, "DATA", args.column), as_text=not args.model)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from lib.util.command import make_parser
-from lib.util.errors import UserError
-from lib.util.files import check_new_folder, staged_folder
+from ..util.command import make_parser
+from ..util.errors import UserError
+from ..util.files import check_new_folder, staged_folder
 
 
 def unpack_folder(source: str, target: str) -> None:
@@ -26,11 +26,11 @@ def unpack_folder(source: str, target: str) -> None:
 
     from transformers import AutoConfig
 
-    from lib.model.pretrained import auto_class
+    from ..model.pretrained import auto_class
 
     # this registers the format with transformers
-    from lib.packed.checkpoint import METHOD
-    from lib.util.progress import quiet
+    from ..packed.checkpoint import METHOD
+    from ..util.progress import quiet
 
     quiet()
     config = AutoConfig.from_pretrained(folder)

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from lib.data import hub
-from lib.data.chats import COLUMNS, Dialogue, Document
-from lib.data.sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
-from lib.util.errors import first_line
+from ..util.errors import first_line
+from . import hub
+from .chats import COLUMNS, Dialogue, Document
+from .sources import FILES, JOINED, PLAIN, Source, folder_files, is_parted, text_of
 
 TEXT_CHARACTERS = 2**25  # read of plain text, whose tokens are in memory at once
 ROWS_CHARACTERS = 2**29  # read of rows, which are in memory at once with

@@ -14,12 +14,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.data.chats import COLUMNS, Document, row_of
-from lib.data.languages import codes_of
-from lib.data.sources import Source, text_of
-from lib.util.errors import UserError, hub_problem
-from lib.util.files import staged_folder
-from lib.util.progress import progress
+from ..util.errors import UserError, hub_problem
+from ..util.files import staged_folder
+from ..util.progress import progress
+from .chats import COLUMNS, Document, row_of
+from .languages import codes_of
+from .sources import Source, text_of
 
 TEST_DOCUMENTS = 1_100  # the first documents of a large set, which are its test text
 TIMEOUT = 10.0  # seconds for the hub's first answer

@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Set
 
-from lib.util.errors import UserError
+from ..util.errors import UserError
 
 # the individual language of FineWeb2 that a tag for several of them is taken to mean
 INDIVIDUAL = dict(

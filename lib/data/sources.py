@@ -19,8 +19,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from lib.data.chats import SHAPES, Document, dialogue_of
-from lib.util.errors import UserError
+from ..util.errors import UserError
+from .chats import SHAPES, Document, dialogue_of
 
 ONCE = "once"  # a document gives at most one window (UberText's rule)
 AGAIN = "again"  # a document may be drawn more than once (C4's rule)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lib.data.chats import Dialogue
-from lib.data.samples import Sample
-from lib.util.errors import UserError
+from ..util.errors import UserError
+from .chats import Dialogue
+from .samples import Sample
 
 ASKED, SAID = {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"}
 TYPED = {"type": "string", "description": "a"}

@@ -27,10 +27,10 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lib.data.templates import examples
-from lib.data.tokenizer_model import BYTE_TOKENS, CHECK, check_of
-from lib.util.errors import UserError
-from lib.util.token_ids import map_token_ids
+from ..util.errors import UserError
+from ..util.token_ids import map_token_ids
+from .templates import examples
+from .tokenizer_model import BYTE_TOKENS, CHECK, check_of
 
 FLAG = "--trim_vocabulary"
 TEMPLATE = 2**16  # characters of a chat template, several times the longest in use

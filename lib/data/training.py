@@ -17,10 +17,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lib.data.documents import are_dialogues, read_documents
-from lib.data.samples import Sample, Windows, as_windows, join, windows_of
-from lib.data.sources import JOINED, Source, mixture_name
-from lib.data.windows import (
+from .documents import are_dialogues, read_documents
+from .samples import Sample, Windows, as_windows, join, windows_of
+from .sources import JOINED, Source, mixture_name
+from .windows import (
     TextTooShort,
     WindowSpec,
     apportion,

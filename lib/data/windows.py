@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from lib.data import hub
-from lib.data.chats import Dialogue, Document
-from lib.data.documents import Documents, are_dialogues, read_documents
-from lib.data.samples import Sample, Windows, as_windows, join, packed, prepend, windows_of
-from lib.data.sources import AGAIN, JOINED, Source, mixture_name
-from lib.data.templates import sample_of_dialogue, template_of, text_by
-from lib.util.errors import UserError
+from ..util.errors import UserError
+from . import hub
+from .chats import Dialogue, Document
+from .documents import Documents, are_dialogues, read_documents
+from .samples import Sample, Windows, as_windows, join, packed, prepend, windows_of
+from .sources import AGAIN, JOINED, Source, mixture_name
+from .templates import sample_of_dialogue, template_of, text_by
 
 BUFFER = 1_000  # documents of a stream that are shuffled among each other
 STREAM_LIMIT = 200_000  # documents of a stream that are tried before giving up

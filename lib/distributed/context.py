@@ -22,8 +22,8 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from lib.util.command import environment_number
-from lib.util.errors import UserError
+from ..util.command import environment_number
+from ..util.errors import UserError
 
 JOINING = timedelta(seconds=60)  # launchers start all ranks at the same time
 WAITING = timedelta(hours=1)  # for a rank that solves, reads or writes what others need

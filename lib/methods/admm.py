@@ -31,10 +31,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lib.methods.gram import cholesky, inverse_
-from lib.methods.least_squares import LeastSquares, conjugate_gradients_
-from lib.methods.obs import choose_rows, solve_rows
-from lib.methods.sparsity import Sparsity, n_of_first, threshold
+from .gram import cholesky, inverse_
+from .least_squares import LeastSquares, conjugate_gradients_
+from .obs import choose_rows, solve_rows
+from .sparsity import Sparsity, n_of_first, threshold
 
 STIFFENING = 2.5  # of rho in the last iterations: first explore masks, then agree
 EXPLORED, AGREED = 6e-3, 5e-4  # shares of the mask: a phase ends where no more changes

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity
+from .sparsity import Sparsity
 
 
 class PruningMethod:

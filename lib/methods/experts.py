@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.methods.base import PruningMethod
+from .base import PruningMethod
 
 
 class Reap(PruningMethod):

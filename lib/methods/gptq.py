@@ -28,10 +28,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lib.methods.gram import cholesky
-from lib.methods.least_squares import LeastSquares, conjugate_gradients_
-from lib.methods.sparsegpt import unit_inverse
-from lib.packed.formats import Grid, Int4
+from ..packed.formats import Grid, Int4
+from .gram import cholesky
+from .least_squares import LeastSquares, conjugate_gradients_
+from .sparsegpt import unit_inverse
 
 
 class Start(NamedTuple):

@@ -16,7 +16,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from lib.util.errors import UserError
+from ..util.errors import UserError
 
 PANEL = 128  # rows of a panel on a CPU; narrower products are slower than what they save
 HALVES = (torch.float16, torch.bfloat16)

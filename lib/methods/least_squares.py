@@ -30,8 +30,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lib.methods.base import PruningMethod
-from lib.methods.gram import add_cross_, add_upper_gram_, damped_cholesky_, inverse_, mirror_
+from .base import PruningMethod
+from .gram import add_cross_, add_upper_gram_, damped_cholesky_, inverse_, mirror_
 
 FLOOR = 0.01  # of an input's variance: the least damping
 

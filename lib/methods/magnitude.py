@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lib.methods.base import PruningMethod
-from lib.methods.obs import keep_highest_
-from lib.methods.sparsity import Sparsity
+from .base import PruningMethod
+from .obs import keep_highest_
+from .sparsity import Sparsity
 
 
 class Magnitude(PruningMethod):

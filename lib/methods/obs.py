@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lib.methods.gram import UNFACTORED, cholesky
-from lib.util.errors import UserError
+from ..util.errors import UserError
+from .gram import UNFACTORED, cholesky
 
 STAGE = 16  # rows that go at a time
 

@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lib.methods.base import PruningMethod
+    from .base import PruningMethod
 
 METHODS = {
-    "wanda": "lib.methods.wanda:Wanda",
-    "sparsegpt": "lib.methods.sparsegpt:SparseGPT",
-    "admm": "lib.methods.admm:Admm",
-    "magnitude": "lib.methods.magnitude:Magnitude",
+    "wanda": "wanda:Wanda",
+    "sparsegpt": "sparsegpt:SparseGPT",
+    "admm": "admm:Admm",
+    "magnitude": "magnitude:Magnitude",
 }
 EXPERT_METHODS = {  # of --sparsity_type experts
-    "reap": "lib.methods.experts:Reap",
-    "contribution": "lib.methods.experts:Contribution",
-    "frequency": "lib.methods.experts:Frequency",
-    "random": "lib.methods.experts:Random",
+    "reap": "experts:Reap",
+    "contribution": "experts:Contribution",
+    "frequency": "experts:Frequency",
+    "random": "experts:Random",
 }
 
 
@@ -31,4 +31,4 @@ def method_of(name: str, variant: bool = False) -> type[PruningMethod]:
     `variant`: of Wanda the one of --use_variant.
     """
     module, class_name = (METHODS | EXPERT_METHODS)[name].split(":")
-    return getattr(import_module(module), class_name + "Variant" * variant)
+    return getattr(import_module(f".{module}", __package__), class_name + "Variant" * variant)

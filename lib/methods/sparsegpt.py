@@ -39,10 +39,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lib.methods.base import PruningMethod
-from lib.methods.gram import add_upper_gram_, damped_cholesky_, inverse_, mirror_
-from lib.methods.obs import choose_rows, solve_rows
-from lib.methods.sparsity import Sparsity, n_of_first
+from .base import PruningMethod
+from .gram import add_upper_gram_, damped_cholesky_, inverse_, mirror_
+from .obs import choose_rows, solve_rows
+from .sparsity import Sparsity, n_of_first
 
 STEP = 16  # columns; few enough for a step of some thousand rows to stay in the cache
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lib.methods.base import PruningMethod
-from lib.methods.obs import keep_highest_
-from lib.methods.sparsity import Sparsity
+from .base import PruningMethod
+from .obs import keep_highest_
+from .sparsity import Sparsity
 
 TOKENS = 64  # whose squares are added up in float32
 VARIANT_TOLERANCE = 1e-3  # of the sparsity reached, and the width of alpha at which bisection stops

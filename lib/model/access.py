@@ -20,8 +20,8 @@ from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import safe_open
 
-from lib.packed.errors import PackedError
-from lib.util.errors import UserError, first_line, hub_problem
+from ..packed.errors import PackedError
+from ..util.errors import UserError, first_line, hub_problem
 
 TIMEOUT = 10.0  # seconds for the hub's answer
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lib.data.samples import Windows, as_windows
-from lib.distributed.context import DistContext
-from lib.model.linears import find_linears
-from lib.model.matrix import PrunableLinear
-from lib.model.store import BlockStore
-from lib.util.errors import UserError
+from ..data.samples import Windows, as_windows
+from ..distributed.context import DistContext
+from ..util.errors import UserError
+from .linears import find_linears
+from .matrix import PrunableLinear
+from .store import BlockStore
 
 # of float32 logits at a time: what fits into a CPU's cache, what keeps a GPU busy
 LOGIT_BYTES, GPU_LOGIT_BYTES = 2**24, 2**29

@@ -14,9 +14,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from lib.model.matrix import PrunableLinear
-from lib.model.quantized import quantized_linear
-from lib.packed.linear import SparseLinear
+from ..packed.linear import SparseLinear
+from .matrix import PrunableLinear
+from .quantized import quantized_linear
 
 PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
 NARROWEST = 8  # inputs or outputs of a matrix worth pruning

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lib.packed.layout import all_finite
-from lib.util.errors import UserError
+from ..packed.layout import all_finite
+from ..util.errors import UserError
 
 
 class SaveDtypes:

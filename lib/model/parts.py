@@ -8,7 +8,7 @@ model.
 A neuron is an input of an MLP's down projection, with the row of each linear that makes this input
 (gate and up, or one linear before the activation), and their biases. An expert is a slice of
 stacked weights, with the router's row, its bias, and the term that corrects its score. That each
-part works by itself is checked when some are removed (lib/pruning/neurons.py and experts.py).
+part works by itself is checked when some are removed (lib/remove.py).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lib.methods.sparsity import EXPERTS, NEURONS
-from lib.model.access import Checkpoint
-from lib.model.linears import find_linears
-from lib.model.pretrained import changed_shapes, skeleton_with
-from lib.model.quantized import stored_bits
-from lib.model.store import set_tensor
-from lib.util.errors import UserError
+from ..methods.sparsity import EXPERTS, NEURONS
+from ..util.errors import UserError
+from .access import Checkpoint
+from .linears import find_linears
+from .pretrained import changed_shapes, skeleton_with
+from .quantized import stored_bits
+from .store import set_tensor
 
 FIELDS = {
     NEURONS: ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),

@@ -29,8 +29,9 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from lib.data.tokenizer import keep_limits, template_texts
-from lib.model.access import (
+from ..data.tokenizer import keep_limits, template_texts
+from ..util.errors import UserError
+from .access import (
     INDEX,
     WEIGHTS,
     Checkpoint,
@@ -40,10 +41,9 @@ from lib.model.access import (
     quantization,
     stored_names,
 )
-from lib.model.linears import experts_by
-from lib.model.matrix import SaveDtypes
-from lib.model.quantized import stored_bits
-from lib.util.errors import UserError
+from .linears import experts_by
+from .matrix import SaveDtypes
+from .quantized import stored_bits
 
 LONGEST_WINDOW = 4096  # tokens, where neither a flag nor the model says less
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.model.access import Checkpoint
-from lib.model.matrix import PrunableLinear
-from lib.packed import checkpoint as packed
-from lib.util.command import typed
-from lib.util.errors import UserError
+from ..packed import checkpoint as packed
+from ..util.command import typed
+from ..util.errors import UserError
+from .access import Checkpoint
+from .matrix import PrunableLinear
 
 FORMATS = ("bitsandbytes",)
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.distributed.context import DistContext
-from lib.model.blocks import BlockRunner
-from lib.model.pretrained import decoder_blocks, fresh_copy
-from lib.util.files import PARTIAL
+from ..distributed.context import DistContext
+from ..util.files import PARTIAL
+from .blocks import BlockRunner
+from .pretrained import decoder_blocks, fresh_copy
 
 COMPARED_WINDOWS = 64  # of each test set, at most
 

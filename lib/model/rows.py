@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig
 
-from lib.model.access import Checkpoint
-from lib.model.blocks import Stop
-from lib.util.errors import UserError
-from lib.util.token_ids import NAMES, find_token_ids, map_token_ids
+from ..util.errors import UserError
+from ..util.token_ids import NAMES, find_token_ids, map_token_ids
+from .access import Checkpoint
+from .blocks import Stop
 
 TRIMMED_FROM = "vocabulary_trimmed_from"
 READ_TOKENS = 1024  # looked up at a time, to see which rows a model reads

@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib.util.errors import UserError, first_line
-from lib.util.files import PARTIAL, check_writable, exclusive_lock, sync, write_text
+from ..util.errors import UserError, first_line
+from ..util.files import PARTIAL, check_writable, exclusive_lock, sync, write_text
 
 JOB, LOCK = "job.json", ".lock"
 DECIDED = "decided"  # in job.json: by the run itself, from what it read

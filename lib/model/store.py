@@ -23,13 +23,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lib.distributed.context import DistContext
-from lib.model.linears import find_linears
-from lib.model.matrix import SaveDtypes
-from lib.model.pretrained import decoder_blocks
-from lib.model.run_folder import RunFolder
-from lib.packed.linear import SparseLinear
-from lib.util.errors import UserError
+from ..distributed.context import DistContext
+from ..packed.linear import SparseLinear
+from ..util.errors import UserError
+from .linears import find_linears
+from .matrix import SaveDtypes
+from .pretrained import decoder_blocks
+from .run_folder import RunFolder
 
 META = torch.device("meta")
 

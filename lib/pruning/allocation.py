@@ -29,12 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.methods.sparsity import Sparsity
-from lib.model.blocks import BlockRunner
-from lib.model.linears import experts_by
-from lib.pruning.fisher import FisherDiagonal, backward_pass
-from lib.pruning.inputs import first_names, own_windows
-from lib.util.deterministic import deterministic
+from ..methods.sparsity import Sparsity
+from ..model.blocks import BlockRunner
+from ..model.linears import experts_by
+from ..util.deterministic import deterministic
+from .fisher import FisherDiagonal, backward_pass
+from .inputs import first_names, own_windows
 
 FILE = "allocation"  # among those of --resume
 GROWTH = 2.0

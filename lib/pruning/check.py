@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from lib.methods.sparsity import Sparsity
-from lib.model.blocks import BlockRunner
-from lib.util.errors import UserError
+from ..methods.sparsity import Sparsity
+from ..model.blocks import BlockRunner
+from ..util.errors import UserError
 
 
 class Measured:

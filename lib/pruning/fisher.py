@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.model.blocks import BlockRunner, HiddenStates, iter_logits, run_block
-from lib.model.linears import watch_outputs
-from lib.model.matrix import PrunableLinear
-from lib.pruning.inputs import rows
-from lib.util.deterministic import deterministic
-from lib.util.errors import RunWarning
+from ..model.blocks import BlockRunner, HiddenStates, iter_logits, run_block
+from ..model.linears import watch_outputs
+from ..model.matrix import PrunableLinear
+from ..util.deterministic import deterministic
+from ..util.errors import RunWarning
+from .inputs import rows
 
 
 @dataclass

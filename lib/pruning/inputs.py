@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.distributed.context import DistContext
-from lib.methods.base import PruningMethod
-from lib.methods.magnitude import Magnitude
-from lib.methods.sparsity import Sparsity
-from lib.methods.wanda import Wanda
-from lib.model.blocks import BlockRunner, Stop
-from lib.model.linears import find_linears, watch_inputs
-from lib.model.matrix import PrunableLinear
-from lib.util.errors import UserError
+from ..distributed.context import DistContext
+from ..methods.base import PruningMethod
+from ..methods.magnitude import Magnitude
+from ..methods.sparsity import Sparsity
+from ..methods.wanda import Wanda
+from ..model.blocks import BlockRunner, Stop
+from ..model.linears import find_linears, watch_inputs
+from ..model.matrix import PrunableLinear
+from ..util.errors import UserError
 
 
 @dataclass

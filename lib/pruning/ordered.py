@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.methods.base import PruningMethod
-from lib.model.blocks import BlockRunner, HiddenStates, Stop
-from lib.model.linears import find_linears, watch_inputs, watch_outputs
-from lib.model.matrix import PrunableLinear
-from lib.pruning.inputs import Group, observe, rows, same
-from lib.pruning.residual import ResidualProjection, find_projection, replayed_outputs, stream_at
+from ..methods.base import PruningMethod
+from ..model.blocks import BlockRunner, HiddenStates, Stop
+from ..model.linears import find_linears, watch_inputs, watch_outputs
+from ..model.matrix import PrunableLinear
+from .inputs import Group, observe, rows, same
+from .residual import ResidualProjection, find_projection, replayed_outputs, stream_at
 
 Needs = dict[str, Tensor]  # by a linear's name: its input; of a projection, the stream after it
 

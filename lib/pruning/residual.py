@@ -19,9 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lib.model.blocks import BlockRunner, HiddenStates, replaced
-from lib.model.linears import first_argument, watch_inputs
-from lib.model.matrix import PrunableLinear
+from ..model.blocks import BlockRunner, HiddenStates, replaced
+from ..model.linears import first_argument, watch_inputs
+from ..model.matrix import PrunableLinear
 
 ROUNDINGS = 8  # of the stream's dtype, that a sum may be off by
 

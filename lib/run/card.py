@@ -16,14 +16,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download, metadata_load
 from yaml import YAMLError
 
-from lib.data.sources import BUILT_IN, parse_source
-from lib.methods.sparsity import SMALLER
-from lib.packed.checkpoint import card_lines
-from lib.run.flags import build_parser
-from lib.run.plan import PRUNED_BEFORE
-from lib.util.command import one_line, typed
-from lib.util.errors import UserError
-from lib.util.markdown import escape, padded_table
+from ..data.sources import BUILT_IN, parse_source
+from ..methods.sparsity import SMALLER
+from ..packed.checkpoint import card_lines
+from ..util.command import one_line, typed
+from ..util.errors import UserError
+from ..util.markdown import escape, padded_table
+from .flags import build_parser
+from .plan import PRUNED_BEFORE
 
 HEADING = "## How to load it"
 CARD = """\

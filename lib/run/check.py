@@ -17,35 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lib.data.documents import are_dialogues, check_source, read_documents
-from lib.data.samples import as_windows
-from lib.data.sources import is_parted
-from lib.distributed.context import DistContext, local_device
-from lib.methods.sparsity import EXPERTS
-from lib.model import pretrained
-from lib.model.access import Checkpoint
-from lib.model.parts import find_parts
-from lib.model.processor import processor_ids
-from lib.model.quantized import check_format, stored_bits
-from lib.model.rows import config_token_ids, keep_rows_, trimmable_rows
-from lib.model.run_folder import JOB, RunFolder
-from lib.pruning.experts import count_left as experts_left
-from lib.pruning.inputs import check_widths
-from lib.pruning.neurons import count_left as neurons_left
-from lib.recover import CROSS_ENTROPY, TrainSchedule
-from lib.run.fingerprint import fingerprint, first_difference
-from lib.run.flags import default_save, shown
-from lib.run.job import Job
-from lib.run.plan import Plan
-from lib.run.save import CARD
-from lib.run.tasks import check_tasks
-from lib.run.texts import named_sources, read_texts, same_texts
-from lib.sparse import check_packable
-from lib.util.errors import UserError
-from lib.util.files import check_new_folder, check_writable, partial_of
-from lib.util.host import gib
-from lib.util.progress import quiet
-from lib.vocabulary import trim_vocabulary
+from ..data.documents import are_dialogues, check_source, read_documents
+from ..data.samples import as_windows
+from ..data.sources import is_parted
+from ..distributed.context import DistContext, local_device
+from ..methods.sparsity import EXPERTS
+from ..model import pretrained
+from ..model.access import Checkpoint
+from ..model.parts import find_parts
+from ..model.processor import processor_ids
+from ..model.quantized import check_format, stored_bits
+from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
+from ..model.run_folder import JOB, RunFolder
+from ..pruning.inputs import check_widths
+from ..recover import CROSS_ENTROPY, TrainSchedule
+from ..remove import experts_left, neurons_left
+from ..sparse import check_packable
+from ..util.errors import UserError
+from ..util.files import check_new_folder, check_writable, partial_of
+from ..util.host import gib
+from ..util.progress import quiet
+from ..vocabulary import trim_vocabulary
+from .fingerprint import fingerprint, first_difference
+from .flags import default_save, shown
+from .job import Job
+from .plan import Plan
+from .save import CARD
+from .tasks import check_tasks
+from .texts import named_sources, read_texts, same_texts
 
 
 def check(

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lib.data.languages import is_in, script_of, words_of
-from lib.data.samples import as_windows
-from lib.data.templates import prompt_of
-from lib.model.blocks import BlockRunner
-from lib.model.pretrained import window_length
-from lib.run.job import Job
-from lib.util.errors import first_line
+from ..data.languages import is_in, script_of, words_of
+from ..data.samples import as_windows
+from ..data.templates import prompt_of
+from ..model.blocks import BlockRunner
+from ..model.pretrained import window_length
+from ..util.errors import first_line
+from .job import Job
 
 NEW_TOKENS = 40  # generated after each prompt
 ANSWER_TOKENS = 256  # of an answer, at most

@@ -1,7 +1,7 @@
 """Everything that can be run, by name: `langprune NAME`, or in a checkout `bash launch.sh NAME`.
 
-pip installs main.py and lib/ side by side as in the repository. Their folder goes to the front of
-sys.path, as when main.py is run as a file.
+pip installs lib/ as the package langprune, and main.py in it; the modules of lib/ import each other
+relatively.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..util.command import CALLED, PACKAGE, Parser, main_of, run
+
 LIST = """\
 NAME ..., where NAME is one of these; NAME --help lists its flags
 
@@ -33,15 +33,14 @@ NAMES = re.findall(r"(?m)^  (\w+)", LIST)
 
 def program(name: str) -> str:
     """Return the module that `name` runs."""
-    return "main" if name == "prune" else f"lib.commands.{name}"
+    return "main" if name == "prune" else f"commands.{name}"
 
 
 def start(argv: list[str]) -> None:
     """Run the command that the first argument names; without one, list them."""
-    from lib import __version__
-    from lib.util.command import CALLED, Parser, main_of
+    from .. import __version__
 
-    called = "bash launch.sh" if Path(sys.argv[0]).name == "console.py" else "langprune"
+    called = "bash launch.sh" if PACKAGE == "lib" else "langprune"
     os.environ[CALLED] = called
     name, *argv = argv or ["help"]
     if name in ("help", "--help", "-h"):
@@ -56,9 +55,6 @@ def start(argv: list[str]) -> None:
 
 def main() -> None:
     """Run the command that the first argument names, and exit with its status."""
-    sys.path.insert(0, str(ROOT))
-    from lib.util.command import run
-
     sys.exit(run(start))
 
 

@@ -19,9 +19,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lib.model.pretrained import dtype_name, pick_dtype, saved_dtype
-from lib.run.flags import FIGURES, NO_RESULT
-from lib.run.job import Job
+from ..model.pretrained import dtype_name, pick_dtype, saved_dtype
+from .flags import FIGURES, NO_RESULT
+from .job import Job
 
 PACKAGES = "torch transformers tokenizers datasets accelerate numpy bitsandbytes".split()
 DECIDING = "torch", "transformers", "tokenizers", "numpy"  # versions that may change bytes

@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lib.methods.registry import EXPERT_METHODS, METHODS
-from lib.methods.sparsity import (
+from ..methods.registry import EXPERT_METHODS, METHODS
+from ..methods.sparsity import (
     ALLOCATIONS,
     EXPERTS,
     RATIO_TYPES,
@@ -23,7 +23,7 @@ from lib.methods.sparsity import (
     UNSTRUCTURED,
     Sparsity,
 )
-from lib.util.command import Parser
+from ..util.command import Parser
 
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through

@@ -14,18 +14,18 @@ from typing import Any
 
 from torch import Tensor, device, nn
 
-from lib.data.samples import Windows
-from lib.data.sources import Source
-from lib.data.training import TrainingText
-from lib.data.windows import TestSet
-from lib.distributed.context import DistContext
-from lib.model.access import Checkpoint
-from lib.model.parts import PartLayout
-from lib.model.run_folder import RunFolder
-from lib.recover import TrainSchedule
-from lib.run.plan import Plan
-from lib.util.progress import progress
-from lib.vocabulary import TrimmedVocabulary
+from ..data.samples import Windows
+from ..data.sources import Source
+from ..data.training import TrainingText
+from ..data.windows import TestSet
+from ..distributed.context import DistContext
+from ..model.access import Checkpoint
+from ..model.parts import PartLayout
+from ..model.run_folder import RunFolder
+from ..recover import TrainSchedule
+from ..util.progress import progress
+from ..vocabulary import TrimmedVocabulary
+from .plan import Plan
 
 
 @dataclass

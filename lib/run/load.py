@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from lib.model import pretrained
-from lib.model.blocks import BlockRunner
-from lib.model.rows import keep_rows_
-from lib.model.run_folder import CONVERTED, RunFolder
-from lib.model.store import BlockStore, FileBlockStore, device_map
-from lib.pruning.check import Measured
-from lib.run.job import Job
-from lib.util.errors import UserError
-from lib.util.host import available, gib, keep_freed_memory
+from ..model import pretrained
+from ..model.blocks import BlockRunner
+from ..model.rows import keep_rows_
+from ..model.run_folder import CONVERTED, RunFolder
+from ..model.store import BlockStore, FileBlockStore, device_map
+from ..pruning.check import Measured
+from ..util.errors import UserError
+from ..util.host import available, gib, keep_freed_memory
+from .job import Job
 
 BITS = {"4": 4.5, "8": 8.1}  # for each weight of --load_bit, scales included
 TRAINED = {"adamw": 16, "adamw8bit": 11}  # bytes of a weight: float32, gradient, two averages

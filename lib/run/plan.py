@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from lib.methods.registry import method_of
-from lib.methods.sparsity import SMALLER, Sparsity
+from ..methods.registry import method_of
+from ..methods.sparsity import SMALLER, Sparsity
 
 PRUNED_BEFORE = "pruned before"  # what results call a run that takes up another's model
 

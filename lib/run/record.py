@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
-import lib
-from lib.data.windows import TestSet
-from lib.eval import exp
-from lib.model.blocks import BlockRunner
-from lib.model.pretrained import auto_class, footprint, parameter_bytes
-from lib.model.rows import TRIMMED_FROM
-from lib.run.card import figures_table, notes
-from lib.run.fingerprint import versions
-from lib.run.job import Job
-from lib.run.results import RESULTS, read_results
-from lib.util.command import one_line
-from lib.util.errors import UserError
-from lib.util.files import write_text
-from lib.util.host import gib, peak_memory
-from lib.vocabulary import NOTE
+from .. import __version__
+from ..data.windows import TestSet
+from ..eval import exp
+from ..model.blocks import BlockRunner
+from ..model.pretrained import auto_class, footprint, parameter_bytes
+from ..model.rows import TRIMMED_FROM
+from ..util.command import one_line
+from ..util.errors import UserError
+from ..util.files import write_text
+from ..util.host import gib, peak_memory
+from ..vocabulary import NOTE
+from .card import figures_table, notes
+from .fingerprint import versions
+from .job import Job
+from .results import RESULTS, read_results
 
 
 def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def base_results(job: Job, runner: BlockRunner) -> dict[str, Any]:
         "loaded_by": auto_class(job.config).__name__,
         "flags": vars(args),
         "seed": args.seed,
-        "versions": {"langprune": lib.__version__} | versions(),
+        "versions": {"langprune": __version__} | versions(),
         "device": f"{device} ({about})",
         "processor": processor(),
         "footprint": {"before": footprint(runner.model)},

@@ -61,8 +61,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lib.util.errors import UserError
-from lib.util.files import write_text
+from ..util.errors import UserError
+from ..util.files import write_text
 
 RESULTS = "results.json"
 NONE = "none"  # the name of the calibration text where there is none

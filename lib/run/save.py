@@ -15,21 +15,21 @@ from tempfile import TemporaryDirectory
 from safetensors import SafetensorError
 from torch import nn
 
-from lib.data.tokenizer import as_loaded
-from lib.data.tokenizer_model import write_tokenizer_model
-from lib.eval import COMPARED_POSITIONS, some_logits
-from lib.model.access import local_only
-from lib.model.blocks import BlockRunner
-from lib.model.pretrained import cast, save_in_shards, text_alone
-from lib.model.processor import copy_processor
-from lib.packed.checkpoint import mark_packed_
-from lib.run.card import model_card
-from lib.run.job import Job
-from lib.run.record import finish_results
-from lib.sparse import check_same_outputs
-from lib.util.errors import UserError, first_line
-from lib.util.files import partial_of, put_in_place, sync_all, write_text
-from lib.util.host import gib
+from ..data.tokenizer import as_loaded
+from ..data.tokenizer_model import write_tokenizer_model
+from ..eval import COMPARED_POSITIONS, some_logits
+from ..model.access import local_only
+from ..model.blocks import BlockRunner
+from ..model.pretrained import cast, save_in_shards, text_alone
+from ..model.processor import copy_processor
+from ..packed.checkpoint import mark_packed_
+from ..sparse import check_same_outputs
+from ..util.errors import UserError, first_line
+from ..util.files import partial_of, put_in_place, sync_all, write_text
+from ..util.host import gib
+from .card import model_card
+from .job import Job
+from .record import finish_results
 
 CARD = "README.md"  # the last file of a model that is saved
 

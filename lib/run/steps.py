@@ -8,40 +8,57 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
-from lib.methods.registry import method_of
-from lib.methods.sparsity import NEURONS
-from lib.model.blocks import BlockRunner
-from lib.model.pretrained import footprint, parameter_bytes
-from lib.model.reference import (
+from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
+from ..methods.registry import method_of
+from ..model.blocks import BlockRunner
+from ..model.pretrained import footprint, parameter_bytes
+from ..model.reference import (
     DenseReference,
     dense_states,
     local_windows,
     shared_states,
     tail_of,
 )
-from lib.model.rows import keep_rows_
-from lib.packed.formats import FORMATS, Grid
-from lib.pruning.allocation import Allocation, by_error, keep_allocation, kept_allocation, uniform
-from lib.pruning.check import Measured
-from lib.pruning.experts import ExpertPruner
-from lib.pruning.neurons import NeuronPruner
-from lib.pruning.pruner import Pruner, first_of
-from lib.pruning.quantize import Quantizer
-from lib.pruning.quantize import check_quantized as check_quantized_weights
-from lib.recover import Recoverer
-from lib.run import tasks
-from lib.run.job import Job
-from lib.run.load import load, load_teacher
-from lib.run.record import evaluation_record, finish_results, keep_other_results, write_log
-from lib.run.results import write_results
-from lib.run.save import close_store, save, write_card
-from lib.run.texts import resolve_bos
-from lib.sparse import check_same_outputs, pack_, relative_difference
-from lib.util.host import gib
-from lib.vocabulary import PROOF_TOKENS
+from ..model.rows import keep_rows_
+from ..packed.formats import FORMATS, Grid
+from ..prune import allocate as choose_allocation
+from ..prune import first_of
+from ..prune import prune as prune_linears
+from ..pruning.allocation import Allocation
+from ..pruning.check import Measured
+from ..quantize import check_quantized as check_quantized_weights
+from ..quantize import quantize as quantize_linears
+from ..recover import Recoverer
+from ..remove import remove
+from ..sparse import check_same_outputs, pack_, relative_difference
+from ..util.host import gib
+from ..vocabulary import PROOF_TOKENS
+from . import tasks
+from .completions import Completions
+from .job import Job
+from .load import load, load_teacher
+from .record import (
+    base_results,
+    evaluation_record,
+    finish_results,
+    keep_other_results,
+    print_summary,
+    write_log,
+)
+from .results import write_results
+from .save import close_store, save, write_card
+from .texts import resolve_bos
 
-__all__ = ["close_store", "load", "load_teacher", "resolve_bos", "save"]  # steps of main.run too
+__all__ = [  # steps of main.run that stand elsewhere
+    "Completions",
+    "base_results",
+    "close_store",
+    "load",
+    "load_teacher",
+    "print_summary",
+    "resolve_bos",
+    "save",
+]
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
 Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
 
@@ -82,22 +99,20 @@ def dense_reference(job: Job, dense: BlockRunner) -> DenseReference:
 
 
 def prune(job: Job, runner: BlockRunner) -> Measured:
-    """Prune the linears of the blocks, or neurons or experts, and check what was reached."""
+    """Prune the linears of the blocks, or remove neurons or experts, and check what was reached."""
     plan, args, sparsity = job.plan, job.args, None
     if not plan.method:
         return Measured(runner)
-    method = method_of(plan.method, plan.variant)
+    method, windows = method_of(plan.method, plan.variant), job.texts.windows
     size = parameter_bytes(runner.model, runner.save_dtype)
-    if plan.removes:
-        kind = NeuronPruner if plan.removes == NEURONS else ExpertPruner
-        pruner = kind(runner, method, job.layout, job.left, args.seed)
-    else:
-        allocation = allocate(job, runner)
-        pruner = Pruner(runner, method, allocation)
-        if not plan.variant:  # which only comes near the ratio
-            sparsity = allocation.sparsity
+    allocation = None if plan.removes else allocate(job, runner)
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
-        pruner.run(job.texts.windows, bar)
+        if plan.removes:
+            pruner = remove(runner, windows, method, job.layout, job.left, args.seed, bar)
+        else:
+            pruner = prune_linears(runner, windows, method, allocation, bar)
+            if not plan.variant:  # which only comes near the ratio
+                sparsity = allocation.sparsity
         reached = Measured(runner, sparsity, pruner.left_dense)
     job.print(*pruner.summary())
     job.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
@@ -111,15 +126,11 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
 
 def allocate(job: Job, runner: BlockRunner) -> Allocation:
     """Return the sparsity of every linear."""
-    args = job.args
+    args, windows, sparsity = job.args, job.texts.windows, job.plan.sparsity
     if args.allocation == "uniform":
-        return uniform(runner, job.plan.sparsity)
-    allocation = kept_allocation(runner)
-    if allocation is None:
-        with job.timed("allocate", "measuring errors", 2 * len(runner.blocks)) as bar:
-            windows, ratio = job.texts.windows, args.sparsity_ratio
-            allocation = by_error(runner, windows, ratio, seed=args.seed, on_progress=bar)
-        keep_allocation(runner, allocation)
+        return choose_allocation(runner, windows, sparsity)
+    with job.timed("allocate", "measuring errors", 2 * len(runner.blocks)) as bar:
+        allocation = choose_allocation(runner, windows, sparsity, args.allocation, args.seed, bar)
     shares = {name: round(each.ratio, 6) for name, each in allocation.sparsity.items()}
     job.print(f"sparsity of the linears: {min(shares.values())} to {max(shares.values())}")
     job.results["allocation"] = shares
@@ -131,9 +142,8 @@ def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     plan, masters = job.plan, None
     if plan.tokens:  # updates of a low rank leave no memory for float32 masters
         masters = runner.save_dtype if job.schedule.rank else torch.float32
-    quantizer = Quantizer(runner, FORMATS[plan.format], masters)
     with job.timed("quantize", "rounding", len(runner.blocks)) as bar:
-        quantizer.run(job.texts.windows, bar)
+        quantizer = quantize_linears(runner, job.texts.windows, FORMATS[plan.format], masters, bar)
     job.print(*quantizer.summary())
     job.results["notes"] = job.results.get("notes", []) + quantizer.summary()[1:]
     job.results["sparsity"] = reached.again(runner).shares()

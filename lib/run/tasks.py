@@ -9,8 +9,8 @@ from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.util.command import describe_error, one_line
-from lib.util.errors import UserError, first_line
+from ..util.command import describe_error, one_line
+from ..util.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 
-from lib.data.documents import locations
-from lib.data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
-from lib.data.training import training_windows
-from lib.data.windows import TextTooShort, WindowSpec, calibration_windows, test_set
-from lib.eval import needs_bos
-from lib.model.blocks import BlockRunner
-from lib.run.job import Job, Texts
-from lib.run.plan import Plan
+from ..data.documents import locations
+from ..data.sources import JOINED, PART, Source, has_test, is_parted, parse_sources
+from ..data.training import training_windows
+from ..data.windows import TextTooShort, WindowSpec, calibration_windows, test_set
+from ..eval import needs_bos
+from ..model.blocks import BlockRunner
+from .job import Job, Texts
+from .plan import Plan
 
 PUBLISHED = ("ubertext", "c4")  # which are measured on UberText
 SHORTEST = 128  # tokens: a shorter window is used only where it is asked for

@@ -1,6 +1,6 @@
 """Runs a command: a user's mistake becomes one line on stderr instead of a traceback.
 
-    python -m lib.util.command MODULE ARGV...     # its main(ARGV)
+    python -m lib.util.command MODULE ARGV...     # main(ARGV) of lib/MODULE, or of main.py
 
 A command starts others in processes of their own, in the folder that the user is in, so that
 relative paths mean what they meant to the user. Importing this file imports nothing heavy.
@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
-from lib.util.errors import UserError
+from .errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = __name__.partition(".")[0] if __name__ != "__main__" else __spec__.name.partition(".")[0]
 FAILED = 1
 INTERRUPTED = 128 + signal.SIGINT  # what a shell reports for a command ended by Ctrl-C
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -136,10 +138,15 @@ def started_by(module: str, *argv: object) -> tuple[list[str], dict[str, str]]:
     return command, os.environ | {"PYTHONPATH": path}
 
 
+def part(name: str) -> ModuleType:
+    """Import a module of this package, or main.py, which lies in it once it is installed."""
+    return import_module(name if name == "main" and PACKAGE == "lib" else f"{PACKAGE}.{name}")
+
+
 def main_of(module: str) -> Callable[[list[str]], None]:
-    """Return the `main` of a module, or of a package's `__main__`."""
-    found = import_module(module)
-    return (found if hasattr(found, "main") else import_module(f"{module}.__main__")).main
+    """Return the `main` of a module of this package, or of a package's `__main__`."""
+    found = part(module)
+    return (found if hasattr(found, "main") else part(f"{module}.__main__")).main
 
 
 def call(module: str, *argv: object) -> int:
@@ -149,7 +156,7 @@ def call(module: str, *argv: object) -> int:
     whatever else ends this process terminates it. Where this one is killed, the end of its stdin
     tells it.
     """
-    command, environment = started_by("lib.util.command", module, *argv)
+    command, environment = started_by(f"{PACKAGE}.util.command", module, *argv)
     environment[ENDS_WITH_STDIN] = "1"
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
         try:
@@ -191,8 +198,8 @@ def _terminable() -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str | None:
     """Return the message for a user; None where the error is a defect of the program."""
-    torch, packed = sys.modules.get("torch"), sys.modules.get("lib.packed.errors")
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lib"):
+    torch, packed = sys.modules.get("torch"), sys.modules.get(f"{PACKAGE}.packed.errors")
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith(PACKAGE):
         return f"{error.name} is not installed; pip install -r requirements.txt"
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib.util.errors import UserError
+from .errors import UserError
 
 PARTIAL = ".partial"  # ends the name of what is not yet complete
 

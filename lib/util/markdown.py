@@ -6,7 +6,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from lib.util.command import one_line
+from .command import one_line
 
 EMPTY = "–"
 # what Markdown, on the hub and elsewhere, gives a meaning within a line; `_` has none in a word

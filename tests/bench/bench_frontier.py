@@ -162,7 +162,7 @@ def points(args: argparse.Namespace, passed_on: list[str]) -> Iterator[Point]:
 
 def converted(model: Path, file: Path, kind: str) -> Path:
     if not file.is_file():
-        child(sys.executable, ROOT / "lib/run/console.py", "gguf", model, file, "--type", kind)
+        child("bash", ROOT / "launch.sh", "gguf", model, file, "--type", kind)
     return file
 
 

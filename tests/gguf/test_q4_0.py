@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from lib.commands.gguf.__main__ import main
 from lib.model.blocks import BlockRunner
 from lib.packed.formats import Q4_0
-from lib.pruning.quantize import Quantizer, check_quantized
+from lib.quantize import Quantizer, check_quantized
 
 pytest.importorskip("gguf.quants", reason=f"no converter: {whole.HOW}")
 import gguf  # noqa: E402  by itself, without the package, it would be this folder

@@ -29,7 +29,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which pip has installed a copy of the sources, without a network."""
     pytest.importorskip("pip")
     sources, target = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("target")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "main.py"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "main.py"):
         shutil.copy2(ROOT / name, sources)
     shutil.copytree(ROOT / "lib", sources / "lib", ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
@@ -104,9 +104,14 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
     names = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert names == {"bin", "langprune", "packed_bitmask"}
     assert (installed / "packed_bitmask" / "kernels.cpp").is_file()
+    assert (installed / "langprune" / "main.py").is_file()
     for file in (ROOT / "lib").rglob("*"):
         if file.suffix not in (".pyc", ".md") and file.is_file():
-            assert (installed / "langprune" / file.relative_to(ROOT)).is_file(), file
+            assert (installed / "langprune" / file.relative_to(ROOT / "lib")).is_file(), file
+    code = "import langprune.main, langprune.prune, langprune.commands.sweep_run, sys\n"
+    code += "assert not {'lib', 'main'} & set(sys.modules)"
+    done = outside([sys.executable, "-c", code], installed, tmp_path)
+    assert done.returncode == 0, done.stderr
     command = str(installed / "bin" / "langprune")
     for argv, word in (
         (["prune", "--help"], "usage: langprune prune "),
@@ -117,6 +122,11 @@ def test_what_is_installed(installed: Path, tmp_path: Path) -> None:
         done = outside([command, *argv], installed, tmp_path)
         assert done.returncode == 0 and word in done.stdout, (argv, done.stderr)
     assert outside([command, "nosuch"], installed, tmp_path).returncode == 2
+    tiny.write_model(tmp_path / "model", tiny.tiny_llama())
+    tiny.write_texts(tmp_path / "uk", train=30, test=4)
+    run = "prune --model model --prune_method wanda --calibration_data uk --nsamples 4 --seqlen 64"
+    done = outside([command, *run.split(), "--device", "cpu", "--save", "out"], installed, tmp_path)
+    assert done.returncode == 0 and (tmp_path / "out" / "results.json").is_file(), done.stderr
 
 
 def test_requirements_and_version_stand_alike_wherever_they_stand() -> None:

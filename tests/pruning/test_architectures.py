@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lib.model.pretrained import decoder_blocks
-from lib.pruning.pruner import Pruner
+from lib.prune import Pruner
 
 METHODS = ("magnitude", "sparsegpt", "admm")  # wanda takes the inputs that sparsegpt takes
 

@@ -16,7 +16,7 @@ from lib.methods.registry import method_of
 from lib.methods.sparsity import NEURONS
 from lib.model.parts import PartLayout, get_tensor
 from lib.model.pretrained import decoder_blocks
-from lib.pruning.neurons import NeuronPruner, count_left
+from lib.remove import NeuronPruner, neurons_left
 from lib.util.errors import UserError
 
 NAMES = ["Llama", "Gemma 3", "GPT-2", "Phi", "GPT-NeoX", "Phi-3"]
@@ -111,12 +111,12 @@ def test_as_whole_passes_with_hooks(name: str, method: str) -> None:
     [(2048, 0.25, 1536), (9216, 0.3, 6400), (2047, 0.25, 1536), (688, 0.25, 512), (64, 0.99, 8)],
 )
 def test_the_number_left_is_a_multiple(width: int, ratio: float, left: int) -> None:
-    assert count_left(PartLayout(NEURONS, width, "intermediate_size"), ratio) == left
+    assert neurons_left(PartLayout(NEURONS, width, "intermediate_size"), ratio) == left
 
 
 def test_a_ratio_that_removes_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="--sparsity_ratio 0.05: of 64 neurons .* multiple of 8"):
-        count_left(PartLayout(NEURONS, 64, "intermediate_size"), 0.05)
+        neurons_left(PartLayout(NEURONS, 64, "intermediate_size"), 0.05)
 
 
 class Mixing(nn.Module):

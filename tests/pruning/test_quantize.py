@@ -13,8 +13,8 @@ from lib.methods.sparsity import Sparsity
 from lib.model.blocks import BlockRunner
 from lib.packed.formats import PACKED
 from lib.packed.linear import SparseLinear
-from lib.pruning.pruner import UNREACHED
-from lib.pruning.quantize import Quantizer
+from lib.prune import UNREACHED
+from lib.quantize import Quantizer
 from lib.sparse import swap_linears_
 from lib.util.errors import UserError
 

@@ -17,7 +17,7 @@ from lib.methods.registry import method_of
 from lib.methods.sparsity import EXPERTS
 from lib.model.parts import PartLayout
 from lib.model.pretrained import decoder_blocks
-from lib.pruning.experts import ExpertPruner, count_left
+from lib.remove import ExpertPruner, experts_left
 from lib.util.errors import UserError
 
 NAMES = ["Mixtral", "Qwen3-MoE", "OLMoE", "GPT-OSS", "DeepSeek-V3", "PhiMoE", "GraniteMoE", "Jamba"]
@@ -135,10 +135,10 @@ def test_the_scores_are_those_of_the_paper() -> None:
 def test_how_many_stay(count, chosen, groups, ratio, left) -> None:
     layout = PartLayout(EXPERTS, count, "num_experts", (), (), (), chosen, *groups)
     if isinstance(left, int):
-        assert count_left(layout, ratio) == left
+        assert experts_left(layout, ratio) == left
         return
     with pytest.raises(UserError, match=left):
-        count_left(layout, ratio)
+        experts_left(layout, ratio)
 
 
 @pytest.mark.parametrize("name", ["Llama", "JetMoE"])

@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from lib.commands.export.engines import ENGINES, GridFolder, digests, load_transformers, open_folder
-from lib.commands.gguf.proof import LINES, SHORT, windows_of
-from lib.model.access import Checkpoint, as_user_error
-from lib.run.card import converted_card
-from lib.util.command import make_parser
-from lib.util.errors import UserError
-from lib.util.files import check_new_folder, partial_of, staged_folder
-from lib.util.host import available, gib
-from lib.util.progress import quiet
+from ...model.access import Checkpoint, as_user_error
+from ...run.card import converted_card
+from ...util.command import make_parser
+from ...util.errors import UserError
+from ...util.files import check_new_folder, partial_of, staged_folder
+from ...util.host import available, gib
+from ...util.progress import quiet
+from ..gguf.proof import LINES, SHORT, windows_of
+from .engines import ENGINES, GridFolder, digests, load_transformers, open_folder
 
 LIMIT = 1e-3  # sums in another order make 1e-5
 

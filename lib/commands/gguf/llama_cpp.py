@@ -26,8 +26,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from lib.util.command import started_by
-from lib.util.errors import UserError
+from ...util.command import started_by
+from ...util.errors import UserError
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # the linears of the blocks in any architecture; a router is too small to round
@@ -185,7 +185,7 @@ def _with_older_names(load: Callable, *where: Any, **how: Any) -> dict[str, Any]
 
 def pre_tokenizer(text_model: type, check: dict[str, Any], parts: str | None) -> str:
     """Return the pre-tokenizer's name from the converter's table, or else by its parts."""
-    from lib.data.tokenizer_model import digest
+    from ...data.tokenizer_model import digest
 
     def encode(text: str) -> list[int]:
         if digest(text) != check["text"]:

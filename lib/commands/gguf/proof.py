@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from lib.commands.gguf import llama_cpp
-from lib.commands.gguf.llama_cpp import run_child
-from lib.commands.gguf.source import ModelFolder
-from lib.data.chats import Dialogue
-from lib.data.documents import read_documents
-from lib.data.sources import Source
-from lib.data.templates import EXAMPLES, examples, sample_of_dialogue, text_by
-from lib.data.tokenizer_model import begins_with_blank
-from lib.data.windows import test_documents
-from lib.model.pretrained import auto_class, window_length
-from lib.util.errors import UserError
-from lib.util.host import available, gib
+from ...data.chats import Dialogue
+from ...data.documents import read_documents
+from ...data.sources import Source
+from ...data.templates import EXAMPLES, examples, sample_of_dialogue, text_by
+from ...data.tokenizer_model import begins_with_blank
+from ...data.windows import test_documents
+from ...model.pretrained import auto_class, window_length
+from ...util.errors import UserError
+from ...util.host import available, gib
+from . import llama_cpp
+from .llama_cpp import run_child
+from .source import ModelFolder
 
 RUNNER = "xllamacpp"
 INSTALL = "pip install -r requirements-gguf.txt"

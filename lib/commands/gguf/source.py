@@ -17,17 +17,17 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from lib.data.tokenizer_model import (
+from ...data.tokenizer_model import (
     begins_with_blank,
     is_byte_level,
     is_sentencepiece,
     write_tokenizer_model,
 )
-from lib.model.access import Checkpoint
-from lib.model.pretrained import load_config, load_tokenizer, skeleton
-from lib.model.processor import FILES
-from lib.packed.checkpoint import METHOD
-from lib.util.errors import UserError
+from ...model.access import Checkpoint
+from ...model.pretrained import load_config, load_tokenizer, skeleton
+from ...model.processor import FILES
+from ...packed.checkpoint import METHOD
+from ...util.errors import UserError
 
 LINKED = ("*.safetensors", "*.safetensors.index.json", "generation_config.json")
 CODE = "auto_map"  # field that names code to run, of the folder or of a repository

@@ -7,21 +7,22 @@ zeros.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lib.methods.gptq import GPTQ, Start
-from lib.model.blocks import BlockRunner
-from lib.model.matrix import PrunableLinear, SaveDtypes
-from lib.packed.formats import Grid, Int4
-from lib.packed.linear import why_dense
-from lib.pruning.allocation import Allocation
-from lib.pruning.inputs import Group
-from lib.pruning.ordered import OrderedBlock
-from lib.pruning.pruner import UNREACHED, Pruner, first_of
-from lib.util.errors import UserError
+from .methods.gptq import GPTQ, Start
+from .model.blocks import BlockRunner
+from .model.matrix import PrunableLinear, SaveDtypes
+from .packed.formats import Grid, Int4
+from .packed.linear import why_dense
+from .prune import UNREACHED, Pruner, first_of
+from .pruning.allocation import Allocation
+from .pruning.inputs import Group
+from .pruning.ordered import OrderedBlock
+from .util.errors import UserError
 
 NOTHING = {  # to round: the error, by format
     "int4": "--replace_sparse_layers: no linear is smaller packed; prune with --prune_method first",
@@ -45,6 +46,23 @@ def check_quantized(runner: BlockRunner, fmt: Int4) -> dict[str, Any]:
             raise UserError(f"--quantize {fmt.name}: {linear.name} is not on the grid; report this")
     left = [name for name, on_grid in tensors.items() if not on_grid]
     return {"format": fmt.name, "tensors": len(tensors) - len(left), "left": left}
+
+
+def quantize(
+    runner: BlockRunner,
+    windows: Tensor,
+    fmt: Int4,
+    master_dtype: torch.dtype | None = None,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Quantizer:
+    """Round the linear layers that `fmt` takes, in place, on windows (n, tokens).
+
+    The result reports what was done; its `starts` are from where the model is trained on, if a
+    dtype of the masters is given. `on_progress(1)` is called after each block.
+    """
+    quantizer = Quantizer(runner, fmt, master_dtype)
+    quantizer.run(windows, on_progress)
+    return quantizer
 
 
 class Quantizer(Pruner):

@@ -1,4 +1,12 @@
-"""Prune a model block by block: observe what its linears receive, solve, propagate."""
+"""Prune a model block by block: observe the inputs of its linear layers, solve, propagate.
+
+`prune` is the whole of it, and `Pruner._block_` what happens to one block, as in Wanda
+(https://github.com/locuslab/wanda), whose names stand here in brackets: the first block's inputs
+are recorded (`prepare_calibration_input`: `BlockRunner.capture`); for each block one pass observes
+the inputs of its linear layers (`WrappedGPT.add_batch`: `PruningMethod.observe`), all of them are
+pruned (`PruningMethod.prune_`), and a second pass takes the hidden states through the pruned block
+(`BlockRunner.advance_`). `check_sparsity` is `Measured` in lib/pruning/check.py.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib.methods.base import PruningMethod
-from lib.model.blocks import BlockRunner, HiddenStates
-from lib.model.linears import experts_by, find_linears
-from lib.model.matrix import PrunableLinear
-from lib.model.parts import PartLayout, keep_parts_
-from lib.packed.layout import all_finite
-from lib.pruning.allocation import Allocation
-from lib.pruning.inputs import Group, merge, observe, own_windows, weight_key
-from lib.pruning.ordered import OrderedBlock, Stage, find_order
-from lib.util.errors import RunWarning, UserError
-from lib.util.host import malloc_trim
+from .methods.base import PruningMethod
+from .methods.sparsity import Sparsity
+from .model.blocks import BlockRunner, HiddenStates
+from .model.linears import experts_by, find_linears
+from .model.matrix import PrunableLinear
+from .packed.layout import all_finite
+from .pruning.allocation import Allocation, by_error, keep_allocation, kept_allocation, uniform
+from .pruning.inputs import Group, merge, observe, own_windows, weight_key
+from .pruning.ordered import OrderedBlock, Stage, find_order
+from .util.errors import RunWarning, UserError
 
 UNREACHED = "no calibration token reached it, or it is used without being called"
 
@@ -43,6 +50,45 @@ def first_of(names: list[str]) -> str:
     """Name the first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
+
+
+def prune(
+    runner: BlockRunner,
+    windows: Tensor | None,
+    method: type[PruningMethod],
+    allocation: Allocation,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Pruner:
+    """Prune all linear layers of the decoder blocks in place; the result reports what was done.
+
+    `windows` (n, tokens) are what the model is calibrated on, None for a method that needs none.
+    `on_progress(1)` is called after each block. Raises UserError where a weight or an activation is
+    not finite.
+    """
+    pruner = Pruner(runner, method, allocation)
+    pruner.run(windows, on_progress)
+    return pruner
+
+
+def allocate(
+    runner: BlockRunner,
+    windows: Tensor | None,
+    sparsity: Sparsity,
+    rule: str = "uniform",
+    seed: int = 0,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> Allocation:
+    """Choose how sparse each linear layer becomes: all alike, or by `error` at an equal total.
+
+    What an interrupted run has chosen stays. `on_progress(1)` is called twice for each block.
+    """
+    if rule == "uniform":
+        return uniform(runner, sparsity)
+    allocation = kept_allocation(runner)
+    if allocation is None:
+        allocation = by_error(runner, windows, sparsity.ratio, seed, on_progress)
+        keep_allocation(runner, allocation)
+    return allocation
 
 
 class Pruner:
@@ -274,75 +320,6 @@ class Pruner:
         self.notes[-1].pruned.append(linear.name)
         if weight_key(linear)[0] in self.shared:
             self.shared_done.add(weight_key(linear))
-
-
-class PartPruner(Pruner):
-    """Removes neurons or experts, until `left` stay in each block, and sets the config's field.
-
-    `layout` says where a model has them; `seed` is for choices at random. A subclass notes which
-    parts of a block stay, before `_cut_`.
-    """
-
-    def __init__(
-        self,
-        runner: BlockRunner,
-        method: type[PruningMethod],
-        layout: PartLayout,
-        left: int,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(runner, method, Allocation({}))
-        self.layout, self.left, self.seed = layout, left, seed
-        self.cache_inputs = False  # they would have the wrong width once neurons are removed
-        self.weights_before = self._count_weights()
-
-    def run(
-        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
-    ) -> None:
-        """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
-        super().run(windows, on_progress)
-        text = self.runner.model.config.get_text_config(decoder=True)
-        setattr(text, self.layout.field, self.left)
-        for path, attribute, entries in self.layout.counters:  # those of blocks are set already
-            setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
-        self.weights_after = self._count_weights()
-
-    def summary(self) -> list[str]:
-        count, cut = self.layout.count, sum(bool(notes.kept) for notes in self.notes)
-        share = 1 - self.weights_after / self.weights_before
-        return [
-            f"removed {count - self.left} of {count} {self.layout.kind} in each of {cut} blocks, "
-            f"{share:.1%} of the blocks' weights",
-            *self.all_warnings(),
-        ]
-
-    def record(self) -> dict[str, Any]:
-        """Return the record for results.json."""
-        every = set(range(self.layout.count))
-        return {
-            "before": self.layout.count,
-            "after": self.left,
-            "weights_before": self.weights_before,
-            "weights_after": self.weights_after,
-            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
-            "routed": [notes.routed for notes in self.notes],
-        }
-
-    def _count_weights(self) -> int:
-        return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
-
-    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        restored = super()._restore_(index, linears)
-        if restored:
-            self._cut_(index)
-        return restored
-
-    def _cut_(self, index: int) -> None:
-        """Make the block smaller, in all processes."""
-        if kept := self.notes[-1].kept:
-            block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
-            keep_parts_(block, self.layout, index, name, torch.tensor(kept))
-            malloc_trim()  # weights lie in heaps of threads that read them, which none else fills
 
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:

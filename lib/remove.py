@@ -1,0 +1,302 @@
+"""Remove whole neurons of the MLPs, or whole experts, block by block: a smaller model is left.
+
+Each block is observed with the blocks before it already smaller. Neurons: of the input of the down
+projection a method sums what it needs, chooses the neurons that stay and, if it repairs, what the
+columns of down become (`PruningMethod.remove_neurons_`); the rows of gate and up stay as they were.
+Experts: the same number goes in every block that has experts; the gates of those that stay are what
+the router gives.
+Run: `python main.py --model MODEL --prune_method sparsegpt --sparsity_type neurons ...`, or
+`--prune_method reap --sparsity_type experts`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .methods.base import PruningMethod
+from .methods.sparsity import NEURONS
+from .model.blocks import BlockRunner, Stop, run_block
+from .model.matrix import PrunableLinear
+from .model.parts import PartLayout, get_tensor, keep_parts_
+from .prune import UNREACHED, Pruner
+from .pruning.allocation import Allocation
+from .pruning.inputs import Group
+from .util.errors import UserError
+from .util.host import malloc_trim
+
+CHECKED = 16  # tokens on which a block is checked where no text is observed
+MULTIPLE = 256  # of neurons, that fast kernels like
+STEPS = 8  # multiples that the width has at least
+TOLERANCE = 1e-3  # of the norm of a block's outputs, that rounding may change
+
+
+def remove(
+    runner: BlockRunner,
+    windows: Tensor | None,
+    method: type[PruningMethod],
+    layout: PartLayout,
+    left: int,
+    seed: int = 0,
+    on_progress: Callable[[int], Any] = lambda blocks: None,
+) -> PartPruner:
+    """Remove neurons or experts in place until `left` stay in each block; the result reports.
+
+    Arguments as those of `prune` (lib/prune.py); `layout` says where the model has the parts, and
+    `seed` is for choices at random. UserError too where none can be removed without other changes.
+    """
+    kind = NeuronPruner if layout.kind == NEURONS else ExpertPruner
+    pruner = kind(runner, method, layout, left, seed)
+    pruner.run(windows, on_progress)
+    return pruner
+
+
+class PartPruner(Pruner):
+    """Removes neurons or experts, until `left` stay in each block, and sets the config's field.
+
+    `layout` says where a model has them; `seed` is for choices at random. A subclass notes which
+    parts of a block stay, before `_cut_`.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        method: type[PruningMethod],
+        layout: PartLayout,
+        left: int,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(runner, method, Allocation({}))
+        self.layout, self.left, self.seed = layout, left, seed
+        self.cache_inputs = False  # they would have the wrong width once neurons are removed
+        self.weights_before = self._count_weights()
+
+    def run(
+        self, windows: Tensor | None, on_progress: Callable[[int], Any] = lambda blocks: None
+    ) -> None:
+        """As `Pruner.run`; UserError too where nothing can be removed without other changes."""
+        super().run(windows, on_progress)
+        text = self.runner.model.config.get_text_config(decoder=True)
+        setattr(text, self.layout.field, self.left)
+        for path, attribute, entries in self.layout.counters:  # those of blocks are set already
+            setattr(self.runner.model.get_submodule(path), attribute, entries * self.left)
+        self.weights_after = self._count_weights()
+
+    def summary(self) -> list[str]:
+        count, cut = self.layout.count, sum(bool(notes.kept) for notes in self.notes)
+        share = 1 - self.weights_after / self.weights_before
+        return [
+            f"removed {count - self.left} of {count} {self.layout.kind} in each of {cut} blocks, "
+            f"{share:.1%} of the blocks' weights",
+            *self.all_warnings(),
+        ]
+
+    def record(self) -> dict[str, Any]:
+        """Return the record for results.json."""
+        every = set(range(self.layout.count))
+        return {
+            "before": self.layout.count,
+            "after": self.left,
+            "weights_before": self.weights_before,
+            "weights_after": self.weights_after,
+            "removed": [sorted(every.difference(notes.kept or every)) for notes in self.notes],
+            "routed": [notes.routed for notes in self.notes],
+        }
+
+    def _count_weights(self) -> int:
+        return sum(p.numel() for block in self.runner.blocks for p in block.parameters())
+
+    def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
+        restored = super()._restore_(index, linears)
+        if restored:
+            self._cut_(index)
+        return restored
+
+    def _cut_(self, index: int) -> None:
+        """Make the block smaller, in all processes."""
+        if kept := self.notes[-1].kept:
+            block, name = self.runner.blocks[index], f"{self.runner.name}.{index}"
+            keep_parts_(block, self.layout, index, name, torch.tensor(kept))
+            malloc_trim()  # weights lie in heaps of threads that read them, which none else fills
+
+
+def multiple_of(width: int) -> int:
+    """Of what the neurons that stay are a multiple: an eighth of the width at most."""
+    return min(MULTIPLE, 2 ** max(0, (width // STEPS).bit_length() - 1))
+
+
+def neurons_left(layout: PartLayout, ratio: float) -> int:
+    """How many neurons of a block stay: about 1 - `ratio` of them, a multiple of `multiple_of`.
+
+    UserError where that removes none.
+    """
+    width, multiple = layout.count, multiple_of(layout.count)
+    left = max(1, round((1 - ratio) * width / multiple)) * multiple
+    if left >= width:
+        raise UserError(
+            f"--sparsity_ratio {ratio:g}: of {width} neurons in each block none can go and leave a "
+            f"multiple of {multiple}; use a higher ratio"
+        )
+    return left
+
+
+class NeuronPruner(PartPruner):
+    """Makes the MLPs of a runner's model narrower, in place."""
+
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        """The down projection."""
+        self.index = index
+        name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
+        return [linear for linear in self.runner.linears(index) if linear.name == name]
+
+    def _change_(self, group: Group, matrices: list[Tensor]) -> None:
+        """Choose neurons by gains too: the product of the norms of the rows that make each."""
+        gains: Tensor | float = 1.0
+        down = f"{self.layout.modules[self.index]}.weight"
+        for path, (dim, entries) in self.layout.tensors[self.index].items():
+            weight = get_tensor(self.runner.blocks[self.index], path)
+            if path != down and weight.dim() > 1:
+                for part in (weight.data.T if dim else weight.data).chunk(entries):  # (width, in)
+                    gains = gains * torch.linalg.vector_norm(part, dim=1, dtype=torch.float32)
+        kept = group.method.remove_neurons_(matrices[0], gains, self.left)
+        self.notes[-1].kept = kept.tolist()
+
+    def _finish_(self, index: int) -> None:
+        """Make the block smaller in all processes; on a batch that must not change its outputs."""
+        super()._finish_(index)
+        runner, states, kept = self.runner, self.states, self.notes[index].kept
+        if not kept:
+            raise UserError(f"{runner.name}.{index}.{self.layout.modules[index]}: {UNREACHED}")
+        if states is None:  # no text is observed
+            ids = torch.arange(CHECKED, device=runner.device)[None]
+            states = runner.capture(ids, 1, runner.device)
+        _, run = next(runner.iter_batches(states, index))
+        expected = run().float()  # down's columns of the neurons that go are zeros
+        self._cut_(index)
+        tolerance = max(TOLERANCE, 4 * torch.finfo(runner.model.dtype).eps)
+        if (run().float() - expected).norm() > tolerance * expected.norm():
+            raise UserError(
+                f"--sparsity_type neurons: {runner.name}.{index}: its MLP does more than multiply "
+                "by neurons, so that none can be removed; use --sparsity_type unstructured"
+            )
+
+
+def fewest(layout: PartLayout) -> int:
+    """How many experts must stay: those that the router chooses, two of a group that is scored."""
+    least = max(math.ceil(layout.chosen / layout.open_groups), 2 if layout.groups > 1 else 1)
+    return least * layout.groups
+
+
+def experts_left(layout: PartLayout, ratio: float) -> int:
+    """How many experts stay in each block: about 1 - `ratio` of them, as many of each group.
+
+    UserError where none goes, or where fewer stay than the router chooses.
+    """
+    each = layout.count // layout.groups
+    goes, most = round(ratio * each), each - fewest(layout) // layout.groups  # of a group
+    if 1 <= goes <= most:
+        return (each - goes) * layout.groups
+    what = f"--sparsity_ratio {ratio:g}: of {layout.count} experts in each block"
+    if most < 1:
+        raise UserError(
+            f"{what} none can go, as the router chooses {layout.chosen} for each token; use "
+            "--sparsity_type unstructured"
+        )
+    raise UserError(
+        f"{what} {goes * layout.groups} would go; use {1 / each:.3g} to {most / each:.3g}"
+    )
+
+
+class ExpertPruner(PartPruner):
+    """Removes experts of a runner's model, in place."""
+
+    checked: frozenset[type] = frozenset()  # classes of blocks
+
+    def _linears(self, index: int) -> list[PrunableLinear]:
+        return []  # no linear is changed by itself
+
+    def _prune_(self, index: int, linears: list[PrunableLinear], ordered: None) -> dict:
+        """Score the block's experts, and note which of them stay."""
+        if not self.layout.modules[index]:
+            return {}
+        self._check_once(index)
+        method = self.method(self.layout.count, self.runner.device)
+        self._observe(index, method.observe)
+        self.dist.sum_(method.statistics(), self.idle)
+        if self.dist.is_main:
+            notes, groups = self.notes[-1], self.layout.groups
+            scores = method.scores(self.seed + index).cpu().view(groups, -1)
+            best = scores.sort(dim=1, descending=True, stable=True).indices
+            best = best[:, : self.left // groups].sort(dim=1).values
+            kept = best + torch.arange(groups)[:, None] * scores.shape[1]
+            notes.kept = kept.flatten().tolist()
+            shares = method.counts / method.counts.sum().clamp(min=1)
+            notes.routed = [round(share, 6) for share in shares.tolist()]
+        return {}
+
+    def _observe(self, index: int, observe: Callable[[int, Tensor, Tensor], None]) -> None:
+        """Call `observe(expert, gates, outputs)` for the tokens that are sent to each expert."""
+        name = f"{self.runner.name}.{index}.{self.layout.modules[index]}"
+        experts = self.runner.blocks[index].get_submodule(self.layout.modules[index])
+
+        def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            hidden, chosen, gates = _routing([*args, *kwargs.values()], name)
+            for expert in range(self.layout.count):
+                tokens, places = (chosen == expert).nonzero(as_tuple=True)
+                if len(tokens):
+                    only = torch.full((len(tokens), 1), expert, device=hidden.device)
+                    one = torch.ones_like(only, dtype=gates.dtype)
+                    outputs = experts.forward(hidden[tokens], only, one)  # without this hook
+                    observe(expert, gates[tokens, places], outputs)
+            raise Stop
+
+        with experts.register_forward_pre_hook(see, with_kwargs=True):
+            for _, run in self.runner.iter_batches(self.states, index):
+                with suppress(Stop):
+                    run()
+
+    def _check_once(self, index: int) -> None:
+        """Check for each class of blocks that experts in another order give the same outputs."""
+        block, groups = self.runner.blocks[index], self.layout.groups
+        if type(block) in self.checked:
+            return
+        self.checked |= {type(block)}
+        hidden = self.states.hidden[self.states.batches[0]].to(self.runner.device)
+        args, kwargs = self.states.block_args[index][0]
+        run = partial(run_block, hidden=hidden, args=args, kwargs=kwargs)
+        order = torch.arange(self.layout.count).view(groups, -1).flip(1).flatten()
+        turned, name = copy.deepcopy(block), f"{self.runner.name}.{index}"
+        keep_parts_(turned, self.layout, index, name, order)
+        expected, out = run(block).float(), run(turned).float()
+        dtype = next(block.parameters()).dtype
+        tolerance = max(TOLERANCE, 4 * torch.finfo(dtype).eps)
+        if not (out - expected).norm() <= tolerance * expected.norm():
+            raise UserError(
+                f"--sparsity_type experts: {name}: its outputs depend on the order of its experts, "
+                "so that none can be removed; use --sparsity_type unstructured"
+            )
+
+    def _finish_(self, index: int) -> None:
+        super()._finish_(index)
+        self._cut_(index)
+
+
+def _routing(values: list[Any], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (n, hidden), chosen experts (n, k) and their gates (n, k), as experts receive them."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if len(tensors) == 3:
+        hidden, chosen, gates = tensors
+        is_routing = chosen.dim() == 2 and not chosen.is_floating_point()
+        if is_routing and chosen.shape == gates.shape and len(hidden) == len(chosen):
+            return hidden, chosen, gates
+    raise UserError(
+        f"--sparsity_type experts: {name} is not called with tokens, chosen experts and gates; "
+        "use --sparsity_type unstructured"
+    )
