@@ -257,9 +257,35 @@ def loaded(folder: Path | str, **options: object) -> PreTrainedModel:
 
 
 def weights(folder: Path | str) -> dict[str, Tensor]:
-    """All tensors that a saved model's files hold."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    """All tensors of a saved model where transformers looks for them: by its index, if it has one.
+
+    No other file of weights lies in the folder.
+    """
+    folder = Path(folder)
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        places = json.loads(index.read_text("utf-8"))["weight_map"]
+        files = set(places.values())
+    assert {file.name for file in folder.glob("*.safetensors")} == files
+    held = {file: load_file(folder / file) for file in sorted(files)}
+    tensors = {name: tensor for each in held.values() for name, tensor in each.items()}
+    if index.exists():
+        assert places == {name: file for file, each in held.items() for name in each}
+    return tensors
+
+
+def reloaded(folder: Path | str, run: Path | str, *flags: object) -> None:
+    """A saved model is one for transformers and main.py, which measures the run's perplexity."""
+    folder, before = Path(folder), results(run)
+    kind = auto_class(AutoConfig.from_pretrained(folder))
+    _, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    dtype = before["fingerprint"]["pruning"]["--dtype"].split(",")[0]
+    argv = ["--model", folder, "--eval_only", "--dtype", dtype, *QUICK, *flags]
+    succeed(*argv, "--save", f"{run}-again")
+    after = results(f"{run}-again")["perplexity"]
+    for name, perplexity in before["perplexity"].items():
+        assert abs(after[name] / perplexity - 1) <= 1e-6, (name, after[name], perplexity)
 
 
 def results(folder: Path | str = "out") -> dict[str, Any]:

@@ -186,3 +186,9 @@ def stored_names(checkpoint: Checkpoint) -> dict[str, str]:
         with safe_open(file, framework="pt") as stored:
             names |= dict.fromkeys(stored.keys(), str(file))
     return names
+
+
+def tensor_bytes(file: Path) -> int:
+    """Return the bytes of the tensors in a safetensors file, without its header."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")

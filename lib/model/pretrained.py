@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -40,6 +41,7 @@ from .access import (
     check_folder,
     quantization,
     stored_names,
+    tensor_bytes,
 )
 from .linears import experts_by
 from .matrix import SaveDtypes
@@ -374,18 +376,18 @@ def save_in_shards(
     with cast(model, dtype):
         rest = {name: value for name, value in model.state_dict().items() if name not in inside}
         model.save_pretrained(folder, state_dict=rest)
-    count = len(shards) + 1
+    count, weight_map, size = len(shards) + 1, {}, 0
     for number, file in enumerate([folder / WEIGHTS, *shards], 1):
         shard = folder / f"model-{number:05d}-of-{count:05d}.safetensors"
+        with safe_open(file, framework="pt") as stored:
+            weight_map |= dict.fromkeys(stored.keys(), shard.name)
+        size += tensor_bytes(file)
         try:
             os.link(file, shard)
         except OSError:  # another disk, or one without hard links
             shutil.copyfile(file, shard)
     (folder / WEIGHTS).unlink()
-    names = stored_names(Checkpoint(str(folder)))
-    weight_map = {name: Path(file).name for name, file in sorted(names.items())}
-    size = sum(map(os.path.getsize, set(names.values())))
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
     return True
 

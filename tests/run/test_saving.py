@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import processes
 import pytest
 import tiny
-from support import QUICK, Done, at, call, content, full_disk, raising, results, succeed
+from support import QUICK, Done, at, call, content, full_disk, raising, reloaded, results, succeed
 from support import weights as saved_weights
 from torch import Tensor
 
 from lib.methods.sparsegpt import SparseGPT
 from lib.packed.linear import SparseLinear
+from lib.run import load
 from lib.util.files import check_new_folder
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
@@ -219,3 +220,24 @@ def test_results_of_another_run_are_moved_aside(given: list) -> None:
     given[given.index("newer")] = "newest"
     assert call(*given, "--seed", 1).status == 0  # the same run: its results are replaced
     assert not Path("out/results.2.json").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--quantize q4_0", "--prune_method admm --allocation error --sparsity_ratio 0.6"],
+)
+@pytest.mark.parametrize("blocks", ["in a folder of the run", "fetched by itself"])
+def test_a_model_whose_blocks_were_fetched_can_be_loaded(
+    flags: str, blocks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OUT.partial holds files of every stage; only those of the last one are the model's."""
+    model = tiny.write_model(tmp_path / "model", tiny.tiny_llama(num_hidden_layers=3).bfloat16())
+    texts = ["--eval_data", tiny.write_texts(tmp_path / "uk", train=60)]
+    argv = ["--model", model, *flags.split(), "--calibration_data", "uk", *texts, *QUICK]
+    if blocks == "fetched by itself":  # on a card with little memory, or by two ranks
+        plan = load.plan_memory
+        monkeypatch.setattr(load, "plan_memory", lambda job: (True, plan(job)[1]))
+    else:
+        argv += ["--resume", "new.partial", "--offload", "away"]
+    succeed(*argv, "--save", "out", "--save_model", "new")
+    reloaded("new", "out", *texts)
