@@ -26,6 +26,7 @@ NAME ..., where NAME is one of these; NAME --help lists its flags
   unpack IN OUT                  a packed model as a plain dense one
   gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
   export OUT NEW --to mlx        the same 4 bits for vLLM, MLX or ONNX; no number changes
+  ubertext DUMPS OUT             the published data set from raw dumps, --push to a hub
 
 MODEL: hub id (owner/name) or local folder."""
 NAMES = re.findall(r"(?m)^  (\w+)", LIST)
