@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     if args.save_model and (folder / OUTPUT).is_file():
         for earlier in (args.save_model, partial_of(args.save_model)):
             shutil.rmtree(earlier, ignore_errors=True)
-    job.args = args
+    args.date, job.args = job.args.date, args
     check_outputs(args)
     open_store(job)
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):

@@ -10,6 +10,7 @@ import copy
 import shutil
 from collections import Counter
 from dataclasses import replace
+from datetime import date
 from operator import le
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..data.documents import are_dialogues, check_source, read_documents
 from ..data.samples import as_windows
 from ..data.sources import is_parted
+from ..data.templates import set_date, writes_date
 from ..distributed.context import DistContext, local_device
 from ..methods.sparsity import EXPERTS
 from ..model import pretrained
@@ -28,7 +30,7 @@ from ..model.parts import find_parts
 from ..model.processor import processor_ids
 from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
-from ..model.run_folder import JOB, RunFolder
+from ..model.run_folder import JOB, RunFolder, begun_with
 from ..pruning.inputs import check_widths
 from ..recover import CROSS_ENTROPY, TrainSchedule
 from ..remove import experts_left, neurons_left
@@ -66,6 +68,7 @@ def check(
     read += [(source, "test") for source in tests]
     _check_readable(read, hub=False)
     job = _open_model(args, plan, longest)
+    _set_date(job)
     job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
@@ -168,6 +171,16 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     if args.device is None:
         job.print(f"device: {device}")
     return job
+
+
+def _set_date(job: Job) -> None:
+    """Set --date to that of all ranks where the chat template writes one, else to None."""
+    args = job.args
+    day = args.date or begun_with(args.resume, "--date") or str(date.today())
+    asks = not args.no_template and writes_date(job.tokenizer)
+    args.date = job.dist.all_gather_object(day if asks else None)[0]
+    if args.date:
+        set_date(args.date)
 
 
 def _set_vocabulary(job: Job) -> None:
