@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.documents import are_dialogues, check_source, read_documents
+from ..data.documents import are_dialogues, check_source, read_documents, read_line
 from ..data.samples import as_windows
 from ..data.sources import is_parted
 from ..data.templates import set_date, writes_date
@@ -72,6 +72,8 @@ def check(
     job.shared = shared
     job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
     _check_readable(read, hub=True)
+    folders = [(one, split) for one, split in read if one.path and one.path.is_dir()]
+    job.print(*dict.fromkeys(read_line(one, split) for one, split in folders))
     for test in tests:
         if is_parted(test, "test"):
             count = len(test.read["test"])
@@ -86,6 +88,11 @@ def check(
     if plan.teacher:
         _set_teacher(job)
     job.texts = read_texts(job, None)
+    if job.schedule and args.recover < job.seqlen:
+        raise UserError(
+            f"{shown(args, 'recover')}: less than one step, a window of {job.seqlen} tokens; give "
+            f"at least {job.seqlen}, or a smaller --seqlen"
+        )
     width = job.config.get_text_config(decoder=True).hidden_size
     job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
     _check_tokens(job)
@@ -211,11 +218,6 @@ def _set_vocabulary(job: Job) -> None:
 def _set_schedule(job: Job) -> None:
     """Set the schedule of the recovery. Raises UserError if the model can't be recovered."""
     args, plan, flag = job.args, job.plan, shown(job.args, "recover")
-    if args.recover < job.seqlen:
-        raise UserError(
-            f"{flag}: less than one step, a window of {job.seqlen} tokens; give at least "
-            f"{job.seqlen}, or a smaller --seqlen"
-        )
     if stored_bits(job.config):
         raise UserError(f"{flag}: {args.model} is quantized, and its weights can't be trained")
     if args.recover_optimizer == "adamw8bit":
