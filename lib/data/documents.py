@@ -17,6 +17,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from ..util.command import one_line
 from ..util.errors import first_line
 from . import hub
 from .chats import COLUMNS, Dialogue, Document
@@ -134,7 +135,8 @@ def read_line(source: Source, split: str) -> str:
     paths, left = folder_files(source.path, "train" if is_parted(source, split) else split)
     size = sum(map(len, read_documents(source, split)[0]))
     line = f"{source.flag} {source.text}: {len(paths)} file{'s' * (len(paths) > 1)}, "
-    return f"{line}{size:,} characters read" + f"; left out: {_names(left)}" * bool(left)
+    line += f"{size:,} characters read" + f"; left out: {_names(left)}" * bool(left)
+    return one_line(line)
 
 
 def _names(paths: list[Path]) -> str:
