@@ -105,7 +105,7 @@ def pieces_of(text: Document) -> list[Document]:
 
 
 def _not_measured(source: Source, texts: list[Document]) -> Iterator[Document]:
-    """Yield the texts, of some only pieces, without what stands in the source's test texts."""
+    """Yield the training texts with every passage that occurs in the test texts removed."""
     tests = [text for test in source.tests for text in read_documents(test, "test")[0]]
     measured = {text.strip() for text in tests}.union(*map(pieces_of, tests))
     for text in texts:
