@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,13 @@ def build_parser() -> argparse.ArgumentParser:
     switch(
         "no_template",
         "read dialogues as plain text, not as the tokenizer's chat template renders them",
+    )
+    flag(
+        "date",
+        "the date that a chat template writes, where it asks for one",
+        type=lambda text: str(date.fromisoformat(text)),
+        metavar="YYYY-MM-DD",
+        shown="today, or what the run was begun with that --resume continues",
     )
     switch(
         "prune_on_c4",
