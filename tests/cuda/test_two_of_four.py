@@ -176,6 +176,23 @@ def test_fetched_blocks_multiply_by_them_too(bits: int, tmp_path: Path) -> None:
     assert same(weights(tmp_path / "fetched/model"), weights(tmp_path / "whole/model"))
 
 
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_what_accelerate_offloads_is_unpacked(where: str, tmp_path: Path) -> None:
+    run(tmp_path, *WANDA, "2:4", *PACK[16])
+    places = dict.fromkeys(["embed_tokens", "norm", "rotary_emb", "layers.0"], 0)
+    places = {f"model.{name}": at for name, at in (places | {"layers.1": where}).items()}
+    model = loaded(
+        tmp_path / "model", device_map=places | {"lm_head": 0}, offload_folder=tmp_path / "away"
+    )
+    whole, ids = loaded(tmp_path / "model", device_map="cuda:0"), windows(2).cuda()
+    for _ in range(2):
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0.1, atol=1)
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert [one.refused for one in layers] == [""] * 7 + ["offloaded"] * 7
+    model.save_pretrained(tmp_path / "saved")
+    assert same(weights(tmp_path / "saved"), weights(tmp_path / "model"))
+
+
 def test_layers_that_torch_refuses_are_unpacked(tmp_path: Path) -> None:
     found = run(tmp_path / "odd", *WANDA, "2:4", *PACK[16], model="odd")
     assert found["line"].startswith("8 by torch's 2:4 kernels, 4 unpacked at each forward (torch: ")
