@@ -214,7 +214,7 @@ class Memory:
         size = sum(one.nbytes for one in model.buffers())
         for one in model.parameters():
             if id(one) not in inside:
-                cut = rows is not None and one.shape[0] == every
+                cut = rows is not None and one.shape[:1] == (every,)
                 count = one.numel() // every * rows if cut else one.numel()
                 size += count * self.dtype.itemsize
         return size
@@ -312,7 +312,7 @@ class Memory:
         worst, at_most = 0, {"statistics": 0, "solver": 0}
         for groups in self._groups:
             if neurons:  # the down projection alone
-                groups = [max(group for group in groups if group[3])]
+                groups = sorted(group for group in groups if group[3])[-1:]
             for inputs in [[group] for group in groups] if method.dense_stream else [groups]:
                 sums = most = 0
                 for width, outputs, experts, ends in inputs:
