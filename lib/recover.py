@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,10 +67,16 @@ class TrainSchedule:
     clip: float = GRADIENT_NORM
     falls: bool = True  # the rate, after its rise: not where weights stay on a grid
     pruned: bool = True  # or else but rounded
+    ranks: int = 1  # that share a step: each has a window at least
 
     @property
     def windows(self) -> int:
         """In a step."""
+        return max(self.windows_alone, min(self.ranks, self.tokens // self.seqlen))
+
+    @property
+    def windows_alone(self) -> int:
+        """In a step of a single rank."""
         wanted = min(max(self.tokens // STEPS, self.least), MOST, self.tokens)
         return max(1, wanted // self.seqlen)
 
@@ -108,7 +114,8 @@ class Whole:
     """Trains every weight of a parameter; of a matrix those that are not zero.
 
     `dtype` says as what it is saved. Where that is a grid, `start` holds the masters, of the
-    parameter's shape, and it: the parameter is what they are when rounded.
+    parameter's shape, and it: the parameter is what they are when rounded. They are taken over, as
+    there is no memory for a copy.
     """
 
     def __init__(
@@ -123,7 +130,7 @@ class Whole:
         if start:
             masters, self.grid = start
             rounded = self.grid.rounded(masters)
-            masters = torch.where(rounded == held, masters, held.to(masters.dtype))
+            masters.copy_(torch.where(rounded == held, masters, held.to(masters.dtype)))
         self.leaves = self.begin(masters)  # what is trained, float32
 
     def begin(self, masters: Tensor) -> dict[str, Tensor]:
@@ -172,7 +179,7 @@ class LowRank(Whole):
 
     def begin(self, masters: Tensor) -> dict[str, Tensor]:
         rank, device = self.rank, masters.device
-        self.base = masters.to(self.dtype, copy=True)
+        self.base = masters.to(self.dtype, copy=not self.grid)
         *stack, rows, columns = masters.shape
         down = torch.randn(*stack, rank, columns, generator=self.generator) / rank**0.5
         self.down = down.to(device)  # A
@@ -193,7 +200,7 @@ class LowRank(Whole):
 def trained_parts(
     runner: BlockRunner,
     whole: bool = False,
-    starts: Mapping[int, tuple[Tensor, Grid]] | None = None,
+    starts: dict[int, tuple[Tensor, Grid]] | None = None,
     rank: int | None = None,
     seed: int = 0,
 ) -> dict[str, Whole]:
@@ -201,7 +208,8 @@ def trained_parts(
 
     These are the linears with zeros, all of them if `whole`, and the norms and biases of the
     blocks; what the blocks share with embeddings or head is left alone. What has been rounded is
-    trained from its `starts`, see `Recoverer`, and matrices get updates of `rank` if there is one.
+    trained from its `starts`, see `Recoverer`, which are taken out, and matrices get updates of
+    `rank` if there is one.
     """
     model, inside, linears = runner.model, f"{runner.name}.", set()
     for linear in runner.each_linear():
@@ -218,7 +226,7 @@ def trained_parts(
             continue
         if is_matrix or vector:
             dtype = runner.weights.saved.of(name, parameter)
-            start = (starts or {}).get(id(parameter))
+            start = starts.pop(id(parameter), None) if starts else None
             if is_matrix and rank:
                 parts[name] = LowRank(parameter, dtype, start, rank, generator)
             else:
@@ -230,8 +238,9 @@ class Recoverer:
     """Trains the model of `runner` in place to do as `teacher` does.
 
     `whole`: all linears of the blocks are trained, not only those with zeros. `starts`: the masters
-    and grids of those that are rounded already, by their parameters' ids. Kept are the weights of
-    the least loss on the windows held out. What was measured stands in `curve`, its best at `best`.
+    and grids of those that are rounded already, by their parameters' ids, emptied as they are taken
+    over. Kept are the weights of the least loss on the windows held out. What was measured stands
+    in `curve`, its best at `best`.
     """
 
     def __init__(
@@ -242,7 +251,7 @@ class Recoverer:
         text: TrainingText,
         *,
         whole: bool = False,
-        starts: Mapping[int, tuple[Tensor, Grid]] | None = None,
+        starts: dict[int, tuple[Tensor, Grid]] | None = None,
     ) -> None:
         self.runner, self.teacher, self.text = runner, teacher, text
         self.reference = DenseReference(tail_of(teacher), dense_states(teacher, [text.held_out]))
@@ -273,6 +282,11 @@ class Recoverer:
             f"recovery: {how} {self.trained:,} weights{grids} in {schedule.steps} steps of "
             f"{schedule.windows * schedule.seqlen:,} tokens, "
             f"learning rate {schedule.rate:.3g}{alone}",
+            *(
+                f"recovery: a step has {schedule.windows} windows, not {schedule.windows_alone}, "
+                f"as {schedule.ranks} ranks share it; the learning rate does not depend on that"
+                for _ in range(schedule.windows > schedule.windows_alone)
+            ),
             *(
                 f"recovery: {source['name']} has {source['windows']} windows of train text, which "
                 f"are read {source['passes']} times"
