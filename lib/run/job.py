@@ -70,6 +70,7 @@ class Job:
     folder: RunFolder | None = None  # of finished blocks, in the main rank
     shared: Path | None = None  # the folder of a sweep, whose runs share the dense model's states
     results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
+    losses: dict[str, Tensor] = field(default_factory=dict)  # by window, see lib/run/results.py
     seconds: dict[str, float] = field(default_factory=dict)  # by step
     is_recorded: bool = False  # its results are on the disk
 

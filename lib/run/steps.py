@@ -45,7 +45,7 @@ from .record import (
     print_summary,
     write_log,
 )
-from .results import write_results
+from .results import write_losses, write_results
 from .save import close_store, save, write_card
 from .texts import resolve_bos
 
@@ -224,6 +224,9 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
     with job.timed("eval", "perplexity", windows, "window") as bar:
         figures = perplexities(runner, [test.windows for test in tests], bar, reference)
     records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]
+    for number, (test, each) in enumerate(zip(tests, figures, strict=True)):
+        job.losses[f"{number}.document"] = test.documents.int()
+        job.losses |= {f"{number}.{name}": values for name, values in each["by_window"].items()}
     job.results["evaluation"] = records
     job.results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
     if "sparsity" not in job.results:
@@ -239,6 +242,7 @@ def record(job: Job, runner: BlockRunner) -> None:
     write_log(folder, job.results)
     if job.args.save_model:
         write_card(job, job.args.save_model)
+    job.results["losses"] = write_losses(folder, job.losses)
     write_results(folder, job.results)  # with them a run is at its end
     job.is_recorded = True
 

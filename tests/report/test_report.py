@@ -94,7 +94,7 @@ def test_the_same_runs_give_the_same_files(sweep: Path, tmp_path: Path) -> None:
         write_report(load_runs([sweep]), tmp_path / out)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     names = {path.name for path in (tmp_path / "a").iterdir()}
-    assert names == {"report.md", "report.csv", "languages.png"}
+    assert names == {"report.md", "report.csv", "languages.png", "languages.pdf"}
     assert "![languages](languages.png)" in (tmp_path / "a" / "report.md").read_text("utf-8")
 
 
