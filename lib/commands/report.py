@@ -68,9 +68,9 @@ NOTES = {
 BOLD = "Bold: the best of the rows that differ in the calibration text alone, if significantly so."
 DIFFERENCES = f"""\
 Differences: nats a token, of the loss or of KL from the dense model, paired by test window; in
-brackets 95% intervals, over documents and seeds; with one seed for that draw alone. p is corrected
-by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, p is {LIMIT} or more, or a test
-of one document, which says nothing of others.""".replace("\n", " ")
+brackets 95% intervals, each by itself, over documents and seeds; with one seed for that draw alone.
+p is corrected by Holm's rule over the table. {NOT_SIGNIFICANT}: not significant, p is {LIMIT} or
+more, or a test of one document, which says nothing of others.""".replace("\n", " ")
 
 
 def load_runs(paths: Iterable[str | Path]) -> dict[Path, dict[str, Any]]:
@@ -158,6 +158,8 @@ def _keys(names: Iterable[str]) -> list[str]:
 
 def _summarised(lines: DataFrame) -> DataFrame:
     """Average the runs of one model that differ in nothing but the seed."""
+    import pandas
+
     pruned = lines[lines["type"] != DENSE]
     counts = (lines if pruned.empty else pruned).nunique()
     same = [name for name in lines if name.startswith(SETTING) and counts[name] < 2]
@@ -186,7 +188,13 @@ def _summarised(lines: DataFrame) -> DataFrame:
     tests = list(lines["measured_on"].unique())
     table = table.assign(pruned=~is_dense, test=table["measured_on"].map(tests.index))
     order = ["pruned", "method", "strictness", "ratio", *keys[1:-1], "test"]
-    return table.sort_values(order, ignore_index=True).drop(columns=["pruned", "test"])
+
+    def numbers(column: Series) -> Series:
+        found = pandas.to_numeric(column, errors="coerce")
+        return found if column.name in keys and found.notna().any() else column
+
+    table = table.sort_values(order, ignore_index=True, key=numbers)
+    return table.drop(columns=["pruned", "test"])
 
 
 def _unique_names(names: Series, identities: Series) -> Series:
@@ -238,7 +246,7 @@ def add_intervals(table: DataFrame, losses: Losses) -> None:
         over = dense.loc[line["measured_on"]] if has_dense else None
         for figure, name in COMPARED.items():
             pair = paired(line, over if figure == "loss" else None, losses, figure)
-            if pair is None:
+            if pair is None or name not in table:
                 continue
             found = mean_interval(*pair)
             for end in ("low", "high"):
@@ -460,14 +468,15 @@ def _booktabs(columns: Mapping[tuple[str, str], list[str]], about: str) -> str:
     """Return a table of {(heading over several columns, title): cells}."""
     groups = list(dict.fromkeys(group for group, _ in columns))
     widths = [sum(group == each for each, _ in columns) for group in groups]
-    left = widths[0] if groups[0] == "" and len(groups) > 1 else 3
+    titles = [title for _, title in columns]
+    left = titles.index("difference") if "difference" in titles else widths[0]
     head, rules, start = [], [], 1
     for group, width in zip(groups, widths, strict=True):
         head.append(f"\\multicolumn{{{width}}}{{c}}{{{_tex(group)}}}")
         rules += [f"\\cmidrule(lr){{{start}-{start + width - 1}}}"] if group else []
         start += width
     lines = [" & ".join(head) + " \\\\", " ".join(rules)] if len(groups) > 1 else []
-    lines += [" & ".join(_tex(title) for _, title in columns) + " \\\\", "\\midrule"]
+    lines += [" & ".join(map(_tex, titles)) + " \\\\", "\\midrule"]
     lines += [" & ".join(map(_tex, row)) + " \\\\" for row in zip(*columns.values(), strict=True)]
     begin = f"\\begin{{tabular}}{{{'l' * left}{'r' * (len(columns) - left)}}}"
     top = ["\\begin{table}", "\\centering", f"\\caption{{{_tex(about)}}}", begin, "\\toprule"]
@@ -530,8 +539,11 @@ def write_report(
         parts = [captions[-1], *(f"- {problem}" for problem in dict.fromkeys(problems))]
         if len(lines):
             columns = _difference_columns(lines)
-            cells = list(zip(*columns.values(), strict=True))
-            parts += [DIFFERENCES, padded_table(list(columns), cells, left=3)]
+            cells, left = (
+                list(zip(*columns.values(), strict=True)),
+                list(columns).index("difference"),
+            )
+            parts += [DIFFERENCES, padded_table(list(columns), cells, left)]
         parts += [BOLD] if table.filter(like="_best").to_numpy().any() else []
         more.append("\n\n".join(filter(None, parts)))
     if against and not any(_is_named(row, against) for t in by_model for _, row in t.iterrows()):

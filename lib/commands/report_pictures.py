@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DENSE = "dense"  # the method and the type of a model that was not pruned
 SETTING = "setting "  # what the columns of settings begin with
 WIDEST = 13.0  # inches of a picture
-BARS = "bars: 95% intervals, over documents and seeds, of KL and of the loss over the dense model's"
+BARS = "bars: 95% intervals of KL and of the loss over the dense model's, over documents and seeds"
 
 
 def picture(table: DataFrame) -> Figure | None:
