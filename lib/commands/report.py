@@ -269,7 +269,8 @@ def differences(
     """
     import pandas
 
-    keys, lines, problems = _keys(table), [], []
+    keys, lines = _keys(table), []
+    problems: dict[str, dict[str, None]] = {}
     rows = [
         row.reset_index().set_index("measured_on") for _, row in table.groupby(keys, sort=False)
     ]
@@ -285,20 +286,22 @@ def differences(
         names = [_row_name(row.iloc[0], keys) for row in (one, other)]
         tests = [test for test in one.index if test in other.index]
         if not tests:
-            problems.append(f"{' minus '.join(names)}: no common test windows, not compared")
+            problems.setdefault("no common test windows", {})[" minus ".join(names)] = None
         for test, figure in ((test, figure) for test in tests for figure in COMPARED):
             first, second = one.loc[test], other.loc[test]
             pair = paired(first, second, losses, figure)
             line = {"one": first["index"], "other": second["index"], "by_text": by_text}
             line |= dict(first[keys]) | {"minus": second["calibrated_on"] if by_text else names[1]}
             line |= {"measured_on": test, "figure": figure}
-            if pair is not None:
-                lines.append(line | asdict(mean_interval(*pair)))
-            elif figure == "loss":
-                lines.append(line)
-                problems.append(f"{' minus '.join(names)}: no losses by window of a common seed")
+            lines.append(line | (asdict(mean_interval(*pair)) if pair else {}))
+            if pair is None and figure == "loss":
+                reason = "no losses by window of a common seed"
+                problems.setdefault(reason, {})[" minus ".join(names)] = None
+    reasons = [
+        f"not compared, {reason}: {_first_of(list(all_))}" for reason, all_ in problems.items()
+    ]
     if not lines:
-        return pandas.DataFrame(), problems
+        return pandas.DataFrame(), reasons
     frame = pandas.DataFrame(lines).rename(columns={"mean": "difference"})
     frame = frame.reindex(columns=list(dict.fromkeys([*frame, "difference", "low", "high", "p"])))
     frame["p"] = holm(frame["p"])
@@ -309,9 +312,14 @@ def differences(
             (pairs["significant"] & (sign * pairs["difference"] < 0)).set_axis(pairs[side])
             for side, sign in (("one", 1), ("other", -1))
         ]
-        best = pandas.concat(won).groupby(level=0).all()
+        best = pandas.concat(won).groupby(level=0).all().astype(bool)
         table[f"{name}_best"] = table.index.isin(best.index[best])
-    return frame.drop(columns=["one", "other", "by_text"]).dropna(subset="difference"), problems
+    return frame.drop(columns=["one", "other", "by_text"]).dropna(subset="difference"), reasons
+
+
+def _first_of(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def _row_name(row: Series, keys: Sequence[str]) -> str:
@@ -536,7 +544,7 @@ def write_report(
         lines, problems = differences(table, losses, against)
         compared.append(lines)
         captions.append(caption(table, runs))
-        parts = [captions[-1], *(f"- {problem}" for problem in dict.fromkeys(problems))]
+        parts = [captions[-1], *(f"- {problem}" for problem in problems)]
         if len(lines):
             columns = _difference_columns(lines)
             cells, left = (

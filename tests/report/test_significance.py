@@ -162,10 +162,15 @@ def test_other_windows_are_never_paired(sweep: Path, tmp_path: Path) -> None:
     )
     done = call(sweep, "--against", other, program=main)
     assert done.status == 0
-    assert "wanda 50% en minus admm 50% uk: no common test windows, not compared" in done.out
+    names = [f"wanda 50% {on} minus admm 50% uk" for on in ("en", "uk")]
+    names.insert(0, "dense minus admm 50% uk")
+    assert f"- not compared, no common test windows: {', '.join(names)}" in done.out
     old = write_run(tmp_path / "old", "admm", {"uk": 9.0}, on="uk")
     done = call(sweep, "--against", old, program=main)
-    assert "wanda 50% en minus admm 50% uk: no losses by window of a common seed" in done.out
+    assert "no losses by window of a common seed: dense minus admm 50% uk, wanda" in done.out
+    one = sorted(sweep.glob("uk-*"))
+    done = call(sweep / "dense", *one, "--against", "dense", program=main)  # no pair of texts
+    assert done.status == 0 and done.out.count("| wanda ") == 3 and "(n.s.)" in done.out
     for wrong in ([sweep / "uk-0", "--against", "dense"], [old, "--against", sweep]):
         done = call(*wrong, program=main)
         assert done.status == 1 and done.complaints[-1].startswith("error: --against ")
