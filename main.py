@@ -35,15 +35,15 @@ def main(argv: list[str]) -> None:
 def run(job: Job) -> dict[str, Any]:
     """Run the job and return what results.json holds, in the main rank."""
     steps = command.part("run.steps")
-    plan, results = job.plan, job.results
+    plan, results = job.plan, job.outcome.results
     with ExitStack() as cleanup:
         cleanup.callback(steps.close_store, job)
-        runner = steps.load(job, cleanup, job.folder)
+        runner = steps.load(job, cleanup, job.outcome.folder)
         results |= steps.base_results(job, runner)
         if plan.trims:
             steps.trim(job, runner)
         teacher = steps.load_teacher(job, runner) if plan.tokens or plan.teacher else None
-        steps.resolve_bos(job, teacher or runner)
+        job = steps.resolve_bos(job, teacher or runner)
         completions, reference = steps.Completions(job, runner), None
         if plan.has_dense:
             dense = teacher if plan.teacher else runner

@@ -11,6 +11,7 @@ import argparse
 import io
 import shutil
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 from ..run.flags import build_parser
@@ -38,9 +39,8 @@ def run(args: argparse.Namespace, shared: Path) -> None:
     if args.save_model and (folder / OUTPUT).is_file():
         for earlier in (args.save_model, partial_of(args.save_model)):
             shutil.rmtree(earlier, ignore_errors=True)
-    job.args = args
     check_outputs(args)
-    open_store(job)
+    job = open_store(replace(job, args=args))
     with (folder / OUTPUT).open("w", encoding="utf-8") as file, redirect_stdout(file):
         file.write(printed.getvalue())
         results = command.part("main").run(job)

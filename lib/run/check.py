@@ -37,7 +37,7 @@ from ..util.errors import UserError
 from ..util.files import check_new_folder, check_writable, partial_of
 from ..util.host import gib
 from ..util.progress import quiet
-from ..vocabulary import trim_vocabulary
+from ..vocabulary import TrimmedVocabulary, trim_vocabulary
 from .fingerprint import fingerprint, first_difference
 from .flags import default_save, shown
 from .job import Job
@@ -65,9 +65,13 @@ def check(
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
     read += [(source, "test") for source in tests]
     _check_readable(read, hub=False)
-    job = _open_model(args, plan, longest)
-    job.shared = shared
-    job.sources, job.vocabulary_sources, job.tests = sources, vocabulary_sources, tests
+    job = replace(
+        _open_model(args, plan, longest),
+        shared=shared,
+        sources=sources,
+        vocabulary_sources=vocabulary_sources,
+        tests=tests,
+    )
     _check_readable(read, hub=True)
     for test in tests:
         if is_parted(test, "test"):
@@ -77,17 +81,18 @@ def check(
             )
     job.print(*same_texts([source for source, split in read if split == "train"], tests))
     if plan.tokens:
-        _set_schedule(job)
+        job = replace(job, schedule=_schedule(job))
     if plan.trims:
-        _set_vocabulary(job)
+        vocabulary = _vocabulary(job)
+        job = replace(job, vocabulary=vocabulary, tokenizer=vocabulary.tokenizer)
     if plan.teacher:
-        _set_teacher(job)
-    job.texts = read_texts(job, None)
+        job = _with_teacher(job)
+    job = read_texts(job, None)
     width = job.config.get_text_config(decoder=True).hidden_size
-    job.batch_size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
+    size = args.batch_size or pretrained.default_batch_size(job.device, job.seqlen, width)
+    job = replace(job, batch_size=size)
     _check_tokens(job)
-    open_store(job)
-    return job
+    return open_store(job)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -143,10 +148,23 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
     )
     skeleton = pretrained.skeleton(config, checkpoint)
     blocks_name, blocks = pretrained.decoder_blocks(skeleton)
+    layout = left = None
+    if plan.removes:
+        layout = find_parts(plan.removes, config, checkpoint, skeleton, blocks_name)
+        count_left = experts_left if plan.removes == EXPERTS else neurons_left
+        left = count_left(layout, plan.sparsity.ratio)
+    elif plan.method:
+        check_widths(blocks, blocks_name, plan.sparsity)
+    if args.text_only:
+        pretrained.text_alone(skeleton, checkpoint)  # raises where that can't be
+    if plan.packs:
+        check_packable(skeleton, blocks_name)
     job = Job(
         args=args,
         plan=plan,
         device=device,
+        dtype=pretrained.pick_dtype(args.dtype, config, device),
+        save_dtype=pretrained.saved_dtype(args.dtype, config, plan.narrows),
         dist=dist,
         checkpoint=checkpoint,
         config=config,
@@ -154,24 +172,16 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         seqlen=pretrained.window_length(config, args.seqlen, longest),
         skeleton=skeleton,
         blocks_name=blocks_name,
+        layout=layout,
+        left=left,
     )
-    if plan.removes:
-        layout = job.layout = find_parts(plan.removes, config, checkpoint, skeleton, blocks_name)
-        left = experts_left if plan.removes == EXPERTS else neurons_left
-        job.left = left(layout, plan.sparsity.ratio)
-    elif plan.method:
-        check_widths(blocks, blocks_name, plan.sparsity)
-    if args.text_only:
-        pretrained.text_alone(skeleton, checkpoint)  # raises where that can't be
-    if plan.packs:
-        check_packable(skeleton, blocks_name)
     if args.device is None:
         job.print(f"device: {device}")
     return job
 
 
-def _set_vocabulary(job: Job) -> None:
-    """Choose the tokens to keep, and use the smaller tokenizer, checked on every test text.
+def _vocabulary(job: Job) -> TrimmedVocabulary:
+    """Choose the tokens to keep; the smaller tokenizer is checked on every test text.
 
     Raises UserError if the model or its tokenizer can't be trimmed, or if a text would decode
     differently.
@@ -181,7 +191,7 @@ def _set_vocabulary(job: Job) -> None:
     if getattr(job.skeleton, "unread", None):
         ids |= processor_ids(job.checkpoint, job.tokenizer)
     with job.timed("vocabulary"):
-        job.vocabulary = trim_vocabulary(
+        vocabulary = trim_vocabulary(
             job.tokenizer,
             job.checkpoint,
             config=job.config,
@@ -190,13 +200,13 @@ def _set_vocabulary(job: Job) -> None:
             rows=rows,
             config_ids=ids,
         )
-        job.tokenizer = job.vocabulary.tokenizer
-        lines = job.vocabulary.prove(job.tests)
-    job.print(job.vocabulary.summary(), *lines)
+        lines = vocabulary.prove(job.tests)
+    job.print(vocabulary.summary(), *lines)
+    return vocabulary
 
 
-def _set_schedule(job: Job) -> None:
-    """Set the schedule of the recovery. Raises UserError if the model can't be recovered."""
+def _schedule(job: Job) -> TrainSchedule:
+    """Return the schedule of the recovery. Raises UserError if the model can't be recovered."""
     args, plan, flag = job.args, job.plan, shown(job.args, "recover")
     if args.recover < job.seqlen:
         raise UserError(
@@ -209,7 +219,7 @@ def _set_schedule(job: Job) -> None:
         import bitsandbytes  # noqa: F401 -- or say now that it is not installed
     chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
     default = 0.0 if chats else CROSS_ENTROPY  # of a chat model the text is not its own
-    job.schedule = TrainSchedule(
+    return TrainSchedule(
         tokens=args.recover,
         seqlen=job.seqlen,
         rate=args.recover_rate,
@@ -221,8 +231,8 @@ def _set_schedule(job: Job) -> None:
     )
 
 
-def _set_teacher(job: Job) -> None:
-    """Set the job's teacher. UserError if the model can't have been made from it."""
+def _with_teacher(job: Job) -> Job:
+    """Return the job with its teacher. UserError if the model can't have been made from it."""
     checkpoint = replace(job.checkpoint, name=job.args.teacher, flag="--teacher", revision=None)
     config = pretrained.load_config(checkpoint)
     checkpoint = checkpoint.pinned(config)
@@ -237,8 +247,13 @@ def _set_teacher(job: Job) -> None:
     if rows is not None:
         trimmable_rows(dense, checkpoint)
         keep_rows_(dense, rows)
-    job.smaller = _is_smaller(job, checkpoint, dense, model)
-    job.teacher, job.teacher_config, job.teacher_rows = checkpoint, config, rows
+    return replace(
+        job,
+        teacher=checkpoint,
+        teacher_config=config,
+        teacher_rows=rows,
+        smaller=_is_smaller(job, checkpoint, dense, model),
+    )
 
 
 def _is_smaller(job: Job, checkpoint: Checkpoint, dense: nn.Module, model: nn.Module) -> bool:
@@ -292,10 +307,11 @@ def _check_tokens(job: Job) -> None:
         )
 
 
-def open_store(job: Job) -> None:
+def open_store(job: Job) -> Job:
     """Open the folder of finished blocks: --resume, --offload, or beside --save_model.
 
-    Raises UserError if an interrupted run, or another rank, has another fingerprint.
+    Returns the job with its fingerprint. Raises UserError if an interrupted run, or another rank,
+    has another one.
     """
     args, changes = job.args, job.plan.changes
     places = [("--resume", args.resume if changes else None), ("--offload", args.offload)]
@@ -303,11 +319,11 @@ def open_store(job: Job) -> None:
         places.append(("--save_model", str(partial_of(args.save_model))))
     flag, path = next(((flag, path) for flag, path in places if path), (None, None))
     weighed = bool(path and changes) or job.shared is not None
-    job.fingerprint = job.fingerprint or fingerprint(job, weighed)
+    job = replace(job, fingerprint=job.fingerprint or fingerprint(job, weighed))
     pruning = job.fingerprint["pruning"]
     job.dist.check_equal(pruning | job.fingerprint["measuring"])
     if not path or not job.dist.is_main:
-        return
+        return job
     check_room(job, flag, path)
     store = RunFolder(flag, path)
     changed, problem = store.begun and first_difference(store.begun, pruning), None
@@ -321,7 +337,7 @@ def open_store(job: Job) -> None:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
     store.begin(pruning)
-    job.folder = store
+    job.outcome.folder = store
     if store.begun:
         kept = Counter(file.stem.partition("-")[0] for file in store.files())
         total = len(job.skeleton.get_submodule(job.blocks_name))
@@ -329,18 +345,19 @@ def open_store(job: Job) -> None:
         done = [f"{kept[name]} of {total} blocks {step}" for name, step in steps.items()]
         done += ["a state of the training"] * kept["recovery"]
         job.print(f"{flag} {path}: finished before: {', '.join(done)}")
+    return job
 
 
 def check_room(job: Job, flag: str, folder: str | Path) -> None:
     """Tell what a training keeps on disk at most; UserError where there is no room for it."""
-    model, args = job.skeleton, job.args
+    model = job.skeleton
     if not job.schedule:
         return
     if job.layout:
         config, field = job.config, job.layout.field
         model = pretrained.skeleton_with(config, field, job.left, job.checkpoint) or model
     # of a weight its best value so far; its master and two averages, float32
-    state = pretrained.pick_dtype(args.dtype, job.config, job.device).itemsize
+    state = job.dtype.itemsize
     state += 0 if job.schedule.rank else 12
     size = 2 * state + (6 if job.plan.rounds else 0)  # the state is rewritten beside itself
     size *= sum(weight.numel() for weight in model.get_submodule(job.blocks_name).parameters())

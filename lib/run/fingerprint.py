@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..model.pretrained import dtype_name, pick_dtype, saved_dtype
+from ..model.pretrained import dtype_name
 from .flags import FIGURES, NO_RESULT
 from .job import Job
 
@@ -40,11 +40,9 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     args, texts = job.args, job.texts
     uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
     counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
-    working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
-    saved = dtype_name(saved_dtype(args.dtype, job.config, job.plan.narrows))
     pruning = counted | {
         "--seed": args.seed if job.plan.calibrated or texts.training else None,
-        "--dtype": f"{working}, saved as {saved}",
+        "--dtype": f"{dtype_name(job.dtype)}, saved as {dtype_name(job.save_dtype)}",
         "--seqlen": job.seqlen,
         "kind of device": job.device.type,
         "config of --model": _content(args.model, job.config, "config.json", "*.py"),

@@ -1,4 +1,4 @@
-"""A run as a plain object, complete before any weight is read; its steps fill `results`."""
+"""A run as a plain object: what is decided before any weight is read, and what is measured then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, device, nn
+from torch import Tensor, device, dtype, nn
 
 from ..data.samples import Windows
 from ..data.sources import Source
@@ -40,12 +40,28 @@ class Texts:
 
 
 @dataclass
+class Outcome:
+    """What a run measures and keeps, filled by its steps."""
+
+    results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
+    losses: dict[str, Tensor] = field(default_factory=dict)  # of windows, see lib/run/results.py
+    seconds: dict[str, float] = field(default_factory=dict)  # by step
+    folder: RunFolder | None = None  # of finished blocks, in the main rank
+    is_recorded: bool = False  # its results are on the disk
+
+
+@dataclass(frozen=True)
 class Job:
-    """Everything that is decided about a run before any weight is read."""
+    """Everything that is decided about a run before any weight is read.
+
+    Only `texts` may be others later: where the dense model turns out to need BOS.
+    """
 
     args: argparse.Namespace
     plan: Plan
     device: device
+    dtype: dtype  # of the weights while working
+    save_dtype: dtype  # in which they are saved
     dist: DistContext
     checkpoint: Checkpoint
     config: Any
@@ -67,12 +83,8 @@ class Job:
     smaller: bool = False  # the model has fewer neurons or experts than the teacher
     texts: Texts = field(default_factory=lambda: Texts(None))
     fingerprint: dict[str, dict[str, Any]] = field(default_factory=dict)
-    folder: RunFolder | None = None  # of finished blocks, in the main rank
     shared: Path | None = None  # the folder of a sweep, whose runs share the dense model's states
-    results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
-    losses: dict[str, Tensor] = field(default_factory=dict)  # by window, see lib/run/results.py
-    seconds: dict[str, float] = field(default_factory=dict)  # by step
-    is_recorded: bool = False  # its results are on the disk
+    outcome: Outcome = field(default_factory=Outcome)
 
     @property
     def dense_key(self) -> str:
@@ -92,8 +104,8 @@ class Job:
         start = time.perf_counter()
         with progress(total, what, unit, bool(what) and self.dist.is_main) as on_progress:
             yield on_progress
-        total = self.seconds.get(step, 0) + time.perf_counter() - start
-        self.seconds[step] = round(total, 3)
+        seconds = self.outcome.seconds
+        seconds[step] = round(seconds.get(step, 0) + time.perf_counter() - start, 3)
 
     def print(self, *lines: str) -> None:
         """Print lines in the main rank."""

@@ -55,12 +55,12 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
         model = pretrained.load_model(
             job.checkpoint,
             job.config,
-            dtype=pretrained.pick_dtype(args.dtype, job.config, job.device),
+            dtype=job.dtype,
             device_map=where,
             offload=converted and str(converted),
             load_bit=args.load_bit,
         )
-    save_dtype = pretrained.saved_dtype(args.dtype, job.config, job.plan.narrows)
+    save_dtype = job.save_dtype
     if job.plan.narrows:
         with pretrained.cast(model, save_dtype):
             pass  # it is measured as it will be saved; blocks in files are cast when fetched
@@ -99,7 +99,7 @@ def load_teacher(job: Job, runner: BlockRunner) -> BlockRunner:
             "nothing to recover; prune it by --prune_method, without --teacher"
         )
     with job.timed("load teacher"):
-        dtype = pretrained.pick_dtype(job.args.dtype, job.config, job.device)
+        dtype = job.dtype
         model = pretrained.load_model(
             job.teacher, job.teacher_config, dtype=dtype, device_map={"": job.device}
         )
@@ -114,7 +114,7 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     """Decide whether blocks are fetched, and other options of a `BlockRunner`; print a line."""
     args, dist, config = job.args, job.dist, job.config
     blocks = job.skeleton.get_submodule(job.blocks_name)
-    dtype = pretrained.pick_dtype(args.dtype, config, job.device)
+    dtype = job.dtype
     inside = sum(parameter.numel() for parameter in blocks.parameters())
     outside = sum(parameter.numel() for parameter in job.skeleton.parameters()) - inside
     gpu, here = job.device.type != "cpu", torch.accelerator

@@ -81,7 +81,7 @@ def processor() -> str:
 
 def finish_results(job: Job, runner: BlockRunner) -> None:
     """Add what is known at the end."""
-    results = job.results
+    results = job.outcome.results
     results |= {"bos": job.texts.bos, "calibration": job.texts.calibration}
     if job.vocabulary:
         results["vocabulary"] = {"note": NOTE} | job.vocabulary.facts
@@ -89,7 +89,7 @@ def finish_results(job: Job, runner: BlockRunner) -> None:
         rows = job.config.get_text_config(decoder=True).vocab_size
         results["vocabulary"] = {"note": NOTE, "rows": rows, "rows_before": before}
     results["footprint"]["after"] = footprint(runner.model)
-    results |= {"seconds": job.seconds, "peak_memory": peak_memory(job.device)}
+    results |= {"seconds": job.outcome.seconds, "peak_memory": peak_memory(job.device)}
 
 
 def evaluation_record(

@@ -36,7 +36,7 @@ CARD = "README.md"  # the last file of a model that is saved
 
 def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
     """Save model and tokenizer as a new folder; where blocks are in files, these are its shards."""
-    weights, folder, moved = runner.weights, job.folder, {}
+    weights, folder, moved = runner.weights, job.outcome.folder, {}
     stage, target = partial_of(job.args.save_model), Path(job.args.save_model)
     job.dist.barrier()  # files that no rank reads any longer may be moved
     if job.dist.is_main:
@@ -51,7 +51,7 @@ def save(job: Job, runner: BlockRunner, cleanup: ExitStack) -> None:
                     other = cleanup.enter_context(TemporaryDirectory(dir=target.parent))
                     moved = {str(file): shutil.move(file, other) for file in folder.files()}
                 folder.clear()
-                job.folder = None
+                job.outcome.folder = None
             try:
                 put_in_place(stage, target)
             except OSError as error:
@@ -82,7 +82,7 @@ def _write(job: Job, runner: BlockRunner, stage: Path) -> None:
         copy_processor(job.checkpoint, stage, job.vocabulary and job.vocabulary.rows)
     sync_all(stage)
     sizes = (file.stat().st_size for file in stage.glob("model*.safetensors"))
-    job.results |= {"saved_bytes": sum(sizes), "evaluation": []}
+    job.outcome.results |= {"saved_bytes": sum(sizes), "evaluation": []}
     finish_results(job, runner)
     write_card(job, stage)
 
@@ -99,7 +99,8 @@ def _text_alone(job: Job, model: nn.Module) -> nn.Module:
     parts = ", ".join(sorted({".".join(name.split(".")[:2]) for name in gone}))
     size = gib(sum(each.nbytes for each in gone.values()))
     line = f"text only: {parts} are left out, {len(gone)} tensors, {size}"
-    job.results |= {"notes": [*job.results.get("notes", []), line], "loaded_by": None}
+    results = job.outcome.results
+    results |= {"notes": [*results.get("notes", []), line], "loaded_by": None}
     job.print(line)
     return alone
 
@@ -108,21 +109,22 @@ def write_card(job: Job, folder: str | Path) -> None:
     """Write the card of the saved model in `folder`, with the figures that are known by now."""
     sources = [source.text for source in job.sources if job.plan.reads_train]
     sources += [each.text for each in job.vocabulary_sources if each.text not in sources]
-    card = model_card(job.results, sources, online=not local_only(job.checkpoint))
+    card = model_card(job.outcome.results, sources, online=not local_only(job.checkpoint))
     write_text(Path(folder, CARD), card)
 
 
 def close_store(job: Job) -> None:
     """Remove the folder of finished blocks, or say how to go on where the run ended early."""
-    if not job.folder:
+    folder = job.outcome.folder
+    if not folder:
         return
-    if job.is_recorded:
-        job.folder.clear()
+    if job.outcome.is_recorded:
+        folder.clear()
         return
-    job.folder.close()
-    if job.folder.files():
+    folder.close()
+    if folder.files():
         how = "the same command continues"
         if not job.args.resume:
-            how = f"add --resume {job.folder.path} to continue"
-        how += " with another --save_model" * ("saved_bytes" in job.results)
+            how = f"add --resume {folder.path} to continue"
+        how += " with another --save_model" * ("saved_bytes" in job.outcome.results)
         print(f"kept what is finished: {how}", flush=True)

@@ -115,9 +115,9 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
                 sparsity = allocation.sparsity
         reached = Measured(runner, sparsity, pruner.left_dense)
     job.print(*pruner.summary())
-    job.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
+    job.outcome.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
     if plan.removes:
-        job.results[plan.removes] = pruner.record() | {
+        job.outcome.results[plan.removes] = pruner.record() | {
             "bytes_before": size,
             "bytes_after": parameter_bytes(runner.model, runner.save_dtype),
         }
@@ -133,7 +133,7 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
         allocation = choose_allocation(runner, windows, sparsity, args.allocation, args.seed, bar)
     shares = {name: round(each.ratio, 6) for name, each in allocation.sparsity.items()}
     job.print(f"sparsity of the linears: {min(shares.values())} to {max(shares.values())}")
-    job.results["allocation"] = shares
+    job.outcome.results["allocation"] = shares
     return allocation
 
 
@@ -145,8 +145,9 @@ def quantize(job: Job, runner: BlockRunner, reached: Measured) -> Starts:
     with job.timed("quantize", "rounding", len(runner.blocks)) as bar:
         quantizer = quantize_linears(runner, job.texts.windows, FORMATS[plan.format], masters, bar)
     job.print(*quantizer.summary())
-    job.results["notes"] = job.results.get("notes", []) + quantizer.summary()[1:]
-    job.results["sparsity"] = reached.again(runner).shares()
+    results = job.outcome.results
+    results["notes"] = results.get("notes", []) + quantizer.summary()[1:]
+    results["sparsity"] = reached.again(runner).shares()
     return quantizer.starts
 
 
@@ -175,8 +176,8 @@ def recover(
     with job.timed("recover", "recovering", tokens, "token") as bar:
         recoverer.run(bar)
     job.print(recoverer.line())
-    job.results["sparsity"] = reached.again(runner).shares()
-    job.results["recovery"] = recoverer.record() | {
+    job.outcome.results["sparsity"] = reached.again(runner).shares()
+    job.outcome.results["recovery"] = recoverer.record() | {
         "teacher": job.args.teacher or job.args.model,
         "text": text.facts,
         "held_out": {"dense": held_out},
@@ -195,7 +196,7 @@ def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
     """Check and record that conversion will change no linear; `before`: `first_logits`."""
     record = check_quantized_weights(runner, FORMATS[job.plan.format])
     record["difference"] = relative_difference(before, first_logits(job, runner))
-    job.results["quantized"] = record
+    job.outcome.results["quantized"] = record
     job.print(
         f"{record['format']}: conversion by llama.cpp will change no value of {record['tensors']} "
         f"tensors; logits have changed by {record['difference']:.2%}"
@@ -214,7 +215,7 @@ def pack(
     window = job.texts.tests[0].ids[:1].to(job.device)
     with job.timed("pack"):
         record = pack_(runner, FORMATS[job.plan.format], window, scales, unrounded)
-    job.results |= record
+    job.outcome.results |= record
 
 
 def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) -> None:
@@ -224,13 +225,14 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
     with job.timed("eval", "perplexity", windows, "window") as bar:
         figures = perplexities(runner, [test.windows for test in tests], bar, reference)
     records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]
+    results, losses = job.outcome.results, job.outcome.losses
     for number, (test, each) in enumerate(zip(tests, figures, strict=True)):
-        job.losses[f"{number}.document"] = test.documents.int()
-        job.losses |= {f"{number}.{name}": values for name, values in each["by_window"].items()}
-    job.results["evaluation"] = records
-    job.results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
-    if "sparsity" not in job.results:
-        job.results["sparsity"] = Measured(runner).shares()
+        losses[f"{number}.document"] = test.documents.int()
+        losses |= {f"{number}.{name}": values for name, values in each["by_window"].items()}
+    results["evaluation"] = records
+    results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
+    if "sparsity" not in results:
+        results["sparsity"] = Measured(runner).shares()
 
 
 def record(job: Job, runner: BlockRunner) -> None:
@@ -239,17 +241,17 @@ def record(job: Job, runner: BlockRunner) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keep_other_results(folder, job.fingerprint)
     finish_results(job, runner)
-    write_log(folder, job.results)
+    write_log(folder, job.outcome.results)
     if job.args.save_model:
         write_card(job, job.args.save_model)
-    job.results["losses"] = write_losses(folder, job.losses)
-    write_results(folder, job.results)  # with them a run is at its end
-    job.is_recorded = True
+    job.outcome.results["losses"] = write_losses(folder, job.outcome.losses)
+    write_results(folder, job.outcome.results)  # with them a run is at its end
+    job.outcome.is_recorded = True
 
 
 def run_tasks(job: Job, runner: BlockRunner) -> None:
     """Run tasks of lm-eval on the model and, if it was changed, on the dense one; print figures."""
-    args, results = job.args, job.results
+    args, results = job.args, job.outcome.results
     options = dict(batch_size=job.batch_size, include_path=args.include_path)
     with job.timed("tasks"):
         results["tasks"] = tasks.run_tasks(runner.model, job.tokenizer, args.tasks, **options)

@@ -76,8 +76,8 @@ def same_texts(sources: Sequence[Source], tests: Sequence[Source]) -> list[str]:
     ]
 
 
-def read_texts(job: Job, bos: int | None) -> Texts:
-    """Return the windows for calibration, evaluation and recovery, each after `bos` if given.
+def read_texts(job: Job, bos: int | None) -> Job:
+    """Return the job with windows for calibration, evaluation and recovery, after `bos` if given.
 
     Where the texts do not give enough of the model's windows, and `--seqlen` asks for none, the
     job's window becomes the longest power of two of which they do. Where that is too short, or not
@@ -90,13 +90,15 @@ def read_texts(job: Job, bos: int | None) -> Texts:
         except TextTooShort as error:
             short = error.source
             if error.fits >= SHORTEST and not job.args.seqlen:
-                job.seqlen = 2 ** (error.fits.bit_length() - 1)
-                job.schedule = job.schedule and replace(job.schedule, seqlen=job.seqlen)
+                seqlen = 2 ** (error.fits.bit_length() - 1)
+                schedule = job.schedule and replace(job.schedule, seqlen=seqlen)
+                job = replace(job, seqlen=seqlen, schedule=schedule)
                 continue
             if short not in job.sources or not short.path or short.draw == JOINED:
                 raise
             joined = replace(short, draw=JOINED, read={})
-            job.sources = [joined if source == short else source for source in job.sources]
+            sources = [joined if source == short else source for source in job.sources]
+            job = replace(job, sources=sources)
             job.print(f"{short.text}: too few are as long as a window, so they are joined to one")
     if job.seqlen < models_window:
         job.print(
@@ -105,7 +107,7 @@ def read_texts(job: Job, bos: int | None) -> Texts:
         )
     for source in (*job.sources, *job.vocabulary_sources, *job.tests):
         source.read.clear()  # their memory is for the model
-    return texts
+    return replace(job, texts=texts)
 
 
 def _windows(job: Job, bos: int | None) -> Texts:
@@ -121,20 +123,21 @@ def _windows(job: Job, bos: int | None) -> Texts:
     return texts
 
 
-def resolve_bos(job: Job, runner: BlockRunner) -> None:
-    """Under `--bos auto`, check whether the dense model needs BOS before every window.
+def resolve_bos(job: Job, runner: BlockRunner) -> Job:
+    """Return the job, with other texts where `--bos auto` finds that the dense model needs BOS.
 
     A run that is continued has the windows that it was begun with, whatever it is measured on now.
     """
-    bos = job.tokenizer.bos_token_id
+    bos, folder = job.tokenizer.bos_token_id, job.outcome.folder
     begins = bos is not None and job.tokenizer("a").input_ids[:1] == [bos]
     if job.args.bos == "auto" and begins:  # a text, by default
-        needs = job.dist.all_gather_object(job.folder and job.folder.decided.get("bos"))[0]
+        needs = job.dist.all_gather_object(folder and folder.decided.get("bos"))[0]
         if needs is None:
             needs = needs_bos(runner, job.texts.tests[0].ids, bos)
-        if job.folder:
-            job.folder.begin(job.fingerprint["pruning"], bos=needs)
+        if folder:
+            folder.begin(job.fingerprint["pruning"], bos=needs)
         if needs:
             job.print("the model collapses without its BOS token: every window begins with it")
-            job.texts = read_texts(job, bos)
+            job = read_texts(job, bos)
     job.dist.check_equal({"BOS": job.texts.bos})  # each has decided for itself
+    return job
