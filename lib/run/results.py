@@ -43,7 +43,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "top1_agreement": 0.8, "top1_agreement_standard_error": 0.01, "compared_windows": 64,
             "of_windows": 271,                              # where --eval_windows has left some out
             "dense": {"perplexity": 18.0, "bits_per_byte": 0.88}}], # where it was measured
-        "losses": "losses.safetensors",                     # the file beside it: of the test sets'
+        "losses": "losses.npz",                             # the file beside it: of the test sets'
                                                             # windows, see `write_losses`
         "perplexity": {"uk": 20.1},
         "completions": [{"test": "uk", "prompt": "...", "dense": "...", "model": "..."}],
@@ -60,11 +60,13 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from ..util.errors import UserError
 from ..util.files import write_text
@@ -74,7 +76,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RESULTS = "results.json"
-LOSSES = "losses.safetensors"
+LOSSES = "losses.npz"  # no safetensors: a folder of these is taken for a model
 NONE = "none"  # the name of the calibration text where there is none
 NEEDED = ("model", "method", "evaluation")
 
@@ -108,14 +110,16 @@ def read_results(folder: str | Path) -> dict[str, Any]:
 def write_losses(folder: Path, losses: Mapping[str, Tensor]) -> str:
     """Write what was measured of each test window beside results.json; return the file's name.
 
-    Tensors (windows,) of the test set with a number in `evaluation` are `0.loss`, float32, the mean
+    Arrays (windows,) of the test set with a number in `evaluation` are `0.loss`, float32, the mean
     negative log-likelihood in nats a token, and `0.document`, int32, the number of the document
     that the window's middle token is of. Where the dense model was measured: `0.dense_loss`, `0.kl`
     in nats a token, and `0.agreement`, nan for windows that were not compared.
     """
-    from safetensors.torch import save
+    import numpy
 
-    write_text(folder / LOSSES, save(dict(losses)))
+    packed = io.BytesIO()
+    numpy.savez(packed, **{name: values.numpy() for name, values in losses.items()})
+    write_text(folder / LOSSES, packed.getvalue())
     return LOSSES
 
 
@@ -124,15 +128,15 @@ def read_losses(folder: Path, results: Mapping[str, Any]) -> dict[str, dict[str,
 
     It is empty for a run of an earlier version. Raises UserError for a file that can't be read.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    import numpy
 
     if "losses" not in results:
         return {}
     file = folder / LOSSES
     try:
-        arrays = load_file(file)
-    except (OSError, SafetensorError) as error:
+        with numpy.load(file) as packed:
+            arrays = dict(packed)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"RUN {file}: can't be read ({error}); remove it or run again") from error
     return {
         test["digest"]: {

@@ -177,9 +177,9 @@ def test_other_windows_are_never_paired(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_of_losses_that_is_damaged(sweep: Path) -> None:
-    (sweep / "dense" / "losses.safetensors").write_text("x")
+    (sweep / "dense" / "losses.npz").write_text("x")
     done = call(sweep, program=main)
-    assert done.status == 1 and "losses.safetensors: can't be read" in done.complaints[0]
+    assert done.status == 1 and "losses.npz: can't be read" in done.complaints[0]
 
 
 def test_curves_over_a_flag_that_has_several_numbers(tmp_path: Path) -> None:
