@@ -19,10 +19,10 @@ from yaml import YAMLError
 from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
-from ..util.command import one_line, typed
+from ..util.command import one_line
 from ..util.errors import UserError
 from ..util.markdown import escape, padded_table
-from .flags import build_parser
+from .flags import command_words
 from .plan import PRUNED_BEFORE
 
 HEADING = "## How to load it"
@@ -259,14 +259,9 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
 
 def _command(flags: Mapping[str, Any]) -> str:
     """Return the command line, without defaults and with names for paths."""
-    parser, words = build_parser(), typed("prune").split()
-    for name, value in flags.items():
-        if name in NOT_SHOWN or value in (None, False) or value == parser.get_default(name):
-            continue
-        value = Path(value).name if name == "save_model" else value
-        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
-        words += [f"--{name}", *(_public(str(each)) for each in values)]
-    return one_line(shlex.join(words))
+    shown = {name: value for name, value in flags.items() if name not in NOT_SHOWN}
+    shown["save_model"] = shown.get("save_model") and Path(shown["save_model"]).name
+    return one_line(shlex.join(map(_public, command_words(shown))))
 
 
 def _public(text: str) -> str:

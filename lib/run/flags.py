@@ -8,7 +8,7 @@ transformers: `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..methods.sparsity import (
     UNSTRUCTURED,
     Sparsity,
 )
-from ..util.command import Parser
+from ..util.command import Parser, typed
 
 DESCRIPTION = """\
 Prune a Hugging Face causal language model for one language: drop weights by what flows through
@@ -35,7 +35,7 @@ them on text of that language, measure what it cost, save a smaller model."""
 NO_RESULT = "model calibration_data column prune_on_c4 vocabulary_data teacher eval_data".split()
 NO_RESULT += "include_path cache_dir device batch_size offload prompts save save_model".split()
 NO_RESULT += ["resume", "debug"]
-FIGURES = ["tasks"]  # another value is the same model, measured otherwise
+FIGURES = ["tasks", "eval_windows"]  # another value is the same model, measured otherwise
 
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
 
@@ -283,6 +283,14 @@ def build_parser() -> argparse.ArgumentParser:
         "without one, a tenth of the documents, which is held apart",
     )
     flag(
+        "eval_windows",
+        "windows of each test text to measure on, at equal distances in it and so evenly over its "
+        "documents; the same for every run",
+        type=POSITIVE,
+        metavar="N",
+        shown="all",
+    )
+    flag(
         "prompts",
         "beginnings of documents of each test set that the dense and the pruned model continue "
         "greedily, for results.json; none where blocks are fetched",
@@ -336,6 +344,18 @@ def shown(args: argparse.Namespace, name: str) -> str:
     if isinstance(value, list):
         value = ("," if name == "tasks" else " ").join(value)
     return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+
+
+def command_words(flags: Mapping[str, Any]) -> list[str]:
+    """Return the command line that gives these flags, without defaults."""
+    words = typed("prune").split()
+    for name, value in flags.items():
+        if value is None or value is False or value == build_parser().get_default(name):
+            continue
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        values = [",".join(values)] if name == "tasks" else values
+        words += [f"--{name}", *map(str, values)]
+    return words
 
 
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ class Outcome:
     """What a run measures and keeps, filled by its steps."""
 
     results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
+    losses: dict[str, Tensor] = field(default_factory=dict)  # of windows, see lib/run/results.py
     seconds: dict[str, float] = field(default_factory=dict)  # by step
     folder: RunFolder | None = None  # of finished blocks, in the main rank
     is_recorded: bool = False  # its results are on the disk

@@ -8,6 +8,8 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "loaded_by": "AutoModelForCausalLM",                # null: by that, as text alone
         "sparsity_type": "2:4", "sparsity_ratio": 0.5,      # null where nothing was pruned
         "flags": {...},                                     # all of the command line
+        "command": "bash launch.sh prune --model ...",      # makes the run again
+        "commit": {"hash": "...", "changed": false},        # of the checkout; main.py and lib/
         "seed": 0, "versions": {"torch": "2.9"}, "bos": 2,
         "date": "2026-11-29",                               # that the chat template writes, if any
         "device": "cpu (2 threads)", "processor": "AMD EPYC 9654",
@@ -40,7 +42,10 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "kl": 0.1, "kl_standard_error": 0.01,           # nats a token, from the dense model
             "loss_change": 0.1, "loss_change_standard_error": 0.01,     # nats a token, by window
             "top1_agreement": 0.8, "top1_agreement_standard_error": 0.01, "compared_windows": 64,
+            "of_windows": 271,                              # where --eval_windows has left some out
             "dense": {"perplexity": 18.0, "bits_per_byte": 0.88}}], # where it was measured
+        "losses": "losses.npz",                             # the file beside it: of the test sets'
+                                                            # windows, see `write_losses`
         "perplexity": {"uk": 20.1},
         "completions": [{"test": "uk", "prompt": "...", "dense": "...", "model": "..."}],
         "answers": [{"test": "chat", "prompts": 32, "limit": 256,  # tokens; of test dialogues
@@ -56,16 +61,23 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from ..util.errors import UserError
 from ..util.files import write_text
 
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+
 RESULTS = "results.json"
+LOSSES = "losses.npz"  # no safetensors: a folder of these is taken for a model
 NONE = "none"  # the name of the calibration text where there is none
 NEEDED = ("model", "method", "evaluation")
 
@@ -94,3 +106,44 @@ def read_results(folder: str | Path) -> dict[str, Any]:
     if missing := [name for name in NEEDED if name not in results]:
         raise UserError(f"RUN {file}: lacks {', '.join(missing)}; remove it or run again")
     return results
+
+
+def write_losses(folder: Path, losses: Mapping[str, Tensor]) -> str:
+    """Write what was measured of each test window beside results.json; return the file's name.
+
+    Arrays (windows,) of the test set with a number in `evaluation` are `0.loss`, float32, the mean
+    negative log-likelihood in nats a token, and `0.document`, int32, the number of the document
+    that the window's middle token is of. Where the dense model was measured: `0.dense_loss`, `0.kl`
+    in nats a token, and `0.agreement`, nan for windows that were not compared.
+    """
+    import numpy
+
+    packed = io.BytesIO()
+    numpy.savez(packed, **{name: values.numpy() for name, values in losses.items()})
+    write_text(folder / LOSSES, packed.getvalue())
+    return LOSSES
+
+
+def read_losses(folder: Path, results: Mapping[str, Any]) -> dict[str, dict[str, ndarray]]:
+    """Return {digest of the test windows: {name: array (windows,)}}, see `write_losses`.
+
+    It is empty for a run of an earlier version. Raises UserError for a file that can't be read.
+    """
+    import numpy
+
+    if "losses" not in results:
+        return {}
+    file = folder / LOSSES
+    try:
+        with numpy.load(file) as packed:
+            arrays = dict(packed)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"RUN {file}: can't be read ({error}); remove it or run again") from error
+    return {
+        test["digest"]: {
+            name.partition(".")[2]: values
+            for name, values in arrays.items()
+            if name.partition(".")[0] == str(number)
+        }
+        for number, test in enumerate(results["evaluation"])
+    }

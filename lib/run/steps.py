@@ -45,7 +45,7 @@ from .record import (
     print_summary,
     write_log,
 )
-from .results import write_results
+from .results import write_losses, write_results
 from .save import close_store, save, write_card
 from .texts import resolve_bos
 
@@ -225,7 +225,10 @@ def evaluate(job: Job, runner: BlockRunner, reference: DenseReference | None) ->
     with job.timed("eval", "perplexity", windows, "window") as bar:
         figures = perplexities(runner, [test.windows for test in tests], bar, reference)
     records = [evaluation_record(test, each) for test, each in zip(tests, figures, strict=True)]
-    results = job.outcome.results
+    results, losses = job.outcome.results, job.outcome.losses
+    for number, (test, each) in enumerate(zip(tests, figures, strict=True)):
+        losses[f"{number}.document"] = test.documents.int()
+        losses |= {f"{number}.{name}": values for name, values in each["by_window"].items()}
     results["evaluation"] = records
     results["perplexity"] = {each["name"]: each["perplexity"] for each in records}
     if "sparsity" not in results:
@@ -241,6 +244,7 @@ def record(job: Job, runner: BlockRunner) -> None:
     write_log(folder, job.outcome.results)
     if job.args.save_model:
         write_card(job, job.args.save_model)
+    job.outcome.results["losses"] = write_losses(folder, job.outcome.losses)
     write_results(folder, job.outcome.results)  # with them a run is at its end
     job.outcome.is_recorded = True
 

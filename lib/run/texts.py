@@ -115,7 +115,7 @@ def _windows(job: Job, bos: int | None) -> Texts:
     spec = WindowSpec(job.tokenizer, job.seqlen, bos, args.seed)
     if job.plan.calibrated:
         texts.windows, texts.calibration = calibration_windows(job.sources, spec, args.nsamples)
-    texts.tests = [test_set(test, spec, args.prompts) for test in job.tests]
+    texts.tests = [test_set(test, spec, args.prompts, args.eval_windows) for test in job.tests]
     if job.schedule:
         count = max(1, job.schedule.steps * job.schedule.windows)
         tests = [test.windows for test in texts.tests]

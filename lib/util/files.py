@@ -77,11 +77,11 @@ def put_in_place(stage: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str | bytes) -> None:
     """Write a small file whole or not at all. Raises UserError where it can't be written."""
     stage = path.with_name(f".{path.name}{PARTIAL}")
     try:
-        stage.write_text(text, "utf-8")
+        stage.write_bytes(text.encode() if isinstance(text, str) else text)
         sync(stage)
         stage.replace(path)
     except OSError as error:
