@@ -8,7 +8,6 @@ is refused on an estimate; what does not fit ends in one line that names the fla
 from __future__ import annotations
 
 import shutil
-import tempfile
 from contextlib import ExitStack
 from functools import partial
 from math import prod
@@ -21,10 +20,11 @@ from torch import nn
 from ..model import pretrained
 from ..model.blocks import BlockRunner
 from ..model.rows import keep_rows_
-from ..model.run_folder import CONVERTED, RunFolder
+from ..model.run_folder import RunFolder
 from ..model.store import BlockStore, FileBlockStore, device_map
 from ..pruning.check import Measured
 from ..util.errors import UserError
+from ..util.files import temporary_folder
 from ..util.host import available, gib, keep_freed_memory
 from .job import Job
 
@@ -42,24 +42,26 @@ def load(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> BlockRunner:
     `folder` is the run's own, in the main rank, where blocks are kept.
     """
     keep_freed_memory()
-    args, (fetched, options) = job.args, plan_memory(job)
+    args, dist, (fetched, options) = job.args, job.dist, plan_memory(job)
+    first = dist.local_rank == 0  # of its machine
     where, converted, blocks_at = {"": job.device}, None, None
     if fetched:
         where = device_map(job.skeleton, job.blocks_name, job.device)
-        if job.dist.local_rank == 0:  # the first of its machine
+        if first:
             blocks_at = _block_folder(job, cleanup, folder)
-            converted = blocks_at.path / CONVERTED
-        else:  # this rank maps what it converts itself
-            converted = cleanup.enter_context(tempfile.TemporaryDirectory())
+        written = dist.all_gather_object(blocks_at and str(blocks_at.converted))
+        converted = written[dist.rank - dist.local_rank]
     with job.timed("load"):
         model = pretrained.load_model(
             job.checkpoint,
             job.config,
             dtype=job.dtype,
             device_map=where,
-            offload=converted and str(converted),
+            offload=converted,
+            writes=first,
             load_bit=args.load_bit,
         )
+    dist.barrier()  # what one rank of a machine has converted is there for all
     save_dtype = job.save_dtype
     if job.plan.narrows:
         with pretrained.cast(model, save_dtype):
@@ -189,7 +191,7 @@ def _block_folder(job: Job, cleanup: ExitStack, folder: RunFolder | None) -> Run
         size = sum(parameter.nbytes for parameter in job.skeleton.parameters())
         in_memory = MEMORY.is_dir() and size < shutil.disk_usage(MEMORY).free
         parent = MEMORY if in_memory else None
-        path = Path(cleanup.enter_context(tempfile.TemporaryDirectory(dir=parent)))
+        path = cleanup.enter_context(temporary_folder(parent))
     folder = RunFolder("--offload", path)
     cleanup.callback(folder.clear)
     folder.begin({})
