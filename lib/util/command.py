@@ -33,6 +33,7 @@ ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 TURN_SECONDS = 3
 CALLED = "LANGPRUNE_CALLED"  # in the environment: what the user has typed before a command's name
 ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment of what `call` starts
+LACKING = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in a RuntimeError: torch's, cuBLAS's
 JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
@@ -102,7 +103,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Ukrainian name on an ASCII terminal
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # `| tee log`
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
@@ -204,7 +205,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
     lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
-    if isinstance(error, lacking) or "can't allocate memory" in str(error):
+    if isinstance(error, lacking) or any(word in str(error) for word in LACKING):
         return (
             f"out of memory ({error}); try --batch_size 1, a smaller --seqlen or --nsamples, "
             "--offload FOLDER, or with --recover --recover_optimizer adamw8bit or --recover_rank 16"
