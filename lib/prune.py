@@ -26,6 +26,7 @@ from .methods.sparsity import Sparsity
 from .model.blocks import BlockRunner, HiddenStates
 from .model.linears import experts_by, find_linears
 from .model.matrix import PrunableLinear
+from .model.run_folder import PRUNED
 from .packed.layout import all_finite
 from .pruning.allocation import Allocation, by_error, keep_allocation, kept_allocation, uniform
 from .pruning.inputs import Group, merge, observe, own_windows, weight_key
@@ -100,7 +101,7 @@ class Pruner:
     (`_linears`), and what (`_change_`).
     """
 
-    stage = "block"  # the name under which --resume keeps finished blocks
+    stage = PRUNED  # the name under which --resume keeps finished blocks
 
     def __init__(
         self, runner: BlockRunner, method: type[PruningMethod], allocation: Allocation

@@ -16,6 +16,7 @@ from torch import Tensor
 from .methods.gptq import GPTQ, Start
 from .model.blocks import BlockRunner
 from .model.matrix import PrunableLinear, SaveDtypes
+from .model.run_folder import ROUNDED, START, of_block
 from .packed.formats import Grid, Int4
 from .packed.linear import why_dense
 from .prune import UNREACHED, Pruner, first_of
@@ -73,7 +74,7 @@ class Quantizer(Pruner):
     on, `starts` holds the masters, of `master_dtype`, and the grid of each parameter, by its id.
     """
 
-    stage = "quantized"
+    stage = ROUNDED
 
     def __init__(
         self, runner: BlockRunner, fmt: Int4, master_dtype: torch.dtype | None = None
@@ -112,7 +113,7 @@ class Quantizer(Pruner):
                 for linear in linears
                 for part, tensor in self._start(linear)._asdict().items()
             }
-            finished.write(f"start-{index:05d}", named, {})
+            finished.write(of_block(START, index), named, {})
         return written
 
     def _solve_(self, groups: list[Group]) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ class Quantizer(Pruner):
         return start
 
     def _restore_(self, index: int, linears: list[PrunableLinear]) -> bool:
-        kept = self.runner.weights.read_kept(f"start-{index:05d}") if self.master_dtype else None
+        kept = self.runner.weights.read_kept(of_block(START, index)) if self.master_dtype else None
         if (self.master_dtype and not kept) or not super()._restore_(index, linears):
             return False
         tensors = dict(kept[0]) if kept else {}

@@ -34,6 +34,7 @@ from .data.training import TrainingText
 from .eval import perplexities
 from .model.blocks import BlockRunner, iter_logits, run_block
 from .model.reference import DenseReference, dense_states, tail_of
+from .model.run_folder import RECOVERY
 from .packed.errors import PackedError
 from .packed.formats import Grid
 from .util.deterministic import deterministic
@@ -369,7 +370,7 @@ class Recoverer:
                     seconds = before + time.perf_counter() - began
                     state = {"step": step + 1, "losses": losses, "seconds": seconds}
                     state |= {"curve": self.curve, "best": self.best}
-                    finished.write("recovery", self._state(), state)
+                    finished.write(RECOVERY, self._state(), state)
                     kept = time.monotonic()
                 on_progress(tokens, f"loss {loss:.4f}")
         for part, best in zip(self.parts.values(), self.best_values, strict=True):
@@ -508,7 +509,7 @@ class Recoverer:
 
     def _resumed(self) -> dict[str, Any] | None:
         """Take the state of an interrupted run, and return its facts; None if there is none."""
-        kept = self.runner.weights.read_kept("recovery")
+        kept = self.runner.weights.read_kept(RECOVERY)
         if kept is None:
             return None
         tensors, facts = kept

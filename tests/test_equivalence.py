@@ -17,7 +17,7 @@ import processes
 import pytest
 import tiny
 import torch
-from support import QUICK, Done, call, results, weights
+from support import QUICK, Done, call, reloaded, results, weights, whole
 from torch import Tensor
 
 ALIKE = 0.999  # of all weights, where sums are rounded otherwise
@@ -143,11 +143,8 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
     argv = flags(kind, tmp_path)
     away = ["--offload", tmp_path / "away"]
     if way == "loaded again":
-        dtype = results(plain / "out")["fingerprint"]["pruning"]["--dtype"].split(",")[0]
-        argv = [*BASE, "--model", plain / "model", "--eval_only", "--dtype", dtype]
-        argv += ["--save", tmp_path / "out"]
-        check(call(*argv))
-        assert figures(tmp_path)[:2] == pytest.approx(figures(plain)[:2], rel=1e-6)
+        (again,) = reloaded(plain / "model", plain / "out", *BASE)["evaluation"]
+        assert again["bits_per_byte"] == pytest.approx(figures(plain)[1], rel=1e-6)
         return
     if way.startswith("killed"):
         argv += ["--resume", tmp_path / "kept"]
@@ -165,7 +162,7 @@ def test_the_same_model(kind: str, way: str, plain: Path, place: Path, tmp_path:
     else:
         check(call(*argv, *(away if way == "offloaded" else ["--batch_size", "1"])))
     assert not [name for name in ("kept", "away") if (tmp_path / name).exists()]
-    one, two = weights(plain / "model"), weights(tmp_path / "model")
+    one, two = weights(plain / "model"), whole(tmp_path / "model")
     if way == "offloaded" or way.startswith("killed"):
         assert figures(tmp_path) == figures(plain)
         assert one.keys() == two.keys()

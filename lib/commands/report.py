@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..methods.sparsity import SMALLER
 from ..run.plan import PRUNED_BEFORE
-from ..run.results import NONE, RESULTS, read_losses, read_results
+from ..run.results import NONE, RESULTS, is_trained, read_losses, read_results
 from ..run.significance import holm, mean_interval
 from ..util import command
 from ..util.command import one_line
@@ -127,7 +127,7 @@ def _run_columns(folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
         rows += f" ({vocabulary.get('digest')})"
     text = results.get("calibration") or results.get("recovery", {}).get("text") or {}
     variant = " variant" if results.get("flags", {}).get("use_variant") else ""
-    trained = "recovery" in results and results["method"] != "recovered"
+    trained = is_trained(results) and results["method"] != "recovered"
     columns = {
         "folder": folder,
         "model": results["model"].rstrip("/"),

@@ -32,11 +32,11 @@ from torch import Tensor
 from ..methods.sparsity import Sparsity
 from ..model.blocks import BlockRunner
 from ..model.linears import experts_by
+from ..model.run_folder import ALLOCATION
 from ..util.deterministic import deterministic
 from .fisher import FisherDiagonal, backward_pass
 from .inputs import first_names, own_windows
 
-FILE = "allocation"  # among those of --resume
 GROWTH = 2.0
 BELOW = 0.4  # a linear's sparsity is at most so much below r, before the total is set right,
 LEAST_KEPT = 1 / 3  # and the linear keeps at least this share of what it would have kept
@@ -145,14 +145,14 @@ def keep_allocation(runner: BlockRunner, allocation: Allocation) -> None:
     """Write an allocation to the files of --resume."""
     if runner.weights.finished:
         ratios = {name: sparsity.ratio for name, sparsity in allocation.sparsity.items()}
-        runner.weights.finished.write(FILE, allocation.output_costs, {"ratios": ratios})
+        runner.weights.finished.write(ALLOCATION, allocation.output_costs, {"ratios": ratios})
 
 
 def kept_allocation(runner: BlockRunner) -> Allocation | None:
     """What `keep_allocation` wrote in an interrupted run, so that blocks that it finished and those
     still to come fit together; None where it wrote nothing. Every process has to call this.
     """
-    kept = runner.weights.read_kept(FILE)
+    kept = runner.weights.read_kept(ALLOCATION)
     if kept is None:
         return None
     costs, facts = kept

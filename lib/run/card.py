@@ -19,11 +19,13 @@ from yaml import YAMLError
 from ..data.sources import BUILT_IN, parse_source
 from ..methods.sparsity import SMALLER
 from ..packed.checkpoint import card_lines
+from ..prune import first_of
 from ..util.command import one_line
 from ..util.errors import UserError
 from ..util.markdown import escape, padded_table
 from .flags import command_words
 from .plan import PRUNED_BEFORE
+from .results import is_trained
 
 HEADING = "## How to load it"
 CARD = """\
@@ -74,7 +76,7 @@ FIGURES = {
 }
 LANGUAGE_OF_SET = {"ubertext": "uk", "c4": "en", "fineweb": "en", "wikitext2": "en"}
 # flags that decide neither weights nor figures, or that name a place on this machine
-NOT_SHOWN = set("save resume offload cache_dir device batch_size debug".split())
+NOT_SHOWN = set("save resume offload cache_dir device debug".split())
 NOT_SHOWN |= {"prompts", "tasks", "include_path"}
 
 
@@ -191,14 +193,16 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
     kind, share = results["sparsity_type"], f"{100 * (results['sparsity_ratio'] or 0):g}%"
     goal = share if kind == "unstructured" else kind
     goal = f"{share} fewer {kind}" if kind in SMALLER else goal
+    left = len(results.get("quantized", {}).get("left", ()))
     steps = {
         "sparsity_type": f"pruned by {results['method']} to {goal}",
         "recovery": "recovered" if kind or _pruned_before(results) else "trained on the texts",
         "vocabulary": "its vocabulary trimmed",
         "packed": "its sparse linears packed",
-        "quantized": "its linears as llama.cpp's q4_0",
+        "quantized": f"its linears{f', but {left},' * bool(left)} as llama.cpp's q4_0",
     }
-    return ", ".join(words for key, words in steps.items() if results.get(key)) or "saved as it was"
+    done = {key: results.get(key) for key in steps} | {"recovery": is_trained(results)}
+    return ", ".join(words for key, words in steps.items() if done[key]) or "saved as it was"
 
 
 def figures_table(results: Mapping[str, Any]) -> str:
@@ -255,6 +259,10 @@ def notes(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"{vocabulary['rows']:,} of {vocabulary['rows_before']:,} rows of the vocabulary."
         yield vocabulary["note"]
     yield from results.get("notes", [])
+    if left := results.get("quantized", {}).get("left"):
+        yield f"Linears left at 16 bits, rows are no multiple of 32: {first_of(left)}."
+    if "recovery" in results and not is_trained(results):
+        yield "Training found nothing better than the model before it, which was kept."
 
 
 def _command(flags: Mapping[str, Any]) -> str:

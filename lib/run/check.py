@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import shutil
-from collections import Counter
 from dataclasses import replace
 from datetime import date
 from operator import le
@@ -41,7 +40,7 @@ from ..util.host import gib
 from ..util.progress import quiet
 from ..vocabulary import TrimmedVocabulary, trim_vocabulary
 from .fingerprint import fingerprint, first_difference
-from .flags import default_save, shown
+from .flags import shown
 from .job import Job
 from .plan import Plan
 from .save import CARD
@@ -62,6 +61,8 @@ def check(
     """
     plan = Plan.of(args)
     check_outputs(args)
+    if args.load_bit or args.recover_optimizer == "adamw8bit":
+        import bitsandbytes  # noqa: F401 -- or say now that it is not installed
     sources, vocabulary_sources, tests = named_sources(args, plan)
     read = [(source, "train") for source in sources] if plan.reads_train else []
     read += [(each, "train") for each in vocabulary_sources if (each, "train") not in read]
@@ -108,7 +109,7 @@ def check(
 
 def check_outputs(args: argparse.Namespace) -> None:
     """Raise UserError where the run could not write what it is to save."""
-    args.save = args.save or default_save(args)
+    args.save = args.save or Plan.of(args).default_save(args.model)
     check_writable("--save", args.save)
     if args.save_model:
         check_new_folder("--save_model", args.save_model)
@@ -231,8 +232,6 @@ def _schedule(job: Job) -> TrainSchedule:
     args, plan, flag = job.args, job.plan, shown(job.args, "recover")
     if stored_bits(job.config):
         raise UserError(f"{flag}: {args.model} is quantized, and its weights can't be trained")
-    if args.recover_optimizer == "adamw8bit":
-        import bitsandbytes  # noqa: F401 -- or say now that it is not installed
     chats = any(are_dialogues(read_documents(source, "train")[0]) for source in job.sources)
     default = 0.0 if chats else CROSS_ENTROPY  # of a chat model the text is not its own
     return TrainSchedule(
@@ -353,15 +352,17 @@ def open_store(job: Job) -> Job:
     if problem:
         store.close()
         raise UserError(f"{flag} {path}: {problem}")
-    store.begin(pruning)
+    before = store.decided.get("batch_size", job.batch_size)
+    store.begin(pruning, batch_size=job.batch_size)
     job.outcome.folder = store
     if store.begun:
-        kept = Counter(file.stem.partition("-")[0] for file in store.files())
         total = len(job.skeleton.get_submodule(job.blocks_name))
-        steps = {"block": "pruned", "quantized": "rounded"}
-        done = [f"{kept[name]} of {total} blocks {step}" for name, step in steps.items()]
-        done += ["a state of the training"] * kept["recovery"]
-        job.print(f"{flag} {path}: finished before: {', '.join(done)}")
+        job.print(f"{flag} {path}: finished before: {store.summary(total)}")
+    if before != job.batch_size:
+        job.print(
+            f"{flag} {path}: was begun with --batch_size {before}, goes on with {job.batch_size}; "
+            "a run with one of them all the way rounds its sums otherwise"
+        )
     return job
 
 

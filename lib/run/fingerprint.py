@@ -35,9 +35,16 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     """Return what decides the weights (`pruning`), and what else decides the figures (`measuring`).
 
     Each section is {name in messages: value}, with values that JSON can hold. `weights`: with the
-    digest of all bytes of the models' weights, where something is resumed or skipped.
+    digest of all bytes of the models' weights, where something is resumed or skipped; one rank of a
+    machine reads them. Every rank must call this.
     """
-    args, texts = job.args, job.texts
+    args, texts, dist = job.args, job.texts, job.dist
+    read = {"--model": job.config, "--teacher": job.teacher_config}
+    read = {flag: (vars(args)[flag[2:]], config) for flag, config in read.items() if config}
+    digests = None
+    if weights and dist.local_rank == 0:
+        digests = {f"weights of {flag}": _content(*each, WEIGHTS) for flag, each in read.items()}
+    digests = dist.all_gather_object(digests)[dist.rank - dist.local_rank]
     uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
     counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
     pruning = counted | {
@@ -45,13 +52,11 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         "--dtype": f"{dtype_name(job.dtype)}, saved as {dtype_name(job.save_dtype)}",
         "--seqlen": job.seqlen,
         "kind of device": job.device.type,
-        "config of --model": _content(args.model, job.config, "config.json", "*.py"),
-        "weights of --model": _content(args.model, job.config, WEIGHTS) if weights else None,
         "windows of --calibration_data": texts.calibration and texts.calibration["digest"][:16],
     }
-    if job.teacher_config:
-        teacher = weights and _content(args.teacher, job.teacher_config, WEIGHTS)
-        pruning["weights of --teacher"] = teacher
+    for flag, each in read.items():
+        pruning[f"config of {flag}"] = _content(*each, "config.json", "*.py")
+    pruning |= digests or {}
     if job.vocabulary:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     if texts.training:
@@ -60,6 +65,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
             pruning["windows of a step of --recover"] = job.schedule.windows
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
+    measuring["--batch_size"] = job.batch_size  # sums of other batches are rounded otherwise
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
     for test in texts.tests:
         measuring[f"windows of --eval_data {test.name}"] = test.facts["digest"][:16]

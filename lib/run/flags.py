@@ -18,7 +18,6 @@ from ..methods.registry import EXPERT_METHODS, METHODS
 from ..methods.sparsity import (
     ALLOCATIONS,
     EXPERTS,
-    RATIO_TYPES,
     SMALLER,
     TYPES,
     UNSTRUCTURED,
@@ -450,13 +449,3 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
             value = getattr(args, name)
             if value and Path(value).resolve().is_relative_to(target):
                 yield f"{saved}: must be a new folder, but --{name} {value} is in it"
-
-
-def default_save(args: argparse.Namespace) -> str:
-    """Return the folder of the results where --save is not given."""
-    model = Path(args.model).name or "model"
-    if not args.prune_method:
-        return f"out/{model}-{'recovered' if args.recover else args.quantize or 'dense'}"
-    share = f"{args.sparsity_ratio:g}" if args.sparsity_type in RATIO_TYPES else ""
-    parts = [model, args.prune_method, args.sparsity_type.replace(":", "of"), share]
-    return "out/" + "-".join(part for part in parts if part)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..methods.registry import method_of
-from ..methods.sparsity import SMALLER, Sparsity
+from ..methods.sparsity import RATIO_TYPES, SMALLER, Sparsity
 
 PRUNED_BEFORE = "pruned before"  # what results call a run that takes up another's model
 
@@ -109,3 +110,11 @@ class Plan:
         if self.narrows:
             return self.format
         return "recovered" if self.tokens else "dense"
+
+    def default_save(self, model: str) -> str:
+        """Return the folder of the results of `--model` where --save is not given."""
+        parts = [Path(model).name or "model", self.name.replace(" ", "-")]
+        if self.method:
+            parts.append(self.kind.replace(":", "of"))
+            parts += [f"{self.sparsity.ratio:g}"] if self.kind in RATIO_TYPES else []
+        return f"out/{'-'.join(parts)}"

@@ -82,6 +82,12 @@ NONE = "none"  # the name of the calibration text where there is none
 NEEDED = ("model", "method", "evaluation")
 
 
+def is_trained(results: Mapping[str, Any]) -> bool:
+    """Whether a training has changed the model: else nothing was better than before it."""
+    recovery = results.get("recovery")
+    return bool(recovery) and bool(recovery.get("kept", {"tokens": 1})["tokens"])
+
+
 def write_results(folder: str | Path, results: Mapping[str, Any]) -> Path:
     """Write results.json whole or not at all; nan and inf, which JSON lacks, become null."""
     plain = json.loads(json.dumps(results, default=str), parse_constant=lambda _: None)

@@ -22,7 +22,6 @@ from ..model.reference import (
 from ..model.rows import keep_rows_
 from ..packed.formats import FORMATS, Grid
 from ..prune import allocate as choose_allocation
-from ..prune import first_of
 from ..prune import prune as prune_linears
 from ..pruning.allocation import Allocation
 from ..pruning.check import Measured
@@ -201,8 +200,6 @@ def check_quantized(job: Job, runner: BlockRunner, before: Tensor) -> None:
         f"{record['format']}: conversion by llama.cpp will change no value of {record['tensors']} "
         f"tensors; logits have changed by {record['difference']:.2%}"
     )
-    if left := record["left"]:
-        job.print(f"left at 16 bits, rows are no multiple of 32: {first_of(left)}")
 
 
 def pack(

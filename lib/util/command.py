@@ -37,6 +37,7 @@ ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment of what `cal
 # gives to the threads that work; read when torch is imported
 SPINS = {"GOMP_SPINCOUNT": "10000"}
 WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # a user's own setting stays
+LACKING = "can't allocate memory", "_STATUS_ALLOC_FAILED"  # in a RuntimeError: torch's, cuBLAS's
 JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
@@ -108,7 +109,7 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
         os.environ.update(SPINS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Ukrainian name on an ASCII terminal
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)  # `| tee log`
     if environment_number("WORLD_SIZE", 1) > 1 and "--debug" not in argv:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the error is reported in one line
     with _terminable():
@@ -210,7 +211,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, UserError | OSError) or (packed and isinstance(error, packed.PackedError)):
         return str(error)
     lacking = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
-    if isinstance(error, lacking) or "can't allocate memory" in str(error):
+    if isinstance(error, lacking) or any(word in str(error) for word in LACKING):
         return (
             f"out of memory ({error}); try --batch_size 1, a smaller --seqlen or --nsamples, "
             "--offload FOLDER, or with --recover --recover_optimizer adamw8bit or --recover_rank 16"

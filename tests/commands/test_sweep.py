@@ -192,7 +192,8 @@ def test_a_run_is_done_again_where_what_stands_behind_a_flag_changed(texts, caps
     with pytest.raises(Exception, match="too few for 900 windows"):
         said("--nsamples", "900")
     assert results(folder) == before and (folder / "model/config.json").is_file()
-    assert said("--batch_size", "3", "--cache_dir", "x") == f"{folder}: finished before\n"
+    assert said("--cache_dir", "x") == f"{folder}: finished before\n"
+    assert "--batch_size was 32, is 3; it is run again" in said("--batch_size", "3")
     assert "--nsamples was 8, is 9; it is run again" in said("--nsamples", "9")
     assert results(folder)["flags"]["nsamples"] == 9
     file = uk / "test.jsonl"

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from support import ROOT, call, raising, results, succeed, weights
+from support import ROOT, call, raising, reloaded, results, succeed, weights
 
 from lib.data.training import TrainingText
 from lib.methods.registry import METHODS
@@ -52,8 +52,10 @@ def assert_same(one: Path, other: Path) -> None:
     first, second = weights(one / "model"), weights(other / "model")
     assert first.keys() == second.keys()
     assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
-    before, after = (results(path / "out")["perplexity"]["uk"] for path in (one, other))
-    assert after == pytest.approx(before, rel=1e-9)
+    before, after = (results(path / "out") for path in (one, other))
+    assert after["perplexity"]["uk"] == pytest.approx(before["perplexity"]["uk"], rel=1e-9)
+    where = after["device"].partition(" ")[0]
+    reloaded(other / "model", other / "out", *BASE, "--device", where)
 
 
 CASES = {

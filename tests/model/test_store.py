@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import tiny
-from support import QUICK, Done, at, call, no_file_larger_than
+import torch
+from support import CPU, QUICK, Done, at, call, no_file_larger_than
+
+from lib.model.access import Checkpoint
+from lib.model.pretrained import decoder_blocks, load_config, load_model, skeleton
+from lib.model.store import FileBlockStore, device_map
 
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -41,6 +46,31 @@ def test_finished_blocks_become_the_shards_of_the_model(tmp_path: Path) -> None:
         by_file.setdefault(file, set()).add(".".join(name.split(".")[:3]))
     assert len(by_file) == 4  # three blocks, and what is outside them
     assert all(len(blocks) == 1 for blocks in by_file.values() if "model.layers.0" in blocks)
+
+
+def test_one_rank_of_a_machine_converts(tmp_path: Path) -> None:
+    """Fused experts are written once, and mapped by all."""
+    tiny.write_model(tmp_path / "mixture", tiny.ARCHITECTURES["Mixtral"]())
+    checkpoint = Checkpoint(str(tmp_path / "mixture"))
+    config = load_config(checkpoint)
+    bare = skeleton(config, checkpoint)
+    name, _ = decoder_blocks(bare)
+    stores, times = [], []
+    for writes in (True, False):
+        where = device_map(bare, name, CPU)
+        model = load_model(
+            checkpoint,
+            config,
+            dtype=torch.float32,
+            device_map=where,
+            offload=str(tmp_path / "converted"),
+            writes=writes,
+        )
+        stores.append(FileBlockStore(model, CPU, folder=None, on_disk=False, narrow=False))
+        files = (tmp_path / "converted").glob("*.safetensors")
+        times.append({file.name: file.stat().st_mtime_ns for file in files})
+    assert stores[0].places == stores[1].places
+    assert times[0] == times[1] and any("experts" in file for file in times[0])
 
 
 @pytest.mark.parametrize("begun", [False, True])

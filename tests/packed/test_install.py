@@ -133,5 +133,8 @@ def test_requirements_and_version_stand_alike_wherever_they_stand() -> None:
     extra = PROJECT["project"]["optional-dependencies"]["test"]
     listed = (ROOT / "requirements.txt").read_text("utf-8").split()
     assert sorted(listed) == sorted(PROJECT["project"]["dependencies"] + extra)
+    # pyarrow and setuptools count their releases, whatever changes in them
+    free = [line for line in listed if ",<" not in line]
+    assert [line.partition(">=")[0] for line in free] == ["pyarrow", "setuptools"]
     citation = (ROOT / "CITATION.cff").read_text("utf-8")
     assert f"\nversion: {PROJECT['project']['version']}\n" in citation

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,26 @@ def test_flags(row: tuple[str, ...]) -> None:
     flags, *words = row
     method = [] if row in NEEDED else ["--prune_method", "wanda"]
     complaint(call("--model", "M", *method, *flags.split()), 2, *words)
+
+
+NEEDING = {  # a package that is not installed: flags of a run that needs it
+    "bitsandbytes": ["--load_bit 8", "--recover 2600 --recover_optimizer adamw8bit"],
+    "datasets": ["--calibration_data c4", "--eval_data wikitext2"],
+    "pyarrow": ["--calibration_data texts.parquet"],
+}
+
+
+@pytest.mark.parametrize("package", NEEDING)
+def test_a_package_that_some_runs_need(
+    package: str, model: Path, texts: Path, no_weights: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tests/run/test_bare.py: others do without."""
+    monkeypatch.setitem(sys.modules, package, None)
+    Path("texts.parquet").write_bytes(b"PAR1")
+    for flags in NEEDING[package]:
+        data = ["--calibration_data", texts, "--eval_data", texts]
+        done = call("--model", model, *data, *WANDA, *flags.split())
+        complaint(done, 1, f"error: {package} is not installed; pip install -r requirements.txt")
 
 
 # --- the model: status 1

@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/bench")]
 import tiny  # noqa: E402
 import torch  # noqa: E402
 from measure import medians, random_llama  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from support import whole  # noqa: E402
 from torch.utils.collect_env import get_pretty_env_info  # noqa: E402
 
 import main as command_line  # noqa: E402
@@ -79,9 +79,8 @@ class Runs:
         return next(iter(self.run(*flags)["perplexity"].values()))
 
     def saved(self) -> dict[str, torch.Tensor]:
-        """Return the tensors that the last run saved, in whatever files."""
-        files = sorted((self.folder / f"run-{self.number}/model").glob("*.safetensors"))
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+        """Return the tensors that the last run saved, as transformers finds them."""
+        return whole(self.folder / f"run-{self.number}/model")
 
     def loaded_again(self, *flags: str) -> dict[str, Any]:
         """Run, and compare perplexity with that of the saved model."""
