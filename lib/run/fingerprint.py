@@ -4,7 +4,8 @@ An interrupted run is resumed only under the same fingerprint, all ranks of one 
 same, and a sweep skips a run that was finished with it. Flags that change the result count by
 value, those that name a model or texts by the content that they name; a path never counts, nor
 does the version of this program, which is recorded. On one machine and with as many threads the
-same fingerprint gives the same bytes; other processors and numbers of threads change rounding.
+same fingerprint gives the same bytes; other processors and numbers of threads change rounding. Of
+the code that of the pruning method and of the quantizer counts, by revision and source.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..methods.gptq import GPTQ
+from ..methods.registry import is_file, label, source_digest
+from ..methods.sparsity import ALLOCATIONS
 from ..model.pretrained import dtype_name, pick_dtype, saved_dtype
 from .flags import FIGURES, NO_RESULT
 from .job import Job
@@ -37,7 +41,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     Each section is {name in messages: value}, with values that JSON can hold. `weights`: with the
     digest of all bytes of the models' weights, where something is resumed or skipped.
     """
-    args, texts = job.args, job.texts
+    args, plan, texts = job.args, job.plan, job.texts
     uncounted = [*NO_RESULT, *FIGURES, *(() if job.plan.calibrated else CALIBRATION)]
     counted = {f"--{name}": value for name, value in vars(args).items() if name not in uncounted}
     working = dtype_name(pick_dtype(args.dtype, job.config, job.device))
@@ -58,6 +62,15 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         pruning["tokens of --trim_vocabulary"] = job.vocabulary.digest
     if texts.training:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
+    if plan.method:
+        source = source_digest(plan.method_class, "prune.py", "remove.py")
+        pruning["source of --prune_method"] = source
+        if is_file(plan.method):
+            pruning["--prune_method"] = label(plan.method)
+        if plan.allocation not in ALLOCATIONS:
+            pruning["--allocation"] = f"layers {_digest([Path(plan.allocation)], named=False)}"
+    if plan.rounds:
+        pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
     measuring["tokenizer of --model"] = _content(args.model, job.config, *SETTINGS)
@@ -97,12 +110,12 @@ def _content(name: str, config: Any, *patterns: str) -> str:
     return _digest(f for f in files if f.match(WEIGHTS) or f.stat().st_size <= SETTINGS_BYTES)
 
 
-def _digest(files: Iterable[Path]) -> str:
-    """Return a digest of the names and all bytes of files, which are read side by side."""
+def _digest(files: Iterable[Path], named: bool = True) -> str:
+    """Return a digest of all bytes of files, and their names if `named`, read side by side."""
     files, hasher = sorted(files), hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         for file, digest in zip(files, pool.map(_file_digest, files), strict=True):
-            hasher.update(file.name.encode() + b"\0" + digest)
+            hasher.update((file.name.encode() + b"\0") * named + digest)
     return hasher.hexdigest()[:16]
 
 

@@ -71,6 +71,7 @@ class Job:
     shared: Path | None = None  # the folder of a sweep, whose runs share the dense model's states
     results: dict[str, Any] = field(default_factory=dict)  # see lib/run/results.py
     seconds: dict[str, float] = field(default_factory=dict)  # by step
+    layers: dict[str, float] = field(default_factory=dict)  # share of zeros of each linear
     is_recorded: bool = False  # its results are on the disk
 
     @property

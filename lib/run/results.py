@@ -15,6 +15,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
                 {"name": "uk", "source": "texts/uk", "windows": 128, "share": 1.0}]},
         "sparsity": {"overall": 0.5, "linears": {"model.layers.0.mlp.up_proj": 0.5}},
         "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # asked for, if not uniform
+        "errors": {"model.layers.0.mlp.up_proj": 0.12},     # relative squared, of its outputs
         "notes": ["..."],                                   # what was pruned in another way, or not
         "neurons": {
             "before": 2048, "after": 1536,
