@@ -111,8 +111,9 @@ def _from_file(path: str, class_name: str, changed: int) -> type[PruningMethod]:
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == ROOTS[0]:
             sys.modules.setdefault("langprune" + name[len(ROOTS[0]) :], module)
-    spec = util.spec_from_file_location(f"method_of_{Path(path).stem}", path)
-    module = util.module_from_spec(spec)
+    place = hashlib.sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
+    spec = util.spec_from_file_location(f"method_{Path(path).stem}_{place}", path)
+    module = sys.modules[spec.name] = util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's code raises
@@ -182,7 +183,7 @@ def source_digest(method: type[PruningMethod], *drivers: str) -> str:
             files[file] = None
             waiting += _imported(file)
     hasher = hashlib.sha256()
-    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
+    for file in (own, *sorted(files.keys() - {own})):
         hasher.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"revision {method.revision}, source {hasher.hexdigest()[:16]}"
 

@@ -11,7 +11,6 @@ import hashlib
 import numpy as np
 import pytest
 import tiny
-import torch
 from support import layout_of, prune_, runner_of, windows
 from torch import nn
 
@@ -42,6 +41,8 @@ GIVEN = {
     "contribution experts": (1, "29457c392725", 36.842374),
     "frequency experts": (1, "29457c392725", 36.80216),
     "random experts": (1, "29457c392725", 36.972258),
+    "quantize int4": (1, "3a88aae96841", 27.424093),
+    "quantize q4_0": (1, "7aeac5bdf41c", 27.409579),
 }
 PATTERNS = {"50%": Sparsity(0.5), "2:4": Sparsity(0.5, 2, 4)}
 NEURON_METHODS = [name for name in METHODS if name != "ria"]
@@ -57,6 +58,7 @@ def result(case: str) -> tuple[int, str, float]:
     model = model if kind in (NEURONS, EXPERTS) else model.double()
     runner, ids = runner_of(model), windows(8)
     if name == "quantize":
+        prune_(runner, "magnitude", PATTERNS["2:4"])
         Quantizer(runner, FORMATS[kind]).run(ids)
         return GPTQ.revision, *digested(model)
     method = method_of(name)
