@@ -1,5 +1,6 @@
 """results.json: what a run leaves behind, one dictionary, filled where figures are measured.
 
+Beside it, allocation.json has the share of zeros that each linear layer was to have, in full.
 A run fills only the keys that it has figures for. What nobody reads any more in files of earlier
 versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by an example:
 
