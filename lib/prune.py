@@ -76,13 +76,13 @@ def prune(
     wanted = Sparsity.parse(kind, ratio)
     method = method_of(method, arguments=method_args, kind=kind)
     length = window_length(model.config, seqlen)
-    if calibration is None and (method.observes or allocation in ("error", "owl")):
+    gradients, measured = method.needs_gradients, allocation in ("error", "owl")
+    if calibration is None and (method.observes or gradients or measured):
         raise UserError(f"calibration: {method.__name__} needs windows or texts")
     if isinstance(calibration, Tensor):
         length = calibration.shape[1]
     elif calibration is not None:
         calibration = text_windows(tokenizer, calibration, length, nsamples, seed)
-    gradients = method.needs_gradients
     with runner_of(model, length, batch_size, wanted) as runner:
         layers = allocate(runner, calibration, wanted, allocation, seed, gradients=gradients)
         pruner = prune_blocks(runner, calibration, method, layers, on_progress)
@@ -320,7 +320,7 @@ class Pruner:
         """Prune the matrices (out, in) of a group in place."""
         names, solver = [linear.name for linear in group.linears], group.solver()
         solver.output_costs = [self.allocation.output_costs.get(name) for name in names]
-        solver.output_squares = [*group.output_squares.values()]
+        solver.output_squares = [group.output_squares.get(name) for name in names]
         solver.prune_(matrices, [self.allocation.sparsity[name] for name in names])
         if group.method.tokens:
             for linear, pruned in zip(group.linears, matrices, strict=True):

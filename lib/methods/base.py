@@ -37,7 +37,7 @@ class PruningMethod:
         self.device = device
         self.tokens = 0  # observed, by all processes once their statistics are added up
         self.output_costs: Sequence[Tensor | None] | None = None
-        self.output_squares: Sequence[Tensor] | None = None
+        self.output_squares: Sequence[Tensor | None] | None = None
 
     def observe(self, x: Tensor) -> None:
         """Add x (tokens, in) to the statistics.

@@ -32,7 +32,7 @@ class TokenSample:
         """Draw from x (tokens, in) too."""
         exact = torch.promote_types(x.dtype, torch.float32)
         sizes = torch.linalg.vector_norm(x, dim=1, dtype=exact).double().square()
-        places = torch.arange(self.seen + 1, self.seen + len(x) + 1, device=x.device)
+        places = torch.arange(1, len(x) + 1, device=x.device, dtype=torch.float64) + self.seen
         self.seen += len(x)
         keys = sizes / (places * GOLDEN % 1)
         best = keys.topk(min(TOKENS + 1, len(keys)))

@@ -69,8 +69,10 @@ class Plan:
     @property
     def observes(self) -> bool:
         """Whether pruning reads calibration text."""
-        measured = self.allocation in ("error", "owl")
-        return bool(self.method and (self.method_class.observes or measured))
+        if not self.method:
+            return False
+        method, measured = self.method_class, self.allocation in ("error", "owl")
+        return method.observes or method.needs_gradients or measured
 
     @property
     def rounds(self) -> bool:
