@@ -75,6 +75,7 @@ class Quantizer(Pruner):
     """
 
     stage = ROUNDED
+    fallback = "nearest"
 
     def __init__(
         self, runner: BlockRunner, fmt: Int4, master_dtype: torch.dtype | None = None
@@ -87,8 +88,13 @@ class Quantizer(Pruner):
             raise UserError(NOTHING[fmt.name])
 
     def summary(self) -> list[str]:
-        count, bits = len(self.pruned), self.fmt.bits
+        few = [name for notes in self.notes for name in sum(notes.fallbacks.values(), [])]
+        in_few = sum(len(names.split(", ")) for names in few)
+        count, bits = len(self.pruned) - in_few, self.fmt.bits
         lines = [f"rounded {count} linears to {bits} bits, column by column"]
+        if few:
+            reason = "too few tokens were routed to them"
+            lines.append(f"rounded {in_few} linears to nearest, {reason}: {first_of(few)}")
         dense = self.left_dense.items()
         if left := [name for name, (_, reason) in dense if reason == UNREACHED]:
             lines.append(f"rounded to nearest, {UNREACHED}: {first_of(left)}")

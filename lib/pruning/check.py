@@ -59,5 +59,5 @@ class Measured:
         now = Measured(runner, self.target, self.left_dense)
         for name, zeros in self.zeros.items():
             if now.zeros[name] < zeros:
-                raise UserError(f"{name}: {zeros - now.zeros[name]} of its zeros are none any more")
+                raise UserError(f"{name}: has lost {zeros - now.zeros[name]} zeros; report this")
         return now

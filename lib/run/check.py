@@ -22,7 +22,7 @@ from ..data.samples import as_windows
 from ..data.sources import is_parted
 from ..data.templates import set_date, writes_date
 from ..distributed.context import DistContext, local_device
-from ..methods.sparsity import EXPERTS
+from ..methods.sparsity import ALLOCATIONS, EXPERTS
 from ..model import pretrained
 from ..model.access import Checkpoint
 from ..model.parts import find_parts
@@ -30,7 +30,9 @@ from ..model.processor import processor_ids
 from ..model.quantized import check_format, stored_bits
 from ..model.rows import config_token_ids, keep_rows_, trimmable_rows
 from ..model.run_folder import JOB, RunFolder, begun_with
+from ..pruning.allocation import read_layers
 from ..pruning.inputs import check_widths
+from ..pruning.masks import check_new_file
 from ..recover import CROSS_ENTROPY, TrainSchedule
 from ..remove import experts_left, neurons_left
 from ..sparse import check_packable
@@ -111,6 +113,8 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raise UserError where the run could not write what it is to save."""
     args.save = args.save or Plan.of(args).default_save(args.model)
     check_writable("--save", args.save)
+    if args.save_masks:
+        check_new_file("--save_masks", args.save_masks)
     if args.save_model:
         check_new_folder("--save_model", args.save_model)
         _check_unfinished(args, partial_of(args.save_model))
@@ -167,6 +171,8 @@ def _open_model(args: argparse.Namespace, plan: Plan, longest: int) -> Job:
         left = count_left(layout, plan.sparsity.ratio)
     elif plan.method:
         check_widths(blocks, blocks_name, plan.sparsity)
+        if plan.allocation not in ALLOCATIONS:
+            read_layers(plan.allocation, blocks, blocks_name, plan.sparsity)
     if args.text_only:
         pretrained.text_alone(skeleton, checkpoint)  # raises where that can't be
     if plan.packs:

@@ -4,7 +4,8 @@ An interrupted run is resumed only under the same fingerprint, all ranks of one 
 same, and a sweep skips a run that was finished with it. Flags that change the result count by
 value, those that name a model or texts by the content that they name; a path never counts, nor
 does the version of this program, which is recorded. On one machine and with as many threads the
-same fingerprint gives the same bytes; other processors and numbers of threads change rounding.
+same fingerprint gives the same bytes; other processors and numbers of threads change rounding. Of
+the code that of the pruning method and of the quantizer counts, by revision and source.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..methods.gptq import GPTQ
+from ..methods.registry import is_file, label, source_digest
+from ..methods.sparsity import ALLOCATIONS
 from ..model.pretrained import dtype_name
 from .flags import FIGURES, NO_RESULT
 from .job import Job
@@ -38,7 +42,7 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
     digest of all bytes of the models' weights, where something is resumed or skipped; one rank of a
     machine reads them. Every rank must call this.
     """
-    args, texts, dist = job.args, job.texts, job.dist
+    args, plan, texts, dist = job.args, job.plan, job.texts, job.dist
     read = {"--model": job.config, "--teacher": job.teacher_config}
     read = {flag: (vars(args)[flag[2:]], config) for flag, config in read.items() if config}
     digests = None
@@ -63,6 +67,15 @@ def fingerprint(job: Job, weights: bool) -> dict[str, dict[str, Any]]:
         pruning["windows of --recover"] = texts.training.facts["digest"][:16]
         if job.schedule.windows > job.schedule.windows_alone:  # more than a single process takes
             pruning["windows of a step of --recover"] = job.schedule.windows
+    if plan.method:
+        source = source_digest(plan.method_class, "prune.py", "remove.py")
+        pruning["source of --prune_method"] = source
+        if is_file(plan.method):
+            pruning["--prune_method"] = label(plan.method)
+        if plan.allocation not in ALLOCATIONS:
+            pruning["--allocation"] = f"layers {_digest([Path(plan.allocation)], named=False)}"
+    if plan.rounds:
+        pruning["source of --quantize"] = source_digest(GPTQ, "prune.py", "quantize.py")
     pruning |= {f"version of {name}": versions()[name] for name in DECIDING}
     measuring = {f"--{name}": getattr(args, name) for name in FIGURES}
     measuring["--batch_size"] = job.batch_size  # sums of other batches are rounded otherwise
@@ -103,12 +116,12 @@ def _content(name: str, config: Any, *patterns: str) -> str:
     return _digest(f for f in files if f.match(WEIGHTS) or f.stat().st_size <= SETTINGS_BYTES)
 
 
-def _digest(files: Iterable[Path]) -> str:
-    """Return a digest of the names and all bytes of files, which are read side by side."""
+def _digest(files: Iterable[Path], named: bool = True) -> str:
+    """Return a digest of all bytes of files, and their names if `named`, read side by side."""
     files, hasher = sorted(files), hashlib.sha256()
     with ThreadPoolExecutor() as pool:
         for file, digest in zip(files, pool.map(_file_digest, files), strict=True):
-            hasher.update(file.name.encode() + b"\0" + digest)
+            hasher.update((file.name.encode() + b"\0") * named + digest)
     return hasher.hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..methods.registry import EXPERT_METHODS, METHODS
+from ..methods.registry import EXPERT_METHODS, METHODS, is_file
 from ..methods.sparsity import (
     ALLOCATIONS,
     EXPERTS,
@@ -33,7 +33,7 @@ them on text of that language, measure what it cost, save a smaller model."""
 # and not their path, or say where and how fast, which is rounding at most
 NO_RESULT = "model calibration_data column prune_on_c4 vocabulary_data teacher eval_data".split()
 NO_RESULT += "include_path cache_dir device batch_size offload prompts save save_model".split()
-NO_RESULT += ["resume", "debug"]
+NO_RESULT += ["resume", "debug", "save_masks"]
 FIGURES = ["tasks", "eval_windows"]  # another value is the same model, measured otherwise
 
 FEWEST_ZEROS = 1 / 16  # packing pays for one bit per weight only above this share of zeros
@@ -56,6 +56,17 @@ NATURAL = _number(int, lambda value: value >= 0, "at least 0")
 WINDOW = _number(int, lambda value: value >= 2, "at least 2")
 SHARE = _number(float, lambda value: 0 <= value < 1, "at least 0 and below 1")
 RATE = _number(float, lambda value: 0 < value < 1, "above 0 and below 1")
+
+
+def _one_of(names: tuple[str, ...], ends: str, more: str) -> Callable[[str], str]:
+    """Return a type of argparse: one of some names, or what has `ends` in it."""
+
+    def parse(text: str) -> str:
+        if text not in names and ends not in text:
+            raise argparse.ArgumentTypeError(f"{text}: must be {', '.join(names)} or {more}")
+        return text
+
+    return parse
 
 
 @cache
@@ -182,8 +193,18 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "prune_method",
         "how the weights to drop are chosen; of experts: reap (the mean of gate times output), "
-        "contribution (its sum over all tokens), frequency, or at random",
-        choices=(*METHODS, *EXPERT_METHODS),
+        "contribution (its sum over all tokens), frequency, or at random; or a class of your own, "
+        f"FILE.py:CLASS (one of {', '.join((*METHODS, *EXPERT_METHODS))})",
+        type=_one_of((*METHODS, *EXPERT_METHODS), ".py:", "FILE.py:CLASS"),
+        metavar="METHOD",
+    )
+    flag(
+        "method_args",
+        "parameters of the method, which its class declares: alpha of ria, damping of sparsegpt, "
+        "rho of admm, ...",
+        nargs="+",
+        metavar="NAME=VALUE",
+        shown="the published ones",
     )
     flag(
         "sparsity_ratio",
@@ -202,9 +223,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "allocation",
         "how zeros are distributed, at an equal total; error: fewer in linears whose errors "
-        "change the predictions more, by one backward pass through the model",
+        "change the predictions more, by one backward pass through the model; owl: fewer in blocks "
+        "with more outliers among Wanda's scores; or FILE.json, {layer: share of zeros}, such as "
+        "the allocation.json that every pruning leaves in --save",
         default="uniform",
-        choices=ALLOCATIONS,
+        type=_one_of(ALLOCATIONS, ".json", "FILE.json"),
+        metavar="RULE",
     )
     switch("use_variant", "wanda: let each row have its own share of zeros")
     switch(
@@ -325,6 +349,11 @@ def build_parser() -> argparse.ArgumentParser:
         "continues after an interruption; removed after success",
         metavar="FOLDER",
     )
+    flag(
+        "save_masks",
+        "file for the masks alone, a bit for each weight, as safetensors",
+        metavar="FILE",
+    )
     switch("text_only", "of a model that also sees or hears, save the text alone")
     switch("debug", "show the full traceback of an error")
     return parser
@@ -372,6 +401,8 @@ NEEDS = {  # a flag: others of which one must be given
     "recover_ce": ("recover",),
     "include_path": ("tasks",),
     "allocation": ("prune_method",),
+    "method_args": ("prune_method",),
+    "save_masks": ("prune_method",),
     "text_only": ("save_model",),
 }
 EXCLUDES = (  # two flags, and why not both
@@ -419,10 +450,14 @@ def mistakes(args: argparse.Namespace) -> Iterator[str]:
         yield f"--prune_method: name one of {', '.join(METHODS)}, or give --eval_only"
     if args.use_variant and method != "wanda":
         yield f"--use_variant: is for wanda, not for {method or 'the dense model'}"
-    for name in ("use_variant", "allocation") if kind != UNSTRUCTURED else ():
+    everywhere = kind in SMALLER or args.allocation == "error"
+    fixed = everywhere or (args.allocation == "owl" and kind == "2:4")  # no pattern beside it
+    for name in ("use_variant", *["allocation"] * fixed) if kind != UNSTRUCTURED else ():
         if given(args, name):
             yield f"{shown(args, name)}: is for --sparsity_type {UNSTRUCTURED}, not for {kind}"
-    if method and (kind == EXPERTS) != (method in EXPERT_METHODS):
+    if args.save_masks and kind in SMALLER:
+        yield f"{shown(args, 'save_masks')}: --sparsity_type {kind} leaves no zeros; leave it out"
+    if method and not is_file(method) and (kind == EXPERTS) != (method in EXPERT_METHODS):
         names = ", ".join(EXPERT_METHODS if kind == EXPERTS else METHODS)
         yield f"--prune_method {method}: is not for --sparsity_type {kind}; use one of {names}"
     if method and kind in SMALLER:

@@ -48,6 +48,7 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)  # by step
     folder: RunFolder | None = None  # of finished blocks, in the main rank
     is_saved: bool = False  # its model is, in the main rank
+    layers: dict[str, float] = field(default_factory=dict)  # share of zeros of each linear layer
     is_recorded: bool = False  # its results are on the disk
 
 

@@ -1,5 +1,6 @@
 """results.json: what a run leaves behind, one dictionary, filled where figures are measured.
 
+Beside it, allocation.json has the share of zeros that each linear layer was to have, in full.
 A run fills only the keys that it has figures for. What nobody reads any more in files of earlier
 versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by an example:
 
@@ -18,6 +19,7 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
                 {"name": "uk", "source": "texts/uk", "windows": 128, "share": 1.0}]},
         "sparsity": {"overall": 0.5, "linears": {"model.layers.0.mlp.up_proj": 0.5}},
         "allocation": {"model.layers.0.mlp.up_proj": 0.5},  # asked for, if not uniform
+        "errors": {"model.layers.0.mlp.up_proj": 0.12},     # relative squared, of its outputs
         "notes": ["..."],                                   # what was pruned in another way, or not
         "neurons": {
             "before": 2048, "after": 1536,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..eval import COMPARED_POSITIONS, perplexities, perplexity, some_logits
-from ..methods.registry import method_of
 from ..model.blocks import BlockRunner
 from ..model.pretrained import footprint, parameter_bytes
 from ..model.reference import (
@@ -21,15 +22,17 @@ from ..model.reference import (
 )
 from ..model.rows import keep_rows_
 from ..packed.formats import FORMATS, Grid
-from ..prune import allocate as choose_allocation
-from ..prune import prune as prune_linears
+from ..prune import prune_blocks
 from ..pruning.allocation import Allocation
+from ..pruning.allocation import allocate as choose_allocation
 from ..pruning.check import Measured
+from ..pruning.masks import packed_masks, write_masks
 from ..quantize import check_quantized as check_quantized_weights
 from ..quantize import quantize as quantize_linears
 from ..recover import Recoverer
 from ..remove import remove
 from ..sparse import check_same_outputs, pack_, relative_difference
+from ..util.files import write_text
 from ..util.host import gib
 from ..vocabulary import PROOF_TOKENS
 from . import tasks
@@ -58,6 +61,7 @@ __all__ = [  # steps of main.run that stand elsewhere
     "resolve_bos",
     "save",
 ]
+ALLOCATION = "allocation.json"  # in --save; --allocation takes it
 BEFORE = "perplexity", "bits_per_byte", "kl", "top1_agreement"
 Starts = dict[int, tuple[Tensor, Grid]]  # of `Quantizer`
 
@@ -102,19 +106,26 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
     plan, args, sparsity = job.plan, job.args, None
     if not plan.method:
         return Measured(runner)
-    method, windows = method_of(plan.method, plan.variant), job.texts.windows
+    method, windows = plan.method_class, job.texts.windows
     size = parameter_bytes(runner.model, runner.save_dtype)
     allocation = None if plan.removes else allocate(job, runner)
     with job.timed("prune", "pruning", len(runner.blocks)) as bar:
         if plan.removes:
             pruner = remove(runner, windows, method, job.layout, job.left, args.seed, bar)
         else:
-            pruner = prune_linears(runner, windows, method, allocation, bar)
+            pruner = prune_blocks(runner, windows, method, allocation, bar)
             if not plan.variant:  # which only comes near the ratio
                 sparsity = allocation.sparsity
         reached = Measured(runner, sparsity, pruner.left_dense)
     job.print(*pruner.summary())
     job.outcome.results |= {"notes": pruner.summary()[1:], "sparsity": reached.shares()}
+    if errors := pruner.errors():
+        job.outcome.results["errors"] = errors
+    if args.save_masks:
+        masks = packed_masks(runner, pruner.pruned)
+        if job.dist.is_main:
+            write_masks(args.save_masks, masks)
+            job.print(f"masks: {args.save_masks}")
     if plan.removes:
         job.outcome.results[plan.removes] = pruner.record() | {
             "bytes_before": size,
@@ -126,11 +137,18 @@ def prune(job: Job, runner: BlockRunner) -> Measured:
 def allocate(job: Job, runner: BlockRunner) -> Allocation:
     """Return the sparsity of every linear."""
     args, windows, sparsity = job.args, job.texts.windows, job.plan.sparsity
-    if args.allocation == "uniform":
-        return choose_allocation(runner, windows, sparsity)
-    with job.timed("allocate", "measuring errors", 2 * len(runner.blocks)) as bar:
-        allocation = choose_allocation(runner, windows, sparsity, args.allocation, args.seed, bar)
-    shares = {name: round(each.ratio, 6) for name, each in allocation.sparsity.items()}
+    rule, gradients = args.allocation, job.plan.method_class.needs_gradients
+    total = len(runner.blocks) * ((rule == "owl") + 2 * (rule == "error" or gradients))
+    choose = partial(choose_allocation, runner, windows, sparsity, rule, args.seed)
+    if total:
+        with job.timed("allocate", "measuring errors", total) as bar:
+            allocation = choose(bar, gradients=gradients)
+    else:
+        allocation = choose()
+    job.outcome.layers = {name: each.ratio for name, each in allocation.sparsity.items()}
+    if rule == "uniform":
+        return allocation
+    shares = {name: round(ratio, 6) for name, ratio in job.outcome.layers.items()}
     job.print(f"sparsity of the linears: {min(shares.values())} to {max(shares.values())}")
     job.outcome.results["allocation"] = shares
     return allocation
@@ -238,6 +256,9 @@ def record(job: Job, runner: BlockRunner) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     keep_other_results(folder, job.fingerprint)
     finish_results(job, runner)
+    if job.outcome.layers:
+        text = json.dumps(job.outcome.layers, indent=0) + "\n"
+        write_text(folder / ALLOCATION, text)
     write_log(folder, job.outcome.results)
     if job.args.save_model:
         write_card(job, job.args.save_model)

@@ -89,6 +89,17 @@ def test_changed_flags_are_refused(change: str, word: str, begun: list, tmp_path
     assert content(tmp_path / "kept") == kept
 
 
+def test_another_source_of_the_method_is_refused(
+    begun: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks by two algorithms do not become one model."""
+    monkeypatch.setattr(SparseGPT, "revision", SparseGPT.revision + 1)
+    done = call(*begun)
+    assert done.status == 1 and len(done.complaints) == 1
+    assert "was begun with source of --prune_method 'revision 1, source " in done.complaints[0]
+    assert "now it is 'revision 2, source " in done.complaints[0]
+
+
 def test_one_changed_byte_of_the_weights_is_refused(begun: list, tmp_path: Path) -> None:
     copied = shutil.copytree("model", tmp_path / "elsewhere")
     file = copied / "model.safetensors"
