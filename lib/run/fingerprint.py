@@ -97,6 +97,11 @@ def _content(name: str, config: Any, *patterns: str) -> str:
     return _digest(f for f in files if f.match(WEIGHTS) or f.stat().st_size <= SETTINGS_BYTES)
 
 
+def model_digest(name: str, config: Any) -> str:
+    """Return what identifies a model with its tokenizer: the hub's commit, or a folder's digest."""
+    return _content(name, config, WEIGHTS, *SETTINGS)
+
+
 def _digest(files: Iterable[Path]) -> str:
     """Return a digest of the names and all bytes of files, which are read side by side."""
     files, hasher = sorted(files), hashlib.sha256()
