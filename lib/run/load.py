@@ -32,6 +32,7 @@ BITS = {"4": 4.5, "8": 8.1}  # for each weight of --load_bit, scales included
 TRAINED = {"adamw": 16, "adamw8bit": 11}  # bytes of a weight: float32, gradient, two averages
 CACHED = 8  # inputs of a block's linears, in hidden states
 KEPT = 40  # activations of a block that a backward pass needs, in hidden states of a batch
+LOGITS = 4 * 4  # bytes of a logit in training: both models' and their gradients, float32
 LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
 
@@ -115,20 +116,7 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     args, dist, config = job.args, job.dist, job.config
     blocks = job.skeleton.get_submodule(job.blocks_name)
     dtype = pretrained.pick_dtype(args.dtype, config, job.device)
-    inside = sum(parameter.numel() for parameter in blocks.parameters())
-    outside = sum(parameter.numel() for parameter in job.skeleton.parameters()) - inside
-    gpu, here = job.device.type != "cpu", torch.accelerator
-    if gpu:  # torch's own cache is free too
-        free = torch.get_device_module(job.device).mem_get_info(job.device)[0]
-        free += here.memory_reserved(job.device) - here.memory_allocated(job.device)
-    else:
-        free = available() // dist.local_size
-    bits = BITS[args.load_bit] if args.load_bit else 8 * dtype.itemsize
-    weights = int(inside * bits / 8) + outside * dtype.itemsize
-    teacher = inside * dtype.itemsize if job.schedule else 0  # the copy shares what is outside
-    if job.teacher:
-        dense = pretrained.skeleton(job.teacher_config, job.teacher)
-        teacher = sum(parameter.numel() for parameter in dense.parameters()) * dtype.itemsize
+    gpu, free, (weights, teacher) = job.device.type != "cpu", free_bytes(job), model_bytes(job)
     quantized = args.load_bit or getattr(config, "quantization_config", None)
     held = [parameter for block in blocks for parameter in block.parameters()]
     # of blocks that share weights one can't be fetched without the other
@@ -146,10 +134,7 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
     hidden = 2 * windows * job.seqlen * width * dtype.itemsize  # pruned and dense stream
     left = free - teacher - (2 * weights // len(blocks) if fetched else weights)
     on_device = not gpu or 4 * hidden < left
-    batch = job.batch_size * job.seqlen * width * dtype.itemsize
-    trained = _trained_bytes(blocks, TRAINED[args.recover_optimizer], args.recover_rank, dtype)
-    training = trained + weights + teacher + KEPT * len(blocks) * batch
-    checkpointed = bool(job.schedule) and training > free
+    checkpointed = bool(job.schedule) and training_bytes(job, KEPT * len(blocks)) > free
     where = "" if not gpu else f" on {job.device}" if on_device else " on the host"
     job.print(
         f"memory: weights {gib(weights)}{', one block at a time' if fetched else ''}, "
@@ -164,6 +149,59 @@ def plan_memory(job: Job) -> tuple[bool, dict[str, Any]]:
         cache_inputs=left - hidden > CACHED * hidden,
         checkpointed=checkpointed,
     )
+
+
+def fits_training(job: Job) -> tuple[bool, int, int]:
+    """Return whether a job's training fits, if activations are computed again; needed and free."""
+    blocks, embedding = (
+        job.skeleton.get_submodule(job.blocks_name),
+        job.skeleton.get_input_embeddings(),
+    )
+    needed, rows = training_bytes(job, KEPT + len(blocks)), embedding.num_embeddings
+    if job.vocabulary:
+        tables = {job.skeleton.get_output_embeddings(), embedding} - {None}
+        numbers = sum({id(each.weight): each.weight.numel() for each in tables}.values())
+        dtype = pretrained.pick_dtype(job.args.dtype, job.config, job.device)
+        needed -= int(numbers * (1 - len(job.vocabulary.rows) / rows)) * dtype.itemsize
+        rows = len(job.vocabulary.rows)
+    needed += LOGITS * job.batch_size * job.seqlen * rows
+    if job.plan.rounds and not job.schedule.rank:  # masters before the training, beside its own
+        needed += 4 * sum(parameter.numel() for parameter in blocks.parameters())
+    free = free_bytes(job)
+    return needed <= free, needed, free
+
+
+def training_bytes(job: Job, kept: int) -> int:
+    """Return the bytes of both models and of training one, with activations of `kept` batches."""
+    args, width = job.args, job.config.get_text_config(decoder=True).hidden_size
+    dtype = pretrained.pick_dtype(args.dtype, job.config, job.device)
+    blocks = job.skeleton.get_submodule(job.blocks_name)
+    trained = _trained_bytes(blocks, TRAINED[args.recover_optimizer], args.recover_rank, dtype)
+    batch = job.batch_size * job.seqlen * width * dtype.itemsize
+    return trained + sum(model_bytes(job)) + kept * batch
+
+
+def model_bytes(job: Job) -> tuple[int, int]:
+    """Return the bytes of the model's weights and of its teacher's."""
+    args, blocks = job.args, job.skeleton.get_submodule(job.blocks_name)
+    dtype = pretrained.pick_dtype(args.dtype, job.config, job.device)
+    inside = sum(parameter.numel() for parameter in blocks.parameters())
+    outside = sum(parameter.numel() for parameter in job.skeleton.parameters()) - inside
+    bits = BITS[args.load_bit] if args.load_bit else 8 * dtype.itemsize
+    teacher = inside if job.schedule else 0  # the copy shares what is outside
+    if job.teacher:
+        dense = pretrained.skeleton(job.teacher_config, job.teacher)
+        teacher = sum(parameter.numel() for parameter in dense.parameters())
+    return int(inside * bits / 8) + outside * dtype.itemsize, teacher * dtype.itemsize
+
+
+def free_bytes(job: Job) -> int:
+    """Return the bytes that are free on the job's device, for this process."""
+    if job.device.type == "cpu":
+        return available() // job.dist.local_size
+    here = torch.accelerator  # torch's own cache is free too
+    free = torch.get_device_module(job.device).mem_get_info(job.device)[0]
+    return free + here.memory_reserved(job.device) - here.memory_allocated(job.device)
 
 
 def _trained_bytes(blocks: nn.Module, each: int, rank: int | None, dtype: torch.dtype) -> int:
