@@ -32,6 +32,7 @@ BITS = {"4": 4.5, "8": 8.1}  # for each weight of --load_bit, scales included
 TRAINED = {"adamw": 16, "adamw8bit": 11}  # bytes of a weight: float32, gradient, two averages
 CACHED = 8  # inputs of a block's linears, in hidden states
 KEPT = 40  # activations of a block that a backward pass needs, in hidden states of a batch
+PASSING = 1.05  # temporaries of a step, and allocation in whole blocks
 LOGITS = 4 * 4  # bytes of a logit in training: both models' and their gradients, float32
 LEAST_ZEROS = 0.01  # share of the blocks' weights; a model with fewer was not pruned
 MEMORY = Path("/dev/shm")  # on Linux: files in memory
@@ -167,7 +168,7 @@ def fits_training(job: Job) -> tuple[bool, int, int]:
     needed += LOGITS * job.batch_size * job.seqlen * rows
     if job.plan.rounds and not job.schedule.rank:  # masters before the training, beside its own
         needed += 4 * sum(parameter.numel() for parameter in blocks.parameters())
-    free = free_bytes(job)
+    needed, free = int(PASSING * needed), free_bytes(job)
     return needed <= free, needed, free
 
 

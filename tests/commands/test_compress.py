@@ -17,12 +17,13 @@ from huggingface_hub import metadata_load
 from processes import Worker
 from support import call_here, children, content, results, succeed, wait_until
 
-from lib.commands import compress, dialogues
+from lib.commands import compress, compress_plan, dialogues
 from lib.data.documents import read_documents
 from lib.run.flags import build_parser, check_flags
 from lib.run.plan import Plan
 from lib.run.texts import named_sources
 from lib.util.command import CALLED, call, run, typed
+from lib.util.errors import UserError
 from lib.util.files import exclusive_lock
 
 pytestmark = pytest.mark.usefixtures("elsewhere", "in_this_process")
@@ -43,7 +44,7 @@ def test_the_minutes_are_kept() -> None:
         "footprint": {"before": 20, "after": 10},
     }
 
-    def planned(seconds: float, passes: int = 0, **more: bool) -> compress.Times:
+    def planned(seconds: float, passes: int = 0, **more: bool) -> compress_plan.Times:
         most, wall = dict(tests=100, rounding=32), 20 + spent.get("quantize", 0)
         return compress.plan_time(rehearsal, wall, seconds, **most, passes=passes, **more)
 
@@ -55,7 +56,7 @@ def test_the_minutes_are_kept() -> None:
     assert (tokens - planned(1500).tokens) / 512 == pytest.approx(300 / 0.6, abs=1)
     assert planned(300).tests == int(0.15 * 300 / (0.2 * (6 + 2)))
     least = planned(-5)
-    assert (least.tests, least.tokens) == (compress.LEAST_TESTS, 512 * 16)
+    assert (least.tests, least.tokens) == (compress_plan.LEAST_TESTS, 512 * 16)
     assert least.seconds > 60
     spent["quantize"] = 2 * 8 * 0.2 + 30  # of which solving takes 30 seconds
     assert planned(1800).rounding == 32 and planned(200).rounding == (0.25 * 200 - 30) // 1.6
@@ -85,10 +86,10 @@ def test_a_model_is_compressed_though_it_was_interrupted(
     argv = "dense small --data uk --language uk-UA --minutes 1 --device cpu --for vllm".split()
     call, plan, runs = compress.call, compress.plan_time, []
 
-    def plan_little(*given: float, **most: int) -> compress.Times:
+    def plan_little(*given: float, **most: int) -> compress_plan.Times:
         times = plan(*given, **most)
         assert times.tests > 0 and 8 <= times.rounding <= 32
-        return compress.Times(min(2, times.tests), 8, 16 * 128, 600.0)
+        return compress_plan.Times(min(2, times.tests), 8, 16 * 128, 600.0)
 
     def once_interrupted(module: str, *flags: object) -> int:
         runs.append([str(flag) for flag in flags])
@@ -192,7 +193,7 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
         model.lm_head.weight.data += seed
         tiny.write_model(name, model, chats.tokenizer_with(chats.LLAMA_3))
     tiny.write_texts("uk", tiny.sentences(80, words=4), 8)
-    tail = "--data uk --recover 0 --device cpu --dialogues 16".split()
+    tail = "--data uk --recover 0 --device cpu --dialogues 40".split()
     with monkeypatch.context() as patched:
         if how != "OUT removed":
             patched.setattr(compress, "make_plan", interrupt)
@@ -209,7 +210,7 @@ def test_a_model_is_not_made_small_on_the_answers_of_another(
     with monkeypatch.context() as patched:
         patched.setattr(compress, "make_plan", interrupt)
         assert run(compress.main, [name, "small", *tail]) == 130
-        assert set(asked) == {name} and len(asked) == 2, capfd.readouterr()
+        assert set(asked) == {name}, capfd.readouterr()
         assert Path("small-compress/dialogues.jsonl").read_bytes() != answers_of_a
         asked.clear()
         assert run(compress.main, [name, "small", *tail]) == 130
@@ -244,11 +245,11 @@ def test_a_line_separator_in_an_answer_ends_no_row(
 def test_flags_for_saving_alone_are_for_the_run_that_saves(
     capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny.write_model("dense", tiny.VISION["Qwen3-VL"]())
+    tiny.write_model("dense", tiny.VISION["Gemma 3 multimodal"]())
     tiny.write_texts("uk", tiny.sentences(200, words=8), 8)
     argv = "dense small --data uk --device cpu --minutes 1 --text_only".split()
     assert run(compress.main, argv) == 0, capfd.readouterr().err
-    assert json.loads(Path("small/config.json").read_text())["architectures"] != ["Qwen3VL"]
+    assert json.loads(Path("small/config.json").read_text())["model_type"] == "gemma3_text"
     assert results("small-compress/compressed")["flags"]["text_only"]
     assert not results("small-compress/dense")["flags"]["text_only"]
 
@@ -331,13 +332,13 @@ def test_a_file_is_never_larger_than_it_is_said_to_be() -> None:
     flags = ["--model", "dense", "--device", "cpu", "--seqlen", "32", "--calibration_data", "uk"]
     flags += ["--nsamples", "8", "--trim_vocabulary", "--quantize", "q4_0"]
     job = compress.check_job(list(flags), recover=0)
-    outer = compress.vocabulary_bytes(job)
+    outer = compress_plan.vocabulary_bytes(job)
     succeed(*flags, "--prompts", "0", "--save_model", "small")
     for kind in ("q4_0", "q8_0"):
         assert (
             call_here("commands.gguf", "small", f"{kind}.gguf", "--type", kind, "--data", "uk") == 0
         )
-        said = compress.gguf_megabytes(job, job.skeleton, kind, outer)
+        said = compress_plan.gguf_megabytes(job, job.skeleton, kind, outer)
         size = Path(f"{kind}.gguf").stat().st_size / 1e6
         assert size <= said <= size + 0.01
 
@@ -438,7 +439,7 @@ def test_parts_are_removed_until_the_file_is_as_small(
     sizes = [whole * share for share in shares]
     ratios = [float(compress.choose_size(job, size)[1]) for size in sizes]
     assert 0 < ratios[0] <= ratios[1] <= ratios[2] < 1 and ratios[0] < ratios[2]
-    with pytest.raises(compress.UserError, match=f"{kind} in each block.*is the least"):
+    with pytest.raises(UserError, match=f"{kind} in each block.*is the least"):
         compress.choose_size(job, 0.001)
     type_, removed, what = compress.choose_size(job, 2 * whole)
     assert (type_, removed) == ("q8_0", None) and "nothing rounded to 4 bits" in what
@@ -483,7 +484,7 @@ def test_what_was_not_measured_is_no_number(monkeypatch) -> None:
 
 
 def test_sizes_are_numbers_to_read() -> None:
-    assert [compress._megabytes(size) for size in (0.04567, 52.34, 1192.3)] == [
+    assert [compress_plan._megabytes(size) for size in (0.04567, 52.34, 1192.3)] == [
         "0.0457",
         "52.3",
         "1,192",
