@@ -77,11 +77,11 @@ def test_compress_trains_where_that_is_said_to_fit(
 ) -> None:
     """The estimate is enough: with no byte more than it asks for, the training ends well."""
     monkeypatch.chdir(tmp_path)
-    tiny.write_model("deep", tiny.tiny_llama(num_hidden_layers=12, intermediate_size=256))
+    tiny.write_model("deep", tiny.tiny_llama(num_hidden_layers=4, intermediate_size=256))
     tiny.write_texts("uk", tiny.sentences(200, words=60), tiny.sentences(8, 1, words=60))
     flags = "--model deep --trim_vocabulary --calibration_data uk --quantize q4_0".split()
     flags += "--device cuda:0 --batch_size 2 --nsamples 8 --seqlen 64 --prompts 0".split()
-    needed = fits_training(compress.check_job(list(flags), 2048))[1]
+    needed = fits_training(compress.check_job(list(flags), 512))[1]
     device.set_limit(0, torch.accelerator.memory_allocated(0) + needed)
-    done = call(*flags, "--recover", "2048", "--save", "out")
+    done = call(*flags, "--recover", "512", "--save", "out")
     assert done.status == 0, done.err
