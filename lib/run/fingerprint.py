@@ -116,6 +116,11 @@ def _content(name: str, config: Any, *patterns: str) -> str:
     return _digest(f for f in files if f.match(WEIGHTS) or f.stat().st_size <= SETTINGS_BYTES)
 
 
+def model_digest(name: str, config: Any) -> str:
+    """Return what identifies a model with its tokenizer: the hub's commit, or a folder's digest."""
+    return _content(name, config, WEIGHTS, *SETTINGS)
+
+
 def _digest(files: Iterable[Path], named: bool = True) -> str:
     """Return a digest of all bytes of files, and their names if `named`, read side by side."""
     files, hasher = sorted(files), hashlib.sha256()
