@@ -61,7 +61,7 @@ def test_a_temporary_folder_goes_with_a_process_that_is_killed(tmp_path: Path) -
 def test_lines_come_through_a_pipe_as_they_are_printed(tmp_path: Path) -> None:
     code = "import time; from lib.util import command\n"
     code += "command.run(lambda _: (print('memory: enough'), time.sleep(600)), [])"
-    process = python(code, folder=tmp_path)
+    process = python(code, folder=tmp_path, PYTHONUNBUFFERED="")
     try:
         assert process.stdout.readline() == "memory: enough\n"
     finally:
