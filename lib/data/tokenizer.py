@@ -18,17 +18,18 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
-from tokenizers import pre_tokenizers
+from tokenizers import decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..util.errors import UserError
 from ..util.token_ids import map_token_ids
+from .languages import script_of
 from .templates import examples
 from .tokenizer_model import BYTE_TOKENS, CHECK, check_of
 
@@ -114,6 +115,27 @@ class TrimmableTokenizer:
         for rank, merge in enumerate(model.get("merges") or ()):
             self.ranks.setdefault(tuple(merge), rank)
 
+    @cached_property
+    def texts(self) -> dict[int, str]:
+        """The text of each token as it is written; "" for a byte, or a part of a letter."""
+        level = decoders.ByteLevel() if self.is_byte_level else None
+        texts = {}
+        for index, token in self.id_to_token.items():
+            text = level.decode([token]) if level else token
+            is_part = token in BYTE_TOKENS or "\ufffd" in text
+            texts[index] = "" if is_part else text
+        return texts
+
+    @cached_property
+    def scripts(self) -> dict[int, str | None]:
+        """The script of most letters of each token; None where it has none."""
+        return {index: script_of(text) for index, text in self.texts.items()}
+
+    @property
+    def is_byte_level(self) -> bool:
+        components = (self.data["pre_tokenizer"], self.data["decoder"])
+        return any(part.get("type") == "ByteLevel" for part in _components(components))
+
     def merge_parts(self, index: int) -> set[int]:
         """Return the ids of a token and of all tokens that its merges go through.
 
@@ -159,7 +181,7 @@ class TrimmableTokenizer:
         # as bytes, the sign for a blank would stay a sign
         texts = (part.get(key) for part in _components(components) for key in SUBSTITUTES)
         needed |= {text for text in texts if isinstance(text, str)}
-        if any(part.get("type") == "ByteLevel" for part in _components(components)):
+        if self.is_byte_level:
             needed |= set(pre_tokenizers.ByteLevel.alphabet())
         elif model.get("byte_fallback") and BYTE_TOKENS <= self.token_to_id.keys():
             needed |= BYTE_TOKENS
