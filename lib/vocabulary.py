@@ -51,7 +51,7 @@ RISE = 0.003  # of the tokens of text held out of the count, from which it is to
 GOAL = 0.001  # and below which tokens that are likely in the language are enough
 HELD_OUT = 10  # every tenth document is held out,
 HELD_CHARACTERS = 1_000_000  # of so much text at most
-UNLIKELY = 1e-6  # expected share of a token in a text, below which it is not worth a row
+UNLIKELY = 1e-7  # expected share of a token in a text, below which it is not worth a row
 MEASURED_BYTES = 2**15  # of a test text, on which both vocabularies are measured,
 MEASURED_TOKENS = 1024  # in windows of at most so many tokens
 TOO_COSTLY = 0.02  # a rise of bits per byte that is warned of
@@ -283,8 +283,10 @@ def _likely_tokens(
     before = sum(map(len, ids))
     first = counts - torch.bincount(torch.tensor([*chain(*ids)]), minlength=len(counts))
 
+    order, most = _fill_order(tokens, first)
+
     def rise(likely: int) -> float:
-        kept = choose_tokens(tokens, first, required, likely=likely, **options)
+        kept = choose_tokens(tokens, first, required, likely=likely, order=order, **options)
         bare = Tokenizer.from_str(json.dumps(tokens.trimmed_json(sorted(kept))))
         cut = bare.encode_batch_fast(held, add_special_tokens=False)
         return sum(len(each.ids) for each in cut) / max(before, 1) - 1
@@ -292,7 +294,7 @@ def _likely_tokens(
     found = rise(0)
     if found <= RISE:
         return found, 0
-    low, high = 0, -(-_fill_order(tokens, first)[1] // MULTIPLE)
+    low, high = 0, -(-most // MULTIPLE)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if rise(middle * MULTIPLE) <= GOAL else (middle, high)
@@ -323,6 +325,7 @@ def choose_tokens(
     reserved: set[int] | frozenset[int] = frozenset(),
     n_unnamed: int = 0,
     likely: int = 0,
+    order: list[int] | None = None,
 ) -> set[int]:
     """Return the tokens that stay: `required`, and those that texts use by `counts` (tokens,).
 
@@ -331,7 +334,7 @@ def choose_tokens(
     and up to a multiple of MULTIPLE; of those with parts only what fits. `reserved` tokens stay
     only where texts use them.
     """
-    (order, _), used, chosen = _fill_order(tokens, counts), counts > 0, set(required)
+    order, used, chosen = order or _fill_order(tokens, counts)[0], counts > 0, set(required)
     chosen.update(*(tokens.merge_parts(index) for index in order if used[index]))
     limit = _round_up(len(chosen) + likely + n_unnamed) - n_unnamed
     for index in order:

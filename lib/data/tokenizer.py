@@ -111,6 +111,7 @@ class TrimmableTokenizer:
         self.model_tokens = [t for t, _ in vocab] if self.kind == "Unigram" else list(vocab)
         if len(set(self.model_tokens)) < len(self.model_tokens):
             raise _refused(name, "one with duplicate tokens")
+        self.parts: dict[int, set[int]] = {}  # by `merge_parts`
         self.ranks: dict[tuple[str, str], int] = {}
         for rank, merge in enumerate(model.get("merges") or ()):
             self.ranks.setdefault(tuple(merge), rank)
@@ -141,6 +142,8 @@ class TrimmableTokenizer:
 
         A token that no merges lead to (a special one, or one that is only taken whole) needs none.
         """
+        if index in self.parts:
+            return self.parts[index]
         token = self.id_to_token[index]
         pieces = list(token)
         parts = {token, *pieces}
@@ -151,11 +154,11 @@ class TrimmableTokenizer:
                 if pair in self.ranks
             ]
             if not ranked:
-                return {index}
+                return self.parts.setdefault(index, {index})
             _, place = min(ranked)
             pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
             parts.add(pieces[place])
-        return {self.token_to_id[part] for part in parts}
+        return self.parts.setdefault(index, {self.token_to_id[part] for part in parts})
 
     def reserved_ids(self) -> set[int]:
         """Return the special tokens that stand in for tokens to come, such as `<unused42>`.
