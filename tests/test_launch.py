@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 from hub import Hub
-from support import LIMIT, QUICK, ROOT, call, launch, launched, python, results
+from support import LIMIT, QUICK, ROOT, call, ended, launch, launched, python, results
 
 from lib.run import console
+from lib.util import command
 
 pytestmark = pytest.mark.usefixtures("at_place")
 
@@ -123,3 +126,18 @@ def test_a_reader_that_has_gone_ends_a_command_without_a_word(lines: str, tmp_pa
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait(timeout=LIMIT) == 1
+
+
+@pytest.mark.parametrize("name", ["", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
+def test_waiting_threads_spin_for_a_while_unless_the_user_says_otherwise(
+    name: str, place: Path
+) -> None:
+    """A machine that others use too is not slowed down by threads that wait."""
+    own = {name: "7"} if name else {}
+    without = {key: value for key, value in os.environ.items() if key not in command.WAITING}
+    code = "import os, sys; from lib.util import command; seen = os.environ.get\n"
+    code += "command.run(lambda _: print(*map(seen, sorted(command.WAITING))), [])"
+    with mock.patch.dict(os.environ, without, clear=True):
+        done = ended(python(code, folder=place, **own))
+    expected = {"GOMP_SPINCOUNT": "10000"} if not name else own
+    assert done.out.split() == [str(expected.get(each)) for each in sorted(command.WAITING)]

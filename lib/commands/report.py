@@ -278,7 +278,8 @@ def picture(table: DataFrame) -> Figure | None:
         cells = cells.reindex(index=[*labels, *["no text"] * (len(plain) > 0)], columns=tests)
         cells = cells.dropna(how="all")
         cells.index = [n if len(n) < 25 else f"{n.count('+') + 1} mixed" for n in cells.index]
-        image = _heat_map(axes, cells, norm)
+        form = "+.2f" if cells.stack().median() >= 0.1 else "+.3f"
+        image = heat_map(axes, cells, norm, form)
         axes.set_title(f"{method} {kind}", fontsize=10)
         axes.set(ylabel="calibrated on", xlabel="measured on")
     scale = dict(ticks=LogLocator(subs=(1, 2, 5)), format="{x:,.10g}")
@@ -287,15 +288,14 @@ def picture(table: DataFrame) -> Figure | None:
     return figure
 
 
-def _heat_map(axes: Any, cells: DataFrame, norm: Any) -> Any:
-    """Draw a table with its figures; nan stays blank."""
+def heat_map(axes: Any, cells: DataFrame, norm: Any, form: str, cmap: str = "cividis") -> Any:
+    """Draw a table with its figures in format `form`; nan stays blank."""
     values = cells.to_numpy(float)
-    image = axes.imshow(values, aspect="auto", cmap="cividis", norm=norm)
+    image = axes.imshow(values, aspect="auto", cmap=cmap, norm=norm)
     slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     long = max(len(str(name)) for name in cells.columns) > 4
     axes.set_xticks(range(cells.shape[1]), cells.columns, **slanted if long else {})
     axes.set_yticks(range(cells.shape[0]), cells.index)
-    form = "+.2f" if cells.stack().median() >= 0.1 else "+.3f"
     size = 7.5 if len(values.T) > 6 else 9
     for row, line in enumerate(values):
         for column, value in enumerate(line):

@@ -21,11 +21,13 @@ NAME ..., where NAME is one of these; NAME --help lists its flags
 
   sweep --models MODEL ...       methods x types x ratios x calibration sets x seeds, one table
   report RUN ...                 table and picture of finished runs
+  overlap RUN_A RUN_B ...        what masks share, and what of it is due to the language
   dialogues MODEL OUT --data ... answers of a chat model to prompts, to compress it on
   tasks DATA OUT                 tasks for lm-eval from documents, for --tasks and --include_path
   unpack IN OUT                  a packed model as a plain dense one
   gguf IN OUT.gguf               a saved model for llama.cpp and ollama, proven on --data SOURCE ...
   export OUT NEW --to mlx        the same 4 bits for vLLM, MLX or ONNX; no number changes
+  ubertext DUMPS OUT             the published data set from raw dumps, --push to a hub
 
 MODEL: hub id (owner/name) or local folder."""
 NAMES = re.findall(r"(?m)^  (\w+)", LIST)

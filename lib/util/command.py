@@ -33,6 +33,10 @@ ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 TURN_SECONDS = 3
 CALLED = "LANGPRUNE_CALLED"  # in the environment: what the user has typed before a command's name
 ENDS_WITH_STDIN = "LANGPRUNE_ENDS_WITH_STDIN"  # in the environment of what `call` starts
+# of libgomp, whose waiting threads spin: without a bound they take the cores that a loaded machine
+# gives to the threads that work; read when torch is imported
+SPINS = {"GOMP_SPINCOUNT": "10000"}
+WAITING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}  # a user's own setting stays
 JOINERS = "\u200c\u200d"  # without a shape, but spelling needs them in Persian and Indic scripts
 
 
@@ -100,6 +104,8 @@ def run(main: Callable[[list[str]], None], argv: list[str] | None = None) -> int
     exception is a defect and keeps its traceback. argparse leaves by itself, with status 2.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if not WAITING & os.environ.keys():
+        os.environ.update(SPINS)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Ukrainian name on an ASCII terminal
             stream.reconfigure(errors="backslashreplace")

@@ -14,11 +14,13 @@ from support import CPU, HALF, QUICK, Done, call, linears_of, prune_, results, r
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lib.commands.overlap import compare_masks
 from lib.methods.sparsity import Sparsity
 from lib.model.access import Checkpoint
 from lib.model.matrix import PrunableLinear
 from lib.model.pretrained import load_config, load_model
 from lib.model.quantized import stored_bits
+from lib.util.errors import UserError
 
 KINDS = {"unstructured": HALF, "2:4": Sparsity(0.5, 2, 4)}
 ONLY_DROPS = ("wanda", "magnitude")
@@ -118,6 +120,8 @@ def test_saved_and_reloaded_with_the_same_perplexity(tmp_path: Path) -> None:
     assert before["sparsity"]["overall"] >= 0.499
     assert after["footprint"]["before"] == before["footprint"]["after"]
     assert stored_bits(AutoModelForCausalLM.from_pretrained(saved).config) == "4"
+    with pytest.raises(UserError, match="no matrix has zeros in all RUNs"):  # two share a byte
+        compare_masks([saved, saved])
 
 
 def test_a_checkpoint_that_is_already_quantized(loaded: nn.Module, tmp_path: Path) -> None:

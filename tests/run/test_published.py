@@ -1,5 +1,6 @@
-"""Whole runs against the published loops, with the windows, passes and rules written out.
+"""What is published and stays: flags, defaults, files, recipes; whole runs against its loops.
 
+The recipes are those of the published launch script, on a hub of the test's own.
 Both loops prune block after block: all linears of a block see what the model computes with the
 blocks before it pruned and this one dense. The forward passes are transformers' own; a hook on each
 linear sees its input.
@@ -7,22 +8,33 @@ linear sees its input.
 
 from __future__ import annotations
 
+import argparse
+import ast
+import gzip
+import hashlib
 import json
+import math
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from hub import Hub
 from published import published_mask, published_sparsegpt, published_windows
 from safetensors.torch import load_file
-from support import QUICK, succeed
+from support import QUICK, ROOT, ended, launched, loaded, python, results, succeed
+from test_house import imports
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from lib.methods.sparsity import Sparsity
+from lib.run.console import NAMES
+from lib.run.flags import build_parser
 
 SEQLEN, WINDOWS = 32, 8  # of QUICK
 TYPES = ["unstructured", "2:4", "4:8"]
@@ -105,3 +117,162 @@ def test_masks_and_weights_are_the_published_ones(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4)
         pruned += (theirs[name] == 0).sum().item() if theirs[name].dim() == 2 else 0
     assert pruned > 5_000
+
+
+# --- the four recipes of the published launch script, with its texts and the defaults
+
+RECIPES = {
+    "unstructured": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type unstructured "
+    "--nsamples 64 --seed 0",
+    "semi-structured": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type 2:4 "
+    "--replace_sparse_layers --nsamples 64 --seed 0",
+    "dense": "--eval_only --seed 0",
+    "c4": "--prune_method sparsegpt --sparsity_ratio 0.5 --sparsity_type 2:4 --prune_on_c4 "
+    "--nsamples 64 --seed 0",
+}
+LOGS = {  # without --save
+    "unstructured": "out/model-sparsegpt-unstructured-0.5/log_sparsegpt.txt",
+    "semi-structured": "out/model-sparsegpt-2of4/log_sparsegpt.txt",
+    "dense": "out/model-dense/log_dense.txt",
+    "c4": "out/model-sparsegpt-2of4/log_sparsegpt.txt",
+}
+LENGTH = 128  # of a window: the model's limit
+IN_TURN = """
+import json, shutil, sys
+import main
+from lib.util import command
+for name, log, argv in json.loads(sys.argv[1]):
+    if status := command.run(main.main, argv):
+        sys.exit(f"{name}: {status}")
+    shutil.copytree(log.rpartition("/")[0], name)
+    shutil.rmtree("out")
+"""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each recipe, of its log and results; in PRUNED/NAME what it saved."""
+    place = tmp_path_factory.mktemp("recipes")
+    tiny.write_model(place / "model")
+    short, long = tiny.sentences(20, 1, words=20), tiny.sentences(90, 2, words=80)
+    uk = tiny.write_texts(place / "uk", train=short + long, test=tiny.sentences(6, 3))
+    en = tiny.write_texts(place / "en", train=tiny.sentences(30, 4, words=80))
+    published = {f"{s}.jsonl": (uk / f"{s}.jsonl").read_bytes() for s in ("train", "test")}
+    shard = gzip.compress((en / "train.jsonl").read_bytes())
+    repositories = {
+        "datasets/mshamrai/lang-pruning-uk-uber-text-2": published,
+        "datasets/allenai/c4": {"en/c4-train.00000-of-01024.json.gz": shard},
+    }
+    runs = []
+    for name, flags in RECIPES.items():
+        argv = ["--model", "model", *flags.split(), "--device", "cpu"]
+        argv += ["--save_model", f"pruned/{name}"] if name != "dense" else []
+        runs.append((name, LOGS[name], argv))
+    with Hub(repositories) as hub:
+        done = ended(python(IN_TURN, json.dumps(runs), folder=place, **hub.environment(place)))
+    assert done.status == 0, done.err
+    return place
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_as_it_was_published(name: str, recipes: Path) -> None:
+    model, tokenizer = loaded(recipes / "model"), AutoTokenizer.from_pretrained(recipes / "model")
+
+    def texts(language: str, split: str) -> list[str]:
+        rows = (recipes / language / f"{split}.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(row)["text"] for row in rows]
+
+    record = results(recipes / name)
+    if name != "dense":
+        on, again = ("en", True) if name == "c4" else ("uk", False)
+        windows, rows, _ = published_windows(texts(on, "train"), tokenizer, 64, LENGTH, 0, again)
+        assert windows.shape == (64, LENGTH) and (len({*rows}) < 64) == again
+        digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+        assert record["calibration"]["digest"] == digest
+        kind = "unstructured" if name == "unstructured" else "2:4"
+        solve = partial(sparsegpt, sparsity=Sparsity.parse(kind, 0.5))
+        published_loop(model, model.model.layers, windows, solve)
+        pruned = loaded(recipes / "pruned" / name)
+        if name == "semi-structured":
+            assert record["packed"]["linears"] == 14
+            pruned.dequantize()
+        ours, theirs = pruned.state_dict(), model.state_dict()
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert torch.equal(ours[key] == 0, theirs[key] == 0), key
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-3, atol=1e-3)
+    # perplexity by the published rule, on UberText whatever was calibrated on
+    ids = tokenizer("\n\n".join(texts("uk", "test")), return_tensors="pt").input_ids[0]
+    tests = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(test[None]).logits[0, :-1], test[1:]) for test in tests]
+    perplexity = math.exp(sum(losses) / len(losses))
+    assert record["perplexity"] == {"ubertext": pytest.approx(perplexity, rel=1e-3)}
+    head, values, *more = (recipes / name / Path(LOGS[name]).name).read_text("utf-8").splitlines()
+    method, zeros = ("dense", "0.0000") if name == "dense" else ("sparsegpt", "0.5000")
+    assert head == "method\tactual_sparsity\tppl_test"
+    assert values == f"{method}\t{zeros}\t{record['perplexity']['ubertext']:.4f}"
+    assert all(line.startswith("# ") for line in more)
+
+
+# --- names
+
+
+PUBLISHED_FLAGS = {  # default, and choices that stay
+    "model": (None, ()),
+    "seed": (0, ()),
+    "nsamples": (128, ()),
+    "sparsity_ratio": (0.5, ()),
+    "sparsity_type": ("unstructured", ("unstructured", "2:4", "4:8")),
+    "prune_method": (None, ("wanda", "sparsegpt")),
+    "cache_dir": (None, ()),
+    "use_variant": (False, ()),
+    "save": (None, ()),
+    "save_model": (None, ()),
+    "load_bit": (None, ("4", "8")),
+    "replace_sparse_layers": (False, ()),
+    "eval_only": (False, ()),
+    "prune_on_c4": (False, ()),
+    "device": (None, ()),
+}
+VERBS = """
+prune.prune eval.perplexity sparse.pack_ quantize.quantize remove.remove recover.Recoverer
+vocabulary.trim_vocabulary commands.ubertext.build commands.overlap.compare_masks
+""".split()
+
+
+def test_the_published_flags_stay() -> None:
+    flags: dict[str, argparse.Action] = {}
+    for action in build_parser()._actions:
+        flags |= dict.fromkeys(action.option_strings, action)
+    for name, (default, choices) in PUBLISHED_FLAGS.items():
+        action = flags[f"--{name}"]
+        assert action.dest == name and action.default == default, name
+        assert {*choices} <= {*(action.choices or ())}, name
+        assert (action.nargs == 0) == (default is False), name  # a switch takes no value
+    args = build_parser().parse_args("--model m --seed 3 --nsamples 5 --sparsity_ratio .25".split())
+    assert (args.seed, args.nsamples, args.sparsity_ratio) == (3, 5, 0.25)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_verbs_stay(verb: str) -> None:
+    module, _, name = verb.rpartition(".")
+    assert callable(getattr(import_module(f"lib.{module}"), name))
+    if not module.startswith("commands."):  # a run takes it from there
+        steps = {module for part in (ROOT / "lib/run").glob("*.py") for _, module in imports(part)}
+        assert f"lib.{module}" in steps
+
+
+def test_both_programs_and_their_commands_stay(tmp_path: Path) -> None:
+    assert {"prune", "ubertext", "overlap"} <= {*NAMES}
+    assert set(NAMES) <= {line.split()[0] for line in launched([], tmp_path).splitlines() if line}
+    assert callable(import_module("main").main) and (ROOT / "main.py").is_file()
+
+
+def test_layers_of_torchs_2_to_4_kernels_stay() -> None:
+    """In code, not in words alone."""
+    files = [ast.parse(file.read_text("utf-8")) for file in (ROOT / "lib").rglob("*.py")]
+    nodes = [node for file in files for node in ast.walk(file)]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.name for node in nodes if isinstance(node, ast.alias)}
+    assert "to_sparse_semi_structured" in used

@@ -246,7 +246,7 @@ def test_what_trimming_costs_is_measured_on_the_same_bytes(alone: tuple[Done, Pa
     cost = found["bits_per_byte_trimmed"] / found["bits_per_byte_original"] - 1
     assert f"trimming costs {cost:+.2%} bits per byte" in done.out
     card = (folder / "model" / "README.md").read_text("utf-8")
-    assert re.search(r"\| +\| original \| this model \|", card)
+    assert re.search(r"\| +original \| +this model \|", card)
 
 
 def test_text_that_is_too_little_is_warned_of(place: Path, tmp_path: Path) -> None:

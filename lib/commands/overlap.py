@@ -1,0 +1,311 @@
+"""The share of weights, neurons or experts that two prunings both keep, and where languages differ.
+
+    bash launch.sh overlap RUN_A RUN_B [RUN ...] [--noise RUN_A2 ...] [--out FOLDER]
+
+A RUN is the folder of a saved, pruned model, or the `--save` folder of a run that saved one. For
+each pruned matrix it shows the share of the kept weights that both masks keep, and the share that
+chance would give; where whole neurons or experts were removed, and RUN is a `--save` folder, the
+same of each block's. `--noise` names prunings that differ from RUN_A, RUN_B, ... (in this order) in
+nothing but the seed: only a difference larger than theirs is due to the language.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..methods.sparsity import SMALLER
+from ..run.results import NONE, RESULTS, read_results
+from ..util import command
+from ..util.errors import UserError
+from ..util.files import check_writable, write_text
+from ..util.markdown import padded_table
+from ..util.progress import progress
+from .report import heat_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+    from torch import Tensor
+
+MIN_ZEROS = 0.01  # share of a matrix above which it counts as pruned
+COUNTS = ["weights", "kept_a", "kept_b", "both", "chance"]
+NUMBERED = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Masks(Mapping):
+    """What a RUN keeps: {matrix: bool}, of weights or of each block's neurons or experts (1, n).
+
+    A mask is read when it is asked for: those of two large models are not held at once.
+    """
+
+    path: Path
+    label: str
+    calibration: str | None  # the text, where it is known
+    shapes: dict[str, tuple[int, ...]]
+    read: dict[str, Callable[[], Tensor]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.read)
+
+    def __len__(self) -> int:
+        return len(self.read)
+
+
+def block_and_linear(name: str) -> tuple[int, str] | None:
+    """`model.layers.3.mlp.experts.7.w1.weight` -> (3, `mlp.experts.*.w1`); None outside blocks."""
+    match = NUMBERED.search(name)
+    if match is None:
+        return None
+    path = name[match.end() :].removesuffix(".weight")
+    return int(match[1]), re.sub(r"(?<![^.])\d+(?![^.])", "*", path).removesuffix(".*")
+
+
+def read_masks(path: Path) -> Masks:
+    """Return the masks of a RUN. Raises UserError where it has none that can be read."""
+    if not path.is_dir():
+        raise UserError(f"RUN {path}: no such folder; name a saved model's folder")
+    folder, label, calibration = path, path.name, None
+    if (path / RESULTS).is_file() and not any(path.glob("*.safetensors")):
+        results = read_results(path)
+        calibration = (results.get("calibration") or {}).get("name") or NONE
+        label = f"{calibration} (seed {results.get('seed') or 0})"
+        if smaller := results.get(kind := results.get("sparsity_type")):
+            read = {
+                f"layers.{block}.{kind}": partial(_stay, smaller["before"], removed)
+                for block, removed in enumerate(smaller["removed"])
+                if removed
+            }
+            shapes = dict.fromkeys(read, (1, smaller["before"]))
+            return Masks(path, label, calibration, shapes, read)
+        saved = results.get("flags", {}).get("save_model")
+        if not saved:
+            raise UserError(f"RUN {path}: saved no model; run it again with --save_model")
+        name = Path(saved).name
+        folder = next(filter(Path.is_dir, [Path(saved), path / name, path.parent / name]), None)
+        if folder is None:
+            raise UserError(f"RUN {path}: its model {saved} is gone; run it again")
+    return Masks(path, label, calibration, *_saved(path, folder))
+
+
+def _stay(before: int, removed: list[int]) -> Tensor:
+    import torch
+
+    kept = torch.ones(1, before, dtype=torch.bool)
+    kept[:, removed] = False
+    return kept
+
+
+def _saved(path: Path, folder: Path) -> tuple[dict, dict]:
+    """Return shapes and readers of the matrices in a checkpoint's blocks; dense or packed ones."""
+    from safetensors import SafetensorError, safe_open
+
+    config, shapes, read, files = folder / "config.json", {}, {}, {}
+    try:
+        settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        packed = (settings.get("quantization_config") or {}).get("linears") or {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():
+                    files[name] = shard, tuple(file.get_slice(name).get_shape())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"RUN {path}: can't be read ({error}); save it again") from error
+    if not files:
+        raise UserError(f"RUN {path}: holds no *.safetensors; name a saved model's folder")
+    for name, (shard, shape) in files.items():
+        linear, _, part = name.rpartition(".")
+        if block_and_linear(name) is None:
+            continue
+        if linear in packed and part == "mask":
+            rows, width = packed[linear][:2]
+            shapes[f"{linear}.weight"] = (rows, width)
+            read[f"{linear}.weight"] = partial(_kept, shard, name, width)
+        elif linear not in packed and len(shape) in (2, 3):
+            shapes[name], read[name] = shape, partial(_kept, shard, name)
+    return shapes, read
+
+
+def _kept(shard: Path, name: str, width: int | None = None) -> Tensor:
+    """Return what a weight keeps, or with the `width` of a packed one what its mask keeps."""
+    from safetensors import safe_open
+
+    from ..packed.layout import kept_of
+
+    with safe_open(shard, framework="pt") as file:
+        tensor = file.get_tensor(name)
+    return tensor != 0 if width is None else kept_of(tensor, width)
+
+
+def compare_masks(runs: Sequence[str | Path], noise: Sequence[str | Path] = ()) -> DataFrame:
+    """Compare the masks of saved models, tensor by tensor: a line for each pair, block and linear.
+
+    Columns: the labels `a` and `b`; `seeds`, whether the two differ in the seed alone; `block`,
+    `linear`, `weights`, `kept_a`, `kept_b`, `both`, and `chance`, the value of `both` for
+    independent masks. `noise[k]` is `runs[k]` with another seed. Raises UserError for too few or
+    unreadable checkpoints, for other shapes, and where nothing is pruned.
+    """
+    import pandas
+
+    if len(runs) < 2:
+        raise UserError(f"RUN {runs[0]}: one pruning overlaps with nothing; name two or more")
+    if len(noise) > len(runs):
+        raise UserError(f"--noise: {len(noise)} folders for {len(runs)} RUNs; give one for each")
+    masks = [read_masks(Path(path)) for path in (*runs, *noise)]
+    seeds = [(k, len(runs) + k) for k in range(len(noise))]
+    for run, other in ((masks[i], masks[j]) for i, j in seeds):
+        if run.calibration and other.calibration and run.calibration != other.calibration:
+            raise UserError(
+                f"--noise {other.path}: calibrated on {other.calibration}, but {run.path} on "
+                f"{run.calibration}; give the RUNs with another seed, in the order of the RUNs"
+            )
+        same_seed = run.calibration and run.label == other.label
+        if same_seed or run.path.resolve() == other.path.resolve():
+            raise UserError(f"--noise {other.path}: has the seed of {run.path}; give another seed")
+    labels = [each.label for each in masks]
+    if len(set(labels)) < len(labels):
+        labels = [str(each.path) for each in masks]
+    lines = []
+    for name, kept in _pruned_matrices(masks):
+        block, linear = block_and_linear(name)
+        for i, j in [*combinations(range(len(runs)), 2), *seeds]:
+            a, b = kept[i], kept[j]
+            line = {"a": labels[i], "b": labels[j], "seeds": (i, j) in seeds, "block": block}
+            line |= {"linear": linear, "weights": a.numel(), "kept_a": int(a.sum())}
+            line |= {"kept_b": int(b.sum()), "both": int((a & b).sum())}
+            line["chance"] = line["kept_a"] * line["kept_b"] / line["weights"]
+            lines.append(line)
+    if not lines:
+        raise UserError(
+            f"RUN {runs[0]}: no matrix has zeros in all RUNs; name pruned models, or where whole "
+            "neurons or experts were removed the runs' --save folders"
+        )
+    keys = ["seeds", "a", "b", "block", "linear"]  # experts of one linear are added up
+    return pandas.DataFrame(lines).groupby(keys, sort=False)[COUNTS].sum().reset_index()
+
+
+def _pruned_matrices(masks: Sequence[Masks]) -> Iterator[tuple[str, list[Tensor]]]:
+    """Yield (name, a mask of each run) of the matrices that are pruned in all, block by block."""
+    first = masks[0]
+    for run in masks:
+        if differing := first.shapes.items() ^ run.shapes.items():
+            name = min(differing)[0]
+            here, there = (each.shapes.get(name, "missing") for each in (run, first))
+            raise UserError(
+                f"RUN {run.path}: tensor {name} is {here} here but {there} in {first.path}; "
+                "compare prunings of one model"
+            )
+    with progress(len(first), "comparing", "matrix") as advance:
+        for name in sorted(first, key=lambda name: (block_and_linear(name)[0], name)):
+            kept = [each[name] for each in masks]
+            advance(1)
+            if all((~mask).float().mean() > MIN_ZEROS for mask in kept):
+                yield name, kept
+
+
+def shares(counts: DataFrame, *by: str) -> DataFrame:
+    """Return shares of the counts summed `by` columns, with `seeds` where those were compared."""
+    sums = counts.groupby(["seeds", *by], sort=False)[COUNTS].sum()
+    kept = sums["kept_a"] + sums["kept_b"]
+    of_all = (kept / (2 * sums["weights"])).to_frame("kept")
+    of_all["both keep"] = 2 * sums["both"] / kept.clip(lower=1)
+    of_all["chance"] = 2 * sums["chance"] / kept.clip(lower=1)
+    between = of_all.loc[False]
+    if counts["seeds"].any():
+        seeds = of_all.loc[True]["both keep"]
+        between = between.assign(seeds=seeds, excess=seeds - between["both keep"])
+    return between
+
+
+def _title(counts: DataFrame) -> str:
+    between = counts[~counts["seeds"]]
+    *first, last = dict.fromkeys([*between["a"], *between["b"]])
+    return f"{_unit(counts)} that the masks of {', '.join(first)} and {last} share"
+
+
+def _unit(counts: DataFrame) -> str:
+    """Return what the masks are of: Weights, or what whole ones were removed of."""
+    kinds = set(counts["linear"])
+    return kinds.pop().capitalize() if len(kinds) == 1 and kinds <= set(SMALLER) else "Weights"
+
+
+def overlap_text(counts: DataFrame) -> str:
+    """Return a comparison as Markdown: by pair, by block and by linear."""
+    pair = counts["a"] + " and " + counts["b"] + counts["seeds"].map({True: " (seeds)", False: ""})
+    tables = {"pair": shares(counts.assign(pair=pair, seeds=False), "pair")}
+    tables |= {name: shares(counts, name) for name in ("block", "linear")}
+    parts = [f"### {_title(counts)}"]
+    for name, table in tables.items():
+        body = [[str(key), *map("{:.1%}".format, line)] for key, *line in table.itertuples()]
+        parts.append(padded_table([name, *table.columns], body))
+    notes = (
+        "- kept: share of all; both keep: share of what is kept, mean of the two masks, that both "
+        "keep; chance: the same for independent masks."
+    )
+    if counts["seeds"].any():
+        notes += (
+            "\n- seeds: share that two seeds of one language both keep; excess: seeds minus both "
+            "keep, the part of the difference that is due to the language."
+        )
+    return "\n\n".join([*parts, notes]) + "\n"
+
+
+def draw(counts: DataFrame) -> Figure:
+    """Return the heat map: by block and linear, in points over the seeds where those were compared.
+
+    Of neurons and experts by block and pair.
+    """
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    title, column, label, form, scale = _title(counts), "both keep", "kept by both, %", ".0f", {}
+    if _unit(counts) != "Weights":
+        counts = counts[~counts["seeds"]]
+        counts = counts.assign(linear=counts["a"] + "\n" + counts["b"])
+    elif counts["seeds"].any():
+        column, label, form = "excess", "seeds share more than languages, points", "+.1f"
+    cells = 100 * shares(counts, "block", "linear")[column].unstack(sort=False)
+    values = cells.to_numpy()[~cells.isna().to_numpy()]
+    low, high = values.min(), values.max()
+    if column == "excess":  # colors around zero
+        high = max(1e-6, abs(values).max())
+        low, scale = -high, {"cmap": "PuOr_r"}
+    size = max(7.0, 2.6 + 0.65 * cells.shape[1]), 2.8 + 0.28 * len(cells)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(textwrap.fill(title, int(9 * size[0])), fontsize=12, fontweight="bold")
+    axes = figure.subplots()
+    image = heat_map(axes, cells, Normalize(low, high), form, **scale)
+    axes.set_ylabel("block")
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def main(argv: list[str]) -> None:
+    parser = command.make_parser("overlap", __doc__)
+    parser.add_argument("--out", default="overlap", help="folder for the files (default: overlap)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="saved model, or its run")
+    parser.add_argument(
+        "--noise", nargs="+", default=[], metavar="RUN", help="the RUNs with another seed, in order"
+    )
+    args = parser.parse_args(argv)
+    check_writable("--out", args.out)
+    counts = compare_masks(args.runs, args.noise)
+    out, text = Path(args.out), overlap_text(counts)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "overlap.csv", counts.to_csv(index=False))
+    print(text)
+    # the same figures give the same bytes
+    draw(counts).savefig(out / "overlap.png", dpi=150, metadata={"Software": None})
+    write_text(out / "overlap.md", f"{text}\n![overlap](overlap.png)\n")
+    print(f"wrote {out}/overlap.md", file=sys.stderr)
