@@ -206,8 +206,15 @@ def _what_was_done(results: Mapping[str, Any]) -> str:
 
 
 def figures_table(results: Mapping[str, Any]) -> str:
-    """Return the table of figures: their names, the dense model's where it is known, this one's."""
+    """Return the table of figures: their names, the dense model's where it is known, this one's.
+
+    Where this run has trimmed the vocabulary, the dense model is the trimmed one, and a column
+    before it has the original. Where it did nothing else, the trimmed model is this one.
+    """
     rows, untrained = [], results.get("recovery", {}).get("before", {})
+    trimmed = results.get("vocabulary") or {}
+    costs = [trimmed.get(f"bits_per_byte_{name}") for name in ("original", "trimmed")]
+    is_all = costs[0] and not any("dense" in test for test in results["evaluation"])
     for test in results["evaluation"]:
         dense, of = dict(test.get("dense") or {}), ""
         if "compared_perplexity" in test:
@@ -231,9 +238,19 @@ def figures_table(results: Mapping[str, Any]) -> str:
             cells = ("" if value is None else f"{value:.0f}" for value in pair)
             rows.append([f"{escape(answers['test'])}, {each}{of}", *cells])
     if "saved_bytes" in results:
-        sizes = (results.get(name) for name in ("dense_bytes", "saved_bytes"))
+        names = ("trimmed_bytes" if costs[0] and not is_all else "dense_bytes", "saved_bytes")
+        sizes = (results.get(name) for name in names)
         rows.append(["MB", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
-    return padded_table(["", "dense", "this model"], rows)
+    if not costs[0]:
+        return padded_table(["", "dense", "this model"], rows)
+    name = f"{escape(trimmed['measured_on']['name'])}, a sample, bits per byte"
+    first = [name, *(f"{cost:.4f}" for cost in costs)]
+    if is_all:
+        return padded_table(["", "original", "this model"], [first, *rows])
+    rows = [[row[0], "", *row[1:]] for row in rows]
+    if rows[-1][0] == "MB":
+        rows[-1][1] = f"{results['dense_bytes'] / 1e6:,.1f}" if results.get("dense_bytes") else ""
+    return padded_table(["", "original", "trimmed", "this model"], [[*first, ""], *rows])
 
 
 def _with_error(figures: Mapping[str, Any], key: str, form: str) -> str:

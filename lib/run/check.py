@@ -229,6 +229,7 @@ def _vocabulary(job: Job) -> TrimmedVocabulary:
             config_ids=ids,
         )
         lines = vocabulary.prove(job.tests)
+        vocabulary.hold_out(job.tests[0], job.seqlen)
     job.print(vocabulary.summary(), *lines)
     return vocabulary
 

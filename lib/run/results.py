@@ -26,7 +26,11 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
             "weights_before": 9, "weights_after": 8, "bytes_before": 9, "bytes_after": 8,
             "removed": [[3, 17]]},                          # of each block, its removed neurons
         "experts": {..., "routed": [[0.1, 0.9]]},           # as neurons; and shares of tokens
-        "vocabulary": {"note": "...", "rows": 30000, "rows_before": 262144, "digest": "..."},
+        "vocabulary": {
+            "note": "...", "rows": 30000, "rows_before": 262144, "digest": "...",
+            "rise": 0.02, "likely": 512,    # of held-out text by used tokens; tokens added to these
+            "measured_on": {"name": "uk", "bytes": 65536},
+            "bits_per_byte_original": 0.75, "bits_per_byte_trimmed": 0.76},
         "recovery": {
             "tokens": 300000, "seconds": 60.0, "teacher": "owner/name", "cross_entropy": 0.2,
             "text": {...}, "curve": [{                      # `trained`: mean loss of the steps
@@ -56,7 +60,8 @@ versions (`abilities`, `fidelity`, `depth`, `products`) is ignored. The keys, by
         "dense_tasks": {"uk_last_word": {"acc,none": 0.81, "acc_stderr,none": 0.02}},
         "seconds": {"load": 1.0}, "peak_memory": {"host": 9, "device": null},       # bytes
         "footprint": {"before": 9, "after": 5},             # bytes of the model in memory
-        "saved_bytes": 5, "dense_bytes": 9,                 # weights saved; the base model's
+        "saved_bytes": 5, "dense_bytes": 9,                 # weights saved; the original's
+        "trimmed_bytes": 7,                                 # those of the trimmed model
         "fingerprint": {"pruning": {"--nsamples": 128}, "measuring": {}},
     }
 """

@@ -70,17 +70,23 @@ def trim(job: Job, runner: BlockRunner) -> None:
     """Remove the rows of dropped tokens, and check that the others keep their logits."""
     model, vocabulary = runner.model, job.vocabulary
     window = job.texts.tests[0].ids[:1, :PROOF_TOKENS].to(job.device)
-    with job.timed("trim"):
+    held_out = vocabulary.held_out[:2] if vocabulary.held_out else ()
+    total = sum(map(len, held_out))
+    with job.timed("trim", "measuring trimming" if total else "", total, "window") as bar:
         size = footprint(model)
+        nats = [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[:1]]
         rows = vocabulary.rows.to(job.device)
         before = some_logits(model, rows[window]).index_select(-1, rows)
         keep_rows_(model, vocabulary.rows)
         after, what = some_logits(model, window), "--trim_vocabulary: whole and trimmed"
         difference = check_same_outputs(before, after, what, least=1e-5)
+        nats += [perplexities(runner, [each], bar)[0]["nats"] for each in held_out[1:]]
     saved = size - footprint(model)
+    job.outcome.results["trimmed_bytes"] = parameter_bytes(model, runner.save_dtype)
     vocabulary.facts |= {"bytes_dropped": saved, "logits_differ": difference}
     job.print(
-        f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {difference:.1g}"
+        f"trimmed: {gib(size)} before, {gib(size - saved)} now; logits differ by {difference:.1g}",
+        *(vocabulary.record_cost(*nats) if nats else ()),
     )
 
 
