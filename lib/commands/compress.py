@@ -80,7 +80,7 @@ NOT_MEASURED = (*PRUNING_FLAGS, "prune_method", "sparsity_type", "sparsity_ratio
 NOT_REHEARSED = ("allocation", "use_variant", "replace_sparse_layers", "quantize", "nsamples")
 NOT_REHEARSED += ("text_only",)
 KEPT = (PLAN, DENSE, SMALL, TRIMMING, REHEARSAL, DIALOGUES, f"{DIALOGUES}.jsonl", "tests", "blocks")
-MOST_TRIMMING = 0.02  # of the bits per byte that a trimmed vocabulary may cost
+
 CPU_TRIMMING, GPU_TRIMMING = 2**14, 2**16  # bytes of text on which that is measured
 
 
@@ -416,6 +416,8 @@ def without_tests(texts: Texts, job: Job) -> Texts:
 
 def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
     """Trim the vocabulary alone, and return why it is to stay whole; None where it is not."""
+    from ..vocabulary import TOO_COSTLY
+
     run.announce("Measuring what it costs to trim the vocabulary")
     share = CPU_TRIMMING if run.on_cpu else GPU_TRIMMING
     share /= sum(test.facts["bytes"] for test in job.texts.tests)
@@ -425,7 +427,7 @@ def too_costly(run: Compression, texts: Texts, job: Job) -> str | None:
     flags += [*without(run.passed_on, NOT_MEASURED), "--prompts", "0", "--eval_only"]
     facts = run.prune(flags, TRIMMING)["vocabulary"]
     original, trimmed = (facts.get(f"bits_per_byte_{name}") for name in ("original", "trimmed"))
-    if not original or trimmed / original - 1 <= MOST_TRIMMING:
+    if not original or trimmed / original - 1 <= TOO_COSTLY:
         return None
     problem = f"{facts['rows']:,} of {facts['rows_before']:,} rows would take {original:.4f} to "
     problem += f"{trimmed:.4f} bits per byte of held-out text, {trimmed / original - 1:+.1%}"

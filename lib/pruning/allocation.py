@@ -158,13 +158,10 @@ def allocate(
 ) -> Allocation:
     """Choose how sparse each linear layer becomes: by a rule at an equal total, or as a file says.
 
-    What an interrupted run has chosen stays. `gradients`: with the costs of errors in outputs,
+    What is computed is kept for a run that is continued (`kept_allocation`). `gradients`: with the costs of errors in outputs,
     which rule `error` gives anyway. `on_progress(1)` is called once for each block by rule `owl`,
     and twice by `error` and for gradients.
     """
-    computed = rule in ("error", "owl") or gradients
-    if computed and (kept := kept_allocation(runner)):
-        return kept
     allocation = uniform(runner, sparsity)
     if rule == "owl":
         allocation = Allocation(by_outliers(runner, windows, sparsity, on_progress))
@@ -174,7 +171,7 @@ def allocate(
         found = by_error(runner, windows, sparsity.ratio, seed, on_progress)
         layers = found.sparsity if rule == "error" else allocation.sparsity
         allocation = Allocation(layers, found.output_costs)
-    if computed:
+    if rule in ("error", "owl") or gradients:
         keep_allocation(runner, allocation)
     return allocation
 

@@ -23,7 +23,7 @@ from ..model.reference import (
 from ..model.rows import keep_rows_
 from ..packed.formats import FORMATS, Grid
 from ..prune import prune_blocks
-from ..pruning.allocation import Allocation
+from ..pruning.allocation import Allocation, kept_allocation
 from ..pruning.allocation import allocate as choose_allocation
 from ..pruning.check import Measured
 from ..pruning.masks import packed_masks, write_masks
@@ -146,11 +146,10 @@ def allocate(job: Job, runner: BlockRunner) -> Allocation:
     rule, gradients = args.allocation, job.plan.method_class.needs_gradients
     total = len(runner.blocks) * ((rule == "owl") + 2 * (rule == "error" or gradients))
     choose = partial(choose_allocation, runner, windows, sparsity, rule, args.seed)
-    if total:
+    allocation = kept_allocation(runner) if total else choose()
+    if allocation is None:
         with job.timed("allocate", "measuring errors", total) as bar:
             allocation = choose(bar, gradients=gradients)
-    else:
-        allocation = choose()
     job.outcome.layers = {name: each.ratio for name, each in allocation.sparsity.items()}
     if rule == "uniform":
         return allocation
