@@ -158,9 +158,9 @@ def allocate(
 ) -> Allocation:
     """Choose how sparse each linear layer becomes: by a rule at an equal total, or as a file says.
 
-    What is computed is kept for a run that is continued (`kept_allocation`). `gradients`: with the costs of errors in outputs,
-    which rule `error` gives anyway. `on_progress(1)` is called once for each block by rule `owl`,
-    and twice by `error` and for gradients.
+    A continued run has what it computed before (`kept_allocation`). `gradients`: with the costs of
+    errors in outputs, which rule `error` gives anyway. `on_progress(1)` is called once for each
+    block by rule `owl`, and twice by `error` and for gradients.
     """
     allocation = uniform(runner, sparsity)
     if rule == "owl":
