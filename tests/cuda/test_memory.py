@@ -1,4 +1,4 @@
-"""Two sums of "7B on one card, on paper" (tests/bench/gpu/README.md), in small."""
+"""Two sums of "7B on one card, on paper" (docs/hardware.md), in small."""
 
 from __future__ import annotations
 
