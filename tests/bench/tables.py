@@ -226,8 +226,8 @@ def recovery_q4_0() -> str:
         "and trained, damping 6": tests("trained from there, 131,072 tokens"),
     }
     rows = [[name, *measures(*t, error=True, agreement=True)] for name, t in models.items()]
-    head = {"Model": "", BITS: ".4f", KL: ".3f", "Same first choice ↑": ".1%"}
-    return grid(head | PROSE | {"Other prose, same first choice ↑": ".1%"}, rows, references=1)
+    head = {"Model": "", BITS: ".4f", KL: ".3f", "Top-1 agreement ↑": ".1%"}
+    return grid(head | PROSE | {"Other prose, top-1 agreement ↑": ".1%"}, rows, references=1)
 
 
 @table("frontier/gemma3-270m-{zeros,neurons}-rounded.json: bits_per_byte, kl, kl_standard_error")
@@ -282,7 +282,10 @@ def languages_own() -> str:
     more = losses()
     texts = ("own text", "English")
     head = {f"{name}, {text}": "+.3f" for name in METHODS.values() for text in texts}
-    rows = [[to, *(more[m][text, to] for m in METHODS for text in (to, "en"))] for to in NAMES]
+    rows = [
+        [f"{NAMES[to]} ({to})", *(more[m][text, to] for m in METHODS for text in (to, "en"))]
+        for to in NAMES
+    ]
     return grid({"Test language": ""} | head, rows)
 
 
@@ -411,7 +414,7 @@ def pruning_ranks() -> str:
         for model in models:
             test, tasks = model["evaluation"], {a["name"]: a["model"] for a in model["abilities"]}
             figures["KL"].append(-test["kl"])
-            figures["Same first choice"].append(test["top1_agreement"])
+            figures["Top-1 agreement"].append(test["top1_agreement"])
             figures["Last word chosen"].append(tasks["last word"]["accuracy"])
             figures["Last word generated"].append(tasks["last word"]["said"])
             figures["Continuation"].append(tasks["continuation"]["accuracy"])
