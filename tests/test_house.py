@@ -68,6 +68,9 @@ PRIVATE = {
     "tests/data/test_chats.py": {
         "transformers.utils.chat_template_utils": "render_jinja_template",
     },
+    "tests/data/test_dates.py": {
+        "transformers.utils.chat_template_utils": "_compile_jinja_template",
+    },
     "tests/commands/test_demo.py": {
         "transformers.tokenization_utils_tokenizers": "_tokenizer",
     },
